@@ -1,0 +1,166 @@
+"""Folders that appear complete or not at all."""
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rgexport.errors import RequestError
+from rgexport.progress import amount
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+@contextmanager
+def replace_folder(
+    target: Path, *, force: bool, replaceable: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """Gives a temporary folder beside `target` that becomes `target` when the block ends well.
+
+    Any exception removes it. A process that is killed leaves a folder `.NAME.partial-…` behind,
+    which the next run with the same target removes. A kernel lock, released even by a kill,
+    keeps two runs from writing one target.
+
+    Args:
+        target: the folder to make; its parent must exist.
+        force: whether an existing target may be replaced.
+        replaceable: says whether an existing folder is of a kind that `force` may replace;
+            an empty one always is.
+
+    Raises:
+        RequestError: the target exists and may not be replaced, its parent is missing or not
+            writable, another run is writing it, or the disk is full.
+    """
+    real = Path(os.path.realpath(target))
+    with _one_line(target), _locked(target, real):
+        _remove_stale(real)
+        check_target(target, force=force, replaceable=replaceable)
+        partial = real.with_name(f".{real.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
+        try:
+            yield partial
+            check_target(target, force=force, replaceable=replaceable)
+            _move(partial, real)
+        finally:
+            _remove(partial)
+
+
+def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Refuses a target that `replace_folder` would refuse, before any work is done.
+
+    Raises:
+        RequestError: see `replace_folder`.
+    """
+    parent = Path(os.path.realpath(target)).parent
+    if not parent.is_dir():
+        raise RequestError(f"cannot write {target}: there is no folder {parent}; make it first")
+    if not os.path.lexists(os.path.realpath(target)):
+        return
+    if not target.is_dir():
+        raise RequestError(f"{target} exists and is a file; pass another -o")
+    may_replace = not any(target.iterdir()) or replaceable(target)
+    if not may_replace:
+        raise RequestError(
+            f"{target} exists and holds something else than what would be written there; "
+            "pass another -o"
+        )
+    if not force:
+        raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
+
+
+def require_free_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuses to begin what would not fit on the disk that holds `folder`.
+
+    Raises:
+        RequestError: fewer than `needed_bytes` are free.
+    """
+    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise RequestError(
+            f"not enough space for {folder}: {amount(needed_bytes)} needed, "
+            f"{amount(free)} free; free some or choose another disk"
+        )
+
+
+@contextmanager
+def _one_line(target: Path) -> Iterator[None]:
+    """Tells what the system refused, where it is about the target, as a RequestError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise RequestError(
+                f"no space left while writing {target}; free some or choose another disk"
+            ) from error
+        if error.filename and _is_about(os.path.realpath(os.fsdecode(error.filename)), target):
+            raise RequestError(f"cannot write {target}: {error.strerror}") from error
+        raise
+
+
+def _is_about(path: str, target: Path) -> bool:
+    real = Path(os.path.realpath(target))
+    return path.startswith((str(real), str(real.with_name(f".{real.name}."))))
+
+
+@contextmanager
+def _locked(target: Path, real: Path) -> Iterator[None]:
+    if not real.parent.is_dir():
+        check_target(target, force=False, replaceable=lambda _: False)
+    path = real.with_name(f".{real.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError(
+            f"another run is writing {target}; wait for it, or pass another -o"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while held: whoever opened it meanwhile sees that it has no name any more.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes what killed runs left beside `target`; only for the holder of its lock."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}(-old)?")
+    for entry in target.parent.iterdir():
+        if pattern.fullmatch(entry.name):
+            _remove(entry)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Renames; if the target exists, `partial` holds the old folder afterwards or is gone."""
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        old = partial.with_name(partial.name + "-old")
+        target.rename(old)
+        partial.rename(target)
+        _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step where the system can; says whether it did."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2 is not None and not renameat2(
+        _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
+    )

@@ -1,0 +1,232 @@
+"""The command line: one thin command per verb, no logic."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from rgexport import __version__, progress
+from rgexport.errors import RequestError
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+CONVERTERS = ("torch", "onnx", "onnx_ir")
+"""What the core install lacks."""
+SIZES = "demo|2b|2b-it|9b|9b-it"
+_FOLDER = click.Path(path_type=Path)
+_Command = Callable[..., Any]
+
+
+def main() -> NoReturn:
+    """Runs one command; whatever goes wrong ends in one line and an exit code.
+
+    0: done; 1: the answer is no; 2: the request was wrong; 130 and 141: interrupted, by a key or
+    by a reader that left, as shells have it.
+    """
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        code = rgexport.main(arguments, "rgexport", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except SystemExit:  # click's way of telling that whoever read our output has left
+        return PIPE_CLOSED
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "rgexport"
+        return _fail(f"{error.format_message()} (see {command} --help)")
+    except (click.ClickException, RequestError) as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in CONVERTERS:
+            raise
+        return _fail(f"this needs {error.name}, try: pip install 'rgexport[export]'")
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> int:
+    progress.note(f"Error: {' '.join(message.split())}")
+    progress.detail(traceback.format_exc())
+    return 2
+
+
+def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    progress.verbose = progress.verbose or value
+
+
+verbose = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
+)
+model_options = _options(
+    click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
+    click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
+    click.option("--window", type=int, help="Attention window of a .pt file. [default: 2048]"),
+    click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
+)
+output_options = _options(
+    click.option("-o", "--output", type=_FOLDER, help="The folder to make."),
+    click.option("--force", is_flag=True, help="Replace an earlier one."),
+)
+sampling_options = _options(
+    click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
+    click.option("--top-k", type=int, default=0, help="Among the k likeliest tokens only."),
+    click.option("--top-p", type=float, default=1.0, help="Among the likeliest of this share."),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
+)
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(__version__)
+@verbose
+@click.pass_context
+def rgexport(context: click.Context) -> None:
+    """Makes RecurrentGemma run on small devices, and proves that it still computes the same."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@rgexport.command()
+@model_options
+@click.option("--int4", is_flag=True, help="Same as --precision int4.")
+@click.option("--int8", is_flag=True, help="Same as --precision int8.")
+@click.option("--precision", metavar="fp32|fp16|int8|int4", help="Of weights. [default: fp32]")
+@click.option("--compute", metavar="fp32|fp16", help="Of activations. [default: as weights]")
+@click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
+@click.option("--block-size", type=int, default=128, show_default=True, help="32, 64 or 128.")
+@click.option("--symmetric/--asymmetric", default=None, help="Whether zero points are fixed.")
+@click.option("--embedding-precision", metavar="WORD", help="[default: as --precision]")
+@click.option("--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints.")
+@output_options
+@verbose
+def onnx(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    int4: bool,
+    int8: bool,
+    precision: str | None,
+    plan: Path | None,
+    output: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Exports a checkpoint to ONNX."""
+    from rgexport.atomic import check_target
+    from rgexport.export.artifact import Artifact, replaceable
+    from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+    from rgexport.export.request import closing_line, default_target, precision_word
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.quantize.plan import load_plan
+
+    word = precision_word(precision, int4, int8)
+    if output:
+        check_target(output, force=force, replaceable=replaceable)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    chosen = load_plan(plan, checkpoint.config) if plan else None
+    target = output or default_target(checkpoint.name, word, "onnx")
+    asked = OnnxOptions(precision=word, plan=chosen, **options)
+    click.echo(closing_line(Artifact.open(export_onnx(checkpoint, asked, target, force=force))))
+
+
+@rgexport.command()
+@click.argument("artifact", type=_FOLDER)
+@click.option("-p", "--prompt", help="The text to continue.")
+@click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
+@sampling_options
+@verbose
+def generate(artifact: Path, **request: Any) -> None:
+    """Continues a prompt."""
+    from rgexport.runtimes.from_artifact import continue_prompt, summary
+
+    pieces, stats = continue_prompt(artifact, sampler=_sampler(request), **request)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+    progress.note(summary(stats))
+
+
+@rgexport.command()
+@click.argument("artifact", type=_FOLDER)
+@sampling_options
+@verbose
+def chat(artifact: Path, **request: Any) -> None:
+    """Talks with an instruction-tuned model."""
+    from rgexport.runtimes.from_artifact import open_conversation
+    from rgexport.runtimes.terminal import chat_loop
+
+    conversation = open_conversation(artifact, sampler=_sampler(request), **request)
+    chat_loop(conversation, sys.stdin, sys.stdout)
+
+
+def _sampler(request: dict[str, Any]) -> Any:
+    """Takes the options of sampling out of `request`."""
+    from rgexport.runtimes.sampling import Sampler
+
+    names = "temperature", "top_k", "top_p", "seed"
+    return Sampler(**{name: request.pop(name) for name in names})
+
+
+@rgexport.command()
+@click.argument("thing", metavar="MODEL-or-ARTIFACT", required=False)
+@click.option("--size", metavar=SIZES, help="Instead: a released model, or the demo.")
+@click.option("--json", "to_json", is_flag=True, help="Stable, for programs.")
+@click.option("--verify", is_flag=True, help="Read every byte: values, or hashes.")
+@verbose
+def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) -> int:
+    """Shows what a checkpoint or an artifact holds, and all that is wrong with it.
+
+    The exit code is 1 where a checkpoint has problems.
+    """
+    from rgexport.export.describe import as_json, as_text, describe
+
+    description = describe(thing, size=size, verify=verify)
+    click.echo((as_json if to_json else as_text)(description), nl=False)
+    return 1 if description.get("problems") else 0
+
+
+@rgexport.command()
+@click.option("--size", required=True, metavar="2b|9b", help="The shape to imitate.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=_FOLDER, required=True, help="The folder to make.")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def random(size: str, seed: int, output: Path, force: bool) -> None:
+    """Writes a synthetic checkpoint of a real size, for measuring without the weights."""
+    from rgexport.griffin.synthetic import write_random
+
+    write_random(size, output, seed=seed, force=force)
+    click.echo(f"{output} is complete. Export it: rgexport onnx -m {output} --int4")
+
+
+@rgexport.command()
+@click.argument("artifact", type=_FOLDER)
+@click.option("-m", "--model", help="The original, to measure the cost. [default: the demo's]")
+@click.option("--text", type=_FOLDER, help="Compare on this text. [default: built in]")
+@click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it.")
+@click.option("--json", "json_file", type=_FOLDER, help="Also write the result to this file.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@verbose
+def validate(artifact: Path, **request: Any) -> int:
+    """Compares an artifact with the reference: exit code 0 if it passes, 1 if it does not."""
+    from rgexport.validate.parity import validate_artifact
+
+    return validate_artifact(artifact, **request)

@@ -1,0 +1,156 @@
+"""An artifact that is opened: checked files, and its weights dequantized."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredPart,
+    StoredTensor,
+    Transform,
+    is_artifact,
+    read_manifest,
+)
+from rgexport.export.verified import hash_files, hash_new_files, remember
+from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.hashing import FileRecord
+from rgexport.quantize import affine
+from rgexport.quantize.scheme import Affine, Scheme
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that holds an exported model; see `export.manifest` for its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = False) -> "Artifact":
+        """Opens an artifact and checks that its files are those that were exported.
+
+        Names and sizes are always checked; hashes are computed where a file was not seen before
+        in this state (size, mtime, ctime), and of all files with `verify`.
+
+        Raises:
+            RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
+                altered or does not belong; the line names it.
+        """
+        folder = Path(path)
+        if folder.is_file() and folder.name == MANIFEST:
+            folder = folder.parent
+        artifact = cls(folder, read_manifest(folder))
+        complaints = list(artifact._wrong_sizes()) or list(artifact._wrong_hashes(verify))
+        if complaints:
+            raise RequestError(f"{folder} is damaged: {'; '.join(complaints)}; export it again")
+        return artifact
+
+    def file(self, name: str) -> Path:
+        """Where the file `name` of the manifest lies."""
+        return self.path / name
+
+    def tensor(self, name: str) -> RowTensor:
+        """The weight `name`, dequantized: float32, of its canonical shape, read in slabs.
+
+        Raises:
+            RequestError: the artifact has no such weight.
+        """
+        stored = self.manifest.tensors.get(name)
+        if stored is None:
+            raise RequestError(f"{self.path} has no tensor {name!r}")
+        return RowTensor(
+            stored.shape, _FLOAT32, lambda start, stop: self._read_rows(stored, start, stop)
+        )
+
+    @property
+    def weights(self) -> WeightSource:
+        """All weights: with these, the reference is the artifact's twin."""
+        return {name: self.tensor(name) for name in self.manifest.tensors}
+
+    def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
+        parts = {label: self._part(part, start, stop) for label, part in stored.parts.items()}
+        columns = int(np.prod(stored.shape[1:], dtype=np.int64))
+        rows = _decode(parts, stored.scheme, columns)
+        if stored.transform is not None:
+            rows = _INVERSES[stored.transform](rows)
+        return rows.reshape(stop - start, *stored.shape[1:])
+
+    def _part(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
+        dtype = np.dtype(part.dtype)
+        row_items = part.row_bytes // dtype.itemsize
+        count = (stop - start) * row_items
+        offset = part.offset + start * part.row_bytes
+        items = np.fromfile(self.file(part.file), dtype, count, offset=offset)
+        if items.size != count:
+            raise RequestError(f"{self.file(part.file)} was truncated while it was read")
+        return items.reshape(stop - start, row_items)
+
+    def _wrong_sizes(self) -> Iterator[str]:
+        for name, record in self.manifest.files.items():
+            path = self.file(name)
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif (size := path.stat().st_size) != record.size:
+                yield f"{name} has {size} bytes instead of {record.size}"
+        for name in files_of(self.path) - self.manifest.files.keys():
+            yield f"{name} does not belong"
+
+    def _wrong_hashes(self, anew: bool) -> Iterator[str]:
+        paths = {self.file(name): record for name, record in self.manifest.files.items()}
+        for path, digest in (hash_files if anew else hash_new_files)(paths).items():
+            if digest != paths[path].sha256:
+                yield f"{path.relative_to(self.path)} was altered (its hash differs)"
+
+
+def files_of(folder: Path) -> set[str]:
+    """Relative names of the files in `folder`, without the manifest and hidden ones."""
+    names = {p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()}
+    return {n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)} - {
+        MANIFEST
+    }
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Hashes and sizes of all files in `folder`, for its manifest."""
+    paths = {name: folder / name for name in sorted(files_of(folder))}
+    hashes = hash_files(paths.values())
+    return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
+
+
+def remember_verified(folder: Path, manifest: Manifest) -> None:
+    """Spares the first opening of an artifact, just written to `folder`, the hashing.
+
+    Only for the exporter, which has computed the hashes from what it wrote.
+    """
+    remember({folder / name: record.sha256 for name, record in manifest.files.items()})
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether `--force` may replace `folder`: another artifact, nothing else."""
+    return is_artifact(folder)
+
+
+def _decode(parts: affine.Parts, scheme: Scheme, columns: int) -> np.ndarray:
+    if isinstance(scheme, Affine):
+        return affine.decode(parts, scheme, columns)
+    return parts["data"].astype(np.float32)
+
+
+def _inverse_softplus(rows: np.ndarray) -> np.ndarray:
+    """Gives p from c = -8 softplus(p): log(expm1(s)) = s + log(-expm1(-s)), stable at both ends."""
+    s = rows.astype(np.float64) / -8
+    with np.errstate(divide="ignore"):
+        return (s + np.log(-np.expm1(-s))).astype(np.float32)
+
+
+_INVERSES: dict[Transform, Callable[[np.ndarray], np.ndarray]] = {
+    "one_plus": lambda rows: rows - 1,
+    "neg8_softplus": _inverse_softplus,
+}

@@ -1,0 +1,106 @@
+"""The model card of an artifact: its README.md."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import model_tensors
+from rgexport.progress import amount
+
+CARD = "README.md"
+
+_TEMPLATE = """\
+# {name}: {precision} for ONNX Runtime
+
+{what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
+are computed as {compute}; norms, the RG-LRU with its gates and its state, and the softmax are
+float32 always.
+
+| tensors | stored as | weights | size | bits per weight |
+|---|---|---|---|---|
+{rows}
+
+## Run it
+
+    pip install rgexport
+    rgexport {verb}
+
+`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
+`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
+new states. `rgexport.json` lists them all, with the plan of every tensor and the hash of every
+file; `rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| layers | {recurrent} recurrent, {attention} attention |
+| width, MLP width, RG-LRU width | {width}, {mlp_width}, {lru_width} |
+| attention | {num_heads} heads of {head_dim}, window {window} |
+| vocabulary | {vocab_size:,} |
+
+## Source and licence
+
+Made from `{source}` ({source_layout} layout). An artifact is a derivative of its checkpoint: the
+checkpoint's own terms apply to it. RecurrentGemma is provided under the Gemma Terms of Use,
+https://ai.google.dev/gemma/terms.
+"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The tensors of one role that are stored in one way."""
+
+    role: str
+    scheme: str
+    tensors: int
+    weights: int
+    bytes: int
+
+
+def shares(manifest: Manifest) -> Iterator[Share]:
+    """What each role and scheme takes, in the order of the model."""
+    specs = model_tensors(manifest.config)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault((spec.role, manifest.plan[name].label), []).append(name)
+    for (role, scheme), names in groups.items():
+        parts = [part for name in names for part in manifest.tensors[name].parts.values()]
+        weights = sum(prod(specs[name].shape) for name in names)
+        yield Share(role, scheme, len(names), weights, sum(part.nbytes for part in parts))
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Writes the card into the artifact's folder."""
+    (folder / CARD).write_text(card(manifest), "utf-8")
+
+
+def card(manifest: Manifest) -> str:
+    """The text of the card."""
+    config = manifest.config
+    kinds = Counter(config.block_types)
+    tuned = bool(manifest.instruction_tuned)
+    return _TEMPLATE.format(
+        **config.to_dict(),
+        name=manifest.name,
+        what="The instruction-tuned model" if tuned else "The model",
+        version=manifest.created_with["rgexport"],
+        precision=manifest.precision,
+        compute=manifest.compute,
+        rows="\n".join(_row(share) for share in shares(manifest)),
+        verb="chat ." if tuned else 'generate . -p "The meaning of life is"',
+        layers=config.num_layers,
+        parameters=sum(prod(spec.shape) for spec in model_tensors(config).values()),
+        recurrent=kinds["recurrent"],
+        attention=kinds["attention"],
+        source=manifest.source.name,
+        source_layout=manifest.source.layout,
+    )
+
+
+def _row(share: Share) -> str:
+    bits = f"{8 * share.bytes / share.weights:.2f}"
+    cells = share.role, share.scheme, f"{share.weights:,}", amount(share.bytes), bits
+    return f"| {' | '.join(cells)} |"

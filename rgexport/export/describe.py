@@ -1,0 +1,185 @@
+"""What `rgexport inspect` tells about a checkpoint or an artifact, as data and as text."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.card import shares
+from rgexport.export.manifest import TOKENIZERS, is_artifact
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checks import check_checkpoint
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.tensor import WeightSource
+from rgexport.progress import amount
+from rgexport.tables import Row, Table, render
+
+Description = dict[str, Any]
+"""Plain JSON. `kind` is `checkpoint` or the artifact's; names of fields stay as they are."""
+
+
+def describe(thing: str | None, *, size: str | None = None, verify: bool = False) -> Description:
+    """Describes the artifact or checkpoint `thing`, or the checkpoint of a size.
+
+    With `verify` every byte is read: hashes of an artifact, values of a checkpoint.
+
+    Raises:
+        RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
+            tensors of a checkpoint is listed under `problems` instead.
+    """
+    if thing is not None and size is None and is_artifact(Path(thing)):
+        return _describe_artifact(Artifact.open(thing, verify=verify), verify)
+    if thing is None and size is None:
+        raise RequestError("nothing to inspect; give a model, an artifact or --size")
+    return _describe_checkpoint(open_checkpoint(thing, size=size), verify)
+
+
+def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
+    manifest = artifact.manifest
+    fields = manifest.to_dict()
+    return {
+        "kind": manifest.kind,
+        "name": manifest.name,
+        "path": str(artifact.path),
+        "precision": manifest.precision,
+        "compute": manifest.compute,
+        "exact": manifest.exact,
+        "parameters": _parameters(artifact.weights),
+        "size": sum(record.size for record in manifest.files.values()),
+        "instruction_tuned": manifest.instruction_tuned,
+        "has_tokenizer": manifest.has_tokenizer,
+        "all_hashes_verified": verified,
+        "stored": [asdict(share) for share in shares(manifest)],
+        **{
+            key: fields[key]
+            for key in ("config", "source", "created_with", "states", "io", "files", "plan")
+        },
+    }
+
+
+def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
+    problems = check_checkpoint(checkpoint).problems if verify else checkpoint.problems
+    return {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "parameters": _parameters(checkpoint.weights),
+        "size": sum(path.stat().st_size for path in checkpoint.weight_files),
+        "instruction_tuned": checkpoint.instruction_tuned,
+        "has_tokenizer": any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files),
+        "all_values_checked": verify,
+        "problems": list(problems),
+        "config": checkpoint.config.to_dict(),
+        "stored": _stored(checkpoint),
+        "files": {path.name: {"size": path.stat().st_size} for path in checkpoint.weight_files},
+        "tensors": {
+            name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
+            for name, tensor in checkpoint.weights.items()
+        },
+    }
+
+
+def _stored(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    specs = model_tensors(checkpoint.config)
+    totals: dict[tuple[str, str], Counter[str]] = {}
+    for name, tensor in checkpoint.weights.items():
+        total = totals.setdefault((specs[name].role, tensor.dtype.name), Counter())
+        total.update(tensors=1, weights=prod(tensor.shape), bytes=tensor.nbytes)
+    return [{"role": role, "scheme": dtype, **total} for (role, dtype), total in totals.items()]
+
+
+def _parameters(weights: WeightSource) -> int:
+    return sum(prod(tensor.shape) for tensor in weights.values())
+
+
+def as_json(description: Description) -> str:
+    """The description for programs."""
+    return json.dumps(description, indent=1) + "\n"
+
+
+def as_text(description: Description) -> str:
+    """The description as text and tables for a terminal."""
+    return render(_parts(description))
+
+
+_STORED = ("role", "as", "tensors", "weights", "size", "bits/weight")
+_NUMBERS = _STORED[2:]
+
+
+def _parts(d: Description) -> Iterator[str | Table]:
+    yield _headline(d)
+    yield Table("Stored", _STORED, map(_stored_row, d["stored"]), _NUMBERS)
+    yield Table("Configuration", ("", ""), _config_rows(d["config"]))
+    if "states" in d:
+        header = ("layers", "state", "shape", "dtype")
+        yield Table("States of one sequence", header, _state_rows(d))
+    yield Table("Files", ("name", "size", "sha256"), _file_rows(d["files"]), _NUMBERS)
+    yield _closing(d)
+
+
+def _headline(d: Description) -> str:
+    what = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
+    how = (
+        f"checkpoint ({d['layout']})"
+        if d["kind"] == "checkpoint"
+        else f"{d['kind']} artifact, {d['precision']} weights, {d['compute']} activations"
+    )
+    facts = (
+        f"{d['name']}: {how}",
+        f"{d['parameters']:,} parameters",
+        amount(d["size"]),
+        what[d["instruction_tuned"]],
+        "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
+    )
+    return ", ".join(facts) + f"\n{d['path']}\n"
+
+
+def _closing(d: Description) -> str:
+    if d["kind"] != "checkpoint":
+        return (
+            "All hashes were verified."
+            if d["all_hashes_verified"]
+            else "Sizes are right; hashes were verified when each file was first seen "
+            "(--verify does it again)."
+        )
+    if d["problems"]:
+        return "\n".join(f"Problem: {problem}" for problem in d["problems"])
+    return (
+        "No problems: every value was looked at."
+        if d["all_values_checked"]
+        else "No problems in the headers (--verify looks at every value)."
+    )
+
+
+def _stored_row(share: dict[str, Any]) -> Row:
+    bits = 8 * share["bytes"] / share["weights"]
+    counts = f"{share['tensors']:,}", f"{share['weights']:,}"
+    return (share["role"], share["scheme"], *counts, amount(share["bytes"]), f"{bits:.2f}")
+
+
+def _config_rows(config: dict[str, Any]) -> Iterator[Row]:
+    for name, value in config.items():
+        text = " ".join(kind[0] for kind in value) if name == "block_types" else f"{value:,}"
+        yield name, text
+
+
+def _state_rows(d: Description) -> Iterator[Row]:
+    """One row per kind of state: layers differ in nothing but their number."""
+    layers: dict[Row, list[str]] = {}
+    for state in d["states"]:
+        _, index, kind = state["name"].split(".")
+        shape = " x ".join(map(str, state["shape"]))
+        layers.setdefault((kind, shape, state["dtype"]), []).append(index)
+    for row, indices in layers.items():
+        yield (", ".join(indices), *row)
+
+
+def _file_rows(files: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    for name, record in files.items():
+        yield name, amount(record["size"]), record.get("sha256", "")[:16]

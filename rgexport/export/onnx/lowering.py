@@ -1,0 +1,33 @@
+"""The lowering table: Griffin op → ONNX nodes."""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from rgexport.export.onnx import attention_ops, linear_ops, pointwise_ops, recurrent_ops
+from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.program import Node
+
+LOWERINGS: dict[str, Callable[[Emitter, Node], Sequence[ir.Value]]] = {
+    "embedding": linear_ops.embedding,
+    "rms_norm": pointwise_ops.rms_norm,
+    "linear": linear_ops.linear,
+    "block_diagonal_linear": recurrent_ops.block_diagonal_linear,
+    "gelu": pointwise_ops.gelu,
+    "causal_conv1d": recurrent_ops.causal_conv1d,
+    "rg_lru_scan": recurrent_ops.rg_lru_scan,
+    "rope": attention_ops.rope,
+    "local_attention": attention_ops.local_attention,
+    "add": pointwise_ops.elementwise("Add"),
+    "mul": pointwise_ops.elementwise("Mul"),
+    "last_tokens": pointwise_ops.last_tokens,
+    "soft_cap": pointwise_ops.soft_cap,
+}
+
+
+def lower(emitter: Emitter, node: Node) -> None:
+    """Adds the nodes of one op; its results get the names that the program gave them."""
+    with emitter.site(node.site):
+        results = LOWERINGS[node.op](emitter, node)
+    for declared, value in zip(node.outputs, results, strict=True):
+        emitter.declare(declared, value)

@@ -1,0 +1,47 @@
+"""Lowerings of the ops that work on each token by itself."""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from rgexport.export.onnx.emitter import END, Emitter
+from rgexport.export.program import Node
+
+
+def rms_norm(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """One node of opset 23; `1 + weight` is constant, runtimes fold it when they load the file."""
+    x, weight = g.inputs(node)
+    scale = g.op("Add", weight, g.constant(1, "float32"))
+    return [g.op("RMSNormalization", x, scale, axis=-1, epsilon=node.attributes["eps"])]
+
+
+def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """The tanh form."""
+    return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
+
+
+def elementwise(op: str) -> Callable[[Emitter, Node], Sequence[ir.Value]]:
+    """A lowering to `op` in the dtype of the result."""
+
+    def lower(g: Emitter, node: Node) -> Sequence[ir.Value]:
+        dtype = node.outputs[0].dtype
+        return [g.op(op, *(g.cast(x, dtype) for x in g.inputs(node)))]
+
+    return lower
+
+
+def last_tokens(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A slice from the end; one that is longer than the text takes all of it."""
+    x, count = g.inputs(node)
+    start = g.op("Reshape", g.op("Neg", count), g.constant([1]))
+    return [g.slice(x, start, END, 1)]
+
+
+def soft_cap(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """`cap · tanh(x / cap)`; a cap of 0 is none."""
+    (x,) = g.inputs(node)
+    x = g.cast(x, "float32")
+    if not node.attributes["cap"]:
+        return [g.op("Identity", x)]
+    cap = g.constant(node.attributes["cap"], "float32")
+    return [g.op("Mul", g.op("Tanh", g.op("Div", x, cap)), cap)]

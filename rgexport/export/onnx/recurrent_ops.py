@@ -1,0 +1,43 @@
+"""Lowerings of the ops of the recurrent block."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from rgexport.export.onnx.emitter import END, Emitter
+from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.program import Node
+
+
+def causal_conv1d(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """One multiply-add per tap over shifted views: faster than `Conv` with a group per channel."""
+    x, weight, bias, state = g.inputs(node)
+    taps, dtype = node.tensors[1].size(2), node.tensors[3].dtype
+    window = g.typed(g.op("Concat", state, g.cast(x, dtype), axis=1), dtype)
+    present = g.slice(window, -(taps - 1), END, 1)
+    inputs = g.cast(window, "float32")
+    by_tap = g.op("Transpose", weight, perm=[1, 2, 0])
+    y = bias
+    for tap in range(taps):
+        stop = tap - (taps - 1) or END
+        shifted = g.slice(inputs, tap, stop, 1)
+        y = g.op("Add", y, g.op("Mul", shifted, g.slice(by_tap, tap, tap + 1, 1)))
+    return [y, present]
+
+
+def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """One batched `MatMul` with a matrix per block of channels."""
+    x, weight, bias = g.inputs(node)
+    heads, block = (node.tensors[1].size(axis) for axis in (0, 1))
+    split = g.op("Reshape", x, g.constant([0, 0, heads, block]))
+    y = g.op("MatMul", g.op("Transpose", split, perm=[0, 2, 1, 3]), weight)
+    y = g.op("Add", g.op("Transpose", y, perm=[0, 2, 1, 3]), bias)
+    return [g.op("Reshape", y, g.constant([0, 0, heads * block]))]
+
+
+def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """Our own op, see `functions`. The decay is constant: runtimes fold it at load."""
+    x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
+    decay = g.op("Mul", g.op("Softplus", a_param), g.constant(-8, "float32"))
+    inputs = (x, input_gate, recurrence_gate, decay, positions, state)
+    return g.ops("RgLruScan", *inputs, outputs=2, domain=DOMAIN)

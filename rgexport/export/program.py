@@ -1,0 +1,54 @@
+"""The step program: what the trace leaves behind and every emitter lowers. Plain data."""
+
+from dataclasses import dataclass
+
+Dim = int | str
+"""A fixed size, or the name of a dynamic one: `batch`, `tokens`, `num_logits`."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the program. `name` is the site that makes it (`site.1` for a second result)."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    def size(self, axis: int) -> int:
+        """A fixed size."""
+        size = self.shape[axis]
+        assert isinstance(size, int), f"axis {axis} of {self.name} is {size}"
+        return size
+
+
+@dataclass(frozen=True)
+class Node:
+    """One op of the Griffin op set: tensor inputs in the op's order, the rest as attributes."""
+
+    op: str
+    site: str
+    inputs: tuple[Value | None, ...]
+    attributes: dict[str, float]
+    outputs: tuple[Value, ...]
+
+    @property
+    def tensors(self) -> list[Value]:
+        """The inputs that are there."""
+        return [value for value in self.inputs if value is not None]
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A traced step.
+
+    `weights` are keyed by canonical tensor name; `states` holds per state its canonical name,
+    the value that comes in and the one that goes out.
+    """
+
+    input_ids: Value
+    position_ids: Value
+    num_logits: Value
+    weights: dict[str, Value]
+    states: dict[str, tuple[Value, Value]]
+    nodes: tuple[Node, ...]
+    logits: Value

@@ -1,0 +1,54 @@
+"""What a user asks an export for, and what the export answers."""
+
+from pathlib import Path
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.progress import amount
+from rgexport.quantize.plan import PRECISIONS
+
+DEFAULT_PRECISION = "fp32"
+
+
+def precision_word(precision: str | None, int4: bool, int8: bool) -> str:
+    """The precision that `--precision`, `--int4` and `--int8` name together.
+
+    Raises:
+        RequestError: they contradict each other, or the word is unknown.
+    """
+    flags = {"int4": int4, "int8": int8}
+    asked = [word for word, given in flags.items() if given]
+    named = {*asked, *([precision] if precision else [])}
+    if len(named) > 1:
+        given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
+        raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
+    word = named.pop() if named else DEFAULT_PRECISION
+    if word not in PRECISIONS:
+        raise RequestError(f"--precision is {word!r}; expected one of {', '.join(PRECISIONS)}")
+    return word
+
+
+def default_target(model: str, precision: str, kind: str) -> Path:
+    """Where an artifact goes without `-o`, such as `./recurrentgemma-2b-int4-onnx`."""
+    return Path(f"{model}-{precision}-{kind}")
+
+
+def closing_line(artifact: Artifact) -> str:
+    """Where an artifact is, and what to type next."""
+    size = amount(sum(record.size for record in artifact.manifest.files.values()))
+    return f"{artifact.path} is complete ({size}). {_next_step(artifact)}"
+
+
+def _next_step(artifact: Artifact) -> str:
+    path = artifact.path
+    if not artifact.manifest.has_tokenizer:
+        return f"It has no tokenizer; try: rgexport generate {path} --ids 2"
+    if artifact.manifest.instruction_tuned:
+        return f"Talk to it: rgexport chat {path}"
+    line = f'Try: rgexport generate {path} -p "The meaning of life is"'
+    tuned = _TUNED.get(artifact.manifest.name)
+    return line + (f" (a base model; to chat, export --size {tuned})" if tuned else "")
+
+
+_TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
+"""Released base models → the size word of the model to chat with."""

@@ -1,0 +1,126 @@
+"""Traces the step model with fake weights into a step program."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim as ExportDim
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from rgexport.export.program import Dim, Node, StepProgram, Value
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import layer_states
+from rgexport.griffin.step import LayerState, StepModel
+
+_DYNAMIC: dict[int, str] = {2: "batch", 3: "tokens"}
+"""The sizes that the example inputs have in their dynamic axes."""
+
+
+def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
+    """Traces a model of shape `config`; `activation` is "float32" or "float16".
+
+    No weight is allocated: a 2B takes 3 s and a few hundred MB, most of it torch itself.
+    """
+    dtype = getattr(torch, activation)
+    with FakeTensorMode():
+        model = StepModel(config, dtype)
+        batch, tokens = _DYNAMIC
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        states: list[LayerState] = []
+        for index in range(config.num_layers):
+            first, second = layer_states(config, index, activation)
+            states.append(
+                (_example(first.shape, first.dtype), _example(second.shape, second.dtype))
+            )
+        axes = {0: ExportDim("batch"), 1: ExportDim("tokens")}
+        per_layer = ({0: axes[0]}, {0: axes[0]})
+        exported = torch.export.export(
+            model,
+            (ids, ids.clone(), torch.tensor(1), states),
+            dynamic_shapes=(axes, axes, None, [per_layer] * config.num_layers),
+            strict=False,
+        )
+    return _Reader(exported).program(config, activation)
+
+
+def _example(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.zeros(next(iter(_DYNAMIC)), *shape, dtype=getattr(torch, dtype))
+
+
+class _Reader:
+    """Reads an exported program into plain data."""
+
+    def __init__(self, exported: ExportedProgram):
+        self._exported = exported
+        self._values: dict[torch.fx.Node, Value] = {}
+        self._symbols: dict[str, str] = {}
+
+    def program(self, config: GriffinConfig, activation: str) -> StepProgram:
+        graph, signature = self._exported.graph, self._exported.graph_signature
+        placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+        inputs: list[Value] = []
+        weights: dict[str, Value] = {}
+        for spec in signature.input_specs:
+            node = placeholders[spec.arg.name]
+            value = self._declare(node, spec.target or spec.arg.name)
+            if spec.kind == InputKind.USER_INPUT:
+                inputs.append(value)
+            else:
+                weights[value.name] = value
+        nodes = tuple(self._nodes(graph))
+        (results,) = next(n for n in graph.nodes if n.op == "output").args
+        logits, *updated = [self._values[node] for node in results]
+        names = [
+            spec.name
+            for index in range(config.num_layers)
+            for spec in layer_states(config, index, activation)
+        ]
+        states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
+        return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
+
+    def _nodes(self, graph: torch.fx.Graph) -> "list[Node]":
+        """The op set's nodes; shape guards that the tracer adds are no part of the program."""
+        nodes = []
+        for node in graph.nodes:
+            namespace = getattr(node.target, "namespace", None)
+            if node.op != "call_function" or namespace != "griffin":
+                continue
+            arguments = dict(
+                zip((a.name for a in node.target._schema.arguments), node.args, strict=True)
+            )
+            site = arguments.pop("site")
+            inputs, attributes = [], {}
+            for name, argument in arguments.items():
+                if argument is None or isinstance(argument, torch.fx.Node):
+                    inputs.append(None if argument is None else self._values[argument])
+                else:
+                    attributes[name] = argument
+            outputs = self._declare_outputs(node, site)
+            op = node.target._schema.name.removeprefix("griffin::")
+            nodes.append(Node(op, site, tuple(inputs), attributes, outputs))
+        return nodes
+
+    def _declare_outputs(self, node: torch.fx.Node, site: str) -> tuple[Value, ...]:
+        if not isinstance(node.meta["val"], tuple):
+            return (self._declare(node, site),)
+        items: dict[Any, torch.fx.Node] = {user.args[1]: user for user in node.users}
+        return tuple(
+            self._declare(items[i], site if i == 0 else f"{site}.{i}") for i in sorted(items)
+        )
+
+    def _declare(self, node: torch.fx.Node, name: str) -> Value:
+        fake: Any = node.meta["val"]
+        shape = tuple(self._dim(size) for size in fake.shape)
+        value = Value(name, shape, str(fake.dtype).removeprefix("torch."))
+        self._values[node] = value
+        return value
+
+    def _dim(self, size: Any) -> Dim:
+        if isinstance(size, int):
+            return size
+        symbol = str(size)
+        if symbol not in self._symbols:
+            hint = size.node.hint if size.node.has_hint() else None
+            self._symbols[symbol] = "num_logits" if hint is None else _DYNAMIC[hint]
+        return self._symbols[symbol]

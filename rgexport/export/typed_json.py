@@ -1,0 +1,117 @@
+"""Reads plain JSON into dataclasses, strictly and with clear complaints."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from rgexport.errors import RequestError
+
+T = TypeVar("T")
+
+_NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+
+
+class Mismatch(ValueError):
+    """JSON that is not what a type says; the message names the place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Builds typed values from parsed JSON.
+
+    Types may be made of str, int, float, bool, None, Any, Literal, list, tuple[X, ...],
+    dict[str, X], unions of these and dataclasses. Keys that a dataclass has no field for are
+    ignored, so that a newer writer may add some.
+    """
+
+    special: Mapping[Any, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    """Types that are read by a function of their own, which raises RequestError."""
+
+    def read(self, kind: type[T], value: Any, place: str = "") -> T:
+        """Builds a `kind`.
+
+        Raises:
+            Mismatch: a missing field or a value of another type, with its place, such as
+                `states[3].shape`.
+        """
+        return typing.cast(T, self._read(kind, value, place))
+
+    def _read(self, kind: Any, value: Any, place: str) -> Any:
+        if kind in self.special:
+            return self._special(kind, value, place)
+        if kind in _NAMES:
+            return _scalar(kind, value, place)
+        reader = _BY_ORIGIN.get(typing.get_origin(kind))
+        if reader is not None:
+            return reader(self, typing.get_args(kind), value, place)
+        return value if kind is Any else self._dataclass(kind, value, place)
+
+    def _special(self, kind: Any, value: Any, place: str) -> Any:
+        try:
+            return self.special[kind](value)
+        except RequestError as error:
+            raise Mismatch(f"{place}: {error}") from None
+
+    def _list(self, kinds: tuple[Any, ...], value: Any, place: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise Mismatch(f"{place} is {_show(value)}; expected a list")
+        return [self._read(kinds[0], item, f"{place}[{i}]") for i, item in enumerate(value)]
+
+    def _tuple(self, kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
+        return tuple(self._list(kinds, value, place))
+
+    def _dict(self, kinds: tuple[Any, ...], value: Any, place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise Mismatch(f"{place} is {_show(value)}; expected an object")
+        return {key: self._read(kinds[1], item, f"{place}.{key}") for key, item in value.items()}
+
+    def _literal(self, choices: tuple[Any, ...], value: Any, place: str) -> Any:
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            expected = " or ".join(str(choice) for choice in choices)
+            raise Mismatch(f"{place} is {_show(value)}; expected {expected}")
+        return value
+
+    def _union(self, kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+        if value is None and type(None) in kinds:
+            return None
+        wanted = [kind for kind in kinds if kind is not type(None)]
+        fitting = next((kind for kind in wanted if type(value) is kind), wanted[0])
+        return self._read(fitting, value, place)
+
+    def _dataclass(self, kind: Any, value: Any, place: str) -> Any:
+        if not isinstance(value, dict):
+            raise Mismatch(f"{place or 'it'} is {_show(value)}; expected an object")
+        hints = typing.get_type_hints(kind)
+        fields = {}
+        for field in dataclasses.fields(kind):
+            there = f"{place}.{field.name}" if place else field.name
+            if field.name in value:
+                fields[field.name] = self._read(hints[field.name], value[field.name], there)
+            elif field.default is dataclasses.MISSING:
+                raise Mismatch(f"{there} is missing")
+        return kind(**fields)
+
+
+def _scalar(kind: type, value: Any, place: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise Mismatch(f"{place} is {_show(value)}; expected {_NAMES[kind]}")
+    return value
+
+
+_BY_ORIGIN: dict[Any, Callable[[Reader, tuple[Any, ...], Any, str], Any]] = {
+    Literal: Reader._literal,
+    list: Reader._list,
+    tuple: Reader._tuple,
+    dict: Reader._dict,
+    Union: Reader._union,
+    types.UnionType: Reader._union,
+}
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

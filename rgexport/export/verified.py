@@ -1,0 +1,91 @@
+"""Hashes of files, and a memory of those that were computed before."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from rgexport import progress
+from rgexport.hashing import hash_file
+
+_LONG = 4 << 30
+"""Bytes from which hashing is worth a progress bar: some two seconds."""
+_REMEMBERED = 2048
+"""Files that the memory holds at most; the longest unseen are forgotten first."""
+
+_Key = tuple[int, int, int]
+"""What tells that a file is the one that was hashed: size, mtime and ctime in ns."""
+
+
+def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of each file, in hexadecimal; large ones show their progress."""
+    files = list(paths)
+    total = sum(path.stat().st_size for path in files)
+    shown = progress.task("Checking hashes", total) if total >= _LONG else nullcontext(_silent)
+    with shown as advance, ThreadPoolExecutor() as pool:
+        records = pool.map(lambda path: hash_file(path, advance), files)
+        return {path: record.sha256 for path, record in zip(files, records, strict=True)}
+
+
+def hash_new_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """As `hash_files`, but reads only files that were not seen before in their present state."""
+    keys = {path: _key(path) for path in paths}
+    known = _load()
+    hashes = {p: known[n][1] for p in keys if (n := _name(p)) in known and known[n][0] == keys[p]}
+    missing = keys.keys() - hashes.keys()
+    if missing:
+        found = hash_files(missing)
+        hashes |= found
+        remember({path: digest for path, digest in found.items() if _key(path) == keys[path]})
+    return hashes
+
+
+def remember(hashes: Mapping[Path, str]) -> None:
+    """Notes hashes that the caller has just computed. Failure to do so is harmless."""
+    known = _load()
+    for path, digest in hashes.items():
+        known.pop(_name(path), None)
+        known[_name(path)] = (_key(path), digest)
+    newest = dict(list(known.items())[-_REMEMBERED:])
+    partial = _memory().with_suffix(f".{secrets.token_hex(4)}")
+    with suppress(OSError):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(json.dumps(newest), "utf-8")
+            partial.replace(_memory())
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _silent(_: int) -> None:
+    """Progress that nobody needs to see."""
+
+
+def _memory() -> Path:
+    folder = os.environ.get("RGEXPORT_CACHE")
+    if not folder:
+        from platformdirs import user_cache_dir
+
+        folder = user_cache_dir("rgexport")
+    return Path(folder) / "verified.json"
+
+
+def _load() -> dict[str, tuple[_Key, str]]:
+    """The memory; an unreadable one counts as empty."""
+    try:
+        entries = json.loads(_memory().read_text("utf-8"))
+        return {name: (tuple(key), str(digest)) for name, (key, digest) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _name(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def _key(path: Path) -> _Key:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -1,0 +1,219 @@
+"""Opens a checkpoint, whatever its layout and wherever it lies."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rgexport.errors import RequestError
+from rgexport.griffin import deepmind, huggingface
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.huggingface_config import read_config
+from rgexport.griffin.inventory import take_inventory
+from rgexport.griffin.json_fields import read_json
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.sizes import DEMO, SIZE_WORDS, SIZES
+from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.griffin.tokenizer_files import find_tokenizer_files
+
+Layout = Literal["hugging-face", "deepmind"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read; its weights have not."""
+
+    name: str
+    """For display and default output names: the folder's or the hub id's last part, or `demo`."""
+    path: Path
+    """The folder, or the DeepMind `.pt` file."""
+    layout: Layout
+    config: GriffinConfig
+    weights: WeightSource
+    """Canonical name → tensor in its stored dtype, for the tensors that are there and fit."""
+    head: RowTensor | None
+    """`lm_head.weight`, where it was saved too; it must equal the embedding."""
+    problems: tuple[str, ...]
+    """What the headers show to be wrong, each as `kind: details`."""
+    weight_files: tuple[Path, ...]
+    tokenizer_files: tuple[Path, ...]
+    instruction_tuned: bool | None
+    """Whether it was tuned for chat: by its name or by its chat template; None if neither tells."""
+
+
+def open_checkpoint(
+    model: str | Path | None = None,
+    *,
+    size: str | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint and reads its configuration and its tensors' headers.
+
+    Args:
+        model: a folder (Hugging Face's layout, or DeepMind's `.pt` with `tokenizer.model`),
+            a `.pt` file, or a hub id, which may be downloaded.
+        size: instead of `model`, one of `SIZE_WORDS`.
+        window: the attention window, for files that do not state it.
+        soft_cap: the cap of the logits, for files that do not state it; 0 means none.
+
+    Raises:
+        RequestError: nothing usable is there; problems of single tensors do not raise, they are
+            listed in `Checkpoint.problems`.
+    """
+    _check_request(model, size, window, soft_cap)
+    try:
+        name, path = _find_size(str(size)) if model is None else _find_model(str(model))
+        pt = _pt_file(path)
+        if pt is not None:
+            return _open_deepmind(name, pt, window, soft_cap)
+        return _open_hugging_face(name, path, window, soft_cap)
+    except OSError as error:
+        raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
+
+
+def _check_request(
+    model: str | Path | None, size: str | None, window: int | None, soft_cap: float | None
+) -> None:
+    if model is None and size is None:
+        raise RequestError(
+            f"a model is needed: give a folder or hub id with -m, or --size {'|'.join(SIZE_WORDS)}"
+        )
+    if model is not None and size is not None:
+        raise RequestError("both a model (-m) and a size (--size) were given; expected one of them")
+    if window is not None and window < 1:
+        raise RequestError(f"--window is {window}; expected at least 1")
+    if soft_cap is not None and not 0 <= soft_cap < float("inf"):
+        raise RequestError(f"--soft-cap is {soft_cap:g}; expected at least 0 (0 means none)")
+
+
+def demo_folder() -> Path:
+    """The bundled demo model: in the installed package, else in the repository.
+
+    Raises:
+        RequestError: this install has none.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "demo_model", package.parent / "demo" / "model"):
+        if (folder / huggingface.CONFIG).is_file():
+            return folder
+    raise RequestError("the demo model is not bundled with this install; give a folder with -m")
+
+
+def _find_size(size: str) -> tuple[str, Path]:
+    if size == DEMO:
+        return DEMO, demo_folder()
+    if size not in SIZES:
+        raise RequestError(f"--size is {size!r}; expected one of {', '.join(SIZE_WORDS)}")
+    return _find_hub(SIZES[size].hub_id)
+
+
+def _find_hub(hub_id: str) -> tuple[str, Path]:
+    from rgexport.griffin.hub import fetch_model  # slow to import, and rarely needed
+
+    return hub_id.rpartition("/")[2], fetch_model(hub_id)
+
+
+def _find_model(model: str) -> tuple[str, Path]:
+    path = Path(os.path.expanduser(model))
+    if path.exists():
+        return _display_name(path), path
+    if _HUB_ID.fullmatch(model):
+        return _find_hub(model)
+    raise RequestError(
+        f"there is no folder {model}; expected a model folder, a DeepMind .pt file, or a hub id "
+        "such as google/recurrentgemma-2b"
+    )
+
+
+def _display_name(path: Path) -> str:
+    path = path.resolve()
+    for part in reversed(path.parts):  # a snapshot in the hub's cache is named by a hash
+        if match := _HUB_CACHE.fullmatch(part):
+            return match["name"]
+    return path.stem if path.is_file() else path.name or "model"
+
+
+def _pt_file(path: Path) -> Path | None:
+    """The DeepMind file that `path` means, or None if it is a folder in Hugging Face's layout."""
+    if path.is_file():
+        if path.suffix != ".pt":
+            raise RequestError(
+                f"{path} is a file; expected a model folder or a DeepMind checkpoint ending in .pt"
+            )
+        return path
+    if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):
+        return None
+    found = sorted(path.glob("*.pt"))
+    if len(found) > 1:
+        raise RequestError(
+            f"{path} holds {len(found)} .pt files ({', '.join(p.name for p in found[:3])}, …); "
+            "give the one you mean"
+        )
+    return found[0] if found else None
+
+
+def _open_hugging_face(
+    name: str, folder: Path, window: int | None, soft_cap: float | None
+) -> Checkpoint:
+    if not (folder / huggingface.CONFIG).is_file():
+        raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
+    config = read_config(folder / huggingface.CONFIG, window, soft_cap)
+    found, index_problems, files = huggingface.read_tensors(folder)
+    huggingface.check_branches(folder, config, found)
+    head = found.pop(huggingface.HEAD, None)
+    inventory = take_inventory(config, found)
+    problems = [*index_problems, *inventory.problems]
+    if head is not None and not _fits_embedding(head, config):
+        problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
+    return Checkpoint(
+        name=name,
+        path=folder,
+        layout="hugging-face",
+        config=config,
+        weights=inventory.weights,
+        head=head if isinstance(head, RowTensor) and _fits_embedding(head, config) else None,
+        problems=tuple(problems),
+        weight_files=files,
+        tokenizer_files=find_tokenizer_files(folder),
+        instruction_tuned=_instruction_tuned(name, folder),
+    )
+
+
+def _fits_embedding(head: RowTensor | str, config: GriffinConfig) -> bool:
+    return isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
+
+
+def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
+    found = deepmind.read_tensors(path)
+    config = deepmind.infer_config(path, found, window, soft_cap)
+    inventory = take_inventory(config, deepmind.canonical(found))
+    return Checkpoint(
+        name=name,
+        path=path,
+        layout="deepmind",
+        config=config,
+        weights=inventory.weights,
+        head=None,
+        problems=inventory.problems,
+        weight_files=(path,),
+        tokenizer_files=find_tokenizer_files(path.parent),
+        instruction_tuned=_instruction_tuned(name, path.parent),
+    )
+
+
+def _instruction_tuned(name: str, folder: Path) -> bool | None:
+    """A released model's name tells; otherwise a chat template does."""
+    word = name.removeprefix("recurrentgemma-")
+    if word.endswith("-it"):
+        return True
+    if word in SIZES:
+        return SIZES[word].instruction_tuned
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return "chat_template" in read_json(settings) if settings.is_file() else None

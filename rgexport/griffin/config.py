@@ -1,0 +1,56 @@
+"""The shape of a Griffin model, independent of where its checkpoint came from."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+
+BlockType = Literal["recurrent", "attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GriffinConfig:
+    """Everything that the step model needs to know beside the weights.
+
+    Names follow the paper (arXiv 2402.19427): `mlp_width` is the width of *one* branch of the
+    gated MLP, `window` the number of keys *before* the query that it sees (window + 1 with
+    itself), `lru_heads` the number of diagonal blocks of the RG-LRU gates.
+    """
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    lru_width: int
+    lru_heads: int
+    num_heads: int
+    head_dim: int
+    block_types: tuple[BlockType, ...]
+    window: int = 2048
+    conv_width: int = 4
+    rope_dims: int = 128
+    rope_theta: float = 10_000.0
+    rms_eps: float = 1e-6
+    soft_cap: float = 30.0
+    """Logits are `soft_cap * tanh(logits / soft_cap)`; 0 means no cap."""
+    embedding_scale: float = 1.0
+
+    @property
+    def num_layers(self) -> int:
+        """Number of residual blocks."""
+        return len(self.block_types)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return dataclasses.asdict(self) | {"block_types": list(self.block_types)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "GriffinConfig":
+        """The inverse of `to_dict`."""
+        return cls(**(fields | {"block_types": tuple(fields["block_types"])}))
+
+
+def sqrt_embedding_scale(width: int) -> float:
+    """sqrt(width) rounded to bfloat16, as the released models multiply (50.5 for 2560)."""
+    return float(ml_dtypes.bfloat16(math.sqrt(width)))

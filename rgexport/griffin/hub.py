@@ -1,0 +1,108 @@
+"""Finds a model of the Hugging Face hub: in the local cache, else by download."""
+
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rgexport.atomic import require_free_disk
+from rgexport.errors import RequestError
+from rgexport.griffin.huggingface import CONFIG, INDEX, SINGLE, find_shards
+from rgexport.griffin.tokenizer_files import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
+"""All that is ever downloaded: no pickles and no code."""
+
+
+def fetch_model(hub_id: str) -> Path:
+    """The folder of a model such as `google/recurrentgemma-2b`.
+
+    A complete copy in the hub's cache is used without asking the network.
+
+    Raises:
+        RequestError: no such model, no permission, no network, no disk space, or no safetensors.
+    """
+    return _cached(hub_id) or _download(hub_id)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The newest snapshot in the cache, if nothing is missing from it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(hub_id, local_files_only=True, allow_patterns=list(ALLOWED))
+        )
+        find_shards(folder)
+    except (OSError, ValueError, RequestError):
+        return None
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        info = HfApi().model_info(hub_id, files_metadata=True)
+        _check_files(hub_id, info)
+        require_free_disk(Path(constants.HF_HUB_CACHE), _missing_bytes(hub_id, info))
+        folder = snapshot_download(hub_id, revision=info.sha, allow_patterns=list(ALLOWED))
+    except RequestError:
+        raise
+    except Exception as error:  # the hub's client raises its HTTP library's errors as they are
+        raise RequestError(_explain(hub_id, error)) from None
+    return Path(folder)
+
+
+def _check_files(hub_id: str, info: "ModelInfo") -> None:
+    names = {file.rfilename for file in info.siblings or ()}
+    if CONFIG not in names or not names & {SINGLE, INDEX}:
+        raise RequestError(
+            f"{hub_id} has no {CONFIG} with {SINGLE} or {INDEX}; expected a RecurrentGemma model "
+            "in Hugging Face's layout, such as google/recurrentgemma-2b"
+        )
+
+
+def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
+    """How much of the model is still to be downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return sum(
+        file.size or 0
+        for file in info.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in ALLOWED)
+        and not isinstance(try_to_load_from_cache(hub_id, file.rfilename, revision=info.sha), str)
+    )
+
+
+def _explain(hub_id: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{hub_id}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return (
+            f"{hub_id} is gated: accept its licence at {page}, then log in (`hf auth login`, or "
+            "set HF_TOKEN), or pass a folder with -m"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return (
+            f"there is no model {hub_id} on the hub, or it is private; check the name, log in "
+            "(`hf auth login`, or set HF_TOKEN), or pass a folder with -m"
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return (
+            f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or pass a "
+            "folder with -m"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{hub_id} is not in the local cache and cannot be downloaded ({reason}); check the "
+        "network, or pass a folder with -m"
+    )

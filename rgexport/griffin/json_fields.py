@@ -1,0 +1,102 @@
+"""Typed access to the fields of a JSON object that somebody else wrote."""
+
+import json
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rgexport.errors import RequestError
+
+MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
+_REQUIRED = object()
+_Word = TypeVar("_Word", bound=str)
+
+
+def read_json(path: Path) -> "Fields":
+    """The JSON object in a file.
+
+    Raises:
+        RequestError: the file cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} holds {type(values).__name__}; expected a JSON object")
+    return Fields(str(path), values)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object; `where` names it in errors. A field that is null counts as absent."""
+
+    where: str
+    values: dict[str, Any]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+        """A whole number from `minimum` to `MAX_INTEGER`."""
+        value = self._get(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not minimum <= value <= MAX_INTEGER:
+            raise self.wrong(name, f"a whole number from {minimum} to {MAX_INTEGER}")
+        return int(value)
+
+    def number(self, name: str, default: Any = _REQUIRED, *, zero: bool = False) -> float:
+        """A number above 0 (0 too if `zero`) that is not absurdly large."""
+        value = self._get(name, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= MAX_NUMBER or (value == 0 and not zero):
+            raise self.wrong(name, f"a number {'of at least' if zero else 'above'} 0")
+        return float(value)
+
+    def boolean(self, name: str, default: Any = _REQUIRED) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def words(self, name: str, allowed: tuple[_Word, ...]) -> tuple[_Word, ...]:
+        """A non-empty list of words out of `allowed`."""
+        value = self._get(name, _REQUIRED)
+        good = isinstance(value, list) and value and all(word in allowed for word in value)
+        if not good:
+            raise self.wrong(name, f"a list of {' and '.join(repr(word) for word in allowed)}")
+        return tuple(value)
+
+    def word(self, name: str, default: Any, allowed: tuple[str, ...]) -> str:
+        """One word out of `allowed`."""
+        value = self._get(name, default)
+        if value not in allowed:
+            raise self.wrong(name, " or ".join(repr(word) for word in allowed))
+        return str(value)
+
+    def object(self, name: str) -> "Fields":
+        """A nested object; empty if absent."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise self.wrong(name, "an object")
+        return Fields(f"{self.where}: {name}", value)
+
+    def wrong(self, name: str, expected: str) -> RequestError:
+        """The error that says that a field has a wrong value."""
+        found = reprlib.repr(self.values.get(name))
+        return RequestError(f"{self.where}: {name} is {found}; expected {expected}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise RequestError(f"{self.where} has no {name}")
+        return default

@@ -1,0 +1,263 @@
+"""The Griffin op set: every operation of the step model, as `torch.library` ops.
+
+`torch.export` sees each as one node; an emitter is a table from these ops to its own nodes.
+The bodies are the eager reference. Shapes: B sequences, T tokens, W model width, R lru_width,
+H heads of D dims. The last argument of every op is its *site*, the stable name that emitters
+carry into their own value names.
+
+Dtypes: `linear` and `embedding` work in their weight's dtype (the activation dtype); the
+residual stream, norms, convolution, gates, scan, RoPE angles, softmax and soft cap are float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgexport.griffin.scan import linear_scan
+
+RG_LRU_C = -8.0
+"""The constant c of the RG-LRU's `log a = c · r · softplus(Λ)` (arXiv 2402.19427, eq. 3)."""
+
+_ATTENTION_ROWS = 512
+"""Queries that the eager attention takes at once, so that its scores stay small."""
+
+
+def _op(name: str):  # type: ignore[no-untyped-def]  # torch's decorator is untyped
+    return torch.library.custom_op(f"griffin::{name}", mutates_args=())
+
+
+@_op("embedding")
+def embedding(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
+    """Rows of `table` [V, W] for `ids` [B, T], times `scale`, float32 [B, T, W]."""
+    return F.embedding(ids, table).float() * scale
+
+
+@embedding.register_fake
+def _(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
+    return torch.empty((*ids.shape, table.shape[1]), device=table.device)
+
+
+@_op("rms_norm")
+def rms_norm(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
+    """`x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last axis, float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@_op("linear")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    """`x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    return weight.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_op("gelu")
+def gelu(x: Tensor, site: str) -> Tensor:
+    """GELU in its tanh form, in the dtype of `x`."""
+    return F.gelu(x, approximate="tanh")
+
+
+@gelu.register_fake
+def _(x: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_op("add")
+def add(x: Tensor, y: Tensor, site: str) -> Tensor:
+    """`x + y` on the residual stream, float32."""
+    return x.float() + y.float()
+
+
+@add.register_fake
+def _(x: Tensor, y: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@_op("mul")
+def mul(x: Tensor, y: Tensor, site: str) -> Tensor:
+    """`x · y`, in the wider of both dtypes."""
+    return x * y
+
+
+@mul.register_fake
+def _(x: Tensor, y: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
+
+
+@_op("causal_conv1d")
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time.
+
+    x [B, T, R], weight [R, 1, C], bias [R], state [B, C - 1, R] → y [B, T, R] float32 and the
+    next state. `x` is rounded to the state's dtype first, so that a step equals a prefill.
+    """
+    window = torch.cat([state, x.to(state.dtype)], dim=1)
+    channels_first = window.float().transpose(1, 2)
+    y = F.conv1d(channels_first, weight.float(), bias.float(), groups=weight.shape[0])
+    return y.transpose(1, 2).contiguous(), window[:, window.shape[1] - state.shape[1] :].clone()
+
+
+@causal_conv1d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.float32), torch.empty_like(state)
+
+
+@_op("block_diagonal_linear")
+def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
+    """One matrix per block of channels: x [B, T, R], weight [H, R/H, R/H] (not transposed)."""
+    blocks = x.float().unflatten(-1, weight.shape[:2])
+    y = torch.einsum("bthi,hij->bthj", blocks, weight.float()) + bias.float()
+    return y.flatten(-2)
+
+
+@block_diagonal_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@_op("rg_lru_scan")
+def rg_lru_scan(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    a_param: Tensor,
+    position_ids: Tensor,
+    state: Tensor,
+    site: str,
+) -> tuple[Tensor, Tensor]:
+    """The RG-LRU (arXiv 2402.19427, eq. 1–4), from its gates' pre-activations on.
+
+    x, input_gate, recurrence_gate [B, T, R], a_param [R], position_ids [B, T], state [B, R]
+    → h [B, T, R] and the next state, float32. At position 0 the past is forgotten and the
+    input is not normalized.
+    """
+    log_a = RG_LRU_C * torch.sigmoid(recurrence_gate) * F.softplus(a_param.float())
+    first = (position_ids == 0).unsqueeze(-1)
+    a = torch.where(first, 0.0, torch.exp(log_a))
+    # Rounded as recurrentgemma rounds it. expm1 would be nearer to the real number where a is
+    # next to 1, and by that up to 1e-3 of the logits away from the model as it was trained.
+    scale = torch.where(first, 1.0, torch.sqrt(1 - torch.exp(2 * log_a)))
+    h = linear_scan(a, x * torch.sigmoid(input_gate) * scale, state)
+    return h, h[:, -1].clone()
+
+
+@rg_lru_scan.register_fake
+def _(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    a_param: Tensor,
+    position_ids: Tensor,
+    state: Tensor,
+    site: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(state)
+
+
+def rope_frequencies(dims: int, theta: float) -> Tensor:
+    """The `dims / 2` rotation frequencies, float32, rounded as `recurrentgemma` rounds them."""
+    return 1.0 / theta ** (2 * torch.arange(dims // 2) / dims)
+
+
+@_op("rope")
+def rope(
+    x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str
+) -> Tensor:
+    """Rotates the first `dims` of every head's `head_dim` dims, halves paired.
+
+    x [B, T, H · D], position_ids [B, T] → the same shape and dtype.
+    """
+    angles = position_ids[..., None, None] * rope_frequencies(dims, theta).to(x.device)
+    cos, sin = angles.cos(), angles.sin()
+    heads = x.float().unflatten(-1, (-1, head_dim))
+    first, second, rest = heads.split([dims // 2, dims // 2, head_dim - dims], dim=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
+
+
+@rope.register_fake
+def _(x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_op("local_attention")
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    position_ids: Tensor,
+    site: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multi-query attention of each query to itself and the `window` keys before it.
+
+    q [B, T, H · D], k and v [B, T, D], past_k and past_v [B, window, D] → [B, T, H · D] and the
+    last `window` keys and values. Softmax in float32.
+    """
+    window, head_dim = past_k.shape[1:]
+    keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
+    # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.
+    filled = position_ids[:, :1] + torch.arange(keys.shape[1], device=q.device) >= window
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[1], _ATTENTION_ROWS):
+        rows = min(_ATTENTION_ROWS, q.shape[1] - start)
+        slots = slice(start, start + window + rows)
+        query = q[:, start : start + rows].unflatten(-1, (-1, head_dim))
+        scores = torch.einsum("bthd,bsd->bhts", query, keys[:, slots]).float() * head_dim**-0.5
+        distance = torch.arange(window + rows, device=q.device) - torch.arange(
+            rows, device=q.device
+        ).unsqueeze(-1)
+        seen = (distance >= 0) & (distance <= window) & filled[:, None, slots]
+        weights = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
+        attended = torch.einsum("bhts,bsd->bthd", weights.to(v.dtype), values[:, slots])
+        out[:, start : start + rows] = attended.flatten(-2)
+    return out, keys[:, -window:].clone(), values[:, -window:].clone()
+
+
+@local_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    position_ids: Tensor,
+    site: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
+
+
+@_op("last_tokens")
+def last_tokens(x: Tensor, count: Tensor, site: str) -> Tensor:
+    """The last `count` (a scalar tensor) tokens of x [B, T, W]; all of them if T is less."""
+    return x[:, max(0, x.shape[1] - int(count)) :].clone()
+
+
+@last_tokens.register_fake
+def _(x: Tensor, count: Tensor, site: str) -> Tensor:
+    tokens = torch.library.get_ctx().new_dynamic_size(min=1)
+    return x.new_empty((x.shape[0], tokens, x.shape[2]))
+
+
+@_op("soft_cap")
+def soft_cap(x: Tensor, cap: float, site: str) -> Tensor:
+    """`cap · tanh(x / cap)` in float32; the identity for a cap of 0."""
+    x = x.to(torch.float32, copy=True)
+    return torch.tanh(x / cap) * cap if cap else x
+
+
+@soft_cap.register_fake
+def _(x: Tensor, cap: float, site: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)

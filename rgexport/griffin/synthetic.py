@@ -1,0 +1,159 @@
+"""A random checkpoint with the statistics of a trained one, for measuring without real weights.
+
+Drawing the 2.7 G normals of a 2B would take minutes. Instead there is one pool of about a
+million normals, and each row of a large tensor is a window of it at a random place. Rows differ,
+each is normal, and quantizers and engines see what they would see in earnest.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from rgexport.atomic import replace_folder, require_free_disk
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.huggingface import CONFIG
+from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
+from rgexport.griffin.layout import Role, TensorSpec, model_tensors
+from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
+from rgexport.griffin.sizes import SIZES
+from rgexport.griffin.synthetic_tokenizer import write_tokenizer
+from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
+
+POOL = 1 << 20
+OUTLIERS, OUTLIER_GAIN = 0.002, 6.0
+"""Share of a linear's input channels that are larger than the rest, and by how much."""
+SLOWEST, FASTEST = 1e-5, 0.1
+"""The least and the largest 1 - a of the RG-LRU with an open gate; a spans 0.9 … 0.99999."""
+MARK = "rgexport_random"
+"""The field of `config.json` that tells a random checkpoint: only such may be overwritten."""
+
+
+def write_random(
+    model: str | GriffinConfig,
+    target: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+) -> None:
+    """Writes a random checkpoint in Hugging Face's layout, as a stream of slabs.
+
+    Args:
+        model: one of the words in `SIZES`, or a configuration.
+        target: the folder to make; it appears when it is complete.
+        seed: another seed gives other weights.
+        dtype: of the weights: `float32`, `float16` or `bfloat16`.
+        shard_bytes: the most bytes of one file.
+        force: whether an older random checkpoint may be replaced.
+
+    Raises:
+        RequestError: an unknown size or dtype, a target that exists, or no space.
+    """
+    config, word = (_size(model), model) if isinstance(model, str) else (model, "")
+    if dtype not in DTYPES:
+        raise RequestError(f"the dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    count = sum(math.prod(spec.shape) for spec in model_tensors(config).values())
+    require_free_disk(target, count * DTYPES[dtype].itemsize)
+    dialect: Dialect = "block_types" if word.startswith("9b") else "_block_types"
+    fields = to_hugging_face(config, dialect) | {"torch_dtype": dtype, MARK: {"seed": seed}}
+    with replace_folder(target, force=force, replaceable=_is_random) as folder:
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_tokenizer(folder, config.vocab_size, chat=word.endswith("-it"))
+        weights = random_weights(config, seed=seed, dtype=dtype)
+        write_weights(folder, weights, shard_bytes=shard_bytes)
+
+
+def _size(word: str) -> GriffinConfig:
+    if word not in SIZES:
+        raise RequestError(f"the size is {word!r}; expected one of {', '.join(SIZES)}")
+    return SIZES[word].config
+
+
+def _is_random(folder: Path) -> bool:
+    try:
+        return MARK in json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
+def random_weights(
+    config: GriffinConfig, *, seed: int = 0, dtype: str = "bfloat16"
+) -> WeightSource:
+    """Random weights, made when they are read; rows do not depend on how they are read."""
+    tensors = model_tensors(config)
+    longest = max(spec.shape[-1] for spec in tensors.values())
+    draw = _Draw(seed, DTYPES[dtype], POOL + longest)
+    return {name: draw.tensor(name, spec) for name, spec in tensors.items()}
+
+
+class _Draw:
+    """Draws tensors from one pool of normals."""
+
+    def __init__(self, seed: int, dtype: np.dtype, length: int) -> None:
+        self.seed = seed
+        self.dtype = dtype
+        self.normals = np.random.default_rng(seed).standard_normal(length, np.float32)
+        self.scaled: dict[float, np.ndarray] = {}
+
+    def tensor(self, name: str, spec: TensorSpec) -> RowTensor:
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        if spec.role in _SMALL:
+            return self._small(spec, _SMALL[spec.role](rng, spec.shape))
+        return self._large(spec, rng)
+
+    def _small(self, spec: TensorSpec, values: np.ndarray) -> RowTensor:
+        stored = values.astype(self.dtype)
+        return RowTensor(spec.shape, self.dtype, lambda start, stop: stored[start:stop].copy())
+
+    def _large(self, spec: TensorSpec, rng: np.random.Generator) -> RowTensor:
+        """Rows from the pool, scaled so that unit inputs give unit outputs."""
+        columns = spec.shape[-1]
+        count, inner = math.prod(spec.shape[:-1]), math.prod(spec.shape[1:-1])
+        # No two rows alike: equal rows of the embedding would tie for the largest logit.
+        places = rng.choice(POOL, count, replace=count > POOL)
+        windows = sliding_window_view(self._pool(columns**-0.5), columns)
+        loud = self._loud_columns(spec, rng)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            rows = windows[places[start * inner : stop * inner]].view(self.dtype)
+            rows[:, loud] = (rows[:, loud].astype(np.float32) * OUTLIER_GAIN).astype(self.dtype)
+            return rows.reshape(stop - start, *spec.shape[1:])
+
+        return RowTensor(spec.shape, self.dtype, read)
+
+    def _loud_columns(self, spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+        count = max(1, round(OUTLIERS * spec.shape[-1])) if spec.role == "linear" else 0
+        return rng.choice(spec.shape[-1], count, replace=False)
+
+    def _pool(self, std: float) -> np.ndarray:
+        """The normals times `std` in the stored dtype, as integers, which numpy copies faster."""
+        if std not in self.scaled:
+            stored = (self.normals * np.float32(std)).astype(self.dtype)
+            self.scaled[std] = stored.view(f"u{self.dtype.itemsize}")
+        return self.scaled[std]
+
+
+def _normal(std: float) -> Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]:
+    return lambda rng, shape: std * rng.standard_normal(shape, np.float32)
+
+
+def _a_param(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """`softplus(p) = -log(a) / 8`, with 1 - a spread evenly over its orders of magnitude."""
+    decay = np.exp(rng.uniform(np.log(SLOWEST), np.log(FASTEST), shape))
+    return np.asarray(np.log(np.expm1(-np.log1p(-decay) / 8)))
+
+
+_SMALL: dict[Role, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "norm": _normal(0.05),
+    "bias": _normal(0.02),
+    "conv": _normal(0.5),  # four taps of 1/2 keep the variance
+    "a_param": _a_param,
+}
+"""Roles whose tensors are drawn whole; the others come out of the pool."""

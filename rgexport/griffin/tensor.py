@@ -1,0 +1,70 @@
+"""A tensor that is read in row slabs and never stands whole in memory."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+SLAB_BYTES = 64 << 20
+"""Upper bound of one slab, in bytes of the tensor's own dtype."""
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that weights are stored in."""
+
+
+@dataclass(frozen=True)
+class RowTensor:
+    """A lazily read tensor of shape `shape`; `read(start, stop)` gives rows of its first axis.
+
+    `read` returns an array of shape `[stop - start, *shape[1:]]` in `dtype` that the caller owns.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.shape[0] * self.row_bytes
+
+    def slabs(self, limit: int = SLAB_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(first row, rows)` of at most `limit` bytes (but at least one row) each."""
+        for start, stop in slab_bounds(self.shape[0], self.row_bytes, limit):
+            yield start, self.read(start, stop)
+
+    def whole(self) -> np.ndarray:
+        """The whole tensor; for the small ones (biases, norms, gates) and for tests."""
+        return self.read(0, self.shape[0])
+
+    def map(
+        self, shape: tuple[int, ...], dtype: np.dtype, fn: Callable[[np.ndarray], np.ndarray]
+    ) -> "RowTensor":
+        """This tensor with `fn` applied to each slab; `fn` must keep the rows apart."""
+        return RowTensor(shape, dtype, lambda start, stop: fn(self.read(start, stop)))
+
+
+WeightSource = Mapping[str, RowTensor]
+"""Canonical tensor name → tensor; see `griffin.layout` for the names."""
+
+
+def slab_bounds(rows: int, row_bytes: int, limit: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
+    """Yields `(start, stop)` row ranges of at most `limit` bytes each, at least one row long."""
+    step = max(1, limit // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def from_array(array: np.ndarray) -> RowTensor:
+    """A tensor that is in memory already."""
+    return RowTensor(array.shape, array.dtype, lambda start, stop: array[start:stop].copy())

@@ -1,0 +1,28 @@
+"""Hashes of files."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rgexport.progress import Advance
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """SHA-256 in hexadecimal and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+def hash_file(path: Path, advance: Advance = lambda done: None) -> FileRecord:
+    """Hashes a file; tells `advance` of the bytes read."""
+    digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+            advance(count)
+    return FileRecord(digest.hexdigest(), size)

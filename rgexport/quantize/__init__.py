@@ -1,0 +1,1 @@
+"""How weights are stored: schemes, plans and the algorithms that fill them."""

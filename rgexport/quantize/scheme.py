@@ -1,0 +1,90 @@
+"""Storage schemes of one tensor, as data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rgexport.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Float:
+    """Stored as it is, in `dtype`."""
+
+    dtype: Literal["float32", "float16"]
+    kind: Literal["float"] = "float"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight."""
+        return {"float32": 32.0, "float16": 16.0}[self.dtype]
+
+    @property
+    def label(self) -> str:
+        """For people: `float16`."""
+        return self.dtype
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Unsigned `bits`-bit integers with one float32 scale per `block` columns of a row.
+
+    `w ≈ (q - zero_point) * scale`; a symmetric scheme has the zero point `2**(bits - 1)`
+    everywhere, an asymmetric one stores an integer zero point per block.
+    """
+
+    bits: Literal[4, 8]
+    block: Literal[32, 64, 128]
+    symmetric: bool
+    algorithm: Literal["rtn"] = "rtn"
+    kind: Literal["affine"] = "affine"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, scales and zero points included."""
+        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block
+
+    @property
+    def label(self) -> str:
+        """For people: `int4/128` or `int8/32 asymmetric`."""
+        return f"int{self.bits}/{self.block}" + ("" if self.symmetric else " asymmetric")
+
+
+Scheme = Float | Affine
+Plan = dict[str, Scheme]
+"""Canonical tensor name → scheme, for every tensor of the model."""
+
+_KINDS: dict[str, type[Float] | type[Affine]] = {"float": Float, "affine": Affine}
+_ALLOWED: dict[str, set[Any]] = {
+    "dtype": {"float32", "float16"},
+    "bits": {4, 8},
+    "block": {32, 64, 128},
+    "symmetric": {True, False},
+    "algorithm": {"rtn"},
+}
+
+
+def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """As plain JSON."""
+    return asdict(scheme)
+
+
+def scheme_from_dict(fields: Any) -> Scheme:
+    """The inverse of `scheme_to_dict`.
+
+    Raises:
+        RequestError: an unknown kind, field or value.
+    """
+    kind = fields.get("kind") if isinstance(fields, dict) else None
+    if kind not in _KINDS:
+        raise RequestError(
+            f"a scheme has kind {kind!r}; expected one of {', '.join(sorted(_KINDS))}"
+        )
+    rest = {key: value for key, value in fields.items() if key != "kind"}
+    for key, value in rest.items():
+        if value not in _ALLOWED.get(key, set()):
+            allowed = ", ".join(str(v) for v in sorted(_ALLOWED.get(key, set()))) or "no such field"
+            raise RequestError(f"a scheme has {key} = {value!r}; expected {allowed}")
+    try:
+        return _KINDS[kind](**rest)
+    except TypeError as error:
+        raise RequestError(f"a {kind} scheme is incomplete: {error}") from None

@@ -1,0 +1,88 @@
+"""Text from an artifact's folder: what `rgexport generate` and `rgexport chat` run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.progress import warn
+from rgexport.runtimes.chat import Conversation
+from rgexport.runtimes.generate import GenerationStats, generate, prompt_ids
+from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.sampling import Sampler
+from rgexport.runtimes.template import load_template
+from rgexport.runtimes.tokenizer import StreamDecoder, load_tokenizer
+
+
+def continue_prompt(
+    path: Path,
+    *,
+    prompt: str | None,
+    ids: str | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    threads: int | None = None,
+) -> tuple[Iterator[str], GenerationStats]:
+    """Opens an artifact and continues a text, or ids such as `2,651,603`.
+
+    Returns:
+        The pieces of what follows (of ids: ids, with no stop among them), and the figures that
+        are complete after the last piece.
+
+    Raises:
+        RequestError: no sound artifact, no tokenizer where it takes one, or not exactly one of
+            `prompt` and `ids`.
+    """
+    if (prompt is None) == (ids is None):
+        found = "neither" if prompt is None else "both"
+        raise RequestError(f"generate takes either --prompt or --ids; {found} was given")
+    artifact, stats = Artifact.open(path), GenerationStats()
+    if prompt is None:
+        start = _parse_ids(str(ids))
+        session = OrtSession(artifact, threads=threads)
+        tokens = generate(session, start, sampler, max_new_tokens, (), stats)
+        return (f"{token} " for token in tokens), stats
+
+    tokenizer = load_tokenizer(path)
+    start = prompt_ids(tokenizer, prompt)
+    session = OrtSession(artifact, threads=threads)
+    tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
+    return _decoded(tokens, StreamDecoder(tokenizer)), stats
+
+
+def open_conversation(
+    path: Path, *, sampler: Sampler, max_new_tokens: int, threads: int | None = None
+) -> Conversation:
+    """Opens an artifact for a chat; warns where the model was not tuned for one.
+
+    Raises:
+        RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
+    """
+    artifact = Artifact.open(path)
+    tokenizer, template = load_tokenizer(path), load_template(path)
+    template.check_turns(tokenizer)
+    if artifact.manifest.instruction_tuned is False:
+        warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
+    session = OrtSession(artifact, threads=threads)
+    return Conversation(session, tokenizer, template, sampler, max_new_tokens)
+
+
+def summary(stats: GenerationStats) -> str:
+    """What a generation took, in one line."""
+    return (
+        f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
+        f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
+    )
+
+
+def _decoded(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
+    for token in tokens:
+        yield decoder.add(token)
+    yield decoder.finish()
+
+
+def _parse_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise RequestError(f"--ids is {text!r}; expected token ids such as 2,651,603")
+    return [int(word) for word in words]

@@ -1,0 +1,185 @@
+"""ONNX Runtime behind the Session interface; states are bound once and updated in place."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime as ort
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import StateRecord
+from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.session import SessionInfo
+
+MODEL_FILE = "model.onnx"
+
+PREFILL_CHUNK = 256
+"""Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
+
+_ERRORS_ONLY = 3
+
+
+class OrtSession:
+    """An ONNX artifact in stock ONNX Runtime on the CPU.
+
+    Every state has one buffer, bound as input and as output: the graph reads each state in one
+    place and before it writes (the exporter asserts that).
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None):
+        """Opens the model; `threads` defaults to the processors that this process may use.
+
+        Raises:
+            RequestError: ONNX Runtime cannot open the model.
+        """
+        self._manifest = artifact.manifest
+        self._threads = threads or _processors()
+        self._session = _open(artifact, self._threads)
+        self._vocab = artifact.manifest.config.vocab_size
+        self.reset()
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this session runs."""
+        tensors = self._manifest.tensors.values()
+        return SessionInfo(
+            engine="onnxruntime",
+            engine_version=ort.__version__,
+            threads=self._threads,
+            activation_dtype="float16" if self._manifest.compute == "fp16" else "float32",
+            weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
+            state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per token."""
+        return self._vocab
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen so far, [B] int64."""
+        return self._position.copy()
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
+        tokens = self._checked(tokens)
+        count = tokens.shape[1]
+        first = count - max(1, min(num_logits, count))
+        logits = []
+        for start in range(0, count, PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            wanted = start + chunk.shape[1] - max(first, start)
+            result = self._run(chunk, max(1, wanted))
+            if wanted > 0:
+                logits.append(result)
+        return np.concatenate(logits, axis=1)
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
+        self._step_ids[:] = self._checked(np.reshape(tokens, (-1, 1)))
+        self._step_positions[:, 0] = self._position
+        self._session.run_with_iobinding(self._step_binding)
+        self._position += 1
+        return self._step_logits[:, 0].copy()
+
+    def reset(self, batch: int = 1) -> None:
+        """Forgets everything; from now on `batch` conversations."""
+        self._states = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._manifest.states}
+        self._position = np.zeros(batch, np.int64)
+        self._step_ids = np.zeros((batch, 1), np.int64)
+        self._step_positions = np.zeros((batch, 1), np.int64)
+        self._step_logits = np.zeros((batch, 1, self._vocab), np.float32)
+        self._step_binding = self._bind(self._step_ids, self._step_positions, self._step_logits)
+
+    def get_state(self) -> State:
+        """A copy of the canonical state."""
+        return {name: array.copy() for name, array in self._states.items()} | {
+            POSITION: self.position
+        }
+
+    def set_state(self, state: State) -> None:
+        """Continues from a canonical state of any batch size.
+
+        Raises:
+            RequestError: a name or shape that does not fit this model.
+        """
+        _require_fitting(state, self._manifest.states)
+        batch = len(state[POSITION])
+        if batch != len(self._position):
+            self.reset(batch)
+        for name, buffer in self._states.items():
+            buffer[:] = state[name]
+        self._position[:] = state[POSITION]
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        tokens = np.asarray(tokens, np.int64)
+        batch = len(self._position)
+        if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
+            raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
+        if tokens.min() < 0 or tokens.max() >= self._vocab:
+            worst = tokens.max() if tokens.min() >= 0 else tokens.min()
+            raise RequestError(f"token id {worst} is outside of the vocabulary of {self._vocab}")
+        return tokens
+
+    def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
+        """One run over a chunk [B, T]."""
+        batch, count = ids.shape
+        positions = self._position[:, None] + np.arange(count)
+        logits = np.empty((batch, num_logits, self._vocab), np.float32)
+        binding = self._bind(np.ascontiguousarray(ids), positions, logits)
+        self._session.run_with_iobinding(binding)
+        self._position += count
+        return logits
+
+    def _bind(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        inputs = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "num_logits": np.array(logits.shape[1]),
+        }
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        for record in self._manifest.states:
+            value = ort.OrtValue.ortvalue_from_numpy(self._states[record.name])
+            binding.bind_ortvalue_input(record.input, value)
+            binding.bind_ortvalue_output(record.output, value)
+        return binding
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    path = artifact.file(MODEL_FILE)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT raises a dozen pybind types without a common base.
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
+
+
+def _require_fitting(state: State, records: tuple[StateRecord, ...]) -> None:
+    complaints = list(_misfits(state, records))
+    if complaints:
+        raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
+
+
+def _misfits(state: State, records: tuple[StateRecord, ...]) -> Iterator[str]:
+    expected = {record.name: record.shape for record in records} | {POSITION: ()}
+    for name in expected.keys() ^ state.keys():
+        yield f"{name} is {'missing' if name in expected else 'unknown'}"
+    batch = np.shape(state.get(POSITION, ()))[:1]
+    for name in expected.keys() & state.keys():
+        found = np.shape(state[name])
+        if found != (*batch, *expected[name]):
+            yield f"{name} has shape {found}; expected {(*batch, *expected[name])}"

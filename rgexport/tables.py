@@ -1,0 +1,53 @@
+"""Text and tables on a terminal."""
+
+import io
+import shutil
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; columns whose name is in `numbers` are set flush right."""
+
+    title: str
+    header: Row
+    rows: Iterable[Row]
+    numbers: Collection[str] = ()
+
+
+def render(parts: Iterable[str | Table]) -> str:
+    """Lines and tables one below another, as wide as the terminal (100 columns elsewhere)."""
+    from rich.console import Console
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=columns, highlight=False, markup=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, soft_wrap=True)
+        else:
+            _print_table(console, part)
+    return buffer.getvalue()
+
+
+def _print_table(console: "Console", table: Table) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+
+    grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid.show_header = any(table.header)
+    for name in table.header:
+        grid.add_column(name, justify="right" if name in table.numbers else "left")
+    for row in table.rows:
+        grid.add_row(*row)
+    console.print(table.title)
+    console.print(grid)
+    console.print()

@@ -1,0 +1,224 @@
+"""How far one model's logits are from another's, position by position.
+
+Every position is reduced to one row of numbers as soon as its logits exist, so nothing of size
+positions × vocabulary is kept. The reductions are float64; means, quantiles and standard errors
+are taken over the rows at the end, so they do not depend on how the positions were cut.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ROWS = np.dtype(
+    [
+        ("max_delta", np.float64),  # max |Δlogit|
+        ("mean_delta", np.float64),  # mean |Δlogit|
+        ("square_delta", np.float64),  # mean Δlogit²
+        ("max_logit", np.float64),  # max |logit| of the reference
+        ("variance", np.float64),  # of the reference's logits
+        ("kl", np.float64),  # KL(reference ‖ candidate), nats
+        ("top1", np.bool_),  # the same most likely token
+        ("top5", np.float64),  # share of the reference's five most likely among the candidate's
+        ("flip_margin", np.float64),  # reference: its first choice's lead over the candidate's
+        ("has_next", np.bool_),  # the text goes on after this position
+        ("nll", np.float64),  # of the next token under the reference, nats; 0 without one
+        ("nll_candidate", np.float64),
+    ]
+)
+"""One row per position."""
+
+_BLOCK_VALUES = 1 << 16
+"""Logits per float64 block: its temporaries of half a megabyte stay in cache."""
+
+
+def compare_logits(
+    reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray
+) -> np.ndarray:
+    """Compares logits [n, vocab] (any float dtype) of the same n positions.
+
+    Args:
+        reference: logits of the model that is right.
+        candidate: logits of the model in question.
+        next_tokens: [n], the token that follows each position, or -1 where the text ends.
+
+    Returns:
+        [n] rows of dtype `ROWS`. Non-finite logits give non-finite rows.
+    """
+    rows = np.empty(len(reference), ROWS)
+    step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(reference), step):
+            part = slice(start, start + step)
+            _compare_block(reference[part], candidate[part], next_tokens[part], rows[part])
+    return rows
+
+
+def _compare_block(
+    reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray, out: np.ndarray
+) -> None:
+    ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
+    each = np.arange(len(ref))
+    delta = ref - cand
+    log_p, log_q = _log_sum_exp(ref), _log_sum_exp(cand)
+    # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
+    kl = np.einsum("nv,nv->n", np.exp(ref - log_p[:, None]), delta) - log_p + log_q
+    first, first_candidate = ref.argmax(1), cand.argmax(1)
+    absolute = np.abs(delta, out=delta)
+    known = next_tokens >= 0
+    token = np.where(known, next_tokens, 0)
+
+    out["max_delta"] = absolute.max(1)
+    out["mean_delta"] = absolute.mean(1)
+    out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
+    out["max_logit"] = np.abs(ref).max(1)
+    out["variance"] = ref.var(1)
+    out["kl"] = np.maximum(kl, 0)
+    out["top1"] = first == first_candidate
+    out["top5"] = _top_overlap(ref, cand, 5)
+    out["flip_margin"] = ref[each, first] - ref[each, first_candidate]
+    out["has_next"] = known
+    out["nll"] = np.where(known, log_p - ref[each, token], 0)
+    out["nll_candidate"] = np.where(known, log_q - cand[each, token], 0)
+
+
+def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(1))
+
+
+def _top_overlap(reference: np.ndarray, candidate: np.ndarray, k: int) -> np.ndarray:
+    """Share of the reference's k largest, [n], that are among the candidate's k largest."""
+    k = min(k, reference.shape[1])
+    ours, theirs = (np.argpartition(x, -k, axis=1)[:, -k:] for x in (reference, candidate))
+    return (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitError:
+    """|Δlogit| over all positions and tokens.
+
+    `relative_max` is against the largest |logit|; `relative_rms` is the root of the mean square
+    against the spread of the reference's logits around their mean at each position: 1 where
+    the candidate knows nothing, whatever the logits' size.
+    """
+
+    max: float
+    mean: float
+    relative_max: float
+    relative_rms: float
+    largest_logit: float
+    worst_position: int
+    non_finite_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """KL(reference ‖ candidate) per position, in nats.
+
+    `standard_error` is the mean's, positions taken as independent.
+    """
+
+    mean: float
+    standard_error: float
+    median: float
+    p95: float
+    p99: float
+    max: float
+    worst_position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Shares in [0, 1].
+
+    `largest_flip_margin`: the most by which the reference preferred its own first choice to the
+    candidate's where the two differ; a small one means that only near ties flipped.
+    """
+
+    top1: float
+    top5: float
+    largest_flip_margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How well both predict the text: mean negative log-likelihood of its tokens, in nats.
+
+    `delta` is the candidate's minus the reference's, with the standard error of the paired
+    differences; bits per byte where the text's bytes are known.
+    """
+
+    tokens: int
+    nll: float
+    nll_candidate: float
+    delta: float
+    delta_standard_error: float
+    perplexity: float
+    perplexity_candidate: float
+    bits_per_byte: float | None
+    bits_per_byte_candidate: float | None
+
+
+def logit_error(rows: np.ndarray) -> LogitError:
+    """The summary of `max_delta` and `mean_delta`."""
+    largest = float(rows["max_logit"].max())
+    worst = float(rows["max_delta"].max())
+    square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean())
+    return LogitError(
+        max=worst,
+        mean=float(rows["mean_delta"].mean()),
+        relative_max=worst / largest if largest else worst,
+        relative_rms=(square / variance if variance else square) ** 0.5,
+        largest_logit=largest,
+        worst_position=int(rows["max_delta"].argmax()),
+        non_finite_positions=int((~np.isfinite(rows["mean_delta"])).sum()),
+    )
+
+
+def kl_summary(rows: np.ndarray) -> KL:
+    """The summary of `kl`."""
+    kl = rows["kl"]
+    median, p95, p99 = (float(x) for x in np.quantile(kl, (0.5, 0.95, 0.99)))
+    return KL(
+        mean=float(kl.mean()),
+        standard_error=_standard_error(kl),
+        median=median,
+        p95=p95,
+        p99=p99,
+        max=float(kl.max()),
+        worst_position=int(kl.argmax()),
+    )
+
+
+def agreement(rows: np.ndarray) -> Agreement:
+    """The summary of `top1`, `top5` and `flip_margin`."""
+    return Agreement(
+        top1=float(rows["top1"].mean()),
+        top5=float(rows["top5"].mean()),
+        largest_flip_margin=float(rows["flip_margin"].max()),
+    )
+
+
+def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
+    """The summary of `nll`, or None where no position has a next token."""
+    known = rows[rows["has_next"]]
+    if not len(known):
+        return None
+    ours, theirs = known["nll"], known["nll_candidate"]
+    bits = len(known) / (np.log(2) * text_bytes) if text_bytes else None
+    with np.errstate(over="ignore"):
+        return Likelihood(
+            tokens=len(known),
+            nll=float(ours.mean()),
+            nll_candidate=float(theirs.mean()),
+            delta=float((theirs - ours).mean()),
+            delta_standard_error=_standard_error(theirs - ours),
+            perplexity=float(np.exp(ours.mean())),
+            perplexity_candidate=float(np.exp(theirs.mean())),
+            bits_per_byte=float(ours.mean() * bits) if bits else None,
+            bits_per_byte_candidate=float(theirs.mean() * bits) if bits else None,
+        )
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -1,0 +1,143 @@
+"""`rgexport validate`: is this artifact right, and what did compression cost?"""
+
+from pathlib import Path
+
+from rgexport.export.artifact import Artifact
+from rgexport.progress import note, warn
+from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.tokenizer import load_tokenizer
+from rgexport.validate import thresholds
+from rgexport.validate.environment import environment
+from rgexport.validate.measure import measure
+from rgexport.validate.report import render
+from rgexport.validate.result import (
+    Result,
+    SourceInfo,
+    describe_artifact,
+    describe_text,
+    make_checks,
+    require_writable,
+    write_json,
+)
+from rgexport.validate.source import Original, find_original
+from rgexport.validate.teacher import Pass, teach, torch_reference
+from rgexport.validate.text import MAX_TOKENS, Text, choose_text
+from rgexport.validate.weights import WeightError, weight_errors
+
+
+def validate_artifact(
+    artifact: Path,
+    *,
+    model: str | None = None,
+    text: Path | None = None,
+    tokens: int | None = None,
+    json_file: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Prints the report and writes it as JSON; returns 0 if the artifact passes, else 1.
+
+    Raises:
+        RequestError: see `compare`; or `json_file` cannot be written.
+    """
+    if json_file is not None:
+        require_writable(json_file)
+    result = compare(artifact, model=model, text=text, max_tokens=tokens, device=device)
+    print(render(result))
+    if json_file is not None:
+        write_json(result, json_file)
+    return 0 if result.passed else 1
+
+
+def compare(
+    path: Path,
+    *,
+    model: str | None = None,
+    text: Path | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """Compares an artifact with its twin and, where it can be found, with its original.
+
+    The references run first, one layer at a time; then the artifact's session opens.
+
+    Args:
+        path: the artifact.
+        model: the original, a folder or hub id; by default the demo, if it was made from that.
+        text: a UTF-8 file to compare on; by default the built-in text, or random token ids
+            where the artifact has no tokenizer.
+        max_tokens: how much of the text is used; by default up to `text.MAX_TOKENS`.
+        threads: the session's; by default all.
+        device: where torch runs the references; `auto` is CUDA where there is one.
+
+    Raises:
+        RequestError: no sound artifact, no torch, an original that does not fit, or an
+            unreadable text.
+    """
+    make = torch_reference(device)
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    chosen = _choose_text(artifact, text, MAX_TOKENS if max_tokens is None else max_tokens)
+    original = find_original(manifest, model)
+    _announce(artifact, original, chosen)
+
+    weights = artifact.weights
+    twin = teach("Running the twin", make, manifest.config, weights, chosen.tokens)
+    taught: Pass | None = None
+    table: list[WeightError] | None = None
+    if original is not None:
+        source = original.checkpoint
+        taught = teach("Running the original", make, source.config, source.weights, chosen.tokens)
+        table = weight_errors(source.weights, weights, manifest.tensors)
+    session = OrtSession(artifact, threads=threads)
+    measured = measure(session, chosen.tokens, twin, taught, chosen.bytes)
+    return Result(
+        artifact=describe_artifact(path, manifest),
+        source=_describe_source(manifest.source.name, original),
+        text=describe_text(chosen, manifest.config.window),
+        engine=session.info,
+        twin=measured.twin,
+        original=measured.original,
+        steps=measured.steps,
+        weights=table,
+        tolerance=thresholds.tolerance(manifest),
+        checks=list(make_checks(manifest, measured, table)),
+        environment=environment(),
+    )
+
+
+def _choose_text(artifact: Artifact, file: Path | None, max_tokens: int) -> Text:
+    config = artifact.manifest.config
+    return choose_text(
+        load_tokenizer(artifact.path) if artifact.manifest.has_tokenizer else None,
+        vocab_size=config.vocab_size,
+        window=config.window,
+        file=file,
+        limit=max_tokens,
+    )
+
+
+def _announce(artifact: Artifact, original: Original | None, text: Text) -> None:
+    note(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    if original is None:
+        warn(
+            f"the original ({artifact.manifest.source.name}) was not given, so the cost of "
+            "compression is not measured; pass it with -m"
+        )
+        return
+    if not original.same_files:
+        warn(f"{original.checkpoint.path} has other weight files than the artifact was made from")
+    for difference in original.config_differences:
+        warn(f"the configurations differ in {difference}")
+
+
+def _describe_source(made_from: str, original: Original | None) -> SourceInfo:
+    if original is None:
+        return SourceInfo(made_from, found=False)
+    return SourceInfo(
+        made_from,
+        found=True,
+        path=str(original.checkpoint.path),
+        same_files=original.same_files,
+        config_differences=original.config_differences,
+    )

@@ -1,0 +1,73 @@
+"""The original that an artifact was made from, where it can be found."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import Manifest
+from rgexport.export.verified import hash_new_files
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.inventory import summarize
+from rgexport.griffin.sizes import DEMO
+from rgexport.validate.weights import check_shapes
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint to compare with, and how it relates to the artifact.
+
+    same_files: whether its weight files are those that the artifact was made from.
+    config_differences: what its configuration has otherwise, as `field: artifact's → its own`.
+    """
+
+    checkpoint: Checkpoint
+    same_files: bool
+    config_differences: tuple[str, ...]
+
+
+def find_original(manifest: Manifest, model: str | None) -> Original | None:
+    """Opens `model`, or the bundled demo if the artifact was made from that.
+
+    Any model of the same shape will do where it is asked for by name: what differs is told and
+    left to the logits. What is found without being asked for must be the very same files.
+
+    Raises:
+        RequestError: `model` cannot be opened, is damaged, or has other shapes.
+    """
+    if model is None and manifest.source.name != DEMO:
+        return None
+    try:
+        checkpoint = open_checkpoint(model, size=DEMO if model is None else None)
+    except RequestError:
+        if model is None:
+            return None
+        raise
+    original = Original(
+        checkpoint,
+        _same_files(manifest, checkpoint.weight_files),
+        _differences(manifest.config, checkpoint.config),
+    )
+    if model is None and (not original.same_files or original.config_differences):
+        return None
+    if checkpoint.problems:
+        raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
+    check_shapes(checkpoint.weights, manifest.tensors)
+    return original
+
+
+def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:
+    """By names and sizes first: hashing takes its time."""
+    expected = manifest.source.files
+    sizes = {path.name: path.stat().st_size for path in files}
+    if sizes != {name: record.size for name, record in expected.items()}:
+        return False
+    hashes = hash_new_files(files)
+    return all(hashes[path] == expected[path.name].sha256 for path in files)
+
+
+def _differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
+    names = [field.name for field in dataclasses.fields(ours)]
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)

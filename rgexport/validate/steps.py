@@ -1,0 +1,75 @@
+"""The distance between neighbouring values that a scheme can store, at each weight of a tensor."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rgexport.export.manifest import StoredTensor, Transform
+from rgexport.quantize.scheme import Affine, Float, Scheme
+
+_AS_GOOD_AS_ZERO = 2.0**-100
+"""No integer step is taken for smaller than this: such weights may be stored as zeros."""
+
+
+def step_sizes(w: np.ndarray, stored: StoredTensor) -> np.ndarray:
+    """The step at each of the weights [rows, columns], from them and the way of storing alone."""
+    if isinstance(stored.scheme, Affine):
+        return _affine_steps(w, stored.scheme)
+    digits, smallest = _FLOATS[stored.scheme.dtype]
+    return _TRANSFORMED[stored.transform](w, lambda x: _float_steps(x, digits, smallest))
+
+
+_FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
+"""dtype → digits behind the point, smallest step."""
+
+
+def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
+    # frexp: |w| = m · 2^e with m in [0.5, 1), where the floats are 2^(e - 1 - digits) apart.
+    exponent = np.frexp(w)[1] - (1 + digits)
+    return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
+
+
+def _softplus_steps(w: np.ndarray, steps: "_Steps") -> np.ndarray:
+    """Steps of softplus(w), brought back by its slope, the sigmoid; then w is rounded again."""
+    softplus = np.logaddexp(np.float32(0), w)
+    return steps(softplus) / -np.expm1(-softplus) + steps(w)
+
+
+_Steps = Callable[[np.ndarray], np.ndarray]
+_TRANSFORMED: dict[Transform | None, Callable[[np.ndarray, _Steps], np.ndarray]] = {
+    None: lambda w, steps: steps(w),
+    "one_plus": lambda w, steps: steps(1 + w),
+    "neg8_softplus": _softplus_steps,
+}
+
+
+def _affine_steps(w: np.ndarray, scheme: Affine) -> np.ndarray:
+    """A block's range over the number of steps in it.
+
+    Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
+    asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
+    """
+    starts = np.arange(0, w.shape[1], scheme.block)
+    high = np.maximum.reduceat(w, starts, axis=1)
+    low = np.minimum.reduceat(w, starts, axis=1)
+    if scheme.symmetric:
+        step = np.maximum(high, -low) / np.float32(2 ** (scheme.bits - 1))
+    else:
+        step = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
+    step = np.maximum(step, np.float32(_AS_GOOD_AS_ZERO))
+    return np.repeat(step, scheme.block, axis=1)[:, : w.shape[1]]
+
+
+def without_clipping(
+    error: np.ndarray, w: np.ndarray, step: np.ndarray, scheme: Scheme
+) -> np.ndarray:
+    """The error against what the outermost levels allow.
+
+    A symmetric scheme has one level less on one side, so a value beyond it may be stored as
+    that level. Which side that is, is the encoder's choice: the smaller error counts.
+    """
+    if isinstance(scheme, Float) or not scheme.symmetric:
+        return error
+    limit = step * np.float32(2 ** (scheme.bits - 1) - 1)
+    beyond = w - np.clip(w, -limit, limit)
+    return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)

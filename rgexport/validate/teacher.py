@@ -1,0 +1,92 @@
+"""A reference's teacher-forced pass over a text, kept as hidden states: logits come on demand."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.state import State
+from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.progress import Advance, task
+
+
+class ReferenceModel(Protocol):
+    """What is needed of `griffin.reference.Reference`."""
+
+    def run(self, tokens: np.ndarray) -> tuple[Any, State]:
+        """Tokens [B, T] → hidden states [B, T, width] of its own kind, and the final state."""
+        ...
+
+    def logits(self, hidden: Any) -> np.ndarray:
+        """Hidden states [B, t, width] → logits [B, t, vocab] float32."""
+        ...
+
+
+MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it."""
+
+    model: ReferenceModel
+    hidden: Any
+    state: State
+
+    def logits(self, start: int, stop: int) -> np.ndarray:
+        """Logits [stop - start, vocab] float32 of these positions."""
+        return self.model.logits(self.hidden[:, start:stop])[0]
+
+
+def teach(
+    label: str,
+    make: MakeReference,
+    config: GriffinConfig,
+    weights: WeightSource,
+    tokens: np.ndarray,
+) -> Pass:
+    """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
+    layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
+    with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
+        watched = {name: _watched(tensor, advance) for name, tensor in layers.items()}
+        hidden, state = make(config, {**weights, **watched}).run(tokens[None])
+    return Pass(make(config, weights), hidden, state)
+
+
+def torch_reference(device: str = "auto") -> MakeReference:
+    """Makes the project's own references, on `device`; `auto` is CUDA where there is one.
+
+    Raises:
+        RequestError: torch is not installed, or it has no such device.
+    """
+    try:
+        import torch
+
+        from rgexport.griffin.reference import Reference
+    except ImportError:
+        raise RequestError(
+            "validate needs torch for the reference model: pip install 'rgexport[export]'"
+        ) from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
+    return functools.partial(Reference, device=device)
+
+
+def _watched(tensor: RowTensor, advance: Advance) -> RowTensor:
+    def read(start: int, stop: int) -> np.ndarray:
+        rows = tensor.read(start, stop)
+        advance(rows.nbytes)
+        return rows
+
+    return dataclasses.replace(tensor, read=read)

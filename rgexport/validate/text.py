@@ -1,0 +1,120 @@
+"""The token ids that an artifact is judged on."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.runtimes.tokenizer import Tokenizer
+
+MAX_TOKENS = 4096
+"""Default limit: two windows of a 2B."""
+PAST_WINDOW = 128
+"""The built-in text goes on for at least this many tokens behind the window's edge."""
+SEED = 20240411
+_LONGEST_TOKEN = 32
+"""Characters per token, at most, when a long file is cut before it is encoded."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids [T] int64 to be taken in one pass, and where they come from.
+
+    `bytes` is the UTF-8 length of what the ids but the first (bos) stand for, None for random
+    ids.
+    """
+
+    name: str
+    tokens: np.ndarray
+    bytes: int | None
+    truncated: bool = False
+
+
+def choose_text(
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    window: int,
+    file: Path | None = None,
+    limit: int = MAX_TOKENS,
+) -> Text:
+    """The given file, or the built-in text, or random ids where there is no tokenizer.
+
+    Raises:
+        RequestError: a file that cannot be read, is empty or cannot be encoded, or a limit that
+            leaves nothing to compare.
+    """
+    if limit < 2:
+        raise RequestError(f"{limit} tokens are too few to compare; expected at least 2")
+    if tokenizer is None:
+        if file is not None:
+            raise RequestError(
+                f"the artifact has no tokenizer to read {file} with; leave the text out to use "
+                "random token ids, or export again from a folder with a tokenizer"
+            )
+        return random_text(vocab_size, min(limit, max(64, 4 * window + 1)))
+    if file is not None:
+        text = encode(tokenizer.encode_text, tokenizer.bos_id, _read(file), str(file), limit)
+    else:
+        text = _encode_built_in(tokenizer, window, limit)
+    if text.tokens.max() >= vocab_size:
+        raise RequestError(
+            f"the tokenizer gives the id {text.tokens.max()} but the model has {vocab_size} "
+            "tokens; put the model's own tokenizer into its folder and export again"
+        )
+    return text
+
+
+def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int) -> Text:
+    """The built-in text, repeated if need be; its turn markers count as such."""
+    text, encoder = built_in_text(), tokenizer.encode_markup
+    once = len(encoder(text))
+    wanted = window + PAST_WINDOW
+    if wanted > once:
+        text, limit = text * -(-wanted // once), min(limit, wanted)
+    return encode(encoder, tokenizer.bos_id, text, "built-in", limit)
+
+
+def built_in_text() -> str:
+    """Prose, code, tables, numbers, other languages, emoji and a conversation; 5.9 kB."""
+    return (files("rgexport.validate") / "sample.txt").read_text("utf-8")
+
+
+def random_text(vocab_size: int, length: int) -> Text:
+    """Uniformly drawn ids, the same ones every time."""
+    tokens = np.random.default_rng(SEED).integers(0, vocab_size, length, np.int64)
+    return Text("random token ids", tokens, None)
+
+
+def encode(
+    encoder: Callable[[str], list[int]], bos_id: int | None, text: str, name: str, limit: int
+) -> Text:
+    """The text behind a bos, cut at a character so that it has at most `limit` tokens."""
+    start = [] if bos_id is None else [bos_id]
+
+    def tokens_of(characters: int) -> int:
+        return len(start) + len(encoder(text[:characters]))
+
+    whole = len(text)
+    text = text[: _LONGEST_TOKEN * limit]
+    end = len(text)
+    if tokens_of(end) > limit:
+        end = bisect.bisect_right(range(end), limit, key=tokens_of) - 1
+        while tokens_of(end) > limit:  # a longer text may have fewer tokens here and there
+            end -= 1
+    ids = np.array(start + encoder(text[:end]), np.int64)
+    return Text(name, ids, len(text[:end].encode()), end < whole)
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise RequestError(f"{file} has no text in it; expected a UTF-8 text to validate on")
+    return text

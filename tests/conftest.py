@@ -1,0 +1,24 @@
+"""What every test needs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rgexport.cli import run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the memory of verified files out of the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RGEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demo model in int4, made by the command line."""
+    target = tmp_path_factory.mktemp("demo") / "demo-int4-onnx"
+    assert run(["onnx", "--size", "demo", "--int4", "-o", str(target)]) == 0
+    return target

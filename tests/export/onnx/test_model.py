@@ -1,0 +1,84 @@
+"""The ONNX file: valid, plain, tied, and named as other engines expect it."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.functions import DOMAIN
+from tests.artifacts import export_random
+from tests.models import ODD_CONFIGS
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+def _graph(artifact: Artifact) -> onnx.ModelProto:
+    return onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["not_by_32", "hawk", "attention_only"])
+def test_file_passes_the_checker_and_shape_inference(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    artifact, _ = export_random(ODD_CONFIGS[name], tmp_path, precision, block_size=32)
+    onnx.checker.check_model(str(artifact.path / "model.onnx"), full_check=True)
+
+
+def test_only_known_domains_are_used(tmp_path: Path) -> None:
+    model = _graph(export_random(ODD_CONFIGS["regular"], tmp_path, "int4")[0])
+    by_domain: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        by_domain.setdefault(node.domain, set()).add(node.op_type)
+    assert by_domain.keys() == {"", "com.microsoft", DOMAIN}
+    assert by_domain["com.microsoft"] == {"MatMulNBits", "GatherBlockQuantized"}
+    assert by_domain[DOMAIN] == {function.name for function in model.functions}
+    assert {node.domain for f in model.functions for node in f.node} == {""}
+
+
+@pytest.mark.parametrize("name", ["regular", "not_by_32"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_embedding_and_head_are_the_same_bytes(name: str, precision: str, tmp_path: Path) -> None:
+    artifact, _ = export_random(ODD_CONFIGS[name], tmp_path, precision, block_size=32)
+    model = _graph(artifact)
+    places = {
+        t.name: [e.value for e in t.external_data if e.key in ("offset", "length")]
+        for t in model.graph.initializer
+    }
+    inputs = {node.op_type: node.input for node in model.graph.node}
+    head = next(n for n in reversed(model.graph.node) if n.op_type == "MatMulNBits")
+    gather = inputs["GatherBlockQuantized"]
+    assert places[gather[0]] == places[head.input[1]] != []
+    assert gather[2] == head.input[2]
+    weights = artifact.manifest.tensors.values()
+    stored = sum(part.nbytes for tensor in weights for part in tensor.parts.values())
+    alignment = 4096 * sum(len(tensor.parts) for tensor in weights)
+    assert stored <= (artifact.path / "model.onnx.data").stat().st_size < stored + alignment
+
+
+def test_names_are_those_of_hybrid_models_elsewhere(tmp_path: Path) -> None:
+    artifact, _ = export_random(ODD_CONFIGS["irregular"], tmp_path)
+    model = _graph(artifact)
+    inputs = [value.name for value in model.graph.input]
+    assert inputs[:2] == ["input_ids", "position_ids"]
+    assert {"past_key_values.0.recurrent_state", "past_key_values.0.conv_state"} <= {*inputs}
+    assert {"past_key_values.1.key", "past_key_values.1.value"} <= {*inputs}
+    outputs = [value.name for value in model.graph.output]
+    assert outputs[0] == "logits"
+    past = {n.removeprefix("past_key_values.") for n in inputs if n.startswith("past")}
+    assert past == {name.removeprefix("present.") for name in outputs[1:]}
+    sites = {value for node in model.graph.node for value in node.output}
+    assert "layers.2.temporal_block.q_proj" in sites
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_delicate_tensors_stay_float32(precision: str, tmp_path: Path) -> None:
+    artifact, _ = export_random(ODD_CONFIGS["regular"], tmp_path, precision)
+    manifest = json.loads((artifact.path / "rgexport.json").read_text())
+    for name, scheme in manifest["plan"].items():
+        if any(word in name for word in ("norm", "conv_1d", "rg_lru", "bias")):
+            assert scheme == {"kind": "float", "dtype": "float32"}, name
+        else:
+            assert (scheme["kind"] == "affine") == precision.startswith("int"), name

@@ -1,0 +1,149 @@
+"""Opening artifacts, and reading their weights back."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export import verified
+from rgexport.export.artifact import Artifact, remember_verified
+from rgexport.griffin.layout import model_tensors
+
+BITS = {"embedding": 8, "linear": 4}
+
+
+def test_every_weight_comes_back(made):
+    weights = Artifact.open(made.folder).weights
+    assert list(weights) == list(made.weights)
+    for name, spec in model_tensors(made.manifest.config).items():
+        restored = weights[name].whole()
+        assert restored.shape == spec.shape and restored.dtype == np.float32
+        spread = np.ptp(made.weights[name])
+        # Half a step of rounding, and the other half for the rounded zero point.
+        step = spread / (2 ** BITS[spec.role] - 1) if spec.role in BITS else 1e-6 * spread
+        np.testing.assert_allclose(restored, made.weights[name], atol=1.05 * step, rtol=1e-5)
+
+
+def test_slabs_are_the_whole(made):
+    artifact = Artifact.open(made.folder)
+    for name in made.weights:
+        tensor = artifact.tensor(name)
+        slabs = [rows for _, rows in tensor.slabs(limit=3 * tensor.row_bytes)]
+        assert len(slabs) == -(-tensor.shape[0] // 3)
+        np.testing.assert_array_equal(np.concatenate(slabs), tensor.whole())
+
+
+@pytest.mark.parametrize("p", [-80.0, -20.0, -4.3, -0.5, 0.0, 3.0, 30.0, 90.0])
+def test_decay_parameter_survives(p):
+    from rgexport.export.artifact import _inverse_softplus
+
+    stored = np.float32(-8 * np.logaddexp(0, np.float64(p)))
+    np.testing.assert_allclose(_inverse_softplus(np.array([stored]))[0], p, atol=2e-6, rtol=1e-6)
+
+
+def test_unknown_tensor(made):
+    with pytest.raises(RequestError, match="has no tensor 'lm_head"):
+        Artifact.open(made.folder).tensor("lm_head.weight")
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def link_elsewhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (truncate, "has .* bytes instead of"),
+        (flip, "was altered"),
+        (Path.unlink, "is missing"),
+        (link_elsewhere, "is missing"),
+        (lambda path: path.rename(path.with_suffix(".old")), "is missing; .*old does not belong"),
+    ],
+)
+def test_harm_is_named(made, name, harm, complaint):
+    Artifact.open(made.folder)
+    harm(made.folder / name)
+    with pytest.raises(RequestError, match=f"artifact is damaged: {name} {complaint}") as caught:
+        Artifact.open(made.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_file_is_named_and_hidden_ones_are_not(made):
+    (made.folder / ".DS_Store").touch()
+    Artifact.open(made.folder)
+    (made.folder / "adapter.bin").touch()
+    with pytest.raises(RequestError, match="adapter.bin does not belong"):
+        Artifact.open(made.folder)
+
+
+def test_files_are_hashed_once(made, monkeypatch):
+    hashed = []
+    compute = verified.hash_file
+
+    def counted(path, advance):
+        hashed.append(path.name)
+        return compute(path, advance)
+
+    monkeypatch.setattr(verified, "hash_file", counted)
+    Artifact.open(made.folder)
+    assert sorted(hashed) == ["model.onnx", "model.onnx.data"]
+    Artifact.open(made.folder)
+    assert len(hashed) == 2
+    os.utime(made.folder / "model.onnx")
+    Artifact.open(made.folder)
+    assert hashed[2:] == ["model.onnx"]
+    Artifact.open(made.folder, verify=True)
+    assert len(hashed) == 5
+
+
+def test_exporter_spares_the_first_hashing(made, monkeypatch):
+    remember_verified(made.folder, made.manifest)
+    monkeypatch.setattr(verified, "hash_file", None)
+    assert Artifact.open(made.folder).manifest == made.manifest
+
+
+def test_verify_trusts_no_memory(made):
+    path = made.folder / "model.onnx.data"
+    flip(path)
+    remember_verified(made.folder, made.manifest)
+    Artifact.open(made.folder)
+    with pytest.raises(RequestError, match="model.onnx.data was altered"):
+        Artifact.open(made.folder, verify=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
+def test_damaged_memory_is_no_harm(made, tmp_path, content):
+    memory = tmp_path / "cache" / "verified.json"
+    memory.parent.mkdir(exist_ok=True)
+    memory.write_bytes(content)
+    Artifact.open(made.folder)
+    assert len(json.loads(memory.read_text())) >= 2
+
+
+def test_memory_that_cannot_be_written_is_no_harm(made, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "file" / "below"))
+    Artifact.open(made.folder)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
+def test_not_an_artifact(tmp_path, make):
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(RequestError, match=r"thing(?!.*\n)"):
+        Artifact.open(path)

@@ -1,0 +1,89 @@
+"""What is refused when a manifest is read."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import MANIFEST, read_manifest
+
+Fields = dict[str, Any]
+LINEAR = "layers.0.temporal_block.linear_x.weight"
+
+
+def test_round_trip(made):
+    assert read_manifest(made.folder) == made.manifest
+
+
+def test_unknown_fields_are_ignored(made):
+    rewrite(made, lambda fields: fields.update(measured_on="a phone"))
+    assert read_manifest(made.folder) == made.manifest
+
+
+def rewrite(made, change: Callable[[Fields], Any]) -> None:
+    path = made.folder / MANIFEST
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def part(fields: Fields) -> Fields:
+    return fields["tensors"][LINEAR]["parts"]["scales"]
+
+
+def rename_file(new: str) -> Callable[[Fields], Any]:
+    return lambda fields: fields["files"].update({new: fields["files"]["model.onnx"]})
+
+
+BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
+    "newer": (lambda f: f.update(format_version=2), "format version 2.*update rgexport"),
+    "foreign": (lambda f: f.update(kind="car"), "is not the manifest"),
+    "version": (lambda f: f.update(format_version="1"), "is not the manifest"),
+    "no name": (lambda f: f.pop("name"), "name is missing"),
+    "name": (lambda f: f.update(name=3), "name is 3; expected a text"),
+    "exact": (lambda f: f.update(exact=1), "exact is 1; expected true or false"),
+    "precision": (lambda f: f.update(precision="int3"), "precision is 'int3'; expected fp32 or"),
+    "config": (lambda f: f["config"].pop("width"), "config.width is missing"),
+    "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
+    "blocks": (lambda f: f["config"].update(block_types=["x"]), r"config.block_types\[0\] is 'x'"),
+    "scheme": (lambda f: f["plan"][LINEAR].update(bits=3), "bits = 3; expected 4, 8"),
+    "plan": (lambda f: f["plan"].pop(LINEAR), "not stored as the plan says"),
+    "tensor": (lambda f: f["tensors"].pop(LINEAR), f"{LINEAR} has shape None"),
+    "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),
+    "shape": (lambda f: f["tensors"][LINEAR].update(shape=[1]), "has shape .*expected"),
+    "outside": (lambda f: part(f).update(offset=10**9), "lies outside of model.onnx.data"),
+    "before": (lambda f: part(f).update(offset=-1), "lies outside of model.onnx.data"),
+    "rows": (lambda f: part(f).update(shape=[3, 1]), "expected 32 rows"),
+    "no file": (lambda f: part(f).update(file="x"), "'x' is not among the files"),
+    "escape": (rename_file("../secret"), "leads out of the artifact"),
+    "absolute": (rename_file("/etc/passwd"), "leads out of the artifact"),
+    "windows": (rename_file("C:\\x"), "leads out of the artifact"),
+    "hash": (lambda f: f["files"]["model.onnx"].update(sha256=""), "not a hash and size"),
+    "list": (lambda f: f.update(states={}), "states is {}; expected a list"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_manifest(made, case):
+    change, complaint = BROKEN[case]
+    rewrite(made, change)
+    with pytest.raises(RequestError, match=complaint) as caught:
+        read_manifest(made.folder)
+    assert MANIFEST in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"a": NaN}'])
+def test_not_a_manifest(made, text):
+    (made.folder / MANIFEST).write_text(text)
+    with pytest.raises(RequestError, match=MANIFEST):
+        read_manifest(made.folder)
+
+
+def test_fields_stay_apart(made):
+    fields = made.manifest.to_dict()
+    before = copy.deepcopy(fields)
+    fields["config"]["width"] = 1
+    assert made.manifest.to_dict() == before

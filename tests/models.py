@@ -1,0 +1,191 @@
+"""Small Griffin models of odd shapes, their weights, and DeepMind's implementation as oracle."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from recurrentgemma import common
+from recurrentgemma.torch import Griffin
+
+from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
+from rgexport.griffin.deepmind import GLOBAL_NAMES, NAMES
+from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
+from rgexport.griffin.layout import TensorSpec, model_tensors
+from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
+from rgexport.griffin.tensor import DTYPES, WeightSource, from_array
+
+Weights = dict[str, np.ndarray]
+"""Canonical name → array, float32."""
+
+_LETTERS: dict[str, BlockType] = {"r": "recurrent", "a": "attention"}
+
+
+def make_config(
+    blocks: str,
+    *,
+    width: int,
+    heads: int,
+    lru_width: int | None = None,
+    mlp_width: int = 96,
+    vocab_size: int = 256,
+    window: int = 16,
+    soft_cap: float = 30.0,
+    scaled: bool = True,
+    head_dim: int | None = None,
+) -> GriffinConfig:
+    """A configuration such as DeepMind's code allows (one number of heads, conv width 4).
+
+    `blocks` is a word of `r` and `a`. A `head_dim` of its own leaves what the oracle can run.
+    """
+    head_dim = head_dim or width // heads
+    return GriffinConfig(
+        vocab_size=vocab_size,
+        width=width,
+        mlp_width=mlp_width,
+        lru_width=lru_width or width,
+        lru_heads=heads,
+        num_heads=heads,
+        head_dim=head_dim,
+        block_types=tuple(_LETTERS[letter] for letter in blocks),
+        window=window,
+        rope_dims=head_dim // 2,
+        soft_cap=soft_cap,
+        embedding_scale=sqrt_embedding_scale(width) if scaled else 1.0,
+    )
+
+
+ODD_CONFIGS: dict[str, GriffinConfig] = {
+    "regular": make_config("rrarr", width=64, heads=4),
+    "wide_lru": make_config("rrar", width=64, heads=4, lru_width=96),
+    "narrow_lru": make_config("rarr", width=96, heads=4, lru_width=64, window=24),
+    "not_by_32": make_config(
+        "rra", width=40, heads=5, lru_width=60, mlp_width=72, vocab_size=101, window=24
+    ),
+    "not_by_128": make_config("rar", width=160, heads=5, lru_width=320, mlp_width=416),
+    "hawk": make_config("rrr", width=64, heads=2, lru_width=80, soft_cap=0.0, scaled=False),
+    "attention_tail": make_config("raaa", width=64, heads=2, mlp_width=160),
+    "attention_only": make_config("aa", width=32, heads=2, vocab_size=64),
+    "irregular": make_config("raar", width=64, heads=8, window=24),
+    "one_head": make_config("rarra", width=48, heads=1, lru_width=64, soft_cap=5.0),
+}
+"""Shapes that an implementation of RecurrentGemma alone would get wrong; the oracle runs all."""
+
+
+def random_weights(config: GriffinConfig, seed: int = 0) -> Weights:
+    """Lively weights: no norm, bias or decay that an error could hide behind."""
+    generator = np.random.default_rng(seed)
+    tensors = model_tensors(config)
+    return {name: _random(generator, name, spec) for name, spec in tensors.items()}
+
+
+def _random(generator: np.random.Generator, name: str, spec: TensorSpec) -> np.ndarray:
+    normal = generator.standard_normal(spec.shape).astype(np.float32)
+    match spec.role:
+        case "a_param":
+            # exp(-8 softplus(p)) from 0.9 to 0.9999: decays near 1, where sqrt(1 - a²) is delicate
+            decay = np.exp(np.linspace(np.log(1e-4), np.log(0.1), spec.shape[0]))
+            decay = generator.permutation(decay)
+            return np.log(np.expm1(-np.log1p(-decay) / 8)).astype(np.float32)
+        case "norm":
+            return 0.3 * normal
+        case "bias":
+            return 0.1 * normal
+        case "conv":
+            return 0.5 * normal
+        case "gate" if name.endswith("_bias"):
+            return 0.5 * normal
+        case "gate":
+            return normal / np.float32(np.sqrt(spec.shape[1]))
+        case _:
+            # queries and keys of twice the size, so that attention is far from uniform
+            gain = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+            return np.float32(gain / np.sqrt(spec.shape[1])) * normal
+
+
+def weight_source(weights: Weights) -> WeightSource:
+    """The weights as lazy tensors."""
+    return {name: from_array(array) for name, array in weights.items()}
+
+
+def deepmind_state_dict(weights: Weights) -> dict[str, torch.Tensor]:
+    """The weights by DeepMind's names and in its orientation."""
+    local = {canonical: name for name, canonical in NAMES.items()}
+    whole = {canonical: name for name, canonical in GLOBAL_NAMES.items()}
+    state: dict[str, np.ndarray] = {}
+    for name, array in weights.items():
+        if name in whole:
+            state[whole[name]] = array
+            continue
+        _, index, rest = name.split(".", 2)
+        prefix = f"blocks.{index}."
+        if rest.startswith("mlp_block.up_proj"):
+            continue
+        if rest.startswith("mlp_block.gate_proj"):
+            pair = np.stack([array, weights[name.replace("gate_proj", "up_proj")]])
+            weight = pair.ndim == 3
+            pair = pair.swapaxes(1, 2) if weight else pair[:, None, None]
+            state[f"{prefix}mlp_block.ffw_up.{'w' if weight else 'b'}"] = pair
+        elif rest == "temporal_block.conv_1d.weight":
+            state[f"{prefix}recurrent_block.conv_1d.w"] = array[:, 0].T
+        else:
+            state[prefix + local[rest]] = array
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+
+
+def write_hugging_face(
+    config: GriffinConfig,
+    weights: Weights,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    dialect: Dialect = "block_types",
+) -> Path:
+    """Writes the model in Hugging Face's layout, without a tokenizer; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hugging_face(config, dialect)))
+    stored = {name: array.astype(DTYPES[dtype]) for name, array in weights.items()}
+    write_weights(folder, weight_source(stored), shard_bytes=shard_bytes)
+    return folder
+
+
+def write_deepmind(weights: Weights, folder: Path, *, dtype: str = "float32") -> Path:
+    """Writes the model as DeepMind's `.pt`, without a tokenizer; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = deepmind_state_dict(weights)
+    state = {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
+    torch.save(state, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def deepmind_model(config: GriffinConfig, weights: Weights) -> Griffin:
+    """DeepMind's model in float32 with these weights."""
+    types = common.TemporalBlockType
+    model = Griffin(
+        common.GriffinConfig(
+            vocab_size=config.vocab_size,
+            width=config.width,
+            mlp_expanded_width=config.mlp_width,
+            num_heads=config.num_heads,
+            block_types=tuple(types[kind.upper()] for kind in config.block_types),
+            embeddings_scale_by_sqrt_dim=config.embedding_scale != 1.0,
+            attention_window_size=config.window,
+            logits_soft_cap=config.soft_cap,
+            lru_width=config.lru_width,
+        ),
+        gradient_checkpointing=False,
+        dtype=torch.float32,
+    )
+    state = {name: value.float() for name, value in deepmind_state_dict(weights).items()}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def deepmind_logits(model: Griffin, tokens: np.ndarray, start: int = 0) -> np.ndarray:
+    """Logits [B, T, vocab] of one pass over tokens [B, T], the first at position `start`."""
+    batch, length = tokens.shape
+    positions = torch.arange(start, start + length).repeat(batch, 1)
+    logits, _ = model(torch.from_numpy(tokens.astype(np.int64)), positions)
+    return logits.numpy()

@@ -1,0 +1,365 @@
+"""Whatever is wrong with a request: one clear line, exit code 2, and nothing left behind."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.cli import run
+from rgexport.griffin.safetensors_writer import write_weights
+from rgexport.griffin.tensor import DTYPES
+from tests.command_line import rgexport
+from tests.models import (
+    ODD_CONFIGS,
+    make_config,
+    random_weights,
+    weight_source,
+    write_deepmind,
+    write_hugging_face,
+)
+
+CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+WEIGHTS = random_weights(CONFIG)
+LINEAR = "layers.0.mlp_block.gate_proj.weight"
+NORM = "layers.1.channel_pre_norm.weight"
+
+Arrange = Callable[[Path], list[str]]
+"""Makes the broken thing in an empty folder, which is the working directory; gives arguments."""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound int8 artifact without a tokenizer."""
+    folder = tmp_path_factory.mktemp("artifact")
+    write_hugging_face(CONFIG, WEIGHTS, folder / "model")
+    assert run(["onnx", "-m", str(folder / "model"), "--int8", "-o", str(folder / "sound")]) == 0
+    return folder / "sound"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must be refused; returns the line."""
+    before = tree(Path())
+    capsys.readouterr()
+    code = run(arguments)
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    *progress, line = captured.err.splitlines()
+    assert line.startswith("Error: ") and 20 < len(line) < 1000
+    assert not any("Error" in other or "Traceback" in other for other in progress)
+    assert tree(Path()) == before
+    return line
+
+
+def tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+# Checkpoints: each row breaks a sound Hugging Face folder.
+
+
+def save(folder: Path, *, without: str = "", shards: bool = False, **changed: np.ndarray) -> None:
+    weights = {name: array for name, array in WEIGHTS.items() if name != without}
+    limit = 20_000 if shards else 1 << 30
+    write_hugging_face(CONFIG, weights | changed, folder, shard_bytes=limit)
+
+
+def spoiled(value: float) -> np.ndarray:
+    array = WEIGHTS[LINEAR].copy()
+    array[3, 5] = value
+    return array
+
+
+def edit_config(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        save(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        save(folder)
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+    return rewrite
+
+
+def then(make: Callable[[Path], object], spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        make(folder)
+        spoil(folder)
+
+    return both
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        path = next(folder.glob(name))
+        os.truncate(path, path.stat().st_size - 10)
+
+    return cut
+
+
+def put(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def sharded(folder: Path) -> None:
+    save(folder, shards=True)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def with_head(folder: Path) -> None:
+    head = WEIGHTS["embed_tokens.weight"].copy()
+    head[1, 1] += 1
+    save(folder)
+    write_weights(folder, weight_source(WEIGHTS | {"lm_head.weight": head}))
+    path = folder / "model.safetensors"  # where a head stands beside `model.`, not below it
+    path.write_bytes(
+        path.read_bytes().replace(b'"model.lm_head.weight"', b'      "lm_head.weight"')
+    )
+
+
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated file": (then(save, truncate("model.safetensors")), "model.safetensors"),
+    "truncated shard": (then(sharded, truncate("*-00002-*")), "00002-of"),
+    "missing shard": (then(sharded, remove("*-00002-*")), "00002-of"),
+    "index is no JSON": (then(sharded, put("model.safetensors.index.json", b"{")), "index.json"),
+    "text as weights": (then(save, put("model.safetensors", b"hello " * 99)), "model.safetensors"),
+    "empty weights": (then(save, put("model.safetensors", b"")), "model.safetensors"),
+    "huge header": (
+        then(save, put("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}" * 99)),
+        "model.safetensors",
+    ),
+    "offsets outside": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(data_offsets=[0, 1 << 50])),
+        "gate_proj",
+    ),
+    "offsets of another size": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(data_offsets=[0, 4])),
+        "gate_proj",
+    ),
+    "negative shape": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(shape=[-48, -32])),
+        "gate_proj",
+    ),
+    "unknown dtype": (edit_header(lambda h: h[f"model.{LINEAR}"].update(dtype="I32")), "gate_proj"),
+    "missing tensor": (lambda f: save(f, without=LINEAR), f"missing: .*{LINEAR}"),
+    "unexpected tensor": (lambda f: save(f, extra=np.ones((2, 2), np.float32)), "extra"),
+    "wrong shape": (lambda f: save(f, **{NORM: np.ones(7, np.float32)}), "channel_pre_norm"),
+    "NaN": (lambda f: save(f, **{LINEAR: spoiled(np.nan)}), "NaN/Inf: .*gate_proj.*row 3"),
+    "infinity": (lambda f: save(f, **{LINEAR: spoiled(-np.inf)}), "NaN/Inf: .*gate_proj"),
+    "untied head": (with_head, "lm_head.weight differs from"),
+    "all at once": (
+        lambda f: save(f, without=NORM, more=np.ones(1, np.float32), **{LINEAR: spoiled(np.nan)}),
+        f"3 problems.*(?=.*more)(?=.*{LINEAR})(?=.*{NORM})",
+    ),
+    "no config": (then(save, remove("config.json")), "config.json"),
+    "config is no JSON": (then(save, put("config.json", b"{'a': 1}")), "config.json is not JSON"),
+    "config of another model": (edit_config(model_type="llama"), "llama"),
+    "config of another size": (edit_config(hidden_size=40), "wrong shape"),
+    "negative size": (edit_config(hidden_size=-32), "hidden_size is -32"),
+    "size is a word": (edit_config(num_attention_heads="two"), "num_attention_heads is 'two'"),
+    "unknown block": (edit_config(block_types=["recurrent", "mamba"]), "mamba"),
+    "empty folder": (lambda folder: None, "model"),
+    "config alone": (then(save, remove("model.safetensors")), "model"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
+def test_broken_checkpoint(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make, complaint = BROKEN_CHECKPOINTS[case]
+    (tmp_path / "model").mkdir()
+    make(tmp_path / "model")
+    assert_matches(complaint, refused(["onnx", "-m", "model", "--int4"], capsys))
+
+
+def assert_matches(complaint: str, line: str) -> None:
+    assert re.search(complaint, line), line
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+def pickle_with_code(folder: Path) -> None:
+    write_deepmind(WEIGHTS, folder)
+    source, target = folder / "model.pt", folder / "bad.zip"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            data = pickle.dumps(Bomb()) if item.filename.endswith("data.pkl") else old.read(item)
+            new.writestr(item.filename, data)
+    target.replace(source)
+
+
+BROKEN_PT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickle with code": (pickle_with_code, "model.pt"),
+    "bare pickle with code": (put("model.pt", pickle.dumps(Bomb())), "model.pt"),
+    "text": (put("model.pt", b"weights\n" * 99), "model.pt"),
+    "empty": (put("model.pt", b""), "model.pt"),
+    "truncated": (then(lambda f: write_deepmind(WEIGHTS, f), truncate("model.pt")), "model.pt"),
+    "missing tensor": (
+        lambda f: write_deepmind({n: w for n, w in WEIGHTS.items() if n != LINEAR}, f),
+        "ffw_up|gate_proj|missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_PT)
+def test_broken_pt(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make, complaint = BROKEN_PT[case]
+    (tmp_path / "model").mkdir()
+    make(tmp_path / "model")
+    assert_matches(complaint, refused(["onnx", "-m", "model", "--int4"], capsys))
+    assert not (tmp_path / "exploded").exists()
+
+
+# Requests that a sound model does not help.
+
+BAD_REQUESTS: dict[str, tuple[str, str]] = {
+    "no model": ("onnx --int4", "a model is needed"),
+    "model and size": ("onnx -m model --size demo --int4", "-m"),
+    "missing model": ("onnx -m nowhere", "there is no folder nowhere"),
+    "file as model": ("onnx -m model/config.json", "config.json"),
+    "unknown size": ("onnx --size 3b", "'3b'; expected one of demo, 2b"),
+    "unknown precision": ("onnx -m model --precision int3", "'int3'; expected one of fp32"),
+    "two precisions": ("onnx -m model --int4 --int8", "--int4 and --int8 contradict"),
+    "flag and word": ("onnx -m model --int4 --precision fp16", "--int4 and --precision fp16"),
+    "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
+    "block size": ("onnx -m model --int4 --block-size 48", "48; expected 32, 64, 128"),
+    "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
+    "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
+    "foreign plan": ("onnx -m model --plan model/config.json", "does not name the tensors"),
+    "window": ("onnx -m model --window 0", "--window is 0"),
+    "soft cap": ("onnx -m model --soft-cap -1", "--soft-cap is -1"),
+    "parent missing": ("onnx -m model -o no/where", "there is no folder"),
+    "target exists": ("onnx -m model -o folder --force", "folder exists and holds something else"),
+    "target is a file": ("onnx -m model -o model/config.json --force", "is a file"),
+    "unknown option": ("onnx --quick", "--quick"),
+    "unknown command": ("convert", "convert"),
+    "option without value": ("onnx -m", "requires an argument"),
+    "word as number": ("onnx -m model --block-size many", "'many'"),
+    "no artifact": ("generate model -p x", "is not an rgexport artifact"),
+    "missing artifact": ("chat nowhere", "there is no nowhere"),
+    "validate no artifact": ("validate model", "is not an rgexport artifact"),
+    "inspect nothing": ("inspect nowhere", "nowhere"),
+    "inspect no model": ("inspect folder", "folder"),
+    "random size": ("random --size 3b -o x", "'3b'; expected one of"),
+    "random target": ("random --size 2b -o folder --force", "folder exists and holds"),
+    "random nowhere": ("random --size 2b", "--output"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_request(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").touch()
+    arguments, complaint = BAD_REQUESTS[case]
+    assert_matches(complaint, refused(arguments.split(), capsys))
+
+
+def test_existing_artifact_needs_force(artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model")
+    shutil.copytree(artifact, "out")
+    line = refused(["onnx", "-m", "model", "-o", "out"], capsys)
+    assert_matches("out exists; pass --force", line)
+    assert run(["onnx", "-m", "model", "--int4", "-o", "out", "--force"]) == 0
+    assert json.loads(Path("out/rgexport.json").read_text())["precision"] == "int4"
+
+
+BAD_USES: dict[str, tuple[str, str]] = {
+    "no tokenizer": ("generate sound -p hello", "neither tokenizer.model nor tokenizer.json"),
+    "chat without tokenizer": ("chat sound", "neither tokenizer.model nor tokenizer.json"),
+    "no prompt": ("generate sound", "either --prompt or --ids; neither"),
+    "two prompts": ("generate sound -p a --ids 1", "either --prompt or --ids; both"),
+    "words as ids": ("generate sound --ids a,b", "expected token ids"),
+    "no ids": ("generate sound --ids ,", "expected token ids"),
+    "ids outside": ("generate sound --ids 2,64", "64"),
+    "temperature": ("generate sound --ids 2 --temperature -1", "temperature is -1"),
+    "top-p": ("generate sound --ids 2 --top-p 1.5", "top_p is 1.5"),
+    "top-k": ("generate sound --ids 2 --top-k -1", "top_k is -1"),
+    "no new tokens": ("generate sound --ids 2 -n 0", "-n"),
+    "missing text": ("validate sound --text nowhere", "nowhere"),
+    "text without tokenizer": ("validate sound --text sound/README.md", "tokenizer"),
+    "json nowhere": ("validate sound --json no/where.json", "where.json"),
+    "another model": ("validate sound -m other", "embed_tokens.weight has shape"),
+    "unknown device": ("validate sound --device tpu", "tpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_bad_use_of_an_artifact(case, artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(artifact, "sound")
+    other = ODD_CONFIGS["hawk"]
+    write_hugging_face(other, random_weights(other), tmp_path / "other")
+    arguments, complaint = BAD_USES[case]
+    assert_matches(complaint, refused(arguments.split(), capsys))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "rgexport.json"])
+@pytest.mark.parametrize("command", ["generate sound --ids 2", "validate sound", "inspect sound"])
+def test_damaged_artifact(command, name, artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(artifact, "sound")
+    truncate(name)(Path("sound"))
+    assert_matches(name, refused(command.split(), capsys))
+
+
+def test_hub_that_cannot_be_reached(tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    result = rgexport("onnx", "--size", "2b", "--int4", folder=tmp_path, environment=offline)
+    assert result.returncode == 2 and result.stdout == ""
+    assert_matches("^Error: .*google/recurrentgemma-2b", result.stderr)
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("*onnx*"))
+
+
+def test_full_disk(tmp_path, monkeypatch, capsys):
+    """Files of a process may not grow beyond 64 KiB: the write fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    big = make_config("r", width=64, heads=2, vocab_size=2048)
+    write_hugging_face(big, random_weights(big), tmp_path / "model")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+    try:
+        line = refused(["onnx", "-m", "model", "-o", "out"], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_matches("no space left while writing out", line)
+
+
+def test_dtypes_that_hub_files_have_are_no_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for dtype in DTYPES:
+        write_hugging_face(CONFIG, WEIGHTS, tmp_path / dtype, dtype=dtype)
+        assert run(["inspect", dtype, "--verify"]) == 0

@@ -1,0 +1,171 @@
+"""What the command line promises beside its commands: exit codes, streams, and a quick start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rgexport import __version__
+from rgexport.cli import run
+from tests.command_line import ROOT, START, rgexport
+from tests.models import make_config, random_weights, write_hugging_face
+
+COMMANDS = ("onnx", "generate", "chat", "inspect", "random", "validate")
+CONFIG = make_config("ra", width=32, heads=2, vocab_size=64)
+
+
+def test_help_is_quick(tmp_path):
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert rgexport("--help", folder=tmp_path).returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) <= 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert "Usage: rgexport" in capsys.readouterr().out
+
+
+def test_no_command_is_a_question(capsys):
+    assert run([]) == 0
+    assert all(command in capsys.readouterr().out for command in COMMANDS[:1])
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_hugging_face(CONFIG, random_weights(CONFIG), Path("mine"))
+    assert run(["onnx", "-m", "mine", "--int4"]) == 0
+    exported = capsys.readouterr()
+    assert len(exported.out.splitlines()) == 1
+    assert exported.out.startswith("mine-int4-onnx is complete")
+    assert "rgexport generate mine-int4-onnx --ids 2" in exported.out
+    assert "Warning: mine has no tokenizer" in exported.err
+
+    assert run(["generate", "mine-int4-onnx", "--ids", "2,5", "-n", "4"]) == 0
+    ids = capsys.readouterr().out.split()
+    assert len(ids) == 4 and all(0 <= int(token) < 64 for token in ids)
+
+
+def test_demo_speaks(demo_artifact, capsys):
+    def text(*options: str) -> str:
+        capsys.readouterr()
+        assert run(["generate", str(demo_artifact), "-p", "The ship", "-n", "12", *options]) == 0
+        return capsys.readouterr().out
+
+    assert text() == text("--threads", "1")
+    hot = ("--temperature", "2", "--top-k", "50", "--top-p", "0.99")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+
+
+def test_demo_is_validated(demo_artifact, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert run(["validate", str(demo_artifact), "--tokens", "64", "--json", str(report)]) == 0
+    assert capsys.readouterr().out.startswith("PASS")
+    assert json.loads(report.read_text())["verdict"] == "PASS"
+
+
+def test_inspect_is_stable_json(demo_artifact, capsys):
+    assert run(["inspect", str(demo_artifact), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found)[:3] == ["kind", "name", "path"]
+    assert {"config", "plan", "states", "io", "files", "stored", "parameters"} <= found.keys()
+    assert sum(share["weights"] for share in found["stored"]) == found["parameters"]
+    assert run(["inspect", "--size", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == found["parameters"]
+
+
+def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
+    assert run(["inspect", str(demo_artifact), "--json"]) == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text(capsys.readouterr().out)
+    asked = ["onnx", "--size", "demo", "--int4", "--plan", str(plan), "-o", str(tmp_path / "out")]
+    assert run(asked) == 0
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "out" / name).read_bytes() == (demo_artifact / name).read_bytes()
+
+
+def test_inspect_shows_tables(demo_artifact, capsys):
+    assert run(["inspect", str(demo_artifact), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "int4/128" in shown and "rg_lru" in shown and "All hashes were verified." in shown
+
+
+def test_problems_make_the_answer_no(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = random_weights(CONFIG)
+    weights.pop("final_norm.weight")
+    weights["embed_tokens.weight"][1, 1] = float("nan")
+    write_hugging_face(CONFIG, weights, Path("model"))
+    assert run(["inspect", "model"]) == 1
+    assert capsys.readouterr().out.count("Problem: ") == 1
+    assert run(["inspect", "model", "--verify"]) == 1
+    assert capsys.readouterr().out.count("Problem: ") == 2
+
+
+def test_verbose_shows_where_it_went_wrong(capsys):
+    try:
+        assert run(["inspect", "nowhere", "-v"]) == 2
+        assert "Traceback" in capsys.readouterr().err
+    finally:
+        from rgexport import progress
+
+        progress.verbose = False
+
+
+def test_interrupted_export_leaves_nothing(tmp_path):
+    slow = "import time, rgexport.export.trace as t; t.trace = lambda *a: time.sleep(60)"
+    program = [sys.executable, "-c", f"{slow}\n{START}", "onnx", "--size", "demo", "-o", "out"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        program, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: list(tmp_path.glob(".out.partial-*")))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_export_leaves_the_target_alone(tmp_path):
+    slow = "import time, rgexport.export.trace as t; t.trace = lambda *a: time.sleep(60)"
+    program = [sys.executable, "-c", f"{slow}\n{START}", "onnx", "--size", "demo", "-o", "out"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(program, cwd=tmp_path, env=variables) as process:
+        wait_for(lambda: list(tmp_path.glob(".out.partial-*")))
+        process.kill()
+    assert not (tmp_path / "out").exists() and list(tmp_path.iterdir())
+    assert run(["onnx", "--size", "demo", "--int8", "-o", str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_reader_that_leaves_is_no_error(demo_artifact, tmp_path):
+    program = [sys.executable, "-c", START, "generate", str(demo_artifact), "-p", "A", "-n", "400"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        program, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 141 and errors == ""

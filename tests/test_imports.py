@@ -1,0 +1,92 @@
+"""The house of the design: each floor imports only from floors below, and the core needs no torch.
+
+Checked on the syntax trees, so that an import that hides in a function counts too.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rgexport
+
+PACKAGE = Path(rgexport.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = ("griffin", "quantize", "export", "runtimes", "validate", "cli")
+ANYWHERE = {"errors", "progress", "atomic", "hashing", "tables", "__init__"}
+"""Modules of the package's root that every floor may import."""
+
+NEEDS_TORCH = {
+    "griffin/ops.py",
+    "griffin/scan.py",
+    "griffin/step.py",
+    "griffin/reference.py",
+    "export/trace.py",
+}
+CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set()}
+
+
+def name_of(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def floor_of(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_on_load(module: Path) -> set[str]:
+    """What a module imports when it is loaded: not in functions, not for type checkers."""
+    tree = ast.parse(module.read_text())
+    outside = [node for node in tree.body if not is_type_checking(node)]
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {n for node in outside if not isinstance(node, functions) for n in imports(node)}
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_imports_go_one_way(module):
+    floor = floor_of(module)
+    allowed = ANYWHERE | ({*FLOORS[: FLOORS.index(floor) + 1]} if floor in FLOORS else set())
+    for name in imports(ast.parse(module.read_text())):
+        root, _, rest = name.partition(".")
+        if root == "rgexport" and rest != "__version__":
+            assert rest.split(".")[0] in allowed, f"{name_of(module)} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_converters_are_fenced(module):
+    name = name_of(module)
+    for imported in imports_on_load(module):
+        root = imported.split(".")[0]
+        if root in CONVERTERS and not name.startswith("export/onnx/"):
+            assert name in CONVERTERS[root], f"{name} imports {imported}"
+
+
+def test_command_line_loads_nothing_but_click():
+    roots = {name.split(".")[0] for name in imports_on_load(PACKAGE / "cli.py")}
+    assert roots <= {
+        "click",
+        "rgexport",
+        "os",
+        "sys",
+        "traceback",
+        "collections",
+        "pathlib",
+        "typing",
+    }
+    ours = {n for n in imports_on_load(PACKAGE / "cli.py") if n.startswith("rgexport")}
+    assert ours == {"rgexport.__version__", "rgexport.progress", "rgexport.errors.RequestError"}

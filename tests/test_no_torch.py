@@ -1,0 +1,57 @@
+"""Running an artifact needs no torch and no converter: with them made unimportable, all works."""
+
+import json
+
+import pytest
+
+from tests.command_line import rgexport
+
+BLOCK = """
+import sys
+for name in ("torch", "onnx", "onnx_ir", "jax", "flax", "safetensors", "recurrentgemma"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+"""
+
+
+def test_generate(demo_artifact, tmp_path):
+    asked = ["generate", demo_artifact, "-p", "Once upon a time", "-n", "8"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 8 and "new tokens" in result.stderr
+
+
+def test_chat(demo_artifact, tmp_path):
+    asked = ["chat", demo_artifact, "-n", "8"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK, text="Hello!\nHow are you?\n")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize("options", [[], ["--verify"]])
+def test_inspect(demo_artifact, tmp_path, options):
+    asked = ["inspect", demo_artifact, "--json", *options]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["precision"] == "int4"
+
+
+def test_inspect_a_checkpoint(tmp_path):
+    result = rgexport("inspect", "--size", "demo", folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert "No problems" in result.stdout
+
+
+def test_random(tmp_path):
+    code = BLOCK + "from rgexport.griffin.synthetic import write_random"
+    result = rgexport("random", "--help", folder=tmp_path, before=code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", ["onnx --size demo --int4 -o out", "validate {artifact}"])
+def test_what_needs_torch_says_so_in_one_line(demo_artifact, tmp_path, command):
+    asked = command.format(artifact=demo_artifact).split()
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "pip install 'rgexport[export]'" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
