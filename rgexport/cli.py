@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in CONVERTERS:
             raise
-        return _fail(f"this needs {error.name}, try: pip install 'rgexport[export]'")
+        return _fail(f"this command needs {error.name}: pip install 'rgexport[export]'")
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
 
@@ -108,11 +108,19 @@ def rgexport(context: click.Context) -> None:
 @click.option("--int4", is_flag=True, help="Same as --precision int4.")
 @click.option("--int8", is_flag=True, help="Same as --precision int8.")
 @click.option("--precision", metavar="fp32|fp16|int8|int4", help="Of weights. [default: fp32]")
-@click.option("--compute", metavar="fp32|fp16", help="Of activations. [default: as weights]")
+@click.option(
+    "--compute",
+    metavar="fp32|fp16",
+    help="Of activations. [default: fp32, or fp16 with fp16 weights]",
+)
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
 @click.option("--block-size", type=int, default=128, show_default=True, help="32, 64 or 128.")
-@click.option("--symmetric/--asymmetric", default=None, help="Whether zero points are fixed.")
-@click.option("--embedding-precision", metavar="WORD", help="[default: as --precision]")
+@click.option("--symmetric/--asymmetric", default=None, help="[default: asymmetric for int4]")
+@click.option(
+    "--embedding-precision",
+    metavar="WORD",
+    help="Of the embedding, which is the head too. [default: as --precision]",
+)
 @click.option("--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints.")
 @output_options
 @verbose

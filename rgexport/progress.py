@@ -134,4 +134,5 @@ def _new_display() -> "Progress":
         TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        redirect_stdout=False,
     )

@@ -24,10 +24,10 @@ class Table:
 
 
 def render(parts: Iterable[str | Table]) -> str:
-    """Lines and tables one below another, as wide as the terminal (100 columns elsewhere)."""
+    """Lines and tables one below another, as wide as the terminal (110 columns elsewhere)."""
     from rich.console import Console
 
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 110
     buffer = io.StringIO()
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
     for part in parts:
@@ -45,7 +45,7 @@ def _print_table(console: "Console", table: Table) -> None:
     grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.show_header = any(table.header)
     for name in table.header:
-        grid.add_column(name, justify="right" if name in table.numbers else "left")
+        grid.add_column(name, justify="right" if name in table.numbers else "left", no_wrap=True)
     for row in table.rows:
         grid.add_row(*row)
     console.print(table.title)

@@ -1,6 +1,6 @@
 """An artifact that is opened: checked files, and its weights dequantized."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from rgexport.export.manifest import (
     Manifest,
     StoredPart,
     StoredTensor,
-    Transform,
-    is_artifact,
-    read_manifest,
 )
+from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.hashing import FileRecord
@@ -49,7 +47,9 @@ class Artifact:
         artifact = cls(folder, read_manifest(folder))
         complaints = list(artifact._wrong_sizes()) or list(artifact._wrong_hashes(verify))
         if complaints:
-            raise RequestError(f"{folder} is damaged: {'; '.join(complaints)}; export it again")
+            raise RequestError(
+                f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
+            )
         return artifact
 
     def file(self, name: str) -> Path:
@@ -78,8 +78,6 @@ class Artifact:
         parts = {label: self._part(part, start, stop) for label, part in stored.parts.items()}
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
         rows = _decode(parts, stored.scheme, columns)
-        if stored.transform is not None:
-            rows = _INVERSES[stored.transform](rows)
         return rows.reshape(stop - start, *stored.shape[1:])
 
     def _part(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
@@ -100,7 +98,7 @@ class Artifact:
             elif (size := path.stat().st_size) != record.size:
                 yield f"{name} has {size} bytes instead of {record.size}"
         for name in files_of(self.path) - self.manifest.files.keys():
-            yield f"{name} does not belong"
+            yield f"{name} does not belong there"
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
         paths = {self.file(name): record for name, record in self.manifest.files.items()}
@@ -141,16 +139,3 @@ def _decode(parts: affine.Parts, scheme: Scheme, columns: int) -> np.ndarray:
     if isinstance(scheme, Affine):
         return affine.decode(parts, scheme, columns)
     return parts["data"].astype(np.float32)
-
-
-def _inverse_softplus(rows: np.ndarray) -> np.ndarray:
-    """Gives p from c = -8 softplus(p): log(expm1(s)) = s + log(-expm1(-s)), stable at both ends."""
-    s = rows.astype(np.float64) / -8
-    with np.errstate(divide="ignore"):
-        return (s + np.log(-np.expm1(-s))).astype(np.float32)
-
-
-_INVERSES: dict[Transform, Callable[[np.ndarray], np.ndarray]] = {
-    "one_plus": lambda rows: rows - 1,
-    "neg8_softplus": _inverse_softplus,
-}

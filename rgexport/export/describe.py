@@ -11,7 +11,8 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import shares
-from rgexport.export.manifest import TOKENIZERS, is_artifact
+from rgexport.export.manifest import TOKENIZERS
+from rgexport.export.manifest_reader import is_artifact
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -117,7 +118,7 @@ def _parts(d: Description) -> Iterator[str | Table]:
     yield Table("Stored", _STORED, map(_stored_row, d["stored"]), _NUMBERS)
     yield Table("Configuration", ("", ""), _config_rows(d["config"]))
     if "states" in d:
-        header = ("layers", "state", "shape", "dtype")
+        header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
     yield Table("Files", ("name", "size", "sha256"), _file_rows(d["files"]), _NUMBERS)
     yield _closing(d)
@@ -175,7 +176,7 @@ def _state_rows(d: Description) -> Iterator[Row]:
     for state in d["states"]:
         _, index, kind = state["name"].split(".")
         shape = " x ".join(map(str, state["shape"]))
-        layers.setdefault((kind, shape, state["dtype"]), []).append(index)
+        layers.setdefault((kind, shape, state["dtype"], state["layout"]), []).append(index)
     for row, indices in layers.items():
         yield (", ".join(indices), *row)
 

@@ -2,36 +2,31 @@
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-from rgexport.errors import RequestError
-from rgexport.export.typed_json import Mismatch, Reader
+import numpy as np
+
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.json_fields import read_json
-from rgexport.griffin.layout import model_tensors
 from rgexport.hashing import FileRecord
-from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Scheme, scheme_from_dict, scheme_to_dict
+from rgexport.quantize.scheme import Scheme, scheme_to_dict
 
 MANIFEST = "rgexport.json"
 FORMAT_VERSION = 1
 TOKENIZERS = frozenset({"tokenizer.model", "tokenizer.json"})
 """Either is enough."""
 
-Transform = Literal["one_plus", "neg8_softplus"]
-"""What was done to a tensor before it was stored: 1 + w (norms), -8 softplus(w) (decays)."""
-
-_COMPUTE = ("fp32", "fp16")
-_ITEM_BYTES = {"uint8": 1, "float16": 2, "float32": 4}
-
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a part of a tensor lies: `shape` is [rows, …] in items of `dtype`, row-major."""
+    """Where a part of a tensor lies: row-major, `shape` in items of `dtype`.
+
+    A float tensor has one part, `data`; `quantize.affine` says what the parts of a quantized one
+    are.
+    """
 
     file: str
     offset: int
@@ -46,10 +41,7 @@ class StoredPart:
     @property
     def nbytes(self) -> int:
         """Bytes of the part."""
-        items = 1
-        for size in self.shape:
-            items *= size
-        return items * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -59,16 +51,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     scheme: Scheme
     parts: dict[str, StoredPart]
-    transform: Transform | None = None
 
 
 @dataclass(frozen=True)
 class StateRecord:
-    """A canonical state and the graph's input and output that carry it (shape without batch)."""
+    """A canonical state and the graph's input and output that carry it (shape without batch).
+
+    In a `ring`, position p lies in slot p modulo the window; `canonical` is oldest first.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    layout: Literal["canonical", "ring"]
     input: str
     output: str
 
@@ -142,100 +137,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks the manifest of the artifact in `folder`.
-
-    Raises:
-        RequestError: no artifact, foreign or damaged JSON, a newer format version, or content
-            that contradicts itself; the line names the file and the place.
-    """
-    path = folder / MANIFEST
-    fields = _load(path)
-    version = fields.get("format_version")
-    if fields.get("kind") != "onnx" or type(version) is not int:
-        raise RequestError(f"{path} is not the manifest of an rgexport artifact")
-    if version != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-            + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
-        )
-    try:
-        manifest = Reader({Scheme: scheme_from_dict}).read(Manifest, fields)
-        _check(manifest)
-    except (Mismatch, RequestError) as error:
-        raise RequestError(f"{path} is damaged: {error}") from None
-    return manifest
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether `folder` is an artifact, by its manifest's presence."""
-    return (folder / MANIFEST).is_file()
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if not path.parent.exists():
-        raise RequestError(f"there is no {path.parent}")
-    if not path.is_file():
-        raise RequestError(f"{path.parent} is not an rgexport artifact: it has no {MANIFEST}")
-    return read_json(path).values
-
-
-def _check(manifest: Manifest) -> None:
-    """What the types alone do not say.
-
-    Raises:
-        Mismatch: an unsafe file name, a part outside its file, or a tensor that the
-            configuration does not have.
-    """
-    for name, record in manifest.files.items():
-        _require(_is_safe(name), f"files: {name!r} leads out of the artifact")
-        _require(
-            record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
-        )
-    _require_word("precision", manifest.precision, PRECISIONS)
-    _require_word("compute", manifest.compute, _COMPUTE)
-    for name, size in manifest.config.to_dict().items():
-        _require(type(size) is not int or size > 0, f"config.{name} is {size}")
-    expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
-    found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
-    for name in expected.keys() | found.keys():
-        _require(
-            found.get(name) == expected.get(name),
-            f"tensors.{name} has shape {found.get(name)}; expected {expected.get(name)}",
-        )
-        _require(
-            manifest.plan.get(name) == manifest.tensors[name].scheme,
-            f"tensors.{name} is not stored as the plan says",
-        )
-        for label, part in manifest.tensors[name].parts.items():
-            _check_part(f"tensors.{name}.parts.{label}", manifest, expected[name][0], part)
-
-
-def _check_part(place: str, manifest: Manifest, rows: int, part: StoredPart) -> None:
-    record = manifest.files.get(part.file)
-    _require(record is not None, f"{place}: {part.file!r} is not among the files")
-    assert record is not None
-    _require_word(f"{place}.dtype", part.dtype, _ITEM_BYTES)
-    _require(part.shape[:1] == (rows,), f"{place} has shape {part.shape}; expected {rows} rows")
-    inside = part.offset >= 0 and part.offset + part.nbytes <= record.size
-    _require(min(part.shape) > 0 and inside, f"{place} lies outside of {part.file}")
-
-
-def _is_safe(name: str) -> bool:
-    path = PurePosixPath(name)
-    plain = name not in ("", MANIFEST) and not set(name) & set("\\:\0")
-    return plain and str(path) == name and not path.is_absolute() and ".." not in path.parts
-
-
-def _require_word(place: str, word: str, words: Collection[str]) -> None:
-    _require(word in words, f"{place} is {word!r}; expected {' or '.join(words)}")
-
-
-def _require(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise Mismatch(complaint)
 
 
 def _plain(value: Any) -> Any:

@@ -65,7 +65,9 @@ class Reader:
     def _dict(self, kinds: tuple[Any, ...], value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise Mismatch(f"{place} is {_show(value)}; expected an object")
-        return {key: self._read(kinds[1], item, f"{place}.{key}") for key, item in value.items()}
+        return {
+            key: self._read(kinds[1], item, f"{place}.{label(key)}") for key, item in value.items()
+        }
 
     def _literal(self, choices: tuple[Any, ...], value: Any, place: str) -> Any:
         if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -110,6 +112,11 @@ _BY_ORIGIN: dict[Any, Callable[[Reader, tuple[Any, ...], Any, str], Any]] = {
     Union: Reader._union,
     types.UnionType: Reader._union,
 }
+
+
+def label(key: str) -> str:
+    """A key of somebody's JSON in a message: on one line, whatever it holds."""
+    return key if key.isprintable() else repr(key)
 
 
 def _show(value: Any) -> str:

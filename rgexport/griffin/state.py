@@ -4,7 +4,7 @@
 |---|---|---|
 | `layers.{i}.rg_lru` | [B, lru_width] | float32, always |
 | `layers.{i}.conv1d` | [B, conv_width - 1, lru_width] | activation dtype, oldest first |
-| `layers.{i}.key`, `.value` | [B, window, head_dim] | activation dtype, oldest first, zeros in front |
+| `layers.{i}.key`, `.value` | [B, window, head_dim] | activation dtype, oldest first after zeros |
 | `position` | [B] | int64, tokens seen so far |
 """
 

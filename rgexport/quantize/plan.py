@@ -15,7 +15,7 @@ PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
     "fp16": Float("float16"),
     "int8": Affine(8, 128, symmetric=True),
-    "int4": Affine(4, 128, symmetric=True),
+    "int4": Affine(4, 128, symmetric=False),
 }
 """Precision word → scheme of the linears and the embedding, before block and symmetry."""
 
@@ -55,7 +55,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     """
     try:
         entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"cannot read the plan {path}: {error}") from None
     if isinstance(entries, dict) and isinstance(entries.get("plan"), dict):
         entries = entries["plan"]

@@ -45,8 +45,8 @@ class Affine:
 
     @property
     def label(self) -> str:
-        """For people: `int4/128` or `int8/32 asymmetric`."""
-        return f"int{self.bits}/{self.block}" + ("" if self.symmetric else " asymmetric")
+        """For people: `int4/128` or `int8/32 asym`."""
+        return f"int{self.bits}/{self.block}" + ("" if self.symmetric else " asym")
 
 
 Scheme = Float | Affine
@@ -54,12 +54,12 @@ Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
 _KINDS: dict[str, type[Float] | type[Affine]] = {"float": Float, "affine": Affine}
-_ALLOWED: dict[str, set[Any]] = {
-    "dtype": {"float32", "float16"},
-    "bits": {4, 8},
-    "block": {32, 64, 128},
-    "symmetric": {True, False},
-    "algorithm": {"rtn"},
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float16", "float32"),
+    "bits": (4, 8),
+    "block": (32, 64, 128),
+    "symmetric": (False, True),
+    "algorithm": ("rtn",),
 }
 
 
@@ -75,15 +75,16 @@ def scheme_from_dict(fields: Any) -> Scheme:
         RequestError: an unknown kind, field or value.
     """
     kind = fields.get("kind") if isinstance(fields, dict) else None
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise RequestError(
             f"a scheme has kind {kind!r}; expected one of {', '.join(sorted(_KINDS))}"
         )
     rest = {key: value for key, value in fields.items() if key != "kind"}
     for key, value in rest.items():
-        if value not in _ALLOWED.get(key, set()):
-            allowed = ", ".join(str(v) for v in sorted(_ALLOWED.get(key, set()))) or "no such field"
-            raise RequestError(f"a scheme has {key} = {value!r}; expected {allowed}")
+        allowed = _ALLOWED.get(key, ())
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed)) or "no such field"
+            raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
     try:
         return _KINDS[kind](**rest)
     except TypeError as error:

@@ -10,6 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import StateRecord
 from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.huge_pages import huge_pages
 from rgexport.runtimes.session import SessionInfo
 
 MODEL_FILE = "model.onnx"
@@ -23,8 +24,8 @@ _ERRORS_ONLY = 3
 class OrtSession:
     """An ONNX artifact in stock ONNX Runtime on the CPU.
 
-    Every state has one buffer, bound as input and as output: the graph reads each state in one
-    place and before it writes (the exporter asserts that).
+    Every state has one buffer, bound as input and as output: the graph reads each state before it
+    writes (the exporter asserts that). Keys and values lie in rings, so a step copies none of them.
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None):
@@ -37,6 +38,7 @@ class OrtSession:
         self._threads = threads or _processors()
         self._session = _open(artifact, self._threads)
         self._vocab = artifact.manifest.config.vocab_size
+        self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
         self.reset()
 
     @property
@@ -95,9 +97,10 @@ class OrtSession:
 
     def get_state(self) -> State:
         """A copy of the canonical state."""
-        return {name: array.copy() for name, array in self._states.items()} | {
-            POSITION: self.position
-        }
+        state = {r.name: self._states[r.name].copy() for r in self._manifest.states}
+        for name in self._rings:
+            state[name] = _rolled(state[name], -self._position)
+        return state | {POSITION: self.position}
 
     def set_state(self, state: State) -> None:
         """Continues from a canonical state of any batch size.
@@ -109,9 +112,9 @@ class OrtSession:
         batch = len(state[POSITION])
         if batch != len(self._position):
             self.reset(batch)
-        for name, buffer in self._states.items():
-            buffer[:] = state[name]
         self._position[:] = state[POSITION]
+        for name, buffer in self._states.items():
+            buffer[:] = _rolled(state[name], self._position) if name in self._rings else state[name]
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         tokens = np.asarray(tokens, np.int64)
@@ -150,6 +153,14 @@ class OrtSession:
         return binding
 
 
+def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Caches [B, window, D], each row turned by its own number of slots.
+
+    A ring has position p in slot p modulo the window; turned by -p, the oldest is in front.
+    """
+    return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
+
+
 def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -162,7 +173,8 @@ def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
     options.log_severity_level = _ERRORS_ONLY
     path = artifact.file(MODEL_FILE)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with huge_pages():
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = str(error).splitlines()[0]
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None

@@ -1,43 +1,35 @@
 """The outcome of `validate` as text and tables for a terminal: the verdict first."""
 
-import io
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
+from rgexport import tables
+from rgexport.tables import Row, Table
 from rgexport.validate.measure import Comparison
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError
 from rgexport.validate.weights import WeightError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 WORST = 5
 """Rows of the tables of weights and states."""
-
-Row = tuple[str, ...]
 
 
 def render(result: Result) -> str:
     """The whole report."""
-    from rich.console import Console
+    return tables.render(_parts(result))
 
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=columns, highlight=False, markup=False)
-    console.print(_headline(result), soft_wrap=True)
-    for check in result.checks:
+
+def _parts(r: Result) -> Iterator[str | Table]:
+    yield _headline(r)
+    for check in r.checks:
         if not check.passed:
             line = f"FAILED  {check.name} is {_number(check.value)}, limit {_number(check.limit)}"
-            console.print(f"{line} ({check.reason})", soft_wrap=True)
-    console.print(_table("", ("", "twin", "original"), _comparison_rows(result)))
-    console.print(_table("states", ("state", *_STATE), _state_rows(result.twin.states)))
-    if result.weights is not None:
-        console.print(_table("weights", ("tensor", *_WEIGHT), _weight_rows(result.weights)))
-    console.print(_closing(result), soft_wrap=True)
-    return buffer.getvalue()
+            yield f"{line} ({check.reason})"
+    yield Table("Logits", ("", *_SIDES), _comparison_rows(r), _SIDES)
+    yield Table("States", ("state", *_STATE), _state_rows(r.twin.states), _STATE)
+    if r.weights is not None:
+        header = ("tensor", "stored", *_WEIGHT)
+        yield Table("Weights", header, _weight_rows(r.weights), _WEIGHT)
+    yield _closing(r)
 
 
 def _headline(r: Result) -> str:
@@ -112,8 +104,9 @@ def _comparison_rows(r: Result) -> Iterator[Row]:
     yield "one by one against a chunk", _number(r.steps.logits.relative_max), ""
 
 
+_SIDES = ("twin", "original")
 _STATE = ("max |Δ| / max", "norm")
-_WEIGHT = ("stored", "relative error", "projection", "max steps")
+_WEIGHT = ("relative error", "projection", "max steps")
 
 
 def _state_rows(errors: list[StateError]) -> Iterator[Row]:
@@ -135,19 +128,6 @@ def _weight_rows(errors: list[WeightError]) -> Iterator[Row]:
             yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", ""
         if exact := len(group) - len(inexact):
             yield f"{exact} tensors, bit for bit", scheme, "0", "1", "0"
-
-
-def _table(title: str, header: Row, rows: Iterable[Row]) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD)
-    for name in header:
-        left = name in ("", "state", "tensor", "stored")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _closing(r: Result) -> str:

@@ -1,10 +1,8 @@
 """The distance between neighbouring values that a scheme can store, at each weight of a tensor."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor, Transform
+from rgexport.export.manifest import StoredTensor
 from rgexport.quantize.scheme import Affine, Float, Scheme
 
 _AS_GOOD_AS_ZERO = 2.0**-100
@@ -16,7 +14,7 @@ def step_sizes(w: np.ndarray, stored: StoredTensor) -> np.ndarray:
     if isinstance(stored.scheme, Affine):
         return _affine_steps(w, stored.scheme)
     digits, smallest = _FLOATS[stored.scheme.dtype]
-    return _TRANSFORMED[stored.transform](w, lambda x: _float_steps(x, digits, smallest))
+    return _float_steps(w, digits, smallest)
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -27,20 +25,6 @@ def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
     # frexp: |w| = m · 2^e with m in [0.5, 1), where the floats are 2^(e - 1 - digits) apart.
     exponent = np.frexp(w)[1] - (1 + digits)
     return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
-
-
-def _softplus_steps(w: np.ndarray, steps: "_Steps") -> np.ndarray:
-    """Steps of softplus(w), brought back by its slope, the sigmoid; then w is rounded again."""
-    softplus = np.logaddexp(np.float32(0), w)
-    return steps(softplus) / -np.expm1(-softplus) + steps(w)
-
-
-_Steps = Callable[[np.ndarray], np.ndarray]
-_TRANSFORMED: dict[Transform | None, Callable[[np.ndarray, _Steps], np.ndarray]] = {
-    None: lambda w, steps: steps(w),
-    "one_plus": lambda w, steps: steps(1 + w),
-    "neg8_softplus": _softplus_steps,
-}
 
 
 def _affine_steps(w: np.ndarray, scheme: Affine) -> np.ndarray:

@@ -17,7 +17,6 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import task
-from rgexport.quantize.scheme import Float, Scheme
 from rgexport.validate.steps import step_sizes, without_clipping
 
 _SLAB_BYTES = 8 << 20
@@ -103,7 +102,7 @@ def tensor_error(
     square, along, along_rounding, error_square = sums.tolist()
     return WeightError(
         name=name,
-        scheme=scheme_label(stored.scheme),
+        scheme=stored.scheme.label,
         values=math.prod(stored.shape),
         relative_error=_ratio(error_square, square) ** 0.5,
         projection=1 + _ratio(along, square),
@@ -115,13 +114,6 @@ def tensor_error(
 def max_or_nan(a: float, b: float) -> float:
     """The larger one; NaN where one is NaN, so that no fault hides behind a comparison."""
     return float(np.maximum(a, b))
-
-
-def scheme_label(scheme: Scheme) -> str:
-    """`float16`, `int4/128` or `int8/32 asymmetric`."""
-    if isinstance(scheme, Float):
-        return scheme.dtype
-    return f"int{scheme.bits}/{scheme.block}" + ("" if scheme.symmetric else " asymmetric")
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -23,8 +23,8 @@ def test_every_weight_comes_back(made):
         assert restored.shape == spec.shape and restored.dtype == np.float32
         spread = np.ptp(made.weights[name])
         # Half a step of rounding, and the other half for the rounded zero point.
-        step = spread / (2 ** BITS[spec.role] - 1) if spec.role in BITS else 1e-6 * spread
-        np.testing.assert_allclose(restored, made.weights[name], atol=1.05 * step, rtol=1e-5)
+        step = spread / (2 ** BITS[spec.role] - 1) if spec.role in BITS else 0
+        np.testing.assert_allclose(restored, made.weights[name], atol=1.05 * step, rtol=0)
 
 
 def test_slabs_are_the_whole(made):
@@ -34,14 +34,6 @@ def test_slabs_are_the_whole(made):
         slabs = [rows for _, rows in tensor.slabs(limit=3 * tensor.row_bytes)]
         assert len(slabs) == -(-tensor.shape[0] // 3)
         np.testing.assert_array_equal(np.concatenate(slabs), tensor.whole())
-
-
-@pytest.mark.parametrize("p", [-80.0, -20.0, -4.3, -0.5, 0.0, 3.0, 30.0, 90.0])
-def test_decay_parameter_survives(p):
-    from rgexport.export.artifact import _inverse_softplus
-
-    stored = np.float32(-8 * np.logaddexp(0, np.float64(p)))
-    np.testing.assert_allclose(_inverse_softplus(np.array([stored]))[0], p, atol=2e-6, rtol=1e-6)
 
 
 def test_unknown_tensor(made):

@@ -6,11 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import MANIFEST, read_manifest
+from rgexport.export.manifest import MANIFEST
+from rgexport.export.manifest_reader import read_manifest
 
 Fields = dict[str, Any]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
 LINEAR = "layers.0.temporal_block.linear_x.weight"
 
 
@@ -54,12 +63,15 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "tensor": (lambda f: f["tensors"].pop(LINEAR), f"{LINEAR} has shape None"),
     "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),
     "shape": (lambda f: f["tensors"][LINEAR].update(shape=[1]), "has shape .*expected"),
-    "outside": (lambda f: part(f).update(offset=10**9), "lies outside of model.onnx.data"),
-    "before": (lambda f: part(f).update(offset=-1), "lies outside of model.onnx.data"),
-    "rows": (lambda f: part(f).update(shape=[3, 1]), "expected 32 rows"),
-    "no file": (lambda f: part(f).update(file="x"), "'x' is not among the files"),
+    "outside": (lambda f: part(f).update(offset=10**9), "lies outside of 'model.onnx.data'"),
+    "before": (lambda f: part(f).update(offset=-1), "lies outside of 'model.onnx.data'"),
+    "rows": (lambda f: part(f).update(shape=[3, 1]), r"parts are .*\(3, 1\).*expected"),
+    "dtype": (lambda f: part(f).update(dtype="int7"), "parts are .*int7.*expected"),
+    "no part": (lambda f: f["tensors"][LINEAR]["parts"].pop("scales"), "parts are .*expected"),
+    "no file": (lambda f: part(f).update(file="x"), "lies outside of 'x'"),
     "escape": (rename_file("../secret"), "leads out of the artifact"),
     "absolute": (rename_file("/etc/passwd"), "leads out of the artifact"),
+    "newline": (rename_file("a\nb"), "leads out of the artifact"),
     "windows": (rename_file("C:\\x"), "leads out of the artifact"),
     "hash": (lambda f: f["files"]["model.onnx"].update(sha256=""), "not a hash and size"),
     "list": (lambda f: f.update(states={}), "states is {}; expected a list"),
@@ -87,3 +99,24 @@ def test_fields_stay_apart(made):
     before = copy.deepcopy(fields)
     fields["config"]["width"] = 1
     assert made.manifest.to_dict() == before
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_stands_in_it_is_accepted_or_refused(made, data):
+    fields = made.manifest.to_dict()
+    place: Any = fields
+    while isinstance(place, dict | list) and place:
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        key = data.draw(st.sampled_from(keys))
+        if data.draw(st.booleans()) or not isinstance(place[key], dict | list):
+            place[key] = data.draw(JSON)
+            break
+        place = place[key]
+    (made.folder / MANIFEST).write_text(json.dumps(fields))
+    try:
+        read_manifest(made.folder)
+    except RequestError as error:
+        assert str(error).count("\n") == 0

@@ -30,48 +30,80 @@ def rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """All heads of a token are rows of one matrix, since they share the keys."""
+    """Attention to a ring of past keys and to the step's own; then the own ones enter the ring.
+
+    A ring is written in place where the runtime binds input and output to one buffer: nothing of
+    the window is copied. All heads of a token are rows of one matrix, since they share the keys.
+    """
     q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
     heads = node.tensors[0].size(2) // head_dim
-    keys, values = g.op("Concat", past_k, k, axis=1), g.op("Concat", past_v, v, axis=1)
-    batch, tokens = (g.op("Shape", positions, start=axis, end=axis + 1) for axis in (0, 1))
-    slots = g.op("Shape", keys, start=1, end=2)
 
     rows = g.op("Reshape", q, g.constant([0, -1, head_dim]))
-    scores = g.op("MatMul", rows, g.op("Transpose", keys, perm=[0, 2, 1]))
-    scores = g.cast(g.typed(scores, dtype), "float32")
-    scores = g.op("Mul", scores, g.constant(head_dim**-0.5, "float32"))
-    by_token = g.op("Concat", batch, tokens, g.constant([heads]), slots, axis=0)
-    mask = _window_mask(g, positions, tokens, slots, window)
-    masked = g.op("Add", g.op("Reshape", scores, by_token), mask)
-    weights = g.cast(g.typed(g.op("Softmax", masked, axis=-1), "float32"), dtype)
-    by_row = g.op("Concat", batch, g.constant([-1]), slots, axis=0)
-    attended = g.op("MatMul", g.op("Reshape", weights, by_row), values)
+    scores = [g.op("MatMul", rows, g.op("Transpose", x, perm=[0, 2, 1])) for x in (past_k, k)]
+    weights = _softmax(g, g.op("Concat", *scores, axis=2), node, heads)
+    parts = (g.slice(weights, 0, window, 2), g.slice(weights, window, END, 2))
+    sums = [g.op("MatMul", part, x) for part, x in zip(parts, (past_v, v), strict=True)]
+    attended = g.typed(g.op("Add", *sums), dtype)
 
-    shape = g.op("Concat", batch, tokens, g.constant([heads * head_dim]), axis=0)
-    present = [g.slice(cache, -window, END, 1) for cache in (keys, values)]
+    slots = _ring_slots(g, positions, attended, window)
+    present = [
+        g.op("ScatterND", past, slots, g.slice(new, -window, END, 1))
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    shape = g.op("Concat", g.op("Shape", positions), g.constant([heads * head_dim]), axis=0)
     return [g.op("Reshape", attended, shape), *present]
 
 
-def _window_mask(
-    g: Emitter, positions: ir.Value, tokens: ir.Value, slots: ir.Value, window: int
-) -> ir.Value:
-    """[B, T, 1, window + T]: 0 where token t sees slot j, minus infinity elsewhere.
+def _softmax(g: Emitter, scores: ir.Value, node: Node, heads: int) -> ir.Value:
+    """Weights [B, T · H, slots + T] of scores of the same shape; softmax in float32."""
+    dtype, positions = node.outputs[0].dtype, g.value(node.tensors[5])
+    window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
+    by_row = g.op("Shape", scores)
+    by_token = g.op("Concat", g.op("Shape", positions), g.constant([heads, -1]), axis=0)
+    scaled = g.op(
+        "Mul", g.cast(g.typed(scores, dtype), "float32"), g.constant(head_dim**-0.5, "float32")
+    )
+    masked = g.op("Add", g.op("Reshape", scaled, by_token), _mask(g, positions, window))
+    weights = g.op("Reshape", g.op("Softmax", masked, axis=-1), by_row)
+    return g.cast(g.typed(weights, "float32"), dtype)
 
-    Slot j holds position p0 + j - window: token t sees t ≤ j ≤ t + window, from position 0 on.
+
+def _mask(g: Emitter, positions: ir.Value, window: int) -> ir.Value:
+    """[B, T, 1, window + T]: 0 where a token sees a key, minus infinity elsewhere.
+
+    A token at q sees keys at q - window ≤ k ≤ q. Before a step whose first token is at p, slot s
+    of the ring holds the key at the last position below p that is s modulo the window.
     """
+    one, size = g.constant(1), g.constant(window)
+    last = g.op("Sub", g.slice(positions, 0, 1, 1), one)
+    slots = g.op("Range", g.constant(0), size, one)
+    age = g.op("Mod", g.op("Sub", last, slots), size)
+    keys = g.op("Concat", g.op("Sub", last, age), positions, axis=1)
+    keys = g.op("Unsqueeze", keys, g.constant([1, 2]))
+    queries = g.op("Unsqueeze", positions, g.constant([2, 3]))
+    distance = g.op("Sub", queries, keys)
+    near = g.op("LessOrEqual", distance, size)
+    past = g.op("GreaterOrEqual", distance, g.constant(0))
+    written = g.op("GreaterOrEqual", keys, g.constant(0))
+    seen = g.op("And", g.op("And", near, past), written)
+    return g.op("Where", seen, g.constant(0, "float32"), g.constant(-np.inf, "float32"))
 
-    def count(size: ir.Value, shape: list[int]) -> ir.Value:
-        numbers = g.op("Range", g.constant(0), g.op("Squeeze", size), g.constant(1))
-        return g.op("Reshape", numbers, g.constant(shape))
 
-    token, slot = count(tokens, [1, -1, 1, 1]), count(slots, [1, 1, 1, -1])
-    first = g.op("Reshape", g.slice(positions, 0, 1, 1), g.constant([-1, 1, 1, 1]))
-    last_slot = g.op("Add", token, g.constant(window))
-    seen = g.op("And", g.op("GreaterOrEqual", slot, token), g.op("LessOrEqual", slot, last_slot))
-    filled = g.op("GreaterOrEqual", g.op("Add", first, slot), g.constant(window))
-    seen_and_filled = g.op("And", seen, filled)
-    nothing, hidden = g.constant(0, "float32"), g.constant(-np.inf, "float32")
-    return g.op("Where", seen_and_filled, nothing, hidden)
+def _ring_slots(g: Emitter, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
+    """Where the last `window` keys of the step go, as (row, slot) [B, n, 2].
+
+    The slots depend on the attention's result by a number that is always 0. So no runtime may
+    write the ring, in place, before the attention has read it.
+    """
+    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
+    never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
+    zero = g.op("Squeeze", g.cast(never, "int64"), g.constant([2]))
+    recent = g.slice(positions, -window, END, 1)
+    slots = g.op("Add", g.op("Mod", recent, g.constant(window)), zero)
+    batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
+    row = g.op("Range", g.constant(0), batch, g.constant(1))
+    row = g.op("Expand", g.op("Unsqueeze", row, g.constant([1])), g.op("Shape", slots))
+    pair = [g.op("Unsqueeze", x, g.constant([2])) for x in (row, slots)]
+    return g.op("Concat", *pair, axis=2)

@@ -44,14 +44,15 @@ class Emitter(GraphBuilder):
         return self._stored[weight.name]
 
     def part(
-        self, stored: StoredTensor, part: str, shape: tuple[int, ...] | None = None, view: str = ""
+        self, stored: StoredTensor, part: str, shape: tuple[int, ...] | None = None
     ) -> ir.Value | None:
         """One part of a quantized tensor, seen in `shape`; None where it has no such part.
 
-        A part that is seen in two shapes needs another `view` word for each.
+        The same bytes may be seen in several shapes: each is an initializer of its own.
         """
         if part not in stored.parts:
             return None
+        view = "" if shape is None else f".{'x'.join(map(str, shape))}"
         name = f"{stored.name}.{part}{view}"
         if name not in self.values:
             self.values[name] = self.initializer(stored.parts[part].tensor(name, shape))

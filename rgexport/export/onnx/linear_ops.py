@@ -24,25 +24,37 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quantized_rows(g: Emitter, ids: ir.Value, stored: StoredTensor, scheme: Affine) -> ir.Value:
-    """Rows of a quantized table: the head's own bytes, seen as `GatherBlockQuantized` wants them.
+    """Rows of a quantized table, gathered from the head's own bytes and dequantized.
 
-    The stored row is padded to whole blocks, so the padding is gathered too and cut off.
+    Standard ops, since `GatherBlockQuantized` misreads the zero points of rows with an odd number
+    of blocks before ONNX Runtime 1.27. A stored row is padded to whole blocks; the rest is cut off.
     """
-    gathered = g.op(
-        "GatherBlockQuantized",
-        g.part(stored, "data", view=".rows"),
-        ids,
-        g.part(stored, "scales"),
-        g.part(stored, "zero_points"),
-        domain=MICROSOFT,
-        bits=scheme.bits,
-        block_size=scheme.block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    columns = stored.shape[1]
-    padded = stored.parts["data"].shape[1] * 8 // scheme.bits
-    return gathered if padded == columns else g.slice(gathered, 0, columns, 2)
+    columns, blocks = stored.shape[1], stored.parts["scales"].shape[1]
+
+    def gather(part: str) -> ir.Value:
+        return g.op("Gather", g.part(stored, part), ids)
+
+    levels = _unpack(g, gather("data"), scheme.bits)
+    levels = g.op("Reshape", g.cast(levels, "float32"), g.constant([0, 0, blocks, scheme.block]))
+    zero_points = g.constant(2 ** (scheme.bits - 1), "float32")
+    if not scheme.symmetric:
+        packed = _unpack(g, gather("zero_points"), scheme.bits)
+        zero_points = g.slice(g.cast(packed, "float32"), 0, blocks, 2)
+        zero_points = g.op("Unsqueeze", zero_points, g.constant([3]))
+    scales = g.op("Unsqueeze", gather("scales"), g.constant([3]))
+    rows = g.op("Mul", g.op("Sub", levels, zero_points), scales)
+    rows = g.op("Reshape", rows, g.constant([0, 0, blocks * scheme.block]))
+    return rows if blocks * scheme.block == columns else g.slice(rows, 0, columns, 2)
+
+
+def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
+    """Unsigned integers from bytes [B, T, n]; two to a byte for 4 bits, low nibble first."""
+    if bits == 8:
+        return packed
+    low = g.op("BitwiseAnd", packed, g.constant(15, "uint8"))
+    high = g.op("BitShift", packed, g.constant(4, "uint8"), direction="RIGHT")
+    pair = [g.op("Unsqueeze", x, g.constant([3])) for x in (low, high)]
+    return g.op("Reshape", g.op("Concat", *pair, axis=3), g.constant([0, 0, -1]))
 
 
 def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:

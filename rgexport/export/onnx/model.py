@@ -1,6 +1,7 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -19,13 +20,14 @@ _IR_VERSION = 10
 _ACCURACY_LEVEL = {True: 1, False: 4}
 """`MatMulNBits`'s accuracy level for an exact model (float32 activations) and the default."""
 
-_STATE_NAMES = {
-    "rg_lru": "recurrent_state",
-    "conv1d": "conv_state",
-    "key": "key",
-    "value": "value",
+_STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
+    "rg_lru": ("recurrent_state", "canonical"),
+    "conv1d": ("conv_state", "canonical"),
+    "key": ("key", "ring"),
+    "value": ("value", "ring"),
 }
-"""Canonical state → its name in Hugging Face's and onnxruntime-genai's hybrid models."""
+"""Canonical state → its name in Hugging Face's and onnxruntime-genai's hybrid models, and how the
+graph stores it."""
 
 
 def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
@@ -33,11 +35,10 @@ def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
     records = []
     for name, (value, _) in program.states.items():
         _, layer, kind = name.split(".")
-        suffix = f"{layer}.{_STATE_NAMES[kind]}"
-        shape = tuple(int(size) for size in value.shape[1:])
-        records.append(
-            StateRecord(name, shape, value.dtype, f"past_key_values.{suffix}", f"present.{suffix}")
-        )
+        word, layout = _STATES[kind]
+        shape = tuple(value.size(axis) for axis in range(1, len(value.shape)))
+        names = (f"past_key_values.{layer}.{word}", f"present.{layer}.{word}")
+        records.append(StateRecord(name, shape, value.dtype, layout, *names))
     return tuple(records)
 
 
@@ -76,7 +77,7 @@ def build_model(program: StepProgram, storage: Storage, *, exact: bool) -> ir.Mo
     for record, (_, after) in states:
         outputs.append(emitter.values[after.name])
         outputs[-1].name = record.output
-    _require_single_readers(inputs[2:])
+    _require_reads_before_writes(list(zip(inputs[2:], outputs[1:], strict=True)))
 
     graph = ir.Graph(
         [*inputs, count],
@@ -104,7 +105,25 @@ def _input(value: Value, name: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
 
 
-def _require_single_readers(states: list[ir.Value]) -> None:
-    """Runtimes write a state into the buffer that it was read from: only its reader may follow."""
-    for state in states:
-        assert len(state.uses()) == 1, f"{state.name} is read {len(state.uses())} times"
+def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> None:
+    """Runtimes write a state into the buffer that it was read from: all readers must come first.
+
+    So each reader is the node that writes, or one that the writing node waits for.
+    """
+    for before, after in states:
+        writer = after.producer()
+        earlier = _ancestors(writer)
+        for use in before.uses():
+            assert use.node in earlier, f"{use.node.name} may read {before.name} too late"
+
+
+def _ancestors(node: ir.Node | None) -> set[ir.Node]:
+    """The node and all that it waits for."""
+    found: set[ir.Node] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    return found

@@ -1,0 +1,1 @@
+"""Measurements that need minutes and gigabytes; not part of the tests."""

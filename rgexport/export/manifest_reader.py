@@ -1,0 +1,125 @@
+"""Reads `rgexport.json` and refuses what contradicts itself."""
+
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    StoredTensor,
+)
+from rgexport.export.typed_json import Mismatch, Reader, label
+from rgexport.griffin.json_fields import read_json
+from rgexport.griffin.layout import model_tensors
+from rgexport.quantize import affine
+from rgexport.quantize.plan import PRECISIONS
+from rgexport.quantize.scheme import Affine, Float, Scheme, scheme_from_dict
+
+_COMPUTE = ("fp32", "fp16")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks the manifest of the artifact in `folder`.
+
+    Raises:
+        RequestError: no artifact, foreign or damaged JSON, a newer format version, or content
+            that contradicts itself; the line names the file and the place.
+    """
+    path = folder / MANIFEST
+    fields = _load(path)
+    version = fields.get("format_version")
+    if fields.get("kind") != "onnx" or type(version) is not int:
+        raise RequestError(f"{path} is not the manifest of an rgexport artifact")
+    if version != FORMAT_VERSION:
+        raise RequestError(
+            f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
+            + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
+        )
+    try:
+        manifest = Reader({Scheme: scheme_from_dict}).read(Manifest, fields)
+        _check(manifest)
+    except (Mismatch, RequestError) as error:
+        raise RequestError(f"{path} is damaged: {error}") from None
+    return manifest
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether `folder` is an artifact, by its manifest's presence."""
+    return (folder / MANIFEST).is_file()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.parent.exists():
+        raise RequestError(f"there is no {path.parent}")
+    if not path.is_file():
+        raise RequestError(f"{path.parent} is not an rgexport artifact: it has no {MANIFEST}")
+    return read_json(path).values
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types alone do not say.
+
+    Raises:
+        Mismatch: an unsafe file name, a part outside its file, or a tensor that the
+            configuration does not have.
+    """
+    for name, record in manifest.files.items():
+        _require(_is_safe(name), f"files: {name!r} leads out of the artifact")
+        _require(
+            record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
+        )
+    _require_word("precision", manifest.precision, PRECISIONS)
+    _require_word("compute", manifest.compute, _COMPUTE)
+    for name, size in manifest.config.to_dict().items():
+        _require(type(size) is not int or size > 0, f"config.{name} is {size}")
+    expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
+    found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
+    for name in expected.keys() | found.keys():
+        _require(
+            found.get(name) == expected.get(name),
+            f"tensors.{label(name)} has shape {found.get(name)}; expected {expected.get(name)}",
+        )
+        _require(
+            manifest.plan.get(name) == manifest.tensors[name].scheme,
+            f"tensors.{name} is not stored as the plan says",
+        )
+        _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name])
+
+
+def _check_parts(place: str, manifest: Manifest, stored: StoredTensor) -> None:
+    """The parts must be those of the scheme, and lie inside their files."""
+    quantized = isinstance(stored.scheme, Affine)
+    _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
+    expected = _part_shapes(stored)
+    found = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
+    _require(found == expected, f"{place} are {found}; expected {expected}")
+    for name, part in stored.parts.items():
+        record = manifest.files.get(part.file)
+        inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
+        _require(inside, f"{place}.{name} lies outside of {part.file!r}")
+
+
+def _part_shapes(stored: StoredTensor) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if isinstance(stored.scheme, Float):
+        return {"data": (stored.scheme.dtype, stored.shape)}
+    rows, columns = stored.shape
+    widths = affine.part_shapes(columns, stored.scheme)
+    return {name: (dtype.name, (rows, width)) for name, (dtype, width) in widths.items()}
+
+
+def _is_safe(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = name.isprintable() and name not in ("", MANIFEST) and not set(name) & set("\\:\0")
+    return plain and str(path) == name and not path.is_absolute() and ".." not in path.parts
+
+
+def _require_word(place: str, word: str, words: Collection[str]) -> None:
+    _require(word in words, f"{place} is {word!r}; expected {' or '.join(words)}")
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise Mismatch(complaint)

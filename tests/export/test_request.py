@@ -1,0 +1,64 @@
+"""What users ask for, and what they are told to do next."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.request import closing_line, default_target, precision_word
+from rgexport.hashing import FileRecord
+
+
+@pytest.mark.parametrize(
+    ("precision", "int4", "int8", "word"),
+    [
+        (None, False, False, "fp32"),
+        (None, True, False, "int4"),
+        (None, False, True, "int8"),
+        ("fp16", False, False, "fp16"),
+        ("int4", True, False, "int4"),
+    ],
+)
+def test_precision(precision, int4, int8, word):
+    assert precision_word(precision, int4, int8) == word
+
+
+@pytest.mark.parametrize(
+    ("precision", "int4", "int8", "complaint"),
+    [
+        (None, True, True, "--int4 and --int8 contradict"),
+        ("fp32", True, False, "--int4 and --precision fp32 contradict"),
+        ("q4", False, False, "--precision is 'q4'; expected one of fp32, fp16, int8, int4"),
+    ],
+)
+def test_precision_that_cannot_be(precision, int4, int8, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        precision_word(precision, int4, int8)
+
+
+def test_default_target():
+    target = default_target("recurrentgemma-2b", "int4", "onnx")
+    assert target == Path("recurrentgemma-2b-int4-onnx")
+
+
+TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({}, "It has no tokenizer; try: rgexport generate out --ids 2"),
+        ({"files": TOKENIZER, "instruction_tuned": True}, "Talk to it: rgexport chat out"),
+        ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
+        (
+            {"files": TOKENIZER, "name": "recurrentgemma-9b"},
+            '-p "The meaning of life is" (a base model; to chat, export --size 9b-it)',
+        ),
+    ],
+)
+def test_closing_line(made, change, advice):
+    manifest = dataclasses.replace(made.manifest, **change)
+    line = closing_line(Artifact(Path("out"), manifest))
+    assert line.startswith("out is complete (") and line.endswith(advice)

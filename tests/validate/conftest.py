@@ -1,0 +1,89 @@
+"""Small artifacts of every kind, exported from one checkpoint, and ways to spoil them."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rgexport.export.artifact import record_files
+from rgexport.export.manifest import Manifest, StoredPart, write_manifest
+from rgexport.export.manifest_reader import read_manifest
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.griffin.checkpoint import open_checkpoint
+from tests.models import make_config, random_weights, write_hugging_face
+
+CONFIG = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300)
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "fp16": {"precision": "fp16"},
+    "int8": {"precision": "int8"},
+    "int4": {"precision": "int4", "block_size": 32},
+    "int4-exact": {"precision": "int4", "exact": True},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Keeps the memory of verified files out of the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RGEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, in bf16."""
+    folder = tmp_path_factory.mktemp("validate") / "original"
+    return write_hugging_face(CONFIG, random_weights(CONFIG), folder, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def clean(checkpoint: Path) -> Callable[[str], Path]:
+    """The artifact of a kind, exported once."""
+
+    def export(kind: str) -> Path:
+        target = checkpoint.parent / kind
+        if not target.exists():
+            export_onnx(open_checkpoint(checkpoint), OnnxOptions(**KINDS[kind]), target)
+        return target
+
+    return export
+
+
+@pytest.fixture
+def spoil(clean: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of an artifact that was altered and looks intact: its hashes are made anew."""
+
+    def copy(
+        kind: str,
+        *,
+        config: dict[str, Any] | None = None,
+        weight: tuple[str, str, float] | None = None,
+    ) -> Path:
+        folder = tmp_path / "spoiled"
+        shutil.copytree(clean(kind), folder)
+        manifest = read_manifest(folder)
+        if weight is not None:
+            name, part, gain = weight
+            _scale(folder, manifest.tensors[name].parts[part], gain)
+        changed = dataclasses.replace(manifest.config, **(config or {}))
+        _write(folder, dataclasses.replace(manifest, config=changed))
+        return folder
+
+    return copy
+
+
+def _scale(folder: Path, part: StoredPart, gain: float) -> None:
+    path = folder / part.file
+    values = np.memmap(path, part.dtype, "r+", offset=part.offset, shape=part.shape)
+    values[:] = values * np.asarray(gain, part.dtype)
+    values.flush()
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    write_manifest(folder, manifest.with_files(record_files(folder)))

@@ -1,0 +1,193 @@
+import builtins
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.layout import model_tensors
+from rgexport.runtimes.ort import OrtSession
+from rgexport.validate.parity import compare, validate_artifact
+from rgexport.validate.result import Result
+from rgexport.validate.text import random_text
+from tests.models import (
+    deepmind_logits,
+    deepmind_model,
+    make_config,
+    random_weights,
+    write_hugging_face,
+)
+from tests.validate.conftest import CONFIG, KINDS
+
+Clean = Callable[[str], Path]
+Spoil = Callable[..., Path]
+
+
+def failed(result: Result) -> list[str]:
+    return [check.name for check in result.checks if not check.passed]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_artifacts_pass(clean: Clean, checkpoint: Path, kind: str) -> None:
+    result = compare(clean(kind), model=str(checkpoint))
+    assert failed(result) == [] and result.passed
+    assert result.source.found and result.source.same_files
+    assert result.text.windows > 4
+    assert result.weights is not None
+    assert [error.name for error in result.weights] == list(model_tensors(CONFIG))
+    assert result.original is not None
+    assert result.original.kl.mean >= 0.9 * result.twin.kl.mean
+
+
+def test_precision_costs_what_it_should(clean: Clean, checkpoint: Path) -> None:
+    cost = {}
+    for kind in ("fp32", "fp16", "int8", "int4-exact"):
+        original = compare(clean(kind), model=str(checkpoint), max_tokens=40).original
+        assert original is not None
+        cost[kind] = original.kl.mean
+    assert cost["fp32"] < 1e-9 < cost["fp16"] < 1e-5 < cost["int8"] < 1e-2 < cost["int4-exact"]
+
+
+def test_the_cost_equals_what_deepmind_says(clean: Clean, checkpoint: Path) -> None:
+    """Artifact against DeepMind's own implementation, by another KL than ours."""
+    result = compare(clean("int4-exact"), model=str(checkpoint))
+    tokens = random_text(CONFIG.vocab_size, result.text.tokens).tokens[None]
+    arrays = {
+        n: t.whole().astype(np.float32) for n, t in open_checkpoint(checkpoint).weights.items()
+    }
+    truth = deepmind_logits(deepmind_model(CONFIG, arrays), tokens)[0].astype(np.float64)
+    session = OrtSession(Artifact.open(clean("int4-exact")))
+    ours = session.prefill(tokens, tokens.shape[1])[0].astype(np.float64)
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (truth, ours))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    assert result.original is not None
+    assert result.original.kl.mean == pytest.approx(kl.mean(), rel=1e-4)
+    assert result.original.logits.max == pytest.approx(np.abs(truth - ours).max(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+@pytest.mark.parametrize("gain", [1.02, 0.98])
+def test_a_scaled_float_weight_is_named(
+    spoil: Spoil, checkpoint: Path, kind: str, gain: float
+) -> None:
+    name = "layers.1.mlp_block.up_proj.weight"
+    result = compare(spoil(kind, weight=(name, "data", gain)), model=str(checkpoint), max_tokens=40)
+    assert f"weights.{name}.max_steps" in failed(result)
+    assert "twin.logits" not in failed(result), "the twin has the same wrong weight"
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4-exact"])
+@pytest.mark.parametrize("name", ["layers.2.temporal_block.q_proj.weight", "embed_tokens.weight"])
+def test_a_wrong_scale_is_named(spoil: Spoil, checkpoint: Path, kind: str, name: str) -> None:
+    folder = spoil(kind, weight=(name, "scales", 1.02))
+    result = compare(folder, model=str(checkpoint), max_tokens=40)
+    assert set(failed(result)) == {f"weights.{name}.max_steps", f"weights.{name}.projection"}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4-exact"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"embedding_scale": 8.016},
+        {"soft_cap": 0.0},
+        {"soft_cap": 25.0},
+        {"rope_dims": 16},
+        {"rope_theta": 20_000.0},
+        {"rms_eps": 1e-2},
+    ],
+)
+def test_a_graph_that_computes_otherwise_than_its_manifest_says_fails(
+    spoil: Spoil, kind: str, config: dict[str, Any]
+) -> None:
+    result = compare(spoil(kind, config=config))
+    assert "twin.logits" in failed(result)
+    assert not result.passed
+
+
+def test_without_the_original_only_the_twin_is_compared(clean: Clean) -> None:
+    result = compare(clean("int4"))
+    assert result.passed
+    assert result.original is None and result.weights is None and not result.source.found
+    assert result.source.made_from == "original"
+
+
+def test_another_model_of_the_same_shape_is_told_and_judged(clean: Clean, tmp_path: Path) -> None:
+    cousin = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300, window=20)
+    folder = write_hugging_face(cousin, random_weights(cousin, seed=1), tmp_path / "cousin")
+    result = compare(clean("fp32"), model=str(folder), max_tokens=60)
+    assert result.source.same_files is False
+    assert result.source.config_differences == ("window: 16 → 20",)
+    assert {"original.rms"} < set(failed(result))
+    assert "twin.logits" not in failed(result)
+
+
+def test_a_model_of_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
+    other = make_config("rra", width=64, heads=4, lru_width=128, vocab_size=300)
+    folder = write_hugging_face(other, random_weights(other), tmp_path / "other")
+    with pytest.raises(RequestError, match=r"linear_y.weight has shape \[96, 64\]"):
+        compare(clean("fp32"), model=str(folder))
+
+
+def test_the_report_and_the_json(
+    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    code = validate_artifact(clean("int8"), model=str(checkpoint), tokens=50, json_file=file)
+    out, err = capsys.readouterr()
+    assert code == 0 and out.startswith("PASS  ") and "KL mean" in out
+    assert "Comparing" in err and "Comparing" not in out
+    found = json.loads(file.read_text())
+    assert found["schema_version"] == 1 and found["verdict"] == "PASS"
+    assert found["text"] == {
+        "name": "random token ids",
+        "tokens": 50,
+        "windows": 50 / 16,
+        "bytes": None,
+        "truncated": False,
+    }
+    assert found["twin"]["logits"]["max"] < found["original"]["logits"]["max"]
+    assert all(check["passed"] for check in found["checks"])
+    assert found["weights"][0].keys() >= {"name", "relative_error", "projection", "max_steps"}
+    assert found["environment"]["onnxruntime"] == found["engine"]["engine_version"]
+
+
+def test_failure_is_exit_code_1(
+    spoil: Spoil, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    folder = spoil("fp32", config={"soft_cap": 20.0})
+    assert validate_artifact(folder, tokens=30, json_file=file) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL  ") and "FAILED  twin.logits is " in out
+    assert json.loads(file.read_text())["verdict"] == "FAIL"
+
+
+def test_the_json_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None:
+    for file in (tmp_path, tmp_path / "missing" / "r.json"):
+        with pytest.raises(RequestError, match="cannot write"):
+            validate_artifact(clean("fp32"), json_file=file)
+
+
+def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def no_torch(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "torch":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(builtins, "__import__", no_torch)
+    with pytest.raises(RequestError, match=r"needs torch .* 'rgexport\[export\]'"):
+        compare(clean("fp32"))
+
+
+def test_an_unknown_device(clean: Clean) -> None:
+    with pytest.raises(RequestError, match="torch cannot use the device 'abacus'"):
+        compare(clean("fp32"), device="abacus")

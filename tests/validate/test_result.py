@@ -1,0 +1,94 @@
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.validate.parity import compare
+from rgexport.validate.report import render
+from rgexport.validate.result import Result, require_writable, write_json
+
+
+@pytest.fixture(scope="module")
+def result(clean: Callable[[str], Path], checkpoint: Path) -> Result:
+    return compare(clean("int4"), model=str(checkpoint), max_tokens=40)
+
+
+def with_nan(result: Result) -> Result:
+    logits = dataclasses.replace(result.twin.logits, max=math.nan, relative_max=math.inf)
+    first = dataclasses.replace(result.checks[0], value=math.nan)
+    return dataclasses.replace(
+        result,
+        twin=dataclasses.replace(result.twin, logits=logits),
+        checks=[first, *result.checks[1:]],
+    )
+
+
+def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    write_json(with_nan(result), file)
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    found = json.loads(file.read_text("utf-8"), parse_constant=refuse)
+    assert found["verdict"] == "FAIL"
+    assert found["twin"]["logits"]["max"] is None
+    assert found["checks"][0] | {"reason": ""} == {
+        "name": "twin.logits",
+        "value": None,
+        "limit": result.checks[0].limit,
+        "reason": "",
+        "passed": False,
+    }
+
+
+def test_the_sections_of_the_json(result: Result) -> None:
+    sections = list(result.to_dict())
+    assert sections == [
+        *("schema_version", "verdict", "artifact", "source", "text", "engine", "twin"),
+        *("original", "steps", "weights", "tolerance", "checks", "environment"),
+    ]
+    twin = result.to_dict()["twin"]
+    assert list(twin) == ["logits", "kl", "agreement", "likelihood", "states"]
+
+
+def test_the_report_begins_with_the_verdict_and_names_what_failed(result: Result) -> None:
+    lines = render(result).splitlines()
+    assert lines[0].startswith("PASS  ") and lines[0].endswith("every check passed")
+    lines = render(with_nan(result)).splitlines()
+    assert lines[0].startswith("FAIL  ") and f"1 of {len(result.checks)} checks failed" in lines[0]
+    assert any(line.startswith("FAILED  twin.logits is nan") for line in lines)
+
+
+def test_the_report_is_plain_text_of_limited_width(result: Result) -> None:
+    text = render(result)
+    assert "\x1b" not in text
+    table = [line for line in text.splitlines() if line.startswith("  ")]
+    assert max(map(len, table)) <= 100
+    for part in ("KL 99th percentile", "worst state", "rglru", "projection", "bit for bit"):
+        assert part in text.replace("rg_lru", "rglru")
+
+
+def test_the_report_says_when_there_was_no_original(result: Result) -> None:
+    source = dataclasses.replace(result.source, found=False, path=None)
+    text = render(dataclasses.replace(result, source=source, original=None, weights=None))
+    assert "not given (-m), so the cost is not measured" in text
+    assert "projection" not in text
+
+
+def test_where_json_can_be_written(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+    with pytest.raises(RequestError, match="it is a folder"):
+        require_writable(tmp_path)
+    with pytest.raises(RequestError, match="there is no folder"):
+        require_writable(tmp_path / "a" / "b.json")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(result: Result) -> None:
+    with pytest.raises(RequestError, match="cannot write /dev/full: No space left"):
+        write_json(result, Path("/dev/full"))

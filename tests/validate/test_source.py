@@ -1,0 +1,72 @@
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import Manifest
+from rgexport.export.manifest_reader import read_manifest
+from rgexport.griffin import checkpoint as checkpoints
+from rgexport.validate.source import find_original
+
+
+@pytest.fixture
+def manifest(clean: Callable[[str], Path]) -> Manifest:
+    return read_manifest(clean("fp32"))
+
+
+def demo(manifest: Manifest) -> Manifest:
+    return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name="demo"))
+
+
+def test_the_given_model(manifest: Manifest, checkpoint: Path) -> None:
+    found = find_original(manifest, str(checkpoint))
+    assert found is not None and found.same_files and found.config_differences == ()
+
+
+def test_nothing_is_guessed(manifest: Manifest) -> None:
+    assert find_original(manifest, None) is None
+
+
+def test_the_demo_is_found(
+    manifest: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "demo_folder", lambda: checkpoint)
+    found = find_original(demo(manifest), None)
+    assert found is not None and found.same_files
+
+
+def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
+    manifest: Manifest, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "demo"
+    shutil.copytree(checkpoint, other)
+    weights = other / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    monkeypatch.setattr(checkpoints, "demo_folder", lambda: other)
+    assert find_original(demo(manifest), None) is None
+    named = find_original(manifest, str(other))
+    assert named is not None and not named.same_files
+
+
+def test_an_install_without_the_demo(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise RequestError("not bundled")
+
+    monkeypatch.setattr(checkpoints, "demo_folder", missing)
+    assert find_original(demo(manifest), None) is None
+
+
+def test_a_missing_or_damaged_model(manifest: Manifest, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="there is no"):
+        find_original(manifest, str(tmp_path / "missing"))
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(RequestError):
+        find_original(manifest, str(broken))

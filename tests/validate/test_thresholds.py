@@ -1,0 +1,95 @@
+import dataclasses
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from rgexport.export.manifest import Manifest
+from rgexport.quantize.plan import choose_scheme, make_plan
+from rgexport.validate import thresholds
+from rgexport.validate.thresholds import Check
+from rgexport.validate.weights import WeightError
+from tests.models import ODD_CONFIGS
+
+CONFIG = ODD_CONFIGS["regular"]
+
+
+@dataclasses.dataclass
+class Asked:
+    """The fields of a manifest that decide about tolerances."""
+
+    compute: str
+    exact: bool
+    plan: dict[str, Any]
+
+
+def asked(linear: str, embedding: str, compute: str = "fp32", exact: bool = False) -> Manifest:
+    plan = make_plan(CONFIG, choose_scheme(linear), choose_scheme(embedding))
+    return cast(Manifest, Asked(compute, exact, plan))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "logits"),
+    [
+        (asked("fp32", "fp32"), 5e-4),
+        (asked("int4", "int4", exact=True), 5e-4),
+        (asked("fp16", "fp16", "fp16"), 2e-2),
+        (asked("int4", "int4", "fp16", exact=True), 2e-2),
+        (asked("int8", "int8"), 0.3),
+        (asked("fp32", "int4"), 0.3),
+        (asked("int4", "int4", "fp16"), 0.3),
+    ],
+)
+def test_the_tolerance_follows_from_the_arithmetic(manifest: Manifest, logits: float) -> None:
+    assert thresholds.tolerance(manifest).logits == logits
+
+
+@pytest.mark.parametrize(
+    ("linear", "embedding", "storage"),
+    [
+        ("fp32", "fp32", "float32"),
+        ("fp16", "fp32", "float16"),
+        ("int8", "fp16", "int8"),
+        ("int4", "int8", "int4"),
+    ],
+)
+def test_the_coarsest_storage_decides_what_is_a_ruin(
+    linear: str, embedding: str, storage: str
+) -> None:
+    assert thresholds.coarsest(asked(linear, embedding)) == storage
+    assert storage in thresholds.ORIGINAL_RMS
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"), [(0, True), (1, True), (1.01, False), (np.inf, False), (np.nan, False)]
+)
+def test_a_limit_is_inclusive_and_nan_never_passes(value: float, passed: bool) -> None:
+    assert Check(name="n", value=value, limit=1, reason="r").passed is passed
+
+
+def error(name: str, max_steps: float = 0.5, projection: float = 1.0) -> WeightError:
+    return WeightError(
+        name=name,
+        scheme="int4/128",
+        values=10_000,
+        relative_error=0.1,
+        projection=projection,
+        clipping=0,
+        max_steps=max_steps,
+    )
+
+
+def test_the_nearest_tensor_and_every_failing_one_are_named() -> None:
+    table = [error("a", 0.4), error("b", 0.49), error("c", 0.6, 1.02), error("d", np.nan)]
+    found = list(thresholds.weight_checks(table))
+    steps = [c.name for c in found if c.name.endswith("max_steps")]
+    assert sorted(steps) == ["weights.c.max_steps", "weights.d.max_steps"]
+    assert [c.name for c in found if c.name.endswith("projection")] == ["weights.c.projection"]
+    clean = list(thresholds.weight_checks(table[:2]))
+    assert [c.name for c in clean] == ["weights.b.max_steps", "weights.a.projection"]
+    assert all(c.passed for c in clean)
+
+
+def test_clipping_is_no_wrong_scale() -> None:
+    clipped = dataclasses.replace(error("a", projection=0.95), clipping=-0.05)
+    assert all(check.passed for check in thresholds.weight_checks([clipped]))

@@ -1,0 +1,101 @@
+"""A model of two lines, as a session and as a reference, and a tokenizer of characters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.tokenizer import Tokenizer
+from rgexport.validate.teacher import Pass
+
+VOCAB, WIDTH = 23, 8
+MEMORY = "layers.0.rg_lru"
+Fault = Callable[["ToySession", np.ndarray], np.ndarray]
+
+
+class Toy:
+    """h_t = 0.7 h_{t-1} + E[token]; logits = h · H."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.embedding = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+        self.head = rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)
+
+    def hidden(self, tokens: np.ndarray, h: np.ndarray) -> np.ndarray:
+        """Tokens [B, T] behind the state h [B, W] → [B, T, W]."""
+        found = []
+        for token in tokens.T:
+            h = np.float32(0.7) * h + self.embedding[token]
+            found.append(h)
+        return np.stack(found, 1)
+
+
+class ToyReference(Toy):
+    """The toy as a reference."""
+
+    def run(self, tokens: np.ndarray) -> tuple[np.ndarray, State]:
+        """One pass from the beginning."""
+        hidden = self.hidden(tokens, np.zeros((len(tokens), WIDTH), np.float32))
+        position = np.full(len(tokens), tokens.shape[1], np.int64)
+        return hidden, {MEMORY: hidden[:, -1], POSITION: position}
+
+    def logits(self, hidden: Any) -> np.ndarray:
+        """The head."""
+        return hidden @ self.head
+
+
+class ToySession(Toy):
+    """The toy as a session; `fault(session, logits)` may spoil both."""
+
+    vocab_size = VOCAB
+    info = SessionInfo("toy", "1", 1, "float32", 1, 1)
+
+    def __init__(self, seed: int = 0, fault: Fault | None = None) -> None:
+        super().__init__(seed)
+        self.fault = fault
+        self.chunks: list[int] = []
+        self.reset()
+
+    def reset(self, batch: int = 1) -> None:
+        """Forgets everything."""
+        self.h, self.position = np.zeros((batch, WIDTH), np.float32), np.zeros(batch, np.int64)
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes a chunk."""
+        self.chunks.append(tokens.shape[1])
+        hidden = self.hidden(tokens, self.h)
+        self.h, self.position = hidden[:, -1].copy(), self.position + tokens.shape[1]
+        logits = hidden[:, -num_logits:] @ self.head
+        return logits if self.fault is None else self.fault(self, logits)
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Takes a token."""
+        return self.prefill(tokens[:, None])[:, 0]
+
+    def get_state(self) -> State:
+        """A copy."""
+        return {MEMORY: self.h.copy(), POSITION: self.position.copy()}
+
+    def set_state(self, state: State) -> None:
+        """A copy."""
+        self.h, self.position = state[MEMORY].copy(), state[POSITION].copy()
+
+
+def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:
+    """The toy reference's pass over tokens [T]."""
+    reference = ToyReference(seed)
+    return Pass(reference, *reference.run(tokens[None]))
+
+
+def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:
+    """One id per character, from 1 on, modulo 20."""
+    return Tokenizer(
+        vocab_size=VOCAB,
+        special={},
+        bos_id=bos_id,
+        eos_id=None,
+        raw_encode=lambda text: [1 + ord(c) % 20 for c in text],
+        surface=lambda token: b"",
+    )
