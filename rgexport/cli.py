@@ -140,6 +140,7 @@ def onnx(
     """Exports a checkpoint to ONNX."""
     from rgexport.atomic import check_target
     from rgexport.export.artifact import Artifact, replaceable
+    from rgexport.export.describe import as_text, describe
     from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
     from rgexport.export.request import closing_line, default_target, precision_word
     from rgexport.griffin.checkpoint import open_checkpoint
@@ -152,7 +153,9 @@ def onnx(
     chosen = load_plan(plan, checkpoint.config) if plan else None
     target = output or default_target(checkpoint.name, word, "onnx")
     asked = OnnxOptions(precision=word, plan=chosen, **options)
-    click.echo(closing_line(Artifact.open(export_onnx(checkpoint, asked, target, force=force))))
+    artifact = Artifact.open(export_onnx(checkpoint, asked, target, force=force))
+    progress.detail(as_text(describe(str(target))))
+    click.echo(closing_line(artifact))
 
 
 @rgexport.command()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.progress import warn
+from rgexport.progress import amount, detail, warn
 from rgexport.runtimes.chat import Conversation
 from rgexport.runtimes.generate import GenerationStats, generate, prompt_ids
 from rgexport.runtimes.ort import OrtSession
@@ -39,13 +39,13 @@ def continue_prompt(
     artifact, stats = Artifact.open(path), GenerationStats()
     if prompt is None:
         start = _parse_ids(str(ids))
-        session = OrtSession(artifact, threads=threads)
+        session = _open_session(artifact, threads)
         tokens = generate(session, start, sampler, max_new_tokens, (), stats)
         return (f"{token} " for token in tokens), stats
 
     tokenizer = load_tokenizer(path)
     start = prompt_ids(tokenizer, prompt)
-    session = OrtSession(artifact, threads=threads)
+    session = _open_session(artifact, threads)
     tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
     return _decoded(tokens, StreamDecoder(tokenizer)), stats
 
@@ -63,7 +63,7 @@ def open_conversation(
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = OrtSession(artifact, threads=threads)
+    session = _open_session(artifact, threads)
     return Conversation(session, tokenizer, template, sampler, max_new_tokens)
 
 
@@ -73,6 +73,16 @@ def summary(stats: GenerationStats) -> str:
         f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
         f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
     )
+
+
+def _open_session(artifact: Artifact, threads: int | None) -> OrtSession:
+    session = OrtSession(artifact, threads=threads)
+    info = session.info
+    detail(
+        f"{info.engine} {info.engine_version}, {info.threads} threads; one step reads "
+        f"{amount(info.weight_bytes)} of weights and {amount(info.state_bytes)} of state"
+    )
+    return session
 
 
 def _decoded(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
