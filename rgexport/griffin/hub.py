@@ -25,11 +25,11 @@ def fetch_model(hub_id: str) -> Path:
     Raises:
         RequestError: no such model, no permission, no network, no disk space, or no safetensors.
     """
-    return _cached(hub_id) or _download(hub_id)
+    return cached_model(hub_id) or _download(hub_id)
 
 
-def _cached(hub_id: str) -> Path | None:
-    """The newest snapshot in the cache, if nothing is missing from it."""
+def cached_model(hub_id: str) -> Path | None:
+    """The newest snapshot in the hub's cache, if nothing is missing from it."""
     from huggingface_hub import snapshot_download
 
     try:

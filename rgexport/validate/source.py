@@ -9,8 +9,9 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.verified import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.hub import cached_model
 from rgexport.griffin.inventory import summarize
-from rgexport.griffin.sizes import DEMO
+from rgexport.griffin.sizes import DEMO, SIZES
 from rgexport.validate.weights import check_shapes
 
 
@@ -28,7 +29,7 @@ class Original:
 
 
 def find_original(manifest: Manifest, model: str | None) -> Original | None:
-    """Opens `model`, or the bundled demo if the artifact was made from that.
+    """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
     Any model of the same shape will do where it is asked for by name: what differs is told and
     left to the logits. What is found without being asked for must be the very same files.
@@ -36,14 +37,9 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
     Raises:
         RequestError: `model` cannot be opened, is damaged, or has other shapes.
     """
-    if model is None and manifest.source.name != DEMO:
+    checkpoint = _open_by_name(manifest.source.name) if model is None else open_checkpoint(model)
+    if checkpoint is None:
         return None
-    try:
-        checkpoint = open_checkpoint(model, size=DEMO if model is None else None)
-    except RequestError:
-        if model is None:
-            return None
-        raise
     original = Original(
         checkpoint,
         _same_files(manifest, checkpoint.weight_files),
@@ -55,6 +51,18 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
         raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
     check_shapes(checkpoint.weights, manifest.tensors)
     return original
+
+
+def _open_by_name(name: str) -> Checkpoint | None:
+    """What is on this machine under the name of an artifact's source."""
+    ids = {size.hub_id.rpartition("/")[2]: size.hub_id for size in SIZES.values()}
+    try:
+        if name == DEMO:
+            return open_checkpoint(size=DEMO)
+        folder = cached_model(ids[name]) if name in ids else None
+        return open_checkpoint(folder) if folder else None
+    except RequestError:
+        return None
 
 
 def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:

@@ -9,6 +9,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
+from rgexport.validate import source
 from rgexport.validate.source import find_original
 
 
@@ -17,8 +18,12 @@ def manifest(clean: Callable[[str], Path]) -> Manifest:
     return read_manifest(clean("fp32"))
 
 
+def named(manifest: Manifest, name: str) -> Manifest:
+    return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name=name))
+
+
 def demo(manifest: Manifest) -> Manifest:
-    return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name="demo"))
+    return named(manifest, "demo")
 
 
 def test_the_given_model(manifest: Manifest, checkpoint: Path) -> None:
@@ -38,6 +43,16 @@ def test_the_demo_is_found(
     assert found is not None and found.same_files
 
 
+def test_a_released_model_is_found_in_the_hub_cache(
+    manifest: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = {"google/recurrentgemma-2b-it": checkpoint}
+    monkeypatch.setattr(source, "cached_model", cache.get)
+    found = find_original(named(manifest, "recurrentgemma-2b-it"), None)
+    assert found is not None and found.same_files
+    assert find_original(named(manifest, "recurrentgemma-9b"), None) is None
+
+
 def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
     manifest: Manifest, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,8 +64,8 @@ def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
     weights.write_bytes(data)
     monkeypatch.setattr(checkpoints, "demo_folder", lambda: other)
     assert find_original(demo(manifest), None) is None
-    named = find_original(manifest, str(other))
-    assert named is not None and not named.same_files
+    given = find_original(manifest, str(other))
+    assert given is not None and not given.same_files
 
 
 def test_an_install_without_the_demo(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ The layout is known before the first weight is read. The writer then streams: a 
 encoded and written at its own offset, several slabs at a time.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -121,24 +120,26 @@ class Storage:
             OSError: the disk is full, or the folder cannot be written.
         """
         total = sum(weights[name].nbytes for name in self.tensors)
-        with open(folder / DATA_FILE, "wb") as file, task("Writing the weights", total) as advance:
+        path = folder / DATA_FILE
+        with open(path, "wb") as file, task("Writing the weights", total) as advance:
             file.truncate(self.size)
             slabs = (
-                partial(_write_slab, file.fileno(), stored, weights[name], *bounds)
+                partial(_write_slab, path, stored, weights[name], *bounds)
                 for name, stored in self.tensors.items()
                 for bounds in slab_bounds(stored.shape[0], weights[name].row_bytes, _SLAB_BYTES)
             )
             _run_bounded(slabs, advance)
 
 
-def _write_slab(
-    descriptor: int, stored: StoredTensor, source: RowTensor, start: int, stop: int
-) -> int:
+def _write_slab(path: Path, stored: StoredTensor, source: RowTensor, start: int, stop: int) -> int:
     """Encodes and writes rows `start` to `stop`; returns the bytes that were read."""
     rows = source.read(start, stop)
-    for part, array in stored.encode(rows).items():
-        region = stored.parts[part]
-        _pwrite_all(descriptor, array, region.offset + start * region.row_bytes)
+    # A file handle of its own, since `pwrite` does not exist everywhere.
+    with open(path, "r+b") as file:
+        for part, array in stored.encode(rows).items():
+            region = stored.parts[part]
+            file.seek(region.offset + start * region.row_bytes)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return rows.nbytes
 
 
@@ -154,10 +155,3 @@ def _run_bounded(jobs: Iterator[Callable[[], int]], advance: Callable[[int], Non
                     advance(future.result())
         for future in pending:
             advance(future.result())
-
-
-def _pwrite_all(descriptor: int, array: np.ndarray, offset: int) -> None:
-    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
