@@ -204,7 +204,7 @@ def local_attention(
     """Multi-query attention of each query to itself and the `window` keys before it.
 
     q [B, T, H · D], k and v [B, T, D], past_k and past_v [B, window, D] → [B, T, H · D] and the
-    last `window` keys and values. Softmax in float32.
+    last `window` keys and values. Scores and softmax are float32.
     """
     window, head_dim = past_k.shape[1:]
     keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
@@ -214,8 +214,8 @@ def local_attention(
     for start in range(0, q.shape[1], _ATTENTION_ROWS):
         rows = min(_ATTENTION_ROWS, q.shape[1] - start)
         slots = slice(start, start + window + rows)
-        query = q[:, start : start + rows].unflatten(-1, (-1, head_dim))
-        scores = torch.einsum("bthd,bsd->bhts", query, keys[:, slots]).float() * head_dim**-0.5
+        query = q[:, start : start + rows].unflatten(-1, (-1, head_dim)).float()
+        scores = torch.einsum("bthd,bsd->bhts", query, keys[:, slots].float()) * head_dim**-0.5
         distance = torch.arange(window + rows, device=q.device) - torch.arange(
             rows, device=q.device
         ).unsqueeze(-1)

@@ -40,8 +40,12 @@ def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
     window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
     heads = node.tensors[0].size(2) // head_dim
 
-    rows = g.op("Reshape", q, g.constant([0, -1, head_dim]))
-    scores = [g.op("MatMul", rows, g.op("Transpose", x, perm=[0, 2, 1])) for x in (past_k, k)]
+    # Scores in float32: a sum of head_dim products is where float16 would lose most.
+    rows = g.op("Reshape", g.cast(q, "float32"), g.constant([0, -1, head_dim]))
+    scores = [
+        g.op("MatMul", rows, g.op("Transpose", g.cast(keys, "float32"), perm=[0, 2, 1]))
+        for keys in (past_k, k)
+    ]
     weights = _softmax(g, g.op("Concat", *scores, axis=2), node, heads)
     parts = (g.slice(weights, 0, window, 2), g.slice(weights, window, END, 2))
     sums = [g.op("MatMul", part, x) for part, x in zip(parts, (past_v, v), strict=True)]
@@ -57,17 +61,15 @@ def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _softmax(g: Emitter, scores: ir.Value, node: Node, heads: int) -> ir.Value:
-    """Weights [B, T · H, slots + T] of scores of the same shape; softmax in float32."""
-    dtype, positions = node.outputs[0].dtype, g.value(node.tensors[5])
+    """Weights in the activation dtype of float32 scores [B, T · H, slots + T], same shape."""
+    positions = g.value(node.tensors[5])
     window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
     by_row = g.op("Shape", scores)
     by_token = g.op("Concat", g.op("Shape", positions), g.constant([heads, -1]), axis=0)
-    scaled = g.op(
-        "Mul", g.cast(g.typed(scores, dtype), "float32"), g.constant(head_dim**-0.5, "float32")
-    )
+    scaled = g.op("Mul", scores, g.constant(head_dim**-0.5, "float32"))
     masked = g.op("Add", g.op("Reshape", scaled, by_token), _mask(g, positions, window))
     weights = g.op("Reshape", g.op("Softmax", masked, axis=-1), by_row)
-    return g.cast(g.typed(weights, "float32"), dtype)
+    return g.cast(g.typed(weights, "float32"), node.outputs[0].dtype)
 
 
 def _mask(g: Emitter, positions: ir.Value, window: int) -> ir.Value:
