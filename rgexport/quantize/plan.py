@@ -19,6 +19,9 @@ PRECISIONS: dict[str, Scheme] = {
 }
 """Precision word → scheme of the linears and the embedding, before block and symmetry."""
 
+BLOCKS = (32, 64, 128)
+"""Weights that may share a scale."""
+
 
 def choose_scheme(precision: str, block: int = 128, symmetric: bool | None = None) -> Scheme:
     """The scheme behind a precision word; `symmetric` None leaves the word's own default.
@@ -26,6 +29,10 @@ def choose_scheme(precision: str, block: int = 128, symmetric: bool | None = Non
     Raises:
         RequestError: an unknown word, or a block size that is not 32, 64 or 128.
     """
+    if block not in BLOCKS:
+        raise RequestError(
+            f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
+        )
     if precision not in PRECISIONS:
         raise RequestError(
             f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"

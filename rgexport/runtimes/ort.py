@@ -82,7 +82,7 @@ class OrtSession:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""
         self._step_ids[:] = self._checked(np.reshape(tokens, (-1, 1)))
         self._step_positions[:, 0] = self._position
-        self._session.run_with_iobinding(self._step_binding)
+        self._step_run.run()
         self._position += 1
         return self._step_logits[:, 0].copy()
 
@@ -93,7 +93,7 @@ class OrtSession:
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_positions = np.zeros((batch, 1), np.int64)
         self._step_logits = np.zeros((batch, 1, self._vocab), np.float32)
-        self._step_binding = self._bind(self._step_ids, self._step_positions, self._step_logits)
+        self._step_run = self._bind(self._step_ids, self._step_positions, self._step_logits)
 
     def get_state(self) -> State:
         """A copy of the canonical state."""
@@ -131,26 +131,40 @@ class OrtSession:
         batch, count = ids.shape
         positions = self._position[:, None] + np.arange(count)
         logits = np.empty((batch, num_logits, self._vocab), np.float32)
-        binding = self._bind(np.ascontiguousarray(ids), positions, logits)
-        self._session.run_with_iobinding(binding)
+        self._bind(np.ascontiguousarray(ids), positions, logits).run()
         self._position += count
         return logits
 
-    def _bind(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> ort.IOBinding:
-        binding = self._session.io_binding()
-        inputs = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "num_logits": np.array(logits.shape[1]),
-        }
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+    def _bind(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> "_Run":
+        run = _Run(self._session)
+        run.bind(ids, "input_ids")
+        run.bind(positions, "position_ids")
+        run.bind(np.array(logits.shape[1]), "num_logits")
+        run.bind(logits, None, "logits")
         for record in self._manifest.states:
-            value = ort.OrtValue.ortvalue_from_numpy(self._states[record.name])
-            binding.bind_ortvalue_input(record.input, value)
-            binding.bind_ortvalue_output(record.output, value)
-        return binding
+            run.bind(self._states[record.name], record.input, record.output)
+        return run
+
+
+class _Run:
+    """Inputs and outputs bound to arrays, and the arrays: ONNX Runtime may keep only pointers."""
+
+    def __init__(self, session: ort.InferenceSession):
+        self._session, self._binding = session, session.io_binding()
+        self._arrays: list[np.ndarray] = []
+
+    def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
+        """Has the graph read input `source` from `array`, and write output `target` there."""
+        self._arrays.append(array)
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        if source:
+            self._binding.bind_ortvalue_input(source, value)
+        if target:
+            self._binding.bind_ortvalue_output(target, value)
+
+    def run(self) -> None:
+        """Runs the graph."""
+        self._session.run_with_iobinding(self._binding)
 
 
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:

@@ -159,8 +159,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                     "copy it again from the original checkpoint"
                 ) from None
     raise RequestError(
-        f"{folder} has neither {' nor '.join(_READERS)}, which text needs; copy one of them "
-        "there from the original checkpoint (export works without)"
+        f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
+        "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
     )
 
 
