@@ -1,8 +1,10 @@
 """ONNX Runtime sessions against DeepMind's implementation and against the twin."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from recurrentgemma.torch import Griffin
@@ -122,6 +124,25 @@ def test_state_travels(tmp_path: Path) -> None:
     other.set_state(one)
     assert _distance(other.step(tokens[1:2, 29]), expected[1:2, 29]) <= 1e-6
     np.testing.assert_array_equal(saved[POSITION], [29] * 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+def test_states_in_place_equal_states_apart(precision: str, tmp_path: Path) -> None:
+    """Bit for bit: the same file by plain `run`, each state in and out in buffers of its own."""
+    config = ODD_CONFIGS["irregular"]
+    artifact, _ = export_random(config, tmp_path, precision)
+    tokens = _tokens(config, 2, 2 * config.window + 6)
+    session = OrtSession(artifact)
+    session.reset(2)
+    plain = onnxruntime.InferenceSession(str(artifact.path / runtime.MODEL_FILE))
+    records = artifact.manifest.states
+    states = {r.input: np.zeros((2, *r.shape), r.dtype) for r in records}
+    for start, stop in itertools.pairwise([0, 1, 2, 9, 40, *range(41, tokens.shape[1] + 1)]):
+        positions = np.tile(np.arange(start, stop), (2, 1))
+        feeds = {"input_ids": tokens[:, start:stop], "position_ids": positions} | states
+        logits, *after = plain.run(None, feeds)
+        states = dict(zip(states, after, strict=True))
+        np.testing.assert_array_equal(session.prefill(tokens[:, start:stop]), logits)
 
 
 def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.onnx.model import _require_reads_before_writes
 from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS
 
@@ -81,3 +83,15 @@ def test_delicate_tensors_stay_float32(precision: str, tmp_path: Path) -> None:
             assert scheme == {"kind": "float", "dtype": "float32"}, name
         else:
             assert (scheme["kind"] == "affine") == precision.startswith("int"), name
+
+
+def test_a_state_that_may_be_overwritten_too_early_is_refused() -> None:
+    """The attention must read the ring before the new keys enter it."""
+    ring = ir.Value(name="past", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
+    new = ir.Value(name="new", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
+    read = ir.node("Neg", [ring])
+    in_order = ir.node("Add", [ring, read.outputs[0]])
+    _require_reads_before_writes([(ring, in_order.outputs[0])])
+    at_will = ir.node("Add", [ring, new])
+    with pytest.raises(AssertionError, match="may read past too late"):
+        _require_reads_before_writes([(ring, at_will.outputs[0])])
