@@ -251,7 +251,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "two precisions": ("onnx -m model --int4 --int8", "--int4 and --int8 contradict"),
     "flag and word": ("onnx -m model --int4 --precision fp16", "--int4 and --precision fp16"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
-    "block size": ("onnx -m model --int4 --block-size 48", "48; expected 32, 64, 128"),
+    "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 32, 64, 128"),
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
     "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
     "foreign plan": ("onnx -m model --plan model/config.json", "does not name the tensors"),
