@@ -22,7 +22,7 @@ from bench.roofline import Roofline, seconds
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, zero_state
 from rgexport.progress import note
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.engines import open_session
 from rgexport.validate.environment import environment
 
 FOLDER = Path("out/bench")
@@ -61,13 +61,18 @@ def command(*arguments: str | Path) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(process.returncode)
-    return {"seconds": time.perf_counter() - start, "peak_bytes": 1024 * usage.ru_maxrss}
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(usage)}
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """The peak memory of a process, whose unit depends on the system."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def decode(artifact: Artifact) -> dict[str, Any]:
     """Steps at a depth beyond the window, between two measurements of the read speed."""
     config, sessions = artifact.manifest.config, []
-    opening = seconds(lambda: sessions.append(OrtSession(artifact)))
+    opening = seconds(lambda: sessions.append(open_session(artifact)))
     session = sessions[0]
     activation = session.info.activation_dtype
     deep = zero_state(config, 1, activation) | {POSITION: np.full(1, 2 * config.window)}
@@ -88,7 +93,7 @@ def decode(artifact: Artifact) -> dict[str, Any]:
         "bytes_per_step": read,
         "read_bytes_per_second": [before, after],
         "share_of_roofline": read / statistics.median(steps) / max(before, after),
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)),
     }
 
 

@@ -8,13 +8,13 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from rgexport.errors import RequestError
-from rgexport.progress import amount
+from rgexport.progress import amount, warn
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -37,10 +37,11 @@ def replace_folder(
             an empty one always is.
 
     Raises:
-        RequestError: the target exists and may not be replaced, its parent is missing or not
-            writable, another run is writing it, or the disk is full.
+        RequestError: the target exists and may not be replaced, is in use as a folder to stand
+            in or as a mount point, its parent is missing or not writable, another run is writing
+            it, or the disk is full.
     """
-    real = Path(os.path.realpath(target))
+    real = _check_place(target)
     with _one_line(target), _locked(target, real):
         _remove_stale(real)
         check_target(target, force=force, replaceable=replaceable)
@@ -60,10 +61,8 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
     Raises:
         RequestError: see `replace_folder`.
     """
-    parent = Path(os.path.realpath(target)).parent
-    if not parent.is_dir():
-        raise RequestError(f"cannot write {target}: there is no folder {parent}; make it first")
-    if not os.path.lexists(os.path.realpath(target)):
+    real = _check_place(target)
+    if not os.path.lexists(real):
         return
     if not target.is_dir():
         raise RequestError(f"{target} exists and is a file; pass another -o")
@@ -75,6 +74,22 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
         )
     if not force:
         raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
+
+
+def _check_place(target: Path) -> Path:
+    """Refuses a place where no folder can appear, whatever is there; gives its real path."""
+    real = Path(os.path.realpath(target))
+    if Path.cwd().is_relative_to(real):
+        raise RequestError(
+            f"cannot write {target}: it is the current folder or holds it; pass another -o"
+        )
+    if os.path.ismount(real):
+        raise RequestError(f"cannot write {target}: it is a mount point; pass a folder in it")
+    if not real.parent.is_dir():
+        raise RequestError(
+            f"cannot write {target}: there is no folder {real.parent}; make it first"
+        )
+    return real
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
@@ -114,8 +129,6 @@ def _is_about(path: str, target: Path) -> bool:
 
 @contextmanager
 def _locked(target: Path, real: Path) -> Iterator[None]:
-    if not real.parent.is_dir():
-        check_target(target, force=False, replaceable=lambda _: False)
     path = real.with_name(f".{real.name}.lock")
     lock = FileLock(path, timeout=0)
     try:
@@ -141,7 +154,14 @@ def _remove_stale(target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
+    """Removes a folder, read-only or not; warns where it cannot."""
     shutil.rmtree(folder, ignore_errors=True)
+    for path, _, _ in os.walk(folder):  # what is left: removing takes leave to write in a folder
+        with suppress(OSError):
+            os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        warn(f"{folder} cannot be removed; remove it yourself")
 
 
 def _move(partial: Path, target: Path) -> None:

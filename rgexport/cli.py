@@ -1,5 +1,7 @@
 """The command line: one thin command per verb, no logic."""
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,7 +27,20 @@ def main() -> NoReturn:
     0: done; 1: the answer is no; 2: the request was wrong; 130 and 141: interrupted, by a key or
     by a reader that left, as shells have it.
     """
+    _prepare_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _prepare_streams() -> None:
+    """Lets every stream be used: a closed one leads nowhere, what it cannot encode becomes `?`.
+
+    In the order of their numbers, so that no file of ours is taken for one of them.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr never fails on what it cannot encode
+        sys.stdout.reconfigure(errors="replace")
 
 
 def run(arguments: list[str]) -> int:
@@ -114,7 +129,7 @@ def rgexport(context: click.Context) -> None:
     help="Of activations. [default: fp32, or fp16 with fp16 weights]",
 )
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
-@click.option("--block-size", type=int, default=128, show_default=True, help="32, 64 or 128.")
+@click.option("--block-size", type=int, help="32, 64 or 128. [default: 128]")
 @click.option("--symmetric/--asymmetric", default=None, help="[default: asymmetric for int4]")
 @click.option(
     "--embedding-precision",
@@ -146,13 +161,13 @@ def onnx(
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
-    word = precision_word(precision, int4, int8)
+    options["precision"] = precision_word(precision, int4, int8)
     if output:
         check_target(output, force=force, replaceable=replaceable)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-    chosen = load_plan(plan, checkpoint.config) if plan else None
-    target = output or default_target(checkpoint.name, word, "onnx")
-    asked = OnnxOptions(precision=word, plan=chosen, **options)
+    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
+    asked = OnnxOptions(**options)
+    target = output or default_target(checkpoint.name, asked.precision_word, "onnx")
     artifact = Artifact.open(export_onnx(checkpoint, asked, target, force=force))
     progress.detail(as_text(describe(str(target))))
     click.echo(closing_line(artifact))
@@ -198,7 +213,9 @@ def _sampler(request: dict[str, Any]) -> Any:
 
 @rgexport.command()
 @click.argument("thing", metavar="MODEL-or-ARTIFACT", required=False)
-@click.option("--size", metavar=SIZES, help="Instead: a released model, or the demo.")
+@click.option(
+    "--size", metavar=SIZES, help="Instead: a released model (may download it), or the demo."
+)
 @click.option("--json", "to_json", is_flag=True, help="Stable, for programs.")
 @click.option("--verify", is_flag=True, help="Read every byte: values, or hashes.")
 @verbose
@@ -222,15 +239,20 @@ def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) ->
 @verbose
 def random(size: str, seed: int, output: Path, force: bool) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the weights."""
+    from rgexport.export.request import as_argument
     from rgexport.griffin.synthetic import write_random
 
     write_random(size, output, seed=seed, force=force)
-    click.echo(f"{output} is complete. Export it: rgexport onnx -m {output} --int4")
+    click.echo(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")
 
 
 @rgexport.command()
 @click.argument("artifact", type=_FOLDER)
-@click.option("-m", "--model", help="The original, to measure the cost. [default: the demo's]")
+@click.option(
+    "-m",
+    "--model",
+    help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
+)
 @click.option("--text", type=_FOLDER, help="Compare on this text. [default: built in]")
 @click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it.")
 @click.option("--json", "json_file", type=_FOLDER, help="Also write the result to this file.")

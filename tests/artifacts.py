@@ -12,10 +12,15 @@ from tests.models import Weights, random_weights, write_hugging_face
 
 
 def export_random(
-    config: GriffinConfig, folder: Path, precision: str = "fp32", **options: Any
+    config: GriffinConfig,
+    folder: Path,
+    precision: str = "fp32",
+    *,
+    slowest: float = 1e-4,
+    **options: Any,
 ) -> tuple[Artifact, Weights]:
     """Exports a random model of shape `config`; returns the artifact and the original weights."""
-    weights = random_weights(config)
+    weights = random_weights(config, slowest=slowest)
     model = folder / "model"
     if not model.exists():
         write_hugging_face(config, weights, model)

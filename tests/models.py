@@ -72,19 +72,24 @@ ODD_CONFIGS: dict[str, GriffinConfig] = {
 """Shapes that an implementation of RecurrentGemma alone would get wrong; the oracle runs all."""
 
 
-def random_weights(config: GriffinConfig, seed: int = 0) -> Weights:
-    """Lively weights: no norm, bias or decay that an error could hide behind."""
+def random_weights(config: GriffinConfig, seed: int = 0, slowest: float = 1e-4) -> Weights:
+    """Lively weights: no norm, bias or decay that an error could hide behind.
+
+    With an open gate the decays are from 0.9 to 1 - `slowest`.
+    """
     generator = np.random.default_rng(seed)
     tensors = model_tensors(config)
-    return {name: _random(generator, name, spec) for name, spec in tensors.items()}
+    return {name: _random(generator, name, spec, slowest) for name, spec in tensors.items()}
 
 
-def _random(generator: np.random.Generator, name: str, spec: TensorSpec) -> np.ndarray:
+def _random(
+    generator: np.random.Generator, name: str, spec: TensorSpec, slowest: float
+) -> np.ndarray:
     normal = generator.standard_normal(spec.shape).astype(np.float32)
     match spec.role:
         case "a_param":
-            # exp(-8 softplus(p)) from 0.9 to 0.9999: decays near 1, where sqrt(1 - a²) is delicate
-            decay = np.exp(np.linspace(np.log(1e-4), np.log(0.1), spec.shape[0]))
+            # a = exp(-8 softplus(p)) near 1, where sqrt(1 - a²) is delicate
+            decay = np.exp(np.linspace(np.log(slowest), np.log(0.1), spec.shape[0]))
             decay = generator.permutation(decay)
             return np.log(np.expm1(-np.log1p(-decay) / 8)).astype(np.float32)
         case "norm":

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -93,6 +94,65 @@ def test_refused_before_any_work(tmp_path, make, force, complaint):
     with pytest.raises(RequestError, match=complaint):
         write(tmp_path / "out", force=force)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "link", "/"])
+def test_the_folder_one_stands_in_is_refused(tmp_path, monkeypatch, target):
+    inside = tmp_path / "out" / "inside"
+    inside.mkdir(parents=True)
+    (inside / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(inside)
+    before = sorted(tmp_path.rglob("*"))
+    for refuse in (check_target, lambda *a, **o: replace_folder(*a, **o).__enter__()):
+        with pytest.raises(RequestError, match="it is the current folder or holds it"):
+            refuse(Path(target), force=True, replaceable=lambda _: True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(RequestError, match="out: it is a mount point; pass a folder in it"):
+        check_target(tmp_path / "out", force=True, replaceable=is_ours)
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder of a user to whom permissions apply, who runs the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        if root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere permissions work otherwise")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_force_replaces_what_is_read_only(unprivileged, monkeypatch, capsys, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target = unprivileged / "out"
+    write(target, "old")
+    (target / "below").mkdir()
+    (target / "below" / "file").touch()
+    for path in (target / "below" / "file", target / "below", target):
+        path.chmod(0o444 if path.is_file() else 0o555)
+    write(target, force=True)
+    assert entries(unprivileged) == ["out"] and (target / "ours").read_text() == "new"
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "out", "old")
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda folder, ignore_errors: None)
+    write(tmp_path / "out", force=True)
+    left = next(tmp_path.glob(".out.partial-*"))
+    assert capsys.readouterr().err == f"Warning: {left} cannot be removed; remove it yourself\n"
 
 
 def test_force_takes_an_empty_folder_and_follows_a_link(tmp_path):

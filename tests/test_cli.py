@@ -36,7 +36,7 @@ def test_every_command_has_help(command, capsys):
 
 def test_no_command_is_a_question(capsys):
     assert run([]) == 0
-    assert all(command in capsys.readouterr().out for command in COMMANDS[:1])
+    assert all(command in capsys.readouterr().out for command in COMMANDS)
 
 
 def test_version(capsys):
@@ -149,6 +149,60 @@ def test_killed_export_leaves_the_target_alone(tmp_path):
     assert not (tmp_path / "out").exists() and list(tmp_path.iterdir())
     assert run(["onnx", "--size", "demo", "--int8", "-o", str(tmp_path / "out")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="redirections as a POSIX shell has them")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["chat {} -n 4", "generate {} -p A -n 4", "inspect {}"])
+def test_closed_streams(demo_artifact, tmp_path, command, closed):
+    before = {path: path.read_bytes() for path in demo_artifact.iterdir()}
+    asked = command.format(demo_artifact).split()
+    shell = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", START, *asked]
+    done = subprocess.run(
+        shell,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input=b"Hello\n",
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    silent = ">&-" in closed.split() or asked[0] == "chat" and "<&-" in closed
+    assert bool(done.stdout) != silent
+    assert b"prompt tokens" not in done.stdout
+    assert {path: path.read_bytes() for path in demo_artifact.iterdir()} == before
+
+
+def test_output_that_cannot_hold_the_text(tmp_path):
+    write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "模型")
+    strict = {"PYTHONIOENCODING": "latin-1:strict"}
+    result = rgexport("inspect", "模型", folder=tmp_path, environment=strict)
+    assert result.returncode == 0, result.stderr
+    assert "??" in result.stdout and "No problems" in result.stdout
+
+
+def test_report_in_ascii(demo_artifact, tmp_path):
+    asked = ["validate", demo_artifact, "--tokens", "8"]
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    result = rgexport(*asked, folder=tmp_path, environment=ascii_only)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("PASS") and result.stdout.isascii()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
+def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"mod\xe8le")
+    write_hugging_face(CONFIG, random_weights(CONFIG), Path(name))
+    assert run(["onnx", "-m", name]) == 0
+    assert run(["inspect", "mod\ufffdle-fp32-onnx", "--verify"]) == 0
+    assert "mod\ufffdle" in capsys.readouterr().out
+
+
+def test_help_tells_what_may_be_downloaded_and_found(capsys):
+    assert run(["inspect", "--help"]) == run(["validate", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "may download it" in shown and "hub cache" in shown
 
 
 def wait_for(condition) -> None:

@@ -41,10 +41,23 @@ def test_inspect_a_checkpoint(tmp_path):
     assert "No problems" in result.stdout
 
 
+SMALL = """
+from dataclasses import replace
+from rgexport.griffin.sizes import SIZES
+size = SIZES["2b"]
+config = replace(size.config, vocab_size=64, width=256, mlp_width=96, lru_width=256, num_heads=1,
+                 block_types=size.config.block_types[:3])
+SIZES["2b"] = replace(size, config=config)
+"""
+
+
 def test_random(tmp_path):
-    code = BLOCK + "from rgexport.griffin.synthetic import write_random"
-    result = rgexport("random", "--help", folder=tmp_path, before=code)
+    asked = ["random", "--size", "2b", "-o", "out"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK + SMALL)
     assert result.returncode == 0, result.stderr
+    assert result.stdout == "out is complete. Export it: rgexport onnx -m out --int4\n"
+    found = rgexport("inspect", "out", "--verify", folder=tmp_path, before=BLOCK)
+    assert found.returncode == 0 and "No problems" in found.stdout, found.stderr
 
 
 @pytest.mark.parametrize("command", ["onnx --size demo --int4 -o out", "validate {artifact}"])

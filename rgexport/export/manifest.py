@@ -12,10 +12,14 @@ import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.hashing import FileRecord
-from rgexport.quantize.scheme import Scheme, scheme_to_dict
+from rgexport.quantize import affine
+from rgexport.quantize.scheme import Float, Scheme, scheme_to_dict
 
 MANIFEST = "rgexport.json"
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 FORMAT_VERSION = 1
+ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
+"""Compute word → activation dtype."""
 TOKENIZERS = frozenset({"tokenizer.model", "tokenizer.json"})
 """Either is enough."""
 
@@ -42,6 +46,15 @@ class StoredPart:
     def nbytes(self) -> int:
         """Bytes of the part."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Part name → dtype and shape, for a tensor of `shape` that is stored by `scheme`."""
+    if isinstance(scheme, Float):
+        return {"data": (scheme.dtype, shape)}
+    rows, columns = shape
+    widths = affine.part_shapes(columns, scheme)
+    return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,18 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import (
+    ACTIVATIONS,
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     StoredTensor,
+    part_layouts,
 )
 from rgexport.export.typed_json import Mismatch, Reader, label
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize import affine
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Affine, Float, Scheme, scheme_from_dict
-
-_COMPUTE = ("fp32", "fp16")
+from rgexport.quantize.scheme import Affine, Scheme, scheme_from_dict
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -72,7 +71,7 @@ def _check(manifest: Manifest) -> None:
             record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
         )
     _require_word("precision", manifest.precision, PRECISIONS)
-    _require_word("compute", manifest.compute, _COMPUTE)
+    _require_word("compute", manifest.compute, ACTIVATIONS)
     for name, size in manifest.config.to_dict().items():
         _require(type(size) is not int or size > 0, f"config.{name} is {size}")
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
@@ -93,21 +92,13 @@ def _check_parts(place: str, manifest: Manifest, stored: StoredTensor) -> None:
     """The parts must be those of the scheme, and lie inside their files."""
     quantized = isinstance(stored.scheme, Affine)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
-    expected = _part_shapes(stored)
+    expected = part_layouts(stored.shape, stored.scheme)
     found = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
     _require(found == expected, f"{place} are {found}; expected {expected}")
     for name, part in stored.parts.items():
         record = manifest.files.get(part.file)
         inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
         _require(inside, f"{place}.{name} lies outside of {part.file!r}")
-
-
-def _part_shapes(stored: StoredTensor) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if isinstance(stored.scheme, Float):
-        return {"data": (stored.scheme.dtype, stored.shape)}
-    rows, columns = stored.shape
-    widths = affine.part_shapes(columns, stored.scheme)
-    return {name: (dtype.name, (rows, width)) for name, (dtype, width) in widths.items()}
 
 
 def _is_safe(name: str) -> bool:

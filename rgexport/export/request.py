@@ -1,5 +1,6 @@
 """What a user asks an export for, and what the export answers."""
 
+import shlex
 from pathlib import Path
 
 from rgexport.errors import RequestError
@@ -7,11 +8,9 @@ from rgexport.export.artifact import Artifact
 from rgexport.progress import amount
 from rgexport.quantize.plan import PRECISIONS
 
-DEFAULT_PRECISION = "fp32"
 
-
-def precision_word(precision: str | None, int4: bool, int8: bool) -> str:
-    """The precision that `--precision`, `--int4` and `--int8` name together.
+def precision_word(precision: str | None, int4: bool, int8: bool) -> str | None:
+    """The precision that `--precision`, `--int4` and `--int8` name together, if any.
 
     Raises:
         RequestError: they contradict each other, or the word is unknown.
@@ -22,8 +21,8 @@ def precision_word(precision: str | None, int4: bool, int8: bool) -> str:
     if len(named) > 1:
         given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
         raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
-    word = named.pop() if named else DEFAULT_PRECISION
-    if word not in PRECISIONS:
+    word = named.pop() if named else None
+    if word not in (None, *PRECISIONS):
         raise RequestError(f"--precision is {word!r}; expected one of {', '.join(PRECISIONS)}")
     return word
 
@@ -33,6 +32,12 @@ def default_target(model: str, precision: str, kind: str) -> Path:
     return Path(f"{model}-{precision}-{kind}")
 
 
+def as_argument(path: Path) -> str:
+    """A path as one types it in a shell."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
 def closing_line(artifact: Artifact) -> str:
     """Where an artifact is, and what to type next."""
     size = amount(sum(record.size for record in artifact.manifest.files.values()))
@@ -40,7 +45,7 @@ def closing_line(artifact: Artifact) -> str:
 
 
 def _next_step(artifact: Artifact) -> str:
-    path = artifact.path
+    path = as_argument(artifact.path)
     if not artifact.manifest.has_tokenizer:
         return f"It has no tokenizer; try: rgexport generate {path} --ids 2"
     if artifact.manifest.instruction_tuned:

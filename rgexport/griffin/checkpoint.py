@@ -123,7 +123,10 @@ def _find_model(model: str) -> tuple[str, Path]:
     if path.exists():
         return _display_name(path), path
     if _HUB_ID.fullmatch(model):
-        return _find_hub(model)
+        try:
+            return _find_hub(model)
+        except RequestError as error:  # a mistyped folder looks like a hub id
+            raise RequestError(f"{error} (there is no folder {model})") from None
     raise RequestError(
         f"there is no folder {model}; expected a model folder, a DeepMind .pt file, or a hub id "
         "such as google/recurrentgemma-2b"
@@ -131,6 +134,11 @@ def _find_model(model: str) -> tuple[str, Path]:
 
 
 def _display_name(path: Path) -> str:
+    """A word that can be written as text, even if the path cannot."""
+    return os.fsencode(_telling_part(path)).decode("utf-8", "replace")
+
+
+def _telling_part(path: Path) -> str:
     path = path.resolve()
     for part in reversed(path.parts):  # a snapshot in the hub's cache is named by a hash
         if match := _HUB_CACHE.fullmatch(part):

@@ -9,6 +9,9 @@ import ml_dtypes
 
 BlockType = Literal["recurrent", "attention"]
 
+RG_LRU_C = -8.0
+"""The constant of the RG-LRU's `log a = c · r · softplus(Λ)` (arXiv 2402.19427, eq. 3)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GriffinConfig:
@@ -44,11 +47,6 @@ class GriffinConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
         return dataclasses.asdict(self) | {"block_types": list(self.block_types)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "GriffinConfig":
-        """The inverse of `to_dict`."""
-        return cls(**(fields | {"block_types": tuple(fields["block_types"])}))
 
 
 def sqrt_embedding_scale(width: int) -> float:

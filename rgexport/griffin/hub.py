@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rgexport.atomic import require_free_disk
 from rgexport.errors import RequestError
 from rgexport.griffin.huggingface import CONFIG, INDEX, SINGLE, find_shards
-from rgexport.griffin.tokenizer_files import TOKENIZER_FILES
+from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, has_tokenizer
+from rgexport.progress import warn
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -20,12 +21,18 @@ ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
 def fetch_model(hub_id: str) -> Path:
     """The folder of a model such as `google/recurrentgemma-2b`.
 
-    A complete copy in the hub's cache is used without asking the network.
+    A complete copy in the hub's cache is used without asking the network. One that lacks only
+    the tokenizer is completed if possible.
 
     Raises:
         RequestError: no such model, no permission, no network, no disk space, or no safetensors.
     """
-    return cached_model(hub_id) or _download(hub_id)
+    folder = cached_model(hub_id)
+    if folder is None:
+        return _download(hub_id)
+    if not has_tokenizer(folder):
+        _download_tokenizer(hub_id, folder)
+    return folder
 
 
 def cached_model(hub_id: str) -> Path | None:
@@ -43,21 +50,34 @@ def cached_model(hub_id: str) -> Path | None:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub import HfApi, constants
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     try:
         info = HfApi().model_info(hub_id, files_metadata=True)
         _check_files(hub_id, info)
         require_free_disk(Path(constants.HF_HUB_CACHE), _missing_bytes(hub_id, info))
-        folder = snapshot_download(hub_id, revision=info.sha, allow_patterns=list(ALLOWED))
+        return _snapshot(hub_id, info.sha, ALLOWED)
     except RequestError:
         raise
     except Exception as error:  # the hub's client raises its HTTP library's errors as they are
         raise RequestError(_explain(hub_id, error)) from None
-    return Path(folder)
+
+
+def _download_tokenizer(hub_id: str, snapshot: Path) -> None:
+    """Adds the tokenizer's files of the same commit to a snapshot in the cache."""
+    try:
+        _snapshot(hub_id, snapshot.name, TOKENIZER_FILES)
+    except Exception as error:  # as in `_download`
+        warn(f"the tokenizer of {hub_id} cannot be downloaded ({_reason(error)})")
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
 
 
 def _check_files(hub_id: str, info: "ModelInfo") -> None:
@@ -101,8 +121,11 @@ def _explain(hub_id: str, error: Exception) -> str:
             f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or pass a "
             "folder with -m"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"{hub_id} is not in the local cache and cannot be downloaded ({reason}); check the "
-        "network, or pass a folder with -m"
+        f"{hub_id} is not in the local cache and cannot be downloaded ({_reason(error)}); check "
+        "the network, or pass a folder with -m"
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.scan import linear_scan
-
-RG_LRU_C = -8.0
-"""The constant c of the RG-LRU's `log a = c · r · softplus(Λ)` (arXiv 2402.19427, eq. 3)."""
 
 _ATTENTION_ROWS = 512
 """Queries that the eager attention takes at once, so that its scores stay small."""

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""Either is enough."""
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -15,3 +16,8 @@ TOKENIZER_FILES = (
 def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """Those that a folder has."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary, not only its settings."""
+    return any((folder / name).is_file() for name in TOKENIZERS)

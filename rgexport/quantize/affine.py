@@ -25,16 +25,15 @@ def num_blocks(columns: int, scheme: Affine) -> int:
     return -(-columns // scheme.block)
 
 
-def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[np.dtype, int]]:
+def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
     """Part name → dtype and elements per row, for rows of `columns` weights."""
     blocks = num_blocks(columns, scheme)
-    byte = np.dtype(np.uint8)
-    shapes: dict[str, tuple[np.dtype, int]] = {
-        "data": (byte, blocks * scheme.block * scheme.bits // 8),
-        "scales": (np.dtype(np.float32), blocks),
+    shapes: dict[str, tuple[str, int]] = {
+        "data": ("uint8", blocks * scheme.block * scheme.bits // 8),
+        "scales": ("float32", blocks),
     }
     if not scheme.symmetric:
-        shapes["zero_points"] = (byte, -(-blocks * scheme.bits // 8))
+        shapes["zero_points"] = ("uint8", -(-blocks * scheme.bits // 8))
     return shapes
 
 

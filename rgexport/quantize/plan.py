@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
-from rgexport.quantize.scheme import Affine, Float, Plan, Scheme, scheme_from_dict, scheme_to_dict
-
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+from rgexport.quantize.scheme import (
+    BLOCKS,
+    Affine,
+    Float,
+    Plan,
+    Scheme,
+    scheme_from_dict,
+    scheme_to_dict,
+)
 
 PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
@@ -18,9 +24,6 @@ PRECISIONS: dict[str, Scheme] = {
     "int4": Affine(4, 128, symmetric=False),
 }
 """Precision word → scheme of the linears and the embedding, before block and symmetry."""
-
-BLOCKS = (32, 64, 128)
-"""Weights that may share a scale."""
 
 
 def choose_scheme(precision: str, block: int = 128, symmetric: bool | None = None) -> Scheme:
@@ -53,6 +56,14 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     }
 
 
+def precision_of(plan: Plan) -> str:
+    """The word for a plan: that of the tensor in the fewest bits."""
+    scheme = min(plan.values(), key=lambda scheme: scheme.bits_per_weight)
+    if isinstance(scheme, Affine):
+        return f"int{scheme.bits}"
+    return next(word for word, other in PRECISIONS.items() if other == scheme)
+
+
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
     """A plan from a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
@@ -74,7 +85,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
             f"the plan {path} does not name the tensors of this model (first differences: "
             f"{', '.join(differing)}); print a fitting one with `rgexport inspect ARTIFACT --json`"
         )
-    plan = {name: scheme_from_dict(fields) for name, fields in entries.items()}
+    plan = {name: _read_scheme(path, name, fields) for name, fields in entries.items()}
     for name, scheme in plan.items():
         if tensors[name].role not in QUANTIZABLE and scheme != Float("float32"):
             raise RequestError(
@@ -82,3 +93,10 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
                 f"a {tensors[name].role} stays float32 in every format"
             )
     return plan
+
+
+def _read_scheme(path: Path, name: str, fields: Any) -> Scheme:
+    try:
+        return scheme_from_dict(fields)
+    except RequestError as error:
+        raise RequestError(f"the plan {path}: {name}: {error}") from None

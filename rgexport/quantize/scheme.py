@@ -1,5 +1,6 @@
 """Storage schemes of one tensor, as data."""
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -53,11 +54,14 @@ Scheme = Float | Affine
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
+BLOCKS = (32, 64, 128)
+"""Weights that may share a scale."""
+
 _KINDS: dict[str, type[Float] | type[Affine]] = {"float": Float, "affine": Affine}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "dtype": ("float16", "float32"),
     "bits": (4, 8),
-    "block": (32, 64, 128),
+    "block": BLOCKS,
     "symmetric": (False, True),
     "algorithm": ("rtn",),
 }
@@ -82,10 +86,15 @@ def scheme_from_dict(fields: Any) -> Scheme:
     rest = {key: value for key, value in fields.items() if key != "kind"}
     for key, value in rest.items():
         allowed = _ALLOWED.get(key, ())
-        if value not in allowed:
+        # JSON's 32.0 and 1 equal 32 and true, but are not what may be stored.
+        if not any(value == a and type(value) is type(a) for a in allowed):
             expected = ", ".join(map(str, allowed)) or "no such field"
             raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
     try:
         return _KINDS[kind](**rest)
-    except TypeError as error:
-        raise RequestError(f"a {kind} scheme is incomplete: {error}") from None
+    except TypeError:
+        known = [field.name for field in dataclasses.fields(_KINDS[kind])]
+        raise RequestError(
+            f"a scheme of kind {kind} has {', '.join(rest) or 'no fields'}; "
+            f"expected {', '.join(known)}"
+        ) from None

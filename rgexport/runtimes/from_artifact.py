@@ -7,9 +7,10 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.progress import amount, detail, warn
 from rgexport.runtimes.chat import Conversation
+from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.generate import GenerationStats, generate, prompt_ids
-from rgexport.runtimes.ort import OrtSession
 from rgexport.runtimes.sampling import Sampler
+from rgexport.runtimes.session import Session
 from rgexport.runtimes.template import load_template
 from rgexport.runtimes.tokenizer import StreamDecoder, load_tokenizer
 
@@ -39,13 +40,13 @@ def continue_prompt(
     artifact, stats = Artifact.open(path), GenerationStats()
     if prompt is None:
         start = _parse_ids(str(ids))
-        session = _open_session(artifact, threads)
+        session = _told(open_session(artifact, threads=threads))
         tokens = generate(session, start, sampler, max_new_tokens, (), stats)
         return (f"{token} " for token in tokens), stats
 
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(artifact.path)
     start = prompt_ids(tokenizer, prompt)
-    session = _open_session(artifact, threads)
+    session = _told(open_session(artifact, threads=threads))
     tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
     return _decoded(tokens, StreamDecoder(tokenizer)), stats
 
@@ -59,11 +60,11 @@ def open_conversation(
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
     """
     artifact = Artifact.open(path)
-    tokenizer, template = load_tokenizer(path), load_template(path)
+    tokenizer, template = load_tokenizer(artifact.path), load_template(artifact.path)
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = _open_session(artifact, threads)
+    session = _told(open_session(artifact, threads=threads))
     return Conversation(session, tokenizer, template, sampler, max_new_tokens)
 
 
@@ -75,8 +76,8 @@ def summary(stats: GenerationStats) -> str:
     )
 
 
-def _open_session(artifact: Artifact, threads: int | None) -> OrtSession:
-    session = OrtSession(artifact, threads=threads)
+def _told(session: Session) -> Session:
+    """The session, after a remark on what it runs."""
     info = session.info
     detail(
         f"{info.engine} {info.engine_version}, {info.threads} threads; one step reads "

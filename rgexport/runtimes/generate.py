@@ -57,8 +57,8 @@ def prefill(session: Session, ids: Sequence[int], stats: GenerationStats) -> np.
     """
     if max(ids) >= session.vocab_size:
         raise RequestError(
-            f"the text has the token id {max(ids)}, the model {session.vocab_size} tokens; "
-            "the tokenizer belongs to another model"
+            f"there is no token id {max(ids)}: the model has {session.vocab_size} tokens; "
+            "expected ids below that, from the model's own tokenizer"
         )
     started = time.perf_counter()
     logits: np.ndarray = session.prefill(np.array([ids], np.int64))[0, -1]

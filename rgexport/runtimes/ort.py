@@ -8,12 +8,10 @@ import onnxruntime as ort
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import StateRecord
+from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE, StateRecord
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.huge_pages import huge_pages
 from rgexport.runtimes.session import SessionInfo
-
-MODEL_FILE = "model.onnx"
 
 PREFILL_CHUNK = 256
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
@@ -37,6 +35,7 @@ class OrtSession:
         self._manifest = artifact.manifest
         self._threads = threads or _processors()
         self._session = _open(artifact, self._threads)
+        self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
         self.reset()
@@ -49,7 +48,7 @@ class OrtSession:
             engine="onnxruntime",
             engine_version=ort.__version__,
             threads=self._threads,
-            activation_dtype="float16" if self._manifest.compute == "fp16" else "float32",
+            activation_dtype=ACTIVATIONS[self._manifest.compute],
             weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
             state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
         )
@@ -115,6 +114,16 @@ class OrtSession:
         self._position[:] = state[POSITION]
         for name, buffer in self._states.items():
             buffer[:] = _rolled(state[name], self._position) if name in self._rings else state[name]
+
+    def _require_states(self, artifact: Artifact) -> None:
+        """The manifest is not hashed itself, so its names are held against the graph's."""
+        graph = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+        missing = [s.name for s in self._manifest.states if not {s.input, s.output} <= graph]
+        if missing:
+            raise RequestError(
+                f"{artifact.path} is damaged: the graph lacks the states {', '.join(missing[:3])} "
+                "as the manifest names them; export it again"
+            )
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         tokens = np.asarray(tokens, np.int64)
@@ -190,7 +199,7 @@ def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
         with huge_pages():
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
 
 

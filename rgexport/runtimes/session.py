@@ -66,6 +66,6 @@ class Session(Protocol):
         """Continues from a canonical state, of any batch size, by any engine.
 
         Raises:
-            RequestError: a name, shape or dtype that does not fit this model.
+            RequestError: a name or shape that does not fit this model; dtypes are converted.
         """
         ...

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rgexport.export.artifact import Artifact
 from rgexport.progress import note, warn
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.tokenizer import load_tokenizer
 from rgexport.validate import thresholds
 from rgexport.validate.environment import environment
@@ -54,7 +54,6 @@ def compare(
     model: str | None = None,
     text: Path | None = None,
     max_tokens: int | None = None,
-    threads: int | None = None,
     device: str = "auto",
 ) -> Result:
     """Compares an artifact with its twin and, where it can be found, with its original.
@@ -67,7 +66,6 @@ def compare(
         text: a UTF-8 file to compare on; by default the built-in text, or random token ids
             where the artifact has no tokenizer.
         max_tokens: how much of the text is used; by default up to `text.MAX_TOKENS`.
-        threads: the session's; by default all.
         device: where torch runs the references; `auto` is CUDA where there is one.
 
     Raises:
@@ -89,7 +87,7 @@ def compare(
         source = original.checkpoint
         taught = teach("Running the original", make, source.config, source.weights, chosen.tokens)
         table = weight_errors(source.weights, weights, manifest.tensors)
-    session = OrtSession(artifact, threads=threads)
+    session = open_session(artifact)
     measured = measure(session, chosen.tokens, twin, taught, chosen.bytes)
     return Result(
         artifact=describe_artifact(path, manifest),

@@ -11,6 +11,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
+from rgexport.export.manifest_reader import is_artifact
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import states, thresholds
 from rgexport.validate.measure import Comparison, Equivalence, Measurement
@@ -93,13 +94,16 @@ def require_writable(path: Path) -> None:
     """Refuses early what `write_json` would refuse at the end.
 
     Raises:
-        RequestError: the folder is missing or read-only, or `path` is a folder.
+        RequestError: the folder is missing, read-only or in an artifact, which one more file
+            would damage, or `path` is a folder.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise RequestError(f"cannot write {path}: {what}; expected a file in an existing folder")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise RequestError(f"cannot write {path}: permission denied; choose another place")
+    if any(map(is_artifact, Path(os.path.realpath(path)).parents)):
+        raise RequestError(f"cannot write {path}: it lies in an artifact; choose another place")
 
 
 def write_json(result: Result, path: Path) -> None:
@@ -110,7 +114,8 @@ def write_json(result: Result, path: Path) -> None:
     """
     text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     try:
-        path.write_text(text + "\n", "utf-8")
+        # Of a path that is no text, the odd bytes become escapes, as JSON has them.
+        path.write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}") from None
 

@@ -37,7 +37,7 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
     Raises:
         RequestError: `model` cannot be opened, is damaged, or has other shapes.
     """
-    checkpoint = _open_by_name(manifest.source.name) if model is None else open_checkpoint(model)
+    checkpoint = _open_by_name(manifest.source.name) if model is None else _open(model, manifest)
     if checkpoint is None:
         return None
     original = Original(
@@ -51,6 +51,15 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
         raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
     check_shapes(checkpoint.weights, manifest.tensors)
     return original
+
+
+def _open(model: str, manifest: Manifest) -> Checkpoint:
+    """A DeepMind file states neither window nor soft cap: there the artifact's are taken."""
+    checkpoint = open_checkpoint(model)
+    if checkpoint.layout != "deepmind":
+        return checkpoint
+    config = manifest.config
+    return open_checkpoint(model, window=config.window, soft_cap=config.soft_cap)
 
 
 def _open_by_name(name: str) -> Checkpoint | None:

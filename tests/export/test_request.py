@@ -7,14 +7,14 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.request import closing_line, default_target, precision_word
+from rgexport.export.request import as_argument, closing_line, default_target, precision_word
 from rgexport.hashing import FileRecord
 
 
 @pytest.mark.parametrize(
     ("precision", "int4", "int8", "word"),
     [
-        (None, False, False, "fp32"),
+        (None, False, False, None),
         (None, True, False, "int4"),
         (None, False, True, "int8"),
         ("fp16", False, False, "fp16"),
@@ -62,3 +62,20 @@ def test_closing_line(made, change, advice):
     manifest = dataclasses.replace(made.manifest, **change)
     line = closing_line(Artifact(Path("out"), manifest))
     assert line.startswith("out is complete (") and line.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("path", "typed"),
+    [
+        ("out", "out"),
+        ("my model", "'my model'"),
+        ("/a b/c", "'/a b/c'"),
+        ("-out", "./-out"),
+        ("-my out", "'./-my out'"),
+        ("$HOME", "'$HOME'"),
+    ],
+)
+def test_paths_can_be_pasted(made, path, typed):
+    assert as_argument(Path(path)) == typed
+    line = closing_line(Artifact(Path(path), made.manifest))
+    assert line.endswith(f"rgexport generate {typed} --ids 2")

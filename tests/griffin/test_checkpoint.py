@@ -1,6 +1,8 @@
 """Opening checkpoints: where they may lie, what they are called, and what is wrong with them."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,14 @@ def test_links_such_as_the_hub_cache_has_are_followed(tmp_path: Path, weights: W
     checkpoint = open_checkpoint(snapshot)
     assert (checkpoint.name, checkpoint.problems) == ("recurrentgemma-2b-it", ())
     assert checkpoint.instruction_tuned is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
+def test_a_name_that_is_no_text_is_made_one(tmp_path: Path, weights: Weights) -> None:
+    folder = write_hugging_face(CONFIG, weights, tmp_path / os.fsdecode(b"mod\xe8le"))
+    assert open_checkpoint(folder).name == "mod\ufffdle"
+    file = write_deepmind(weights, folder).rename(folder / os.fsdecode(b"\xe8.pt"))
+    assert open_checkpoint(file).name == "\ufffd"
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,10 @@ def fill(cache: Path, **options: Any) -> Path:
     repo = cache / "models--google--recurrentgemma-2b"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(COMMIT)
-    return write_hugging_face(
-        CONFIG, random_weights(CONFIG), repo / "snapshots" / COMMIT, **options
-    )
+    snapshot = repo / "snapshots" / COMMIT
+    write_hugging_face(CONFIG, random_weights(CONFIG), snapshot, **options)
+    (snapshot / "tokenizer.model").write_bytes(b"vocabulary")
+    return snapshot
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, files: dict[str, int]) -> None:
@@ -56,6 +57,59 @@ def test_a_cached_model_is_used_without_the_network(cache: Path) -> None:
     assert (checkpoint.path, checkpoint.name) == (snapshot, "recurrentgemma-2b")
     assert checkpoint.instruction_tuned is False
     assert open_checkpoint(HUB_ID).path == snapshot
+
+
+def without_tokenizer(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, download: Callable[[Path], None]
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A snapshot with its tokenizer's settings alone; also gives what the network is asked."""
+    snapshot, asked = fill(cache), list[dict[str, Any]]()
+    (snapshot / "tokenizer.model").rename(snapshot / "tokenizer_config.json")
+
+    def ask(hub_id: str, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            asked.append(options)
+            download(snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
+    return snapshot, asked
+
+
+def test_a_missing_tokenizer_is_added(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(snapshot: Path) -> None:
+        (snapshot / "tokenizer.model").touch()
+
+    snapshot, asked = without_tokenizer(cache, monkeypatch, download)
+    assert fetch_model(HUB_ID) == fetch_model(HUB_ID) == snapshot
+    assert len(asked) == 1 and asked[0]["revision"] == COMMIT
+    assert "tokenizer.model" in asked[0]["allow_patterns"]
+    assert "model.safetensors" not in asked[0]["allow_patterns"]
+
+
+def test_a_copy_without_tokenizer_serves_without_the_network(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(snapshot: Path) -> None:
+        raise ConnectionError("no route\nto host")
+
+    snapshot, asked = without_tokenizer(cache, monkeypatch, fail)
+    capsys.readouterr()
+    assert fetch_model(HUB_ID) == snapshot and len(asked) == 1
+    warning = f"Warning: the tokenizer of {HUB_ID} cannot be downloaded (no route)\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_a_mistyped_folder_is_told_from_a_model_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise http_error(errors.RepositoryNotFoundError, 404)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(RequestError, match=r"on the hub.* \(there is no folder models/foo\)$"):
+        open_checkpoint("models/foo")
 
 
 def test_an_incomplete_snapshot_is_completed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

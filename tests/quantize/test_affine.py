@@ -36,7 +36,7 @@ def test_parts_have_the_declared_layout(weights: np.ndarray, scheme: Affine) -> 
     parts = affine.encode(weights, scheme)
     declared = affine.part_shapes(weights.shape[1], scheme)
 
-    found = {name: (part.dtype, part.shape[1]) for name, part in parts.items()}
+    found = {name: (part.dtype.name, part.shape[1]) for name, part in parts.items()}
     assert found == declared
     assert all(len(part) == len(weights) for part in parts.values())
 

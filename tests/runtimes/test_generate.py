@@ -62,6 +62,6 @@ def test_nothing_to_start_from(gemma: Tokenizer) -> None:
         prompt_ids(bare, "")
 
 
-def test_a_foreign_tokenizer_is_noticed(make_session: MakeSession) -> None:
-    with pytest.raises(RequestError, match="token id 50, the model 50 tokens"):
+def test_an_id_that_the_model_lacks(make_session: MakeSession) -> None:
+    with pytest.raises(RequestError, match="there is no token id 50: the model has 50 tokens"):
         next(generate(make_session(50), [2, 50], Sampler(), 5, ()))

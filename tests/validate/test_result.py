@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,21 @@ def test_where_json_can_be_written(tmp_path: Path) -> None:
         require_writable(tmp_path)
     with pytest.raises(RequestError, match="there is no folder"):
         require_writable(tmp_path / "a" / "b.json")
+
+
+def test_json_in_an_artifact_would_damage_it(clean: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(clean("int4"))
+    for file in (clean("int4") / "rgexport.json", tmp_path / "link" / "new.json"):
+        with pytest.raises(RequestError, match="it lies in an artifact; choose another place"):
+            require_writable(file)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
+def test_json_of_a_path_that_is_no_text(result: Result, tmp_path: Path) -> None:
+    path = os.fsdecode(b"mod\xe8le")
+    renamed = dataclasses.replace(result.artifact, path=path)
+    write_json(dataclasses.replace(result, artifact=renamed), tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text("utf-8"))["artifact"]["path"] == path
 
 
 def test_a_file_that_cannot_be_written_is_one_line(result: Result) -> None:

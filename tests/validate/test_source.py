@@ -11,6 +11,7 @@ from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.validate import source
 from rgexport.validate.source import find_original
+from tests.models import random_weights, write_deepmind
 
 
 @pytest.fixture
@@ -29,6 +30,16 @@ def demo(manifest: Manifest) -> Manifest:
 def test_the_given_model(manifest: Manifest, checkpoint: Path) -> None:
     found = find_original(manifest, str(checkpoint))
     assert found is not None and found.same_files and found.config_differences == ()
+
+
+def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(manifest.config, window=24, soft_cap=5.0)
+    file = write_deepmind(random_weights(config), tmp_path)
+    made = dataclasses.replace(manifest, config=config)
+    found = find_original(made, str(file))
+    assert found is not None and found.config_differences == ()
 
 
 def test_nothing_is_guessed(manifest: Manifest) -> None:

@@ -3,8 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
+from rgexport.export.manifest import StoredTensor
 from rgexport.export.onnx.graph import DTYPES, GraphBuilder
-from rgexport.export.onnx.storage import StoredTensor
+from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
 
 END = np.iinfo(np.int64).max
@@ -24,8 +25,8 @@ class Emitter(GraphBuilder):
     def value(self, declared: Value) -> ir.Value:
         """An activation, a state, or a weight that is stored as floats."""
         if declared.name not in self.values:
-            region = self.stored(declared).parts["data"]
-            self.values[declared.name] = self.initializer(region.tensor(declared.name))
+            part = self.stored(declared).parts["data"]
+            self.values[declared.name] = self.initializer(initializer(part, declared.name))
         return self.values[declared.name]
 
     def inputs(self, node: Node) -> list[ir.Value]:
@@ -44,18 +45,19 @@ class Emitter(GraphBuilder):
         return self._stored[weight.name]
 
     def part(
-        self, stored: StoredTensor, part: str, shape: tuple[int, ...] | None = None
+        self, weight: Value, part: str, shape: tuple[int, ...] | None = None
     ) -> ir.Value | None:
-        """One part of a quantized tensor, seen in `shape`; None where it has no such part.
+        """One part of a quantized weight, seen in `shape`; None where it has no such part.
 
         The same bytes may be seen in several shapes: each is an initializer of its own.
         """
-        if part not in stored.parts:
+        parts = self.stored(weight).parts
+        if part not in parts:
             return None
         view = "" if shape is None else f".{'x'.join(map(str, shape))}"
-        name = f"{stored.name}.{part}{view}"
+        name = f"{weight.name}.{part}{view}"
         if name not in self.values:
-            self.values[name] = self.initializer(stored.parts[part].tensor(name, shape))
+            self.values[name] = self.initializer(initializer(parts[part], name, shape))
         return self.values[name]
 
     def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:

@@ -9,18 +9,10 @@ from rgexport import __version__
 from rgexport.atomic import check_target, replace_folder, require_free_disk
 from rgexport.export.artifact import record_files, remember_verified, replaceable
 from rgexport.export.card import write_card
-from rgexport.export.manifest import (
-    TOKENIZERS,
-    Manifest,
-    Source,
-    StoredPart,
-    StoredTensor,
-    write_manifest,
-)
+from rgexport.export.manifest import ACTIVATIONS, TOKENIZERS, Manifest, Source, write_manifest
 from rgexport.export.onnx.model import build_model, io_record, save_model, state_records
-from rgexport.export.onnx.options import ACTIVATIONS, OnnxOptions
-from rgexport.export.onnx.storage import DATA_FILE, Storage
-from rgexport.export.onnx.storage import StoredTensor as Placed
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.storage import Storage
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -51,7 +43,7 @@ def export_onnx(
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     storage = Storage(plan, shapes)
     tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
-    require_free_disk(target.parent, storage.size + tokenizer_bytes + _GRAPH_BYTES)
+    require_free_disk(target.resolve().parent, storage.size + tokenizer_bytes + _GRAPH_BYTES)
     hashes = require_sound(checkpoint)
 
     with replace_folder(target, force=force, replaceable=replaceable) as folder:
@@ -65,11 +57,11 @@ def export_onnx(
             created_with=_versions(),
             source=Source(checkpoint.layout, checkpoint.name, hashes),
             config=checkpoint.config,
-            precision=options.precision,
+            precision=options.precision_word,
             compute=options.compute_word,
             exact=options.exact,
             plan=plan,
-            tensors={name: _record(placed) for name, placed in storage.tensors.items()},
+            tensors=storage.tensors,
             states=state_records(program),
             io=io_record(program),
             instruction_tuned=checkpoint.instruction_tuned,
@@ -80,14 +72,6 @@ def export_onnx(
         write_manifest(folder, manifest)
     remember_verified(target, manifest)
     return target
-
-
-def _record(placed: Placed) -> StoredTensor:
-    parts = {
-        part: StoredPart(DATA_FILE, region.offset, region.dtype.name, region.shape)
-        for part, region in placed.parts.items()
-    }
-    return StoredTensor(placed.shape, placed.scheme, parts)
 
 
 def _versions() -> dict[str, str]:

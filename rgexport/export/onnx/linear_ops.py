@@ -6,33 +6,34 @@ import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.graph import MICROSOFT
-from rgexport.export.onnx.storage import StoredTensor
 from rgexport.export.program import Node, Value
+from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.scheme import Affine
 
 
 def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """Rows of the table, as float32, times the scale."""
     ids, table = node.tensors
-    stored = g.stored(table)
-    if isinstance(stored.scheme, Affine):
-        rows = _quantized_rows(g, g.value(ids), stored, stored.scheme)
+    scheme = g.stored(table).scheme
+    if isinstance(scheme, Affine):
+        rows = _quantized_rows(g, g.value(ids), table, scheme)
     else:
         gathered = g.op("Gather", g.value(table), g.value(ids))
-        rows = g.cast(g.typed(gathered, stored.scheme.dtype), "float32")
+        rows = g.cast(g.typed(gathered, scheme.dtype), "float32")
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def _quantized_rows(g: Emitter, ids: ir.Value, stored: StoredTensor, scheme: Affine) -> ir.Value:
+def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
     """Rows of a quantized table, gathered from the head's own bytes and dequantized.
 
     Standard ops, since `GatherBlockQuantized` misreads the zero points of rows with an odd number
     of blocks before ONNX Runtime 1.27. A stored row is padded to whole blocks; the rest is cut off.
     """
-    columns, blocks = stored.shape[1], stored.parts["scales"].shape[1]
+    columns = table.size(1)
+    blocks = num_blocks(columns, scheme)
 
     def gather(part: str) -> ir.Value:
-        return g.op("Gather", g.part(stored, part), ids)
+        return g.op("Gather", g.part(table, part), ids)
 
     levels = _unpack(g, gather("data"), scheme.bits)
     levels = g.op("Reshape", g.cast(levels, "float32"), g.constant([0, 0, blocks, scheme.block]))
@@ -61,10 +62,10 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """`x · weightᵀ + bias`; the head is one over the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
-    stored, dtype = g.stored(weight), node.outputs[0].dtype
+    scheme, dtype = g.stored(weight).scheme, node.outputs[0].dtype
     addend = None if bias is None else g.value(bias)
-    if isinstance(stored.scheme, Affine):
-        y = _quantized_linear(g, g.value(x), stored, stored.scheme, addend)
+    if isinstance(scheme, Affine):
+        y = _quantized_linear(g, g.value(x), weight, scheme, addend)
     else:
         y = _float_linear(g, g.value(x), weight, addend, dtype)
     return [g.cast(y, dtype)]
@@ -74,7 +75,7 @@ def _float_linear(
     g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None, dtype: str
 ) -> ir.Value:
     """`Gemm` takes the weight as it is stored, [out, in]; `MatMul` would need a transposed copy."""
-    rows, columns = g.stored(weight).shape
+    rows, columns = weight.size(0), weight.size(1)
     flat = g.op("Reshape", g.cast(x, dtype), g.constant([-1, columns]))
     addend = () if bias is None else (g.cast(bias, dtype),)
     y = g.op("Gemm", flat, g.cast(g.value(weight), dtype), *addend, transB=1)
@@ -84,17 +85,17 @@ def _float_linear(
 
 
 def _quantized_linear(
-    g: Emitter, x: ir.Value, stored: StoredTensor, scheme: Affine, bias: ir.Value | None
+    g: Emitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
 ) -> ir.Value:
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
-    rows, columns = stored.shape
-    blocks = stored.parts["scales"].shape[1]
+    rows, columns = weight.size(0), weight.size(1)
+    blob = (num_blocks(columns, scheme), scheme.block * scheme.bits // 8)
     y = g.op(
         "MatMulNBits",
         g.cast(x, "float32"),
-        g.part(stored, "data", (rows, blocks, scheme.block * scheme.bits // 8)),
-        g.part(stored, "scales"),
-        g.part(stored, "zero_points"),
+        g.part(weight, "data", (rows, *blob)),
+        g.part(weight, "scales"),
+        g.part(weight, "zero_points"),
         None,
         None if bias is None else g.cast(bias, "float32"),
         domain=MICROSOFT,

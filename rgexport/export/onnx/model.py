@@ -6,15 +6,13 @@ from typing import Literal
 import onnx_ir as ir
 
 from rgexport import __version__
-from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
+from rgexport.export.manifest import MODEL_FILE, IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import DOMAIN, functions
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
 from rgexport.export.onnx.lowering import lower
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.program import StepProgram, Value
-
-MODEL_FILE = "model.onnx"
 
 _IR_VERSION = 10
 _ACCURACY_LEVEL = {True: 1, False: 4}

@@ -1,48 +1,58 @@
 """What a user can ask of an ONNX export."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from rgexport.errors import RequestError
+from rgexport.export.manifest import ACTIVATIONS
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.plan import choose_scheme, make_plan
+from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
 from rgexport.quantize.scheme import Plan
 
-Compute = Literal["fp32", "fp16"]
+DEFAULT_PRECISION, DEFAULT_BLOCK = "fp32", 128
 
-ACTIVATIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16"}
-"""Compute word → activation dtype."""
-
-DEFAULT_BLOCK = 128
+_BESIDE_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions:
-    """How weights are stored and activations computed.
+    """How weights are stored and activations computed; None leaves the choice to us.
 
     `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
-    `plan` replaces what `precision`, `block_size`, `symmetric` and `embedding_precision` say.
+    `plan` says for every tensor what `precision`, `block_size`, `symmetric` and
+    `embedding_precision` say for all.
     """
 
-    precision: str
+    precision: str | None = None
     compute: str | None = None
-    block_size: int = DEFAULT_BLOCK
+    block_size: int | None = None
     symmetric: bool | None = None
     embedding_precision: str | None = None
     exact: bool = False
     plan: Plan | None = None
 
-    @property
-    def compute_word(self) -> str:
-        """`compute`, or what it is when it is not given.
+    def __post_init__(self) -> None:
+        """Refuses contradictions.
 
         Raises:
-            RequestError: an unknown word.
+            RequestError: a plan beside an option that it replaces, or an unknown compute word.
         """
-        word = self.compute or ("fp16" if self.precision == "fp16" else "fp32")
-        if word not in ACTIVATIONS:
-            raise RequestError(f"--compute is {word!r}; expected one of {', '.join(ACTIVATIONS)}")
-        return word
+        given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
+        if self.plan is not None and given:
+            words = ", ".join(name.replace("_", " ") for name in given)
+            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+        if self.compute is not None and self.compute not in ACTIVATIONS:
+            expected = ", ".join(ACTIVATIONS)
+            raise RequestError(f"--compute is {self.compute!r}; expected one of {expected}")
+
+    @property
+    def precision_word(self) -> str:
+        """`precision`, or what a plan amounts to, or the default."""
+        return precision_of(self.plan) if self.plan else self.precision or DEFAULT_PRECISION
+
+    @property
+    def compute_word(self) -> str:
+        """`compute`, or what it is when it is not given."""
+        return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
         """The plan for a model.
@@ -50,6 +60,9 @@ class OnnxOptions:
         Raises:
             RequestError: an unknown word or block size.
         """
-        words = (self.precision, self.embedding_precision or self.precision)
-        linear, embedding = (choose_scheme(word, self.block_size, self.symmetric) for word in words)
-        return self.plan or make_plan(config, linear, embedding)
+        if self.plan:
+            return self.plan
+        block = DEFAULT_BLOCK if self.block_size is None else self.block_size
+        words = (self.precision_word, self.embedding_precision or self.precision_word)
+        linear, embedding = (choose_scheme(word, block, self.symmetric) for word in words)
+        return make_plan(config, linear, embedding)

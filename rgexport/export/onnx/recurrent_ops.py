@@ -7,6 +7,7 @@ import onnx_ir as ir
 from rgexport.export.onnx.emitter import END, Emitter
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.program import Node
+from rgexport.griffin.config import RG_LRU_C
 
 
 def causal_conv1d(g: Emitter, node: Node) -> Sequence[ir.Value]:
@@ -38,6 +39,6 @@ def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """Our own op, see `functions`. The decay is constant: runtimes fold it at load."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
-    decay = g.op("Mul", g.op("Softplus", a_param), g.constant(-8, "float32"))
+    decay = g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))
     inputs = (x, input_gate, recurrence_gate, decay, positions, state)
     return g.ops("RgLruScan", *inputs, outputs=2, domain=DOMAIN)

@@ -6,7 +6,6 @@ encoded and written at its own offset, several slabs at a time.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.errors import RequestError
+from rgexport.export.manifest import DATA_FILE, StoredPart, StoredTensor, part_layouts
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import task
 from rgexport.quantize import affine
-from rgexport.quantize.scheme import Affine, Float, Plan, Scheme
-
-DATA_FILE = "model.onnx.data"
+from rgexport.quantize.scheme import Affine, Plan, Scheme
 
 _ALIGNMENT = 4096
-"""Of every region: runtimes map the file, and a map starts at a page."""
+"""Of every part: runtimes map the file, and a map starts at a page."""
 
 _SLAB_BYTES = 1 << 20
 """Of source weights; its float32 form fits the L2 cache, which makes encoding 2x faster."""
@@ -32,85 +30,24 @@ _WORKERS = 2
 _IN_FLIGHT = 4
 
 
-@dataclass(frozen=True)
-class Region:
-    """One array of the data file; its first axis is the tensor's."""
-
-    offset: int
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes per element of the first axis."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the region."""
-        return self.shape[0] * self.row_bytes
-
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> ir.ExternalTensor:
-        """An initializer over the region, optionally seen in another shape."""
-        return ir.ExternalTensor(
-            DATA_FILE,
-            self.offset,
-            self.nbytes,
-            DTYPES[self.dtype.name],
-            shape=ir.Shape(shape or self.shape),
-            name=name,
-        )
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the plan with the regions of its parts."""
-
-    name: str
-    shape: tuple[int, ...]
-    scheme: Scheme
-    parts: dict[str, Region]
-
-    def encode(self, rows: np.ndarray) -> affine.Parts:
-        """Rows as they are stored.
-
-        Raises:
-            RequestError: a weight that float16 cannot hold.
-        """
-        if isinstance(self.scheme, Affine):
-            return affine.encode(rows, self.scheme)
-        with np.errstate(over="ignore"):
-            stored = rows.astype(self.scheme.dtype)
-        if not np.isfinite(stored).all():
-            raise RequestError(
-                f"{self.name} holds {np.abs(rows).max():.4g}, more than {self.scheme.dtype} can: "
-                "store it in another precision"
-            )
-        return {"data": stored}
-
-
 class Storage:
     """The layout of the data file: tensors in the plan's order, one after another."""
 
     def __init__(self, plan: Plan, shapes: dict[str, tuple[int, ...]]):
         self.size = 0
-        self.tensors = {name: self._place(name, shapes[name], plan[name]) for name in plan}
+        self.tensors = {
+            name: StoredTensor(shapes[name], scheme, self._place(shapes[name], scheme))
+            for name, scheme in plan.items()
+        }
 
-    def _place(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> StoredTensor:
-        if isinstance(scheme, Float):
-            parts = {"data": self._region(np.dtype(scheme.dtype), shape)}
-        else:
-            rows, columns = shape
-            parts = {
-                part: self._region(dtype, (rows, width))
-                for part, (dtype, width) in affine.part_shapes(columns, scheme).items()
-            }
-        return StoredTensor(name, shape, scheme, parts)
+    def _place(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, StoredPart]:
+        layouts = part_layouts(shape, scheme)
+        return {name: self._part(*layout) for name, layout in layouts.items()}
 
-    def _region(self, dtype: np.dtype, shape: tuple[int, ...]) -> Region:
-        region = Region(self.size, dtype, shape)
-        self.size = -(-(region.offset + region.nbytes) // _ALIGNMENT) * _ALIGNMENT
-        return region
+    def _part(self, dtype: str, shape: tuple[int, ...]) -> StoredPart:
+        part = StoredPart(DATA_FILE, self.size, dtype, shape)
+        self.size = -(-(part.offset + part.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return part
 
     def write(self, folder: Path, weights: WeightSource) -> None:
         """Fills the data file in `folder` from `weights`.
@@ -124,23 +61,51 @@ class Storage:
         with open(path, "wb") as file, task("Writing the weights", total) as advance:
             file.truncate(self.size)
             slabs = (
-                partial(_write_slab, path, stored, weights[name], *bounds)
+                partial(_write_slab, path, name, stored, weights[name], *bounds)
                 for name, stored in self.tensors.items()
                 for bounds in slab_bounds(stored.shape[0], weights[name].row_bytes, _SLAB_BYTES)
             )
             _run_bounded(slabs, advance)
 
 
-def _write_slab(path: Path, stored: StoredTensor, source: RowTensor, start: int, stop: int) -> int:
+def initializer(
+    part: StoredPart, name: str, shape: tuple[int, ...] | None = None
+) -> ir.ExternalTensor:
+    """A tensor of the graph over a stored part, optionally seen in another shape."""
+    dtype, seen = DTYPES[part.dtype], ir.Shape(shape or part.shape)
+    return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
+
+
+def _write_slab(
+    path: Path, name: str, stored: StoredTensor, source: RowTensor, start: int, stop: int
+) -> int:
     """Encodes and writes rows `start` to `stop`; returns the bytes that were read."""
     rows = source.read(start, stop)
     # A file handle of its own, since `pwrite` does not exist everywhere.
     with open(path, "r+b") as file:
-        for part, array in stored.encode(rows).items():
-            region = stored.parts[part]
-            file.seek(region.offset + start * region.row_bytes)
+        for label, array in _encode(name, rows, stored.scheme).items():
+            part = stored.parts[label]
+            file.seek(part.offset + start * part.row_bytes)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return rows.nbytes
+
+
+def _encode(name: str, rows: np.ndarray, scheme: Scheme) -> affine.Parts:
+    """Rows as they are stored.
+
+    Raises:
+        RequestError: a weight that float16 cannot hold.
+    """
+    if isinstance(scheme, Affine):
+        return affine.encode(rows, scheme)
+    with np.errstate(over="ignore"):
+        stored = rows.astype(scheme.dtype)
+    if not np.isfinite(stored).all():
+        raise RequestError(
+            f"{name} holds {np.abs(rows).max():.4g}, more than {scheme.dtype} can: "
+            "store it in another precision"
+        )
+    return {"data": stored}
 
 
 def _run_bounded(jobs: Iterator[Callable[[], int]], advance: Callable[[int], None]) -> None:

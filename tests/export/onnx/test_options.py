@@ -1,0 +1,52 @@
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import Affine, Float
+from tests.models import ODD_CONFIGS
+
+CONFIG = ODD_CONFIGS["regular"]
+PLAN = make_plan(CONFIG, Affine(4, 32, symmetric=True), Float("float32"))
+
+
+def test_defaults() -> None:
+    options = OnnxOptions()
+    assert (options.precision_word, options.compute_word) == ("fp32", "fp32")
+    assert OnnxOptions(precision="fp16").compute_word == "fp16"
+    assert OnnxOptions(precision="fp16", compute="fp32").compute_word == "fp32"
+    plan = OnnxOptions(precision="int4").resolve_plan(CONFIG)
+    assert plan["embed_tokens.weight"] == Affine(4, 128, symmetric=False)
+
+
+def test_the_embedding_may_be_finer() -> None:
+    plan = OnnxOptions(precision="int4", embedding_precision="int8").resolve_plan(CONFIG)
+    assert plan["embed_tokens.weight"] == Affine(8, 128, symmetric=True)
+    assert plan["layers.0.mlp_block.up_proj.weight"] == Affine(4, 128, symmetric=False)
+
+
+def test_a_plan_speaks_for_itself() -> None:
+    options = OnnxOptions(plan=PLAN)
+    assert options.resolve_plan(CONFIG) == PLAN
+    assert options.precision_word == "int4"
+
+
+@pytest.mark.parametrize(
+    ("beside", "word"),
+    [
+        ({"precision": "int8"}, "precision"),
+        ({"block_size": 64}, "block size"),
+        ({"symmetric": False}, "symmetric"),
+        ({"embedding_precision": "int8"}, "embedding precision"),
+    ],
+)
+def test_nothing_stands_beside_a_plan(beside: dict[str, object], word: str) -> None:
+    with pytest.raises(RequestError, match=f"leave out the {word}"):
+        OnnxOptions(plan=PLAN, **beside)
+
+
+def test_unknown_words() -> None:
+    with pytest.raises(RequestError, match="--compute is 'bf16'"):
+        OnnxOptions(compute="bf16")
+    with pytest.raises(RequestError, match="'int3'"):
+        OnnxOptions(precision="int3").resolve_plan(CONFIG)

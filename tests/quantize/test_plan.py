@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.plan import choose_scheme, load_plan, make_plan, precision_of
+from rgexport.quantize.scheme import Affine, Float, Plan, scheme_to_dict
+from tests.models import ODD_CONFIGS
+
+CONFIG = ODD_CONFIGS["irregular"]
+LINEAR = "layers.0.mlp_block.up_proj.weight"
+
+
+def _plan() -> Plan:
+    return make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 64, symmetric=True))
+
+
+def _written(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    entries = {name: scheme_to_dict(scheme) for name, scheme in _plan().items()}
+    path = folder / "plan.json"
+    path.write_text(json.dumps({"plan": entries | (changes or {})}))
+    return path
+
+
+def test_every_tensor_has_a_scheme_by_its_role() -> None:
+    plan = _plan()
+    assert plan.keys() == model_tensors(CONFIG).keys()
+    assert plan["embed_tokens.weight"] == Affine(8, 64, symmetric=True)
+    assert plan[LINEAR] == Affine(4, 32, symmetric=False)
+    assert plan["layers.0.temporal_block.rg_lru.input_gate_weight"] == Float("float32")
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    assert load_plan(_written(tmp_path), CONFIG) == _plan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({LINEAR: {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}}, "block = 32.0"),
+        ({LINEAR: {"kind": "affine", "bits": 4, "block": 32, "symmetric": 0}}, "symmetric = 0"),
+        ({LINEAR: {"kind": "affine", "bits": 4}}, "expected bits, block, symmetric"),
+        ({LINEAR: {"kind": "palette"}}, "kind 'palette'"),
+        ({LINEAR: "int4"}, "kind None"),
+        ({"final_norm.weight": {"kind": "float", "dtype": "float16"}}, "stays float32"),
+        ({"layers.9.mlp_block.up_proj.weight": {}}, "layers.9"),
+    ],
+)
+def test_wrong_plans(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=complaint) as refusal:
+        load_plan(_written(tmp_path, changes), CONFIG)
+    assert "plan.json" in str(refusal.value)
+
+
+@pytest.mark.parametrize("word", ["fp32", "fp16", "int8", "int4"])
+def test_a_plan_is_called_by_its_coarsest_tensor(word: str) -> None:
+    scheme = choose_scheme(word)
+    assert precision_of(make_plan(CONFIG, scheme, scheme)) == word
+    assert precision_of(make_plan(CONFIG, scheme, Float("float32"))) == word
+
+
+def test_int4_is_asymmetric_and_int8_symmetric_by_default() -> None:
+    assert choose_scheme("int4", 64) == Affine(4, 64, symmetric=False)
+    assert choose_scheme("int8", 32) == Affine(8, 32, symmetric=True)
+    assert choose_scheme("int4", 64, symmetric=True) == Affine(4, 64, symmetric=True)
