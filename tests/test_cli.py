@@ -36,7 +36,8 @@ def test_every_command_has_help(command, capsys):
 
 def test_no_command_is_a_question(capsys):
     assert run([]) == 0
-    assert all(command in capsys.readouterr().out for command in COMMANDS)
+    shown = capsys.readouterr().out
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
 
 
 def test_version(capsys):

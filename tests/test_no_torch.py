@@ -45,19 +45,22 @@ SMALL = """
 from dataclasses import replace
 from rgexport.griffin.sizes import SIZES
 size = SIZES["2b"]
-config = replace(size.config, vocab_size=64, width=256, mlp_width=96, lru_width=256, num_heads=1,
-                 block_types=size.config.block_types[:3])
+shape = dict(width=256, mlp_width=96, lru_width=256, num_heads=1, lru_heads=1, embedding_scale=16)
+blocks = size.config.block_types[:3]
+config = replace(size.config, vocab_size=8200, block_types=blocks, **shape)
 SIZES["2b"] = replace(size, config=config)
 """
 
 
 def test_random(tmp_path):
-    asked = ["random", "--size", "2b", "-o", "out"]
+    asked = ["random", "--size", "2b", "-o", "my model"]
     result = rgexport(*asked, folder=tmp_path, before=BLOCK + SMALL)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "out is complete. Export it: rgexport onnx -m out --int4\n"
-    found = rgexport("inspect", "out", "--verify", folder=tmp_path, before=BLOCK)
+    line = "my model is complete. Export it: rgexport onnx -m 'my model' --int4\n"
+    assert result.stdout == line
+    found = rgexport("inspect", "my model", "--verify", folder=tmp_path, before=BLOCK)
     assert found.returncode == 0 and "No problems" in found.stdout, found.stderr
+    assert (tmp_path / "my model" / "tokenizer.model").is_file()
 
 
 @pytest.mark.parametrize("command", ["onnx --size demo --int4 -o out", "validate {artifact}"])

@@ -47,12 +47,6 @@ class RowTensor:
         """The whole tensor; for the small ones (biases, norms, gates) and for tests."""
         return self.read(0, self.shape[0])
 
-    def map(
-        self, shape: tuple[int, ...], dtype: np.dtype, fn: Callable[[np.ndarray], np.ndarray]
-    ) -> "RowTensor":
-        """This tensor with `fn` applied to each slab; `fn` must keep the rows apart."""
-        return RowTensor(shape, dtype, lambda start, stop: fn(self.read(start, stop)))
-
 
 WeightSource = Mapping[str, RowTensor]
 """Canonical tensor name → tensor; see `griffin.layout` for the names."""
