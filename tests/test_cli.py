@@ -92,7 +92,7 @@ def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
     assert run(["inspect", str(demo_artifact), "--json"]) == 0
     plan = tmp_path / "plan.json"
     plan.write_text(capsys.readouterr().out)
-    asked = ["onnx", "--size", "demo", "--int4", "--plan", str(plan), "-o", str(tmp_path / "out")]
+    asked = ["onnx", "--size", "demo", "--plan", str(plan), "-o", str(tmp_path / "out")]
     assert run(asked) == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "out" / name).read_bytes() == (demo_artifact / name).read_bytes()

@@ -11,12 +11,12 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import shares
-from rgexport.export.manifest import TOKENIZERS
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import WeightSource
+from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import amount
 from rgexport.tables import Row, Table, render
 

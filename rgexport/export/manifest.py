@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
 from rgexport.quantize.scheme import Float, Scheme, scheme_to_dict
@@ -20,8 +21,6 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 FORMAT_VERSION = 1
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""
-TOKENIZERS = frozenset({"tokenizer.model", "tokenizer.json"})
-"""Either is enough."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Manifest:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the artifact understands text, not only token ids."""
-        return not TOKENIZERS.isdisjoint(self.files)
+        return any(name in TOKENIZERS for name in self.files)
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest of other files."""

@@ -9,7 +9,7 @@ from rgexport import __version__
 from rgexport.atomic import check_target, replace_folder, require_free_disk
 from rgexport.export.artifact import record_files, remember_verified, replaceable
 from rgexport.export.card import write_card
-from rgexport.export.manifest import ACTIVATIONS, TOKENIZERS, Manifest, Source, write_manifest
+from rgexport.export.manifest import ACTIVATIONS, Manifest, Source, write_manifest
 from rgexport.export.onnx.model import build_model, io_record, save_model, state_records
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.storage import Storage
@@ -17,6 +17,7 @@ from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import warn
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
@@ -37,7 +38,7 @@ def export_onnx(
             cannot be written, too little disk, an option that does not fit.
     """
     check_target(target, force=force, replaceable=replaceable)
-    if TOKENIZERS.isdisjoint(path.name for path in checkpoint.tokenizer_files):
+    if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
     plan, activation = options.resolve_plan(checkpoint.config), ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
