@@ -27,6 +27,8 @@ from rgexport.validate.environment import environment
 
 FOLDER = Path("out/bench")
 STEPS = 24
+WARM_UP_SECONDS = 5
+"""The session moves its weights into huge pages in the background, for some two seconds."""
 START = "from rgexport.cli import main; main()"
 
 
@@ -78,7 +80,9 @@ def decode(artifact: Artifact) -> dict[str, Any]:
     deep = zero_state(config, 1, activation) | {POSITION: np.full(1, 2 * config.window)}
     session.set_state(deep)
     token = np.ones(1, np.int64)
-    session.step(token)
+    warm = time.monotonic() + WARM_UP_SECONDS
+    while time.monotonic() < warm:
+        session.step(token)
 
     roofline = Roofline(session.info.threads)
     before = roofline.best()
