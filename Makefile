@@ -11,7 +11,8 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, passes its pa
 	mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
 	$(BIN)/rgexport validate $(DEMO)
-	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60
+	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60 \
+		--temperature 0.7 --seed 2
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
