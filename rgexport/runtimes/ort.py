@@ -96,9 +96,10 @@ class OrtSession:
 
     def get_state(self) -> State:
         """A copy of the canonical state."""
-        state = {r.name: self._states[r.name].copy() for r in self._manifest.states}
-        for name in self._rings:
-            state[name] = _rolled(state[name], -self._position)
+        state = {
+            name: _rolled(array, -self._position) if name in self._rings else array.copy()
+            for name, array in self._states.items()
+        }
         return state | {POSITION: self.position}
 
     def set_state(self, state: State) -> None:

@@ -15,7 +15,13 @@ from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes import ort as runtime
 from rgexport.runtimes.ort import OrtSession
 from tests.artifacts import export_random
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, weight_source
+from tests.models import (
+    ODD_CONFIGS,
+    deepmind_logits,
+    deepmind_model,
+    make_config,
+    weight_source,
+)
 
 FP32, FP16, TWIN, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
 """Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
@@ -201,9 +207,11 @@ def _deepmind_step(
     return logits[:, 0].numpy()
 
 
+@pytest.mark.parametrize("head_dim", [8, 256])
 @pytest.mark.parametrize("start", [100_000, 131_072 + 17])
-def test_far_positions(start: int, tmp_path: Path) -> None:
-    config = ODD_CONFIGS["irregular"]
+def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
+    """256 is the head of the released models, with 64 frequencies to be rounded right."""
+    config = make_config("raar", width=2 * head_dim, heads=2, window=24)
     artifact, weights = export_random(config, tmp_path)
     model = deepmind_model(config, weights)
     session = OrtSession(artifact)

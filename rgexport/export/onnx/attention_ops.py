@@ -7,15 +7,16 @@ import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import END, Emitter
 from rgexport.export.program import Node
+from rgexport.griffin.ops import rope_frequencies
 
 
 def rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """Angles from the integer positions, in float32; all layers share their cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
-    # The exponents in float32, as recurrentgemma rounds them.
-    exponents = 2 * np.arange(dims // 2, dtype=np.float32) / np.float32(dims)
-    frequencies = np.float32(1) / np.power(np.float32(node.attributes["theta"]), exponents)
+    # The reference's own numbers: another pow differs in the last bit, which at position 100,000
+    # turns a head by 0.3 degrees.
+    frequencies = rope_frequencies(dims, node.attributes["theta"]).numpy()
     position = g.op("Unsqueeze", g.cast(positions, "float32"), g.constant([2]))
     angles = g.op("Mul", position, g.constant(frequencies, "float32"))
     rotated = g.op(
