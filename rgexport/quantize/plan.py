@@ -11,6 +11,7 @@ from rgexport.quantize.scheme import (
     BLOCKS,
     Affine,
     Float,
+    Ggml,
     Plan,
     Scheme,
     scheme_from_dict,
@@ -24,6 +25,9 @@ PRECISIONS: dict[str, Scheme] = {
     "int4": Affine(4, 128, symmetric=False),
 }
 """Precision word → scheme of the linears and the embedding, before block and symmetry."""
+
+_FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
+"""What a tensor that is never quantized may be stored as."""
 
 
 def choose_scheme(precision: str, block: int = 128, symmetric: bool | None = None) -> Scheme:
@@ -61,6 +65,8 @@ def precision_of(plan: Plan) -> str:
     scheme = min(plan.values(), key=lambda scheme: scheme.bits_per_weight)
     if isinstance(scheme, Affine):
         return f"int{scheme.bits}"
+    if isinstance(scheme, Ggml):
+        return scheme.type
     return next(word for word, other in PRECISIONS.items() if other == scheme)
 
 
@@ -87,7 +93,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
         )
     plan = {name: _read_scheme(path, name, fields) for name, fields in entries.items()}
     for name, scheme in plan.items():
-        if tensors[name].role not in QUANTIZABLE and scheme != Float("float32"):
+        if tensors[name].role not in QUANTIZABLE and scheme not in _FULL:
             raise RequestError(
                 f"the plan {path} stores {name} as {scheme_to_dict(scheme)}; "
                 f"a {tensors[name].role} stays float32 in every format"

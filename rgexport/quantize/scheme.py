@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rgexport.errors import RequestError
+from rgexport.quantize.ggml_types import TYPES
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,43 @@ class Affine:
         return f"int{self.bits}/{self.block}" + ("" if self.symmetric else " asym")
 
 
-Scheme = Float | Affine
+@dataclass(frozen=True)
+class Ggml:
+    """One of ggml's tensor types, by its name in `ggml_types.TYPES`; only GGUF files have it."""
+
+    type: str
+    kind: Literal["ggml"] = "ggml"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, scales and minimums included."""
+        return TYPES[self.type].bits_per_weight
+
+    @property
+    def label(self) -> str:
+        """For people: `q4_k`."""
+        return self.type
+
+
+Scheme = Float | Affine | Ggml
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
 BLOCKS = (32, 64, 128)
 """Weights that may share a scale."""
 
-_KINDS: dict[str, type[Float] | type[Affine]] = {"float": Float, "affine": Affine}
+_KINDS: dict[str, type[Float] | type[Affine] | type[Ggml]] = {
+    "float": Float,
+    "affine": Affine,
+    "ggml": Ggml,
+}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "dtype": ("float16", "float32"),
     "bits": (4, 8),
     "block": BLOCKS,
     "symmetric": (False, True),
     "algorithm": ("rtn",),
+    "type": tuple(TYPES),
 }
 
 

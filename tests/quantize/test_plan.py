@@ -7,7 +7,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import choose_scheme, load_plan, make_plan, precision_of
-from rgexport.quantize.scheme import Affine, Float, Plan, scheme_to_dict
+from rgexport.quantize.scheme import Affine, Float, Ggml, Plan, scheme_to_dict
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["irregular"]
@@ -46,6 +46,8 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         ({LINEAR: {"kind": "palette"}}, "kind 'palette'"),
         ({LINEAR: "int4"}, "kind None"),
         ({"final_norm.weight": {"kind": "float", "dtype": "float16"}}, "stays float32"),
+        ({"final_norm.weight": {"kind": "ggml", "type": "f16"}}, "stays float32"),
+        ({LINEAR: {"kind": "ggml", "type": "q4_k_m"}}, "type = 'q4_k_m'"),
         ({"layers.9.mlp_block.up_proj.weight": {}}, "layers.9"),
     ],
 )
@@ -60,6 +62,14 @@ def test_a_plan_is_called_by_its_coarsest_tensor(word: str) -> None:
     scheme = choose_scheme(word)
     assert precision_of(make_plan(CONFIG, scheme, scheme)) == word
     assert precision_of(make_plan(CONFIG, scheme, Float("float32"))) == word
+
+
+def test_a_plan_may_be_of_ggml_types(tmp_path: Path) -> None:
+    changes = {name: {"kind": "ggml", "type": "f32"} for name in _plan()}
+    changes[LINEAR]["type"] = "q4_k"
+    plan = load_plan(_written(tmp_path, changes), CONFIG)
+    assert plan[LINEAR] == Ggml("q4_k")
+    assert precision_of(plan) == "q4_k"
 
 
 def test_int4_is_asymmetric_and_int8_symmetric_by_default() -> None:

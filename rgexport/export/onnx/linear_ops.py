@@ -19,7 +19,7 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
         rows = _quantized_rows(g, g.value(ids), table, scheme)
     else:
         gathered = g.op("Gather", g.value(table), g.value(ids))
-        rows = g.cast(g.typed(gathered, scheme.dtype), "float32")
+        rows = g.cast(g.typed(gathered, g.stored(table).parts["data"].dtype), "float32")
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 

@@ -83,26 +83,27 @@ def _write_slab(
     rows = source.read(start, stop)
     # A file handle of its own, since `pwrite` does not exist everywhere.
     with open(path, "r+b") as file:
-        for label, array in _encode(name, rows, stored.scheme).items():
+        for label, array in _encode(name, rows, stored).items():
             part = stored.parts[label]
             file.seek(part.offset + start * part.row_bytes)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return rows.nbytes
 
 
-def _encode(name: str, rows: np.ndarray, scheme: Scheme) -> affine.Parts:
+def _encode(name: str, rows: np.ndarray, tensor: StoredTensor) -> affine.Parts:
     """Rows as they are stored.
 
     Raises:
         RequestError: a weight that float16 cannot hold.
     """
-    if isinstance(scheme, Affine):
-        return affine.encode(rows, scheme)
+    if isinstance(tensor.scheme, Affine):
+        return affine.encode(rows, tensor.scheme)
+    dtype = tensor.parts["data"].dtype
     with np.errstate(over="ignore"):
-        stored = rows.astype(scheme.dtype)
+        stored = rows.astype(dtype)
     if not np.isfinite(stored).all():
         raise RequestError(
-            f"{name} holds {np.abs(rows).max():.4g}, more than {scheme.dtype} can: "
+            f"{name} holds {np.abs(rows).max():.4g}, more than {dtype} can: "
             "store it in another precision"
         )
     return {"data": stored}

@@ -3,7 +3,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Affine, Float
+from rgexport.quantize.scheme import Affine, Float, Ggml
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["regular"]
@@ -50,3 +50,9 @@ def test_unknown_words() -> None:
         OnnxOptions(compute="bf16")
     with pytest.raises(RequestError, match="'int3'"):
         OnnxOptions(precision="int3").resolve_plan(CONFIG)
+
+
+def test_a_plan_for_gguf_is_refused() -> None:
+    plan = make_plan(CONFIG, Ggml("q4_k"), Ggml("q6_k"))
+    with pytest.raises(RequestError, match=r"embed_tokens\.weight as q6_k, which only GGUF"):
+        OnnxOptions(plan=plan)

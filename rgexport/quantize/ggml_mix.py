@@ -1,0 +1,246 @@
+"""Which tensor of a GGUF file gets which type.
+
+The decisions are llama-quantize's (`llama_tensor_get_type` in llama-quant.cpp), as far as they
+can apply to this architecture: no experts, no fused attention, a head tied to the embedding.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+from rgexport.errors import RequestError
+from rgexport.quantize.ggml_file_types import FileType
+from rgexport.quantize.ggml_types import TYPES, find_type
+
+EMBEDDING = "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class GgmlTensor:
+    """A tensor of the file; `shape` as numpy has it, the length of a row last."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantizable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeRequest:
+    """What a user asks for.
+
+    `pure` gives every tensor the file type's default, `overrides` are (regex, tensor type), of
+    which the first that is found in a name counts, and `token_embedding_type` is the type of the
+    embedding (and so of the head), whatever else is said.
+    """
+
+    file_type: FileType
+    pure: bool = False
+    overrides: tuple[tuple[str, str], ...] = ()
+    token_embedding_type: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses overrides that llama-quantize would ignore.
+
+        Raises:
+            RequestError: there are overrides in a file of floats.
+        """
+        if self.overrides and not TYPES[self.file_type.default].is_quantized:
+            raise RequestError(
+                f"--tensor-type changes nothing in a file of type {self.file_type.name}; "
+                "choose a --type of fewer bits beside it"
+            )
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """The regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`.
+
+    Raises:
+        RequestError: another form, no regular expression, or an unknown type.
+    """
+    pattern, separator, word = text.partition("=")
+    if not pattern or not separator or not word:
+        raise RequestError(f"--tensor-type is {text!r}; expected REGEX=TYPE, as in attn_v=q8_0")
+    try:
+        re.compile(pattern.lower())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RequestError(f"--tensor-type {text!r} has no regular expression: {error}") from None
+    return pattern.lower(), find_type(word).name
+
+
+def choose_types(
+    tensors: Sequence[GgmlTensor], request: TypeRequest, *, gqa: int, has_imatrix: bool
+) -> dict[str, str]:
+    """Tensor name → tensor type.
+
+    Args:
+        tensors: in the order of the file, in which llama-quantize counts them too.
+        request: what the user asks for.
+        gqa: query heads per key head of the *first* layer, 0 where that is recurrent.
+        has_imatrix: whether there is an importance matrix.
+
+    Raises:
+        RequestError: an override that no quantizable tensor matches, or a type that takes an
+            importance matrix where there is none.
+    """
+    quantizable = [tensor for tensor in tensors if tensor.quantizable]
+    _refuse_idle_overrides(request, quantizable)
+    mix = _Mix(request, quantizable, gqa, has_imatrix)
+    chosen = {tensor.name: mix.type_of(tensor) for tensor in quantizable}
+    if not has_imatrix:
+        require_importances(chosen, request.file_type, available=())
+    return {tensor.name: chosen.get(tensor.name, "f32") for tensor in tensors}
+
+
+def require_importances(
+    types: Mapping[str, str], file_type: FileType, available: Container[str]
+) -> None:
+    """Refuses what llama-quantize refuses to make without importances.
+
+    Args:
+        types: tensor name → tensor type.
+        file_type: of which the types are the mix.
+        available: the names of the tensors that an importance matrix covers.
+
+    Raises:
+        RequestError: it should cover one more.
+    """
+    for name, kind in types.items():
+        takes_them = file_type.name == "q2_k_s" and kind == "q2_k" and name != EMBEDDING
+        if takes_them and name not in available:
+            raise RequestError(
+                f"type {file_type.name} needs an importance matrix (--imatrix FILE, made by "
+                f"llama-imatrix) that has {name}: without, {kind} would be garbage"
+            )
+
+
+def _refuse_idle_overrides(request: TypeRequest, tensors: Sequence[GgmlTensor]) -> None:
+    for pattern, kind in request.overrides:
+        if not any(re.search(pattern, tensor.name) for tensor in tensors):
+            raise RequestError(
+                f"--tensor-type {pattern}={kind} matches no tensor that can be quantized; "
+                f"their names are like {', '.join(tensor.name for tensor in tensors[:3])}"
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stands among those of its site that the mix decides about."""
+
+    index: int
+    count: int
+    gqa: int
+    has_imatrix: bool
+
+
+_Condition = Callable[[_Place], bool]
+
+
+def _always(at: _Place) -> bool:
+    return True
+
+
+def _more_bits(at: _Place) -> bool:
+    """The first and the last eighth, and every third between them."""
+    eighth = at.count // 8
+    outer = at.index < eighth or at.index >= 7 * at.count // 8
+    return outer or (at.index - eighth) % 3 == 2
+
+
+def _first(number: int) -> _Condition:
+    return lambda at: at.index < number
+
+
+def _first_part(parts: int) -> _Condition:
+    return lambda at: at.index < at.count // parts
+
+
+def _grouped(at: _Place) -> bool:
+    return at.gqa >= 4
+
+
+def _guarded(at: _Place) -> bool:
+    """The importances of the first ffn_down can drive types without a minimum crazy."""
+    return at.has_imatrix and _first_part(8)(at)
+
+
+_MIXES: dict[str, dict[str, tuple[tuple[_Condition, str], ...]]] = {
+    "attn_v": {
+        "q2_k": ((_grouped, "q4_k"), (_always, "q3_k")),
+        "q2_k_s": ((_grouped, "q4_k"),),
+        "q3_k_m": ((_first(2), "q5_k"), (_always, "q4_k")),
+        "q3_k_l": ((_always, "q5_k"),),
+        "q4_k_s": ((_first(4), "q5_k"),),
+        "q4_k_m": ((_more_bits, "q6_k"),),
+        "q5_k_m": ((_more_bits, "q6_k"),),
+    },
+    "attn_output": {
+        "q2_k": ((_always, "q3_k"),),
+        "q3_k_m": ((_always, "q4_k"),),
+        "q3_k_l": ((_always, "q5_k"),),
+    },
+    "ffn_down": {
+        "q2_k": ((_always, "q3_k"),),
+        "q2_k_s": ((_first_part(8), "q4_k"),),
+        "q3_k_m": ((_first_part(16), "q5_k"), (_always, "q4_k")),
+        "q3_k_l": ((_always, "q5_k"),),
+        "q4_k_s": ((_first_part(8), "q5_k"),),
+        "q4_k_m": ((_more_bits, "q6_k"),),
+        "q5_k_m": ((_more_bits, "q6_k"),),
+        "q4_0": ((_guarded, "q4_1"),),
+        "q5_0": ((_guarded, "q5_1"),),
+    },
+}
+"""Site → file type → the first condition that holds gives the type; else it is the default."""
+
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""For rows that are no whole number of blocks of 256; where 32 does not fit either: f16."""
+
+
+class _Mix:
+    """Decides tensor by tensor, and counts those of each site as it goes."""
+
+    def __init__(
+        self, request: TypeRequest, tensors: Sequence[GgmlTensor], gqa: int, has_imatrix: bool
+    ) -> None:
+        self._request = request
+        self._default = request.file_type.default
+        self._gqa, self._has_imatrix = gqa, has_imatrix
+        self._counts = Counter(_site(tensor.name) for tensor in tensors)
+        self._seen: Counter[str] = Counter()
+
+    def type_of(self, tensor: GgmlTensor) -> str:
+        columns = tensor.shape[-1]
+        embedding = self._request.token_embedding_type
+        if tensor.name == EMBEDDING and embedding is not None:
+            return _fitting(embedding, columns)
+        if not TYPES[self._default].is_quantized:
+            return self._default
+        for pattern, kind in self._request.overrides:
+            if re.search(pattern, tensor.name):
+                return _fitting(kind, columns)
+        if self._request.pure:
+            return _fitting(self._default, columns)
+        return _fitting(self._mixed(tensor.name, columns), columns)
+
+    def _mixed(self, name: str, columns: int) -> str:
+        if name == EMBEDDING:
+            # It is the head too, which llama-quantize spares: Q6_K or better.
+            fits = TYPES[self._default].fits(columns)
+            return "q8_0" if self._default == "q8_0" or not fits else "q6_k"
+        site = _site(name)
+        at = _Place(self._seen[site], self._counts[site], self._gqa, self._has_imatrix)
+        self._seen[site] += 1
+        rules = _MIXES.get(site, {}).get(self._request.file_type.name, ())
+        return next((kind for holds, kind in rules if holds(at)), self._default)
+
+
+def _site(name: str) -> str:
+    """`attn_v` for `blk.2.attn_v.weight`."""
+    return name.split(".")[-2]
+
+
+def _fitting(kind: str, columns: int) -> str:
+    """`kind`, or what takes its place where its blocks do not fit the rows."""
+    fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
+    return next(other for other in fallbacks if TYPES[other].fits(columns))

@@ -1,0 +1,224 @@
+"""Reads the header of a GGUF file with suspicion: no size in it is believed before it is checked.
+
+Format (ggml's gguf.md), little-endian: `GGUF`, version u32, number of tensors u64, number of
+values u64; then the values (key, type u32, value), the tensors (name, number of dimensions u32,
+dimensions u64 with the row length first, type u32, offset u64), padding, and the data.
+A string is its length u64 and its bytes.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.tensor import DTYPES, RowTensor
+from rgexport.quantize.cursor import Cursor
+from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
+
+MAX_HEADER_BYTES = 64 << 20
+"""Far above what a vocabulary needs (that of Gemma: 7 MB)."""
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+ALIGNMENT = 32
+"""Where a file has no `general.alignment`."""
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS: dict[int, np.dtype] = {
+    number: np.dtype(code)
+    for number, code in {
+        **{0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"},
+        **{_BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
+    }.items()
+}
+_FLOATS = {"f32": DTYPES["float32"], "f16": DTYPES["float16"], "bf16": DTYPES["bfloat16"]}
+_MAX_DIMENSIONS, _MAX_NAME = 4, 127
+"""ggml's names are shorter still."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as the header describes it; `offset` counts from the start of the file."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    """As numpy has it: the length of a row comes last."""
+    type: GgmlType
+    offset: int
+    nbytes: int
+
+    def rows(self) -> RowTensor:
+        """The tensor as it is stored: floats, or the bytes of quantized rows."""
+        if dtype := _FLOATS.get(self.type.name):
+            return file_rows(self.path, self.shape, dtype, self.offset)
+        *lead, columns = self.shape
+        shape = (*lead, self.type.row_bytes(columns))
+        return file_rows(self.path, shape, np.dtype(np.uint8), self.offset)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What stands before the data of a GGUF file."""
+
+    path: Path
+    version: int
+    values: dict[str, Any]
+    """Key → number, bool, str, list of str, or numpy array, in the order of the file."""
+    spans: dict[str, tuple[int, int]]
+    """Key → where its type and value lie in the file, for whoever hashes or compares them."""
+    tensors: dict[str, GgufTensor]
+    """Name → tensor, in the order of the file."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_header(path: Path) -> GgufHeader:
+    """The values and tensors of a file.
+
+    Raises:
+        RequestError: the file cannot be read, is no GGUF file, or its header contradicts itself
+            or the file's size.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _read(_Header(path, file, size, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class _Header(Cursor):
+    """Reads what GGUF is made of."""
+
+    def u32(self) -> int:
+        return self.integer(4)
+
+    def u64(self) -> int:
+        return self.integer(8)
+
+    def string(self) -> str:
+        return self.text(self.u64())
+
+    def name(self) -> str:
+        length = self.u64()
+        if length > _MAX_NAME:
+            raise self.damaged(f"a name in its header is {length} bytes long")
+        name = self.text(length)
+        if not name.isprintable():
+            raise self.damaged(f"its header has the name {name!r}")
+        return name
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(self.u32(), self.u64())
+        return self._numbers(kind, 1)[0].item()
+
+    def _array(self, kind: int, count: int) -> Any:
+        if kind != _STRING:
+            return self._numbers(kind, count)
+        self.require(8 * count)
+        return [self.string() for _ in range(count)]
+
+    def _numbers(self, kind: int, count: int) -> np.ndarray:
+        if kind not in _NUMBERS:
+            raise self.damaged(f"its header has a value of the unknown type {kind}")
+        return self.array(_NUMBERS[kind], count)
+
+
+def _read(cursor: _Header) -> GgufHeader:
+    version = _read_version(cursor)
+    num_tensors, num_values = cursor.u64(), cursor.u64()
+    values: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for _ in range(num_values):
+        key, start = cursor.name(), cursor.at
+        if key in values:
+            raise cursor.damaged(f"its header has {key} twice")
+        values[key] = cursor.value(cursor.u32())
+        spans[key] = start, cursor.at
+    infos = [_read_info(cursor) for _ in range(num_tensors)]
+    tensors = _place(cursor, infos, _alignment(cursor, values))
+    return GgufHeader(cursor.path, version, values, spans, tensors)
+
+
+def _read_version(cursor: _Header) -> int:
+    start = cursor.take(min(cursor.size, 8))
+    if len(start) < 8 or not start.startswith(MAGIC):
+        raise RequestError(
+            f"{cursor.path} is not a GGUF file: it does not start with {MAGIC.decode()}"
+        )
+    version = int.from_bytes(start[4:], "little")
+    if version not in VERSIONS:
+        what = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+        raise RequestError(
+            f"{cursor.path} is a GGUF file {what}; expected version 3, little-endian"
+        )
+    return version
+
+
+def _alignment(cursor: _Header, values: dict[str, Any]) -> int:
+    alignment = values.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise cursor.damaged(f"general.alignment is {alignment!r}, not a power of two")
+    return alignment
+
+
+_Info = tuple[str, tuple[int, ...], GgmlType, int]
+
+
+def _read_info(cursor: _Header) -> _Info:
+    """Name, shape, type and offset in the data of one tensor."""
+    name, count = cursor.name(), cursor.u32()
+    if not 1 <= count <= _MAX_DIMENSIONS:
+        raise cursor.damaged(f"tensor {name} has {count} dimensions")
+    shape = tuple(cursor.u64() for _ in range(count))[::-1]
+    number, offset = cursor.u32(), cursor.u64()
+    if number not in BY_VALUE:
+        known = ", ".join(kind.name for kind in BY_VALUE.values())
+        raise RequestError(
+            f"{cursor.path}: tensor {name} has the ggml type {number}; expected one of {known}"
+        )
+    kind = BY_VALUE[number]
+    if not all(shape) or not kind.fits(shape[-1]):
+        raise cursor.damaged(f"tensor {name} cannot be {kind.name} in the shape {list(shape)}")
+    return name, shape, kind, offset
+
+
+def _place(cursor: _Header, infos: list[_Info], alignment: int) -> dict[str, GgufTensor]:
+    """The tensors, which must follow each other without gaps up to the end of the file."""
+    data = _align(cursor.at, alignment)
+    end, tensors = data, dict[str, GgufTensor]()
+    for name, shape, kind, offset in infos:
+        start = _align(end, alignment)
+        if name in tensors:
+            raise cursor.damaged(f"its header has the tensor {name} twice")
+        if data + offset != start:
+            raise cursor.damaged(f"tensor {name} does not follow the tensor before it")
+        nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+        tensors[name] = GgufTensor(cursor.path, name, shape, kind, start, nbytes)
+        end = start + nbytes
+    if not end <= cursor.size <= _align(end, alignment):
+        what = "is truncated" if cursor.size < end else "is damaged"
+        raise RequestError(
+            f"{cursor.path} {what}: it has {cursor.size} bytes; expected {end} by its header; "
+            "copy or download it again"
+        )
+    return tensors
+
+
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -1,0 +1,166 @@
+"""Reads an importance matrix, as llama-imatrix writes it and llama-quantize understands it.
+
+It holds, for each weight tensor, the mean square of every input column over some text. There are
+two formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and an older
+one without a magic number (common/imatrix-loader.cpp).
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.quantize.cursor import Cursor
+from rgexport.quantize.ggml_mix import EMBEDDING
+from rgexport.quantize.gguf_header import GgufHeader, GgufTensor, is_gguf, read_header
+
+MAX_BYTES = 1 << 30
+"""Far above what the widest model needs (2B: 3 MB)."""
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_DATASETS, _CHUNKS, _CHUNK_SIZE = (
+    "imatrix.datasets",
+    "imatrix.chunk_count",
+    "imatrix.chunk_size",
+)
+_FLOAT = np.dtype("<f4")
+_METADATA_BYTES = 127
+"""Of a string that llama-quantize copies into the metadata."""
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """The importances of a model's columns."""
+
+    path: Path
+    entries: dict[str, np.ndarray]
+    """ggml tensor name → float32 [columns], finite and not negative."""
+    dataset: str | None
+    """What text they come from."""
+    chunks: int
+    """How many pieces of it; 0 if unknown."""
+
+    def importance(self, name: str, columns: int) -> np.ndarray | None:
+        """The importances of a tensor's columns, or None where the matrix has none.
+
+        Raises:
+            RequestError: it has them for another number of columns.
+        """
+        found = self.entries.get(name)
+        if found is None or len(found) == columns:
+            return found
+        if name == EMBEDDING:  # its entry may be of the ids that it was looked up with
+            return None
+        raise RequestError(
+            f"{self.path} has {len(found)} importances for {name}, which has {columns} columns: "
+            "it was made for another model"
+        )
+
+    def require_any_of(self, names: Iterable[str]) -> None:
+        """Refuses a matrix that was made for something else.
+
+        Raises:
+            RequestError: it has none of the tensors.
+        """
+        if self.entries.keys().isdisjoint(names):
+            raise RequestError(
+                f"{self.path} has no tensor of this model (its first is {min(self.entries)}); "
+                "make one with llama-imatrix from this model's f32 or f16 GGUF"
+            )
+
+    def metadata(self) -> dict[str, str | int]:
+        """What llama-quantize tells of it in `quantize.imatrix.*`, in its order."""
+        told: dict[str, str | int | None] = {
+            "quantize.imatrix.file": _shortened(str(self.path)),
+            "quantize.imatrix.dataset": None if self.dataset is None else _shortened(self.dataset),
+            "quantize.imatrix.entries_count": len(self.entries),
+            "quantize.imatrix.chunks_count": self.chunks if self.chunks > 0 else None,
+        }
+        return {key: value for key, value in told.items() if value is not None}
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """The importance matrix in a file of either format.
+
+    Raises:
+        RequestError: the file cannot be read, is something else, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise _not_one(path, f"it has {size} bytes")
+            cursor = Cursor(path, file, size, MAX_BYTES)
+            imatrix = _from_gguf(read_header(path)) if is_gguf(path) else _from_legacy(cursor)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    for name, values in imatrix.entries.items():
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise RequestError(f"{path} is damaged: {name} has importances that are no squares")
+    return imatrix
+
+
+def _not_one(path: Path, why: str) -> RequestError:
+    return RequestError(f"{path} is not an importance matrix of llama-imatrix: {why}")
+
+
+def _shortened(text: str) -> str:
+    return text.encode(errors="replace")[:_METADATA_BYTES].decode(errors="ignore")
+
+
+def _from_gguf(header: GgufHeader) -> Imatrix:
+    path, values = header.path, header.values
+    if missing := {_DATASETS, _CHUNKS, _CHUNK_SIZE} - values.keys():
+        raise _not_one(path, f"it has no {min(missing)}")
+    datasets, chunks = values[_DATASETS], values[_CHUNKS]
+    if not isinstance(datasets, list) or type(chunks) is not int:
+        raise _not_one(path, f"{_DATASETS} or {_CHUNKS} has the wrong type")
+    names = [key.removesuffix(_SUMS) for key in header.tensors if key.endswith(_SUMS)]
+    if not names:
+        raise _not_one(path, f"it has no tensor NAME{_SUMS}")
+    entries = {name: _mean_squares(header, name) for name in names}
+    return Imatrix(path, entries, datasets[0] if datasets else None, chunks)
+
+
+def _mean_squares(header: GgufHeader, name: str) -> np.ndarray:
+    """Sums over counts, of which a tensor has one for each matrix in it; 1 where nothing came."""
+    sums, counts = (_floats(header, name + suffix) for suffix in (_SUMS, _COUNTS))
+    if len(sums) % len(counts) or not np.isfinite(counts).all():
+        raise RequestError(
+            f"{header.path} is damaged: {name} has {len(counts)} counts for {len(sums)} sums"
+        )
+    counts = np.rint(counts)[:, None]
+    with np.errstate(all="ignore"):
+        means = np.where(counts > 0, sums.reshape(len(counts), -1) / counts, _FLOAT.type(1))
+    return means.reshape(-1)
+
+
+def _floats(header: GgufHeader, name: str) -> np.ndarray:
+    tensor: GgufTensor | None = header.tensors.get(name)
+    if tensor is None or tensor.type.name != "f32":
+        found = "missing" if tensor is None else tensor.type.name
+        raise RequestError(f"{header.path} is damaged: {name} is {found}; expected f32")
+    return tensor.rows().whole().reshape(-1)
+
+
+def _from_legacy(cursor: Cursor) -> Imatrix:
+    """Entries (name, calls, sums of means over calls), then chunks and data set if known."""
+    count = _integer(cursor) if cursor.left >= 4 else 0
+    if not 1 <= count <= cursor.left // 12:
+        raise _not_one(cursor.path, "it is no GGUF file, and none of the older format")
+    entries: dict[str, np.ndarray] = {}
+    for _ in range(count):
+        name, calls, length = cursor.text(_integer(cursor)), _integer(cursor), _integer(cursor)
+        if not name or length < 1 or name in entries:
+            raise cursor.damaged(f"entry {len(entries)} has no new name, or no values")
+        entries[name] = cursor.array(_FLOAT, length) / _FLOAT.type(max(calls, 1))
+    chunks = _integer(cursor) if cursor.left else 0
+    dataset = cursor.text(_integer(cursor)) if cursor.left else ""
+    return Imatrix(cursor.path, entries, dataset or None, chunks)
+
+
+def _integer(cursor: Cursor) -> int:
+    return cursor.integer(4, signed=True)
