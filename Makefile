@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := out/demo-int4-onnx
+LLAMA := out/llama
+LLAMA_WHEEL := $(VENV)/.llama
+LLAMA_TOOLS := $(LLAMA)/.tools
+PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration.patch port.py build.py)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, passes its parity check, and speaks.
 	mkdir -p $(dir $(DEMO))
@@ -14,8 +18,12 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, passes its pa
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60 \
 		--temperature 0.7 --seed 2
 
-test: $(INSTALLED)
+test: llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(BIN)/python -m pytest -q
+
+llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
+
+llama-tools: $(LLAMA_TOOLS)  ## llama-quantize, llama-perplexity and others, in out/llama/bin.
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,9 +33,21 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
 	$(BIN)/python -m bench.run
 
+bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/llama_cpp.md.
+	$(BIN)/python -m pip install -q --group bench
+	$(BIN)/python -m bench.llama
+
 clean:
 	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(LLAMA_WHEEL): $(INSTALLED) $(PORT)
+	$(BIN)/rgexport llama-cpp build -o $(LLAMA)
+	touch $@
+
+$(LLAMA_TOOLS): $(LLAMA_WHEEL)
+	$(BIN)/rgexport llama-cpp build -o $(LLAMA) --tools --no-install
+	touch $@
 
 # --group needs pip 25.1 or later.
 $(INSTALLED): pyproject.toml

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from rgexport.cli import run
+from tests.llama_tools import llama_tools
+
+__all__ = ["llama_tools"]  # a fixture for all
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,0 +1,1 @@
+"""Native code: the model inside of other people's engines."""

@@ -1,0 +1,208 @@
+"""A patched `llama-cpp-python` wheel, and llama.cpp's own tools, from one build.
+
+CMake builds llama.cpp itself in a folder that is kept, so that a change of the port costs seconds.
+The wheel then takes in the libraries as they are (`LLAMA_BUILD=OFF`, the bindings' own way of
+saying so): the bindings' build would also compile the code that only the tools share, and could
+not share its objects with them.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock, Timeout
+
+from rgexport.atomic import replace_folder, require_free_disk
+from rgexport.errors import RequestError
+from rgexport.kernels.llama_cpp import port, sources
+from rgexport.kernels.llama_cpp.command import Commands
+
+TOOLS = tuple(
+    f"llama-{name}" for name in ("quantize", "perplexity", "bench", "imatrix", "server", "cli")
+)
+_TOOLS_FOLDER = "bin"
+_BUILD_REQUIREMENTS = "scikit-build-core>=0.9.2,<2", "cmake>=3.24,<5", "ninja"
+_DISK_BYTES = 1_000_000_000
+_LIBRARIES = "*llama.*", "*ggml*.*"
+_SUFFIXES = {".so", ".dylib", ".dll", ".metallib"}
+_ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+
+_OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    # Libraries find each other where they lie together: in the wheel as in the tools' folder.
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": _ORIGIN,
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # a wheel holds no links, only copies
+    "LLAMA_BUILD_COMMIT": port.COMMIT[:7],
+    "LLAMA_BUILD_NUMBER": "0",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",  # it would be downloaded
+}
+"""Of llama.cpp's build; what is not named stays as llama.cpp has it, such as `GGML_NATIVE`."""
+
+_WHEEL_OPTIONS = (
+    *("-C", "cmake.define.LLAMA_BUILD=OFF"),
+    *("-C", "sdist.include=llama_cpp/lib/*"),  # what the tree's .gitignore names stays out else
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has made.
+
+    Attributes:
+        wheel: the patched `llama-cpp-python`.
+        tools: the folder with llama.cpp's programs, if they were asked for.
+        installed: whether the wheel has been installed in this environment.
+    """
+
+    wheel: Path
+    tools: Path | None
+    installed: bool
+
+    def __str__(self) -> str:
+        """Where things are, and what to type next."""
+        tools = f"{self.tools} holds {', '.join(TOOLS)}.\n" if self.tools else ""
+        if self.installed:
+            return (
+                f"{tools}{self.wheel} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
+            )
+        install = f"pip install {shlex.quote(str(self.wheel))}"
+        return f"{tools}{self.wheel} is complete. Install it: {install}"
+
+
+def build(folder: Path, *, tools: bool = False, install: bool = True) -> Built:
+    """Builds the patched wheel in `folder`, and installs it in this environment.
+
+    The environment variable `CMAKE_ARGS` adds options, as it does for `llama-cpp-python`:
+    `-DGGML_CUDA=on`. What `folder` holds afterwards makes the next build quick.
+
+    Raises:
+        RequestError: a step failed, and the log says why; there is no pip; or another build runs
+            in `folder`.
+    """
+    if find_spec("pip") is None:
+        raise RequestError("this needs pip, which is not in this environment: python -m ensurepip")
+    folder.mkdir(parents=True, exist_ok=True)
+    require_free_disk(folder, _DISK_BYTES)
+    workshop = _Workshop(Path(os.path.realpath(folder)))
+    try:
+        with FileLock(workshop.folder / ".lock", timeout=0):
+            wheel = workshop.run(tools=tools, install=install)
+    except Timeout:
+        raise RequestError(f"another build is running in {folder}; wait for it") from None
+    return Built(folder / wheel, folder / _TOOLS_FOLDER if tools else None, install)
+
+
+class _Workshop:
+    """The folder of a build, and its steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = folder / "env"
+        self.tree = folder / f"src-{port.RELEASE}"
+        self.objects = folder / f"build-{port.RELEASE}"
+        self.commands = Commands(folder / "build.log", self._variables())
+
+    def _variables(self) -> dict[str, str]:
+        scripts = self.environment / ("Scripts" if os.name == "nt" else "bin")
+        path = os.pathsep.join([str(scripts), os.environ.get("PATH", os.defpath)])
+        # llama.cpp asks git for its commit, and would be told that of a repository around `folder`.
+        return os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(self.folder)}
+
+    def run(self, *, tools: bool, install: bool) -> str:
+        """Takes every step, and gives the wheel's name."""
+        self._make_environment()
+        archive = sources.fetch(self.folder, self._pip_inside)
+        sources.unpack(archive, self.tree)
+        sources.apply_port(archive, self.tree)
+        self._configure()
+        self._compile("Building llama.cpp", ["llama"])
+        wheel = self._make_wheel()
+        if install:
+            self._install(wheel)
+        if tools:
+            self._compile("Building llama.cpp's tools", TOOLS)
+            self._gather_tools()
+        return wheel.name
+
+    def _pip(self, *arguments: str) -> None:
+        self.commands.run([sys.executable, "-m", "pip", *arguments], "pip")
+
+    def _pip_inside(self, *arguments: str) -> None:
+        """Runs this environment's pip, with the user's settings, on the build's environment."""
+        self._pip("--python", str(self.environment), *arguments)
+
+    def _make_environment(self) -> None:
+        """Makes the environment of the build's own tools, as pip makes one for each wheel.
+
+        It is kept, for CMake compiles all anew if it finds itself in another place.
+        """
+        complete = self.environment / ".complete"
+        made_of = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
+        if complete.is_file() and complete.read_text("utf-8") == made_of:
+            return
+        venv.create(self.environment, clear=True, symlinks=os.name != "nt", with_pip=False)
+        self._pip_inside("install", "-q", *_BUILD_REQUIREMENTS)
+        complete.write_text(made_of, "utf-8")
+
+    def _configure(self) -> None:
+        options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
+        asked = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        places = ["-G", "Ninja", "-S", str(self.tree / sources.LLAMA_CPP), "-B", str(self.objects)]
+        # Fresh: an option of an earlier build must not stay on. What was compiled stays.
+        self.commands.run(["cmake", "--fresh", *places, *options, *asked], "cmake")
+
+    def _compile(self, label: str, targets: Sequence[str]) -> None:
+        command = ["cmake", "--build", str(self.objects), "--target", *targets]
+        self.commands.run(command, "the compiler", label)
+
+    def _make_wheel(self) -> Path:
+        libraries = self.tree / "llama_cpp" / "lib"
+        shutil.rmtree(libraries, ignore_errors=True)
+        libraries.mkdir()
+        for library in self._built(_LIBRARIES):
+            shutil.copy2(library, libraries)
+        with TemporaryDirectory(dir=self.folder, prefix=".wheel-") as name:
+            options = "--no-deps", "--no-build-isolation", *_WHEEL_OPTIONS
+            self._pip_inside("wheel", *options, "-w", name, str(self.tree))
+            (made,) = Path(name).glob("*.whl")
+            for earlier in self.folder.glob(f"llama_cpp_python-{port.RELEASE}+rgexport.*.whl"):
+                earlier.unlink()
+            return made.replace(self.folder / made.name)
+
+    def _built(self, patterns: Sequence[str]) -> list[Path]:
+        binaries = self.objects / "bin"
+        found = {path for pattern in patterns for path in binaries.glob(pattern)}
+        return sorted(path for path in found if path.suffix in _SUFFIXES)
+
+    def _install(self, wheel: Path) -> None:
+        """Replaces whatever llama.cpp is there, adds what it depends on, and tries to load it."""
+        self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
+        self._pip("install", "-q", str(wheel))
+        trial = [sys.executable, "-P", "-c", "import llama_cpp"]
+        self.commands.run(trial, "loading the new library")
+
+    def _gather_tools(self) -> None:
+        binaries, target = self.objects / "bin", self.folder / _TOOLS_FOLDER
+        ending = ".exe" if os.name == "nt" else ""
+        programs = [binaries / f"{name}{ending}" for name in TOOLS]
+        with replace_folder(target, force=True, replaceable=_holds_tools) as partial:
+            for path in [*programs, *self._built(["*"])]:
+                shutil.copy2(path, partial)
+
+
+def _holds_tools(folder: Path) -> bool:
+    return any(folder.glob(f"{TOOLS[0]}*"))

@@ -1,0 +1,105 @@
+"""The pinned release's source: fetched through pip, checked, unpacked, and patched."""
+
+import re
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from rgexport import progress
+from rgexport.atomic import replace_folder
+from rgexport.errors import RequestError
+from rgexport.hashing import hash_file
+from rgexport.kernels.llama_cpp import port, unified_diff
+
+ROOT = f"llama_cpp_python-{port.RELEASE}"
+"""The folder that the archive holds."""
+ARCHIVE = f"{ROOT}.tar.gz"
+LLAMA_CPP = "vendor/llama.cpp"
+_VERSION_FILE = "llama_cpp/__init__.py"
+
+Pip = Callable[..., None]
+"""Runs pip with these arguments."""
+
+
+def fetch(folder: Path, pip: Pip) -> Path:
+    """Gives the release's archive in `folder`; pip gets it there, from the user's own index.
+
+    Raises:
+        RequestError: what pip found is not the pinned release.
+    """
+    archive = folder / ARCHIVE
+    if archive.is_file() and _sha256(archive) == port.SHA256:
+        return archive
+    progress.note(f"Downloading the source of {port.DISTRIBUTION} {port.RELEASE}")
+    with TemporaryDirectory(dir=folder, prefix=".download-") as name:
+        wanted = Path(name) / "requirements.txt"
+        pin = f"{port.DISTRIBUTION}=={port.RELEASE}"
+        wanted.write_text(f"{pin} --hash=sha256:{port.SHA256}\n", "utf-8")
+        options = "--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"
+        pip("download", *options, "-r", str(wanted), "-d", name)
+        found = Path(name) / ARCHIVE
+        if not found.is_file() or _sha256(found) != port.SHA256:
+            raise RequestError(f"pip gave no {ARCHIVE} with the SHA-256 {port.SHA256}")
+        found.replace(archive)
+    return archive
+
+
+def _sha256(path: Path) -> str:
+    return hash_file(path).sha256
+
+
+def unpack(archive: Path, tree: Path) -> None:
+    """Unpacks the archive, less its git history, into `tree`, unless that is there already."""
+    if tree.is_dir():
+        return
+    with replace_folder(tree, force=False, replaceable=lambda _: False) as partial:
+        with tarfile.open(archive) as source:
+            # Pythons before 3.11.4 lack the filter; the archive's hash is known anyway.
+            source.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+            for member in source:
+                inner = PurePosixPath(member.name).parts[1:]
+                if inner and ".git" not in inner:
+                    source.extract(member.replace(name="/".join(inner)), partial)
+
+
+def apply_port(archive: Path, tree: Path) -> None:
+    """Brings `tree` to the state of the port, and writes no file that is as it should be.
+
+    Each patched file is made anew from the archive's, so that a later port replaces an earlier one
+    and the compiler sees only what differs between them.
+    """
+    originals = read_files(archive, [*port.registration(), _VERSION_FILE])
+    wanted = {
+        f"{LLAMA_CPP}/{path}": unified_diff.apply(hunks, originals[path])
+        for path, hunks in port.registration().items()
+    }
+    wanted[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
+    wanted[_VERSION_FILE] = _with_version(originals[_VERSION_FILE])
+    for path, text in wanted.items():
+        file, content = tree / path, text.encode()
+        if not file.is_file() or file.read_bytes() != content:
+            file.write_bytes(content)
+
+
+def read_files(archive: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Reads files of the archive: of llama.cpp, or of the bindings' package."""
+    names = {f"{ROOT}/{_place(path)}": path for path in paths}
+    found: dict[str, str] = {}
+    with tarfile.open(archive) as source:
+        for member in source:
+            if member.name in names and (file := source.extractfile(member)):
+                found[names[member.name]] = file.read().decode("utf-8")
+    return found
+
+
+def _place(path: str) -> str:
+    return path if path == _VERSION_FILE else f"{LLAMA_CPP}/{path}"
+
+
+def _with_version(text: str) -> str:
+    marked, count = re.subn(
+        r'^__version__ = ".*"$', f'__version__ = "{port.port_version()}"', text, flags=re.MULTILINE
+    )
+    assert count == 1, f"{_VERSION_FILE} holds {count} versions"
+    return marked

@@ -1,0 +1,165 @@
+"""Stock tools of the patched tree do their work on our files: the demo model in f32."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
+
+import rgexport.validate
+from rgexport.cli import run
+from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from tests.llama_tools import run_tool
+from tests.models import deepmind_logits, deepmind_model
+
+SAMPLE = Path(rgexport.validate.__file__).with_name("sample.txt").read_text("utf-8")
+TEXT = SAMPLE.partition("<start_of_turn>")[0].rstrip("\n")
+"""The tools take a typed turn token for text, as they should, where SentencePiece does not."""
+CHUNK = 512
+EXACT = "-fa", "off", "-ctk", "f32", "-ctv", "f32"
+"""Attention and its cache in float32."""
+PROMPTS = "Once upon a time", "It is a truth universally acknowledged, that", "To install it, run"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("tools") / "demo.gguf"
+    assert run(["gguf", "--size", "demo", "--type", "f32", "-o", str(target)]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def text(demo: Path) -> Path:
+    file = demo.with_name("text")
+    file.write_text(TEXT, "utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def deepmind_perplexity() -> list[float]:
+    """As llama-perplexity has it: chunks that begin with <bos>, whose second halves count.
+
+    Of the first chunk, the first two, and so on.
+    """
+    checkpoint = open_checkpoint(size="demo")
+    weights = {
+        name: torch.from_numpy(tensor.whole().astype(np.float32))
+        for name, tensor in checkpoint.weights.items()
+    }
+    model = deepmind_model(checkpoint.config, weights)
+    pieces = SentencePieceProcessor(model_file=str(demo_folder() / "tokenizer.model"))
+    ids = [pieces.bos_id(), *pieces.encode(TEXT)]
+    chunks = np.array(ids[: len(ids) // CHUNK * CHUNK]).reshape(-1, CHUNK)
+    chunks[:, 0] = pieces.bos_id()
+    logits = torch.from_numpy(deepmind_logits(model, chunks))[:, CHUNK // 2 : -1]
+    expected = torch.from_numpy(chunks[:, CHUNK // 2 + 1 :])
+    losses = torch.nn.functional.cross_entropy(logits.mT, expected, reduction="none").mean(1)
+    return (losses.cumsum(0) / torch.arange(1, len(losses) + 1)).exp().tolist()
+
+
+@pytest.mark.parametrize("options, tolerance", [(EXACT, 1e-4), ((), 3e-3)], ids=["f32", "f16"])
+def test_perplexity_is_deepminds(llama_tools, demo, text, deepmind_perplexity, options, tolerance):
+    """Without options, llama.cpp attends in float16."""
+    asked = "--no-escape", "-m", demo, "-f", text, "-c", CHUNK, "-b", CHUNK, "-ub", 64, "-t", 1
+    printed = run_tool(llama_tools / "llama-perplexity", *asked, *options)
+    found = {int(n): float(value) for n, value in re.findall(r"\[(\d+)\]([\d.]+),", printed)}
+    # The program may leave before its log has written the last of them.
+    assert len(found) >= len(deepmind_perplexity) - 1 > 1, printed
+    for count, value in found.items():
+        assert value == pytest.approx(deepmind_perplexity[count - 1], rel=tolerance)
+
+
+def test_bench(llama_tools, demo):
+    asked = "-m", demo, "-p", 32, "-n", 8, "-d", 0, "-r", 1, "-t", 1, "-o", "json"
+    done = subprocess.run(
+        [llama_tools / "llama-bench", *map(str, asked)], capture_output=True, check=True
+    )
+    prompt, decode = json.loads(done.stdout)
+    assert prompt["n_prompt"] == 32 and decode["n_gen"] == 8
+    assert min(prompt["avg_ts"], decode["avg_ts"]) > 0
+    assert prompt["model_type"].startswith("recurrentgemma")
+
+
+def test_imatrix_serves_our_exporter(llama_tools, demo, text, tmp_path):
+    importance, target = tmp_path / "imatrix.gguf", tmp_path / "demo-q4_k_m.gguf"
+    asked = "-m", demo, "-f", text, "-o", importance, "-c", CHUNK, "-t", 1
+    run_tool(llama_tools / "llama-imatrix", *asked)
+    asked = "--type", "q4_k_m", "--imatrix", importance, "-o", target
+    assert run(["gguf", "--size", "demo", *map(str, asked)]) == 0
+    run_tool(llama_tools / "llama-bench", "-m", target, "-p", 8, "-n", 8, "-r", 1, "-t", 1)
+
+
+@pytest.fixture(scope="module")
+def server(llama_tools: Path, demo: Path) -> Iterator[str]:
+    """The address of a llama-server with two slots."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = "--host", "127.0.0.1", "--port", str(port)
+    options = "-np", "2", "-c", "2048", "-t", "1", *EXACT
+    command = [str(llama_tools / "llama-server"), "-m", str(demo), *place, *options]
+    log = demo.with_name("server.log")
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
+    ):
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(address, process, log)
+            yield address
+        finally:
+            process.terminate()
+
+
+def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:  # not there yet, or still loading
+            time.sleep(0.1)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def ask(address: str, path: str, **request: Any) -> Any:
+    body = json.dumps(request).encode()
+    asked = urllib.request.Request(f"{address}{path}", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as answer:
+        return json.load(answer)
+
+
+def completion(address: str, prompt: str) -> str:
+    return ask(address, "/completion", prompt=prompt, n_predict=24, temperature=0)["content"]
+
+
+def test_server_continues_as_we_do(server, demo, capsys):
+    for prompt in PROMPTS:
+        assert run(["generate", str(demo), "-p", prompt, "-n", "24", "--threads", "1"]) == 0
+        ours = capsys.readouterr().out.removesuffix("\n")
+        assert completion(server, prompt) == ours
+
+
+def test_server_keeps_conversations_apart(server):
+    alone = [completion(server, prompt) for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = pool.map(completion, [server] * 6, PROMPTS * 2)
+        assert list(together) == alone * 2
+
+
+def test_server_chats(server):
+    said = [{"role": "user", "content": "Hello!"}]
+    answer = ask(server, "/v1/chat/completions", messages=said, max_tokens=8, temperature=0)
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["usage"]["completion_tokens"] <= 8

@@ -1,0 +1,32 @@
+"""llama.cpp's own programs, built from the patched tree: `make llama-tools` puts them there."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.llama_cpp.port import installed
+
+FOLDER = Path(__file__).parents[1] / "out" / "llama" / "bin"
+
+
+@pytest.fixture(scope="session")
+def llama_tools() -> Path:
+    """The folder with `llama-quantize`, `llama-perplexity`, `llama-bench`, `llama-server`, …"""
+    if not FOLDER.is_dir():
+        pytest.skip("llama.cpp's tools are not built: make llama-tools")
+    return FOLDER
+
+
+def run_tool(tool: Path, *arguments: str | Path, timeout: float = 300) -> str:
+    """Runs one of them and gives what it printed; a failure shows all of it."""
+    command = [str(tool), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{tool.name}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+needs_llama_cpp = pytest.mark.skipif(
+    not (found := installed()) or not found.runs_recurrentgemma,
+    reason="there is no llama.cpp with RecurrentGemma: make llama",
+)
