@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders and files that appear complete or not at all."""
 
 import ctypes
 import errno
@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -41,18 +42,35 @@ def replace_folder(
             in or as a mount point, its parent is missing or not writable, another run is writing
             it, or the disk is full.
     """
+    check = partial(check_target, target, force=force, replaceable=replaceable)
+    with _replaced(target, check) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def replace_file(
+    target: Path, *, force: bool, replaceable: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """As `replace_folder`, for a file that the block writes and has on the disk when it ends."""
+    check = partial(check_file_target, target, force=force, replaceable=replaceable)
+    with _replaced(target, check) as file:
+        yield file
+
+
+@contextmanager
+def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
     real = _check_place(target)
     with _one_line(target), _locked(target, real):
         _remove_stale(real)
-        check_target(target, force=force, replaceable=replaceable)
-        partial = real.with_name(f".{real.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
+        check()
+        new = real.with_name(f".{real.name}.partial-{secrets.token_hex(4)}")
         try:
-            yield partial
-            check_target(target, force=force, replaceable=replaceable)
-            _move(partial, real)
+            yield new
+            check()
+            _move(new, real)
         finally:
-            _remove(partial)
+            _remove(new)
 
 
 def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -70,6 +88,26 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
     if not may_replace:
         raise RequestError(
             f"{target} exists and holds something else than what would be written there; "
+            "pass another -o"
+        )
+    if not force:
+        raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
+
+
+def check_file_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Refuses a target that `replace_file` would refuse, before any work is done.
+
+    Raises:
+        RequestError: it is a folder, or a file that may not be replaced; see `replace_folder`.
+    """
+    real = _check_place(target)
+    if not os.path.lexists(real):
+        return
+    if target.is_dir():
+        raise RequestError(f"{target} exists and is a folder; pass a file with -o")
+    if not replaceable(target):
+        raise RequestError(
+            f"{target} exists and is something else than what would be written there; "
             "pass another -o"
         )
     if not force:
@@ -153,25 +191,33 @@ def _remove_stale(target: Path) -> None:
             _remove(entry)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder, read-only or not; warns where it cannot."""
+def _remove(entry: Path) -> None:
+    """Removes a file, or a folder, read-only or not; warns where it cannot."""
+    if not entry.is_dir():
+        with suppress(OSError):
+            entry.unlink(missing_ok=True)
+    else:
+        _remove_folder(entry)
+    if os.path.lexists(entry):
+        warn(f"{entry} cannot be removed; remove it yourself")
+
+
+def _remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for path, _, _ in os.walk(folder):  # what is left: removing takes leave to write in a folder
         with suppress(OSError):
             os.chmod(path, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
-    if os.path.lexists(folder):
-        warn(f"{folder} cannot be removed; remove it yourself")
 
 
-def _move(partial: Path, target: Path) -> None:
-    """Renames; if the target exists, `partial` holds the old folder afterwards or is gone."""
-    if not target.exists():
-        partial.rename(target)
-    elif not _exchange(partial, target):
-        old = partial.with_name(partial.name + "-old")
+def _move(new: Path, target: Path) -> None:
+    """Renames; if the target is a folder, `new` holds the old one afterwards or is gone."""
+    if not target.is_dir():  # a rename replaces a file in one step
+        new.replace(target)
+    elif not _exchange(new, target):
+        old = new.with_name(new.name + "-old")
         target.rename(old)
-        partial.rename(target)
+        new.rename(target)
         _remove(old)
 
 

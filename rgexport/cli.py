@@ -16,6 +16,7 @@ from rgexport.errors import RequestError
 INTERRUPTED, PIPE_CLOSED = 130, 141
 CONVERTERS = ("torch", "onnx", "onnx_ir")
 """What the core install lacks."""
+FORMS = "table", "md", "json", "csv"
 SIZES = "demo|2b|2b-it|9b|9b-it"
 _FOLDER = click.Path(path_type=Path)
 _Command = Callable[..., Any]
@@ -174,6 +175,79 @@ def onnx(
 
 
 @rgexport.command()
+@model_options
+@click.option("--int4", is_flag=True, help="The best mix of 4 bits: --type q4_k_m.")
+@click.option("--int8", is_flag=True, help="Same as --type q8_0.")
+@click.option(
+    "--type",
+    "kind",
+    metavar="TYPE",
+    help="As llama-quantize names them, such as q4_0. [default: f16]",
+)
+@click.option(
+    "--precision", metavar="fp32|fp16|int8|int4", help="Instead, a word of the other formats."
+)
+@click.option("--pure", is_flag=True, help="No mix: that type for the embedding too.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    help="Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
+)
+@click.option(
+    "--embedding-precision",
+    "embedding",
+    metavar="TYPE",
+    help="Of the embedding, which is the head too. [default: as the mix has it]",
+)
+@click.option("--imatrix", type=_FOLDER, help="Importances, made by llama-imatrix.")
+@click.option("--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints.")
+@click.option("-o", "--output", type=_FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def gguf(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    int4: bool,
+    int8: bool,
+    kind: str | None,
+    precision: str | None,
+    plan: Path | None,
+    output: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Exports a checkpoint to GGUF, for llama.cpp.
+
+    The types: f32, f16, bf16, q8_0, q6_k, q5_1, q5_0, q5_k_m, q5_k_s, q4_1, q4_0, q4_k_m, q4_k_s,
+    q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
+    build` makes.
+    """
+    from rgexport.atomic import check_file_target
+    from rgexport.export.artifact import Artifact
+    from rgexport.export.describe import as_text, describe
+    from rgexport.export.gguf.exporter import default_target, export_gguf, replaceable
+    from rgexport.export.gguf.options import GgufOptions, type_word
+    from rgexport.export.request import closing_line, precision_word
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.quantize.plan import load_plan
+
+    options["type"] = type_word(kind, precision_word(precision, int4, int8))
+    if output:
+        check_file_target(output, force=force, replaceable=replaceable)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
+    asked = GgufOptions(**options)
+    target = output or default_target(checkpoint.name, asked.file_type.name)
+    artifact = Artifact.open(export_gguf(checkpoint, asked, target, force=force))
+    progress.detail(as_text(describe(str(target))))
+    click.echo(closing_line(artifact))
+
+
+@rgexport.command()
 @click.argument("artifact", type=_FOLDER)
 @click.option("-p", "--prompt", help="The text to continue.")
 @click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
@@ -209,6 +283,38 @@ def _sampler(request: dict[str, Any]) -> Any:
 
     names = "temperature", "top_k", "top_p", "seed"
     return Sampler(**{name: request.pop(name) for name in names})
+
+
+@rgexport.command()
+@click.argument("artifact", type=_FOLDER)
+@click.option("-p", "--n-prompt", default="512", show_default=True, help="Lengths of prompts.")
+@click.option("-n", "--n-gen", default="128", show_default=True, help="Tokens to generate.")
+@click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens in the state before.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--synthetic", is_flag=True, help="Make up the state at a depth: quick, same cost.")
+@click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
+@click.option(
+    "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
+)
+@verbose
+def bench(
+    artifact: Path,
+    n_prompt: str,
+    n_gen: str,
+    n_depth: str,
+    threads: int | None,
+    form: str,
+    **options: Any,
+) -> None:
+    """Measures tokens per second, beside how fast the machine reads memory.
+
+    -p, -n and -d take lists such as 128,512; a length of 0 is left out.
+    """
+    from rgexport.runtimes.bench import BenchRequest, bench_artifact
+    from rgexport.runtimes.bench_rows import WRITERS
+
+    request = BenchRequest.parse(n_prompt, n_gen, n_depth, **options)
+    click.echo(WRITERS[form](bench_artifact(artifact, request, threads=threads)), nl=False)
 
 
 @rgexport.command()
@@ -263,3 +369,39 @@ def validate(artifact: Path, **request: Any) -> int:
     from rgexport.validate.parity import validate_artifact
 
     return validate_artifact(artifact, **request)
+
+
+@rgexport.group("llama-cpp")
+def llama_cpp() -> None:
+    """Makes a llama.cpp that runs RecurrentGemma."""
+
+
+@llama_cpp.command()
+@click.argument("checkout", metavar="DIR", type=_FOLDER)
+@verbose
+def patch(checkout: Path) -> None:
+    """Adds RecurrentGemma to a llama.cpp checkout."""
+    from rgexport.kernels.llama_cpp.patch import patch_checkout
+
+    changed = patch_checkout(checkout)
+    for path in changed:
+        click.echo(f"{checkout / path}")
+    done = "is patched" if changed else "is patched already"
+    click.echo(f"{checkout} {done}. Build it as usual: it runs RecurrentGemma.")
+
+
+@llama_cpp.command()
+@click.option(
+    "-o", "--output", type=_FOLDER, default=Path("llama-cpp"), show_default=True, help="The folder."
+)
+@click.option("--no-install", is_flag=True, help="Only build the wheel.")
+@click.option("--tools", is_flag=True, help="Build llama-quantize, llama-server and others too.")
+@verbose
+def build(output: Path, no_install: bool, tools: bool) -> None:
+    """Builds llama-cpp-python with RecurrentGemma, and installs it.
+
+    The environment variable CMAKE_ARGS chooses what llama.cpp runs on, such as -DGGML_CUDA=on.
+    """
+    from rgexport.kernels.llama_cpp.build import build as build_wheel
+
+    click.echo(build_wheel(output, tools=tools, install=not no_install))

@@ -17,10 +17,11 @@ class FileRecord:
     size: int
 
 
-def hash_file(path: Path, advance: Advance = lambda done: None) -> FileRecord:
-    """Hashes a file; tells `advance` of the bytes read."""
+def hash_file(path: Path, advance: Advance = lambda done: None, start: int = 0) -> FileRecord:
+    """Hashes a file from byte `start` on; tells `advance` of the bytes read."""
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
+        file.seek(start)
         while count := file.readinto(block):
             digest.update(block[:count])
             size += count

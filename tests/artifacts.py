@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
+from rgexport.quantize.ggml_library import load_library
 from tests.models import Weights, random_weights, write_hugging_face
 
 
@@ -27,3 +33,30 @@ def export_random(
     target = folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
     asked = OnnxOptions(precision=precision, **options)
     return Artifact.open(export_onnx(open_checkpoint(model), asked, target)), weights
+
+
+def export_random_gguf(
+    config: GriffinConfig,
+    folder: Path,
+    type: str = "f32",
+    *,
+    slowest: float = 1e-4,
+    **options: Any,
+) -> tuple[Artifact, Weights]:
+    """The same as a GGUF file of a file type such as `q4_0`."""
+    weights = random_weights(config, slowest=slowest)
+    model = folder / "model"
+    if not model.exists():
+        write_hugging_face(config, weights, model)
+    target = folder / "-".join([f"{type}.gguf", *options])
+    if not target.exists():
+        export_gguf(open_checkpoint(model), GgufOptions(type=type, **options), target)
+    return Artifact.open(target), weights
+
+
+def require_ggml() -> None:
+    """Skips a test that quantizes for llama.cpp, where the library for it is not installed."""
+    try:
+        load_library()
+    except RequestError as error:
+        pytest.skip(str(error))

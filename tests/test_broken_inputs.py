@@ -186,13 +186,14 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("command", ["onnx -m model --int4", "gguf -m model"])
 @pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
-def test_broken_checkpoint(case, tmp_path, monkeypatch, capsys):
+def test_broken_checkpoint(case, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make, complaint = BROKEN_CHECKPOINTS[case]
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
-    assert_matches(complaint, refused(["onnx", "-m", "model", "--int4"], capsys))
+    assert_matches(complaint, refused(command.split(), capsys))
 
 
 def assert_matches(complaint: str, line: str) -> None:
@@ -260,6 +261,28 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "parent missing": ("onnx -m model -o no/where", "there is no folder"),
     "target exists": ("onnx -m model -o folder --force", "folder exists and holds something else"),
     "target is a file": ("onnx -m model -o model/config.json --force", "is a file"),
+    "gguf no model": ("gguf --int4", "a model is needed"),
+    "gguf unknown type": ("gguf -m model --type q3", "'q3'; expected one of f32"),
+    "gguf two types": ("gguf -m model --type q4_0 --int8", "--type q4_0 and int8 contradict"),
+    "gguf two precisions": ("gguf -m model --int4 --int8", "--int4 and --int8 contradict"),
+    "gguf unknown precision": ("gguf -m model --precision q4_0", "'q4_0'; expected one of fp32"),
+    "gguf embedding": ("gguf -m model --embedding-precision x", "'x'; expected one of"),
+    "gguf override": ("gguf -m model --type q4_0 --tensor-type a", "expected REGEX=TYPE"),
+    "gguf idle override": ("gguf -m model --tensor-type a=q8_0", "changes nothing"),
+    "gguf missing imatrix": ("gguf -m model --type q4_0 --imatrix nowhere", "nowhere"),
+    "gguf foreign imatrix": (
+        "gguf -m model --type q4_0 --imatrix model/config.json",
+        "model/config.json",
+    ),
+    "gguf missing plan": ("gguf -m model --plan nowhere", "plan nowhere"),
+    "gguf foreign plan": ("gguf -m model --plan model/config.json", "does not name the tensors"),
+    "gguf parent missing": ("gguf -m model -o no/where.gguf", "there is no folder"),
+    "gguf target is a folder": ("gguf -m model -o folder --force", "exists and is a folder"),
+    "gguf target": ("gguf -m model -o model/config.json --force", "is something else"),
+    "missing gguf": ("chat nowhere.gguf", "there is no nowhere.gguf"),
+    "foreign gguf": ("generate text.gguf -p x", "text.gguf is not a GGUF file"),
+    "validate foreign gguf": ("validate text.gguf", "text.gguf is not a GGUF file"),
+    "inspect foreign gguf": ("inspect text.gguf", "text.gguf is not a GGUF file"),
     "unknown option": ("onnx --quick", "--quick"),
     "unknown command": ("convert", "convert"),
     "option without value": ("onnx -m", "requires an argument"),
@@ -281,6 +304,7 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     save(tmp_path / "model")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").touch()
+    (tmp_path / "text.gguf").write_text("Once upon a time")
     arguments, complaint = BAD_REQUESTS[case]
     assert_matches(complaint, refused(arguments.split(), capsys))
 
@@ -334,6 +358,18 @@ def test_damaged_artifact(command, name, artifact, tmp_path, monkeypatch, capsys
     assert_matches(name, refused(command.split(), capsys))
 
 
+@pytest.mark.parametrize("harm", ["header", "data"])
+@pytest.mark.parametrize("command", ["generate {} --ids 2", "validate {}", "inspect {}"])
+def test_damaged_gguf(command, harm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model")
+    assert run(["gguf", "-m", "model", "-o", "x.gguf"]) == 0
+    size = Path("x.gguf").stat().st_size
+    os.truncate("x.gguf", size - 100 if harm == "data" else 300)
+    line = refused(command.format("x.gguf").split(), capsys)
+    assert_matches("x.gguf is truncated", line)
+
+
 def test_hub_that_cannot_be_reached(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     result = rgexport("onnx", "--size", "2b", "--int4", folder=tmp_path, environment=offline)
@@ -343,7 +379,8 @@ def test_hub_that_cannot_be_reached(tmp_path):
     assert not list(tmp_path.glob("*onnx*"))
 
 
-def test_full_disk(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["onnx -m model -o out", "gguf -m model -o out"])
+def test_full_disk(command, tmp_path, monkeypatch, capsys):
     """Files of a process may not grow beyond 64 KiB: the write fails as on a full disk."""
     resource = pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
@@ -352,7 +389,7 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
     try:
-        line = refused(["onnx", "-m", "model", "-o", "out"], capsys)
+        line = refused(command.split(), capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_matches("no space left while writing out", line)

@@ -27,12 +27,27 @@ def test_chat(demo_artifact, tmp_path):
     assert len(result.stdout.splitlines()) >= 2
 
 
+def test_bench(demo_artifact, tmp_path):
+    cold = "\nfrom rgexport.runtimes import bench; bench.WARM_UP_SECONDS = 0"
+    asked = ["bench", demo_artifact, "-p", "4", "-n", "2", "-r", "1"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK + cold)
+    assert result.returncode == 0, result.stderr
+    assert "pp4" in result.stdout and "tg2" in result.stdout and "pp4" not in result.stderr
+
+
 @pytest.mark.parametrize("options", [[], ["--verify"]])
 def test_inspect(demo_artifact, tmp_path, options):
     asked = ["inspect", demo_artifact, "--json", *options]
     result = rgexport(*asked, folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["precision"] == "int4"
+
+
+def test_gguf(tmp_path):
+    result = rgexport("gguf", "--size", "demo", folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    result = rgexport("inspect", "demo-F16.gguf", "--json", folder=tmp_path, before=BLOCK)
+    assert json.loads(result.stdout)["precision"] == "f16"
 
 
 def test_inspect_a_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,21 +12,21 @@ from rgexport.export.manifest import (
     MANIFEST,
     Manifest,
     StoredPart,
-    StoredTensor,
 )
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
-from rgexport.quantize.scheme import Affine, Scheme
+from rgexport.quantize.gguf_header import is_gguf
+from rgexport.quantize.scheme import Affine
 
 _FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that holds an exported model; see `export.manifest` for its manifest."""
+    """An exported model: a folder with its manifest, or one GGUF file (see `export.gguf`)."""
 
     path: Path
     manifest: Manifest
@@ -34,14 +35,18 @@ class Artifact:
     def open(cls, path: Path | str, *, verify: bool = False) -> "Artifact":
         """Opens an artifact and checks that its files are those that were exported.
 
-        Names and sizes are always checked; hashes are computed where a file was not seen before
-        in this state (size, mtime, ctime), and of all files with `verify`.
+        Names, sizes and headers are always checked; hashes are computed where a file was not
+        seen before in this state (size, mtime, ctime), and of all files with `verify`.
 
         Raises:
             RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
                 altered or does not belong; the line names it.
         """
         folder = Path(path)
+        if means_gguf(folder):
+            from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
+
+            return open_gguf(folder, verify=verify)
         if folder.is_file() and folder.name == MANIFEST:
             folder = folder.parent
         artifact = cls(folder, read_manifest(folder))
@@ -66,7 +71,7 @@ class Artifact:
         if stored is None:
             raise RequestError(f"{self.path} has no tensor {name!r}")
         return RowTensor(
-            stored.shape, _FLOAT32, lambda start, stop: self._read_rows(stored, start, stop)
+            stored.shape, _FLOAT32, lambda start, stop: self._read_rows(name, start, stop)
         )
 
     @property
@@ -74,11 +79,23 @@ class Artifact:
         """All weights: with these, the reference is the artifact's twin."""
         return {name: self.tensor(name) for name in self.manifest.tensors}
 
-    def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
+    def facts(self) -> dict[str, Any]:
+        """What there is to tell beside the manifest, as plain JSON."""
+        return {}
+
+    def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        stored = self.manifest.tensors[name]
         parts = {label: self._part(part, start, stop) for label, part in stored.parts.items()}
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
-        rows = _decode(parts, stored.scheme, columns)
+        rows = self._decode(name, parts, columns)
         return rows.reshape(stop - start, *stored.shape[1:])
+
+    def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
+        """Rows of the tensor `name`, float32 [rows, columns], from the same rows of its parts."""
+        scheme = self.manifest.tensors[name].scheme
+        if isinstance(scheme, Affine):
+            return affine.decode(parts, scheme, columns)
+        return parts["data"].astype(np.float32)
 
     def _part(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
         dtype = np.dtype(part.dtype)
@@ -107,6 +124,11 @@ class Artifact:
                 yield f"{path.relative_to(self.path)} was altered (its hash differs)"
 
 
+def means_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its first bytes or, if it is none, its name."""
+    return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
+
+
 def files_of(folder: Path) -> set[str]:
     """Relative names of the files in `folder`, without the manifest and hidden ones."""
     names = {p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()}
@@ -133,9 +155,3 @@ def remember_verified(folder: Path, manifest: Manifest) -> None:
 def replaceable(folder: Path) -> bool:
     """Whether `--force` may replace `folder`: another artifact, nothing else."""
     return is_artifact(folder)
-
-
-def _decode(parts: affine.Parts, scheme: Scheme, columns: int) -> np.ndarray:
-    if isinstance(scheme, Affine):
-        return affine.decode(parts, scheme, columns)
-    return parts["data"].astype(np.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
+from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.card import shares
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
@@ -33,11 +33,15 @@ def describe(thing: str | None, *, size: str | None = None, verify: bool = False
         RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
             tensors of a checkpoint is listed under `problems` instead.
     """
-    if thing is not None and size is None and is_artifact(Path(thing)):
+    if thing is not None and size is None and _is_artifact(Path(thing)):
         return _describe_artifact(Artifact.open(thing, verify=verify), verify)
     if thing is None and size is None:
         raise RequestError("nothing to inspect; give a model, an artifact or --size")
     return _describe_checkpoint(open_checkpoint(thing, size=size), verify)
+
+
+def _is_artifact(path: Path) -> bool:
+    return means_gguf(path) or is_artifact(path)
 
 
 def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
@@ -55,12 +59,19 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "instruction_tuned": manifest.instruction_tuned,
         "has_tokenizer": manifest.has_tokenizer,
         "all_hashes_verified": verified,
+        **artifact.facts(),
         "stored": [asdict(share) for share in shares(manifest)],
-        **{
-            key: fields[key]
-            for key in ("config", "source", "created_with", "states", "io", "files", "plan")
+        **{key: fields[key] for key in ("config", "source", "created_with", "states", "io")},
+        "files": {
+            name: {"size": record.size, _HASHES[manifest.kind]: record.sha256}
+            for name, record in manifest.files.items()
         },
+        "plan": fields["plan"],
     }
+
+
+_HASHES = {"onnx": "sha256", "gguf": "data_sha256"}
+"""What a file's hash is of: all of it, or the tensors' data, since no file can hold its own."""
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
@@ -117,10 +128,15 @@ def _parts(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
     yield Table("Stored", _STORED, map(_stored_row, d["stored"]), _NUMBERS)
     yield Table("Configuration", ("", ""), _config_rows(d["config"]))
-    if "states" in d:
+    for title in ("Tokenizer", "GGUF"):
+        if facts := d.get(title.lower()):
+            yield Table(title, ("", ""), _fact_rows(facts))
+    if d.get("states"):
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
-    yield Table("Files", ("name", "size", "sha256"), _file_rows(d["files"]), _NUMBERS)
+    hash_name = _HASHES.get(d["kind"], "sha256")
+    rows = _file_rows(d["files"], hash_name)
+    yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
     yield _closing(d)
 
 
@@ -135,6 +151,7 @@ def _headline(d: Description) -> str:
         f"{d['name']}: {how}",
         f"{d['parameters']:,} parameters",
         amount(d["size"]),
+        *([f"{d['bits_per_weight']:.2f} bits per weight"] if "bits_per_weight" in d else []),
         what[d["instruction_tuned"]],
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
@@ -143,6 +160,8 @@ def _headline(d: Description) -> str:
 
 def _closing(d: Description) -> str:
     if d["kind"] != "checkpoint":
+        if "gguf" in d and not d["gguf"]["data_hash"]:
+            return "Another tool stored its tensors anew, so there is no hash to check them with."
         return (
             "All hashes were verified."
             if d["all_hashes_verified"]
@@ -170,6 +189,16 @@ def _config_rows(config: dict[str, Any]) -> Iterator[Row]:
         yield name, text
 
 
+_YES_NO = {True: "yes", False: "no"}
+
+
+def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    for name, fact in facts.items():
+        if fact is not None:
+            text = _YES_NO[fact] if isinstance(fact, bool) else str(fact)
+            yield name.replace("_", " "), text
+
+
 def _state_rows(d: Description) -> Iterator[Row]:
     """One row per kind of state: layers differ in nothing but their number."""
     layers: dict[Row, list[str]] = {}
@@ -181,6 +210,6 @@ def _state_rows(d: Description) -> Iterator[Row]:
         yield (", ".join(indices), *row)
 
 
-def _file_rows(files: dict[str, dict[str, Any]]) -> Iterator[Row]:
+def _file_rows(files: dict[str, dict[str, Any]], hash_name: str) -> Iterator[Row]:
     for name, record in files.items():
-        yield name, amount(record["size"]), record.get("sha256", "")[:16]
+        yield name, amount(record["size"]), record.get(hash_name, "")[:16]

@@ -14,7 +14,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
-from rgexport.quantize.scheme import Float, Scheme, scheme_to_dict
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.scheme import Float, Ggml, Scheme, scheme_to_dict
 
 MANIFEST = "rgexport.json"
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
@@ -27,8 +28,8 @@ ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 class StoredPart:
     """Where a part of a tensor lies: row-major, `shape` in items of `dtype`.
 
-    A float tensor has one part, `data`; `quantize.affine` says what the parts of a quantized one
-    are.
+    A float tensor and one in a ggml type have one part, `data`; `quantize.affine` says what the
+    parts of an affinely quantized one are.
     """
 
     file: str
@@ -51,6 +52,9 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
     """Part name → dtype and shape, for a tensor of `shape` that is stored by `scheme`."""
     if isinstance(scheme, Float):
         return {"data": (scheme.dtype, shape)}
+    if isinstance(scheme, Ggml):
+        rows, *row = shape
+        return {"data": ("uint8", (rows, TYPES[scheme.type].row_bytes(math.prod(row))))}
     rows, columns = shape
     widths = affine.part_shapes(columns, scheme)
     return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
@@ -111,7 +115,7 @@ class Manifest:
     """Everything about an artifact; a runtime needs nothing else but the files listed here."""
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["onnx"] = "onnx"
+    kind: Literal["onnx", "gguf"] = "onnx"
     name: str
     created_with: dict[str, str]
     source: Source
@@ -132,6 +136,11 @@ class Manifest:
         """Whether the artifact understands text, not only token ids."""
         return any(name in TOKENIZERS for name in self.files)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether an importance matrix had a say in how weights were rounded."""
+        return False
+
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest of other files."""
         return dataclasses.replace(self, files=files)
@@ -139,7 +148,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _plain(fields | {"config": self.config.to_dict()})
+        return plain(fields | {"config": self.config.to_dict()})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -151,12 +160,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as JSON has them."""
+def plain(value: Any) -> Any:
+    """Dataclasses, schemes and tuples as JSON has them."""
     if isinstance(value, Scheme):
         return scheme_to_dict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -14,10 +14,11 @@ from rgexport.export.manifest import (
     part_layouts,
 )
 from rgexport.export.typed_json import Mismatch, Reader, label
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Affine, Scheme, scheme_from_dict
+from rgexport.quantize.scheme import Affine, Ggml, Scheme, scheme_from_dict
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -72,8 +73,7 @@ def _check(manifest: Manifest) -> None:
         )
     _require_word("precision", manifest.precision, PRECISIONS)
     _require_word("compute", manifest.compute, ACTIVATIONS)
-    for name, size in manifest.config.to_dict().items():
-        _require(type(size) is not int or size > 0, f"config.{name} is {size}")
+    check_config(manifest.config)
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
     found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
     for name in expected.keys() | found.keys():
@@ -88,8 +88,19 @@ def _check(manifest: Manifest) -> None:
         _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name])
 
 
+def check_config(config: GriffinConfig) -> None:
+    """What the types alone do not say about a configuration.
+
+    Raises:
+        Mismatch: a size that is not positive.
+    """
+    for name, size in config.to_dict().items():
+        _require(type(size) is not int or size > 0, f"config.{name} is {size}")
+
+
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor) -> None:
     """The parts must be those of the scheme, and lie inside their files."""
+    _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
     quantized = isinstance(stored.scheme, Affine)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
     expected = part_layouts(stored.shape, stored.scheme)

@@ -41,7 +41,13 @@ def as_argument(path: Path) -> str:
 def closing_line(artifact: Artifact) -> str:
     """Where an artifact is, and what to type next."""
     size = amount(sum(record.size for record in artifact.manifest.files.values()))
-    return f"{artifact.path} is complete ({size}). {_next_step(artifact)}"
+    return " ".join(
+        (f"{artifact.path} is complete ({size}).", *_engine(artifact), _next_step(artifact))
+    )
+
+
+def _engine(artifact: Artifact) -> list[str]:
+    return [f"It runs in {RUNS_GGUF}."] if artifact.manifest.kind == "gguf" else []
 
 
 def _next_step(artifact: Artifact) -> str:
@@ -55,5 +61,9 @@ def _next_step(artifact: Artifact) -> str:
     return line + (f" (a base model; to chat, export --size {tuned})" if tuned else "")
 
 
+RUNS_GGUF = (
+    "the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM Studio "
+    "do not know RecurrentGemma yet)"
+)
 _TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
 """Released base models → the size word of the model to chat with."""

@@ -20,35 +20,42 @@ _Key = tuple[int, int, int]
 """What tells that a file is the one that was hashed: size, mtime and ctime in ns."""
 
 
-def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file, in hexadecimal; large ones show their progress."""
+def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
+    """SHA-256 of each file from byte `start` on, in hexadecimal; large ones show their progress."""
     files = list(paths)
     total = sum(path.stat().st_size for path in files)
     shown = progress.task("Checking hashes", total) if total >= _LONG else nullcontext(_silent)
     with shown as advance, ThreadPoolExecutor() as pool:
-        records = pool.map(lambda path: hash_file(path, advance), files)
+        records = pool.map(lambda path: hash_file(path, advance, start), files)
         return {path: record.sha256 for path, record in zip(files, records, strict=True)}
 
 
-def hash_new_files(paths: Iterable[Path]) -> dict[Path, str]:
+def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     """As `hash_files`, but reads only files that were not seen before in their present state."""
     keys = {path: _key(path) for path in paths}
     known = _load()
-    hashes = {p: known[n][1] for p in keys if (n := _name(p)) in known and known[n][0] == keys[p]}
+    names = {path: _name(path, start) for path in keys}
+    hashes = {
+        path: known[name][1]
+        for path, name in names.items()
+        if name in known and known[name][0] == keys[path]
+    }
     missing = keys.keys() - hashes.keys()
     if missing:
-        found = hash_files(missing)
+        found = hash_files(missing, start=start)
         hashes |= found
-        remember({path: digest for path, digest in found.items() if _key(path) == keys[path]})
+        unchanged = {path: digest for path, digest in found.items() if _key(path) == keys[path]}
+        remember(unchanged, start=start)
     return hashes
 
 
-def remember(hashes: Mapping[Path, str]) -> None:
+def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
     """Notes hashes that the caller has just computed. Failure to do so is harmless."""
     known = _load()
     for path, digest in hashes.items():
-        known.pop(_name(path), None)
-        known[_name(path)] = (_key(path), digest)
+        name = _name(path, start)
+        known.pop(name, None)
+        known[name] = (_key(path), digest)
     newest = dict(list(known.items())[-_REMEMBERED:])
     partial = _memory().with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):
@@ -82,8 +89,8 @@ def _load() -> dict[str, tuple[_Key, str]]:
         return {}
 
 
-def _name(path: Path) -> str:
-    return os.path.realpath(path)
+def _name(path: Path, start: int) -> str:
+    return os.path.realpath(path) + (f"@{start}" if start else "")
 
 
 def _key(path: Path) -> _Key:

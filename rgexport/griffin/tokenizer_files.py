@@ -1,6 +1,8 @@
 """The files beside the weights that say how text becomes tokens."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough."""
@@ -21,3 +23,17 @@ def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a vocabulary, not only its settings."""
     return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def control_token_names(folder: Path) -> dict[str, str]:
+    """What tokenizer_config.json calls the control tokens; Gemma's names without it.
+
+    The keys are `bos_token`, `eos_token` and `pad_token`.
+    """
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for key, name in names.items():
+        value = config.get(key) or name
+        names[key] = value["content"] if isinstance(value, dict) else value
+    return names

@@ -1,19 +1,84 @@
-"""Which engine runs which kind of artifact."""
+"""Which engine runs which kind of artifact, and what reads its text."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.ort import OrtSession
 from rgexport.runtimes.session import Session
+from rgexport.runtimes.template import ChatTemplate, load_template
+from rgexport.runtimes.tokenizer import Tokenizer, load_tokenizer
 
-ENGINES: dict[str, Callable[..., Session]] = {"onnx": OrtSession}
-"""`Manifest.kind` → the session that opens it, called with an artifact and `threads`."""
+
+@dataclass(frozen=True)
+class Engine:
+    """What opens one kind of artifact.
+
+    Libraries are loaded when they are needed: no kind of artifact takes those of another.
+    """
+
+    session: Callable[..., Session]
+    """Called with an artifact and `threads`."""
+    tokenizer: Callable[[Artifact], Tokenizer]
+    template: Callable[[Artifact], ChatTemplate]
+
+
+def _onnx_session(artifact: Artifact, *, threads: int | None) -> Session:
+    from rgexport.runtimes.ort import OrtSession
+
+    return OrtSession(artifact, threads=threads)
+
+
+def _gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
+    from rgexport.runtimes.llama_cpp import LlamaCppSession
+
+    return LlamaCppSession(artifact, threads=threads)
+
+
+def _gguf_tokenizer(artifact: Artifact) -> Tokenizer:
+    from rgexport.runtimes.llama_cpp_vocabulary import load_vocabulary
+
+    return load_vocabulary(artifact.path)
+
+
+def _gguf_template(artifact: Artifact) -> ChatTemplate:
+    from rgexport.runtimes.llama_cpp_vocabulary import load_metadata_template
+
+    return load_metadata_template(artifact.path)
+
+
+ENGINES: dict[str, Engine] = {
+    "onnx": Engine(
+        session=_onnx_session,
+        tokenizer=lambda artifact: load_tokenizer(artifact.path),
+        template=lambda artifact: load_template(artifact.path),
+    ),
+    "gguf": Engine(session=_gguf_session, tokenizer=_gguf_tokenizer, template=_gguf_template),
+}
+"""`Manifest.kind` → its engine."""
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None) -> Session:
     """A session in the artifact's own engine.
 
     Raises:
-        RequestError: the engine cannot open the model.
+        RequestError: the engine is missing or cannot open the model.
     """
-    return ENGINES[artifact.manifest.kind](artifact, threads=threads)
+    return ENGINES[artifact.manifest.kind].session(artifact, threads=threads)
+
+
+def open_tokenizer(artifact: Artifact) -> Tokenizer:
+    """The artifact's own tokenizer.
+
+    Raises:
+        RequestError: the artifact takes token ids only, or its vocabulary cannot be read.
+    """
+    return ENGINES[artifact.manifest.kind].tokenizer(artifact)
+
+
+def open_template(artifact: Artifact) -> ChatTemplate:
+    """The artifact's chat template, or Gemma's where it has none.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    return ENGINES[artifact.manifest.kind].template(artifact)

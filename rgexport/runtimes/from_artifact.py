@@ -1,4 +1,4 @@
-"""Text from an artifact's folder: what `rgexport generate` and `rgexport chat` run."""
+"""Text from an artifact: what `rgexport generate` and `rgexport chat` run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,11 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.progress import amount, detail, warn
 from rgexport.runtimes.chat import Conversation
-from rgexport.runtimes.engines import open_session
+from rgexport.runtimes.engines import open_session, open_template, open_tokenizer
 from rgexport.runtimes.generate import GenerationStats, generate, prompt_ids
 from rgexport.runtimes.sampling import Sampler
 from rgexport.runtimes.session import Session
-from rgexport.runtimes.template import load_template
-from rgexport.runtimes.tokenizer import StreamDecoder, load_tokenizer
+from rgexport.runtimes.tokenizer import StreamDecoder
 
 
 def continue_prompt(
@@ -44,7 +43,7 @@ def continue_prompt(
         tokens = generate(session, start, sampler, max_new_tokens, (), stats)
         return (f"{token} " for token in tokens), stats
 
-    tokenizer = load_tokenizer(artifact.path)
+    tokenizer = open_tokenizer(artifact)
     start = prompt_ids(tokenizer, prompt)
     session = _told(open_session(artifact, threads=threads))
     tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
@@ -60,7 +59,7 @@ def open_conversation(
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
     """
     artifact = Artifact.open(path)
-    tokenizer, template = load_tokenizer(artifact.path), load_template(artifact.path)
+    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")

@@ -1,16 +1,14 @@
 """ONNX Runtime behind the Session interface; states are bound once and updated in place."""
 
-import os
-from collections.abc import Iterator
-
 import numpy as np
 import onnxruntime as ort
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE, StateRecord
+from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.huge_pages import huge_pages
+from rgexport.runtimes.sequences import checked_tokens, require_fitting, usable_processors
 from rgexport.runtimes.session import SessionInfo
 
 PREFILL_CHUNK = 256
@@ -33,7 +31,7 @@ class OrtSession:
             RequestError: ONNX Runtime cannot open the model.
         """
         self._manifest = artifact.manifest
-        self._threads = threads or _processors()
+        self._threads = threads or usable_processors()
         self._session = _open(artifact, self._threads)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
@@ -51,6 +49,7 @@ class OrtSession:
             activation_dtype=ACTIVATIONS[self._manifest.compute],
             weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
             state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
+            prefill_chunk=PREFILL_CHUNK,
         )
 
     @property
@@ -65,7 +64,7 @@ class OrtSession:
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
-        tokens = self._checked(tokens)
+        tokens = checked_tokens(tokens, len(self._position), self._vocab)
         count = tokens.shape[1]
         first = count - max(1, min(num_logits, count))
         logits = []
@@ -79,7 +78,8 @@ class OrtSession:
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""
-        self._step_ids[:] = self._checked(np.reshape(tokens, (-1, 1)))
+        column = np.reshape(tokens, (-1, 1))
+        self._step_ids[:] = checked_tokens(column, len(self._position), self._vocab)
         self._step_positions[:, 0] = self._position
         self._step_run.run()
         self._position += 1
@@ -108,7 +108,7 @@ class OrtSession:
         Raises:
             RequestError: a name or shape that does not fit this model.
         """
-        _require_fitting(state, self._manifest.states)
+        require_fitting(state, {s.name: s.shape for s in self._manifest.states})
         batch = len(state[POSITION])
         if batch != len(self._position):
             self.reset(batch)
@@ -125,16 +125,6 @@ class OrtSession:
                 f"{artifact.path} is damaged: the graph lacks the states {', '.join(missing[:3])} "
                 "as the manifest names them; export it again"
             )
-
-    def _checked(self, tokens: np.ndarray) -> np.ndarray:
-        tokens = np.asarray(tokens, np.int64)
-        batch = len(self._position)
-        if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
-            raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
-        if tokens.min() < 0 or tokens.max() >= self._vocab:
-            worst = tokens.max() if tokens.min() >= 0 else tokens.min()
-            raise RequestError(f"token id {worst} is outside of the vocabulary of {self._vocab}")
-        return tokens
 
     def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
         """One run over a chunk [B, T]."""
@@ -185,12 +175,6 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
 
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -202,20 +186,3 @@ def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
-
-
-def _require_fitting(state: State, records: tuple[StateRecord, ...]) -> None:
-    complaints = list(_misfits(state, records))
-    if complaints:
-        raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
-
-
-def _misfits(state: State, records: tuple[StateRecord, ...]) -> Iterator[str]:
-    expected = {record.name: record.shape for record in records} | {POSITION: ()}
-    for name in expected.keys() ^ state.keys():
-        yield f"{name} is {'missing' if name in expected else 'unknown'}"
-    batch = np.shape(state.get(POSITION, ()))[:1]
-    for name in expected.keys() & state.keys():
-        found = np.shape(state[name])
-        if found != (*batch, *expected[name]):
-            yield f"{name} has shape {found}; expected {(*batch, *expected[name])}"

@@ -20,6 +20,8 @@ class SessionInfo:
     """Bytes of weights that one decode step reads."""
     state_bytes: int
     """Bytes of state of one sequence."""
+    prefill_chunk: int
+    """Most tokens of a prefill that share one reading of the weights."""
 
 
 class Session(Protocol):

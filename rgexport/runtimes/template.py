@@ -13,26 +13,12 @@ import jinja2.ext
 import jinja2.sandbox
 
 from rgexport.errors import RequestError
-from rgexport.runtimes.tokenizer import CUT, END_OF_TURN, START_OF_TURN, Tokenizer
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.runtimes.tokenizer import CUT, Tokenizer
 
 Message = Mapping[str, str]
 """`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""
-
-# As in the tokenizer_config.json of google/recurrentgemma-2b-it.
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
 
 # A template comes with a download: it must not be able to fill the memory or run for ever.
 MAX_RENDERED = 1 << 25
@@ -114,32 +100,7 @@ def load_template(folder: Path) -> ChatTemplate:
     Raises:
         RequestError: a file that cannot be read, or several named templates and no default.
     """
-    try:
-        return _folder_template(folder) or ChatTemplate(GEMMA_TEMPLATE, "built-in")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RequestError(
-            f"the chat template in {folder} cannot be read ({type(error).__name__}: {error}); "
-            "copy chat_template.jinja or tokenizer_config.json again"
-        ) from None
-
-
-def _folder_template(folder: Path) -> ChatTemplate | None:
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file():
-        return ChatTemplate(jinja.read_text("utf-8"), jinja.name)
-    if not config.is_file():
-        return None
-    found = json.loads(config.read_text("utf-8")).get("chat_template")
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        if "default" not in named:
-            raise RequestError(
-                f"{config} has the chat templates {', '.join(named)}; expected one named default"
-            )
-        found = named["default"]
-    if not isinstance(found, str | None):
-        raise TypeError(f"chat_template is a {type(found).__name__}; expected text")
-    return ChatTemplate(found, config.name) if found else None
+    return ChatTemplate(*(read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")))
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,27 +12,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rgexport.errors import RequestError
-
-START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.tokenizer_files import control_token_names
 
 CUT = "\ud800"
 """Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# A piece that looks like markup is special, unless it is one of the HTML tags that Gemma gives
-# a piece of their own: those are text.
-_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_HTML = re.compile(
-    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|[bius]|sub|sup|code)>"
-)
-
-
-def _is_special(piece: str) -> bool:
-    return bool(_MARKUP.fullmatch(piece)) and not _HTML.fullmatch(piece)
 
 
 def _surface(piece: str) -> bytes:
@@ -176,7 +165,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
         for i in range(size)
         if engine.IsControl(i)
         or engine.IsUnknown(i)
-        or (engine.GetScore(i) == 0 and not engine.IsByte(i) and _is_special(engine.IdToPiece(i)))
+        or (engine.GetScore(i) == 0 and not engine.IsByte(i) and is_markup(engine.IdToPiece(i)))
     }
 
     def surface(token: int) -> bytes:
@@ -207,8 +196,8 @@ def _read_json(path: Path) -> Tokenizer:
     engine.no_truncation()
     engine.no_padding()
     added = layout.get("added_tokens", [])
-    special = {t["content"]: t["id"] for t in added if t["special"] or _is_special(t["content"])}
-    names = _token_names(path.with_name("tokenizer_config.json"))
+    special = {t["content"]: t["id"] for t in added if t["special"] or is_markup(t["content"])}
+    names = control_token_names(path.parent)
     control = {special.get(names[key]) for key in ("bos_token", "eos_token", "pad_token")}
 
     def surface(token: int) -> bytes:
@@ -229,16 +218,6 @@ def _read_json(path: Path) -> Tokenizer:
         encode,
         surface,
     )
-
-
-def _token_names(path: Path) -> dict[str, str]:
-    """What tokenizer_config.json calls the control tokens; Gemma's names without it."""
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for key, name in names.items():
-        value = config.get(key) or name
-        names[key] = value["content"] if isinstance(value, dict) else value
-    return names
 
 
 _READERS: dict[str, Callable[[Path], Tokenizer]] = {

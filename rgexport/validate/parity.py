@@ -4,10 +4,9 @@ from pathlib import Path
 
 from rgexport.export.artifact import Artifact
 from rgexport.progress import note, warn
-from rgexport.runtimes.engines import open_session
-from rgexport.runtimes.tokenizer import load_tokenizer
+from rgexport.runtimes.engines import open_session, open_tokenizer
+from rgexport.runtimes.environment import environment
 from rgexport.validate import thresholds
-from rgexport.validate.environment import environment
 from rgexport.validate.measure import measure
 from rgexport.validate.report import render
 from rgexport.validate.result import (
@@ -86,7 +85,7 @@ def compare(
     if original is not None:
         source = original.checkpoint
         taught = teach("Running the original", make, source.config, source.weights, chosen.tokens)
-        table = weight_errors(source.weights, weights, manifest.tensors)
+        table = weight_errors(source.weights, weights, manifest.tensors, weighted=manifest.weighted)
     session = open_session(artifact)
     measured = measure(session, chosen.tokens, twin, taught, chosen.bytes)
     return Result(
@@ -107,7 +106,7 @@ def compare(
 def _choose_text(artifact: Artifact, file: Path | None, max_tokens: int) -> Text:
     config = artifact.manifest.config
     return choose_text(
-        load_tokenizer(artifact.path) if artifact.manifest.has_tokenizer else None,
+        open_tokenizer(artifact) if artifact.manifest.has_tokenizer else None,
         vocab_size=config.vocab_size,
         window=config.window,
         file=file,

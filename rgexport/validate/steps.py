@@ -3,18 +3,30 @@
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.scheme import Affine, Float, Scheme
+from rgexport.quantize.scheme import Affine, Ggml, Scheme
+from rgexport.validate import ggml_steps
 
 _AS_GOOD_AS_ZERO = 2.0**-100
 """No integer step is taken for smaller than this: such weights may be stored as zeros."""
 
 
-def step_sizes(w: np.ndarray, stored: StoredTensor) -> np.ndarray:
+def step_sizes(name: str, w: np.ndarray, stored: StoredTensor) -> np.ndarray:
     """The step at each of the weights [rows, columns], from them and the way of storing alone."""
-    if isinstance(stored.scheme, Affine):
-        return _affine_steps(w, stored.scheme)
-    digits, smallest = _FLOATS[stored.scheme.dtype]
-    return _float_steps(w, digits, smallest)
+    scheme = stored.scheme
+    if isinstance(scheme, Affine):
+        return _affine_steps(w, scheme)
+    if isinstance(scheme, Ggml):
+        return _ggml_steps(name, w, scheme.type)
+    return _float_steps(w, *_FLOATS[scheme.dtype])
+
+
+def _ggml_steps(name: str, w: np.ndarray, kind: str) -> np.ndarray:
+    for end, steps in ggml_steps.TRANSFORMED.items():
+        if name.endswith(end):
+            return steps(w)
+    if kind in ggml_steps.BLOCKS:
+        return ggml_steps.block_steps(w, ggml_steps.BLOCKS[kind])
+    return _float_steps(w, *ggml_steps.FLOATS[kind])
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -49,11 +61,28 @@ def without_clipping(
 ) -> np.ndarray:
     """The error against what the outermost levels allow.
 
-    A symmetric scheme has one level less on one side, so a value beyond it may be stored as
-    that level. Which side that is, is the encoder's choice: the smaller error counts.
+    Some schemes have one level less on one side, so a value beyond it may be stored as that
+    level. Which side that is, is the encoder's choice: the smaller error counts.
     """
-    if isinstance(scheme, Float) or not scheme.symmetric:
+    levels = _levels_that_clip(scheme)
+    if not levels:
         return error
-    limit = step * np.float32(2 ** (scheme.bits - 1) - 1)
+    limit = step * np.float32(levels)
     beyond = w - np.clip(w, -limit, limit)
     return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)
+
+
+def _levels_that_clip(scheme: Scheme) -> int:
+    """Levels on the side that has one less; 0 where both have as many."""
+    if isinstance(scheme, Affine):
+        return 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 0
+    blocks = ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None
+    return blocks.below - 1 if blocks and blocks.clips else 0
+
+
+def is_searched(scheme: Scheme, weighted: bool) -> bool:
+    """Whether levels are chosen for the least squared error, not for each weight."""
+    blocks = ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None
+    if blocks is None:
+        return False
+    return blocks.grouped > 0 or (weighted and blocks.below < ggml_steps.BLOCKS["q8_0"].below)

@@ -6,6 +6,7 @@ weights and not from the artifact. Rounding to nearest is never off by more than
 whatever the weights are; a wrong scale is, where the noise of four bits would hide it in a norm.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import task
-from rgexport.validate.steps import step_sizes, without_clipping
+from rgexport.validate.steps import is_searched, step_sizes, without_clipping
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
@@ -31,7 +32,9 @@ class WeightError:
 
     relative_error: ‖W−Ŵ‖/‖W‖; projection: ⟨W,Ŵ⟩/⟨W,W⟩, 1 for unbiased rounding, 1.02 where
     every scale is 2 % too large; clipping: the part of `projection - 1` that comes from values
-    beyond the outermost level of their block; max_steps: max |W−Ŵ| in steps, clipping apart.
+    beyond the outermost level of their block; max_steps: max |W−Ŵ| in steps, clipping apart;
+    searched: whether the levels of a block were chosen for the least squared error, so that some
+    weights clip and all are a little too small.
     """
 
     name: str
@@ -41,10 +44,15 @@ class WeightError:
     projection: float
     clipping: float
     max_steps: float
+    searched: bool = False
 
 
 def weight_errors(
-    original: WeightSource, twin: WeightSource, tensors: Mapping[str, StoredTensor]
+    original: WeightSource,
+    twin: WeightSource,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    weighted: bool = False,
 ) -> list[WeightError]:
     """Compares all `tensors` of an artifact, two at a time, in slabs.
 
@@ -52,12 +60,15 @@ def weight_errors(
         original: the weights that the artifact was made from.
         twin: the artifact's weights, dequantized.
         tensors: how each of them is stored; all must be in both sources, in the same shape.
+        weighted: whether an importance matrix had a say.
     """
     total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
     with task("Comparing weights", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
 
         def measure(name: str) -> WeightError:
-            return tensor_error(name, original[name], twin[name], tensors[name], advance)
+            found = tensor_error(name, original[name], twin[name], tensors[name], advance)
+            searched = is_searched(tensors[name].scheme, weighted)
+            return dataclasses.replace(found, searched=searched)
 
         return list(pool.map(measure, tensors))
 
@@ -94,7 +105,7 @@ def tensor_error(
             for t in (original, twin)
         )
         with np.errstate(invalid="ignore", over="ignore"):
-            error, step = twin_w - w, step_sizes(w, stored)
+            error, step = twin_w - w, step_sizes(name, w, stored)
             rounding = without_clipping(error, w, step, stored.scheme)
             sums += _products(w, error, rounding)
             steps = max_or_nan(steps, (np.abs(rounding) / step).max(initial=0))

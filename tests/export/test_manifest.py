@@ -47,6 +47,11 @@ def rename_file(new: str) -> Callable[[Fields], Any]:
     return lambda fields: fields["files"].update({new: fields["files"]["model.onnx"]})
 
 
+def store_as_ggml(fields: Fields) -> None:
+    scheme = {"kind": "ggml", "type": "q4_0"}
+    fields["plan"][LINEAR] = fields["tensors"][LINEAR]["scheme"] = scheme
+
+
 BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "newer": (lambda f: f.update(format_version=2), "format version 2.*update rgexport"),
     "foreign": (lambda f: f.update(kind="car"), "is not the manifest"),
@@ -59,6 +64,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
     "blocks": (lambda f: f["config"].update(block_types=["x"]), r"config.block_types\[0\] is 'x'"),
     "scheme": (lambda f: f["plan"][LINEAR].update(bits=3), "bits = 3; expected 4, 8"),
+    "ggml": (store_as_ggml, "only GGUF files have ggml types"),
     "plan": (lambda f: f["plan"].pop(LINEAR), "not stored as the plan says"),
     "tensor": (lambda f: f["tensors"].pop(LINEAR), f"{LINEAR} has shape None"),
     "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),

@@ -120,7 +120,7 @@ class ToySession:
         self._embedding = rng.standard_normal((vocab_size, 8))
         self._mix = rng.standard_normal((8, 8)) / 3
         self.vocab_size = vocab_size
-        self.info = SessionInfo("toy", "1", 1, "float32", 0, 0)
+        self.info = SessionInfo("toy", "1", 1, "float32", 0, 0, 64)
         self.script: list[int] = []
         self.fed = 0
         self.failure: BaseException | None = None

@@ -7,11 +7,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from recurrentgemma.torch import Griffin
 
 from rgexport.errors import RequestError
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.state import POSITION
 from rgexport.runtimes import ort as runtime
 from rgexport.runtimes.ort import OrtSession
 from tests.artifacts import export_random
@@ -22,6 +21,7 @@ from tests.models import (
     make_config,
     weight_source,
 )
+from tests.runtimes.deepmind_step import deepmind_step
 
 FP32, FP16, TWIN, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
 """Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
@@ -185,28 +185,6 @@ def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert _distance(found, every[:, -wanted:]) <= 1e-5
 
 
-@torch.no_grad()
-def _deepmind_step(
-    model: Griffin, state: State, tokens: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
-    """One DeepMind decode step from a canonical state, at any position."""
-    from recurrentgemma.torch import modules
-
-    cache: dict[str, object] = {}
-    for index in range(len(model.blocks)):
-        prefix = f"layers.{index}."
-        if f"{prefix}key" in state:
-            keys, values = (torch.tensor(state[prefix + n])[:, :, None] for n in ("key", "value"))
-            seen = torch.tensor(positions, dtype=torch.int32)
-            cache[f"blocks.{index}"] = modules.AttentionBlockCache(keys, values, seen)
-        else:
-            cache[f"blocks.{index}"] = modules.RecurrentBlockCache(
-                torch.tensor(state[f"{prefix}rg_lru"]), torch.tensor(state[f"{prefix}conv1d"])
-            )
-    logits, _ = model(torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None], cache)
-    return logits[:, 0].numpy()
-
-
 @pytest.mark.parametrize("head_dim", [8, 256])
 @pytest.mark.parametrize("start", [100_000, 131_072 + 17])
 def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
@@ -224,7 +202,7 @@ def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
     session.set_state(state)
     found = session.step(tokens[:, -1])
 
-    expected = _deepmind_step(model, state, tokens[:, -1], state[POSITION])
+    expected = deepmind_step(model, state, tokens[:, -1], state[POSITION])
     assert _distance(found, expected) <= FP32
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.plan import choose_scheme, make_plan
+from rgexport.quantize.scheme import Ggml
 from rgexport.validate import thresholds
 from rgexport.validate.thresholds import Check
 from rgexport.validate.weights import WeightError
@@ -26,6 +28,32 @@ class Asked:
 def asked(linear: str, embedding: str, compute: str = "fp32", exact: bool = False) -> Manifest:
     plan = make_plan(CONFIG, choose_scheme(linear), choose_scheme(embedding))
     return cast(Manifest, Asked(compute, exact, plan))
+
+
+def asked_gguf(linear: str, embedding: str) -> Manifest:
+    types = {EMBEDDING: embedding, "layers.0.mlp_block.up_proj.weight": linear}
+    plan = {name: Ggml(types.get(name, "f32")) for name in model_tensors(CONFIG)}
+    return cast(Manifest, Asked("fp32", False, plan))
+
+
+@pytest.mark.parametrize(
+    ("linear", "embedding", "logits", "storage"),
+    [
+        ("f32", "f32", 5e-4, "float32"),
+        ("f16", "f32", 2e-2, "float16"),
+        ("f16", "bf16", 8e-2, "int8"),
+        ("bf16", "bf16", 8e-2, "int8"),
+        ("q8_0", "f16", 0.3, "int8"),
+        ("f32", "q6_k", 0.3, "int4"),
+        ("q4_k", "q6_k", 0.3, "int4"),
+    ],
+)
+def test_a_gguf_file_is_judged_by_the_type_that_rounds_most(
+    linear: str, embedding: str, logits: float, storage: str
+) -> None:
+    manifest = asked_gguf(linear, embedding)
+    assert thresholds.tolerance(manifest).logits == logits
+    assert thresholds.coarsest(manifest) == storage
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class ToySession(Toy):
     """The toy as a session; `fault(session, logits)` may spoil both."""
 
     vocab_size = VOCAB
-    info = SessionInfo("toy", "1", 1, "float32", 1, 1)
+    info = SessionInfo("toy", "1", 1, "float32", 1, 1, 64)
 
     def __init__(self, seed: int = 0, fault: Fault | None = None) -> None:
         super().__init__(seed)

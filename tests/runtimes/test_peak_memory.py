@@ -1,11 +1,11 @@
-"""What the benchmark makes of the system's figures."""
+"""The system tells a peak in units of its own."""
 
 import resource
 import sys
 
 import pytest
 
-from bench.run import peak_bytes
+from rgexport.runtimes.peak_memory import peak_bytes
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])

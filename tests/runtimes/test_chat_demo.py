@@ -1,20 +1,22 @@
-"""A conversation with the demo model in ONNX Runtime: its state is that of one prefill."""
+"""Conversations with the demo model in each engine: the state is that of one prefill."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.chat import Conversation
-from rgexport.runtimes.engines import open_session
+from rgexport.runtimes.engines import open_session, open_template, open_tokenizer
 from rgexport.runtimes.sampling import Sampler
-from rgexport.runtimes.template import load_template
-from rgexport.runtimes.tokenizer import load_tokenizer
+from tests.llama_tools import needs_llama_cpp
 
 TURNS = (
     "Hello! How are you today?",
@@ -24,13 +26,31 @@ TURNS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_state_equals_one_prefill_of_the_template(precision: str, tmp_path: Path) -> None:
+def _onnx(folder: Path, precision: str) -> Path:
     options = OnnxOptions(precision=precision, exact=precision == "int4")
-    artifact = Artifact.open(export_onnx(open_checkpoint(size="demo"), options, tmp_path / "demo"))
-    tokenizer, template = load_tokenizer(artifact.path), load_template(artifact.path)
-    session = open_session(artifact)
+    return export_onnx(open_checkpoint(size="demo"), options, folder / "demo")
+
+
+def _gguf(folder: Path, kind: str) -> Path:
+    return export_gguf(open_checkpoint(size="demo"), GgufOptions(type=kind), folder / "demo.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("export", "precision"),
+    [
+        (_onnx, "fp32"),
+        (_onnx, "int4"),
+        pytest.param(_gguf, "f32", marks=needs_llama_cpp),
+    ],
+    ids=["onnx-fp32", "onnx-int4", "gguf-f32"],
+)
+def test_state_equals_one_prefill_of_the_template(
+    export: Callable[[Path, str], Path], precision: str, tmp_path: Path
+) -> None:
+    artifact = Artifact.open(export(tmp_path, precision))
+    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
+    session = open_session(artifact, threads=1)
     sampler = Sampler(temperature=1.0, seed=3)
     conversation = Conversation(session, tokenizer, template, sampler, max_new_tokens=120)
     for turn, text in enumerate(TURNS):
@@ -42,7 +62,7 @@ def test_state_equals_one_prefill_of_the_template(precision: str, tmp_path: Path
     rendered = template.render_ids(tokenizer, conversation.messages, add_generation_prompt=False)
     assert conversation.ids == rendered
     assert rendered.count(tokenizer.special["<start_of_turn>"]) == 2 * len(TURNS)
-    other = open_session(artifact)
+    other = open_session(artifact, threads=1)
     other.prefill(np.array([rendered]))
     expected, found = other.get_state(), session.get_state()
     assert found[POSITION].tolist() == [len(rendered)]

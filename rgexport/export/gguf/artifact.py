@@ -1,0 +1,189 @@
+"""A GGUF file that is opened: a checked header, and its weights dequantized.
+
+Rows are dequantized by gguf-py, which knows nothing of the library that quantized them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.facts import describe
+from rgexport.export.gguf.manifest import EmbeddedManifest, GgufManifest, read_embedded
+from rgexport.export.gguf.metadata import MANIFEST_KEY
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
+from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor, part_layouts
+from rgexport.export.typed_json import Mismatch
+from rgexport.export.verified import hash_files, hash_new_files
+from rgexport.griffin.layout import model_tensors
+from rgexport.hashing import FileRecord
+from rgexport.quantize import affine
+from rgexport.quantize.ggml_file_types import FILE_TYPES
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.gguf_header import GgufHeader, read_header
+from rgexport.quantize.scheme import Ggml
+
+_WORDS = {row.value: row.name for row in FILE_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class GgufArtifact(Artifact):
+    """A GGUF file of a Griffin model; `header` has its metadata."""
+
+    header: GgufHeader
+    tensors: dict[str, FileTensor]
+    """By canonical name."""
+
+    def file(self, name: str) -> Path:
+        """The file itself: there is no other."""
+        return self.path
+
+    def facts(self) -> dict[str, Any]:
+        """Bits per weight, the tokenizer, and what the metadata tell; as plain JSON."""
+        return describe(self.header, self.manifest)
+
+    def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
+        stored, transform = self.manifest.tensors[name], self.tensors[name].transform
+        rows = _dequantize(parts["data"], stored.scheme.label)
+        return transform.restore(rows.reshape(-1, *stored.shape[1:]))
+
+
+def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
+    """Opens a file that `rgexport gguf` made, or that another tool quantized from one.
+
+    The header and the metadata's hash are always checked; the data's where the file was not seen
+    before in this state, and with `verify`.
+
+    Raises:
+        RequestError: no such file, no GGUF, one of another model or maker, a part of a split
+            one, or a damaged one.
+    """
+    if not path.exists():
+        raise RequestError(f"there is no {path}")
+    header = read_header(path)
+    _require_ours(header)
+    if header.values.get(integrity.METADATA) != integrity.metadata_sha256(header):
+        raise _damaged(path, "its metadata were altered (their hash differs)")
+    try:
+        embedded = read_embedded(header.values[MANIFEST_KEY])
+    except Mismatch as error:
+        raise RequestError(
+            f"{path} has a manifest that this rgexport cannot read: {error}; update rgexport, or "
+            "export the checkpoint again"
+        ) from None
+    tensors = {tensor.canonical: tensor for tensor in file_tensors(embedded.config)}
+    _require_tensors(header, tensors)
+    digest = _check_data(header, verify)
+    return GgufArtifact(path, _manifest(header, embedded, tensors, digest), header, tensors)
+
+
+def _require_ours(header: GgufHeader) -> None:
+    path, values = header.path, header.values
+    parts, architecture = values.get("split.count"), values.get("general.architecture")
+    if isinstance(parts, int) and parts > 1:
+        raise RequestError(
+            f"{path} is one of {parts} parts of a split file; expected a whole one: join them "
+            "with `llama-gguf-split --merge`"
+        )
+    if architecture != ARCHITECTURE:
+        raise RequestError(
+            f"{path} holds a model of the architecture {_shown(architecture)}; expected "
+            f"{ARCHITECTURE}, from `rgexport gguf`"
+        )
+    if not isinstance(values.get(MANIFEST_KEY), str):
+        raise RequestError(
+            f"{path} was not made by rgexport (it has no {MANIFEST_KEY}); make one from the "
+            "checkpoint with `rgexport gguf`"
+        )
+    if values.get(integrity.FILE_TYPE) not in _WORDS:
+        raise RequestError(
+            f"{path} has the file type {_shown(values.get(integrity.FILE_TYPE))}; expected that "
+            f"of one of {', '.join(_WORDS.values())}"
+        )
+
+
+def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:
+    expected = {tensor.name: tensor.shape for tensor in tensors.values()}
+    found = {name: tensor.shape for name, tensor in header.tensors.items()}
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise _damaged(
+                header.path,
+                f"its tensor {_shown(name)} has the shape {_dims(found.get(name))}; expected "
+                f"{_dims(expected.get(name))}",
+            )
+
+
+def _check_data(header: GgufHeader, anew: bool) -> str:
+    """The hash of the data, after a look at whether it may be that."""
+    path, start = header.path, integrity.data_start(header)
+    digest = (hash_files if anew else hash_new_files)([path], start=start)[path]
+    kinds = ((name, tensor.type.name) for name, tensor in header.tensors.items())
+    same_types = header.values.get(integrity.TYPES) == integrity.types_sha256(kinds)
+    same_data = header.values.get(integrity.DATA) == digest
+    if same_types and not same_data:
+        raise _damaged(path, "its tensors were altered (the hash of the data differs)")
+    if same_data and not same_types:  # otherwise another tool stored them in other types
+        raise _damaged(path, "it states other types of tensors than the data have")
+    return digest
+
+
+def _manifest(
+    header: GgufHeader, embedded: EmbeddedManifest, tensors: dict[str, FileTensor], digest: str
+) -> GgufManifest:
+    name = header.path.name
+    stored = {
+        canonical: _stored(name, tensors[canonical], header)
+        for canonical in model_tensors(embedded.config)
+    }
+    return GgufManifest(
+        name=embedded.name,
+        created_with=embedded.created_with,
+        source=embedded.source,
+        config=embedded.config,
+        precision=_WORDS[header.values[integrity.FILE_TYPE]],
+        compute="fp32",
+        exact=False,
+        plan={canonical: tensor.scheme for canonical, tensor in stored.items()},
+        tensors=stored,
+        states=(),
+        io=IoRecord((), ()),
+        instruction_tuned=embedded.instruction_tuned,
+        files={name: FileRecord(digest, header.path.stat().st_size)},
+        pieces=len(header.values.get("tokenizer.ggml.tokens", ())),
+        imatrix="quantize.imatrix.file" in header.values,
+    )
+
+
+def _stored(file: str, tensor: FileTensor, header: GgufHeader) -> StoredTensor:
+    found = header.tensors[tensor.name]
+    scheme = Ggml(found.type.name)
+    (dtype, shape) = part_layouts(tensor.canonical_shape, scheme)["data"]
+    part = StoredPart(file, found.offset, dtype, shape)
+    return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
+
+
+def _dequantize(rows: np.ndarray, kind: str) -> np.ndarray:
+    """Rows as stored, uint8 [n, bytes], as float32 [n, weights]."""
+    if kind == "f32":
+        return rows.view(np.float32)
+    return quants.dequantize(rows, GGMLQuantizationType(TYPES[kind].value))
+
+
+def _damaged(path: Path, what: str) -> RequestError:
+    return RequestError(f"{path} is damaged: {what}; copy it again, or export it again")
+
+
+def _shown(value: Any) -> str:
+    """Somebody's value on one line, and not too much of it."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _dims(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))

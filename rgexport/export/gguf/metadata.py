@@ -1,0 +1,194 @@
+"""The key-value pairs of a GGUF file, all but those that depend on its type and its bytes."""
+
+import dataclasses
+import json
+import math
+import platform
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import GGUFValueType as Kind
+
+from rgexport import __version__
+from rgexport.export.gguf.manifest import EmbeddedManifest
+from rgexport.export.gguf.naming import ARCHITECTURE
+from rgexport.export.gguf.vocabulary import Vocabulary
+from rgexport.export.manifest import Source
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checks import FileHashes
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.sizes import SIZES
+
+MANIFEST_KEY = "rgexport.manifest"
+CONTEXT_LENGTH = 1 << 20
+"""A state of fixed size knows no longest text; llama.cpp's converter gives Mamba as much."""
+
+_CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 << 14
+_HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One key-value pair; the kind is of the items where `value` is a list."""
+
+    key: str
+    value: Any
+    kind: Kind
+
+
+def metadata(
+    checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
+) -> list[Value]:
+    """All pairs, in the file's order; they are the same for every type of the file."""
+    return [
+        *_general(checkpoint),
+        *_architecture(checkpoint.config),
+        *_tokenizer(checkpoint, vocabulary),
+        Value(MANIFEST_KEY, json.dumps(_manifest(checkpoint, hashes)), Kind.STRING),
+    ]
+
+
+def _general(checkpoint: Checkpoint) -> Iterator[Value]:
+    count = sum(math.prod(spec.shape) for spec in model_tensors(checkpoint.config).values())
+    texts = {
+        "type": "model",
+        "name": checkpoint.name,
+        "basename": ARCHITECTURE,
+        "finetune": "it" if checkpoint.instruction_tuned else None,
+        "size_label": gguf.size_label(count, count, 0, 0),
+        **_origin(checkpoint),
+    }
+    for key, text in texts.items():
+        if text:
+            yield Value(f"general.{key}", text, Kind.STRING)
+    yield Value("general.tags", ["text-generation", "griffin"], Kind.STRING)
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Licence and source, as far as the checkpoint's place, name and model card tell them."""
+    hub_id = _hub_id(checkpoint)
+    page = f"https://huggingface.co/{hub_id}"
+    source = {"source.url": page, "source.huggingface.repository": hub_id} if hub_id else {}
+    if hub_id not in _RELEASED:
+        return {"license": _licence(_folder(checkpoint) / "README.md"), **source}
+    return {
+        "organization": "Google",
+        "license": "gemma",
+        "license.name": "Gemma Terms of Use",
+        "license.link": "https://ai.google.dev/gemma/terms",
+        **source,
+    }
+
+
+_RELEASED = {size.hub_id for size in SIZES.values()}
+
+
+def _hub_id(checkpoint: Checkpoint) -> str | None:
+    for part in reversed(checkpoint.path.parts):
+        if match := _HUB_CACHE.fullmatch(part):
+            return f"{match['owner']}/{match['name']}"
+    # A copy of a hub's folder keeps its name; DeepMind's own files are called 2b-it.pt.
+    prefix = "" if checkpoint.name.startswith(ARCHITECTURE) else f"{ARCHITECTURE}-"
+    name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
+    return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _licence(card: Path) -> str | None:
+    """What the YAML head of a model card says."""
+    try:
+        with card.open(encoding="utf-8", errors="replace") as file:
+            head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
+    except OSError:
+        return None
+    found = re.search(r"^license: *([\w.-]+) *$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None
+
+
+def _architecture(c: GriffinConfig) -> Iterator[Value]:
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "context_length": CONTEXT_LENGTH,
+        "embedding_length": c.width,
+        "feed_forward_length": c.mlp_width,
+        "block_count": c.num_layers,
+        "attention.head_count": c.num_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.sliding_window": c.window + 1,  # llama.cpp counts the token itself
+        "rope.dimension_count": c.rope_dims,
+        "ssm.conv_kernel": c.conv_width,
+        "ssm.inner_size": c.lru_width,
+        "ssm.state_size": 1,
+        "ssm.group_count": 0,
+        "ssm.time_step_rank": c.lru_heads,
+    }
+    factors = {
+        "attention.layer_norm_rms_epsilon": c.rms_eps,
+        "rope.freq_base": c.rope_theta,
+        "final_logit_softcapping": c.soft_cap,
+        "embedding_scale": c.embedding_scale,
+    }
+    key_heads = [int(kind == "attention") for kind in c.block_types]
+    for kind, numbers in ((Kind.UINT32, sizes), (Kind.FLOAT32, factors)):
+        for key, number in numbers.items():
+            yield Value(f"{ARCHITECTURE}.{key}", number, kind)
+    yield Value(f"{ARCHITECTURE}.attention.head_count_kv", key_heads, Kind.INT32)
+
+
+def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterator[Value]:
+    if vocabulary is None:
+        yield Value("tokenizer.ggml.model", "no_vocab", Kind.STRING)
+        return
+    yield Value("tokenizer.ggml.model", "llama", Kind.STRING)
+    yield Value("tokenizer.ggml.pre", "default", Kind.STRING)
+    yield Value("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
+    yield Value("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+    yield Value("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
+    ids = {
+        "bos": vocabulary.bos_id,
+        "eos": vocabulary.eos_id,
+        "unknown": vocabulary.unknown_id,
+        "padding": vocabulary.padding_id,
+        "eot": vocabulary.end_of_turn_id,
+    }
+    for name, token in ids.items():
+        if token is not None:
+            yield Value(f"tokenizer.ggml.{name}_token_id", token, Kind.UINT32)
+    flags = {
+        "add_bos_token": vocabulary.bos_id is not None,
+        "add_eos_token": False,
+        "add_space_prefix": vocabulary.add_space_prefix,
+    }
+    for name, flag in flags.items():
+        yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
+    if template := _chat_template(checkpoint, vocabulary):
+        yield Value("tokenizer.chat_template", template, Kind.STRING)
+
+
+def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
+    """The checkpoint's own, or Gemma's for a model that was tuned for it but came without."""
+    if found := read_chat_template(_folder(checkpoint)):
+        return found[0]
+    has_turns = vocabulary.end_of_turn_id is not None
+    return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None
+
+
+def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> dict[str, Any]:
+    tools = {name: version(name) for name in ("gguf", "numpy")}
+    return EmbeddedManifest(
+        name=checkpoint.name,
+        created_with={"rgexport": __version__, "python": platform.python_version()} | tools,
+        source=Source(checkpoint.layout, checkpoint.name, hashes),
+        config=checkpoint.config,
+        instruction_tuned=checkpoint.instruction_tuned,
+    ).to_dict()

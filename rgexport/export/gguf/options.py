@@ -1,0 +1,166 @@
+"""What a user can ask of a GGUF export, and which type each tensor gets for it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.gguf.naming import FileTensor, file_tensors
+from rgexport.griffin.config import GriffinConfig
+from rgexport.quantize.ggml_file_types import FILE_TYPES, INT_WORDS, FileType, find_file_type
+from rgexport.quantize.ggml_mix import (
+    GgmlTensor,
+    TypeRequest,
+    choose_types,
+    parse_override,
+    require_importances,
+)
+from rgexport.quantize.ggml_types import TYPES, find_type
+from rgexport.quantize.imatrix import Imatrix, read_imatrix
+from rgexport.quantize.scheme import Float, Ggml, Plan, Scheme
+
+DEFAULT_TYPE = "f16"
+PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
+"""Precision word of the other formats → file type."""
+_EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
+_FLOATS = {"float32": "f32", "float16": "f16"}
+_BESIDE_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is decided for a model; names are those in the file.
+
+    types: name → ggml type; importances: name → float32 [columns], where there are some.
+    """
+
+    file_type: FileType
+    tensors: list[FileTensor]
+    types: dict[str, str]
+    imatrix: Imatrix | None = None
+    importances: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufOptions:
+    """How weights are stored; None leaves the choice to us.
+
+    type: a file type of llama-quantize, such as `q4_k_m`; `pure`: no mix, that type everywhere;
+    tensor_types: `REGEX=TYPE`, which the names in the file are searched for; embedding: the type
+    of the embedding, which is the head too; imatrix: a file of llama-imatrix; plan: says for
+    every tensor what these say for all.
+    """
+
+    type: str | None = None
+    pure: bool = False
+    tensor_types: tuple[str, ...] = ()
+    embedding: str | None = None
+    imatrix: Path | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a plan beside an option that it replaces, before anything is opened.
+
+        Raises:
+            RequestError: see above; or an unknown word.
+        """
+        given = [name for name in _BESIDE_A_PLAN if getattr(self, name)]
+        if self.plan is not None and given:
+            words = ", ".join(name.replace("_", " ") for name in given)
+            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+        self._request()
+
+    @property
+    def file_type(self) -> FileType:
+        """The type that the file says it has: that of most weights, where there is a plan."""
+        if self.plan is not None:
+            return _file_type_of(self.plan)
+        return find_file_type(self.type or DEFAULT_TYPE)
+
+    def choose(self, config: GriffinConfig) -> Choice:
+        """The types for a model.
+
+        Raises:
+            RequestError: an unreadable importance matrix or one of another model, a plan that
+                GGUF cannot express, or an option that changes nothing.
+        """
+        tensors = file_tensors(config)
+        if self.plan is not None:
+            types = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
+            return Choice(self.file_type, tensors, types)
+        imatrix = read_imatrix(self.imatrix) if self.imatrix else None
+        types = choose_types(
+            [GgmlTensor(t.name, t.shape, t.quantizable) for t in tensors],
+            self._request(),
+            gqa=config.num_heads if config.block_types[0] == "attention" else 0,
+            has_imatrix=imatrix is not None,
+        )
+        if imatrix is not None:
+            require_importances(types, self.file_type, imatrix.entries)
+        importances = _importances(imatrix, tensors, types) if imatrix else {}
+        return Choice(self.file_type, tensors, types, imatrix, importances)
+
+    def _request(self) -> TypeRequest:
+        word = self.embedding and self.embedding.lower()
+        return TypeRequest(
+            file_type=self.file_type,
+            pure=self.pure,
+            overrides=tuple(parse_override(text) for text in self.tensor_types),
+            token_embedding_type=find_type(_EMBEDDING_TYPES.get(word, word)).name if word else None,
+        )
+
+
+def type_word(kind: str | None, precision: str | None) -> str | None:
+    """The file type that `--type` or a precision word names, if any.
+
+    Raises:
+        RequestError: both were given.
+    """
+    if kind and precision:
+        raise RequestError(f"--type {kind} and {precision} contradict each other; give one of them")
+    return kind or (PRECISION_TYPES[precision] if precision else None)
+
+
+def _importances(
+    imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
+) -> dict[str, np.ndarray]:
+    """Those of the tensors that are quantized.
+
+    Raises:
+        RequestError: the importance matrix was made for another model.
+    """
+    quantized = [tensor for tensor in tensors if TYPES[types[tensor.name]].is_quantized]
+    imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
+    found = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in quantized}
+    return {name: columns for name, columns in found.items() if columns is not None}
+
+
+def _planned(tensor: FileTensor, plan: Plan) -> str:
+    kind = _ggml_type(plan[tensor.canonical])
+    columns = tensor.shape[-1]
+    if kind is None or not TYPES[kind].fits(columns):
+        label = plan[tensor.canonical].label
+        raise RequestError(
+            f"the plan stores {tensor.canonical} as {label}, which GGUF cannot do for rows of "
+            f"{columns}; expected a ggml type that fits, such as "
+            f"{next(k for k in ('q4_k', 'q4_0', 'f16') if TYPES[k].fits(columns))}"
+        )
+    if kind != "f32" and not tensor.quantizable:
+        raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")
+    return kind
+
+
+def _ggml_type(scheme: Scheme) -> str | None:
+    if isinstance(scheme, Ggml):
+        return scheme.type
+    return _FLOATS[scheme.dtype] if isinstance(scheme, Float) else None
+
+
+def _file_type_of(plan: Plan) -> FileType:
+    """The file type whose mix starts from the type of most tensors that are not float32."""
+    kinds = Counter(kind for scheme in plan.values() if (kind := _ggml_type(scheme)) is not None)
+    fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
+    most = (fewer or Counter(["f32"])).most_common(1)[0][0]
+    return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)

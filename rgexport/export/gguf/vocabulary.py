@@ -1,0 +1,220 @@
+"""A checkpoint's vocabulary as llama.cpp has it: pieces, scores and types by token id.
+
+llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. User-defined pieces match in
+any text there; only CONTROL tokens stay out of it unless a caller asks for them
+(`parse_special`). So turn tokens and other markup become CONTROL, while HTML tags and runs of
+line breaks and tabs, which are text, stay user-defined.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.tokenizer_files import control_token_names
+from rgexport.progress import warn
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of pieces: SentencePiece's numbers, and llama.cpp's."""
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_RUN = re.compile("▁▁+")
+_PADDING_SCORE = -10_000.0
+_BPE = 2
+"""`TrainerSpec.ModelType` in sentencepiece_model.proto."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One entry per row of the embedding; ids are None where there is no such token."""
+
+    tokens: list[str]
+    scores: np.ndarray
+    types: np.ndarray
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    padding_id: int | None
+    add_space_prefix: bool
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The id of `<end_of_turn>`."""
+        return self.tokens.index(END_OF_TURN) if END_OF_TURN in self.tokens else None
+
+
+_Piece = tuple[str, float, int]
+"""Text, score, type."""
+
+
+def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
+    """The vocabulary in a checkpoint's tokenizer.model, else tokenizer.json, if it has one.
+
+    Raises:
+        RequestError: it cannot be read, is of a kind that llama.cpp would cut text otherwise
+            with, or has more tokens than the embedding has rows.
+    """
+    paths = {path.name: path for path in files}
+    name = next((name for name in _READERS if name in paths), None)
+    if name is None:
+        return None
+    path = paths[name]
+    try:
+        found = _READERS[name](path)
+    except RequestError:
+        raise
+    except Exception as error:  # protobuf and JSON of any content
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"{path} is not a readable tokenizer ({reason}); "
+            "copy it again from the original checkpoint"
+        ) from None
+    return _make(path, vocab_size, *found)
+
+
+def _make(
+    path: Path,
+    vocab_size: int,
+    pieces: list[_Piece],
+    ids: dict[str, int | None],
+    add_space_prefix: bool,
+) -> Vocabulary:
+    if len(pieces) > vocab_size:
+        raise RequestError(
+            f"{path} has {len(pieces)} tokens but the embedding {vocab_size} rows; "
+            "put the tokenizer of this checkpoint beside it"
+        )
+    padding = range(len(pieces), vocab_size)
+    pieces = [*_stored(pieces), *((f"[PAD{index}]", _PADDING_SCORE, UNUSED) for index in padding)]
+    tokens, scores, types = (list(column) for column in zip(*pieces, strict=True))
+    if len(set(tokens)) != len(tokens):
+        raise RequestError(f"{path} has the same token twice; llama.cpp cannot load that")
+    return Vocabulary(
+        tokens=tokens,
+        scores=np.array(scores, np.float32),
+        types=np.array(types, np.int32),
+        **ids,
+        add_space_prefix=add_space_prefix,
+    )
+
+
+def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
+    """Pieces as llama.cpp cuts text by them as SentencePiece does.
+
+    Runs of spaces become NORMAL: no merge has a higher score than 0, and of equal ones the
+    leftmost comes first, so the longest runs are found, whether spaces or "▁" were typed. Where
+    a learned piece has a run in it they stay as they are, to match in raw text.
+    """
+    run_is_learned = any(kind == NORMAL and _RUN.search(text) for text, _, kind in pieces)
+    for text, score, kind in pieces:
+        if kind != USER_DEFINED:
+            yield text, score, kind
+        elif is_markup(text):
+            yield text, score, CONTROL
+        elif _RUN.fullmatch(text) and not run_is_learned:
+            yield text, 0.0, NORMAL
+        else:
+            yield text.replace("▁", " "), score, USER_DEFINED
+
+
+_Found = tuple[list[_Piece], dict[str, int | None], bool]
+
+
+def _read_sentencepiece(path: Path) -> _Found:
+    # slow to import, and generated without type information
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString(path.read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != _BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
+        raise RequestError(
+            f"{path} is not a BPE model with byte fallback, as Gemma's is; llama.cpp cannot do "
+            "another kind: leave it out to export a model that takes token ids"
+        )
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        warn(
+            f"{path} normalizes text ({normalizer.name or 'whitespace'}), which llama.cpp does "
+            "not: some texts will be cut otherwise there"
+        )
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    ids = {
+        f"{name}_id": index if 0 <= index < len(pieces) else None
+        for name, index in (
+            ("bos", trainer.bos_id),
+            ("eos", trainer.eos_id),
+            ("unknown", trainer.unk_id),
+            ("padding", trainer.pad_id),
+        )
+    }
+    return pieces, ids, normalizer.add_dummy_prefix
+
+
+def _read_json(path: Path) -> _Found:
+    """A conversion by Hugging Face: merges are in the order of the scores of what they make."""
+    layout = json.loads(path.read_text("utf-8"))
+    model = layout["model"]
+    if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
+        raise RequestError(
+            f"{path} is a {model.get('type')} tokenizer without byte fallback; "
+            "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
+        )
+    vocab: dict[str, int] = model["vocab"]
+    added: list[dict[str, Any]] = layout.get("added_tokens", [])
+    names = control_token_names(path.parent)
+    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
+    by_id = {index: piece for piece, index in vocab.items()}
+    by_id |= {token["id"]: token["content"] for token in added}
+    if sorted(by_id) != list(range(len(by_id))):
+        raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
+    scores = _merge_scores(model["merges"])
+    unknown = model.get("unk_token")
+
+    def piece(index: int) -> _Piece:
+        text = by_id[index]
+        if text == unknown:
+            return text, 0.0, UNKNOWN
+        if _BYTE_PIECE.fullmatch(text):
+            return text, 0.0, BYTE
+        if text in kinds:
+            return text, 0.0, kinds[text]
+        return text, scores.get(text, -float(len(scores))), NORMAL
+
+    index_of = {text: index for index, text in by_id.items()}
+    ids = {
+        "bos_id": index_of.get(names["bos_token"]),
+        "eos_id": index_of.get(names["eos_token"]),
+        "unknown_id": index_of.get(unknown) if unknown else None,
+        "padding_id": index_of.get(names["pad_token"]),
+    }
+    return [piece(index) for index in range(len(by_id))], ids, _prepends_space(layout)
+
+
+def _kind_of_added(token: dict[str, Any], names: dict[str, str]) -> int:
+    control = token["special"] or token["content"] in names.values()
+    return CONTROL if control else USER_DEFINED
+
+
+def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
+    """Piece → minus the rank of the first merge that makes it."""
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+        scores.setdefault(piece, -float(rank))
+    return scores
+
+
+def _prepends_space(layout: dict[str, Any]) -> bool:
+    normalizer = layout.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    return any(step.get("type") == "Prepend" for step in steps)
+
+
+_READERS: dict[str, Callable[[Path], _Found]] = {
+    "tokenizer.model": _read_sentencepiece,
+    "tokenizer.json": _read_json,
+}

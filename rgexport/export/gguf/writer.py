@@ -1,0 +1,156 @@
+"""Writes a GGUF file as a stream: the header, then every tensor slab by slab.
+
+The header is gguf-py's; it is told of the tensors without ever seeing one.
+"""
+
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+
+from rgexport.errors import RequestError
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.metadata import Value
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
+from rgexport.export.gguf.options import Choice
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.progress import Advance
+from rgexport.quantize.ggml_library import quantize_rows
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.gguf_header import ALIGNMENT
+
+_SLAB_BYTES = 1 << 20
+"""Of source weights: a slab and its float32 form stay in the processor's cache."""
+_WORKERS = min(8, os.cpu_count() or 1)
+_IN_FLIGHT = 3 * _WORKERS
+"""Slabs that are in the making, or wait for their turn to be written."""
+
+
+def data_bytes(choice: Choice) -> int:
+    """Bytes of the tensors' data in the file, padding included."""
+    sizes = [_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors]
+    return sum(size + _padding(size) for size in sizes)
+
+
+def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
+    *lead, columns = tensor.shape
+    return math.prod(lead) * TYPES[kind].row_bytes(columns)
+
+
+def _padding(size: int) -> int:
+    return -size % ALIGNMENT
+
+
+def write_file(
+    path: Path,
+    values: Iterable[Value],
+    choice: Choice,
+    weights: WeightSource,
+    advance: Advance = lambda done: None,
+) -> str:
+    """Writes the file and has it on the disk when it returns; gives the hash of the data.
+
+    Memory is bounded by a few slabs of a MB, whatever the model's size.
+
+    Args:
+        path: the file; one that is there is overwritten.
+        values: all metadata, with the hashes of `integrity.placeholders`.
+        choice: what is written, and how.
+        weights: by canonical name.
+        advance: is told of the source bytes that are done.
+
+    Raises:
+        RequestError: a weight that its type cannot hold, or no ggml to quantize with.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    _write_header(path, values, choice)
+    digest = hashlib.sha256()
+    with path.open("r+b") as file, ThreadPoolExecutor(_WORKERS) as pool:
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(_padding(file.tell())))
+        for stored, source_bytes in _in_order(pool, _jobs(choice, weights)):
+            file.write(stored)
+            digest.update(stored)
+            advance(source_bytes)
+    integrity.seal(path, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
+    writer = GGUFWriter(path, ARCHITECTURE)
+    for value in values:
+        _add(writer, value)
+    for tensor in choice.tensors:
+        kind = choice.types[tensor.name]
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # `raw_dtype` is what counts
+            _tensor_bytes(tensor, kind),
+            raw_dtype=GGMLQuantizationType(TYPES[kind].value),
+        )
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, value: Value) -> None:
+    if isinstance(value.value, list):
+        writer.add_key_value(value.key, value.value, GGUFValueType.ARRAY, sub_type=value.kind)
+    else:
+        writer.add_key_value(value.key, value.value, value.kind)
+
+
+_Job = Callable[[], tuple[bytes, int]]
+
+
+def _jobs(choice: Choice, weights: WeightSource) -> Iterator[_Job]:
+    """What makes the data, in order; each job gives its bytes and how many it read."""
+    for tensor in choice.tensors:
+        kind, source = choice.types[tensor.name], weights[tensor.canonical]
+        importance = choice.importances.get(tensor.name)
+        for start, stop in slab_bounds(source.shape[0], source.row_bytes, _SLAB_BYTES):
+            yield partial(_encode, tensor, source, start, stop, kind, importance)
+        yield partial(_pad, _tensor_bytes(tensor, kind))
+
+
+def _pad(size: int) -> tuple[bytes, int]:
+    return bytes(_padding(size)), 0
+
+
+def _encode(
+    tensor: FileTensor,
+    source: RowTensor,
+    start: int,
+    stop: int,
+    kind: str,
+    importance: np.ndarray | None,
+) -> tuple[bytes, int]:
+    rows = source.read(start, stop)
+    values = tensor.transform.store(rows.astype(np.float32, copy=False))
+    try:
+        stored = quantize_rows(values.reshape(-1, tensor.shape[-1]), kind, importance)
+    except RequestError as error:
+        raise RequestError(f"{tensor.canonical}: {error}") from None
+    return stored.tobytes(), rows.nbytes
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[_Job]) -> Iterator[tuple[bytes, int]]:
+    """Results in the order of the jobs, of which only a few are in the making."""
+    pending: deque[Future[tuple[bytes, int]]] = deque()
+    for job in jobs:
+        pending.append(pool.submit(job))
+        if len(pending) > _IN_FLIGHT:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,108 @@
+"""What `rgexport bench` gives, and how it is written: one row for each test at each depth."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from rgexport.progress import amount
+from rgexport.tables import Table, render
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test at one depth; the order of the fields is that of the output."""
+
+    test: str
+    depth: int
+    state: str
+    """How the depth came about: `processed` tokens, or a `synthetic` state."""
+    repetitions: int
+    tokens_per_second: float
+    """The mean over the repetitions."""
+    deviation: float
+    """Their standard deviation, 0 of one."""
+    bytes_per_token: float
+    """Weights read per token; a chunk of a prompt shares one reading."""
+    roofline_bytes_per_second: float
+    """The memory's read speed, the median of measurements between the timed pieces."""
+    roofline_share: float
+    """tokens_per_second * bytes_per_token / roofline_bytes_per_second."""
+    peak_rss_bytes: int | None
+    """The most memory of the process so far, opening included."""
+    load_seconds: float
+    """To open the session."""
+    artifact_bytes: int
+    artifact: str
+    engine: str
+    engine_version: str
+    threads: int
+    cpu: str
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """A list of rows, each an object with the fields of `Row`."""
+    return json.dumps([asdict(row) for row in rows], indent=1) + "\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line with the fields of `Row`, and a line for each row."""
+    buffer = io.StringIO()
+    records = [asdict(row) for row in rows]
+    writer = csv.DictWriter(buffer, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """A title and a table for a terminal."""
+    cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]
+    header = tuple(COLUMNS)
+    *titles, machine = _titles(rows[0])
+    table = Table(machine, header, map(tuple, cells), header[1:])
+    return render([*titles, table]).rstrip() + "\n"
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The same for a document."""
+    lines = [tuple(COLUMNS), ("---", *["---:"] * (len(COLUMNS) - 1))]
+    lines += [tuple(cell(row) for cell in COLUMNS.values()) for row in rows]
+    return "\n".join(
+        ["; ".join(_titles(rows[0])), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    )
+
+
+def _titles(row: Row) -> tuple[str, str, str]:
+    """What was measured, and where."""
+    size, engine = amount(row.artifact_bytes), f"{row.engine} {row.engine_version}"
+    return (
+        f"{row.artifact}, {size}, opened in {row.load_seconds:.2f} s",
+        f"{engine}, {row.threads} threads",
+        row.cpu,
+    )
+
+
+def _memory(row: Row) -> str:
+    return "unknown" if row.peak_rss_bytes is None else amount(row.peak_rss_bytes)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "test": lambda row: row.test,
+    "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
+    "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
+    "weights/token": lambda row: amount(row.bytes_per_token),
+    "memory reads": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
+    "share": lambda row: f"{row.roofline_share:.3f}",
+    "peak memory": _memory,
+}
+"""What people want to see of a row."""
+
+WRITERS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "table": as_table,
+    "md": as_markdown,
+    "json": as_json,
+    "csv": as_csv,
+}
+"""The word after `-o` → the text."""

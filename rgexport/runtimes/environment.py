@@ -1,0 +1,51 @@
+"""Where a measurement was made."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rgexport import __version__
+
+_PACKAGES = ("llama_cpp_python", "numpy", "onnxruntime", "torch")
+_CPUINFO = Path("/proc/cpuinfo")
+_FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+"""What decides how fast int4 and int8 are computed, by Linux' names."""
+
+
+def environment() -> dict[str, str | int]:
+    """CPU, cores that this process may use, system, and versions of what computes."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    facts: dict[str, str | int] = {
+        "cpu": cpu(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "rgexport": __version__,
+    }
+    return facts | {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def cpu() -> str:
+    """The processor's name and its features for small integers, as far as the system tells."""
+    facts = _cpuinfo()
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    features = ", ".join(feature for feature in _FEATURES if feature in flags)
+    return f"{name} ({features})" if features else name
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux tells of the first processor."""
+    if not _CPUINFO.is_file():
+        return {}
+    first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,99 @@
+"""How fast this machine reads memory: what a decode step, which reads all weights, cannot beat.
+
+numpy keeps large arrays in huge pages where it can; memory in pages of 4 kB, as a plain C program
+gets it, reads slower, and would make the shares look as much better. The memory that is read
+belongs to a process of its own, so that it does not count in the peak of the one that measures.
+"""
+
+import mmap
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+
+READ_BYTES = 1 << 30
+"""More than any processor's cache holds."""
+_PASSES = 3
+
+ReadSpeed = Callable[[], float]
+"""Measures now; returns bytes per second."""
+
+
+@contextmanager
+def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> Iterator[ReadSpeed]:
+    """Gives a function that measures how fast `threads` threads together read `nbytes`.
+
+    One call takes about a tenth of a second. `huge` pages are what numpy asks for by itself.
+
+    Raises:
+        RequestError: there is not so much memory.
+    """
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (threads, nbytes, huge))
+
+    def read_speed() -> float:
+        try:
+            return pool.submit(_read_speed).result()
+        except BrokenProcessPool:
+            raise RequestError(
+                f"measuring the memory's read speed takes {nbytes >> 20} MiB beside the model, "
+                "which this machine does not have; close other programs"
+            ) from None
+
+    try:
+        yield read_speed
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Reader:
+    """Memory of `nbytes`, and `threads` threads that each read a part of it."""
+
+    def __init__(self, threads: int, nbytes: int, huge: bool = True) -> None:
+        part = nbytes // threads // 8
+        self._parts = [
+            (np.empty if huge else _small_pages)(part, np.uint64) for _ in range(threads)
+        ]
+        for array in self._parts:
+            array.fill(1)  # so that each page is real
+        self._pool = ThreadPoolExecutor(threads)
+        self._nbytes = sum(part.nbytes for part in self._parts)
+
+    def read_speed(self, passes: int = _PASSES) -> float:
+        """Bytes per second of the fastest of a few readings."""
+        return self._nbytes / min(seconds(self._read) for _ in range(passes))
+
+    def _read(self) -> None:
+        list(self._pool.map(np.bitwise_or.reduce, self._parts))
+
+
+def _small_pages(length: int, dtype: type[np.generic]) -> np.ndarray:
+    """An array for which nothing was asked of the kernel."""
+    return np.frombuffer(mmap.mmap(-1, length * np.dtype(dtype).itemsize), dtype)
+
+
+_readers: list[Reader] = []
+
+
+def _prepare(threads: int, nbytes: int, huge: bool) -> None:
+    """Runs in the process that reads; an interruption is for its parent to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _readers[:] = [Reader(threads, nbytes, huge)]
+
+
+def _read_speed() -> float:
+    return _readers[0].read_speed()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,96 @@
+"""The distance between neighbouring values of ggml's tensor types, from the weights alone.
+
+Scales and minimums are float16 there, and their rounding moves every value of a block: it is
+part of the step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+_HALF = 2.0**-11
+"""Largest relative error of rounding to float16, and `_LEAST` the largest absolute one."""
+_LEAST = 2.0**-25
+_NEGLIGIBLE = np.float32(2.0**-100)
+"""No step is smaller than this: such weights may be stored as zeros."""
+
+FLOATS = {"f32": (23, 2.0**-126), "f16": (10, 2.0**-24), "bf16": (7, 2.0**-126)}
+"""Type → digits behind the point, smallest step."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a type divides a row.
+
+    Attributes:
+        size: weights that share a step.
+        below: steps from 0 to the outermost level on the side of the largest magnitude where
+            levels lie around 0; else steps from the least weight (or 0) to the largest.
+        asymmetric: whether levels begin at the least weight.
+        clips: whether the other side has one level less.
+        grouped: weights whose steps are multiples of one number, which keeps the small steps
+            from being exact: the largest step of the group counts for all of it. These types
+            choose their steps for the least squared error; 0 where there is no such thing.
+    """
+
+    size: int
+    below: int
+    asymmetric: bool = False
+    clips: bool = False
+    grouped: int = 0
+
+
+BLOCKS = {
+    "q8_0": Blocks(32, 127),
+    "q4_0": Blocks(32, 8, clips=True),
+    "q5_0": Blocks(32, 16, clips=True),
+    "q4_1": Blocks(32, 15, asymmetric=True),
+    "q5_1": Blocks(32, 31, asymmetric=True),
+    "q2_k": Blocks(16, 3, asymmetric=True, grouped=256),
+    "q3_k": Blocks(16, 4, clips=True, grouped=256),
+    "q4_k": Blocks(32, 15, asymmetric=True, grouped=256),
+    "q5_k": Blocks(32, 31, asymmetric=True, grouped=256),
+    "q6_k": Blocks(16, 32, clips=True, grouped=256),
+}
+"""Type → its blocks (ggml-quants.c: quantize_row_*_ref)."""
+
+
+def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """The step at each of the weights [rows, columns]; the columns are whole blocks."""
+    parts = w.reshape(len(w), -1, blocks.size)
+    low, high = parts.min(2), parts.max(2)
+    if blocks.asymmetric:
+        least = np.minimum(low, 0) if blocks.grouped else low
+        exact = (high - least) / np.float32(blocks.below)
+        base = np.abs(least)
+    else:
+        exact = np.maximum(high, -low) / np.float32(blocks.below)
+        base = np.zeros_like(exact)
+    # half a step, and what the rounding of scale and minimum adds to it, twice
+    moved = blocks.below * np.maximum(exact * _HALF, _LEAST) + np.maximum(base * _HALF, _LEAST)
+    step = np.maximum(exact + 2 * moved, _NEGLIGIBLE).astype(np.float32)
+    if blocks.grouped:
+        per = blocks.grouped // blocks.size
+        step = np.repeat(step.reshape(len(w), -1, per).max(2), per, axis=1)
+    return np.repeat(step, blocks.size, axis=1)
+
+
+def norm_steps(w: np.ndarray) -> np.ndarray:
+    """Norms are stored with 1 added."""
+    return np.spacing(np.abs(w + np.float32(1)))
+
+
+def decay_steps(w: np.ndarray) -> np.ndarray:
+    """Λ is stored as -8 softplus(Λ), whose rounding moves Λ by softplus/sigmoid times as much."""
+    wide = w.astype(np.float64)
+    softplus = np.logaddexp(0, wide)
+    moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
+    return np.maximum(moved + np.spacing(np.abs(w)), _NEGLIGIBLE).astype(np.float32)
+
+
+TRANSFORMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "norm.weight": norm_steps,
+    "recurrent_param": decay_steps,
+}
+"""End of a tensor's name → its steps in a GGUF file, where it is stored as something else."""

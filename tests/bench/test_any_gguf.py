@@ -1,0 +1,65 @@
+"""A transformer in llama.cpp, one conversation at a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import any_gguf
+from bench.any_gguf import AnyGguf
+from bench.gemma_shape import write_gemma
+from rgexport.errors import RequestError
+from rgexport.griffin.state import POSITION
+from rgexport.runtimes import bench
+from tests.bench.test_gemma_shape import SMALL
+from tests.llama_tools import needs_llama_cpp
+
+pytestmark = needs_llama_cpp
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> Path:
+    write_gemma(tmp_path / "small.gguf", SMALL)
+    return tmp_path / "small.gguf"
+
+
+def test_goes_on_from_a_state(gemma):
+    session = AnyGguf(gemma, 64)
+    tokens = np.arange(20)[None]
+    session.prefill(tokens)
+    state = session.get_state()
+    expected = [session.step(np.array([token])) for token in (7, 8)]
+    assert state[POSITION] == [20] and session.position == [22]
+    session.prefill(tokens[:, :5])
+    for _ in range(2):
+        session.set_state(state)
+        for token, logits in zip((7, 8), expected, strict=True):
+            np.testing.assert_array_equal(session.step(np.array([token])), logits)
+    session.reset()
+    again = session.prefill(tokens)
+    assert session.position == [20] and again.shape == (1, 1, SMALL.vocab_size)
+
+
+def test_depths_are_reached_once(gemma, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.05)
+    monkeypatch.setattr(any_gguf, "STATES", tmp_path / "states")
+    for verb in ("reach", "time"):
+        monkeypatch.setattr("sys.argv", ["any_gguf", verb, str(gemma), "0,40"])
+        any_gguf.main()
+        captured = capsys.readouterr()
+        assert ("Processing tokens up to depth 40" in captured.err) == (verb == "reach")
+    files = sorted(path.name for path in (tmp_path / "states" / "small").iterdir())
+    assert files == ["0.npy", "40.npy"]
+    rows = json.loads(captured.out)
+    tests = [(row["test"], row["depth"], row["state"]) for row in rows]
+    assert tests == [("tg32", 0, "processed"), ("tg32", 40, "processed")]
+    assert rows[0]["engine"] == "llama.cpp" and rows[0]["artifact_bytes"] == gemma.stat().st_size
+    assert 0 < gemma.stat().st_size - rows[0]["bytes_per_token"] < 10_000
+
+
+def test_no_room(gemma):
+    session = AnyGguf(gemma, 256)
+    session.prefill(np.zeros((1, 250), int))
+    with pytest.raises(RequestError, match="llama.cpp stopped"):
+        session.prefill(np.zeros((1, 10), int))

@@ -1,0 +1,324 @@
+"""Opening GGUF files: sound, quantized anew, foreign, damaged anywhere."""
+
+import itertools
+import os
+import re
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFEndian, GGUFValueType, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rgexport.cli import run
+from rgexport.errors import RequestError
+from rgexport.export import verified
+from rgexport.export.artifact import Artifact, means_gguf
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.quantize.gguf_header import read_header
+from tests.artifacts import export_random_gguf
+from tests.models import make_config
+
+CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+
+NUMBERS = itertools.count()
+"""No two files of one name: within a tick of the clock they would pass for the same."""
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
+    """A small file in f16."""
+    return export_random_gguf(CONFIG, tmp_path_factory.mktemp("sound"), "f16")[0]
+
+
+def copy(artifact: GgufArtifact, folder: Path, change: Callable[[bytearray], Any]) -> Path:
+    """The file with a change to its bytes."""
+    data = bytearray(artifact.path.read_bytes())
+    change(data)
+    path = folder / f"{next(NUMBERS)}.gguf"
+    path.write_bytes(data)
+    return path
+
+
+def refusal(path: Path, **options: bool) -> str:
+    with pytest.raises(RequestError) as caught:
+        Artifact.open(path, **options)
+    line = str(caught.value)
+    assert "\n" not in line and line.isprintable() and str(path.name) in line and len(line) < 600
+    return line
+
+
+def test_opens_as_any_artifact(sound):
+    artifact = Artifact.open(sound.path)
+    assert isinstance(artifact, GgufArtifact)
+    manifest = artifact.manifest
+    assert (manifest.kind, manifest.precision, manifest.compute) == ("gguf", "f16", "fp32")
+    assert manifest.config == CONFIG and not manifest.has_tokenizer
+    assert list(artifact.weights) == list(manifest.plan) == list(manifest.tensors)
+    assert artifact.file(sound.path.name) == sound.path
+    with pytest.raises(RequestError, match="has no tensor 'lm_head'"):
+        artifact.tensor("lm_head")
+
+
+def test_slabs_are_the_whole(sound):
+    for name in sound.weights:
+        tensor = sound.tensor(name)
+        slabs = [rows for _, rows in tensor.slabs(limit=3 * tensor.row_bytes)]
+        assert len(slabs) == -(-tensor.shape[0] // 3)
+        np.testing.assert_array_equal(np.concatenate(slabs), tensor.whole())
+
+
+def test_any_name_will_do(sound, tmp_path):
+    path = tmp_path / "model.bin"
+    shutil.copyfile(sound.path, path)
+    assert Artifact.open(path).manifest.kind == "gguf"
+    assert means_gguf(path) and means_gguf(Path("nowhere.gguf")) and not means_gguf(tmp_path)
+
+
+def test_demo_can_be_talked_to(demo_gguf):
+    assert demo_gguf.manifest.has_tokenizer and demo_gguf.manifest.instruction_tuned
+
+
+# Hashes.
+
+
+def test_data_are_hashed_once(sound, tmp_path, monkeypatch):
+    path = copy(sound, tmp_path, lambda data: None)
+    hashed = []
+    compute = verified.hash_file
+
+    def counted(file, *rest):
+        hashed.append(file.name)
+        return compute(file, *rest)
+
+    monkeypatch.setattr(verified, "hash_file", counted)
+    for options, count in (({}, 1), ({}, 1), ({"verify": True}, 2)):
+        Artifact.open(path, **options)
+        assert len(hashed) == count
+    os.utime(path, (1, 1))
+    Artifact.open(path)
+    assert len(hashed) == 3
+
+
+def test_exporter_spares_the_first_hashing(tmp_path, monkeypatch):
+    monkeypatch.setattr(verified, "hash_file", None)
+    export_random_gguf(CONFIG, tmp_path, "f32")  # opens it
+
+
+def test_verify_trusts_no_memory(sound, tmp_path):
+    def flip(data: bytearray) -> None:
+        data[-40] ^= 1
+
+    path = copy(sound, tmp_path, flip)
+    start = integrity.data_start(read_header(path))
+    verified.remember({path: sound.header.values[integrity.DATA]}, start=start)
+    Artifact.open(path)
+    assert "its tensors were altered" in refusal(path, verify=True)
+
+
+def span(artifact: GgufArtifact, key: str) -> slice:
+    return slice(*artifact.header.spans[key])
+
+
+def set_type(artifact: GgufArtifact, data: bytearray, name: str, kind: int) -> None:
+    """Has the header say another type of a tensor: name, dimensions, then the type."""
+    at = data.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    (dimensions,) = struct.unpack_from("<I", data, at)
+    struct.pack_into("<I", data, at + 4 + 8 * dimensions, kind)
+
+
+def test_a_type_of_the_same_size_is_no_other_quantization(sound, tmp_path):
+    """The data's hash still fits, so nobody has stored them anew."""
+    bf16 = 30
+    path = copy(sound, tmp_path, lambda d: set_type(sound, d, "token_embd.weight", bf16))
+    assert "it states other types of tensors than the data have" in refusal(path)
+
+
+def test_what_another_tool_stored_anew_opens(sound, tmp_path):
+    """As llama-quantize leaves it: other data in other types, the metadata as they were."""
+
+    def store_anew(data: bytearray) -> None:
+        set_type(sound, data, "token_embd.weight", 30)
+        data[-40] ^= 1
+
+    artifact = Artifact.open(copy(sound, tmp_path, store_anew))
+    assert artifact.manifest.plan["embed_tokens.weight"].label == "bf16"
+    assert not artifact.facts()["gguf"]["data_hash"]
+
+
+def test_inspect_says_that_there_is_no_hash_to_check(sound, tmp_path, capsys):
+    def store_anew(data: bytearray) -> None:
+        set_type(sound, data, "token_embd.weight", 30)
+        data[-40] ^= 1
+
+    assert run(["inspect", str(copy(sound, tmp_path, store_anew)), "--verify"]) == 0
+    assert "there is no hash to check them with" in capsys.readouterr().out
+
+
+# Damage, each with its line.
+
+
+def overwrite(key: str, text: bytes) -> Callable[[GgufArtifact, bytearray], None]:
+    def change(artifact: GgufArtifact, data: bytearray) -> None:
+        end = span(artifact, key).stop
+        data[end - len(text) : end] = text
+
+    return change
+
+
+def at(offset: int, form: str, *values: int) -> Callable[[GgufArtifact, bytearray], None]:
+    return lambda artifact, data: struct.pack_into(form, data, offset, *values)
+
+
+def cut(length: int) -> Callable[[GgufArtifact, bytearray], None]:
+    def change(artifact: GgufArtifact, data: bytearray) -> None:
+        del data[length:]
+
+    return change
+
+
+HUGE = 1 << 63
+DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
+    "empty": (cut(0), "is not a GGUF file"),
+    "magic": (at(0, "4s", b"GGML"), "is not a GGUF file"),
+    "version": (at(4, "<I", 4), "version 4; expected version 3"),
+    "big-endian": (at(4, ">I", 3), "big-endian"),
+    "many tensors": (at(8, "<Q", HUGE), "damaged"),
+    "many values": (at(16, "<Q", HUGE), "damaged"),
+    "long key": (at(24, "<Q", HUGE), "damaged"),
+    "long text": (at(24 + 8 + 20 + 4, "<Q", HUGE), "truncated or damaged"),
+    "within the header": (cut(1000), "truncated or damaged"),
+    "within the data": (cut(-100), "is truncated"),
+    "one byte": (cut(-33), "is truncated"),
+    "garbage behind": (lambda a, d: d.extend(b"x" * 64), "is damaged: it has"),
+    "data": (lambda a, d: d.__setitem__(-40, d[-40] ^ 1), "its tensors were altered"),
+    "name": (overwrite("general.name", b"m"), "its metadata were altered"),
+    "data hash": (overwrite(integrity.DATA, b"0"), "its tensors were altered|other types"),
+    "metadata hash": (overwrite(integrity.METADATA, b"x"), "its metadata were altered"),
+    "types hash": (overwrite(integrity.TYPES, b"x"), "other types of tensors"),
+    "file type": (overwrite(integrity.FILE_TYPE, b"\xff"), "the file type .*expected"),
+    "architecture": (overwrite("general.architecture", b"x"), "'?recurrentgemmx'?; expected"),
+    "tensor name": (
+        lambda a, d: d.__setitem__(d.index(b"output_norm.weight"), ord("x")),
+        "xutput_norm.weight|output_norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(sound, tmp_path, case):
+    change, complaint = DAMAGE[case]
+    path = copy(sound, tmp_path, lambda data: change(sound, data))
+    tracemalloc.start()
+    try:
+        line = refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert re.search(complaint, line), line
+
+
+def same_content(one: Artifact, other: Artifact) -> bool:
+    first, second = one.manifest, other.manifest
+    same = first.config == second.config and first.plan == second.plan
+    return same and all(
+        one.tensor(name).whole().tobytes() == other.tensor(name).whole().tobytes()
+        for name in first.tensors
+    )
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damage_anywhere_is_refused_or_harmless(sound, tmp_path, data):
+    """A byte changed, or bytes missing or added, at any place: one line, or nothing changes."""
+    size = sound.path.stat().st_size
+    header = integrity.data_start(sound.header)
+    place = data.draw(st.integers(0, header + 200) | st.integers(0, size - 1), "place")
+
+    def change(content: bytearray) -> None:
+        match data.draw(st.sampled_from(["change", "cut", "drop", "add"]), "harm"):
+            case "change":
+                content[place] ^= data.draw(st.integers(1, 255), "bits")
+            case "cut":
+                del content[place:]
+            case "drop":
+                del content[place : place + data.draw(st.integers(1, 64), "count")]
+            case "add":
+                content[place:place] = data.draw(st.binary(min_size=1, max_size=64), "added")
+
+    path = copy(sound, tmp_path, change)
+    try:
+        opened = Artifact.open(path)
+    except RequestError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+    else:
+        assert same_content(opened, sound)
+    finally:
+        path.unlink()
+
+
+# Other people's files.
+
+
+def foreign(path: Path, architecture: str, **options: Any) -> GGUFWriter:
+    writer = GGUFWriter(path, architecture, **options)
+    writer.add_file_type(1)
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float16))
+    return writer
+
+
+def finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_another_model(tmp_path):
+    path = tmp_path / "x.gguf"
+    finish(foreign(path, "llama"))
+    assert "of the architecture llama; expected recurrentgemma" in refusal(path)
+
+
+def test_not_of_our_making(tmp_path):
+    path = tmp_path / "x.gguf"
+    finish(foreign(path, "recurrentgemma"))
+    line = refusal(path)
+    assert "was not made by rgexport" in line and "`rgexport gguf`" in line
+
+
+def test_part_of_a_split_file(tmp_path):
+    path = tmp_path / "x-00001-of-00002.gguf"
+    writer = foreign(path, "recurrentgemma")
+    writer.add_key_value("split.count", 2, GGUFValueType.UINT16)
+    finish(writer)
+    line = refusal(path)
+    assert "one of 2 parts" in line and "llama-gguf-split --merge" in line
+
+
+def test_big_endian(tmp_path):
+    path = tmp_path / "x.gguf"
+    finish(foreign(path, "recurrentgemma", endianess=GGUFEndian.BIG))
+    assert "big-endian" in refusal(path)
+
+
+def test_a_manifest_of_another_version(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr("rgexport.export.gguf.manifest.FORMAT_VERSION", 2)
+    path = copy(sound, tmp_path, lambda data: None)
+    assert "format version is 1; this rgexport reads 2" in refusal(path)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
+def test_nothing_to_open(tmp_path, make):
+    path = tmp_path / "x.gguf"
+    make(path)
+    assert refusal(path)

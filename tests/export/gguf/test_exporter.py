@@ -1,0 +1,346 @@
+"""From a checkpoint to a GGUF file: every shape, every type, and llama-quantize's own bytes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from rgexport.cli import run
+from rgexport.errors import RequestError
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.artifact import open_gguf
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.naming import file_tensors
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.synthetic import write_random
+from rgexport.quantize.ggml_file_types import FILE_TYPES
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.gguf_header import read_header
+from tests.artifacts import export_random_gguf, require_ggml
+from tests.command_line import ROOT, START
+from tests.llama_tools import run_tool
+from tests.models import ODD_CONFIGS, make_config, random_weights, write_deepmind
+from tests.models import write_hugging_face as write_model
+from tests.quantize.ggml_files import write_imatrix
+
+NEEDS_IMATRIX = "q2_k_s"
+QUANTIZED = [
+    row.name
+    for word, row in FILE_TYPES.items()
+    if TYPES[row.default].is_quantized and word == row.name != NEEDS_IMATRIX
+]
+ERROR = {"f32": 0, "bf16": 3e-3, "f16": 3e-4, "q8_0": 0.01, "q6_k": 0.03, "q5_k": 0.06}
+ERROR |= {"q5_1": 0.06, "q5_0": 0.07, "q4_k": 0.11, "q4_1": 0.11, "q4_0": 0.13, "q3_k": 0.25}
+ERROR |= {"q2_k": 0.45}
+"""Type → ‖W−Ŵ‖/‖W‖, at most, of any tensor."""
+K_QUANTS = make_config("rrar", width=256, heads=2, mlp_width=512, vocab_size=300)
+
+
+def assert_close(artifact, weights) -> None:
+    for name, original in weights.items():
+        restored = artifact.tensor(name).whole()
+        assert restored.shape == original.shape and restored.dtype == np.float32
+        kind = artifact.manifest.plan[name].type
+        error = np.linalg.norm(restored - original) / np.linalg.norm(original)
+        assert error <= ERROR[kind] + 2e-7, f"{name} as {kind}: {error}"
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_odd_shapes(name, kind, tmp_path):
+    if kind in QUANTIZED:
+        require_ggml()
+    artifact, weights = export_random_gguf(ODD_CONFIGS[name], tmp_path, kind)
+    assert_close(artifact, weights)
+    assert artifact.manifest.precision == kind
+    for tensor in file_tensors(ODD_CONFIGS[name]):
+        stored = artifact.manifest.plan[tensor.canonical].type
+        assert stored == "f32" or tensor.quantizable
+    found = [tensor.name for tensor in GGUFReader(artifact.path).tensors]
+    assert found == [tensor.name for tensor in file_tensors(ODD_CONFIGS[name])]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_type(kind, tmp_path):
+    require_ggml()
+    artifact, weights = export_random_gguf(K_QUANTS, tmp_path, kind)
+    assert_close(artifact, weights)
+    assert artifact.manifest.precision == FILE_TYPES[kind].name
+    kinds = {scheme.type for scheme in artifact.manifest.plan.values()}
+    assert FILE_TYPES[kind].default in kinds
+
+
+def test_sizes_are_ordered_as_the_bits(tmp_path):
+    require_ggml()
+    order = ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "f32"]
+    sizes = [export_random_gguf(K_QUANTS, tmp_path, k)[0].path.stat().st_size for k in order]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
+
+
+def test_slabs_make_no_difference(tmp_path, monkeypatch):
+    """Each slab is of whole rows; quantizing one row takes no notice of others."""
+    require_ggml()
+    whole = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")[0].path.read_bytes()
+    monkeypatch.setattr("rgexport.export.gguf.writer._SLAB_BYTES", 5000)
+    model = open_checkpoint(tmp_path / "model")
+    target = export_gguf(model, GgufOptions(type="q4_k_m"), tmp_path / "slabs.gguf")
+    assert target.read_bytes() == whole
+
+
+def test_both_layouts_give_the_same_tensors(tmp_path):
+    config = ODD_CONFIGS["regular"]
+    weights = random_weights(config)
+    write_model(config, weights, tmp_path / "hf")
+    path = write_deepmind(weights, tmp_path / "dm")
+    checkpoints = open_checkpoint(tmp_path / "hf"), open_checkpoint(path, window=config.window)
+    hashes = set()
+    for checkpoint in checkpoints:
+        target = tmp_path / f"{checkpoint.layout}.gguf"
+        export_gguf(checkpoint, GgufOptions(type="f32"), target)
+        hashes.add(read_header(target).values[integrity.DATA])
+    assert len(hashes) == 1
+
+
+def test_a_value_that_the_type_cannot_hold_is_named(tmp_path):
+    config = ODD_CONFIGS["hawk"]
+    weights = random_weights(config)
+    name = "layers.1.mlp_block.up_proj.weight"
+    weights[name][3, 4] = 1e5
+    write_model(config, weights, tmp_path / "model")
+    with pytest.raises(RequestError, match=f"{name}: .*1e.05 .*f16"):
+        export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(), tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def without_hashes_of_data(path: Path) -> bytes:
+    """The file without what must differ where data or types do."""
+    header, data = read_header(path), bytearray(path.read_bytes())
+    for key in (integrity.DATA, integrity.TYPES):
+        end = header.spans[key][1]
+        data[end - 64 : end] = bytes(64)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("kind", ["f16", "bf16", *QUANTIZED])
+def test_bytes_are_those_of_llama_quantize(kind, pure, tmp_path, llama_tools):
+    require_ggml()
+    for name, config in {"k": K_QUANTS, **ODD_CONFIGS}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        full = export_random_gguf(config, folder)[0].path
+        ours = export_random_gguf(config, folder, kind, **({"pure": True} if pure else {}))[0]
+        theirs = folder / "theirs.gguf"
+        flags = ["--pure"] if pure else []
+        run_tool(llama_tools / "llama-quantize", *flags, full, theirs, kind.upper())
+        assert without_hashes_of_data(theirs) == without_hashes_of_data(ours.path), name
+        again = open_gguf(theirs)
+        assert again.manifest.plan == ours.manifest.plan
+        assert again.manifest.precision == ours.manifest.precision
+        assert not again.facts()["gguf"]["data_hash"]
+
+
+def test_overrides_are_those_of_llama_quantize(tmp_path, llama_tools):
+    require_ggml()
+    full = export_random_gguf(K_QUANTS, tmp_path)[0].path
+    options = {"tensor_types": ("attn_v=q8_0", r"blk\.1\.ffn=q6_k"), "embedding": "q5_1"}
+    ours = export_random_gguf(K_QUANTS, tmp_path, "q4_k_s", **options)[0].path
+    flags = [f"--tensor-type={text}" for text in options["tensor_types"]]
+    flags = [word for flag in flags for word in flag.split("=", 1)]
+    theirs = tmp_path / "theirs.gguf"
+    tool = llama_tools / "llama-quantize"
+    run_tool(tool, *flags, "--token-embedding-type", "q5_1", full, theirs, "Q4_K_S")
+    assert without_hashes_of_data(theirs) == without_hashes_of_data(ours)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.synthetic import write_random
+model, kind, target = sys.argv[1:]
+export_gguf(open_checkpoint(model), GgufOptions(type=kind), Path(target))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+GROWTH_MB = 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
+def test_peak_does_not_grow_with_the_model(kind, tmp_path):
+    if kind in QUANTIZED:
+        require_ggml()
+    peaks = {}
+    small = make_config("rra", width=128, heads=2, vocab_size=2000)
+    large = make_config("rra", width=1024, heads=4, mlp_width=4096, vocab_size=100_000)
+    for name, config in (("small", small), ("large", large)):
+        write_random(config, tmp_path / name)
+        (tmp_path / name / "tokenizer.model").unlink(missing_ok=True)
+        command = [sys.executable, "-c", MEMORY, tmp_path / name, kind, tmp_path / f"{name}.gguf"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        peaks[name] = int(done.stdout)
+    weights = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    assert weights > 4 * (GROWTH_MB << 20)
+    assert peaks["large"] - peaks["small"] < GROWTH_MB
+
+
+# What the command line promises.
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> Path:
+    """A small checkpoint `mine` without a tokenizer, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    config = ODD_CONFIGS["regular"]
+    return write_model(config, random_weights(config), Path("mine"))
+
+
+def test_default_name_and_last_line(model, capsys):
+    assert run(["gguf", "-m", "mine"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert captured.out.startswith("mine-F16.gguf is complete (")
+    assert "`rgexport llama-cpp build`" in captured.out and "LM Studio do not" in captured.out
+    assert captured.out.endswith("rgexport generate mine-F16.gguf --ids 2\n")
+    assert "Warning: mine has no tokenizer" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("--type f32", "mine-F32.gguf"),
+        ("--precision fp32", "mine-F32.gguf"),
+        ("--type BF16", "mine-BF16.gguf"),
+        ("--int8", "mine-Q8_0.gguf"),
+        ("--int4", "mine-Q4_K_M.gguf"),
+        ("--type q4_k", "mine-Q4_K_M.gguf"),
+    ],
+)
+def test_words_choose_the_type(model, asked, name):
+    if "int" in asked or "q4" in asked:
+        require_ggml()
+    assert run(["gguf", "-m", "mine", *asked.split()]) == 0
+    assert Path(name).is_file()
+
+
+def test_help_names_every_type(capsys):
+    assert run(["gguf", "--help"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert all(f" {row.name}" in shown for row in FILE_TYPES.values())
+
+
+def test_an_older_file_is_kept_without_force(model, capsys):
+    assert run(["gguf", "-m", "mine"]) == 0
+    before = Path("mine-F16.gguf").read_bytes()
+    assert run(["gguf", "-m", "mine"]) == 2
+    assert "mine-F16.gguf exists; pass --force" in capsys.readouterr().err
+    assert run(["gguf", "-m", "mine", "--type", "f32", "-o", "mine-F16.gguf", "--force"]) == 0
+    assert len(Path("mine-F16.gguf").read_bytes()) > len(before)
+
+
+@pytest.mark.parametrize("target", ["mine/config.json", "mine"])
+def test_something_else_is_never_replaced(model, target, capsys):
+    assert run(["gguf", "-m", "mine", "-o", target, "--force"]) == 2
+    assert f"{target} exists and is " in capsys.readouterr().err
+
+
+def test_printed_plan_exports_the_same(model, capsys):
+    require_ggml()
+    assert run(["gguf", "-m", "mine", "--type", "q5_1", "-o", "one.gguf"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", "one.gguf", "--json"]) == 0
+    Path("plan.json").write_text(capsys.readouterr().out)
+    assert run(["gguf", "-m", "mine", "--plan", "plan.json", "-o", "two.gguf"]) == 0
+    assert Path("one.gguf").read_bytes() == Path("two.gguf").read_bytes()
+
+
+def test_killed_export_leaves_nothing_that_the_next_does_not_remove(tmp_path):
+    slow = (
+        "import time, rgexport.export.gguf.writer as w; q = w.quantize_rows\n"
+        "w.quantize_rows = lambda *a: time.sleep(0.2) or q(*a)"
+    )
+    asked = ["gguf", "--size", "demo", "-o", "out.gguf"]
+    program = [sys.executable, "-c", f"{slow}\n{START}", *asked]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "work"
+    folder.mkdir()
+    with subprocess.Popen(program, cwd=folder, env=variables) as process:
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_size for p in folder.glob(".out.gguf.partial-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert not (folder / "out.gguf").exists() and list(folder.iterdir())
+    assert run(["gguf", "--size", "demo", "-o", str(folder / "out.gguf")]) == 0
+    assert [path.name for path in folder.iterdir()] == ["out.gguf"]
+
+
+def test_library_that_is_missing_is_told_before_any_work(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path / "nowhere"))
+    assert run(["gguf", "-m", "mine", "--int4"]) == 2
+    captured = capsys.readouterr().err
+    assert "rgexport llama-cpp build" in captured and "Checking" not in captured
+    assert run(["gguf", "-m", "mine"]) == 0  # floats take no library
+
+
+def random_imatrix(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    path = folder / "imatrix.gguf"
+    entries = {
+        tensor.name: generator.uniform(0.01, 9, tensor.shape[-1]).astype(np.float32)
+        for tensor in file_tensors(K_QUANTS)
+        if tensor.quantizable
+    }
+    write_imatrix(path, entries)
+    return path
+
+
+def test_importances_reach_the_quantizer(tmp_path):
+    require_ggml()
+    plain = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")[0]
+    path = random_imatrix(tmp_path)
+    weighted = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m", imatrix=path)[0]
+    assert weighted.header.values["quantize.imatrix.file"] == str(path)[:127]
+    assert list(weighted.header.values)[-1].startswith("quantize.imatrix.")
+    name = "layers.0.mlp_block.up_proj.weight"
+    assert not np.array_equal(weighted.tensor(name).whole(), plain.tensor(name).whole())
+    # The same metadata but what speaks of the matrix, so one hash covers both.
+    key = integrity.METADATA
+    assert weighted.header.values[key] == plain.header.values[key]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q2_k", NEEDS_IMATRIX])
+def test_importances_are_used_as_llama_quantize_does(kind, tmp_path, llama_tools):
+    require_ggml()
+    path = random_imatrix(tmp_path)
+    full = export_random_gguf(K_QUANTS, tmp_path)[0].path
+    ours = export_random_gguf(K_QUANTS, tmp_path, kind, imatrix=path)[0].path
+    theirs = tmp_path / "theirs.gguf"
+    tool = llama_tools / "llama-quantize"
+    run_tool(tool, "--imatrix", path, full, theirs, kind.upper())
+    assert without_hashes_of_data(theirs) == without_hashes_of_data(ours)
+
+
+def test_inspect_tells_what_is_in_it(demo_gguf, capsys):
+    assert run(["inspect", str(demo_gguf.path), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("demo: gguf artifact, f16 weights", "bits per weight", "recurrentgemma", "8192"):
+        assert words in shown
+    assert "rgexport llama-cpp build" in shown and "All hashes were verified." in shown
+    assert run(["inspect", str(demo_gguf.path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found)[:3] == ["kind", "name", "path"] and found["kind"] == "gguf"
+    assert found["tokenizer"]["pieces"] == 8192 and found["tokenizer"]["chat_template"] is True
+    assert 16 < found["bits_per_weight"] < 17
+    assert sum(share["weights"] for share in found["stored"]) == found["parameters"]
+    assert found["size"] == demo_gguf.path.stat().st_size

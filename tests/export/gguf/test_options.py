@@ -1,0 +1,120 @@
+"""What a user can ask of a GGUF export."""
+
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.gguf.options import GgufOptions, type_word
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import Affine, Float, Ggml
+from tests.models import ODD_CONFIGS, make_config
+
+CONFIG = make_config("rrar", width=256, heads=2, mlp_width=512)
+EMBEDDING, DOWN = "token_embd.weight", "blk.0.ffn_down.weight"
+
+
+def types(**options: object) -> dict[str, str]:
+    return GgufOptions(**options).choose(CONFIG).types
+
+
+def test_defaults():
+    assert GgufOptions().file_type.name == "f16"
+    chosen = types()
+    assert chosen[EMBEDDING] == chosen[DOWN] == "f16"
+    assert chosen["blk.0.ssm_a"] == chosen["blk.0.rg_lru_a_gate.weight"] == "f32"
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "word"),
+    [
+        (None, None, None),
+        ("q4_0", None, "q4_0"),
+        (None, "int4", "q4_k_m"),
+        (None, "int8", "q8_0"),
+        (None, "fp16", "f16"),
+        (None, "fp32", "f32"),
+    ],
+)
+def test_words(kind, precision, word):
+    assert type_word(kind, precision) == word
+
+
+def test_words_that_contradict():
+    with pytest.raises(RequestError, match="--type q4_0 and int8 contradict"):
+        type_word("q4_0", "int8")
+
+
+def test_the_mix_spares_the_embedding_and_pure_does_not():
+    assert types(type="q4_0")[EMBEDDING] == "q6_k"
+    assert types(type="Q4_0", pure=True)[EMBEDDING] == "q4_0"
+    assert types(type="q4_0", embedding="int8")[EMBEDDING] == "q8_0"
+    assert types(type="q4_0", pure=True, embedding="F16")[EMBEDDING] == "f16"
+    assert types(type="q4_0", embedding="int4")[EMBEDDING] == "q4_k"
+
+
+def test_overrides():
+    chosen = types(type="q4_0", tensor_types=(r"blk\.0\.ffn_=q8_0", "attn_v=F16"))
+    assert chosen[DOWN] == "q8_0" and chosen["blk.1.ffn_down.weight"] == "q4_0"
+    assert chosen["blk.2.attn_v.weight"] == "f16"
+
+
+def test_a_plan_speaks_for_itself():
+    plan = make_plan(CONFIG, Ggml("q4_k"), Float("float16"))
+    options = GgufOptions(plan=plan)
+    assert options.file_type.name == "q4_k_m"
+    chosen = options.choose(CONFIG).types
+    assert chosen[EMBEDDING] == "f16" and chosen[DOWN] == "q4_k"
+    assert chosen["output_norm.weight"] == "f32"
+    everywhere = make_plan(CONFIG, Float("float32"), Float("float32"))
+    assert GgufOptions(plan=everywhere).file_type.name == "f32"
+
+
+@pytest.mark.parametrize(
+    ("beside", "word"),
+    [
+        ({"type": "q4_0"}, "type"),
+        ({"pure": True}, "pure"),
+        ({"tensor_types": ("a=q4_0",)}, "tensor types"),
+        ({"embedding": "q4_0"}, "embedding"),
+        ({"imatrix": Path("x")}, "imatrix"),
+    ],
+)
+def test_nothing_stands_beside_a_plan(beside, word):
+    plan = make_plan(CONFIG, Ggml("q4_k"), Ggml("q4_k"))
+    with pytest.raises(RequestError, match=f"leave out the {word}"):
+        GgufOptions(plan=plan, **beside)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"type": "q3"}, "'q3'; expected one of f32"),
+        ({"embedding": "q3"}, "'q3'; expected one of f32"),
+        ({"type": "q4_0", "tensor_types": ("attn_v",)}, "expected REGEX=TYPE"),
+        ({"type": "q4_0", "tensor_types": ("attn_v=q9",)}, "'q9'"),
+        ({"type": "q4_0", "tensor_types": ("(=q8_0",)}, "regular expression"),
+    ],
+)
+def test_what_cannot_be_asked(options, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        GgufOptions(**options)
+
+
+def test_an_override_that_matches_nothing():
+    with pytest.raises(RequestError, match="matches no tensor"):
+        types(type="q4_0", tensor_types=("rg_lru=q8_0",))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "complaint"),
+    [
+        (Affine(4, 32, symmetric=True), "as int4/32, which GGUF cannot"),
+        (Ggml("q4_k"), "as q4_k, which GGUF cannot do for rows of 40; .* such as f16"),
+    ],
+)
+def test_a_plan_that_gguf_cannot_express(scheme, complaint):
+    config = ODD_CONFIGS["not_by_32"]
+    plan = make_plan(config, scheme, Float("float32"))
+    with pytest.raises(RequestError, match=complaint):
+        GgufOptions(plan=plan).choose(config)

@@ -1,0 +1,228 @@
+"""The vocabulary in a GGUF file against SentencePiece: the same text, the same ids."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from rgexport.errors import RequestError
+from rgexport.export.gguf.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from rgexport.griffin.checkpoint import demo_folder
+from tests.export.gguf.spm import Spm
+
+DEMO = demo_folder() / "tokenizer.model"
+SIZE = 8192
+PIECES = ["<start_of_turn>", "<end_of_turn>", "<table>", "</b>", "<unused5>", "[@BOS@]", "<mask>"]
+PIECES += [
+    "\n\n\n",
+    "   ",
+    "▁",
+    "▁▁",
+    "\t\t",
+    "user",
+    " the",
+    "é",
+    "日本",
+    "🙂",
+    "\0",
+    "<unk",
+    "<bos",
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(DEMO))
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return read(DEMO)
+
+
+def read(path: Path, size: int = SIZE) -> Vocabulary:
+    found = read_vocabulary([path], size)
+    assert found is not None
+    return found
+
+
+def changed(folder: Path, change: Callable[[ModelProto], object]) -> Path:
+    """The demo's model after a change."""
+    model = ModelProto.FromString(DEMO.read_bytes())
+    change(model)
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def converted(folder: Path) -> Path:
+    """The demo's model as the tokenizer.json that Hugging Face's converter makes of it."""
+    model = ModelProto.FromString(DEMO.read_bytes())
+    vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    merges = sorted(
+        (-piece.score, vocab[piece.piece[:cut]], vocab[piece.piece[cut:]])
+        for piece in model.pieces
+        if piece.type == NORMAL
+        for cut in range(1, len(piece.piece))
+        if piece.piece[:cut] in vocab and piece.piece[cut:] in vocab
+    )
+    added = [
+        {"id": index, "content": piece.piece, "special": piece.type in (CONTROL, UNKNOWN)}
+        for index, piece in enumerate(model.pieces)
+        if piece.type in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    names = [piece.piece for piece in model.pieces]
+    layout = {
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "unk_token": "<unk>",
+            "vocab": vocab,
+            "merges": [[names[a], names[b]] for _, a, b in merges],
+        },
+    }
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(layout))
+    return path
+
+
+def test_everything_is_carried_over(engine, vocabulary):
+    assert len(vocabulary.tokens) == len(vocabulary.types) == SIZE
+    for index in range(SIZE):
+        assert vocabulary.tokens[index] == engine.IdToPiece(index)
+        assert vocabulary.scores[index] == engine.GetScore(index)
+        assert (vocabulary.types[index] == BYTE) == engine.IsByte(index)
+    ids = vocabulary.padding_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.unknown_id
+    assert ids == (0, 1, 2, 3) and vocabulary.end_of_turn_id == 107
+    assert not vocabulary.add_space_prefix
+    assert vocabulary.scores.dtype == np.float32 and vocabulary.types.dtype == np.int32
+
+
+def test_markup_is_control_and_text_is_not(vocabulary):
+    types = dict(zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True))
+    markup = "<pad> <eos> <bos> <mask> <2mass> [@BOS@] <unused0> <start_of_turn> <end_of_turn>"
+    assert {types[piece] for piece in markup.split()} == {CONTROL}
+    assert types["<unk>"] == UNKNOWN
+    assert {types[piece] for piece in ("<table>", "</s>", "<h1>", "\n", "\n\n")} == {USER_DEFINED}
+    assert {types[piece] for piece in ("▁▁", "▁" * 31, "▁the", "in")} == {NORMAL}
+
+
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=8).map("".join)
+
+
+@given(texts)
+@example("a" + " " * 33 + "the ▁ ▁▁ b")
+@example("\n" * 40 + "<table></table>")
+@settings(deadline=None, max_examples=150)
+def test_text_is_cut_as_sentencepiece_does(engine, vocabulary, text):
+    if any(literal in text for literal in ("<unk>", "<bos>", "<eos>", "<pad>")):
+        return  # SentencePiece never finds these in text; whoever parses markup wants them found
+    assert Spm(vocabulary).encode(text, parse_special=True) == engine.EncodeAsIds(text)
+
+
+@given(texts)
+@example("<start_of_turn>user\nhi<end_of_turn>\n<bos><eos><pad><unk>")
+@settings(deadline=None, max_examples=150)
+def test_typed_markup_stays_text(vocabulary, text):
+    ids = Spm(vocabulary).encode(text, parse_special=False)
+    assert not {CONTROL, UNKNOWN} & {int(vocabulary.types[index]) for index in ids}
+
+
+def test_no_control_token_can_be_merged_together(vocabulary):
+    """Typed out, its parts must not grow into it: no two tokens make one."""
+    tokens = {t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == 1}
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        if kind == CONTROL:
+            splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            assert not any(a in tokens and b in tokens for a, b in splits), token
+
+
+def test_json_is_as_good(vocabulary, tmp_path):
+    found = read(converted(tmp_path))
+    assert found.tokens == vocabulary.tokens
+    np.testing.assert_array_equal(found.types, vocabulary.types)
+    assert (found.bos_id, found.eos_id, found.unknown_id, found.padding_id) == (2, 1, 3, 0)
+    for text in ("It is a truth universally acknowledged", " a  b\n\n<table>ü🙂", "  x", "aa▁▁"):
+        expected = Spm(vocabulary).encode(text, parse_special=True)
+        assert Spm(found).encode(text, parse_special=True) == expected
+
+
+def test_sentencepiece_counts_where_both_are_there(tmp_path):
+    path = converted(tmp_path)
+    path.write_text("{")
+    shutil.copyfile(DEMO, tmp_path / "tokenizer.model")
+    assert read_vocabulary([path, tmp_path / "tokenizer.model"], SIZE) is not None
+
+
+def test_no_tokenizer():
+    assert read_vocabulary([], SIZE) is None
+
+
+def test_rows_without_a_token_are_unused(vocabulary):
+    padded = read(DEMO, SIZE + 2)
+    assert padded.tokens == [*vocabulary.tokens, "[PAD8192]", "[PAD8193]"]
+    assert padded.types[-2:].tolist() == [UNUSED, UNUSED]
+
+
+def test_runs_match_in_raw_text_where_a_learned_piece_has_one(tmp_path):
+    path = changed(tmp_path, lambda m: setattr(m.pieces[8000], "piece", "▁▁x"))
+    found = read(path)
+    assert found.tokens[139] == "  " and found.types[139] == USER_DEFINED
+
+
+def test_a_prefix_is_told(tmp_path):
+    path = changed(tmp_path, lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", True))
+    assert read(path).add_space_prefix
+
+
+def test_normalization_is_warned_of(tmp_path, capsys):
+    def normalize(model: ModelProto) -> None:
+        model.normalizer_spec.name = "nmt_nfkc"
+        model.normalizer_spec.precompiled_charsmap = b"x"
+
+    read(changed(tmp_path, normalize))
+    assert "normalizes text (nmt_nfkc), which llama.cpp does not" in capsys.readouterr().err
+
+
+REFUSED: dict[str, tuple[Callable[[ModelProto], object], str]] = {
+    "unigram": (lambda m: setattr(m.trainer_spec, "model_type", 1), "not a BPE model"),
+    "no bytes": (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "not a BPE model"),
+    "more tokens than rows": (lambda m: m.pieces.add(piece="more"), "8193 tokens .* 8192 rows"),
+    "twice": (lambda m: setattr(m.pieces[8000], "piece", "▁the"), "same token twice"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path, case):
+    change, complaint = REFUSED[case]
+    with pytest.raises(RequestError, match=complaint) as caught:
+        read(changed(tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b"[1]", b'{"model": {"vocab": 3}}'])
+def test_unreadable(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=name) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
