@@ -2,33 +2,25 @@
 
     python -m bench.run [2b|9b] [int4|int8|…]
 
-Prints one JSON object: seconds and peak memory of the export, size of the artifact, seconds to
-open it, and decoding beside the memory's read speed, measured before and after in the same run.
+Prints one JSON object: seconds and peak memory of the export, and a row of `rgexport bench`.
 """
 
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from bench.roofline import Roofline, seconds
-from rgexport.export.artifact import Artifact
-from rgexport.griffin.state import POSITION, zero_state
 from rgexport.progress import note
-from rgexport.runtimes.engines import open_session
-from rgexport.validate.environment import environment
+from rgexport.runtimes.bench import BenchRequest, bench_artifact
+from rgexport.runtimes.environment import environment
+from rgexport.runtimes.peak_memory import peak_bytes
 
 FOLDER = Path("out/bench")
-STEPS = 24
-WARM_UP_SECONDS = 5
-"""The session moves its weights into huge pages in the background, for some two seconds."""
+DECODE = BenchRequest(prompts=(), tokens=(24,), depths=(4096,), repetitions=3, synthetic=True)
+"""Beyond the window, where a step reads all of it."""
 START = "from rgexport.cli import main; main()"
 
 
@@ -41,14 +33,12 @@ def main() -> None:
         command("random", "--size", size, "-o", checkpoint)
     asked = ("onnx", "-m", checkpoint, "--precision", precision, "-o", target, "--force")
     export = command(*asked)
-    artifact = Artifact.open(target)
     result = {
         "size": size,
         "precision": precision,
         "environment": environment(),
         "export": export,
-        "artifact_bytes": sum(record.size for record in artifact.manifest.files.values()),
-        "decode": decode(artifact),
+        "decode": [asdict(row) for row in bench_artifact(target, DECODE)],
     }
     print(json.dumps(result, indent=1))
 
@@ -64,41 +54,6 @@ def command(*arguments: str | Path) -> dict[str, float]:
     if process.returncode:
         sys.exit(process.returncode)
     return {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(usage)}
-
-
-def peak_bytes(usage: resource.struct_rusage) -> int:
-    """The peak memory of a process, whose unit depends on the system."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def decode(artifact: Artifact) -> dict[str, Any]:
-    """Steps at a depth beyond the window, between two measurements of the read speed."""
-    config, sessions = artifact.manifest.config, []
-    opening = seconds(lambda: sessions.append(open_session(artifact)))
-    session = sessions[0]
-    activation = session.info.activation_dtype
-    deep = zero_state(config, 1, activation) | {POSITION: np.full(1, 2 * config.window)}
-    session.set_state(deep)
-    token = np.ones(1, np.int64)
-    warm = time.monotonic() + WARM_UP_SECONDS
-    while time.monotonic() < warm:
-        session.step(token)
-
-    roofline = Roofline(session.info.threads)
-    before = roofline.best()
-    steps = [seconds(lambda: session.step(token)) for _ in range(STEPS)]
-    after = roofline.best()
-    read = session.info.weight_bytes + session.info.state_bytes
-    return {
-        "engine": f"{session.info.engine} {session.info.engine_version}",
-        "threads": session.info.threads,
-        "open_seconds": opening,
-        "step_seconds": statistics.median(steps),
-        "bytes_per_step": read,
-        "read_bytes_per_second": [before, after],
-        "share_of_roofline": read / statistics.median(steps) / max(before, after),
-        "peak_bytes": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)),
-    }
 
 
 if __name__ == "__main__":

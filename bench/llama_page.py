@@ -1,0 +1,186 @@
+"""From what `bench.llama` found to `docs/llama_cpp.md` and its plot.
+
+python -m bench.llama_page [FILE]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Result = dict[str, Any]
+
+NAMES = {
+    "recurrent": "RecurrentGemma 2B",
+    "transformer": "Gemma 2B's shape",
+}
+COLOURS = {"recurrent": "#1b6ca8", "transformer": "#c0504d"}
+PLOT = "llama_cpp.svg"
+
+
+def write_page(result: Result, docs: Path) -> None:
+    """Writes the page and the plot into the folder `docs`."""
+    docs.mkdir(parents=True, exist_ok=True)
+    plot(result, docs / PLOT)
+    (docs / "llama_cpp.md").write_text(page(result))
+
+
+def page(result: Result) -> str:
+    """The page, in Markdown."""
+    return TEXT.format(
+        machine=_machine(result),
+        plot=PLOT,
+        decode=_decode(result),
+        depths=_depths(result),
+        tokens=_first(result, "recurrent")["n_gen"],
+        rounds=len(result["decode"]),
+    )
+
+
+TEXT = """# RecurrentGemma in llama.cpp: what a token costs
+
+<!-- Written by `make bench-llama`; to change it, change bench/llama_page.py. -->
+
+{machine}
+
+Two models of about the same size with random weights, all matrices Q4_0: RecurrentGemma 2B as
+`rgexport gguf --type q4_0 --pure` writes it, and a transformer of Gemma 2B's shape. Speed does not
+depend on the weights. Both run in stock `llama-bench`, built from the patched tree, {tokens} tokens
+at a time; before and after each run the memory's read speed is measured, and a share compares
+medians of the same minutes.
+
+## One token after another
+
+{decode}
+
+Medians of {rounds} rounds, in each of which all take turns. The last row is the same file through
+`rgexport bench`, beside the read speed that was measured there.
+
+## After many tokens
+
+Tokens per second when so many others were processed before, the peak memory of the process, and how
+fast the memory was in those minutes. Both models run in the same library with llama-bench's
+settings, from states that `bench/any_gguf.py` reached once; llama-bench processes all anew.
+
+{depths}
+
+![tokens per second against depth]({plot})
+
+RecurrentGemma's state does not grow: beyond its window of 2,048 tokens, nothing does. The
+transformer reads all keys and values of all tokens again for each new one.
+"""
+
+
+def _machine(result: Result) -> str:
+    found, build = result["environment"], _first(result, "recurrent")["build_commit"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("rgexport", "numpy"))
+    busy = ", ".join(f"{load:.1f}" for load in result["load_average"])
+    return (
+        f"Measured on {found['cpu']}, {result['threads']} threads; {found['system']}; llama.cpp "
+        f"{build} with rgexport's patch; {versions}. Load of the machine at the start (1, 5, 15 "
+        f"minutes): {busy}."
+    )
+
+
+def _first(result: Result, model: str) -> dict[str, Any]:
+    return dict(result["decode"][0][model])
+
+
+def _decode(result: Result) -> str:
+    rounds = result["decode"]
+    reads, small = (_median(rounds, kind) for kind in ("huge_pages", "small_pages"))
+    rates = {name: _rate(rounds, name) for name in NAMES}
+    sizes = {name: _first(result, name)["model_size"] for name in NAMES}
+    flows = {name: rates[name] * sizes[name] for name in NAMES}
+    rows = [
+        (
+            NAMES[name],
+            f"{sizes[name] / 1e9:.3f} GB",
+            f"{rates[name]:.2f}",
+            f"{flows[name] / 1e9:.1f} GB/s",
+            f"{flows[name] / reads:.3f}",
+            f"{flows[name] / flows['transformer']:.3f}",
+        )
+        for name in NAMES
+    ]
+    rows.append(_session(rounds, flows["transformer"]))
+    header = "", "weights", "tokens/s", "bytes/s", "share of the read speed", "against the shape"
+    return f"""{_table(header, rows)}
+
+The memory reads {reads / 1e9:.1f} GB/s in huge pages, which is what the shares are of, and
+{small / 1e9:.1f} GB/s in pages of 4 kB, which is what stock llama.cpp's weights lie in."""
+
+
+def _median(rounds: Sequence[Result], kind: str) -> float:
+    return median(speed for entry in rounds for speed in entry[kind])
+
+
+def _session(rounds: Sequence[Result], transformer: float) -> tuple[str, ...]:
+    rows = [entry["session"] for entry in rounds]
+    size, rate = rows[0]["bytes_per_token"], median(row["tokens_per_second"] for row in rows)
+    share = median(row["roofline_share"] for row in rows)
+    return (
+        "RecurrentGemma 2B, `rgexport bench`",
+        f"{size / 1e9:.3f} GB",
+        f"{rate:.2f}",
+        f"{rate * size / 1e9:.1f} GB/s",
+        f"{share:.3f}",
+        f"{rate * size / transformer:.3f}",
+    )
+
+
+def _rate(entries: Sequence[Result], model: str) -> float:
+    return median(rate for entry in entries for rate in entry[model]["samples_ts"])
+
+
+def _depths(result: Result) -> str:
+    rows = [
+        (
+            f"{entries[0]['depth']:,}",
+            *(f"{entry['tokens_per_second']:.2f} ± {entry['deviation']:.2f}" for entry in entries),
+            *(f"{entry['peak_rss_bytes'] / 1e9:.2f} GB" for entry in entries),
+            *(f"{entry['roofline_bytes_per_second'] / 1e9:.1f} GB/s" for entry in entries),
+        )
+        for entries in zip(*(result["depths"][name] for name in NAMES), strict=True)
+    ]
+    kinds = "tokens/s", "memory", "the memory reads"
+    return _table(
+        ("depth", *(f"{name}: {kind}" for kind in kinds for name in NAMES.values())), rows
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(result: Result, file: Path) -> None:
+    """Tokens per second against depth, of both."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "rgexport"  # the same figures give the same file
+    from matplotlib import pyplot
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in NAMES.items():
+        rows = result["depths"][name]
+        depths = [row["depth"] for row in rows]
+        rates = [row["tokens_per_second"] for row in rows]
+        axes.plot(depths, rates, "o-", color=COLOURS[name], label=label)
+    axes.set(xlabel="tokens before", ylabel="tokens per second", ylim=(0, None))
+    axes.set_xticks(depths[:1] + [depth for depth in depths if depth >= depths[-1] / 8])
+    axes.set_title("Decoding in llama.cpp, Q4_0", loc="left")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    write_page(json.loads(Path(sys.argv[1]).read_text()), Path("docs"))
