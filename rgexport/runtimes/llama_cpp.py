@@ -1,30 +1,19 @@
 """llama.cpp behind the Session interface: the sequences of one context are the batch."""
 
-import ctypes
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
-from rgexport.runtimes.llama_cpp_library import (
-    Handle,
-    bindings,
-    complaint,
-    load_model,
-    logged,
-    version,
-)
-from rgexport.runtimes.llama_cpp_state import TYPES, Layout, pack, unpack
+from rgexport.runtimes.llama_cpp_context import Context, Settings
+from rgexport.runtimes.llama_cpp_library import bindings, load_model, version
 from rgexport.runtimes.sequences import checked_tokens, require_fitting, usable_processors
 from rgexport.runtimes.session import SessionInfo
 
 UBATCH = 512
 """Tokens that llama.cpp takes through the layers at once; its own default."""
-LOGITS_BYTES = 64 << 20
-"""Of one call: llama.cpp reserves memory for as many as a call may ask for."""
 LAST_POSITION = 2**31 - 1
 """llama.cpp counts positions in 32 bits."""
 
@@ -67,33 +56,30 @@ class LlamaCppSession:
         """
         self._llama = bindings()
         self._config = artifact.manifest.config
-        self._path = artifact.path
-        self._threads = threads or usable_processors()
-        self._ubatch = ubatch
         self._model = load_model(artifact.path, mmap=mmap)
-        self._require_vocabulary()
+        self._require_vocabulary(artifact)
         stored = self._llama.llama_model_ftype(self._model.pointer)
-        self._cache_type = cache_type or ("float32" if stored == _ALL_F32 else "float16")
-        self._flash_attention = (
-            stored not in _FLOATS if flash_attention is None else flash_attention
+        self._settings = Settings(
+            threads=threads or usable_processors(),
+            ubatch=ubatch,
+            flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
+            cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),
         )
-        self._context: Handle | None = None
-        self._position = np.zeros(0, np.int64)
+        self._context: Context | None = None
         self.reset()
 
     @property
     def info(self) -> SessionInfo:
         """What this session runs."""
+        sizes = (np.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self._specs)
         return SessionInfo(
             engine="llama.cpp",
             engine_version=version(),
-            threads=self._threads,
+            threads=self._settings.threads,
             activation_dtype="float32",
             weight_bytes=self._llama.llama_model_size(self._model.pointer),
-            state_bytes=sum(
-                int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize for spec in self._specs
-            ),
-            prefill_chunk=self._ubatch,
+            state_bytes=int(sum(sizes)),
+            prefill_chunk=self._settings.ubatch,
         )
 
     @property
@@ -109,13 +95,15 @@ class LlamaCppSession:
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
         tokens = checked_tokens(tokens, len(self._position), self.vocab_size)
-        count = tokens.shape[1]
+        context, count = self._open, tokens.shape[1]
         first = count - max(1, min(num_logits, count))
-        for start in range(0, first, self._chunk):
-            self._decode(tokens[:, start : min(start + self._chunk, first)], wanted=False)
-        step = min(self._chunk, self._logit_rows)
-        parts = [self._decode(tokens[:, i : i + step]) for i in range(first, count, step)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        logits, start = [], 0
+        while start < count:
+            stop = min(start + context.chunk, max(first, start) + context.rows, count)
+            wanted = max(0, stop - max(first, start))
+            logits.append(self._decode(tokens[:, start:stop], wanted))
+            start = stop
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""
@@ -127,9 +115,10 @@ class LlamaCppSession:
         Raises:
             RequestError: more than llama.cpp can hold, or no memory for them.
         """
-        if batch != len(self._position):
-            self._open_context(batch)
-        self._llama.llama_memory_clear(self._memory, True)
+        if self._context is None or self._context.batch != batch:
+            self._close_context()
+            self._context = Context(self._model, self._config, self._settings, batch)
+        self._open.clear()
         self._position = np.zeros(batch, np.int64)
         self._counted = 0
 
@@ -139,12 +128,11 @@ class LlamaCppSession:
         What llama.cpp holds is laid out anew from the copy: so the session goes on exactly, to
         the last bit, as any session does that the copy is given to.
         """
-        state = {
-            spec.name: np.zeros((len(self._position), *spec.shape), spec.dtype)
-            for spec in self._specs
-        } | {POSITION: self.position}
+        batch = len(self._position)
+        state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._specs}
+        state[POSITION] = self.position
         for sequence in np.flatnonzero(self._position).tolist():
-            for name, array in unpack(self._get(sequence), self._layout).items():
+            for name, array in self._open.read(sequence).items():
                 state[name][sequence] = array
         self._fill(state)
         return state
@@ -162,7 +150,6 @@ class LlamaCppSession:
             raise RequestError(
                 f"the state has seen {furthest} tokens; llama.cpp counts to {LAST_POSITION}"
             )
-        self.reset(len(state[POSITION]))
         self._fill(state)
 
     def close(self) -> None:
@@ -175,137 +162,42 @@ class LlamaCppSession:
         """The states as llama.cpp keeps them."""
         return [
             dataclasses.replace(spec, dtype="float32") if spec.name.endswith(".conv1d") else spec
-            for spec in state_specs(self._config, self._cache_type)
+            for spec in state_specs(self._config, self._settings.cache_type)
         ]
 
     @property
-    def _pointer(self) -> Any:
-        assert self._context is not None
-        return self._context.pointer
-
-    def _require_vocabulary(self) -> None:
-        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
-        found = self._llama.llama_vocab_n_tokens(vocabulary)
-        if found != self._config.vocab_size:
-            raise RequestError(
-                f"{self._path} is damaged: its vocabulary has {found} tokens, its manifest says "
-                f"{self._config.vocab_size}; export it again"
-            )
-
-    def _open_context(self, batch: int) -> None:
-        most = self._llama.llama_max_parallel_sequences()
-        if not 1 <= batch <= most:
-            raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
-        self._close_context()
-        parameters = self._parameters(batch)
-        with logged():
-            pointer = self._llama.llama_init_from_model(self._model.pointer, parameters)
-            context = Handle(pointer, self._llama.llama_free, keep=self._model)
-        if not pointer:
-            raise RequestError(f"llama.cpp cannot run {self._path}: {complaint()}")
-        self._context = context
-        self._memory = self._llama.llama_get_memory(pointer)
-        self._room = self._llama.llama_n_ctx_seq(pointer)
-        self._chunk = parameters.n_batch // batch
-        self._logit_rows = parameters.n_outputs_max // batch
-        self._sequences = np.arange(batch, dtype=np.int32)
-        self._layout = Layout(self._config, self._cache_type, not self._flash_attention, batch)
+    def _open(self) -> Context:
+        if self._context is None:
+            raise ValueError("the session is closed")
+        return self._context
 
     def _close_context(self) -> None:
         if self._context is not None:
             self._context.close()
-        self._context, self._position = None, np.zeros(0, np.int64)
+        self._context = None
 
-    def _parameters(self, batch: int) -> Any:
-        parameters = self._llama.llama_context_default_params()
-        tokens = max(self._ubatch, batch)
-        rows = min(tokens, LOGITS_BYTES // (4 * self.vocab_size))
-        values = {
-            "n_ctx": 2 * (self._config.window + 1 + self._ubatch) * batch,
-            "n_batch": tokens,
-            "n_ubatch": self._ubatch,
-            "n_seq_max": batch,
-            "n_outputs_max": max(rows, batch),
-            "n_threads": self._threads,
-            "n_threads_batch": self._threads,
-            "flash_attn_type": int(self._flash_attention),
-            "type_k": TYPES[self._cache_type],
-            "type_v": TYPES[self._cache_type],
-            "swa_full": False,
-            "kv_unified": False,
-            "no_perf": True,
-        }
-        for name, value in values.items():
-            setattr(parameters, name, value)
-        return parameters
+    def _require_vocabulary(self, artifact: Artifact) -> None:
+        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
+        found = self._llama.llama_vocab_n_tokens(vocabulary)
+        if found != self._config.vocab_size:
+            raise RequestError(
+                f"{artifact.path} is damaged: its vocabulary has {found} tokens, its manifest "
+                f"says {self._config.vocab_size}; export it again"
+            )
 
-    def _decode(self, tokens: np.ndarray, wanted: bool = True) -> np.ndarray:
-        """One call of llama.cpp with tokens [B, T]; logits [B, T, vocab] if they are wanted."""
-        batch, count = tokens.shape
-        if self._counted + count > self._room:
-            self._make_room()
-        with logged():
-            status = self._llama.llama_decode(self._pointer, self._batch(tokens, wanted))
-        if status != 0:
-            raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
+    def _decode(self, tokens: np.ndarray, wanted: int) -> np.ndarray:
+        """One call of llama.cpp, which never runs out of room: there is no last token."""
+        count = tokens.shape[1]
+        if self._counted + count > self._open.room:
+            self.get_state()  # lays it out anew, which makes room
+        logits = self._open.decode(tokens, self._position, wanted)
         self._position += count
         self._counted += count
-        if not wanted:
-            return np.empty((batch, 0, self.vocab_size), np.float32)
-        logits = self._llama.llama_get_logits(self._pointer)
-        shape = batch, count, self.vocab_size
-        return np.ctypeslib.as_array(logits, shape).copy()
-
-    def _make_room(self) -> None:
-        """Lets llama.cpp forget the tokens behind the window.
-
-        Beside the cache of the window it keeps one for layers without a window. There are none,
-        but every token takes a cell of it until the context is full. A state does not hold that
-        cache, so once it is laid out anew all cells are free again: there is no last token.
-        """
-        self.get_state()
-
-    def _batch(self, tokens: np.ndarray, wanted: bool) -> Any:
-        """All tokens of the first sequence, then those of the next; it holds its arrays."""
-        batch, count = tokens.shape
-        sequence = np.repeat(self._sequences, count)
-        columns = {
-            "token": tokens.astype(np.int32).reshape(-1),
-            "pos": (self._position[:, None] + np.arange(count)).astype(np.int32).reshape(-1),
-            "n_seq_id": np.ones(batch * count, np.int32),
-            "seq_id": self._sequences.ctypes.data + 4 * sequence.astype(np.uintp),
-            "logits": np.full(batch * count, wanted, np.int8),
-        }
-        found = self._llama.llama_batch(n_tokens=batch * count)
-        for name, array in columns.items():
-            setattr(found, name, ctypes.cast(array.ctypes.data, type(getattr(found, name))))
-        found.arrays = columns
-        return found
-
-    def _get(self, sequence: int) -> bytes:
-        """What llama.cpp holds of one sequence."""
-        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        size = self._llama.llama_state_seq_get_size_ext(self._pointer, sequence, flags)
-        buffer = (ctypes.c_uint8 * size)()
-        done = self._llama.llama_state_seq_get_data_ext(
-            self._pointer, buffer, size, sequence, flags
-        )
-        if not size or done != size:
-            raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
-        return bytes(buffer)
+        return logits
 
     def _fill(self, state: State) -> None:
-        """Puts a state that fits into the context, and forgets what was there."""
-        self._llama.llama_memory_clear(self._memory, True)
+        """Continues from a state that fits, and forgets what was there."""
+        self.reset(len(state[POSITION]))
+        for sequence in np.flatnonzero(state[POSITION]).tolist():
+            self._open.write(sequence, {name: array[sequence] for name, array in state.items()})
         self._position = np.array(state[POSITION], np.int64)
-        self._counted = 0
-        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        for sequence in np.flatnonzero(self._position).tolist():
-            row = {name: array[sequence] for name, array in state.items()}
-            data = pack(row, self._layout)
-            buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-            done = self._llama.llama_state_seq_set_data_ext(
-                self._pointer, buffer, len(data), sequence, flags
-            )
-            if done != len(data):
-                raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION
-from rgexport.runtimes import llama_cpp as runtime
+from rgexport.runtimes import llama_cpp_context
 from rgexport.runtimes.llama_cpp import LlamaCppSession
 from rgexport.runtimes.ort import OrtSession
 from rgexport.runtimes.session import Session
@@ -27,7 +27,7 @@ FP32, FLASH = 1e-4, 5e-3
 rounds keys, values and queries to float16, and on a CPU sums values in float16."""
 
 
-def _open(artifact: Artifact, **options: Any) -> LlamaCppSession:
+def _session(artifact: Artifact, **options: Any) -> LlamaCppSession:
     """On one thread: small models take longer on several, most of all on a busy machine."""
     return LlamaCppSession(artifact, **({"threads": 1} | options))
 
@@ -51,7 +51,7 @@ def test_f32_equals_deepmind(name: str, tmp_path: Path) -> None:
     tokens = _tokens(config, 3, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     for ubatch in (1, 7, 512):
-        session = _open(artifact, ubatch=ubatch)
+        session = _session(artifact, ubatch=ubatch)
         for batch in (3, 1):
             session.reset(batch)
             assert _distance(_all(session, tokens[:batch]), expected[:batch]) <= FP32
@@ -68,7 +68,7 @@ def test_flash_attention_is_near_deepmind(name: str, tmp_path: Path) -> None:
     tokens = _tokens(config, 2, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     for ubatch in (1, 7, 512):
-        session = _open(artifact, ubatch=ubatch, flash_attention=True)
+        session = _session(artifact, ubatch=ubatch, flash_attention=True)
         session.reset(2)
         assert _distance(_all(session, tokens), expected) <= FLASH
 
@@ -80,8 +80,8 @@ def test_state_travels(name: str, flash_attention: bool, tmp_path: Path) -> None
     config = ODD_CONFIGS[name]
     artifact, _ = export_random_gguf(config, tmp_path)
     tokens = _tokens(config, 3, 3 * config.window)
-    session = _open(artifact, flash_attention=flash_attention)
-    other = _open(artifact, flash_attention=flash_attention, threads=2)
+    session = _session(artifact, flash_attention=flash_attention)
+    other = _session(artifact, flash_attention=flash_attention, threads=2)
     session.reset(3)
     whole = _all(session, tokens)
     for start in (5, config.window, 2 * config.window + 5):
@@ -112,7 +112,7 @@ def test_conversation_moves_between_engines(name: str, start: int, tmp_path: Pat
     onnx, _ = export_random(config, tmp_path)
     tokens = _tokens(config, 2, 70)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)[:, start:]
-    engines: list[Session] = [_open(gguf), OrtSession(onnx)]
+    engines: list[Session] = [_session(gguf), OrtSession(onnx)]
     for here, there in (engines, engines[::-1]):
         here.reset(2)
         if start:
@@ -126,7 +126,7 @@ def test_sequences_do_not_touch_each_other(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_gguf(config, tmp_path)
     tokens = _tokens(config, 5, 50)
-    session = _open(artifact, ubatch=16)
+    session = _session(artifact, ubatch=16)
     session.reset(5)
     together = _all(session, tokens)
     for row in range(5):
@@ -152,9 +152,9 @@ def test_there_is_no_last_token(tmp_path: Path) -> None:
     artifact, weights = export_random_gguf(config, tmp_path)
     tokens = _tokens(config, 2, 900)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
-    session = _open(artifact, ubatch=20)
+    session = _session(artifact, ubatch=20)
     session.reset(2)
-    assert session._room < 300
+    assert session._open.room < 300
     assert _distance(_all(session, tokens[:, :700]), expected[:, :700]) <= FP32
     for column in range(700, 900):
         assert _distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
@@ -166,7 +166,7 @@ def test_far_positions(start: int, tmp_path: Path) -> None:
     config = make_config("raar", width=512, heads=2, window=24)
     artifact, weights = export_random_gguf(config, tmp_path)
     model = deepmind_model(config, weights)
-    session = _open(artifact)
+    session = _session(artifact)
     session.reset(2)
     tokens = _tokens(config, 2, config.window + 30)
     session.prefill(tokens[:, :-1])
@@ -183,17 +183,17 @@ def test_far_positions(start: int, tmp_path: Path) -> None:
 )
 def test_precision_follows_the_weights(kind: str, cache: str, flash: bool, tmp_path: Path) -> None:
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path, kind)
-    session = _open(artifact)
+    session = _session(artifact)
     assert session.get_state()["layers.2.key"].dtype == cache
-    assert session._layout.transposed is not flash
+    assert session._settings.flash_attention is flash
 
 
 def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_gguf(config, tmp_path)
     tokens = _tokens(config, 2, 40)
-    monkeypatch.setattr(runtime, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
-    session = _open(artifact, ubatch=16)
+    monkeypatch.setattr(llama_cpp_context, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
+    session = _session(artifact, ubatch=16)
     session.reset(2)
     every = _all(session, tokens)
     for wanted in (0, 1, 2, 3, 4, 7, 8, 9, 24, 40, 99):
@@ -203,10 +203,25 @@ def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert _distance(found, every[:, -found.shape[1] :]) <= 1e-5
 
 
+def test_with_and_without_mmap(tmp_path: Path) -> None:
+    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path, "q8_0")
+    tokens = _tokens(ODD_CONFIGS["wide_lru"], 1, 40)
+    mapped, copied = (_all(_session(artifact, mmap=mmap), tokens) for mmap in (True, False))
+    np.testing.assert_array_equal(mapped, copied)
+
+
+def test_a_closed_session(tmp_path: Path) -> None:
+    session = _session(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
+    session.close()
+    session.close()
+    with pytest.raises(ValueError, match="the session is closed"):
+        session.step(np.array([1]))
+
+
 def test_what_a_session_tells(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_gguf(config, tmp_path)
-    session = _open(artifact)
+    session = _session(artifact)
     info = session.info
     assert (info.engine, info.threads, session.vocab_size) == ("llama.cpp", 1, config.vocab_size)
     stored = sum(p.nbytes for t in artifact.manifest.tensors.values() for p in t.parts.values())
@@ -216,7 +231,7 @@ def test_what_a_session_tells(tmp_path: Path) -> None:
 
 def test_wrong_requests(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
-    session = _open(export_random_gguf(config, tmp_path)[0])
+    session = _session(export_random_gguf(config, tmp_path)[0])
     with pytest.raises(RequestError, match="256 is outside of the vocabulary"):
         session.prefill(np.array([[3, 256]]))
     with pytest.raises(RequestError, match=r"expected \[1, T\]"):
@@ -236,10 +251,10 @@ def test_its_log_is_for_those_who_ask(
 ) -> None:
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
     capfd.readouterr()
-    _open(artifact).close()
+    _session(artifact).close()
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(progress, "verbose", True)
-    _open(artifact).close()
+    _session(artifact).close()
     out, err = capfd.readouterr()
     assert not out
     assert "llama.cpp: " in err

@@ -55,7 +55,7 @@ def gguf(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="session")
 def ours(gguf: Artifact) -> Tokenizer:
-    """llama.cpp's view of the tokenizer of `folder`."""  # noqa: D403
+    """The tokenizer of `folder`, as llama.cpp has it."""
     return open_tokenizer(gguf)
 
 
