@@ -4,7 +4,9 @@
     python -m bench.any_gguf time FILE 0,2048,4096
 
 The first processes the tokens and keeps the states, the second prints the rows as JSON. llama-bench
-would process all tokens anew for every depth. The settings are llama-bench's.
+would process all tokens anew for every depth. The settings are llama-bench's. A number after the
+depths is the most tokens to process: the cost of a transformer's prompt grows with its square, so
+that a depth beyond is reached by doubling the one before.
 """
 
 import ctypes
@@ -12,7 +14,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.bench import BenchRequest, Measuring
+from rgexport.runtimes.bench import MOST, BenchRequest, Measuring
+from rgexport.runtimes.bench_rows import Row
 from rgexport.runtimes.llama_cpp_library import Handle, bindings, complaint, load_model, version
 from rgexport.runtimes.roofline import roofline
 from rgexport.runtimes.sequences import usable_processors
@@ -34,14 +38,15 @@ TOKENS, REPETITIONS = 32, 3
 class AnyGguf:
     """One conversation with a model in llama.cpp, whose state stays in llama.cpp's own form."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        """Loads a file, with room for `room` tokens."""
+    def __init__(self, path: Path, room: int, *, doubling: bool = False) -> None:
+        """Loads a file, with room for `room` tokens; `doubling` lets `doubled` work."""
         self._llama = bindings()
         self._model = load_model(path)
         parameters = self._llama.llama_context_default_params()
         self._threads = usable_processors()
         settings = {"n_ctx": room, "n_ubatch": UBATCH, "swa_full": False, "no_perf": True}
         settings |= {"n_threads": self._threads, "n_threads_batch": self._threads}
+        settings |= {"n_seq_max": 2, "kv_unified": True} if doubling else {}
         for name, value in settings.items():
             setattr(parameters, name, value)
         pointer = self._llama.llama_init_from_model(self._model.pointer, parameters)
@@ -99,9 +104,28 @@ class AnyGguf:
         if self._position:
             self._move(self._llama.llama_state_seq_set_data, state["sequence"])
 
-    def _move(self, function: Any, data: np.ndarray) -> None:
+    def doubled(self, state: State) -> State:
+        """A transformer's state after twice as many tokens: the same ones once more, further on.
+
+        A step at such a depth costs what it costs after as many other tokens.
+        """
+        half = int(state[POSITION][0])
+        memory = self._llama.llama_get_memory(self._context.pointer)
+        self.reset()
+        for sequence in (0, 1):
+            self._move(self._llama.llama_state_seq_set_data, state["sequence"], sequence)
+        self._llama.llama_memory_seq_add(memory, 0, 0, -1, half)
+        self._llama.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+        self._llama.llama_memory_seq_rm(memory, 1, -1, -1)
+        self._position = 2 * half
+        self.step(np.zeros(1, np.int64))  # turns the keys to where they are now
+        self._llama.llama_memory_seq_rm(memory, 0, 2 * half, -1)
+        self._position = 2 * half
+        return self.get_state()
+
+    def _move(self, function: Any, data: np.ndarray, sequence: int = 0) -> None:
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if function(self._context.pointer, pointer, data.size, 0) != data.size:
+        if function(self._context.pointer, pointer, data.size, sequence) != data.size:
             raise RequestError(f"llama.cpp cannot move its state: {complaint()}")
 
 
@@ -109,11 +133,14 @@ class AnyGguf:
 class KeptStates(Measuring):
     """Keeps the states at the depths in files: reaching one takes long, timing needs quiet."""
 
+    processed: int = MOST
+    """A depth beyond it is reached by doubling one."""
+
     def state_at(self, depth: int, state: State) -> State:
         """The state after `depth` tokens, from its file or from where `state` is."""
         file = STATES / self.artifact.stem / f"{depth}.npy"
         if not file.exists() or file.stat().st_mtime < self.artifact.stat().st_mtime:
-            found = super().state_at(depth, state)["sequence"]
+            found = self._reached(depth, state)["sequence"]
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             with partial.open("wb") as stream:
@@ -127,18 +154,33 @@ class KeptStates(Measuring):
         for depth in sorted(self.request.depths):
             state = self.state_at(depth, state)
 
+    def rows(self) -> Iterator[Row]:
+        """As any measuring; `doubled` says how such a depth came about."""
+        for row in super().rows():
+            yield replace(row, state="doubled") if row.depth > self.processed else row
+
+    def _reached(self, depth: int, state: State) -> State:
+        if depth <= self.processed:
+            return super().state_at(depth, state)
+        if depth != 2 * state[POSITION][0]:
+            sys.exit(f"depth {depth} is not twice the one before, {state[POSITION][0]}")
+        assert isinstance(self.session, AnyGguf)
+        return self.session.doubled(state)
+
 
 def main() -> None:
     """Reaches the depths, or prints the rows of one model."""
-    verb, path, depths = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    verb, path, depths, *rest = sys.argv[1:]
+    processed = int(rest[0]) if rest else MOST
     request = BenchRequest.parse("0", str(TOKENS), depths, repetitions=REPETITIONS)
     # The tokens that are timed, and those before for warming up, take room too.
     room = max(4096, *request.depths) + 1024
+    doubling = verb == "reach" and max(request.depths) > processed
     began = time.perf_counter()
-    session = AnyGguf(path, room)
+    session = AnyGguf(Path(path), room, doubling=doubling)
     took = time.perf_counter() - began
     with roofline(session.info.threads) as read_speed:
-        measuring = KeptStates(session, request, read_speed, path, took)
+        measuring = KeptStates(session, request, read_speed, Path(path), took, processed=processed)
         if verb == "reach":
             measuring.reach()
         else:

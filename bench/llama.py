@@ -28,6 +28,8 @@ from rgexport.runtimes.roofline import ReadSpeed, roofline
 
 MODELS = "recurrent", "transformer"
 DEPTHS = "0,2048,4096,8192,16384,32768"
+PROCESSED = {"recurrent": "32768", "transformer": "16384"}
+"""The most tokens that are processed; a deeper state is made by doubling one."""
 ANY_GGUF = "-m", "bench.any_gguf"
 DOCS = Path("docs")
 RESULT = FOLDER / "llama.json"
@@ -127,14 +129,15 @@ def decode(
 
 
 def sweep(files: dict[str, Path], depths: str) -> dict[str, list[dict[str, Any]]]:
-    """Single tokens after others that were really processed: one row for each depth."""
-    return {name: _rows(*ANY_GGUF, "time", path, depths) for name, path in files.items()}
+    """Single tokens after others: one row for each depth."""
+    rows = (_rows(*ANY_GGUF, "time", files[name], depths, PROCESSED[name]) for name in MODELS)
+    return dict(zip(MODELS, rows, strict=True))
 
 
 def reach(files: dict[str, Path], depths: str) -> None:
     """Processes the tokens, where the states are not there from another run."""
-    for path in files.values():
-        _run(*ANY_GGUF, "reach", path, depths)
+    for name, path in files.items():
+        _run(*ANY_GGUF, "reach", path, depths, PROCESSED[name])
 
 
 def session_row(model: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def page(result: Result) -> str:
         plot=PLOT,
         decode=_decode(result),
         depths=_depths(result),
+        even=_even(result),
         tokens=_first(result, "recurrent")["n_gen"],
         rounds=len(result["decode"]),
     )
@@ -62,9 +63,14 @@ Medians of {rounds} rounds, in each of which all take turns. The last row is the
 
 Tokens per second when so many others were processed before, the peak memory of the process, and how
 fast the memory was in those minutes. Both models run in the same library with llama-bench's
-settings, from states that `bench/any_gguf.py` reached once; llama-bench processes all anew.
+settings, from states that `bench/any_gguf.py` reached once by processing random tokens; at a depth
+marked as doubled, the transformer has seen those of half the depth twice, since the cost of its
+prompt grows with the square of the length.
 
 {depths}
+
+Here the weights of both lie in huge pages: at depth 0, RecurrentGemma reaches {even:.2f} of the
+shape's bytes per second.
 
 ![tokens per second against depth]({plot})
 
@@ -101,23 +107,25 @@ def _decode(result: Result) -> str:
             f"{rates[name]:.2f}",
             f"{flows[name] / 1e9:.1f} GB/s",
             f"{flows[name] / reads:.3f}",
+            f"{flows[name] / small:.3f}",
             f"{flows[name] / flows['transformer']:.3f}",
         )
         for name in NAMES
     ]
-    rows.append(_session(rounds, flows["transformer"]))
-    header = "", "weights", "tokens/s", "bytes/s", "share of the read speed", "against the shape"
+    rows.append(_session(rounds, small, flows["transformer"]))
+    header = "", "weights", "tokens/s", "bytes/s", "of huge pages", "of small pages", "of the shape"
     return f"""{_table(header, rows)}
 
-The memory reads {reads / 1e9:.1f} GB/s in huge pages, which is what the shares are of, and
-{small / 1e9:.1f} GB/s in pages of 4 kB, which is what stock llama.cpp's weights lie in."""
+The shares are of the memory's read speed, {reads / 1e9:.1f} GB/s in huge pages and
+{small / 1e9:.1f} GB/s in pages of 4 kB, and of the bytes per second of Gemma 2B's shape. Stock
+llama.cpp's weights lie in pages of 4 kB; rgexport asks the kernel to move them into huge ones."""
 
 
 def _median(rounds: Sequence[Result], kind: str) -> float:
     return median(speed for entry in rounds for speed in entry[kind])
 
 
-def _session(rounds: Sequence[Result], transformer: float) -> tuple[str, ...]:
+def _session(rounds: Sequence[Result], small: float, transformer: float) -> tuple[str, ...]:
     rows = [entry["session"] for entry in rounds]
     size, rate = rows[0]["bytes_per_token"], median(row["tokens_per_second"] for row in rows)
     share = median(row["roofline_share"] for row in rows)
@@ -127,6 +135,7 @@ def _session(rounds: Sequence[Result], transformer: float) -> tuple[str, ...]:
         f"{rate:.2f}",
         f"{rate * size / 1e9:.1f} GB/s",
         f"{share:.3f}",
+        f"{rate * size / small:.3f}",
         f"{rate * size / transformer:.3f}",
     )
 
@@ -139,7 +148,7 @@ def _depths(result: Result) -> str:
     rows = [
         (
             f"{entries[0]['depth']:,}",
-            *(f"{entry['tokens_per_second']:.2f} ± {entry['deviation']:.2f}" for entry in entries),
+            *map(_rate_at, entries),
             *(f"{entry['peak_rss_bytes'] / 1e9:.2f} GB" for entry in entries),
             *(f"{entry['roofline_bytes_per_second'] / 1e9:.1f} GB/s" for entry in entries),
         )
@@ -149,6 +158,18 @@ def _depths(result: Result) -> str:
     return _table(
         ("depth", *(f"{name}: {kind}" for kind in kinds for name in NAMES.values())), rows
     )
+
+
+def _even(result: Result) -> float:
+    """Bytes per second at the first depth, as a share of the transformer's."""
+    first = (result["depths"][name][0] for name in NAMES)
+    ours, theirs = (row["tokens_per_second"] * row["bytes_per_token"] for row in first)
+    return float(ours / theirs)
+
+
+def _rate_at(row: Result) -> str:
+    mark = "" if row["state"] == "processed" else f" ({row['state']})"
+    return f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}{mark}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,8 @@
 """Export and decode at a released model's size, with a synthetic checkpoint.
 
-    python -m bench.run [2b|9b] [int4|int8|…]
+    python -m bench.run [2b|9b] [int4|int8|…|q4_0|q4_k_m|…]
 
+A word of `--precision` makes an ONNX artifact, a `--type` a GGUF file (which takes `make llama`).
 Prints one JSON object: seconds and peak memory of the export, and a row of `rgexport bench`.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rgexport.progress import note
+from rgexport.quantize.plan import PRECISIONS
 from rgexport.runtimes.bench import BenchRequest, bench_artifact
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.peak_memory import peak_bytes
@@ -28,11 +30,11 @@ def main() -> None:
     """Runs everything; what was made is kept for the next run, except the artifact."""
     size, precision = (*sys.argv[1:], *("2b", "int4")[len(sys.argv) - 1 :])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    checkpoint, target = FOLDER / f"{size}-random", FOLDER / f"{size}-{precision}"
+    checkpoint = FOLDER / f"{size}-random"
     if not checkpoint.exists():
         command("random", "--size", size, "-o", checkpoint)
-    asked = ("onnx", "-m", checkpoint, "--precision", precision, "-o", target, "--force")
-    export = command(*asked)
+    target, *asked = request(checkpoint, precision)
+    export = command(*asked, "-m", checkpoint, "-o", target, "--force")
     result = {
         "size": size,
         "precision": precision,
@@ -41,6 +43,14 @@ def main() -> None:
         "decode": [asdict(row) for row in bench_artifact(target, DECODE)],
     }
     print(json.dumps(result, indent=1))
+
+
+def request(checkpoint: Path, precision: str) -> tuple[Path, str, str, str]:
+    """Where the artifact goes, and the verb that makes it with its options."""
+    target = f"{checkpoint}-{precision}"
+    if precision in PRECISIONS:
+        return Path(target), "onnx", "--precision", precision
+    return Path(f"{target}.gguf"), "gguf", "--type", precision
 
 
 def command(*arguments: str | Path) -> dict[str, float]:
