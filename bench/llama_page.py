@@ -199,7 +199,8 @@ def plot(result: Result, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, metadata=unnamed)
     pyplot.close(figure)
 
 
