@@ -34,7 +34,6 @@ bench: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and som
 	$(BIN)/python -m bench.run
 
 bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/llama_cpp.md.
-	$(BIN)/python -m pip install -q --group bench
 	$(BIN)/python -m bench.llama
 
 clean:
