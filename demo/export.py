@@ -9,19 +9,7 @@ from model import Griffin
 from safetensors.torch import save_file
 from tokenizer import BOS, END_OF_TURN, EOS, PAD
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 
 
 def write(model: Griffin, tokenizer: Path, folder: Path) -> None:
@@ -92,7 +80,7 @@ def tokenizer_configuration() -> dict[str, object]:
             str(i): {"content": piece, **flags, "special": True} for piece, i in special.items()
         },
         "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": GEMMA_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
         "sp_model_kwargs": {},
