@@ -85,13 +85,7 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
     if not target.is_dir():
         raise RequestError(f"{target} exists and is a file; pass another -o")
     may_replace = not any(target.iterdir()) or replaceable(target)
-    if not may_replace:
-        raise RequestError(
-            f"{target} exists and holds something else than what would be written there; "
-            "pass another -o"
-        )
-    if not force:
-        raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
+    _require_leave(target, may_replace, force, "holds")
 
 
 def check_file_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -105,9 +99,13 @@ def check_file_target(target: Path, *, force: bool, replaceable: Callable[[Path]
         return
     if target.is_dir():
         raise RequestError(f"{target} exists and is a folder; pass a file with -o")
-    if not replaceable(target):
+    _require_leave(target, replaceable(target), force, "is")
+
+
+def _require_leave(target: Path, may_replace: bool, force: bool, verb: str) -> None:
+    if not may_replace:
         raise RequestError(
-            f"{target} exists and is something else than what would be written there; "
+            f"{target} exists and {verb} something else than what would be written there; "
             "pass another -o"
         )
     if not force:

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = ("griffin", "kernels", "quantize", "export", "runtimes", "validate", "cli")
 APART = {"kernels", "quantize"}
 """They stand side by side on one floor: neither imports the other."""
-ANYWHERE = {"errors", "progress", "atomic", "hashing", "tables", "__init__"}
+ANYWHERE = {"errors", "progress", "atomic", "hashing", "processors", "tables", "__init__"}
 """Modules of the package's root that every floor may import."""
 
 NEEDS_TORCH = {

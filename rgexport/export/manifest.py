@@ -147,8 +147,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return plain(fields | {"config": self.config.to_dict()})
+        fields: dict[str, Any] = plain(self)
+        return fields
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import slab_bounds
+from rgexport.processors import usable_processors
 from rgexport.quantize.ggml_types import TYPES, GgmlType
 
 CHUNK_BYTES = 4 << 20
@@ -68,7 +69,7 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
 
     chunks = [*slab_bounds(count, 4 * columns, CHUNK_BYTES)]
     if len(chunks) > 1:
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(usable_processors()) as pool:
             sound = [*pool.map(quantize, chunks)]
     else:
         sound = [*map(quantize, chunks)]
@@ -105,12 +106,6 @@ def _converted(rows: np.ndarray, kind: str) -> np.ndarray:
 def _out_of_range(rows: np.ndarray, kind: str) -> RequestError:
     largest = float(np.abs(rows).max())
     return RequestError(f"a weight of {largest:.4g} is more than {kind} holds; take another type")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def load_library() -> ctypes.CDLL:

@@ -35,15 +35,19 @@ def _gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
 
 
 def _gguf_tokenizer(artifact: Artifact) -> Tokenizer:
+    from rgexport.export.gguf.artifact import GgufArtifact
     from rgexport.runtimes.llama_cpp_vocabulary import load_vocabulary
 
-    return load_vocabulary(artifact.path)
+    assert isinstance(artifact, GgufArtifact)
+    return load_vocabulary(artifact)
 
 
 def _gguf_template(artifact: Artifact) -> ChatTemplate:
+    from rgexport.export.gguf.artifact import GgufArtifact
     from rgexport.runtimes.llama_cpp_vocabulary import load_metadata_template
 
-    return load_metadata_template(artifact.path)
+    assert isinstance(artifact, GgufArtifact)
+    return load_metadata_template(artifact)
 
 
 ENGINES: dict[str, Engine] = {

@@ -1,11 +1,11 @@
 """Where a measurement was made."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rgexport import __version__
+from rgexport.processors import usable_processors
 
 _PACKAGES = ("llama_cpp_python", "numpy", "onnxruntime", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -15,10 +15,9 @@ _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "
 
 def environment() -> dict[str, str | int]:
     """CPU, cores that this process may use, system, and versions of what computes."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     facts: dict[str, str | int] = {
         "cpu": cpu(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "cores": usable_processors(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "rgexport": __version__,

@@ -7,9 +7,10 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
+from rgexport.processors import usable_processors
 from rgexport.runtimes.llama_cpp_context import Context, Settings
 from rgexport.runtimes.llama_cpp_library import bindings, load_model, version
-from rgexport.runtimes.sequences import checked_tokens, require_fitting, usable_processors
+from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 
 UBATCH = 512

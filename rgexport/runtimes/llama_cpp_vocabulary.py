@@ -4,24 +4,23 @@ import ctypes
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
+from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.vocabulary import NORMAL, USER_DEFINED
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
-from rgexport.quantize.gguf_header import read_header
 from rgexport.runtimes.llama_cpp_library import Handle, bindings, load_model
 from rgexport.runtimes.template import ChatTemplate
 from rgexport.runtimes.tokenizer import Tokenizer
 
-TYPES_KEY = "tokenizer.ggml.token_type"
+TYPES_KEY, TEMPLATE_KEY = "tokenizer.ggml.token_type", "tokenizer.chat_template"
 
 UNKNOWN_SURFACE = " ⁇ ".encode()
 """What SentencePiece writes for the unknown token."""
 
 
-def load_vocabulary(path: Path) -> Tokenizer:
+def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
     """Loads a GGUF file's vocabulary, without the weights.
 
     llama.cpp takes any `</s>` for a control token that the file has a wrong type for. Gemma has
@@ -30,11 +29,11 @@ def load_vocabulary(path: Path) -> Tokenizer:
     Raises:
         RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
     """
-    vocabulary = Vocabulary(load_model(path, vocab_only=True))
-    types = read_header(path).values.get(TYPES_KEY)
+    vocabulary = Vocabulary(load_model(artifact.path, vocab_only=True))
+    types = artifact.header.values.get(TYPES_KEY)
     if types is None or not vocabulary.understands_text:
         raise RequestError(
-            f"{path} has no vocabulary, which text needs; put tokenizer.model into the "
+            f"{artifact.path} has no vocabulary, which text needs; put tokenizer.model into the "
             "checkpoint's folder and export it again, or pass token ids (--ids)"
         )
     special = vocabulary.special()
@@ -65,17 +64,12 @@ def _matching(
     return matched
 
 
-def load_metadata_template(path: Path) -> ChatTemplate:
-    """The chat template in a GGUF file's metadata, or Gemma's where it has none.
-
-    Raises:
-        RequestError: llama.cpp cannot load the file.
-    """
-    model = load_model(path, vocab_only=True)
-    source = bindings().llama_model_chat_template(model.pointer, None)
+def load_metadata_template(artifact: GgufArtifact) -> ChatTemplate:
+    """The chat template in a GGUF file's metadata, or Gemma's where it has none."""
+    source = artifact.header.values.get(TEMPLATE_KEY)
     if not source:
         return ChatTemplate(GEMMA_TEMPLATE, "built-in")
-    return ChatTemplate(source.decode(), f"tokenizer.chat_template in {path.name}")
+    return ChatTemplate(str(source), f"{TEMPLATE_KEY} in {artifact.path.name}")
 
 
 class Vocabulary:

@@ -7,8 +7,9 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE
 from rgexport.griffin.state import POSITION, State
+from rgexport.processors import usable_processors
 from rgexport.runtimes.huge_pages import huge_pages
-from rgexport.runtimes.sequences import checked_tokens, require_fitting, usable_processors
+from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 
 PREFILL_CHUNK = 256

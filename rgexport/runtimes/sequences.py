@@ -1,6 +1,5 @@
 """What every engine demands of the tokens and states that it is given."""
 
-import os
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -47,10 +46,3 @@ def _misfits(state: State, expected: Mapping[str, tuple[int, ...]]) -> Iterator[
         found = np.shape(state[name])
         if found != (*batch, *expected[name]):
             yield f"{name} has shape {found}; expected {(*batch, *expected[name])}"
-
-
-def usable_processors() -> int:
-    """The processors that this process may use: the default number of threads."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -76,13 +76,17 @@ def _levels_that_clip(scheme: Scheme) -> int:
     """Levels on the side that has one less; 0 where both have as many."""
     if isinstance(scheme, Affine):
         return 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 0
-    blocks = ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None
+    blocks = _blocks(scheme)
     return blocks.below - 1 if blocks and blocks.clips else 0
 
 
 def is_searched(scheme: Scheme, weighted: bool) -> bool:
     """Whether levels are chosen for the least squared error, not for each weight."""
-    blocks = ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None
+    blocks = _blocks(scheme)
     if blocks is None:
         return False
     return blocks.grouped > 0 or (weighted and blocks.below < ggml_steps.BLOCKS["q8_0"].below)
+
+
+def _blocks(scheme: Scheme) -> ggml_steps.Blocks | None:
+    return ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None

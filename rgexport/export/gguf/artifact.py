@@ -123,8 +123,7 @@ def _check_data(header: GgufHeader, anew: bool) -> str:
     """The hash of the data, after a look at whether it may be that."""
     path, start = header.path, integrity.data_start(header)
     digest = (hash_files if anew else hash_new_files)([path], start=start)[path]
-    kinds = ((name, tensor.type.name) for name, tensor in header.tensors.items())
-    same_types = header.values.get(integrity.TYPES) == integrity.types_sha256(kinds)
+    same_types = integrity.has_its_types(header)
     same_data = header.values.get(integrity.DATA) == digest
     if same_types and not same_data:
         raise _damaged(path, "its tensors were altered (the hash of the data differs)")

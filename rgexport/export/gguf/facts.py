@@ -29,16 +29,11 @@ def describe(header: GgufHeader, manifest: Manifest) -> dict[str, Any]:
             "license": values.get("general.license"),
             "source": values.get("general.source.url"),
             "importance_matrix": values.get("quantize.imatrix.file"),
-            "data_hash": _has_data_hash(header),
+            "data_hash": integrity.has_its_types(header),
             "runs_in": "the llama.cpp of `rgexport llama-cpp build`",
         },
         "tokenizer": _tokenizer(values) if manifest.has_tokenizer else None,
     }
-
-
-def _has_data_hash(header: GgufHeader) -> bool:
-    kinds = ((name, tensor.type.name) for name, tensor in header.tensors.items())
-    return bool(header.values.get(integrity.TYPES) == integrity.types_sha256(kinds))
 
 
 def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def types_sha256(tensors: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def has_its_types(header: GgufHeader) -> bool:
+    """Whether the tensors have the types that the data's hash was made for."""
+    kinds = ((name, tensor.type.name) for name, tensor in header.tensors.items())
+    return bool(header.values.get(TYPES) == types_sha256(kinds))
+
+
 def data_start(header: GgufHeader) -> int:
     """Where the data begin, which the data's hash covers to the end of the file."""
     return min(tensor.offset for tensor in header.tensors.values())

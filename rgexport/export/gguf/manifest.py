@@ -4,7 +4,6 @@ What lies in the file does not depend on how its tensors are stored, so that ano
 store them otherwise without making it a lie.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,8 +30,8 @@ class EmbeddedManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return plain(fields | {"config": self.config.to_dict()})
+        fields: dict[str, Any] = plain(self)
+        return fields
 
 
 def read_embedded(text: str) -> EmbeddedManifest:

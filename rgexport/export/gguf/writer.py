@@ -21,6 +21,7 @@ from rgexport.export.gguf.metadata import Value
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.processors import usable_processors
 from rgexport.progress import Advance
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
@@ -28,7 +29,7 @@ from rgexport.quantize.gguf_header import ALIGNMENT
 
 _SLAB_BYTES = 1 << 20
 """Of source weights: a slab and its float32 form stay in the processor's cache."""
-_WORKERS = min(8, os.cpu_count() or 1)
+_WORKERS = min(8, usable_processors())
 _IN_FLIGHT = 3 * _WORKERS
 """Slabs that are in the making, or wait for their turn to be written."""
 
