@@ -17,12 +17,17 @@ class FileRecord:
     size: int
 
 
-def hash_file(path: Path, advance: Advance = lambda done: None, start: int = 0) -> FileRecord:
-    """Hashes a file from byte `start` on; tells `advance` of the bytes read."""
+def hash_file(
+    path: Path,
+    advance: Advance = lambda done: None,
+    start: int = 0,
+    length: int | None = None,
+) -> FileRecord:
+    """Hashes a file from byte `start` on, all or `length` bytes; tells `advance` of those read."""
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while count := file.readinto(block):
+        while count := file.readinto(block if length is None else block[: length - size]):
             digest.update(block[:count])
             size += count
             advance(count)

@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Float, Ggml, Scheme, scheme_to_dict
+from rgexport.quantize.scheme import BLOCKS, Affine, Float, Ggml, Scheme, scheme_to_dict
 
 MANIFEST = "rgexport.json"
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 FORMAT_VERSION = 1
+Kind = Literal["onnx", "gguf", "coreml"]
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""
 
@@ -28,8 +30,8 @@ ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 class StoredPart:
     """Where a part of a tensor lies: row-major, `shape` in items of `dtype`.
 
-    A float tensor and one in a ggml type have one part, `data`; `quantize.affine` says what the
-    parts of an affinely quantized one are.
+    A float tensor and one in a ggml type have one part, `data`; `quantize.affine` and `.palette`
+    say what the parts of a quantized one are.
     """
 
     file: str
@@ -49,12 +51,18 @@ class StoredPart:
 
 
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Part name → dtype and shape, for a tensor of `shape` that is stored by `scheme`."""
+    """Part name → dtype and shape, for a tensor of `shape` that ONNX or GGUF store by `scheme`.
+
+    Raises:
+        RequestError: neither has that scheme.
+    """
     if isinstance(scheme, Float):
         return {"data": (scheme.dtype, shape)}
     if isinstance(scheme, Ggml):
         rows, *row = shape
         return {"data": ("uint8", (rows, TYPES[scheme.type].row_bytes(math.prod(row))))}
+    if not isinstance(scheme, Affine) or scheme.block not in BLOCKS or scheme.scale != "float32":
+        raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
     rows, columns = shape
     widths = affine.part_shapes(columns, scheme)
     return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
@@ -68,18 +76,34 @@ class StoredTensor:
     scheme: Scheme
     parts: dict[str, StoredPart]
 
+    @property
+    def rows_together(self) -> int:
+        """How many rows share something, as those of a palette do, and are read as one."""
+        return max(self._rows_per_row(part) for part in self.parts.values())
+
+    def row_offset(self, label: str, row: int) -> int:
+        """Where in its file the part `label` of a row begins."""
+        part = self.parts[label]
+        return part.offset + row // self._rows_per_row(part) * part.row_bytes
+
+    def _rows_per_row(self, part: StoredPart) -> int:
+        return self.shape[0] // part.shape[0]
+
 
 @dataclass(frozen=True)
 class StateRecord:
     """A canonical state and the graph's input and output that carry it (shape without batch).
 
-    In a `ring`, position p lies in slot p modulo the window; `canonical` is oldest first.
+    In a `ring`, position p lies in slot p modulo the window; `canonical` is oldest first. A `row`
+    is one of a matrix that has one for each recurrent layer. A `pair` is two float16 states that
+    `input` and `output` name, the second one being what the first one's rounding left over, times
+    2048; `hilo` is a row of such a pair.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    layout: Literal["canonical", "ring"]
+    layout: Literal["canonical", "ring", "row", "pair", "hilo"]
     input: str
     output: str
 
@@ -115,7 +139,7 @@ class Manifest:
     """Everything about an artifact; a runtime needs nothing else but the files listed here."""
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["onnx", "gguf"] = "onnx"
+    kind: Kind = "onnx"
     name: str
     created_with: dict[str, str]
     source: Source
@@ -140,6 +164,11 @@ class Manifest:
     def weighted(self) -> bool:
         """Whether an importance matrix had a say in how weights were rounded."""
         return False
+
+    @property
+    def claims(self) -> dict[str, str]:
+        """File → a hash of all that the manifest says of what is in it."""
+        return {}
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest of other files."""

@@ -51,11 +51,24 @@ def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 
 def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
     """Notes hashes that the caller has just computed. Failure to do so is harmless."""
+    _note({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
+
+
+def vouch(path: Path, claim: str) -> None:
+    """Notes that a file, in its present state, is inside as `claim`, a hash of it, says."""
+    _note({_inside(path): (_key(path), claim)})
+
+
+def is_vouched(path: Path, claim: str) -> bool:
+    """Whether that was noted."""
+    return _load().get(_inside(path)) == (_key(path), claim)
+
+
+def _note(entries: Mapping[str, tuple[_Key, str]]) -> None:
     known = _load()
-    for path, digest in hashes.items():
-        name = _name(path, start)
+    for name, entry in entries.items():
         known.pop(name, None)
-        known[name] = (_key(path), digest)
+        known[name] = entry
     newest = dict(list(known.items())[-_REMEMBERED:])
     partial = _memory().with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):
@@ -91,6 +104,10 @@ def _load() -> dict[str, tuple[_Key, str]]:
 
 def _name(path: Path, start: int) -> str:
     return os.path.realpath(path) + (f"@{start}" if start else "")
+
+
+def _inside(path: Path) -> str:
+    return os.path.realpath(path) + "@inside"
 
 
 def _key(path: Path) -> _Key:

@@ -13,7 +13,10 @@ from rgexport.griffin.config import GriffinConfig
 Role = Literal["embedding", "linear", "bias", "gate", "conv", "norm", "a_param"]
 
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
-"""Roles that may be stored in fewer than 16 bits; all others stay float32 in every format."""
+"""Roles that may be stored in fewer than 16 bits.
+
+All others stay float32 in every format, but for the biases of linears, which may be float16.
+"""
 
 EMBEDDING = "embed_tokens.weight"
 

@@ -52,9 +52,14 @@ WeightSource = Mapping[str, RowTensor]
 """Canonical tensor name → tensor; see `griffin.layout` for the names."""
 
 
-def slab_bounds(rows: int, row_bytes: int, limit: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
-    """Yields `(start, stop)` row ranges of at most `limit` bytes each, at least one row long."""
-    step = max(1, limit // max(1, row_bytes))
+def slab_bounds(
+    rows: int, row_bytes: int, limit: int = SLAB_BYTES, together: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Yields `(start, stop)` row ranges of at most `limit` bytes each.
+
+    A range is a multiple of `together` rows long, at least that many, except at the end.
+    """
+    step = max(1, limit // max(1, row_bytes) // together) * together
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

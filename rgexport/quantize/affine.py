@@ -5,14 +5,19 @@ stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row
 
 | part | per row | |
 |---|---|---|
-| `data` | blocks · block · bits / 8 bytes | unsigned, low nibble first |
-| `scales` | blocks float32 | |
+| `data` | ceil(blocks · block · bits / 8) bytes | unsigned, low nibble first |
+| `scales` | blocks float32 or float16 | |
 | `zero_points` | ceil(blocks · bits / 8) bytes | asymmetric only, low nibble first |
+
+Scales are rounded to float16 before the integers are chosen, so that these fit what is stored,
+and away from zero, so that no weight comes to lie beyond the last level.
 """
 
 import numpy as np
 
-from rgexport.quantize.scheme import Affine
+from rgexport.errors import RequestError
+from rgexport.quantize.nibbles import pack, packed_width, unpack
+from rgexport.quantize.scheme import Affine, FloatDtype
 
 Parts = dict[str, np.ndarray]
 """Part name → its rows."""
@@ -20,61 +25,74 @@ Parts = dict[str, np.ndarray]
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
+def block_size(columns: int, scheme: Affine) -> int:
+    """Weights that share a scale, in rows of `columns` weights."""
+    return scheme.block or columns
+
+
 def num_blocks(columns: int, scheme: Affine) -> int:
     """Blocks of a row of `columns` weights."""
-    return -(-columns // scheme.block)
+    return -(-columns // block_size(columns, scheme))
 
 
 def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
     """Part name → dtype and elements per row, for rows of `columns` weights."""
     blocks = num_blocks(columns, scheme)
+    padded = blocks * block_size(columns, scheme)
     shapes: dict[str, tuple[str, int]] = {
-        "data": ("uint8", blocks * scheme.block * scheme.bits // 8),
-        "scales": ("float32", blocks),
+        "data": ("uint8", packed_width(padded, scheme.bits)),
+        "scales": (scheme.scale, blocks),
     }
     if not scheme.symmetric:
-        shapes["zero_points"] = ("uint8", -(-blocks * scheme.bits // 8))
+        shapes["zero_points"] = ("uint8", packed_width(blocks, scheme.bits))
     return shapes
 
 
 def encode(rows: np.ndarray, scheme: Affine) -> Parts:
-    """Quantizes rows [n, K] of any float dtype; each row stands for itself."""
+    """Quantizes rows [n, K] of any float dtype; each row stands for itself.
+
+    Raises:
+        RequestError: a weight that float16 scales cannot reach.
+    """
     count, columns = rows.shape
-    blocks = num_blocks(columns, scheme)
-    padded = np.zeros((count, blocks * scheme.block), np.float32)
+    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    padded = np.zeros((count, blocks * block), np.float32)
     padded[:, :columns] = rows
-    weights = padded.reshape(count, blocks, scheme.block)
+    weights = padded.reshape(count, blocks, block)
     choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
-    scales, zeros = choose(weights, scheme.bits)
+    scales, zeros = choose(weights, scheme)
 
     weights *= np.reciprocal(scales)[..., None]
     np.rint(weights, out=weights)
     weights += zeros[..., None]
     np.clip(weights, 0, 2**scheme.bits - 1, out=weights)
     parts = {
-        "data": _pack(padded.astype(np.uint8), scheme.bits),
-        "scales": scales,
+        "data": pack(padded.astype(np.uint8), scheme.bits),
+        "scales": scales.astype(scheme.scale),
     }
     if not scheme.symmetric:
-        parts["zero_points"] = _pack(zeros.astype(np.uint8), scheme.bits)
+        parts["zero_points"] = pack(zeros.astype(np.uint8), scheme.bits)
     return parts
 
 
 def decode(parts: Parts, scheme: Affine, columns: int) -> np.ndarray:
     """Rows [n, columns] float32 from rows of the parts."""
-    scales = parts["scales"]
-    blocks = scales.shape[1]
-    shape = (len(scales), blocks, scheme.block)
-    weights = _unpack(parts["data"], scheme.bits).astype(np.float32).reshape(shape)
+    scales = parts["scales"].astype(np.float32)
+    count, blocks = scales.shape
+    shape = (count, blocks, block_size(columns, scheme))
+    levels = unpack(parts["data"], scheme.bits)[:, : shape[1] * shape[2]]
+    weights = levels.astype(np.float32).reshape(shape)
     if scheme.symmetric:
         weights -= 2 ** (scheme.bits - 1)
     else:
-        weights -= _unpack(parts["zero_points"], scheme.bits)[:, :blocks, None]
+        weights -= unpack(parts["zero_points"], scheme.bits)[:, :blocks, None]
     weights *= scales[..., None]
-    return np.ascontiguousarray(weights.reshape(len(scales), blocks * scheme.block)[:, :columns])
+    if scheme.scale == "float16":
+        weights = weights.astype(np.float16).astype(np.float32)
+    return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
 
 
-def _symmetric_scales(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
     """Scales [n, blocks] and the fixed zero point, for weights [n, blocks, block].
 
     The extreme of a block lands on the one level that a two's-complement range has more on one
@@ -83,37 +101,43 @@ def _symmetric_scales(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.nd
     """
     high, low = weights.max(-1), weights.min(-1)
     extreme = np.where(high > -low, high, low)
-    zero = 2 ** (bits - 1)
-    return _nonzero(extreme / np.float32(-zero)), np.full_like(high, zero)
+    zero = 2 ** (scheme.bits - 1)
+    scales = _storable(extreme / np.float32(-zero), scheme.scale, levels=zero)
+    return scales, np.full_like(high, zero)
 
 
-def _asymmetric_scales(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
     """Scales and integer zero points of a range that holds zero and both extremes."""
     high, low = np.maximum(weights.max(-1), 0), np.minimum(weights.min(-1), 0)
-    levels = np.float32(2**bits - 1)
-    scales = _nonzero((high - low) / levels)
+    levels = 2**scheme.bits - 1
+    scales = _storable((high - low) / np.float32(levels), scheme.scale, levels)
     return scales, np.clip(np.rint(-low / scales), 0, levels)
 
 
-def _nonzero(scales: np.ndarray) -> np.ndarray:
-    """A block of zeros gets the scale 1, so that its reciprocal is finite."""
+def _storable(scales: np.ndarray, dtype: FloatDtype, levels: int) -> np.ndarray:
+    """Scales that `dtype` has, as float32.
+
+    A block of zeros gets the scale 1, so that its reciprocal is finite.
+
+    Raises:
+        RequestError: `levels` steps of a scale are more than `dtype` has.
+    """
+    if dtype == "float16":
+        scales = _away_from_zero(scales)
+        with np.errstate(over="ignore"):
+            reach = (np.abs(scales) * np.float32(levels)).astype(np.float16)
+        if not np.isfinite(reach).all():
+            raise RequestError(
+                f"weights of {np.abs(scales).max() * levels:.4g} are more than float16 holds; "
+                "take --compute fp32"
+            )
     return np.where(np.abs(scales) < _TINY, np.float32(1), scales)
 
 
-def _pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes of unsigned values [n, m]: two nibbles to a byte for 4 bits, low nibble first."""
-    if bits == 8:
-        return values
-    if values.shape[1] % 2:
-        values = np.pad(values, ((0, 0), (0, 1)))
-    return values[:, ::2] | (values[:, 1::2] << 4)
-
-
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `_pack`, up to a padding nibble at the end of a row."""
-    if bits == 8:
-        return packed
-    values = np.empty((len(packed), packed.shape[1] * 2), np.uint8)
-    values[:, ::2] = packed & 15
-    values[:, 1::2] = packed >> 4
-    return values
+def _away_from_zero(scales: np.ndarray) -> np.ndarray:
+    """The next float16 of no smaller magnitude; below 2⁻²⁴ it is that, and only zero stays zero."""
+    with np.errstate(over="ignore"):
+        near = scales.astype(np.float16)
+    away = np.nextafter(near, np.copysign(np.float16(np.inf), near))
+    short = np.abs(near.astype(np.float32)) < np.abs(scales)
+    return np.where(short, away, near).astype(np.float32)

@@ -1,17 +1,20 @@
 """The quantization plan: which tensor is stored how."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import QUANTIZABLE, model_tensors
+from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.scheme import (
     BLOCKS,
     Affine,
     Float,
     Ggml,
+    Palette,
     Plan,
     Scheme,
     scheme_from_dict,
@@ -25,30 +28,46 @@ PRECISIONS: dict[str, Scheme] = {
     "int4": Affine(4, 128, symmetric=False),
 }
 """Precision word → scheme of the linears and the embedding, before block and symmetry."""
+COREML_PRECISIONS: dict[str, Scheme] = {
+    "fp32": Float("float32"),
+    "fp16": Float("float16"),
+    "int8": Affine(8, None, symmetric=True),
+    "int4": Affine(4, 32, symmetric=True),
+    "pal4": Palette(),
+}
+"""The same for Core ML, before fitting and dtype."""
 
 _FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
 """What a tensor that is never quantized may be stored as."""
+_BIAS: tuple[Scheme, ...] = (*_FULL, Float("float16"))
+"""What the bias of a linear may be stored as."""
 
 
-def choose_scheme(precision: str, block: int = 128, symmetric: bool | None = None) -> Scheme:
-    """The scheme behind a precision word; `symmetric` None leaves the word's own default.
+def choose_scheme(
+    precision: str,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    words: Mapping[str, Scheme] = PRECISIONS,
+) -> Scheme:
+    """The scheme behind a precision word; None leaves the word's own default.
 
     Raises:
         RequestError: an unknown word, or a block size that is not 32, 64 or 128.
     """
-    if block not in BLOCKS:
+    if block is not None and block not in BLOCKS:
         raise RequestError(
             f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
         )
-    if precision not in PRECISIONS:
-        raise RequestError(
-            f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"
-        )
-    scheme = PRECISIONS[precision]
-    if isinstance(scheme, Float):
+    if precision not in words:
+        raise RequestError(f"unknown precision {precision!r}; expected one of {', '.join(words)}")
+    scheme = words[precision]
+    if not isinstance(scheme, Affine):
         return scheme
-    chosen = {"block": block} | ({} if symmetric is None else {"symmetric": symmetric})
-    return scheme_from_dict(scheme_to_dict(scheme) | chosen)
+    return replace(
+        scheme,
+        block=scheme.block if block is None else block,
+        symmetric=scheme.symmetric if symmetric is None else symmetric,
+    )
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
@@ -60,11 +79,19 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     }
 
 
+def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether the tensor `name` is added to the result of a linear."""
+    weight = tensors.get(name.removesuffix("bias") + "weight")
+    return name.endswith(".bias") and weight is not None and weight.role == "linear"
+
+
 def precision_of(plan: Plan) -> str:
     """The word for a plan: that of the tensor in the fewest bits."""
     scheme = min(plan.values(), key=lambda scheme: scheme.bits_per_weight)
     if isinstance(scheme, Affine):
         return f"int{scheme.bits}"
+    if isinstance(scheme, Palette):
+        return f"pal{scheme.bits}"
     if isinstance(scheme, Ggml):
         return scheme.type
     return next(word for word, other in PRECISIONS.items() if other == scheme)
@@ -93,10 +120,13 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
         )
     plan = {name: _read_scheme(path, name, fields) for name, fields in entries.items()}
     for name, scheme in plan.items():
-        if tensors[name].role not in QUANTIZABLE and scheme not in _FULL:
+        role = tensors[name].role
+        allowed = _BIAS if is_linear_bias(name, tensors) else _FULL
+        if role not in QUANTIZABLE and scheme not in allowed:
+            stays = "float32 or float16" if allowed is _BIAS else "float32"
             raise RequestError(
                 f"the plan {path} stores {name} as {scheme_to_dict(scheme)}; "
-                f"a {tensors[name].role} stays float32 in every format"
+                f"a {role} stays {stays} in every format"
             )
     return plan
 

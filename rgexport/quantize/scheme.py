@@ -7,18 +7,21 @@ from typing import Any, Literal
 from rgexport.errors import RequestError
 from rgexport.quantize.ggml_types import TYPES
 
+FloatDtype = Literal["float32", "float16"]
+_FLOAT_BITS = {"float32": 32.0, "float16": 16.0}
+
 
 @dataclass(frozen=True)
 class Float:
     """Stored as it is, in `dtype`."""
 
-    dtype: Literal["float32", "float16"]
+    dtype: FloatDtype
     kind: Literal["float"] = "float"
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight."""
-        return {"float32": 32.0, "float16": 16.0}[self.dtype]
+        return _FLOAT_BITS[self.dtype]
 
     @property
     def label(self) -> str:
@@ -28,27 +31,53 @@ class Float:
 
 @dataclass(frozen=True)
 class Affine:
-    """Unsigned `bits`-bit integers with one float32 scale per `block` columns of a row.
+    """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
-    `w ≈ (q - zero_point) * scale`; a symmetric scheme has the zero point `2**(bits - 1)`
-    everywhere, an asymmetric one stores an integer zero point per block.
+    `w ≈ (q - zero_point) * scale`, with q unsigned; a symmetric scheme has the zero point
+    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. Where
+    scales are float16, the product is rounded to float16 too, as it is where it is computed.
     """
 
     bits: Literal[4, 8]
-    block: Literal[32, 64, 128]
+    block: int | None
     symmetric: bool
+    scale: FloatDtype = "float32"
     algorithm: Literal["rtn"] = "rtn"
     kind: Literal["affine"] = "affine"
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales and zero points included."""
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block
+        """Bits of storage per weight, scales and zero points of blocks included."""
+        if self.block is None:
+            return float(self.bits)
+        zero_point = 0 if self.symmetric else self.bits
+        return self.bits + (_FLOAT_BITS[self.scale] + zero_point) / self.block
 
     @property
     def label(self) -> str:
-        """For people: `int4/128` or `int8/32 asym`."""
-        return f"int{self.bits}/{self.block}" + ("" if self.symmetric else " asym")
+        """For people: `int4/128`, `int8/row` or `int8/32 asym`."""
+        return f"int{self.bits}/{self.block or 'row'}" + ("" if self.symmetric else " asym")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """`bits`-bit indices into a table of `2**bits` values that `group` rows share."""
+
+    bits: Literal[4] = 4
+    group: int = 16
+    lut: FloatDtype = "float16"
+    algorithm: Literal["kmeans"] = "kmeans"
+    kind: Literal["palette"] = "palette"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight; the tables are not counted."""
+        return float(self.bits)
+
+    @property
+    def label(self) -> str:
+        """For people: `pal4/16`."""
+        return f"pal{self.bits}/{self.group}"
 
 
 @dataclass(frozen=True)
@@ -69,26 +98,38 @@ class Ggml:
         return self.type
 
 
-Scheme = Float | Affine | Ggml
+Scheme = Float | Affine | Palette | Ggml
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
 BLOCKS = (32, 64, 128)
-"""Weights that may share a scale."""
+"""Block sizes that a user may ask for."""
 
-_KINDS: dict[str, type[Float] | type[Affine] | type[Ggml]] = {
+_KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
     "float": Float,
     "affine": Affine,
+    "palette": Palette,
     "ggml": Ggml,
 }
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "dtype": ("float16", "float32"),
-    "bits": (4, 8),
-    "block": BLOCKS,
-    "symmetric": (False, True),
-    "algorithm": ("rtn",),
-    "type": tuple(TYPES),
+_SIZES = range(1, 1 << 31)
+_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "float": {"dtype": tuple(_FLOAT_BITS)},
+    "affine": {
+        "bits": (4, 8),
+        "block": (None, _SIZES),
+        "symmetric": (False, True),
+        "scale": tuple(_FLOAT_BITS),
+        "algorithm": ("rtn",),
+    },
+    "palette": {
+        "bits": (4,),
+        "group": (_SIZES,),
+        "lut": tuple(_FLOAT_BITS),
+        "algorithm": ("kmeans",),
+    },
+    "ggml": {"type": tuple(TYPES)},
 }
+"""Kind → field → what it may be: a value, or a whole number in a range."""
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
@@ -109,10 +150,9 @@ def scheme_from_dict(fields: Any) -> Scheme:
         )
     rest = {key: value for key, value in fields.items() if key != "kind"}
     for key, value in rest.items():
-        allowed = _ALLOWED.get(key, ())
-        # JSON's 32.0 and 1 equal 32 and true, but are not what may be stored.
-        if not any(value == a and type(value) is type(a) for a in allowed):
-            expected = ", ".join(map(str, allowed)) or "no such field"
+        allowed = _ALLOWED[kind].get(key, ())
+        if not any(_matches(value, one) for one in allowed):
+            expected = ", ".join(map(_shown, allowed)) or "no such field"
             raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
     try:
         return _KINDS[kind](**rest)
@@ -122,3 +162,16 @@ def scheme_from_dict(fields: Any) -> Scheme:
             f"a scheme of kind {kind} has {', '.join(rest) or 'no fields'}; "
             f"expected {', '.join(known)}"
         ) from None
+
+
+def _matches(value: Any, allowed: Any) -> bool:
+    # JSON's 32.0 and 1 equal 32 and true, but are not what may be stored.
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
+    return type(value) is type(allowed) and value == allowed
+
+
+def _shown(allowed: Any) -> str:
+    if isinstance(allowed, range):
+        return "a whole number from 1 on"
+    return "null" if allowed is None else str(allowed)

@@ -24,7 +24,7 @@ from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.environment import cpu
 from rgexport.runtimes.peak_memory import peak_rss_bytes
 from rgexport.runtimes.roofline import ReadSpeed, roofline, seconds
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import Session, SessionInfo
 
 MOST = 1 << 24
 """The largest length or depth."""
@@ -90,9 +90,12 @@ class Trial:
         """A length after which an engine has allocated what it needs."""
         return min(self.length, PIECE) if self.kind == "pp" else 1
 
-    def readings(self, prefill_chunk: int) -> int:
+    def readings(self, info: SessionInfo) -> int:
         """How often the engine reads all weights."""
-        return -(-self.length // prefill_chunk) if self.kind == "pp" else self.length
+        if self.kind != "pp":
+            return self.length
+        chunks, rest = divmod(self.length, info.prefill_chunk)
+        return chunks + (rest if info.whole_chunks else min(rest, 1))
 
 
 def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = None) -> list[Row]:
@@ -147,7 +150,7 @@ class Measuring:
 
     def _result(self, trial: Trial, depth: int, rates: list[float], speeds: list[float]) -> Row:
         info = self.session.info
-        per_token = info.weight_bytes * trial.readings(info.prefill_chunk) / trial.length
+        per_token = info.weight_bytes * trial.readings(info) / trial.length
         rate, read_speed = mean(rates), median(speeds)
         return Row(
             test=trial.name,

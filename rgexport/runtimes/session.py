@@ -22,6 +22,10 @@ class SessionInfo:
     """Bytes of state of one sequence."""
     prefill_chunk: int
     """Most tokens of a prefill that share one reading of the weights."""
+    chunk_logits: bool = True
+    """Whether a chunk gives the logits of all its tokens; if not, those are taken one by one."""
+    whole_chunks: bool = False
+    """Whether tokens that do not fill a chunk are taken one by one."""
 
 
 class Session(Protocol):

@@ -1,5 +1,6 @@
 """Runs an artifact and its references over one text, side by side, and measures."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from rgexport.griffin.state import State
 from rgexport.progress import task
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
 from rgexport.validate.states import StateError, same_position, state_errors
 from rgexport.validate.teacher import Pass
@@ -16,7 +17,8 @@ LOGITS_BYTES = 256 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
 STEPS = 8
-"""The last tokens are taken once as a chunk and once more one by one."""
+"""The last tokens are taken once as a chunk and once more one by one; so many, and a chunk more
+where it has a fixed length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,14 @@ class Measurement:
     same_position: bool
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The logits of the last tokens of a chunk, [n, vocab], and the state behind it."""
+
+    logits: np.ndarray
+    state: State
+
+
 def measure(
     session: Session,
     tokens: np.ndarray,
@@ -60,6 +70,9 @@ def measure(
 
     The session takes the tokens in chunks and carries its state from one to the next, so what
     is compared is what a long conversation computes. Logits exist for one block at a time.
+
+    Where a chunk has a fixed length, or gives one row of logits, it is the steps that are compared
+    with the references there, and a chunk with the steps.
     """
     references = [twin] if original is None else [twin, original]
     rows: list[list[np.ndarray]] = [[] for _ in references]
@@ -68,9 +81,11 @@ def measure(
     tail = np.empty((0, session.vocab_size), np.float32)
 
     session.reset()
+    again = max(0, len(tokens) - _taken_again(session.info))
     with task("Comparing", len(tokens), "tokens") as advance:
-        for start, stop in _blocks(len(tokens), session.vocab_size):
-            before = session.get_state()
+        for start, stop in _blocks(again, len(tokens), _block_size(session)):
+            if start == again:
+                before = session.get_state()
             tail = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
             for reference, found in zip(references, rows, strict=True):
                 expected = reference.logits(start, stop)
@@ -84,18 +99,28 @@ def measure(
     return Measurement(
         twin=comparisons[0],
         original=comparisons[1] if original is not None else None,
-        steps=_compare_steps(session, tokens, before, tail, state),
+        steps=_equivalence(session, tokens[again:], before, Chunk(tail, state)),
         same_position=same_position(twin.state, state),
     )
 
 
-def _blocks(length: int, vocab_size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of positions that fit into the memory meant for logits; the last is for the steps."""
-    size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * vocab_size)))
-    last = max(0, length - STEPS)
-    for start in range(0, last, size):
-        yield start, min(start + size, last)
-    yield last, length
+def _taken_again(info: SessionInfo) -> int:
+    """How many of the last tokens are taken twice."""
+    return STEPS + (info.prefill_chunk if info.whole_chunks else 0)
+
+
+def _block_size(session: Session) -> int:
+    """Positions whose logits fit into the memory meant for them; whole chunks where it can be."""
+    size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
+    chunk = session.info.prefill_chunk
+    return size - size % chunk if session.info.whole_chunks and size > chunk else size
+
+
+def _blocks(again: int, length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Blocks of positions, of up to `size`; one begins at `again`."""
+    for first, last in ((0, again), (again, length)):
+        for start in range(first, last, size):
+            yield start, min(start + size, last)
 
 
 def _compare(rows: np.ndarray, expected: State, state: State, text_bytes: int | None) -> Comparison:
@@ -108,16 +133,32 @@ def _compare(rows: np.ndarray, expected: State, state: State, text_bytes: int | 
     )
 
 
-def _compare_steps(
-    session: Session, tokens: np.ndarray, before: State, chunk: np.ndarray, state: State
-) -> Equivalence:
-    """Goes back to the state `before` and takes the tokens behind `chunk` [n, V] one by one."""
+def _equivalence(session: Session, tokens: np.ndarray, before: State, chunk: Chunk) -> Equivalence:
+    """Goes back to the state `before` and takes the tokens of `chunk` one by one.
+
+    Where only whole chunks are chunks, that may not have been one: it is then taken again, and a
+    text that is too short for one is repeated.
+    """
+    if session.info.whole_chunks:
+        tokens = np.resize(tokens, _taken_again(session.info))
+        session.set_state(before)
+        chunk = _take_whole_chunk(session, tokens)
     session.set_state(before)
-    count = len(chunk)
-    stepped = np.stack([session.step(token[None])[0] for token in tokens[-count:]])
-    rows = metrics.compare_logits(chunk, stepped, np.full(count, -1))
+    last = deque((session.step(token[None])[0] for token in tokens), maxlen=len(chunk.logits))
+    rows = metrics.compare_logits(chunk.logits, np.stack(last), np.full(len(last), -1))
     return Equivalence(
-        tokens=count,
+        tokens=len(tokens),
         logits=metrics.logit_error(rows),
-        states=state_errors(state, session.get_state()),
+        states=state_errors(chunk.state, session.get_state()),
     )
+
+
+def _take_whole_chunk(session: Session, tokens: np.ndarray) -> Chunk:
+    """Takes a chunk with as many logits as it gives, and the tokens behind it."""
+    known = min(session.info.prefill_chunk, _block_size(session))
+    count = known if session.info.chunk_logits else 1
+    logits = [
+        session.prefill(part[None], num_logits=wanted)[0]
+        for part, wanted in ((tokens[:-STEPS], count), (tokens[-STEPS:], STEPS))
+    ]
+    return Chunk(np.concatenate(logits), session.get_state())

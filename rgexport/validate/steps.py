@@ -1,32 +1,91 @@
 """The distance between neighbouring values that a scheme can store, at each weight of a tensor."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.scheme import Affine, Ggml, Scheme
+from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
 from rgexport.validate import ggml_steps
 
 _AS_GOOD_AS_ZERO = 2.0**-100
 """No integer step is taken for smaller than this: such weights may be stored as zeros."""
 
 
-def step_sizes(name: str, w: np.ndarray, stored: StoredTensor) -> np.ndarray:
-    """The step at each of the weights [rows, columns], from them and the way of storing alone."""
+@dataclass(frozen=True)
+class Yardstick:
+    """What the error of the weights [rows, columns] of a slab is measured by.
+
+    Attributes:
+        step: at each weight; where rows are `grouped`, of each group, [groups, 1].
+        limit: the magnitude, at each weight, beyond which it may be stored as the outermost
+            level; None where no level is missing.
+        grouped: rows share their values, which are chosen for the least squared error: no weight
+            by itself need be near to one of them, but the whole group is.
+    """
+
+    step: np.ndarray
+    limit: np.ndarray | None = None
+    grouped: bool = False
+
+    def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The error against what the outermost levels allow.
+
+        Some schemes have one level less on one side, so a value beyond it may be stored as that
+        level. Which side that is, is the encoder's choice: the smaller error counts.
+        """
+        if self.limit is None:
+            return error
+        beyond = w - np.clip(w, -self.limit, self.limit)
+        return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)
+
+    def largest(self, error: np.ndarray) -> float:
+        """The largest error in steps: of a weight, or the root mean square of a group."""
+        if self.grouped:
+            groups = error.reshape(len(self.step), -1).astype(np.float64)
+            error = np.sqrt(np.square(groups).mean(1, keepdims=True))
+        return float((np.abs(error) / self.step).max(initial=0))
+
+
+def yardstick(name: str, w: np.ndarray, stored: StoredTensor) -> Yardstick:
+    """The steps of the weights [rows, columns], from them and the way of storing alone.
+
+    The rows are whole groups of `rows_together`.
+    """
     scheme = stored.scheme
     if isinstance(scheme, Affine):
-        return _affine_steps(w, scheme)
-    if isinstance(scheme, Ggml):
-        return _ggml_steps(name, w, scheme.type)
-    return _float_steps(w, *_FLOATS[scheme.dtype])
-
-
-def _ggml_steps(name: str, w: np.ndarray, kind: str) -> np.ndarray:
+        return _affine(w, scheme)
+    if isinstance(scheme, Palette):
+        return _palette(w, scheme)
     for end, steps in ggml_steps.TRANSFORMED.items():
         if name.endswith(end):
-            return steps(w)
-    if kind in ggml_steps.BLOCKS:
-        return ggml_steps.block_steps(w, ggml_steps.BLOCKS[kind])
-    return _float_steps(w, *ggml_steps.FLOATS[kind])
+            return Yardstick(steps(w))
+    if isinstance(scheme, Float):
+        return Yardstick(_float_steps(w, *_FLOATS[scheme.dtype]))
+    return _ggml(w, scheme.type)
+
+
+def rows_together(scheme: Scheme) -> int:
+    """How many rows have one yardstick."""
+    return scheme.group if isinstance(scheme, Palette) else 1
+
+
+def is_searched(scheme: Scheme, weighted: bool) -> bool:
+    """Whether levels are chosen for the least squared error, not for each weight."""
+    if not isinstance(scheme, Ggml):
+        return isinstance(scheme, Palette)
+    blocks = ggml_steps.BLOCKS.get(scheme.type)
+    if blocks is None:
+        return False
+    return blocks.grouped > 0 or (weighted and blocks.below < ggml_steps.BLOCKS["q8_0"].below)
+
+
+def _ggml(w: np.ndarray, kind: str) -> Yardstick:
+    blocks = ggml_steps.BLOCKS.get(kind)
+    if blocks is None:
+        return Yardstick(_float_steps(w, *ggml_steps.FLOATS[kind]))
+    step = ggml_steps.block_steps(w, blocks)
+    return Yardstick(step, step * np.float32(blocks.below - 1) if blocks.clips else None)
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -39,54 +98,52 @@ def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
     return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
 
 
-def _affine_steps(w: np.ndarray, scheme: Affine) -> np.ndarray:
+def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
     """A block's range over the number of steps in it.
 
     Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
     asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
     """
-    starts = np.arange(0, w.shape[1], scheme.block)
+    block = scheme.block or w.shape[1]
+    starts = np.arange(0, w.shape[1], block)
     high = np.maximum.reduceat(w, starts, axis=1)
     low = np.minimum.reduceat(w, starts, axis=1)
+    below = 2 ** (scheme.bits - 1)
     if scheme.symmetric:
-        step = np.maximum(high, -low) / np.float32(2 ** (scheme.bits - 1))
+        exact = np.maximum(high, -low) / np.float32(below)
     else:
-        step = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
-    step = np.maximum(step, np.float32(_AS_GOOD_AS_ZERO))
-    return np.repeat(step, scheme.block, axis=1)[:, : w.shape[1]]
+        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
+    exact = np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO))
+    step = _spread(exact, block, w)
+    limit = step * np.float32(below - 1) if scheme.symmetric else None
+    if scheme.scale == "float16":
+        # the scale is rounded up, and its product with the integer to nearest
+        step = _spread(exact + _spacing(exact), block, w)
+        step = step + _spacing(np.abs(w) + step)
+    return Yardstick(step, limit)
 
 
-def without_clipping(
-    error: np.ndarray, w: np.ndarray, step: np.ndarray, scheme: Scheme
-) -> np.ndarray:
-    """The error against what the outermost levels allow.
+def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
+    """Twice the rms error of even levels from the least to the largest weight of a group.
 
-    Some schemes have one level less on one side, so a value beyond it may be stored as that
-    level. Which side that is, is the encoder's choice: the smaller error counts.
+    With those, rounding is off by half a step of `max_steps`; the least squared error is less.
     """
-    levels = _levels_that_clip(scheme)
-    if not levels:
-        return error
-    limit = step * np.float32(levels)
-    beyond = w - np.clip(w, -limit, limit)
-    return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)
+    groups = w.reshape(len(w) // scheme.group, -1).astype(np.float64)
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    even = np.maximum((high - low) / (2**scheme.bits - 1), _AS_GOOD_AS_ZERO)
+    error = groups - low
+    error -= np.rint(error / even) * even
+    largest = np.maximum(high, -low)
+    rounded = _spacing(largest) if scheme.lut == "float16" else largest * 2.0**-23
+    step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
+    return Yardstick(np.maximum(step, _AS_GOOD_AS_ZERO), grouped=True)
 
 
-def _levels_that_clip(scheme: Scheme) -> int:
-    """Levels on the side that has one less; 0 where both have as many."""
-    if isinstance(scheme, Affine):
-        return 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 0
-    blocks = _blocks(scheme)
-    return blocks.below - 1 if blocks and blocks.clips else 0
+def _spread(blocks: np.ndarray, block: int, w: np.ndarray) -> np.ndarray:
+    """The value of a weight's block, at each weight."""
+    return np.repeat(blocks, block, axis=1)[:, : w.shape[1]]
 
 
-def is_searched(scheme: Scheme, weighted: bool) -> bool:
-    """Whether levels are chosen for the least squared error, not for each weight."""
-    blocks = _blocks(scheme)
-    if blocks is None:
-        return False
-    return blocks.grouped > 0 or (weighted and blocks.below < ggml_steps.BLOCKS["q8_0"].below)
-
-
-def _blocks(scheme: Scheme) -> ggml_steps.Blocks | None:
-    return ggml_steps.BLOCKS.get(scheme.type) if isinstance(scheme, Ggml) else None
+def _spacing(values: np.ndarray) -> np.ndarray:
+    """At least the distance between float16s around positive values."""
+    return np.maximum(values * values.dtype.type(2.0**-10), values.dtype.type(2.0**-24))

@@ -18,7 +18,8 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import task
-from rgexport.validate.steps import is_searched, step_sizes, without_clipping
+from rgexport.quantize.scheme import Palette
+from rgexport.validate.steps import is_searched, rows_together, yardstick
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
@@ -34,7 +35,8 @@ class WeightError:
     every scale is 2 % too large; clipping: the part of `projection - 1` that comes from values
     beyond the outermost level of their block; max_steps: max |W−Ŵ| in steps, clipping apart;
     searched: whether the levels of a block were chosen for the least squared error, so that some
-    weights clip and all are a little too small.
+    weights clip and all are a little too small; grouped: whether groups of rows share their
+    levels, and max_steps is the largest root mean square of W−Ŵ in one of them.
     """
 
     name: str
@@ -45,6 +47,7 @@ class WeightError:
     clipping: float
     max_steps: float
     searched: bool = False
+    grouped: bool = False
 
 
 def weight_errors(
@@ -99,16 +102,17 @@ def tensor_error(
     """Compares two tensors of one shape in row slabs; the sums are float64."""
     row_values = math.prod(stored.shape[1:])
     sums, steps = np.zeros(4), 0.0
-    for start, stop in slab_bounds(stored.shape[0], 4 * row_values, _SLAB_BYTES):
+    together = rows_together(stored.scheme)
+    for start, stop in slab_bounds(stored.shape[0], 4 * row_values, _SLAB_BYTES, together):
         w, twin_w = (
             t.read(start, stop).astype(np.float32, copy=False).reshape(stop - start, row_values)
             for t in (original, twin)
         )
         with np.errstate(invalid="ignore", over="ignore"):
-            error, step = twin_w - w, step_sizes(name, w, stored)
-            rounding = without_clipping(error, w, step, stored.scheme)
+            error, measure = twin_w - w, yardstick(name, w, stored)
+            rounding = measure.without_clipping(error, w)
             sums += _products(w, error, rounding)
-            steps = max_or_nan(steps, (np.abs(rounding) / step).max(initial=0))
+            steps = max_or_nan(steps, measure.largest(rounding))
         advance(w.nbytes)
     square, along, along_rounding, error_square = sums.tolist()
     return WeightError(
@@ -119,6 +123,7 @@ def tensor_error(
         projection=1 + _ratio(along, square),
         clipping=_ratio(along - along_rounding, square),
         max_steps=steps,
+        grouped=isinstance(stored.scheme, Palette),
     )
 
 

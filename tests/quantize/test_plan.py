@@ -6,12 +6,29 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.plan import choose_scheme, load_plan, make_plan, precision_of
-from rgexport.quantize.scheme import Affine, Float, Ggml, Plan, scheme_to_dict
+from rgexport.quantize.plan import (
+    COREML_PRECISIONS,
+    choose_scheme,
+    load_plan,
+    make_plan,
+    precision_of,
+)
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Palette,
+    Plan,
+    Scheme,
+    scheme_from_dict,
+    scheme_to_dict,
+)
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["irregular"]
 LINEAR = "layers.0.mlp_block.up_proj.weight"
+LINEAR_BIAS = "layers.0.mlp_block.up_proj.bias"
+CONV_BIAS = "layers.0.temporal_block.conv_1d.bias"
 
 
 def _plan() -> Plan:
@@ -43,10 +60,17 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         ({LINEAR: {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}}, "block = 32.0"),
         ({LINEAR: {"kind": "affine", "bits": 4, "block": 32, "symmetric": 0}}, "symmetric = 0"),
         ({LINEAR: {"kind": "affine", "bits": 4}}, "expected bits, block, symmetric"),
-        ({LINEAR: {"kind": "palette"}}, "kind 'palette'"),
+        ({LINEAR: {"kind": "codebook"}}, "kind 'codebook'"),
+        ({LINEAR: {"kind": "affine", "bits": 4, "block": 0, "symmetric": True}}, "block = 0"),
+        ({LINEAR: {"kind": "affine", "bits": 4, "block": True, "symmetric": True}}, "block = True"),
+        ({LINEAR: {"kind": "palette", "bits": 8}}, "bits = 8"),
+        ({LINEAR: {"kind": "palette", "algorithm": "rtn"}}, "algorithm = 'rtn'; expected kmeans"),
+        ({LINEAR: {"kind": "palette", "group": None}}, "a whole number"),
         ({LINEAR: "int4"}, "kind None"),
         ({"final_norm.weight": {"kind": "float", "dtype": "float16"}}, "stays float32"),
         ({"final_norm.weight": {"kind": "ggml", "type": "f16"}}, "stays float32"),
+        ({CONV_BIAS: {"kind": "float", "dtype": "float16"}}, "stays float32"),
+        ({LINEAR_BIAS: {"kind": "palette"}}, "stays float32 or float16"),
         ({LINEAR: {"kind": "ggml", "type": "q4_k_m"}}, "type = 'q4_k_m'"),
         ({"layers.9.mlp_block.up_proj.weight": {}}, "layers.9"),
     ],
@@ -62,6 +86,32 @@ def test_a_plan_is_called_by_its_coarsest_tensor(word: str) -> None:
     scheme = choose_scheme(word)
     assert precision_of(make_plan(CONFIG, scheme, scheme)) == word
     assert precision_of(make_plan(CONFIG, scheme, Float("float32"))) == word
+
+
+def test_a_palette_gives_a_plan_its_name() -> None:
+    plan = make_plan(CONFIG, Palette(), Affine(8, None, symmetric=True))
+    assert precision_of(plan) == "pal4"
+    assert choose_scheme("pal4", words=COREML_PRECISIONS) == Palette()
+    with pytest.raises(RequestError, match="expected one of fp32, fp16, int8, int4$"):
+        choose_scheme("pal4")
+
+
+def test_a_plan_may_have_the_schemes_of_core_ml(tmp_path: Path) -> None:
+    """As `inspect --json` prints them."""
+    schemes: dict[str, Scheme] = {
+        LINEAR: Palette(group=7, lut="float32"),
+        "layers.0.mlp_block.gate_proj.weight": Affine(4, 10, symmetric=True, scale="float16"),
+        "embed_tokens.weight": Affine(8, None, symmetric=False, scale="float16"),
+        LINEAR_BIAS: Float("float16"),
+    }
+    changes = {name: scheme_to_dict(scheme) for name, scheme in schemes.items()}
+    plan = load_plan(_written(tmp_path, changes), CONFIG)
+    assert {name: plan[name] for name in schemes} == schemes
+
+
+def test_a_scheme_of_an_older_manifest_has_float32_scales() -> None:
+    older = {"kind": "affine", "bits": 4, "block": 32, "symmetric": True, "algorithm": "rtn"}
+    assert scheme_from_dict(older) == Affine(4, 32, symmetric=True, scale="float32")
 
 
 def test_a_plan_may_be_of_ggml_types(tmp_path: Path) -> None:

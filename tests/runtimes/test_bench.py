@@ -86,6 +86,13 @@ def test_a_chunk_shares_one_reading_of_the_weights(session):
     assert [row.deviation for row in rows] == [0, 0, 0]
 
 
+def test_what_fills_no_chunk_may_be_taken_one_by_one(session):
+    session.info = replace(session.info, whole_chunks=True)
+    rows = measured(session, iter(lambda: 100.0, None), prompts=(3, CHUNK + 2), repetitions=1)
+    expected = [WEIGHTS, 3 * WEIGHTS / (CHUNK + 2)]
+    assert [row.bytes_per_token for row in rows[:2]] == pytest.approx(expected)
+
+
 def test_every_repetition_starts_at_its_depth(session, monkeypatch):
     monkeypatch.setattr(bench, "PIECE", 4)
     speeds = iter(lambda: 100.0, None)

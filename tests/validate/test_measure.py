@@ -4,7 +4,7 @@ import pytest
 from rgexport.griffin.state import POSITION
 from rgexport.validate import measure as module
 from rgexport.validate.measure import measure
-from tests.validate.toys import MEMORY, VOCAB, ToySession, toy_pass
+from tests.validate.toys import MEMORY, VOCAB, Fault, ToySession, WholeChunksSession, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
 
@@ -108,3 +108,46 @@ def test_the_state_before_the_last_block_is_restored() -> None:
     session = ToySession()
     measure(session, TOKENS, toy_pass(TOKENS))
     assert session.get_state()[POSITION].tolist() == [len(TOKENS)]
+
+
+@pytest.mark.parametrize("chunk_logits", [True, False])
+@pytest.mark.parametrize("length", [1, 5, 64, 71, 72, 100, 300])
+def test_a_chunk_of_fixed_length_is_taken_whatever_the_text(
+    length: int, chunk_logits: bool
+) -> None:
+    tokens = np.resize(TOKENS, length)
+    session = WholeChunksSession(chunk_logits=chunk_logits)
+    found = measure(session, tokens, toy_pass(tokens))
+    assert session.chunks.count(64) >= 1
+    assert found.steps.tokens == 72
+    assert found.twin.logits.relative_max < 1e-6
+    assert found.steps.logits.relative_max < 1e-6
+    assert found.steps.states[0].relative_max < 1e-6
+    assert found.same_position
+
+
+def test_a_text_is_taken_in_whole_chunks_where_these_give_all_logits() -> None:
+    session = WholeChunksSession(chunk_logits=True)
+    measure(session, np.resize(TOKENS, 1000), toy_pass(np.resize(TOKENS, 1000)))
+    assert session.chunks.count(64) == 928 // 64 + 1 + 1, "text, last tokens, and those again"
+
+
+def _wrong_logits(session: ToySession, logits: np.ndarray) -> np.ndarray:
+    return 2 * logits
+
+
+def _lost_state(session: ToySession, logits: np.ndarray) -> np.ndarray:
+    session.h *= np.float32(0)
+    return logits
+
+
+@pytest.mark.parametrize("chunk_logits", [True, False])
+@pytest.mark.parametrize("length", [20, 100])
+@pytest.mark.parametrize("fault", [_wrong_logits, _lost_state])
+def test_a_wrong_program_for_chunks_is_seen(fault: Fault, length: int, chunk_logits: bool) -> None:
+    """Also where the text itself was taken without it."""
+    session = WholeChunksSession(chunk_logits=chunk_logits, chunk_fault=fault)
+    found = measure(session, TOKENS[:length], toy_pass(TOKENS[:length]))
+    assert found.steps.logits.relative_max > 0.1
+    if length == 20 or not chunk_logits:
+        assert found.twin.logits.relative_max < 1e-6

@@ -6,7 +6,7 @@ import pytest
 
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.quantize.plan import choose_scheme, make_plan
+from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate import thresholds
 from rgexport.validate.thresholds import Check
@@ -28,6 +28,13 @@ class Asked:
 def asked(linear: str, embedding: str, compute: str = "fp32", exact: bool = False) -> Manifest:
     plan = make_plan(CONFIG, choose_scheme(linear), choose_scheme(embedding))
     return cast(Manifest, Asked(compute, exact, plan))
+
+
+def asked_coreml(linear: str, embedding: str, compute: str) -> Manifest:
+    words = COREML_PRECISIONS
+    schemes = (choose_scheme(word, words=words) for word in (linear, embedding))
+    plan = make_plan(CONFIG, *schemes)
+    return cast(Manifest, Asked(compute, True, plan))
 
 
 def asked_gguf(linear: str, embedding: str) -> Manifest:
@@ -66,6 +73,10 @@ def test_a_gguf_file_is_judged_by_the_type_that_rounds_most(
         (asked("int8", "int8"), 0.3),
         (asked("fp32", "int4"), 0.3),
         (asked("int4", "int4", "fp16"), 0.3),
+        (asked_coreml("fp32", "fp32", "fp32"), 5e-4),
+        (asked_coreml("int4", "int8", "fp32"), 5e-4),
+        (asked_coreml("fp16", "fp16", "fp16"), 2e-2),
+        (asked_coreml("pal4", "int8", "fp16"), 2e-2),
     ],
 )
 def test_the_tolerance_follows_from_the_arithmetic(manifest: Manifest, logits: float) -> None:
@@ -85,7 +96,12 @@ def test_the_coarsest_storage_decides_what_is_a_ruin(
     linear: str, embedding: str, storage: str
 ) -> None:
     assert thresholds.coarsest(asked(linear, embedding)) == storage
+    assert thresholds.coarsest(asked_coreml(linear, embedding, "fp16")) == storage
     assert storage in thresholds.ORIGINAL_RMS
+
+
+def test_a_palette_is_as_coarse_as_its_bits() -> None:
+    assert thresholds.coarsest(asked_coreml("pal4", "int8", "fp16")) == "int4"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A model of two lines, as a session and as a reference, and a tokenizer of characters."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ class ToySession(Toy):
     """The toy as a session; `fault(session, logits)` may spoil both."""
 
     vocab_size = VOCAB
-    info = SessionInfo("toy", "1", 1, "float32", 1, 1, 64)
+    info = SessionInfo("toy", "1", 1, "float32", 1, 1, prefill_chunk=64)
 
     def __init__(self, seed: int = 0, fault: Fault | None = None) -> None:
         super().__init__(seed)
@@ -81,6 +82,35 @@ class ToySession(Toy):
     def set_state(self, state: State) -> None:
         """A copy."""
         self.h, self.position = state[MEMORY].copy(), state[POSITION].copy()
+
+
+class WholeChunksSession(ToySession):
+    """One that has a program for a token and one for 64, of which the latter may be wrong.
+
+    `chunk_fault` spoils what that one gives; `chunk_logits` as in `SessionInfo`.
+    """
+
+    def __init__(self, *, chunk_logits: bool, chunk_fault: Fault | None = None) -> None:
+        super().__init__()
+        self.info = dataclasses.replace(
+            ToySession.info, chunk_logits=chunk_logits, whole_chunks=True
+        )
+        self.chunk_fault = chunk_fault
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes whole chunks where they give all logits that are wanted, and single tokens."""
+        size, count = self.info.prefill_chunk, tokens.shape[1]
+        alone = 0 if self.info.chunk_logits else num_logits - 1
+        found = []
+        start = 0
+        while start < count:
+            whole = start + size <= count - alone
+            stop = start + (size if whole else 1)
+            self.fault = self.chunk_fault if whole else None
+            logits = super().prefill(tokens[:, start:stop], stop - start)
+            found.append(logits if self.info.chunk_logits else logits[:, -1:])
+            start = stop
+        return np.concatenate(found, 1)[:, -num_logits:]
 
 
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import math
 import platform
-import re
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -18,19 +16,16 @@ from rgexport.export.gguf.manifest import EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
+from rgexport.export.origin import folder_of, origin_of
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.sizes import SIZES
 
 MANIFEST_KEY = "rgexport.manifest"
 CONTEXT_LENGTH = 1 << 20
 """A state of fixed size knows no longest text; llama.cpp's converter gives Mamba as much."""
-
-_CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 << 14
-_HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,47 +66,23 @@ def _general(checkpoint: Checkpoint) -> Iterator[Value]:
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Licence and source, as far as the checkpoint's place, name and model card tell them."""
-    hub_id = _hub_id(checkpoint)
-    page = f"https://huggingface.co/{hub_id}"
-    source = {"source.url": page, "source.huggingface.repository": hub_id} if hub_id else {}
-    if hub_id not in _RELEASED:
-        return {"license": _licence(_folder(checkpoint) / "README.md"), **source}
+    """Licence and source."""
+    origin = origin_of(checkpoint)
+    page = f"https://huggingface.co/{origin.hub_id}"
+    source: dict[str, str | None] = (
+        {"source.url": page, "source.huggingface.repository": origin.hub_id}
+        if origin.hub_id
+        else {}
+    )
+    if not origin.released:
+        return {"license": origin.licence, **source}
     return {
         "organization": "Google",
-        "license": "gemma",
+        "license": origin.licence,
         "license.name": "Gemma Terms of Use",
         "license.link": "https://ai.google.dev/gemma/terms",
         **source,
     }
-
-
-_RELEASED = {size.hub_id for size in SIZES.values()}
-
-
-def _hub_id(checkpoint: Checkpoint) -> str | None:
-    for part in reversed(checkpoint.path.parts):
-        if match := _HUB_CACHE.fullmatch(part):
-            return f"{match['owner']}/{match['name']}"
-    # A copy of a hub's folder keeps its name; DeepMind's own files are called 2b-it.pt.
-    prefix = "" if checkpoint.name.startswith(ARCHITECTURE) else f"{ARCHITECTURE}-"
-    name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
-    return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
-
-
-def _folder(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-
-
-def _licence(card: Path) -> str | None:
-    """What the YAML head of a model card says."""
-    try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
-    except OSError:
-        return None
-    found = re.search(r"^license: *([\w.-]+) *$", head[1], re.MULTILINE) if head else None
-    return found[1] if found else None
 
 
 def _architecture(c: GriffinConfig) -> Iterator[Value]:
@@ -177,7 +148,7 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
 
 def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
     """The checkpoint's own, or Gemma's for a model that was tuned for it but came without."""
-    if found := read_chat_template(_folder(checkpoint)):
+    if found := read_chat_template(folder_of(checkpoint)):
         return found[0]
     has_turns = vocabulary.end_of_turn_id is not None
     return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None

@@ -1,95 +1,56 @@
 """The tensors of a Griffin model in a GGUF file: names, shapes, and what is done to their values.
 
-Names follow llama.cpp's for other hybrids. What a graph would compute again for every token is
-computed once: norms are stored with their 1, the RG-LRU's parameter as the factor of its gate,
-and the gates' blocks transposed, because ggml multiplies by rows.
+Names follow llama.cpp's for other hybrids. Beside what `transforms` computes once, the gates'
+blocks are transposed, because ggml multiplies by rows.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.griffin.config import RG_LRU_C, GriffinConfig
+from rgexport.export.transforms import DECAY, NORM, PLAIN, Shape, Transform
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
-
-Shape = tuple[int, ...]
-_Values = Callable[[np.ndarray], np.ndarray]
-
-
-def _same(rows: np.ndarray) -> np.ndarray:
-    return rows
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Between rows as a checkpoint has them and as the file has them; float32 on both sides.
-
-    `store` and `restore` take and give rows of the canonical shape; `shape` is what the file
-    says that the shape is, of the same values in the same order.
-    """
-
-    store: _Values = _same
-    restore: _Values = _same
-    shape: Callable[[Shape], Shape] = lambda shape: shape
-    exact: bool = True
-    """Whether `restore` undoes `store` to the last bit."""
-
-
-def _decay(a_param: np.ndarray) -> np.ndarray:
-    """-8 softplus(p), in float64 and rounded once."""
-    p = a_param.astype(np.float64)
-    softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
-    return (RG_LRU_C * softplus).astype(np.float32)
-
-
-def _a_param(decay: np.ndarray) -> np.ndarray:
-    """The inverse of softplus is log(exp(s) - 1) = s + log(1 - exp(-s))."""
-    softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
-    return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
 
 
 def _transposed(blocks: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks.swapaxes(1, 2))
 
 
-_PLAIN = Transform()
-_NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1), exact=False)
-_DECAY = Transform(_decay, _a_param, exact=False)
 _GATE = Transform(_transposed, _transposed)
 _CONV = Transform(shape=lambda shape: (shape[0], shape[2]))
 _GATE_BIAS = Transform(shape=lambda shape: (shape[0] * shape[1],))
 
 _GLOBAL: dict[str, tuple[str, Transform]] = {
-    EMBEDDING: ("token_embd.weight", _PLAIN),
-    "final_norm.weight": ("output_norm.weight", _NORM),
+    EMBEDDING: ("token_embd.weight", PLAIN),
+    "final_norm.weight": ("output_norm.weight", NORM),
 }
 _LAYER: dict[str, tuple[str, Transform]] = {
-    "temporal_pre_norm.weight": ("attn_norm.weight", _NORM),
-    "channel_pre_norm.weight": ("ffn_norm.weight", _NORM),
-    "mlp_block.gate_proj.weight": ("ffn_gate.weight", _PLAIN),
-    "mlp_block.gate_proj.bias": ("ffn_gate.bias", _PLAIN),
-    "mlp_block.up_proj.weight": ("ffn_up.weight", _PLAIN),
-    "mlp_block.up_proj.bias": ("ffn_up.bias", _PLAIN),
-    "mlp_block.down_proj.weight": ("ffn_down.weight", _PLAIN),
-    "mlp_block.down_proj.bias": ("ffn_down.bias", _PLAIN),
-    "temporal_block.q_proj.weight": ("attn_q.weight", _PLAIN),
-    "temporal_block.k_proj.weight": ("attn_k.weight", _PLAIN),
-    "temporal_block.v_proj.weight": ("attn_v.weight", _PLAIN),
-    "temporal_block.o_proj.weight": ("attn_output.weight", _PLAIN),
-    "temporal_block.o_proj.bias": ("attn_output.bias", _PLAIN),
-    "temporal_block.linear_x.weight": ("ssm_in.weight", _PLAIN),
-    "temporal_block.linear_x.bias": ("ssm_in.bias", _PLAIN),
-    "temporal_block.linear_y.weight": ("attn_gate.weight", _PLAIN),
-    "temporal_block.linear_y.bias": ("attn_gate.bias", _PLAIN),
-    "temporal_block.linear_out.weight": ("ssm_out.weight", _PLAIN),
-    "temporal_block.linear_out.bias": ("ssm_out.bias", _PLAIN),
+    "temporal_pre_norm.weight": ("attn_norm.weight", NORM),
+    "channel_pre_norm.weight": ("ffn_norm.weight", NORM),
+    "mlp_block.gate_proj.weight": ("ffn_gate.weight", PLAIN),
+    "mlp_block.gate_proj.bias": ("ffn_gate.bias", PLAIN),
+    "mlp_block.up_proj.weight": ("ffn_up.weight", PLAIN),
+    "mlp_block.up_proj.bias": ("ffn_up.bias", PLAIN),
+    "mlp_block.down_proj.weight": ("ffn_down.weight", PLAIN),
+    "mlp_block.down_proj.bias": ("ffn_down.bias", PLAIN),
+    "temporal_block.q_proj.weight": ("attn_q.weight", PLAIN),
+    "temporal_block.k_proj.weight": ("attn_k.weight", PLAIN),
+    "temporal_block.v_proj.weight": ("attn_v.weight", PLAIN),
+    "temporal_block.o_proj.weight": ("attn_output.weight", PLAIN),
+    "temporal_block.o_proj.bias": ("attn_output.bias", PLAIN),
+    "temporal_block.linear_x.weight": ("ssm_in.weight", PLAIN),
+    "temporal_block.linear_x.bias": ("ssm_in.bias", PLAIN),
+    "temporal_block.linear_y.weight": ("attn_gate.weight", PLAIN),
+    "temporal_block.linear_y.bias": ("attn_gate.bias", PLAIN),
+    "temporal_block.linear_out.weight": ("ssm_out.weight", PLAIN),
+    "temporal_block.linear_out.bias": ("ssm_out.bias", PLAIN),
     "temporal_block.conv_1d.weight": ("ssm_conv1d.weight", _CONV),
-    "temporal_block.conv_1d.bias": ("ssm_conv1d.bias", _PLAIN),
-    "temporal_block.rg_lru.recurrent_param": ("ssm_a", _DECAY),
+    "temporal_block.conv_1d.bias": ("ssm_conv1d.bias", PLAIN),
+    "temporal_block.rg_lru.recurrent_param": ("ssm_a", DECAY),
     "temporal_block.rg_lru.input_gate_weight": ("rg_lru_input_gate.weight", _GATE),
     "temporal_block.rg_lru.input_gate_bias": ("rg_lru_input_gate.bias", _GATE_BIAS),
     "temporal_block.rg_lru.recurrent_gate_weight": ("rg_lru_a_gate.weight", _GATE),

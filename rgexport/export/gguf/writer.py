@@ -6,9 +6,7 @@ The header is gguf-py's; it is told of the tensors without ever seeing one.
 import hashlib
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +18,12 @@ from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import Value
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice
+from rgexport.export.storage import SLAB_BYTES, in_order
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.processors import usable_processors
 from rgexport.progress import Advance
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT
-
-_SLAB_BYTES = 1 << 20
-"""Of source weights: a slab and its float32 form stay in the processor's cache."""
-_WORKERS = min(8, usable_processors())
-_IN_FLIGHT = 3 * _WORKERS
-"""Slabs that are in the making, or wait for their turn to be written."""
 
 
 def data_bytes(choice: Choice) -> int:
@@ -73,10 +65,10 @@ def write_file(
     """
     _write_header(path, values, choice)
     digest = hashlib.sha256()
-    with path.open("r+b") as file, ThreadPoolExecutor(_WORKERS) as pool:
+    with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(bytes(_padding(file.tell())))
-        for stored, source_bytes in _in_order(pool, _jobs(choice, weights)):
+        for stored, source_bytes in in_order(_jobs(choice, weights)):
             file.write(stored)
             digest.update(stored)
             advance(source_bytes)
@@ -120,7 +112,7 @@ def _jobs(choice: Choice, weights: WeightSource) -> Iterator[_Job]:
     for tensor in choice.tensors:
         kind, source = choice.types[tensor.name], weights[tensor.canonical]
         importance = choice.importances.get(tensor.name)
-        for start, stop in slab_bounds(source.shape[0], source.row_bytes, _SLAB_BYTES):
+        for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
             yield partial(_encode, tensor, source, start, stop, kind, importance)
         yield partial(_pad, _tensor_bytes(tensor, kind))
 
@@ -144,14 +136,3 @@ def _encode(
     except RequestError as error:
         raise RequestError(f"{tensor.canonical}: {error}") from None
     return stored.tobytes(), rows.nbytes
-
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[_Job]) -> Iterator[tuple[bytes, int]]:
-    """Results in the order of the jobs, of which only a few are in the making."""
-    pending: deque[Future[tuple[bytes, int]]] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > _IN_FLIGHT:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.program import Node, Value
-from rgexport.quantize.affine import num_blocks
+from rgexport.quantize.affine import block_size, num_blocks
 from rgexport.quantize.scheme import Affine
 
 
@@ -30,13 +30,13 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
     of blocks before ONNX Runtime 1.27. A stored row is padded to whole blocks; the rest is cut off.
     """
     columns = table.size(1)
-    blocks = num_blocks(columns, scheme)
+    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
 
     def gather(part: str) -> ir.Value:
         return g.op("Gather", g.part(table, part), ids)
 
     levels = _unpack(g, gather("data"), scheme.bits)
-    levels = g.op("Reshape", g.cast(levels, "float32"), g.constant([0, 0, blocks, scheme.block]))
+    levels = g.op("Reshape", g.cast(levels, "float32"), g.constant([0, 0, blocks, block]))
     zero_points = g.constant(2 ** (scheme.bits - 1), "float32")
     if not scheme.symmetric:
         packed = _unpack(g, gather("zero_points"), scheme.bits)
@@ -44,8 +44,8 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
         zero_points = g.op("Unsqueeze", zero_points, g.constant([3]))
     scales = g.op("Unsqueeze", gather("scales"), g.constant([3]))
     rows = g.op("Mul", g.op("Sub", levels, zero_points), scales)
-    rows = g.op("Reshape", rows, g.constant([0, 0, blocks * scheme.block]))
-    return rows if blocks * scheme.block == columns else g.slice(rows, 0, columns, 2)
+    rows = g.op("Reshape", rows, g.constant([0, 0, blocks * block]))
+    return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
 
 
 def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
@@ -89,7 +89,8 @@ def _quantized_linear(
 ) -> ir.Value:
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     rows, columns = weight.size(0), weight.size(1)
-    blob = (num_blocks(columns, scheme), scheme.block * scheme.bits // 8)
+    block = block_size(columns, scheme)
+    blob = (num_blocks(columns, scheme), block * scheme.bits // 8)
     y = g.op(
         "MatMulNBits",
         g.cast(x, "float32"),
@@ -102,7 +103,7 @@ def _quantized_linear(
         K=columns,
         N=rows,
         bits=scheme.bits,
-        block_size=scheme.block,
+        block_size=block,
         accuracy_level=g.accuracy_level,
     )
     return g.typed(y, "float32")

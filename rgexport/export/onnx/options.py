@@ -6,7 +6,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import ACTIVATIONS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
-from rgexport.quantize.scheme import Ggml, Plan
+from rgexport.quantize.scheme import BLOCKS, Affine, Float, Ggml, Plan, Scheme
 
 DEFAULT_PRECISION, DEFAULT_BLOCK = "fp32", 128
 
@@ -34,18 +34,15 @@ class OnnxOptions:
         """Refuses contradictions.
 
         Raises:
-            RequestError: a plan beside an option that it replaces, a plan for GGUF, or an
-                unknown compute word.
+            RequestError: a plan beside an option that it replaces, a plan for another
+                format, or an unknown compute word.
         """
         given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
         if self.plan is not None and given:
             words = ", ".join(name.replace("_", " ") for name in given)
             raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
         for name, scheme in (self.plan or {}).items():
-            if isinstance(scheme, Ggml):
-                raise RequestError(
-                    f"the plan stores {name} as {scheme.label}, which only GGUF files have"
-                )
+            _require_known(name, scheme)
         if self.compute is not None and self.compute not in ACTIVATIONS:
             expected = ", ".join(ACTIVATIONS)
             raise RequestError(f"--compute is {self.compute!r}; expected one of {expected}")
@@ -72,3 +69,16 @@ class OnnxOptions:
         words = (self.precision_word, self.embedding_precision or self.precision_word)
         linear, embedding = (choose_scheme(word, block, self.symmetric) for word in words)
         return make_plan(config, linear, embedding)
+
+
+def _require_known(name: str, scheme: Scheme) -> None:
+    if isinstance(scheme, Ggml):
+        raise RequestError(f"the plan stores {name} as {scheme.label}, which only GGUF files have")
+    known = isinstance(scheme, Float) or (
+        isinstance(scheme, Affine) and scheme.block in BLOCKS and scheme.scale == "float32"
+    )
+    if not known:
+        raise RequestError(
+            f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected blocks "
+            f"of {', '.join(map(str, BLOCKS))} weights with float32 scales"
+        )

@@ -3,7 +3,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Affine, Float, Ggml
+from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["regular"]
@@ -55,4 +55,20 @@ def test_unknown_words() -> None:
 def test_a_plan_for_gguf_is_refused() -> None:
     plan = make_plan(CONFIG, Ggml("q4_k"), Ggml("q6_k"))
     with pytest.raises(RequestError, match=r"embed_tokens\.weight as q6_k, which only GGUF"):
+        OnnxOptions(plan=plan)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Affine(4, 16, symmetric=True),
+        Affine(8, None, symmetric=True),
+        Affine(4, 32, symmetric=True, scale="float16"),
+        Palette(),
+    ],
+    ids=lambda scheme: scheme.label,
+)
+def test_a_plan_for_core_ml_is_refused(scheme: Scheme) -> None:
+    plan = make_plan(CONFIG, Float("float32"), scheme)
+    with pytest.raises(RequestError, match=r"embed_tokens\.weight as \S+, which ONNX does not"):
         OnnxOptions(plan=plan)

@@ -1,0 +1,78 @@
+"""Makes an artifact's folder: what all formats that are one have in common."""
+
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rgexport import __version__
+from rgexport.atomic import check_target, replace_folder, require_free_disk
+from rgexport.export.artifact import record_files, remember_verified, replaceable
+from rgexport.export.card import write_card
+from rgexport.export.manifest import Manifest, Source, write_manifest
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checks import FileHashes, require_sound
+from rgexport.griffin.tokenizer_files import TOKENIZERS
+from rgexport.progress import warn
+
+_GRAPH_BYTES = 16 << 20
+"""Upper bound of everything in the folder but the weights and the tokenizer."""
+
+WriteModel = Callable[[Path, dict[str, Any]], Manifest]
+"""Writes the model into a folder; gets the fields of a manifest that do not depend on the format,
+and gives the manifest, but for the hashes of the files."""
+
+
+def export_folder(
+    checkpoint: Checkpoint,
+    target: Path,
+    write_model: WriteModel,
+    *,
+    data_bytes: int,
+    tools: Iterable[str],
+    force: bool,
+) -> Path:
+    """Makes the folder `target`, which appears when it is complete.
+
+    Args:
+        checkpoint: where the weights and the tokenizer come from.
+        target: the folder.
+        write_model: writes what the format has.
+        data_bytes: size of the weights as they will be stored.
+        tools: packages whose versions are worth noting.
+        force: whether an earlier artifact may be replaced.
+
+    Raises:
+        RequestError: an unsound checkpoint (all problems at once), a target that exists or
+            cannot be written, too little disk, or whatever `write_model` finds.
+    """
+    check_target(target, force=force, replaceable=replaceable)
+    if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
+        warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
+    tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
+    require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
+    hashes = require_sound(checkpoint)
+
+    with replace_folder(target, force=force, replaceable=replaceable) as folder:
+        manifest = write_model(folder, _common(checkpoint, hashes, tools))
+        for path in checkpoint.tokenizer_files:
+            shutil.copyfile(path, folder / path.name)
+        write_card(folder, manifest)
+        manifest = manifest.with_files(record_files(folder))
+        write_manifest(folder, manifest)
+    remember_verified(target, manifest)
+    return target
+
+
+def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) -> dict[str, Any]:
+    ours = {"rgexport": __version__, "python": platform.python_version()}
+    return {
+        "name": checkpoint.name,
+        "created_with": ours | {name: version(name) for name in tools},
+        "source": Source(checkpoint.layout, checkpoint.name, hashes),
+        "config": checkpoint.config,
+        "instruction_tuned": checkpoint.instruction_tuned,
+        "files": {},
+    }

@@ -1,0 +1,60 @@
+"""Who made a checkpoint and on which terms, as far as its place, name and model card tell."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.sizes import SIZES
+
+_CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 << 14
+_HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_RELEASED = {size.hub_id for size in SIZES.values()}
+_PREFIX = "recurrentgemma"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Words as the hub has them, such as `google/recurrentgemma-2b` and `gemma`."""
+
+    hub_id: str | None
+    licence: str | None
+
+    @property
+    def released(self) -> bool:
+        """Whether it is one of Google's own models."""
+        return self.hub_id in _RELEASED
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """What can be told of a checkpoint."""
+    hub_id = _hub_id(checkpoint)
+    if hub_id in _RELEASED:
+        return Origin(hub_id, "gemma")
+    return Origin(hub_id, _licence(folder_of(checkpoint) / "README.md"))
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """The folder that the checkpoint is, or lies in."""
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _hub_id(checkpoint: Checkpoint) -> str | None:
+    for part in reversed(checkpoint.path.parts):
+        if match := _HUB_CACHE.fullmatch(part):
+            return f"{match['owner']}/{match['name']}"
+    # A copy of a hub's folder keeps its name; DeepMind's own files are called 2b-it.pt.
+    prefix = "" if checkpoint.name.startswith(_PREFIX) else f"{_PREFIX}-"
+    name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
+    return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
+
+
+def _licence(card: Path) -> str | None:
+    """What the YAML head of a model card says."""
+    try:
+        with card.open(encoding="utf-8", errors="replace") as file:
+            head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
+    except OSError:
+        return None
+    found = re.search(r"^license: *([\w.-]+) *$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None

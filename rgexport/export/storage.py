@@ -1,0 +1,154 @@
+"""Where each weight lies in a data file, and the writer that fills it: what the formats share.
+
+The layout is known before the first weight is read. The writer then streams: a slab is read,
+encoded and written at its own offset, several slabs at a time.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.processors import usable_processors
+from rgexport.progress import task
+from rgexport.quantize.affine import Parts
+from rgexport.quantize.scheme import Plan, Scheme
+
+SLAB_BYTES = 1 << 20
+"""Of source weights; its float32 form fits the L2 cache, which makes encoding 2x faster."""
+_WORKERS = min(8, usable_processors())
+_IN_FLIGHT = 3 * _WORKERS
+"""Slabs that are in the making, or wait for their turn."""
+
+Shape = tuple[int, ...]
+Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
+"""Shape and scheme of a tensor → part name → dtype and shape."""
+Encode = Callable[[str, np.ndarray, StoredTensor], Parts]
+"""A tensor's name, rows of it as the checkpoint has them, and how it is stored → its parts."""
+_Result = TypeVar("_Result")
+
+
+def aligned(size: int, alignment: int) -> int:
+    """The first multiple of `alignment` from `size` on."""
+    return -(-size // alignment) * alignment
+
+
+@dataclass
+class Places:
+    """Hands out places in a data file, one after another; `size` is what is taken so far.
+
+    Every part begins at a multiple of `alignment`, after `header` bytes of its own.
+    """
+
+    file: str
+    alignment: int
+    size: int = 0
+    header: int = 0
+
+    def tensors(
+        self, plan: Plan, shapes: Mapping[str, Shape], layouts: Layouts
+    ) -> dict[str, StoredTensor]:
+        """Places for all tensors, in the plan's order."""
+        return {
+            name: StoredTensor(shapes[name], scheme, self._parts(layouts(shapes[name], scheme)))
+            for name, scheme in plan.items()
+        }
+
+    def _parts(self, layouts: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredPart]:
+        return {name: self._part(*layout) for name, layout in layouts.items()}
+
+    def _part(self, dtype: str, shape: Shape) -> StoredPart:
+        offset = aligned(self.size, self.alignment) + self.header
+        part = StoredPart(self.file, offset, dtype, shape)
+        self.size = part.offset + part.nbytes
+        return part
+
+
+def fill(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    weights: WeightSource,
+    encode: Encode,
+    written: Callable[[str, Parts], None] = lambda name, parts: None,
+) -> None:
+    """Writes every weight to its place in the file `path`, which exists.
+
+    `written` is told of every slab of a tensor in order, though several are in the making.
+
+    Raises:
+        RequestError: a weight that its scheme cannot hold.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    total = sum(weights[name].nbytes for name in tensors)
+    slabs = (
+        partial(_write_slab, path, name, stored, weights[name], encode, *bounds)
+        for name, stored in tensors.items()
+        for bounds in slab_bounds(
+            stored.shape[0], weights[name].row_bytes, SLAB_BYTES, stored.rows_together
+        )
+    )
+    with task("Writing the weights", total) as advance:
+        for name, parts, source_bytes in in_order(slabs):
+            written(name, parts)
+            advance(source_bytes)
+
+
+def _write_slab(
+    path: Path,
+    name: str,
+    stored: StoredTensor,
+    source: RowTensor,
+    encode: Encode,
+    start: int,
+    stop: int,
+) -> tuple[str, Parts, int]:
+    """Encodes and writes rows `start` to `stop`; gives them, and the bytes that were read."""
+    rows = source.read(start, stop)
+    parts = {
+        label: np.ascontiguousarray(array) for label, array in encode(name, rows, stored).items()
+    }
+    # A file handle of its own, since `pwrite` does not exist everywhere.
+    with open(path, "r+b") as file:
+        for label, array in parts.items():
+            file.seek(stored.row_offset(label, start))
+            file.write(array.reshape(-1).view(np.uint8).data)
+    return name, parts, rows.nbytes
+
+
+def encode_float(name: str, rows: np.ndarray, dtype: str) -> Parts:
+    """Rows in another float dtype.
+
+    Raises:
+        RequestError: a weight that the dtype cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        stored = rows.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise RequestError(
+            f"{name} holds {np.abs(rows).max():.4g}, more than {dtype} can: "
+            "store it in another precision"
+        )
+    return {"data": stored}
+
+
+def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:
+    """Results of jobs that run on several threads, in their order.
+
+    Only a few are in the making or wait to be taken, so that memory stays bounded.
+    """
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for job in jobs:
+            pending.append(pool.submit(job))
+            if len(pending) > _IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

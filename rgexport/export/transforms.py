@@ -1,0 +1,54 @@
+"""What is done to the values of a weight before it is stored, and how it is undone.
+
+What a graph would compute again for every token is computed once: norms are stored with their 1,
+the RG-LRU's parameter as the factor of its gate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.griffin.config import RG_LRU_C
+
+Shape = tuple[int, ...]
+_Values = Callable[[np.ndarray], np.ndarray]
+
+
+def _same(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Between rows as a checkpoint has them and as the file has them; float32 on both sides.
+
+    `store` and `restore` take and give rows of the canonical shape; `shape` is what the file
+    says that the shape is, of the same values in the same order.
+    """
+
+    store: _Values = _same
+    restore: _Values = _same
+    shape: Callable[[Shape], Shape] = lambda shape: shape
+    exact: bool = True
+    """Whether `restore` undoes `store` to the last bit."""
+
+
+def _decay(a_param: np.ndarray) -> np.ndarray:
+    """-8 softplus(p), in float64 and rounded once."""
+    p = a_param.astype(np.float64)
+    softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
+    return (RG_LRU_C * softplus).astype(np.float32)
+
+
+def _a_param(decay: np.ndarray) -> np.ndarray:
+    """The inverse of softplus is log(exp(s) - 1) = s + log(1 - exp(-s))."""
+    softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
+    return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
+
+
+PLAIN = Transform()
+NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1), exact=False)
+"""1 + w."""
+DECAY = Transform(_decay, _a_param, exact=False)
+"""-8 softplus(p)."""

@@ -1,0 +1,89 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, largest_divisor, with_dtype
+from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+
+affines = st.builds(
+    Affine,
+    st.sampled_from([4, 8]),
+    st.one_of(st.none(), st.integers(1, 200)),
+    symmetric=st.booleans(),
+    scale=st.sampled_from(["float16", "float32"]),
+)
+palettes = st.builds(Palette, group=st.integers(1, 64), lut=st.sampled_from(["float16", "float32"]))
+shapes = st.tuples(st.integers(1, 500), st.integers(1, 500))
+
+
+@given(affines, shapes)
+def test_blocks_divide_rows(asked: Affine, shape: tuple[int, int]) -> None:
+    columns = shape[1]
+    scheme = fitted(asked, shape)
+    assert isinstance(scheme, Affine)
+    block = scheme.block or columns
+    assert columns % block == 0
+    assert scheme.bits == (8 if columns % 2 else asked.bits)
+    assert (scheme.symmetric, scheme.scale) == (asked.symmetric, asked.scale)
+    if scheme.bits == 4:
+        packed_zeros = not scheme.symmetric
+        assert not (packed_zeros and columns // block % 2), "an even number of zero points"
+        whole = columns // 2 if packed_zeros else columns
+    else:
+        whole = columns
+    limit = min(asked.block or columns, whole)
+    better = [b for b in range(max(block, SMALLEST_BLOCK - 1) + 1, limit + 1) if whole % b == 0]
+    assert block == whole or not better, "the largest that fits"
+    assert block <= limit or block == whole
+
+
+@given(palettes, shapes)
+def test_groups_divide_rows(asked: Palette, shape: tuple[int, int]) -> None:
+    scheme = fitted(asked, shape)
+    if shape[1] % 2:
+        assert scheme == Affine(8, None, symmetric=True, scale=asked.lut)
+        return
+    assert isinstance(scheme, Palette) and scheme.lut == asked.lut
+    assert shape[0] % scheme.group == 0 and scheme.group <= asked.group
+    assert not any(shape[0] % g == 0 for g in range(scheme.group + 1, asked.group + 1))
+
+
+@given(st.one_of(affines, palettes, st.just(Float("float16"))), shapes)
+def test_what_fits_stays(asked: Scheme, shape: tuple[int, int]) -> None:
+    once = fitted(asked, shape)
+    assert fitted(once, shape) == once
+
+
+@pytest.mark.parametrize(
+    ("asked", "columns", "expected"),
+    [
+        (Affine(4, 32, symmetric=True), 2560, Affine(4, 32, symmetric=True)),
+        (Affine(4, 32, symmetric=True), 2570, Affine(4, 10, symmetric=True)),
+        (Affine(4, 32, symmetric=True), 2 * 1283, Affine(4, None, symmetric=True)),
+        (Affine(4, 32, symmetric=True), 32, Affine(4, None, symmetric=True)),
+        (Affine(4, 32, symmetric=False), 96, Affine(4, 24, symmetric=False)),
+        (Affine(4, 32, symmetric=False), 2 * 1283, Affine(4, 1283, symmetric=False)),
+        (Affine(4, None, symmetric=False), 64, Affine(4, 32, symmetric=False)),
+        (Affine(4, 32, symmetric=True), 45, Affine(8, 15, symmetric=True)),
+        (Affine(8, None, symmetric=True), 45, Affine(8, None, symmetric=True)),
+    ],
+)
+def test_examples(asked: Affine, columns: int, expected: Affine) -> None:
+    assert fitted(asked, (7, columns)) == expected
+
+
+def test_floats_fit_every_shape() -> None:
+    assert fitted(Float("float16"), (3, 1, 4)) == Float("float16")
+
+
+@given(st.integers(1, 2000), st.integers(1, 100))
+def test_largest_divisor(number: int, limit: int) -> None:
+    found = largest_divisor(number, limit)
+    assert number % found == 0 and 1 <= found <= limit
+    assert all(number % other for other in range(found + 1, min(number, limit) + 1))
+
+
+def test_the_dtype_of_scales_and_tables() -> None:
+    assert with_dtype(Affine(4, 32, symmetric=True), "float16").scale == "float16"
+    assert with_dtype(Palette(), "float32").lut == "float32"
+    assert with_dtype(Float("float32"), "float16") == Float("float32")
