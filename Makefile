@@ -52,5 +52,5 @@ $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install -q -e '.[export]' --group dev
+	$(BIN)/python -m pip install -q -e '.[export,coreml]' --group dev
 	touch $@

@@ -1,9 +1,10 @@
 """Export and decode at a released model's size, with a synthetic checkpoint.
 
-    python -m bench.run [2b|9b] [int4|int8|…|q4_0|q4_k_m|…]
+    python -m bench.run [2b|9b] [int4|int8|…|q4_0|q4_k_m|…] [onnx|coreml]
 
-A word of `--precision` makes an ONNX artifact, a `--type` a GGUF file (which takes `make llama`).
-Prints one JSON object: seconds and peak memory of the export, and a row of `rgexport bench`.
+A word of `--precision` makes an ONNX artifact or a Core ML package, a `--type` a GGUF file (which
+takes `make llama`). Prints one JSON object: seconds, peak memory and size of the export, and a row
+of `rgexport bench`, but for Core ML where there is no Mac to run it.
 """
 
 import json
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rgexport.progress import note
-from rgexport.quantize.plan import PRECISIONS
+from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.runtimes.bench import BenchRequest, bench_artifact
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.peak_memory import peak_bytes
@@ -28,29 +29,40 @@ START = "from rgexport.cli import main; main()"
 
 def main() -> None:
     """Runs everything; what was made is kept for the next run, except the artifact."""
-    size, precision = (*sys.argv[1:], *("2b", "int4")[len(sys.argv) - 1 :])
+    size, precision, kind = (*sys.argv[1:], *("2b", "int4", "onnx")[len(sys.argv) - 1 :])
     FOLDER.mkdir(parents=True, exist_ok=True)
     checkpoint = FOLDER / f"{size}-random"
     if not checkpoint.exists():
         command("random", "--size", size, "-o", checkpoint)
-    target, *asked = request(checkpoint, precision)
+    target, *asked = request(checkpoint, precision, kind)
     export = command(*asked, "-m", checkpoint, "-o", target, "--force")
     result = {
         "size": size,
         "precision": precision,
         "environment": environment(),
-        "export": export,
-        "decode": [asdict(row) for row in bench_artifact(target, DECODE)],
+        "export": export | {"bytes": size_of(target)},
+        "decode": [asdict(row) for row in bench_artifact(target, DECODE)] if runs(target) else [],
     }
     print(json.dumps(result, indent=1))
 
 
-def request(checkpoint: Path, precision: str) -> tuple[Path, str, str, str]:
+def request(checkpoint: Path, precision: str, kind: str) -> tuple[Path, str, str, str]:
     """Where the artifact goes, and the verb that makes it with its options."""
     target = f"{checkpoint}-{precision}"
-    if precision in PRECISIONS:
-        return Path(target), "onnx", "--precision", precision
+    if precision in COREML_PRECISIONS:
+        return Path(f"{target}-{kind}"), kind, "--precision", precision
     return Path(f"{target}.gguf"), "gguf", "--type", precision
+
+
+def size_of(artifact: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    files = [artifact] if artifact.is_file() else artifact.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def runs(artifact: Path) -> bool:
+    """Whether this machine is one for the artifact; an interpreter's speed says nothing."""
+    return not artifact.name.endswith("-coreml") or sys.platform == "darwin"
 
 
 def command(*arguments: str | Path) -> dict[str, float]:

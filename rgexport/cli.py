@@ -14,8 +14,8 @@ from rgexport import __version__, progress
 from rgexport.errors import RequestError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
-CONVERTERS = ("torch", "onnx", "onnx_ir")
-"""What the core install lacks."""
+CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
+"""What the core install lacks, and the extra that brings it."""
 FORMS = "table", "md", "json", "csv"
 SIZES = "demo|2b|2b-it|9b|9b-it"
 _FOLDER = click.Path(path_type=Path)
@@ -60,9 +60,11 @@ def run(arguments: list[str]) -> int:
     except (click.ClickException, RequestError) as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in CONVERTERS:
+        package = (error.name or "").split(".")[0]
+        if package not in CONVERTERS:
             raise
-        return _fail(f"this command needs {error.name}: pip install 'rgexport[export]'")
+        extra = CONVERTERS[package]
+        return _fail(f"this command needs {package}: pip install 'rgexport[{extra}]'")
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
 
@@ -99,6 +101,13 @@ output_options = _options(
     click.option("-o", "--output", type=_FOLDER, help="The folder to make."),
     click.option("--force", is_flag=True, help="Replace an earlier one."),
 )
+width_options = _options(
+    click.option("--int4", is_flag=True, help="Same as --precision int4."),
+    click.option("--int8", is_flag=True, help="Same as --precision int8."),
+)
+plan_option = click.option(
+    "--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints."
+)
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
@@ -121,8 +130,7 @@ def rgexport(context: click.Context) -> None:
 
 @rgexport.command()
 @model_options
-@click.option("--int4", is_flag=True, help="Same as --precision int4.")
-@click.option("--int8", is_flag=True, help="Same as --precision int8.")
+@width_options
 @click.option("--precision", metavar="fp32|fp16|int8|int4", help="Of weights. [default: fp32]")
 @click.option(
     "--compute",
@@ -137,10 +145,59 @@ def rgexport(context: click.Context) -> None:
     metavar="WORD",
     help="Of the embedding, which is the head too. [default: as --precision]",
 )
-@click.option("--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints.")
+@plan_option
 @output_options
 @verbose
-def onnx(
+def onnx(**request: Any) -> None:
+    """Exports a checkpoint to ONNX."""
+    from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+
+    _export_folder("onnx", OnnxOptions, export_onnx, **request)
+
+
+@rgexport.command()
+@model_options
+@width_options
+@click.option("--precision", metavar="fp32|fp16|int8|int4|pal4", help="[default: fp16]")
+@click.option(
+    "--compute",
+    metavar="fp32|fp16",
+    help="Of linears and attention. [default: fp16, or fp32 with fp32 weights]",
+)
+@click.option("--block-size", type=int, help="32, 64 or 128. [default: 32; int8: a row]")
+@click.option("--symmetric/--asymmetric", default=None, help="[default: symmetric]")
+@click.option(
+    "--embedding-precision",
+    metavar="WORD",
+    help="Of the embedding, which is the head too. [default: int8 for 4 bits, or as --precision]",
+)
+@plan_option
+@click.option("--prefill-length", type=int, default=128, show_default=True, help="Tokens a call.")
+@click.option("--all-logits", is_flag=True, help="Prefill gives those of every token.")
+@click.option(
+    "--recurrent-state",
+    metavar="io|hilo",
+    default="io",
+    show_default=True,
+    help="Goes in and out as float32, or is kept as two float16 states.",
+)
+@output_options
+@verbose
+def coreml(**request: Any) -> None:
+    """Exports a checkpoint to Core ML, for iOS 18 and macOS 15.
+
+    The package has two functions, decode for one token and prefill for many, that share weights
+    and states.
+    """
+    from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+
+    _export_folder("coreml", CoreMLOptions, export_coreml, **request)
+
+
+def _export_folder(
+    kind: str,
+    options_of: Callable[..., Any],
+    export: Callable[..., Path],
     model: str | None,
     size: str | None,
     window: int | None,
@@ -153,23 +210,22 @@ def onnx(
     force: bool,
     **options: Any,
 ) -> None:
-    """Exports a checkpoint to ONNX."""
+    """What the commands that make a folder have in common; `options` are the format's own."""
     from rgexport.atomic import check_target
     from rgexport.export.artifact import Artifact, replaceable
     from rgexport.export.describe import as_text, describe
-    from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
     from rgexport.export.request import closing_line, default_target, precision_word
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
-    options["precision"] = precision_word(precision, int4, int8)
+    options["precision"] = precision_word(precision, int4, int8, kind)
     if output:
         check_target(output, force=force, replaceable=replaceable)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
-    asked = OnnxOptions(**options)
-    target = output or default_target(checkpoint.name, asked.precision_word, "onnx")
-    artifact = Artifact.open(export_onnx(checkpoint, asked, target, force=force))
+    asked = options_of(**options)
+    target = output or default_target(checkpoint.name, asked.precision_word, kind)
+    artifact = Artifact.open(export(checkpoint, asked, target, force=force))
     progress.detail(as_text(describe(str(target))))
     click.echo(closing_line(artifact))
 
@@ -202,7 +258,7 @@ def onnx(
     help="Of the embedding, which is the head too. [default: as the mix has it]",
 )
 @click.option("--imatrix", type=_FOLDER, help="Importances, made by llama-imatrix.")
-@click.option("--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints.")
+@plan_option
 @click.option("-o", "--output", type=_FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @verbose
@@ -326,9 +382,9 @@ def bench(
 @click.option("--verify", is_flag=True, help="Read every byte: values, or hashes.")
 @verbose
 def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) -> int:
-    """Shows what a checkpoint or an artifact holds, and all that is wrong with it.
+    """Shows what a checkpoint, an artifact or a .mlpackage holds, and all that is wrong with it.
 
-    The exit code is 1 where a checkpoint has problems.
+    The exit code is 1 where a checkpoint or a package has problems.
     """
     from rgexport.export.describe import as_json, as_text, describe
 

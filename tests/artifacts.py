@@ -7,6 +7,8 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
@@ -26,13 +28,28 @@ def export_random(
     **options: Any,
 ) -> tuple[Artifact, Weights]:
     """Exports a random model of shape `config`; returns the artifact and the original weights."""
-    weights = random_weights(config, slowest=slowest)
-    model = folder / "model"
-    if not model.exists():
-        write_hugging_face(config, weights, model)
-    target = folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
+    model, weights = _random_model(config, folder, slowest)
     asked = OnnxOptions(precision=precision, **options)
+    target = _target(folder, precision, options)
     return Artifact.open(export_onnx(open_checkpoint(model), asked, target)), weights
+
+
+def export_random_coreml(
+    config: GriffinConfig,
+    folder: Path,
+    precision: str = "fp32",
+    *,
+    slowest: float = 1e-4,
+    **options: Any,
+) -> tuple[Artifact, Weights]:
+    """The same as a Core ML package."""
+    pytest.importorskip("coremltools")
+    model, weights = _random_model(config, folder, slowest)
+    asked = CoreMLOptions(precision=precision, **options)
+    target = _target(folder, f"{precision}-coreml", options)
+    if not target.exists():
+        export_coreml(open_checkpoint(model), asked, target)
+    return Artifact.open(target), weights
 
 
 def export_random_gguf(
@@ -44,14 +61,23 @@ def export_random_gguf(
     **options: Any,
 ) -> tuple[Artifact, Weights]:
     """The same as a GGUF file of a file type such as `q4_0`."""
-    weights = random_weights(config, slowest=slowest)
-    model = folder / "model"
-    if not model.exists():
-        write_hugging_face(config, weights, model)
+    model, weights = _random_model(config, folder, slowest)
     target = folder / "-".join([f"{type}.gguf", *options])
     if not target.exists():
         export_gguf(open_checkpoint(model), GgufOptions(type=type, **options), target)
     return Artifact.open(target), weights
+
+
+def _random_model(config: GriffinConfig, folder: Path, slowest: float) -> tuple[Path, Weights]:
+    weights = random_weights(config, slowest=slowest)
+    model = folder / "model"
+    if not model.exists():
+        write_hugging_face(config, weights, model)
+    return model, weights
+
+
+def _target(folder: Path, precision: str, options: dict[str, Any]) -> Path:
+    return folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
 
 
 def require_ggml() -> None:

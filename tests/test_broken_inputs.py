@@ -44,6 +44,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "sound"
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for Core ML."""
+    folder = tmp_path_factory.mktemp("package")
+    write_hugging_face(CONFIG, WEIGHTS, folder / "model")
+    asked = ["--int8", "--prefill-length", "4", "-o", str(folder / "sound")]
+    assert run(["coreml", "-m", str(folder / "model"), *asked]) == 0
+    return folder / "sound"
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs a command that must be refused; returns the line."""
     before = tree(Path())
@@ -186,7 +196,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["onnx -m model --int4", "gguf -m model"])
+@pytest.mark.parametrize("command", ["onnx -m model --int4", "coreml -m model", "gguf -m model"])
 @pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
 def test_broken_checkpoint(case, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -261,6 +271,21 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "parent missing": ("onnx -m model -o no/where", "there is no folder"),
     "target exists": ("onnx -m model -o folder --force", "folder exists and holds something else"),
     "target is a file": ("onnx -m model -o model/config.json --force", "is a file"),
+    "coreml no model": ("coreml --int4", "a model is needed"),
+    "coreml unknown precision": ("coreml -m model --precision int3", "'int3'; .*int4, pal4"),
+    "coreml two precisions": ("coreml -m model --int4 --precision pal4", "contradict"),
+    "coreml unknown compute": ("coreml -m model --compute int8", "'int8'; expected .*fp32"),
+    "coreml block size": ("coreml -m model --int4 --block-size 48", "48; expected one of 32, 64"),
+    "coreml embedding": ("coreml -m model --embedding-precision x", "'x'; expected"),
+    "coreml prefill": ("coreml -m model --prefill-length 1", "--prefill-length is 1; expected 2"),
+    "coreml state": ("coreml -m model --recurrent-state ring", "'ring'; expected one of io, hilo"),
+    "coreml missing plan": ("coreml -m model --plan nowhere", "plan nowhere"),
+    "coreml foreign plan": (
+        "coreml -m model --plan model/config.json",
+        "does not name the tensors",
+    ),
+    "coreml parent missing": ("coreml -m model -o no/where", "there is no folder"),
+    "coreml target": ("coreml -m model -o folder --force", "folder exists and holds something"),
     "gguf no model": ("gguf --int4", "a model is needed"),
     "gguf unknown type": ("gguf -m model --type q3", "'q3'; expected one of f32"),
     "gguf two types": ("gguf -m model --type q4_0 --int8", "--type q4_0 and int8 contradict"),
@@ -358,6 +383,15 @@ def test_damaged_artifact(command, name, artifact, tmp_path, monkeypatch, capsys
     assert_matches(name, refused(command.split(), capsys))
 
 
+@pytest.mark.parametrize("name", ["model.mlmodel", "weight.bin", "Manifest.json", "rgexport.json"])
+@pytest.mark.parametrize("command", ["generate sound --ids 2", "validate sound", "inspect sound"])
+def test_damaged_package(command, name, package, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(package, "sound")
+    truncate(f"**/{name}")(Path("sound"))
+    assert_matches(name, refused(command.split(), capsys))
+
+
 @pytest.mark.parametrize("harm", ["header", "data"])
 @pytest.mark.parametrize("command", ["generate {} --ids 2", "validate {}", "inspect {}"])
 def test_damaged_gguf(command, harm, tmp_path, monkeypatch, capsys):
@@ -379,8 +413,8 @@ def test_hub_that_cannot_be_reached(tmp_path):
     assert not list(tmp_path.glob("*onnx*"))
 
 
-@pytest.mark.parametrize("command", ["onnx -m model -o out", "gguf -m model -o out"])
-def test_full_disk(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("format", ["onnx", "coreml", "gguf"])
+def test_full_disk(format, tmp_path, monkeypatch, capsys):
     """Files of a process may not grow beyond 64 KiB: the write fails as on a full disk."""
     resource = pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
@@ -389,7 +423,7 @@ def test_full_disk(command, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
     try:
-        line = refused(command.split(), capsys)
+        line = refused([format, "-m", "model", "-o", "out"], capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_matches("no space left while writing out", line)

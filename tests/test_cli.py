@@ -15,7 +15,17 @@ from rgexport.cli import run
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 
-COMMANDS = ("onnx", "bench", "generate", "chat", "inspect", "random", "validate", "llama-cpp")
+COMMANDS = (
+    "onnx",
+    "coreml",
+    "bench",
+    "generate",
+    "chat",
+    "inspect",
+    "random",
+    "validate",
+    "llama-cpp",
+)
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64)
 
 

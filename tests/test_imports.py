@@ -27,7 +27,12 @@ NEEDS_TORCH = {
     "griffin/reference.py",
     "export/trace.py",
 }
-CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set()}
+CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set(), "coremltools": set()}
+EMITTERS = "export/onnx/", "export/coreml/"
+"""Folders whose modules load a converter; those that the core needs of them do it when called."""
+
+APART_FROM_THE_EMITTER = "export/mil/", "runtimes/mil/"
+"""What reads packages back proves nothing about the emitter if it shares its code."""
 
 
 def name_of(module: Path) -> str:
@@ -75,8 +80,17 @@ def test_converters_are_fenced(module):
     name = name_of(module)
     for imported in imports_on_load(module):
         root = imported.split(".")[0]
-        if root in CONVERTERS and not name.startswith("export/onnx/"):
+        if root in CONVERTERS and not name.startswith(EMITTERS):
             assert name in CONVERTERS[root], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", APART_FROM_THE_EMITTER)
+def test_readers_of_packages_share_nothing_with_the_emitter(folder):
+    modules = [module for module in MODULES if name_of(module).startswith(folder)]
+    assert modules
+    for module in modules:
+        for name in imports(ast.parse(module.read_text())):
+            assert not name.startswith("rgexport.export.coreml"), f"{module} imports {name}"
 
 
 def test_command_line_loads_nothing_but_click():

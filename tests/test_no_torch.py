@@ -8,7 +8,8 @@ from tests.command_line import rgexport
 
 BLOCK = """
 import sys
-for name in ("torch", "onnx", "onnx_ir", "jax", "flax", "safetensors", "recurrentgemma"):
+converters = "torch", "onnx", "onnx_ir", "coremltools"
+for name in (*converters, "jax", "flax", "safetensors", "recurrentgemma"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
 
@@ -50,6 +51,17 @@ def test_gguf(tmp_path):
     assert json.loads(result.stdout)["precision"] == "f16"
 
 
+def test_core_ml_package(tmp_path):
+    result = rgexport("coreml", "--size", "demo", "--int4", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = rgexport("inspect", "demo-int4-coreml", "--json", folder=tmp_path, before=BLOCK)
+    assert json.loads(result.stdout)["precision"] == "int4", result.stderr
+    asked = ["generate", "demo-int4-coreml", "-p", "Once upon a time", "-n", "8"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 8 and "new tokens" in result.stderr
+
+
 def test_inspect_a_checkpoint(tmp_path):
     result = rgexport("inspect", "--size", "demo", folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
@@ -85,4 +97,14 @@ def test_what_needs_torch_says_so_in_one_line(demo_artifact, tmp_path, command):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert "pip install 'rgexport[export]'" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_core_ml_without_coremltools(tmp_path):
+    block = "import sys; sys.modules['coremltools'] = None"
+    asked = ["coreml", "--size", "demo", "--int4", "-o", "out"]
+    result = rgexport(*asked, folder=tmp_path, before=block)
+    assert result.returncode == 2 and result.stdout == ""
+    line = "Error: this command needs coremltools: pip install 'rgexport[coreml]'"
+    assert result.stderr.splitlines()[-1] == line and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

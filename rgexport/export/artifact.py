@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import (
-    MANIFEST,
-    Manifest,
-    StoredPart,
-)
+from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import PACKAGE
+from rgexport.export.manifest import MANIFEST, Manifest, StoredTensor
 from rgexport.export.manifest_reader import is_artifact, read_manifest
-from rgexport.export.verified import hash_files, hash_new_files, remember
+from rgexport.export.storage import aligned
+from rgexport.export.verified import hash_files, hash_new_files, remember, vouch
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
@@ -47,11 +46,15 @@ class Artifact:
             from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
 
             return open_gguf(folder, verify=verify)
-        if folder.is_file() and folder.name == MANIFEST:
+        if folder.name in (MANIFEST, PACKAGE) and is_artifact(folder.parent):
             folder = folder.parent
-        artifact = cls(folder, read_manifest(folder))
-        complaints = list(artifact._wrong_sizes()) or list(artifact._wrong_hashes(verify))
-        if complaints:
+        manifest = read_manifest(folder)
+        artifact = cls(folder, manifest)
+        if isinstance(manifest, CoreMLManifest):
+            from rgexport.export.coreml.artifact import CoreMLArtifact  # reads programs, too
+
+            artifact = CoreMLArtifact(folder, manifest)
+        if complaints := artifact._complaints(verify):
             raise RequestError(
                 f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
             )
@@ -85,9 +88,11 @@ class Artifact:
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self.manifest.tensors[name]
-        parts = {label: self._part(part, start, stop) for label, part in stored.parts.items()}
+        together = stored.rows_together
+        first, last = start // together * together, aligned(stop, together)
+        parts = {label: self._part(stored, label, first, last) for label in stored.parts}
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
-        rows = self._decode(name, parts, columns)
+        rows = self._decode(name, parts, columns)[start - first : stop - first]
         return rows.reshape(stop - start, *stored.shape[1:])
 
     def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
@@ -97,15 +102,18 @@ class Artifact:
             return affine.decode(parts, scheme, columns)
         return parts["data"].astype(np.float32)
 
-    def _part(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
-        dtype = np.dtype(part.dtype)
-        row_items = part.row_bytes // dtype.itemsize
-        count = (stop - start) * row_items
-        offset = part.offset + start * part.row_bytes
+    def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
+        part, dtype = stored.parts[label], np.dtype(stored.parts[label].dtype)
+        offset, end = stored.row_offset(label, start), stored.row_offset(label, stop)
+        count = (end - offset) // dtype.itemsize
         items = np.fromfile(self.file(part.file), dtype, count, offset=offset)
         if items.size != count:
             raise RequestError(f"{self.file(part.file)} was truncated while it was read")
-        return items.reshape(stop - start, row_items)
+        return items.reshape((end - offset) // part.row_bytes, -1)
+
+    def _complaints(self, verify: bool) -> list[str]:
+        """What is wrong with the files, the cheapest checks first."""
+        return list(self._wrong_sizes()) or list(self._wrong_hashes(verify))
 
     def _wrong_sizes(self) -> Iterator[str]:
         for name, record in self.manifest.files.items():
@@ -150,6 +158,8 @@ def remember_verified(folder: Path, manifest: Manifest) -> None:
     Only for the exporter, which has computed the hashes from what it wrote.
     """
     remember({folder / name: record.sha256 for name, record in manifest.files.items()})
+    for name, claim in manifest.claims.items():
+        vouch(folder / name, claim)
 
 
 def replaceable(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
@@ -13,10 +14,10 @@ from rgexport.progress import amount
 CARD = "README.md"
 
 _TEMPLATE = """\
-# {name}: {precision} for ONNX Runtime
+# {name}: {precision} for {engine}
 
 {what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
-are computed as {compute}; norms, the RG-LRU with its gates and its state, and the softmax are
+are computed as {compute}; {full} are
 float32 always.
 
 | tensors | stored as | weights | size | bits per weight |
@@ -25,13 +26,10 @@ float32 always.
 
 ## Run it
 
-    pip install rgexport
-    rgexport {verb}
+{run}
 
-`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
-`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
-new states. `rgexport.json` lists them all, with the plan of every tensor and the hash of every
-file; `rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
+`rgexport.json` lists them all, with the plan of every tensor and the hash of every file;
+`rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
 
 | | |
 |---|---|
@@ -47,6 +45,30 @@ Made from `{source}` ({source_layout} layout). An artifact is a derivative of it
 checkpoint's own terms apply to it. RecurrentGemma is provided under the Gemma Terms of Use,
 https://ai.google.dev/gemma/terms.
 """
+
+_ONNX = """\
+    pip install rgexport
+    rgexport {verb}
+
+`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
+`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
+new states."""
+_COREML = """\
+`model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
+that share weights and states: `decode`, the default, takes one token and `prefill` takes
+{prefill_length}; what remains of a prompt goes through `decode`. Inputs are {inputs}, outputs
+{outputs}; the rest of a conversation is an `MLState`. Xcode shows what each of them is.
+
+    pip install 'rgexport[coreml]'
+    rgexport {verb}
+
+runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
+_FULL = "norms, the RG-LRU with its gates and its state, and the"
+_ENGINES = {
+    "onnx": ("ONNX Runtime", f"{_FULL} softmax", _ONNX),
+    "coreml": ("Core ML", f"{_FULL} soft cap", _COREML),
+}
+"""Kind of an artifact → what runs it, what is float32 in it, and how to run it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,12 @@ def card(manifest: Manifest) -> str:
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
+    engine, full, run = _ENGINES[manifest.kind]
+    run = run.format(
+        verb="chat ." if tuned else 'generate . -p "The meaning of life is"',
+        layers=config.num_layers,
+        **_coreml_facts(manifest),
+    )
     return _TEMPLATE.format(
         **config.to_dict(),
         name=manifest.name,
@@ -90,14 +118,29 @@ def card(manifest: Manifest) -> str:
         precision=manifest.precision,
         compute=manifest.compute,
         rows="\n".join(_row(share) for share in shares(manifest)),
-        verb="chat ." if tuned else 'generate . -p "The meaning of life is"',
-        layers=config.num_layers,
+        engine=engine,
+        full=full,
+        run=run,
         parameters=sum(prod(spec.shape) for spec in model_tensors(config).values()),
         recurrent=kinds["recurrent"],
         attention=kinds["attention"],
         source=manifest.source.name,
         source_layout=manifest.source.layout,
     )
+
+
+def _coreml_facts(manifest: Manifest) -> dict[str, object]:
+    if not isinstance(manifest, CoreMLManifest):
+        return {}
+    inputs, outputs = (
+        " and ".join(f"`{value.name}`" for value in values)
+        for values in (manifest.io.inputs, manifest.io.outputs)
+    )
+    return {
+        "prefill_length": manifest.coreml.prefill_length,
+        "inputs": inputs,
+        "outputs": outputs,
+    }
 
 
 def _row(share: Share) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.card import shares
+from rgexport.export.describe_package import KIND, describe_package, package_parts
 from rgexport.export.manifest_reader import is_artifact
+from rgexport.export.mil.package import means_package
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -25,16 +27,18 @@ Description = dict[str, Any]
 
 
 def describe(thing: str | None, *, size: str | None = None, verify: bool = False) -> Description:
-    """Describes the artifact or checkpoint `thing`, or the checkpoint of a size.
+    """Describes the artifact, Core ML package or checkpoint `thing`, or the checkpoint of a size.
 
     With `verify` every byte is read: hashes of an artifact, values of a checkpoint.
 
     Raises:
         RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
-            tensors of a checkpoint is listed under `problems` instead.
+            tensors of a checkpoint, or with a package, is listed under `problems` instead.
     """
     if thing is not None and size is None and _is_artifact(Path(thing)):
         return _describe_artifact(Artifact.open(thing, verify=verify), verify)
+    if thing is not None and size is None and means_package(Path(thing)):
+        return describe_package(Path(thing), verify=verify)
     if thing is None and size is None:
         raise RequestError("nothing to inspect; give a model, an artifact or --size")
     return _describe_checkpoint(open_checkpoint(thing, size=size), verify)
@@ -70,7 +74,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
     }
 
 
-_HASHES = {"onnx": "sha256", "gguf": "data_sha256"}
+_HASHES = {"onnx": "sha256", "coreml": "sha256", "gguf": "data_sha256"}
 """What a file's hash is of: all of it, or the tensors' data, since no file can hold its own."""
 
 
@@ -117,7 +121,8 @@ def as_json(description: Description) -> str:
 
 def as_text(description: Description) -> str:
     """The description as text and tables for a terminal."""
-    return render(_parts(description))
+    parts = package_parts if description["kind"] == KIND else _parts
+    return render(parts(description))
 
 
 _STORED = ("role", "as", "tensors", "weights", "size", "bits/weight")
@@ -128,8 +133,8 @@ def _parts(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
     yield Table("Stored", _STORED, map(_stored_row, d["stored"]), _NUMBERS)
     yield Table("Configuration", ("", ""), _config_rows(d["config"]))
-    for title in ("Tokenizer", "GGUF"):
-        if facts := d.get(title.lower()):
+    for title in ("Tokenizer", "GGUF", "Core ML"):
+        if facts := d.get(title.replace(" ", "").lower()):
             yield Table(title, ("", ""), _fact_rows(facts))
     if d.get("states"):
         header = ("layers", "state", "shape", "dtype", "layout")

@@ -1,10 +1,14 @@
 """Reads `rgexport.json` and refuses what contradicts itself."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rgexport.errors import RequestError
+from rgexport.export.coreml.layouts import part_layouts as coreml_layouts
+from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import MODEL_FILE
 from rgexport.export.manifest import (
     ACTIVATIONS,
     FORMAT_VERSION,
@@ -17,8 +21,23 @@ from rgexport.export.typed_json import Mismatch, Reader, label
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Affine, Ggml, Scheme, scheme_from_dict
+from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
+from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What differs between the formats that have an `rgexport.json`."""
+
+    manifest: type[Manifest]
+    precisions: Collection[str]
+    layouts: Callable[[tuple[int, ...], Scheme], Mapping[str, tuple[str, tuple[int, ...]]]]
+
+
+_FORMATS = {
+    "onnx": _Format(Manifest, PRECISIONS, part_layouts),
+    "coreml": _Format(CoreMLManifest, COREML_PRECISIONS, coreml_layouts),
+}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -31,7 +50,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     fields = _load(path)
     version = fields.get("format_version")
-    if fields.get("kind") != "onnx" or type(version) is not int:
+    kind = fields.get("kind")
+    form = _FORMATS.get(kind) if isinstance(kind, str) else None
+    if form is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
     if version != FORMAT_VERSION:
         raise RequestError(
@@ -39,8 +60,8 @@ def read_manifest(folder: Path) -> Manifest:
             + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
         )
     try:
-        manifest = Reader({Scheme: scheme_from_dict}).read(Manifest, fields)
-        _check(manifest)
+        manifest = Reader({Scheme: scheme_from_dict}).read(form.manifest, fields)
+        _check(manifest, form)
     except (Mismatch, RequestError) as error:
         raise RequestError(f"{path} is damaged: {error}") from None
     return manifest
@@ -59,7 +80,7 @@ def _load(path: Path) -> dict[str, Any]:
     return read_json(path).values
 
 
-def _check(manifest: Manifest) -> None:
+def _check(manifest: Manifest, form: _Format) -> None:
     """What the types alone do not say.
 
     Raises:
@@ -71,7 +92,7 @@ def _check(manifest: Manifest) -> None:
         _require(
             record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
         )
-    _require_word("precision", manifest.precision, PRECISIONS)
+    _require_word("precision", manifest.precision, form.precisions)
     _require_word("compute", manifest.compute, ACTIVATIONS)
     check_config(manifest.config)
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
@@ -85,7 +106,21 @@ def _check(manifest: Manifest) -> None:
             manifest.plan.get(name) == manifest.tensors[name].scheme,
             f"tensors.{name} is not stored as the plan says",
         )
-        _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name])
+        _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
+    if isinstance(manifest, CoreMLManifest):
+        _check_coreml(manifest)
+
+
+def _check_coreml(manifest: CoreMLManifest) -> None:
+    """What only a Core ML package's manifest has."""
+    _require(MODEL_FILE in manifest.files, f"files: there is no {MODEL_FILE}")
+    length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
+    _require(length >= 2, f"coreml.prefill_length is {length}; expected at least 2")
+    expected = {f"{name}.{p}" for name, stored in manifest.tensors.items() for p in stored.parts}
+    for blob in expected ^ hashes.keys():
+        _require(False, f"coreml.blobs: {label(blob)} is not a part of a tensor, or has no hash")
+    for blob, digest in hashes.items():
+        _require(len(digest) == 64, f"coreml.blobs.{blob}: not a hash")
 
 
 def check_config(config: GriffinConfig) -> None:
@@ -98,12 +133,15 @@ def check_config(config: GriffinConfig) -> None:
         _require(type(size) is not int or size > 0, f"config.{name} is {size}")
 
 
-def _check_parts(place: str, manifest: Manifest, stored: StoredTensor) -> None:
+def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: _Format) -> None:
     """The parts must be those of the scheme, and lie inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
-    quantized = isinstance(stored.scheme, Affine)
+    quantized = isinstance(stored.scheme, Affine | Palette)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
-    expected = part_layouts(stored.shape, stored.scheme)
+    try:
+        expected = form.layouts(stored.shape, stored.scheme)
+    except RequestError as error:
+        raise Mismatch(f"{place}: {error}") from None
     found = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
     _require(found == expected, f"{place} are {found}; expected {expected}")
     for name, part in stored.parts.items():

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.package import PACKAGE
 from rgexport.progress import amount
-from rgexport.quantize.plan import PRECISIONS
+from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
 
 
-def precision_word(precision: str | None, int4: bool, int8: bool) -> str | None:
+def precision_word(precision: str | None, int4: bool, int8: bool, kind: str = "onnx") -> str | None:
     """The precision that `--precision`, `--int4` and `--int8` name together, if any.
+
+    `kind` is that of the artifact, which says what words there are.
 
     Raises:
         RequestError: they contradict each other, or the word is unknown.
@@ -22,8 +25,9 @@ def precision_word(precision: str | None, int4: bool, int8: bool) -> str | None:
         given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
         raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
     word = named.pop() if named else None
-    if word not in (None, *PRECISIONS):
-        raise RequestError(f"--precision is {word!r}; expected one of {', '.join(PRECISIONS)}")
+    words = COREML_PRECISIONS if kind == "coreml" else PRECISIONS
+    if word not in (None, *words):
+        raise RequestError(f"--precision is {word!r}; expected one of {', '.join(words)}")
     return word
 
 
@@ -47,7 +51,8 @@ def closing_line(artifact: Artifact) -> str:
 
 
 def _engine(artifact: Artifact) -> list[str]:
-    return [f"It runs in {RUNS_GGUF}."] if artifact.manifest.kind == "gguf" else []
+    place = _RUNS.get(artifact.manifest.kind)
+    return [f"It runs {place}."] if place else []
 
 
 def _next_step(artifact: Artifact) -> str:
@@ -65,5 +70,10 @@ RUNS_GGUF = (
     "the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM Studio "
     "do not know RecurrentGemma yet)"
 )
+_RUNS = {
+    "gguf": f"in {RUNS_GGUF}",
+    "coreml": f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project",
+}
+"""Kind of an artifact → where it runs, if that has to be said."""
 _TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
 """Released base models → the size word of the model to chat with."""

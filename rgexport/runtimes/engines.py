@@ -28,6 +28,12 @@ def _onnx_session(artifact: Artifact, *, threads: int | None) -> Session:
     return OrtSession(artifact, threads=threads)
 
 
+def _coreml_session(artifact: Artifact, *, threads: int | None) -> Session:
+    from rgexport.runtimes.coreml import CoreMLSession
+
+    return CoreMLSession(artifact, threads=threads)
+
+
 def _gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
     from rgexport.runtimes.llama_cpp import LlamaCppSession
 
@@ -50,12 +56,18 @@ def _gguf_template(artifact: Artifact) -> ChatTemplate:
     return load_metadata_template(artifact)
 
 
-ENGINES: dict[str, Engine] = {
-    "onnx": Engine(
-        session=_onnx_session,
+def _folder_engine(session: Callable[..., Session]) -> Engine:
+    """For artifacts whose folder holds the files of the tokenizer."""
+    return Engine(
+        session=session,
         tokenizer=lambda artifact: load_tokenizer(artifact.path),
         template=lambda artifact: load_template(artifact.path),
-    ),
+    )
+
+
+ENGINES: dict[str, Engine] = {
+    "onnx": _folder_engine(_onnx_session),
+    "coreml": _folder_engine(_coreml_session),
     "gguf": Engine(session=_gguf_session, tokenizer=_gguf_tokenizer, template=_gguf_template),
 }
 """`Manifest.kind` → its engine."""

@@ -2,6 +2,8 @@
 
 from rgexport.export.card import CARD, card, shares, write_card
 from rgexport.griffin.layout import model_tensors
+from tests.artifacts import export_random_coreml
+from tests.models import ODD_CONFIGS
 
 
 def test_shares_cover_every_weight_and_byte(made):
@@ -19,3 +21,13 @@ def test_card_says_what_it_is(made):
     assert text.startswith("# small: int4 for ONNX Runtime\n")
     assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
     assert "Gemma Terms of Use" in text and "{" not in text
+
+
+def test_card_of_a_core_ml_package(tmp_path):
+    artifact, _ = export_random_coreml(ODD_CONFIGS["regular"], tmp_path, "int4", prefill_length=7)
+    text = (artifact.path / CARD).read_text("utf-8")
+    assert text == card(artifact.manifest)
+    assert text.startswith("# model: int4 for Core ML\n")
+    assert "`prefill` takes\n7; " in text and "{" not in text
+    assert "`position_ids` and `recurrent_state`" in text
+    assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text

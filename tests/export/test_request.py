@@ -38,6 +38,18 @@ def test_precision_that_cannot_be(precision, int4, int8, complaint):
         precision_word(precision, int4, int8)
 
 
+def test_words_of_core_ml():
+    assert precision_word("pal4", False, False, "coreml") == "pal4"
+    with pytest.raises(RequestError, match="'pal4'; expected one of fp32, fp16, int8, int4$"):
+        precision_word("pal4", False, False, "onnx")
+
+
+def test_closing_line_says_where_a_package_runs(made):
+    manifest = dataclasses.replace(made.manifest, kind="coreml")
+    line = closing_line(Artifact(Path("out"), manifest))
+    assert "It runs on iOS 18 and macOS 15: model.mlpackage goes into an Xcode project." in line
+
+
 def test_default_target():
     target = default_target("recurrentgemma-2b", "int4", "onnx")
     assert target == Path("recurrentgemma-2b-int4-onnx")

@@ -1,0 +1,69 @@
+"""From coremltools' program to Core ML's protobuf: the one place that uses its private parts.
+
+Written against coremltools 9, whose `MILProtoExporter` asks a method for the value of every
+constant. Weights are placeholders there: they become places in the file of weights, which is
+written without coremltools, and nothing of a weight is ever in memory. All other constants are
+small and lie in the program itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from coremltools import _SPECIFICATION_VERSION_IOS_18 as IOS_18
+from coremltools.converters.mil.backend.mil import helper
+from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter, MILProtoExporter
+from coremltools.converters.mil.mil import Builder, Program, Var
+from coremltools.proto.MIL_pb2 import Value
+from coremltools.proto.Model_pb2 import Model
+
+from rgexport.export.manifest import StoredPart
+
+BLOB_HEADER = 64
+"""Bytes of a blob's header, to which the program points; the data follow it."""
+_FILE = "@model_path/weights/weight.bin"
+
+
+class _Exporter(MILProtoExporter):
+    """Writes places in the file of weights where the program has placeholders."""
+
+    def __init__(self, program: Program, parts: Mapping[str, StoredPart]):
+        super().__init__(program, weights_dir="", specification_version=IOS_18)
+        self._parts = parts
+
+    def get_milproto_value(self, var: Var) -> Value:
+        """A constant's value."""
+        part = self._parts.get(var.name)
+        if part is None:
+            return helper.create_immediate_value(var)
+        return helper.create_file_value_tensor(
+            file_name=_FILE,
+            offset=part.offset - BLOB_HEADER,
+            dim=var.shape,
+            data_type=helper.types_to_proto_primitive(var.dtype),
+        )
+
+
+def forget_names() -> None:
+    """Lets the names of constants not depend on what this process has built before."""
+    Builder.name_count.clear()
+
+
+def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
+    """The model of a program; `parts` says what the placeholders in it stand for.
+
+    No passes run over the program: coremltools' deduplication would take placeholders for equal
+    constants.
+    """
+    program.export_as_multifunction = True
+    names: dict[str, Any] = dict.fromkeys(
+        ("predicted_feature_name", "predicted_probabilities_name", "classifier_config")
+    )
+    exporter = CoreMLProtoExporter(
+        program,
+        _Exporter(program, parts).export(),
+        convert_to="mlprogram",
+        convert_from="milinternal",
+        specification_version=IOS_18,
+        **names,
+    )
+    return exporter.export(IOS_18)

@@ -1,0 +1,40 @@
+"""The manifest of a Core ML package."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.states import RecurrentState
+from rgexport.export.manifest import Kind, Manifest
+
+KIND: Literal["coreml"] = "coreml"
+
+
+@dataclass(frozen=True)
+class CoreMLRecord:
+    """What only a Core ML package has."""
+
+    prefill_length: int
+    """Tokens that the `prefill` function takes."""
+    all_logits: bool
+    """Whether `prefill` gives the logits of all its tokens, or of the last one."""
+    recurrent_state: RecurrentState
+    """Whether the RG-LRU's state goes in and out, or is kept as two float16 states."""
+    blobs: dict[str, str]
+    """`TENSOR.PART` → SHA-256 of its data, so that one that was altered can be named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreMLManifest(Manifest):
+    """The whole of it."""
+
+    kind: Kind = KIND
+    coreml: CoreMLRecord
+
+    @property
+    def claims(self) -> dict[str, str]:
+        """Of the weights, by the hashes of all blobs."""
+        blobs = json.dumps(self.coreml.blobs, sort_keys=True)
+        return {WEIGHT_FILE: hashlib.sha256(blobs.encode()).hexdigest()}

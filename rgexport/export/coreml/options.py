@@ -1,0 +1,132 @@
+"""What a user can ask of a Core ML export."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from rgexport.errors import RequestError
+from rgexport.export.coreml.states import Form, RecurrentState
+from rgexport.export.manifest import ACTIVATIONS
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.quantize.fitting import fitted, with_dtype
+from rgexport.quantize.plan import (
+    COREML_PRECISIONS,
+    choose_scheme,
+    is_linear_bias,
+    make_plan,
+    precision_of,
+)
+from rgexport.quantize.scheme import Float, FloatDtype, Ggml, Plan, Scheme
+
+DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "fp16", 128
+_EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
+"""Precision of the linears → that of the embedding, where it is not the same."""
+_BESIDE_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
+_DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreMLOptions:
+    """How weights are stored and activations computed; None leaves the choice to us.
+
+    `compute` is fp16 unless `precision` is fp32, and scales, tables and biases of linears are
+    stored in it; `plan` says for every tensor what `precision`, `block_size`, `symmetric` and
+    `embedding_precision` say for all. The `prefill` function takes `prefill_length` tokens and
+    gives the logits of the last one, or with `all_logits` of all; the RG-LRU's state goes in and
+    out as float32 (`io`) or is a pair of float16 states (`hilo`).
+    """
+
+    precision: str | None = None
+    compute: str | None = None
+    block_size: int | None = None
+    symmetric: bool | None = None
+    embedding_precision: str | None = None
+    plan: Plan | None = None
+    prefill_length: int = DEFAULT_PREFILL_LENGTH
+    all_logits: bool = False
+    recurrent_state: RecurrentState = "io"
+
+    def __post_init__(self) -> None:
+        """Refuses contradictions.
+
+        Raises:
+            RequestError: a plan beside an option that it replaces, a plan for GGUF, a prefill
+                of fewer than two tokens, weights in more than is computed in, or an unknown
+                word or block size.
+        """
+        given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
+        if self.plan is not None and given:
+            words = ", ".join(name.replace("_", " ") for name in given)
+            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+        for name, scheme in (self.plan or {}).items():
+            if isinstance(scheme, Ggml):
+                raise RequestError(
+                    f"the plan stores {name} as {scheme.label}, which only GGUF files have"
+                )
+        _require_word("--compute", self.compute_word, tuple(ACTIVATIONS))
+        _require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
+        if self.prefill_length < 2:
+            raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
+        for scheme in self._schemes():
+            self._require_computable("weights are to be stored", scheme)
+
+    @property
+    def precision_word(self) -> str:
+        """`precision`, or what a plan amounts to, or the default."""
+        return precision_of(self.plan) if self.plan else self.precision or DEFAULT_PRECISION
+
+    @property
+    def compute_word(self) -> str:
+        """`compute`, or what it is when it is not given."""
+        return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
+
+    @property
+    def form(self) -> Form:
+        """What the package will look like from outside."""
+        return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
+
+    def resolve_plan(self, config: GriffinConfig) -> Plan:
+        """The plan for a model: schemes that fit the shapes, in the dtype of `compute`.
+
+        What a plan says about blocks and groups is fitted too, so that one that was made for
+        another format will do.
+
+        Raises:
+            RequestError: the plan has weights in more than is computed in.
+
+        Raises:
+            RequestError: the plan has weights in more than is computed in.
+        """
+        plan = self.plan or make_plan(config, *self._schemes())
+        tensors = model_tensors(config)
+        return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
+
+    def _schemes(self) -> tuple[Scheme, Scheme]:
+        """The schemes of the linears and of the embedding, as asked for."""
+        word = self.precision or DEFAULT_PRECISION
+        embedding = self.embedding_precision or _EMBEDDINGS.get(word, word)
+        linear, table = (
+            choose_scheme(asked, self.block_size, self.symmetric, COREML_PRECISIONS)
+            for asked in (word, embedding)
+        )
+        return linear, table
+
+    def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
+        dtype, spec = _DTYPES[self.compute_word], tensors[name]
+        if spec.role in QUANTIZABLE:
+            self._require_computable(f"the plan stores {name}", scheme)
+            return with_dtype(fitted(scheme, spec.shape), dtype)
+        return Float(dtype if is_linear_bias(name, tensors) else "float32")
+
+    def _require_computable(self, what: str, scheme: Scheme) -> None:
+        """MIL's `linear` takes weights of the dtype of its activations."""
+        if self.compute_word == "fp16" and scheme == Float("float32"):
+            raise RequestError(
+                f"{what} as float32, but products in fp16 take fp16 weights; take --compute fp32 "
+                "or another precision"
+            )
+
+
+def _require_word(option: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise RequestError(f"{option} is {word!r}; expected one of {', '.join(words)}")

@@ -1,0 +1,125 @@
+"""The states of a Core ML package: which features carry them, and in which shapes.
+
+Core ML keeps states in float16 and wants them of rank 4 with a last axis of whole 32s, so the
+canonical states are padded with zeros at the end of that axis. A state that needs more than float16
+has is kept as a pair, `hi` and `lo`, with 22 bits: all of them where computation is in float32. The
+RG-LRU's always needs it; unless it is such a pair (`hilo`), it goes in and out as a float32 matrix
+with a row per recurrent layer (`io`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rgexport.export.manifest import ACTIVATIONS, IoRecord, StateRecord, ValueRecord
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import StateSpec, state_specs
+
+RecurrentState = Literal["io", "hilo"]
+
+ALIGNMENT = 32
+"""Of the last axis of a state, for the Neural Engine."""
+LO_SCALE = 2048.0
+"""x = hi + lo / 2048: what float16's 11 bits leave over, moved to where it has 11 bits again."""
+RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a package looks like from outside, and the dtype it computes in.
+
+    prefill_length: tokens that the `prefill` function takes; all_logits: whether it gives the
+    logits of all of them or of the last one; compute: `fp16` or `fp32`.
+    """
+
+    prefill_length: int
+    all_logits: bool
+    recurrent_state: RecurrentState
+    compute: str
+
+    @property
+    def pairs(self) -> bool:
+        """Whether keys, values and the convolution's inputs are kept as pairs."""
+        return self.compute == "fp32"
+
+    @property
+    def activation(self) -> str:
+        """The dtype of the linears and the attention."""
+        return ACTIVATIONS[self.compute]
+
+
+def feature_name(name: str) -> str:
+    """A canonical name as MIL's grammar allows it."""
+    return name.replace(".", "_")
+
+
+def padded(size: int) -> int:
+    """The size of an axis with its padding."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def recurrent_layers(config: GriffinConfig) -> list[str]:
+    """Canonical names of the RG-LRU's states, in the order of the rows that hold them."""
+    return [spec.name for spec in state_specs(config) if _kind(spec) == "rg_lru"]
+
+
+def pair(name: str) -> tuple[str, str]:
+    """The features of a state that is kept as a pair."""
+    return f"{name}_hi", f"{name}_lo"
+
+
+def stored_states(config: GriffinConfig, form: Form) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every Core ML state, all float16."""
+    states = [(feature_name(spec.name), spec.shape, form.pairs) for spec in _cached(config)]
+    layers = recurrent_layers(config)
+    if form.recurrent_state == "hilo" and layers:
+        states.append((RECURRENT, (len(layers), config.lru_width), True))
+    return {
+        feature: (1, 1, count, padded(width))
+        for name, (count, width), paired in states
+        for feature in (pair(name) if paired else (name,))
+    }
+
+
+def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
+    """The canonical states with the features that carry them: in and out, or hi and lo."""
+    stacked: tuple[Literal["row", "hilo"], str, str] = (
+        ("row", RECURRENT, RECURRENT_OUTPUT)
+        if form.recurrent_state == "io"
+        else ("hilo", *pair(RECURRENT))
+    )
+    cached = {spec.name for spec in _cached(config)}
+    records = []
+    for spec in state_specs(config, form.activation):
+        name = feature_name(spec.name)
+        if _kind(spec) == "rg_lru":
+            records.append(StateRecord(spec.name, spec.shape, spec.dtype, *stacked))
+        elif spec.name in cached and form.pairs:
+            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "pair", *pair(name)))
+        elif spec.name in cached:
+            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "canonical", name, name))
+    return tuple(records)
+
+
+def io_record(config: GriffinConfig, form: Form) -> IoRecord:
+    """Inputs and outputs of both functions; `prefill` without all logits gives one as well."""
+    logits = "tokens" if form.all_logits else 1
+    inputs = [ValueRecord(name, "int32", (1, "tokens")) for name in ("input_ids", "position_ids")]
+    outputs = [ValueRecord("logits", "float32", (1, logits, config.vocab_size))]
+    layers = recurrent_layers(config)
+    if form.recurrent_state == "io" and layers:
+        shape = (len(layers), config.lru_width)
+        inputs.append(ValueRecord(RECURRENT, "float32", shape))
+        outputs.append(ValueRecord(RECURRENT_OUTPUT, "float32", shape))
+    return IoRecord(tuple(inputs), tuple(outputs))
+
+
+def _cached(config: GriffinConfig) -> Iterator[StateSpec]:
+    """The states that Core ML keeps by themselves; a convolution of width 1 has none."""
+    for spec in state_specs(config):
+        if _kind(spec) != "rg_lru" and spec.shape[0] > 0:
+            yield spec
+
+
+def _kind(spec: StateSpec) -> str:
+    return spec.name.rpartition(".")[2]

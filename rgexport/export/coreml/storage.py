@@ -1,0 +1,81 @@
+"""The file of weights: a MIL blob file, version 2, that is written as a stream.
+
+After 64 bytes of its own come the blobs, each with 64 bytes that say what it is, at multiples of
+64. Which bytes they have is MIL's C++ `StorageFormat.hpp`; coremltools' blob reader reads them.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from rgexport.export.coreml.layouts import part_layouts
+from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.parts import encode
+from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.export.storage import Places, fill
+from rgexport.griffin.tensor import WeightSource
+from rgexport.quantize.affine import Parts
+from rgexport.quantize.scheme import Affine, Palette, Plan
+
+ALIGNMENT = 64
+_VERSION, _SENTINEL = 2, 0xDEADBEEF
+_FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
+_BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
+"""MIL's `BlobDataType`."""
+
+
+class Storage:
+    """The layout of the file: tensors in the plan's order, one after another."""
+
+    def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]]):
+        places = Places(WEIGHT_FILE, ALIGNMENT, _FILE_HEADER.size, _BLOB_HEADER.size)
+        self.tensors = places.tensors(plan, shapes, part_layouts)
+        self.size = places.size
+
+    def write(self, folder: Path, weights: WeightSource) -> dict[str, str]:
+        """Fills the file in `folder` from `weights`.
+
+        Returns:
+            The SHA-256 of every blob's data, by `TENSOR.PART`.
+
+        Raises:
+            RequestError: a weight that its scheme cannot hold.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        path = folder / WEIGHT_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(self.size)
+            self._write_headers(file)
+        digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
+
+        def hash_slab(name: str, parts: Parts) -> None:
+            for label, rows in parts.items():
+                digests[f"{name}.{label}"].update(rows.data)
+
+        fill(path, self.tensors, weights, encode, hash_slab)
+        return {blob: digest.hexdigest() for blob, digest in digests.items()}
+
+    def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
+        """All blobs: `TENSOR.PART`, where it lies, and MIL's word for what it holds."""
+        for name, stored in self.tensors.items():
+            for label, part in stored.parts.items():
+                yield f"{name}.{label}", part, blob_dtype(label, stored)
+
+    def _write_headers(self, file: BinaryIO) -> None:
+        blobs = list(self._blobs())
+        file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
+        for _, part, dtype in blobs:
+            file.seek(part.offset - _BLOB_HEADER.size)
+            header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
+            file.write(_BLOB_HEADER.pack(*header))
+
+
+def blob_dtype(label: str, stored: StoredTensor) -> str:
+    """What MIL calls the items of a part: those of 4 bits lie two to a byte."""
+    scheme, dtype = stored.scheme, stored.parts[label].dtype
+    if dtype != "uint8" or not isinstance(scheme, Affine | Palette) or scheme.bits == 8:
+        return dtype
+    return "int4" if isinstance(scheme, Affine) and scheme.symmetric else "uint4"

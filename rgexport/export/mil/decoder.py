@@ -1,0 +1,210 @@
+"""From the protobuf messages to `program`'s dataclasses; believes no size before it is checked."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from rgexport.export.mil import schema
+from rgexport.export.mil.elements import numpy_type, unpack
+from rgexport.export.mil.program import (
+    BITS,
+    UNKNOWN,
+    Constant,
+    Description,
+    Feature,
+    FileValue,
+    Function,
+    Immediate,
+    Interface,
+    Name,
+    Operation,
+    TensorType,
+    Value,
+)
+
+MAIN = "main"
+"""What the one function of a model with a single one is called."""
+MAX_RANK, MAX_DIMENSION = 16, 2**31 - 1
+"""Above what any runtime can hold (Core ML's own limit is rank 5)."""
+
+
+class Damaged(Exception):
+    """A program that contradicts itself; says where and how."""
+
+
+_CONTAINERS = {"listType": "list", "tupleType": "tuple", "dictionaryType": "dictionary"}
+_FIELDS: dict[str, np.dtype] = {
+    name: np.dtype(code)
+    for name, code in {
+        **{"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"},
+    }.items()
+}
+
+
+def functions(program: Any) -> dict[str, Function]:
+    """The functions of a `Program` message.
+
+    Raises:
+        Damaged: it contradicts itself.
+    """
+    entries = _unique("the program", program.functions)
+    return {name: _function(name, message) for name, message in entries.items()}
+
+
+def description(message: Any) -> tuple[str, Description]:
+    """The name of the default function ("" if none is named), and a `ModelDescription`."""
+    interfaces = {f.name: _interface(f.input, f.output, f.state) for f in message.functions}
+    if len(interfaces) != len(message.functions):
+        raise Damaged("its description has a function twice")
+    if not interfaces:
+        interfaces[MAIN] = _interface(message.input, message.output, message.state)
+    metadata = message.metadata
+    return message.defaultFunctionName, Description(
+        interfaces=interfaces,
+        summary=metadata.shortDescription,
+        author=metadata.author,
+        license=metadata.license,
+        version=metadata.versionString,
+        user_defined={entry.key: entry.value for entry in metadata.userDefined},
+    )
+
+
+def _unique(where: str, entries: Iterable[Any]) -> dict[str, Any]:
+    """The entries of a map."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        if entry.key in found:
+            raise Damaged(f"{where} has {entry.key!r} twice")
+        found[entry.key] = entry.value
+    return found
+
+
+def _interface(inputs: Any, outputs: Any, states: Any) -> Interface:
+    return Interface(*(tuple(map(_feature, features)) for features in (inputs, outputs, states)))
+
+
+def _feature(message: Any) -> Feature:
+    kind = message.type.WhichOneof("choice")
+    array = {
+        "multiArrayType": message.type.multiArrayType,
+        "stateType": message.type.stateType.arrayType,
+    }.get(kind)
+    if array is None:
+        return Feature(message.name, None, message.shortDescription)
+    dtype = schema.ARRAY_TYPES.get(array.dataType)
+    if dtype is None:
+        raise Damaged(f"its description gives {message.name} the dtype {array.dataType}")
+    return Feature(message.name, TensorType(dtype, tuple(array.shape)), message.shortDescription)
+
+
+def _function(name: str, message: Any) -> Function:
+    blocks = _unique(f"function {name}", message.block_specializations)
+    if message.opset not in blocks:
+        raise Damaged(f"function {name} has nothing for its opset {message.opset!r}")
+    inputs: dict[str, TensorType] = {}
+    states: dict[str, TensorType] = {}
+    for value in message.inputs:
+        stateful = value.type.WhichOneof("choice") == "stateType"
+        kind = value.type.stateType.wrappedType if stateful else value.type
+        if value.name in inputs or value.name in states:
+            raise Damaged(f"function {name} has the input {value.name} twice")
+        (states if stateful else inputs)[value.name] = _type(f"{name}: {value.name}", kind)
+    block = blocks[message.opset]
+    return Function(
+        name=name,
+        inputs=inputs,
+        states=states,
+        outputs=tuple(block.outputs),
+        operations=_operations(name, block),
+        opset=message.opset,
+    )
+
+
+def _operations(where: str, block: Any) -> tuple[Operation, ...]:
+    return tuple(_operation(where, message) for message in block.operations)
+
+
+def _operation(where: str, message: Any) -> Operation:
+    attributes = _unique(where, message.attributes)
+    name = _text(attributes.pop("name", None))
+    here = f"{where}: {message.type} {name or ','.join(v.name for v in message.outputs)}"
+    return Operation(
+        type=message.type,
+        name=name,
+        inputs={
+            parameter: tuple(_binding(f"{here}, {parameter}", b) for b in argument.arguments)
+            for parameter, argument in _unique(here, message.inputs).items()
+        },
+        outputs=tuple((v.name, _type(f"{here}, {v.name}", v.type)) for v in message.outputs),
+        attributes={key: _constant(f"{here}, {key}", value) for key, value in attributes.items()},
+        blocks=tuple(_operations(where, block) for block in message.blocks),
+    )
+
+
+def _text(value: Any) -> str:
+    """The string of a `name` attribute, "" if there is none."""
+    words = value.immediateValue.tensor.strings.values if value is not None else ()
+    return words[0] if words else ""
+
+
+def _binding(where: str, message: Any) -> Value:
+    if message.WhichOneof("choice") == "value":
+        return _constant(where, message.value)
+    return Name(message.name)
+
+
+def _constant(where: str, message: Any) -> Constant:
+    kind = _type(where, message.type)
+    choice = message.WhichOneof("choice")
+    if choice == "blobFileValue":
+        if kind.dtype not in BITS or UNKNOWN in kind.shape:
+            raise Damaged(f"{where} is a {kind} in a weight file")
+        return FileValue(kind, message.blobFileValue.fileName, message.blobFileValue.offset)
+    if choice is None:
+        raise Damaged(f"{where} has no value")
+    return Immediate(kind, _array(where, kind, message.immediateValue))
+
+
+def _array(where: str, kind: TensorType, message: Any) -> np.ndarray:
+    if message.WhichOneof("choice") != "tensor":
+        return np.zeros(0)  # a list or a dictionary, of a classifier
+    field = message.tensor.WhichOneof("choice")
+    values: Any = getattr(message.tensor, field).values if field else ()
+    if kind.dtype not in BITS:
+        elements = np.array(list(values), object)
+    elif field == "bytes":
+        if UNKNOWN in kind.shape or kind.nbytes != len(values):
+            raise Damaged(f"{where} is {kind}, and has {len(values)} bytes")
+        elements = unpack(np.frombuffer(values, np.uint8), kind.dtype, kind.size)
+    elif field in _FIELDS:
+        elements = np.array(values, _FIELDS[field]).astype(numpy_type(kind.dtype))
+    else:
+        elements = np.zeros(0, numpy_type(kind.dtype))
+    if UNKNOWN in kind.shape or elements.size != kind.size:
+        raise Damaged(f"{where} is {kind}, and has {elements.size} elements")
+    array = elements.reshape(kind.shape)
+    array.flags.writeable = False
+    return array
+
+
+def _type(where: str, message: Any) -> TensorType:
+    choice = message.WhichOneof("choice")
+    if choice != "tensorType":
+        if choice not in _CONTAINERS:
+            raise Damaged(f"{where} has no type")
+        return TensorType(_CONTAINERS[choice], ())
+    tensor = message.tensorType
+    dtype = schema.DATA_TYPES.get(tensor.dataType)
+    if dtype is None:
+        raise Damaged(f"{where} has the unknown dtype {tensor.dataType}")
+    if tensor.rank != len(tensor.dimensions):
+        raise Damaged(f"{where} has rank {tensor.rank} and {len(tensor.dimensions)} dimensions")
+    shape = tuple(map(_dimension, tensor.dimensions))
+    if len(shape) > MAX_RANK or any(n > MAX_DIMENSION for n in shape):
+        raise Damaged(f"{where} cannot have the shape {list(shape)}")
+    return TensorType(dtype, shape)
+
+
+def _dimension(message: Any) -> int:
+    return message.constant.size if message.WhichOneof("choice") == "constant" else UNKNOWN

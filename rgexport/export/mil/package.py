@@ -1,0 +1,145 @@
+"""Opens a `.mlpackage`: a folder with a manifest, a model file and weight files."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from rgexport.errors import RequestError
+from rgexport.export.mil import decoder
+from rgexport.export.mil.blob import Blob, BlobFile
+from rgexport.export.mil.program import Description, FileValue, Function
+from rgexport.export.mil.schema import Model
+from rgexport.griffin.json_fields import read_json
+
+MANIFEST, DATA = "Manifest.json", "Data"
+SUFFIX = ".mlpackage"
+MODEL_PATH = "@model_path/"
+"""How a program calls the folder of its model file."""
+MAX_MODEL_BYTES = 512 << 20
+"""Far above any program: weights lie in files of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Package:
+    """An opened package: the program is in memory, the weights are not."""
+
+    path: Path
+    model: Path
+    """The model file."""
+    specification_version: int
+    functions: dict[str, Function]
+    default_function: str
+    description: Description
+    blob_files: Mapping[str, BlobFile]
+    """By the names that the program has for them."""
+
+    def blob(self, value: FileValue) -> Blob:
+        """The stored bytes of a value.
+
+        Raises:
+            RequestError: the header of the blob does not agree with the program, or lies.
+        """
+        return self.blob_files[value.file].blob(value.offset, value.type)
+
+
+def means_package(path: Path) -> bool:
+    """Whether a path is that of a package: a folder with its manifest, or by its name."""
+    if path.suffix == SUFFIX:
+        return not path.is_file()
+    return (path / MANIFEST).is_file() and (path / DATA).is_dir()
+
+
+def open_package(path: Path | str) -> Package:
+    """Reads the program and the heads of the weight files.
+
+    Raises:
+        RequestError: no package, a file that is missing or lies outside of it, or a program that
+            contradicts itself.
+    """
+    folder = Path(path)
+    model = _model_file(folder)
+    message = _parse(model)
+    try:
+        functions = decoder.functions(message.mlProgram)
+        default, description = decoder.description(message.description)
+    except decoder.Damaged as error:
+        raise RequestError(f"{model} is damaged: {error}") from None
+    if not functions:
+        raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
+    default = default or (decoder.MAIN if decoder.MAIN in functions else next(iter(functions)))
+    if default not in functions:
+        raise RequestError(f"{model} is damaged: it has no function {default!r}, its default")
+    files = sorted(_file_names(functions))
+    return Package(
+        path=folder,
+        model=model,
+        specification_version=message.specificationVersion,
+        functions=functions,
+        default_function=default,
+        description=description,
+        blob_files={name: BlobFile.open(_weight_file(folder, model, name)) for name in files},
+    )
+
+
+def _model_file(folder: Path) -> Path:
+    """The model file, by the manifest."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        missing = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        raise RequestError(f"{folder} is not a Core ML package: {missing}")
+    fields = read_json(manifest).values
+    items, root = fields.get("itemInfoEntries"), fields.get("rootModelIdentifier")
+    item = items.get(root) if isinstance(items, dict) and isinstance(root, str) else None
+    relative = item.get("path") if isinstance(item, dict) else None
+    if not isinstance(relative, str):
+        raise RequestError(f"{manifest} is damaged: it does not say where the model lies")
+    return _inside(folder, folder / DATA, relative, manifest)
+
+
+def _weight_file(folder: Path, model: Path, name: str) -> Path:
+    if not name.startswith(MODEL_PATH):
+        raise RequestError(
+            f"{model} is damaged: it takes weights from {name!r}; expected {MODEL_PATH}…"
+        )
+    return _inside(folder, model.parent, name.removeprefix(MODEL_PATH), model)
+
+
+def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
+    """The file `relative` to `base`, which must lie in `folder`, links followed."""
+    parts = PurePosixPath(relative)
+    path = base / parts
+    root = os.path.realpath(folder)
+    safe = "\0" not in relative and not parts.is_absolute() and ".." not in parts.parts
+    if not safe or os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise RequestError(f"{source} is damaged: {relative!r} leads out of {folder}")
+    try:
+        there = path.is_file()
+    except OSError:  # a name too long to be one
+        there = False
+    if not there:
+        raise RequestError(f"{folder} is damaged: {path.relative_to(folder)} is missing")
+    return path
+
+
+def _file_names(functions: Mapping[str, Function]) -> set[str]:
+    """The names of all weight files that a program needs."""
+    constants = (c for f in functions.values() for op in f.walk() for _, c in op.constants)
+    return {constant.file for constant in constants if isinstance(constant, FileValue)}
+
+
+def _parse(path: Path) -> Any:
+    try:
+        size = path.stat().st_size
+        if size > MAX_MODEL_BYTES:
+            raise RequestError(f"{path} has {size} bytes; a program has at most {MAX_MODEL_BYTES}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return Model.FromString(content)
+    except DecodeError:
+        raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None

@@ -1,0 +1,126 @@
+"""The folder that an export leaves, and that memory does not grow with the model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rgexport.cli import run
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml import exporter
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.package import MANIFEST_FILE, MODEL_FILE, WEIGHT_FILE
+from rgexport.export.manifest import MANIFEST
+from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.synthetic import write_random
+from tests.models import make_config, random_weights, write_hugging_face
+
+CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+
+
+def files_of(folder):
+    return {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_is_in_the_folder(model, tmp_path):
+    target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
+    expected = {MANIFEST, "README.md", MODEL_FILE, MANIFEST_FILE, WEIGHT_FILE}
+    assert set(files_of(target)) == expected
+    manifest = Artifact.open(target).manifest
+    assert set(manifest.files) == expected - {MANIFEST}
+    assert {"torch", "coremltools", "numpy", "rgexport"} <= manifest.created_with.keys()
+
+
+def test_the_same_request_gives_the_same_bytes(model, tmp_path):
+    options = CoreMLOptions(precision="pal4", prefill_length=3)
+    made = [export_coreml(open_checkpoint(model), options, tmp_path / name) for name in "ab"]
+    one, other = (files_of(folder) for folder in made)
+    assert one.keys() == other.keys()
+    for name, path in one.items():
+        assert path.read_bytes() == other[name].read_bytes(), name
+
+
+def test_command_line(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["coreml", "-m", "model", "--precision", "pal4", "--prefill-length", "3"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("model-pal4-coreml is complete (") and shown.out.count("\n") == 1
+    assert "try: rgexport generate model-pal4-coreml --ids 2" in shown.out
+    assert "Warning: model has no tokenizer" in shown.err and "orch version" not in shown.err
+
+    assert run(["inspect", "model-pal4-coreml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "coreml" and found["precision"] == "pal4"
+    assert found["coreml"] == {
+        "prefill_length": 3,
+        "all_logits": False,
+        "recurrent_state": "io",
+    }
+    assert run(["inspect", "model-pal4-coreml", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "Core ML" in shown and "prefill length" in shown and "All hashes were verified" in shown
+
+
+def test_a_plan_of_another_format_is_made_to_fit(model, tmp_path):
+    asked = OnnxOptions(precision="int4")
+    plan = Artifact.open(export_onnx(open_checkpoint(model), asked, tmp_path / "onnx"))
+    options = CoreMLOptions(plan=plan.manifest.plan)
+    found = Artifact.open(export_coreml(open_checkpoint(model), options, tmp_path / "coreml"))
+    assert found.manifest.precision == "int4"
+
+
+def test_a_package_that_would_be_wrong_is_not_made(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "check_package", lambda package: ["decode: a is not b"])
+    with pytest.raises(RequestError, match="1 complaint.*decode: a is not b.*fault of rgexport"):
+        export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_artifacts_are_replaced(model, tmp_path):
+    target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
+    with pytest.raises(RequestError, match="pass --force"):
+        export_coreml(open_checkpoint(model), CoreMLOptions(), target)
+    options = CoreMLOptions(precision="int8")
+    export_coreml(open_checkpoint(model), options, target, force=True)
+    assert Artifact.open(target).manifest.precision == "int8"
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.griffin.checkpoint import open_checkpoint
+model, precision, target = sys.argv[1:]
+export_coreml(open_checkpoint(model), CoreMLOptions(precision=precision), Path(target))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+GROWTH_MB = 60
+
+
+def _peak_mb(model: Path, precision: str, target: Path) -> int:
+    command = [sys.executable, "-c", PROGRAM, str(model), precision, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    small = make_config("rra", width=128, heads=2, vocab_size=2000)
+    large = make_config("rra", width=1024, heads=4, mlp_width=4096, vocab_size=100_000)
+    peaks = {}
+    for name, config in (("small", small), ("large", large)):
+        write_random(config, tmp_path / name)
+        peaks[name] = _peak_mb(tmp_path / name, "int4", tmp_path / f"{name}-int4")
+    weights = sum(f.stat().st_size for f in (tmp_path / "large").glob("*.safetensors"))
+    assert weights > 4 * (GROWTH_MB << 20)
+    assert peaks["large"] - peaks["small"] < GROWTH_MB

@@ -1,0 +1,174 @@
+"""What the emitted program looks like; what it computes is test_parity's matter."""
+
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from rgexport.export.coreml.model import build_model
+from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.states import Form, state_records, stored_states
+from rgexport.export.coreml.storage import Storage
+from rgexport.export.trace import trace
+from rgexport.griffin.layout import EMBEDDING, model_tensors
+from tests.models import ODD_CONFIGS, make_config
+
+OPS = """
+    add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal exp
+    gather gelu greater_equal less_equal linear logical_and matmul mul read_state reduce_mean
+    reduce_sum reshape rsqrt sigmoid sin slice_by_index softmax sqrt sub tanh transpose write_state
+"""
+"""Everything that an engine for our packages must know."""
+
+CONFIG = make_config("rra", width=64, heads=2, lru_width=96, window=8)
+
+
+def built(config=CONFIG, precision="fp16", prefill_length=5, **asked):
+    """The model of a configuration, and where its weights lie."""
+    options = CoreMLOptions(precision=precision, prefill_length=prefill_length, **asked)
+    shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+    tensors = Storage(options.resolve_plan(config), shapes).tensors
+    program = trace(config, options.form.activation)
+    return build_model(program, config, tensors, options.form), tensors
+
+
+def operations(model, function):
+    (block,) = model.mlProgram.functions[function].block_specializations.values()
+    return block.operations
+
+
+def file_values(model, function):
+    """Name of a weight and, of a compressed one, of its part → offset in the file of weights."""
+    found = {}
+    for operation in operations(model, function):
+        name = operation.outputs[0].name if operation.outputs else ""
+        values = {key: argument.arguments[0].value for key, argument in operation.inputs.items()}
+        if operation.type == "const":
+            values[""] = operation.attributes["val"]
+        for key, value in values.items():
+            if value.WhichOneof("value") == "blobFileValue":
+                found[name, key] = value.blobFileValue.offset
+    return found
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+@pytest.mark.parametrize("compute, state", [("fp16", "io"), ("fp32", "hilo")])
+def test_only_ops_that_every_engine_knows(name, state, compute):
+    model, _ = built(ODD_CONFIGS[name], compute=compute, recurrent_state=state)
+    used = {op.type for name in ("decode", "prefill") for op in operations(model, name)}
+    assert used <= set(OPS.split())
+
+
+def test_names_carry_the_sites_of_the_step_model():
+    model, _ = built()
+    names = {out.name for op in operations(model, "decode") for out in op.outputs}
+    sites = {node.site for node in trace(CONFIG, "float16").nodes} - {"last_tokens"}
+    assert {site.replace(".", "_") for site in sites} <= names
+    allowed = set("abcdefghijklmnopqrstuvwxyz0123456789_")
+    assert not {letter for name in names for letter in name} - allowed
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+        {"precision": "fp16", "compute": "fp32"},
+        {"precision": "int8"},
+        {"precision": "int4"},
+        {"precision": "int4", "symmetric": False, "embedding_precision": "int4"},
+        {"precision": "pal4", "embedding_precision": "pal4"},
+    ],
+    ids=lambda asked: "-".join(map(str, asked.values())),
+)
+def test_both_functions_share_each_blob_and_use_it_once(asked):
+    model, tensors = built(**asked)
+    parts = {
+        name.replace(".", "_"): [part.offset - 64 for part in stored.parts.values()]
+        for name, stored in tensors.items()
+    }
+    decode, prefill = (file_values(model, name) for name in ("decode", "prefill"))
+    assert decode == prefill
+    assert Counter(decode.values()) == Counter(
+        offset for found in parts.values() for offset in found
+    )
+    for (name, _), offset in decode.items():
+        assert offset in parts[name]
+
+
+def test_a_weight_takes_no_memory():
+    """That of the embedding alone would be 131 MB."""
+    config = replace(CONFIG, vocab_size=1 << 20)
+    trace(config, "float16")  # what torch keeps for itself does not count
+    tracemalloc.start()
+    model, tensors = built(config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tensors[EMBEDDING].parts["data"].nbytes == config.vocab_size * 128
+    zeros = 2 * config.vocab_size  # the bias that coremltools gives a linear that has none
+    assert peak < 30e6 + 8 * zeros
+    assert model.ByteSize() < 1e6 + 2 * zeros
+
+
+def test_states_suit_the_neural_engine():
+    for compute in ("fp16", "fp32"):
+        states = stored_states(CONFIG, Form(5, False, "hilo", compute))
+        assert {len(shape) for shape in states.values()} == {4}
+        assert {shape[-1] % 32 for shape in states.values()} == {0}
+
+
+def test_states_are_single_in_half_precision_and_pairs_in_full():
+    half, full = (stored_states(CONFIG, Form(5, False, "io", c)) for c in ("fp16", "fp32"))
+    single = {"layers_0_conv1d", "layers_1_conv1d", "layers_2_key", "layers_2_value"}
+    assert half.keys() == single
+    assert full.keys() == {f"{name}_{half}" for name in single for half in ("hi", "lo")}
+    assert half["layers_0_conv1d"] == (1, 1, 3, 96) and half["layers_2_key"] == (1, 1, 8, 32)
+
+
+@pytest.mark.parametrize("state, features", [("io", set()), ("hilo", {"hi", "lo"})])
+def test_the_recurrent_state_is_a_matrix_or_a_pair(state, features):
+    form = Form(5, False, state, "fp16")
+    model, _ = built(recurrent_state=state)
+    for function in model.description.functions:
+        inputs = {feature.name for feature in function.input}
+        outputs = {feature.name for feature in function.output}
+        states = {feature.name for feature in function.state}
+        assert ("recurrent_state" in inputs) == ("recurrent_state_out" in outputs) == (not features)
+        assert {f"recurrent_state_{half}" for half in features} <= states
+        assert states == stored_states(CONFIG, form).keys()
+    rows = [record for record in state_records(CONFIG, form) if record.name.endswith("rg_lru")]
+    assert [record.name for record in rows] == ["layers.0.rg_lru", "layers.1.rg_lru"]
+
+
+@pytest.mark.parametrize(
+    "name, all_logits, shape",
+    [
+        ("decode", True, [1, 1, 256]),
+        ("prefill", True, [1, 5, 256]),
+        ("prefill", False, [1, 1, 256]),
+    ],
+)
+def test_logits_of_all_tokens_or_of_the_last(name, all_logits, shape):
+    model, _ = built(all_logits=all_logits)
+    (function,) = (each for each in model.description.functions if each.name == name)
+    (logits,) = (each for each in function.output if each.name == "logits")
+    assert list(logits.type.multiArrayType.shape) == shape
+
+
+def test_the_default_function_is_decode():
+    model, _ = built()
+    assert model.description.defaultFunctionName == "decode"
+    assert model.specificationVersion == 9
+
+
+def test_coremltools_still_has_the_private_parts_that_are_used():
+    """Named here, so that a release that moves them says which."""
+    from coremltools import _SPECIFICATION_VERSION_IOS_18
+    from coremltools.converters.mil.backend.mil import helper, load
+
+    assert _SPECIFICATION_VERSION_IOS_18 == 9
+    for name in ("create_immediate_value", "create_file_value_tensor", "types_to_proto_primitive"):
+        assert callable(getattr(helper, name)), f"coremltools' helper has no {name}"
+    assert callable(load.MILProtoExporter.get_milproto_value)
+    assert callable(load.CoreMLProtoExporter.export)

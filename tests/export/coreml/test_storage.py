@@ -1,0 +1,133 @@
+"""The file of weights: coremltools' own reader finds in it what was written."""
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export import storage
+from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.parts import decode, transform_of
+from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
+from rgexport.griffin.tensor import from_array
+from rgexport.quantize.scheme import Affine, Float, Palette
+
+_BlobStorageReader = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageReader
+
+PLAN = {
+    "a.weight": Affine(4, 32, symmetric=True, scale="float16"),
+    "b.weight": Affine(4, 32, symmetric=False, scale="float16"),
+    "c.weight": Affine(8, None, symmetric=True, scale="float32"),
+    "d.weight": Affine(8, 32, symmetric=False, scale="float16"),
+    "e.weight": Palette(group=8),
+    "f.weight": Float("float16"),
+    "g_norm.weight": Float("float32"),
+    "h.recurrent_param": Float("float32"),
+}
+VECTORS = {"g_norm.weight", "h.recurrent_param"}
+MIL_DTYPES = {
+    "a.weight": {"data": "int4", "scales": "float16"},
+    "b.weight": {"data": "uint4", "scales": "float16", "zero_points": "uint4"},
+    "c.weight": {"data": "int8", "scales": "float32"},
+    "d.weight": {"data": "uint8", "scales": "float16", "zero_points": "uint8"},
+    "e.weight": {"data": "uint4", "lut": "float16"},
+    "f.weight": {"data": "float16"},
+    "g_norm.weight": {"data": "float32"},
+    "h.recurrent_param": {"data": "float32"},
+}
+_READERS = {"float16": "fp16", "float32": "float"}
+
+
+@pytest.fixture
+def weights():
+    random = np.random.default_rng(0)
+    shapes = {name: (24,) if name in VECTORS else (24, 64) for name in PLAN}
+    return {name: random.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+
+
+def written(weights, folder):
+    stored = Storage(PLAN, {name: array.shape for name, array in weights.items()})
+    hashes = stored.write(folder, {name: from_array(array) for name, array in weights.items()})
+    return stored, hashes, folder / WEIGHT_FILE
+
+
+def test_coremltools_reads_every_blob(weights, tmp_path):
+    stored, _, path = written(weights, tmp_path)
+    reader = _BlobStorageReader(str(path))
+    for name, tensor in stored.tensors.items():
+        read = {}
+        for label, part in tensor.parts.items():
+            dtype = blob_dtype(label, tensor)
+            assert dtype == MIL_DTYPES[name][label]
+            method = getattr(reader, f"read_{_READERS.get(dtype, dtype)}_data")
+            items = np.array(method(part.offset - ALIGNMENT))
+            read[label] = items.view(np.float16) if dtype == "float16" else items
+        check(PLAN[name], read, transform_of(name).store(weights[name]))
+
+
+def check(scheme, read, values):
+    """What MIL's definitions make of the blobs is near the weights."""
+    if isinstance(scheme, Float):
+        np.testing.assert_allclose(read["data"].reshape(values.shape), values, rtol=1e-3)
+        return
+    rows, columns = values.shape
+    if isinstance(scheme, Palette):
+        lut = read["lut"].reshape(rows // scheme.group, 16).astype(np.float32)
+        indices = read["data"].reshape(len(lut), -1)
+        restored, step = np.take_along_axis(lut, indices.astype(int), 1), 1.0
+    else:
+        scales = read["scales"].reshape(rows, -1, 1).astype(np.float32)
+        zeros = read.get("zero_points", np.zeros(scales.size)).reshape(scales.shape)
+        blocks = read["data"].reshape(rows, scales.shape[1], -1).astype(np.float32)
+        restored, step = (blocks - zeros) * scales, np.abs(scales).max()
+    np.testing.assert_allclose(restored.reshape(rows, columns), values, atol=1.05 * step, rtol=0)
+
+
+def test_headers_are_those_of_the_format(weights, tmp_path):
+    stored, hashes, path = written(weights, tmp_path)
+    data = path.read_bytes()
+    assert len(data) == stored.size
+    assert struct.unpack_from("<II", data) == (len(hashes), 2)
+    for tensor in stored.tensors.values():
+        for part in tensor.parts.values():
+            assert part.offset % ALIGNMENT == 0
+            sentinel, _, size, offset, pad = struct.unpack_from("<IIQQQ", data, part.offset - 64)
+            assert (sentinel, size, offset, pad) == (0xDEADBEEF, part.nbytes, part.offset, 0)
+
+
+def test_hashes_are_those_of_the_blobs(weights, tmp_path):
+    stored, hashes, path = written(weights, tmp_path)
+    data = path.read_bytes()
+    found = {
+        f"{name}.{label}": hashlib.sha256(data[part.offset : part.offset + part.nbytes])
+        for name, tensor in stored.tensors.items()
+        for label, part in tensor.parts.items()
+    }
+    assert hashes == {blob: digest.hexdigest() for blob, digest in found.items()}
+
+
+def test_slabs_make_no_difference(weights, tmp_path, monkeypatch):
+    _, hashes, path = written(weights, tmp_path / "whole")
+    monkeypatch.setattr(storage, "SLAB_BYTES", 700)
+    _, again, slabs = written(weights, tmp_path / "slabs")
+    assert slabs.read_bytes() == path.read_bytes() and again == hashes
+
+
+def test_what_is_decoded_is_what_was_folded(weights, tmp_path):
+    stored, _, path = written(weights, tmp_path)
+    data = path.read_bytes()
+    for name in VECTORS:
+        part = stored.tensors[name].parts["data"]
+        values = np.frombuffer(data, np.float32, 24, part.offset)
+        restored = decode(name, {"data": values}, stored.tensors[name])
+        np.testing.assert_allclose(restored, weights[name], rtol=2e-6, atol=1e-6)
+        assert not np.allclose(values, weights[name])
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.weight", "e.weight", "f.weight"])
+def test_a_weight_beyond_float16_is_named(name, weights, tmp_path):
+    weights[name][3, 5] = 3e6
+    with pytest.raises(RequestError, match=f"^{name}.*3e.06, more than float16|{name}: weights of"):
+        written(weights, tmp_path)

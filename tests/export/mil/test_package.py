@@ -1,0 +1,335 @@
+"""Reading packages that coremltools wrote, and refusing damaged ones."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("coremltools")
+
+import coremltools as ct
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.mil import types
+from coremltools.proto import MIL_pb2, Model_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rgexport.errors import RequestError
+from rgexport.export.mil.package import Package, means_package, open_package
+from rgexport.export.mil.program import FileValue, Immediate, Name, TensorType
+
+WEIGHT = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A function with a state, a weight, and immediate values of several dtypes."""
+
+    @mb.program(
+        input_specs=[
+            mb.TensorSpec((1, 4), types.fp32),
+            mb.StateTensorSpec((1, 8), types.fp16),
+        ],
+        opset_version=ct.target.iOS18,
+    )
+    def program(x: Any, s: Any) -> Any:
+        y = mb.linear(x=x, weight=WEIGHT, name="product")
+        half = mb.add(x=mb.cast(x=y, dtype="fp16"), y=mb.read_state(input=s))
+        half = mb.mul(x=half, y=np.float16([[1, 2, 3, 4, 5, 6, 7, 8]]))
+        after = mb.coreml_update_state(state=s, value=half)
+        flags = mb.logical_not(x=np.array([[True, False] * 4]))
+        return mb.select(cond=flags, a=after, b=mb.const(val=np.float16([[0.5] * 8])), name="out")
+
+    path = tmp_path_factory.mktemp("saved") / "toy.mlpackage"
+    model = ct.convert(
+        program,
+        convert_to="mlprogram",
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+        skip_model_load=True,
+    )
+    model.author, model.license, model.version = "A", "L", "V"
+    model.short_description = "D"
+    model.user_defined_metadata["key"] = "value"
+    model.input_description["x"] = "what x is"
+    model.save(str(path))
+    return path
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy.mlpackage"))
+
+
+def test_reads_all_of_it(saved: Path) -> None:
+    package = open_package(saved)
+    assert package.default_function == "main" and package.specification_version == 9
+    function = package.functions["main"]
+    assert function.inputs == {"x": TensorType("float32", (1, 4))}
+    assert function.states == {"s": TensorType("float16", (1, 8))}
+    assert function.outputs == ("out",) and function.opset == "CoreML8"
+    kinds = [op.type for op in function.operations]
+    assert kinds.count("write_state") == 1 and kinds.count("read_state") == 2
+    linear = next(op for op in function.walk() if op.type == "linear")
+    assert linear.name == "product" and linear.inputs["x"] == (Name("x"),)
+    assert linear.outputs == (("product", TensorType("float32", (1, 8))),)
+
+
+def test_reads_weights_and_immediate_values(saved: Path) -> None:
+    package = open_package(saved)
+    values = [v for op in package.functions["main"].walk() for _, v in op.constants]
+    (stored,) = (v for v in values if isinstance(v, FileValue))
+    found = package.blob(stored).read(0, stored.type.nbytes).view(np.float32)
+    np.testing.assert_array_equal(found.reshape(stored.type.shape), WEIGHT)
+    arrays = [v.array for v in values if isinstance(v, Immediate)]
+    assert any(a.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]] and a.dtype == np.float16 for a in arrays)
+    assert any(a.tolist() == [[True, False] * 4] and a.dtype == bool for a in arrays)
+    assert any(a.dtype == object and a.item() == "fp16" for a in arrays)
+
+
+def test_reads_the_description(saved: Path) -> None:
+    found = open_package(saved).description
+    assert (found.author, found.license, found.version, found.summary) == ("A", "L", "V", "D")
+    assert found.user_defined["key"] == "value"
+    interface = found.interfaces["main"]
+    assert [f.name for f in interface.states] == ["s"]
+    (x,) = interface.inputs
+    assert (x.name, x.type, x.help) == ("x", TensorType("float32", (1, 4)), "what x is")
+
+
+def test_says_what_is_a_package(saved: Path, tmp_path: Path) -> None:
+    assert means_package(saved) and means_package(tmp_path / "missing.mlpackage")
+    assert means_package(saved.rename(saved.with_name("renamed")))
+    saved.with_name("renamed").rename(saved)
+    assert not means_package(tmp_path)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(RequestError) as caught:
+        open_package(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(path: Path, **fields: Any) -> None:
+    manifest = path / "Manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | fields))
+
+
+def edit_model(path: Path, change: Callable[[Any], Any]) -> None:
+    model = Model_pb2.Model.FromString((path / MODEL).read_bytes())
+    change(model)
+    (path / MODEL).write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Manifest.json", "is not a Core ML package: it has no Manifest.json"),
+        (MODEL, "model.mlmodel is missing"),
+        (WEIGHTS, "weight.bin is missing"),
+    ],
+)
+def test_missing_files(copied: Path, name: str, expected: str) -> None:
+    (copied / name).unlink()
+    assert expected in refused(copied)
+
+
+def test_no_package(tmp_path: Path) -> None:
+    assert "there is no such folder" in refused(tmp_path / "none.mlpackage")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"{}", b'{"itemInfoEntries": []}'])
+def test_damaged_manifests(copied: Path, content: bytes) -> None:
+    (copied / "Manifest.json").write_bytes(content)
+    assert "Manifest.json" in refused(copied)
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../secret", "/etc/hostname", "com.apple.CoreML/../../../secret", "a\0b"]
+)
+def test_paths_that_lead_out(copied: Path, target: str) -> None:
+    (copied.parent / "secret").write_bytes(b"")
+    edit_manifest(copied, rootModelIdentifier="x", itemInfoEntries={"x": {"path": target}})
+    assert "leads out of" in refused(copied)
+
+
+def test_links_that_lead_out(copied: Path) -> None:
+    weights = copied / WEIGHTS
+    weights.rename(copied.parent / "elsewhere.bin")
+    weights.symlink_to(copied.parent / "elsewhere.bin")
+    assert "leads out of" in refused(copied)
+
+
+def test_weights_outside(copied: Path) -> None:
+    names = {
+        "@model_path/../../../elsewhere.bin": "leads out",
+        "/etc/hostname": "expected @model_path",
+        "@model_path/" + "x" * 5000: "is missing",
+    }
+    for name, expected in names.items():
+        edit_model(copied, lambda model, name=name: set_file(model, name))
+        assert expected in refused(copied)
+
+
+def operations(model: Any) -> Any:
+    (function,) = model.mlProgram.functions.values()
+    return function.block_specializations[function.opset].operations
+
+
+def set_file(model: Any, name: str) -> None:
+    for op in operations(model):
+        for value in op.attributes.values():
+            if value.HasField("blobFileValue"):
+                value.blobFileValue.fileName = name
+
+
+def first_constant(model: Any, field: str) -> Any:
+    constants = (op.attributes["val"] for op in operations(model) if op.type == "const")
+    return next(v for v in constants if v.immediateValue.tensor.WhichOneof("value") == field)
+
+
+def shrink(model: Any) -> None:
+    tensor = first_constant(model, "bytes").immediateValue.tensor
+    tensor.bytes.values = tensor.bytes.values[:-1]
+
+
+def grow(model: Any) -> None:
+    dimensions = first_constant(model, "bools").type.tensorType.dimensions
+    dimensions[0].constant.size = 1 << 40
+
+
+def unknown(model: Any) -> None:
+    dimensions = first_constant(model, "bytes").type.tensorType.dimensions
+    dimensions[0].unknown.variadic = False
+    dimensions[1].unknown.variadic = False
+
+
+def add_input(model: Any) -> None:
+    (function,) = model.mlProgram.functions.values()
+    function.inputs.add().CopyFrom(function.inputs[0])
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "fewer bytes than elements": (shrink, "and has 15 bytes"),
+    "an enormous shape": (grow, "cannot have the shape"),
+    "an immediate value of unknown shape": (unknown, "and has"),
+    "no program": (lambda m: m.ClearField("mlProgram"), "holds no ML program"),
+    "another opset": (
+        lambda m: setattr(m.mlProgram.functions["main"], "opset", "CoreML99"),
+        "has nothing for its opset 'CoreML99'",
+    ),
+    "no such default": (
+        lambda m: setattr(m.description, "defaultFunctionName", "other"),
+        "has no function 'other'",
+    ),
+    "an unknown dtype": (
+        lambda m: setattr(operations(m)[0].outputs[0].type.tensorType, "dataType", 99),
+        "has the unknown dtype 99",
+    ),
+    "a rank that is not its dimensions'": (
+        lambda m: setattr(operations(m)[0].outputs[0].type.tensorType, "rank", 7),
+        "has rank 7",
+    ),
+    "a value without a type": (
+        lambda m: operations(m)[0].outputs[0].ClearField("type"),
+        "has no type",
+    ),
+    "a constant without a value": (
+        lambda m: first_constant(m, "bools").ClearField("immediateValue"),
+        "val has no value",
+    ),
+    "an input twice": (add_input, "has the input x twice"),
+    "a feature of an unknown dtype": (
+        lambda m: setattr(m.description.input[0].type.multiArrayType, "dataType", 7),
+        "gives x the dtype 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_programs_that_contradict_themselves(copied: Path, name: str) -> None:
+    change, expected = CHANGES[name]
+    edit_model(copied, change)
+    assert expected in refused(copied)
+
+
+def test_a_function_twice(copied: Path) -> None:
+    """A map may hold a key twice on the wire; the later one would win silently."""
+    content = (copied / MODEL).read_bytes()
+    again = Model_pb2.Model(mlProgram=MIL_pb2.Program())
+    again.mlProgram.functions["main"].opset = "CoreML8"
+    (copied / MODEL).write_bytes(content + again.SerializeToString())
+    assert "'main' twice" in refused(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b"\1\0\0\0\1\0\0\0" + b"\0" * 56, b"short"])
+def test_weight_files_of_another_kind(copied: Path, content: bytes) -> None:
+    (copied / WEIGHTS).write_bytes(content)
+    assert "weight.bin is" in refused(copied)
+
+
+def blob_refused(package: Package) -> str:
+    values = [v for op in package.functions["main"].walk() for _, v in op.constants]
+    with pytest.raises(RequestError) as caught:
+        package.blob(next(v for v in values if isinstance(v, FileValue)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        (0, 0xDEADBEEE, "there is no blob at offset 64"),
+        (1, 1, "holds float16; expected float32"),
+        (1, 77, "holds type 77"),
+        (2, 64, r"has 64 bytes; float32 [8, 4] needs 128"),
+        (2, 1 << 63, "needs 128"),
+        (3, 1 << 63, "begin at"),
+        (4, 3, "has 3 unused bits"),
+    ],
+)
+def test_blob_headers_that_lie(copied: Path, field: int, value: int, expected: str) -> None:
+    places = ((0, 4), (4, 4), (8, 8), (16, 8), (24, 8))
+    start, size = places[field]
+    with (copied / WEIGHTS).open("r+b") as file:
+        file.seek(64 + start)
+        file.write(value.to_bytes(size, "little"))
+    assert expected in blob_refused(open_package(copied))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(100, "header should lie"), (200, "beyond the 200")]
+)
+def test_truncated_weights(copied: Path, size: int, expected: str) -> None:
+    with (copied / WEIGHTS).open("r+b") as file:
+        file.truncate(size)
+    assert expected in blob_refused(open_package(copied))
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_damage_of_the_program_ends_in_one_line(saved: Path, copied: Path, data: Any) -> None:
+    content = bytearray((saved / MODEL).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        stop = start + data.draw(st.integers(0, 3))
+        content[start:stop] = data.draw(st.binary(min_size=0, max_size=4))
+    (copied / MODEL).write_bytes(content)
+    try:
+        package = open_package(copied)
+        for function in package.functions.values():
+            for op in function.walk():
+                for _, value in op.constants:
+                    if isinstance(value, FileValue):
+                        package.blob(value)
+    except RequestError as error:
+        assert "\n" not in str(error)
