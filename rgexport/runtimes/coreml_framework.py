@@ -18,7 +18,7 @@ from rgexport.errors import RequestError
 class FrameworkRunner:
     """One `MLModel` per function of a package; a state made by one serves all.
 
-    Apple's documentation does not say that it does, but apps with such packages rely on it.
+    Apple's documentation does not say that it does; docs/coreml.md names who relies on it.
     """
 
     engine = "Core ML"

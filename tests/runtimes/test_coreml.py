@@ -14,38 +14,19 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
 from rgexport.export.mil.package import open_package
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.coreml import CoreMLSession
 from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.mil.runner import InterpreterRunner
 from rgexport.runtimes.ort import OrtSession
-from rgexport.runtimes.session import Session
 from tests.artifacts import export_random, export_random_coreml
 from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
 from tests.runtimes.deepmind_step import deepmind_step
+from tests.sessions import distance, ragged, random_tokens
 
 FP32, FP16, TWIN, SAME = 2e-5, 3e-2, 2e-5, 1e-5
 """Largest |Δlogit| allowed, as a share of the largest |logit|."""
-
-
-def _tokens(config: GriffinConfig, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(7).integers(0, config.vocab_size, (batch, length))
-
-
-def _ragged(session: Session, tokens: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """All logits, taking chunks of the given sizes in turn."""
-    logits, start = [], 0
-    while start < tokens.shape[1]:
-        chunk = tokens[:, start : start + sizes[len(logits) % len(sizes)]]
-        logits.append(session.prefill(chunk, chunk.shape[1]))
-        start += chunk.shape[1]
-    return np.concatenate(logits, axis=1)
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 class CountingRunner(InterpreterRunner):
@@ -69,29 +50,29 @@ def test_fp32_equals_deepmind(name: str, recurrent_state: Any, tmp_path: Path) -
     artifact, weights = export_random_coreml(
         config, tmp_path, all_logits=True, prefill_length=7, recurrent_state=recurrent_state
     )
-    tokens = _tokens(config, 3, 4 * config.window + 3)
+    tokens = random_tokens(config, 3, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = open_session(artifact)
     session.reset(3)
-    assert _distance(_ragged(session, tokens, [tokens.shape[1]]), expected) <= FP32
+    assert distance(ragged(session, tokens, [tokens.shape[1]]), expected) <= FP32
     session.reset()
-    assert _distance(_ragged(session, tokens[:1], [9, 1, config.window + 1]), expected[:1]) <= FP32
+    assert distance(ragged(session, tokens[:1], [9, 1, config.window + 1]), expected[:1]) <= FP32
     session.reset()
     steps = [session.step(column) for column in tokens[:1].T]
-    assert _distance(np.stack(steps, 1), expected[:1]) <= FP32
+    assert distance(np.stack(steps, 1), expected[:1]) <= FP32
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
 def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_coreml(config, tmp_path, "fp16", prefill_length=8)
-    tokens = _tokens(config, 1, 4 * config.window)
+    tokens = random_tokens(config, 1, 4 * config.window)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = open_session(artifact)
     found = []
     for start in range(0, tokens.shape[1], 8):
         found.append(session.prefill(tokens[:, start : start + 8])[:, -1])
-    assert _distance(np.stack(found, 1), expected[:, 7::8]) <= FP16
+    assert distance(np.stack(found, 1), expected[:, 7::8]) <= FP16
 
 
 @pytest.mark.parametrize(
@@ -113,12 +94,12 @@ def test_equals_its_twin(name: str, precision: str, symmetric: bool | None, tmp_
         all_logits=True,
         prefill_length=9,
     )
-    tokens = _tokens(config, 2, 2 * config.window + 5)
+    tokens = random_tokens(config, 2, 2 * config.window + 5)
     twin = Reference(config, artifact.weights)
     hidden, state = twin.run(tokens)
     session = open_session(artifact)
     session.reset(2)
-    assert _distance(_ragged(session, tokens, [18, 1]), twin.logits(hidden)) <= TWIN
+    assert distance(ragged(session, tokens, [18, 1]), twin.logits(hidden)) <= TWIN
     for name, array in session.get_state().items():
         np.testing.assert_allclose(array, state[name], rtol=1e-3, atol=1e-4)
 
@@ -130,10 +111,10 @@ def test_prefill_of_any_length(prefill_length: int, tmp_path: Path) -> None:
     artifact, weights = export_random_coreml(
         config, tmp_path, all_logits=True, prefill_length=prefill_length
     )
-    tokens = _tokens(config, 1, 4 * config.window + 3)
+    tokens = random_tokens(config, 1, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = open_session(artifact)
-    assert _distance(session.prefill(tokens, tokens.shape[1]), expected) <= FP32
+    assert distance(session.prefill(tokens, tokens.shape[1]), expected) <= FP32
 
 
 @pytest.mark.parametrize("recurrent_state", ["io", "hilo"])
@@ -143,7 +124,7 @@ def test_states_travel_from_engine_to_engine(recurrent_state: Any, tmp_path: Pat
         config, tmp_path, prefill_length=8, recurrent_state=recurrent_state
     )
     onnx, _ = export_random(config, tmp_path)
-    tokens = _tokens(config, 3, 3 * config.window)
+    tokens = random_tokens(config, 3, 3 * config.window)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     engines = CoreMLSession(package), OrtSession(onnx)
     for first, second in (engines, engines[::-1]):
@@ -153,10 +134,10 @@ def test_states_travel_from_engine_to_engine(recurrent_state: Any, tmp_path: Pat
         second.set_state(state)
         assert second.position.tolist() == [69] * 3
         continued = np.stack([second.step(column) for column in tokens[:, 69:].T], 1)
-        assert _distance(continued, expected[:, 69:]) <= FP32
+        assert distance(continued, expected[:, 69:]) <= FP32
         one = {name: array[1:2] for name, array in state.items()}
         second.set_state(one)
-        assert _distance(second.step(tokens[1:2, 69]), expected[1:2, 69]) <= FP32
+        assert distance(second.step(tokens[1:2, 69]), expected[1:2, 69]) <= FP32
         np.testing.assert_array_equal(state[POSITION], [69] * 3)
 
 
@@ -168,7 +149,7 @@ def test_a_state_that_is_taken_and_given_back_changes_nothing(
     artifact, _ = export_random_coreml(
         config, tmp_path, prefill_length=4, recurrent_state=recurrent_state
     )
-    tokens = _tokens(config, 2, 30)
+    tokens = random_tokens(config, 2, 30)
     session, other = CoreMLSession(artifact), CoreMLSession(artifact)
     session.reset(2)
     session.prefill(tokens[:, :-1])
@@ -183,7 +164,7 @@ def test_a_state_that_is_taken_and_given_back_changes_nothing(
 def test_rows_of_a_batch_do_not_touch_each_other(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_coreml(config, tmp_path, "fp16", prefill_length=8)
-    tokens = _tokens(config, 3, 21)
+    tokens = random_tokens(config, 3, 21)
     session = CoreMLSession(artifact)
     session.reset(3)
     together = session.prefill(tokens)
@@ -195,7 +176,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(tmp_path: Path) -> None:
 def test_chunks_go_through_prefill(tmp_path: Path) -> None:
     """Without all logits, tokens whose logits are wanted are decoded unless they end a chunk."""
     config = ODD_CONFIGS["hawk"]
-    tokens = _tokens(config, 1, 42)
+    tokens = random_tokens(config, 1, 42)
     found = {}
     for all_logits in (False, True):
         artifact, _ = export_random_coreml(
@@ -215,7 +196,7 @@ def test_chunks_go_through_prefill(tmp_path: Path) -> None:
             assert calls == (whole, 42 - 8 * whole)
     every = found[True, 42]
     for logits in found.values():
-        assert _distance(logits, every[:, -logits.shape[1] :]) <= SAME
+        assert distance(logits, every[:, -logits.shape[1] :]) <= SAME
 
 
 def test_far_positions(tmp_path: Path) -> None:
@@ -225,7 +206,7 @@ def test_far_positions(tmp_path: Path) -> None:
     model = deepmind_model(config, weights)
     session = CoreMLSession(artifact)
     session.reset(2)
-    tokens = _tokens(config, 2, config.window + 30)
+    tokens = random_tokens(config, 2, config.window + 30)
     session.prefill(tokens[:, :-1])
     state = session.get_state()
     for start in (100_000, 131_072 + 17):
@@ -233,13 +214,13 @@ def test_far_positions(tmp_path: Path) -> None:
         session.set_state(state)
         found = session.step(tokens[:, -1])
         expected = deepmind_step(model, state, tokens[:, -1], state[POSITION])
-        assert _distance(found, expected) <= FP32
+        assert distance(found, expected) <= FP32
 
 
 def test_long_decays(tmp_path: Path) -> None:
     """What a float16 state loses: 4096 steps with decays up to 1 - 1e-5, in both forms."""
     config = make_config("r", width=32, heads=2, mlp_width=32, vocab_size=16)
-    tokens = _tokens(config, 1, 4096)
+    tokens = random_tokens(config, 1, 4096)
     states = []
     for form in ("io", "hilo"):
         artifact, _ = export_random_coreml(
@@ -248,7 +229,7 @@ def test_long_decays(tmp_path: Path) -> None:
         session = CoreMLSession(artifact)
         session.prefill(tokens)
         states.append(session.get_state()["layers.0.rg_lru"])
-    assert _distance(states[1], states[0]) <= 1e-5
+    assert distance(states[1], states[0]) <= 1e-5
 
 
 def test_info(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes import llama_cpp_context
 from rgexport.runtimes.llama_cpp import LlamaCppSession
@@ -19,6 +18,7 @@ from tests.artifacts import export_random, export_random_gguf
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
 from tests.runtimes.deepmind_step import deepmind_step
+from tests.sessions import distance, random_tokens
 
 pytestmark = needs_llama_cpp
 
@@ -32,14 +32,6 @@ def _session(artifact: Artifact, **options: Any) -> LlamaCppSession:
     return LlamaCppSession(artifact, **({"threads": 1} | options))
 
 
-def _tokens(config: GriffinConfig, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(7).integers(0, config.vocab_size, (batch, length))
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 def _all(session: Session, tokens: np.ndarray) -> np.ndarray:
     return session.prefill(tokens, tokens.shape[1])
 
@@ -48,16 +40,16 @@ def _all(session: Session, tokens: np.ndarray) -> np.ndarray:
 def test_f32_equals_deepmind(name: str, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 3, 4 * config.window + 3)
+    tokens = random_tokens(config, 3, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     for ubatch in (1, 7, 512):
         session = _session(artifact, ubatch=ubatch)
         for batch in (3, 1):
             session.reset(batch)
-            assert _distance(_all(session, tokens[:batch]), expected[:batch]) <= FP32
+            assert distance(_all(session, tokens[:batch]), expected[:batch]) <= FP32
     session.reset(3)
     steps = [session.step(column) for column in tokens.T]
-    assert _distance(np.stack(steps, 1), expected) <= FP32
+    assert distance(np.stack(steps, 1), expected) <= FP32
     assert session.position.tolist() == [tokens.shape[1]] * 3
 
 
@@ -65,12 +57,12 @@ def test_f32_equals_deepmind(name: str, tmp_path: Path) -> None:
 def test_flash_attention_is_near_deepmind(name: str, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 2, 4 * config.window + 3)
+    tokens = random_tokens(config, 2, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     for ubatch in (1, 7, 512):
         session = _session(artifact, ubatch=ubatch, flash_attention=True)
         session.reset(2)
-        assert _distance(_all(session, tokens), expected) <= FLASH
+        assert distance(_all(session, tokens), expected) <= FLASH
 
 
 @pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
@@ -79,7 +71,7 @@ def test_state_travels(name: str, flash_attention: bool, tmp_path: Path) -> None
     """Saved before and behind the window's edge, it is continued to the last bit."""
     config = ODD_CONFIGS[name]
     artifact, _ = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 3, 3 * config.window)
+    tokens = random_tokens(config, 3, 3 * config.window)
     session = _session(artifact, flash_attention=flash_attention)
     other = _session(artifact, flash_attention=flash_attention, threads=2)
     session.reset(3)
@@ -89,7 +81,7 @@ def test_state_travels(name: str, flash_attention: bool, tmp_path: Path) -> None
         session.prefill(tokens[:, :start])
         saved = session.get_state()
         continued = _all(session, tokens[:, start:])
-        assert _distance(continued, whole[:, start:]) <= (FLASH if flash_attention else 1e-5)
+        assert distance(continued, whole[:, start:]) <= (FLASH if flash_attention else 1e-5)
         for restored in (session, other):
             restored.set_state(saved)
             np.testing.assert_array_equal(restored.position, [start] * 3)
@@ -100,7 +92,7 @@ def test_state_travels(name: str, flash_attention: bool, tmp_path: Path) -> None
             np.testing.assert_array_equal(_all(restored, tokens[:, start:]), continued)
     one = {name_: array[1:2] for name_, array in saved.items()}
     other.set_state(one)
-    assert _distance(other.step(tokens[1:2, start]), whole[1:2, start]) <= FLASH
+    assert distance(other.step(tokens[1:2, start]), whole[1:2, start]) <= FLASH
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
@@ -110,7 +102,7 @@ def test_conversation_moves_between_engines(name: str, start: int, tmp_path: Pat
     config = ODD_CONFIGS[name]
     gguf, weights = export_random_gguf(config, tmp_path)
     onnx, _ = export_random(config, tmp_path)
-    tokens = _tokens(config, 2, 70)
+    tokens = random_tokens(config, 2, 70)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)[:, start:]
     engines: list[Session] = [_session(gguf), OrtSession(onnx)]
     for here, there in (engines, engines[::-1]):
@@ -118,21 +110,21 @@ def test_conversation_moves_between_engines(name: str, start: int, tmp_path: Pat
         if start:
             here.prefill(tokens[:, :start])
         there.set_state(here.get_state())
-        assert _distance(_all(there, tokens[:, start:]), expected) <= FP32
+        assert distance(_all(there, tokens[:, start:]), expected) <= FP32
         assert there.position.tolist() == [70, 70]
 
 
 def test_sequences_do_not_touch_each_other(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 5, 50)
+    tokens = random_tokens(config, 5, 50)
     session = _session(artifact, ubatch=16)
     session.reset(5)
     together = _all(session, tokens)
     for row in range(5):
         session.reset()
         alone = _all(session, tokens[row : row + 1])
-        assert _distance(together[row : row + 1], alone) <= 1e-5
+        assert distance(together[row : row + 1], alone) <= 1e-5
 
     session.reset()
     session.prefill(tokens[1:2, :20])
@@ -142,22 +134,22 @@ def test_sequences_do_not_touch_each_other(tmp_path: Path) -> None:
     assert session.position.tolist() == [0, 20]
     found = _all(session, tokens[[2, 1], 20:40])
     session.reset()
-    assert _distance(found[:1], _all(session, tokens[2:3, 20:40])) <= 1e-5
-    assert _distance(found[1:], together[1:2, 20:40]) <= 1e-5
+    assert distance(found[:1], _all(session, tokens[2:3, 20:40])) <= 1e-5
+    assert distance(found[1:], together[1:2, 20:40]) <= 1e-5
 
 
 def test_there_is_no_last_token(tmp_path: Path) -> None:
     """Many times what fits into llama.cpp's context, in chunks and token by token."""
     config = ODD_CONFIGS["irregular"]
     artifact, weights = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 2, 900)
+    tokens = random_tokens(config, 2, 900)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = _session(artifact, ubatch=20)
     session.reset(2)
     assert session._open.room < 300
-    assert _distance(_all(session, tokens[:, :700]), expected[:, :700]) <= FP32
+    assert distance(_all(session, tokens[:, :700]), expected[:, :700]) <= FP32
     for column in range(700, 900):
-        assert _distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
+        assert distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
 
 
 @pytest.mark.parametrize("start", [1 << 17, (1 << 20) + 17])
@@ -168,13 +160,13 @@ def test_far_positions(start: int, tmp_path: Path) -> None:
     model = deepmind_model(config, weights)
     session = _session(artifact)
     session.reset(2)
-    tokens = _tokens(config, 2, config.window + 30)
+    tokens = random_tokens(config, 2, config.window + 30)
     session.prefill(tokens[:, :-1])
     state = session.get_state() | {POSITION: np.array([start, start + 5])}
     session.set_state(state)
     found = session.step(tokens[:, -1])
     expected = deepmind_step(model, state, tokens[:, -1], state[POSITION])
-    assert _distance(found, expected) <= 1e-2
+    assert distance(found, expected) <= 1e-2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +183,7 @@ def test_precision_follows_the_weights(kind: str, cache: str, flash: bool, tmp_p
 def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ODD_CONFIGS["regular"]
     artifact, _ = export_random_gguf(config, tmp_path)
-    tokens = _tokens(config, 2, 40)
+    tokens = random_tokens(config, 2, 40)
     monkeypatch.setattr(llama_cpp_context, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
     session = _session(artifact, ubatch=16)
     session.reset(2)
@@ -200,12 +192,12 @@ def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         session.reset(2)
         found = session.prefill(tokens, wanted)
         assert found.shape == (2, min(max(wanted, 1), 40), config.vocab_size)
-        assert _distance(found, every[:, -found.shape[1] :]) <= 1e-5
+        assert distance(found, every[:, -found.shape[1] :]) <= 1e-5
 
 
 def test_with_and_without_mmap(tmp_path: Path) -> None:
     artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path, "q8_0")
-    tokens = _tokens(ODD_CONFIGS["wide_lru"], 1, 40)
+    tokens = random_tokens(ODD_CONFIGS["wide_lru"], 1, 40)
     mapped, copied = (_all(_session(artifact, mmap=mmap), tokens) for mmap in (True, False))
     np.testing.assert_array_equal(mapped, copied)
 

@@ -22,55 +22,38 @@ from tests.models import (
     weight_source,
 )
 from tests.runtimes.deepmind_step import deepmind_step
+from tests.sessions import distance, ragged, random_tokens
 
 FP32, FP16, TWIN, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
 """Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
 differ in the last float32 bit, which may be rounded to different int8 numbers."""
 
 
-def _tokens(config: object, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(7).integers(0, config.vocab_size, (batch, length))
-
-
-def _ragged(session: OrtSession, tokens: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """All logits, taking chunks of the given sizes in turn."""
-    logits, start = [], 0
-    while start < tokens.shape[1]:
-        chunk = tokens[:, start : start + sizes[len(logits) % len(sizes)]]
-        logits.append(session.prefill(chunk, chunk.shape[1]))
-        start += chunk.shape[1]
-    return np.concatenate(logits, axis=1)
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 @pytest.mark.parametrize("name", ODD_CONFIGS)
 def test_fp32_equals_deepmind(name: str, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random(config, tmp_path)
-    tokens = _tokens(config, 3, 4 * config.window + 3)
+    tokens = random_tokens(config, 3, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = OrtSession(artifact)
     for batch in (3, 1):
         for sizes in ([tokens.shape[1]], [1], [7, 1, config.window + 1, 3]):
             session.reset(batch)
-            assert _distance(_ragged(session, tokens[:batch], sizes), expected[:batch]) <= FP32
+            assert distance(ragged(session, tokens[:batch], sizes), expected[:batch]) <= FP32
         session.reset(batch)
         steps = [session.step(column) for column in tokens[:batch].T]
-        assert _distance(np.stack(steps, 1), expected[:batch]) <= FP32
+        assert distance(np.stack(steps, 1), expected[:batch]) <= FP32
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
 def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random(config, tmp_path, "fp16")
-    tokens = _tokens(config, 2, 4 * config.window)
+    tokens = random_tokens(config, 2, 4 * config.window)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = OrtSession(artifact)
     session.reset(2)
-    assert _distance(_ragged(session, tokens, [5, 1, 30]), expected) <= FP16
+    assert distance(ragged(session, tokens, [5, 1, 30]), expected) <= FP16
 
 
 @pytest.mark.parametrize("block", [32, 128])
@@ -84,12 +67,12 @@ def test_exact_artifact_equals_its_twin(
     artifact, _ = export_random(
         config, tmp_path, precision, symmetric=symmetric, block_size=block, exact=True
     )
-    tokens = _tokens(config, 2, 2 * config.window + 5)
+    tokens = random_tokens(config, 2, 2 * config.window + 5)
     twin = Reference(config, artifact.weights)
     hidden, state = twin.run(tokens)
     session = OrtSession(artifact)
     session.reset(2)
-    assert _distance(_ragged(session, tokens, [9, 1]), twin.logits(hidden)) <= TWIN
+    assert distance(ragged(session, tokens, [9, 1]), twin.logits(hidden)) <= TWIN
     for name, array in session.get_state().items():
         np.testing.assert_allclose(array, state[name], rtol=1e-3, atol=1e-4)
 
@@ -99,23 +82,23 @@ def test_default_artifact_hardly_depends_on_chunks(precision: str, tmp_path: Pat
     """Activations are rounded to int8 per block of a token's own row, not per call."""
     config = ODD_CONFIGS["not_by_128"]
     artifact, _ = export_random(config, tmp_path, precision)
-    tokens = _tokens(config, 1, 50)
+    tokens = random_tokens(config, 1, 50)
     session = OrtSession(artifact)
     found = []
     for sizes in ([50], [1], [13, 4]):
         session.reset()
-        found.append(_ragged(session, tokens, sizes))
-    assert _distance(found[1], found[0]) <= ROUNDED
-    assert _distance(found[2], found[0]) <= ROUNDED
+        found.append(ragged(session, tokens, sizes))
+    assert distance(found[1], found[0]) <= ROUNDED
+    assert distance(found[2], found[0]) <= ROUNDED
 
 
 def test_state_travels(tmp_path: Path) -> None:
     config = ODD_CONFIGS["irregular"]
     artifact, _ = export_random(config, tmp_path)
-    tokens = _tokens(config, 3, 3 * config.window)
+    tokens = random_tokens(config, 3, 3 * config.window)
     session, other = OrtSession(artifact), OrtSession(artifact, threads=1)
     session.reset(3)
-    expected = _ragged(session, tokens, [11])
+    expected = ragged(session, tokens, [11])
 
     session.reset(3)
     session.prefill(tokens[:, :29])
@@ -123,12 +106,12 @@ def test_state_travels(tmp_path: Path) -> None:
     session.prefill(tokens[:, 29:])
     other.set_state(saved)
     continued = other.prefill(tokens[:, 29:], 3 * config.window - 29)
-    assert _distance(continued, expected[:, 29:]) <= 1e-6
+    assert distance(continued, expected[:, 29:]) <= 1e-6
     assert other.position.tolist() == [3 * config.window] * 3
 
     one = {name: array[1:2] for name, array in saved.items()}
     other.set_state(one)
-    assert _distance(other.step(tokens[1:2, 29]), expected[1:2, 29]) <= 1e-6
+    assert distance(other.step(tokens[1:2, 29]), expected[1:2, 29]) <= 1e-6
     np.testing.assert_array_equal(saved[POSITION], [29] * 3)
 
 
@@ -137,7 +120,7 @@ def test_states_in_place_equal_states_apart(precision: str, tmp_path: Path) -> N
     """Bit for bit: the same file by plain `run`, each state in and out in buffers of its own."""
     config = ODD_CONFIGS["irregular"]
     artifact, _ = export_random(config, tmp_path, precision)
-    tokens = _tokens(config, 2, 2 * config.window + 6)
+    tokens = random_tokens(config, 2, 2 * config.window + 6)
     session = OrtSession(artifact)
     session.reset(2)
     plain = onnxruntime.InferenceSession(str(artifact.path / runtime.MODEL_FILE))
@@ -160,29 +143,29 @@ def test_decays_next_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """
     config = ODD_CONFIGS["hawk"]
     artifact, weights = export_random(config, tmp_path, slowest=1e-5)
-    tokens = _tokens(config, 2, 4 * config.window)
+    tokens = random_tokens(config, 2, 4 * config.window)
     session = OrtSession(artifact)
     session.reset(2)
     found = session.prefill(tokens, tokens.shape[1])
-    assert _distance(found, deepmind_logits(deepmind_model(config, weights), tokens)) <= 3e-4
+    assert distance(found, deepmind_logits(deepmind_model(config, weights), tokens)) <= 3e-4
 
     exp = torch.exp
     monkeypatch.setattr(torch, "exp", lambda x: exp(x.double()).float())
     reference = Reference(config, weight_source(weights))
-    assert _distance(found, reference.logits(reference.run(tokens)[0])) <= 1e-5
+    assert distance(found, reference.logits(reference.run(tokens)[0])) <= 1e-5
 
 
 def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ODD_CONFIGS["regular"]
     session = OrtSession(export_random(config, tmp_path)[0])
-    tokens = _tokens(config, 1, 40)
+    tokens = random_tokens(config, 1, 40)
     every = session.prefill(tokens, 40)
     monkeypatch.setattr(runtime, "PREFILL_CHUNK", 16)
     for wanted in (1, 7, 8, 9, 24, 25, 40, 99):
         session.reset()
         found = session.prefill(tokens, wanted)
         assert found.shape[1] == min(wanted, 40)
-        assert _distance(found, every[:, -wanted:]) <= 1e-5
+        assert distance(found, every[:, -wanted:]) <= 1e-5
 
 
 @pytest.mark.parametrize("head_dim", [8, 256])
@@ -194,7 +177,7 @@ def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
     model = deepmind_model(config, weights)
     session = OrtSession(artifact)
     session.reset(2)
-    tokens = _tokens(config, 2, config.window + 30)
+    tokens = random_tokens(config, 2, config.window + 30)
     # A ring buffer would be entered at another slot: DeepMind's starts at the oldest key.
     session.prefill(tokens[:, :-1])
     state = session.get_state() | {POSITION: np.array([start, start + 5])}
@@ -203,7 +186,7 @@ def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
     found = session.step(tokens[:, -1])
 
     expected = deepmind_step(model, state, tokens[:, -1], state[POSITION])
-    assert _distance(found, expected) <= FP32
+    assert distance(found, expected) <= FP32
 
 
 def test_wrong_requests(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rgexport.runtimes.mil.runner import InterpreterRunner
 from tests.artifacts import export_random_coreml
 from tests.mil_oracle import Oracle
 from tests.models import ODD_CONFIGS
+from tests.sessions import distance
 
 SAME, ROUNDED = 1e-5, 5e-3
 """Largest difference of logits and states, as a share of the largest: the order of a sum, and
@@ -57,13 +58,13 @@ def test_both_compute_the_same(
         expected = oracle.run(function, inputs | carried, theirs)
         assert found.keys() == expected.keys()
         for name, array in found.items():
-            assert _distance(array, expected[name].numpy()) <= limit
+            assert distance(array, expected[name].numpy()) <= limit
         if carried:
             carried = {"recurrent_state": found["recurrent_state_out"]}
         start += count
     theirs_whole = _whole({name: array.numpy() for name, array in theirs.items()})
     for name, array in _whole(states).items():
-        assert _distance(array, theirs_whole[name]) <= limit
+        assert distance(array, theirs_whole[name]) <= limit
 
 
 def _whole(states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -72,8 +73,3 @@ def _whole(states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     pairs = {name.removesuffix("_hi") for name in wide if name.endswith("_hi")}
     sums = {name: wide.pop(f"{name}_hi") + wide.pop(f"{name}_lo") / 2048 for name in pairs}
     return wide | sums
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())

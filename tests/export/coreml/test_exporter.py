@@ -1,9 +1,6 @@
 """The folder that an export leaves, and that memory does not grow with the model."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,6 @@ from rgexport.export.coreml.package import MANIFEST_FILE, MODEL_FILE, WEIGHT_FIL
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.griffin.synthetic import write_random
 from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
@@ -92,35 +88,3 @@ def test_only_artifacts_are_replaced(model, tmp_path):
     options = CoreMLOptions(precision="int8")
     export_coreml(open_checkpoint(model), options, target, force=True)
     assert Artifact.open(target).manifest.precision == "int8"
-
-
-PROGRAM = """
-import resource, sys
-from pathlib import Path
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.griffin.checkpoint import open_checkpoint
-model, precision, target = sys.argv[1:]
-export_coreml(open_checkpoint(model), CoreMLOptions(precision=precision), Path(target))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-GROWTH_MB = 60
-
-
-def _peak_mb(model: Path, precision: str, target: Path) -> int:
-    command = [sys.executable, "-c", PROGRAM, str(model), precision, str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return int(done.stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
-def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    small = make_config("rra", width=128, heads=2, vocab_size=2000)
-    large = make_config("rra", width=1024, heads=4, mlp_width=4096, vocab_size=100_000)
-    peaks = {}
-    for name, config in (("small", small), ("large", large)):
-        write_random(config, tmp_path / name)
-        peaks[name] = _peak_mb(tmp_path / name, "int4", tmp_path / f"{name}-int4")
-    weights = sum(f.stat().st_size for f in (tmp_path / "large").glob("*.safetensors"))
-    assert weights > 4 * (GROWTH_MB << 20)
-    assert peaks["large"] - peaks["small"] < GROWTH_MB

@@ -19,7 +19,6 @@ from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.griffin.synthetic import write_random
 from rgexport.quantize.ggml_file_types import FILE_TYPES
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import read_header
@@ -158,40 +157,6 @@ def test_overrides_are_those_of_llama_quantize(tmp_path, llama_tools):
     tool = llama_tools / "llama-quantize"
     run_tool(tool, *flags, "--token-embedding-type", "q5_1", full, theirs, "Q4_K_S")
     assert without_hashes_of_data(theirs) == without_hashes_of_data(ours)
-
-
-MEMORY = """
-import resource, sys
-from pathlib import Path
-from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.options import GgufOptions
-from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.griffin.synthetic import write_random
-model, kind, target = sys.argv[1:]
-export_gguf(open_checkpoint(model), GgufOptions(type=kind), Path(target))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-GROWTH_MB = 60
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
-@pytest.mark.parametrize("kind", ["f32", "q4_0"])
-def test_peak_does_not_grow_with_the_model(kind, tmp_path):
-    if kind in QUANTIZED:
-        require_ggml()
-    peaks = {}
-    small = make_config("rra", width=128, heads=2, vocab_size=2000)
-    large = make_config("rra", width=1024, heads=4, mlp_width=4096, vocab_size=100_000)
-    for name, config in (("small", small), ("large", large)):
-        write_random(config, tmp_path / name)
-        (tmp_path / name / "tokenizer.model").unlink(missing_ok=True)
-        command = [sys.executable, "-c", MEMORY, tmp_path / name, kind, tmp_path / f"{name}.gguf"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        peaks[name] = int(done.stdout)
-    weights = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
-    assert weights > 4 * (GROWTH_MB << 20)
-    assert peaks["large"] - peaks["small"] < GROWTH_MB
 
 
 # What the command line promises.
