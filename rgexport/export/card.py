@@ -28,8 +28,8 @@ float32 always.
 
 {run}
 
-`rgexport.json` lists them all, with the plan of every tensor and the hash of every file;
-`rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
+`rgexport.json` lists inputs, outputs and states, with the plan of every tensor and the hash of
+every file; `rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
 
 | | |
 |---|---|
@@ -56,13 +56,16 @@ new states."""
 _COREML = """\
 `model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
 that share weights and states: `decode`, the default, takes one token and `prefill` takes
-{prefill_length}; what remains of a prompt goes through `decode`. Inputs are {inputs}, outputs
-{outputs}; the rest of a conversation is an `MLState`. Xcode shows what each of them is.
+{prefill_length}; what remains of a prompt goes through `decode`.
+
+Inputs: {inputs}.
+Outputs: {outputs}.
+The rest of a conversation is an `MLState`; Xcode shows what each feature is.
 
     pip install 'rgexport[coreml]'
     rgexport {verb}
 
-runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
+runs it on a Mac; elsewhere, and without that extra, an interpreter computes the same, slowly."""
 _FULL = "norms, the RG-LRU with its gates and its state, and the"
 _ENGINES = {
     "onnx": ("ONNX Runtime", f"{_FULL} softmax", _ONNX),
@@ -133,7 +136,7 @@ def _coreml_facts(manifest: Manifest) -> dict[str, object]:
     if not isinstance(manifest, CoreMLManifest):
         return {}
     inputs, outputs = (
-        " and ".join(f"`{value.name}`" for value in values)
+        ", ".join(f"`{value.name}`" for value in values)
         for values in (manifest.io.inputs, manifest.io.outputs)
     )
     return {

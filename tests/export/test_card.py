@@ -29,5 +29,5 @@ def test_card_of_a_core_ml_package(tmp_path):
     assert text == card(artifact.manifest)
     assert text.startswith("# model: int4 for Core ML\n")
     assert "`prefill` takes\n7; " in text and "{" not in text
-    assert "`position_ids` and `recurrent_state`" in text
+    assert "`position_ids`, `recurrent_state`" in text
     assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text
