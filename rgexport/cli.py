@@ -11,15 +11,22 @@ from typing import Any, NoReturn
 import click
 
 from rgexport import __version__, progress
+from rgexport.cli_options import (
+    FOLDER,
+    SIZES,
+    model_options,
+    output_options,
+    plan_option,
+    sampling_options,
+    verbose,
+    width_options,
+)
 from rgexport.errors import RequestError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
 """What the core install lacks, and the extra that brings it."""
 FORMS = "table", "md", "json", "csv"
-SIZES = "demo|2b|2b-it|9b|9b-it"
-_FOLDER = click.Path(path_type=Path)
-_Command = Callable[..., Any]
 
 
 def main() -> NoReturn:
@@ -73,49 +80,6 @@ def _fail(message: str) -> int:
     progress.note(f"Error: {' '.join(message.split())}")
     progress.detail(traceback.format_exc())
     return 2
-
-
-def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    progress.verbose = progress.verbose or value
-
-
-verbose = click.option(
-    "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
-)
-model_options = _options(
-    click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
-    click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
-    click.option("--window", type=int, help="Attention window of a .pt file. [default: 2048]"),
-    click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
-)
-output_options = _options(
-    click.option("-o", "--output", type=_FOLDER, help="The folder to make."),
-    click.option("--force", is_flag=True, help="Replace an earlier one."),
-)
-width_options = _options(
-    click.option("--int4", is_flag=True, help="Same as --precision int4."),
-    click.option("--int8", is_flag=True, help="Same as --precision int8."),
-)
-plan_option = click.option(
-    "--plan", type=_FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints."
-)
-sampling_options = _options(
-    click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
-    click.option("--top-k", type=int, default=0, help="Among the k likeliest tokens only."),
-    click.option("--top-p", type=float, default=1.0, help="Among the likeliest of this share."),
-    click.option("--seed", type=int, help="Makes sampling repeatable."),
-    click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
-)
 
 
 @click.group(invoke_without_command=True)
@@ -257,9 +221,9 @@ def _export_folder(
     metavar="TYPE",
     help="Of the embedding, which is the head too. [default: as the mix has it]",
 )
-@click.option("--imatrix", type=_FOLDER, help="Importances, made by llama-imatrix.")
+@click.option("--imatrix", type=FOLDER, help="Importances, made by llama-imatrix.")
 @plan_option
-@click.option("-o", "--output", type=_FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
+@click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @verbose
 def gguf(
@@ -304,7 +268,7 @@ def gguf(
 
 
 @rgexport.command()
-@click.argument("artifact", type=_FOLDER)
+@click.argument("artifact", type=FOLDER)
 @click.option("-p", "--prompt", help="The text to continue.")
 @click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
 @sampling_options
@@ -321,7 +285,7 @@ def generate(artifact: Path, **request: Any) -> None:
 
 
 @rgexport.command()
-@click.argument("artifact", type=_FOLDER)
+@click.argument("artifact", type=FOLDER)
 @sampling_options
 @verbose
 def chat(artifact: Path, **request: Any) -> None:
@@ -342,7 +306,7 @@ def _sampler(request: dict[str, Any]) -> Any:
 
 
 @rgexport.command()
-@click.argument("artifact", type=_FOLDER)
+@click.argument("artifact", type=FOLDER)
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Lengths of prompts.")
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Tokens to generate.")
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens in the state before.")
@@ -396,7 +360,7 @@ def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) ->
 @rgexport.command()
 @click.option("--size", required=True, metavar="2b|9b", help="The shape to imitate.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-o", "--output", type=_FOLDER, required=True, help="The folder to make.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @verbose
 def random(size: str, seed: int, output: Path, force: bool) -> None:
@@ -409,15 +373,15 @@ def random(size: str, seed: int, output: Path, force: bool) -> None:
 
 
 @rgexport.command()
-@click.argument("artifact", type=_FOLDER)
+@click.argument("artifact", type=FOLDER)
 @click.option(
     "-m",
     "--model",
     help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
 )
-@click.option("--text", type=_FOLDER, help="Compare on this text. [default: built in]")
+@click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
 @click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it.")
-@click.option("--json", "json_file", type=_FOLDER, help="Also write the result to this file.")
+@click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @verbose
 def validate(artifact: Path, **request: Any) -> int:
@@ -433,7 +397,7 @@ def llama_cpp() -> None:
 
 
 @llama_cpp.command()
-@click.argument("checkout", metavar="DIR", type=_FOLDER)
+@click.argument("checkout", metavar="DIR", type=FOLDER)
 @verbose
 def patch(checkout: Path) -> None:
     """Adds RecurrentGemma to a llama.cpp checkout."""
@@ -448,7 +412,7 @@ def patch(checkout: Path) -> None:
 
 @llama_cpp.command()
 @click.option(
-    "-o", "--output", type=_FOLDER, default=Path("llama-cpp"), show_default=True, help="The folder."
+    "-o", "--output", type=FOLDER, default=Path("llama-cpp"), show_default=True, help="The folder."
 )
 @click.option("--no-install", is_flag=True, help="Only build the wheel.")
 @click.option("--tools", is_flag=True, help="Build llama-quantize, llama-server and others too.")

@@ -1,0 +1,56 @@
+"""Options that several commands of the command line have in common."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rgexport import progress
+
+SIZES = "demo|2b|2b-it|9b|9b-it"
+FOLDER = click.Path(path_type=Path)
+_Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    progress.verbose = progress.verbose or value
+
+
+verbose = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
+)
+model_options = _options(
+    click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
+    click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
+    click.option("--window", type=int, help="Attention window of a .pt file. [default: 2048]"),
+    click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
+)
+output_options = _options(
+    click.option("-o", "--output", type=FOLDER, help="The folder to make."),
+    click.option("--force", is_flag=True, help="Replace an earlier one."),
+)
+width_options = _options(
+    click.option("--int4", is_flag=True, help="Same as --precision int4."),
+    click.option("--int8", is_flag=True, help="Same as --precision int8."),
+)
+plan_option = click.option(
+    "--plan", type=FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints."
+)
+sampling_options = _options(
+    click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
+    click.option("--top-k", type=int, default=0, help="Among the k likeliest tokens only."),
+    click.option("--top-p", type=float, default=1.0, help="Among the likeliest of this share."),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
+)
