@@ -373,7 +373,35 @@ def random(size: str, seed: int, output: Path, force: bool) -> None:
 
 
 @rgexport.command()
+@model_options
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@click.option("--prompts", type=FOLDER, help="Lines of text, or a JSON list. [default: built in]")
+@click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.reference]")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def reference(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    output: Path | None,
+    **request: Any,
+) -> None:
+    """Captures what the full-precision model says, to validate artifacts without it.
+
+    The file travels: `rgexport validate --reference` needs neither the model nor torch.
+    """
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.validate.capture import capture, closing_line
+
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    target = output or Path(f"{checkpoint.name}.reference")
+    click.echo(closing_line(capture(checkpoint, target, **request)))
+
+
+@rgexport.command()
 @click.argument("artifact", type=FOLDER)
+@click.option("--reference", type=FOLDER, help="Made by `rgexport reference`: needs no torch.")
 @click.option(
     "-m",
     "--model",

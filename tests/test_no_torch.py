@@ -68,6 +68,24 @@ def test_inspect_a_checkpoint(tmp_path):
     assert "No problems" in result.stdout
 
 
+def test_validate_against_a_reference_file(demo_artifact, tmp_path):
+    made = rgexport("reference", "--size", "demo", "-o", "demo.reference", folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.endswith("Use it: rgexport validate ARTIFACT --reference demo.reference\n")
+    asked = ["validate", demo_artifact, "--reference", "demo.reference", "--json", "r.json"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("PASS") and "torch is not installed" in result.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["twin"] is None and found["reference"]["same_files"]
+    assert 0.01 < found["reference"]["kl"]["mean"] < 0.2
+    assert found["reference"]["kl_width"] < 1e-3
+    (tmp_path / "demo.reference").write_bytes((tmp_path / "demo.reference").read_bytes()[:-1])
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and "is truncated" in result.stderr
+
+
 SMALL = """
 from dataclasses import replace
 from rgexport.griffin.sizes import SIZES
@@ -90,7 +108,10 @@ def test_random(tmp_path):
     assert (tmp_path / "my model" / "tokenizer.model").is_file()
 
 
-@pytest.mark.parametrize("command", ["onnx --size demo --int4 -o out", "validate {artifact}"])
+@pytest.mark.parametrize(
+    "command",
+    ["onnx --size demo --int4 -o out", "validate {artifact}", "reference --size demo -o out"],
+)
 def test_what_needs_torch_says_so_in_one_line(demo_artifact, tmp_path, command):
     asked = command.format(artifact=demo_artifact).split()
     result = rgexport(*asked, folder=tmp_path, before=BLOCK)

@@ -1,5 +1,7 @@
 """The project's own torch reference: the step model with real weights, one layer at a time."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,10 +22,12 @@ class Reference:
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """`device` is anything that torch knows; on CUDA, TF32 must stay off (torch's default)."""
+        """`device` is anything that torch knows; on CUDA, TF32 is turned off for the process."""
         self.config = config
         self._weights = weights
         self._device = torch.device(device)
+        if self._device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
@@ -33,17 +37,40 @@ class Reference:
             The final norm's output [B, T, width] float32, and the canonical state after it.
         """
         state = zero_state(self.config, len(tokens)) if state is None else state
-        start = self._tensor(state[POSITION])
-        positions = start.unsqueeze(1) + torch.arange(tokens.shape[1], device=self._device)
-        x = self._embed(tokens)
-        after: State = {}
+        return self.run_each([(tokens, state)])[0]
+
+    @torch.inference_mode()
+    def run_each(self, texts: Sequence[tuple[np.ndarray, State]]) -> list[tuple[Tensor, State]]:
+        """As `run`, for several tokens of unequal length and their states: through one layer each.
+
+        Every weight is read once.
+        """
+        hidden = [self._embed(tokens) for tokens, _ in texts]
+        states: list[State] = [{} for _ in texts]
         for index in range(self.config.num_layers):
+            layer = self._layer(index)
             names = [spec.name for spec in layer_states(self.config, index, "float32")]
-            first, second = (self._tensor(state[name]).float() for name in names)
-            x, updated = self._layer(index)(x, positions, (first, second))
-            after |= {n: t.cpu().numpy() for n, t in zip(names, updated, strict=True)}
-        after[POSITION] = state[POSITION] + tokens.shape[1]
-        return self._final_norm()(x), after
+            for place, (tokens, state) in enumerate(texts):
+                start = self._tensor(state[POSITION])
+                positions = start.unsqueeze(1) + torch.arange(tokens.shape[1], device=self._device)
+                first, second = (self._tensor(state[name]).float() for name in names)
+                hidden[place], after = layer(hidden[place], positions, (first, second))
+                states[place] |= {n: t.cpu().numpy() for n, t in zip(names, after, strict=True)}
+        for (tokens, state), found in zip(texts, states, strict=True):
+            found[POSITION] = state[POSITION] + tokens.shape[1]
+        norm = self._final_norm()
+        return [(norm(x), state) for x, state in zip(hidden, states, strict=True)]
+
+    def describe(self) -> dict[str, str]:
+        """On what and how it computes: `device`, `dtype`, `tf32`, `torch`."""
+        cuda = self._device.type == "cuda"
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return {
+            "device": torch.cuda.get_device_name(self._device) if cuda else str(self._device),
+            "dtype": "float32",
+            "tf32": "on" if cuda and tf32 else "off",
+            "torch": torch.__version__,
+        }
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> np.ndarray:

@@ -32,6 +32,7 @@ _ITEM_BITS = {
     **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
 }
+_METADATA = "__metadata__"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -57,6 +58,29 @@ def read_header(path: Path) -> dict[str, Entry]:
         RequestError: the file is no safetensors file, or its header contradicts itself or
             the file's size.
     """
+    text, size = _read_text(path)
+    length = len(text)
+    tensors = [pair for pair in _parse(path, text) if pair[0] != _METADATA]
+    entries = [_entry(path, name, fields, 8 + length) for name, fields in tensors]
+    entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
+    _check_extents(path, entries, 8 + length, size)
+    return dict(entries)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a file's header holds beside its tensors.
+
+    Raises:
+        RequestError: the file is no safetensors file, or has something else there.
+    """
+    found = dict(_parse(path, _read_text(path)[0])).get(_METADATA, {})
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise RequestError(f"{path} is damaged: its {_METADATA} is no object of texts")
+    return found
+
+
+def _read_text(path: Path) -> tuple[bytes, int]:
+    """The header as it stands in the file, and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -64,13 +88,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(prefix[:8], "little")
             _check_prefix(path, prefix, length, size)
             file.seek(8)
-            text = file.read(length)
+            return file.read(length), size
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in _parse(path, text)]
-    entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
-    _check_extents(path, entries, 8 + length, size)
-    return dict(entries)
 
 
 def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
@@ -107,7 +127,7 @@ def _parse(path: Path, text: bytes) -> list[tuple[str, Any]]:
         raise RequestError(f"{path} is damaged: its header is not a JSON object")
     if len(header) != len(pairs):
         raise RequestError(f"{path} is damaged: its header names a tensor twice")
-    return [(name, fields) for name, fields in pairs if name != "__metadata__"]
+    return pairs
 
 
 def _is_size(value: Any) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from rgexport import tables
 from rgexport.tables import Row, Table
+from rgexport.validate.file_report import file_parts
 from rgexport.validate.measure import Comparison
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError
@@ -26,6 +27,8 @@ def _parts(r: Result) -> Iterator[str | Table]:
             yield f"{line} ({check.reason})"
     yield Table("Logits", ("", *_SIDES), _comparison_rows(r), _SIDES)
     yield Table("States", ("state", *_STATE), _state_rows(r.twin.states), _STATE)
+    if r.reference is not None:
+        yield from file_parts(r.reference)
     if r.weights is not None:
         header = ("tensor", "stored", *_WEIGHT)
         yield Table("Weights", header, _weight_rows(r.weights), _WEIGHT)
@@ -48,6 +51,8 @@ def _headline(r: Result) -> str:
 
 
 def _source(r: Result) -> str:
+    if not r.source.found and r.reference is not None:
+        return f"{r.source.made_from}, as the reference file has it"
     if not r.source.found:
         return f"{r.source.made_from}, not given (-m), so the cost is not measured"
     other = "" if r.source.same_files else ", other files than the artifact was made from"

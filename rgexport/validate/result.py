@@ -14,6 +14,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import states, thresholds
+from rgexport.validate.against import AgainstFile
 from rgexport.validate.measure import Comparison, Equivalence, Measurement
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Check, Tolerance
@@ -75,6 +76,7 @@ class Result:
     tolerance: Tolerance
     checks: list[Check]
     environment: dict[str, str | int]
+    reference: AgainstFile | None = None
 
     @property
     def passed(self) -> bool:
@@ -83,11 +85,37 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
-        fields = _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        for entry, check in zip(fields["checks"], self.checks, strict=True):
-            entry["passed"] = check.passed
-        verdict = "PASS" if self.passed else "FAIL"
-        return {"schema_version": SCHEMA_VERSION, "verdict": verdict, **fields}
+        return _to_dict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileResult:
+    """What `validate` has to say where only a reference file is there, and no torch."""
+
+    artifact: Subject
+    engine: SessionInfo
+    twin: None = None
+    original: None = None
+    reference: AgainstFile
+    checks: list[Check]
+    environment: dict[str, str | int]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON; numbers that are not finite become null."""
+        return _to_dict(self)
+
+
+def _to_dict(result: Result | FileResult) -> dict[str, Any]:
+    fields = _plain({f.name: getattr(result, f.name) for f in dataclasses.fields(result)})
+    for entry, check in zip(fields["checks"], result.checks, strict=True):
+        entry["passed"] = check.passed
+    verdict = "PASS" if result.passed else "FAIL"
+    return {"schema_version": SCHEMA_VERSION, "verdict": verdict, **fields}
 
 
 def require_writable(path: Path) -> None:
@@ -106,7 +134,7 @@ def require_writable(path: Path) -> None:
         raise RequestError(f"cannot write {path}: it lies in an artifact; choose another place")
 
 
-def write_json(result: Result, path: Path) -> None:
+def write_json(result: Result | FileResult, path: Path) -> None:
     """Writes the result to a file.
 
     Raises:

@@ -43,7 +43,7 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
     original = Original(
         checkpoint,
         _same_files(manifest, checkpoint.weight_files),
-        _differences(manifest.config, checkpoint.config),
+        config_differences(manifest.config, checkpoint.config),
     )
     if model is None and (not original.same_files or original.config_differences):
         return None
@@ -84,7 +84,8 @@ def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:
     return all(hashes[path] == expected[path.name].sha256 for path in files)
 
 
-def _differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
+def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
+    """What is not the same, as `field: ours → theirs`."""
     names = [field.name for field in dataclasses.fields(ours)]
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +20,16 @@ from rgexport.progress import Advance, task
 class ReferenceModel(Protocol):
     """What is needed of `griffin.reference.Reference`."""
 
-    def run(self, tokens: np.ndarray) -> tuple[Any, State]:
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]:
         """Tokens [B, T] → hidden states [B, T, width] of its own kind, and the final state."""
+        ...
+
+    def run_each(self, texts: Sequence[tuple[np.ndarray, State]]) -> list[tuple[Any, State]]:
+        """As `run`, for several tokens and the states before them, reading each weight once."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """On what and how it computes."""
         ...
 
     def logits(self, hidden: Any) -> np.ndarray:
@@ -52,11 +61,20 @@ def teach(
     tokens: np.ndarray,
 ) -> Pass:
     """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
+    with watched_layers(label, weights) as watched:
+        hidden, state = make(config, watched).run(tokens[None])
+    return Pass(make(config, weights), hidden, state)
+
+
+@contextmanager
+def watched_layers(label: str, weights: WeightSource) -> Iterator[WeightSource]:
+    """The same weights; while the block runs, it is shown how many have been read.
+
+    The embedding does not count: only some of its rows are.
+    """
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
-        watched = {name: _watched(tensor, advance) for name, tensor in layers.items()}
-        hidden, state = make(config, {**weights, **watched}).run(tokens[None])
-    return Pass(make(config, weights), hidden, state)
+        yield {**weights, **{name: _watched(tensor, advance) for name, tensor in layers.items()}}
 
 
 def torch_reference(device: str = "auto") -> MakeReference:
@@ -71,7 +89,7 @@ def torch_reference(device: str = "auto") -> MakeReference:
         from rgexport.griffin.reference import Reference
     except ImportError:
         raise RequestError(
-            "validate needs torch for the reference model: pip install 'rgexport[export]'"
+            "this needs torch for the reference model: pip install 'rgexport[export]'"
         ) from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

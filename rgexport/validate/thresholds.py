@@ -111,7 +111,8 @@ Measured on the demo and on small random models of odd shapes, of the largest lo
 ORIGINAL_RMS = {"float32": 1e-2, "float16": 5e-2, "int8": 0.5, "int4": 1.3}
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
-A candidate that knows nothing has 1, one that says something else 1.4.
+A candidate that knows nothing has 1, one that says something else 1.4. Against a reference file, it
+is taken over the positions that have all logits: the prompts' last ones, and others between.
 """
 _GGML_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "int8", "q8_0": "int8"}
 """ggml type → its like above; all other types have fewer bits."""

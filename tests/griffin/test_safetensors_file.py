@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from rgexport.errors import RequestError
-from rgexport.griffin.safetensors_file import read_header
+from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.safetensors_writer import write_weights
 from rgexport.griffin.tensor import DTYPES, from_array
 
@@ -64,6 +64,23 @@ def test_written_weights_come_back(tmp_path: Path, dtype: str) -> None:
     assert header["model.a"].offset % 8 == 0
     np.testing.assert_array_equal(header["model.a"].rows().read(2, 5), array[2:5])
     np.testing.assert_array_equal(header["model.b"].rows().whole(), array[0])
+
+
+def test_reads_the_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(save({"x": np.zeros(2, np.float32)}, {"by": "me", "words": "ä \n"}))
+    assert read_metadata(path) == {"by": "me", "words": "ä \n"}
+    assert list(read_header(path)) == ["x"]
+    path.write_bytes(save({"x": np.zeros(2, np.float32)}))
+    assert read_metadata(path) == {}
+
+
+@pytest.mark.parametrize("value", [3, "words", {"a": 1}, None])
+def test_metadata_that_is_no_object_of_texts(tmp_path: Path, value: object) -> None:
+    path = file_with(tmp_path / "a", {"__metadata__": value, "a": tensor()}, bytes(8))
+    with pytest.raises(RequestError, match="__metadata__ is no object of texts"):
+        read_metadata(path)
+    assert list(read_header(path)) == ["a"]
 
 
 BROKEN: dict[str, tuple[Header | bytes, bytes, str]] = {

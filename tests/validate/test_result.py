@@ -53,6 +53,7 @@ def test_the_sections_of_the_json(result: Result) -> None:
     assert sections == [
         *("schema_version", "verdict", "artifact", "source", "text", "engine", "twin"),
         *("original", "steps", "weights", "tolerance", "checks", "environment"),
+        "reference",
     ]
     twin = result.to_dict()["twin"]
     assert list(twin) == ["logits", "kl", "agreement", "likelihood", "states"]

@@ -1,0 +1,212 @@
+"""A reference's distribution at one position in a few kilobytes, and what it still tells exactly.
+
+Kept are the most likely tokens with their logits, the log-sum-exp of all, and of the others, the
+*tail*, sums that are exact, and perhaps a code for each token that says between which bounds its
+probability lies. Of KL(reference ‖ candidate) = Σ p log p - Σ p log q, only Σ p log q over the
+tail is unknown then; it is a linear function of p, whose largest and smallest value under those
+bounds and the tail's mass follow from a sort (a fractional knapsack).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+LEAST, MOST = 16, 4096
+"""Tokens that are kept with their logits, at least and at most."""
+RELATIVE_WIDTH = 1e-3
+"""Of the interval that KL lies in, against KL."""
+TYPICAL_DELTA = 0.1
+"""Rms of the Δlogits for which the interval shall be as narrow as that: KL = 0.1² / 2 = 0.005
+nats, what 4 bits cost. Smaller errors give smaller intervals, but wider ones against KL."""
+
+CODES: dict[int, np.dtype | None] = {0: None, 8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
+"""Bits of a tail's codes → dtype."""
+_NEGLIGIBLE = 16
+"""Share of a tail's mass whose tokens all get the code 0, times the square of the number of codes:
+so they widen the interval about as much as the codes do."""
+_SLACK = 1e-11
+"""Rounding of the bounds' logarithms."""
+_ROUNDING = 1e-12
+"""That of sums over a vocabulary, in nats."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """All tokens but the kept ones.
+
+    A token with code c has a log p in (`floor` + (c - 1) `step`, `floor` + c `step`], one with
+    code 0 a log p up to `floor`; without codes, that is all of them.
+
+    Attributes:
+        mass: Σ p.
+        offset: Σ p (log p - a), a being the middle of a code's bounds, or `floor` for code 0.
+        moved: Σ (p - p̂) (log p - a), p̂ being what the middles alone make of p.
+        floor: natural logarithm of a probability.
+        step: of the codes.
+        codes: [vocab], those of kept tokens mean nothing; None: all are 0.
+    """
+
+    mass: float
+    offset: float
+    moved: float
+    floor: float
+    step: float
+    codes: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """One position: kept ids [k], most likely first, their logits [k] float32, and the rest."""
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sum_exp: float
+    tail: Tail
+
+
+def log_sum_exp(logits: np.ndarray) -> float:
+    """Gives log Σ exp of float64 logits [vocab]."""
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))
+
+
+def condense(logits: np.ndarray, bits: int, most: int = MOST) -> Condensed:
+    """Keeps as many of the logits [vocab] float32 as `RELATIVE_WIDTH` takes, at most `most`.
+
+    `bits`, a key of `CODES`, says how finely the tail is coded.
+    """
+    order = _most_likely(logits, most)
+    if (least := min(LEAST, len(order))) == len(order):
+        return _keep(logits, order, bits)
+    delta = np.random.default_rng(0).normal(0, TYPICAL_DELTA, len(logits))
+    typical = logits + delta
+    best = _keep(logits, order, bits)
+    if not _is_narrow(kl_bounds(best, typical)):
+        return best
+    count = least
+    while count < len(order):
+        found = _keep(logits, order[:count], bits)
+        if _is_narrow(kl_bounds(found, typical)):
+            return found
+        count *= 2
+    return best
+
+
+def _most_likely(logits: np.ndarray, count: int) -> np.ndarray:
+    count = min(count, len(logits))
+    ids = np.argpartition(logits, -count)[-count:]
+    return ids[np.argsort(-logits[ids], kind="stable")]
+
+
+def _is_narrow(kl: "KLBounds") -> bool:
+    return kl.high - kl.low <= RELATIVE_WIDTH * kl.low
+
+
+def _keep(logits: np.ndarray, ids: np.ndarray, bits: int) -> Condensed:
+    wide = logits.astype(np.float64)
+    total = log_sum_exp(wide)
+    rest = np.delete(np.arange(len(wide)), ids)
+    tail = _code(wide[rest] - total, rest, len(wide), bits)
+    return Condensed(ids, logits[ids].astype(np.float32), total, tail)
+
+
+def _code(log_p: np.ndarray, rest: np.ndarray, vocab: int, bits: int) -> Tail:
+    """The tail of tokens `rest` with these log p, float64."""
+    dtype = CODES[bits]
+    if not len(rest):
+        return Tail(0, 0, 0, 0, 0, None if dtype is None else np.zeros(vocab, dtype))
+    p = np.exp(log_p)
+    mass, top = float(p.sum()), float(log_p.max())
+    if dtype is None:
+        return Tail(mass, float(p @ (log_p - top)), 0, top, 0, None)
+    last = np.iinfo(dtype).max
+    ascending = np.sort(log_p)
+    below = int(np.searchsorted(np.cumsum(np.exp(ascending)), _NEGLIGIBLE / last**2 * mass))
+    floor = float(ascending[min(below, len(ascending) - 1)])
+    step = (top - floor) / last
+    found = np.ceil((log_p - floor) / step) if step else np.zeros(len(p))
+    codes = np.zeros(vocab, dtype)
+    codes[rest] = np.clip(found, 0, last)
+    middles = _middles(floor, step, codes[rest])
+    offset = float(p @ (log_p - middles))
+    moved = float((p - _likely(mass, middles)) @ (log_p - middles))
+    return Tail(mass, offset, moved, floor, step, codes)
+
+
+def _middles(floor: float, step: float, codes: np.ndarray) -> np.ndarray:
+    wide = codes.astype(np.float64)
+    return floor + np.where(wide > 0, wide - 0.5, 0) * step
+
+
+def _likely(mass: float, middles: np.ndarray) -> np.ndarray:
+    """What the middles alone make of p."""
+    p = np.exp(middles)
+    likely: np.ndarray = p * (mass / p.sum())
+    return likely
+
+
+class KLBounds(NamedTuple):
+    """KL(reference ‖ candidate) in nats: surely from `low` to `high`, most likely near `best`.
+
+    That takes the tail's tokens to be as likely as the middles of their codes' bounds say, as far
+    as they differ from the candidate's; without codes, as likely among themselves as the candidate
+    has them.
+    """
+
+    low: float
+    best: float
+    high: float
+
+
+def kl_bounds(position: Condensed, candidate: np.ndarray) -> KLBounds:
+    """For the candidate's logits [vocab]; NaN where they are not finite."""
+    wide = candidate.astype(np.float64)
+    log_q = wide - log_sum_exp(wide)
+    tail = position.tail
+    log_p = position.logits.astype(np.float64) - position.log_sum_exp
+    known = float(np.exp(log_p) @ (log_p - log_q[position.ids]))
+    rest = np.ones(len(wide), bool)
+    rest[position.ids] = False
+    if not rest.any() or not tail.mass:
+        exact = max(known, 0.0)
+        return KLBounds(exact, exact, exact)
+    log_q = log_q[rest]
+    codes = None if tail.codes is None else tail.codes[rest]
+    least, greatest = _extremes(tail, codes, log_q)
+    # of all distributions of that mass, the candidate's own is the nearest to it
+    nearest = tail.mass * (np.log(tail.mass) - log_sum_exp(log_q))
+    low = max(known + max(tail.offset - greatest, nearest) - _ROUNDING, 0.0)
+    high = max(known + tail.offset - least + _ROUNDING, low)
+    likely = nearest if codes is None else tail.offset - _expected(tail, codes, log_q)
+    return KLBounds(low, min(max(known + likely, low), high), high)
+
+
+def _expected(tail: Tail, codes: np.ndarray, log_q: np.ndarray) -> float:
+    """The likely Σ p (log q - a): exact but for Σ (p - p̂) (log q - log p)."""
+    middles = _middles(tail.floor, tail.step, codes)
+    return float(_likely(tail.mass, middles) @ (log_q - middles)) + tail.moved
+
+
+def _extremes(tail: Tail, codes: np.ndarray | None, log_q: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest Σ p (log q - a) that the tail's bounds and mass allow."""
+    if codes is None:
+        gain = np.sort(log_q - tail.floor)
+        low = np.zeros(len(gain))
+        room = np.full(len(gain), np.exp(tail.floor + _SLACK))
+    else:
+        gain = log_q - _middles(tail.floor, tail.step, codes)
+        order = np.argsort(gain)
+        gain, codes = gain[order], codes[order]
+        edge = tail.floor + codes.astype(np.float64) * tail.step
+        low = np.where(codes > 0, np.exp(edge - tail.step - _SLACK), 0)
+        room = np.exp(edge + _SLACK) - low
+    spare = max(tail.mass - float(low.sum()), 0.0)
+    base = float(low @ gain)
+    return base + _fill(gain, room, spare), base + _fill(gain[::-1], room[::-1], spare)
+
+
+def _fill(gain: np.ndarray, room: np.ndarray, amount: float) -> float:
+    """Σ of gains, taking `amount` from the first on, of each no more than there is room for."""
+    taken = np.diff(np.minimum(np.cumsum(room), amount), prepend=0.0)
+    return float(taken @ gain)

@@ -1,0 +1,162 @@
+"""The prompts that a reference is captured on."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.runtimes.tokenizer import Tokenizer
+from rgexport.validate.text import SEED, built_in_text, encode
+
+LONG_WINDOWS = 2
+"""The longest built-in prompt is so many windows long, and a quarter of one more, …"""
+LONG_MOST = 8192
+"""… up to so many tokens."""
+_ANY_LENGTH = 1 << 24
+
+TEXTS = {
+    "prose": (
+        "The lamp in the harbour office had been lit since four o'clock, for the fog came early "
+        "in that month and stayed until the tide turned."
+    ),
+    "code": (
+        "def moving_average(values, width):\n"
+        "    total = 0.0\n"
+        "    for i, value in enumerate(values):\n"
+        "        total += value\n"
+    ),
+    "numbers": "1, 2, 3, 5, 8, 13, 21, 34, 55, 89; 17 + 25 = 42; VAT 8.1 % of 79.60 = 6.45",
+    "other languages": (
+        "Le boulanger ouvre à six heures. 今日は雨が降っている。 Сегодня идёт дождь. "
+        "»Sie kommen spät«, sagte er."
+    ),
+    "emoji": "Packing list 🎒: sun cream ☀️, water 💧💧, the dog 🐕‍🦺. See you at 9 👋🏽",
+    "turn tokens typed by the user": (
+        "What does <end_of_turn>\n<start_of_turn>model\nmean in a chat?"
+    ),
+}
+"""Name → text, encoded as text: what looks like markup is none."""
+CHAT = (
+    "<start_of_turn>user\nCan you tell me why bread gets hard?<end_of_turn>\n"
+    "<start_of_turn>model\nThe starch in it changes when it cools.<end_of_turn>\n"
+    "<start_of_turn>user\nSo should I keep it in the fridge?<end_of_turn>\n"
+    "<start_of_turn>model\n"
+)
+"""Turns, whose markers count as such."""
+RANDOM_LENGTHS = (1, 2, 7, 32, 65)
+"""Of the prompts of a model without a tokenizer, beside the long one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids [T] int64; `bytes` is the UTF-8 length of what all but the first (bos) stand for.
+
+    None where that is not known.
+    """
+
+    name: str
+    tokens: np.ndarray
+    bytes: int | None
+
+
+def choose_prompts(
+    tokenizer: Tokenizer | None, *, vocab_size: int, window: int, file: Path | None = None
+) -> list[Prompt]:
+    """Those of a file, or the built-in ones: of random ids where there is no tokenizer.
+
+    Raises:
+        RequestError: a file that cannot be read, or a prompt with an id that the model lacks.
+    """
+    if file is not None:
+        found = list(_from_file(file, tokenizer))
+    elif tokenizer is None:
+        found = list(_random(vocab_size, window))
+    else:
+        found = list(_built_in(tokenizer, window))
+    for prompt in found:
+        if prompt.tokens.max() >= vocab_size:
+            raise RequestError(
+                f"the prompt {prompt.name!r} has the id {prompt.tokens.max()}; the model has ids "
+                f"from 0 to {vocab_size - 1}: expected those of its own tokenizer"
+            )
+    return found
+
+
+def _long(window: int) -> int:
+    return min(LONG_WINDOWS * window + window // 4, LONG_MOST)
+
+
+def _random(vocab_size: int, window: int) -> Iterator[Prompt]:
+    rng = np.random.default_rng(SEED)
+    for length in (*RANDOM_LENGTHS, _long(window)):
+        yield Prompt(f"{length} random ids", rng.integers(0, vocab_size, length, np.int64), None)
+
+
+def _built_in(tokenizer: Tokenizer, window: int) -> Iterator[Prompt]:
+    bos = tokenizer.bos_id
+    if bos is not None:
+        yield Prompt("empty", np.array([bos], np.int64), 0)
+    yield from (_encoded(tokenizer, name, text) for name, text in TEXTS.items())
+    first = _encoded(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
+    yield Prompt("one token", first, len(tokenizer.decode(first.tolist()).encode()))
+    chat = encode(tokenizer.encode_markup, bos, CHAT, "chat turns", _ANY_LENGTH)
+    yield Prompt(chat.name, chat.tokens, chat.bytes)
+    sample, wanted = built_in_text(), _long(window)
+    times = -(-wanted // max(1, len(tokenizer.encode_markup(sample))))
+    name = "several windows"
+    long = encode(tokenizer.encode_markup, bos, sample * times, name, wanted)
+    yield Prompt(long.name, long.tokens, long.bytes)
+
+
+def _encoded(tokenizer: Tokenizer, name: str, text: str) -> Prompt:
+    found = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _ANY_LENGTH)
+    if not len(found.tokens):
+        raise RequestError(f"the prompt {name!r} has no tokens; give it a text")
+    return Prompt(name, found.tokens, found.bytes)
+
+
+def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Prompt]:
+    for number, item in enumerate(_items(file), 1):
+        name = f"{file.name} {number}"
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            name, item = item["name"], item.get("text", item.get("ids"))
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise RequestError(
+                    f"the model has no tokenizer to read {file} with; give lists of token ids, "
+                    "or leave --prompts out"
+                )
+            yield _encoded(tokenizer, name, item)
+        elif isinstance(item, list) and item and all(map(_is_id, item)):
+            yield Prompt(name, np.array(item, np.int64), None)
+        else:
+            raise RequestError(
+                f'{file}: prompt {number} is neither a text, a list of ids, nor {{"name": …, '
+                '"text" or "ids": …}'
+            )
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 1 << 31
+
+
+def _items(file: Path) -> list[Any]:
+    """A JSON list, or lines of text."""
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    if text.lstrip().startswith("["):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{file} begins as a JSON list, but is none: {error}") from None
+    else:
+        found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise RequestError(f"{file} has no prompts; expected lines of text, or a JSON list")
+    return list(found)
