@@ -1,5 +1,6 @@
 """`rgexport validate`: is this artifact right, and what did compression cost?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
@@ -8,7 +9,9 @@ from rgexport.runtimes.engines import open_session, open_tokenizer
 from rgexport.runtimes.environment import environment
 from rgexport.validate import thresholds
 from rgexport.validate.measure import measure
-from rgexport.validate.report import render
+from rgexport.validate.page import write_html
+from rgexport.validate.positions import speller
+from rgexport.validate.report import render, render_several
 from rgexport.validate.result import (
     Result,
     SourceInfo,
@@ -19,32 +22,42 @@ from rgexport.validate.result import (
     write_json,
 )
 from rgexport.validate.source import Original, find_original
-from rgexport.validate.teacher import Pass, teach, torch_reference
+from rgexport.validate.teacher import Pass, SharedPasses, teach, torch_reference
 from rgexport.validate.text import MAX_TOKENS, Text, choose_text
 from rgexport.validate.weights import WeightError, weight_errors
 
 
-def validate_artifact(
-    artifact: Path,
+def validate_artifacts(
+    artifacts: Sequence[Path],
     *,
     model: str | None = None,
     text: Path | None = None,
     tokens: int | None = None,
     json_file: Path | None = None,
+    html_file: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Prints the report and writes it as JSON; returns 0 if the artifact passes, else 1.
+    """Prints the report and writes it as JSON and HTML; returns 0 if all artifacts pass, else 1.
 
     Raises:
-        RequestError: see `compare`; or `json_file` cannot be written.
+        RequestError: see `compare`; or a file cannot be written.
     """
+    for file in (json_file, html_file):
+        if file is not None:
+            require_writable(file)
+    for path in artifacts[1:]:
+        Artifact.open(path)  # what is wrong with a later one is told before the first one's work
+    passes = SharedPasses()
+    results = [
+        compare(path, model=model, text=text, max_tokens=tokens, device=device, passes=passes)
+        for path in artifacts
+    ]
+    print(render(results[0]) if len(results) == 1 else render_several(results))
     if json_file is not None:
-        require_writable(json_file)
-    result = compare(artifact, model=model, text=text, max_tokens=tokens, device=device)
-    print(render(result))
-    if json_file is not None:
-        write_json(result, json_file)
-    return 0 if result.passed else 1
+        write_json(results, json_file)
+    if html_file is not None:
+        write_html(results, html_file)
+    return 0 if all(result.passed for result in results) else 1
 
 
 def compare(
@@ -54,6 +67,7 @@ def compare(
     text: Path | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
+    passes: SharedPasses | None = None,
 ) -> Result:
     """Compares an artifact with its twin and, where it can be found, with its original.
 
@@ -66,6 +80,7 @@ def compare(
             where the artifact has no tokenizer.
         max_tokens: how much of the text is used; by default up to `text.MAX_TOKENS`.
         device: where torch runs the references; `auto` is CUDA where there is one.
+        passes: those of originals that ran before, for other artifacts.
 
     Raises:
         RequestError: no sound artifact, no torch, an original that does not fit, or an
@@ -74,7 +89,14 @@ def compare(
     make = torch_reference(device)
     artifact = Artifact.open(path)
     manifest = artifact.manifest
-    chosen = _choose_text(artifact, text, MAX_TOKENS if max_tokens is None else max_tokens)
+    tokenizer = open_tokenizer(artifact) if manifest.has_tokenizer else None
+    chosen = choose_text(
+        tokenizer,
+        vocab_size=manifest.config.vocab_size,
+        window=manifest.config.window,
+        file=text,
+        limit=MAX_TOKENS if max_tokens is None else max_tokens,
+    )
     original = find_original(manifest, model)
     _announce(artifact, original, chosen)
 
@@ -84,10 +106,19 @@ def compare(
     table: list[WeightError] | None = None
     if original is not None:
         source = original.checkpoint
-        taught = teach("Running the original", make, source.config, source.weights, chosen.tokens)
+        taught = (passes or SharedPasses()).teach(make, source, chosen.tokens)
         table = weight_errors(source.weights, weights, manifest.tensors, weighted=manifest.weighted)
     session = open_session(artifact)
-    measured = measure(session, chosen.tokens, twin, taught, chosen.bytes)
+    limit = thresholds.tolerance(manifest)
+    measured = measure(
+        session,
+        chosen.tokens,
+        twin,
+        taught,
+        chosen.bytes,
+        noise=limit.rms,
+        spell=speller(tokenizer) if tokenizer else None,
+    )
     return Result(
         artifact=describe_artifact(path, manifest),
         source=_describe_source(manifest.source.name, original),
@@ -97,20 +128,9 @@ def compare(
         original=measured.original,
         steps=measured.steps,
         weights=table,
-        tolerance=thresholds.tolerance(manifest),
+        tolerance=limit,
         checks=list(make_checks(manifest, measured, table)),
         environment=environment(),
-    )
-
-
-def _choose_text(artifact: Artifact, file: Path | None, max_tokens: int) -> Text:
-    config = artifact.manifest.config
-    return choose_text(
-        open_tokenizer(artifact) if artifact.manifest.has_tokenizer else None,
-        vocab_size=config.vocab_size,
-        window=config.window,
-        file=file,
-        limit=max_tokens,
     )
 
 

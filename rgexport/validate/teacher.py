@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State
@@ -57,6 +59,21 @@ def teach(
         watched = {name: _watched(tensor, advance) for name, tensor in layers.items()}
         hidden, state = make(config, {**weights, **watched}).run(tokens[None])
     return Pass(make(config, weights), hidden, state)
+
+
+@dataclass
+class SharedPasses:
+    """The originals' passes: one run serves all artifacts that are held against it."""
+
+    _done: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
+
+    def teach(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
+        """Runs an original over tokens [T], unless it did that before."""
+        key = original.path, original.config, tokens.tobytes()
+        if key not in self._done:
+            config, weights = original.config, original.weights
+            self._done[key] = teach("Running the original", make, config, weights, tokens)
+        return self._done[key]
 
 
 def torch_reference(device: str = "auto") -> MakeReference:
