@@ -37,7 +37,7 @@ def validate_artifacts(
     html_file: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Prints the report and writes it as JSON and HTML; returns 0 if all artifacts pass, else 1.
+    """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
 
     Raises:
         RequestError: see `compare`; or a file cannot be written.
@@ -52,11 +52,12 @@ def validate_artifacts(
         compare(path, model=model, text=text, max_tokens=tokens, device=device, passes=passes)
         for path in artifacts
     ]
-    print(render(results[0]) if len(results) == 1 else render_several(results))
     if json_file is not None:
         write_json(results, json_file)
     if html_file is not None:
         write_html(results, html_file)
+    # Last: who reads it may leave after a few lines, as `head` does.
+    print(render(results[0]) if len(results) == 1 else render_several(results))
     return 0 if all(result.passed for result in results) else 1
 
 
