@@ -14,9 +14,10 @@ PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, passes its parity check, and speaks.
 	mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
-	$(BIN)/rgexport validate $(DEMO)
+	$(BIN)/rgexport validate $(DEMO) --html out/demo-report.html
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60 \
 		--temperature 0.7 --seed 2
+	@echo 'The report of the parity check, to look at: out/demo-report.html'
 
 test: llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(BIN)/python -m pytest -q

@@ -400,7 +400,7 @@ def reference(
 
 
 @rgexport.command()
-@click.argument("artifact", type=FOLDER)
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=FOLDER)
 @click.option("--reference", type=FOLDER, help="Made by `rgexport reference`: needs no torch.")
 @click.option(
     "-m",
@@ -410,13 +410,17 @@ def reference(
 @click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
 @click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it.")
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
+@click.option("--html", "html_file", type=FOLDER, help="Also write a page to look at.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @verbose
-def validate(artifact: Path, **request: Any) -> int:
-    """Compares an artifact with the reference: exit code 0 if it passes, 1 if it does not."""
-    from rgexport.validate.parity import validate_artifact
+def validate(artifacts: tuple[Path, ...], **request: Any) -> int:
+    """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
 
-    return validate_artifact(artifact, **request)
+    Several artifacts, of any formats, are shown in one table.
+    """
+    from rgexport.validate.parity import validate_artifacts
+
+    return validate_artifacts(artifacts, **request)
 
 
 @rgexport.group("llama-cpp")

@@ -359,6 +359,9 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "missing text": ("validate sound --text nowhere", "nowhere"),
     "text without tokenizer": ("validate sound --text sound/README.md", "tokenizer"),
     "json nowhere": ("validate sound --json no/where.json", "where.json"),
+    "html nowhere": ("validate sound --html no/where.html", "where.html"),
+    "second artifact": ("validate sound nowhere", "nowhere"),
+    "no artifact given": ("validate", "ARTIFACT"),
     "another model": ("validate sound -m other", "embed_tokens.weight has shape"),
     "unknown device": ("validate sound --device tpu", "tpu"),
 }

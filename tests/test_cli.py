@@ -1,5 +1,6 @@
 """What the command line promises beside its commands: exit codes, streams, and a quick start."""
 
+import html
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from rgexport import __version__
 from rgexport.cli import run
+from rgexport.validate.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 
@@ -86,6 +88,23 @@ def test_demo_is_validated(demo_artifact, tmp_path, capsys):
     assert run(["validate", str(demo_artifact), "--tokens", "64", "--json", str(report)]) == 0
     assert capsys.readouterr().out.startswith("PASS")
     assert json.loads(report.read_text())["verdict"] == "PASS"
+
+
+def test_the_demos_page_shows_the_text_of_its_worst_positions(demo_artifact, tmp_path, capsys):
+    page, report = tmp_path / "report.html", tmp_path / "report.json"
+    asked = ["validate", str(demo_artifact), "--tokens", "64", "--html", str(page)]
+    assert run([*asked, "--json", str(report)]) == 0
+    place = json.loads(report.read_text("utf-8"))["original"]["worst"][0]
+    assert place["context"] and len(place["reference"]) == len(place["candidate"]) == 5
+    shown = page.read_text("utf-8")
+    assert shown.startswith("<!doctype html>")
+    assert f"Position {place['position']} " in shown
+    assert visible(place["context"]) in html.unescape(shown)
+
+
+def test_artifacts_side_by_side(demo_artifact, capsys):
+    assert run(["validate", str(demo_artifact), str(demo_artifact), "--tokens", "32"]) == 0
+    assert capsys.readouterr().out.startswith("PASS  all 2 pass")
 
 
 def test_inspect_is_stable_json(demo_artifact, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 from rgexport import __version__
 from rgexport.processors import usable_processors
 
-_PACKAGES = ("llama_cpp_python", "numpy", "onnxruntime", "torch")
+_PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
 _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 """What decides how fast int4 and int8 are computed, by Linux' names."""

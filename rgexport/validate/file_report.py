@@ -43,7 +43,7 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
         yield f"the configurations differ in {difference}"
     yield ""
     title = f"Against the reference file ({found.positions:,} positions)"
-    yield Table(title, ("", "value"), _rows(found), ("value",))
+    yield Table(title, ("", "value"), file_rows(found), ("value",))
     yield Table("Prompts", ("prompt", *_PROMPT), _prompt_rows(found), _PROMPT)
 
 
@@ -54,7 +54,8 @@ def bounded(best: float, low: float, high: float) -> str:
     return short if same else f"{short} ({low:.3g} … {high:.3g})"
 
 
-def _rows(found: AgainstFile) -> Iterator[Row]:
+def file_rows(found: AgainstFile) -> Iterator[Row]:
+    """What was measured over all prompts."""
     kl, low, high = found.kl, found.kl_low, found.kl_high
     full = f" ({found.full_positions} positions)"
     total, common = found.greedy

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,13 @@ from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
+from rgexport.validate.positions import (
+    PositionBlock,
+    Spell,
+    WorstPosition,
+    WorstPositions,
+    position_blocks,
+)
 from rgexport.validate.states import StateError, same_position, state_errors
 from rgexport.validate.teacher import Pass
 
@@ -30,6 +38,8 @@ class Comparison:
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
     states: list[StateError]
+    blocks: list[PositionBlock]
+    worst: list[WorstPosition]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,8 @@ def measure(
     twin: Pass,
     original: Pass | None = None,
     text_bytes: int | None = None,
+    noise: float = 0.0,
+    spell: Spell | None = None,
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
@@ -73,9 +85,19 @@ def measure(
 
     Where a chunk has a fixed length, or gives one row of logits, it is the steps that are compared
     with the references there, and a chunk with the steps.
+
+    Args:
+        session: the artifact's.
+        tokens: [T].
+        twin: the pass of the reference with the artifact's weights.
+        original: that of the reference with the weights that it was made from.
+        text_bytes: the length of what the tokens stand for, in UTF-8.
+        noise: what makes a near tie; see `metrics.agreement`.
+        spell: writes the text of the worst positions.
     """
     references = [twin] if original is None else [twin, original]
     rows: list[list[np.ndarray]] = [[] for _ in references]
+    worst = [WorstPositions(tokens, spell) for _ in references]
     next_tokens = np.append(tokens[1:], -1)
     before: State = {}
     tail = np.empty((0, session.vocab_size), np.float32)
@@ -87,14 +109,19 @@ def measure(
             if start == again:
                 before = session.get_state()
             tail = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-            for reference, found in zip(references, rows, strict=True):
+            for reference, found, collector in zip(references, rows, worst, strict=True):
                 expected = reference.logits(start, stop)
                 found.append(metrics.compare_logits(expected, tail, next_tokens[start:stop]))
+                collector.see(start, found[-1]["kl"], expected, tail)
             advance(stop - start)
     state = session.get_state()
     comparisons = [
-        _compare(np.concatenate(found), reference.state, state, text_bytes)
-        for reference, found in zip(references, rows, strict=True)
+        Comparison(
+            states=state_errors(reference.state, state),
+            worst=collector.ranking(),
+            **_summaries(np.concatenate(found), text_bytes, noise),
+        )
+        for reference, found, collector in zip(references, rows, worst, strict=True)
     ]
     return Measurement(
         twin=comparisons[0],
@@ -123,14 +150,15 @@ def _blocks(again: int, length: int, size: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + size, last)
 
 
-def _compare(rows: np.ndarray, expected: State, state: State, text_bytes: int | None) -> Comparison:
-    return Comparison(
-        logits=metrics.logit_error(rows),
-        kl=metrics.kl_summary(rows),
-        agreement=metrics.agreement(rows),
-        likelihood=metrics.likelihood(rows, text_bytes),
-        states=state_errors(expected, state),
-    )
+def _summaries(rows: np.ndarray, text_bytes: int | None, noise: float) -> dict[str, Any]:
+    """What a `Comparison` has of the rows."""
+    return {
+        "logits": metrics.logit_error(rows),
+        "kl": metrics.kl_summary(rows),
+        "agreement": metrics.agreement(rows, noise),
+        "likelihood": metrics.likelihood(rows, text_bytes),
+        "blocks": position_blocks(rows),
+    }
 
 
 def _equivalence(session: Session, tokens: np.ndarray, before: State, chunk: Chunk) -> Equivalence:

@@ -16,6 +16,7 @@ ROWS = np.dtype(
         ("square_delta", np.float64),  # mean Δlogit²
         ("max_logit", np.float64),  # max |logit| of the reference
         ("variance", np.float64),  # of the reference's logits
+        ("cosine", np.float64),  # of the angle between both rows of logits
         ("kl", np.float64),  # KL(reference ‖ candidate), nats
         ("top1", np.bool_),  # the same most likely token
         ("top5", np.float64),  # share of the reference's five most likely among the candidate's
@@ -72,6 +73,7 @@ def _compare_block(
     out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
     out["max_logit"] = np.abs(ref).max(1)
     out["variance"] = ref.var(1)
+    out["cosine"] = _cosine(ref, cand)
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
     out["top5"] = _top_overlap(ref, cand, 5)
@@ -79,6 +81,13 @@ def _compare_block(
     out["has_next"] = known
     out["nll"] = np.where(known, log_p - ref[each, token], 0)
     out["nll_candidate"] = np.where(known, log_q - cand[each, token], 0)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of two rows of zeros, 1."""
+    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((a, b), (a, a), (b, b)))
+    norms = np.sqrt(aa * bb)
+    return np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
 
 
 def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -99,7 +108,8 @@ class LogitError:
 
     `relative_max` is against the largest |logit|; `relative_rms` is the root of the mean square
     against the spread of the reference's logits around their mean at each position: 1 where
-    the candidate knows nothing, whatever the logits' size.
+    the candidate knows nothing, whatever the logits' size. `cosine` is the mean over the
+    positions, `lowest_cosine` that of the worst one.
     """
 
     max: float
@@ -107,6 +117,8 @@ class LogitError:
     relative_max: float
     relative_rms: float
     largest_logit: float
+    cosine: float
+    lowest_cosine: float
     worst_position: int
     non_finite_positions: int
 
@@ -132,12 +144,16 @@ class Agreement:
     """Shares in [0, 1].
 
     `largest_flip_margin`: the most by which the reference preferred its own first choice to the
-    candidate's where the two differ; a small one means that only near ties flipped.
+    candidate's where the two differ; a small one means that only near ties flipped. Of the
+    `flips`, positions where the two differ, `near_ties` were closer than noise of the tolerated
+    size moves them apart; see `agreement`.
     """
 
     top1: float
     top5: float
     largest_flip_margin: float
+    flips: int
+    near_ties: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +186,8 @@ def logit_error(rows: np.ndarray) -> LogitError:
         relative_max=worst / largest if largest else worst,
         relative_rms=(square / variance if variance else square) ** 0.5,
         largest_logit=largest,
+        cosine=float(rows["cosine"].mean()),
+        lowest_cosine=float(rows["cosine"].min()),
         worst_position=int(rows["max_delta"].argmax()),
         non_finite_positions=int((~np.isfinite(rows["mean_delta"])).sum()),
     )
@@ -190,12 +208,23 @@ def kl_summary(rows: np.ndarray) -> KL:
     )
 
 
-def agreement(rows: np.ndarray) -> Agreement:
-    """The summary of `top1`, `top5` and `flip_margin`."""
+def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
+    """The summary of `top1`, `top5` and `flip_margin`.
+
+    Args:
+        rows: of dtype `ROWS`.
+        noise: the tolerated error of a logit, rms, in units of the spread of the reference's
+            logits at its position. The difference of two has √2 times as much: what the reference
+            prefers by no more than that is a near tie.
+    """
+    flipped = rows[~rows["top1"]]
+    margins = np.sqrt(2 * flipped["variance"]) * noise
     return Agreement(
         top1=float(rows["top1"].mean()),
         top5=float(rows["top5"].mean()),
         largest_flip_margin=float(rows["flip_margin"].max()),
+        flips=len(flipped),
+        near_ties=int((flipped["flip_margin"] <= margins).sum()),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Subject:
     window: int
     files: dict[str, str]
     """File → SHA-256."""
+    bytes: int
+    """Of all files."""
+    bits_per_weight: float
+    """As stored, with what the quantization adds to them."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class Result:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def verdict(self) -> str:
+        """`PASS` or `FAIL`."""
+        return "PASS" if self.passed else "FAIL"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
         return _to_dict(self)
@@ -105,6 +114,11 @@ class FileResult:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def verdict(self) -> str:
+        """`PASS` or `FAIL`."""
+        return "PASS" if self.passed else "FAIL"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
         return _to_dict(self)
@@ -114,12 +128,11 @@ def _to_dict(result: Result | FileResult) -> dict[str, Any]:
     fields = _plain({f.name: getattr(result, f.name) for f in dataclasses.fields(result)})
     for entry, check in zip(fields["checks"], result.checks, strict=True):
         entry["passed"] = check.passed
-    verdict = "PASS" if result.passed else "FAIL"
-    return {"schema_version": SCHEMA_VERSION, "verdict": verdict, **fields}
+    return {"schema_version": SCHEMA_VERSION, "verdict": result.verdict, **fields}
 
 
 def require_writable(path: Path) -> None:
-    """Refuses early what `write_json` would refuse at the end.
+    """Refuses early what `write_text` would refuse at the end.
 
     Raises:
         RequestError: the folder is missing, read-only or in an artifact, which one more file
@@ -134,15 +147,24 @@ def require_writable(path: Path) -> None:
         raise RequestError(f"cannot write {path}: it lies in an artifact; choose another place")
 
 
-def write_json(result: Result | FileResult, path: Path) -> None:
-    """Writes the result to a file.
+def write_json(results: Sequence[Result] | Sequence[FileResult], path: Path) -> None:
+    """Writes a result to a file, or the list of several.
 
     Raises:
         RequestError: the file cannot be written.
     """
-    text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    found = [result.to_dict() for result in results]
+    value = found if len(found) > 1 else found[0]
+    write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes UTF-8; of a path that is no text, the odd bytes become escapes, as JSON has them.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
     try:
-        # Of a path that is no text, the odd bytes become escapes, as JSON has them.
         path.write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}") from None
@@ -187,7 +209,15 @@ def describe_artifact(path: Path, manifest: Manifest) -> Subject:
         exact=manifest.exact,
         window=manifest.config.window,
         files={name: record.sha256 for name, record in manifest.files.items()},
+        bytes=sum(record.size for record in manifest.files.values()),
+        bits_per_weight=_bits_per_weight(manifest),
     )
+
+
+def _bits_per_weight(manifest: Manifest) -> float:
+    parts = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
+    weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+    return 8 * sum(part.nbytes for part in parts) / weights
 
 
 def describe_text(text: Text, window: int) -> TextInfo:

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State
@@ -75,6 +77,21 @@ def watched_layers(label: str, weights: WeightSource) -> Iterator[WeightSource]:
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
         yield {**weights, **{name: _watched(tensor, advance) for name, tensor in layers.items()}}
+
+
+@dataclass
+class SharedPasses:
+    """The originals' passes: one run serves all artifacts that are held against it."""
+
+    _done: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
+
+    def teach(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
+        """Runs an original over tokens [T], unless it did that before."""
+        key = original.path, original.config, tokens.tobytes()
+        if key not in self._done:
+            config, weights = original.config, original.weights
+            self._done[key] = teach("Running the original", make, config, weights, tokens)
+        return self._done[key]
 
 
 def torch_reference(device: str = "auto") -> MakeReference:

@@ -18,7 +18,7 @@ from rgexport.validate.against import AgainstFile, compare_with_file, file_check
 from rgexport.validate.capture import capture
 from rgexport.validate.file_report import bounded
 from rgexport.validate.metrics import agreement, compare_logits
-from rgexport.validate.parity import validate_artifact
+from rgexport.validate.parity import validate_artifacts
 from rgexport.validate.reference_file import ReferenceFile
 from rgexport.validate.reference_reader import read_reference
 from tests.models import random_weights, write_hugging_face
@@ -176,7 +176,7 @@ def test_validate_with_a_file(
 ) -> None:
     """Beside the twin, where there is torch."""
     target = tmp_path / "r.json"
-    assert validate_artifact(clean("int4"), reference=file, json_file=target, tokens=20) == 0
+    assert validate_artifacts([clean("int4")], reference=file, json_file=target, tokens=20) == 0
     found = json.loads(target.read_text())
     assert found["twin"] is not None and found["original"] is None
     assert found["reference"]["positions"] == sum(
@@ -188,11 +188,19 @@ def test_validate_with_a_file(
     assert "Against the reference file" in shown and "reference.rms" not in shown
 
 
+def test_the_page_shows_it(clean: Clean, file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "r.html"
+    assert validate_artifacts([clean("int4")], reference=file, html_file=target, tokens=20) == 0
+    page, positions = target.read_text("utf-8"), len(read_reference(file).tokens)
+    assert "Against the reference file" in page and f"{positions:,} positions" in page
+    assert page.count("reference.<wbr>rms") == 1
+
+
 def test_a_failure_against_the_file_is_the_verdict(
     clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = another(tmp_path, seed=1).path
-    assert validate_artifact(clean("fp32"), reference=path, tokens=20) == 1
+    assert validate_artifacts([clean("fp32")], reference=path, tokens=20) == 1
     shown = capsys.readouterr().out
     assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
     assert "it is of other weight files" in shown
@@ -207,12 +215,16 @@ def test_without_torch_the_file_is_enough(
 ) -> None:
     monkeypatch.setattr(parity, "find_spec", lambda name: None)
     target = tmp_path / "r.json"
-    assert validate_artifact(clean("int4"), reference=file, json_file=target) == 0
+    assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0
     found = json.loads(target.read_text())
     assert found["verdict"] == "PASS" and found["twin"] is None and found["original"] is None
     assert {check["name"] for check in found["checks"]} == {"reference.rms", "reference.finite"}
     captured = capsys.readouterr()
     assert "twin is left out" in captured.err and "twin: left out" in captured.out
+    page = tmp_path / "r.html"
+    with pytest.raises(RequestError, match="takes torch"):
+        validate_artifacts([clean("int4")], reference=file, html_file=page)
+    assert not page.exists()
 
 
 def test_numbers_are_shown_with_what_is_known_of_them() -> None:

@@ -56,7 +56,10 @@ def test_equal_logits_differ_in_nothing() -> None:
     rows = metrics.compare_logits(reference, reference, next_of(8, 50))
     assert metrics.logit_error(rows).max == 0
     assert 0 <= metrics.kl_summary(rows).max < 1e-14
-    assert metrics.agreement(rows) == metrics.Agreement(top1=1, top5=1, largest_flip_margin=0)
+    assert metrics.agreement(rows) == metrics.Agreement(
+        top1=1, top5=1, largest_flip_margin=0, flips=0, near_ties=0
+    )
+    assert rows["cosine"] == pytest.approx(1, abs=1e-12)
 
 
 def test_a_shift_of_all_logits_is_an_error_but_no_divergence() -> None:
@@ -94,6 +97,38 @@ def test_top_choices_and_flips() -> None:
     assert rows["top1"].tolist() == [True, False]
     assert rows["top5"][0] == pytest.approx(0.8)
     assert rows["flip_margin"].tolist() == [0, 1]
+
+
+def test_cosine_equals_torch() -> None:
+    reference, candidate = draw(20, 500, noise=2.0)
+    rows = metrics.compare_logits(reference, candidate, next_of(20, 500))
+    a, b = (torch.from_numpy(x).double() for x in (reference, candidate))
+    expected = F.cosine_similarity(a, b).numpy()
+    np.testing.assert_allclose(rows["cosine"], expected, rtol=1e-12)
+    found = metrics.logit_error(rows)
+    assert found.cosine == pytest.approx(expected.mean())
+    assert found.lowest_cosine == pytest.approx(expected.min())
+
+
+def test_cosine_of_opposites_and_of_nothing() -> None:
+    some, nothing = np.array([[1, -2, 3]], np.float32), np.zeros((1, 3), np.float32)
+    pairs = ((some, -some, -1), (nothing, nothing, 1), (some, nothing, 0), (nothing, some, 0))
+    for a, b, expected in pairs:
+        rows = metrics.compare_logits(a, b, np.array([-1]))
+        assert rows["cosine"][0] == pytest.approx(expected)
+
+
+def test_near_ties_are_counted_apart() -> None:
+    """Two of three positions flip, which the reference leads by 0.1 and by 2."""
+    reference = np.array([[4, 3.9, -4, -4], [4, 2, -4, -4], [4, 2, -4, -4]], np.float32)
+    candidate = np.array([[3, 3.9, -4, -4], [1, 2, -4, -4], [4, 2, -4, -4]], np.float32)
+    rows = metrics.compare_logits(reference, candidate, np.array([-1, -1, -1]))
+    spread = reference[0].std()
+    counted = [metrics.agreement(rows, noise) for noise in (0, 0.1, 10)]
+    assert [(found.flips, found.near_ties) for found in counted] == [(2, 0), (2, 1), (2, 2)]
+    just_below, just_above = (0.1 / spread / 2**0.5 * x for x in (0.999, 1.001))
+    assert metrics.agreement(rows, just_below).near_ties == 0
+    assert metrics.agreement(rows, just_above).near_ties == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

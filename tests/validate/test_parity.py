@@ -13,7 +13,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.runtimes.ort import OrtSession
-from rgexport.validate.parity import compare, validate_artifact
+from rgexport.validate.parity import compare, validate_artifacts
 from rgexport.validate.result import Result
 from rgexport.validate.text import random_text
 from tests.models import (
@@ -138,7 +138,7 @@ def test_the_report_and_the_json(
     clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    code = validate_artifact(clean("int8"), model=str(checkpoint), tokens=50, json_file=file)
+    code = validate_artifacts([clean("int8")], model=str(checkpoint), tokens=50, json_file=file)
     out, err = capsys.readouterr()
     assert code == 0 and out.startswith("PASS  ") and "KL mean" in out
     assert "Comparing" in err and "Comparing" not in out
@@ -162,16 +162,17 @@ def test_failure_is_exit_code_1(
 ) -> None:
     file = tmp_path / "result.json"
     folder = spoil("fp32", config={"soft_cap": 20.0})
-    assert validate_artifact(folder, tokens=30, json_file=file) == 1
+    assert validate_artifacts([folder], tokens=30, json_file=file) == 1
     out = capsys.readouterr().out
     assert out.startswith("FAIL  ") and "FAILED  twin.logits is " in out
     assert json.loads(file.read_text())["verdict"] == "FAIL"
 
 
-def test_the_json_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None:
+def test_a_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "missing" / "r.json"):
-        with pytest.raises(RequestError, match="cannot write"):
-            validate_artifact(clean("fp32"), json_file=file)
+        for option in ("json_file", "html_file"):
+            with pytest.raises(RequestError, match="cannot write"):
+                validate_artifacts([clean("fp32")], **{option: file})
 
 
 def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def with_nan(result: Result) -> Result:
 
 def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
     file = tmp_path / "r.json"
-    write_json(with_nan(result), file)
+    write_json([with_nan(result)], file)
 
     def refuse(word: str) -> None:
         raise ValueError(word)
@@ -56,7 +56,7 @@ def test_the_sections_of_the_json(result: Result) -> None:
         "reference",
     ]
     twin = result.to_dict()["twin"]
-    assert list(twin) == ["logits", "kl", "agreement", "likelihood", "states"]
+    assert list(twin) == ["logits", "kl", "agreement", "likelihood", "states", "blocks", "worst"]
 
 
 def test_the_report_begins_with_the_verdict_and_names_what_failed(result: Result) -> None:
@@ -74,6 +74,15 @@ def test_the_report_is_plain_text_of_limited_width(result: Result) -> None:
     assert max(map(len, table)) <= 100
     for part in ("KL 99th percentile", "worst state", "rglru", "projection", "bit for bit"):
         assert part in text.replace("rg_lru", "rglru")
+
+
+def test_the_size_and_the_bits_are_those_of_the_files(
+    result: Result, clean: Callable[[str], Path], checkpoint: Path
+) -> None:
+    files = [file for file in clean("int4").iterdir() if file.name != "rgexport.json"]
+    assert result.artifact.bytes == sum(file.stat().st_size for file in files)
+    assert 4.5 < result.artifact.bits_per_weight < 8
+    assert compare(clean("fp32"), max_tokens=8).artifact.bits_per_weight == 32
 
 
 def test_the_report_says_when_there_was_no_original(result: Result) -> None:
@@ -103,10 +112,10 @@ def test_json_in_an_artifact_would_damage_it(clean: Callable[[str], Path], tmp_p
 def test_json_of_a_path_that_is_no_text(result: Result, tmp_path: Path) -> None:
     path = os.fsdecode(b"mod\xe8le")
     renamed = dataclasses.replace(result.artifact, path=path)
-    write_json(dataclasses.replace(result, artifact=renamed), tmp_path / "r.json")
+    write_json([dataclasses.replace(result, artifact=renamed)], tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text("utf-8"))["artifact"]["path"] == path
 
 
 def test_a_file_that_cannot_be_written_is_one_line(result: Result) -> None:
     with pytest.raises(RequestError, match="cannot write /dev/full: No space left"):
-        write_json(result, Path("/dev/full"))
+        write_json([result], Path("/dev/full"))

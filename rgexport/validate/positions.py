@@ -1,0 +1,140 @@
+"""Where in a text two models differ: means over blocks of positions, and the worst positions.
+
+Both are of a fixed size, however long the text and however large the vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rgexport.runtimes.tokenizer import Tokenizer
+
+BLOCKS = 128
+"""At most so many blocks, of one length within a position."""
+WORST = 10
+CHOICES = 5
+CONTEXT = 24
+"""Tokens of the text that are shown before a position's prediction."""
+
+Spell = Callable[[Sequence[int]], str]
+"""The text of ids: special ones as their literals, parts of characters as `\\xf0`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBlock:
+    """Positions from `start` until before `stop`: KL in nats, `top1` a share in [0, 1]."""
+
+    start: int
+    stop: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One token that may come next, its probability, and its text where there is a tokenizer."""
+
+    token: int
+    probability: float
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstPosition:
+    """A position with a large KL, and what both models expect behind it, likeliest first.
+
+    `next_token` is what the text goes on with, None at its end; `context` are the last tokens up
+    to the position itself.
+    """
+
+    position: int
+    kl: float
+    next_token: int | None
+    next_text: str | None
+    context: str | None
+    reference: list[Choice]
+    candidate: list[Choice]
+
+
+def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
+    """Cuts rows of `metrics.ROWS` into at most `BLOCKS` blocks."""
+    count = min(BLOCKS, len(rows))
+    edges = [len(rows) * index // count for index in range(count + 1)]
+    return [
+        PositionBlock(
+            start=start,
+            stop=stop,
+            kl_mean=float(rows["kl"][start:stop].mean()),
+            kl_max=float(rows["kl"][start:stop].max()),
+            top1=float(rows["top1"][start:stop].mean()),
+        )
+        for start, stop in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def speller(tokenizer: Tokenizer) -> Spell:
+    """How a tokenizer writes ids."""
+
+    def spell(ids: Sequence[int]) -> str:
+        pieces = (tokenizer.surface(i) or tokenizer.literal(i).encode() for i in ids)
+        return b"".join(pieces).decode("utf-8", "backslashreplace")
+
+    return spell
+
+
+@dataclass
+class WorstPositions:
+    """Collects the `WORST` positions with the largest KL while blocks of logits pass by."""
+
+    tokens: np.ndarray
+    spell: Spell | None = None
+    _found: list[WorstPosition] = field(default_factory=list)
+
+    def see(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:
+        """Takes the positions from `start` on: kl [n], and logits [n, vocab] of both models."""
+        for index in np.argsort(-_rank(kl), kind="stable")[:WORST].tolist():
+            if len(self._found) == WORST and _rank(kl[index]) <= _rank(self._found[-1].kl):
+                return
+            self._found.append(
+                self._describe(start + index, kl[index], reference[index], candidate[index])
+            )
+            self._found.sort(key=lambda found: (-_rank(found.kl), found.position))
+            del self._found[WORST:]
+
+    def ranking(self) -> list[WorstPosition]:
+        """The worst first."""
+        return list(self._found)
+
+    def _describe(
+        self, position: int, kl: float, reference: np.ndarray, candidate: np.ndarray
+    ) -> WorstPosition:
+        ids = self.tokens[: position + 2].tolist()
+        after = ids[position + 1] if len(ids) > position + 1 else None
+        return WorstPosition(
+            position=position,
+            kl=float(kl),
+            next_token=after,
+            next_text=None if after is None else self._text([after]),
+            context=self._text(ids[max(0, position + 1 - CONTEXT) : position + 1]),
+            reference=list(self._choices(reference)),
+            candidate=list(self._choices(candidate)),
+        )
+
+    def _choices(self, logits: np.ndarray) -> Iterator[Choice]:
+        wide = logits.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            share = np.exp(wide - wide.max())
+            share /= share.sum()
+        for token in np.argsort(-wide, kind="stable")[:CHOICES].tolist():
+            yield Choice(token=token, probability=float(share[token]), text=self._text([token]))
+
+    def _text(self, ids: Sequence[int]) -> str | None:
+        return None if self.spell is None else self.spell(ids)
+
+
+def _rank(kl: np.ndarray | float) -> np.ndarray:
+    """What is not a number is worse than any number."""
+    return np.nan_to_num(np.asarray(kl, np.float64), nan=math.inf, posinf=math.inf)
