@@ -4,10 +4,11 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.states import DECODE, PREFILL
 from rgexport.export.manifest import ACTIVATIONS
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
-from rgexport.runtimes.coreml_runner import DECODE, PREFILL, Runner, open_runner
+from rgexport.runtimes.coreml_runner import Runner, open_runner
 from rgexport.runtimes.coreml_states import Row, States
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo

@@ -8,9 +8,8 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import PACKAGE
+from rgexport.export.coreml.states import DECODE, PREFILL
 from rgexport.export.mil.package import open_package
-
-DECODE, PREFILL = "decode", "prefill"
 
 
 class Runner(Protocol):

@@ -3,12 +3,12 @@
 import numpy as np
 
 from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.states import LO_SCALE
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import State, state_specs
 from rgexport.runtimes.coreml_runner import Runner
 
-_LO_SCALE = np.float32(2048)
-"""A pair of float16 states holds x as `hi + lo / 2048`."""
+_LO_SCALE = np.float32(LO_SCALE)
 
 
 class Row:

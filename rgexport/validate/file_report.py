@@ -20,10 +20,9 @@ def _parts(r: FileResult) -> Iterator[str | Table]:
     a, engine, env = r.artifact, r.engine, r.environment
     failed = [check for check in r.checks if not check.passed]
     counts = f"{len(failed)} of {len(r.checks)} checks failed" if failed else "every check passed"
-    exact = ", exact" if a.exact else ""
     yield (
         f"{'FAIL' if failed else 'PASS'}  {a.path}: {counts}\n\n"
-        f"{a.name}, {a.precision} weights, {a.compute} activations{exact}; "
+        f"{a.name}, {a.numbers}; "
         f"{engine.engine} {engine.engine_version}, {engine.threads} threads\n"
         "twin: left out, it takes torch (pip install 'rgexport[export]')\n"
     )

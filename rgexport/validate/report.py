@@ -78,13 +78,12 @@ def _parts(r: Result) -> Iterator[str | Table]:
 
 def _headline(r: Result) -> str:
     a, engine, text = r.artifact, r.engine, r.text
-    exact = ", exact" if a.exact else ""
     cut = ", cut off" if text.truncated else ""
     failed = sum(not check.passed for check in r.checks)
     counts = f"{failed} of {len(r.checks)} checks failed" if failed else "every check passed"
     return (
         f"{'FAIL' if failed else 'PASS'}  {a.path}: {counts}\n\n"
-        f"{a.name}, {a.precision} weights, {a.compute} activations{exact}; "
+        f"{a.name}, {a.numbers}; "
         f"{engine.engine} {engine.engine_version}, {engine.threads} threads\n"
         f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long\n"
         f"twin: the reference with the artifact's own weights; original: {source_words(r)}\n"

@@ -42,6 +42,12 @@ class Subject:
     bits_per_weight: float
     """As stored, with what the quantization adds to them."""
 
+    @property
+    def numbers(self) -> str:
+        """How it stores and computes; `exact` is worth a word where there is another way."""
+        exact = ", exact" if self.exact and self.kind == "onnx" else ""
+        return f"{self.precision} weights, {self.compute} activations{exact}"
+
 
 @dataclass(frozen=True)
 class SourceInfo:

@@ -16,10 +16,9 @@ from coremltools.converters.mil.mil import Builder, Program, Var
 from coremltools.proto.MIL_pb2 import Value
 from coremltools.proto.Model_pb2 import Model
 
+from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.export.manifest import StoredPart
 
-BLOB_HEADER = 64
-"""Bytes of a blob's header, to which the program points; the data follow it."""
 _FILE = "@model_path/weights/weight.bin"
 
 
@@ -37,7 +36,7 @@ class _Exporter(MILProtoExporter):
             return helper.create_immediate_value(var)
         return helper.create_file_value_tensor(
             file_name=_FILE,
-            offset=part.offset - BLOB_HEADER,
+            offset=part.offset - BLOB_HEADER_BYTES,
             dim=var.shape,
             data_type=helper.types_to_proto_primitive(var.dtype),
         )

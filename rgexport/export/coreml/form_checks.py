@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
-from rgexport.export.coreml.states import Form, io_record, stored_states
+from rgexport.export.coreml.states import DECODE, PREFILL, Form, io_record, stored_states
 from rgexport.export.manifest import ValueRecord
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import Function, TensorType
 from rgexport.griffin.config import GriffinConfig
-
-DECODE, PREFILL = "decode", "prefill"
 
 Types = dict[str, TensorType]
 

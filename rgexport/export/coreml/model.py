@@ -12,12 +12,10 @@ from rgexport.export.coreml.exporter_proto import forget_names, to_model
 from rgexport.export.coreml.graph import DTYPES
 from rgexport.export.coreml.lowering import lower
 from rgexport.export.coreml.state_io import StateIo
-from rgexport.export.coreml.states import Form, io_record, stored_states
+from rgexport.export.coreml.states import DECODE, PREFILL, Form, io_record, stored_states
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import StepProgram
 from rgexport.griffin.config import GriffinConfig
-
-DECODE, PREFILL = "decode", "prefill"
 
 
 def build_model(

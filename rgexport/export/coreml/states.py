@@ -21,6 +21,8 @@ ALIGNMENT = 32
 """Of the last axis of a state, for the Neural Engine."""
 LO_SCALE = 2048.0
 """x = hi + lo / 2048: what float16's 11 bits leave over, moved to where it has 11 bits again."""
+DECODE, PREFILL = "decode", "prefill"
+"""The functions of a package: of one token, and of a fixed number of them."""
 RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
 
 

@@ -22,6 +22,8 @@ from rgexport.quantize.scheme import Affine, Palette, Plan
 ALIGNMENT = 64
 _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
+BLOB_HEADER_BYTES = _BLOB_HEADER.size
+"""A program points to a blob's header; the data follow it."""
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
 """MIL's `BlobDataType`."""
 
@@ -30,7 +32,7 @@ class Storage:
     """The layout of the file: tensors in the plan's order, one after another."""
 
     def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]]):
-        places = Places(WEIGHT_FILE, ALIGNMENT, _FILE_HEADER.size, _BLOB_HEADER.size)
+        places = Places(WEIGHT_FILE, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
         self.tensors = places.tensors(plan, shapes, part_layouts)
         self.size = places.size
 
@@ -68,7 +70,7 @@ class Storage:
         blobs = list(self._blobs())
         file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
         for _, part, dtype in blobs:
-            file.seek(part.offset - _BLOB_HEADER.size)
+            file.seek(part.offset - BLOB_HEADER_BYTES)
             header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
             file.write(_BLOB_HEADER.pack(*header))
 
