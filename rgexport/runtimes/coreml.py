@@ -107,6 +107,10 @@ class CoreMLSession:
             row.position = int(state[POSITION][index])
             self._states.set(row, {name: state[name][index] for name in self._states.shapes})
 
+    def close(self) -> None:
+        """Lets go of the package and the states; the session cannot be used any more."""
+        del self._rows, self._states, self._runner
+
     def _take(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
         """Takes tokens [T] of one sequence; logits [T - first, vocab] of those from `first` on."""
         logits = np.empty((len(ids) - first, self._vocab), np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
 
 
 class FrameworkRunner:
@@ -27,7 +27,8 @@ class FrameworkRunner:
         """Has Core ML compile and load each function.
 
         Raises:
-            RequestError: coremltools is not there, or Core ML cannot load the package.
+            NotInstalled: coremltools is not there.
+            RequestError: Core ML cannot load the package.
         """
         tools = _coremltools()
         self.version = f"macOS {platform.mac_ver()[0]}, coremltools {tools.__version__}"
@@ -58,7 +59,7 @@ def _coremltools() -> Any:
     try:
         import coremltools
     except ImportError:
-        raise RequestError(
+        raise NotInstalled(
             "Core ML needs coremltools here; install it: pip install 'rgexport[coreml]'"
         ) from None
     return coremltools

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rgexport.export.artifact import Artifact
+from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 from rgexport.runtimes.template import ChatTemplate, load_template
 from rgexport.runtimes.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +19,8 @@ class Engine:
 
     session: Callable[..., Session]
     """Called with an artifact and `threads`."""
+    observer: Callable[..., Observer]
+    """Called with the same."""
     tokenizer: Callable[[Artifact], Tokenizer]
     template: Callable[[Artifact], ChatTemplate]
 
@@ -40,6 +43,24 @@ def _gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
     return LlamaCppSession(artifact, threads=threads)
 
 
+def _onnx_observer(artifact: Artifact, *, threads: int | None) -> Observer:
+    from rgexport.runtimes.ort_observer import OrtObserver
+
+    return OrtObserver(artifact, threads=threads)
+
+
+def _coreml_observer(artifact: Artifact, *, threads: int | None) -> Observer:
+    from rgexport.runtimes.coreml_observer import CoreMLObserver
+
+    return CoreMLObserver(artifact, threads=threads)
+
+
+def _gguf_observer(artifact: Artifact, *, threads: int | None) -> Observer:
+    from rgexport.runtimes.llama_cpp_observer import LlamaCppObserver
+
+    return LlamaCppObserver(artifact, threads=threads)
+
+
 def _gguf_tokenizer(artifact: Artifact) -> Tokenizer:
     from rgexport.export.gguf.artifact import GgufArtifact
     from rgexport.runtimes.llama_cpp_vocabulary import load_vocabulary
@@ -56,21 +77,39 @@ def _gguf_template(artifact: Artifact) -> ChatTemplate:
     return load_metadata_template(artifact)
 
 
-def _folder_engine(session: Callable[..., Session]) -> Engine:
+def _folder_engine(session: Callable[..., Session], observer: Callable[..., Observer]) -> Engine:
     """For artifacts whose folder holds the files of the tokenizer."""
     return Engine(
         session=session,
+        observer=observer,
         tokenizer=lambda artifact: load_tokenizer(artifact.path),
         template=lambda artifact: load_template(artifact.path),
     )
 
 
 ENGINES: dict[str, Engine] = {
-    "onnx": _folder_engine(_onnx_session),
-    "coreml": _folder_engine(_coreml_session),
-    "gguf": Engine(session=_gguf_session, tokenizer=_gguf_tokenizer, template=_gguf_template),
+    "onnx": _folder_engine(_onnx_session, _onnx_observer),
+    "coreml": _folder_engine(_coreml_session, _coreml_observer),
+    "gguf": Engine(
+        session=_gguf_session,
+        observer=_gguf_observer,
+        tokenizer=_gguf_tokenizer,
+        template=_gguf_template,
+    ),
 }
 """`Manifest.kind` → its engine."""
+
+
+def require_engine(kind: str) -> None:
+    """Looks whether an engine is there, before there is something for it to open.
+
+    Raises:
+        NotInstalled: it is not.
+    """
+    if kind == "gguf":  # the others come with every install, or stand in for one another
+        from rgexport.runtimes.llama_cpp_library import bindings
+
+        bindings()
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None) -> Session:
@@ -80,6 +119,16 @@ def open_session(artifact: Artifact, *, threads: int | None = None) -> Session:
         RequestError: the engine is missing or cannot open the model.
     """
     return ENGINES[artifact.manifest.kind].session(artifact, threads=threads)
+
+
+def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:
+    """An observer in the artifact's own engine; it holds the model once more, beside a session.
+
+    Raises:
+        RequestError: the engine, or a package that looking into the model takes, is missing; or
+            it cannot open the model.
+    """
+    return ENGINES[artifact.manifest.kind].observer(artifact, threads=threads)
 
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:

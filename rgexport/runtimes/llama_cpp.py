@@ -1,6 +1,7 @@
 """llama.cpp behind the Session interface: the sequences of one context are the batch."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class LlamaCppSession:
         flash_attention: bool | None = None,
         cache_type: str | None = None,
         mmap: bool = True,
+        watch: Any = None,
     ):
         """Loads the model.
 
@@ -50,6 +52,7 @@ class LlamaCppSession:
             flash_attention: whether attention is one fused operation; None leaves it to us.
             cache_type: `float32` or `float16` for keys and values; None leaves it to us.
             mmap: whether weights may stay in the file's pages, where llama.cpp can use them so.
+            watch: a callback that llama.cpp shows what it computes, see `Settings`.
 
         Raises:
             RequestError: no llama-cpp-python that knows RecurrentGemma, or it cannot load the
@@ -65,6 +68,7 @@ class LlamaCppSession:
             ubatch=ubatch,
             flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
             cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),
+            watch=watch,
         )
         self._context: Context | None = None
         self.reset()

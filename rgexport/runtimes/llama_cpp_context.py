@@ -25,12 +25,14 @@ class Settings:
         ubatch: most tokens that go through the layers at once.
         flash_attention: whether attention is one fused operation.
         cache_type: dtype of keys and values.
+        watch: a `ggml_backend_sched_eval_callback` that is shown what is computed.
     """
 
     threads: int
     ubatch: int
     flash_attention: bool
     cache_type: str
+    watch: Any = None
 
 
 class Context:
@@ -62,7 +64,7 @@ class Context:
         parameters = _parameters(self._llama, config, settings, batch)
         with logged():
             pointer = self._llama.llama_init_from_model(model.pointer, parameters)
-            self._handle = Handle(pointer, self._llama.llama_free, keep=model)
+            self._handle = Handle(pointer, self._llama.llama_free, keep=(model, settings))
         if not pointer:
             raise RequestError(f"llama.cpp cannot run this model: {complaint()}")
         self._memory = self._llama.llama_get_memory(pointer)
@@ -174,6 +176,8 @@ def _parameters(llama: Any, config: GriffinConfig, settings: Settings, batch: in
         "kv_unified": False,
         "no_perf": True,
     }
+    if settings.watch is not None:
+        values["cb_eval"] = settings.watch
     for name, value in values.items():
         setattr(parameters, name, value)
     return parameters

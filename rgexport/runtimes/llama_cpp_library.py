@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport import progress
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.llama_cpp import port
 from rgexport.runtimes.huge_pages import huge_pages
 
@@ -25,7 +25,7 @@ def bindings() -> Any:
     """The low-level bindings, `llama_cpp.llama_cpp`; llama.cpp's log goes to `-v` from here on.
 
     Raises:
-        RequestError: llama-cpp-python is missing, cannot be loaded, or is not of the release whose
+        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is not of the release whose
             structures and states we know.
     """
     try:
@@ -34,11 +34,11 @@ def bindings() -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "llama_cpp":
             raise
-        raise RequestError(
+        raise NotInstalled(
             f"a GGUF file takes {port.DISTRIBUTION}, which is missing; {REMEDY}"
         ) from None
     except (OSError, RuntimeError, AttributeError) as error:  # a library missing, broken, or old
-        raise RequestError(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
+        raise NotInstalled(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
     _require_known(package.__version__)
     _log.receive_from(module)
     module.llama_backend_init()
@@ -47,7 +47,7 @@ def bindings() -> Any:
 
 def _require_known(version: str) -> None:
     if version.partition("+")[0] != port.RELEASE:
-        raise RequestError(
+        raise NotInstalled(
             f"llama-cpp-python is {version}; this rgexport knows {port.RELEASE}: {REMEDY}"
         )
 
@@ -134,8 +134,8 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
     """Loads a .gguf file: all of it, or its metadata and vocabulary.
 
     Raises:
-        RequestError: llama.cpp cannot load it, or is a stock one that does not know the
-            architecture.
+        NotInstalled: llama.cpp is a stock one that does not know the architecture.
+        RequestError: it cannot load the file.
     """
     llama = bindings()
     parameters = llama.llama_model_default_params()
@@ -148,7 +148,7 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
         return model
     reason = complaint()
     if _UNKNOWN_ARCHITECTURE in reason:
-        raise RequestError(
+        raise NotInstalled(
             f"the installed llama-cpp-python is a stock one, which cannot run {path} "
             f"({reason}); {REMEDY}"
         )

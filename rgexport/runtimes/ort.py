@@ -1,5 +1,7 @@
 """ONNX Runtime behind the Session interface; states are bound once and updated in place."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnxruntime as ort
 
@@ -16,6 +18,8 @@ PREFILL_CHUNK = 256
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
 _ERRORS_ONLY = 3
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Option of ONNX Runtime: where the file of weights of a graph lies that comes from memory."""
 
 
 class OrtSession:
@@ -25,15 +29,22 @@ class OrtSession:
     writes (the exporter asserts that). Keys and values lie in rings, so a step copies none of them.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None):
-        """Opens the model; `threads` defaults to the processors that this process may use.
+    def __init__(
+        self, artifact: Artifact, *, threads: int | None = None, graph: bytes | None = None
+    ):
+        """Opens the model.
+
+        Args:
+            artifact: an ONNX artifact.
+            threads: the processors that this process may use, by default.
+            graph: a serialized model that runs instead of the artifact's, over its weights.
 
         Raises:
             RequestError: ONNX Runtime cannot open the model.
         """
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
-        self._session = _open(artifact, self._threads)
+        self._session = _open(artifact, self._threads, graph)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
@@ -86,6 +97,13 @@ class OrtSession:
         self._position += 1
         return self._step_logits[:, 0].copy()
 
+    def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Takes tokens [B, T] in one run that wants all logits; what these outputs were."""
+        ids = checked_tokens(tokens, len(self._position), self._vocab)
+        found = self._bind(ids, self._next(ids), ids.shape[1]).fetch(names)
+        self._position += ids.shape[1]
+        return found
+
     def reset(self, batch: int = 1) -> None:
         """Forgets everything; from now on `batch` conversations."""
         self._states = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._manifest.states}
@@ -93,7 +111,8 @@ class OrtSession:
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_positions = np.zeros((batch, 1), np.int64)
         self._step_logits = np.zeros((batch, 1, self._vocab), np.float32)
-        self._step_run = self._bind(self._step_ids, self._step_positions, self._step_logits)
+        self._step_run = self._bind(self._step_ids, self._step_positions, 1)
+        self._step_run.bind(self._step_logits, None, "logits")
 
     def get_state(self) -> State:
         """A copy of the canonical state."""
@@ -117,6 +136,11 @@ class OrtSession:
         for name, buffer in self._states.items():
             buffer[:] = _rolled(state[name], self._position) if name in self._rings else state[name]
 
+    def close(self) -> None:
+        """Frees the weights and the states; the session cannot be used any more."""
+        del self._step_run, self._session
+        self._states = {}
+
     def _require_states(self, artifact: Artifact) -> None:
         """The manifest is not hashed itself, so its names are held against the graph's."""
         graph = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
@@ -129,19 +153,24 @@ class OrtSession:
 
     def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
         """One run over a chunk [B, T]."""
-        batch, count = ids.shape
-        positions = self._position[:, None] + np.arange(count)
-        logits = np.empty((batch, num_logits, self._vocab), np.float32)
-        self._bind(np.ascontiguousarray(ids), positions, logits).run()
-        self._position += count
+        logits = np.empty((len(ids), num_logits, self._vocab), np.float32)
+        run = self._bind(ids, self._next(ids), num_logits)
+        run.bind(logits, None, "logits")
+        run.run()
+        self._position += ids.shape[1]
         return logits
 
-    def _bind(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> "_Run":
+    def _next(self, ids: np.ndarray) -> np.ndarray:
+        """The positions of a chunk [B, T]."""
+        positions: np.ndarray = self._position[:, None] + np.arange(ids.shape[1])
+        return positions
+
+    def _bind(self, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
+        """All inputs, and the states as outputs too."""
         run = _Run(self._session)
-        run.bind(ids, "input_ids")
+        run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
-        run.bind(np.array(logits.shape[1]), "num_logits")
-        run.bind(logits, None, "logits")
+        run.bind(np.array(num_logits), "num_logits")
         for record in self._manifest.states:
             run.bind(self._states[record.name], record.input, record.output)
         return run
@@ -167,6 +196,14 @@ class _Run:
         """Runs the graph."""
         self._session.run_with_iobinding(self._binding)
 
+    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Runs the graph; the outputs `names`, none of which is bound."""
+        for name in names:
+            self._binding.bind_output(name)
+        self.run()
+        found = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+
 
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Caches [B, window, D], each row turned by its own number of slots.
@@ -176,14 +213,18 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
 
-def _open(artifact: Artifact, threads: int) -> ort.InferenceSession:
+def _open(artifact: Artifact, threads: int, graph: bytes | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
+    if graph is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
     try:
         with huge_pages():
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                graph or str(path), options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None

@@ -75,3 +75,7 @@ class Session(Protocol):
             RequestError: a name or shape that does not fit this model; dtypes are converted.
         """
         ...
+
+    def close(self) -> None:
+        """Lets go of the artifact's files and memory; the session cannot be used any more."""
+        ...

@@ -83,8 +83,14 @@ def main(
     return Function("main", dict(inputs), dict(states or {}), tuple(outputs), tuple(operations))
 
 
-def opened(function: Function, weights: Path | None = None, cache: int = 1 << 30) -> Interpreter:
-    return Interpreter(package(function, weights=weights), function.name, WeightCache(cache))
+def opened(
+    function: Function,
+    weights: Path | None = None,
+    cache: int = 1 << 30,
+    also: Sequence[str] = (),
+) -> Interpreter:
+    whole = package(function, weights=weights)
+    return Interpreter(whole, function.name, WeightCache(cache), also)
 
 
 def compute(

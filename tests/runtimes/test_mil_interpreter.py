@@ -69,6 +69,17 @@ def test_values_are_forgotten_after_their_last_use() -> None:
     assert peak < 8 << 20
 
 
+def test_values_on_the_way_can_be_asked_for() -> None:
+    one = np.ones((1, 4), np.float16)
+    program = [add("x", "x", "a"), add("a", "x", "b"), add("b", "x", "y")]
+    run = opened(main(program, {"x": HALF}, ["y"]), also=["a", "y", "nothing"])
+    found = run({"x": one}, {})
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "y": [[4] * 4],
+        "a": [[2] * 4],
+    }
+
+
 def test_a_function_with_several_outputs() -> None:
     outputs = {"a": TensorType("float32", (1, 2)), "b": TensorType("float32", (1, 2))}
     program = [operation("split", {"x": Name("x")}, outputs, axis=1, num_splits=2)]

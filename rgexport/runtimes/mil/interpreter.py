@@ -4,7 +4,7 @@ Values of dtype float16 are computed in float32 and rounded after every operatio
 accumulated in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,16 @@ States = dict[str, np.ndarray]
 class Interpreter:
     """One function of a package, ready to run."""
 
-    def __init__(self, package: Package, function: str, cache: WeightCache):
+    def __init__(
+        self, package: Package, function: str, cache: WeightCache, also: Sequence[str] = ()
+    ):
         """Translates a function; no large weight is read.
+
+        Args:
+            package: that the function is of.
+            function: its name.
+            cache: of the weights.
+            also: names of values that a run gives beside the outputs, where there are such.
 
         Raises:
             RequestError: an operation that is not in the table, or in a form that is not known
@@ -44,7 +52,9 @@ class Interpreter:
         missing = [name for name in self._function.outputs if name not in self._slots]
         if missing:
             raise RequestError(f"{self._where}: nothing computes the output {missing[0]}")
-        self._steps = translator.finished(self._function.outputs)
+        shown = (name for name in also if name in self._slots)
+        self._results = tuple(dict.fromkeys((*self._function.outputs, *shown)))
+        self._steps = translator.finished(self._results)
 
     @property
     def states(self) -> dict[str, TensorType]:
@@ -66,7 +76,7 @@ class Interpreter:
             self._run(values)
         for name in self._function.states:
             states[name] = values[self._slots[name]]
-        return {name: values[self._slots[name]] for name in self._function.outputs}
+        return {name: values[self._slots[name]] for name in self._results}
 
     def _run(self, values: list[Any]) -> None:
         for function, arguments, results, types, dead, operation in self._steps:

@@ -1,6 +1,6 @@
 """A package in the interpreter, behind the interface that Core ML has too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,14 +16,23 @@ class InterpreterRunner:
 
     engine, version = "MIL interpreter", __version__
 
-    def __init__(self, package: Package, cache: WeightCache | None = None):
+    def __init__(
+        self, package: Package, cache: WeightCache | None = None, *, also: Sequence[str] = ()
+    ):
         """Translates every function.
+
+        Args:
+            package: what it executes.
+            cache: of the weights; a new one by default.
+            also: names of values that a call gives beside the outputs of its function.
 
         Raises:
             RequestError: an operation that the interpreter does not know.
         """
         cache = cache or WeightCache()
-        self._functions = {name: Interpreter(package, name, cache) for name in package.functions}
+        self._functions = {
+            name: Interpreter(package, name, cache, also) for name in package.functions
+        }
         self._states = self._functions[package.default_function].states
 
     def make_state(self) -> States:

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rgexport.runtimes import memory
+
+
+def test_it_is_what_the_system_says() -> None:
+    found = memory.available_bytes()
+    if found is not None:  # only Linux tells
+        assert 0 < found <= psutil.virtual_memory().total
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+    assert memory.available_bytes() is None
+
+
+@pytest.mark.parametrize(("limit", "found"), [("max", 4096), ("3000", 2500), ("100", 0)])
+def test_a_container_s_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, found: int
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:  4 kB\nHugePages: x\n")
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available_bytes() == found
