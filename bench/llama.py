@@ -79,7 +79,7 @@ def make_missing(files: dict[str, Path]) -> None:
         checkpoint = FOLDER / "2b-random"
         if not checkpoint.exists():
             command("random", "--size", "2b", "-o", checkpoint)
-        asked = ("--type", "q4_0", "--pure", "-o", files["recurrent"])
+        asked = ("--type", "q4_0", "--pure", "--no-check", "-o", files["recurrent"])
         command("gguf", "-m", checkpoint, *asked)
 
 

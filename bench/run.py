@@ -35,7 +35,7 @@ def main() -> None:
     if not checkpoint.exists():
         command("random", "--size", size, "-o", checkpoint)
     target, *asked = request(checkpoint, precision, kind)
-    export = command(*asked, "-m", checkpoint, "-o", target, "--force")
+    export = command(*asked, "-m", checkpoint, "-o", target, "--force", "--no-check")
     result = {
         "size": size,
         "precision": precision,

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from rgexport import __version__, progress
 from rgexport.cli_options import (
     FOLDER,
     SIZES,
+    check_option,
     model_options,
     output_options,
     plan_option,
@@ -111,12 +113,13 @@ def rgexport(context: click.Context) -> None:
 )
 @plan_option
 @output_options
+@check_option
 @verbose
-def onnx(**request: Any) -> None:
+def onnx(**request: Any) -> int:
     """Exports a checkpoint to ONNX."""
     from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 
-    _export_folder("onnx", OnnxOptions, export_onnx, **request)
+    return _export_folder("onnx", OnnxOptions, export_onnx, **request)
 
 
 @rgexport.command()
@@ -146,8 +149,9 @@ def onnx(**request: Any) -> None:
     help="Goes in and out as float32, or is kept as two float16 states.",
 )
 @output_options
+@check_option
 @verbose
-def coreml(**request: Any) -> None:
+def coreml(**request: Any) -> int:
     """Exports a checkpoint to Core ML, for iOS 18 and macOS 15.
 
     The package has two functions, decode for one token and prefill for many, that share weights
@@ -155,7 +159,7 @@ def coreml(**request: Any) -> None:
     """
     from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 
-    _export_folder("coreml", CoreMLOptions, export_coreml, **request)
+    return _export_folder("coreml", CoreMLOptions, export_coreml, **request)
 
 
 def _export_folder(
@@ -172,13 +176,13 @@ def _export_folder(
     plan: Path | None,
     output: Path | None,
     force: bool,
+    no_check: bool,
     **options: Any,
-) -> None:
+) -> int:
     """What the commands that make a folder have in common; `options` are the format's own."""
     from rgexport.atomic import check_target
-    from rgexport.export.artifact import Artifact, replaceable
-    from rgexport.export.describe import as_text, describe
-    from rgexport.export.request import closing_line, default_target, precision_word
+    from rgexport.export.artifact import replaceable
+    from rgexport.export.request import default_target, precision_word
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
@@ -189,9 +193,28 @@ def _export_folder(
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
     asked = options_of(**options)
     target = output or default_target(checkpoint.name, asked.precision_word, kind)
-    artifact = Artifact.open(export(checkpoint, asked, target, force=force))
+    check = _self_check(checkpoint, no_check)
+    return _close(export(checkpoint, asked, target, force=force, check=check))
+
+
+def _self_check(checkpoint: Any, no_check: bool) -> Callable[[Path], Any] | None:
+    """What an export ends with, unless it was declined."""
+    from rgexport.validate.self_check import self_check
+
+    return None if no_check else partial(self_check, checkpoint)
+
+
+def _close(target: Path) -> int:
+    """Tells what was made, and how its self-check ended: the exit code is 1 where badly."""
+    from rgexport.export.artifact import Artifact
+    from rgexport.export.describe import as_text, describe
+    from rgexport.export.request import check_line, closing_line
+
+    artifact = Artifact.open(target)
     progress.detail(as_text(describe(str(target))))
-    click.echo(closing_line(artifact))
+    for line in filter(None, (check_line(artifact), closing_line(artifact))):
+        click.echo(line)
+    return 1 if artifact.manifest.check.status == "unverified" else 0
 
 
 @rgexport.command()
@@ -225,6 +248,7 @@ def _export_folder(
 @plan_option
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
+@check_option
 @verbose
 def gguf(
     model: str | None,
@@ -238,8 +262,9 @@ def gguf(
     plan: Path | None,
     output: Path | None,
     force: bool,
+    no_check: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Exports a checkpoint to GGUF, for llama.cpp.
 
     The types: f32, f16, bf16, q8_0, q6_k, q5_1, q5_0, q5_k_m, q5_k_s, q4_1, q4_0, q4_k_m, q4_k_s,
@@ -247,11 +272,9 @@ def gguf(
     build` makes.
     """
     from rgexport.atomic import check_file_target
-    from rgexport.export.artifact import Artifact
-    from rgexport.export.describe import as_text, describe
     from rgexport.export.gguf.exporter import default_target, export_gguf, replaceable
     from rgexport.export.gguf.options import GgufOptions, type_word
-    from rgexport.export.request import closing_line, precision_word
+    from rgexport.export.request import precision_word
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
@@ -262,9 +285,8 @@ def gguf(
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
     asked = GgufOptions(**options)
     target = output or default_target(checkpoint.name, asked.file_type.name)
-    artifact = Artifact.open(export_gguf(checkpoint, asked, target, force=force))
-    progress.detail(as_text(describe(str(target))))
-    click.echo(closing_line(artifact))
+    check = _self_check(checkpoint, no_check)
+    return _close(export_gguf(checkpoint, asked, target, force=force, check=check))
 
 
 @rgexport.command()
@@ -375,6 +397,14 @@ def random(size: str, seed: int, output: Path, force: bool) -> None:
 @rgexport.command()
 @model_options
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@click.option(
+    "--impl",
+    type=click.Choice(["rgexport", "deepmind", "hf"]),
+    default="rgexport",
+    show_default=True,
+    help="Who computes: DeepMind's package, or Hugging Face's class, which has its own window.",
+)
+@click.option("--low-memory", is_flag=True, help="One layer's weights at a time, even if all fit.")
 @click.option("--prompts", type=FOLDER, help="Lines of text, or a JSON list. [default: built in]")
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.reference]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
@@ -408,7 +438,19 @@ def reference(
     help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
 )
 @click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
-@click.option("--tokens", type=click.IntRange(2), help="At most so many tokens of it.")
+@click.option(
+    "--tokens", "max_tokens", type=click.IntRange(2), help="So many of it, such as 32768."
+)
+@click.option(
+    "--limit",
+    "limits",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Instead of a check's own limit, such as original.kl=0.05. Can be repeated.",
+)
+@click.option("--bisect", is_flag=True, help="Also rank the layers by cost, and name suspects.")
+@click.option("--bench", is_flag=True, help="Also measure tokens per second.")
+@click.option("--allow-ambiguous", is_flag=True, help="Exit code 0 also where it cannot be told.")
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--html", "html_file", type=FOLDER, help="Also write a page to look at.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
@@ -416,9 +458,10 @@ def reference(
 def validate(artifacts: tuple[Path, ...], **request: Any) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
 
-    Several artifacts, of any formats, are shown in one table.
+    Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS where a
+    limit lies within the error bar of what it is for.
     """
-    from rgexport.validate.parity import validate_artifacts
+    from rgexport.validate.run import validate_artifacts
 
     return validate_artifacts(artifacts, **request)
 

@@ -43,6 +43,9 @@ width_options = _options(
     click.option("--int4", is_flag=True, help="Same as --precision int4."),
     click.option("--int8", is_flag=True, help="Same as --precision int8."),
 )
+check_option = click.option(
+    "--no-check", is_flag=True, help="Do not run the artifact at the end, to see that it is right."
+)
 plan_option = click.option(
     "--plan", type=FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints."
 )

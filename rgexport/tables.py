@@ -44,8 +44,14 @@ def _print_table(console: "Console", table: Table) -> None:
 
     grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.show_header = any(table.header)
-    for name in table.header:
-        grid.add_column(name, justify="right" if name in table.numbers else "left", no_wrap=True)
+    for index, name in enumerate(table.header):
+        # Where there is no room, it is names that are broken, not numbers that are cut.
+        grid.add_column(
+            name,
+            justify="right" if name in table.numbers else "left",
+            no_wrap=index > 0,
+            overflow="fold",
+        )
     for row in table.rows:
         grid.add_row(*row)
     console.print(table.title)

@@ -62,8 +62,9 @@ def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, caps
     write_hugging_face(CONFIG, random_weights(CONFIG), Path("mine"))
     assert run(["onnx", "-m", "mine", "--int4"]) == 0
     exported = capsys.readouterr()
-    assert len(exported.out.splitlines()) == 1
-    assert exported.out.startswith("mine-int4-onnx is complete")
+    checked, closing = exported.out.splitlines()
+    assert checked.startswith("Checked on 32 tokens in ") and checked.endswith("verified.")
+    assert closing.startswith("mine-int4-onnx is complete")
     assert "rgexport generate mine-int4-onnx --ids 2" in exported.out
     assert "Warning: mine has no tokenizer" in exported.err
 
@@ -121,7 +122,16 @@ def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
     assert run(["inspect", str(demo_artifact), "--json"]) == 0
     plan = tmp_path / "plan.json"
     plan.write_text(capsys.readouterr().out)
-    asked = ["onnx", "--size", "demo", "--plan", str(plan), "-o", str(tmp_path / "out")]
+    asked = [
+        "onnx",
+        "--size",
+        "demo",
+        "--plan",
+        str(plan),
+        "-o",
+        str(tmp_path / "out"),
+        "--no-check",
+    ]
     assert run(asked) == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "out" / name).read_bytes() == (demo_artifact / name).read_bytes()

@@ -27,7 +27,12 @@ NEEDS_TORCH = {
     "griffin/scan.py",
     "griffin/step.py",
     "griffin/reference.py",
+    "griffin/substitution.py",
+    "griffin/variants.py",
     "export/trace.py",
+    "validate/whole_model.py",
+    "validate/deepmind_model.py",
+    "validate/hugging_face_model.py",
 }
 CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set(), "coremltools": set()}
 EMITTERS = "export/onnx/", "export/coreml/"

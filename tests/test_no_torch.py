@@ -47,12 +47,13 @@ def test_inspect(demo_artifact, tmp_path, options):
 def test_gguf(tmp_path):
     result = rgexport("gguf", "--size", "demo", folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
+    assert "Not checked: " in result.stdout and "rgexport[export]" in result.stdout
     result = rgexport("inspect", "demo-F16.gguf", "--json", folder=tmp_path, before=BLOCK)
     assert json.loads(result.stdout)["precision"] == "f16"
 
 
 def test_core_ml_package(tmp_path):
-    result = rgexport("coreml", "--size", "demo", "--int4", folder=tmp_path)
+    result = rgexport("coreml", "--size", "demo", "--int4", "--no-check", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     result = rgexport("inspect", "demo-int4-coreml", "--json", folder=tmp_path, before=BLOCK)
     assert json.loads(result.stdout)["precision"] == "int4", result.stderr

@@ -1,6 +1,7 @@
 """An artifact that is opened: checked files, and its weights dequantized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.manifest import MANIFEST, Manifest, StoredTensor
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.storage import aligned
-from rgexport.export.verified import hash_files, hash_new_files, remember, vouch
+from rgexport.export.verified import hash_files, hash_new_files, known_for_now, remember, vouch
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
@@ -145,9 +146,9 @@ def files_of(folder: Path) -> set[str]:
     }
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Hashes and sizes of all files in `folder`, for its manifest."""
-    paths = {name: folder / name for name in sorted(files_of(folder))}
+def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
+    """Hashes and sizes of files in `folder`, for its manifest; of all where none are named."""
+    paths = {name: folder / name for name in sorted(files_of(folder) if names is None else names)}
     hashes = hash_files(paths.values())
     return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
 
@@ -160,6 +161,12 @@ def remember_verified(folder: Path, manifest: Manifest) -> None:
     remember({folder / name: record.sha256 for name, record in manifest.files.items()})
     for name, claim in manifest.claims.items():
         vouch(folder / name, claim)
+
+
+def known_artifact(folder: Path, manifest: Manifest) -> AbstractContextManager[None]:
+    """The same for as long as a block runs, of an artifact that is not yet in its place."""
+    hashes = {folder / name: record.sha256 for name, record in manifest.files.items()}
+    return known_for_now(hashes, {folder / name: claim for name, claim in manifest.claims.items()})
 
 
 def replaceable(folder: Path) -> bool:

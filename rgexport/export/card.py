@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from rgexport.export.checked import CheckRecord
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
@@ -39,6 +40,10 @@ every file; `rgexport inspect` prints it, `rgexport validate` compares the model
 | attention | {num_heads} heads of {head_dim}, window {window} |
 | vocabulary | {vocab_size:,} |
 
+## Checked
+
+{checked}
+
 ## Source and licence
 
 Made from `{source}` ({source_layout} layout). An artifact is a derivative of its checkpoint: the
@@ -66,6 +71,14 @@ The rest of a conversation is an `MLState`; Xcode shows what each feature is.
     rgexport {verb}
 
 runs it on a Mac; elsewhere, and without that extra, an interpreter computes the same, slowly."""
+_CHECKED = """\
+At the end of the export, on {tokens} tokens in {engine}, against float32 references:
+
+| | |
+|---|---|
+| KL to the original, over {positions} tokens | {nats} |
+| largest difference from its twin, which has these weights | {share} of the largest logit |
+| verdict | {verdict} |"""
 _FULL = "norms, the RG-LRU with its gates and its state, and the"
 _ENGINES = {
     "onnx": ("ONNX Runtime", f"{_FULL} softmax", _ONNX),
@@ -127,8 +140,22 @@ def card(manifest: Manifest) -> str:
         parameters=sum(prod(spec.shape) for spec in model_tensors(config).values()),
         recurrent=kinds["recurrent"],
         attention=kinds["attention"],
+        checked=_checked(manifest.check),
         source=manifest.source.name,
         source_layout=manifest.source.layout,
+    )
+
+
+def _checked(found: CheckRecord) -> str:
+    if not found.positions:
+        return found.sentence
+    return _CHECKED.format(
+        tokens=found.tokens,
+        engine=found.engine,
+        positions=found.positions,
+        nats=found.nats,
+        share=found.share,
+        verdict=", since ".join(filter(None, (found.status, found.reason))),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.card import shares
+from rgexport.export.checked import CheckRecord
 from rgexport.export.describe_package import KIND, describe_package, package_parts
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.mil.package import means_package
@@ -63,6 +64,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "instruction_tuned": manifest.instruction_tuned,
         "has_tokenizer": manifest.has_tokenizer,
         "all_hashes_verified": verified,
+        "check": asdict(manifest.check),
         **artifact.facts(),
         "stored": [asdict(share) for share in shares(manifest)],
         **{key: fields[key] for key in ("config", "source", "created_with", "states", "io")},
@@ -142,6 +144,8 @@ def _parts(d: Description) -> Iterator[str | Table]:
     hash_name = _HASHES.get(d["kind"], "sha256")
     rows = _file_rows(d["files"], hash_name)
     yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
+    if "check" in d:
+        yield CheckRecord(**d["check"]).sentence
     yield _closing(d)
 
 

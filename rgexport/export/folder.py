@@ -9,8 +9,14 @@ from typing import Any
 
 from rgexport import __version__
 from rgexport.atomic import check_target, replace_folder, require_free_disk
-from rgexport.export.artifact import record_files, remember_verified, replaceable
-from rgexport.export.card import write_card
+from rgexport.export.artifact import (
+    known_artifact,
+    record_files,
+    remember_verified,
+    replaceable,
+)
+from rgexport.export.card import CARD, write_card
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
 from rgexport.export.manifest import Manifest, Source, write_manifest
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
@@ -33,8 +39,9 @@ def export_folder(
     data_bytes: int,
     tools: Iterable[str],
     force: bool,
+    check: SelfCheck | None,
 ) -> Path:
-    """Makes the folder `target`, which appears when it is complete.
+    """Makes the folder `target`, which appears when it is complete and was checked.
 
     Args:
         checkpoint: where the weights and the tokenizer come from.
@@ -43,6 +50,7 @@ def export_folder(
         data_bytes: size of the weights as they will be stored.
         tools: packages whose versions are worth noting.
         force: whether an earlier artifact may be replaced.
+        check: runs the artifact; what it finds goes into the card and the manifest.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -59,11 +67,23 @@ def export_folder(
         manifest = write_model(folder, _common(checkpoint, hashes, tools))
         for path in checkpoint.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
-        write_card(folder, manifest)
         manifest = manifest.with_files(record_files(folder))
+        manifest = manifest.with_check(_checked(folder, manifest, check))
+        write_card(folder, manifest)
+        records = manifest.files | record_files(folder, [CARD])
+        manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)
     remember_verified(target, manifest)
     return target
+
+
+def _checked(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
+    """What the check finds in a folder that has all but its card and its final manifest."""
+    if check is None:
+        return NOT_ASKED_FOR
+    write_manifest(folder, manifest)
+    with known_artifact(folder, manifest):
+        return check(folder)
 
 
 def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) -> dict[str, Any]:

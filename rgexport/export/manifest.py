@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.hashing import FileRecord
@@ -154,6 +155,8 @@ class Manifest:
     instruction_tuned: bool | None
     files: dict[str, FileRecord]
     """Every other file of the folder, by its relative name."""
+    check: CheckRecord = NOT_ASKED_FOR
+    """How the export's self-check ended."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -173,6 +176,10 @@ class Manifest:
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest of other files."""
         return dataclasses.replace(self, files=files)
+
+    def with_check(self, check: CheckRecord) -> "Manifest":
+        """This manifest after a self-check."""
+        return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""

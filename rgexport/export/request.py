@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.progress import amount
 from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
@@ -48,6 +49,21 @@ def closing_line(artifact: Artifact) -> str:
     return " ".join(
         (f"{artifact.path} is complete ({size}).", *_engine(artifact), _next_step(artifact))
     )
+
+
+def check_line(artifact: Artifact) -> str | None:
+    """How its self-check ended, and what may be done about it; None where nobody wanted one."""
+    found = artifact.manifest.check
+    if found == NOT_ASKED_FOR:
+        return None
+    advice = _ADVICE.get(found.status)
+    if advice is None:
+        return found.sentence
+    return f"{found.sentence} {advice}: rgexport validate {as_argument(artifact.path)}"
+
+
+_ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
+"""Status of a self-check → what `validate` is good for then."""
 
 
 def _engine(artifact: Artifact) -> list[str]:

@@ -3,9 +3,9 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from rgexport import progress
@@ -18,6 +18,8 @@ _REMEMBERED = 2048
 
 _Key = tuple[int, int, int]
 """What tells that a file is the one that was hashed: size, mtime and ctime in ns."""
+_passing: dict[str, tuple[_Key, str]] = {}
+"""Entries for as long as a `known_for_now` lasts."""
 
 
 def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
@@ -33,7 +35,7 @@ def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     """As `hash_files`, but reads only files that were not seen before in their present state."""
     keys = {path: _key(path) for path in paths}
-    known = _load()
+    known = _load() | _passing
     names = {path: _name(path, start) for path in keys}
     hashes = {
         path: known[name][1]
@@ -54,6 +56,27 @@ def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
     _note({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
 
 
+@contextmanager
+def known_for_now(
+    hashes: Mapping[Path, str], claims: Mapping[Path, str], *, start: int = 0
+) -> Iterator[None]:
+    """While the block runs, files need no hashing; no trace of them is left in the memory.
+
+    For files that are complete but not yet in their place, by one thread at a time.
+
+    Args:
+        hashes: as for `remember`.
+        claims: as for `vouch`, of each file.
+        start: as for `hash_files`.
+    """
+    _passing.update({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
+    _passing.update({_inside(path): (_key(path), claim) for path, claim in claims.items()})
+    try:
+        yield
+    finally:
+        _passing.clear()
+
+
 def vouch(path: Path, claim: str) -> None:
     """Notes that a file, in its present state, is inside as `claim`, a hash of it, says."""
     _note({_inside(path): (_key(path), claim)})
@@ -61,7 +84,7 @@ def vouch(path: Path, claim: str) -> None:
 
 def is_vouched(path: Path, claim: str) -> bool:
     """Whether that was noted."""
-    return _load().get(_inside(path)) == (_key(path), claim)
+    return (_load() | _passing).get(_inside(path)) == (_key(path), claim)
 
 
 def _note(entries: Mapping[str, tuple[_Key, str]]) -> None:

@@ -1,11 +1,13 @@
 """The project's own torch reference: the step model with real weights, one layer at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rgexport import __version__
 from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, layer_tensors
@@ -13,21 +15,48 @@ from rgexport.griffin.state import POSITION, State, layer_states, zero_state
 from rgexport.griffin.step import Layer, RMSNorm
 from rgexport.griffin.tensor import RowTensor, WeightSource
 
+_PIECE = 2048
+"""Tokens that go through a layer at once: the widest values on the way are of so many."""
+
+Watch = Callable[[int, int, Tensor], None]
+"""Gets a layer's index, a text's, and the residual stream [B, T, width] float32 behind it."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens from `start` until before `stop`; the state behind them may be wanted."""
+
+    start: int
+    stop: int
+    kept: bool
+
 
 class Reference:
-    """A model in float32 that holds the weights of one layer at a time.
+    """A model in float32 that holds the weights of one layer at a time, unless it is to keep them.
 
     All tokens of a teacher-forced text go through one layer before the next one is read, so a
     9B runs in the memory of one of its layers, and each weight is read once per text.
     """
 
-    def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """`device` is anything that torch knows; on CUDA, TF32 is turned off for the process."""
+    def __init__(
+        self,
+        config: GriffinConfig,
+        weights: WeightSource,
+        *,
+        device: str = "cpu",
+        keep: bool = False,
+    ):
+        """`device` is anything that torch knows; on CUDA, TF32 is turned off for the process.
+
+        With `keep`, what has been read stays in memory, where the whole model fits in float32.
+        """
         self.config = config
         self._weights = weights
+        self._keep = keep
+        self._layers: dict[int, Layer] = {}
+        self._head: list[tuple[int, Tensor]] = []
         self._device = torch.device(device)
-        if self._device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        turn_off_tf32(self._device)
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
@@ -37,48 +66,81 @@ class Reference:
             The final norm's output [B, T, width] float32, and the canonical state after it.
         """
         state = zero_state(self.config, len(tokens)) if state is None else state
-        return self.run_each([(tokens, state)])[0]
+        hidden, states = self.run_each([(tokens, state)])[0]
+        return hidden, states[-1]
 
     @torch.inference_mode()
-    def run_each(self, texts: Sequence[tuple[np.ndarray, State]]) -> list[tuple[Tensor, State]]:
+    def run_each(
+        self,
+        texts: Sequence[tuple[np.ndarray, State]],
+        *,
+        stops: Sequence[Sequence[int]] = (),
+        watch: Watch | None = None,
+    ) -> list[tuple[Tensor, list[State]]]:
         """As `run`, for several tokens of unequal length and their states: through one layer each.
 
-        Every weight is read once.
+        Every weight is read once. A text goes through a layer in pieces, so that what a layer
+        needs on its way does not grow with the text.
+
+        Args:
+            texts: tokens [B, T] and the canonical state before them.
+            stops: of each text, counts of tokens, ascending and below T, behind which the state
+                is wanted too.
+            watch: is shown the residual stream behind each layer.
+
+        Returns:
+            Of each text, the final norm's output, and the states behind the stops and the end.
         """
+        pieces = [
+            _pieces(tokens.shape[1], stops[place] if stops else ())
+            for place, (tokens, _) in enumerate(texts)
+        ]
         hidden = [self._embed(tokens) for tokens, _ in texts]
-        states: list[State] = [{} for _ in texts]
+        states: list[list[State]] = [[{} for p in cut if p.kept] for cut in pieces]
         for index in range(self.config.num_layers):
             layer = self._layer(index)
-            names = [spec.name for spec in layer_states(self.config, index, "float32")]
-            for place, (tokens, state) in enumerate(texts):
-                start = self._tensor(state[POSITION])
-                positions = start.unsqueeze(1) + torch.arange(tokens.shape[1], device=self._device)
-                first, second = (self._tensor(state[name]).float() for name in names)
-                hidden[place], after = layer(hidden[place], positions, (first, second))
-                states[place] |= {n: t.cpu().numpy() for n, t in zip(names, after, strict=True)}
-        for (tokens, state), found in zip(texts, states, strict=True):
-            found[POSITION] = state[POSITION] + tokens.shape[1]
+            for place, (_, state) in enumerate(texts):
+                self._through(layer, index, state, hidden[place], pieces[place], states[place])
+                if watch is not None:
+                    watch(index, place, hidden[place])
+        for (_, state), cut, found in zip(texts, pieces, states, strict=True):
+            for piece, after in zip((p for p in cut if p.kept), found, strict=True):
+                after[POSITION] = state[POSITION] + piece.stop
         norm = self._final_norm()
-        return [(norm(x), state) for x, state in zip(hidden, states, strict=True)]
+        return [(norm(x), found) for x, found in zip(hidden, states, strict=True)]
+
+    def _through(
+        self,
+        layer: Layer,
+        index: int,
+        before: State,
+        hidden: Tensor,
+        pieces: Sequence["_Piece"],
+        found: list[State],
+    ) -> None:
+        """Takes one text through one layer; `hidden` [B, T, width] is changed in place."""
+        names = [spec.name for spec in layer_states(self.config, index, "float32")]
+        start = self._tensor(before[POSITION]).unsqueeze(1)
+        first, second = (self._tensor(before[name]).float() for name in names)
+        kept = iter(found)
+        for piece in pieces:
+            positions = start + torch.arange(piece.start, piece.stop, device=self._device)
+            part = hidden[:, piece.start : piece.stop]
+            part[:], (first, second) = layer(part, positions, (first, second))
+            if piece.kept:
+                after = (first, second)
+                next(kept).update({n: t.cpu().numpy() for n, t in zip(names, after, strict=True)})
 
     def describe(self) -> dict[str, str]:
-        """On what and how it computes: `device`, `dtype`, `tf32`, `torch`."""
-        cuda = self._device.type == "cuda"
-        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        return {
-            "device": torch.cuda.get_device_name(self._device) if cuda else str(self._device),
-            "dtype": "float32",
-            "tf32": "on" if cuda and tf32 else "off",
-            "torch": torch.__version__,
-        }
+        """On what and how it computes: `implementation`, and see `describe_device`."""
+        return {"implementation": f"rgexport {__version__}", **describe_device(self._device)}
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> np.ndarray:
         """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
-        table = self._weights[EMBEDDING]
-        logits = torch.empty((*hidden.shape[:2], table.shape[0]))
-        for start, rows in table.slabs():
-            part = ops.linear(hidden, self._tensor(rows.astype(np.float32)), None, "lm_head")
+        logits = torch.empty((*hidden.shape[:2], self.config.vocab_size))
+        for start, rows in self._head_rows():
+            part = ops.linear(hidden, rows, None, "lm_head")
             part = ops.soft_cap(part, self.config.soft_cap, "logits")
             logits[..., start : start + len(rows)] = part.cpu()
         return logits.numpy()
@@ -88,9 +150,30 @@ class Reference:
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([table.read(i, i + 1) for i in ids.tolist()]).astype(np.float32)
         places = self._tensor(inverse.reshape(tokens.shape))
-        return ops.embedding(places, self._tensor(rows), self.config.embedding_scale, EMBEDDING)
+        return ops.embedding(
+            places, self._tensor(rows), self.config.embedding_scale, "embed_tokens"
+        )
+
+    def _head_rows(self) -> Iterable[tuple[int, Tensor]]:
+        """The embedding in float32, slab by slab, each with its first row's number."""
+        if self._head:
+            return self._head
+        slabs = self._weights[EMBEDDING].slabs()
+        rows = ((start, self._tensor(slab.astype(np.float32))) for start, slab in slabs)
+        if not self._keep:
+            return rows
+        self._head = list(rows)
+        return self._head
 
     def _layer(self, index: int) -> Layer:
+        if index in self._layers:
+            return self._layers[index]
+        layer = self._read_layer(index)
+        if self._keep:
+            self._layers[index] = layer
+        return layer
+
+    def _read_layer(self, index: int) -> Layer:
         with torch.device("meta"):
             layer = Layer(self.config, index)
         prefix = f"layers.{index}."
@@ -115,3 +198,35 @@ class Reference:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def turn_off_tf32(device: torch.device) -> None:
+    """Has CUDA compute float32 in float32, from now on in this process."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    """On what torch computes: `device`, `dtype`, `tf32`, `torch`."""
+    cuda = device.type == "cuda"
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "dtype": "float32",
+        "tf32": "on" if cuda and tf32 else "off",
+        "torch": torch.__version__,
+    }
+
+
+def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
+    """Cuts `count` tokens at the stops, and what is long between them."""
+    return list(_cut([*stops, count]))
+
+
+def _cut(stops: Sequence[int]) -> Iterator[_Piece]:
+    start = 0
+    for stop in stops:
+        for first in range(start, stop, _PIECE):
+            last = min(first + _PIECE, stop)
+            yield _Piece(first, last, last == stop)
+        start = stop

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 from rgexport.runtimes.template import ChatTemplate, load_template
 from rgexport.runtimes.tokenizer import Tokenizer, load_tokenizer
+
+_LEAN_UBATCH = 64
+"""llama.cpp reserves scratch memory for as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Engine:
 
     session: Callable[..., Session]
     """Called with an artifact and `threads`."""
+    lean: Callable[..., Session]
+    """The same, where opening takes least memory."""
     observer: Callable[..., Observer]
     """Called with the same."""
     tokenizer: Callable[[Artifact], Tokenizer]
@@ -37,10 +43,15 @@ def _coreml_session(artifact: Artifact, *, threads: int | None) -> Session:
     return CoreMLSession(artifact, threads=threads)
 
 
-def _gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
+def _gguf_session(artifact: Artifact, *, threads: int | None, **options: Any) -> Session:
     from rgexport.runtimes.llama_cpp import LlamaCppSession
 
-    return LlamaCppSession(artifact, threads=threads)
+    return LlamaCppSession(artifact, threads=threads, **options)
+
+
+def _lean_gguf_session(artifact: Artifact, *, threads: int | None) -> Session:
+    """With `mmap`, weights that llama.cpp lays out anew would be there twice."""
+    return _gguf_session(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
 
 def _onnx_observer(artifact: Artifact, *, threads: int | None) -> Observer:
@@ -81,6 +92,7 @@ def _folder_engine(session: Callable[..., Session], observer: Callable[..., Obse
     """For artifacts whose folder holds the files of the tokenizer."""
     return Engine(
         session=session,
+        lean=session,
         observer=observer,
         tokenizer=lambda artifact: load_tokenizer(artifact.path),
         template=lambda artifact: load_template(artifact.path),
@@ -92,6 +104,7 @@ ENGINES: dict[str, Engine] = {
     "coreml": _folder_engine(_coreml_session, _coreml_observer),
     "gguf": Engine(
         session=_gguf_session,
+        lean=_lean_gguf_session,
         observer=_gguf_observer,
         tokenizer=_gguf_tokenizer,
         template=_gguf_template,
@@ -112,13 +125,14 @@ def require_engine(kind: str) -> None:
         bindings()
 
 
-def open_session(artifact: Artifact, *, threads: int | None = None) -> Session:
-    """A session in the artifact's own engine.
+def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
+    """A session in the artifact's own engine; a lean one takes as little memory as it can.
 
     Raises:
         RequestError: the engine is missing or cannot open the model.
     """
-    return ENGINES[artifact.manifest.kind].session(artifact, threads=threads)
+    engine = ENGINES[artifact.manifest.kind]
+    return (engine.lean if lean else engine.session)(artifact, threads=threads)
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:

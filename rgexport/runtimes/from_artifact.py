@@ -36,7 +36,7 @@ def continue_prompt(
     if (prompt is None) == (ids is None):
         found = "neither" if prompt is None else "both"
         raise RequestError(f"generate takes either --prompt or --ids; {found} was given")
-    artifact, stats = Artifact.open(path), GenerationStats()
+    artifact, stats = _open(path), GenerationStats()
     if prompt is None:
         start = _parse_ids(str(ids))
         session = _told(open_session(artifact, threads=threads))
@@ -58,7 +58,7 @@ def open_conversation(
     Raises:
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
     """
-    artifact = Artifact.open(path)
+    artifact = _open(path)
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
@@ -73,6 +73,14 @@ def summary(stats: GenerationStats) -> str:
         f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
         f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
     )
+
+
+def _open(path: Path) -> Artifact:
+    """Opens an artifact; warns where the self-check of its export found it wrong."""
+    artifact = Artifact.open(path)
+    if (found := artifact.manifest.check).status == "unverified":
+        warn(f"what {path} says may be wrong. {found.sentence}")
+    return artifact
 
 
 def _told(session: Session) -> Session:

@@ -1,22 +1,23 @@
 """An artifact against a reference file: the cost of compression, measured without torch."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.griffin.tensor import slab_bounds
+from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
-from rgexport.validate.condensed import KLBounds, kl_bounds, log_sum_exp
-from rgexport.validate.measure import LOGITS_BYTES
+from rgexport.validate.against_prompt import PromptMeasured, measure_prompt
+from rgexport.validate.checks import NO_LIMITS, SURE, Check
 from rgexport.validate.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
-from rgexport.validate.states import StateError, state_errors, worst
-from rgexport.validate.thresholds import Check
+from rgexport.validate.states import Drift, StateError, worst
+from rgexport.validate.stream_errors import LayerError, layer_errors, positions_to_look_at
 
 SHAPES = (
     "vocab_size",
@@ -57,9 +58,11 @@ class AgainstFile:
 
     KL at each position is about `kl` and surely between `kl_low` and `kl_high`, all the same where
     the file has all logits (see `condensed.KLBounds`); `kl_width` is the width of the mean's
-    interval against the mean. `logits` is of those `full_positions` alone, all else of all
-    positions. Where the artifact's first choice is not among the tokens whose logits the file
-    has, `largest_flip_margin` counts the last of them.
+    interval against the mean. `logits` and `kl_full` are of those `full_positions` alone, all else
+    of all positions. Where the artifact's first choice is not among the tokens whose logits the
+    file has, what it lacks to the reference's may be more than `largest_flip_margin` counts.
+    `states` are those behind the prompts, each of the prompt where it is worst; `drift` the
+    recurrent ones inside the longest prompt. `layers` is there if the artifact was looked into.
     """
 
     path: str
@@ -75,9 +78,12 @@ class AgainstFile:
     kl_low: metrics.KL
     kl_high: metrics.KL
     kl_width: float
+    kl_full: metrics.KL
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
     states: list[StateError]
+    drift: list[Drift]
+    layers: list[LayerError] | None = None
     prompts: list[PromptResult]
 
     @property
@@ -87,17 +93,6 @@ class AgainstFile:
             sum(prompt.greedy_tokens for prompt in self.prompts),
             sum(prompt.greedy_common for prompt in self.prompts),
         )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What was measured on one prompt: rows of `metrics.ROWS`, and bounds of KL [T, 3]."""
-
-    rows: np.ndarray
-    bounds: np.ndarray
-    finite: np.ndarray
-    states: list[StateError]
-    greedy_common: int
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
@@ -117,22 +112,29 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 
 
 def compare_with_file(
-    session: Session, manifest: Manifest, reference: ReferenceFile
+    session: Session,
+    manifest: Manifest,
+    reference: ReferenceFile,
+    before: dict[int, State] | None = None,
 ) -> AgainstFile:
     """Teacher-forces a session with all prompts; logits exist for one block of positions.
+
+    Args:
+        session: the artifact's.
+        manifest: of the same artifact.
+        reference: the file.
+        before: where it is given, it gets the session's own canonical states before some of the
+            file's watched positions, for `stream_errors.layer_errors`.
 
     Raises:
         RequestError: see `check_fits`.
     """
     check_fits(reference, manifest)
-    header = reference.header
-    measured = []
-    with task("Comparing with the reference file", header.positions, "tokens") as advance:
-        for index, prompt, span in reference.spans():
-            measured.append(_measure(session, reference, index, prompt, span))
-            advance(prompt.tokens)
+    header, measured = reference.header, _measure_all(session, reference, before)
     rows = np.concatenate([found.rows for found in measured])
     low, best, high = map(_kl_summary, np.concatenate([found.bounds for found in measured]).T)
+    full = reference.full_positions
+    logits, kl_full = metrics.logit_error(rows[full]), metrics.kl_summary(rows[full])
     ours = {record.sha256 for record in manifest.source.files.values()}
     return AgainstFile(
         path=str(reference.path),
@@ -141,21 +143,56 @@ def compare_with_file(
         same_files=ours == {record.sha256 for record in header.files.values()},
         config_differences=config_differences(manifest.config, header.config),
         positions=len(rows),
-        full_positions=len(reference.full_positions),
+        full_positions=len(full),
         non_finite_positions=int(sum((~found.finite).sum() for found in measured)),
-        logits=metrics.logit_error(rows[reference.full_positions]),
+        logits=replace(logits, worst_position=int(full[logits.worst_position])),
         kl=best,
         kl_low=low,
         kl_high=high,
         kl_width=(high.mean - low.mean) / best.mean if best.mean else 0.0,
-        agreement=metrics.agreement(rows),
+        kl_full=replace(kl_full, worst_position=int(full[kl_full.worst_position])),
+        agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, _bytes(header.prompts)),
         states=_worst_states([found.states for found in measured]),
+        drift=[drift for found in measured for drift in found.drift],
         prompts=[
             _prompt_result(prompt, found)
             for prompt, found in zip(header.prompts, measured, strict=True)
         ],
     )
+
+
+def with_layers(
+    found: AgainstFile,
+    artifact: Artifact,
+    reference: ReferenceFile,
+    before: Mapping[int, State],
+) -> AgainstFile:
+    """The same with `layers`; `before` is what `compare_with_file` gave.
+
+    Raises:
+        RequestError: see `stream_errors.layer_errors`.
+    """
+    limit = thresholds.original_rms(artifact.manifest, found.logits).limit
+    return replace(found, layers=layer_errors(artifact, reference, before, limit))
+
+
+def _measure_all(
+    session: Session, reference: ReferenceFile, before: dict[int, State] | None
+) -> list[PromptMeasured]:
+    measured = []
+    session.reset()
+    wanted = () if before is None else positions_to_look_at(reference, session.get_state())
+    total = reference.header.positions
+    with task("Comparing with the reference file", total, "tokens") as advance:
+        for index, prompt, span in reference.spans():
+            keep = [place - span.start for place in wanted if span.start <= place < span.stop]
+            found = measure_prompt(session, reference, index, prompt, span, keep)
+            if before is not None:
+                before |= {span.start + count: state for count, state in found.before.items()}
+            measured.append(found)
+            advance(prompt.tokens)
+    return measured
 
 
 def _kl_summary(kl: np.ndarray) -> metrics.KL:
@@ -164,81 +201,30 @@ def _kl_summary(kl: np.ndarray) -> metrics.KL:
     return metrics.kl_summary(rows)
 
 
-def file_checks(found: AgainstFile, manifest: Manifest) -> Iterator[Check]:
-    """What is demanded of an artifact that was compared with a reference file."""
-    storage = thresholds.coarsest(manifest)
-    yield Check(
-        name="reference.rms",
-        value=found.logits.relative_rms,
-        limit=thresholds.ORIGINAL_RMS[storage],
-        reason=f"more than {storage} weights cost, unless the export is broken",
-    )
+def file_checks(
+    found: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
+) -> Iterator[Check]:
+    """What is demanded of an artifact that was compared with a reference file.
+
+    KL is, where a limit was asked for. It is known as well as its interval and its error tell.
+    """
+    yield thresholds.original_rms(manifest, found.logits, "reference.rms")
+    if "reference.kl" in limits:
+        kl = found.kl.mean
+        yield Check(
+            name="reference.kl",
+            value=kl,
+            margin=max(kl - found.kl_low.mean, found.kl_high.mean - kl)
+            + SURE * found.kl.standard_error,
+            limit=limits["reference.kl"],
+            reason="mean KL to the reference file, nats",
+        )
     yield Check(
         name="reference.finite",
         value=float(found.non_finite_positions),
         limit=0,
         reason="positions whose logits are not finite",
     )
-
-
-def _measure(
-    session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Measured:
-    """One prompt, from the beginning."""
-    tokens = reference.tokens[span]
-    rows = np.zeros(len(tokens), metrics.ROWS)
-    bounds, finite = np.zeros((len(tokens), 3)), np.zeros(len(tokens), bool)
-    session.reset()
-    row_bytes = 2 * 4 * session.vocab_size
-    logits = np.empty((1, 0))
-    for start, stop in slab_bounds(len(tokens), row_bytes, LOGITS_BYTES):
-        logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        for place, candidate in enumerate(logits, start):
-            following = int(tokens[place + 1]) if place + 1 < len(tokens) else -1
-            finite[place] = np.isfinite(candidate).all()
-            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-                found = _compare(reference, span.start + place, candidate, following)
-            rows[place], bounds[place] = found
-    states = state_errors(reference.state(index), session.get_state())
-    common = _common(session, logits[-1], reference.greedy(index))
-    return _Measured(rows, bounds, finite, states, common)
-
-
-def _compare(
-    reference: ReferenceFile, position: int, candidate: np.ndarray, following: int
-) -> tuple[np.void, KLBounds]:
-    """One position's row and the bounds of its KL."""
-    if reference.is_full(position):
-        full = reference.full_logits(position)[None]
-        row = metrics.compare_logits(full, candidate[None], np.array([following]))[0]
-        return row, KLBounds(row["kl"], row["kl"], row["kl"])
-    found = reference.condensed(position)
-    row = np.zeros(1, metrics.ROWS)[0]
-    bounds = kl_bounds(found, candidate)
-    row["kl"] = bounds.best
-    first = int(candidate.argmax())
-    ours, theirs = found.ids[:5], np.argpartition(candidate, -5)[-5:]
-    row["top1"] = first == int(found.ids[0])
-    row["top5"] = float(np.isin(ours, theirs).mean())
-    place = np.flatnonzero(found.ids == first)
-    chosen = found.logits[place[0] if len(place) else -1]
-    row["flip_margin"] = float(found.logits[0]) - float(chosen)
-    if following >= 0:
-        wide = candidate.astype(np.float64)
-        row["has_next"] = True
-        row["nll"] = reference.sums[position, 1]
-        row["nll_candidate"] = log_sum_exp(wide) - wide[following]
-    return row, bounds
-
-
-def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """How many of the expected tokens [n] the session chooses, one after another."""
-    for count, token in enumerate(expected.tolist()):
-        if int(logits.argmax()) != token:
-            return count
-        if count + 1 < len(expected):
-            logits = session.step(np.array([token], np.int64))[0]
-    return len(expected)
 
 
 def _bytes(prompts: tuple[PromptRecord, ...]) -> int | None:
@@ -257,7 +243,7 @@ def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
     return list(found.values())
 
 
-def _prompt_result(prompt: PromptRecord, found: _Measured) -> PromptResult:
+def _prompt_result(prompt: PromptRecord, found: PromptMeasured) -> PromptResult:
     low, best, high = found.bounds.mean(0).tolist()
     return PromptResult(
         name=prompt.name,

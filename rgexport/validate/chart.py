@@ -4,7 +4,7 @@ One size serves all screens: as wide as a phone's, enlarged by half on a laptop.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 230
@@ -44,10 +44,25 @@ class Scale:
         share = (value - low) / (high - low) if high > low else 0.0
         return round(self.start + (self.stop - self.start) * min(1.0, max(0.0, share)), 1)
 
+    def value(self, place: float) -> float:
+        """The number that lies at `place`, of those from `low` to `high`."""
+        share = min(1.0, max(0.0, (place - self.start) / (self.stop - self.start)))
+        low, high = self._measure(self.low), self._measure(self.high)
+        found = low + (high - low) * share
+        return 10**found if self.logarithmic else found
+
     def _measure(self, value: float) -> float:
         if not self.logarithmic:
             return value
         return math.log10(value) if value > 0 else math.log10(self.low) - 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What values should stay below; it may grow with x."""
+
+    label: str
+    at: Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,15 @@ class Drawn:
     label: str
     path: str
     dots: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class DrawnLimit:
+    """A limit as a path of SVG, and where on the right it ends."""
+
+    label: str
+    path: str
+    end: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +96,44 @@ class Chart:
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     series: Sequence[Drawn]
-    limit: Tick | None
+    limit: DrawnLimit | None
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     """The numbers, for those who read them."""
 
 
 def draw(
-    series: Sequence[Series], y_scale: Scale, limit: tuple[float, str] | None = None
-) -> tuple[list[Drawn], list[Tick], Tick | None]:
-    """Places series and limit in a picture; returns them and the ticks of x."""
+    series: Sequence[Series],
+    y_scale: Scale,
+    limit: Limit | None = None,
+    *,
+    doubling: bool = False,
+) -> tuple[list[Drawn], list[Tick], DrawnLimit | None]:
+    """Places series and limit in a picture; returns them and the ticks of x.
+
+    Args:
+        series: the points; x are whole numbers.
+        y_scale: where their y lie.
+        limit: drawn where it ends inside the picture.
+        doubling: whether x is drawn by its logarithm; it is positive then.
+    """
     xs = [x for one in series for x, _ in one.points]
-    x_scale = Scale(min(xs, default=0), max(xs, default=0), LEFT + 6, RIGHT - 6)
+    ends = min(xs, default=1), max(xs, default=1)
+    x_scale = Scale(*ends, LEFT + 6, RIGHT - 6, doubling)
     drawn = [_draw(one, x_scale, y_scale) for one in series]
-    ticks = [(x_scale(x), f"{x:,}") for x in whole_ticks(x_scale.low, x_scale.high)]
-    inside = limit is not None and y_scale.low <= limit[0] <= y_scale.high
-    return drawn, ticks, (y_scale(limit[0]), limit[1]) if limit and inside else None
+    ticks = (doubling_ticks if doubling else whole_ticks)(*ends)
+    places = [(x_scale(x), f"{x:,}") for x in ticks]
+    return drawn, places, _draw_limit(limit, x_scale, y_scale) if limit else None
+
+
+def _draw_limit(limit: Limit, x_scale: Scale, y_scale: Scale) -> DrawnLimit | None:
+    """From edge to edge; a curve is straight between its eleven places."""
+    places = [LEFT, *range(LEFT + 6, RIGHT - 5, (RIGHT - LEFT - 12) // 8), RIGHT]
+    values = [limit.at(x_scale.value(place)) for place in places]
+    if not y_scale.low <= values[-1] <= y_scale.high:
+        return None
+    path = " ".join(f"{x:g} {y_scale(y):g}" for x, y in zip(places, values, strict=True))
+    return DrawnLimit(limit.label, f"M{path}", y_scale(values[-1]))
 
 
 def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> Drawn:
@@ -160,3 +206,10 @@ def whole_ticks(low: float, high: float) -> list[int]:
     steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
     step = next(s for s in steps if span / s <= 5)
     return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
+
+
+def doubling_ticks(low: float, high: float) -> list[int]:
+    """Powers of two, at most six, from `low` to `high`; ones that are far enough apart."""
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    step = 1 + max(0, last - first) // 6
+    return [2**exponent for exponent in range(first, last + 1, step)]

@@ -146,6 +146,18 @@ def _likely(mass: float, middles: np.ndarray) -> np.ndarray:
     return likely
 
 
+def lead(position: Condensed, token: int) -> float:
+    """By how much the reference's first choice is ahead of `token`, in logits: at least so much."""
+    kept = np.flatnonzero(position.ids == token)
+    if len(kept):
+        other = float(position.logits[kept[0]])
+    else:
+        tail = position.tail
+        code = 0 if tail.codes is None else int(tail.codes[token])
+        other = position.log_sum_exp + tail.floor + code * tail.step
+    return max(float(position.logits[0]) - other, 0.0)
+
+
 class KLBounds(NamedTuple):
     """KL(reference ‖ candidate) in nats: surely from `low` to `high`, most likely near `best`.
 

@@ -1,35 +1,19 @@
 """The comparison with a reference file as text and tables for a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from rgexport import tables
 from rgexport.tables import Row, Table
-from rgexport.validate.against import AgainstFile
-from rgexport.validate.result import FileResult
+from rgexport.validate.against import AgainstFile, PromptResult
 from rgexport.validate.states import worst
+from rgexport.validate.stream_errors import LayerError
 
-_PROMPT = ("tokens", "KL mean", "first choice", "worst state", "greedy")
+PROMPT = ("tokens", "KL mean", "first choice", "worst state", "greedy")
 
-
-def render_file(result: FileResult) -> str:
-    """The report of a comparison with nothing but a reference file."""
-    return tables.render(_parts(result))
-
-
-def _parts(r: FileResult) -> Iterator[str | Table]:
-    a, engine, env = r.artifact, r.engine, r.environment
-    failed = [check for check in r.checks if not check.passed]
-    counts = f"{len(failed)} of {len(r.checks)} checks failed" if failed else "every check passed"
-    yield (
-        f"{'FAIL' if failed else 'PASS'}  {a.path}: {counts}\n\n"
-        f"{a.name}, {a.numbers}; "
-        f"{engine.engine} {engine.engine_version}, {engine.threads} threads\n"
-        "twin: left out, it takes torch (pip install 'rgexport[export]')\n"
-    )
-    for check in failed:
-        yield f"FAILED  {check.name} is {check.value:.3g}, limit {check.limit:g} ({check.reason})"
-    yield from file_parts(r.reference)
-    yield f"{env['cpu']}, {env['cores']} cores, {env['system']}; Python {env['python']}"
+_LAYER = ("error", "limit", "worst at position")
+DRIFT = "Recurrent states inside the longest prompt"
+STREAM = "Residual stream behind each layer"
+WORST = 5
+"""Layers that are shown."""
 
 
 def file_parts(found: AgainstFile) -> Iterator[str | Table]:
@@ -41,9 +25,27 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
     for difference in found.config_differences:
         yield f"the configurations differ in {difference}"
     yield ""
-    title = f"Against the reference file ({found.positions:,} positions)"
-    yield Table(title, ("", "value"), file_rows(found), ("value",))
-    yield Table("Prompts", ("prompt", *_PROMPT), _prompt_rows(found), _PROMPT)
+    yield file_table(found)
+    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in found.prompts)
+    yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
+    if found.drift:
+        drifted = [(f"{d.position:,} tokens", f"{worst(d.states):.3g}") for d in found.drift]
+        yield Table(DRIFT, ("behind", "worst"), drifted, ("worst",))
+    if found.layers:
+        yield Table(STREAM, ("layer", *_LAYER), _layer_rows(found.layers), _LAYER)
+        if first := next((error for error in found.layers if not error.passed), None):
+            yield (
+                f"layer {first.layer} is the first whose residual stream leaves the reference's: "
+                f"{first.relative_rms:.3g}, limit {first.limit:g}"
+            )
+
+
+def _layer_rows(layers: Sequence[LayerError]) -> Iterator[Row]:
+    """The worst ones."""
+    for e in sorted(layers, key=lambda e: (e.passed, -e.relative_rms))[:WORST]:
+        yield f"{e.layer}", f"{e.relative_rms:.3g}", f"{e.limit:.3g}", f"{e.worst_position:,}"
+    if len(layers) > WORST:
+        yield f"… and {len(layers) - WORST} better ones", "", "", ""
 
 
 def bounded(best: float, low: float, high: float) -> str:
@@ -53,14 +55,22 @@ def bounded(best: float, low: float, high: float) -> str:
     return short if same else f"{short} ({low:.3g} … {high:.3g})"
 
 
-def file_rows(found: AgainstFile) -> Iterator[Row]:
+def file_table(found: AgainstFile) -> Table:
     """What was measured over all prompts."""
+    title = f"Against the reference file ({found.positions:,} positions)"
+    return Table(title, ("measured", "value"), list(_file_rows(found)), ("value",))
+
+
+def _file_rows(found: AgainstFile) -> Iterator[Row]:
     kl, low, high = found.kl, found.kl_low, found.kl_high
     full = f" ({found.full_positions} positions)"
     total, common = found.greedy
     yield f"max |Δlogit|{full}", f"{found.logits.max:.3g}"
     yield f"rms Δlogit of their spread{full}", f"{found.logits.relative_rms:.3g}"
     yield "KL mean (nats)", f"{bounded(kl.mean, low.mean, high.mean)} ± {kl.standard_error:.1g}"
+    if found.full_positions < found.positions:
+        exact = found.kl_full
+        yield f"KL mean{full}", f"{exact.mean:.3g} ± {exact.standard_error:.1g}"
     yield "KL median", bounded(kl.median, low.median, high.median)
     yield "KL 99th percentile", bounded(kl.p99, low.p99, high.p99)
     yield "KL max", f"{bounded(kl.max, low.max, high.max)} at {kl.worst_position}"
@@ -81,13 +91,12 @@ def file_rows(found: AgainstFile) -> Iterator[Row]:
         yield "greedy text in common", f"{common} of {total} tokens"
 
 
-def _prompt_rows(found: AgainstFile) -> Iterator[Row]:
-    for p in found.prompts:
-        yield (
-            p.name,
-            f"{p.tokens:,}",
-            bounded(p.kl, p.kl_low, p.kl_high),
-            f"{100 * p.top1:.2f} %",
-            f"{p.worst_state:.3g}",
-            f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
-        )
+def prompt_cells(p: PromptResult) -> tuple[str, ...]:
+    """What was measured on one prompt, in the order of `PROMPT`."""
+    return (
+        f"{p.tokens:,}",
+        bounded(p.kl, p.kl_low, p.kl_high),
+        f"{100 * p.top1:.2f} %",
+        f"{p.worst_state:.3g}",
+        f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
+    )

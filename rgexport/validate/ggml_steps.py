@@ -76,6 +76,18 @@ def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
     return np.repeat(step, blocks.size, axis=1)
 
 
+def block_grid(w: np.ndarray, blocks: Blocks) -> np.ndarray | None:
+    """The distance of levels at each of the weights, but for the rounding of scales.
+
+    None where they do not lie around 0, or are chosen for the least squared error.
+    """
+    if blocks.asymmetric or blocks.grouped:
+        return None
+    largest = np.abs(w.reshape(len(w), -1, blocks.size)).max(2)
+    grid = np.maximum(largest / np.float32(blocks.below), _NEGLIGIBLE)
+    return np.repeat(grid, blocks.size, axis=1)
+
+
 def norm_steps(w: np.ndarray) -> np.ndarray:
     """Norms are stored with 1 added."""
     return np.spacing(np.abs(w + np.float32(1)))

@@ -1,16 +1,23 @@
 """Runs an artifact and its references over one text, side by side, and measures."""
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 
 from rgexport.griffin.state import State
 from rgexport.progress import task
-from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
+from rgexport.validate.equivalences import (
+    STEPS,
+    Chunk,
+    Equivalence,
+    after_reset,
+    equivalences,
+    taken_again,
+)
 from rgexport.validate.positions import (
     PositionBlock,
     Spell,
@@ -18,62 +25,54 @@ from rgexport.validate.positions import (
     WorstPositions,
     position_blocks,
 )
-from rgexport.validate.states import StateError, same_position, state_errors
+from rgexport.validate.states import Drift, StateError, checkpoints, state_errors
 from rgexport.validate.teacher import Pass
 
 LOGITS_BYTES = 256 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
-STEPS = 8
-"""The last tokens are taken once as a chunk and once more one by one; so many, and a chunk more
-where it has a fixed length."""
+GREEDY_TOKENS = 16
+"""Of the artifact's own continuation of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The artifact against one reference, over the whole text."""
+    """The artifact against one reference, over the whole text.
+
+    `states` are those behind its end, `drift` those on the way. Of the artifact's own most likely
+    continuation, of `greedy_tokens`, the reference's has the first `greedy_common` too.
+    """
 
     logits: metrics.LogitError
     kl: metrics.KL
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
     states: list[StateError]
+    drift: list[Drift]
+    greedy_tokens: int
+    greedy_common: int
     blocks: list[PositionBlock]
     worst: list[WorstPosition]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Equivalence:
-    """The artifact against itself: its last tokens one by one against the same as one chunk."""
-
-    tokens: int
-    logits: metrics.LogitError
-    states: list[StateError]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """All that was measured by running; `original` is None where no original was given."""
+    """All that was measured by running: a comparison for each reference, and with itself.
 
-    twin: Comparison
-    original: Comparison | None
-    steps: Equivalence
-    same_position: bool
+    `counted` says whether the session counted every token; `state` is that behind the text.
+    """
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """The logits of the last tokens of a chunk, [n, vocab], and the state behind it."""
-
-    logits: np.ndarray
+    comparisons: list[Comparison]
+    equivalences: dict[str, Equivalence]
+    counted: bool
     state: State
 
 
 def measure(
     session: Session,
     tokens: np.ndarray,
-    twin: Pass,
-    original: Pass | None = None,
+    references: Sequence[Pass],
+    *,
     text_bytes: int | None = None,
     noise: float = 0.0,
     spell: Spell | None = None,
@@ -89,51 +88,89 @@ def measure(
     Args:
         session: the artifact's.
         tokens: [T].
-        twin: the pass of the reference with the artifact's weights.
-        original: that of the reference with the weights that it was made from.
+        references: passes over the same tokens; there may be none.
         text_bytes: the length of what the tokens stand for, in UTF-8.
         noise: what makes a near tie; see `metrics.agreement`.
         spell: writes the text of the worst positions.
     """
-    references = [twin] if original is None else [twin, original]
-    rows: list[list[np.ndarray]] = [[] for _ in references]
-    worst = [WorstPositions(tokens, spell) for _ in references]
-    next_tokens = np.append(tokens[1:], -1)
-    before: State = {}
-    tail = np.empty((0, session.vocab_size), np.float32)
-
+    sides = [_Side(reference, WorstPositions(tokens, spell)) for reference in references]
+    following = np.append(tokens[1:], -1)
     session.reset()
-    again = max(0, len(tokens) - _taken_again(session.info))
+    again = max(0, len(tokens) - taken_again(session.info))
+    before = session.get_state()
+    head = logits = np.empty((0, session.vocab_size), np.float32)
     with task("Comparing", len(tokens), "tokens") as advance:
-        for start, stop in _blocks(again, len(tokens), _block_size(session)):
+        edges = {again, len(tokens)} | whole_chunks(session, checkpoints(len(tokens)))
+        for start, stop in blocks(session, edges):
             if start == again:
                 before = session.get_state()
-            tail = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-            for reference, found, collector in zip(references, rows, worst, strict=True):
-                expected = reference.logits(start, stop)
-                found.append(metrics.compare_logits(expected, tail, next_tokens[start:stop]))
-                collector.see(start, found[-1]["kl"], expected, tail)
+            logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
+            head = logits[:STEPS] if start == 0 else head
+            for side in sides:
+                side.see(start, logits, following[start:stop])
+            if sides and stop in sides[0].reference.drift:
+                state = session.get_state()
+                for side in sides:
+                    side.see_state(stop, state)
             advance(stop - start)
-    state = session.get_state()
-    comparisons = [
-        Comparison(
-            states=state_errors(reference.state, state),
-            worst=collector.ranking(),
-            **_summaries(np.concatenate(found), text_bytes, noise),
-        )
-        for reference, found, collector in zip(references, rows, worst, strict=True)
-    ]
+    counted = session.position.tolist() == [len(tokens)]
+    chunk = Chunk(logits, session.get_state())
+    chosen = _continuation(session, logits[-1])
+    same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
+    same["reset"] = after_reset(session, tokens[: len(head)], head)
     return Measurement(
-        twin=comparisons[0],
-        original=comparisons[1] if original is not None else None,
-        steps=_equivalence(session, tokens[again:], before, Chunk(tail, state)),
-        same_position=same_position(twin.state, state),
+        comparisons=[side.summary(chunk.state, chosen, text_bytes, noise) for side in sides],
+        equivalences=same,
+        counted=counted,
+        state=chunk.state,
     )
 
 
-def _taken_again(info: SessionInfo) -> int:
-    """How many of the last tokens are taken twice."""
-    return STEPS + (info.prefill_chunk if info.whole_chunks else 0)
+class _Side:
+    """What is collected of one reference while the text passes by."""
+
+    def __init__(self, reference: Pass, worst: WorstPositions):
+        self.reference = reference
+        self._worst = worst
+        self._rows: list[np.ndarray] = []
+        self._drift: list[Drift] = []
+
+    def see(self, start: int, logits: np.ndarray, following: np.ndarray) -> None:
+        """The artifact's logits [n, vocab] of the positions from `start` on."""
+        expected = self.reference.logits(start, start + len(logits))
+        self._rows.append(metrics.compare_logits(expected, logits, following))
+        self._worst.see(start, self._rows[-1]["kl"], expected, logits)
+
+    def see_state(self, position: int, state: State) -> None:
+        """The artifact's state behind so many tokens."""
+        errors = state_errors(self.reference.drift[position], state)
+        self._drift.append(Drift(position=position, states=errors))
+
+    def summary(
+        self, state: State, chosen: np.ndarray, text_bytes: int | None, noise: float
+    ) -> Comparison:
+        """All of it, with the artifact's state behind the text and its choices from there on."""
+        rows = np.concatenate(self._rows)
+        return Comparison(
+            logits=metrics.logit_error(rows),
+            kl=metrics.kl_summary(rows),
+            agreement=metrics.agreement(rows, noise),
+            likelihood=metrics.likelihood(rows, text_bytes),
+            states=state_errors(self.reference.state, state),
+            drift=self._drift,
+            greedy_tokens=len(chosen),
+            greedy_common=self.reference.choices_in_common(chosen),
+            blocks=position_blocks(rows),
+            worst=self._worst.ranking(),
+        )
+
+
+def _continuation(session: Session, logits: np.ndarray) -> np.ndarray:
+    """The most likely tokens behind the session's state, whose last logits [vocab] are given."""
+    chosen = [int(logits.argmax())]
+    while len(chosen) < GREEDY_TOKENS:
+        chosen.append(int(session.step(np.array(chosen[-1:]))[0].argmax()))
+    return np.array(chosen, np.int64)
 
 
 def _block_size(session: Session) -> int:
@@ -143,50 +180,15 @@ def _block_size(session: Session) -> int:
     return size - size % chunk if session.info.whole_chunks and size > chunk else size
 
 
-def _blocks(again: int, length: int, size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of positions, of up to `size`; one begins at `again`."""
-    for first, last in ((0, again), (again, length)):
+def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
+    """The positions that cut no chunk in two, where chunks are whole ones; else all."""
+    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
+    return {position for position in positions if position % whole == 0}
+
+
+def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Blocks of positions whose logits fit into memory; one begins or ends at each edge."""
+    size = _block_size(session)
+    for first, last in pairwise(sorted({0, *edges})):
         for start in range(first, last, size):
             yield start, min(start + size, last)
-
-
-def _summaries(rows: np.ndarray, text_bytes: int | None, noise: float) -> dict[str, Any]:
-    """What a `Comparison` has of the rows."""
-    return {
-        "logits": metrics.logit_error(rows),
-        "kl": metrics.kl_summary(rows),
-        "agreement": metrics.agreement(rows, noise),
-        "likelihood": metrics.likelihood(rows, text_bytes),
-        "blocks": position_blocks(rows),
-    }
-
-
-def _equivalence(session: Session, tokens: np.ndarray, before: State, chunk: Chunk) -> Equivalence:
-    """Goes back to the state `before` and takes the tokens of `chunk` one by one.
-
-    Where only whole chunks are chunks, that may not have been one: it is then taken again, and a
-    text that is too short for one is repeated.
-    """
-    if session.info.whole_chunks:
-        tokens = np.resize(tokens, _taken_again(session.info))
-        session.set_state(before)
-        chunk = _take_whole_chunk(session, tokens)
-    session.set_state(before)
-    last = deque((session.step(token[None])[0] for token in tokens), maxlen=len(chunk.logits))
-    rows = metrics.compare_logits(chunk.logits, np.stack(last), np.full(len(last), -1))
-    return Equivalence(
-        tokens=len(tokens),
-        logits=metrics.logit_error(rows),
-        states=state_errors(chunk.state, session.get_state()),
-    )
-
-
-def _take_whole_chunk(session: Session, tokens: np.ndarray) -> Chunk:
-    """Takes a chunk with as many logits as it gives, and the tokens behind it."""
-    known = min(session.info.prefill_chunk, _block_size(session))
-    count = known if session.info.chunk_logits else 1
-    logits = [
-        session.prefill(part[None], num_logits=wanted)[0]
-        for part, wanted in ((tokens[:-STEPS], count), (tokens[-STEPS:], STEPS))
-    ]
-    return Chunk(np.concatenate(logits), session.get_state())

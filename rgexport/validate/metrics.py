@@ -116,6 +116,7 @@ class LogitError:
     mean: float
     relative_max: float
     relative_rms: float
+    rms_standard_error: float
     largest_logit: float
     cosine: float
     lowest_cosine: float
@@ -180,11 +181,14 @@ def logit_error(rows: np.ndarray) -> LogitError:
     largest = float(rows["max_logit"].max())
     worst = float(rows["max_delta"].max())
     square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean())
+    rms = (square / variance if variance else square) ** 0.5
+    of_square = _standard_error(rows["square_delta"]) / (variance or 1)
     return LogitError(
         max=worst,
         mean=float(rows["mean_delta"].mean()),
         relative_max=worst / largest if largest else worst,
-        relative_rms=(square / variance if variance else square) ** 0.5,
+        relative_rms=rms,
+        rms_standard_error=of_square / (2 * rms) if rms else 0.0,
         largest_logit=largest,
         cosine=float(rows["cosine"].mean()),
         lowest_cosine=float(rows["cosine"].min()),
@@ -250,4 +254,5 @@ def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
 
 
 def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -1,102 +1,36 @@
-"""`rgexport validate`: is this artifact right, and what did compression cost?"""
+"""Is this artifact right, and what did compression cost?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.griffin.state import State
 from rgexport.progress import note, warn
 from rgexport.runtimes.engines import open_session, open_tokenizer
 from rgexport.runtimes.environment import environment
+from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate import thresholds
-from rgexport.validate.against import check_fits, compare_with_file, file_checks
-from rgexport.validate.file_report import render_file
-from rgexport.validate.measure import measure
-from rgexport.validate.page import write_html
+from rgexport.validate.against import AgainstFile, check_fits, compare_with_file, with_layers
+from rgexport.validate.checks import NO_LIMITS, with_limits
+from rgexport.validate.demands import demands
+from rgexport.validate.layer_costs import LayerCost, layer_costs
+from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.positions import speller
 from rgexport.validate.reference_file import ReferenceFile
-from rgexport.validate.reference_reader import read_reference
-from rgexport.validate.report import render, render_several
-from rgexport.validate.result import (
-    FileResult,
-    Result,
-    SourceInfo,
-    describe_artifact,
-    describe_text,
-    make_checks,
-    require_writable,
-    write_json,
-)
+from rgexport.validate.result import Result, SourceInfo, describe_artifact, describe_text
+from rgexport.validate.sites import SiteReport, look_at_sites
 from rgexport.validate.source import Original, find_original
-from rgexport.validate.teacher import Pass, SharedPasses, teach, torch_reference
-from rgexport.validate.text import MAX_TOKENS, Text, choose_text
+from rgexport.validate.speed import measure_speed
+from rgexport.validate.suspects import Suspect, find_suspects
+from rgexport.validate.teacher import MakeReference, Pass, SharedPasses, teach, torch_reference
+from rgexport.validate.text import Text, choose_text
 from rgexport.validate.weights import WeightError, weight_errors
-
-
-def validate_artifacts(
-    artifacts: Sequence[Path],
-    *,
-    model: str | None = None,
-    text: Path | None = None,
-    tokens: int | None = None,
-    json_file: Path | None = None,
-    html_file: Path | None = None,
-    device: str = "auto",
-    reference: Path | None = None,
-) -> int:
-    """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
-
-    With a reference file, it is compared with that too; only with that where there is no torch.
-
-    Raises:
-        RequestError: see `compare` and `compare_without_torch`; or a file cannot be written.
-    """
-    for file in (json_file, html_file):
-        if file is not None:
-            require_writable(file)
-    for path in artifacts[1:]:
-        Artifact.open(path)  # what is wrong with a later one is told before the first one's work
-    recorded = None if reference is None else read_reference(reference)
-    if recorded is not None and find_spec("torch") is None:
-        return _validate_without_torch(artifacts, recorded, json_file, html_file)
-    passes = SharedPasses()
-    results = [
-        compare(
-            path,
-            model=model,
-            text=text,
-            max_tokens=tokens,
-            device=device,
-            reference=recorded,
-            passes=passes,
-        )
-        for path in artifacts
-    ]
-    if json_file is not None:
-        write_json(results, json_file)
-    if html_file is not None:
-        write_html(results, html_file)
-    # Last: who reads it may leave after a few lines, as `head` does.
-    print(render(results[0]) if len(results) == 1 else render_several(results))
-    return 0 if all(result.passed for result in results) else 1
-
-
-def _validate_without_torch(
-    artifacts: Sequence[Path], file: ReferenceFile, json_file: Path | None, html_file: Path | None
-) -> int:
-    if html_file is not None:
-        raise RequestError(
-            f"the page {html_file} shows the twin, which takes torch: pip install "
-            "'rgexport[export]', or leave out --html"
-        )
-    note("torch is not installed, so the twin is left out: pip install 'rgexport[export]'")
-    results = [compare_without_torch(path, file) for path in artifacts]
-    if json_file is not None:
-        write_json(results, json_file)
-    for result in results:
-        print(render_file(result))
-    return 0 if all(result.passed for result in results) else 1
 
 
 def compare(
@@ -107,27 +41,36 @@ def compare(
     max_tokens: int | None = None,
     device: str = "auto",
     reference: ReferenceFile | None = None,
+    limits: Mapping[str, float] = NO_LIMITS,
+    bisect: bool = False,
+    bench: bool = False,
     passes: SharedPasses | None = None,
 ) -> Result:
     """Compares an artifact with its twin and, where it can be found, with its original.
 
-    The references run first, one layer at a time; then the artifact's session opens.
+    The references run first, one layer at a time; then the artifact's session opens, and when it
+    is gone, its ops are looked at. Where there is no torch, a reference file will do.
 
     Args:
         path: the artifact.
         model: the original, a folder or hub id; by default the demo, if it was made from that.
         text: a UTF-8 file to compare on; by default the built-in text, or random token ids
             where the artifact has no tokenizer.
-        max_tokens: how much of the text is used; by default up to `text.MAX_TOKENS`.
+        max_tokens: how many tokens of it; see `choose_text`.
         device: where torch runs the references; `auto` is CUDA where there is one.
         reference: what an original said, to compare with too.
+        limits: instead of those in `thresholds`, see `checks.NAMES`.
+        bisect: whether to measure each layer's cost, and to tell what is suspect.
+        bench: whether to measure the speed.
         passes: those of originals that ran before, for other artifacts.
 
     Raises:
-        RequestError: no sound artifact, no torch, an original or a reference that does not fit,
-            or an unreadable text.
+        RequestError: no sound artifact, neither torch nor a reference file, an original or a
+            reference that does not fit, or an unreadable text.
     """
-    make = torch_reference(device)
+    make = None
+    if reference is None or find_spec("torch") is not None:
+        make = torch_reference(device)
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     if reference is not None:
@@ -138,68 +81,141 @@ def compare(
         vocab_size=manifest.config.vocab_size,
         window=manifest.config.window,
         file=text,
-        limit=MAX_TOKENS if max_tokens is None else max_tokens,
+        limit=max_tokens,
     )
-    original = find_original(manifest, model)
+    original = None if make is None else find_original(manifest, model)
     _announce(artifact, original, chosen, reference)
 
-    weights = artifact.weights
-    twin = teach("Running the twin", make, manifest.config, weights, chosen.tokens)
-    taught: Pass | None = None
-    table: list[WeightError] | None = None
-    if original is not None:
-        source = original.checkpoint
-        taught = (passes or SharedPasses()).teach(make, source, chosen.tokens)
-        table = weight_errors(source.weights, weights, manifest.tensors, weighted=manifest.weighted)
-    session = open_session(artifact)
-    limit = thresholds.tolerance(manifest)
-    measured = measure(
-        session,
-        chosen.tokens,
-        twin,
-        taught,
-        chosen.bytes,
-        noise=limit.rms,
-        spell=speller(tokenizer) if tokenizer else None,
-    )
-    held = None if reference is None else compare_with_file(session, manifest, reference)
-    checks = [*make_checks(manifest, measured, table)]
-    if held is not None:
-        checks += file_checks(held, manifest)
-    return Result(
+    taught = _teach(make, artifact, original, chosen.tokens, passes or SharedPasses())
+    table = None if original is None else _weight_errors(artifact, original)
+    before: dict[int, State] | None = {} if bisect else None
+    run = _run(artifact, chosen, tokenizer, taught, reference, before)
+    twin, cost = (*run.measured.comparisons, None, None)[:2]
+    look = None if make is None else _look(artifact, original, run.measured, chosen, device)
+    layers = None
+    if bisect and original is not None:
+        layers = _layers(artifact, original, chosen, device)
+    result = Result(
         artifact=describe_artifact(path, manifest),
         source=_describe_source(manifest.source.name, original),
         text=describe_text(chosen, manifest.config.window),
-        engine=session.info,
-        twin=measured.twin,
-        original=measured.original,
-        steps=measured.steps,
+        engine=run.info,
+        twin=twin,
+        original=cost,
+        equivalences=run.measured.equivalences,
+        sites=look,
         weights=table,
-        tolerance=limit,
-        checks=checks,
+        layers=layers,
+        suspects=None,
+        reference=_held(artifact, reference, run.held, before),
+        speed=measure_speed(artifact) if bench else None,
+        tolerance=thresholds.tolerance(manifest),
+        checks=[],
         environment=environment(),
-        reference=held,
     )
+    checks = demands(manifest, result, counted=run.measured.counted, limits=limits)
+    result = replace(result, checks=list(with_limits(checks, limits)))
+    return replace(result, suspects=_suspects(result)) if bisect else result
 
 
-def compare_without_torch(path: Path, file: ReferenceFile) -> FileResult:
-    """Compares an artifact with a reference file alone.
+@dataclass(frozen=True)
+class _Run:
+    """What an artifact's session showed before it was closed."""
 
-    Raises:
-        RequestError: no sound artifact, or one that does not fit the reference.
-    """
-    artifact = Artifact.open(path)
+    info: SessionInfo
+    measured: Measurement
+    held: AgainstFile | None
+
+
+def _teach(
+    make: MakeReference | None,
+    artifact: Artifact,
+    original: Original | None,
+    tokens: np.ndarray,
+    passes: SharedPasses,
+) -> list[Pass]:
+    """The passes of the twin and, if there is one, of the original; none without torch."""
+    if make is None:
+        note("torch is not installed, so the twin is left out: pip install 'rgexport[export]'")
+        return []
+    config = artifact.manifest.config
+    twin = teach("Running the twin", make, config, artifact.weights, tokens)
+    return [twin] if original is None else [twin, passes.teach(make, original.checkpoint, tokens)]
+
+
+def _weight_errors(artifact: Artifact, original: Original) -> list[WeightError]:
+    manifest, weights = artifact.manifest, original.checkpoint.weights
+    return weight_errors(weights, artifact.weights, manifest.tensors, weighted=manifest.weighted)
+
+
+def _run(
+    artifact: Artifact,
+    text: Text,
+    tokenizer: Tokenizer | None,
+    taught: list[Pass],
+    reference: ReferenceFile | None,
+    before: dict[int, State] | None,
+) -> _Run:
+    """Opens a session, which is gone afterwards, and measures; for `before`, see `_held`."""
     manifest = artifact.manifest
-    check_fits(file, manifest)
     session = open_session(artifact)
-    found = compare_with_file(session, manifest, file)
-    return FileResult(
-        artifact=describe_artifact(path, manifest),
-        engine=session.info,
-        reference=found,
-        checks=list(file_checks(found, manifest)),
-        environment=environment(),
+    measured = measure(
+        session,
+        text.tokens,
+        taught,
+        text_bytes=text.bytes,
+        noise=thresholds.tolerance(manifest).rms,
+        spell=speller(tokenizer) if tokenizer else None,
     )
+    held = None
+    if reference is not None:
+        held = compare_with_file(session, manifest, reference, before)
+    return _Run(session.info, measured, held)
+
+
+def _held(
+    artifact: Artifact,
+    reference: ReferenceFile | None,
+    found: AgainstFile | None,
+    before: dict[int, State] | None,
+) -> AgainstFile | None:
+    """What the reference file told, with its layers where the states before them were kept."""
+    if reference is None or found is None or before is None:
+        return found
+    try:
+        return with_layers(found, artifact, reference, before)
+    except RequestError as error:
+        note(f"the layers were not looked at one by one: {error}")
+        return found
+
+
+def _look(
+    artifact: Artifact,
+    original: Original | None,
+    measured: Measurement,
+    text: Text,
+    device: str,
+) -> SiteReport | None:
+    """Looks at every op, from the state behind the text; None where the engine shows none."""
+    config = artifact.manifest.config if original is None else original.checkpoint.config
+    try:
+        return look_at_sites(artifact, config, measured.state, text.tokens, device)
+    except RequestError as error:
+        note(f"the ops were not looked at one by one: {error}")
+        return None
+
+
+def _suspects(result: Result) -> list[Suspect]:
+    failed = [c for c in result.checks if c.kind.startswith("weights.") and not c.passed]
+    differences = [*result.source.config_differences]
+    if result.reference is not None:
+        differences += result.reference.config_differences
+    return find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
+
+
+def _layers(artifact: Artifact, original: Original, text: Text, device: str) -> list[LayerCost]:
+    source = original.checkpoint
+    return layer_costs(source.config, source.weights, artifact.weights, text.tokens, device)
 
 
 def _announce(

@@ -2,7 +2,8 @@
 
 A safetensors file; its metadata has one text, `rgexport_reference`, the JSON of `Header`. All
 prompts stand one behind another, N positions in all. M of them are *full*: their logits are
-there as they are. The others are condensed (see `condensed`), K kept tokens in all.
+there as they are. The others are condensed (see `condensed`), K kept tokens in all. A of them are
+*watched*: the residual stream is there, as it is behind each layer.
 
 | name | shape | dtype |
 |---|---|---|
@@ -11,27 +12,24 @@ there as they are. The others are condensed (see `condensed`), K kept tokens in 
 | `full.logits` | [M, vocab] | float32 |
 | `kept.counts` | [N] | int64; 0 where a position is full |
 | `kept.ids`, `kept.logits` | [K] | int32, float32; most likely first |
-| `sums` | [N, 7] | float64; see `SUMS` |
+| `sums` | [N, 8] | float64; see `SUMS` |
 | `codes` | [N - M, vocab] | uint8 or uint16; there if `tail_bits` is not 0 |
 | `greedy.{prompt}` | [n] | int64: how the reference goes on |
 | `states.{prompt}.{state}` | canonical, without batch | keys and values: no zeros at the front |
+| `checkpoints.{prompt}.{state}` | [C, …], canonical | behind `PromptRecord.checkpoints` tokens |
+| `activations` | [A, layers, width] | float32, at the positions `Header.watched` |
+
+At checkpoints there are no keys and values: those of a whole window are 33 MB in a 2B, and the
+ones at the prompt's end tell of the last window what they would.
 """
 
-import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from rgexport.atomic import replace_file
-from rgexport.errors import RequestError
-from rgexport.export.manifest import plain
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.hashing import FileRecord
@@ -39,9 +37,10 @@ from rgexport.validate.condensed import Condensed, Tail
 
 FORMAT_VERSION = 1
 METADATA = "rgexport_reference"
-SUMS = "log_sum_exp", "next_nll", "mass", "offset", "moved", "floor", "step"
+SUMS = "log_sum_exp", "next_nll", "variance", "mass", "offset", "moved", "floor", "step"
 """Of each position: the log-sum-exp of its logits, -log p of the prompt's next token (0 at the
-end), and what `condensed.Tail` says; the last five are 0 where a position is full."""
+end), the variance of the logits, and what `condensed.Tail` says; the last five are 0 where a
+position is full."""
 
 DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
@@ -64,6 +63,8 @@ class PromptRecord:
     full_positions: int
     greedy_tokens: int
     exact: dict[str, str]
+    checkpoints: tuple[int, ...] = ()
+    """Counts of tokens, ascending, behind which there are recurrent states too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,16 @@ class Header:
     format_version: int = FORMAT_VERSION
     model: str
     config: GriffinConfig
+    """What was computed."""
     files: dict[str, FileRecord]
     """The checkpoint's weight files."""
     computed: dict[str, str]
-    """`device`, `dtype`, `tf32` and versions."""
+    """`implementation`, `device`, `dtype`, `tf32` and versions."""
     environment: dict[str, str | int]
     tail_bits: int
     prompts: tuple[PromptRecord, ...]
+    watched: tuple[int, ...] = ()
+    """Positions, ascending, of all prompts one behind another."""
     data_sha256: str = ""
     """Of all that follows the header in the file; `write_reference` fills it in."""
 
@@ -113,6 +117,14 @@ class ReferenceFile:
         """Whether all logits of a position are there."""
         return bool(self.ends[position] == self.ends[position + 1])
 
+    def next_nll(self, position: int) -> float:
+        """What the prompt's next token costs, -log p; 0 at its end."""
+        return float(self.sums[position, SUMS.index("next_nll")])
+
+    def variance(self, position: int) -> float:
+        """Of the logits."""
+        return float(self.sums[position, SUMS.index("variance")])
+
     def full_logits(self, position: int) -> np.ndarray:
         """Logits [vocab] float32 of a full position."""
         row = int(np.searchsorted(self.full_positions, position))
@@ -123,7 +135,7 @@ class ReferenceFile:
         start, stop = self.ends[position : position + 2].tolist()
         row = position - int(np.searchsorted(self.full_positions, position))
         codes = self.arrays["codes"].read(row, row + 1)[0] if "codes" in self.arrays else None
-        total, _, mass, offset, moved, floor, step = self.sums[position].tolist()
+        total, _, _, mass, offset, moved, floor, step = self.sums[position].tolist()
         return Condensed(
             ids=self.arrays["kept.ids"].read(start, stop),
             logits=self.arrays["kept.logits"].read(start, stop),
@@ -147,52 +159,41 @@ class ReferenceFile:
         state[POSITION] = np.array([self.header.prompts[prompt].tokens], np.int64)
         return state
 
+    def checkpoints(self, prompt: int) -> dict[int, State]:
+        """The recurrent states inside a prompt: count of tokens → states of one conversation."""
+        found: dict[int, State] = {n: {} for n in self.header.prompts[prompt].checkpoints}
+        for spec in checkpoint_specs(self.header.config) if found else ():
+            arrays = self.arrays[checkpoint_name(prompt, spec)].whole()
+            for state, array in zip(found.values(), arrays, strict=True):
+                state[spec.name] = array[None]
+        return found
+
+    def activations(self, place: int) -> np.ndarray:
+        """The residual stream [layers, width] behind each layer, at one of `Header.watched`."""
+        return self.arrays["activations"].read(place, place + 1)[0]
+
 
 def state_name(prompt: int, spec: StateSpec) -> str:
     """Of the array that holds a state behind a prompt."""
     return f"states.{prompt}.{spec.name}"
 
 
+def checkpoint_name(prompt: int, spec: StateSpec) -> str:
+    """Of the array that holds a state at all checkpoints of a prompt."""
+    return f"checkpoints.{prompt}.{spec.name}"
+
+
+def checkpoint_specs(config: GriffinConfig) -> list[StateSpec]:
+    """The states that a checkpoint has."""
+    return [spec for spec in state_specs(config) if not _is_cache(spec)]
+
+
 def stored_shape(spec: StateSpec, tokens: int) -> tuple[int, ...]:
     """A state's shape in the file: a cache has only as many keys as there were tokens."""
-    if spec.name.endswith((".key", ".value")):
+    if _is_cache(spec):
         return min(tokens, spec.shape[0]), *spec.shape[1:]
     return spec.shape
 
 
-def is_reference(path: Path) -> bool:
-    """Whether a file is a reference, by its metadata."""
-    try:
-        return METADATA in read_metadata(path)
-    except RequestError:
-        return False
-
-
-def write_reference(
-    path: Path, header: Header, arrays: Mapping[str, np.ndarray], *, force: bool = False
-) -> None:
-    """Writes the file, which appears when it is complete.
-
-    Raises:
-        RequestError: it exists and may not be replaced, or cannot be written.
-    """
-    digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(np.ascontiguousarray(array).tobytes())
-    header = dataclasses.replace(header, data_sha256=digest.hexdigest())
-    fields: dict[str, object] = {"__metadata__": {METADATA: json.dumps(plain(header))}}
-    offset = 0
-    for name, array in arrays.items():
-        end = offset + array.nbytes
-        dtype, shape = DTYPE_NAMES[array.dtype], list(array.shape)
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with replace_file(path, force=force, replaceable=is_reference) as partial:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+def _is_cache(spec: StateSpec) -> bool:
+    return spec.name.endswith((".key", ".value"))

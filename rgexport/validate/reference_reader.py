@@ -1,7 +1,7 @@
 """Opens a reference file, and refuses what is damaged or contradicts itself."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from rgexport.validate.reference_file import (
     SUMS,
     Header,
     ReferenceFile,
+    checkpoint_name,
+    checkpoint_specs,
     state_name,
     stored_shape,
 )
@@ -72,14 +74,32 @@ def _read_header(path: Path) -> Header:
                 "update rgexport"
             )
         header = Reader().read(Header, fields)
-        check_config(header.config)
-        if header.tail_bits not in CODES:
-            raise Mismatch(f"tail_bits is {header.tail_bits}")
-        if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
-            raise Mismatch("prompts: there is none, or one without tokens")
+        _check_header(header)
     except (Mismatch, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
     return header
+
+
+def _check_header(header: Header) -> None:
+    """Raises `Mismatch` for what no capture writes."""
+    check_config(header.config)
+    if header.tail_bits not in CODES:
+        raise Mismatch(f"tail_bits is {header.tail_bits}")
+    if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
+        raise Mismatch("prompts: there is none, or one without tokens")
+    if sum(prompt.full_positions for prompt in header.prompts) < 1:
+        raise Mismatch("no position is full")
+    for prompt in header.prompts:
+        if not _is_inside(prompt.checkpoints, 1, prompt.tokens):
+            raise Mismatch(f"checkpoints are {prompt.checkpoints}")
+    if not _is_inside(header.watched, 0, header.positions):
+        raise Mismatch(f"watched is {header.watched}")
+
+
+def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
+    """Whether they ascend within these bounds."""
+    edges = start - 1, *values, stop
+    return all(a < b for a, b in zip(edges, edges[1:], strict=False))
 
 
 def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
@@ -124,6 +144,12 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
             yield f"greedy.{index}", ("I64", (prompt.greedy_tokens,))
         for spec in state_specs(header.config):
             yield state_name(index, spec), ("F32", stored_shape(spec, prompt.tokens))
+        if points := len(prompt.checkpoints):
+            for spec in checkpoint_specs(header.config):
+                yield checkpoint_name(index, spec), ("F32", (points, *spec.shape))
+    if header.watched:
+        shape = len(header.watched), header.config.num_layers, header.config.width
+        yield "activations", ("F32", shape)
 
 
 def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
@@ -145,6 +171,10 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
         "kept.ids": _are_ids(ids.whole(), vocab),
         "greedy": all(_are_ids(found, vocab) for found in greedy),
         "sums": bool(np.isfinite(reference.sums).all()),
+        "activations": all(
+            np.isfinite(reference.activations(place)).all()
+            for place in range(len(reference.header.watched))
+        ),
     }
     for name, holds in rules.items():
         if not holds:

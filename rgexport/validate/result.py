@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,16 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate import states, thresholds
 from rgexport.validate.against import AgainstFile
-from rgexport.validate.measure import Comparison, Equivalence, Measurement
+from rgexport.validate.checks import Check, Outcome, verdict
+from rgexport.validate.equivalences import Equivalence
+from rgexport.validate.layer_costs import LayerCost
+from rgexport.validate.measure import Comparison
+from rgexport.validate.sites import SiteReport
+from rgexport.validate.speed import Speed
+from rgexport.validate.suspects import Suspect
 from rgexport.validate.text import Text
-from rgexport.validate.thresholds import Check, Tolerance
+from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights import WeightError
 
 SCHEMA_VERSION = 1
@@ -73,68 +78,41 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything that `validate` has to say; `to_dict` is its stable JSON."""
+    """Everything that `validate` has to say; `to_dict` is its stable JSON.
+
+    `twin` and `original` are None where there was no torch to run them, or no original; `sites`
+    also where the engine does not show its values. `weights` and `layers` take the original;
+    `layers` and `suspects` are there if they were asked for.
+    """
 
     artifact: Subject
     source: SourceInfo
     text: TextInfo
     engine: SessionInfo
-    twin: Comparison
+    twin: Comparison | None
     original: Comparison | None
-    steps: Equivalence
+    equivalences: dict[str, Equivalence]
+    sites: SiteReport | None
     weights: list[WeightError] | None
+    layers: list[LayerCost] | None
+    suspects: list[Suspect] | None
+    reference: AgainstFile | None
+    speed: Speed | None
     tolerance: Tolerance
     checks: list[Check]
     environment: dict[str, str | int]
-    reference: AgainstFile | None = None
 
     @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    @property
-    def verdict(self) -> str:
-        """`PASS` or `FAIL`."""
-        return "PASS" if self.passed else "FAIL"
+    def verdict(self) -> Outcome:
+        """The worst outcome of all checks."""
+        return verdict(self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
-        return _to_dict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileResult:
-    """What `validate` has to say where only a reference file is there, and no torch."""
-
-    artifact: Subject
-    engine: SessionInfo
-    twin: None = None
-    original: None = None
-    reference: AgainstFile
-    checks: list[Check]
-    environment: dict[str, str | int]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    @property
-    def verdict(self) -> str:
-        """`PASS` or `FAIL`."""
-        return "PASS" if self.passed else "FAIL"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON; numbers that are not finite become null."""
-        return _to_dict(self)
-
-
-def _to_dict(result: Result | FileResult) -> dict[str, Any]:
-    fields = _plain({f.name: getattr(result, f.name) for f in dataclasses.fields(result)})
-    for entry, check in zip(fields["checks"], result.checks, strict=True):
-        entry["passed"] = check.passed
-    return {"schema_version": SCHEMA_VERSION, "verdict": result.verdict, **fields}
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for entry, check in zip(fields["checks"], self.checks, strict=True):
+            entry |= {"outcome": check.outcome, "passed": check.passed}
+        return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **fields}
 
 
 def require_writable(path: Path) -> None:
@@ -153,7 +131,7 @@ def require_writable(path: Path) -> None:
         raise RequestError(f"cannot write {path}: it lies in an artifact; choose another place")
 
 
-def write_json(results: Sequence[Result] | Sequence[FileResult], path: Path) -> None:
+def write_json(results: Sequence[Result], path: Path) -> None:
     """Writes a result to a file, or the list of several.
 
     Raises:
@@ -174,34 +152,6 @@ def write_text(text: str, path: Path) -> None:
         path.write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}") from None
-
-
-def make_checks(
-    manifest: Manifest, measured: Measurement, weights: list[WeightError] | None
-) -> Iterator[Check]:
-    """What is demanded of an artifact: see `thresholds`."""
-    limit = thresholds.tolerance(manifest)
-    twin, steps, why = measured.twin, measured.steps, limit.reason
-    for name, value, most in (
-        ("twin.logits", twin.logits.relative_max, limit.logits),
-        ("twin.rms", twin.logits.relative_rms, limit.rms),
-        ("twin.states", states.worst(twin.states), limit.states),
-        ("steps.logits", steps.logits.relative_max, limit.logits),
-        ("steps.states", states.worst(steps.states), limit.states),
-    ):
-        yield Check(name=name, value=value, limit=most, reason=why)
-    moved = float(not measured.same_position)
-    yield Check(name="twin.position", value=moved, limit=0, reason="every token is counted")
-    if measured.original is not None:
-        storage = thresholds.coarsest(manifest)
-        yield Check(
-            name="original.rms",
-            value=measured.original.logits.relative_rms,
-            limit=thresholds.ORIGINAL_RMS[storage],
-            reason=f"more than {storage} weights cost, unless the export is broken",
-        )
-    if weights is not None:
-        yield from thresholds.weight_checks(weights)
 
 
 def describe_artifact(path: Path, manifest: Manifest) -> Subject:

@@ -10,8 +10,8 @@ import types
 import typing
 from typing import Any
 
-from rgexport.validate.result import SCHEMA_VERSION, FileResult, Result
-from rgexport.validate.thresholds import Check
+from rgexport.validate.checks import Check, Outcome
+from rgexport.validate.result import SCHEMA_VERSION, Result
 
 _PLAIN: dict[type, dict[str, Any]] = {
     str: {"type": "string"},
@@ -22,12 +22,14 @@ _PLAIN: dict[type, dict[str, Any]] = {
 }
 _HEAD: dict[str, Any] = {
     "schema_version": {"const": SCHEMA_VERSION},
-    "verdict": {"enum": ["PASS", "FAIL"]},
+    "verdict": {"enum": list(typing.get_args(Outcome))},
 }
 _BESIDES: dict[type, dict[str, Any]] = {
     Result: _HEAD,
-    FileResult: _HEAD,
-    Check: {"passed": {"type": "boolean"}},
+    Check: {
+        "outcome": {"enum": list(typing.get_args(Outcome))},
+        "passed": {"type": "boolean"},
+    },
 }
 """What `Result.to_dict` adds to the fields of a class."""
 
@@ -38,7 +40,7 @@ def result_schema() -> dict[str, Any]:
     Objects may have more fields than it names: later versions add some.
     """
     definitions: dict[str, Any] = {}
-    one = {"anyOf": [_reference(kind, definitions) for kind in (Result, FileResult)]}
+    one = _reference(Result, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "What `rgexport validate --json` writes",

@@ -6,6 +6,8 @@ import numpy as np
 
 from rgexport.griffin.state import POSITION, State
 
+FIRST_CHECKPOINT = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class StateError:
@@ -17,6 +19,14 @@ class StateError:
     name: str
     relative_max: float
     relative_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """The states behind so many tokens of a text."""
+
+    position: int
+    states: list[StateError]
 
 
 def state_errors(reference: State, candidate: State) -> list[StateError]:
@@ -31,9 +41,14 @@ def state_errors(reference: State, candidate: State) -> list[StateError]:
     ]
 
 
-def same_position(reference: State, candidate: State) -> bool:
-    """Whether both have seen as many tokens."""
-    return bool(np.array_equal(reference[POSITION], candidate[POSITION]))
+def checkpoints(length: int) -> list[int]:
+    """Positions inside a text of so many tokens where states are compared: 64, 128, 256, …"""
+    found = []
+    position = FIRST_CHECKPOINT
+    while position < length:
+        found.append(position)
+        position *= 2
+    return found
 
 
 def worst(errors: list[StateError]) -> float:

@@ -20,12 +20,15 @@ class Yardstick:
         step: at each weight; where rows are `grouped`, of each group, [groups, 1].
         limit: the magnitude, at each weight, beyond which it may be stored as the outermost
             level; None where no level is missing.
+        grid: the distance of levels at each weight, without what the rounding of scales adds to
+            it; None where 0 is no level, or levels are chosen for the least squared error.
         grouped: rows share their values, which are chosen for the least squared error: no weight
             by itself need be near to one of them, but the whole group is.
     """
 
     step: np.ndarray
     limit: np.ndarray | None = None
+    grid: np.ndarray | None = None
     grouped: bool = False
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -38,6 +41,21 @@ class Yardstick:
             return error
         beyond = w - np.clip(w, -self.limit, self.limit)
         return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)
+
+    def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The error against that of rounding to nearest, clipped or not: which, the encoder chose.
+
+        Rounding is no noise where a block has one weight so large that most others are nearer to
+        zero than to the first level.
+        """
+        if self.grid is None:
+            return self.without_clipping(error, w)
+        nearest = np.rint(w / self.grid) * self.grid
+        rest = error - (nearest - w)
+        if self.limit is None:
+            return rest
+        clipped = error - (np.clip(nearest, -self.limit, self.limit) - w)
+        return np.where(np.abs(clipped) < np.abs(rest), clipped, rest)
 
     def largest(self, error: np.ndarray) -> float:
         """The largest error in steps: of a weight, or the root mean square of a group."""
@@ -85,7 +103,8 @@ def _ggml(w: np.ndarray, kind: str) -> Yardstick:
     if blocks is None:
         return Yardstick(_float_steps(w, *ggml_steps.FLOATS[kind]))
     step = ggml_steps.block_steps(w, blocks)
-    return Yardstick(step, step * np.float32(blocks.below - 1) if blocks.clips else None)
+    limit = step * np.float32(blocks.below - 1) if blocks.clips else None
+    return Yardstick(step, limit, ggml_steps.block_grid(w, blocks))
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -114,13 +133,13 @@ def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
     else:
         exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
     exact = np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO))
-    step = _spread(exact, block, w)
+    grid = step = _spread(exact, block, w)
     limit = step * np.float32(below - 1) if scheme.symmetric else None
     if scheme.scale == "float16":
         # the scale is rounded up, and its product with the integer to nearest
         step = _spread(exact + _spacing(exact), block, w)
         step = step + _spacing(np.abs(w) + step)
-    return Yardstick(step, limit)
+    return Yardstick(step, limit, grid)
 
 
 def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:

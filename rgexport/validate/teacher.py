@@ -10,23 +10,35 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.state import State
+from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance, task
+from rgexport.validate.states import checkpoints
 
 
 class ReferenceModel(Protocol):
     """What is needed of `griffin.reference.Reference`."""
 
+    @property
+    def config(self) -> GriffinConfig:
+        """What it computes."""
+        ...
+
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]:
         """Tokens [B, T] → hidden states [B, T, width] of its own kind, and the final state."""
         ...
 
-    def run_each(self, texts: Sequence[tuple[np.ndarray, State]]) -> list[tuple[Any, State]]:
+    def run_each(
+        self,
+        texts: Sequence[tuple[np.ndarray, State]],
+        *,
+        stops: Sequence[Sequence[int]] = (),
+        watch: Callable[[int, int, Any], None] | None = None,
+    ) -> list[tuple[Any, list[State]]]:
         """As `run`, for several tokens and the states before them, reading each weight once."""
         ...
 
@@ -44,15 +56,31 @@ MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it."""
+    """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
+
+    `drift` has the states behind so many tokens on the way.
+    """
 
     model: ReferenceModel
     hidden: Any
     state: State
+    drift: dict[int, State]
 
     def logits(self, start: int, stop: int) -> np.ndarray:
         """Logits [stop - start, vocab] float32 of these positions."""
         return self.model.logits(self.hidden[:, start:stop])[0]
+
+    def choices_in_common(self, chosen: np.ndarray) -> int:
+        """How many of the tokens [n] behind the text are the model's own first choices too.
+
+        Up to the first that is not, so one more pass, over all of them at once, will do.
+        """
+        logits = [self.logits(self.hidden.shape[1] - 1, self.hidden.shape[1])]
+        if len(chosen) > 1:
+            hidden, _ = self.model.run(chosen[None, :-1], self.state)
+            logits.append(self.model.logits(hidden)[0])
+        same = np.concatenate(logits).argmax(1) == chosen
+        return int(np.cumprod(same).sum())
 
 
 def teach(
@@ -63,9 +91,12 @@ def teach(
     tokens: np.ndarray,
 ) -> Pass:
     """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
+    stops = checkpoints(len(tokens))
     with watched_layers(label, weights) as watched:
-        hidden, state = make(config, watched).run(tokens[None])
-    return Pass(make(config, weights), hidden, state)
+        text = (tokens[None], zero_state(config, 1))
+        ((hidden, states),) = make(config, watched).run_each([text], stops=[stops])
+    drift = dict(zip(stops, states, strict=False))
+    return Pass(make(config, weights), hidden, states[-1], drift)
 
 
 @contextmanager
@@ -98,14 +129,25 @@ def torch_reference(device: str = "auto") -> MakeReference:
     """Makes the project's own references, on `device`; `auto` is CUDA where there is one.
 
     Raises:
-        RequestError: torch is not installed, or it has no such device.
+        RequestError: see `torch_device`.
+    """
+    device = torch_device(device)
+    from rgexport.griffin.reference import Reference
+
+    return functools.partial(Reference, device=device)
+
+
+def torch_device(device: str = "auto") -> str:
+    """A device that torch can use; `auto` is CUDA where there is one.
+
+    Raises:
+        NotInstalled: there is no torch.
+        RequestError: it has no such device.
     """
     try:
         import torch
-
-        from rgexport.griffin.reference import Reference
     except ImportError:
-        raise RequestError(
+        raise NotInstalled(
             "this needs torch for the reference model: pip install 'rgexport[export]'"
         ) from None
     if device == "auto":
@@ -115,7 +157,7 @@ def torch_reference(device: str = "auto") -> MakeReference:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
-    return functools.partial(Reference, device=device)
+    return device
 
 
 def _watched(tensor: RowTensor, advance: Advance) -> RowTensor:

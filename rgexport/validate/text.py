@@ -40,15 +40,18 @@ def choose_text(
     vocab_size: int,
     window: int,
     file: Path | None = None,
-    limit: int = MAX_TOKENS,
+    limit: int | None = None,
 ) -> Text:
     """The given file, or the built-in text, or random ids where there is no tokenizer.
+
+    A file is cut at `limit` tokens, by default at `MAX_TOKENS`; the others have as many as that,
+    by default some windows full.
 
     Raises:
         RequestError: a file that cannot be read, is empty or cannot be encoded, or a limit that
             leaves nothing to compare.
     """
-    if limit < 2:
+    if limit is not None and limit < 2:
         raise RequestError(f"{limit} tokens are too few to compare; expected at least 2")
     if tokenizer is None:
         if file is not None:
@@ -56,9 +59,10 @@ def choose_text(
                 f"the artifact has no tokenizer to read {file} with; leave the text out to use "
                 "random token ids, or export again from a folder with a tokenizer"
             )
-        return random_text(vocab_size, min(limit, max(64, 4 * window + 1)))
+        return random_text(vocab_size, limit or min(MAX_TOKENS, max(64, 4 * window + 1)))
     if file is not None:
-        text = encode(tokenizer.encode_text, tokenizer.bos_id, _read(file), str(file), limit)
+        most = limit or MAX_TOKENS
+        text = encode(tokenizer.encode_text, tokenizer.bos_id, _read(file), str(file), most)
     else:
         text = _encode_built_in(tokenizer, window, limit)
     if text.tokens.max() >= vocab_size:
@@ -69,14 +73,14 @@ def choose_text(
     return text
 
 
-def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int) -> Text:
+def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int | None) -> Text:
     """The built-in text, repeated if need be; its turn markers count as such."""
     text, encoder = built_in_text(), tokenizer.encode_markup
     once = len(encoder(text))
-    wanted = window + PAST_WINDOW
-    if wanted > once:
-        text, limit = text * -(-wanted // once), min(limit, wanted)
-    return encode(encoder, tokenizer.bos_id, text, "built-in", limit)
+    wanted = limit or window + PAST_WINDOW
+    if wanted <= once and limit is None:
+        return encode(encoder, tokenizer.bos_id, text, "built-in", MAX_TOKENS)
+    return encode(encoder, tokenizer.bos_id, text * -(-wanted // once), "built-in", wanted)
 
 
 def built_in_text() -> str:

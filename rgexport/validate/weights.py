@@ -32,8 +32,9 @@ class WeightError:
     """W is the original, Ŵ the stored tensor, both as float32.
 
     relative_error: ‖W−Ŵ‖/‖W‖; projection: ⟨W,Ŵ⟩/⟨W,W⟩, 1 for unbiased rounding, 1.02 where
-    every scale is 2 % too large; clipping: the part of `projection - 1` that comes from values
-    beyond the outermost level of their block; max_steps: max |W−Ŵ| in steps, clipping apart;
+    every scale is 2 % too large; clipping: the part of `projection - 1` that comes from rounding
+    to nearest on the levels of the scheme, and from values beyond the outermost level of their
+    block; max_steps: max |W−Ŵ| in steps, clipping apart;
     searched: whether the levels of a block were chosen for the least squared error, so that some
     weights clip and all are a little too small; grouped: whether groups of rows share their
     levels, and max_steps is the largest root mean square of W−Ŵ in one of them.
@@ -110,9 +111,8 @@ def tensor_error(
         )
         with np.errstate(invalid="ignore", over="ignore"):
             error, measure = twin_w - w, yardstick(name, w, stored)
-            rounding = measure.without_clipping(error, w)
-            sums += _products(w, error, rounding)
-            steps = max_or_nan(steps, measure.largest(rounding))
+            steps = max_or_nan(steps, measure.largest(measure.without_clipping(error, w)))
+            sums += _products(w, error, measure.beyond_rounding(error, w))
         advance(w.nbytes)
     square, along, along_rounding, error_square = sums.tolist()
     return WeightError(
@@ -138,7 +138,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _products(w: np.ndarray, error: np.ndarray, rounding: np.ndarray) -> np.ndarray:
-    """⟨W,W⟩, ⟨W,E⟩, ⟨W,E without clipping⟩, ⟨E,E⟩: float64, in pieces that stay in cache."""
+    """⟨W,W⟩, ⟨W,E⟩, ⟨W,E beyond rounding⟩, ⟨E,E⟩: float64, in pieces that stay in cache."""
     total = np.zeros(4)
     columns = [x.reshape(-1) for x in (w, error, rounding)]
     for start in range(0, w.size, _PIECE):

@@ -1,6 +1,9 @@
 """The model card, and what it counts."""
 
+import dataclasses
+
 from rgexport.export.card import CARD, card, shares, write_card
+from rgexport.export.checked import CheckRecord
 from rgexport.griffin.layout import model_tensors
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
@@ -31,3 +34,22 @@ def test_card_of_a_core_ml_package(tmp_path):
     assert "`prefill` takes\n7; " in text and "{" not in text
     assert "`position_ids`, `recurrent_state`" in text
     assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text
+
+
+def test_card_of_what_was_not_checked(made):
+    assert "## Checked\n\nNot checked: it was not asked for.\n" in card(made.manifest)
+
+
+def test_card_of_what_was_found_wrong(made):
+    found = CheckRecord(status="unverified", reason="it is not right", engine="toy 1")
+    assert "## Checked\n\nChecked: unverified, since it is not right.\n" in card(
+        made.manifest.with_check(found)
+    )
+    numbers = dataclasses.replace(
+        found, tokens=32, positions=30, kl=0.5, kl_standard_error=0.01, relative_max=0.25
+    )
+    text = card(made.manifest.with_check(numbers))
+    assert "on 32 tokens in toy 1" in text
+    assert "| KL to the original, over 30 tokens | 0.5 ± 0.01 nats |" in text
+    assert "| 25 % of the largest logit |" in text
+    assert "| verdict | unverified, since it is not right |" in text

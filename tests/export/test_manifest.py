@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import MANIFEST
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
+from rgexport.export.manifest import MANIFEST, write_manifest
 from rgexport.export.manifest_reader import read_manifest
 
 Fields = dict[str, Any]
@@ -25,6 +26,17 @@ LINEAR = "layers.0.temporal_block.linear_x.weight"
 
 def test_round_trip(made):
     assert read_manifest(made.folder) == made.manifest
+
+
+def test_self_check_comes_back(made):
+    found = CheckRecord(status="unverified", reason="so", tokens=32, kl=0.5, engine="toy 1")
+    write_manifest(made.folder, made.manifest.with_check(found))
+    assert read_manifest(made.folder).check == found
+
+
+def test_a_manifest_without_one_was_not_checked(made):
+    rewrite(made, lambda fields: fields.pop("check"))
+    assert read_manifest(made.folder).check == NOT_ASKED_FOR
 
 
 def test_unknown_fields_are_ignored(made):
@@ -79,6 +91,8 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "absolute": (rename_file("/etc/passwd"), "leads out of the artifact"),
     "newline": (rename_file("a\nb"), "leads out of the artifact"),
     "windows": (rename_file("C:\\x"), "leads out of the artifact"),
+    "check": (lambda f: f["check"].update(status="fine"), "check.status is 'fine'; expected"),
+    "kl": (lambda f: f["check"].update(kl="0.1"), "check.kl is '0.1'; expected a number"),
     "hash": (lambda f: f["files"]["model.onnx"].update(sha256=""), "not a hash and size"),
     "list": (lambda f: f.update(states={}), "states is {}; expected a list"),
 }

@@ -7,7 +7,14 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.request import as_argument, closing_line, default_target, precision_word
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.request import (
+    as_argument,
+    check_line,
+    closing_line,
+    default_target,
+    precision_word,
+)
 from rgexport.hashing import FileRecord
 
 
@@ -48,6 +55,40 @@ def test_closing_line_says_where_a_package_runs(made):
     manifest = dataclasses.replace(made.manifest, kind="coreml")
     line = closing_line(Artifact(Path("out"), manifest))
     assert "It runs on iOS 18 and macOS 15: model.mlpackage goes into an Xcode project." in line
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (NOT_ASKED_FOR, None),
+        (skipped("no room"), "Not checked: no room. Do it later: rgexport validate out"),
+        (
+            CheckRecord(status="unverified", reason="so"),
+            "Checked: unverified, since so. Look closer: rgexport validate out",
+        ),
+        (
+            CheckRecord(
+                status="verified",
+                tokens=130,
+                positions=3,
+                kl=0.01234,
+                kl_standard_error=0.00123,
+                relative_max=0.004,
+                engine="toy 1",
+            ),
+            "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats, "
+            "0.4 % of the largest logit from its twin: verified.",
+        ),
+    ],
+)
+def test_check_line(made, found, line):
+    assert check_line(Artifact(Path("out"), made.manifest.with_check(found))) == line
+
+
+def test_somebodys_reason_is_one_line(made):
+    """A manifest may be anybody's."""
+    artifact = Artifact(Path("out"), made.manifest.with_check(skipped("a\x1b[2Jb\nc")))
+    assert str(check_line(artifact)).startswith("Not checked: a?[2Jb?c. ")
 
 
 def test_default_target():

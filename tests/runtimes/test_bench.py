@@ -223,7 +223,7 @@ def test_demo(demo_artifact, monkeypatch, capsys):
 def test_demo_in_llama_cpp(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.0)
     demo = tmp_path / "demo.gguf"
-    assert run(["gguf", "--size", "demo", "--type", "q8_0", "-o", str(demo)]) == 0
+    assert run(["gguf", "--size", "demo", "--type", "q8_0", "--no-check", "-o", str(demo)]) == 0
     capsys.readouterr()
     asked = ["-p", "5", "-n", "4", "-d", "0,300", "-r", "2", "--threads", "1", "-o", "json"]
     assert run(["bench", str(demo), *asked]) == 0

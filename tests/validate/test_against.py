@@ -11,16 +11,19 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import State
 from rgexport.runtimes.ort import OrtSession
-from rgexport.validate import capture as capturing
-from rgexport.validate import parity
-from rgexport.validate.against import AgainstFile, compare_with_file, file_checks
+from rgexport.validate import parity, reference_layout, stream_errors
+from rgexport.validate.against import AgainstFile, compare_with_file, file_checks, with_layers
 from rgexport.validate.capture import capture
+from rgexport.validate.checks import Check
 from rgexport.validate.file_report import bounded
 from rgexport.validate.metrics import agreement, compare_logits
-from rgexport.validate.parity import validate_artifacts
 from rgexport.validate.reference_file import ReferenceFile
 from rgexport.validate.reference_reader import read_reference
+from rgexport.validate.run import validate_artifacts
+from rgexport.validate.stream_errors import LayerError, positions_to_look_at
+from rgexport.validate.thresholds import tolerance
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
@@ -37,9 +40,9 @@ def reference(
     """A file of the small model; in all of them but one only few positions are full."""
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capturing, "LOGITS_BYTES", LIMITS[request.param])
-        patch.setattr(capturing, "FULL_BYTES", 0)
-        patch.setattr(capturing, "LEAST_MOST", 40)
+        patch.setattr(reference_layout, "LOGITS_BYTES", LIMITS[request.param])
+        patch.setattr(reference_layout, "FULL", 16)
+        patch.setattr(reference_layout, "LEAST_MOST", 40)
         capture(open_checkpoint(checkpoint), target, device="cpu")
     found = read_reference(target)
     assert found.header.tail_bits == int(request.param.replace("full", "0"))
@@ -112,6 +115,104 @@ def test_the_states_are_compared(clean: Clean, reference: ReferenceFile) -> None
     assert {error.name for error in exact.states} == {error.name for error in rough.states}
 
 
+def test_states_are_compared_on_the_way(clean: Clean, reference: ReferenceFile) -> None:
+    exact, rough = (held(clean(kind), reference).drift for kind in ("fp32", "int4"))
+    longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
+    assert [drift.position for drift in exact] == list(longest.checkpoints) != []
+    names = {"layers.0.rg_lru", "layers.0.conv1d", "layers.1.rg_lru", "layers.1.conv1d"}
+    for one, other in zip(exact, rough, strict=True):
+        assert {error.name for error in one.states} == names
+        assert max(error.relative_max for error in one.states) < 1e-4
+        assert max(error.relative_max for error in other.states) > 1e-3
+
+
+def test_kl_is_known_as_such_where_all_logits_are(clean: Clean, reference: ReferenceFile) -> None:
+    found = held(clean("int4-exact"), reference)
+    whole = found.full_positions == found.positions
+    assert (found.kl_full == found.kl) is whole
+    assert reference.is_full(found.kl_full.worst_position)
+    assert reference.is_full(found.logits.worst_position)
+    assert 0.2 * found.kl.mean < found.kl_full.mean < 5 * found.kl.mean
+    assert found.kl_full.standard_error > 0
+
+
+def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
+    """The margin is the tolerance's, from the variance that the file has of every position."""
+    artifact = Artifact.open(clean("int4"))
+    found = held(clean("int4"), reference).agreement
+    assert 0 < found.near_ties <= found.flips
+    noise = tolerance(artifact.manifest).rms
+    assert found.largest_flip_margin > 0 and noise > 0
+    exact = held(clean("fp32"), reference).agreement
+    assert exact.flips == exact.near_ties
+
+
+def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
+    clean: Clean, reference: ReferenceFile
+) -> None:
+    manifest = Artifact.open(clean("int4")).manifest
+    found = held(clean("int4"), reference)
+
+    def judged(limit: float) -> Check:
+        checks = file_checks(found, manifest, {"reference.kl": limit})
+        return next(check for check in checks if check.name == "reference.kl")
+
+    margin = judged(0).margin
+    known = found.kl_high.mean - found.kl.mean + 2 * found.kl.standard_error
+    assert margin >= known > 0 and judged(0).value == found.kl.mean
+    outcomes = [judged(found.kl.mean + share * margin).outcome for share in (1.01, 0, -1.01)]
+    assert outcomes == ["PASS", "AMBIGUOUS", "FAIL"]
+
+
+def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
+    opened = Artifact.open(artifact)
+    before: dict[int, State] = {}
+    found = compare_with_file(OrtSession(opened), opened.manifest, reference, before)
+    assert set(before) == set(reference.header.watched)
+    layers = with_layers(found, opened, reference, before).layers
+    assert layers is not None and [error.layer for error in layers] == [0, 1, 2]
+    return layers
+
+
+def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
+    reference = read_reference(file)
+    exact, rough = look(clean("fp32"), reference), look(clean("int4"), reference)
+    assert all(error.passed and error.relative_rms < 1e-5 for error in exact)
+    assert all(error.passed and error.relative_rms > 1e-3 for error in rough)
+    assert {error.worst_position for error in rough} <= set(reference.header.watched)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_first_layer_that_leaves_is_named(
+    spoil: Spoil,
+    file: Path,
+    layer: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without torch, from the file alone."""
+    folder = spoil("fp32", weight=(f"layers.{layer}.mlp_block.up_proj.weight", "data", 1.02))
+    errors = look(folder, read_reference(file))
+    assert [error.layer for error in errors if not error.passed] == list(range(layer, 3))
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    validate_artifacts([folder], reference=file, bisect=True)
+    shown = capsys.readouterr().out
+    assert f"layer {layer} is the first whose residual stream leaves" in shown
+
+
+def test_few_states_are_kept_where_they_are_large(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = read_reference(file)
+    state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
+    assert positions_to_look_at(reference, state) == watched
+    monkeypatch.setattr(stream_errors, "STATE_BYTES", 399)
+    found = positions_to_look_at(reference, state)
+    assert len(found) == 3 and {found[0], found[-1]} == {watched[0], watched[-1]}
+    monkeypatch.setattr(stream_errors, "STATE_BYTES", 1)
+    assert positions_to_look_at(reference, state) == watched[:1]
+
+
 @pytest.mark.parametrize("kind", ["fp32", "int8", "int4-exact"])
 def test_a_ruined_artifact_fails(spoil: Spoil, reference: ReferenceFile, kind: str) -> None:
     part = "data" if kind == "fp32" else "scales"
@@ -176,7 +277,7 @@ def test_validate_with_a_file(
 ) -> None:
     """Beside the twin, where there is torch."""
     target = tmp_path / "r.json"
-    assert validate_artifacts([clean("int4")], reference=file, json_file=target, tokens=20) == 0
+    assert validate_artifacts([clean("int4")], reference=file, json_file=target, max_tokens=20) == 0
     found = json.loads(target.read_text())
     assert found["twin"] is not None and found["original"] is None
     assert found["reference"]["positions"] == sum(
@@ -190,7 +291,7 @@ def test_validate_with_a_file(
 
 def test_the_page_shows_it(clean: Clean, file: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.html"
-    assert validate_artifacts([clean("int4")], reference=file, html_file=target, tokens=20) == 0
+    assert validate_artifacts([clean("int4")], reference=file, html_file=target, max_tokens=20) == 0
     page, positions = target.read_text("utf-8"), len(read_reference(file).tokens)
     assert "Against the reference file" in page and f"{positions:,} positions" in page
     assert page.count("reference.<wbr>rms") == 1
@@ -200,7 +301,7 @@ def test_a_failure_against_the_file_is_the_verdict(
     clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = another(tmp_path, seed=1).path
-    assert validate_artifacts([clean("fp32")], reference=path, tokens=20) == 1
+    assert validate_artifacts([clean("fp32")], reference=path, max_tokens=20) == 1
     shown = capsys.readouterr().out
     assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
     assert "it is of other weight files" in shown
@@ -218,13 +319,13 @@ def test_without_torch_the_file_is_enough(
     assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0
     found = json.loads(target.read_text())
     assert found["verdict"] == "PASS" and found["twin"] is None and found["original"] is None
-    assert {check["name"] for check in found["checks"]} == {"reference.rms", "reference.finite"}
+    names = {check["name"] for check in found["checks"]}
+    assert {"position", "reset.logits", "reference.rms", "reference.finite"} < names
     captured = capsys.readouterr()
     assert "twin is left out" in captured.err and "twin: left out" in captured.out
     page = tmp_path / "r.html"
-    with pytest.raises(RequestError, match="takes torch"):
-        validate_artifacts([clean("int4")], reference=file, html_file=page)
-    assert not page.exists()
+    assert validate_artifacts([clean("int4")], reference=file, html_file=page) == 0
+    assert "left out, it takes torch" in page.read_text("utf-8")
 
 
 def test_numbers_are_shown_with_what_is_known_of_them() -> None:

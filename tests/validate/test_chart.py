@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.validate import chart
-from rgexport.validate.chart import BOTTOM, LEFT, RIGHT, TOP, Scale, Series
+from rgexport.validate.chart import BOTTOM, LEFT, RIGHT, TOP, Limit, Scale, Series
 
 values = st.lists(
     st.one_of(
@@ -68,8 +68,43 @@ def test_the_pen_is_lifted_where_a_value_is_missing() -> None:
 
 
 def test_a_limit_is_drawn_where_it_is_near() -> None:
+    limit = Limit("limit", lambda x: 0.3)
     near = chart.logarithmic_scale([1e-3, 1e-2], limit=0.3)
-    _, _, limit = chart.draw([], near, (0.3, "limit"))
-    assert limit is not None and TOP < limit[0] < BOTTOM
+    _, _, line = chart.draw([], near, limit)
+    assert line is not None and TOP < line.end < BOTTOM
+    assert line.path.startswith(f"M{LEFT} {line.end:g} ")
+    assert line.path.endswith(f" {RIGHT} {line.end:g}")
     far = chart.logarithmic_scale([1e-9, 1e-8], limit=0.3)
-    assert chart.draw([], far, (0.3, "limit"))[2] is None
+    assert chart.draw([], far, limit)[2] is None
+
+
+def test_a_limit_that_grows_is_at_each_x_where_it_should_be() -> None:
+    series = Series("twin", "twin", [(1, 0.1), (256, 0.9)])
+    _, _, line = chart.draw(
+        [series], Scale(0, 1, BOTTOM, TOP), Limit("limit", lambda x: x / 256), doubling=True
+    )
+    assert line is not None
+    numbers = list(map(float, line.path[1:].split()))
+    x_scale = Scale(1, 256, LEFT + 6, RIGHT - 6, logarithmic=True)
+    for x, y in zip(numbers[2:-2:2], numbers[3:-2:2], strict=True):
+        assert y == pytest.approx(Scale(0, 1, BOTTOM, TOP)(x_scale.value(x) / 256), abs=0.1)
+    assert numbers[:2] == [LEFT, pytest.approx(Scale(0, 1, BOTTOM, TOP)(1 / 256))]
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**7))
+def test_ticks_that_double(low: int, more: int) -> None:
+    ticks = chart.doubling_ticks(low, low + more)
+    assert len(ticks) <= 6 and all(low <= tick <= low + more for tick in ticks)
+    assert all(tick & (tick - 1) == 0 for tick in ticks)
+    assert len(ticks) >= 2 or more < 3 * low
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1, 1e3), st.booleans(), st.floats(0, 1))
+def test_a_place_has_the_value_that_lies_there(
+    low: float, factor: float, logarithmic: bool, share: float
+) -> None:
+    scale = Scale(low, low * factor, LEFT, RIGHT, logarithmic)
+    place = LEFT + share * (RIGHT - LEFT)
+    assert low * 0.999 <= scale.value(place) <= low * factor * 1.001
+    if factor > 1.01:
+        assert scale(scale.value(place)) == pytest.approx(place, abs=0.11)

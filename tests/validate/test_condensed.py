@@ -11,6 +11,7 @@ from rgexport.validate.condensed import (
     Condensed,
     condense,
     kl_bounds,
+    lead,
 )
 from rgexport.validate.metrics import compare_logits
 
@@ -121,3 +122,17 @@ def test_logits_that_are_no_numbers_give_none(bits: int) -> None:
     reference, candidate = draw(6, 100, 2.0, 0.1)
     candidate[50] = np.nan
     assert all(np.isnan(value) for value in kl_bounds(condense(reference, bits), candidate))
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_pairs, st.sampled_from(sorted(CODES)), st.integers(0, 16))
+def test_a_lead_is_at_least_what_is_told(
+    pair: tuple[np.ndarray, np.ndarray], bits: int, token: int
+) -> None:
+    reference, _ = pair
+    kept = condense(reference, bits, LEAST)
+    truth = float(reference.max()) - float(reference[token])
+    told = lead(kept, token)
+    assert 0 <= told <= truth + 1e-5 * (1 + np.abs(reference).max())
+    if token in kept.ids or (bits == 16 and kept.tail.codes[token]):  # type: ignore[index]
+        assert told == pytest.approx(truth, abs=1e-2)

@@ -55,13 +55,13 @@ def test_clean_packages_pass(kind: str, folder: Path) -> None:
     assert failed(result) == [], result.checks
     assert (result.artifact.kind, result.engine.whole_chunks) == ("coreml", True)
     assert result.engine.chunk_logits == KINDS[kind].get("all_logits", False)
-    assert result.steps.tokens == 12 + 8
+    assert result.equivalences["steps"].tokens == 12 + 8
     assert result.weights is not None
     assert [error.name for error in result.weights] == list(model_tensors(CONFIG))
     assert result.original is not None
     if artifact.manifest.compute == "fp32":
         assert result.twin.logits.relative_max < 2e-5
-        assert result.steps.logits.relative_max < 2e-5
+        assert result.equivalences["steps"].logits.relative_max < 2e-5
     else:
         assert 1e-5 < result.twin.logits.relative_max < 1e-2
 
@@ -118,7 +118,7 @@ def _measured(artifact: Artifact, what: str | None) -> Measurement:
     session = CoreMLSession(artifact)
     if what is not None:
         session = CoreMLSession(artifact, runner=WrongPrefill(session._runner, what))
-    return measure(session, tokens, twin)
+    return measure(session, tokens, [twin])
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,11 @@ def _measured(artifact: Artifact, what: str | None) -> Measurement:
 def test_a_wrong_prefill_is_seen(what: str | None, folder: Path) -> None:
     """Though the logits of the text are those of `decode`."""
     found = _measured(package(folder, "fp16"), what)
-    assert found.twin.logits.relative_max < 1e-2
+    assert found.comparisons[0].logits.relative_max < 1e-2
     worst = max(
-        [found.steps.logits.relative_max, *(state.relative_max for state in found.steps.states)]
+        [
+            found.equivalences["steps"].logits.relative_max,
+            *(state.relative_max for state in found.equivalences["steps"].states),
+        ]
     )
     assert (worst < 1e-2) if what is None else (worst > 3e-2)

@@ -23,6 +23,9 @@ KINDS = {
     "columns of all sizes": lambda rng, shape: (
         rng.normal(size=shape) * np.exp(rng.normal(size=(1, shape[1])))
     ),
+    "loud columns": lambda rng, shape: (
+        rng.normal(size=shape) * np.where(np.arange(shape[1]) % 64, 1, 20)
+    ),
 }
 
 

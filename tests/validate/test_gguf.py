@@ -33,7 +33,7 @@ def _validate(checkpoint: Path, target: Path, **options: object) -> Result:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_passes(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     result = _validate(checkpoint, tmp_path / "model.gguf", type=kind)
-    assert result.passed, [check for check in result.checks if not check.passed]
+    assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
     assert (result.artifact.kind, result.artifact.precision) == ("gguf", kind)
     assert result.engine.engine == "llama.cpp"
     assert result.weights is not None and len(result.weights) == len(

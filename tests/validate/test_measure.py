@@ -10,8 +10,8 @@ TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
 
 
 def test_a_right_session_differs_in_nothing() -> None:
-    found = measure(ToySession(), TOKENS, toy_pass(TOKENS), toy_pass(TOKENS), text_bytes=50)
-    for comparison in (found.twin, found.original):
+    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS)], text_bytes=50)
+    for comparison in (found.comparisons[0], found.comparisons[1]):
         assert comparison is not None
         assert comparison.logits.relative_max < 1e-6
         assert comparison.kl.max < 1e-10
@@ -20,13 +20,13 @@ def test_a_right_session_differs_in_nothing() -> None:
         assert comparison.likelihood.tokens == 99
         assert [s.name for s in comparison.states] == [MEMORY]
         assert comparison.states[0].relative_max < 1e-6
-    assert found.same_position
-    assert found.steps.tokens == 8
-    assert found.steps.logits.relative_max < 1e-6
+    assert found.counted
+    assert found.equivalences["steps"].tokens == 8
+    assert found.equivalences["steps"].logits.relative_max < 1e-6
 
 
 def test_likelihood_is_that_of_the_next_token() -> None:
-    found = measure(ToySession(), TOKENS, toy_pass(TOKENS)).twin.likelihood
+    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS)]).comparisons[0].likelihood
     logits = toy_pass(TOKENS).logits(0, len(TOKENS)).astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = -log_p[np.arange(99), TOKENS[1:]].mean()
@@ -40,29 +40,36 @@ def test_blocks_cover_the_text_once(
 ) -> None:
     monkeypatch.setattr(module, "LOGITS_BYTES", limit)
     session = ToySession()
-    found = measure(session, TOKENS[:length], toy_pass(TOKENS[:length]))
-    steps = found.steps.tokens
+    found = measure(session, TOKENS[:length], [toy_pass(TOKENS[:length])])
+    steps = found.equivalences["steps"].tokens
     assert steps == min(8, length)
-    assert sum(session.chunks) == length + steps, "all in chunks, the last ones again as steps"
+    once, taken = 0, iter(session.chunks)
+    while once < length:
+        once += next(taken)
+    assert once == length
+    again = list(taken)
+    assert sum(again) == module.GREEDY_TOKENS - 1 + 3 * steps + min(
+        8, length - 8 if length > 8 else 8, length
+    ), "its own continuation; the last tokens as before, as steps, and ragged; the first ones"
     assert max(session.chunks) <= (8 if limit == 1 else 12)
-    assert found.twin.logits.relative_max < 1e-6
+    assert found.comparisons[0].logits.relative_max < 1e-6
 
 
 def test_the_original_is_compared_apart() -> None:
-    found = measure(ToySession(), TOKENS, toy_pass(TOKENS), toy_pass(TOKENS, seed=1))
-    assert found.original is not None
-    assert found.twin.kl.mean < 1e-10
-    assert found.original.kl.mean > 0.1
-    assert found.original.states[0].relative_max > 0.1
+    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)])
+    assert found.comparisons[1] is not None
+    assert found.comparisons[0].kl.mean < 1e-10
+    assert found.comparisons[1].kl.mean > 0.1
+    assert found.comparisons[1].states[0].relative_max > 0.1
 
 
 def test_wrong_logits_are_seen() -> None:
     def late(session: ToySession, logits: np.ndarray) -> np.ndarray:
         return np.roll(logits, 1, axis=1)
 
-    found = measure(ToySession(fault=late), TOKENS, toy_pass(TOKENS))
-    assert found.twin.logits.relative_rms > 0.5
-    assert found.twin.agreement.top1 < 0.9
+    found = measure(ToySession(fault=late), TOKENS, [toy_pass(TOKENS)])
+    assert found.comparisons[0].logits.relative_rms > 0.5
+    assert found.comparisons[0].agreement.top1 < 0.9
 
 
 def test_a_state_that_is_lost_between_chunks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,19 +78,19 @@ def test_a_state_that_is_lost_between_chunks_is_seen(monkeypatch: pytest.MonkeyP
         return logits
 
     monkeypatch.setattr(module, "MAX_BLOCK", 10)
-    found = measure(ToySession(fault=forget), TOKENS, toy_pass(TOKENS))
-    assert found.twin.logits.relative_max > 0.1
-    assert found.twin.states[0].relative_max == 1
-    assert found.steps.logits.relative_max > 0.1
+    found = measure(ToySession(fault=forget), TOKENS, [toy_pass(TOKENS)])
+    assert found.comparisons[0].logits.relative_max > 0.1
+    assert found.comparisons[0].states[0].relative_max == 1
+    assert found.equivalences["steps"].logits.relative_max > 0.1
 
 
 def test_steps_that_differ_from_the_chunk_are_seen() -> None:
     def wrong_step(session: ToySession, logits: np.ndarray) -> np.ndarray:
         return logits + (session.chunks[-1] == 1)
 
-    found = measure(ToySession(fault=wrong_step), TOKENS, toy_pass(TOKENS))
-    assert found.twin.logits.relative_max < 1e-6
-    assert found.steps.logits.max == pytest.approx(1, rel=1e-5)
+    found = measure(ToySession(fault=wrong_step), TOKENS, [toy_pass(TOKENS)])
+    assert found.comparisons[0].logits.relative_max < 1e-6
+    assert found.equivalences["steps"].logits.max == pytest.approx(1, rel=1e-5)
 
 
 def test_a_position_that_is_not_counted_is_seen() -> None:
@@ -91,7 +98,7 @@ def test_a_position_that_is_not_counted_is_seen() -> None:
         session.position = session.position - 1
         return logits
 
-    assert not measure(ToySession(fault=stuck), TOKENS, toy_pass(TOKENS)).same_position
+    assert not measure(ToySession(fault=stuck), TOKENS, [toy_pass(TOKENS)]).counted
 
 
 def test_nan_in_the_logits_reaches_the_result() -> None:
@@ -99,15 +106,42 @@ def test_nan_in_the_logits_reaches_the_result() -> None:
         logits[..., 3] = np.nan
         return logits
 
-    found = measure(ToySession(fault=broken), TOKENS, toy_pass(TOKENS))
-    assert found.twin.logits.non_finite_positions == len(TOKENS)
-    assert np.isnan(found.twin.logits.relative_max)
+    found = measure(ToySession(fault=broken), TOKENS, [toy_pass(TOKENS)])
+    assert found.comparisons[0].logits.non_finite_positions == len(TOKENS)
+    assert np.isnan(found.comparisons[0].logits.relative_max)
 
 
-def test_the_state_before_the_last_block_is_restored() -> None:
-    session = ToySession()
-    measure(session, TOKENS, toy_pass(TOKENS))
-    assert session.get_state()[POSITION].tolist() == [len(TOKENS)]
+def test_the_state_behind_the_text_is_given() -> None:
+    found = measure(ToySession(), TOKENS, [])
+    assert found.comparisons == []
+    assert found.state[POSITION].tolist() == [len(TOKENS)]
+    assert np.allclose(found.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
+
+
+def test_states_are_compared_along_the_text() -> None:
+    def leak(session: ToySession, logits: np.ndarray) -> np.ndarray:
+        session.h *= np.float32(1.01)
+        return logits
+
+    tokens = np.resize(TOKENS, 300)
+    (right,) = measure(ToySession(), tokens, [toy_pass(tokens)]).comparisons
+    assert [found.position for found in right.drift] == [64, 128, 256]
+    assert max(found.states[0].relative_max for found in right.drift) < 1e-6
+    (wrong,) = measure(ToySession(fault=leak), tokens, [toy_pass(tokens)]).comparisons
+    assert min(found.states[0].relative_max for found in wrong.drift) > 5e-3
+
+
+def test_the_greedy_text_in_common() -> None:
+    right, wrong = measure(
+        ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)]
+    ).comparisons
+    assert right.greedy_tokens == right.greedy_common == module.GREEDY_TOKENS
+    one, other, expected = ToySession(), ToySession(seed=1), 0
+    ours, theirs = one.prefill(TOKENS[None])[:, 0], other.prefill(TOKENS[None])[:, 0]
+    while ours.argmax() == theirs.argmax() and expected < module.GREEDY_TOKENS:
+        expected += 1
+        ours, theirs = one.step(ours.argmax(1)), other.step(theirs.argmax(1))
+    assert wrong.greedy_common == expected < module.GREEDY_TOKENS
 
 
 @pytest.mark.parametrize("chunk_logits", [True, False])
@@ -117,19 +151,19 @@ def test_a_chunk_of_fixed_length_is_taken_whatever_the_text(
 ) -> None:
     tokens = np.resize(TOKENS, length)
     session = WholeChunksSession(chunk_logits=chunk_logits)
-    found = measure(session, tokens, toy_pass(tokens))
+    found = measure(session, tokens, [toy_pass(tokens)])
     assert session.chunks.count(64) >= 1
-    assert found.steps.tokens == 72
-    assert found.twin.logits.relative_max < 1e-6
-    assert found.steps.logits.relative_max < 1e-6
-    assert found.steps.states[0].relative_max < 1e-6
-    assert found.same_position
+    assert found.equivalences["steps"].tokens == 72
+    assert found.comparisons[0].logits.relative_max < 1e-6
+    assert found.equivalences["steps"].logits.relative_max < 1e-6
+    assert found.equivalences["steps"].states[0].relative_max < 1e-6
+    assert found.counted
 
 
 def test_a_text_is_taken_in_whole_chunks_where_these_give_all_logits() -> None:
     session = WholeChunksSession(chunk_logits=True)
-    measure(session, np.resize(TOKENS, 1000), toy_pass(np.resize(TOKENS, 1000)))
-    assert session.chunks.count(64) == 928 // 64 + 1 + 1, "text, last tokens, and those again"
+    measure(session, np.resize(TOKENS, 1000), [toy_pass(np.resize(TOKENS, 1000))])
+    assert session.chunks.count(64) == 928 // 64 + 1 + 3, "the text, and its last tokens again"
 
 
 def _wrong_logits(session: ToySession, logits: np.ndarray) -> np.ndarray:
@@ -147,7 +181,7 @@ def _lost_state(session: ToySession, logits: np.ndarray) -> np.ndarray:
 def test_a_wrong_program_for_chunks_is_seen(fault: Fault, length: int, chunk_logits: bool) -> None:
     """Also where the text itself was taken without it."""
     session = WholeChunksSession(chunk_logits=chunk_logits, chunk_fault=fault)
-    found = measure(session, TOKENS[:length], toy_pass(TOKENS[:length]))
-    assert found.steps.logits.relative_max > 0.1
+    found = measure(session, TOKENS[:length], [toy_pass(TOKENS[:length])])
+    assert found.equivalences["steps"].logits.relative_max > 0.1
     if length == 20 or not chunk_logits:
-        assert found.twin.logits.relative_max < 1e-6
+        assert found.comparisons[0].logits.relative_max < 1e-6

@@ -20,20 +20,26 @@ from rgexport.validate.reference_file import (
     SUMS,
     Header,
     PromptRecord,
-    is_reference,
+    checkpoint_name,
+    checkpoint_specs,
     state_name,
     stored_shape,
-    write_reference,
 )
 from rgexport.validate.reference_reader import read_reference
+from rgexport.validate.reference_writer import is_reference, write_reference
 from tests.models import make_config
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
-LENGTHS, FULL = (3, 20), (2, 22)
+LENGTHS, FULL, WATCHED, CHECKPOINTS = (3, 20), (2, 22), (2, 12, 22), (8, 16)
 
 
 def logits() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(sum(LENGTHS), 64)).astype(np.float32)
+
+
+def activations() -> np.ndarray:
+    shape = len(WATCHED), CONFIG.num_layers, CONFIG.width
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
 def condensed(position: int, bits: int) -> Condensed:
@@ -47,7 +53,7 @@ def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
     sums = np.zeros((sum(LENGTHS), len(SUMS)))
     for i, c in kept.items():
         t = c.tail
-        sums[i] = c.log_sum_exp, 1.5, t.mass, t.offset, t.moved, t.floor, t.step
+        sums[i] = c.log_sum_exp, 1.5, 0.7, t.mass, t.offset, t.moved, t.floor, t.step
     arrays = {
         "tokens": np.arange(sum(LENGTHS)),
         "full.positions": np.array(FULL),
@@ -57,6 +63,7 @@ def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
         "kept.logits": np.concatenate([c.logits for c in kept.values()]),
         "sums": sums,
         "greedy.1": np.array([5, 6]),
+        "activations": activations(),
     }
     if bits:
         arrays["codes"] = np.stack([c.tail.codes for c in kept.values()])  # type: ignore[misc]
@@ -64,8 +71,11 @@ def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
         for spec in state_specs(CONFIG):
             shape = stored_shape(spec, length)
             arrays[state_name(index, spec)] = np.full(shape, index + 1, np.float32)
+    for spec in checkpoint_specs(CONFIG):
+        values = [np.full(spec.shape, n, np.float32) for n in CHECKPOINTS]
+        arrays[checkpoint_name(1, spec)] = np.stack(values)
     prompts = tuple(
-        PromptRecord(f"p{i}", n, None, 1, 2 * i, {"KL": "an interval"})
+        PromptRecord(f"p{i}", n, None, 1, 2 * i, {"KL": "an interval"}, CHECKPOINTS if i else ())
         for i, n in enumerate(LENGTHS)
     )
     header = Header(
@@ -76,6 +86,7 @@ def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
         environment={"cores": 2},
         tail_bits=bits,
         prompts=prompts,
+        watched=WATCHED,
     )
     return header, arrays
 
@@ -123,6 +134,20 @@ def test_a_state_has_zeros_in_front_of_a_short_prompt(file: Path) -> None:
     assert short["layers.1.key"][0, :, 0].tolist() == [0] * 5 + [1] * 3
     assert (long["layers.1.key"] == 2).all()
     assert short["position"].tolist() == [3]
+
+
+def test_there_is_what_a_layer_gave_and_what_it_knew_on_the_way(file: Path) -> None:
+    found = read_reference(file)
+    assert found.header.watched == WATCHED
+    for place, expected in enumerate(activations()):
+        assert np.array_equal(found.activations(place), expected)
+    assert found.checkpoints(0) == {}
+    inside = found.checkpoints(1)
+    assert list(inside) == list(CHECKPOINTS)
+    for count, state in inside.items():
+        assert state.keys() == {"layers.0.rg_lru", "layers.0.conv1d"}
+        assert state["layers.0.conv1d"].shape == (1, 3, 32)
+        assert all((array == count).all() for array in state.values())
 
 
 def test_others_can_read_it(file: Path) -> None:
@@ -193,6 +218,15 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
         ("greedy.1", np.array([-1, 0])),
         ("greedy.1", None),
         ("layers", np.zeros(1)),
+        ("activations", None),
+        ("activations", np.zeros((3, 2, 31), np.float32)),
+        ("activations", np.zeros((2, 2, 32), np.float32)),
+        ("activations", np.full((3, 2, 32), np.inf, np.float32)),
+        ("checkpoints.1.layers.0.rg_lru", None),
+        ("checkpoints.1.layers.0.rg_lru", np.zeros((1, 32), np.float32)),
+        ("checkpoints.1.layers.0.conv1d", np.zeros((2, 3, 32), np.float64)),
+        ("checkpoints.0.layers.0.rg_lru", np.zeros((2, 32), np.float32)),
+        ("checkpoints.1.layers.1.key", np.zeros((2, 8, 16), np.float32)),
     ],
 )
 def test_values_that_cannot_be(tmp_path: Path, array: str, values: np.ndarray | None) -> None:
@@ -216,6 +250,10 @@ def test_values_that_cannot_be(tmp_path: Path, array: str, values: np.ndarray | 
         ({"tail_bits": 7}, "is damaged: tail_bits is 7"),
         ({"prompts": ()}, "is damaged: prompts"),
         ({"model": 3}, "is damaged: model is 3"),
+        ({"watched": (2, 2, 22)}, "is damaged: watched is"),
+        ({"watched": (2, 12, 23)}, "is damaged: watched is"),
+        ({"watched": (-1, 12, 22)}, "is damaged: watched is"),
+        ({"watched": ()}, "is damaged: activations is unknown"),
         ({"config": dataclasses.replace(CONFIG, window=0)}, "is damaged: config.window"),
     ],
 )
@@ -223,6 +261,25 @@ def test_a_header_that_cannot_be(tmp_path: Path, change: dict[str, Any], line: s
     header, arrays = content(0)
     write_reference(tmp_path / "r", dataclasses.replace(header, **change), arrays)
     with pytest.raises(RequestError, match=line):
+        read_reference(tmp_path / "r")
+
+
+@pytest.mark.parametrize("points", [(0, 8), (16, 8), (8, 20), (8, 16, 17), (1 << 62, 1 << 63)])
+def test_checkpoints_that_cannot_be(tmp_path: Path, points: tuple[int, ...]) -> None:
+    header, arrays = content(0)
+    first, second = header.prompts
+    prompts = first, dataclasses.replace(second, checkpoints=points)
+    write_reference(tmp_path / "r", dataclasses.replace(header, prompts=prompts), arrays)
+    with pytest.raises(RequestError, match="is damaged: checkpoints") as raised:
+        read_reference(tmp_path / "r")
+    assert "\n" not in str(raised.value)
+
+
+def test_one_position_is_full_at_least(tmp_path: Path) -> None:
+    header, arrays = content(0)
+    prompts = tuple(dataclasses.replace(prompt, full_positions=0) for prompt in header.prompts)
+    write_reference(tmp_path / "r", dataclasses.replace(header, prompts=prompts), arrays)
+    with pytest.raises(RequestError, match="is damaged: no position is full"):
         read_reference(tmp_path / "r")
 
 

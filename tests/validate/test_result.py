@@ -44,6 +44,9 @@ def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
         "value": None,
         "limit": result.checks[0].limit,
         "reason": "",
+        "margin": 0.0,
+        "kind": "",
+        "outcome": "FAIL",
         "passed": False,
     }
 
@@ -52,11 +55,14 @@ def test_the_sections_of_the_json(result: Result) -> None:
     sections = list(result.to_dict())
     assert sections == [
         *("schema_version", "verdict", "artifact", "source", "text", "engine", "twin"),
-        *("original", "steps", "weights", "tolerance", "checks", "environment"),
-        "reference",
+        *("original", "equivalences", "sites", "weights", "layers", "suspects", "reference"),
+        *("speed", "tolerance", "checks", "environment"),
     ]
     twin = result.to_dict()["twin"]
-    assert list(twin) == ["logits", "kl", "agreement", "likelihood", "states", "blocks", "worst"]
+    assert list(twin) == [
+        *("logits", "kl", "agreement", "likelihood", "states", "drift", "greedy_tokens"),
+        *("greedy_common", "blocks", "worst"),
+    ]
 
 
 def test_the_report_begins_with_the_verdict_and_names_what_failed(result: Result) -> None:
@@ -70,7 +76,7 @@ def test_the_report_begins_with_the_verdict_and_names_what_failed(result: Result
 def test_the_report_is_plain_text_of_limited_width(result: Result) -> None:
     text = render(result)
     assert "\x1b" not in text
-    table = [line for line in text.splitlines() if line.startswith("  ")]
+    table = [line for line in text.splitlines() if "   " in line]
     assert max(map(len, table)) <= 100
     for part in ("KL 99th percentile", "worst state", "rglru", "projection", "bit for bit"):
         assert part in text.replace("rg_lru", "rglru")

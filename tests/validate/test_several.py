@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +7,16 @@ from typing import Any
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate import teacher
-from rgexport.validate.parity import compare, validate_artifacts
-from rgexport.validate.report import overview_row, render_several
+from rgexport.validate.capture import capture
+from rgexport.validate.overview import overview
+from rgexport.validate.page import render_page
+from rgexport.validate.parity import compare
+from rgexport.validate.reference_reader import read_reference
+from rgexport.validate.report import render, render_several
+from rgexport.validate.run import validate_artifacts
+from rgexport.validate.speed import Speed
 
 Clean = Callable[[str], Path]
 
@@ -16,10 +24,10 @@ Clean = Callable[[str], Path]
 def test_artifacts_in_one_table(
     clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
+    files: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
     kinds = ["fp32", "int8", "int4"]
     paths = [clean(kind) for kind in kinds]
-    assert validate_artifacts(paths, model=str(checkpoint), tokens=40, **files) == 0
+    assert validate_artifacts(paths, model=str(checkpoint), max_tokens=40, **files) == 0
     out = capsys.readouterr().out
     assert out.startswith("PASS  all 3 pass")
     found = json.loads(files["json_file"].read_text("utf-8"))
@@ -65,7 +73,7 @@ def test_one_failure_is_exit_code_1_and_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
-    assert validate_artifacts([clean("fp32"), bad], tokens=30, html_file=page) == 1
+    assert validate_artifacts([clean("fp32"), bad], max_tokens=30, html_file=page) == 1
     out = capsys.readouterr().out
     assert out.startswith("FAIL  1 of 2 fail")
     before, _, after = out.partition("FAILED  twin.logits is ")
@@ -81,7 +89,34 @@ def test_a_broken_one_is_told_before_the_work(clean: Clean, tmp_path: Path, capf
 
 def test_without_an_original_its_columns_are_empty(clean: Clean) -> None:
     result = compare(clean("int8"), max_tokens=12)
-    path, size, bits, *cost, verdict = overview_row(result)
+    table = overview([result])
+    path, size, bits, *cost, verdict = next(iter(table.rows))
     assert path == str(clean("int8")) and size.endswith("B") and float(bits) > 8
     assert cost == ["", "", ""] and verdict == "PASS"
     assert "all 2 pass" in render_several([result, result])
+
+
+def test_speeds_have_columns_if_they_were_measured(clean: Clean) -> None:
+    slow = compare(clean("int8"), max_tokens=12)
+    assert not [name for name in overview([slow]).header if "tokens/s" in name]
+    fast = dataclasses.replace(slow, speed=Speed(decode=81.5, prefill=950.0, prompt_tokens=128))
+    table = overview([slow, fast])
+    assert table.header[-3:] == ("tokens/s", "prompt/s", "verdict")
+    assert [row[-3:-1] for row in table.rows] == [("", ""), ("81.5", "950")]
+    assert "prompt/s" in render_several([slow, fast])
+    assert "81.5 tokens/s one by one, 950 of a prompt of 128" in render(fast)
+    page = render_page([slow, fast])
+    assert '<th scope="col" class="n">prompt/s</th>' in page
+    assert '<td class="n">–</td><td class="n">–</td></tr>' in page
+
+
+def test_where_there_is_no_original_a_reference_file_tells_the_cost(
+    clean: Clean, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = capture(open_checkpoint(checkpoint), tmp_path / "r", device="cpu")
+    result = compare(clean("int8"), max_tokens=12, reference=read_reference(file))
+    assert result.original is None and result.reference is not None
+    row = dict(zip(overview([result]).header, next(iter(overview([result]).rows)), strict=True))
+    kl = result.reference.kl
+    assert row["KL to original"] == f"{kl.mean:.3g} ± {kl.standard_error:.1g}"
+    assert row["top-1"].endswith(" %")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rgexport.griffin.state import POSITION, State
-from rgexport.validate.states import same_position, state_errors, worst
+from rgexport.validate.states import checkpoints, state_errors, worst
 
 
 def make(**arrays: list[float]) -> State:
@@ -38,6 +38,7 @@ def test_states_of_another_window_are_left_out() -> None:
     assert [error.name for error in errors] == ["layers.0.rg_lru"]
 
 
-def test_positions() -> None:
-    other = make() | {POSITION: np.array([4])}
-    assert same_position(make(), make()) and not same_position(make(), other)
+def test_checkpoints_double() -> None:
+    assert checkpoints(64) == []
+    assert checkpoints(65) == [64]
+    assert checkpoints(1025) == [64, 128, 256, 512, 1024]

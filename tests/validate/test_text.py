@@ -18,20 +18,23 @@ def test_the_built_in_text_is_varied() -> None:
         assert part in text
 
 
-def test_the_built_in_text_is_taken_whole() -> None:
-    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=256, limit=10_000)
+def test_the_built_in_text_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TOKENS", 10_000)
+    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=256)
     assert len(found.tokens) == 1 + len(built_in_text())
     assert found.bytes == len(built_in_text().encode())
     assert not found.truncated and found.name == "built-in"
 
 
 def test_the_built_in_text_goes_past_a_long_window() -> None:
-    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7000, limit=9000)
+    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7000)
     assert len(found.tokens) == 7000 + module.PAST_WINDOW
     once = len(built_in_text())
     assert np.array_equal(found.tokens[1 : 1 + 500], found.tokens[1 + once : 1 + once + 500])
     limited = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7000, limit=300)
     assert len(limited.tokens) == 300 and limited.truncated
+    longer = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7, limit=32_768)
+    assert len(longer.tokens) == 32_768, "as many as are asked for"
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -63,6 +66,7 @@ def test_without_a_tokenizer_ids_are_random_and_repeatable() -> None:
     assert 0 <= found.tokens.min() and found.tokens.max() < 50
     assert len(set(found.tokens.tolist())) == 50
     assert np.array_equal(found.tokens, random_text(50, 401).tokens)
+    assert len(choose_text(None, vocab_size=50, window=100, limit=9000).tokens) == 9000
 
 
 @pytest.mark.parametrize(

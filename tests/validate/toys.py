@@ -9,6 +9,7 @@ import numpy as np
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import SessionInfo
 from rgexport.runtimes.tokenizer import Tokenizer
+from rgexport.validate.states import checkpoints
 from rgexport.validate.teacher import Pass
 
 VOCAB, WIDTH = 23, 8
@@ -36,11 +37,11 @@ class Toy:
 class ToyReference(Toy):
     """The toy as a reference."""
 
-    def run(self, tokens: np.ndarray) -> tuple[np.ndarray, State]:
-        """One pass from the beginning."""
-        hidden = self.hidden(tokens, np.zeros((len(tokens), WIDTH), np.float32))
-        position = np.full(len(tokens), tokens.shape[1], np.int64)
-        return hidden, {MEMORY: hidden[:, -1], POSITION: position}
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[np.ndarray, State]:
+        """One pass from the beginning, or from a state."""
+        state = state or {MEMORY: np.zeros((1, WIDTH), np.float32), POSITION: np.zeros(1, np.int64)}
+        hidden = self.hidden(tokens, state[MEMORY])
+        return hidden, {MEMORY: hidden[:, -1], POSITION: state[POSITION] + tokens.shape[1]}
 
     def logits(self, hidden: Any) -> np.ndarray:
         """The head."""
@@ -116,7 +117,8 @@ class WholeChunksSession(ToySession):
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:
     """The toy reference's pass over tokens [T]."""
     reference = ToyReference(seed)
-    return Pass(reference, *reference.run(tokens[None]))
+    drift = {n: reference.run(tokens[None, :n])[1] for n in checkpoints(len(tokens))}
+    return Pass(reference, *reference.run(tokens[None]), drift)
 
 
 def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:

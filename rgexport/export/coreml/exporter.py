@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgexport.errors import RequestError
+from rgexport.export.checked import SelfCheck
 from rgexport.export.coreml.manifest import CoreMLManifest, CoreMLRecord
 from rgexport.export.coreml.metadata import add_metadata
 from rgexport.export.coreml.options import CoreMLOptions
@@ -27,12 +28,17 @@ _TOOLS = ("torch", "coremltools", "numpy")
 
 
 def export_coreml(
-    checkpoint: Checkpoint, options: CoreMLOptions, target: Path, *, force: bool = False
+    checkpoint: Checkpoint,
+    options: CoreMLOptions,
+    target: Path,
+    *,
+    force: bool = False,
+    check: SelfCheck | None = None,
 ) -> Path:
     """Exports `checkpoint` to the folder `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
-    slabs of a few MB.
+    slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -62,7 +68,13 @@ def export_coreml(
         )
 
     return export_folder(
-        checkpoint, target, write_model, data_bytes=storage.size, tools=_TOOLS, force=force
+        checkpoint,
+        target,
+        write_model,
+        data_bytes=storage.size,
+        tools=_TOOLS,
+        force=force,
+        check=check,
     )
 
 

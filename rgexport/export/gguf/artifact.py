@@ -12,9 +12,11 @@ from gguf import GGMLQuantizationType, quants
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.checked import CheckRecord
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.facts import describe
 from rgexport.export.gguf.manifest import EmbeddedManifest, GgufManifest, read_embedded
+from rgexport.export.gguf.mark import read_mark
 from rgexport.export.gguf.metadata import MANIFEST_KEY
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor, part_layouts
@@ -154,9 +156,17 @@ def _manifest(
         io=IoRecord((), ()),
         instruction_tuned=embedded.instruction_tuned,
         files={name: FileRecord(digest, header.path.stat().st_size)},
+        check=_read_check(header),
         pieces=len(header.values.get("tokenizer.ggml.tokens", ())),
         imatrix="quantize.imatrix.file" in header.values,
     )
+
+
+def _read_check(header: GgufHeader) -> CheckRecord:
+    try:
+        return read_mark(header)
+    except Mismatch as error:
+        raise _damaged(header.path, str(error)) from None
 
 
 def _stored(file: str, tensor: FileTensor, header: GgufHeader) -> StoredTensor:

@@ -6,12 +6,14 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from rgexport.atomic import check_file_target, replace_file, require_free_disk
+from rgexport.export.checked import NOT_ASKED_FOR, SelfCheck
 from rgexport.export.gguf import integrity
+from rgexport.export.gguf.mark import mark_text, write_mark
 from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.gguf.writer import data_bytes, write_file
-from rgexport.export.verified import remember
+from rgexport.export.verified import known_for_now, remember
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.progress import note, task, warn
@@ -36,12 +38,17 @@ def replaceable(file: Path) -> bool:
 
 
 def export_gguf(
-    checkpoint: Checkpoint, options: GgufOptions, target: Path, *, force: bool = False
+    checkpoint: Checkpoint,
+    options: GgufOptions,
+    target: Path,
+    *,
+    force: bool = False,
+    check: SelfCheck | None = None,
 ) -> Path:
     """Exports `checkpoint` to the file `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, quantized and written in
-    slabs of a few MB.
+    slabs of a few MB. `check` runs the complete file, and takes memory of its own.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -64,7 +71,12 @@ def export_gguf(
     with replace_file(target, force=force, replaceable=replaceable) as partial:
         with task("Writing the weights", total) as advance:
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
-    remember({target: digest}, start=integrity.data_start(read_header(target)))
+        start = integrity.data_start(read_header(partial))
+        if check is not None:
+            with known_for_now({partial: digest}, {}, start=start):
+                found = check(partial)
+            write_mark(partial, found)
+    remember({target: digest}, start=start)
     return target
 
 
@@ -88,6 +100,7 @@ def _values_of_types(choice: Choice) -> Iterator[Value]:
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
     for key, digest in integrity.placeholders(types).items():
         yield Value(key, digest, Kind.STRING)
+    yield Value(integrity.CHECK, mark_text(NOT_ASKED_FOR), Kind.STRING)
     yield Value("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
     yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
     for key, told in (choice.imatrix.metadata() if choice.imatrix else {}).items():

@@ -14,14 +14,16 @@ from rgexport.quantize.gguf_header import GgufHeader, read_header
 
 FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
+CHECK = "rgexport.check"
+"""What the self-check found, when all else was written; see `mark`."""
 _UNKNOWN = "0" * 64
 
-_OTHERS = {DATA, METADATA, TYPES, FILE_TYPE, "general.quantization_version"}
+_OTHERS = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_version"}
 _OTHERS_PREFIXES = ("split.", "quantize.imatrix.")
 
 
 def metadata_sha256(header: GgufHeader) -> str:
-    """Over all keys and values but the hashes, and what llama-quantize sets anew."""
+    """Over all keys and values but the hashes and the self-check's, and what others set anew."""
     digest = hashlib.sha256()
     with header.path.open("rb") as file:
         for key, (start, stop) in header.spans.items():

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.model import build_model, io_record, save_model, state_records
@@ -16,12 +17,17 @@ _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
 
 
 def export_onnx(
-    checkpoint: Checkpoint, options: OnnxOptions, target: Path, *, force: bool = False
+    checkpoint: Checkpoint,
+    options: OnnxOptions,
+    target: Path,
+    *,
+    force: bool = False,
+    check: SelfCheck | None = None,
 ) -> Path:
     """Exports `checkpoint` to the folder `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
-    slabs of a few MB.
+    slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -47,5 +53,11 @@ def export_onnx(
         )
 
     return export_folder(
-        checkpoint, target, write_model, data_bytes=storage.size, tools=_TOOLS, force=force
+        checkpoint,
+        target,
+        write_model,
+        data_bytes=storage.size,
+        tools=_TOOLS,
+        force=force,
+        check=check,
     )

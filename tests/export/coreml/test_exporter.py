@@ -47,7 +47,8 @@ def test_the_same_request_gives_the_same_bytes(model, tmp_path):
 
 def test_command_line(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["coreml", "-m", "model", "--precision", "pal4", "--prefill-length", "3"]) == 0
+    asked = ["--precision", "pal4", "--prefill-length", "3", "--no-check"]
+    assert run(["coreml", "-m", "model", *asked]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("model-pal4-coreml is complete (") and shown.out.count("\n") == 1
     assert "try: rgexport generate model-pal4-coreml --ids 2" in shown.out

@@ -171,7 +171,7 @@ def model(tmp_path, monkeypatch) -> Path:
 
 
 def test_default_name_and_last_line(model, capsys):
-    assert run(["gguf", "-m", "mine"]) == 0
+    assert run(["gguf", "-m", "mine", "--no-check"]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1
     assert captured.out.startswith("mine-F16.gguf is complete (")
@@ -194,7 +194,7 @@ def test_default_name_and_last_line(model, capsys):
 def test_words_choose_the_type(model, asked, name):
     if "int" in asked or "q4" in asked:
         require_ggml()
-    assert run(["gguf", "-m", "mine", *asked.split()]) == 0
+    assert run(["gguf", "-m", "mine", "--no-check", *asked.split()]) == 0
     assert Path(name).is_file()
 
 
@@ -205,11 +205,14 @@ def test_help_names_every_type(capsys):
 
 
 def test_an_older_file_is_kept_without_force(model, capsys):
-    assert run(["gguf", "-m", "mine"]) == 0
+    assert run(["gguf", "-m", "mine", "--no-check"]) == 0
     before = Path("mine-F16.gguf").read_bytes()
     assert run(["gguf", "-m", "mine"]) == 2
     assert "mine-F16.gguf exists; pass --force" in capsys.readouterr().err
-    assert run(["gguf", "-m", "mine", "--type", "f32", "-o", "mine-F16.gguf", "--force"]) == 0
+    assert (
+        run(["gguf", "-m", "mine", "--type", "f32", "-o", "mine-F16.gguf", "--force", "--no-check"])
+        == 0
+    )
     assert len(Path("mine-F16.gguf").read_bytes()) > len(before)
 
 
@@ -221,11 +224,11 @@ def test_something_else_is_never_replaced(model, target, capsys):
 
 def test_printed_plan_exports_the_same(model, capsys):
     require_ggml()
-    assert run(["gguf", "-m", "mine", "--type", "q5_1", "-o", "one.gguf"]) == 0
+    assert run(["gguf", "-m", "mine", "--type", "q5_1", "-o", "one.gguf", "--no-check"]) == 0
     capsys.readouterr()
     assert run(["inspect", "one.gguf", "--json"]) == 0
     Path("plan.json").write_text(capsys.readouterr().out)
-    assert run(["gguf", "-m", "mine", "--plan", "plan.json", "-o", "two.gguf"]) == 0
+    assert run(["gguf", "-m", "mine", "--plan", "plan.json", "-o", "two.gguf", "--no-check"]) == 0
     assert Path("one.gguf").read_bytes() == Path("two.gguf").read_bytes()
 
 
@@ -246,7 +249,7 @@ def test_killed_export_leaves_nothing_that_the_next_does_not_remove(tmp_path):
             time.sleep(0.05)
         process.kill()
     assert not (folder / "out.gguf").exists() and list(folder.iterdir())
-    assert run(["gguf", "--size", "demo", "-o", str(folder / "out.gguf")]) == 0
+    assert run(["gguf", "--size", "demo", "-o", str(folder / "out.gguf"), "--no-check"]) == 0
     assert [path.name for path in folder.iterdir()] == ["out.gguf"]
 
 
@@ -255,7 +258,7 @@ def test_library_that_is_missing_is_told_before_any_work(model, monkeypatch, tmp
     assert run(["gguf", "-m", "mine", "--int4"]) == 2
     captured = capsys.readouterr().err
     assert "rgexport llama-cpp build" in captured and "Checking" not in captured
-    assert run(["gguf", "-m", "mine"]) == 0  # floats take no library
+    assert run(["gguf", "-m", "mine", "--no-check"]) == 0  # floats take no library
 
 
 def random_imatrix(folder: Path) -> Path:

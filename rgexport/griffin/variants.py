@@ -1,0 +1,60 @@
+"""A model and its variants, each of which has one part of another model's weights."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import layer_states
+from rgexport.griffin.step import Layer
+from rgexport.griffin.tensor import WeightSource
+
+
+class Variants(Reference):
+    """For each part of a model, the model with another's weights in that part alone.
+
+    All go through the layers together: up to its own part, a variant is the model itself, so the
+    batch grows from layer to layer. One layer of one of both models is in memory at a time.
+    """
+
+    def __init__(
+        self, config: GriffinConfig, weights: WeightSource, other: WeightSource, *, device: str
+    ):
+        """`weights` are the model's; a part of `other` takes the place of its own."""
+        super().__init__(config, weights, device=device)
+        self._other = Reference(config, other, device=device)
+        layers = (f"layers.{i}" for i in range(config.num_layers))
+        self.parts = ("embed_tokens", *layers, "final_norm")
+        """The embedding is the head, too."""
+
+    @torch.inference_mode()
+    def run_all(self, tokens: np.ndarray) -> Tensor:
+        """Tokens [T] from the beginning → the final norm's output [1 + parts, T, width] float32.
+
+        The first row is the model's, the others are in the order of the parts.
+        """
+        text = tokens[None]
+        hidden = torch.cat([self._embed(text), self._other._embed(text)])
+        for index in range(self.config.num_layers):
+            other = self._take(self._other._layer(index), index, hidden[:1])
+            hidden = torch.cat([self._take(self._layer(index), index, hidden), other])
+        return torch.cat([self._final_norm()(hidden), self._other._final_norm()(hidden[:1])])
+
+    def all_logits(self, hidden: Tensor) -> np.ndarray:
+        """Soft-capped logits [1 + parts, t, V] float32 of positions of what `run_all` gives."""
+        logits = self.logits(hidden)
+        logits[1] = self._other.logits(hidden[1:2])[0]
+        return logits
+
+    def _take(self, layer: Layer, index: int, hidden: Tensor) -> Tensor:
+        """[B, T, width] → the same, from the state before the first token."""
+        batch, length = hidden.shape[:2]
+        # Nothing is before the first token, so a window as long as the text sees as much.
+        window = min(self.config.window, length)
+        specs = layer_states(dataclasses.replace(self.config, window=window), index, "float32")
+        first, second = (hidden.new_zeros(batch, *spec.shape) for spec in specs)
+        positions = torch.arange(length, device=hidden.device).expand(batch, length)
+        return layer(hidden, positions, (first, second))[0]

@@ -1,0 +1,174 @@
+"""How far one op of an artifact may be from the reference's, given the same inputs.
+
+Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
+for a layer in front and one behind. Two numbers are limited: the rms over all values, and the
+median over the channels of each channel's own, where a fault in every channel shows that the rms
+of a few delicate ones would hide. See `sites.SiteError`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.config import RG_LRU_C
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.quantize.scheme import Affine, Ggml
+
+
+@dataclass(frozen=True)
+class SiteLimit:
+    """Limits of ‖Δ‖/‖reference‖: over all values, and the median of the channels' own."""
+
+    rms: float
+    median: float
+
+    def __add__(self, other: "SiteLimit") -> "SiteLimit":
+        return SiteLimit(self.rms + other.rms, self.median + other.median)
+
+
+EXACT = SiteLimit(0, 0)
+
+FLOAT32: dict[str, SiteLimit] = {
+    "embedding": SiteLimit(1e-6, 1e-6),
+    "add": SiteLimit(1e-6, 1e-6),
+    "rms_norm": SiteLimit(3e-6, 3e-6),
+    "gelu": SiteLimit(5e-5, 1e-2),
+    "mul": SiteLimit(5e-5, 1e-2),
+    "rg_lru_scan": SiteLimit(1e-5, 3e-6),
+}
+"""Op → its limit where both sides compute in float32."""
+FLOAT32_SUMS = SiteLimit(5e-5, 5e-5)
+"""All other ops.
+
+A sum of K products in another order differs by some √K · 2⁻²⁴ of their norm: 5e-6 at K = 7680. Ten
+times that leaves room for sums that cancel to a tenth of their terms. A float16 in between costs
+2⁻¹¹ / √3 = 2.8e-4 of each value at least once, in all channels.
+
+Sums of two and products with the embedding's scale are the same on both sides, up to the last bit.
+The mean of the squares in a norm cannot cancel: √K · 2⁻²⁵ / √3 at most, 1e-6, and half of it is
+left by the root. An epsilon of 1e-5 for 1e-6 shows as 4.5e-6 where the squares are 1.
+
+GELU of a value below -3 is 1 + tanh of nearly -1: its last bits are lost, and a product with it is
+as inexact. Such values do not count in the rms, but they may be most channels of a sparse layer.
+
+The scan itself is no worse than the roundings of its tokens, 2⁻²⁴ · √32 = 3e-7, and of sigmoids;
+what its decays add is `scan_noise`. Gates that it takes in float16 show as 1e-5.
+"""
+
+ROUNDED: dict[str, SiteLimit] = {
+    "float32": EXACT,
+    "float16": SiteLimit(2e-3, 2e-3),
+    "bfloat16": SiteLimit(1.5e-2, 1.5e-2),
+    "int8": SiteLimit(0.1, 0.1),
+}
+"""What an op rounds its values to → what that adds.
+
+float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean. The result is rounded, and what
+the op has on its way; and where an engine hands on what it had before the rounding, an input is
+not the one that it shows. Ten times the mean.
+
+bfloat16: eight times as much, at a linear's inputs.
+
+int8: a linear's inputs, too. The rms error of a block is max |x| / 440. For normal values that is
+0.5 % of them in blocks of 32 and 0.7 % in blocks of 256; where one outlier makes up a block, √32 /
+440 = 1.3 % and √256 / 440 = 3.6 %. The result may be a third of what its terms add up to at random.
+"""
+
+HALF: dict[str, SiteLimit] = {
+    **dict.fromkeys(("embedding", "rms_norm", "block_diagonal_linear", "rg_lru_scan"), EXACT),
+    "soft_cap": SiteLimit(5e-4, 5e-4),
+}
+"""Op → what it adds that activations are float16; `ROUNDED` for all others.
+
+The first ones are float32 in every artifact, and so are their inputs. The soft cap is, but takes
+logits that may have been rounded in between: by 2⁻¹¹ at most.
+"""
+
+HALF_ATTENTION = SiteLimit(1e-2, 1e-2)
+"""What it adds to attention that its scores (Core ML) or its keys and queries (GGUF) are float16.
+
+A score is a sum of head_dim products, each off by up to 2⁻¹¹ of itself, and a weight of the softmax
+is off by as much as its score: 30 · 2⁻¹¹ = 1.5 % if all errors had one sign, a tenth of that as
+they have not.
+"""
+HALF_SUMS = 2.0**-10
+"""Times the root of the window: what it adds that llama.cpp adds up the values in float16.
+
+Each addition is off by 2⁻¹² / √3 of the sum so far, and the sum of values that cancel one another
+is larger on the way: 2.3e-3 and some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048,
+where it was 2e-2.
+"""
+
+ANGLE = 2.0**-23
+"""Per token of position: the rounding of a frequency and of an angle, in radians.
+
+A rotation by another angle moves a pair by as much of its length; at position 4096, 5e-4.
+"""
+
+_GGML = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""ggml type → what activations are rounded to before the product; int8 for all others."""
+
+
+def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
+    """The limit of the value of an op of `griffin.ops`.
+
+    What counts is what the manifest promises, not the dtype that a value has: a gate in float16
+    is a fault. `position` is that of the last token.
+    """
+    limit = FLOAT32.get(op, FLOAT32_SUMS)
+    if op == "linear":
+        tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
+        limit += ROUNDED[_activations(manifest, tensor)]
+    if manifest.compute == "fp16":
+        limit += HALF.get(op, ROUNDED["float16"])
+    if op == "rope":
+        limit += SiteLimit(position * ANGLE, position * ANGLE)
+    if op == "local_attention" and _attends_in_half(manifest):
+        sums = HALF_SUMS * manifest.config.window**0.5 if manifest.kind == "gguf" else 0.0
+        limit += HALF_ATTENTION + SiteLimit(sums, sums)
+    return limit
+
+
+def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
+    """What the last bit of exp adds to the limit of each channel of the RG-LRU, [R].
+
+    Two libraries' exp(2 log a) differ by a unit of 2⁻²⁴, and the root of 1 - a² by half as much of
+    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5.
+
+    Args:
+        recurrence_gate: its pre-activations [1, T, R].
+        a_param: [R].
+    """
+    gate, param = (x.astype(np.float64) for x in (recurrence_gate[0], a_param))
+    square = np.exp(2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param))
+    noise = 2.0**-25 / np.maximum(1 - square, 2.0**-24)
+    return np.asarray(np.sqrt((noise**2).mean(0)))
+
+
+def state_limit(manifest: Manifest, state: str) -> SiteLimit:
+    """The limit of a canonical state behind the tokens.
+
+    All but the RG-LRU's are copies of values at sites, rounded to what the artifact keeps.
+    """
+    if state.endswith(".rg_lru"):
+        return FLOAT32["rg_lru_scan"]
+    half = manifest.compute == "fp16" or _attends_in_half(manifest)
+    return FLOAT32_SUMS + ROUNDED["float16" if half else "float32"]
+
+
+def _activations(manifest: Manifest, tensor: str) -> str:
+    """What a linear rounds its inputs to for the sake of this weight: a key of `ROUNDED`."""
+    scheme = manifest.plan[tensor]
+    if isinstance(scheme, Ggml):
+        return _GGML.get(scheme.type, "int8")
+    if isinstance(scheme, Affine) and manifest.kind == "onnx" and not manifest.exact:
+        return "int8"
+    return "float32"
+
+
+def _attends_in_half(manifest: Manifest) -> bool:
+    """Core ML in float16; llama.cpp, whose keys and values are where any weight is not float32."""
+    if manifest.kind == "gguf":
+        return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
+    return manifest.kind == "coreml" and manifest.compute == "fp16"

@@ -1,0 +1,135 @@
+"""Another package's implementation as a reference: the whole model in memory, in float32."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.reference import Watch, describe_device, turn_off_tf32
+from rgexport.griffin.state import POSITION, State, zero_state
+from rgexport.griffin.tensor import RowTensor
+
+
+class WholeModel(ABC):
+    """What such implementations have in common, as a `teacher.ReferenceModel`.
+
+    They take many tokens from the beginning of a text only; from a state on, one by one. So the
+    states inside a text are those of runs that end there, each state as the package itself gives
+    it.
+    """
+
+    def __init__(
+        self, config: GriffinConfig, device: str, layers: Sequence[nn.Module], implementation: str
+    ):
+        """`config` is what the package computes, `layers` its residual blocks."""
+        self.config = config
+        self._device = torch.device(device)
+        self._layers = layers
+        self._implementation = implementation
+        turn_off_tf32(self._device)
+
+    @abstractmethod
+    def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Takes tokens [1, T] from the beginning, or one token from a state of one conversation.
+
+        Returns the final norm's output [1, T, width] and the canonical state behind it.
+        """
+
+    @abstractmethod
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits [B, t, vocab] of [B, t, width]."""
+
+    def describe(self) -> dict[str, str]:
+        """On what and how it computes: `implementation`, and see `describe_device`."""
+        return {"implementation": self._implementation, **describe_device(self._device)}
+
+    @torch.inference_mode()
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
+        """Takes tokens [B, T], a row after another; see `griffin.reference.Reference.run`."""
+        state = zero_state(self.config, len(tokens)) if state is None else state
+        rows = [
+            self._row(tokens[i : i + 1], {name: array[i : i + 1] for name, array in state.items()})
+            for i in range(len(tokens))
+        ]
+        after = {name: np.concatenate([found[name] for _, found in rows]) for name in state}
+        return torch.cat([hidden for hidden, _ in rows]), after
+
+    @torch.inference_mode()
+    def run_each(
+        self,
+        texts: Sequence[tuple[np.ndarray, State]],
+        *,
+        stops: Sequence[Sequence[int]] = (),
+        watch: Watch | None = None,
+    ) -> list[tuple[Tensor, list[State]]]:
+        """Takes one text after another; see `griffin.reference.Reference.run_each`.
+
+        Raises:
+            ValueError: a text of several conversations, or one that does not begin at position 0.
+        """
+        found = []
+        for place, (tokens, state) in enumerate(texts):
+            if len(tokens) != 1 or state[POSITION].any():
+                raise ValueError("only texts of one conversation, from its beginning")
+            inside = stops[place] if stops else ()
+            states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
+            with self._shown(watch, place):
+                hidden, after = self._row(tokens, state)
+            found.append((hidden, [*states, after]))
+        return found
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> np.ndarray:
+        """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
+        return to_numpy(self._head(hidden))
+
+    def _row(self, tokens: np.ndarray, state: State) -> tuple[Tensor, State]:
+        """Tokens [1, T] of one conversation."""
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        if not state[POSITION].any():
+            return self._pass(ids, state)
+        hidden = []
+        for token in ids.unbind(1):
+            after, state = self._pass(token[None], state)
+            hidden.append(after)
+        return torch.cat(hidden, 1), state
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    @contextmanager
+    def _shown(self, watch: Watch | None, place: int) -> Iterator[None]:
+        """While the block runs, `watch` sees what every layer gives."""
+        handles = []
+        if watch is not None:
+            handles = [
+                layer.register_forward_hook(_hook(watch, index, place))
+                for index, layer in enumerate(self._layers)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hook(watch: Watch, index: int, place: int) -> Callable[..., None]:
+    def see(layer: nn.Module, inputs: Any, output: Any) -> None:
+        watch(index, place, output[0] if isinstance(output, tuple) else output)
+
+    return see
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy in float32, on the CPU."""
+    return tensor.detach().float().cpu().numpy().copy()
+
+
+def in_float32(weight: RowTensor, device: str) -> Tensor:
+    """A whole weight."""
+    return torch.from_numpy(weight.whole().astype(np.float32)).to(device)

@@ -1,0 +1,141 @@
+"""The self-check's mark in a GGUF file: of fixed width, outside the hashes, bound to the types."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from rgexport.cli import run
+from rgexport.errors import RequestError
+from rgexport.export import verified
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.artifact import open_gguf
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.mark import WIDTH, mark_text, write_mark
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.quantize.gguf_header import read_header
+from tests.artifacts import require_ggml
+from tests.llama_tools import run_tool
+from tests.models import make_config, random_weights, write_hugging_face
+
+CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+FOUND = CheckRecord(
+    status="verified",
+    tokens=32,
+    positions=32,
+    kl=0.0123456789,
+    kl_standard_error=0.001,
+    relative_max=0.004,
+    engine="llama.cpp 1",
+)
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> Path:
+    """A file whose check found what `FOUND` has."""
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    options, target = GgufOptions(type="f16"), tmp_path / "checked.gguf"
+    return export_gguf(open_checkpoint(model), options, target, check=lambda path: FOUND)
+
+
+def test_it_is_read_back(checked):
+    assert open_gguf(checked).manifest.check == FOUND
+    assert open_gguf(checked, verify=True).manifest.check == FOUND
+    field = GGUFReader(checked).fields[integrity.CHECK]
+    assert json.loads(field.contents())["status"] == "verified"
+
+
+def test_nothing_else_depends_on_it(checked, tmp_path):
+    plain = tmp_path / "plain.gguf"
+    export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(type="f16"), plain)
+    assert open_gguf(plain).manifest.check == NOT_ASKED_FOR
+    write_mark(plain, FOUND)
+    assert plain.read_bytes() == checked.read_bytes()
+
+
+def test_the_file_is_open_to_a_check_before_it_is_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified, "hash_file", None)
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    seen = []
+
+    def check(path: Path) -> CheckRecord:
+        seen.append((path.name, open_gguf(path).manifest.check, target.exists()))
+        return FOUND
+
+    target = tmp_path / "x.gguf"
+    export_gguf(open_checkpoint(model), GgufOptions(type="f16"), target, check=check)
+    ((name, before, there),) = seen
+    assert name.startswith(".x.gguf.partial-") and before == NOT_ASKED_FOR and not there
+    assert open_gguf(target).manifest.check == FOUND
+    memory = json.loads((tmp_path / "cache" / "verified.json").read_text())
+    assert len(memory) == 1 and "partial" not in next(iter(memory))
+
+
+def test_a_check_that_raises_leaves_what_was(checked, tmp_path):
+    def check(path: Path) -> CheckRecord:
+        raise KeyboardInterrupt
+
+    before, options = checked.read_bytes(), GgufOptions(type="f32")
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(open_checkpoint(tmp_path / "model"), options, checked, force=True, check=check)
+    assert checked.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} >= {"checked.gguf", "model"}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "😀", '"', "\udc80"])
+@pytest.mark.parametrize("length", [0, 1, 300, 5000])
+def test_any_reason_fits(letter, length, checked):
+    record = skipped(letter * length)
+    assert len(mark_text(record)) == WIDTH and mark_text(record).isascii()
+    write_mark(checked, record)
+    found = open_gguf(checked).manifest.check
+    shown = found.reason.removesuffix("...")
+    assert record.reason.startswith(shown) and len(shown) >= min(length, 40)
+    assert found.sentence.isprintable()
+
+
+def test_a_file_without_one_was_not_checked(checked, monkeypatch):
+    monkeypatch.setattr(integrity, "CHECK", "rgexport.no_such_key")
+    monkeypatch.setattr(integrity, "_OTHERS", {*integrity._OTHERS, "rgexport.check"})
+    assert open_gguf(checked).manifest.check == NOT_ASKED_FOR
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"status": "fine"}', '{"status": "skipped", "kl": NaN}']
+)
+def test_a_mark_that_cannot_be_read(text, checked):
+    _, stop = read_header(checked).spans[integrity.CHECK]
+    with checked.open("r+b") as file:
+        file.seek(stop - WIDTH)
+        file.write(text.ljust(WIDTH).encode())
+    with pytest.raises(RequestError, match=r"is damaged: .*rgexport\.check"):
+        open_gguf(checked)
+
+
+def test_it_says_nothing_of_tensors_that_another_tool_stored(checked, tmp_path, capsys):
+    """As llama-quantize leaves them: other data in other types, all else as it was."""
+    bf16, name, data = 30, b"token_embd.weight", bytearray(checked.read_bytes())
+    dimensions = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    struct.pack_into("<I", data, dimensions + 4 + 8 * 2, bf16)
+    data[-40] ^= 1
+    other = tmp_path / "other.gguf"
+    other.write_bytes(data)
+    assert open_gguf(other).manifest.check == skipped("another tool stored its tensors anew")
+    assert run(["inspect", str(other)]) == 0
+    assert "Not checked: another tool stored its tensors anew." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("F32", False), ("Q8_0", False), ("COPY", True)])
+def test_what_llama_quantize_copies(kind, counts, checked, tmp_path, llama_tools):
+    require_ggml()
+    theirs = tmp_path / "theirs.gguf"
+    run_tool(llama_tools / "llama-quantize", checked, theirs, kind)
+    assert mark_text(FOUND) == read_header(theirs).values[integrity.CHECK]
+    found = open_gguf(theirs).manifest.check
+    assert found == (FOUND if counts else skipped("another tool stored its tensors anew"))

@@ -1,0 +1,159 @@
+"""Faults in an ONNX graph, such as an exporter could make: the file stays valid and runs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from rgexport.export.artifact import record_files
+from rgexport.export.manifest import MODEL_FILE, write_manifest
+from rgexport.export.manifest_reader import read_manifest
+from rgexport.griffin.ops import rope_frequencies
+
+Edit = Callable[[onnx.ModelProto], None]
+Change = Callable[[np.ndarray], np.ndarray]
+"""Gives other values for a tensor's."""
+
+
+def producer(model: onnx.ModelProto, value: str) -> NodeProto:
+    """The node that gives a value."""
+    return next(node for node in model.graph.node if value in node.output)
+
+
+def named(model: onnx.ModelProto, name: str) -> NodeProto:
+    """The node of a name, such as `layers.2.temporal_block.attention/LessOrEqual`."""
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def of_type(model: onnx.ModelProto, kind: str) -> Iterator[NodeProto]:
+    """All nodes of a type."""
+    return (node for node in model.graph.node if node.op_type == kind)
+
+
+def constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
+    """Adds a constant and gives its name."""
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def without_soft_cap(model: onnx.ModelProto) -> None:
+    bare = helper.make_node("Identity", ["lm_head"], ["logits"], name="logits/Identity")
+    producer(model, "logits").CopyFrom(bare)
+
+
+def with_window(window: int) -> Edit:
+    """The mask's; the ring keeps its size."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        (node,) = of_type(model, "LessOrEqual")
+        node.input[1] = constant(model, "fault/window", np.array(window))
+
+    return edit
+
+
+def with_embedding_scale(scale: float) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        factor = constant(model, "fault/scale", np.array(scale, np.float32))
+        producer(model, "embed_tokens").input[1] = factor
+
+    return edit
+
+
+def with_rope_dims(dims: int) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        for node in of_type(model, "RotaryEmbedding"):
+            for attribute in node.attribute:
+                if attribute.name == "rotary_embedding_dim":
+                    attribute.i = dims
+        angles = producer(model, next(of_type(model, "Cos")).input[0])
+        frequencies = rope_frequencies(dims, 10_000.0).numpy().astype(np.float32)
+        angles.input[1] = constant(model, "fault/frequencies", frequencies)
+
+    return edit
+
+
+def in_half(value: str) -> Edit:
+    """Rounds a value to float16: it is what its node gave, there and back."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        node = producer(model, value)
+        node.output[:] = [f"{value}/exact" if name == value else name for name in node.output]
+        _insert(model, _there_and_back(f"{value}/exact", value), behind=node)
+
+    return edit
+
+
+def reads_half(name: str) -> Edit:
+    """Rounds to float16 what a node reads first; other readers of it get it as it is."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        node = named(model, name)
+        value = node.input[0]
+        node.input[0] = f"{name}/back"
+        casts = _there_and_back(value, f"{name}/back")
+        _insert(model, casts, behind=producer(model, value))
+
+    return edit
+
+
+def _there_and_back(value: str, result: str) -> list[NodeProto]:
+    half = f"{result}/half"
+    return [
+        helper.make_node("Cast", [value], [half], name=half, to=TensorProto.FLOAT16),
+        helper.make_node("Cast", [half], [result], name=f"{result}/Cast", to=TensorProto.FLOAT),
+    ]
+
+
+def _insert(model: onnx.ModelProto, nodes: list[NodeProto], behind: NodeProto) -> None:
+    place = list(model.graph.node).index(behind) + 1
+    for node in reversed(nodes):
+        model.graph.node.insert(place, node)
+
+
+def not_written(state: str) -> Edit:
+    """A state such as `3.recurrent_state` comes out as it went in."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        past, present = f"past_key_values.{state}", f"present.{state}"
+        outputs = producer(model, present).output
+        outputs[:] = ["fault/lost" if name == present else name for name in outputs]
+        model.graph.node.append(helper.make_node("Identity", [past], [present], name="fault/kept"))
+
+    return edit
+
+
+def with_attribute(name: str, attribute: str, value: float | str) -> Edit:
+    """Sets an attribute of the node of a name."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        attributes = named(model, name).attribute
+        (old,) = (found for found in attributes if found.name == attribute)
+        old.CopyFrom(helper.make_attribute(attribute, value))
+
+    return edit
+
+
+def spoil(artifact: Path, edit: Edit) -> None:
+    """Edits the graph of an artifact; its hashes are made to fit."""
+    model = onnx.load(artifact / MODEL_FILE, load_external_data=False)
+    edit(model)
+    onnx.save(model, artifact / MODEL_FILE)
+    claim(artifact)
+
+
+def change_data(artifact: Path, tensor: str, part: str, change: Change) -> None:
+    """Changes a stored part of a tensor in the data file, in place."""
+    stored = read_manifest(artifact).tensors[tensor].parts[part]
+    place = artifact / stored.file
+    values = np.memmap(place, stored.dtype, "r+", offset=stored.offset, shape=stored.shape)
+    values[:] = change(values.copy())
+    values.flush()
+    claim(artifact)
+
+
+def claim(artifact: Path) -> None:
+    """Makes the hashes and sizes in an artifact's manifest fit what is there."""
+    manifest = read_manifest(artifact)
+    write_manifest(artifact, manifest.with_files(record_files(artifact)))

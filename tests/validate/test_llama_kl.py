@@ -1,0 +1,101 @@
+"""llama-perplexity's KL mode and our own measure of the same text in the same pieces."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.cli import run
+from rgexport.export.artifact import Artifact
+from rgexport.runtimes.llama_cpp import LlamaCppSession
+from rgexport.runtimes.llama_cpp_library import load_model
+from rgexport.runtimes.llama_cpp_vocabulary import Vocabulary
+from rgexport.validate import metrics
+from tests.llama_tools import needs_llama_cpp, run_tool
+
+TEXT = Path(__file__).with_name("unseen.txt")
+PIECE = 128
+WANTED = PIECE // 2 - 1
+"""Positions of a piece that are judged: its second half, as far as the piece goes on."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo with all of its bits, and with four."""
+    folder = tmp_path_factory.mktemp("kl")
+    made = {kind: folder / f"{kind}.gguf" for kind in ("f32", "q4_0")}
+    for kind, path in made.items():
+        assert run(["gguf", "--size", "demo", "--type", kind, "-o", str(path)]) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def told(llama_tools: Path, files: dict[str, Path]) -> str:
+    """What it prints of the second file against the logits of the first."""
+    tool, logits = llama_tools / "llama-perplexity", files["f32"].with_suffix(".kld")
+    common = "-c", str(PIECE), "-t", "1", "-fa", "off", "--kl-divergence-base", logits
+    run_tool(tool, "-m", files["f32"], "-f", TEXT, *common)
+    return run_tool(tool, "-m", files["q4_0"], *common, "--kl-divergence")
+
+
+@pytest.fixture(scope="module")
+def ours(files: dict[str, Path]) -> np.ndarray:
+    """Our rows; it reads pieces, each behind a <bos> instead of its first token."""
+    vocabulary = Vocabulary(load_model(files["f32"], vocab_only=True))
+    sessions = [
+        LlamaCppSession(Artifact.open(path), threads=1, flash_attention=False)
+        for path in files.values()
+    ]
+    ids = [vocabulary.bos_id, *vocabulary.encode(TEXT.read_text("utf-8"))]
+    rows = []
+    for start in range(0, len(ids) - PIECE + 1, PIECE):
+        piece = np.array([vocabulary.bos_id, *ids[start + 1 : start + PIECE]])
+        for session in sessions:
+            session.reset()
+        reference, candidate = (s.prefill(piece[None, :-1], WANTED)[0] for s in sessions)
+        rows.append(metrics.compare_logits(reference, candidate, piece[-WANTED:]))
+    return np.concatenate(rows)
+
+
+def _number(told: str, name: str) -> tuple[float, float]:
+    """A figure and its error bar, 0 where there is none."""
+    match = re.search(rf"^{name} *: +([\d.]+)(?:%? ± +([\d.]+))?", told, re.MULTILINE)
+    assert match, told
+    return float(match[1]), float(match[2] or 0)
+
+
+@needs_llama_cpp
+def test_the_mean_and_its_error_bar(told: str, ours: np.ndarray) -> None:
+    """It stores logits in 16 bits, of which a part in a hundred of a KL may be lost."""
+    (mean, error), found = _number(told, "Mean    KLD"), metrics.kl_summary(ours)
+    assert abs(found.mean - mean) <= min(error, 0.01 * mean)
+    assert found.standard_error == pytest.approx(error, rel=0.02)
+    assert 0.005 < mean < 0.1
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("name", "quantile"),
+    [("Median  KLD", 0.5), ("95.0%   KLD", 0.95), ("99.0%   KLD", 0.99), ("Maximum KLD", 1.0)],
+)
+def test_the_quantiles(told: str, ours: np.ndarray, name: str, quantile: float) -> None:
+    assert np.quantile(ours["kl"], quantile) == pytest.approx(_number(told, name)[0], rel=0.02)
+
+
+@needs_llama_cpp
+def test_the_same_first_choice(told: str, ours: np.ndarray) -> None:
+    """A tie in 16 bits may be broken otherwise at one position."""
+    percent, error = _number(told, "Same top p")
+    found = metrics.agreement(ours)
+    assert abs(100 * found.top1 - percent) <= min(error, 100 / len(ours) + 1e-3)
+
+
+@needs_llama_cpp
+def test_the_perplexity(told: str, ours: np.ndarray) -> None:
+    """Only of the second file: of the first, its 16 bits cut off what is very unlikely."""
+    perplexity, error = _number(told, r"Mean PPL\(Q\)")
+    found = metrics.likelihood(ours, None)
+    assert found is not None
+    assert found.perplexity_candidate == pytest.approx(perplexity, rel=2e-3)
+    assert abs(found.perplexity_candidate - perplexity) <= error

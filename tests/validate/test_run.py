@@ -1,0 +1,77 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.validate.parity import compare
+from rgexport.validate.run import validate_artifacts
+
+Clean = Callable[[str], Path]
+Spoil = Callable[..., Path]
+
+
+def test_the_report_and_the_json(
+    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    code = validate_artifacts([clean("int8")], model=str(checkpoint), max_tokens=50, json_file=file)
+    out, err = capsys.readouterr()
+    assert code == 0 and out.startswith("PASS  ") and "KL mean" in out
+    assert "Comparing" in err and "Comparing" not in out
+    found = json.loads(file.read_text())
+    assert found["schema_version"] == 1 and found["verdict"] == "PASS"
+    assert found["text"] == {
+        "name": "random token ids",
+        "tokens": 50,
+        "windows": 50 / 16,
+        "bytes": None,
+        "truncated": False,
+    }
+    assert found["twin"]["logits"]["max"] < found["original"]["logits"]["max"]
+    assert all(check["passed"] for check in found["checks"])
+    assert found["weights"][0].keys() >= {"name", "relative_error", "projection", "max_steps"}
+    assert found["environment"]["onnxruntime"] == found["engine"]["engine_version"]
+
+
+def test_failure_is_exit_code_1(
+    spoil: Spoil, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    folder = spoil("fp32", config={"soft_cap": 20.0})
+    assert validate_artifacts([folder], max_tokens=30, json_file=file) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL  ") and "FAILED  twin.logits is " in out
+    assert json.loads(file.read_text())["verdict"] == "FAIL"
+
+
+def test_a_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None:
+    for file in (tmp_path, tmp_path / "missing" / "r.json"):
+        for option in ("json_file", "html_file"):
+            with pytest.raises(RequestError, match="cannot write"):
+                validate_artifacts([clean("fp32")], **{option: file})
+
+
+def test_what_cannot_be_told_is_exit_code_1_unless_it_is_allowed(
+    clean: Clean, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model": str(checkpoint), "max_tokens": 50}
+    original = compare(clean("int4"), **given).original  # type: ignore[arg-type]
+    assert original is not None and original.kl.standard_error > 0
+    limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
+    assert validate_artifacts([clean("int4")], limits=limits, **given) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("AMBIGUOUS  ") and "1 of " in out and "cannot be decided" in out
+    assert "AMBIGUOUS  original.kl is " in out and " ± " in out
+    assert validate_artifacts([clean("int4")], limits=limits, allow_ambiguous=True, **given) == 0
+    below = [f"original.kl={original.kl.mean / 2}"]
+    assert validate_artifacts([clean("int4")], limits=below, allow_ambiguous=True, **given) == 1
+    assert capsys.readouterr().out.count("FAILED  original.kl") == 1
+
+
+def test_a_limit_of_ones_own(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate_artifacts([clean("int8")], max_tokens=30, limits=["twin.logits=1e-9"]) == 1
+    assert "(asked for: activations are rounded" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="expected NAME=VALUE"):
+        validate_artifacts([clean("int8")], limits=["kl=3"])
