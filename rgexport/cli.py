@@ -422,7 +422,7 @@ def reference(
     The file travels: `rgexport validate --reference` needs neither the model nor torch.
     """
     from rgexport.griffin.checkpoint import open_checkpoint
-    from rgexport.validate.capture import capture, closing_line
+    from rgexport.validate.reference.capture import capture, closing_line
 
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     target = output or Path(f"{checkpoint.name}.reference")

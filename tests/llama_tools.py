@@ -18,12 +18,21 @@ def llama_tools() -> Path:
     return FOLDER
 
 
-def run_tool(tool: Path, *arguments: str | Path, timeout: float = 300) -> str:
-    """Runs one of them and gives what it printed; a failure shows all of it."""
+def run_tool(
+    tool: Path, *arguments: str | Path, timeout: float = 300, ending: str = "", tries: int = 3
+) -> str:
+    """Runs one of them and gives what it printed; a failure shows all of it.
+
+    Their log is written by a thread of its own, which on a busy machine may be gone before the
+    last lines are: where `ending` is missing in them, it is run again.
+    """
     command = [str(tool), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{tool.name}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    if ending in told or tries <= 1:
+        return told
+    return run_tool(tool, *arguments, timeout=timeout, ending=ending, tries=tries - 1)
 
 
 needs_llama_cpp = pytest.mark.skipif(

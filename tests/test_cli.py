@@ -13,7 +13,7 @@ import pytest
 
 from rgexport import __version__
 from rgexport.cli import run
-from rgexport.validate.page import visible
+from rgexport.validate.report.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 

@@ -30,9 +30,9 @@ NEEDS_TORCH = {
     "griffin/substitution.py",
     "griffin/variants.py",
     "export/trace.py",
-    "validate/whole_model.py",
-    "validate/deepmind_model.py",
-    "validate/hugging_face_model.py",
+    "validate/reference/whole_model.py",
+    "validate/reference/deepmind_model.py",
+    "validate/reference/hugging_face_model.py",
 }
 CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set(), "coremltools": set()}
 EMITTERS = "export/onnx/", "export/coreml/"

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 from rgexport.export.manifest import Manifest
 from rgexport.validate import states, thresholds
-from rgexport.validate.against import file_checks
+from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.checks import SURE, Check
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.measure import Comparison
+from rgexport.validate.reference.against import file_checks
 from rgexport.validate.result import Result
-from rgexport.validate.sites import SiteReport
 from rgexport.validate.states import Drift
 from rgexport.validate.thresholds import Tolerance
 

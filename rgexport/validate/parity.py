@@ -16,21 +16,26 @@ from rgexport.runtimes.environment import environment
 from rgexport.runtimes.session import SessionInfo
 from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate import thresholds
-from rgexport.validate.against import AgainstFile, check_fits, compare_with_file, with_layers
+from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
+from rgexport.validate.bisect.sites import SiteReport, look_at_sites
+from rgexport.validate.bisect.suspects import Suspect, find_suspects
 from rgexport.validate.checks import NO_LIMITS, with_limits
 from rgexport.validate.demands import demands
-from rgexport.validate.layer_costs import LayerCost, layer_costs
 from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.positions import speller
-from rgexport.validate.reference_file import ReferenceFile
+from rgexport.validate.reference.against import (
+    AgainstFile,
+    check_fits,
+    compare_with_file,
+    with_layers,
+)
+from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.result import Result, SourceInfo, describe_artifact, describe_text
-from rgexport.validate.sites import SiteReport, look_at_sites
 from rgexport.validate.source import Original, find_original
 from rgexport.validate.speed import measure_speed
-from rgexport.validate.suspects import Suspect, find_suspects
 from rgexport.validate.teacher import MakeReference, Pass, SharedPasses, teach, torch_reference
 from rgexport.validate.text import Text, choose_text
-from rgexport.validate.weights import WeightError, weight_errors
+from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 
 
 def compare(

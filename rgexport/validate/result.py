@@ -13,17 +13,17 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate.against import AgainstFile
+from rgexport.validate.bisect.layer_costs import LayerCost
+from rgexport.validate.bisect.sites import SiteReport
+from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.equivalences import Equivalence
-from rgexport.validate.layer_costs import LayerCost
 from rgexport.validate.measure import Comparison
-from rgexport.validate.sites import SiteReport
+from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.speed import Speed
-from rgexport.validate.suspects import Suspect
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
-from rgexport.validate.weights import WeightError
+from rgexport.validate.weights.weight_errors import WeightError
 
 SCHEMA_VERSION = 1
 """Goes up when a field changes its meaning or goes away, not when one is added."""

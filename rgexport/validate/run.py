@@ -6,10 +6,10 @@ from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.validate.checks import parse_limits
-from rgexport.validate.page import write_html
 from rgexport.validate.parity import compare
-from rgexport.validate.reference_reader import read_reference
-from rgexport.validate.report import render, render_several
+from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.report.page import write_html
+from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import require_writable, write_json
 from rgexport.validate.teacher import SharedPasses
 

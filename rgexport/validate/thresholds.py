@@ -14,7 +14,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette
 from rgexport.validate.checks import Check as Check
 from rgexport.validate.metrics import LogitError
-from rgexport.validate.weights import WeightError
+from rgexport.validate.weights.weight_errors import WeightError
 
 
 @dataclass(frozen=True, kw_only=True)

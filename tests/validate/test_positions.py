@@ -107,12 +107,12 @@ def test_a_speller_shows_special_tokens_and_parts_of_characters() -> None:
 
 def test_a_measurement_carries_both_for_both_references() -> None:
     tokens = np.random.default_rng(1).integers(0, VOCAB, 300)
-    found = measure(ToySession(), tokens, toy_pass(tokens), toy_pass(tokens, seed=1))
-    assert found.original is not None
-    for side in (found.twin, found.original):
+    found = measure(ToySession(), tokens, [toy_pass(tokens), toy_pass(tokens, seed=1)])
+    assert len(found.comparisons) == 2
+    for side in found.comparisons:
         assert len(side.blocks) == BLOCKS and len(side.worst) == WORST
         assert side.worst[0].position == side.kl.worst_position
         assert side.worst[0].context is None
-    assert found.original.worst[0].kl == found.original.kl.max
-    place = found.original.worst[0]
+    assert side.worst[0].kl == side.kl.max
+    place = side.worst[0]
     assert place.next_token == tokens[place.position + 1]

@@ -10,7 +10,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.validate.parity import compare
-from rgexport.validate.report import render
+from rgexport.validate.report.terminal import render
 from rgexport.validate.result import Result, require_writable, write_json
 
 

@@ -10,7 +10,7 @@ from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate import thresholds
 from rgexport.validate.thresholds import Check
-from rgexport.validate.weights import WeightError
+from rgexport.validate.weights.weight_errors import WeightError
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["regular"]

@@ -13,9 +13,9 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.validate.bisect.site_errors import layer_of
 from rgexport.validate.parity import compare
 from rgexport.validate.result import Result
-from rgexport.validate.site_errors import layer_of
 from tests.models import Weights, make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rrar", width=96, heads=4, lru_width=64, mlp_width=128, vocab_size=300)

@@ -1,0 +1,1 @@
+"""Where an artifact leaves the reference: op by op, layer by layer."""

@@ -1,0 +1,223 @@
+"""Local errors: each op of an artifact against the reference's, given the artifact's own inputs.
+
+The reference takes the tokens that the artifact took, from the same state. Each of its ops is
+compared with what the artifact has at that site, and the artifact's value takes its place: so no
+op inherits what was wrong before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.observation import Observation
+from rgexport.validate.bisect.site_limits import SiteLimit, scan_noise, site_limit, state_limit
+from rgexport.validate.teacher import ReferenceModel
+
+Argument = Callable[[int], np.ndarray]
+_STATES = {
+    "causal_conv1d": ("conv1d",),
+    "rg_lru_scan": ("rg_lru",),
+    "local_attention": ("key", "value"),
+}
+"""Op → the states of its layer that are its further results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteError:
+    """One op's value, or a state that it leaves.
+
+    Attributes:
+        site: of the op.
+        op: which one, see `griffin.ops`.
+        layer: the index of its layer; None for the embedding, the last norm and the head.
+        state: the canonical name of the state that was compared; None for the op's value.
+        length: number of tokens of the call.
+        rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
+        median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; of the RG-LRU, that of the
+            half of the channels that forget faster, since the others show how exp was rounded.
+        limit_rms: the most that `rms` may be.
+        limit_median: the most that `median` may be.
+        excess: the larger one of both in units of its limit; infinite where the artifact has
+            values that are not finite.
+    """
+
+    site: str
+    op: str
+    layer: int | None
+    state: str | None
+    length: int
+    rms: float
+    median: float
+    limit_rms: float
+    limit_median: float
+    excess: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is no more than rounding."""
+        return self.excess <= 1
+
+
+Call = tuple[np.ndarray, Observation]
+"""Tokens [T] that an artifact took in one call, and what it had at its sites."""
+
+
+def site_errors(
+    model: ReferenceModel, manifest: Manifest, window: int, before: State, calls: Sequence[Call]
+) -> list[SiteError]:
+    """Compares what an artifact computed with the reference, op by op.
+
+    Args:
+        model: the reference: what should be computed, with the artifact's weights. All calls go
+            through one layer before the next is read.
+        manifest: of the artifact; the limits follow from it.
+        window: the reference's.
+        before: the canonical state of batch 1 that every call started from.
+        calls: of unequal lengths.
+
+    Returns:
+        For each call, one error for each site and state that was found, in the order of
+        computation.
+    """
+    from rgexport.griffin.substitution import substituted  # torch
+
+    start = int(before[POSITION][0])
+    comparisons = {
+        len(tokens): _Comparison(
+            replace(found, state=_fitted(found.state, window)), manifest, start, len(tokens)
+        )
+        for tokens, found in calls
+    }
+
+    def look(
+        site: str, op: str, argument: Argument, results: tuple[np.ndarray, ...]
+    ) -> np.ndarray | None:
+        return comparisons[results[0].shape[1]].look(site, op, argument, results)
+
+    with substituted(look):
+        texts = [(tokens[None], _fitted(before, window)) for tokens, _ in calls]
+        passes = model.run_each(texts)
+    for (_, found), (hidden, _), comparison in zip(
+        calls, passes, comparisons.values(), strict=True
+    ):
+        # Of the head, an artifact may have the last tokens only.
+        if rows := max(len(found.values.get(site, ())) for site in ("lm_head", "logits")):
+            with substituted(comparison.look):
+                model.logits(hidden[:, -rows:])
+    return [error for comparison in comparisons.values() for error in comparison.errors()]
+
+
+def _fitted(state: State, window: int) -> State:
+    """A state whose caches hold `window` keys: without the oldest ones, or zeros before them."""
+    return {
+        name: _resized(array, window) if name.endswith((".key", ".value")) else array
+        for name, array in state.items()
+    }
+
+
+def _resized(cache: np.ndarray, window: int) -> np.ndarray:
+    """[B, slots, head_dim] → [B, window, head_dim]."""
+    surplus = cache.shape[1] - window
+    return np.pad(cache[:, max(0, surplus) :], ((0, 0), (max(0, -surplus), 0), (0, 0)))
+
+
+class _Comparison:
+    """Compares while the reference runs; of each channel of each site it keeps two sums."""
+
+    def __init__(self, found: Observation, manifest: Manifest, start: int, length: int):
+        self._found, self._manifest = found, manifest
+        self._position, self._length = start + length, length
+        self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
+        self._noise: dict[str, np.ndarray] = {}
+
+    def look(
+        self, site: str, op: str, argument: Argument, results: tuple[np.ndarray, ...]
+    ) -> np.ndarray | None:
+        """See `griffin.substitution`."""
+        value, *states = results
+        if op == "rg_lru_scan":
+            _, _, recurrence_gate, a_param = map(argument, range(4))
+            self._noise[site] = scan_noise(recurrence_gate, a_param)
+        other = self._value(site, op, value)
+        for kind, state in zip(_STATES.get(op, ()), states, strict=True):
+            name = f"layers.{layer_of(site)}.{kind}"
+            norms = np.linalg.norm(state, axis=-1, keepdims=True)
+            norms[norms == 0] = 1
+            self._compare((site, op, name), state / norms, self._found.state[name] / norms)
+        return other
+
+    def errors(self) -> list[SiteError]:
+        """Of all that was compared."""
+        return [self._error(*key, np.concatenate(sums, 1)) for key, sums in self._sums.items()]
+
+    def _value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
+        """Compares the op's value [1, T, n]; returns what takes its place."""
+        key = site, op, None
+        if site in self._found.gates:
+            self._compare(key, _sigmoid(value), self._found.gates[site])
+        if site not in self._found.values:
+            return None
+        # A site of the head comes in slabs, and may have the last tokens only.
+        start = sum(part.shape[1] for part in self._sums.get(key, ()))
+        other = self._found.values[site][:, start : start + value.shape[2]]
+        rows = value[0, -len(other) :]
+        self._compare(key, rows, other)
+        together = value.copy()
+        # What is not finite is told here and not handed on: it would spoil all that follows.
+        together[0, -len(other) :] = np.where(np.isfinite(other), other, rows)
+        return together
+
+    def _compare(
+        self, key: tuple[str, str, str | None], expected: np.ndarray, value: np.ndarray
+    ) -> None:
+        ref, other = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = np.stack([((other - ref) ** 2).sum(0), (ref**2).sum(0)])
+        self._sums.setdefault(key, []).append(squares)
+
+    def _error(self, site: str, op: str, state: str | None, squares: np.ndarray) -> SiteError:
+        delta, norm = squares
+        noise = self._noise.get(site, np.zeros(len(norm)))
+        steady = ~(noise > np.median(noise))  # all of them where there is none, or a NaN
+        limit = self._limit(site, op, state)
+        limit += SiteLimit(_ratio(noise**2 * norm, norm), float(np.median(noise[steady])))
+        with np.errstate(invalid="ignore"):
+            rms = _ratio(delta, norm)
+            ratios = delta[steady] / np.where(norm == 0, 1, norm)[steady]
+            median = float(np.sqrt(np.median(ratios)))
+        excess = max(rms / limit.rms, median / limit.median)
+        return SiteError(
+            site=site,
+            op=op,
+            layer=layer_of(site),
+            state=state,
+            length=self._length,
+            rms=rms,
+            median=median,
+            limit_rms=limit.rms,
+            limit_median=limit.median,
+            excess=excess if np.isfinite(rms + median) else float("inf"),
+        )
+
+    def _limit(self, site: str, op: str, state: str | None) -> SiteLimit:
+        if state is not None:
+            return state_limit(self._manifest, state)
+        return site_limit(self._manifest, op, site, self._position)
+
+
+def layer_of(site: str) -> int | None:
+    """The index of the layer that a site is in."""
+    first, *rest = site.split(".")
+    return int(rest[0]) if first == "layers" else None
+
+
+def _ratio(squares: np.ndarray, norms: np.ndarray) -> float:
+    """The root of the ratio of both sums; of the first one where there is nothing to divide by."""
+    return float(np.sqrt(squares.sum() / (norms.sum() or 1)))
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))

@@ -1,0 +1,98 @@
+"""Looks at every op of an artifact by itself: where does it first leave the reference?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.sites import sites
+from rgexport.griffin.state import State
+from rgexport.runtimes.engines import open_observer
+from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
+from rgexport.validate.teacher import torch_reference, watched_layers
+
+_MOST = 2.0**12
+"""The largest value of a cache that is made louder; three times that is what all may add up to."""
+_FADING = 2 / 3
+"""How loud each of them is beside the next older one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """All sites of an artifact.
+
+    Attributes:
+        errors: of every length, the longest first, in the order of computation.
+        first: the first one beyond its limit.
+        unseen: sites that the engine does not show, because it computes them within others.
+    """
+
+    errors: list[SiteError]
+    first: SiteError | None
+    unseen: list[str]
+
+    @property
+    def beyond(self) -> list[SiteError]:
+        """Those beyond their limits, in the order of computation."""
+        return [error for error in self.errors if not error.passed]
+
+    def worst(self, count: int) -> list[SiteError]:
+        """The largest ones in units of their limits."""
+        return sorted(self.errors, key=lambda error: -error.excess)[:count]
+
+
+def look_at_sites(
+    artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray, device: str
+) -> SiteReport:
+    """Looks into an artifact in its own engine, at each number of tokens that is another program.
+
+    Args:
+        artifact: it and its weights.
+        config: what it should compute: the original's, or its own where no original is known.
+        state: the canonical state of batch 1 to start from, one that the artifact has come to.
+        tokens: [T], of which the last ones are taken, and repeated where they are too few.
+        device: where torch runs the reference.
+
+    Raises:
+        RequestError: torch or something else is missing that looking into the model takes.
+    """
+    make = torch_reference(device)
+    state = with_loud_past(state)
+    calls = _observe(artifact, state, tokens)
+    longest = max(len(taken) for taken, _ in calls)
+    with watched_layers(f"Comparing the sites of {longest} tokens", artifact.weights) as weights:
+        model = make(config, weights)
+        errors = site_errors(model, artifact.manifest, config.window, state, calls)
+    seen = {site for _, found in calls for site in (*found.values, *found.gates)}
+    return site_report(errors, [site for site in sites(config) if site not in seen])
+
+
+def with_loud_past(state: State) -> State:
+    """A state in which the oldest values of the caches are larger, the older the larger.
+
+    One key of 2,048 that is seen or not moves attention by 0.05 % to 2 %, which arithmetic in
+    float16 hides. The oldest value becomes a quarter as loud as the window if all have one sign, so
+    that its key is 15 % of the result; the next one two thirds of that, for the token that does not
+    see the oldest any more, and so on. Sums stay below what float16 can hold.
+    """
+    loud = {name: array.copy() for name, array in state.items() if name.endswith(".value")}
+    for values in loud.values():
+        highest = min(values.shape[1] / 4, _MOST / max(np.abs(values).max(), 1))
+        gains = highest * _FADING ** np.arange(values.shape[1])
+        values *= np.maximum(gains, 1).astype(values.dtype)[:, None]
+    return state | loud
+
+
+def _observe(artifact: Artifact, state: State, tokens: np.ndarray) -> list[Call]:
+    """What the artifact has at its sites; the engine is gone afterwards."""
+    observer = open_observer(artifact)
+    texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
+    return [(text, observer.observe(text, state)) for text in texts]
+
+
+def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> SiteReport:
+    """The report on errors that are in order."""
+    first = next((error for error in errors if not error.passed), None)
+    return SiteReport(errors=list(errors), first=first, unseen=list(unseen))

@@ -1,0 +1,1 @@
+"""What the full-precision model says, captured into a file, and artifacts against it."""

@@ -1,0 +1,258 @@
+"""An artifact against a reference file: the cost of compression, measured without torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.state import State
+from rgexport.progress import task
+from rgexport.runtimes.session import Session
+from rgexport.validate import metrics, thresholds
+from rgexport.validate.checks import NO_LIMITS, SURE, Check
+from rgexport.validate.reference.against_prompt import PromptMeasured, measure_prompt
+from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
+from rgexport.validate.reference.stream_errors import LayerError, layer_errors, positions_to_look_at
+from rgexport.validate.source import config_differences
+from rgexport.validate.states import Drift, StateError, worst
+
+SHAPES = (
+    "vocab_size",
+    "width",
+    "mlp_width",
+    "lru_width",
+    "lru_heads",
+    "num_heads",
+    "head_dim",
+    "block_types",
+    "conv_width",
+)
+"""Fields of a configuration that an artifact must share with a reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptResult:
+    """One prompt; the mean KL is about `kl`, and surely between the other two.
+
+    `greedy_common` of the reference's `greedy_tokens` are the artifact's own first choices, up to
+    the first one that is not.
+    """
+
+    name: str
+    tokens: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    top1: float
+    worst_state: float
+    greedy_tokens: int
+    greedy_common: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstFile:
+    """The artifact against a reference file, over all its prompts.
+
+    KL at each position is about `kl` and surely between `kl_low` and `kl_high`, all the same where
+    the file has all logits (see `condensed.KLBounds`); `kl_width` is the width of the mean's
+    interval against the mean. `logits` and `kl_full` are of those `full_positions` alone, all else
+    of all positions. Where the artifact's first choice is not among the tokens whose logits the
+    file has, what it lacks to the reference's may be more than `largest_flip_margin` counts.
+    `states` are those behind the prompts, each of the prompt where it is worst; `drift` the
+    recurrent ones inside the longest prompt. `layers` is there if the artifact was looked into.
+    """
+
+    path: str
+    model: str
+    computed: dict[str, str]
+    same_files: bool
+    config_differences: tuple[str, ...]
+    positions: int
+    full_positions: int
+    non_finite_positions: int
+    logits: metrics.LogitError
+    kl: metrics.KL
+    kl_low: metrics.KL
+    kl_high: metrics.KL
+    kl_width: float
+    kl_full: metrics.KL
+    agreement: metrics.Agreement
+    likelihood: metrics.Likelihood | None
+    states: list[StateError]
+    drift: list[Drift]
+    layers: list[LayerError] | None = None
+    prompts: list[PromptResult]
+
+    @property
+    def greedy(self) -> tuple[int, int]:
+        """Tokens of the reference's continuations, and those that the artifact shares."""
+        return (
+            sum(prompt.greedy_tokens for prompt in self.prompts),
+            sum(prompt.greedy_common for prompt in self.prompts),
+        )
+
+
+def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
+    """Makes sure that the two have the same shapes.
+
+    Raises:
+        RequestError: they have not.
+    """
+    ours, theirs = manifest.config, reference.header.config
+    for name in SHAPES:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise RequestError(
+                f"{reference.path} is of a model of another shape: its {name} is "
+                f"{getattr(theirs, name)}, the artifact's {getattr(ours, name)}; give a reference "
+                "of the model that the artifact was made from"
+            )
+
+
+def compare_with_file(
+    session: Session,
+    manifest: Manifest,
+    reference: ReferenceFile,
+    before: dict[int, State] | None = None,
+) -> AgainstFile:
+    """Teacher-forces a session with all prompts; logits exist for one block of positions.
+
+    Args:
+        session: the artifact's.
+        manifest: of the same artifact.
+        reference: the file.
+        before: where it is given, it gets the session's own canonical states before some of the
+            file's watched positions, for `stream_errors.layer_errors`.
+
+    Raises:
+        RequestError: see `check_fits`.
+    """
+    check_fits(reference, manifest)
+    header, measured = reference.header, _measure_all(session, reference, before)
+    rows = np.concatenate([found.rows for found in measured])
+    low, best, high = map(_kl_summary, np.concatenate([found.bounds for found in measured]).T)
+    full = reference.full_positions
+    logits, kl_full = metrics.logit_error(rows[full]), metrics.kl_summary(rows[full])
+    ours = {record.sha256 for record in manifest.source.files.values()}
+    return AgainstFile(
+        path=str(reference.path),
+        model=header.model,
+        computed=header.computed,
+        same_files=ours == {record.sha256 for record in header.files.values()},
+        config_differences=config_differences(manifest.config, header.config),
+        positions=len(rows),
+        full_positions=len(full),
+        non_finite_positions=int(sum((~found.finite).sum() for found in measured)),
+        logits=replace(logits, worst_position=int(full[logits.worst_position])),
+        kl=best,
+        kl_low=low,
+        kl_high=high,
+        kl_width=(high.mean - low.mean) / best.mean if best.mean else 0.0,
+        kl_full=replace(kl_full, worst_position=int(full[kl_full.worst_position])),
+        agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
+        likelihood=metrics.likelihood(rows, _bytes(header.prompts)),
+        states=_worst_states([found.states for found in measured]),
+        drift=[drift for found in measured for drift in found.drift],
+        prompts=[
+            _prompt_result(prompt, found)
+            for prompt, found in zip(header.prompts, measured, strict=True)
+        ],
+    )
+
+
+def with_layers(
+    found: AgainstFile,
+    artifact: Artifact,
+    reference: ReferenceFile,
+    before: Mapping[int, State],
+) -> AgainstFile:
+    """The same with `layers`; `before` is what `compare_with_file` gave.
+
+    Raises:
+        RequestError: see `stream_errors.layer_errors`.
+    """
+    limit = thresholds.original_rms(artifact.manifest, found.logits).limit
+    return replace(found, layers=layer_errors(artifact, reference, before, limit))
+
+
+def _measure_all(
+    session: Session, reference: ReferenceFile, before: dict[int, State] | None
+) -> list[PromptMeasured]:
+    measured = []
+    session.reset()
+    wanted = () if before is None else positions_to_look_at(reference, session.get_state())
+    total = reference.header.positions
+    with task("Comparing with the reference file", total, "tokens") as advance:
+        for index, prompt, span in reference.spans():
+            keep = [place - span.start for place in wanted if span.start <= place < span.stop]
+            found = measure_prompt(session, reference, index, prompt, span, keep)
+            if before is not None:
+                before |= {span.start + count: state for count, state in found.before.items()}
+            measured.append(found)
+            advance(prompt.tokens)
+    return measured
+
+
+def _kl_summary(kl: np.ndarray) -> metrics.KL:
+    rows = np.zeros(len(kl), metrics.ROWS)
+    rows["kl"] = kl
+    return metrics.kl_summary(rows)
+
+
+def file_checks(
+    found: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
+) -> Iterator[Check]:
+    """What is demanded of an artifact that was compared with a reference file.
+
+    KL is, where a limit was asked for. It is known as well as its interval and its error tell.
+    """
+    yield thresholds.original_rms(manifest, found.logits, "reference.rms")
+    if "reference.kl" in limits:
+        kl = found.kl.mean
+        yield Check(
+            name="reference.kl",
+            value=kl,
+            margin=max(kl - found.kl_low.mean, found.kl_high.mean - kl)
+            + SURE * found.kl.standard_error,
+            limit=limits["reference.kl"],
+            reason="mean KL to the reference file, nats",
+        )
+    yield Check(
+        name="reference.finite",
+        value=float(found.non_finite_positions),
+        limit=0,
+        reason="positions whose logits are not finite",
+    )
+
+
+def _bytes(prompts: tuple[PromptRecord, ...]) -> int | None:
+    """Of all texts together, where all are known."""
+    known = [prompt.bytes for prompt in prompts if prompt.bytes is not None]
+    return sum(known) if len(known) == len(prompts) else None
+
+
+def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
+    """Of each state, the prompt where it is worst."""
+    found: dict[str, StateError] = {}
+    for error in (error for errors in prompts for error in errors):
+        best = found.get(error.name)
+        if best is None or not error.relative_max <= best.relative_max:
+            found[error.name] = error
+    return list(found.values())
+
+
+def _prompt_result(prompt: PromptRecord, found: PromptMeasured) -> PromptResult:
+    low, best, high = found.bounds.mean(0).tolist()
+    return PromptResult(
+        name=prompt.name,
+        tokens=prompt.tokens,
+        kl=best,
+        kl_low=low,
+        kl_high=high,
+        top1=float(found.rows["top1"].mean()),
+        worst_state=worst(found.states),
+        greedy_tokens=prompt.greedy_tokens,
+        greedy_common=found.greedy_common,
+    )

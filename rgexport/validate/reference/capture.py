@@ -1,0 +1,194 @@
+"""`rgexport reference`: what the full-precision model says to some prompts, as one file.
+
+All prompts go through one layer before the next one is read, and logits exist for one block of
+positions at a time: memory is that of a layer and of a block, whatever the texts' length. Where
+the whole model fits, its layers stay, for the sake of the greedy continuations.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport.atomic import check_file_target
+from rgexport.export.origin import folder_of
+from rgexport.export.verified import hash_new_files
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checks import require_sound
+from rgexport.griffin.state import State, state_specs, zero_state
+from rgexport.hashing import FileRecord
+from rgexport.progress import amount, note, task
+from rgexport.runtimes.environment import environment
+from rgexport.runtimes.tokenizer import load_tokenizer
+from rgexport.validate.reference.implementations import OWN, choose_implementation
+from rgexport.validate.reference.kept_logits import keep_logits
+from rgexport.validate.reference.prompts import Prompt, choose_prompts
+from rgexport.validate.reference.reference_file import (
+    Header,
+    PromptRecord,
+    checkpoint_name,
+    checkpoint_specs,
+    state_name,
+    stored_shape,
+)
+from rgexport.validate.reference.reference_layout import Layout, choose_layout
+from rgexport.validate.reference.reference_writer import is_reference, write_reference
+from rgexport.validate.teacher import ReferenceModel
+
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the model made of the prompts.
+
+    hidden: of each, [1, T, width] of the model's own kind; states: of each, those behind its
+    checkpoints and its end; activations: [watched positions, layers, width].
+    """
+
+    hidden: list[Any]
+    states: list[list[State]]
+    activations: np.ndarray
+
+
+def capture(
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    prompts: Path | None = None,
+    device: str = "auto",
+    impl: str = OWN,
+    low_memory: bool = False,
+    force: bool = False,
+) -> Path:
+    """Captures a reference into the file `target`, which appears when it is complete.
+
+    Args:
+        checkpoint: the model.
+        target: the file.
+        prompts: a file of them; by default the built-in ones.
+        device: where torch computes; `auto` is CUDA where there is one.
+        impl: who computes, one of `implementations.NAMES`.
+        low_memory: hold the weights of one layer at a time even where all would fit.
+        force: replace an earlier file.
+
+    Raises:
+        RequestError: no torch or no such device or package, an unsound checkpoint, or one that the
+            package cannot run, prompts that cannot be read, or a target that exists or cannot be
+            written.
+    """
+    check_file_target(target, force=force, replaceable=is_reference)
+    make = choose_implementation(impl, device, low_memory)
+    tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
+    chosen = choose_prompts(
+        tokenizer,
+        vocab_size=checkpoint.config.vocab_size,
+        window=checkpoint.config.window,
+        file=prompts,
+    )
+    require_sound(checkpoint)
+    lengths = [len(prompt.tokens) for prompt in chosen]
+    note(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
+
+    model = make(checkpoint.config, checkpoint.weights)
+    layout = choose_layout(lengths, model.config.vocab_size)
+    run = _run(model, chosen, layout)
+    arrays = {"tokens": np.concatenate([prompt.tokens for prompt in chosen])}
+    arrays |= keep_logits(model, chosen, run.hidden, layout)
+    stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
+    greedy = _continue(model, run, stop_ids) if tokenizer else [[] for _ in chosen]
+    header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
+    arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
+    arrays |= _state_arrays(header, run.states)
+    write_reference(target, header, arrays | {"activations": run.activations}, force=force)
+    return target
+
+
+def closing_line(target: Path) -> str:
+    """Where the file is and what to do with it."""
+    size = amount(target.stat().st_size)
+    return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
+
+
+def _header(
+    checkpoint: Checkpoint,
+    model: ReferenceModel,
+    layout: Layout,
+    prompts: tuple[PromptRecord, ...],
+) -> Header:
+    hashes = hash_new_files(checkpoint.weight_files)
+    return Header(
+        model=checkpoint.name,
+        config=model.config,
+        files={path.name: FileRecord(sha, path.stat().st_size) for path, sha in hashes.items()},
+        computed=model.describe(),
+        environment=environment(),
+        tail_bits=layout.tail_bits,
+        prompts=prompts,
+        watched=tuple(layout.watched.tolist()),
+    )
+
+
+def _run(model: ReferenceModel, prompts: Sequence[Prompt], layout: Layout) -> _Run:
+    """All prompts through the model."""
+    config = model.config
+    texts = [(prompt.tokens[None], zero_state(config, 1)) for prompt in prompts]
+    ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
+    activations = np.zeros((len(layout.watched), config.num_layers, config.width), np.float32)
+
+    def watch(layer: int, place: int, stream: Any) -> None:
+        start, stop = int(ends[place]) - stream.shape[1], int(ends[place])
+        here = (layout.watched >= start) & (layout.watched < stop)
+        activations[here, layer] = stream[0, layout.watched[here] - start].cpu()
+        advance(stop - start)
+
+    total = int(ends[-1]) * config.num_layers
+    with task("Running the reference", total, "tokens through a layer each") as advance:
+        found = model.run_each(texts, stops=layout.checkpoints, watch=watch)
+    return _Run([hidden for hidden, _ in found], [states for _, states in found], activations)
+
+
+def _continue(model: ReferenceModel, run: _Run, stop_ids: Collection[int]) -> list[list[int]]:
+    """The most likely continuation of each prompt, all in one batch; a stop id ends one."""
+    ends = [states[-1] for states in run.states]
+    state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
+    following = [int(model.logits(hidden[:, -1:])[0, -1].argmax()) for hidden in run.hidden]
+    found = [[token] for token in following]
+    with task("Continuing greedily", GREEDY_TOKENS, "tokens") as advance:
+        for _ in range(GREEDY_TOKENS - 1):
+            hidden, state = model.run(np.array(following, np.int64)[:, None], state)
+            following = model.logits(hidden)[:, -1].argmax(1).tolist()
+            for ids, token in zip(found, following, strict=True):
+                if ids[-1] not in stop_ids:
+                    ids.append(token)
+            advance(1)
+    return found
+
+
+def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str, np.ndarray]:
+    """The states behind each prompt, and those behind its checkpoints."""
+    arrays = {}
+    for index, (prompt, (*inside, end)) in enumerate(zip(header.prompts, states, strict=True)):
+        for spec in state_specs(header.config):
+            kept = stored_shape(spec, prompt.tokens)[0]
+            arrays[state_name(index, spec)] = end[spec.name][0, spec.shape[0] - kept :]
+        for spec in checkpoint_specs(header.config) if inside else ():
+            stacked = np.concatenate([state[spec.name] for state in inside])
+            arrays[checkpoint_name(index, spec)] = stacked
+    return arrays
+
+
+def _records(
+    prompts: Sequence[Prompt], layout: Layout, greedy: Sequence[list[int]]
+) -> Iterator[PromptRecord]:
+    start = 0
+    for prompt, ids, inside in zip(prompts, greedy, layout.checkpoints, strict=True):
+        count = len(prompt.tokens)
+        full = int(((layout.full >= start) & (layout.full < start + count)).sum())
+        exact = dict.fromkeys(("next token", "first choice", "first five", "states"), "exact")
+        exact["KL"] = "exact" if full == count else "an interval"
+        exact["logits"] = "exact" if full == count else "at full positions"
+        yield PromptRecord(prompt.name, count, prompt.bytes, full, len(ids), exact, tuple(inside))
+        start += count

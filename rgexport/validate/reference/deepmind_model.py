@@ -1,0 +1,161 @@
+"""DeepMind's own implementation, the `recurrentgemma` package's torch half, as a reference."""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from recurrentgemma import common
+from recurrentgemma.torch import Griffin
+from recurrentgemma.torch.modules import AttentionBlockCache, RecurrentBlockCache
+from torch import Tensor, nn
+
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
+from rgexport.griffin.deepmind import BRANCHES, CONV, GLOBAL_NAMES, NAMES, UP, UP_BIAS
+from rgexport.griffin.state import POSITION, State, layer_states
+from rgexport.griffin.tensor import WeightSource
+from rgexport.validate.reference.whole_model import WholeModel, in_float32, to_numpy
+
+Read = Callable[[str], Tensor]
+"""Name of a tensor of a layer → the tensor."""
+
+
+class DeepMindModel(WholeModel):
+    """`recurrentgemma.torch.Griffin` in float32."""
+
+    def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
+        """Loads all weights.
+
+        Raises:
+            RequestError: a model that the package cannot run.
+        """
+        self._model = _load(config, weights, device)
+        self._stream = torch.empty(0)
+        self._model.blocks[-1].register_forward_hook(self._keep)
+        name = f"recurrentgemma {version('recurrentgemma')}"
+        super().__init__(config, device, list(self._model.blocks), name)
+
+    def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        start = int(state[POSITION][0])
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        # Its own logits would be those of all tokens at once.
+        _, cache = self._model(
+            tokens, positions, self._cache(state) if start else None, return_logits=False
+        )
+        return self._model.final_norm(self._stream), self._state(cache, start + tokens.shape[1])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self._model.embedder.decode(hidden)
+        cap = self.config.soft_cap
+        return nn.functional.tanh(logits / cap) * cap if cap else logits
+
+    def _keep(self, block: nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
+        self._stream = output[0]
+
+    def _cache(self, state: State) -> dict[str, RecurrentBlockCache | AttentionBlockCache]:
+        """Its cache from a canonical state; a token's key lies at its position modulo the window.
+
+        Everything is copied: the package writes into its caches.
+        """
+        count = state[POSITION].astype(np.int32)
+        cache = {}
+        for index, kind in enumerate(self.config.block_types):
+            names = [spec.name for spec in layer_states(self.config, index, "float32")]
+            first, second = (state[name].astype(np.float32) for name in names)
+            if kind == "attention":
+                turn = int(count[0]) % self.config.window
+                keys, values = (
+                    self._tensor(np.roll(a, turn, 1))[:, :, None] for a in (first, second)
+                )
+                found = AttentionBlockCache(keys, values, self._tensor(count.copy()))
+            else:
+                found = RecurrentBlockCache(self._tensor(first), self._tensor(second))
+            cache[f"blocks.{index}"] = found
+        return cache
+
+    def _state(
+        self, cache: dict[str, RecurrentBlockCache | AttentionBlockCache], count: int
+    ) -> State:
+        state: State = {POSITION: np.array([count], np.int64)}
+        for index in range(self.config.num_layers):
+            names = [spec.name for spec in layer_states(self.config, index, "float32")]
+            found = cache[f"blocks.{index}"]
+            first, second = to_numpy(found[0]), to_numpy(found[1])
+            if isinstance(found, AttentionBlockCache):
+                turn = count % self.config.window
+                first, second = (np.roll(a[:, :, 0], -turn, 1) for a in (first, second))
+            state |= dict(zip(names, (first, second), strict=True))
+        return state
+
+
+def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:
+    _check_fits(config)
+    types = common.TemporalBlockType
+    theirs = common.GriffinConfig(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        mlp_expanded_width=config.mlp_width,
+        num_heads=config.num_heads,
+        block_types=tuple(types[kind.upper()] for kind in config.block_types),
+        embeddings_scale_by_sqrt_dim=config.embedding_scale != 1.0,
+        attention_window_size=config.window,
+        logits_soft_cap=config.soft_cap,
+        lru_width=config.lru_width,
+    )
+    model = Griffin(theirs, gradient_checkpointing=False, device="meta", dtype=torch.float32)
+    state = {name: _tensor(name, weights, device) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _check_fits(config: GriffinConfig) -> None:
+    """The package has one number of heads, and constants where `config` has fields."""
+    scale = sqrt_embedding_scale(config.width)
+    rules = {
+        "lru_heads": config.num_heads,
+        "head_dim": config.width // config.num_heads,
+        "rope_dims": config.head_dim // 2,
+        "rope_theta": 10_000.0,
+        "rms_eps": 1e-6,
+        "conv_width": 4,
+        "embedding_scale": 1.0 if config.embedding_scale == 1.0 else scale,
+    }
+    for name, expected in rules.items():
+        if (found := getattr(config, name)) != expected:
+            raise RequestError(
+                f"DeepMind's package cannot run this model: its {name} is {found}, there it can "
+                f"only be {expected}; leave out --impl deepmind"
+            )
+
+
+def _tensor(name: str, weights: WeightSource, device: str) -> Tensor:
+    """One of DeepMind's tensors from the canonical ones."""
+    if name in GLOBAL_NAMES:
+        return in_float32(weights[GLOBAL_NAMES[name]], device)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if match is None:
+        raise ValueError(f"recurrentgemma has a tensor {name}, which is not known here")
+    prefix, local = f"layers.{match[1]}.", match[2]
+
+    def read(canonical: str) -> Tensor:
+        return in_float32(weights[prefix + canonical], device)
+
+    return _TURNED[local](read) if local in _TURNED else read(NAMES[local])
+
+
+def _up(read: Read) -> Tensor:
+    return torch.stack([read(f"{branch}.weight").T for branch in BRANCHES])
+
+
+def _up_bias(read: Read) -> Tensor:
+    return torch.stack([read(f"{branch}.bias") for branch in BRANCHES])[:, None, None]
+
+
+def _conv(read: Read) -> Tensor:
+    return read(NAMES[CONV])[:, 0].T.contiguous()
+
+
+_TURNED: dict[str, Callable[[Read], Tensor]] = {UP: _up, UP_BIAS: _up_bias, CONV: _conv}
+"""Tensors that are not stored as the canonical ones; see `griffin.deepmind`."""

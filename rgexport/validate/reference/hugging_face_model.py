@@ -1,0 +1,141 @@
+"""Hugging Face's `RecurrentGemmaForCausalLM` as a reference.
+
+It differs from DeepMind's: its window counts the token itself, so a token sees one key less. That
+is told by the configuration that it gives, whose window is one less than the checkpoint's. Its
+recurrent states live on its modules; here they are set before each call. Where and how is not
+public: this is written against transformers 5.24.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
+from rgexport.griffin.huggingface_config import to_hugging_face
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.state import POSITION, State, layer_states
+from rgexport.griffin.tensor import WeightSource
+from rgexport.validate.reference.whole_model import WholeModel, in_float32, to_numpy
+
+VERSIONS = (5, 24), (6, 0)
+"""Of transformers, from the first until before the second."""
+
+
+class HuggingFaceModel(WholeModel):
+    """`transformers.RecurrentGemmaForCausalLM` in float32, with eager attention."""
+
+    def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
+        """Loads all weights.
+
+        Raises:
+            RequestError: a model that the class cannot run.
+        """
+        self._model = _load(config, weights, device)
+        seen = dataclasses.replace(config, window=config.window - 1)
+        name = f"transformers {transformers.__version__}"
+        super().__init__(seen, device, list(self._model.model.layers), name)
+
+    def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        start = int(state[POSITION][0])
+        stop = start + tokens.shape[1]
+        cache = self._set(state, min(start, self.config.window))
+        found = self._model.model(
+            input_ids=tokens,
+            position_ids=torch.arange(start, stop, device=tokens.device)[None],
+            cache=cache,
+            use_cache=True,
+        )
+        return found.last_hidden_state, self._state(cache, stop)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.lm_head(hidden)
+        cap = self.config.soft_cap
+        return torch.tanh(logits / cap) * cap
+
+    def _set(self, state: State, filled: int) -> DynamicCache:
+        """Puts the recurrent states onto the modules, and the last `filled` keys into a cache."""
+        cache = DynamicCache(config=self._model.config)
+        for index, kind in enumerate(self.config.block_types):
+            block: Any = self._model.model.layers[index].temporal_block
+            names = [spec.name for spec in layer_states(self.config, index, "float32")]
+            first, second = (self._tensor(state[name].astype(np.float32)) for name in names)
+            if kind == "recurrent":
+                block.rg_lru.recurrent_states = first
+                block.conv1d_state = second.transpose(1, 2)
+            elif filled:
+                cache.update(first[:, None, -filled:], second[:, None, -filled:], index)
+        return cache
+
+    def _state(self, cache: DynamicCache, count: int) -> State:
+        state: State = {POSITION: np.array([count], np.int64)}
+        for index, kind in enumerate(self.config.block_types):
+            block: Any = self._model.model.layers[index].temporal_block
+            if kind == "recurrent":
+                found = [block.rg_lru.recurrent_states, block.conv1d_state.transpose(1, 2)]
+            else:
+                kept = cache.layers[index]
+                found = [self._window(part[:, 0]) for part in (kept.keys, kept.values)]
+            names = [spec.name for spec in layer_states(self.config, index, "float32")]
+            state |= {name: to_numpy(part) for name, part in zip(names, found, strict=True)}
+        return state
+
+    def _window(self, kept: Tensor) -> Tensor:
+        """Keys or values [1, n, D] behind as many zeros as are missing."""
+        return nn.functional.pad(kept, (0, 0, self.config.window - kept.shape[1], 0))
+
+
+def _load(config: GriffinConfig, weights: WeightSource, device: str) -> RecurrentGemmaForCausalLM:
+    _check_version()
+    _check_fits(config)
+    theirs = RecurrentGemmaConfig(**to_hugging_face(config, "block_types"))
+    state = {f"model.{name}": in_float32(weights[name], device) for name in model_tensors(config)}
+    transformers.logging.disable_progress_bar()
+    model, report = RecurrentGemmaForCausalLM.from_pretrained(
+        None,
+        config=theirs,
+        state_dict=state,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if odd := sorted(report["missing_keys"] | report["unexpected_keys"]):
+        raise RequestError(
+            f"transformers {transformers.__version__} has other weights than 5.24: {odd[0]}; "
+            "pip install 'transformers>=5.24,<6'"
+        )
+    return model.to(device).eval()
+
+
+def _check_version() -> None:
+    found = transformers.__version__
+    first, last = VERSIONS
+    if not first <= tuple(int(part) for part in found.split(".")[:2]) < last:
+        raise RequestError(
+            f"--impl hf is written against transformers 5.24, found {found}: "
+            "pip install 'transformers>=5.24,<6'"
+        )
+
+
+def _check_fits(config: GriffinConfig) -> None:
+    """What the class takes from its configuration is less than that can say."""
+    rules = {
+        "head_dim": (config.head_dim == config.width // config.num_heads, "width / num_heads"),
+        "soft_cap": (config.soft_cap > 0, "more than 0"),
+        "embedding_scale": (
+            config.embedding_scale == sqrt_embedding_scale(config.width),
+            "the square root of the width",
+        ),
+        "window": (config.window > 1, "more than 1"),
+    }
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            raise RequestError(
+                f"Hugging Face's class cannot run this model: its {name} is "
+                f"{getattr(config, name)}, expected {expected}; leave out --impl hf"
+            )

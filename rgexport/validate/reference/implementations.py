@@ -1,0 +1,114 @@
+"""Who computes a reference: the project's own model, or another package's."""
+
+import math
+from importlib import import_module
+from typing import NamedTuple
+
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.tensor import WeightSource
+from rgexport.progress import amount, note
+from rgexport.runtimes.memory import available_bytes
+from rgexport.validate.teacher import MakeReference, ReferenceModel, torch_device
+
+OWN = "rgexport"
+ROOM = 1.25
+"""Memory that must be there for a whole model, as a multiple of its weights in float32, …"""
+WORKING_BYTES = 2 << 30
+"""… and for what it computes beside them."""
+
+
+class _Package(NamedTuple):
+    module: str
+    name: str
+    """Of the class, which is a `MakeReference` but for its `device`."""
+    install: str
+
+
+PACKAGES = {
+    "deepmind": _Package(
+        "rgexport.validate.reference.deepmind_model",
+        "DeepMindModel",
+        "'recurrentgemma[torch]' flax jax",
+    ),
+    "hf": _Package(
+        "rgexport.validate.reference.hugging_face_model",
+        "HuggingFaceModel",
+        "'transformers>=5.24,<6'",
+    ),
+}
+NAMES = (OWN, *PACKAGES)
+
+
+def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
+    """What makes the model that `name`, one of `NAMES`, stands for.
+
+    Our own keeps its weights in memory where they fit, unless `low_memory` forbids it.
+
+    Raises:
+        RequestError: a missing package, no such device, or `low_memory` asked of others.
+    """
+    if name == OWN:
+        return _own(torch_device(device), low_memory)
+    if low_memory:
+        raise RequestError(
+            f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
+        )
+    return _packaged(name, torch_device(device))
+
+
+def _packaged(name: str, device: str) -> MakeReference:
+    package = PACKAGES[name]
+    try:
+        model = getattr(import_module(package.module), package.name)
+    except ImportError as error:
+        raise RequestError(
+            f"--impl {name} needs a package that is missing ({error.name}): "
+            f"pip install {package.install}"
+        ) from None
+
+    def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
+        needed, free = float32_bytes(config), free_bytes(device)
+        if free is not None and needed > free:
+            raise RequestError(
+                f"--impl {name} takes {amount(needed)} of memory for the weights alone, and "
+                f"{amount(free)} are free; leave it out: rgexport's own reads layer by layer"
+            )
+        found: ReferenceModel = model(config, weights, device=device)
+        return found
+
+    return make
+
+
+def _own(device: str, low_memory: bool) -> MakeReference:
+    from rgexport.griffin.reference import Reference
+
+    def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
+        needed = float32_bytes(config)
+        keep = not low_memory and fits(needed, free_bytes(device))
+        if not low_memory and not keep:
+            note(f"{amount(needed)} of weights do not fit into memory: one layer at a time")
+        return Reference(config, weights, device=device, keep=keep)
+
+    return make
+
+
+def float32_bytes(config: GriffinConfig) -> int:
+    """What all weights take."""
+    return 4 * sum(math.prod(spec.shape) for spec in model_tensors(config).values())
+
+
+def fits(needed: int, free: int | None) -> bool:
+    """Whether so many bytes of weights fit, with room to spare; not where nobody knows."""
+    return free is not None and ROOM * needed + WORKING_BYTES <= free
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory of a device of torch that can still be had."""
+    if not device.startswith("cuda"):
+        return available_bytes()
+    import torch
+
+    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
+    return free

@@ -1,0 +1,189 @@
+"""Opens a reference file, and refuses what is damaged or contradicts itself."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest_reader import check_config
+from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.safetensors_file import read_header, read_metadata
+from rgexport.griffin.state import state_specs
+from rgexport.griffin.tensor import RowTensor
+from rgexport.hashing import hash_file
+from rgexport.validate.reference.condensed import CODES
+from rgexport.validate.reference.reference_file import (
+    DTYPE_NAMES,
+    DTYPES,
+    FORMAT_VERSION,
+    METADATA,
+    SUMS,
+    Header,
+    ReferenceFile,
+    checkpoint_name,
+    checkpoint_specs,
+    state_name,
+    stored_shape,
+)
+
+_EITHER = -1
+"""A length that the header does not tell."""
+
+
+def read_reference(path: Path) -> ReferenceFile:
+    """Opens a file and checks that it is whole.
+
+    Raises:
+        RequestError: no such file, another kind of file, a newer format, or damage.
+    """
+    header = _read_header(path)
+    arrays = _read_arrays(path, header)
+    small = {name: arrays[name].whole() for name in ("tokens", "sums", "full.positions")}
+    counts = arrays["kept.counts"].whole()
+    reference = ReferenceFile(
+        path,
+        header,
+        small["tokens"],
+        small["sums"],
+        small["full.positions"],
+        arrays,
+        np.concatenate([[0], np.cumsum(counts)]),
+    )
+    _check_values(reference, counts)
+    return reference
+
+
+def _read_header(path: Path) -> Header:
+    if not path.is_file():
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise RequestError(f"cannot read the reference {path}: {what}")
+    text = read_metadata(path).get(METADATA)
+    if text is None:
+        raise RequestError(
+            f"{path} is no reference file; expected one that `rgexport reference` made"
+        )
+    try:
+        fields = json.loads(text)
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if type(version) is int and version > FORMAT_VERSION:
+            raise RequestError(
+                f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
+                "update rgexport"
+            )
+        header = Reader().read(Header, fields)
+        _check_header(header)
+    except (Mismatch, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    return header
+
+
+def _check_header(header: Header) -> None:
+    """Raises `Mismatch` for what no capture writes."""
+    check_config(header.config)
+    if header.tail_bits not in CODES:
+        raise Mismatch(f"tail_bits is {header.tail_bits}")
+    if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
+        raise Mismatch("prompts: there is none, or one without tokens")
+    if sum(prompt.full_positions for prompt in header.prompts) < 1:
+        raise Mismatch("no position is full")
+    for prompt in header.prompts:
+        if not _is_inside(prompt.checkpoints, 1, prompt.tokens):
+            raise Mismatch(f"checkpoints are {prompt.checkpoints}")
+    if not _is_inside(header.watched, 0, header.positions):
+        raise Mismatch(f"watched is {header.watched}")
+
+
+def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
+    """Whether they ascend within these bounds."""
+    edges = start - 1, *values, stop
+    return all(a < b for a, b in zip(edges, edges[1:], strict=False))
+
+
+def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
+    """The arrays, which must be those that the header speaks of."""
+    entries = read_header(path)
+    expected = dict(_expected(header))
+    for name in entries.keys() ^ expected.keys():
+        raise _damaged(path, f"{name} is {'unknown' if name in entries else 'missing'}")
+    for name, (dtype, shape) in expected.items():
+        entry = entries[name]
+        fits = len(entry.shape) == len(shape) and all(
+            found == wanted or wanted == _EITHER
+            for found, wanted in zip(entry.shape, shape, strict=True)
+        )
+        if entry.dtype != dtype or not fits:
+            raise _damaged(path, f"{name} is {entry.dtype} {list(entry.shape)}")
+    start = min(entry.offset for entry in entries.values())
+    if hash_file(path, start=start).sha256 != header.data_sha256:
+        raise _damaged(path, "its data has another hash")
+    if entries["kept.ids"].shape != entries["kept.logits"].shape:
+        raise _damaged(path, "not as many kept logits as ids")
+    return {
+        name: file_rows(path, entry.shape, DTYPES[entry.dtype], entry.offset)
+        for name, entry in entries.items()
+    }
+
+
+def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    count, vocab = header.positions, header.config.vocab_size
+    full = sum(prompt.full_positions for prompt in header.prompts)
+    yield "tokens", ("I64", (count,))
+    yield "full.positions", ("I64", (full,))
+    yield "full.logits", ("F32", (full, vocab))
+    yield "kept.counts", ("I64", (count,))
+    yield "kept.ids", ("I32", (_EITHER,))
+    yield "kept.logits", ("F32", (_EITHER,))
+    yield "sums", ("F64", (count, len(SUMS)))
+    if dtype := CODES[header.tail_bits]:
+        yield "codes", (DTYPE_NAMES[dtype], (count - full, vocab))
+    for index, prompt in enumerate(header.prompts):
+        if prompt.greedy_tokens:
+            yield f"greedy.{index}", ("I64", (prompt.greedy_tokens,))
+        for spec in state_specs(header.config):
+            yield state_name(index, spec), ("F32", stored_shape(spec, prompt.tokens))
+        if points := len(prompt.checkpoints):
+            for spec in checkpoint_specs(header.config):
+                yield checkpoint_name(index, spec), ("F32", (points, *spec.shape))
+    if header.watched:
+        shape = len(header.watched), header.config.num_layers, header.config.width
+        yield "activations", ("F32", shape)
+
+
+def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
+    """What would lead out of an array later."""
+    vocab, ids = reference.header.config.vocab_size, reference.arrays["kept.ids"]
+    full = np.zeros(len(counts), bool)
+    places = reference.full_positions
+    inside = bool(((places >= 0) & (places < len(counts))).all())
+    ascending = bool((np.diff(places) > 0).all())
+    if inside:
+        full[places] = True
+    greedy = [reference.greedy(index) for index in range(len(reference.header.prompts))]
+    rules = {
+        "full.positions": inside and ascending,
+        "kept.counts": bool(((counts > 0) != full).all())
+        and bool((counts >= 0).all())
+        and int(counts.sum()) == ids.shape[0],
+        "tokens": _are_ids(reference.tokens, vocab),
+        "kept.ids": _are_ids(ids.whole(), vocab),
+        "greedy": all(_are_ids(found, vocab) for found in greedy),
+        "sums": bool(np.isfinite(reference.sums).all()),
+        "activations": all(
+            np.isfinite(reference.activations(place)).all()
+            for place in range(len(reference.header.watched))
+        ),
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise _damaged(reference.path, f"{name} has impossible values")
+
+
+def _are_ids(values: np.ndarray, vocab: int) -> bool:
+    return bool(((values >= 0) & (values < vocab)).all())
+
+
+def _damaged(path: Path, what: str) -> RequestError:
+    return RequestError(f"{path} is damaged: {what}; capture it again")

@@ -1,0 +1,94 @@
+"""The JSON schema of what `validate --json` writes, made from the classes that are written.
+
+`python -m rgexport.validate.report.schema > docs/validate.schema.json` publishes it.
+"""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from typing import Any
+
+from rgexport.validate.checks import Check, Outcome
+from rgexport.validate.result import SCHEMA_VERSION, Result
+
+_PLAIN: dict[type, dict[str, Any]] = {
+    str: {"type": "string"},
+    int: {"type": "integer"},
+    bool: {"type": "boolean"},
+    float: {"type": ["number", "null"], "description": "null where it is not finite"},
+    types.NoneType: {"type": "null"},
+}
+_HEAD: dict[str, Any] = {
+    "schema_version": {"const": SCHEMA_VERSION},
+    "verdict": {"enum": list(typing.get_args(Outcome))},
+}
+_BESIDES: dict[type, dict[str, Any]] = {
+    Result: _HEAD,
+    Check: {
+        "outcome": {"enum": list(typing.get_args(Outcome))},
+        "passed": {"type": "boolean"},
+    },
+}
+"""What `Result.to_dict` adds to the fields of a class."""
+
+
+def result_schema() -> dict[str, Any]:
+    """The schema: one result, or a list where several artifacts were compared.
+
+    Objects may have more fields than it names: later versions add some.
+    """
+    definitions: dict[str, Any] = {}
+    one = _reference(Result, definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "What `rgexport validate --json` writes",
+        "oneOf": [one, {"type": "array", "items": one, "minItems": 2}],
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def as_text() -> str:
+    """The schema as a file has it."""
+    return json.dumps(result_schema(), indent=1, ensure_ascii=False)
+
+
+def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Refers to a dataclass, and describes it among the definitions."""
+    name = kind.__name__
+    if name not in definitions:
+        definitions[name] = {}  # in case that it holds one of its own kind
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+        properties = {key: _describe(hint, definitions) for key, hint in fields.items()}
+        properties = _BESIDES.get(kind, {}) | properties
+        definitions[name] = {
+            "type": "object",
+            "description": inspect.cleandoc(kind.__doc__ or ""),
+            "properties": properties,
+            "required": list(properties),
+        }
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _reference(hint, definitions)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return {"anyOf": [_describe(kind, definitions) for kind in inner]}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _describe(inner[1], definitions)}
+    if origin in (list, tuple):
+        return {"type": "array", "items": _describe(inner[0], definitions)}
+    if origin is typing.Literal:
+        return {"enum": list(inner)}
+    raise TypeError(f"no schema is known for {hint}")
+
+
+if __name__ == "__main__":
+    print(as_text())

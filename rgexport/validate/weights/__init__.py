@@ -1,0 +1,1 @@
+"""Stored weights against those that they were made from."""

@@ -1,0 +1,83 @@
+from functools import partial
+
+import numpy as np
+import pytest
+
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.validate import metrics
+from rgexport.validate.bisect.layer_costs import TOKENS, layer_costs
+from tests.models import make_config, random_weights, weight_source
+
+CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
+WEIGHTS = random_weights(CONFIG)
+TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, TOKENS + 9)
+PARTS = ("embed_tokens", "layers.0", "layers.1", "layers.2", "final_norm")
+
+
+def rounded(part: str = "") -> dict[str, np.ndarray]:
+    """The weights, those of one part (or all) with a step as large as 4 bits have."""
+    changed = dict(WEIGHTS)
+    for name, array in WEIGHTS.items():
+        if name.startswith(f"{part}.") or not part:
+            step = np.abs(array).max() / 7
+            changed[name] = (np.round(array / step) * step).astype(np.float32)
+    return changed
+
+
+def logits(weights: dict[str, np.ndarray]) -> np.ndarray:
+    model = Reference(CONFIG, weight_source(weights))
+    return model.logits(model.run(TEXT[None, :TOKENS])[0])[0]
+
+
+def test_the_parts_are_what_a_model_with_one_part_of_the_other_gives():
+    costs = layer_costs(
+        CONFIG, weight_source(WEIGHTS), weight_source(rounded()), TEXT, device="cpu"
+    )
+    assert tuple(cost.part for cost in costs) == PARTS
+    unknown = np.full(TOKENS, -1)
+    for cost in costs:
+        rows = metrics.compare_logits(logits(WEIGHTS), logits(rounded(cost.part)), unknown)
+        assert cost.kl == pytest.approx(rows["kl"].mean(), rel=1e-4)
+        assert cost.kl > 1e-5
+        assert cost.standard_error == pytest.approx(metrics.kl_summary(rows).standard_error, 1e-4)
+        assert cost.top1 == rows["top1"].mean()
+
+
+def test_parts_that_are_the_same_cost_nothing():
+    twin = weight_source(rounded("layers.1"))
+    costs = layer_costs(CONFIG, weight_source(WEIGHTS), twin, TEXT[:7], device="cpu")
+    assert [cost.part for cost in costs if cost.kl > 1e-9] == ["layers.1"]
+    assert {cost.top1 for cost in costs if cost.part != "layers.1"} == {1.0}
+
+
+def test_logits_come_in_blocks(monkeypatch):
+    weights, twin = weight_source(WEIGHTS), weight_source(rounded())
+    whole = layer_costs(CONFIG, weights, twin, TEXT, device="cpu")
+    monkeypatch.setattr("rgexport.validate.bisect.layer_costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
+    assert [c.kl for c in layer_costs(CONFIG, weights, twin, TEXT, device="cpu")] == pytest.approx(
+        [c.kl for c in whole], rel=1e-5
+    )
+
+
+def test_one_layer_of_both_is_read_at_a_time():
+    read: list[str] = []
+
+    def watched(whose: str, weights: dict[str, np.ndarray]) -> WeightSource:
+        def rows(name: str, start: int, stop: int) -> np.ndarray:
+            read.append(f"{whose} {name}")
+            return weights[name][start:stop].copy()
+
+        return {
+            name: RowTensor(array.shape, array.dtype, partial(rows, name))
+            for name, array in weights.items()
+        }
+
+    original, twin = watched("original", WEIGHTS), watched("twin", rounded())
+    layer_costs(CONFIG, original, twin, TEXT, device="cpu")
+    layers = [name.split(".")[1] for name in read if ".layers." not in name and "layers" in name]
+    assert layers == sorted(layers)
+    counts = {name: read.count(name) for name in read if EMBEDDING not in name}
+    assert set(counts.values()) == {1}
+    assert len(counts) == 2 * (len(WEIGHTS) - 1)

@@ -1,0 +1,203 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.sites import sites
+from rgexport.griffin.state import state_specs
+from rgexport.quantize.scheme import Affine
+from rgexport.validate.bisect.site_errors import SiteError, layer_of, site_errors
+from rgexport.validate.bisect.sites import site_report, with_loud_past
+from tests.models import make_config, random_weights, weight_source
+from tests.validate.bisect.observations import FLOAT32, manifest_of, observe, state_behind
+
+CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
+WEIGHTS = weight_source(random_weights(CONFIG))
+TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 50)
+BEFORE, TOKENS = TEXT[:40], TEXT[40:]
+GATE = "layers.2.temporal_block.rg_lru.recurrent_gate"
+
+
+def compare(found, state=None, *, config=CONFIG, scheme=FLOAT32) -> list[SiteError]:
+    manifest = manifest_of(config, scheme)
+    state = state_behind(CONFIG, WEIGHTS, BEFORE) if state is None else state
+    tokens = TOKENS[-len(found.values["embed_tokens"]) :]
+    model = Reference(config, WEIGHTS)
+    return site_errors(model, manifest, config.window, state, [(tokens, found)])
+
+
+def observed(config=CONFIG, faults=None):
+    """As an artifact of `config` takes the last tokens, and the state that it starts from."""
+    state = state_behind(config, WEIGHTS, BEFORE)
+    return observe(config, WEIGHTS, TOKENS, state, faults), state
+
+
+def beyond(errors) -> list[str]:
+    return [error.state or error.site for error in errors if not error.passed]
+
+
+def test_the_reference_agrees_with_itself_at_every_site_and_state():
+    errors = compare(*observed())
+    assert [e.site for e in errors if e.state is None] == [
+        site for site in sites(CONFIG) if site != "last_tokens"
+    ]
+    assert {e.state for e in errors} - {None} == {spec.name for spec in state_specs(CONFIG)}
+    assert all(e.rms == e.median == e.excess == 0 and e.length == len(TOKENS) for e in errors)
+    assert site_report(errors).first is None
+
+
+def test_states_and_layers_have_their_names():
+    errors = compare(*observed())
+    states = [(e.site, e.layer) for e in errors if e.state == "layers.1.value"]
+    assert states == [("layers.1.temporal_block.attention", 1)]
+    assert layer_of("layers.12.mlp_block.mul") == 12
+    assert layer_of("final_norm") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"soft_cap": 0.0}, {"logits"}),
+        ({"embedding_scale": 48**0.5}, {"embed_tokens"}),
+        (
+            {"rope_dims": CONFIG.head_dim},
+            {"layers.1.temporal_block.rope_q", "layers.1.temporal_block.rope_k"},
+        ),
+        ({"window": CONFIG.window - 1}, {"layers.1.temporal_block.attention"}),
+        ({"window": CONFIG.window + 1}, {"layers.1.temporal_block.attention"}),
+    ],
+)
+def test_an_artifact_of_another_configuration(change, named):
+    errors = compare(*observed(dataclasses.replace(CONFIG, **change)))
+    assert {e.site for e in errors if not e.passed} == named
+
+
+def test_another_epsilon_shows_in_the_norms_alone():
+    errors = compare(*observed(dataclasses.replace(CONFIG, rms_eps=1e-3)))
+    assert {e.op for e in errors if not e.passed} == {"rms_norm"}
+
+
+def in_half(value):
+    return value.astype(np.float16).astype(np.float32)
+
+
+def transposed_block(value):
+    """The second of four blocks of channels, as another matrix gives it."""
+    value = value.copy()
+    value[..., 16:32] = value[..., 31:15:-1]
+    return value
+
+
+@pytest.mark.parametrize("fault", [in_half, transposed_block])
+def test_a_fault_shows_where_it_is_and_nowhere_else(fault):
+    assert beyond(compare(*observed(faults={GATE: fault}))) == [GATE]
+
+
+def test_int8_activations_do_not_hide_a_gate_in_half():
+    found, state = observed(faults={GATE: in_half})
+    assert beyond(compare(found, state, scheme=Affine(4, 32, symmetric=False))) == [GATE]
+
+
+@pytest.mark.parametrize("kind", ["rg_lru", "conv1d"])
+def test_a_state_that_is_not_written(kind):
+    found, state = observed()
+    name = f"layers.2.{kind}"
+    found.state[name] = state[name]
+    (error,) = (e for e in compare(found, state) if not e.passed)
+    assert error.state == name
+    assert error.rms > 0.2
+
+
+def test_a_cache_that_is_not_written():
+    found, state = observed()
+    found.state["layers.1.key"] = state["layers.1.key"]
+    assert beyond(compare(found, state)) == ["layers.1.key"]
+
+
+def test_what_is_not_finite_is_told_where_it_is():
+    found, state = observed()
+    found.values["layers.0.mlp_block.mul"][3, 5] = np.nan
+    (error,) = (e for e in compare(found, state) if not e.passed)
+    assert error.site == "layers.0.mlp_block.mul"
+    assert error.excess == np.inf
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.001])
+def test_a_gate_behind_its_sigmoid(gain):
+    found, state = observed()
+    found.gates[GATE] = gain / (1 + np.exp(-found.values.pop(GATE).astype(np.float64)))
+    errors = compare(found, state)
+    assert GATE in [e.site for e in errors]
+    assert beyond(errors) == ([] if gain == 1 else [GATE])
+
+
+def test_the_head_may_have_the_last_token_alone():
+    found, state = observed()
+    for site in ("final_norm", "lm_head", "logits"):
+        found.values[site] = found.values[site][-1:]
+    assert beyond(compare(found, state)) == []
+    found.values["logits"] = found.values["logits"] * np.float32(1.001)
+    assert beyond(compare(found, state)) == ["logits"]
+
+
+def test_one_key_of_many_shows_where_the_oldest_are_loud():
+    config = make_config("ra", width=48, heads=4, lru_width=64, vocab_size=90, window=512)
+    weights = random_weights(config)
+    weights["layers.1.temporal_block.k_proj.weight"] *= 1e-3  # all keys count alike
+    source = weight_source(weights)
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, 700)
+    quiet = state_behind(config, source, tokens)
+    narrow = dataclasses.replace(config, window=511)
+    found = []
+    for state in (quiet, with_loud_past(quiet)):
+        taken = {
+            name: array[:, 1:] if array.ndim == 3 and array.shape[1] == 512 else array
+            for name, array in state.items()
+        }
+        calls = [(tokens[:1], observe(narrow, source, tokens[:1], taken))]
+        errors = site_errors(Reference(config, source), manifest_of(config), 512, state, calls)
+        found.append(next(e.rms for e in errors if e.op == "local_attention"))
+    assert found[0] < 0.01
+    assert found[1] > 0.15
+
+
+def test_calls_of_several_lengths_read_every_weight_once():
+    state = state_behind(CONFIG, WEIGHTS, BEFORE)
+    calls = [(TOKENS[-n:], observe(CONFIG, WEIGHTS, TOKENS[-n:], state)) for n in (6, 1)]
+    calls[1][1].values[GATE] *= 2
+    reads: list[str] = []
+
+    def watched(name, tensor):
+        def read(start, stop):
+            reads.append(name)
+            return tensor.read(start, stop)
+
+        return dataclasses.replace(tensor, read=read)
+
+    weights = {name: watched(name, tensor) for name, tensor in WEIGHTS.items()}
+    errors = site_errors(
+        Reference(CONFIG, weights), manifest_of(CONFIG), CONFIG.window, state, calls
+    )
+    first, *rest = (e for e in errors if not e.passed)
+    assert first.site == GATE
+    assert {e.length for e in (first, *rest)} == {1}
+    assert [e.site for e in errors if e.length == 6] == [e.site for e in errors if e.length == 1]
+    assert {reads.count(name) for name in weights if name != EMBEDDING} == {1}
+
+
+def test_what_is_not_seen_is_judged_with_what_follows():
+    found, state = observed(faults={"layers.0.mlp_block.gelu": lambda value: value * 1.01})
+    del found.values["layers.0.mlp_block.gelu"]
+    assert beyond(compare(found, state)) == ["layers.0.mlp_block.mul"]
+
+
+def test_the_report_has_the_first_and_the_worst():
+    found, state = observed(faults={GATE: in_half, "layers.0.mlp_block.mul": lambda x: 2 * x})
+    report = site_report(compare(found, state), ["last_tokens"])
+    assert report.first is not None
+    assert report.first.site == "layers.0.mlp_block.mul"
+    assert [e.site for e in report.beyond] == ["layers.0.mlp_block.mul", GATE]
+    assert [e.site for e in report.worst(2)] == ["layers.0.mlp_block.mul", GATE]
+    assert report.worst(1)[0].rms == pytest.approx(1, rel=1e-5)

@@ -1,0 +1,339 @@
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import State
+from rgexport.runtimes.ort import OrtSession
+from rgexport.validate import parity
+from rgexport.validate.checks import Check
+from rgexport.validate.metrics import agreement, compare_logits
+from rgexport.validate.reference import reference_layout, stream_errors
+from rgexport.validate.reference.against import (
+    AgainstFile,
+    compare_with_file,
+    file_checks,
+    with_layers,
+)
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.stream_errors import LayerError, positions_to_look_at
+from rgexport.validate.report.file_report import bounded
+from rgexport.validate.run import validate_artifacts
+from rgexport.validate.thresholds import tolerance
+from tests.models import random_weights, write_hugging_face
+from tests.validate.conftest import CONFIG
+
+Clean = Callable[[str], Path]
+Spoil = Callable[..., Path]
+LIMITS = {"full": 10**9, "16": 120_000, "8": 90_000, "0": 20_000}
+"""How the positions are stored → bytes that they may take."""
+
+
+@pytest.fixture(scope="module", params=LIMITS)
+def reference(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ReferenceFile:
+    """A file of the small model; in all of them but one only few positions are full."""
+    target = tmp_path_factory.mktemp("reference") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_layout, "LOGITS_BYTES", LIMITS[request.param])
+        patch.setattr(reference_layout, "FULL", 16)
+        patch.setattr(reference_layout, "LEAST_MOST", 40)
+        capture(open_checkpoint(checkpoint), target, device="cpu")
+    found = read_reference(target)
+    assert found.header.tail_bits == int(request.param.replace("full", "0"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("reference") / "r"
+    return capture(open_checkpoint(checkpoint), target, device="cpu")
+
+
+def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
+    opened = Artifact.open(artifact)
+    return compare_with_file(OrtSession(opened), opened.manifest, reference)
+
+
+def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
+    found = held(artifact, reference)
+    checks = file_checks(found, Artifact.open(artifact).manifest)
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("kind", ["int4-exact", "fp16"])
+def test_it_equals_what_all_logits_say(
+    clean: Clean, checkpoint: Path, reference: ReferenceFile, kind: str
+) -> None:
+    """The same from whole logits of both, that nothing was left out of."""
+    original = open_checkpoint(checkpoint)
+    model = Reference(original.config, original.weights)
+    session, rows = OrtSession(Artifact.open(clean(kind))), []
+    for _, prompt, span in reference.spans():
+        tokens = reference.tokens[span]
+        hidden, _ = model.run(tokens[None])
+        session.reset()
+        ours = session.prefill(tokens[None], prompt.tokens)[0]
+        rows.append(compare_logits(model.logits(hidden)[0], ours, np.append(tokens[1:], -1)))
+    found, all_rows = held(clean(kind), reference), np.concatenate(rows)
+    kl = all_rows["kl"].mean()
+    assert found.kl_low.mean * 0.9999 <= kl <= found.kl_high.mean * 1.0001
+    if found.full_positions == found.positions:
+        assert found.kl.mean == pytest.approx(kl, rel=1e-4)
+        assert found.kl_low == found.kl == found.kl_high
+    elif reference.header.tail_bits == 16:
+        assert found.kl.mean == pytest.approx(kl, rel=1e-4 if kind == "int4-exact" else 1e-3)
+        assert kind == "fp16" or found.kl_width < 2e-3
+    expected = agreement(all_rows)
+    assert found.agreement.top1 == pytest.approx(expected.top1, abs=1e-9)
+    assert found.agreement.top5 == pytest.approx(expected.top5, abs=1e-9)
+    known = all_rows[all_rows["has_next"]]
+    assert found.likelihood is not None and found.likelihood.tokens == len(known)
+    assert found.likelihood.nll == pytest.approx(known["nll"].mean(), rel=1e-5)
+    delta = (known["nll_candidate"] - known["nll"]).mean()
+    assert found.likelihood.delta == pytest.approx(delta, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int4"])
+def test_clean_artifacts_pass(clean: Clean, reference: ReferenceFile, kind: str) -> None:
+    assert failed(clean(kind), reference) == []
+    found = held(clean(kind), reference)
+    assert found.same_files and found.config_differences == ()
+    assert sum(prompt.tokens for prompt in found.prompts) == found.positions
+    assert found.kl_low.mean <= found.kl.mean <= found.kl_high.mean
+
+
+def test_the_states_are_compared(clean: Clean, reference: ReferenceFile) -> None:
+    exact, rough = (held(clean(kind), reference) for kind in ("fp32", "int4"))
+    assert max(error.relative_max for error in exact.states) < 1e-4
+    assert min(error.relative_max for error in rough.states) > 1e-3
+    assert {error.name for error in exact.states} == {error.name for error in rough.states}
+
+
+def test_states_are_compared_on_the_way(clean: Clean, reference: ReferenceFile) -> None:
+    exact, rough = (held(clean(kind), reference).drift for kind in ("fp32", "int4"))
+    longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
+    assert [drift.position for drift in exact] == list(longest.checkpoints) != []
+    names = {"layers.0.rg_lru", "layers.0.conv1d", "layers.1.rg_lru", "layers.1.conv1d"}
+    for one, other in zip(exact, rough, strict=True):
+        assert {error.name for error in one.states} == names
+        assert max(error.relative_max for error in one.states) < 1e-4
+        assert max(error.relative_max for error in other.states) > 1e-3
+
+
+def test_kl_is_known_as_such_where_all_logits_are(clean: Clean, reference: ReferenceFile) -> None:
+    found = held(clean("int4-exact"), reference)
+    whole = found.full_positions == found.positions
+    assert (found.kl_full == found.kl) is whole
+    assert reference.is_full(found.kl_full.worst_position)
+    assert reference.is_full(found.logits.worst_position)
+    assert 0.2 * found.kl.mean < found.kl_full.mean < 5 * found.kl.mean
+    assert found.kl_full.standard_error > 0
+
+
+def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
+    """The margin is the tolerance's, from the variance that the file has of every position."""
+    artifact = Artifact.open(clean("int4"))
+    found = held(clean("int4"), reference).agreement
+    assert 0 < found.near_ties <= found.flips
+    noise = tolerance(artifact.manifest).rms
+    assert found.largest_flip_margin > 0 and noise > 0
+    exact = held(clean("fp32"), reference).agreement
+    assert exact.flips == exact.near_ties
+
+
+def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
+    clean: Clean, reference: ReferenceFile
+) -> None:
+    manifest = Artifact.open(clean("int4")).manifest
+    found = held(clean("int4"), reference)
+
+    def judged(limit: float) -> Check:
+        checks = file_checks(found, manifest, {"reference.kl": limit})
+        return next(check for check in checks if check.name == "reference.kl")
+
+    margin = judged(0).margin
+    known = found.kl_high.mean - found.kl.mean + 2 * found.kl.standard_error
+    assert margin >= known > 0 and judged(0).value == found.kl.mean
+    outcomes = [judged(found.kl.mean + share * margin).outcome for share in (1.01, 0, -1.01)]
+    assert outcomes == ["PASS", "AMBIGUOUS", "FAIL"]
+
+
+def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
+    opened = Artifact.open(artifact)
+    before: dict[int, State] = {}
+    found = compare_with_file(OrtSession(opened), opened.manifest, reference, before)
+    assert set(before) == set(reference.header.watched)
+    layers = with_layers(found, opened, reference, before).layers
+    assert layers is not None and [error.layer for error in layers] == [0, 1, 2]
+    return layers
+
+
+def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
+    reference = read_reference(file)
+    exact, rough = look(clean("fp32"), reference), look(clean("int4"), reference)
+    assert all(error.passed and error.relative_rms < 1e-5 for error in exact)
+    assert all(error.passed and error.relative_rms > 1e-3 for error in rough)
+    assert {error.worst_position for error in rough} <= set(reference.header.watched)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_first_layer_that_leaves_is_named(
+    spoil: Spoil,
+    file: Path,
+    layer: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without torch, from the file alone."""
+    folder = spoil("fp32", weight=(f"layers.{layer}.mlp_block.up_proj.weight", "data", 1.02))
+    errors = look(folder, read_reference(file))
+    assert [error.layer for error in errors if not error.passed] == list(range(layer, 3))
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    validate_artifacts([folder], reference=file, bisect=True)
+    shown = capsys.readouterr().out
+    assert f"layer {layer} is the first whose residual stream leaves" in shown
+
+
+def test_few_states_are_kept_where_they_are_large(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = read_reference(file)
+    state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
+    assert positions_to_look_at(reference, state) == watched
+    monkeypatch.setattr(stream_errors, "STATE_BYTES", 399)
+    found = positions_to_look_at(reference, state)
+    assert len(found) == 3 and {found[0], found[-1]} == {watched[0], watched[-1]}
+    monkeypatch.setattr(stream_errors, "STATE_BYTES", 1)
+    assert positions_to_look_at(reference, state) == watched[:1]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4-exact"])
+def test_a_ruined_artifact_fails(spoil: Spoil, reference: ReferenceFile, kind: str) -> None:
+    part = "data" if kind == "fp32" else "scales"
+    folder = spoil(kind, weight=("layers.0.mlp_block.down_proj.weight", part, -4.0))
+    assert failed(folder, reference) == ["reference.rms"]
+
+
+def test_logits_that_are_no_numbers_fail(spoil: Spoil, reference: ReferenceFile) -> None:
+    folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
+    assert failed(folder, reference) == ["reference.rms", "reference.finite"]
+
+
+def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
+    """A reference file of a model that differs from the one of `clean`."""
+    config = dataclasses.replace(CONFIG, **change)
+    weights = random_weights(config, seed)
+    folder = write_hugging_face(config, weights, tmp_path / "model", dtype="bfloat16")
+    return read_reference(capture(open_checkpoint(folder), tmp_path / "r", device="cpu"))
+
+
+def test_other_weights_are_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+    reference = another(tmp_path, seed=1)
+    found = held(clean("int4"), reference)
+    assert not found.same_files and found.config_differences == ()
+    assert failed(clean("fp32"), reference) == ["reference.rms"]
+
+
+def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+    reference = another(tmp_path, window=12)
+    found = held(clean("fp32"), reference)
+    assert found.config_differences == ("window: 16 → 12",)
+    assert all(error.name.endswith(("rg_lru", "conv1d")) for error in found.states)
+    assert "reference.rms" in failed(clean("fp32"), reference)
+
+
+def test_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="its mlp_width is 80, the artifact's 96"):
+        held(clean("fp32"), another(tmp_path, mlp_width=80))
+
+
+def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
+    """What is counted as common is what the session says when it is asked itself."""
+    (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
+    asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
+    reference = read_reference(capture(open_checkpoint(size="demo"), tmp_path / "r", **asked))
+    session = OrtSession(Artifact.open(demo_artifact))
+    prompts = held(demo_artifact, reference).prompts
+    assert {prompt.name for prompt in prompts} == {"p.txt 1", "p.txt 2", "p.txt 3"}
+    for (index, _, span), prompt in zip(reference.spans(), prompts, strict=True):
+        expected = reference.greedy(index).tolist()
+        assert prompt.greedy_tokens == len(expected)
+        session.reset()
+        said = [int(session.prefill(reference.tokens[None, span])[0, -1].argmax())]
+        while said[: len(said)] == expected[: len(said)] and len(said) < len(expected):
+            said.append(int(session.step(np.array(said[-1:]))[0].argmax()))
+        common = len(said) if said == expected else len(said) - 1
+        assert prompt.greedy_common == common
+
+
+def test_validate_with_a_file(
+    clean: Clean, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the twin, where there is torch."""
+    target = tmp_path / "r.json"
+    assert validate_artifacts([clean("int4")], reference=file, json_file=target, max_tokens=20) == 0
+    found = json.loads(target.read_text())
+    assert found["twin"] is not None and found["original"] is None
+    assert found["reference"]["positions"] == sum(
+        p["tokens"] for p in found["reference"]["prompts"]
+    )
+    names = [check["name"] for check in found["checks"]]
+    assert "twin.logits" in names and "reference.rms" in names
+    shown = capsys.readouterr().out
+    assert "Against the reference file" in shown and "reference.rms" not in shown
+
+
+def test_the_page_shows_it(clean: Clean, file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "r.html"
+    assert validate_artifacts([clean("int4")], reference=file, html_file=target, max_tokens=20) == 0
+    page, positions = target.read_text("utf-8"), len(read_reference(file).tokens)
+    assert "Against the reference file" in page and f"{positions:,} positions" in page
+    assert page.count("reference.<wbr>rms") == 1
+
+
+def test_a_failure_against_the_file_is_the_verdict(
+    clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = another(tmp_path, seed=1).path
+    assert validate_artifacts([clean("fp32")], reference=path, max_tokens=20) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
+    assert "it is of other weight files" in shown
+
+
+def test_without_torch_the_file_is_enough(
+    clean: Clean,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    target = tmp_path / "r.json"
+    assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0
+    found = json.loads(target.read_text())
+    assert found["verdict"] == "PASS" and found["twin"] is None and found["original"] is None
+    names = {check["name"] for check in found["checks"]}
+    assert {"position", "reset.logits", "reference.rms", "reference.finite"} < names
+    captured = capsys.readouterr()
+    assert "twin is left out" in captured.err and "twin: left out" in captured.out
+    page = tmp_path / "r.html"
+    assert validate_artifacts([clean("int4")], reference=file, html_file=page) == 0
+    assert "left out, it takes torch" in page.read_text("utf-8")
+
+
+def test_numbers_are_shown_with_what_is_known_of_them() -> None:
+    assert bounded(0.01234, 0.012341, 0.012339) == "0.0123"
+    assert bounded(1e-6, 9e-7, 2e-6) == "1e-06 (9e-07 … 2e-06)"

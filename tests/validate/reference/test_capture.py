@@ -1,0 +1,319 @@
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from rgexport import cli
+from rgexport.errors import RequestError
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import zero_state
+from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.validate.reference import capture as capturing
+from rgexport.validate.reference import implementations, kept_logits, reference_layout
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.implementations import choose_implementation
+from rgexport.validate.reference.reference_layout import choose_layout
+from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.states import checkpoints
+from tests.command_line import rgexport
+
+Clean = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def small(checkpoint: Path) -> Checkpoint:
+    return open_checkpoint(checkpoint)
+
+
+def truth(small: Checkpoint, tokens: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits [T, vocab] and the state of one prompt that runs alone."""
+    model = Reference(small.config, small.weights)
+    hidden, state = model.run(tokens[None])
+    return model.logits(hidden)[0], state
+
+
+@pytest.mark.parametrize("limit", [reference_layout.LOGITS_BYTES, 60_000, 20_000])
+def test_the_file_says_what_the_reference_says(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(reference_layout, "LOGITS_BYTES", limit)
+    monkeypatch.setattr(reference_layout, "FULL", 16)
+    monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 10 * 4 * small.config.vocab_size)
+    found = read_reference(capture(small, tmp_path / "r", device="cpu"))
+    assert found.header.computed["dtype"] == "float32" and found.header.computed["tf32"] == "off"
+    for index, prompt, span in found.spans():
+        tokens = found.tokens[span]
+        logits, state = truth(small, tokens)
+        log_p = logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
+        following = [-log_p[i, token] for i, token in enumerate(tokens[1:])]
+        assert found.sums[span, 1] == pytest.approx([*following, 0], abs=1e-5)
+        full = [i for i in range(prompt.tokens) if found.is_full(span.start + i)]
+        assert len(full) == prompt.full_positions and prompt.tokens - 1 in full
+        for i, expected in enumerate(logits):
+            if i in full:
+                row = found.full_logits(span.start + i)
+                assert np.allclose(row, expected, atol=1e-5)
+            else:
+                kept = found.condensed(span.start + i)
+                assert np.allclose(kept.logits, expected[kept.ids], atol=1e-5)
+                assert kept.ids[0] == expected.argmax()
+        for point, inside in found.checkpoints(index).items():
+            _, expected = truth(small, tokens[:point])
+            assert inside and all(
+                np.allclose(array, expected[name], atol=1e-5) for name, array in inside.items()
+            )
+        again = found.state(index)
+        assert again.keys() == state.keys()
+        for name, array in state.items():
+            assert np.allclose(again[name], array, atol=1e-5), name
+
+
+def test_the_file_says_what_is_behind_each_layer(small: Checkpoint, tmp_path: Path) -> None:
+    found = read_reference(capture(small, tmp_path / "r", device="cpu"))
+    model = Reference(small.config, small.weights)
+    assert len(found.header.watched) == reference_layout.WATCHED
+    longest = max(found.header.prompts, key=lambda prompt: prompt.tokens)
+    assert longest.checkpoints == tuple(checkpoints(longest.tokens)) != ()
+    for index, _, span in found.spans():
+        streams: list[np.ndarray] = []
+        text = (found.tokens[None, span], zero_state(small.config, 1))
+        model.run_each([text], watch=lambda i, j, x, s=streams: s.append(x[0].numpy().copy()))  # type: ignore[misc]
+        for place, position in enumerate(found.header.watched):
+            if span.start <= position < span.stop:
+                expected = [stream[position - span.start] for stream in streams]
+                assert np.allclose(found.activations(place), expected, atol=1e-4), index
+
+
+@pytest.mark.parametrize("impl", ["deepmind", "hf"])
+def test_another_implementation_gives_the_same_file(
+    small: Checkpoint, tmp_path: Path, impl: str
+) -> None:
+    """All of it within rounding, but for a window that is one less with Hugging Face's."""
+    if impl == "hf":
+        pytest.importorskip("transformers")
+    ours = read_reference(capture(small, tmp_path / "ours", device="cpu"))
+    theirs = read_reference(capture(small, tmp_path / "theirs", device="cpu", impl=impl))
+    assert ours.header.computed["implementation"].startswith("rgexport ")
+    assert theirs.header.computed["implementation"].split()[0] in ("recurrentgemma", "transformers")
+    window = small.config.window - (impl == "hf")
+    assert theirs.header.config == dataclasses.replace(small.config, window=window)
+    assert theirs.header.prompts == ours.header.prompts
+    assert theirs.arrays.keys() == ours.arrays.keys()
+    for index, prompt, span in ours.spans():
+        alike = prompt.tokens if impl == "deepmind" else min(prompt.tokens, window)
+        for position in range(span.start, span.start + alike):
+            assert ours.is_full(position)
+            logits = ours.full_logits(position)
+            apart = np.abs(theirs.full_logits(position) - logits).max()
+            assert apart <= 1e-5 * max(1, np.abs(logits).max())
+        if alike == prompt.tokens:
+            for name, array in ours.state(index).items():
+                if array.shape == theirs.state(index)[name].shape:
+                    assert np.allclose(theirs.state(index)[name], array, atol=1e-4), name
+    for place in range(len(ours.header.watched)) if impl == "deepmind" else ():
+        assert np.allclose(theirs.activations(place), ours.activations(place), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"impl": "deepmind", "low_memory": True}, "leave out --low-memory"),
+        ({"impl": "hf", "low_memory": True}, "leave out --low-memory"),
+    ],
+)
+def test_what_does_not_go_together(
+    small: Checkpoint, tmp_path: Path, request_: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(RequestError, match=line):
+        capture(small, tmp_path / "r", **request_)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("impl", "package"), [("deepmind", "recurrentgemma"), ("hf", "transformers")]
+)
+def test_a_missing_package_is_one_line(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impl: str, package: str
+) -> None:
+    monkeypatch.delitem(sys.modules, implementations.PACKAGES[impl].module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
+    with pytest.raises(RequestError, match=f"pip install .*{package}") as raised:
+        capture(small, tmp_path / "r", device="cpu", impl=impl)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
+    asked = ["reference", "-m", str(checkpoint), "-o", "r", "--device", "cpu"]
+    wrong = rgexport(*asked, "--impl", "hf", "--low-memory", folder=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert rgexport(*asked, "--impl", "mlx", folder=tmp_path).returncode == 2
+    made = rgexport(*asked, "--low-memory", folder=tmp_path)
+    assert made.returncode == 0 and made.stdout.startswith("r is complete")
+    impl = next(option for option in cli.reference.params if option.name == "impl")
+    assert isinstance(impl.type, click.Choice)
+    assert tuple(impl.type.choices) == implementations.NAMES
+
+
+def test_weights_stay_only_where_they_fit(
+    small: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, weights = small.config, small.weights
+    needed = implementations.float32_bytes(config)
+    assert needed == sum(4 * math.prod(weights[name].shape) for name in model_tensors(config))
+
+    def keeps(free: int | None, low_memory: bool = False) -> bool:
+        monkeypatch.setattr(implementations, "available_bytes", lambda: free)
+        make = choose_implementation(implementations.OWN, "cpu", low_memory)
+        model = make(config, weights)
+        tokens = np.array([[1, 2, 3]])
+        model.logits(model.run(tokens)[0])
+        return bool(vars(model)["_layers"]) and bool(vars(model)["_head"])
+
+    enough = int(implementations.ROOM * needed) + implementations.WORKING_BYTES + 1
+    assert keeps(enough) and not keeps(enough, low_memory=True)
+    assert "one layer at a time" not in capsys.readouterr().err
+    assert not keeps(enough - 2) and not keeps(None)
+    assert "one layer at a time" in capsys.readouterr().err
+
+
+def test_another_implementation_that_does_not_fit_is_refused(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = implementations.float32_bytes(small.config)
+    monkeypatch.setattr(implementations, "available_bytes", lambda: needed - 1)
+    with pytest.raises(RequestError, match="of memory for the weights alone") as raised:
+        capture(small, tmp_path / "r", device="cpu", impl="deepmind")
+    assert "\n" not in str(raised.value)
+
+
+def test_kept_weights_give_the_same(small: Checkpoint) -> None:
+    tokens = np.arange(60)[None]
+    reads: list[str] = []
+    found = {}
+    for keep in (False, True):
+        reads.clear()
+        model = Reference(small.config, spied(small.weights, reads), keep=keep)
+        _, state = model.run(tokens)
+        hidden, after = model.run(tokens[:, :5], state)
+        found[keep] = model.logits(hidden), after, list(reads)
+    (cold, after, twice), (kept, again, once) = found[False], found[True]
+    assert np.array_equal(cold, kept)
+    assert all(np.array_equal(after[name], again[name]) for name in after)
+    gate = "layers.0.mlp_block.gate_proj.weight"
+    assert once.count(gate) * 2 == twice.count(gate) > 0
+
+
+def spied(weights: WeightSource, reads: list[str]) -> WeightSource:
+    """The same weights, whose names are noted whenever rows are read."""
+
+    def watch(name: str, tensor: RowTensor) -> RowTensor:
+        def read(start: int, stop: int) -> np.ndarray:
+            reads.append(name)
+            return tensor.read(start, stop)
+
+        return dataclasses.replace(tensor, read=read)
+
+    return {name: watch(name, tensor) for name, tensor in weights.items()}
+
+
+def test_all_prompts_read_each_weight_once(small: Checkpoint) -> None:
+    model = Reference(small.config, small.weights)
+    texts = [np.arange(n)[None] for n in (1, 5, 40)]
+    alone = [model.run(text) for text in texts]
+    read: list[int] = []
+    loaded = model._layer
+    model._layer = lambda index: read.append(index) or loaded(index)  # type: ignore
+    together = model.run_each([(text, zero_state(small.config, 1)) for text in texts])
+    assert read == list(range(small.config.num_layers))
+    for (one, state), (other, found) in zip(alone, together, strict=True):
+        assert np.allclose(one.numpy(), other.numpy(), atol=1e-5)
+        assert all(np.allclose(state[name], found[-1][name], atol=1e-5) for name in state)
+
+
+def test_logits_exist_for_one_block_at_a_time(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").write_text(json.dumps([[1 + i % 250 for i in range(300)], [5], [6, 7]]))
+    monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
+    asked: list[int] = []
+    compute = Reference.logits
+
+    def counted(self: Reference, hidden: Any) -> np.ndarray:
+        asked.append(hidden.shape[1])
+        return compute(self, hidden)
+
+    monkeypatch.setattr(Reference, "logits", counted)
+    found = read_reference(capture(small, tmp_path / "r", device="cpu", prompts=tmp_path / "p"))
+    assert len(found.tokens) == sum(asked) == 303 and max(asked) == 20
+
+
+def test_the_greedy_text_is_the_model_s_own(tmp_path: Path) -> None:
+    demo = open_checkpoint(size="demo")
+    (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n")
+    asked = {"prompts": tmp_path / "p.txt", "device": "cpu"}
+    found = read_reference(capture(demo, tmp_path / "r", **asked))  # type: ignore[arg-type]
+    model = Reference(demo.config, demo.weights)
+    for index, _, span in found.spans():
+        expected = found.greedy(index).tolist()
+        assert 1 <= len(expected) <= capturing.GREEDY_TOKENS
+        ids = [*found.tokens[span].tolist(), *expected]
+        hidden, _ = model.run(np.array([ids]))
+        chosen = model.logits(hidden)[0].argmax(1).tolist()
+        assert chosen[span.stop - span.start - 1 : -1] == expected
+
+
+def test_how_positions_are_stored() -> None:
+    assert choose_layout([5, 6], 256).full.tolist() == list(range(11))
+    demo = choose_layout([35, 51, 71, 107, 62, 28, 1, 2, 49, 576], 8192)
+    assert demo.tail_bits == 16 and len(demo.full) == 64
+    longer = choose_layout([35, 1400], 8192)
+    assert longer.tail_bits == 8
+    large = choose_layout([100] * 10 + [4600], 256_000)
+    assert large.tail_bits == 0 and large.most == reference_layout.LEAST_MOST
+    assert len(large.full) == 64 and {99, 199, 999, 5599} <= set(large.full.tolist())
+    many = choose_layout([3] * 100, 256_000)
+    assert len(many.full) == 64 and many.full.min() == 2 and many.full.max() == 299
+    assert set(many.full % 3) == {2}
+
+
+def test_where_a_model_is_watched() -> None:
+    layout = choose_layout([100] * 10 + [4600], 256_000)
+    assert len(layout.watched) == 16 and {99, 999, 5599} <= set(layout.watched.tolist())
+    assert (layout.watched[11:] > 1000).all()
+    assert layout.checkpoints[:10] == [[]] * 10
+    assert layout.checkpoints[10] == [64, 128, 256, 512, 1024, 2048, 4096]
+    many = choose_layout([3] * 100 + [50], 256_000)
+    assert len(many.watched) == 16 and (many.watched[-4:] >= 300).all()
+    assert len(choose_layout([1, 2, 5], 256).watched) == 7
+    one = choose_layout([1], 256_000)
+    assert one.full.tolist() == one.watched.tolist() == [0] and one.checkpoints == [[]]
+
+
+def test_the_demo_s_file(tmp_path: Path) -> None:
+    file = capture(open_checkpoint(size="demo"), tmp_path / "r", device="cpu")
+    assert file.stat().st_size < 20_000_000
+    assert read_reference(file).header.tail_bits == 16
+
+
+def test_nothing_is_written_for_a_device_that_is_not_there(
+    small: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="device"):
+        capture(small, tmp_path / "r", device="no such device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_something_else(small: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("words")
+    with pytest.raises(RequestError, match="something else"):
+        capture(small, tmp_path / "r", force=True)
+    assert (tmp_path / "r").read_text() == "words"

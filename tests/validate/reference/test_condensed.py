@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rgexport.validate.metrics import compare_logits
+from rgexport.validate.reference.condensed import (
+    CODES,
+    LEAST,
+    MOST,
+    RELATIVE_WIDTH,
+    Condensed,
+    condense,
+    kl_bounds,
+    lead,
+)
+
+
+def exact_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """In longdouble, and not by the code that is tested."""
+    log_p, log_q = (x.astype(np.longdouble) for x in (reference, candidate))
+    log_p, log_q = (x - np.logaddexp.reduce(x) for x in (log_p, log_q))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def draw(seed: int, vocab: int, spread: float, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    reference = (spread * rng.standard_normal(vocab)).astype(np.float32)
+    reference[rng.integers(vocab)] += 3 * spread
+    return reference, reference + delta * rng.standard_normal(vocab).astype(np.float32)
+
+
+random_pairs = st.builds(
+    draw,
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([17, 100, 1000, 3000]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 9.0]),
+    delta=st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0, 5.0]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(random_pairs, st.sampled_from(sorted(CODES)), st.sampled_from([LEAST, 64, MOST]))
+def test_kl_lies_in_its_interval(pair: tuple[np.ndarray, np.ndarray], bits: int, most: int) -> None:
+    reference, candidate = pair
+    found = kl_bounds(condense(reference, bits, most), candidate)
+    truth = exact_kl(reference, candidate)
+    assert found.low <= found.best <= found.high
+    assert found.low - 1e-12 <= truth <= found.high + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_pairs, st.permutations(range(12)))
+def test_the_bounds_hold_for_another_order_of_the_tail(
+    pair: tuple[np.ndarray, np.ndarray], order: list[int]
+) -> None:
+    """Without codes the tail's order is unknown: whatever it is, the interval holds it."""
+    reference, candidate = pair
+    condensed = condense(reference, 0, LEAST)
+    rest = np.delete(np.arange(len(reference)), condensed.ids)
+    some = np.array([i for i in order if i < len(rest)], int)
+    shuffled = reference.copy()
+    shuffled[rest[: len(some)]] = reference[rest[some]]
+    found = kl_bounds(condensed, candidate)
+    assert found.low - 1e-12 <= exact_kl(shuffled, candidate) <= found.high + 1e-12
+
+
+def test_the_bounds_are_reached() -> None:
+    """No interval that is narrower would be right: a tail in the worst order is at its end."""
+    reference = np.log(np.r_[np.full(LEAST, 0.05), np.full(8, 0.2 / 8), np.full(8, 1e-12)])
+    condensed = condense(reference.astype(np.float32), 0, LEAST)
+    candidate = np.zeros(len(reference), np.float32)
+    candidate[LEAST + 8 :] = -4
+    found = kl_bounds(condensed, candidate)
+    turned = np.r_[reference[:LEAST], reference[LEAST:][::-1]]
+    assert found.low == pytest.approx(exact_kl(reference, candidate), abs=1e-4)
+    assert found.high == pytest.approx(exact_kl(turned, candidate), abs=1e-4)
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("spread", [1.0, 2.5, 5.0])
+def test_sixteen_bits_know_it_to_a_thousandth(spread: float, delta: float) -> None:
+    reference, candidate = draw(1, 8192, spread, delta)
+    found, truth = kl_bounds(condense(reference, 16), candidate), exact_kl(reference, candidate)
+    assert found.high - found.low <= 1.5 * RELATIVE_WIDTH * truth
+    assert found.best == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "rel"), [(8, 3e-2), (16, 1e-3)])
+def test_the_best_guess_is_good_for_small_errors_too(bits: int, rel: float) -> None:
+    reference, candidate = draw(2, 8192, 2.5, 1e-3)
+    truth = exact_kl(reference, candidate)
+    assert truth < 1e-6
+    assert kl_bounds(condense(reference, bits), candidate).best == pytest.approx(truth, rel=rel)
+
+
+def test_what_is_peaked_takes_few_tokens_and_what_is_flat_many() -> None:
+    peaked, flat = (draw(3, 8192, spread, 0)[0] for spread in (9.0, 0.5))
+    few, many = (condense(logits, 0, 2048) for logits in (peaked, flat))
+    assert LEAST <= len(few.ids) < len(many.ids) == 2048
+    assert few.tail.mass < 1e-3 < many.tail.mass
+
+
+def test_all_tokens_kept_is_exact() -> None:
+    reference, candidate = draw(4, LEAST, 2.0, 0.1)
+    found = kl_bounds(condense(reference, 0), candidate)
+    assert found.low == found.best == found.high
+    row = compare_logits(reference[None], candidate[None], np.array([-1]))[0]
+    assert found.best == pytest.approx(row["kl"], rel=1e-9)
+
+
+def test_kept_tokens_are_the_most_likely_ones() -> None:
+    reference, _ = draw(5, 500, 2.0, 0)
+    found: Condensed = condense(reference, 8, 40)
+    order = np.argsort(-reference)
+    assert np.array_equal(found.ids, order[: len(found.ids)])
+    assert np.array_equal(found.logits, reference[found.ids])
+
+
+@pytest.mark.parametrize("bits", sorted(CODES))
+def test_logits_that_are_no_numbers_give_none(bits: int) -> None:
+    reference, candidate = draw(6, 100, 2.0, 0.1)
+    candidate[50] = np.nan
+    assert all(np.isnan(value) for value in kl_bounds(condense(reference, bits), candidate))
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_pairs, st.sampled_from(sorted(CODES)), st.integers(0, 16))
+def test_a_lead_is_at_least_what_is_told(
+    pair: tuple[np.ndarray, np.ndarray], bits: int, token: int
+) -> None:
+    reference, _ = pair
+    kept = condense(reference, bits, LEAST)
+    truth = float(reference.max()) - float(reference[token])
+    told = lead(kept, token)
+    assert 0 <= told <= truth + 1e-5 * (1 + np.abs(reference).max())
+    if token in kept.ids or (bits == 16 and kept.tail.codes[token]):  # type: ignore[index]
+        assert told == pytest.approx(truth, abs=1e-2)

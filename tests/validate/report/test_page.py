@@ -1,0 +1,459 @@
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.validate.bisect.sites import site_report
+from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.parity import compare
+from rgexport.validate.positions import Choice
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.report.drift_pictures import drift_chart, kinds_chart
+from rgexport.validate.report.page import render_page, write_html
+from rgexport.validate.report.page_bars import op_bars, role_bars, role_errors
+from rgexport.validate.report.page_text import breakable, piece, visible
+from rgexport.validate.report.report_words import MOST_NAMED
+from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.result import Result
+from rgexport.validate.speed import Speed
+from rgexport.validate.states import worst
+from tests.validate.test_result import with_nan
+
+VOID = {"meta", "link", "wbr", "path", "rect", "circle"}
+HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""
+
+
+class Page(HTMLParser):
+    """Reads a page as a tree that must be balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.paths: list[tuple[str, ...]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.paths.append((*self.open, tag))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+        if tag in ("td", "th", "dt", "dd", "li", "p"):
+            self.texts.append(" ")
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        """All text, runs of spaces as one."""
+        return " ".join("".join(self.texts).split())
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def result(
+    clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Result:
+    """All that there can be, but the speed is made up."""
+    file = capture(open_checkpoint(checkpoint), tmp_path_factory.mktemp("page") / "r", device="cpu")
+    found = compare(
+        clean("int4"),
+        model=str(checkpoint),
+        max_tokens=70,
+        bisect=True,
+        reference=read_reference(file),
+    )
+    speed = Speed(decode=123.4, prefill=5678.9, prompt_tokens=128)
+    suspects = [Suspect(layer=1, site="layers.1.temporal_block.rg_lru", evidence="for the test")]
+    return dataclasses.replace(found, speed=speed, suspects=suspects)
+
+
+@pytest.fixture(scope="module")
+def alone(clean: Callable[[str], Path]) -> Result:
+    return compare(clean("fp32"), max_tokens=20)
+
+
+def without_torch(result: Result) -> Result:
+    """What a reference file alone tells."""
+    source = dataclasses.replace(result.source, found=False, path=None)
+    assert result.reference is not None
+    file = dataclasses.replace(result.reference, layers=None)
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("twin", "original", "sites", "weights", "layers", "suspects", "speed")
+    )
+    return dataclasses.replace(result, source=source, reference=file, **nothing)
+
+
+def ambiguous(result: Result) -> Result:
+    first = dataclasses.replace(result.checks[0], value=0.25, margin=0.04, limit=0.27)
+    return dataclasses.replace(result, checks=[first, *result.checks[1:]])
+
+
+def with_site_beyond(result: Result) -> Result:
+    assert result.sites is not None
+    errors = list(result.sites.errors)
+    place = next(i for i, e in enumerate(errors) if e.layer == 1 and e.op == "rg_lru_scan")
+    errors[place] = dataclasses.replace(errors[place], rms=0.5, excess=7.25)
+    return dataclasses.replace(result, sites=site_report(errors))
+
+
+@pytest.fixture(
+    scope="module", params=["one", "failed", "ambiguous", "alone", "no torch", "sites", "several"]
+)
+def page(request: pytest.FixtureRequest, result: Result, alone: Result) -> Page:
+    results = {
+        "one": [result],
+        "failed": [with_nan(result)],
+        "ambiguous": [ambiguous(result)],
+        "alone": [alone],
+        "no torch": [without_torch(result)],
+        "sites": [with_site_beyond(result)],
+        "several": [result, alone, with_nan(result), without_torch(result), ambiguous(result)],
+    }
+    return Page(render_page(results[request.param]))
+
+
+def hostile(result: Result) -> Result:
+    """Markup in all that comes from outside."""
+    assert result.original is not None and result.sites and result.reference and result.layers
+    site = dataclasses.replace(result.sites.errors[0], site=HOSTILE, op=HOSTILE, excess=9.0)
+    prompt = dataclasses.replace(result.reference.prompts[0], name=HOSTILE)
+    choice = Choice(token=3, probability=0.5, text=HOSTILE)
+    place = dataclasses.replace(
+        result.original.worst[0],
+        context=HOSTILE,
+        next_text=HOSTILE,
+        reference=[choice],
+        candidate=[choice],
+    )
+    return dataclasses.replace(
+        result,
+        artifact=dataclasses.replace(
+            result.artifact, name=HOSTILE, path=HOSTILE, files={HOSTILE: "0" * 64}
+        ),
+        source=dataclasses.replace(
+            result.source, path=HOSTILE, config_differences=(f"window: {HOSTILE}",)
+        ),
+        text=dataclasses.replace(result.text, name=HOSTILE),
+        original=dataclasses.replace(result.original, worst=[place]),
+        checks=[dataclasses.replace(result.checks[0], name=HOSTILE, reason=HOSTILE)],
+        sites=site_report([site]),
+        layers=[dataclasses.replace(result.layers[0], part=HOSTILE)],
+        suspects=[Suspect(layer=None, site=HOSTILE, evidence=HOSTILE)],
+        reference=dataclasses.replace(
+            result.reference,
+            path=HOSTILE,
+            model=HOSTILE,
+            prompts=[prompt],
+            computed={HOSTILE: HOSTILE},
+            config_differences=(HOSTILE,),
+        ),
+        environment={**result.environment, "cpu": HOSTILE},
+    )
+
+
+def test_the_page_needs_nothing_else(page: Page) -> None:
+    tags = Counter(tag for tag, _ in page.elements)
+    assert not tags.keys() & {"script", "img", "iframe", "object", "form", "base", "image", "use"}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            value = attributes.get(name)
+            assert value is None or value.startswith("#") or (tag, value) == ("link", "data:,")
+    policies = [m["content"] for m in page.named("meta") if "http-equiv" in m]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    style = page.texts[page.texts.index(next(t for t in page.texts if ":root" in t))]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_the_page_is_for_every_screen(page: Page) -> None:
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named(
+        "meta"
+    )
+    style = next(text for text in page.texts if ":root" in text)
+    assert "prefers-color-scheme: dark" in style and "max-width: 40rem" in style
+
+
+def test_what_cannot_be_seen_is_told(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for target in (attributes.get("aria-labelledby") or "").split():
+            assert target in ids
+        if (attributes.get("href") or "").startswith("#"):
+            assert (attributes["href"] or "")[1:] in ids
+    pictures = page.named("svg")
+    assert pictures and len(page.named("desc")) == len(pictures)
+    assert all(p["role"] == "img" and p["aria-labelledby"] for p in pictures)
+    assert all(th.get("scope") in ("col", "row") for th in page.named("th"))
+    assert len(page.named("table")) == len(page.named("thead")) == len(page.named("tbody"))
+    assert page.named("html") == [{"lang": "en"}]
+
+
+def test_headings_begin_with_one_and_skip_no_level(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
+    count = len(result.checks)
+    text = Page(render_page([result])).text
+    body = text[text.index("}") :]
+    assert 0 < body.index("PASS") < body.index(f"It computes what it should: all {count} checks")
+    assert body.index("Compression cost") < body.index("What was compared")
+    failed = Page(render_page([with_nan(result)])).text
+    assert f"1 of {count} checks failed" in failed
+    assert "twin.logits is nan, limit" in failed
+    assert "the original was not given (-m)" in Page(render_page([alone])).text
+
+
+def test_what_cannot_be_decided_has_its_margin_and_its_colour(result: Result) -> None:
+    page = Page(render_page([ambiguous(result)]))
+    assert "1 of 1" in page.text and "checks cannot be decided" in page.text
+    assert "twin.logits is 0.25 ± 0.04, limit 0.27" in page.text
+    classes = [attributes.get("class") for _, attributes in page.elements]
+    assert "verdict ambiguous" in classes and "unsure" in classes
+    assert "verdict ambiguous" in [
+        attributes.get("class")
+        for _, attributes in Page(render_page([result, ambiguous(result)])).elements
+    ]
+
+
+def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None:
+    unsure = dataclasses.replace(result.checks[0], value=0.25, margin=0.04, limit=0.27)
+    failed = [dataclasses.replace(check, value=math.nan) for check in [*result.checks] * 2]
+    page = Page(render_page([dataclasses.replace(result, checks=[unsure, *failed])]))
+    named = [path for path in page.paths if path[-3:] == ("header", "ul", "li")]
+    assert len(named) == MOST_NAMED + 1
+    assert f"and {len(failed) + 1 - MOST_NAMED} more" in page.text
+    head = page.text[: page.text.index("What was compared")]
+    assert "0.25 ± 0.04" not in head, "those that failed come first"
+    text = render(dataclasses.replace(result, checks=[unsure, *failed]))
+    assert text.count("FAILED  ") == MOST_NAMED and "AMBIGUOUS" not in text
+    assert f"… and {len(failed) + 1 - MOST_NAMED} more\n" in text
+
+
+def test_of_several_the_suspects_of_those_that_did_not_pass_are_named(result: Result) -> None:
+    line = "SUSPECT  layers.1.temporal_block.rg_lru: for the test"
+    assert render_several([result, with_nan(result)]).count(line) == 1
+
+
+@pytest.mark.parametrize(("scheme", "ground"), [("light", 0), ("dark", 1)])
+def test_words_can_be_read_on_their_ground(scheme: str, ground: int, alone: Result) -> None:
+    style = render_page([alone])
+    colours = [dict(re.findall(r"--(\w+): (#[0-9a-f]+);", part)) for part in style.split("@media")]
+    found = colours[ground]
+    for name in ("ink", "soft", "good", "bad", "unsure", "twin", "original"):
+        assert _contrast(found[name], found["ground"]) >= 4.5, (scheme, name)
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG's ratio."""
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_the_numbers_are_those_of_the_result(result: Result) -> None:
+    assert result.original is not None
+    assert result.twin is not None
+    text = Page(render_page([result])).text
+    assert f"KL mean (nats) {result.twin.kl.mean:.3g} ±" in text
+    assert "123 tokens/s one by one, 5,679 of a prompt of 128" in text
+    for check in result.checks:
+        margin = f" ± {check.margin:.1g}" if check.margin else ""
+        assert f"{check.name} {check.value:.3g}{margin} {check.limit:.3g} PASS" in text
+    for found in result.equivalences.values():
+        assert f"{found.tokens} {found.logits.relative_max:.3g}" in text
+    for place in result.original.worst:
+        assert f"Position {place.position} KL {place.kl:.3g} nats" in text
+        for choice in place.reference + place.candidate:
+            assert f"#{choice.token} {100 * choice.probability:.2f} %" in text
+    for digest in result.artifact.files.values():
+        assert digest in text
+    for value in result.environment.values():
+        assert str(value) in text
+
+
+def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
+    plain = dataclasses.replace(result, reference=None, sites=None)
+    lines = [c["class"] for c in Page(render_page([plain])).named("path") if "class" in c]
+    assert lines.count("line original") == lines.count("line twin") == 4
+    assert lines.count("line original dashed") == lines.count("line twin dashed") == 1
+    assert "line original" not in [c.get("class") for c in Page(render_page([alone])).named("path")]
+    dots = Page(render_page([plain])).named("circle")
+    assert len(dots) == 2 * 3, "states and weights of three layers"
+
+
+def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result: Result) -> None:
+    assert result.twin is not None and [d.position for d in result.twin.drift] == [64]
+    steep = dataclasses.replace(result, text=dataclasses.replace(result.text, tokens=1 << 20))
+    chart = drift_chart(steep)
+    assert chart.limit is not None
+    path = [float(y) for y in chart.limit.path[1:].split()[1::2]]
+    assert path == sorted(path, reverse=True) and path[0] > path[-1] == chart.limit.end
+    assert [label for _, label in chart.x_ticks][:2] == ["64", "512"]
+    assert [row[0] for row in chart.rows] == ["64", "1,048,576"]
+    text = Page(render_page([result])).text
+    assert "Drift of the states" in text
+
+
+def test_kinds_of_states_drift_apart(result: Result) -> None:
+    assert result.twin is not None
+    (chart,) = kinds_chart("title", result.twin.drift)
+    assert chart.header == ("tokens", "rg_lru", "key", "conv1d", "value")
+    (row,) = chart.rows
+    of_keys = [s for s in result.twin.drift[0].states if s.name.endswith(".key")]
+    assert row[2] == f"{worst(of_keys):.3g}" and chart.limit is None
+    bare = [dataclasses.replace(d, states=[]) for d in result.twin.drift]
+    assert list(kinds_chart("title", bare)) == []
+
+
+def test_a_reference_file_alone_makes_a_page(result: Result) -> None:
+    assert result.reference is not None
+    text = Page(render_page([without_torch(result)])).text
+    assert "of KL per token, by the reference file" in text
+    assert "left out, it takes torch" in text
+    assert "All numbers" not in text and "The worst positions" not in text
+    assert "Recurrent states inside the longest prompt" in text
+    for prompt in result.reference.prompts:
+        assert f"{prompt.name} {prompt.tokens:,} {prompt.kl:.3g}" in text
+
+
+def test_the_streams_error_has_its_limit(result: Result) -> None:
+    assert result.reference is not None and result.reference.layers
+    first = result.reference.layers[0]
+    text = Page(render_page([result])).text
+    assert f"the limit is {first.limit:.3g}" in text
+    assert f"layer error 0 {first.relative_rms:.3g} 1 " in text
+    said = render(result)
+    assert "Residual stream behind each layer" in said
+    drift = result.reference.drift[0]
+    assert re.search(rf"{drift.position} tokens +{worst(drift.states):.3g}\n", said)
+
+
+def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> None:
+    page = Page(render_page([with_site_beyond(result)]))
+    head = page.text[: page.text.index("What was compared")]
+    assert "The first op beyond its limit is layers.1.temporal_block.rg_lru (rg_lru_scan)" in head
+    assert "1 of" in page.text and "rg_lru_scan 7.25 layers.1.temporal_block.rg_lru" in page.text
+    bars = [span.get("class") for span in page.named("span")]
+    assert bars.count("bar beyond") == 1
+    assert "beyond its limit is" not in Page(render_page([result])).text
+
+
+def test_of_each_op_the_worst_is_shown(result: Result) -> None:
+    assert result.sites is not None
+    bars = op_bars(result.sites.errors)
+    shares = [bar.share for bar in bars]
+    assert shares == sorted(shares, reverse=True) and not any(bar.beyond for bar in bars)
+    worst = result.sites.worst(1)[0]
+    assert bars[0].cells[:2] == (f"{worst.excess:.3g}", worst.state or worst.site)
+    assert {"linear", "rg_lru_scan", "state rg_lru", "state key"} <= {bar.name for bar in bars}
+
+
+def test_layers_are_ranked_by_their_cost(result: Result) -> None:
+    assert result.layers is not None
+    text = Page(render_page([result])).text
+    text = text[text.index("Layers by what their quantization costs") :]
+    ranked = sorted(result.layers, key=lambda cost: -cost.kl)
+    places = [text.index(f"{cost.part} {cost.kl:.3g} ±") for cost in ranked]
+    assert places == sorted(places)
+
+
+def test_what_is_not_finite_is_a_gap_and_is_told(result: Result) -> None:
+    assert result.twin is not None
+    blocks = [dataclasses.replace(b, kl_mean=math.nan) for b in result.twin.blocks[5:7]]
+    blocks = [*result.twin.blocks[:5], *blocks, *result.twin.blocks[7:]]
+    broken = dataclasses.replace(result, twin=dataclasses.replace(result.twin, blocks=blocks))
+    page = Page(render_page([broken]))
+    assert "2 of 70 not finite" in page.text
+    (line,) = [p["d"] for p in page.named("path") if p.get("class") == "line twin"][:1]
+    assert line is not None and line.count("M") == 2 and "nan" not in line
+
+
+def test_markup_from_outside_stays_text(result: Result) -> None:
+    ordinary, spoiled = (Page(render_page([r])) for r in (result, hostile(result)))
+    tags = [Counter(tag for tag, _ in page.elements) for page in (ordinary, spoiled)]
+    assert tags[1].keys() <= tags[0].keys() | {"wbr"}
+    assert not tags[1].keys() & {"script", "img"}
+    assert spoiled.text.count("onerror='alert(2)'>{{") >= 20
+    assert "49" not in re.findall(r"onerror='alert\(2\)'>(\S+)", spoiled.text)
+    assert len(Page(render_page([hostile(result)] * 2)).named("article")) == 2
+
+
+def test_a_tokenizers_hostile_pieces(result: Result) -> None:
+    shown = render_page([hostile(result)])
+    assert "<script" not in shown and "&lt;/script&gt;&lt;script&gt;" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb", "a↵\nb"),
+        ("\0\x1b[31m", "␀␛[31m"),
+        ("\u202egnp.exe", "⟨U+202E⟩gnp.exe"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("👩\u200d🚀 é", "👩\u200d🚀 é"),
+        ("\x7f\x85", "␡⟨U+0085⟩"),
+    ],
+)
+def test_what_is_invisible_gets_a_mark(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_pieces_are_one_line_and_show_their_spaces() -> None:
+    assert piece(" the") == "␣the"
+    assert piece("\n\n\t") == "↵↵⇥"
+    assert piece("") == "∅"
+
+
+def test_long_names_may_be_broken() -> None:
+    assert str(breakable("layers.10.a_c<i>")) == "layers.<wbr>10.<wbr>a_<wbr>c&lt;i&gt;"
+    assert str(breakable("/d/e/another/one")) == "/<wbr>d/<wbr>e/<wbr>another/<wbr>one"
+    assert str(breakable("layers.10<i>")) == "layers.10&lt;i&gt;"
+
+
+def test_weights_by_role(result: Result) -> None:
+    assert result.weights is not None
+    roles = role_errors(result.weights)
+    assert sum(role.tensors for role in roles) == len(result.weights)
+    ups = next(role for role in roles if role.role == "mlp_block.up_proj")
+    errors = [e.relative_error for e in result.weights if e.name.endswith("up_proj.weight")]
+    assert ups.tensors == 3 and ups.worst == max(errors)
+    assert ups.rms == pytest.approx((sum(e * e for e in errors) / 3) ** 0.5)
+    bars = role_bars(result.weights)
+    assert bars[0].share == 1 and roles[0].rms == max(role.rms for role in roles)
+    assert [bar.name for bar in bars] == [role.role for role in roles]
+
+
+def test_a_path_that_is_no_text_is_written(result: Result, tmp_path: Path) -> None:
+    odd: dict[str, Any] = {"path": "mod\udce8le"}
+    renamed = dataclasses.replace(result, artifact=dataclasses.replace(result.artifact, **odd))
+    write_html([renamed], tmp_path / "r.html")
+    assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")

@@ -1,0 +1,122 @@
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.validate import teacher
+from rgexport.validate.parity import compare
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.report.overview import overview
+from rgexport.validate.report.page import render_page
+from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.run import validate_artifacts
+from rgexport.validate.speed import Speed
+
+Clean = Callable[[str], Path]
+
+
+def test_artifacts_in_one_table(
+    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
+    kinds = ["fp32", "int8", "int4"]
+    paths = [clean(kind) for kind in kinds]
+    assert validate_artifacts(paths, model=str(checkpoint), max_tokens=40, **files) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PASS  all 3 pass")
+    found = json.loads(files["json_file"].read_text("utf-8"))
+    assert [one["artifact"]["path"] for one in found] == list(map(str, paths))
+    sizes = [one["artifact"]["bytes"] for one in found]
+    costs = [one["original"]["kl"]["mean"] for one in found]
+    assert sizes == sorted(sizes, reverse=True) and costs == sorted(costs)
+    page = files["html_file"].read_text("utf-8")
+    assert page.index("Side by side") < page.index('id="a1"') < page.index('id="a3"')
+
+
+def test_each_is_what_it_is_alone(clean: Clean, checkpoint: Path) -> None:
+    passes = teacher.SharedPasses()
+    for kind in ("fp16", "int4"):
+        alone = compare(clean(kind), model=str(checkpoint), max_tokens=30)
+        shared = compare(clean(kind), model=str(checkpoint), max_tokens=30, passes=passes)
+        assert shared.original == alone.original and shared.twin == alone.twin
+
+
+def test_the_original_runs_once(
+    clean: Clean, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+    teach = teacher.teach
+
+    def counted(label: str, *args: Any) -> teacher.Pass:
+        runs.append(label)
+        return teach(label, *args)
+
+    monkeypatch.setattr(teacher, "teach", counted)
+    passes = teacher.SharedPasses()
+    for kind in ("fp32", "int4"):
+        compare(clean(kind), model=str(checkpoint), max_tokens=20, passes=passes)
+    assert runs == ["Running the original"]
+    compare(clean("fp32"), model=str(checkpoint), max_tokens=21, passes=passes)
+    assert runs == ["Running the original"] * 2, "another text is another pass"
+
+
+def test_one_failure_is_exit_code_1_and_is_named(
+    clean: Clean,
+    spoil: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
+    assert validate_artifacts([clean("fp32"), bad], max_tokens=30, html_file=page) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL  1 of 2 fail")
+    before, _, after = out.partition("FAILED  twin.logits is ")
+    assert str(bad) in before and "float32 on both sides" in after
+    assert "1 of 2 fails." in page.read_text("utf-8")
+
+
+def test_a_broken_one_is_told_before_the_work(clean: Clean, tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(RequestError, match="nowhere"):
+        validate_artifacts([clean("fp32"), tmp_path / "nowhere"])
+    assert "Running" not in capfd.readouterr().err
+
+
+def test_without_an_original_its_columns_are_empty(clean: Clean) -> None:
+    result = compare(clean("int8"), max_tokens=12)
+    table = overview([result])
+    path, size, bits, *cost, verdict = next(iter(table.rows))
+    assert path == str(clean("int8")) and size.endswith("B") and float(bits) > 8
+    assert cost == ["", "", ""] and verdict == "PASS"
+    assert "all 2 pass" in render_several([result, result])
+
+
+def test_speeds_have_columns_if_they_were_measured(clean: Clean) -> None:
+    slow = compare(clean("int8"), max_tokens=12)
+    assert not [name for name in overview([slow]).header if "tokens/s" in name]
+    fast = dataclasses.replace(slow, speed=Speed(decode=81.5, prefill=950.0, prompt_tokens=128))
+    table = overview([slow, fast])
+    assert table.header[-3:] == ("tokens/s", "prompt/s", "verdict")
+    assert [row[-3:-1] for row in table.rows] == [("", ""), ("81.5", "950")]
+    assert "prompt/s" in render_several([slow, fast])
+    assert "81.5 tokens/s one by one, 950 of a prompt of 128" in render(fast)
+    page = render_page([slow, fast])
+    assert '<th scope="col" class="n">prompt/s</th>' in page
+    assert '<td class="n">–</td><td class="n">–</td></tr>' in page
+
+
+def test_where_there_is_no_original_a_reference_file_tells_the_cost(
+    clean: Clean, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = capture(open_checkpoint(checkpoint), tmp_path / "r", device="cpu")
+    result = compare(clean("int8"), max_tokens=12, reference=read_reference(file))
+    assert result.original is None and result.reference is not None
+    row = dict(zip(overview([result]).header, next(iter(overview([result]).rows)), strict=True))
+    kl = result.reference.kl
+    assert row["KL to original"] == f"{kl.mean:.3g} ± {kl.standard_error:.1g}"
+    assert row["top-1"].endswith(" %")
