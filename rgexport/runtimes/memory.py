@@ -1,5 +1,7 @@
-"""The memory that a process may still take."""
+"""The memory that a process may still take, and what it can give back."""
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
@@ -16,6 +18,12 @@ def available_bytes() -> int | None:
         return None
     limits = [1024 * system, _left_in_container()]
     return min(limit for limit in limits if limit is not None)
+
+
+def give_back() -> None:
+    """Gives back what was freed, before something large follows: glibc keeps it for later use."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library, or none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _left_in_container() -> int | None:

@@ -86,7 +86,7 @@ class OrtSession:
             result = self._run(chunk, max(1, wanted))
             if wanted > 0:
                 logits.append(result)
-        return np.concatenate(logits, axis=1)
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""

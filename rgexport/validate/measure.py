@@ -25,10 +25,10 @@ from rgexport.validate.positions import (
     WorstPositions,
     position_blocks,
 )
-from rgexport.validate.states import Drift, StateError, checkpoints, state_errors
+from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
 from rgexport.validate.teacher import Pass
 
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 128 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
 GREEDY_TOKENS = 16
@@ -105,11 +105,11 @@ def measure(
             if start == again:
                 before = session.get_state()
             logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-            head = logits[:STEPS] if start == 0 else head
+            head = logits[:STEPS].copy() if start == 0 else head
             for side in sides:
                 side.see(start, logits, following[start:stop])
             if sides and stop in sides[0].reference.drift:
-                state = session.get_state()
+                state = recent(session.get_state())
                 for side in sides:
                     side.see_state(stop, state)
             advance(stop - start)

@@ -13,6 +13,7 @@ from rgexport.griffin.state import State
 from rgexport.progress import note, warn
 from rgexport.runtimes.engines import open_session, open_tokenizer
 from rgexport.runtimes.environment import environment
+from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import SessionInfo
 from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate import thresholds
@@ -163,6 +164,7 @@ def _run(
 ) -> _Run:
     """Opens a session, which is gone afterwards, and measures; for `before`, see `_held`."""
     manifest = artifact.manifest
+    give_back()
     session = open_session(artifact)
     measured = measure(
         session,

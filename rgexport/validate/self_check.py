@@ -18,6 +18,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.state import zero_state
 from rgexport.progress import task
 from rgexport.runtimes.engines import open_session, require_engine
+from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
@@ -93,6 +94,7 @@ def _candidate(
         NotInstalled: there is no engine that could run it.
         RequestError: the engine cannot open or run it.
     """
+    give_back()
     session = open_session(artifact, lean=True)
     engine = f"{session.info.engine} {session.info.engine_version}"
     try:

@@ -17,7 +17,7 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance, task
-from rgexport.validate.states import checkpoints
+from rgexport.validate.states import checkpoints, recent
 
 
 class ReferenceModel(Protocol):
@@ -58,7 +58,7 @@ MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states behind so many tokens on the way.
+    `drift` has the states behind so many tokens on the way, as `states.recent` leaves them.
     """
 
     model: ReferenceModel
@@ -95,7 +95,7 @@ def teach(
     with watched_layers(label, weights) as watched:
         text = (tokens[None], zero_state(config, 1))
         ((hidden, states),) = make(config, watched).run_each([text], stops=[stops])
-    drift = dict(zip(stops, states, strict=False))
+    drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
     return Pass(make(config, weights), hidden, states[-1], drift)
 
 

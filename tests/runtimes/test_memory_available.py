@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -28,3 +29,13 @@ def test_a_container_s_limit_counts(
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert memory.available_bytes() == found
+
+
+def test_giving_back_leaves_what_is_in_use() -> None:
+    kept = np.arange(1 << 20)
+    freed = [np.ones(1 << 10) for _ in range(1 << 12)]
+    before = psutil.Process().memory_info().rss
+    del freed
+    memory.give_back()
+    assert psutil.Process().memory_info().rss <= before
+    assert kept.sum() == (1 << 20) * ((1 << 20) - 1) // 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rgexport.griffin.state import POSITION, State
-from rgexport.validate.states import checkpoints, state_errors, worst
+from rgexport.validate.states import RECENT, checkpoints, recent, state_errors, worst
 
 
 def make(**arrays: list[float]) -> State:
@@ -42,3 +42,15 @@ def test_checkpoints_double() -> None:
     assert checkpoints(64) == []
     assert checkpoints(65) == [64]
     assert checkpoints(1025) == [64, 128, 256, 512, 1024]
+
+
+def test_of_caches_only_what_is_recent_is_kept() -> None:
+    key = np.arange(300, dtype=np.float32).reshape(1, 100, 3)
+    state = {"layers.0.key": key, "layers.1.rg_lru": key[:, 0], POSITION: np.array([7])}
+    found = recent(state)
+    assert np.array_equal(found["layers.0.key"], key[:, 100 - RECENT :])
+    assert np.array_equal(found["layers.1.rg_lru"], key[:, 0])
+    found["layers.0.key"][:] = 0
+    assert key[0, -1, -1] == 299, "a copy"
+    short = {"layers.0.key": key[:, :5]}
+    assert np.array_equal(recent(short)["layers.0.key"], key[:, :5])

@@ -10,6 +10,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.engines import open_observer
+from rgexport.runtimes.memory import give_back
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
 from rgexport.validate.teacher import torch_reference, watched_layers
 
@@ -87,6 +88,7 @@ def with_loud_past(state: State) -> State:
 
 def _observe(artifact: Artifact, state: State, tokens: np.ndarray) -> list[Call]:
     """What the artifact has at its sites; the engine is gone afterwards."""
+    give_back()
     observer = open_observer(artifact)
     texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
     return [(text, observer.observe(text, state)) for text in texts]
