@@ -18,6 +18,9 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 _PIECE = 2048
 """Tokens that go through a layer at once: the widest values on the way are of so many."""
 
+_HEAD_BYTES = 16 << 20
+"""Of the embedding, as it is stored, at once, when it is the head: an engine may be open beside."""
+
 Watch = Callable[[int, int, Tensor], None]
 """Gets a layer's index, a text's, and the residual stream [B, T, width] float32 behind it."""
 
@@ -158,7 +161,7 @@ class Reference:
         """The embedding in float32, slab by slab, each with its first row's number."""
         if self._head:
             return self._head
-        slabs = self._weights[EMBEDDING].slabs()
+        slabs = self._weights[EMBEDDING].slabs(_HEAD_BYTES)
         rows = ((start, self._tensor(slab.astype(np.float32))) for start, slab in slabs)
         if not self._keep:
             return rows

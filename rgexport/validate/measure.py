@@ -1,7 +1,7 @@
 """Runs an artifact and its references over one text, side by side, and measures."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -40,7 +40,8 @@ class Comparison:
     """The artifact against one reference, over the whole text.
 
     `states` are those behind its end, `drift` those on the way. Of the artifact's own most likely
-    continuation, of `greedy_tokens`, the reference's has the first `greedy_common` too.
+    continuation, of `greedy_tokens`, the reference's has the first `greedy_common` too; see
+    `with_continuations`.
     """
 
     logits: metrics.LogitError
@@ -59,13 +60,15 @@ class Comparison:
 class Measurement:
     """All that was measured by running: a comparison for each reference, and with itself.
 
-    `counted` says whether the session counted every token; `state` is that behind the text.
+    `counted` says whether the session counted every token; `state` is that behind the text, and
+    `chosen` its most likely continuation, [n] token ids.
     """
 
     comparisons: list[Comparison]
     equivalences: dict[str, Equivalence]
     counted: bool
     state: State
+    chosen: np.ndarray
 
 
 def measure(
@@ -119,11 +122,29 @@ def measure(
     same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
     same["reset"] = after_reset(session, tokens[: len(head)], head)
     return Measurement(
-        comparisons=[side.summary(chunk.state, chosen, text_bytes, noise) for side in sides],
+        comparisons=[side.summary(chunk.state, text_bytes, noise) for side in sides],
         equivalences=same,
         counted=counted,
         state=chunk.state,
+        chosen=chosen,
     )
+
+
+def with_continuations(measured: Measurement, references: Sequence[Pass]) -> Measurement:
+    """Tells how far the references would have gone on as the artifact did.
+
+    Apart from `measure`, since it takes a pass through all layers: the session may be gone by then.
+    """
+    chosen = measured.chosen
+    comparisons = [
+        replace(
+            comparison,
+            greedy_tokens=len(chosen),
+            greedy_common=reference.choices_in_common(chosen),
+        )
+        for comparison, reference in zip(measured.comparisons, references, strict=True)
+    ]
+    return replace(measured, comparisons=comparisons)
 
 
 class _Side:
@@ -146,10 +167,8 @@ class _Side:
         errors = state_errors(self.reference.drift[position], state)
         self._drift.append(Drift(position=position, states=errors))
 
-    def summary(
-        self, state: State, chosen: np.ndarray, text_bytes: int | None, noise: float
-    ) -> Comparison:
-        """All of it, with the artifact's state behind the text and its choices from there on."""
+    def summary(self, state: State, text_bytes: int | None, noise: float) -> Comparison:
+        """All of it, with the artifact's state behind the text."""
         rows = np.concatenate(self._rows)
         return Comparison(
             logits=metrics.logit_error(rows),
@@ -158,8 +177,8 @@ class _Side:
             likelihood=metrics.likelihood(rows, text_bytes),
             states=state_errors(self.reference.state, state),
             drift=self._drift,
-            greedy_tokens=len(chosen),
-            greedy_common=self.reference.choices_in_common(chosen),
+            greedy_tokens=0,
+            greedy_common=0,
             blocks=position_blocks(rows),
             worst=self._worst.ranking(),
         )

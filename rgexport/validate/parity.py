@@ -22,7 +22,7 @@ from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from rgexport.validate.bisect.suspects import Suspect, find_suspects
 from rgexport.validate.checks import NO_LIMITS, with_limits
 from rgexport.validate.demands import demands
-from rgexport.validate.measure import Measurement, measure
+from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.positions import speller
 from rgexport.validate.reference.against import (
     AgainstFile,
@@ -96,8 +96,9 @@ def compare(
     table = None if original is None else _weight_errors(artifact, original)
     before: dict[int, State] | None = {} if bisect else None
     run = _run(artifact, chosen, tokenizer, taught, reference, before)
-    twin, cost = (*run.measured.comparisons, None, None)[:2]
-    look = None if make is None else _look(artifact, original, run.measured, chosen, device)
+    measured = with_continuations(run.measured, taught)
+    twin, cost = (*measured.comparisons, None, None)[:2]
+    look = None if make is None else _look(artifact, original, measured, chosen, device)
     layers = None
     if bisect and original is not None:
         layers = _layers(artifact, original, chosen, device)
@@ -108,7 +109,7 @@ def compare(
         engine=run.info,
         twin=twin,
         original=cost,
-        equivalences=run.measured.equivalences,
+        equivalences=measured.equivalences,
         sites=look,
         weights=table,
         layers=layers,
@@ -119,7 +120,7 @@ def compare(
         checks=[],
         environment=environment(),
     )
-    checks = demands(manifest, result, counted=run.measured.counted, limits=limits)
+    checks = demands(manifest, result, counted=measured.counted, limits=limits)
     result = replace(result, checks=list(with_limits(checks, limits)))
     return replace(result, suspects=_suspects(result)) if bisect else result
 

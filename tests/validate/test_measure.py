@@ -3,7 +3,7 @@ import pytest
 
 from rgexport.griffin.state import POSITION
 from rgexport.validate import measure as module
-from rgexport.validate.measure import measure
+from rgexport.validate.measure import measure, with_continuations
 from tests.validate.toys import MEMORY, VOCAB, Fault, ToySession, WholeChunksSession, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
@@ -132,9 +132,9 @@ def test_states_are_compared_along_the_text() -> None:
 
 
 def test_the_greedy_text_in_common() -> None:
-    right, wrong = measure(
-        ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)]
-    ).comparisons
+    passes = [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)]
+    found = with_continuations(measure(ToySession(), TOKENS, passes), passes)
+    right, wrong = found.comparisons
     assert right.greedy_tokens == right.greedy_common == module.GREEDY_TOKENS
     one, other, expected = ToySession(), ToySession(seed=1), 0
     ours, theirs = one.prefill(TOKENS[None])[:, 0], other.prefill(TOKENS[None])[:, 0]
