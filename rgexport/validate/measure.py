@@ -28,7 +28,7 @@ from rgexport.validate.positions import (
 from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
 from rgexport.validate.teacher import Pass
 
-LOGITS_BYTES = 128 << 20
+LOGITS_BYTES = 96 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
 GREEDY_TOKENS = 16
