@@ -9,10 +9,13 @@ LLAMA := out/llama
 LLAMA_WHEEL := $(VENV)/.llama
 LLAMA_TOOLS := $(LLAMA)/.tools
 PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration.patch port.py build.py)
+NATIVE := $(VENV)/.native
+NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeLists.txt src/*))
 
-.PHONY: demo test lint bench bench-llama llama llama-tools clean
+.PHONY: demo test native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
+	-@$(MAKE) --no-print-directory native
 	mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60 \
@@ -21,8 +24,10 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
 	@echo 'The same as a page to look at: out/demo-report.html'
 
-test: llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
+test: native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(BIN)/python -m pytest -q
+
+native: $(NATIVE)  ## The kernels for ONNX Runtime, where the package finds them: seconds.
 
 llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
 
@@ -33,15 +38,23 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
+bench: native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/onnx.md.
+	$(BIN)/python -m bench.onnx
+
+bench-export: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
 	$(BIN)/python -m bench.run
 
 bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/llama_cpp.md.
 	$(BIN)/python -m bench.llama
 
 clean:
+	rm -f rgexport/kernels/onnx/librgexport_onnx.*
 	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
+	$(BIN)/python -m rgexport.kernels.onnx.build --build-folder build/native
+	touch $@
 
 $(LLAMA_WHEEL): $(INSTALLED) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)
@@ -52,7 +65,7 @@ $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 	touch $@
 
 # --group needs pip 25.1 or later.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install -q -e '.[export,coreml]' --group dev

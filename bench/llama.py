@@ -23,7 +23,7 @@ from bench.llama_page import write_page
 from bench.run import FOLDER, START, command
 from rgexport.progress import note
 from rgexport.runtimes.environment import environment
-from rgexport.runtimes.peak_memory import peak_bytes
+from rgexport.runtimes.process_memory import peak_bytes
 from rgexport.runtimes.roofline import ReadSpeed, roofline
 
 MODELS = "recurrent", "transformer"
@@ -84,17 +84,21 @@ def make_missing(files: dict[str, Path]) -> None:
 
 
 class LlamaBench:
-    """Stock llama-bench, timing `tokens` single tokens twice after a warm-up."""
+    """Stock llama-bench, timing single tokens, or a prompt, a few times after a warm-up."""
 
-    def __init__(self, program: Path, threads: int, tokens: int) -> None:
+    def __init__(
+        self, program: Path, threads: int, tokens: int, *, prompt: int = 0, repetitions: int = 2
+    ) -> None:
+        """Has it take `tokens` single tokens, or none and a prompt of `prompt` in one batch."""
         if not program.is_file():
             sys.exit(f"{program} is missing: make llama-tools")
-        self._program, self._tokens = program, tokens
-        self._options = ["-t", str(threads), "-p", "0", "-r", "2", "-o", "json"]
+        numbers = {"-t": threads, "-p": prompt, "-n": tokens, "-r": repetitions, "-ub": 512}
+        options = [word for option in numbers.items() for word in map(str, option)]
+        self._command = [str(program), *options, "-o", "json"]
 
     def __call__(self, model: Path) -> dict[str, Any]:
         """What it says about the model, its rates as `samples_ts`, and `peak_bytes`."""
-        program = [self._program, *self._options, "-m", str(model), "-n", str(self._tokens)]
+        program = [*self._command, "-m", str(model)]
         with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             shown = process.stdout.read()

@@ -19,7 +19,7 @@ from rgexport.progress import note
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.runtimes.bench import BenchRequest, bench_artifact
 from rgexport.runtimes.environment import environment
-from rgexport.runtimes.peak_memory import peak_bytes
+from rgexport.runtimes.process_memory import peak_bytes
 
 FOLDER = Path("out/bench")
 DECODE = BenchRequest(prompts=(), tokens=(24,), depths=(4096,), repetitions=3, synthetic=True)

@@ -17,6 +17,7 @@ from rgexport.cli_options import (
     SIZES,
     check_option,
     model_options,
+    native_option,
     output_options,
     plan_option,
     sampling_options,
@@ -97,7 +98,18 @@ def rgexport(context: click.Context) -> None:
 @rgexport.command()
 @model_options
 @width_options
-@click.option("--precision", metavar="fp32|fp16|int8|int4", help="Of weights. [default: fp32]")
+@click.option(
+    "--profile",
+    metavar="cpu|wasm|webgpu",
+    default="cpu",
+    show_default=True,
+    help="What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
+)
+@click.option(
+    "--precision",
+    metavar="fp32|fp16|int8|int4",
+    help="Of weights. [default: fp32; wasm: int8; webgpu: int4]",
+)
 @click.option(
     "--compute",
     metavar="fp32|fp16",
@@ -192,7 +204,8 @@ def _export_folder(
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
     asked = options_of(**options)
-    target = output or default_target(checkpoint.name, asked.precision_word, kind)
+    profile = options.get("profile", "cpu")
+    target = output or default_target(checkpoint.name, asked.precision_word, kind, profile)
     check = _self_check(checkpoint, no_check)
     return _close(export(checkpoint, asked, target, force=force, check=check))
 
@@ -334,10 +347,11 @@ def _sampler(request: dict[str, Any]) -> Any:
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens in the state before.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--synthetic", is_flag=True, help="Make up the state at a depth: quick, same cost.")
-@click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
+@click.option("-t", "--threads", type=click.IntRange(1), help="[default: one per core]")
 @click.option(
     "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
 )
+@native_option
 @verbose
 def bench(
     artifact: Path,
@@ -454,6 +468,7 @@ def reference(
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--html", "html_file", type=FOLDER, help="Also write a page to look at.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@native_option
 @verbose
 def validate(artifacts: tuple[Path, ...], **request: Any) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.

@@ -1,6 +1,8 @@
 """Options that several commands of the command line have in common."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from rgexport import progress
 
 SIZES = "demo|2b|2b-it|9b|9b-it"
 FOLDER = click.Path(path_type=Path)
+NO_NATIVE = "RGEXPORT_NO_NATIVE"
+"""The environment variable that turns the native kernels off."""
 _Command = Callable[..., Any]
 
 
@@ -26,8 +30,33 @@ def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool
     progress.verbose = progress.verbose or value
 
 
+def _set_no_native(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.with_resource(_no_native())
+
+
+@contextmanager
+def _no_native() -> Iterator[None]:
+    """As if the variable were set, as long as the command runs."""
+    before = os.environ.get(NO_NATIVE)
+    os.environ[NO_NATIVE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[NO_NATIVE]
+        if before is not None:
+            os.environ[NO_NATIVE] = before
+
+
 verbose = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
+)
+native_option = click.option(
+    "--no-native",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_no_native,
+    help=f"Use only the engine's own kernels, as with {NO_NATIVE}=1.",
 )
 model_options = _options(
     click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
@@ -56,4 +85,5 @@ sampling_options = _options(
     click.option("--top-p", type=float, default=1.0, help="Among the likeliest of this share."),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
     click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
+    native_option,
 )

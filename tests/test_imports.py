@@ -25,6 +25,7 @@ ANYWHERE = {"errors", "progress", "atomic", "hashing", "processors", "tables", "
 NEEDS_TORCH = {
     "griffin/ops.py",
     "griffin/scan.py",
+    "griffin/triton_scan.py",
     "griffin/step.py",
     "griffin/reference.py",
     "griffin/substitution.py",

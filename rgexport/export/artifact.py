@@ -11,7 +11,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import PACKAGE
-from rgexport.export.manifest import MANIFEST, Manifest, StoredTensor
+from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, known_for_now, remember, vouch
@@ -100,10 +100,13 @@ class Artifact:
         """Rows of the tensor `name`, float32 [rows, columns], from the same rows of its parts."""
         scheme = self.manifest.tensors[name].scheme
         if isinstance(scheme, Affine):
-            return affine.decode(parts, scheme, columns)
+            rows = parts if COLUMNS not in parts else {"data": parts[COLUMNS], **parts}
+            return affine.decode(rows, scheme, columns)
         return parts["data"].astype(np.float32)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
+        if label == COLUMNS:
+            return self._columns(stored.parts[label], start, stop)
         part, dtype = stored.parts[label], np.dtype(stored.parts[label].dtype)
         offset, end = stored.row_offset(label, start), stored.row_offset(label, stop)
         count = (end - offset) // dtype.itemsize
@@ -111,6 +114,15 @@ class Artifact:
         if items.size != count:
             raise RequestError(f"{self.file(part.file)} was truncated while it was read")
         return items.reshape((end - offset) // part.row_bytes, -1)
+
+    def _columns(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
+        """Columns of a part, as rows."""
+        path = self.file(part.file)
+        try:
+            mapped = np.memmap(path, part.dtype, "r", part.offset, part.shape)
+        except ValueError:
+            raise RequestError(f"{path} was truncated while it was read") from None
+        return np.ascontiguousarray(mapped[:, start:stop].T)
 
     def _complaints(self, verify: bool) -> list[str]:
         """What is wrong with the files, the cheapest checks first."""

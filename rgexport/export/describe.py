@@ -13,8 +13,10 @@ from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.card import shares
 from rgexport.export.checked import CheckRecord
 from rgexport.export.describe_package import KIND, describe_package, package_parts
+from rgexport.export.manifest import MODEL_FILE
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.mil.package import means_package
+from rgexport.export.native import native_ops
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -66,6 +68,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "all_hashes_verified": verified,
         "check": asdict(manifest.check),
         **artifact.facts(),
+        **_kernels(artifact),
         "stored": [asdict(share) for share in shares(manifest)],
         **{key: fields[key] for key in ("config", "source", "created_with", "states", "io")},
         "files": {
@@ -74,6 +77,15 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         },
         "plan": fields["plan"],
     }
+
+
+def _kernels(artifact: Artifact) -> dict[str, Any]:
+    """Which kernels would run an ONNX artifact on this machine."""
+    if artifact.manifest.kind != "onnx":
+        return {}
+    found = native_ops(artifact.file(MODEL_FILE))
+    facts = {"runs": found.kernels, "reason": found.reason}
+    return {"kernels": facts | {"native": list(found.native), "ops": found.ops}}
 
 
 _HASHES = {"onnx": "sha256", "coreml": "sha256", "gguf": "data_sha256"}
@@ -144,6 +156,8 @@ def _parts(d: Description) -> Iterator[str | Table]:
     hash_name = _HASHES.get(d["kind"], "sha256")
     rows = _file_rows(d["files"], hash_name)
     yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
+    if "kernels" in d:
+        yield _kernels_sentence(**d["kernels"])
     if "check" in d:
         yield CheckRecord(**d["check"]).sentence
     yield _closing(d)
@@ -165,6 +179,15 @@ def _headline(d: Description) -> str:
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
+
+
+def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, int]) -> str:
+    if reason:
+        return f"Here it would run on {runs} kernels, without native ones: {reason}."
+    counts = ", ".join(f"{ops[name]} {name}" for name in native)
+    rest = ", ".join(f"{ops[name]} {name}" for name in ops if name not in native)
+    others = f"; by their bodies of standard ops: {rest}" if rest else ""
+    return f"Here it would run on {runs} kernels: {counts}{others}."
 
 
 def _closing(d: Description) -> str:

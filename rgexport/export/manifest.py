@@ -17,11 +17,23 @@ from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import BLOCKS, Affine, Float, Ggml, Scheme, scheme_to_dict
+from rgexport.quantize.scheme import (
+    BLOCKS,
+    INT8_ROWS,
+    Affine,
+    Float,
+    Ggml,
+    Scheme,
+    scheme_to_dict,
+)
 
 MANIFEST = "rgexport.json"
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+COLUMNS = "columns"
+"""A part of a matrix that is stored [in, out]: a row of the matrix is a column of it."""
 FORMAT_VERSION = 1
+Profile = Literal["cpu", "wasm", "webgpu"]
+"""What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 Kind = Literal["onnx", "gguf", "coreml"]
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""
@@ -54,6 +66,8 @@ class StoredPart:
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Part name → dtype and shape, for a tensor of `shape` that ONNX or GGUF store by `scheme`.
 
+    A matrix of int8 with a scale per row is stored by columns, as `MatMulInteger` wants it.
+
     Raises:
         RequestError: neither has that scheme.
     """
@@ -62,9 +76,11 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
     if isinstance(scheme, Ggml):
         rows, *row = shape
         return {"data": ("uint8", (rows, TYPES[scheme.type].row_bytes(math.prod(row))))}
+    rows, columns = shape
+    if scheme == INT8_ROWS:
+        return {COLUMNS: ("uint8", (columns, rows)), "scales": ("float32", (rows, 1))}
     if not isinstance(scheme, Affine) or scheme.block not in BLOCKS or scheme.scale != "float32":
         raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
-    rows, columns = shape
     widths = affine.part_shapes(columns, scheme)
     return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
 
@@ -80,10 +96,11 @@ class StoredTensor:
     @property
     def rows_together(self) -> int:
         """How many rows share something, as those of a palette do, and are read as one."""
-        return max(self._rows_per_row(part) for part in self.parts.values())
+        by_row = (part for label, part in self.parts.items() if label != COLUMNS)
+        return max(map(self._rows_per_row, by_row))
 
     def row_offset(self, label: str, row: int) -> int:
-        """Where in its file the part `label` of a row begins."""
+        """Where in its file the part `label`, which is not `COLUMNS`, of a row begins."""
         part = self.parts[label]
         return part.offset + row // self._rows_per_row(part) * part.row_bytes
 
@@ -148,6 +165,7 @@ class Manifest:
     precision: str
     compute: str
     exact: bool
+    profile: Profile = "cpu"
     plan: dict[str, Scheme]
     tensors: dict[str, StoredTensor]
     states: tuple[StateRecord, ...]

@@ -32,9 +32,13 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str = "o
     return word
 
 
-def default_target(model: str, precision: str, kind: str) -> Path:
-    """Where an artifact goes without `-o`, such as `./recurrentgemma-2b-int4-onnx`."""
-    return Path(f"{model}-{precision}-{kind}")
+def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
+    """Where an artifact goes without `-o`, such as `./recurrentgemma-2b-int4-onnx`.
+
+    One that is lowered for something else than a processor ends in the word for that.
+    """
+    words = [model, precision, kind, *([] if profile == "cpu" else [profile])]
+    return Path("-".join(words))
 
 
 def as_argument(path: Path) -> str:

@@ -1,7 +1,12 @@
 """The linear recurrence `h_t = a_t · h_{t-1} + b_t`, fast on CPU and on CUDA."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from rgexport.progress import detail
 
 _CHUNK = {"cpu": 16, "cuda": 256}
 """Tokens combined in one log-depth pass; a CPU gains nothing from the extra work of long ones."""
@@ -9,6 +14,30 @@ _CHUNK = {"cpu": 16, "cuda": 256}
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
+
+    On CUDA it is one Triton kernel, where that runs.
+    """
+    if b.is_cuda and (kernel := _triton_scan()):
+        return kernel(a, b, h0)
+    return chunked_scan(a, b, h0)
+
+
+@cache
+def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The Triton kernel if it runs here: it needs a package, and that needs a C compiler."""
+    try:
+        from rgexport.griffin.triton_scan import scan
+
+        one = torch.ones(1, 1, 1, device="cuda")
+        scan(one, one, one[0])
+    except Exception as error:  # there is no common base of what may be missing
+        detail(f"the scan runs without Triton ({type(error).__name__}: {error})")
+        return None
+    return scan
+
+
+def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """The same, of torch's own operations.
 
     Time is cut into chunks. Within a chunk the recurrence is a Hillis-Steele prefix scan of
     log2(chunk) elementwise passes over all tokens; chunks follow one another, so that memory

@@ -104,6 +104,8 @@ Plan = dict[str, Scheme]
 
 BLOCKS = (32, 64, 128)
 """Block sizes that a user may ask for."""
+INT8_ROWS = Affine(8, None, symmetric=True)
+"""A scale per row, whatever its length: the only int8 that integer matrix products can take."""
 
 _KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
     "float": Float,

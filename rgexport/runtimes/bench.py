@@ -1,101 +1,38 @@
 """How fast an artifact runs: prompts, tokens, and both at a depth, beside the memory's read speed.
 
 What llama-bench measures, through the Session interface, so that every format is measured alike.
-The machine's read speed drifts within minutes; it is measured between the timed pieces, and a row
-compares means and medians of the same minutes.
+The machine's read speed drifts within minutes. So all tests at all depths take turns, the memory is
+read between the timed pieces, and a row compares medians of the same minutes. What a token costs
+at one depth and at another was measured side by side.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Self
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
-from rgexport.progress import Advance, note, task
+from rgexport.progress import note, task
+from rgexport.runtimes.bench_request import MOST, PIECE, BenchRequest, Trial
 from rgexport.runtimes.bench_rows import Row
 from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.environment import cpu
-from rgexport.runtimes.peak_memory import peak_rss_bytes
+from rgexport.runtimes.process_memory import peak_rss_bytes, rss_bytes
 from rgexport.runtimes.roofline import ReadSpeed, roofline, seconds
-from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.runtimes.session import Session
 
-MOST = 1 << 24
-"""The largest length or depth."""
+__all__ = ["MOST", "BenchRequest", "Measuring", "Trial", "bench_artifact", "synthetic_state"]
+
 WARM_UP_SECONDS = 4.0
 """Engines get their weights into huge pages in the background, for some two seconds."""
 SLICE_SECONDS = 1.0
 """Steps for about so long stand between two readings of the memory."""
-PIECE = 512
-"""Tokens at a time on the way to a depth."""
 PATIENCE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to measure; each depth with each prompt length and each number of tokens."""
-
-    prompts: tuple[int, ...] = (512,)
-    tokens: tuple[int, ...] = (128,)
-    depths: tuple[int, ...] = (0,)
-    repetitions: int = 5
-    synthetic: bool = False
-    """Whether a depth is a state of random numbers instead of tokens that were processed."""
-
-    def __post_init__(self) -> None:
-        """Lengths of 0 stand for none.
-
-        Raises:
-            RequestError: nothing to measure.
-        """
-        if not any((*self.prompts, *self.tokens)):
-            raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
-
-    @classmethod
-    def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        """A request whose lists are texts such as `128,512`.
-
-        Raises:
-            RequestError: a text that is no list of lengths, or nothing to measure.
-        """
-        return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
-
-    @property
-    def trials(self) -> list["Trial"]:
-        """Prompts first, in the order asked for."""
-        prompts = [Trial("pp", length) for length in self.prompts if length]
-        return prompts + [Trial("tg", length) for length in self.tokens if length]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A prompt of `length` tokens (`pp`), or as many tokens one by one (`tg`)."""
-
-    kind: str
-    length: int
-
-    @property
-    def name(self) -> str:
-        """As llama-bench writes it: `pp512`."""
-        return f"{self.kind}{self.length}"
-
-    @property
-    def warm_up(self) -> int:
-        """A length after which an engine has allocated what it needs."""
-        return min(self.length, PIECE) if self.kind == "pp" else 1
-
-    def readings(self, info: SessionInfo) -> int:
-        """How often the engine reads all weights."""
-        if self.kind != "pp":
-            return self.length
-        chunks, rest = divmod(self.length, info.prefill_chunk)
-        return chunks + (rest if info.whole_chunks else min(rest, 1))
 
 
 def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = None) -> list[Row]:
@@ -113,6 +50,25 @@ def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = N
 
 
 @dataclass
+class _Cell:
+    """One test at one depth, and what its repetitions gave."""
+
+    trial: Trial
+    depth: int
+    state: Path
+    """The file of the state that every repetition starts from."""
+    rates: list[float] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    memory: list[int | None] = field(default_factory=list)
+    peak: int | None = None
+
+    @property
+    def token_seconds(self) -> float:
+        """The median over the repetitions."""
+        return 1 / median(self.rates)
+
+
+@dataclass
 class Measuring:
     """A session under test. One conversation; every token is random, as in llama-bench."""
 
@@ -124,50 +80,75 @@ class Measuring:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[Row]:
-        """Measures depth by depth, the lowest first: each goes on from the one before."""
+        """Reaches the depths, each from the one below, then measures in rounds."""
         self._warm_up()
+        with TemporaryDirectory(prefix="rgexport-bench-") as folder:
+            cells = self._cells(Path(folder))
+            self._measure(cells)
+        lowest: dict[Trial, _Cell] = {}
+        for cell in cells:
+            yield self._row(cell, lowest.setdefault(cell.trial, cell))
+
+    def _cells(self, folder: Path) -> list[_Cell]:
+        """The lowest depth first. States wait in files: memory is one of the things measured."""
         self.session.reset()
         state = self.session.get_state()
-        depths, trials = sorted(set(self.request.depths)), self.request.trials
-        for depth in depths:
+        cells = []
+        for depth in sorted(set(self.request.depths)):
             state = self.state_at(depth, state)
-            total = len(trials) * self.request.repetitions
-            with task(f"Measuring at depth {depth:,}", total, "repetitions") as advance:
-                yield from [self._row(trial, depth, state, advance) for trial in trials]
+            file = folder / f"{depth}.npz"
+            np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
+            cells += [_Cell(trial, depth, file) for trial in self.request.trials]
+        return cells
 
-    def _row(self, trial: Trial, depth: int, state: State, advance: Advance) -> Row:
-        run = {"pp": self._prompt, "tg": self._tokens}[trial.kind]
-        self.session.set_state(state)
-        run(trial.warm_up, [])
-        rates, speeds = [], []
-        for _ in range(self.request.repetitions):
-            self.session.set_state(state)
-            speeds.append(self.read_speed())
-            rates.append(trial.length / run(trial.length, speeds))
-            advance(1)
-        speeds.append(self.read_speed())
-        return self._result(trial, depth, rates, speeds)
+    def _measure(self, cells: list[_Cell]) -> None:
+        rounds = self.request.repetitions
+        with task("Measuring", len(cells) * (rounds + 1), "repetitions") as advance:
+            for cell in cells:
+                self._run(cell, cell.trial.warm_up, [])
+                advance(1)
+            speed = self.read_speed()
+            for _ in range(rounds):
+                for cell in cells:
+                    cell.speeds.append(speed)
+                    took = self._run(cell, cell.trial.length, cell.speeds)
+                    cell.rates.append(cell.trial.length / took)
+                    cell.memory.append(rss_bytes())
+                    cell.peak = peak_rss_bytes()
+                    cell.speeds.append(speed := self.read_speed())
+                    advance(1)
 
-    def _result(self, trial: Trial, depth: int, rates: list[float], speeds: list[float]) -> Row:
-        info = self.session.info
+    def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
+        """Seconds of `length` tokens behind the cell's state."""
+        with np.load(cell.state) as state:
+            self.session.set_state(dict(state))
+        return {"pp": self._prompt, "tg": self._tokens}[cell.trial.kind](length, speeds)
+
+    def _row(self, cell: _Cell, lowest: _Cell) -> Row:
+        info, trial, rates = self.session.info, cell.trial, cell.rates
         per_token = info.weight_bytes * trial.readings(info) / trial.length
-        rate, read_speed = mean(rates), median(speeds)
+        rate, read_speed = mean(rates), median(cell.speeds)
+        memory = [size for size in cell.memory if size is not None]
         return Row(
             test=trial.name,
-            depth=depth,
-            state="synthetic" if depth and self.request.synthetic else "processed",
+            depth=cell.depth,
+            state="synthetic" if cell.depth and self.request.synthetic else "processed",
             repetitions=len(rates),
             tokens_per_second=rate,
             deviation=stdev(rates) if len(rates) > 1 else 0.0,
+            median_tokens_per_second=median(rates),
+            time_ratio=cell.token_seconds / lowest.token_seconds,
             bytes_per_token=per_token,
             roofline_bytes_per_second=read_speed,
             roofline_share=rate * per_token / read_speed,
-            peak_rss_bytes=peak_rss_bytes(),
+            rss_bytes=round(median(memory)) if memory else None,
+            peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
             artifact_bytes=_size(self.artifact),
             artifact=self.artifact.resolve().name,
             engine=info.engine,
             engine_version=info.engine_version,
+            kernels=info.kernels,
             threads=info.threads,
             cpu=cpu(),
         )
@@ -229,16 +210,6 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
         for name, array in like.items()
     }
     return made_up | {POSITION: np.full_like(like[POSITION], depth)}
-
-
-def _lengths(option: str, text: str) -> tuple[int, ...]:
-    """The numbers of a list, each once."""
-    words = text.split(",")
-    if not all(re.fullmatch("[0-9]{1,8}", word) and int(word) <= MOST for word in words):
-        raise RequestError(
-            f"{option} is {text!r}; expected numbers from 0 to {MOST}, such as 512 or 128,512"
-        )
-    return tuple(dict.fromkeys(map(int, words)))
 
 
 def _tell_patience(expected: float) -> None:

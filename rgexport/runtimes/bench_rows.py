@@ -23,12 +23,17 @@ class Row:
     """The mean over the repetitions."""
     deviation: float
     """Their standard deviation, 0 of one."""
+    median_tokens_per_second: float
+    time_ratio: float
+    """The median time of a token, as a multiple of that in the same test at the lowest depth."""
     bytes_per_token: float
     """Weights read per token; a chunk of a prompt shares one reading."""
     roofline_bytes_per_second: float
     """The memory's read speed, the median of measurements between the timed pieces."""
     roofline_share: float
     """tokens_per_second * bytes_per_token / roofline_bytes_per_second."""
+    rss_bytes: int | None
+    """The memory of the process when a repetition ends, their median."""
     peak_rss_bytes: int | None
     """The most memory of the process so far, opening included."""
     load_seconds: float
@@ -37,6 +42,8 @@ class Row:
     artifact: str
     engine: str
     engine_version: str
+    kernels: str
+    """`native` and an instruction set where ours ran, `stock` where all were the engine's own."""
     threads: int
     cpu: str
 
@@ -58,8 +65,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_table(rows: Sequence[Row]) -> str:
     """A title and a table for a terminal."""
-    cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]
-    header = tuple(COLUMNS)
+    columns = _columns(rows)
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    header = tuple(columns)
     *titles, machine = _titles(rows[0])
     table = Table(machine, header, map(tuple, cells), header[1:])
     return render([*titles, table]).rstrip() + "\n"
@@ -67,8 +75,9 @@ def as_table(rows: Sequence[Row]) -> str:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same for a document."""
-    lines = [tuple(COLUMNS), ("---", *["---:"] * (len(COLUMNS) - 1))]
-    lines += [tuple(cell(row) for cell in COLUMNS.values()) for row in rows]
+    columns = _columns(rows)
+    lines = [tuple(columns), ("---", *["---:"] * (len(columns) - 1))]
+    lines += [tuple(cell(row) for cell in columns.values()) for row in rows]
     return "\n".join(
         ["; ".join(_titles(rows[0])), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
     )
@@ -77,27 +86,37 @@ def as_markdown(rows: Sequence[Row]) -> str:
 def _titles(row: Row) -> tuple[str, str, str]:
     """What was measured, and where."""
     size, engine = amount(row.artifact_bytes), f"{row.engine} {row.engine_version}"
+    kernels = f"{row.kernels} kernels"
     return (
         f"{row.artifact}, {size}, opened in {row.load_seconds:.2f} s",
-        f"{engine}, {row.threads} threads",
+        f"{engine}, {kernels}, {row.threads} threads",
         row.cpu,
     )
 
 
-def _memory(row: Row) -> str:
-    return "unknown" if row.peak_rss_bytes is None else amount(row.peak_rss_bytes)
+def _memory(size: int | None) -> str:
+    return "unknown" if size is None else amount(size)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "test": lambda row: row.test,
     "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
     "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
+    "time": lambda row: f"{row.time_ratio:.3f}",
     "weights/token": lambda row: amount(row.bytes_per_token),
     "memory reads": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
     "share": lambda row: f"{row.roofline_share:.3f}",
-    "peak memory": _memory,
+    "memory": lambda row: _memory(row.rss_bytes),
+    "peak memory": lambda row: _memory(row.peak_rss_bytes),
 }
-"""What people want to see of a row."""
+"""What people want to see of a row; `time` is that of a token, beside that at the lowest depth."""
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Without the comparison of depths where there is but one."""
+    several = len({row.depth for row in rows}) > 1
+    return {name: cell for name, cell in COLUMNS.items() if several or name != "time"}
+
 
 WRITERS: dict[str, Callable[[Sequence[Row]], str]] = {
     "table": as_table,

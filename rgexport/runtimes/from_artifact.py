@@ -87,7 +87,7 @@ def _told(session: Session) -> Session:
     """The session, after a remark on what it runs."""
     info = session.info
     detail(
-        f"{info.engine} {info.engine_version}, {info.threads} threads; one step reads "
+        f"{info.title}, {info.threads} threads; one step reads "
         f"{amount(info.weight_bytes)} of weights and {amount(info.state_bytes)} of state"
     )
     return session

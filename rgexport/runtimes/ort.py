@@ -8,9 +8,13 @@ import onnxruntime as ort
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE
+from rgexport.export.native import STOCK, NativeOps, native_ops
+from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
+from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import huge_pages
+from rgexport.runtimes.resident_files import Extent, resident
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 
@@ -18,19 +22,26 @@ PREFILL_CHUNK = 256
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
 _ERRORS_ONLY = 3
+_NEEDED = {"webgpu": (1, 25)}
+"""Profile → the first ONNX Runtime that has all its ops on a processor, if pyproject has less."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: where the file of weights of a graph lies that comes from memory."""
 
 
 class OrtSession:
-    """An ONNX artifact in stock ONNX Runtime on the CPU.
+    """An ONNX artifact in ONNX Runtime on the CPU; where our kernels are built, they run its ops.
 
     Every state has one buffer, bound as input and as output: the graph reads each state before it
     writes (the exporter asserts that). Keys and values lie in rings, so a step copies none of them.
     """
 
     def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, graph: bytes | None = None
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        graph: bytes | None = None,
+        native: bool = True,
     ):
         """Opens the model.
 
@@ -38,13 +49,14 @@ class OrtSession:
             artifact: an ONNX artifact.
             threads: the processors that this process may use, by default.
             graph: a serialized model that runs instead of the artifact's, over its weights.
+            native: whether our kernels may run.
 
         Raises:
             RequestError: ONNX Runtime cannot open the model.
         """
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
-        self._session = _open(artifact, self._threads, graph)
+        self._session, self._kernels = _open(artifact, self._threads, graph, native)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
@@ -62,6 +74,7 @@ class OrtSession:
             weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
             state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
             prefill_chunk=PREFILL_CHUNK,
+            kernels=self._kernels,
         )
 
     @property
@@ -213,18 +226,52 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
 
-def _open(artifact: Artifact, threads: int, graph: bytes | None) -> ort.InferenceSession:
+def _open(
+    artifact: Artifact, threads: int, graph: bytes | None, native: bool
+) -> tuple[ort.InferenceSession, str]:
+    """The session, and which kernels it runs."""
+    _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
     if graph is not None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
+    model = str(path) if graph is None else graph
+    kernels = _register(options, native_ops(path if graph is None else graph)) if native else STOCK
     try:
-        with huge_pages():
-            return ort.InferenceSession(
-                graph or str(path), options, providers=["CPUExecutionProvider"]
-            )
+        with huge_pages(), resident(artifact.path, leave_out=_embedding(artifact)):
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
+    return session, kernels
+
+
+def _require_version(artifact: Artifact) -> None:
+    """Refuses an ONNX Runtime whose own message would be about an op that it does not know."""
+    profile = artifact.manifest.profile
+    needed = _NEEDED.get(profile, (0, 0))
+    if tuple(map(int, ort.__version__.split(".")[:2])) < needed:
+        raise RequestError(
+            f"{artifact.path} is made for {profile}, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, needed))} or later; this is {ort.__version__}: update onnxruntime"
+        )
+
+
+def _register(options: ort.SessionOptions, native: NativeOps) -> str:
+    """Has a session use our kernels if there are any; which ones it will run."""
+    if native.library is None:
+        return native.kernels
+    try:
+        options.register_custom_ops_library(str(native.library))
+    except Exception as error:  # of another machine, or of an ONNX Runtime that it cannot use
+        warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
+        return STOCK
+    return native.kernels
+
+
+def _embedding(artifact: Artifact) -> list[Extent]:
+    """Where the embedding lies: mapped once more for looking up rows, which takes only some."""
+    parts = artifact.manifest.tensors[EMBEDDING].parts.values()
+    return [Extent(artifact.file(p.file), p.offset, p.offset + p.nbytes) for p in parts]

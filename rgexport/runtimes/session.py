@@ -26,6 +26,13 @@ class SessionInfo:
     """Whether a chunk gives the logits of all its tokens; if not, those are taken one by one."""
     whole_chunks: bool = False
     """Whether tokens that do not fill a chunk are taken one by one."""
+    kernels: str = "stock"
+    """`native` and an instruction set where ours run, `stock` where all are the engine's own."""
+
+    @property
+    def title(self) -> str:
+        """Engine, version and kernels, for people."""
+        return f"{self.engine} {self.engine_version}, {self.kernels} kernels"
 
 
 class Session(Protocol):

@@ -96,7 +96,7 @@ def _candidate(
     """
     give_back()
     session = open_session(artifact, lean=True)
-    engine = f"{session.info.engine} {session.info.engine_version}"
+    engine = session.info.title
     try:
         return _forced(session, tokens, schedule), engine
     except (RequestError, MemoryError):

@@ -45,7 +45,7 @@ def test_a_file_is_filled_slab_by_slab_and_told_in_order(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.touch()
     sources = {name: from_array(array) for name, array in weights.items()}
-    fill(path, tensors, sources, encode, lambda name, parts: told[name].append(parts["data"]))
+    fill(tmp_path, tensors, sources, encode, lambda name, parts: told[name].append(parts["data"]))
     for name, array in weights.items():
         part = tensors[name].parts["data"]
         found = np.fromfile(path, np.float32, array.size, offset=part.offset)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.scan import linear_scan
 from rgexport.griffin.state import POSITION
 from tests.models import (
     ODD_CONFIGS,
@@ -44,22 +43,6 @@ def test_reference_continues_from_a_state(name: str) -> None:
     assert after_rest[POSITION].tolist() == [tokens.shape[1]] * 2
     for state, array in after_whole.items():
         np.testing.assert_allclose(after_rest[state], array, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 100, 513])
-def test_scan_equals_a_loop(tokens: int) -> None:
-    generator = torch.Generator().manual_seed(tokens)
-    a = 1 - 10 ** torch.empty(2, tokens, 12).uniform_(-5, -0.1, generator=generator)
-    b, h = torch.randn(2, tokens, 12, generator=generator), torch.randn(2, 12, generator=generator)
-    expected, carried = [], h.double()
-    for t in range(tokens):
-        carried = a[:, t].double() * carried + b[:, t].double()
-        expected.append(carried)
-
-    found = linear_scan(a, b, h).double()
-
-    worst = (found - torch.stack(expected, 1)).abs().max()
-    assert worst <= 1e-6 * torch.stack(expected, 1).abs().max() * np.sqrt(tokens)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -65,13 +65,15 @@ def measured(session: Timed, speeds: Iterator[float], **request: Any) -> list[Ro
 
 def test_rate_is_the_mean_and_share_is_of_the_median(session):
     session.times = iter([9.0, *[1.0] * 4, *[3.0] * 4])  # a warm-up step, two repetitions of four
-    speeds = iter([500.0, 501, 502, 503, 400, 5000, 5001, 5002, 5003])
+    speeds = iter([500.0, 501, 502, 503, 504, 5000, 5001, 5002, 5003])
     (row,) = measured(session, speeds, prompts=(0,), tokens=(4,), repetitions=2)
     assert row.test == "tg4" and row.repetitions == 2 and row.bytes_per_token == WEIGHTS
     assert row.tokens_per_second == pytest.approx((4 / 4 + 4 / 12) / 2)
     assert row.deviation == pytest.approx((1 - 1 / 3) / np.sqrt(2))
-    assert row.roofline_bytes_per_second == 503  # before, after each second but the last, at last
-    assert row.roofline_share == pytest.approx(row.tokens_per_second * WEIGHTS / 503)
+    assert row.median_tokens_per_second == row.tokens_per_second and row.time_ratio == 1
+    # before, after each second but the last, at last; what lies between both counts for both
+    assert row.roofline_bytes_per_second == 504
+    assert row.roofline_share == pytest.approx(row.tokens_per_second * WEIGHTS / 504)
     assert row.load_seconds == 1.5 and row.artifact_bytes == Path(__file__).stat().st_size
     assert next(speeds, None) is None
 
@@ -103,13 +105,23 @@ def test_every_repetition_starts_at_its_depth(session, monkeypatch):
         *[("pp3", 9, "processed"), ("tg2", 9, "processed")],
     ]
     way = [("prefill", 0, 4), ("prefill", 4, 4), ("prefill", 8, 1)]
-    assert session.seen == [*trials_at(0), *way, *trials_at(9)]
+    warm_up = [piece for depth in (0, 9) for piece in (("prefill", depth, 3), ("step", depth, 1))]
+    in_turns = [piece for depth in (0, 9) for piece in trials_at(depth)]
+    assert session.seen == [*way, *warm_up, *in_turns, *in_turns]
 
 
 def trials_at(depth: int) -> list[tuple[str, int, int]]:
-    prompts = [("prefill", depth, 3)] * 3
-    step, next_step = ("step", depth, 1), ("step", depth + 1, 1)
-    return [*prompts, step, step, next_step, step, next_step]
+    return [("prefill", depth, 3), ("step", depth, 1), ("step", depth + 1, 1)]
+
+
+def test_times_at_depths_are_compared_by_medians(session):
+    """The second depth takes twice as long in two rounds of three, and far longer in one."""
+    rounds = [1.0, 2.0], [3.0, 6.0], [5.0, 90.0]
+    session.times = iter([0.0, 1.0, 1.0, *(time for pair in rounds for time in pair)])
+    request = {"prompts": (), "tokens": (1,), "depths": (0, 1), "repetitions": 3}
+    rows = measured(session, iter(lambda: 100.0, None), **request)
+    assert [row.median_tokens_per_second for row in rows] == pytest.approx([1 / 3, 1 / 6])
+    assert [row.time_ratio for row in rows] == pytest.approx([1, 2])
 
 
 def test_depths_go_on_from_each_other(session):
@@ -126,7 +138,8 @@ def test_synthetic_depth_processes_nothing_and_says_so(session):
         session, speeds, prompts=(), tokens=(2,), depths=depths, repetitions=1, synthetic=True
     )
     assert [row.state for row in rows] == ["processed", "synthetic"]
-    assert [position for _, position, _ in session.seen[3:]] == [1 << 20, 1 << 20, (1 << 20) + 1]
+    positions = [position for _, position, _ in session.seen if position > 1]
+    assert positions == [1 << 20, 1 << 20, (1 << 20) + 1]
     assert "1,048,576 (synthetic)" in WRITERS["table"](rows)
 
 
@@ -163,8 +176,8 @@ def test_lengths_are_taken_once_and_zeros_left_out():
         BenchRequest.parse("0", "0", "5")
 
 
-ROW = Row("tg8", 4096, "processed", 2, 12.5, 0.5, 2e9, 3e10, 0.8333, 2 << 30, 1.0, 3 << 30, "model",
-          *("engine", "1.0", 2, "a processor"))  # fmt: skip
+ROW = Row("tg8", 4096, "processed", 2, 12.5, 0.5, 12.25, 1.02, 2e9, 3e10, 0.8333, 1 << 30, 2 << 30,
+          *(1.0, 3 << 30, "model", "engine", "1.0", "native avx2", 2, "a processor"))  # fmt: skip
 
 
 def test_json_and_csv_hold_every_field():
@@ -179,11 +192,13 @@ def test_json_and_csv_hold_every_field():
 
 def test_tables_for_people():
     shown = WRITERS["table"]([ROW, replace(ROW, peak_rss_bytes=None)])
-    assert "model, 3.22 GB, opened in 1.00 s\nengine 1.0, 2 threads\na processor\n" in shown
+    engine = "engine 1.0, native avx2 kernels, 2 threads\na processor\n"
+    assert f"model, 3.22 GB, opened in 1.00 s\n{engine}" in shown
     assert "12.50 ± 0.50" in shown and "30.0 GB/s" in shown and "unknown" in shown
-    *_, head, line, row = WRITERS["md"]([ROW]).splitlines()
+    assert " time " not in shown
+    *_, head, line, _, row = WRITERS["md"]([replace(ROW, depth=0), ROW]).splitlines()
     assert head.count("|") == line.count("|") == row.count("|")
-    assert "| tg8 | 4,096 | 12.50 ± 0.50 | 2.00 GB |" in row
+    assert "| tg8 | 4,096 | 12.50 ± 0.50 | 1.020 | 2.00 GB |" in row and "| time |" in head
 
 
 @pytest.mark.parametrize("huge", [True, False])
@@ -212,7 +227,7 @@ def test_demo(demo_artifact, monkeypatch, capsys):
     ]
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["roofline_share"] > 0
-        assert row["peak_rss_bytes"] > row["bytes_per_token"] > 0
+        assert 1.01 * row["peak_rss_bytes"] > row["rss_bytes"] > row["bytes_per_token"] > 0
         assert row["engine"] == "onnxruntime" and row["artifact"] == "demo-int4-onnx"
         assert row["artifact_bytes"] == sum(map(len, before.values()))
     assert rows[0]["bytes_per_token"] * 5 == rows[2]["bytes_per_token"]

@@ -57,7 +57,7 @@ class Storage:
             for label, rows in parts.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
-        fill(path, self.tensors, weights, encode, hash_slab)
+        fill(folder, self.tensors, weights, encode, hash_slab)
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:

@@ -1,11 +1,12 @@
 """Lowerings of the ops of the attention block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import END, Emitter
+from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.program import Node
 from rgexport.griffin.ops import rope_frequencies
 
@@ -31,12 +32,33 @@ def rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function; the native kernel learns the number of heads from an attribute."""
+    heads = node.tensors[0].size(2) // node.tensors[1].size(2)
+    return g.native_op("LocalAttention", node, _ring_attention, heads=heads)
+
+
+def _ring_attention(g: GraphBuilder, node: Node, *inputs: ir.Value) -> Sequence[ir.Value]:
+    return ring_attention(g, node, *inputs, mask=_mask, slots=_ring_slots)
+
+
+def ring_attention(
+    g: GraphBuilder,
+    node: Node,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    past_k: ir.Value,
+    past_v: ir.Value,
+    positions: ir.Value,
+    *,
+    mask: Callable[[GraphBuilder, ir.Value, int], ir.Value],
+    slots: Callable[[GraphBuilder, ir.Value, ir.Value, int], ir.Value],
+) -> Sequence[ir.Value]:
     """Attention to a ring of past keys and to the step's own; then the own ones enter the ring.
 
     A ring is written in place where the runtime binds input and output to one buffer: nothing of
     the window is copied. All heads of a token are rows of one matrix, since they share the keys.
     """
-    q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
     heads = node.tensors[0].size(2) // head_dim
@@ -47,33 +69,36 @@ def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
         g.op("MatMul", rows, g.op("Transpose", g.cast(keys, "float32"), perm=[0, 2, 1]))
         for keys in (past_k, k)
     ]
-    weights = _softmax(g, g.op("Concat", *scores, axis=2), node, heads)
+    seen = mask(g, positions, window)
+    weights = _softmax(g, g.op("Concat", *scores, axis=2), seen, positions, node)
     parts = (g.slice(weights, 0, window, 2), g.slice(weights, window, END, 2))
     sums = [g.op("MatMul", part, x) for part, x in zip(parts, (past_v, v), strict=True)]
     attended = g.typed(g.op("Add", *sums), dtype)
 
-    slots = _ring_slots(g, positions, attended, window)
+    places = slots(g, positions, attended, window)
     present = [
-        g.op("ScatterND", past, slots, g.slice(new, -window, END, 1))
+        g.op("ScatterND", past, places, g.slice(new, -window, END, 1))
         for past, new in ((past_k, k), (past_v, v))
     ]
     shape = g.op("Concat", g.op("Shape", positions), g.constant([heads * head_dim]), axis=0)
     return [g.op("Reshape", attended, shape), *present]
 
 
-def _softmax(g: Emitter, scores: ir.Value, node: Node, heads: int) -> ir.Value:
+def _softmax(
+    g: GraphBuilder, scores: ir.Value, mask: ir.Value, positions: ir.Value, node: Node
+) -> ir.Value:
     """Weights in the activation dtype of float32 scores [B, T · H, slots + T], same shape."""
-    positions = g.value(node.tensors[5])
-    window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
+    head_dim = node.tensors[3].size(2)
+    heads = node.tensors[0].size(2) // head_dim
     by_row = g.op("Shape", scores)
     by_token = g.op("Concat", g.op("Shape", positions), g.constant([heads, -1]), axis=0)
     scaled = g.op("Mul", scores, g.constant(head_dim**-0.5, "float32"))
-    masked = g.op("Add", g.op("Reshape", scaled, by_token), _mask(g, positions, window))
+    masked = g.op("Add", g.op("Reshape", scaled, by_token), mask)
     weights = g.op("Reshape", g.op("Softmax", masked, axis=-1), by_row)
     return g.cast(g.typed(weights, "float32"), node.outputs[0].dtype)
 
 
-def _mask(g: Emitter, positions: ir.Value, window: int) -> ir.Value:
+def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
     """[B, T, 1, window + T]: 0 where a token sees a key, minus infinity elsewhere.
 
     A token at q sees keys at q - window ≤ k ≤ q. Before a step whose first token is at p, slot s
@@ -94,7 +119,7 @@ def _mask(g: Emitter, positions: ir.Value, window: int) -> ir.Value:
     return g.op("Where", seen, g.constant(0, "float32"), g.constant(-np.inf, "float32"))
 
 
-def _ring_slots(g: Emitter, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
+def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
     """Where the last `window` keys of the step go, as (row, slot) [B, n, 2].
 
     The slots depend on the attention's result by a number that is always 0. So no runtime may

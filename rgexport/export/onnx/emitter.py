@@ -1,24 +1,30 @@
 """What a lowering works with: the graph so far, the values of the program, the stored weights."""
 
-import numpy as np
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.graph import DTYPES, GraphBuilder
+from rgexport.export.onnx.functions import DOMAIN, Body, function_of
+from rgexport.export.onnx.graph import DTYPES, Attribute, GraphBuilder
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
-
-END = np.iinfo(np.int64).max
-"""The end of a slice that goes to the end."""
 
 
 class Emitter(GraphBuilder):
     """A graph being built from a step program and the stored weights."""
 
-    def __init__(self, stored: dict[str, StoredTensor], accuracy_level: int):
-        """`accuracy_level` is `MatMulNBits`'s: 1 float32 activations, 4 int8 ones."""
+    def __init__(
+        self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
+    ):
+        """`accuracy_level` is `MatMulNBits`'s: 1 float32 activations, 4 int8 ones.
+
+        `native` makes functions of the ops that have native kernels.
+        """
         super().__init__()
         self.accuracy_level = accuracy_level
+        self.native = native
+        self.functions: dict[str, ir.Function] = {}
         self.values: dict[str, ir.Value] = {}
         self._stored = stored
 
@@ -60,7 +66,26 @@ class Emitter(GraphBuilder):
             self.values[name] = self.initializer(initializer(parts[part], name, shape))
         return self.values[name]
 
-    def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
-        """x[start:stop] along `axis`; `start` may be a value of one element."""
-        first = self.constant([start]) if isinstance(start, int) else start
-        return self.op("Slice", x, first, self.constant([stop]), self.constant([axis]))
+    def call(
+        self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
+    ) -> list[ir.Value]:
+        """A node of our own domain; the function comes into the file with it."""
+        self.functions[function.name] = function
+        outputs = len(function.outputs)
+        return self.ops(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
+
+    def native_op(
+        self, name: str, node: Node, body: Body, **attributes: int | float
+    ) -> Sequence[ir.Value]:
+        """An op that has a native kernel: a function whose body is what `body` adds to a graph.
+
+        Native kernels take float32, so other activations, and all where no functions are wanted,
+        get the nodes of the body in place.
+        """
+        inputs = self.inputs(node)
+        dtypes = {value.dtype for value in inputs} | {DTYPES[v.dtype] for v in node.outputs}
+        if not self.native or DTYPES["float16"] in dtypes:
+            return body(self, node, *inputs)
+        if name not in self.functions:
+            self.functions[name] = function_of(name, node, inputs, body, attributes)
+        return self.call(self.functions[name], *inputs, **attributes)

@@ -8,6 +8,7 @@ from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.model import build_model, io_record, save_model, state_records
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
@@ -35,16 +36,18 @@ def export_onnx(
     """
     plan, activation = options.resolve_plan(checkpoint.config), ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
-    storage = Storage(plan, shapes)
+    profile = PROFILES[options.profile]
+    storage = Storage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
         program = trace(checkpoint.config, activation)
-        save_model(build_model(program, storage, exact=options.exact), folder)
+        save_model(build_model(program, storage, profile, exact=options.exact), folder)
         storage.write(folder, checkpoint.weights)
         return Manifest(
             precision=options.precision_word,
             compute=options.compute_word,
             exact=options.exact,
+            profile=profile.name,
             plan=plan,
             tensors=storage.tensors,
             states=state_records(program),

@@ -3,10 +3,14 @@
 A runtime that knows a native kernel of that name uses it; every other one runs the body.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.onnx.graph import OPSET
+from rgexport.export.onnx.graph import MICROSOFT, OPSET, GraphBuilder
+from rgexport.export.program import Node
 
 DOMAIN = "ai.rgexport"
 
@@ -57,6 +61,61 @@ state [B, R] → h [B, T, R], present [B, R]; arXiv 2402.19427, eq. 1–4.
 itself for a closed gate, and there `log a` decides how much a long memory keeps."""
 
 
-def functions() -> list[ir.Function]:
-    """All functions of the domain."""
-    return [ir.serde.deserialize_function(parser.parse_function(_RG_LRU_SCAN))]
+QUANT_LINEAR_LEVEL = 4
+"""The accuracy level of `MatMulNBits` that QuantLinear stands for."""
+
+_QUANT_LINEAR = f"""
+<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
+QuantLinear <K, N, bits, block_size> (x, data, scales, zero_points, bias) => (y)
+{{
+    y = {MICROSOFT}.MatMulNBits <
+        K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
+        accuracy_level = {QUANT_LINEAR_LEVEL}
+    > (x, data, scales, zero_points, , bias)
+}}
+"""
+"""x [B, T, K], data [N, blocks, block_size · bits / 8], scales [N, blocks], optional zero points
+and bias [N] → y [B, T, N]; activations are rounded to int8 for each row and block."""
+
+Body = Callable[..., Sequence[ir.Value]]
+"""Called with a graph builder, the program's node, and the values of its inputs; gives results."""
+
+
+def _parsed(text: str) -> ir.Function:
+    return ir.serde.deserialize_function(parser.parse_function(text))
+
+
+RG_LRU_SCAN, QUANT_LINEAR = _parsed(_RG_LRU_SCAN), _parsed(_QUANT_LINEAR)
+
+
+class _FunctionBuilder(GraphBuilder):
+    """The body of a function, which has no initializers: its constants are nodes."""
+
+    def constant(self, value: object, dtype: str = "int64") -> ir.Value:
+        """A small constant: a number, or a list of them."""
+        array = np.asarray(value, dtype)
+        key = ("constant", dtype, array.shape, array.tobytes())
+        if key not in self._made:
+            name = self._unique("Constant")
+            node = ir.node("Constant", (), {"value": ir.tensor(array, name=name)}, name=name)
+            node.outputs[0].name = name
+            self.nodes.append(node)
+            self._made[key] = list(node.outputs)
+        return self._made[key][0]
+
+
+def function_of(
+    name: str, node: Node, inputs: Sequence[ir.Value], body: Body, attributes: Mapping[str, object]
+) -> ir.Function:
+    """A function of our domain whose body is what `body` builds for `node`.
+
+    Its sizes are the node's: all layers of a model share them. What a native kernel cannot see in
+    the inputs, the attributes say, which the body does not need.
+    """
+    builder = _FunctionBuilder()
+    formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]
+    results = body(builder, node, *formals)
+    graph = ir.Graph(formals, results, nodes=builder.nodes, opset_imports={"": OPSET})
+    types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
+    declared = [ir.Attr(word, types[type(value)], None) for word, value in attributes.items()]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=declared)

@@ -19,6 +19,9 @@ DTYPES = {
     "uint8": ir.DataType.UINT8,
 }
 
+END = np.iinfo(np.int64).max
+"""The end of a slice that goes to the end."""
+
 Attribute = int | float | str | Sequence[int]
 
 
@@ -89,6 +92,11 @@ class GraphBuilder:
             name = f"constant/{len(self.initializers)}"
             self._made[key] = [self.initializer(ir.tensor(array, name=name))]
         return self._made[key][0]
+
+    def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
+        """x[start:stop] along `axis`; `start` may be a value of one element."""
+        first = self.constant([start]) if isinstance(start, int) else start
+        return self.op("Slice", x, first, self.constant([stop]), self.constant([axis]))
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """A tensor of the file, under its own name."""

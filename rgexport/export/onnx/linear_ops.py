@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.functions import QUANT_LINEAR, QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.affine import block_size, num_blocks
@@ -91,19 +92,18 @@ def _quantized_linear(
     rows, columns = weight.size(0), weight.size(1)
     block = block_size(columns, scheme)
     blob = (num_blocks(columns, scheme), block * scheme.bits // 8)
-    y = g.op(
-        "MatMulNBits",
+    sizes = {"K": columns, "N": rows, "bits": scheme.bits, "block_size": block}
+    inputs = [
         g.cast(x, "float32"),
         g.part(weight, "data", (rows, *blob)),
         g.part(weight, "scales"),
         g.part(weight, "zero_points"),
-        None,
-        None if bias is None else g.cast(bias, "float32"),
-        domain=MICROSOFT,
-        K=columns,
-        N=rows,
-        bits=scheme.bits,
-        block_size=block,
-        accuracy_level=g.accuracy_level,
-    )
+    ]
+    addend = None if bias is None else g.cast(bias, "float32")
+    if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
+        (y,) = g.call(QUANT_LINEAR, *inputs, addend, **sizes)
+    else:
+        level = g.accuracy_level
+        inputs += [None, addend]
+        y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
     return g.typed(y, "float32")

@@ -1,6 +1,6 @@
 """The lowering table: Griffin op → ONNX nodes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -8,7 +8,10 @@ from rgexport.export.onnx import attention_ops, linear_ops, pointwise_ops, recur
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.program import Node
 
-LOWERINGS: dict[str, Callable[[Emitter, Node], Sequence[ir.Value]]] = {
+Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
+"""The nodes of one op, and the values that are its results."""
+
+LOWERINGS: dict[str, Lowering] = {
     "embedding": linear_ops.embedding,
     "rms_norm": pointwise_ops.rms_norm,
     "linear": linear_ops.linear,
@@ -25,9 +28,9 @@ LOWERINGS: dict[str, Callable[[Emitter, Node], Sequence[ir.Value]]] = {
 }
 
 
-def lower(emitter: Emitter, node: Node) -> None:
+def lower(emitter: Emitter, node: Node, lowerings: Mapping[str, Lowering] = LOWERINGS) -> None:
     """Adds the nodes of one op; its results get the names that the program gave them."""
     with emitter.site(node.site):
-        results = LOWERINGS[node.op](emitter, node)
+        results = lowerings[node.op](emitter, node)
     for declared, value in zip(node.outputs, results, strict=True):
         emitter.declare(declared, value)

@@ -4,19 +4,21 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
 from rgexport.export.manifest import MODEL_FILE, IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.functions import DOMAIN, functions
+from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
 from rgexport.export.onnx.lowering import lower
+from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.program import StepProgram, Value
 
 _IR_VERSION = 10
-_ACCURACY_LEVEL = {True: 1, False: 4}
-"""`MatMulNBits`'s accuracy level for an exact model (float32 activations) and the default."""
+_EXACT = 1
+"""`MatMulNBits`'s accuracy level for float32 activations."""
 
 _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "rg_lru": ("recurrent_state", "canonical"),
@@ -54,9 +56,12 @@ def io_record(program: StepProgram) -> IoRecord:
     )
 
 
-def build_model(program: StepProgram, storage: Storage, *, exact: bool) -> ir.Model:
-    """The model; its initializers point into the data file that `storage` lays out."""
-    emitter = Emitter(storage.tensors, _ACCURACY_LEVEL[exact])
+def build_model(
+    program: StepProgram, storage: Storage, profile: LoweringProfile, *, exact: bool
+) -> ir.Model:
+    """The model for a profile; its initializers point into the files that `storage` lays out."""
+    level = _EXACT if exact else profile.accuracy_level
+    emitter = Emitter(storage.tensors, level, native=profile.functions)
     states = list(zip(state_records(program), program.states.values(), strict=True))
 
     count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
@@ -70,12 +75,11 @@ def build_model(program: StepProgram, storage: Storage, *, exact: bool) -> ir.Mo
         inputs.append(emitter.values[before.name])
 
     for node in program.nodes:
-        lower(emitter, node)
+        lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
     for record, (_, after) in states:
         outputs.append(emitter.values[after.name])
         outputs[-1].name = record.output
-    _require_reads_before_writes(list(zip(inputs[2:], outputs[1:], strict=True)))
 
     graph = ir.Graph(
         [*inputs, count],
@@ -85,13 +89,28 @@ def build_model(program: StepProgram, storage: Storage, *, exact: bool) -> ir.Mo
         opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: 1},
         name="griffin_step",
     )
-    return ir.Model(
+    model = ir.Model(
         graph,
         ir_version=_IR_VERSION,
         producer_name="rgexport",
         producer_version=__version__,
-        functions=functions(),
+        functions=list(emitter.functions.values()),
     )
+    if not profile.functions:
+        _inline(model)
+    profile.require_allowed(model)
+    _require_reads_before_writes(list(zip(graph.inputs[2:-1], graph.outputs[1:], strict=True)))
+    return model
+
+
+def _inline(model: ir.Model) -> None:
+    """Puts the bodies of our functions where they are called; results keep their names."""
+    names = [value.name for value in model.graph.outputs]
+    InlinePass()(model)
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        value.name = name
+    model.functions.clear()
+    del model.graph.opset_imports[DOMAIN]
 
 
 def save_model(model: ir.Model, folder: Path) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import END, Emitter
+from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.graph import END
 from rgexport.export.program import Node
 
 

@@ -4,15 +4,27 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import END, Emitter
-from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.functions import RG_LRU_SCAN
+from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 
 
 def causal_conv1d(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function."""
+    return g.native_op("CausalConv1d", node, _shifted_products)
+
+
+def _shifted_products(
+    g: GraphBuilder,
+    node: Node,
+    x: ir.Value,
+    weight: ir.Value,
+    bias: ir.Value,
+    state: ir.Value,
+) -> Sequence[ir.Value]:
     """One multiply-add per tap over shifted views: faster than `Conv` with a group per channel."""
-    x, weight, bias, state = g.inputs(node)
     taps, dtype = node.tensors[1].size(2), node.tensors[3].dtype
     window = g.typed(g.op("Concat", state, g.cast(x, dtype), axis=1), dtype)
     present = g.slice(window, -(taps - 1), END, 1)
@@ -27,8 +39,14 @@ def causal_conv1d(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function."""
+    return g.native_op("BlockDiagonalLinear", node, _batched_product)
+
+
+def _batched_product(
+    g: GraphBuilder, node: Node, x: ir.Value, weight: ir.Value, bias: ir.Value
+) -> Sequence[ir.Value]:
     """One batched `MatMul` with a matrix per block of channels."""
-    x, weight, bias = g.inputs(node)
     heads, block = (node.tensors[1].size(axis) for axis in (0, 1))
     split = g.op("Reshape", x, g.constant([0, 0, heads, block]))
     y = g.op("MatMul", g.op("Transpose", split, perm=[0, 2, 1, 3]), weight)
@@ -41,4 +59,4 @@ def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     decay = g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))
     inputs = (x, input_gate, recurrence_gate, decay, positions, state)
-    return g.ops("RgLruScan", *inputs, outputs=2, domain=DOMAIN)
+    return g.call(RG_LRU_SCAN, *inputs)

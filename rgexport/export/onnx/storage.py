@@ -1,11 +1,13 @@
-"""Where each weight lies in the external data file, and what fills it."""
+"""Where each weight lies in the files of external data, and what fills them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from rgexport.export.manifest import DATA_FILE, StoredPart, StoredTensor, part_layouts
+from rgexport.errors import RequestError
+from rgexport.export.manifest import COLUMNS, DATA_FILE, StoredPart, StoredTensor, part_layouts
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.export.storage import Places, aligned, encode_float, fill
 from rgexport.griffin.tensor import WeightSource
@@ -16,25 +18,62 @@ _ALIGNMENT = 4096
 """Of every part: runtimes map the file, and a map starts at a page."""
 
 
-class Storage:
-    """The layout of the data file: tensors in the plan's order, one after another."""
+@dataclass(frozen=True)
+class FileLimit:
+    """How large a file may be."""
 
-    def __init__(self, plan: Plan, shapes: dict[str, tuple[int, ...]]):
+    filled: int
+    """Files are filled up to this size."""
+    largest: int
+    """A single tensor may take as much as this, in a file of its own."""
+
+
+class Storage:
+    """The layout of the data files: tensors in the plan's order, one after another."""
+
+    def __init__(
+        self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
+    ):
+        """One file of any size, unless there is a `limit`; a tensor is never in two files.
+
+        Raises:
+            RequestError: a tensor that is larger than `limit` allows a file to be.
+        """
+        self.tensors: dict[str, StoredTensor] = {}
+        self.sizes: dict[str, int] = {}
+        """File → its size."""
         places = Places(DATA_FILE, _ALIGNMENT)
-        self.tensors = places.tensors(plan, shapes, part_layouts)
-        self.size = aligned(places.size, _ALIGNMENT)
+        for name, scheme in plan.items():
+            before = places.size
+            placed = places.tensors({name: scheme}, shapes, part_layouts)
+            if limit and before and aligned(places.size, _ALIGNMENT) > limit.filled:
+                places = Places(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
+                placed = places.tensors({name: scheme}, shapes, part_layouts)
+            if limit and places.size > limit.largest:
+                raise RequestError(
+                    f"{name} takes {places.size:,} bytes as {scheme.label}, more than the "
+                    f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
+                    "such as with --embedding-precision int8"
+                )
+            self.tensors |= placed
+            self.sizes[places.file] = aligned(places.size, _ALIGNMENT)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
 
     def write(self, folder: Path, weights: WeightSource) -> None:
-        """Fills the data file in `folder` from `weights`.
+        """Fills the data files in `folder` from `weights`.
 
         Raises:
             RequestError: a weight that its scheme cannot hold.
             OSError: the disk is full, or the folder cannot be written.
         """
-        path = folder / DATA_FILE
-        with open(path, "wb") as file:
-            file.truncate(self.size)
-        fill(path, self.tensors, weights, _encode)
+        for name, size in self.sizes.items():
+            with open(folder / name, "wb") as file:
+                file.truncate(size)
+        fill(folder, self.tensors, weights, _encode)
 
 
 def initializer(
@@ -47,5 +86,6 @@ def initializer(
 
 def _encode(name: str, rows: np.ndarray, tensor: StoredTensor) -> affine.Parts:
     if isinstance(tensor.scheme, Affine):
-        return affine.encode(rows, tensor.scheme)
+        parts = affine.encode(rows, tensor.scheme)
+        return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}
     return encode_float(name, rows, tensor.parts["data"].dtype)

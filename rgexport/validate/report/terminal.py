@@ -97,7 +97,7 @@ def _headline(r: Result) -> str:
     return (
         f"{r.verdict}  {a.path}: {counted_checks(r)}\n\n"
         f"{a.name}, {a.numbers}; "
-        f"{engine.engine} {engine.engine_version}, {engine.threads} threads{speed}\n"
+        f"{engine.title}, {engine.threads} threads{speed}\n"
         f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long\n"
         f"twin: {twin_words(r)}; original: {source_words(r)}\n"
     )

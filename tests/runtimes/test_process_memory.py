@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rgexport.runtimes.peak_memory import peak_bytes
+from rgexport.runtimes.process_memory import peak_bytes
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])

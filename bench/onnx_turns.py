@@ -1,0 +1,62 @@
+"""Whole models in turns: a 2B with our kernels and without, and llama.cpp's transformer."""
+
+import argparse
+from contextlib import ExitStack
+from typing import Any
+
+from bench.llama import LlamaBench
+from bench.onnx_models import STORAGES, TRANSFORMER, make_missing
+from bench.read_speed import c_roofline
+from bench.worker import Worker
+from rgexport.processors import usable_processors
+from rgexport.progress import note
+from rgexport.runtimes.roofline import roofline
+
+KERNELS = {"native": True, "stock": False}
+"""Who takes turns with `llama`."""
+
+
+def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Model → `facts` of its sessions and `rounds`.
+
+    A round has the `rate` (and of a session the `rss`) of each, and the `numpy` and `c` read
+    speeds between them.
+    """
+    storages = {name: STORAGES[name] for name in options.models}
+    make_missing(list(storages.values()))
+    threads = usable_processors()
+    tokens = {"prompt": length} if test == "pp" else {}
+    bench = LlamaBench(
+        options.tools / "llama-bench",
+        threads,
+        0 if test == "pp" else length,
+        repetitions=1,
+        **tokens,
+    )
+    found = {}
+    for name, storage in storages.items():
+        with ExitStack() as stack:
+            speeds = {
+                "numpy": stack.enter_context(roofline(threads)),
+                "c": stack.enter_context(c_roofline(threads)),
+            }
+            workers = {
+                kernels: stack.enter_context(Worker(storage.artifact, native=native))
+                for kernels, native in KERNELS.items()
+            }
+            rounds = []
+            for index in range(options.rounds):
+                note(f"{name}, {test}{length}, round {index + 1} of {options.rounds}")
+                entry: dict[str, Any] = {kind: [read()] for kind, read in speeds.items()}
+                for kernels, worker in workers.items():
+                    entry[kernels] = worker.measure(test, length)
+                    for kind, read in speeds.items():
+                        entry[kind].append(read())
+                entry["llama"] = bench(TRANSFORMER)
+                for kind, read in speeds.items():
+                    entry[kind].append(read())
+                rounds.append(entry)
+        size = sum(file.stat().st_size for file in storage.artifact.iterdir())
+        facts = {kernels: worker.facts for kernels, worker in workers.items()}
+        found[name] = {"artifact_bytes": size, "facts": facts, "rounds": rounds}
+    return {"test": f"{test}{length}", "threads": threads, "models": found}

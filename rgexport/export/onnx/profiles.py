@@ -1,0 +1,112 @@
+"""What a graph is lowered for: the ops that are allowed there, and what replaces the usual ones."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from rgexport.export.manifest import Profile
+from rgexport.export.onnx import wasm_ops, webgpu_ops
+from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.onnx.graph import MICROSOFT
+from rgexport.export.onnx.lowering import LOWERINGS, Lowering
+from rgexport.export.onnx.storage import FileLimit
+from rgexport.quantize.scheme import INT8_ROWS, Scheme
+
+Ops = Mapping[str, frozenset[str]]
+"""Domain → names of ops."""
+
+WEB_FILES = FileLimit(filled=10**9, largest=2**30)
+"""Browsers give out no larger buffers reliably. Only the embedding of a 9B in int8 needs more than
+10⁹ bytes: it has a file of its own, of 1,048,576,000."""
+
+_WORDS = """
+Abs Add And BitShift BitwiseAnd Cast Concat Constant Cos Div Equal Exp Expand Gather Gelu Gemm
+GreaterOrEqual Identity Less LessOrEqual MatMul Mod Mul Neg RMSNormalization Range Reshape
+RotaryEmbedding Scan ScatterND Shape Sigmoid Sin Slice Softmax Softplus Sqrt Squeeze Sub Tanh
+Transpose Unsqueeze Where
+"""
+_EVERYWHERE = frozenset(_WORDS.split())
+"""Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringProfile:
+    """How a step program becomes a graph for one kind of runtime."""
+
+    name: Profile
+    ops: Ops
+    """All that the graph may consist of, in bodies of functions and subgraphs too."""
+    precision: str
+    """Of the weights, where none is asked for."""
+    rows: Mapping[str, Scheme] = field(default_factory=dict)
+    """Precision word → what it means here instead of blocks, unless blocks are asked for."""
+    lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
+    """Griffin op → how it becomes nodes."""
+    accuracy_level: int = 1
+    """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is asked for."""
+    even_zero_points: bool = False
+    """Whether rows of the embedding that have 4-bit zero points need an even number of them."""
+    functions: bool = False
+    """Whether ops of our own domain stay functions, for native kernels to replace."""
+    files: FileLimit | None = None
+    """How large the files of weights may be."""
+
+    def require_allowed(self, model: ir.Model) -> None:
+        """Asserts that a model has no op that its runtimes lack: if it has one, that is our bug."""
+        for place, node in _nodes(model):
+            allowed = node.op_type in self.ops.get(node.domain, ())
+            op = f"{node.domain or 'ai.onnx'}::{node.op_type}"
+            assert allowed, f"{place}{node.name}: {op} is no op of the profile {self.name}"
+
+
+def _nodes(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Every node with the function that it is in; subgraphs are walked through."""
+    for function in model.functions.values():
+        for node in ir.traversal.RecursiveGraphIterator(function):
+            yield f"{function.name}: ", node
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield "", node
+
+
+PROFILES: dict[str, LoweringProfile] = {
+    profile.name: profile
+    for profile in (
+        LoweringProfile(
+            name="cpu",
+            ops={
+                "": _EVERYWHERE,
+                MICROSOFT: frozenset({"MatMulNBits"}),
+                DOMAIN: frozenset(
+                    "BlockDiagonalLinear CausalConv1d LocalAttention QuantLinear RgLruScan".split()
+                ),
+            },
+            precision="fp32",
+            accuracy_level=4,
+            functions=True,
+        ),
+        LoweringProfile(
+            name="wasm",
+            ops={
+                "": _EVERYWHERE | {"MatMulInteger", "Max", "ReduceMax", "Round", "Split"},
+                MICROSOFT: frozenset({"MatMulNBits"}),
+            },
+            precision="int8",
+            rows={"int8": INT8_ROWS},
+            lowerings=LOWERINGS | wasm_ops.LOWERINGS,
+            files=WEB_FILES,
+        ),
+        LoweringProfile(
+            name="webgpu",
+            ops={
+                "": frozenset(webgpu_ops.KERNELS.split()),
+                MICROSOFT: frozenset({"GatherBlockQuantized", "LinearAttention", "MatMulNBits"}),
+            },
+            precision="int4",
+            even_zero_points=True,  # for GatherBlockQuantized
+            lowerings=LOWERINGS | webgpu_ops.LOWERINGS,
+            files=WEB_FILES,
+        ),
+    )
+}
+"""Word of `--profile` → what it stands for."""

@@ -1,0 +1,157 @@
+"""Lowerings for WebGPU: only ops that ONNX Runtime has kernels for there, in types that they take.
+
+Shapes and token ids are int64 and stay with the processor, as ONNX Runtime has it; positions are
+float32 on the way to a mask or a slot, which is exact up to 4 million.
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from rgexport.export.onnx import linear_ops
+from rgexport.export.onnx.attention_ops import ring_attention
+from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.graph import END, MICROSOFT, GraphBuilder
+from rgexport.export.program import Node
+from rgexport.griffin.config import RG_LRU_C
+from rgexport.quantize.affine import block_size, num_blocks
+from rgexport.quantize.scheme import Affine
+
+_FORGOTTEN = -1e4
+"""Logarithm of a decay that is 0: `exp` of it is, and no product with it is NaN."""
+_UNSEEN = -1e30
+"""Added to the score of a key that a token does not see; infinities are not safe in shaders."""
+
+
+def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """Rows of the head's own bytes, unpacked by one op; a row that is padded is cut."""
+    ids, table = node.tensors
+    scheme, columns = g.stored(table).scheme, table.size(1)
+    if not isinstance(scheme, Affine):
+        return linear_ops.embedding(g, node)
+    rows = g.op(
+        "GatherBlockQuantized",
+        g.part(table, "data"),
+        g.value(ids),
+        g.part(table, "scales"),
+        g.part(table, "zero_points"),
+        domain=MICROSOFT,
+        bits=scheme.bits,
+        block_size=block_size(columns, scheme),
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if num_blocks(columns, scheme) * block_size(columns, scheme) > columns:
+        rows = g.slice(rows, 0, columns, 2)
+    return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
+
+
+def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """`LinearAttention` with a head per channel, of one number each, and a query and key of 1."""
+    x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
+    width = node.tensors[0].size(2)
+    one, two = (g.constant(number, "float32") for number in (1, 2))
+    zero = g.constant(0, "float32")
+    first = g.op("Equal", g.op("Unsqueeze", _float(g, positions), g.constant([2])), zero)
+
+    # Not decay · Sigmoid(gate): see the body of `RgLruScan`.
+    odds = g.op("Exp", g.op("Neg", recurrence_gate))
+    log_a = g.op("Div", _decay(g, a_param), g.op("Add", odds, one))
+    scale = g.op("Sqrt", g.op("Sub", one, g.op("Exp", g.op("Mul", log_a, two))))
+    gated = g.op("Mul", x, g.op("Sigmoid", input_gate))
+    b = g.op("Mul", gated, g.op("Where", first, one, scale))
+
+    shape = g.op("Concat", g.op("Shape", positions), g.constant([1]), axis=0)
+    ones = g.op("Expand", one, shape)
+    h, present = g.ops(
+        "LinearAttention",
+        ones,
+        ones,
+        b,
+        g.op("Reshape", state, g.constant([0, width, 1, 1])),
+        g.op("Where", first, g.constant(_FORGOTTEN, "float32"), log_a),
+        outputs=2,
+        domain=MICROSOFT,
+        q_num_heads=1,
+        kv_num_heads=width,
+        update_rule="gated",
+        scale=1.0,
+    )
+    return [h, g.op("Reshape", present, g.constant([0, width]))]
+
+
+def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
+    """-8 softplus(a_param), which runtimes fold when they load the file.
+
+    softplus(p) = max(p, 0) + log1p(u), u = exp(-|p|), and log1p(u) = u · log(1 + u) / (1 + u - 1),
+    where rounding 1 + u errs alike above and below; for a u that 1 + u does not show, it is u.
+    """
+    one, zero = g.constant(1, "float32"), g.constant(0, "float32")
+    u = g.op("Exp", g.op("Neg", g.op("Abs", a_param)))
+    more = g.op("Add", u, one)
+    shown = g.op("Sub", more, one)
+    lost = g.op("Equal", shown, zero)
+    ratio = g.op("Div", g.op("Log", more), g.op("Where", lost, one, shown))
+    log1p = g.op("Mul", u, g.op("Where", lost, one, ratio))
+    softplus = g.op("Add", g.op("Relu", a_param), log1p)
+    return g.op("Mul", softplus, g.constant(RG_LRU_C, "float32"))
+
+
+def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """As on other processors, but for mask and slots, which are computed from float32."""
+    return ring_attention(g, node, *g.inputs(node), mask=_mask, slots=_ring_slots)
+
+
+def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
+    """[B, T, 1, window + T]: 0 where a token sees a key; `attention_ops` says where that is."""
+    positions = _float(g, positions)
+    last = g.op("Sub", g.slice(positions, 0, 1, 1), g.constant(1, "float32"))
+    slots = g.constant(list(range(window)), "float32")
+    age = _modulo(g, g.op("Sub", last, slots), window)
+    keys = g.op("Concat", g.op("Sub", last, age), positions, axis=1)
+    keys = g.op("Unsqueeze", keys, g.constant([1, 2]))
+    zero = g.constant(0, "float32")
+    distance = g.op("Sub", g.op("Unsqueeze", positions, g.constant([2, 3])), keys)
+    near = g.op("LessOrEqual", distance, g.constant(window, "float32"))
+    past = g.op("GreaterOrEqual", distance, zero)
+    seen = g.op("And", g.op("And", near, past), g.op("GreaterOrEqual", keys, zero))
+    return g.op("Where", seen, zero, g.constant(_UNSEEN, "float32"))
+
+
+def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
+    """Where the last `window` keys of the step go, as (row, slot) [B, n, 2]; after `attended`."""
+    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
+    never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
+    zero = g.cast(never, "float32")
+    slots = _modulo(g, g.slice(_float(g, positions), -window, END, 1), window)
+    slots = g.op("Add", g.op("Unsqueeze", slots, g.constant([2])), zero)
+    batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
+    bounds = g.constant(0, "float32"), g.cast(batch, "float32"), g.constant(1, "float32")
+    row = g.op("Unsqueeze", g.op("Range", *bounds), g.constant([1, 2]))
+    row = g.op("Expand", row, g.op("Shape", slots))
+    return g.cast(g.op("Concat", row, slots, axis=2), "int64")
+
+
+def _modulo(g: GraphBuilder, x: ir.Value, size: int) -> ir.Value:
+    """X modulo `size`, of whole numbers; half a step keeps the quotient off the whole numbers."""
+    halved = g.op("Add", x, g.constant(0.5, "float32"))
+    turns = g.op("Floor", g.op("Div", halved, g.constant(size, "float32")))
+    return g.op("Sub", x, g.op("Mul", turns, g.constant(size, "float32")))
+
+
+def _float(g: GraphBuilder, positions: ir.Value) -> ir.Value:
+    return g.cast(positions, "float32")
+
+
+KERNELS = """
+Abs Add And Cast Concat Cos Div Equal Exp Expand Floor Gather Gelu Gemm GreaterOrEqual Identity Less
+LessOrEqual Log MatMul Mul Neg RMSNormalization Range Relu Reshape RotaryEmbedding ScatterND Shape
+Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+"""
+"""The ops with kernels in onnxruntime-web 1.30 that a graph may have; for others, look there."""
+LOWERINGS = {
+    "embedding": embedding,
+    "local_attention": local_attention,
+    "rg_lru_scan": rg_lru_scan,
+}
+"""What replaces the usual ones."""

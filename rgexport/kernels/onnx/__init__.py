@@ -1,0 +1,1 @@
+"""The native kernels of the ops of our domain, for ONNX Runtime."""

@@ -1,0 +1,122 @@
+"""Builds the library of kernels with CMake: when the package is installed, and by `make native`.
+
+Only the standard library is imported, and nothing of this package: the build hook loads this file
+where nothing is installed yet.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SOURCES = Path(__file__).parent
+_BUILT = "librgexport_onnx.*"
+_SUFFIXES = {".so", ".dylib", ".dll"}
+_LINES_OF_AN_ERROR = 20
+
+
+class BuildFailed(Exception):
+    """The library cannot be built here; says why."""
+
+
+def build(target: Path, build_folder: Path | None = None, *options: str) -> Path:
+    """Compiles the library and puts it into a folder, whole or not at all.
+
+    Args:
+        target: the folder for the library.
+        build_folder: where objects are kept, so that a second build takes less; or nowhere.
+        options: for CMake, such as `-DSANITIZE=ON`.
+
+    Returns:
+        The library.
+
+    Raises:
+        BuildFailed: there is no CMake, no build program, no C++17 compiler, or it fails.
+    """
+    if build_folder is None:
+        with TemporaryDirectory(prefix="rgexport-") as scratch:
+            return build(target, Path(scratch), *options)
+    cmake = _program("cmake")
+    if cmake is None:
+        raise BuildFailed("CMake is not installed")
+    configure: tuple[str | Path, ...] = (
+        cmake,
+        "-S",
+        SOURCES,
+        "-B",
+        build_folder,
+        *_generator(),
+        *options,
+    )
+    try:
+        _run(*configure)
+    except BuildFailed:  # another generator than the last time's, or a tree that has moved
+        shutil.rmtree(build_folder, ignore_errors=True)
+        _run(*configure)
+    _run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
+    built = [p for p in build_folder.rglob(_BUILT) if p.suffix in _SUFFIXES]
+    if len(built) != 1:
+        raise BuildFailed(f"expected one library in {build_folder}, found {len(built)}")
+    return _replace(built[0], target / built[0].name)
+
+
+def _generator() -> list[str]:
+    """What runs the compiler: Ninja, or Make, or what CMake knows of Windows."""
+    ninja = _program("ninja")
+    if ninja is not None:
+        return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if sys.platform != "win32" and _program("make") is None:
+        raise BuildFailed("neither Ninja nor Make is installed")
+    return []
+
+
+def _program(name: str) -> str | None:
+    """A program of this environment, or of the system."""
+    beside = Path(sys.executable).parent
+    return shutil.which(name, path=os.pathsep.join((str(beside), os.environ.get("PATH", ""))))
+
+
+def _run(*command: str | Path) -> None:
+    arguments = [str(argument) for argument in command]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildFailed(f"{arguments[0]} cannot be run: {error}") from None
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        raise BuildFailed("\n".join((" ".join(arguments), *said[-_LINES_OF_AN_ERROR:])))
+
+
+def _replace(built: Path, target: Path) -> Path:
+    """Puts a file in the place of another, which processes may have loaded."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copyfile(built, new)
+    new.chmod(0o755)
+    try:
+        os.replace(new, target)
+    except OSError as error:  # Windows, where the old one is loaded
+        new.unlink()
+        raise BuildFailed(f"{target} is in use: {error}") from None
+    return target
+
+
+def main() -> None:
+    """`python -m rgexport.kernels.onnx.build`."""
+    parser = argparse.ArgumentParser(description="Build the native kernels for ONNX Runtime.")
+    parser.add_argument("-o", "--output", type=Path, default=SOURCES, help="folder of the library")
+    parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
+    parser.add_argument("options", nargs="*", help="for CMake, after --")
+    asked = parser.parse_args()
+    try:
+        print(build(asked.output, asked.build_folder, *asked.options))
+    except BuildFailed as failed:
+        sys.exit(f"The native kernels cannot be built: {failed}")
+    (asked.output / "not-built.txt").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

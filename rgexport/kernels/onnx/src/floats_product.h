@@ -1,0 +1,169 @@
+// The product of two float32 matrices, by tiles of the result that stay in registers.
+#pragma once
+
+#include "floats.h"
+#include "floats_vector.h"
+
+namespace rgexport {
+namespace {
+
+constexpr int kTileRows = kBytes == 64 ? 8 : 4;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes;
+
+// Rows of b at a time. For many rows of a, so many that a panel of kTileColumns of them stays in
+// the first cache; for a few, so few that b is read from memory in one go.
+constexpr int64_t kDepth = 256;
+constexpr int64_t kStreamDepth = 8;
+
+// From this number of rows on it pays to copy each panel of b to where its rows are side by side.
+constexpr int64_t kPackRows = 3 * kTileRows;
+
+struct Tile {
+  int64_t depth;
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_step;
+  float* c;
+  int64_t c_row;
+  bool add;
+  const float* ahead;
+  int64_t ahead_step;
+};
+
+template <int Rows, int Vectors>
+void multiply_tile(const Tile& t) {
+  Vector sums[Rows][Vectors] = {};
+  for (int64_t k = 0; k < t.depth; ++k) {
+    __builtin_prefetch(t.ahead + k * t.ahead_step);
+    Vector b[Vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) b[j] = load(t.b + k * t.b_step + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vector a = splat(t.a[i * t.a_row + k * t.a_step]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) sums[i][j] += a * b[j];
+    }
+  }
+  // What was summed before is added last: the sum of a long row is one of sums of its parts.
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) {
+      float* c = t.c + i * t.c_row + j * kLanes;
+      store(c, t.add ? load(c) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
+using MultiplyTile = void (*)(const Tile&);
+
+template <int Rows>
+constexpr MultiplyTile kOfRows[kTileVectors] = {multiply_tile<Rows, 1>, multiply_tile<Rows, 2>};
+
+// By rows - 1.
+constexpr const MultiplyTile* kTiles[] = {
+    kOfRows<1>, kOfRows<2>, kOfRows<3>, kOfRows<4>,
+#if defined(__AVX512F__)
+    kOfRows<5>, kOfRows<6>, kOfRows<7>, kOfRows<8>,
+#endif
+};
+
+int64_t row_tiles(const Product& p) { return (p.rows + kTileRows - 1) / kTileRows; }
+
+// Floats to bring near in each step of each tile.
+int64_t ahead_step(const Product& p) {
+  const int64_t panels = (p.columns + kTileColumns - 1) / kTileColumns;
+  const int64_t steps = p.depth * panels * row_tiles(p);
+  return p.ahead ? (p.ahead_count + steps - 1) / steps : 0;
+}
+
+// Some columns of the product, at most kTileColumns and whole vectors: all rows, in tiles of
+// nearly the same number of them.
+void multiply_rows(const Product& p, Tile& whole, int64_t vectors) {
+  const int64_t tiles = row_tiles(p);
+  Tile tile = whole;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = p.rows * i / tiles, last = p.rows * (i + 1) / tiles;
+    tile.a = whole.a + first * whole.a_row;
+    tile.c = whole.c + first * whole.c_row;
+    kTiles[last - first - 1][vectors - 1](tile);
+    tile.ahead += tile.depth * tile.ahead_step;
+  }
+  whole.ahead = tile.ahead;
+}
+
+// Copies a panel of b, with zeros after its last column.
+void pack(const Tile& tile, int64_t columns, float* to) {
+  for (int64_t k = 0; k < tile.depth; ++k) {
+    for (int64_t j = 0; j < kTileVectors; ++j) {
+      const int64_t left = columns - j * kLanes;
+      const Vector x = left > 0 ? load(tile.b + k * tile.b_step + j * kLanes, left) : Vector{};
+      store(to + k * kTileColumns + j * kLanes, x);
+    }
+  }
+}
+
+// The last columns, fewer than whole vectors: row by row through a buffer.
+void multiply_last(const Product& p, const Tile& whole, int64_t columns) {
+  float row[kTileColumns];
+  Tile tile = whole;
+  tile.c = row;
+  tile.add = false;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    tile.a = whole.a + i * whole.a_row;
+    multiply_tile<1, kTileVectors>(tile);
+    float* c = whole.c + i * whole.c_row;
+    for (int64_t j = 0; j < columns; ++j) c[j] = whole.add ? c[j] + row[j] : row[j];
+  }
+}
+
+void product(const Product& p) {
+  alignas(kBytes) float packed[kDepth * kTileColumns];
+  const int64_t depth = p.rows < kTileRows ? kStreamDepth : kDepth;
+  Tile tile;
+  tile.ahead = p.ahead ? p.ahead : p.b;
+  tile.ahead_step = ahead_step(p);
+  for (int64_t k = 0; k < p.depth; k += depth) {
+    for (int64_t first = 0; first < p.columns; first += kTileColumns) {
+      tile.depth = p.depth - k < depth ? p.depth - k : depth;
+      tile.a = p.a + k * p.a_step;
+      tile.a_row = p.a_row;
+      tile.a_step = p.a_step;
+      tile.b = p.b + k * p.b_step + first;
+      tile.b_step = p.b_step;
+      tile.c = p.c + first;
+      tile.c_row = p.c_row;
+      tile.add = p.add || k > 0;
+      const int64_t left = p.columns - first;
+      const int64_t columns = left < kTileColumns ? left : kTileColumns;
+      const bool whole = columns % kLanes == 0;
+      const bool apart = p.b_step > kTileColumns && p.rows >= kPackRows;
+      if (!whole || apart) {
+        pack(tile, columns, packed);
+        tile.b = packed;
+        tile.b_step = kTileColumns;
+      }
+      if (whole) {
+        multiply_rows(p, tile, columns / kLanes);
+      } else {
+        multiply_last(p, tile, columns);
+      }
+    }
+  }
+}
+
+// `to` [columns, lanes] = factor · from [rows, columns], transposed.
+void transpose(const float* from, int64_t rows, int64_t columns, float factor, float* to,
+               int64_t lanes) {
+  for (int64_t column = 0; column < columns; ++column) {
+    float* row = to + column * lanes;
+    for (int64_t i = 0; i < rows; ++i) row[i] = factor * from[i * columns + column];
+    for (int64_t i = rows; i < lanes; ++i) row[i] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace rgexport

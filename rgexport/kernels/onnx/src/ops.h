@@ -1,0 +1,96 @@
+// All ops; each is implemented in the file of its name.
+#pragma once
+
+#include "op.h"
+
+namespace rgexport {
+
+struct QuantKernels;
+
+// y = x · dequantized(data)ᵀ + bias, as com.microsoft::MatMulNBits with int8 activations.
+class QuantLinear {
+ public:
+  static constexpr Signature kSignature = {
+      "QuantLinear", 5, 3, {ort::kFloat, ort::kUint8, ort::kFloat, ort::kUint8, ort::kFloat}, 1};
+  explicit QuantLinear(const Attributes&);
+  const char* run(Context&) const;
+
+ private:
+  int64_t columns_, rows_, bits_, block_;
+};
+
+// x, input_gate, recurrence_gate [B, T, R], decay [R], position_ids [B, T], state [B, R]
+// → h [B, T, R], present [B, R]: the RG-LRU of arXiv 2402.19427 from its gates on.
+class RgLruScan {
+ public:
+  static constexpr Signature kSignature = {
+      "RgLruScan", 6, 6,
+      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kFloat}, 2};
+  explicit RgLruScan(const Attributes&) {}
+  const char* run(Context&) const;
+};
+
+// q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, window, D], position_ids [B, T]
+// → y [B, T, heads · D], present_key, present_value. Position p has slot p modulo window; a query
+// sees its own key and `window` before it. Positions go up by one in a row of the batch.
+class LocalAttention {
+ public:
+  static constexpr Signature kSignature = {
+      "LocalAttention", 6, 6,
+      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64}, 3};
+  explicit LocalAttention(const Attributes&);
+  const char* run(Context&) const;
+
+ private:
+  int64_t heads_;
+};
+
+// x [B, T, R], weight [R, 1, taps], bias [R], state [B, taps - 1, R] → y, present.
+class CausalConv1d {
+ public:
+  static constexpr Signature kSignature = {
+      "CausalConv1d", 4, 4, {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat}, 2};
+  explicit CausalConv1d(const Attributes&) {}
+  const char* run(Context&) const;
+};
+
+// x [B, T, heads · block], weight [heads, block, block], bias [heads, block] → y like x.
+class BlockDiagonalLinear {
+ public:
+  static constexpr Signature kSignature = {
+      "BlockDiagonalLinear", 3, 3, {ort::kFloat, ort::kFloat, ort::kFloat}, 1};
+  explicit BlockDiagonalLinear(const Attributes&) {}
+  const char* run(Context&) const;
+};
+
+// y = gelu(gate) · up, gelu by its tanh approximation.
+class GeluMul {
+ public:
+  static constexpr Signature kSignature = {"GeluMul", 2, 2, {ort::kFloat, ort::kFloat}, 1};
+  explicit GeluMul(const Attributes&) {}
+  const char* run(Context&) const;
+};
+
+// y = x · (1 + weight) / sqrt(mean of x² + eps), the mean over the last axis.
+class RmsNorm {
+ public:
+  static constexpr Signature kSignature = {"RmsNorm", 2, 2, {ort::kFloat, ort::kFloat}, 1};
+  explicit RmsNorm(const Attributes&);
+  const char* run(Context&) const;
+
+ private:
+  float eps_;
+};
+
+// y = cap · tanh(x / cap).
+class SoftCap {
+ public:
+  static constexpr Signature kSignature = {"SoftCap", 1, 1, {ort::kFloat}, 1};
+  explicit SoftCap(const Attributes&);
+  const char* run(Context&) const;
+
+ private:
+  float cap_;
+};
+
+}  // namespace rgexport

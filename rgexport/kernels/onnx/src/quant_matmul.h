@@ -1,0 +1,59 @@
+// The product of float32 rows with a block-wise quantized matrix: what each instruction set gives.
+//
+// y[m, n] = Σ_b s_w[n, b] · s_x[m, b] · Σ_{k in block b} (w[n, k] − z[n, b]) · x̂[m, k]
+//
+// x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
+// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32 everywhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rgexport {
+
+// A matrix [rows, columns] as MatMulNBits stores it: each row in whole blocks, 4 bits with the
+// even column in the low half of a byte, levels without sign. It is read where it lies.
+struct QuantMatrix {
+  int64_t rows, columns;
+  int bits;                    // 4 or 8
+  int64_t block;               // columns that share a scale: a power of two from 16 on
+  const uint8_t* data;         // [rows, blocks, block · bits / 8]
+  const float* scales;         // [rows, blocks]
+  const uint8_t* zero_points;  // [rows, blocks · bits / 8 rounded up], or null: 2^(bits − 1)
+  const float* bias;           // [rows], or null
+
+  int64_t blocks() const { return (columns + block - 1) / block; }
+  int64_t row_bytes() const { return blocks() * block * bits / 8; }
+  int64_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
+};
+
+// Rounded rows of activations; `codes` are in the order in which a kernel reads them.
+struct Activations {
+  int64_t count;         // rows
+  int64_t stride;        // bytes of codes from row to row
+  int8_t* codes;         // [count, stride]
+  int64_t blocks;        // the matrix's, padded with zeros to a whole number of lines
+  float* scales;         // [count, blocks]
+  int32_t* sums;         // [count, blocks]: sums of codes
+  int32_t* lane_starts;  // for `few`: what each lane of a dot product starts from; or null
+};
+
+struct QuantKernels {
+  // Bytes of codes, and number of blocks, that the activations of one row take.
+  int64_t (*code_bytes)(const QuantMatrix&);
+  int64_t (*padded_blocks)(const QuantMatrix&);
+  // Rounds x [columns] into row `index` of the activations.
+  void (*round)(const QuantMatrix&, const float* x, const Activations&, int64_t index);
+  // Columns [first, last) of y for few rows of activations: as fast as the weights can be read.
+  void (*few)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
+  // The same for many rows, by panels of weights that are unpacked once for all rows.
+  void (*many)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
+  int64_t most_few;  // from this number of rows on, `many` is the faster one
+  int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
+};
+// y is [count, rows of the matrix].
+
+// Those of instruction_set().
+const QuantKernels& quant_kernels();
+
+}  // namespace rgexport

@@ -1,0 +1,9 @@
+// AVX2 with dot products (AVX-VNNI): client processors that have no AVX-512.
+#include "quant_matmul_template.h"
+#include "simd_avx2.h"
+
+namespace rgexport {
+
+QuantKernels quant_kernels_avxvnni() { return QuantMatmul<AvxVnni>::kernels(); }
+
+}  // namespace rgexport

@@ -1,0 +1,112 @@
+// Plain C++, for any processor: vectors are arrays of four lanes.
+#include "quant_matmul_template.h"
+
+namespace rgexport {
+namespace {
+
+struct Scalar {
+  static constexpr int kLanes = 4, kWide = 2, kTall = 2;
+  static constexpr bool kSignedBytes = false;
+  struct Int {
+    uint8_t bytes[16];
+  };
+  struct Float {
+    float lanes[4];
+  };
+
+  static Int load(const void* p) {
+    Int x;
+    std::memcpy(&x, p, 16);
+    return x;
+  }
+  static void store(void* p, Int x) { std::memcpy(p, &x, 16); }
+  static Int zero() { return broadcast(0); }
+  static Int words(int32_t a, int32_t b, int32_t c, int32_t d) {
+    const int32_t all[4] = {a, b, c, d};
+    return load(all);
+  }
+  static int32_t word(const Int& x, int lane) {
+    int32_t found;
+    std::memcpy(&found, x.bytes + 4 * lane, 4);
+    return found;
+  }
+  static Int broadcast(int32_t x) { return words(x, x, x, x); }
+  static Int broadcast_bytes(const int8_t* four) {
+    int32_t all;
+    std::memcpy(&all, four, 4);
+    return broadcast(all);
+  }
+  template <class Function>
+  static Int each(Int x, Function function) {
+    for (uint8_t& byte : x.bytes) byte = static_cast<uint8_t>(function(byte));
+    return x;
+  }
+  static Int low_half(Int x) {
+    return each(x, [](int byte) { return byte & 15; });
+  }
+  static Int high_half(Int x) {
+    return each(x, [](int byte) { return byte >> 4; });
+  }
+  static Int flip_sign(Int x) {
+    return each(x, [](int byte) { return byte ^ 128; });
+  }
+  static Int add(Int x, Int y) {
+    return words(word(x, 0) + word(y, 0), word(x, 1) + word(y, 1), word(x, 2) + word(y, 2),
+                 word(x, 3) + word(y, 3));
+  }
+  static Int dot(Int sum, Int weights, Int codes) {
+    int32_t lanes[4];
+    std::memcpy(lanes, &sum, 16);
+    for (int i = 0; i < 16; ++i) {
+      lanes[i / 4] += weights.bytes[i] * static_cast<int8_t>(codes.bytes[i]);
+    }
+    return load(lanes);
+  }
+  static void prefetch(const void*) {}
+
+  static Float zero_float() { return broadcast_float(0); }
+  static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void store_float(float* p, Float x) { std::memcpy(p, &x, 16); }
+  static Float broadcast_float(float x) { return {{x, x, x, x}}; }
+  static Float to_float(Int x) {
+    Float y;
+    for (int i = 0; i < 4; ++i) y.lanes[i] = static_cast<float>(word(x, i));
+    return y;
+  }
+  static Float mul(Float x, Float y) {
+    for (int i = 0; i < 4; ++i) x.lanes[i] *= y.lanes[i];
+    return x;
+  }
+  static Float fma(Float x, Float y, Float z) {
+    for (int i = 0; i < 4; ++i) z.lanes[i] += x.lanes[i] * y.lanes[i];
+    return z;
+  }
+  static Float max_size(Float most, Float x) {
+    for (int i = 0; i < 4; ++i) most.lanes[i] = std::fmax(most.lanes[i], std::fabs(x.lanes[i]));
+    return most;
+  }
+  static float max(Float x) {
+    return std::fmax(std::fmax(x.lanes[0], x.lanes[1]), std::fmax(x.lanes[2], x.lanes[3]));
+  }
+  static float sum(Float x) { return (x.lanes[0] + x.lanes[1]) + (x.lanes[2] + x.lanes[3]); }
+
+  // Consecutive numbers, each in kShare lanes.
+  template <int kShare>
+  static Float spread(const float* p) {
+    return {{p[0], p[1 / kShare], p[2 / kShare], p[3 / kShare]}};
+  }
+
+  static void transpose(Int (&rows)[4]) {
+    Int columns[4];
+    for (int c = 0; c < 4; ++c) {
+      columns[c] = words(word(rows[0], c), word(rows[1], c), word(rows[2], c), word(rows[3], c));
+    }
+    std::memcpy(rows, columns, sizeof(columns));
+  }
+};
+
+}  // namespace
+
+QuantKernels quant_kernels_scalar() { return QuantMatmul<Scalar>::kernels(); }
+
+}  // namespace rgexport

@@ -1,0 +1,129 @@
+// The ops of this library, as ONNX Runtime and library.py see them.
+#include <atomic>
+#include <new>
+
+#include "cpu.h"
+#include "op.h"
+#include "ops.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace rgexport {
+namespace {
+
+using namespace ort;
+
+constexpr char kDomain[] = "ai.rgexport";
+const void* const* api = nullptr;
+
+Status* failure(const char* text) {
+  constexpr int kInvalidArgument = 2;
+  return call<Status*>(api, kCreateStatus, kInvalidArgument, text);
+}
+
+template <class Op>
+struct Registered {
+  static inline std::atomic<int64_t> calls{0};
+
+  static Status* create(const CustomOp*, const void* table, const void* info, void** kernel) {
+    *kernel = new (std::nothrow) Op(Attributes(static_cast<const void* const*>(table), info));
+    return *kernel ? nullptr : failure("no memory is left for a kernel");
+  }
+  static Status* compute(void* kernel, void* context) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    Context run(api, context);
+    const char* wrong = static_cast<const Op*>(kernel)->run(run);
+    if (run.refusal()) return run.refusal();
+    return wrong ? failure(wrong) : nullptr;
+  }
+  static constexpr Presence presence(const CustomOp*, size_t index) {
+    return index < Op::kSignature.required ? kRequired : kOptional;
+  }
+  static constexpr CustomOp make() {
+    CustomOp op{};
+    op.version = kApiVersion;
+    op.GetName = [](const CustomOp*) { return Op::kSignature.name; };
+    op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+    op.GetInputType = [](const CustomOp*, size_t i) { return Op::kSignature.input_types[i]; };
+    op.GetInputTypeCount = [](const CustomOp*) { return Op::kSignature.inputs; };
+    op.GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
+    op.GetOutputTypeCount = [](const CustomOp*) { return Op::kSignature.outputs; };
+    op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+    op.GetInputCharacteristic = presence;
+    op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
+    op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+    op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+    op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+    op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+    op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+    op.CreateKernelV2 = create;
+    op.KernelComputeV2 = compute;
+    op.GetStartVersion = [](const CustomOp*) { return 1; };
+    op.GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
+    return op;
+  }
+  static inline CustomOp op = make();
+};
+
+struct Row {
+  const char* name;
+  CustomOp* op;
+  std::atomic<int64_t>* calls;
+};
+
+template <class Op>
+Row row() {
+  return {Op::kSignature.name, &Registered<Op>::op, &Registered<Op>::calls};
+}
+
+const Row kOps[] = {
+    row<QuantLinear>(), row<RgLruScan>(),           row<LocalAttention>(),
+    row<CausalConv1d>(), row<BlockDiagonalLinear>(), row<GeluMul>(),
+    row<RmsNorm>(),     row<SoftCap>(),
+};
+constexpr size_t kCount = sizeof kOps / sizeof *kOps;
+
+// Makes the domain with all ops; it lives as long as the process, as the sessions that use it may.
+bool make_domain(void** domain) {
+  const auto done = [](Status* status) {
+    if (status) call<void>(api, kReleaseStatus, status);
+    return !status;
+  };
+  bool made = done(call<Status*>(api, kCreateCustomOpDomain, &kDomain[0], domain));
+  for (const Row& row : kOps) {
+    made = made && done(call<Status*>(api, kCustomOpDomain_Add, *domain, row.op));
+  }
+  return made;
+}
+
+}  // namespace
+}  // namespace rgexport
+
+EXPORT void* RegisterCustomOps(void* options, const rgexport::ort::ApiBase* base) {
+  using namespace rgexport;
+  api = base->GetApi(kApiVersion);
+  if (!api) return nullptr;  // an older one: the bodies of the functions run
+  static void* domain = nullptr;
+  static const bool made = make_domain(&domain);
+  return made ? call<Status*>(api, kAddCustomOpDomain, options, domain)
+              : failure("the domain ai.rgexport cannot be made");
+}
+
+// The name of the instruction set whose kernels run here.
+EXPORT const char* rgexport_instruction_set() { return rgexport::instruction_set_name(); }
+
+// The names of the levels of this architecture, null after the last one, and which are here.
+EXPORT const char* rgexport_level(size_t index) { return rgexport::level_name(index); }
+EXPORT int rgexport_level_is_here(size_t index) { return rgexport::level_is_here(index); }
+
+// The name of op `index`, or null after the last one.
+EXPORT const char* rgexport_op(size_t index) {
+  return index < rgexport::kCount ? rgexport::kOps[index].name : nullptr;
+}
+
+// How often op `index` has run in this process.
+EXPORT int64_t rgexport_calls(size_t index) { return rgexport::kOps[index].calls->load(); }

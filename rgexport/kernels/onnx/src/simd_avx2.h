@@ -1,0 +1,101 @@
+// The Simd of quant_matmul_template.h for AVX2, and that for its successor with dot products.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace rgexport {
+namespace {
+
+// Pairs of bytes go to 16 bits first, where nothing saturates.
+struct Avx2 {
+  static constexpr int kLanes = 8, kWide = 2, kTall = 4;
+  // |w| · ±x fits: 128 · 127 · 2 < 2^15, as 255 · 127 · 2 would not.
+  static constexpr bool kSignedBytes = true;
+  using Int = __m256i;
+  using Float = __m256;
+
+  static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+  static void store(void* p, Int x) { _mm256_storeu_si256(static_cast<Int*>(p), x); }
+  static Int zero() { return _mm256_setzero_si256(); }
+  static Int broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+  static Int broadcast_bytes(const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    return _mm256_set1_epi32(word);
+  }
+  static Int low_half(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  static Int high_half(Int x) { return low_half(_mm256_srli_epi16(x, 4)); }
+  static Int flip_sign(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+  static Int add(Int x, Int y) { return _mm256_add_epi32(x, y); }
+  static Int dot(Int sum, Int weights, Int codes) {
+    const Int pairs =
+        _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+
+  static Float zero_float() { return _mm256_setzero_ps(); }
+  static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
+  static Float broadcast_float(float x) { return _mm256_set1_ps(x); }
+  static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+  static Float mul(Float x, Float y) { return _mm256_mul_ps(x, y); }
+  static Float fma(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
+  static Float max_size(Float most, Float x) {
+    return _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+  }
+  static float max(Float x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  static float sum(Float x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  // Consecutive numbers, each in kShare lanes.
+  template <int kShare>
+  static Float spread(const float* p) {
+    if constexpr (kShare == 8) return _mm256_set1_ps(*p);
+    if constexpr (kShare == 4) return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                    _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+  }
+
+  static void transpose(Int (&rows)[8]) {
+    Int pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+      fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {
+      rows[c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x20);
+      rows[4 + c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x31);
+    }
+  }
+};
+
+#if defined(__AVXVNNI__)
+struct AvxVnni : Avx2 {
+  static constexpr int kTall = 6;
+  static constexpr bool kSignedBytes = false;
+
+  static Int dot(Int sum, Int weights, Int codes) {
+    return _mm256_dpbusd_avx_epi32(sum, weights, codes);
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace rgexport

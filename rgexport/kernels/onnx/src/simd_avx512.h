@@ -1,0 +1,97 @@
+// The Simd of quant_matmul_template.h for AVX-512 with VNNI: sixteen dot products of four bytes at a
+// time.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace rgexport {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16, kWide = 2, kTall = 6;
+  static constexpr bool kSignedBytes = false;
+  using Int = __m512i;
+  using Float = __m512;
+
+  static Int load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, Int x) { _mm512_storeu_si512(p, x); }
+  static Int zero() { return _mm512_setzero_si512(); }
+  static Int broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+  static Int broadcast_bytes(const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static Int low_half(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static Int high_half(Int x) { return low_half(_mm512_srli_epi16(x, 4)); }
+  static Int flip_sign(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
+  static Int dot(Int sum, Int weights, Int codes) {
+    return _mm512_dpbusd_epi32(sum, weights, codes);
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static Float zero_float() { return _mm512_setzero_ps(); }
+  static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  static Float broadcast_float(float x) { return _mm512_set1_ps(x); }
+  static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
+  static Float mul(Float x, Float y) { return _mm512_mul_ps(x, y); }
+  static Float fma(Float x, Float y, Float z) { return _mm512_fmadd_ps(x, y, z); }
+  static Float max_size(Float most, Float x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
+  static float max(Float x) { return _mm512_reduce_max_ps(x); }
+  static float sum(Float x) { return _mm512_reduce_add_ps(x); }
+
+  // Consecutive numbers, each in kShare lanes.
+  template <int kShare>
+  static Float spread(const float* p) {
+    if constexpr (kShare == 16) {
+      return _mm512_set1_ps(*p);
+    } else if constexpr (kShare == 8) {
+      const __m512 both = _mm512_castsi512_ps(
+          _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((may_alias, aligned(4)))*>(p)));
+      return _mm512_permutevar_ps(both, order<8>());
+    } else if constexpr (kShare == 4) {
+      return _mm512_permutexvar_ps(order<4>(), _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+    } else {
+      return _mm512_permutexvar_ps(order<2>(), _mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
+    }
+  }
+
+  template <int kShare>
+  static Int order() {
+    const Int lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_srli_epi32(lanes, kShare == 8 ? 3 : kShare == 4 ? 2 : 1);
+  }
+
+  static void transpose(Int (&rows)[16]) {
+    Int pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+      fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    // fours[4 i + c] has, in 128-bit lane q, column 4 q + c of rows 4 i … 4 i + 3.
+    for (int c = 0; c < 4; ++c) {
+      const Int low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+      const Int high = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+      const Int low2 = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+      const Int high2 = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+      rows[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+      rows[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+      rows[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+      rows[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace rgexport

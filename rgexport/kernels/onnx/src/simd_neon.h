@@ -1,0 +1,71 @@
+// The Simd of quant_matmul_template.h for Arm: four dot products of four bytes at a time.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace rgexport {
+namespace {
+
+struct Neon {
+  static constexpr int kLanes = 4, kWide = 4, kTall = 6;
+  static constexpr bool kSignedBytes = true;  // both factors of vdotq_s32 have a sign
+  using Int = int32x4_t;
+  using Float = float32x4_t;
+
+  static uint8x16_t bytes(Int x) { return vreinterpretq_u8_s32(x); }
+  static Int words(uint8x16_t x) { return vreinterpretq_s32_u8(x); }
+
+  static Int load(const void* p) { return words(vld1q_u8(static_cast<const uint8_t*>(p))); }
+  static void store(void* p, Int x) { vst1q_u8(static_cast<uint8_t*>(p), bytes(x)); }
+  static Int zero() { return vdupq_n_s32(0); }
+  static Int broadcast(int32_t x) { return vdupq_n_s32(x); }
+  static Int broadcast_bytes(const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    return vdupq_n_s32(word);
+  }
+  static Int low_half(Int x) { return words(vandq_u8(bytes(x), vdupq_n_u8(15))); }
+  static Int high_half(Int x) { return words(vshrq_n_u8(bytes(x), 4)); }
+  static Int flip_sign(Int x) { return words(veorq_u8(bytes(x), vdupq_n_u8(128))); }
+  static Int add(Int x, Int y) { return vaddq_s32(x, y); }
+  static Int dot(Int sum, Int weights, Int codes) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
+  }
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+
+  static Float zero_float() { return vdupq_n_f32(0); }
+  static Float load_float(const float* p) { return vld1q_f32(p); }
+  static void store_float(float* p, Float x) { vst1q_f32(p, x); }
+  static Float broadcast_float(float x) { return vdupq_n_f32(x); }
+  static Float to_float(Int x) { return vcvtq_f32_s32(x); }
+  static Float mul(Float x, Float y) { return vmulq_f32(x, y); }
+  static Float fma(Float x, Float y, Float z) { return vfmaq_f32(z, x, y); }
+  static Float max_size(Float most, Float x) { return vmaxq_f32(most, vabsq_f32(x)); }
+  static float max(Float x) { return vmaxvq_f32(x); }
+  static float sum(Float x) { return vaddvq_f32(x); }
+
+  // Consecutive numbers, each in kShare lanes.
+  template <int kShare>
+  static Float spread(const float* p) {
+    if constexpr (kShare == 4) {
+      return vdupq_n_f32(*p);
+    } else {
+      return vcombine_f32(vdup_n_f32(p[0]), vdup_n_f32(p[1]));
+    }
+  }
+
+  static void transpose(Int (&rows)[4]) {
+    const Int even0 = vtrn1q_s32(rows[0], rows[1]), odd0 = vtrn2q_s32(rows[0], rows[1]);
+    const Int even1 = vtrn1q_s32(rows[2], rows[3]), odd1 = vtrn2q_s32(rows[2], rows[3]);
+    rows[0] = vcombine_s32(vget_low_s32(even0), vget_low_s32(even1));
+    rows[1] = vcombine_s32(vget_low_s32(odd0), vget_low_s32(odd1));
+    rows[2] = vcombine_s32(vget_high_s32(even0), vget_high_s32(even1));
+    rows[3] = vcombine_s32(vget_high_s32(odd0), vget_high_s32(odd1));
+  }
+};
+
+}  // namespace
+}  // namespace rgexport

@@ -1,0 +1,39 @@
+"""A process for each instruction set of this machine, kept for all tests of ops."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.onnx import library
+from rgexport.kernels.onnx.build import build
+from tests.kernels.onnx.one_node import Worker
+
+HERE = library.kernels()
+
+
+@pytest.fixture(scope="session", params=HERE.instruction_sets or [""], ids=lambda p: p or "none")
+def worker(request) -> Iterator[Worker]:
+    """Runs ops with one instruction set."""
+    if not request.param:
+        absent = library.turned_off() or not library.LIBRARY.is_file()
+        (pytest.skip if absent else pytest.fail)(f"no native kernels: {HERE.reason}")
+    worker = Worker(request.param)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[Worker]:
+    """Runs the bodies of the functions."""
+    worker = Worker("stock")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="session")
+def native_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The objects of a build of the library, by its own flags."""
+    folder = tmp_path_factory.mktemp("native")
+    build(folder / "out", folder / "build")
+    return sorted(folder.rglob("*.o"))

@@ -1,0 +1,251 @@
+// Holds the kernels of quant_matmul.h against the definition of the product, in double.
+//
+// Built with -D'EACH_SET(X)=X(scalar) X(avx2)': the instruction sets whose kernels are linked.
+// Prints a line for each product that is wrong; exits 1 if there was one.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "quant_matmul.h"
+
+namespace rgexport {
+#define DECLARE(set) QuantKernels quant_kernels_##set();
+EACH_SET(DECLARE)
+#undef DECLARE
+}  // namespace rgexport
+
+using namespace rgexport;
+
+namespace {
+
+struct Set {
+  const char* name;
+  QuantKernels kernels;
+};
+
+struct Shape {
+  int64_t count, rows, columns;
+};
+
+struct Kind {
+  int bits;
+  int64_t block;
+  bool zero_points;
+  bool whole;  // whole numbers, whose sums are exact
+};
+
+// Memory of exactly that size: a sanitizer sees what is read or written behind it.
+template <class T>
+class Exact {
+ public:
+  explicit Exact(size_t count) : size_(count) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, count * sizeof(T) + (count == 0))) std::abort();
+    data_ = static_cast<T*>(memory);
+    std::memset(memory, 0xee, count * sizeof(T));
+  }
+  ~Exact() { std::free(data_); }
+  Exact(const Exact&) = delete;
+  T* data() const { return data_; }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+  size_t size_;
+};
+
+std::mt19937 random_bits(1);
+
+float uniform(float low, float high) {
+  return std::uniform_real_distribution<float>(low, high)(random_bits);
+}
+
+int64_t blocks_of(const Shape& s, const Kind& k) { return (s.columns + k.block - 1) / k.block; }
+int64_t zero_bytes(const Shape& s, const Kind& k) { return (blocks_of(s, k) * k.bits + 7) / 8; }
+
+// A product and what it is by definition.
+class Product {
+ public:
+  Product(const Shape& shape, const Kind& kind)
+      : shape_(shape),
+        kind_(kind),
+        blocks_(blocks_of(shape, kind)),
+        data_(shape.rows * blocks_ * kind.block * kind.bits / 8),
+        scales_(shape.rows * blocks_),
+        zero_points_(kind.zero_points ? shape.rows * zero_bytes(shape, kind) : 0),
+        bias_(shape.rows),
+        x_(shape.count * shape.columns),
+        expected_(shape.count * shape.rows),
+        sizes_(shape.count * shape.rows) {
+    for (size_t i = 0; i < data_.size(); ++i) data_[i] = static_cast<uint8_t>(random_bits());
+    for (size_t i = 0; i < zero_points_.size(); ++i)
+      zero_points_[i] = static_cast<uint8_t>(random_bits());
+    for (size_t i = 0; i < scales_.size(); ++i)
+      scales_[i] = kind.whole ? 1.0f : uniform(0.01f, 0.03f);
+    for (size_t i = 0; i < bias_.size(); ++i)
+      bias_[i] = kind.whole ? static_cast<float>(i % 7) : uniform(-1, 1);
+    fill_x();
+    expect();
+  }
+
+  QuantMatrix matrix() const {
+    return {shape_.rows,   shape_.columns, kind_.bits,
+            kind_.block,   data_.data(),   scales_.data(),
+            kind_.zero_points ? zero_points_.data() : nullptr, bias_.data()};
+  }
+  const float* x() const { return x_.data(); }
+
+  // How many of the outputs are too far off.
+  int64_t wrong(const float* y) const {
+    int64_t found = 0;
+    for (size_t i = 0; i < expected_.size(); ++i) {
+      const bool exact = kind_.whole && sizes_[i] < 1 << 24;
+      const double far = std::fabs(y[i] - expected_[i]);
+      found += !(far <= (exact ? 0.0 : 1e-6 * sizes_[i]));  // a NaN is wrong, too
+    }
+    return found;
+  }
+
+ private:
+  // Multiples of a scale that no order of rounding takes to another code; the first is the largest.
+  void fill_x() {
+    for (int64_t m = 0; m < shape_.count; ++m) {
+      float scale = 1;
+      for (int64_t k = 0; k < shape_.columns; ++k) {
+        const bool first = k % kind_.block == 0;
+        if (first && !kind_.whole) scale = k == kind_.block ? 0.0f : uniform(0.001f, 0.1f);
+        const int code = first ? 127 : static_cast<int>(random_bits() % 253) - 126;
+        const float beside = first || kind_.whole ? 0.0f : uniform(-0.4f, 0.4f);
+        x_[m * shape_.columns + k] = scale * (static_cast<float>(code) + beside);
+      }
+    }
+  }
+
+  int weight(int64_t n, int64_t column) const {
+    const int64_t i = n * blocks_ * kind_.block + column;
+    return kind_.bits == 8 ? data_[i] : data_[i / 2] >> (i % 2 * 4) & 15;
+  }
+
+  int zero_point(int64_t n, int64_t block) const {
+    if (!kind_.zero_points) return 1 << (kind_.bits - 1);
+    const uint8_t* row = zero_points_.data() + n * zero_bytes(shape_, kind_);
+    return kind_.bits == 8 ? row[block] : row[block / 2] >> (block % 2 * 4) & 15;
+  }
+
+  void expect() {
+    for (size_t i = 0; i < expected_.size(); ++i) {
+      expected_[i] = bias_[i % shape_.rows];
+      sizes_[i] = std::fabs(expected_[i]);
+    }
+    std::vector<int> codes(kind_.block), levels(kind_.block * shape_.rows);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const int64_t first = b * kind_.block;
+      const int64_t count = std::min(kind_.block, shape_.columns - first);
+      for (int64_t n = 0; n < shape_.rows; ++n)
+        for (int64_t k = 0; k < count; ++k)
+          levels[n * kind_.block + k] = weight(n, first + k) - zero_point(n, b);
+      for (int64_t m = 0; m < shape_.count; ++m) {
+        const float scale = round(x_.data() + m * shape_.columns + first, count, codes.data());
+        for (int64_t n = 0; n < shape_.rows; ++n) {
+          int64_t dot = 0, size = 0;
+          for (int64_t k = 0; k < count; ++k) {
+            const int term = levels[n * kind_.block + k] * codes[k];
+            dot += term;
+            size += std::abs(term);
+          }
+          const double unit = static_cast<double>(scales_[n * blocks_ + b]) * scale;
+          expected_[m * shape_.rows + n] += unit * static_cast<double>(dot);
+          sizes_[m * shape_.rows + n] += unit * static_cast<double>(size);
+        }
+      }
+    }
+  }
+
+  static float round(const float* x, int64_t count, int* codes) {
+    float most = 0;
+    for (int64_t k = 0; k < count; ++k) most = std::fmax(most, std::fabs(x[k]));
+    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    for (int64_t k = 0; k < count; ++k) codes[k] = static_cast<int>(std::nearbyint(x[k] * inverse));
+    return most / 127.0f;
+  }
+
+  Shape shape_;
+  Kind kind_;
+  int64_t blocks_;
+  Exact<uint8_t> data_;
+  Exact<float> scales_;
+  Exact<uint8_t> zero_points_;
+  Exact<float> bias_, x_;
+  Exact<double> expected_, sizes_;  // sizes_: of all terms that are added
+};
+
+// The product as the op calls for it: rows of weights in two parts, or panel by panel.
+void run(const QuantKernels& kernels, const Product& product, const Shape& shape, bool few, float* y) {
+  const QuantMatrix w = product.matrix();
+  const int64_t stride = kernels.code_bytes(w), blocks = kernels.padded_blocks(w);
+  const Exact<int8_t> codes(shape.count * stride);
+  const Exact<float> scales(shape.count * blocks);
+  const Exact<int32_t> sums(shape.count * blocks);
+  const Exact<int32_t> starts(few ? shape.count * stride * w.bits / 32 : 0);
+  const Activations a = {shape.count, stride,      codes.data(),
+                         blocks,      scales.data(), sums.data(), few ? starts.data() : nullptr};
+  for (int64_t m = shape.count - 1; m >= 0; --m)
+    kernels.round(w, product.x() + m * shape.columns, a, m);
+  const int64_t part = few ? shape.rows / 3 + 1 : kernels.panel;
+  for (int64_t first = 0; first < shape.rows; first += part)
+    (few ? kernels.few : kernels.many)(w, a, first, std::min(first + part, shape.rows), y);
+}
+
+int64_t check(const Set& set, const Product& product, const Shape& shape, const Kind& kind) {
+  int64_t failed = 0;
+  for (const bool few : {true, false}) {
+    if (few && shape.count > 5) continue;
+    const Exact<float> y(shape.count * shape.rows);
+    for (size_t i = 0; i < y.size(); ++i) y[i] = NAN;
+    run(set.kernels, product, shape, few, y.data());
+    if (const int64_t wrong = product.wrong(y.data())) {
+      ++failed;
+      std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d: %d of %d wrong\n",
+                  set.name, few ? "few" : "many", int(shape.count), int(shape.rows),
+                  int(shape.columns), kind.bits, int(kind.block), kind.zero_points, kind.whole,
+                  int(wrong), int(y.size()));
+    }
+  }
+  return failed;
+}
+
+const Shape kShapes[] = {{1, 1, 1},    {2, 1, 33},   {3, 15, 128},  {4, 16, 100}, {5, 33, 257},
+                         {17, 32, 64}, {31, 100, 640}, {33, 7, 1300}, {127, 5, 96}};
+const Shape kLongShapes[] = {{512, 33, 48}, {513, 16, 272}};
+
+}  // namespace
+
+int main() {
+#define ROW(set) {#set, quant_kernels_##set()},
+  const Set sets[] = {EACH_SET(ROW)};
+#undef ROW
+  int64_t failed = 0, products = 0;
+  const auto check_all = [&](const Shape& shape, const Kind& kind) {
+    const Product product(shape, kind);
+    for (const Set& set : sets) failed += check(set, product, shape, kind);
+    ++products;
+  };
+  std::vector<Kind> kinds;
+  for (const int bits : {4, 8})
+    for (const int64_t block : {16, 32, 64, 128, 256})
+      for (const bool zero_points : {false, true})
+        for (const bool whole : {false, true}) kinds.push_back({bits, block, zero_points, whole});
+  for (const Kind& kind : kinds)
+    for (const Shape& shape : kShapes) check_all(shape, kind);
+  for (size_t i = 0; i < kinds.size(); i += 5)
+    for (const Shape& shape : kLongShapes) check_all(shape, kinds[i]);
+  for (int64_t count = 1; count <= 70; ++count)
+    check_all({count, 33, 200}, kinds[count % kinds.size()]);
+  std::printf("%d products, %d wrong\n", int(products), int(failed));
+  return failed != 0;
+}

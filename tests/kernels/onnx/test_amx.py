@@ -1,0 +1,49 @@
+"""The AMX kernels; on machines without AMX, too: only their tile instructions are emulated there.
+
+Everything else in them is AVX-512, which the machine must have.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.onnx import library
+from rgexport.kernels.onnx.build import SOURCES
+from tests.kernels.onnx.quant_driver import assert_products_right, build_driver
+
+EMULATION = "-include", str(Path(__file__).with_name("amx_emulated.h"))
+TILES = "-mamx-tile", "-mamx-int8"
+VECTORS = "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))
+SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+# GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
+NO_FAKE_STACK = "detect_stack_use_after_return=0"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
+HERE = library.kernels().instruction_sets
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}"),
+    pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}"),
+]
+
+
+def driver(folder: Path, flags: tuple[str, ...], tiles: tuple[str, ...]) -> Path:
+    kernels = {name: folder / f"{name}.o" for name in ("avx512", "amx")}
+    for name, made in kernels.items():
+        source = SOURCES / "src" / f"quant_matmul_{name}.cpp"
+        more = *flags, *VECTORS, *(tiles if name == "amx" else ())
+        subprocess.run([COMPILER, "-std=c++17", *more, "-c", source, "-o", made], check=True)
+    return build_driver(COMPILER, folder, kernels, flags)
+
+
+@pytest.mark.parametrize("flags", [("-O3",), SANITIZED], ids=["optimized", "sanitized"])
+def test_emulated(tmp_path, flags):
+    assert_products_right([driver(tmp_path, flags, EMULATION)], ASAN_OPTIONS=NO_FAKE_STACK)
+
+
+@pytest.mark.skipif("amx" not in HERE, reason=f"no AMX here: {HERE}")
+def test_real(tmp_path):
+    assert_products_right([driver(tmp_path, ("-O3",), TILES)])

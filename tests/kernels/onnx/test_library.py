@@ -1,0 +1,128 @@
+"""What library.py says of the built library, and what the environment makes of it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.kernels.onnx import library
+from tests.kernels.onnx.one_node import instruction_set_here
+from tests.kernels.onnx.quant_matrix import random_matrix
+from tests.kernels.onnx.test_quant_linear import activations
+
+SOURCES = library.FOLDER / "src"
+built = pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
+
+
+def test_is_built_where_there_is_a_compiler():
+    if library.turned_off() or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler, or turned off")
+    assert library.library() == library.LIBRARY
+    assert library.kernels().reason == ""
+
+
+@built
+def test_has_all_ops_of_the_table():
+    table = (SOURCES / "register.cpp").read_text()
+    assert set(library.kernels().ops) == set(re.findall(r"row<(\w+)>\(\),", table))
+
+
+def test_a_worker_has_its_instruction_set(worker):
+    assert worker.submit(instruction_set_here) == worker.instruction_set
+
+
+@built
+def test_instruction_sets_are_those_that_the_system_knows():
+    """By the flags of /proc/cpuinfo, which the kernel writes from its own look at the processor."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        pytest.skip("only x86 on Linux has such flags")
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    needed = {
+        "scalar": set(),
+        "avx2": {"avx2", "fma"},
+        "avxvnni": {"avx2", "fma", "avx_vnni"},
+        "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+        "amx": {"avx512_vnni", "amx_tile", "amx_int8"},
+    }
+    expected = [name for name, all_of_these in needed.items() if all_of_these <= flags]
+    assert list(library.kernels().instruction_sets) == expected
+
+
+@built
+@pytest.mark.parametrize("word", ["avx", "AVX2", "none"])
+def test_an_unknown_word_is_a_wrong_request(monkeypatch, word):
+    monkeypatch.setenv(library.CPU, word)
+    for asked in (library.library, library.kernels):
+        with pytest.raises(RequestError, match=f"{library.CPU} .*{word!r}.*scalar"):
+            asked()
+
+
+@pytest.mark.parametrize(("value", "off"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_can_be_turned_off(monkeypatch, value, off):
+    monkeypatch.setenv(library.NO_NATIVE, value)
+    assert library.turned_off() == off
+    if off:
+        assert library.library() is None and library.calls() == {}
+        assert library.NO_NATIVE in library.kernels().reason
+
+
+def test_says_why_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv(library.NO_NATIVE, raising=False)
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(library, "NOT_BUILT", tmp_path / "why.txt")
+    assert "rgexport.kernels.onnx.build" in library.kernels().reason
+    (tmp_path / "why.txt").write_text("no compiler")
+    assert str(tmp_path / "why.txt") in library.kernels().reason
+    (tmp_path / "none.so").write_bytes(b"not a library")
+    assert library.library() is None
+    assert "cannot be loaded" in library.kernels().reason
+
+
+def test_counts_calls_from_two_sessions_at_once(worker):
+    """One process, two sessions, four runs each at a time: the kernels share nothing."""
+    case = random_matrix(200, 300, 4, 32).case(activations(1, 40, 200))
+    assert worker.submit(runs_at_once, case) == 8
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_do_not_change_a_bit(worker, bits, tokens):
+    case = random_matrix(300, 500, bits, 32).case(activations(1, tokens, 300))
+    one, *others = (worker.run(case, threads=n)["y"] for n in (1, 2, 3))
+    assert all((y == one).all() for y in others)
+
+
+def runs_at_once(case) -> int:
+    """Runs in the worker: how many of eight runs gave the same as a run alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import onnxruntime as ort
+
+    from tests.kernels.onnx.one_node import model
+
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.library()))
+    sessions = [ort.InferenceSession(model(case), options) for _ in range(2)]
+    alone = sessions[0].run(None, {"x": case.inputs["x"]})[0]
+    with ThreadPoolExecutor(8) as pool:
+        runs = [pool.submit(sessions[i % 2].run, None, {"x": case.inputs["x"]}) for i in range(8)]
+    return sum(bool((run.result()[0] == alone).all()) for run in runs)
+
+
+@built
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+def test_nothing_compiled_for_one_processor_runs_on_another(native_objects):
+    """A weak symbol of an AVX-512 object may replace the same one of an object for everybody."""
+    objects = [
+        p for p in native_objects if re.search(r"_(avx2|avxvnni|avx512|amx|neon|i8mm)\.", p.name)
+    ]
+    assert objects
+    for path in objects:
+        listed = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True)
+        weak = re.findall(r" [WVu] (.*)", listed.stdout)
+        assert not weak, f"{path.name}: {weak}"

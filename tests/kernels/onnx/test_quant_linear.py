@@ -1,0 +1,177 @@
+"""QuantLinear on every instruction set, against float64 and against ONNX Runtime's own kernel."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from tests.kernels.onnx.one_node import Case, run_model
+from tests.kernels.onnx.quant_matrix import QuantMatrix, product, random_matrix, rounded
+
+FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128, 256)]
+SHAPES = {
+    "one_token": (1, 1, 320, 96),
+    "odd_everything": (1, 3, 203, 37),
+    "one_output": (1, 3, 330, 1),
+    "one_output_many_tokens": (1, 20, 330, 1),
+    "less_than_a_block": (2, 2, 12, 5),
+    "one_column": (1, 9, 1, 3),
+    "batch": (5, 3, 264, 33),
+    "tokens_127": (1, 127, 264, 70),
+    "tokens_513": (1, 513, 72, 35),
+}
+"""Batch, tokens, K, N."""
+
+
+def activations(batch: int, tokens: int, columns: int, seed: int = 1) -> np.ndarray:
+    """Rows whose codes are certain: nothing that is rounded lies next to a half."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-126, 127, (batch, tokens, columns)) + rng.uniform(
+        -0.45, 0.45, (batch, tokens, columns)
+    )
+    codes[..., ::16] = 127  # the first of every block: the scale is what follows
+    sizes = 2.0 ** rng.integers(-6, 3, (batch, tokens, 1))
+    return (codes * sizes).astype(np.float32)
+
+
+def assert_close(found: np.ndarray, x: np.ndarray, w: QuantMatrix, tolerance: float = 1e-5) -> None:
+    """Within a share of the sum of sizes, which is what float32 sums may lose."""
+    x_hat = rounded(x, w.block)
+    room = np.abs(x_hat) @ w.sizes.T + (0 if w.bias is None else np.abs(w.bias))
+    wrong = np.abs(found - product(x_hat, w)) / np.maximum(room, 1e-30)
+    assert wrong.max() < tolerance, (
+        f"{wrong.max()} at {np.unravel_index(wrong.argmax(), wrong.shape)}"
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_is_the_product_of_rounded_activations(worker, shape, bits, block):
+    batch, tokens, columns, rows = SHAPES[shape]
+    x = activations(batch, tokens, columns)
+    for asymmetric in (False, True):
+        for bias in (False, True):
+            w = random_matrix(columns, rows, bits, block, asymmetric=asymmetric, bias=bias)
+            assert_close(worker.run(w.case(x))["y"], x, w)
+
+
+@pytest.mark.parametrize("tokens", range(1, 20))
+def test_any_number_of_rows(worker, tokens):
+    x = activations(1, tokens, 300)
+    w = random_matrix(300, 50, 4, 32)
+    assert_close(worker.run(w.case(x))["y"], x, w)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_any_number_of_dimensions(worker, rank, tokens):
+    x = activations(1, tokens, 64)[0]
+    x = x[0] if rank == 1 else x.reshape(*[1] * (rank - 2), tokens, 64)
+    w = random_matrix(64, 7, 8, 32)
+    assert_close(worker.run(w.case(x))["y"], x, w)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_halves_go_to_even(worker, bits):
+    x = np.arange(-126.5, 127, 1, np.float32)
+    x = np.pad(x, (1, 1), constant_values=127)[None, None]  # scales of 1
+    w = random_matrix(256, 9, bits, 256)
+    assert_close(worker.run(w.case(x))["y"], x, w)
+    assert_close(worker.run(w.case(np.repeat(x, 30, 1)))["y"], np.repeat(x, 30, 1), w)
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_blocks_of_zeros(worker, tokens):
+    x = activations(1, tokens, 256)
+    x[..., 32:96] = 0
+    x[:, 0] = 0
+    w = random_matrix(256, 20, 4, 32, asymmetric=True)
+    y = worker.run(w.case(x))["y"]
+    assert_close(y, x, w)
+    assert (y[:, 0] == 0).all()
+
+
+def test_numbers_of_all_sizes(worker):
+    x = activations(1, 5, 128) * np.float32([1e-30, 1e-6, 1, 1e6, 1e30])[:, None]
+    w = random_matrix(128, 20, 8, 64)
+    assert_close(worker.run(w.case(x))["y"], x, w)
+
+
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_a_step_is_a_prefill(worker, bits, block):
+    """The same numbers for a token alone as among others, but for the order of float32 sums."""
+    x = np.random.default_rng(3).standard_normal((1, 33, 500), np.float32)
+    w = random_matrix(500, 64, bits, block)
+    together = worker.run(w.case(x))["y"]
+    alone = np.concatenate([worker.run(w.case(x[:, t : t + 1]))["y"] for t in (0, 7, 32)], 1)
+    assert np.abs(together[:, [0, 7, 32]] - alone).max() < 1e-5 * np.abs(together).max()
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_as_near_as_the_stock_kernel(worker, stock, tokens, bits, block):
+    """Both round activations; against exact ones, ours is at most 1.5 times as far."""
+    x = np.random.default_rng(5).standard_normal((1, tokens, 1000), np.float32)
+    for asymmetric in (False, True):
+        w = random_matrix(1000, 200, bits, block, asymmetric=asymmetric, bias=True, junk=False)
+        exact = product(x, w)
+        theirs = stock.submit(run_model, *stock_kernel(w.case(x)), native=False)[0]["y"]
+        ours = worker.run(w.case(x))["y"]
+        distance, allowed = (np.sqrt(np.mean((y - exact) ** 2)) for y in (ours, theirs))
+        assert distance < 1.5 * allowed
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_the_body_is_the_stock_kernel(stock, bits, block, bias, asymmetric):
+    x = activations(1, 3, 300)
+    case = random_matrix(300, 40, bits, block, asymmetric=asymmetric, bias=bias).case(x)
+    bare = stock.submit(run_model, *stock_kernel(case), native=False)[0]["y"]
+    assert (stock.run(case)["y"] == bare).all()
+
+
+def stock_kernel(case: Case) -> tuple:
+    """What runs the same product by MatMulNBits at accuracy level 4."""
+    x, data, scales, zeros, bias = case.inputs
+    given = case.given
+    names = [x, data, scales, zeros if zeros in given else "", "", bias if bias in given else ""]
+    node = helper.make_node(
+        "MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **case.attributes
+    )
+    info, from_array = helper.make_tensor_value_info, numpy_helper.from_array
+    fed, made = info("x", 1, ["B", "T", "K"]), info("y", 1, ["B", "T", "N"])
+    stored = [from_array(a, n) for n, a in given.items() if n in case.weights]
+    graph = helper.make_graph([node], "stock", [fed], [made], stored)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    whole = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return whole.SerializeToString(), {"x": given["x"]}, {}, case.outputs
+
+
+WRONG = {
+    "columns": ({"K": 65}, {}, "K"),
+    "no_columns": ({"K": 0}, {}, "K"),
+    "rows": ({"N": 8}, {}, "N rows"),
+    "bits": ({"bits": 2}, {}, "bits"),
+    "block": ({"block_size": 24}, {}, "block_size"),
+    "data": ({}, {"data": np.zeros((7, 2, 15), np.uint8)}, "data"),
+    "scales": ({}, {"scales": np.ones((7, 1), np.float32)}, "scales"),
+    "zero_points": ({}, {"zero_points": np.zeros((7, 2), np.uint8)}, "zero_points"),
+    "bias": ({}, {"bias": np.zeros(6, np.float32)}, "bias"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_shapes_are_refused(worker, wrong):
+    attributes, inputs, word = WRONG[wrong]
+    case = random_matrix(64, 7, 4, 32, asymmetric=True, bias=True).case(activations(1, 2, 64))
+    case = replace(case, inputs=case.inputs | inputs, attributes=case.attributes | attributes)
+    with pytest.raises(Exception, match=f"QuantLinear: .*{word}"):
+        worker.run(case)
+
+
+def test_a_bound_output_of_another_shape_is_refused(worker):
+    case = random_matrix(64, 7, 4, 32).case(activations(1, 2, 64))
+    with pytest.raises(Exception, match="shape"):
+        worker.run(replace(case, outputs={"y": (1, 3, 7)}))
