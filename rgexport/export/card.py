@@ -58,6 +58,20 @@ _ONNX = """\
 `model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
 `position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
 new states."""
+_WEB = """\
+In a browser, with onnxruntime-web 1.30 or later, in which nothing has to be registered:
+
+    import * as ort from "onnxruntime-web/{profile}";
+    const session = await ort.InferenceSession.create("model.onnx", {{
+      executionProviders: ["{profile}"],
+      externalData: [{data}],
+    }});
+
+Its inputs are `input_ids` and `position_ids` [batch, tokens] and the states of {layers} layers, all
+zeros at first; its outputs are `logits` and the new states. On a desktop:
+
+    pip install rgexport
+    rgexport {verb}"""
 _COREML = """\
 `model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
 that share weights and states: `decode`, the default, takes one token and `prefill` takes
@@ -121,9 +135,13 @@ def card(manifest: Manifest) -> str:
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
     engine, full, run = _ENGINES[manifest.kind]
+    if manifest.kind == "onnx" and manifest.profile != "cpu":
+        engine, run = f"onnxruntime-web ({manifest.profile})", _WEB
     run = run.format(
         verb="chat ." if tuned else 'generate . -p "The meaning of life is"',
         layers=config.num_layers,
+        profile=manifest.profile,
+        data=", ".join(f'"{name}"' for name in data_files(manifest)),
         **_coreml_facts(manifest),
     )
     return _TEMPLATE.format(
@@ -157,6 +175,12 @@ def _checked(found: CheckRecord) -> str:
         share=found.share,
         verdict=", since ".join(filter(None, (found.status, found.reason))),
     )
+
+
+def data_files(manifest: Manifest) -> list[str]:
+    """The files that an ONNX artifact's weights lie in, in their order."""
+    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
+    return list(dict.fromkeys(part.file for part in parts))
 
 
 def _coreml_facts(manifest: Manifest) -> dict[str, object]:

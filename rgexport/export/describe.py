@@ -61,6 +61,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "precision": manifest.precision,
         "compute": manifest.compute,
         "exact": manifest.exact,
+        "profile": manifest.profile if manifest.kind == "onnx" else None,
         "parameters": _parameters(artifact.weights),
         "size": sum(record.size for record in manifest.files.values()),
         "instruction_tuned": manifest.instruction_tuned,
@@ -168,7 +169,7 @@ def _headline(d: Description) -> str:
     how = (
         f"checkpoint ({d['layout']})"
         if d["kind"] == "checkpoint"
-        else f"{d['kind']} artifact, {d['precision']} weights, {d['compute']} activations"
+        else f"{_kind(d)} artifact, {d['precision']} weights, {d['compute']} activations"
     )
     facts = (
         f"{d['name']}: {how}",
@@ -179,6 +180,12 @@ def _headline(d: Description) -> str:
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
+
+
+def _kind(d: Description) -> str:
+    """What a person needs to know of the format: `onnx`, or `onnx (webgpu)`."""
+    profile = d.get("profile")
+    return d["kind"] if profile in (None, "cpu") else f"{d['kind']} ({profile})"
 
 
 def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, int]) -> str:

@@ -1,24 +1,19 @@
 """Which kernels compute the ops of our own domain in a model file, and why native ones do not.
 
 Such an op is a function of the file, with a body of standard ops, which is what runs where nothing
-else is known. The engine needs no `onnx`, so the few fields are read here from protobuf's wire.
+else is known.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rgexport.export.model_file import ExternalTensor, read_model
 from rgexport.kernels.onnx import library as build
 
 DOMAIN = "ai.rgexport"
 STOCK = "stock"
 """Says of a session that it runs the engine's own kernels."""
-
-_GRAPH, _NODE, _OP_TYPE, _NODE_DOMAIN = 7, 1, 4, 7
-"""Numbers of the fields in onnx.proto: of ModelProto, GraphProto and, twice, NodeProto."""
-_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
-_FIXED = {_FIXED_64: 8, _FIXED_32: 4}
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def native_ops(model: Path | bytes) -> NativeOps:
     Raises:
         RequestError: the environment asks for an instruction set that does not exist.
     """
-    ops = own_ops(model if isinstance(model, bytes) else model.read_bytes())
+    ops = own_ops(_content(model))
     found, path = build.kernels(), build.library()
     native = tuple(name for name in ops if name in found.ops)
     if native and path:
@@ -54,51 +49,16 @@ def native_ops(model: Path | bytes) -> NativeOps:
 
 def own_ops(model: bytes) -> dict[str, int]:
     """Counts the graph's nodes of our domain; of a damaged file, those before the damage."""
-    counts: Counter[str] = Counter()
-    domain = DOMAIN.encode()
-    try:
-        for node in _messages(memoryview(model), _GRAPH, _NODE):
-            fields = dict(_fields(node))
-            if fields.get(_NODE_DOMAIN) == domain:
-                counts[bytes(fields[_OP_TYPE]).decode()] += 1
-    except (IndexError, KeyError, ValueError):
-        pass  # the engine will say what is wrong
+    counts = Counter(node.op for node in read_model(model).nodes if node.domain == DOMAIN)
     return dict(sorted(counts.items()))
 
 
-def _messages(data: memoryview, *path: int) -> Iterator[memoryview]:
-    """The messages at a path of field numbers."""
-    if not path:
-        yield data
-        return
-    for number, value in _fields(data):
-        if number == path[0]:
-            yield from _messages(value, *path[1:])
+def native_weights(model: Path | bytes) -> list[ExternalTensor]:
+    """The tensors beside a model file that nodes of our domain read, and nothing packs anew."""
+    read = read_model(_content(model))
+    wanted = {name for node in read.nodes if node.domain == DOMAIN for name in node.inputs}
+    return [tensor for tensor in read.tensors if tensor.name in wanted]
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of the fields of a message; numbers are left out."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            _, at = _varint(data, at)
-        elif kind == _BYTES:
-            size, at = _varint(data, at)
-            yield number, data[at : at + size]
-            at += size
-        else:
-            at += _FIXED[kind]
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
+def _content(model: Path | bytes) -> bytes:
+    return model if isinstance(model, bytes) else model.read_bytes()

@@ -8,13 +8,12 @@ import onnxruntime as ort
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE
-from rgexport.export.native import STOCK, NativeOps, native_ops
-from rgexport.griffin.layout import EMBEDDING
+from rgexport.export.native import STOCK, NativeOps, native_ops, native_weights
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
 from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import huge_pages
-from rgexport.runtimes.resident_files import Extent, resident
+from rgexport.runtimes.mapped_weights import MappedWeights
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 
@@ -56,7 +55,7 @@ class OrtSession:
         """
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
-        self._session, self._kernels = _open(artifact, self._threads, graph, native)
+        self._session, self._kernels, self._weights = _open(artifact, self._threads, graph, native)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
@@ -151,7 +150,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Frees the weights and the states; the session cannot be used any more."""
-        del self._step_run, self._session
+        del self._step_run, self._session, self._weights
         self._states = {}
 
     def _require_states(self, artifact: Artifact) -> None:
@@ -228,8 +227,8 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
-) -> tuple[ort.InferenceSession, str]:
-    """The session, and which kernels it runs."""
+) -> tuple[ort.InferenceSession, str, MappedWeights | None]:
+    """The session, which kernels it runs, and what has to live as long as it does."""
     _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -238,14 +237,22 @@ def _open(
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
     model = str(path) if graph is None else graph
-    kernels = _register(options, native_ops(path if graph is None else graph)) if native else STOCK
+    kernels, weights = STOCK, None
+    if native:
+        kernels = _register(options, native_ops(path if graph is None else graph))
+    if kernels != STOCK:
+        weights = MappedWeights(artifact.path, native_weights(path if graph is None else graph))
+        for name, value in weights.values.items():
+            options.add_initializer(name, value)
     try:
-        with huge_pages(), resident(artifact.path, leave_out=_embedding(artifact)):
+        with huge_pages():
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
-    return session, kernels
+    if weights:
+        weights.make_resident()
+    return session, kernels, weights
 
 
 def _require_version(artifact: Artifact) -> None:
@@ -269,9 +276,3 @@ def _register(options: ort.SessionOptions, native: NativeOps) -> str:
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
         return STOCK
     return native.kernels
-
-
-def _embedding(artifact: Artifact) -> list[Extent]:
-    """Where the embedding lies: mapped once more for looking up rows, which takes only some."""
-    parts = artifact.manifest.tensors[EMBEDDING].parts.values()
-    return [Extent(artifact.file(p.file), p.offset, p.offset + p.nbytes) for p in parts]

@@ -26,6 +26,13 @@ def test_card_says_what_it_is(made):
     assert "Gemma Terms of Use" in text and "{" not in text
 
 
+def test_card_for_a_browser(made):
+    text = card(dataclasses.replace(made.manifest, profile="webgpu"))
+    assert text.startswith("# small: int4 for onnxruntime-web (webgpu)\n")
+    assert 'import * as ort from "onnxruntime-web/webgpu";' in text
+    assert 'externalData: ["model.onnx.data"]' in text and "{{" not in text
+
+
 def test_card_of_a_core_ml_package(tmp_path):
     artifact, _ = export_random_coreml(ODD_CONFIGS["regular"], tmp_path, "int4", prefill_length=7)
     text = (artifact.path / CARD).read_text("utf-8")

@@ -39,6 +39,11 @@ def test_a_manifest_without_one_was_not_checked(made):
     assert read_manifest(made.folder).check == NOT_ASKED_FOR
 
 
+def test_a_manifest_without_a_profile_is_for_processors(made):
+    rewrite(made, lambda fields: fields.pop("profile"))
+    assert read_manifest(made.folder).profile == "cpu"
+
+
 def test_unknown_fields_are_ignored(made):
     rewrite(made, lambda fields: fields.update(measured_on="a phone"))
     assert read_manifest(made.folder) == made.manifest
@@ -71,6 +76,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "no name": (lambda f: f.pop("name"), "name is missing"),
     "name": (lambda f: f.update(name=3), "name is 3; expected a text"),
     "exact": (lambda f: f.update(exact=1), "exact is 1; expected true or false"),
+    "profile": (lambda f: f.update(profile="phone"), "profile is 'phone'; expected"),
     "precision": (lambda f: f.update(precision="int3"), "precision is 'int3'; expected fp32 or"),
     "config": (lambda f: f["config"].pop("width"), "config.width is missing"),
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),

@@ -94,6 +94,8 @@ def test_somebodys_reason_is_one_line(made):
 def test_default_target():
     target = default_target("recurrentgemma-2b", "int4", "onnx")
     assert target == Path("recurrentgemma-2b-int4-onnx")
+    target = default_target("recurrentgemma-2b", "int8", "onnx", "wasm")
+    assert target == Path("recurrentgemma-2b-int8-onnx-wasm")
 
 
 TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}

@@ -126,8 +126,9 @@ class OnnxOptions:
 
 
 def _has_odd_zero_points(scheme: Scheme, columns: int) -> TypeGuard[Affine]:
-    packed = isinstance(scheme, Affine) and scheme.bits == 4 and not scheme.symmetric
-    return packed and num_blocks(columns, scheme) % 2 == 1
+    if not isinstance(scheme, Affine) or scheme.bits != 4 or scheme.symmetric:
+        return False
+    return num_blocks(columns, scheme) % 2 == 1
 
 
 def _require_onnx(name: str, scheme: Scheme) -> None:

@@ -2,11 +2,13 @@
 
 #include "floats.h"
 #include "ops.h"
+#include "ranges.h"
 
 namespace rgexport {
 namespace {
 
-constexpr int64_t kRows = 64;  // of a task
+constexpr int64_t kRows = 64;    // of a task
+constexpr int64_t kFewRows = 3;  // up to so many, time goes into reading the weights
 
 }  // namespace
 
@@ -25,8 +27,7 @@ const char* BlockDiagonalLinear::run(Context& context) const {
 
   const FloatKernels& kernels = floats();
   const int64_t rows = x.dims[0] * x.dims[1], parts = (rows + kRows - 1) / kRows;
-  context.parallel_for(heads * parts, [&](size_t index) {
-    const int64_t head = index / parts, first = index % parts * kRows;
+  const auto multiply = [&](int64_t head, int64_t first) {
     const int64_t at = first * channels + head * block;
     Product task;
     task.rows = rows - first < kRows ? rows - first : kRows;
@@ -41,8 +42,17 @@ const char* BlockDiagonalLinear::run(Context& context) const {
     task.add = true;
     for (int64_t row = 0; row < task.rows; ++row)
       std::memcpy(task.c + row * channels, bias.as<float>() + head * block, block * sizeof(float));
-    kernels.product(task);
-  });
+    (rows <= kFewRows ? kernels.stream : kernels.product)(task);
+  };
+  if (rows <= kFewRows) {
+    Ranges threads(heads, 1, processors());
+    context.parallel_for(threads.parts(), [&](size_t own) {
+      threads.run(static_cast<int>(own), [&](int64_t head, int64_t) { multiply(head, 0); });
+    });
+  } else {
+    context.parallel_for(heads * parts,
+                         [&](size_t i) { multiply(i / parts, i % parts * kRows); });
+  }
   return nullptr;
 }
 

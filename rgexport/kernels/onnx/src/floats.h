@@ -50,6 +50,15 @@ struct CausalConv {
 // The most numbers of `CausalConv::weight` in one call.
 constexpr int64_t kMaxConvWeights = 2048;
 
+// y = s · (1 + weight) / sqrt(mean of s² + eps) for s = x + residual, or s = x where there is none.
+struct RmsNormRow {
+  int64_t count;
+  const float *x, *residual, *weight;
+  float eps;
+  float* sum;  // gets s where there is a residual
+  float* y;
+};
+
 // What softmax knows of each lane: the largest score so far, and the sum of exp(score - largest).
 struct SoftmaxState {
   int64_t lanes;  // a multiple of FloatKernels::lanes
@@ -59,6 +68,8 @@ struct SoftmaxState {
 struct FloatKernels {
   int64_t lanes;  // floats of a vector
   void (*product)(const Product&);
+  // The same for few rows and a b without gaps, at the speed at which b can be read.
+  void (*stream)(const Product&);
   // to[column, row] = factor · from[row, column]; `to` has rows of `lanes` floats, padded with 0.
   void (*transpose)(const float* from, int64_t rows, int64_t columns, float factor, float* to,
                     int64_t lanes);
@@ -69,8 +80,7 @@ struct FloatKernels {
   void (*causal_conv)(const CausalConv&);
   // y = gelu(gate) · up, by the tanh approximation of gelu.
   void (*gelu_mul)(const float* gate, const float* up, float* y, int64_t count);
-  // y = x · (1 + weight) / sqrt(mean of x² + eps).
-  void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int64_t count);
+  void (*rms_norm)(const RmsNormRow&);
   // y = cap · tanh(x / cap).
   void (*soft_cap)(const float* x, float cap, float* y, int64_t count);
 };

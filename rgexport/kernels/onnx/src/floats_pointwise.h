@@ -41,17 +41,20 @@ void gelu_mul(const float* gate, const float* up, float* y, int64_t count) {
   }
 }
 
-void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t count) {
+void rms_norm(const RmsNormRow& p) {
+  const float* numbers = p.residual ? p.sum : p.x;
   Vector squares[4] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vector v = load(x + i, count - i);
-    squares[i / kLanes % 4] += v * v;
+  for (int64_t i = 0; i < p.count; i += kLanes) {
+    const int64_t n = p.count - i;
+    Vector x = load(p.x + i, n);
+    if (p.residual) store(p.sum + i, x += load(p.residual + i, n), n);
+    squares[i / kLanes % 4] += x * x;
   }
   const float total = sum(squares[0] + squares[1] + (squares[2] + squares[3]));
-  const Vector factor = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(count) + eps));
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = count - i;
-    store(y + i, load(x + i, n) * factor * (1.0f + load(weight + i, n)), n);
+  const Vector factor = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(p.count) + p.eps));
+  for (int64_t i = 0; i < p.count; i += kLanes) {
+    const int64_t n = p.count - i;
+    store(p.y + i, load(numbers + i, n) * factor * (1.0f + load(p.weight + i, n)), n);
   }
 }
 

@@ -7,7 +7,14 @@
 namespace rgexport {
 namespace {
 
-constexpr int kTileRows = kBytes == 64 ? 8 : 4;
+// As many rows as there are registers for their sums: 32, or else 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define RGEXPORT_TILE_ROWS 8
+#else
+#define RGEXPORT_TILE_ROWS 4
+#endif
+
+constexpr int kTileRows = RGEXPORT_TILE_ROWS;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
 
@@ -66,7 +73,7 @@ constexpr MultiplyTile kOfRows[kTileVectors] = {multiply_tile<Rows, 1>, multiply
 // By rows - 1.
 constexpr const MultiplyTile* kTiles[] = {
     kOfRows<1>, kOfRows<2>, kOfRows<3>, kOfRows<4>,
-#if defined(__AVX512F__)
+#if RGEXPORT_TILE_ROWS == 8
     kOfRows<5>, kOfRows<6>, kOfRows<7>, kOfRows<8>,
 #endif
 };
@@ -153,6 +160,43 @@ void product(const Product& p) {
       }
     }
   }
+}
+
+// How far ahead of its use memory is asked for; found by measurement.
+constexpr int64_t kAhead = 8192 / sizeof(float);
+
+// Adds the product of some rows of b to a row of c.
+template <int Depth>
+void add_rows(const float* a, int64_t a_step, const float* b, int64_t columns, float* c) {
+  Vector factors[Depth];
+  for (int k = 0; k < Depth; ++k) factors[k] = splat(a[k * a_step]);
+  const auto add = [&](int64_t i, int64_t count) {
+    Vector sum{};
+#pragma GCC unroll 4
+    for (int k = 0; k < Depth; ++k) {
+      __builtin_prefetch(b + k * columns + i + kAhead, 0, 0);
+      sum += factors[k] * load(b + k * columns + i, count);
+    }
+    store(c + i, load(c + i, count) + sum, count);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) add(i, kLanes);
+  if (i < columns) add(i, columns - i);
+}
+
+// Goes once through b, from its first number to its last.
+void stream(const Product& p) {
+  constexpr int kRows = 4;
+  for (int64_t row = 0; row < p.rows && !p.add; ++row)
+    for (int64_t i = 0; i < p.columns; ++i) p.c[row * p.c_row + i] = 0;
+  const auto each_row = [&](auto add, int64_t k) {
+    for (int64_t row = 0; row < p.rows; ++row)
+      add(p.a + row * p.a_row + k * p.a_step, p.a_step, p.b + k * p.columns, p.columns,
+          p.c + row * p.c_row);
+  };
+  int64_t k = 0;
+  for (; k + kRows <= p.depth; k += kRows) each_row(add_rows<kRows>, k);
+  for (; k < p.depth; ++k) each_row(add_rows<1>, k);
 }
 
 // `to` [columns, lanes] = factor · from [rows, columns], transposed.

@@ -12,6 +12,7 @@ FloatKernels float_kernels() {
   FloatKernels table;
   table.lanes = kLanes;
   table.product = product;
+  table.stream = stream;
   table.transpose = transpose;
   table.softmax = softmax;
   table.rg_lru = rg_lru;

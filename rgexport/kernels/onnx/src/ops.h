@@ -82,6 +82,18 @@ class RmsNorm {
   float eps_;
 };
 
+// sum = x + residual, and y as RmsNorm of it: x, residual, weight → sum, y.
+class AddRmsNorm {
+ public:
+  static constexpr Signature kSignature = {
+      "AddRmsNorm", 3, 3, {ort::kFloat, ort::kFloat, ort::kFloat}, 2};
+  explicit AddRmsNorm(const Attributes&);
+  const char* run(Context&) const;
+
+ private:
+  float eps_;
+};
+
 // y = cap · tanh(x / cap).
 class SoftCap {
  public:

@@ -17,6 +17,27 @@ void each_part(Context& context, int64_t count, const Body& body) {
   });
 }
 
+bool fits(const Tensor& x, const Tensor& weight) {
+  return weight.rank == 1 && x.rank >= 1 && x.dims[x.rank - 1] == weight.size();
+}
+
+// All rows of `count` numbers, of which `first` is the first one.
+void norm_rows(Context& context, int64_t count, const RmsNormRow& first) {
+  if (count == 0) return;
+  const int64_t width = first.count, rows = count / width;
+  const int64_t task = kNumbers / width > 1 ? kNumbers / width : 1;
+  context.parallel_for((rows + task - 1) / task, [&](size_t index) {
+    const int64_t begin = index * task, end = begin + task < rows ? begin + task : rows;
+    for (int64_t row = begin; row < end; ++row) {
+      RmsNormRow p = first;
+      p.x += row * width;
+      p.y += row * width;
+      if (p.residual) p.residual += row * width, p.sum += row * width;
+      floats().rms_norm(p);
+    }
+  });
+}
+
 }  // namespace
 
 const char* GeluMul::run(Context& context) const {
@@ -46,20 +67,25 @@ RmsNorm::RmsNorm(const Attributes& attributes) : eps_(attributes.real("eps", 1e-
 
 const char* RmsNorm::run(Context& context) const {
   const Tensor x = context.input(0), weight = context.input(1);
-  const int64_t width = weight.size();
-  if (weight.rank != 1 || x.rank < 1 || x.dims[x.rank - 1] != width)
-    return "RmsNorm: weight must be as wide as x";
+  if (!fits(x, weight)) return "RmsNorm: weight must be as wide as x";
   float* y = context.output(0, x.dims, x.rank);
   if (!y) return nullptr;
-  if (x.size() == 0) return nullptr;
-  const int64_t rows = x.size() / width, together = kNumbers / width > 1 ? kNumbers / width : 1;
-  context.parallel_for((rows + together - 1) / together, [&](size_t index) {
-    const int64_t last = (index + 1) * together < static_cast<size_t>(rows)
-                             ? (index + 1) * together : rows;
-    for (int64_t row = index * together; row < last; ++row)
-      floats().rms_norm(x.as<float>() + row * width, weight.as<float>(), eps_, y + row * width,
-                        width);
-  });
+  norm_rows(context, x.size(), {weight.size(), x.as<float>(), nullptr, weight.as<float>(), eps_,
+                                nullptr, y});
+  return nullptr;
+}
+
+AddRmsNorm::AddRmsNorm(const Attributes& attributes) : eps_(attributes.real("eps", 1e-6f)) {}
+
+const char* AddRmsNorm::run(Context& context) const {
+  const Tensor x = context.input(0), residual = context.input(1), weight = context.input(2);
+  if (!fits(x, weight)) return "AddRmsNorm: weight must be as wide as x";
+  if (residual.size() != x.size()) return "AddRmsNorm: x and residual must have one shape";
+  float* sum = context.output(0, x.dims, x.rank);
+  float* y = context.output(1, x.dims, x.rank);
+  if (!sum || !y) return nullptr;
+  norm_rows(context, x.size(), {weight.size(), x.as<float>(), residual.as<float>(),
+                                weight.as<float>(), eps_, sum, y});
   return nullptr;
 }
 

@@ -10,6 +10,7 @@ namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
+constexpr int64_t kAhead = 8 << 10;        // bytes of them that are fetched before the first is used
 constexpr int64_t kAlignment = 64;
 
 struct Free {
@@ -39,7 +40,17 @@ class Scratch {
                     lanes ? reinterpret_cast<int32_t*>(base + places[3]) : nullptr};
   }
   explicit operator bool() const { return memory_ != nullptr; }
-  const Activations& activations() const { return activations_; }
+
+  // The rows [first, first + count).
+  Activations rows(const QuantMatrix& w, int64_t first, int64_t count) const {
+    Activations some = activations_;
+    some.count = count;
+    some.codes += first * some.stride;
+    some.scales += first * some.blocks;
+    some.sums += first * some.blocks;
+    if (some.lane_starts) some.lane_starts += first * (some.stride * w.bits / 32);
+    return some;
+  }
 
  private:
   std::unique_ptr<void, Free> memory_;
@@ -60,6 +71,38 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
     return "QuantLinear: zero_points is not N rows of packed blocks";
   if (bias.data && bias.size() != w.rows) return "QuantLinear: bias is not N numbers";
   return nullptr;
+}
+
+// Few rows: each thread streams through its own part of the weights. It fetches the first of them
+// while it rounds the activations, for itself: that takes less time than to wait for another.
+bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
+  const QuantKernels& kernels = quant_kernels();
+  Ranges parts(w.rows, (kGrainBytes + w.row_bytes() - 1) / w.row_bytes(), processors());
+  const Scratch scratch(kernels, w, parts.parts() * count, true);
+  if (!scratch) return false;
+  context.parallel_for(parts.parts(), [&](size_t index) {
+    const int own = static_cast<int>(index);
+    const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
+    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 0);
+    const Activations a = scratch.rows(w, own * count, count);
+    for (int64_t m = 0; m < count; ++m) kernels.round(w, x + m * w.columns, a, m);
+    parts.run(own, [&](int64_t from, int64_t to) { kernels.few(w, a, from, to, y); });
+  });
+  return true;
+}
+
+// Many rows: each thread takes panels of weights, which all rows of activations share.
+bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
+  const QuantKernels& kernels = quant_kernels();
+  const Scratch scratch(kernels, w, count, false);
+  if (!scratch) return false;
+  const Activations a = scratch.rows(w, 0, count);
+  context.parallel_for(count, [&](size_t m) { kernels.round(w, x + m * w.columns, a, m); });
+  context.parallel_for((w.rows + kernels.panel - 1) / kernels.panel, [&](size_t i) {
+    const int64_t first = i * kernels.panel, last = first + kernels.panel;
+    kernels.many(w, a, first, last < w.rows ? last : w.rows, y);
+  });
+  return true;
 }
 
 }  // namespace
@@ -89,33 +132,10 @@ const char* QuantLinear::run(Context& context) const {
   const int64_t count = x.size() / w.columns;
   if (!y || count == 0 || w.rows == 0) return nullptr;
 
-  const QuantKernels& kernels = quant_kernels();
-  const bool few = count < kernels.most_few;
-  const Scratch scratch(kernels, w, count, few);
-  if (!scratch) return "QuantLinear: out of memory";
-  const Activations& a = scratch.activations();
   const float* rows = x.as<float>();
-  const auto round = [&](size_t m) { kernels.round(w, rows + m * w.columns, a, m); };
-  if (few) {
-    for (int64_t m = 0; m < count; ++m) round(m);
-  } else {
-    context.parallel_for(count, round);
-  }
-  if (few) {
-    Ranges parts(w.rows, (kGrainBytes + w.row_bytes() - 1) / w.row_bytes(), processors());
-    context.parallel_for(parts.parts(), [&](size_t own) {
-      parts.run(static_cast<int>(own), [&](int64_t first, int64_t last) {
-        kernels.few(w, a, first, last, y);
-      });
-    });
-  } else {
-    const int64_t panel = kernels.panel;
-    context.parallel_for((w.rows + panel - 1) / panel, [&](size_t i) {
-      const int64_t first = i * panel, last = first + panel < w.rows ? first + panel : w.rows;
-      kernels.many(w, a, first, last, y);
-    });
-  }
-  return nullptr;
+  const bool few = count < quant_kernels().most_few;
+  const bool enough = few ? stream(context, w, rows, count, y) : multiply(context, w, rows, count, y);
+  return enough ? nullptr : "QuantLinear: out of memory";
 }
 
 }  // namespace rgexport

@@ -8,6 +8,7 @@
 
 #include "quant_matmul.h"
 #include "simd_avx512.h"
+#include "unrolled.h"
 
 namespace rgexport {
 
@@ -29,12 +30,13 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How the columns of a matrix lie in steps.
 struct Shape {
-  int64_t blocks, row_bytes, block, step, per_block;
+  int64_t blocks, row_bytes, zero_point_bytes, block, step, per_block;
   int64_t share;  // lanes of a line that share a scale
 
   explicit Shape(const QuantMatrix& w)
       : blocks(w.blocks()),
         row_bytes(w.row_bytes()),
+        zero_point_bytes(w.zero_point_bytes()),
         block(w.block),
         step(least(w.block, 64)),
         per_block(w.block / step),
@@ -59,40 +61,6 @@ void place(const int8_t* from, int64_t count, int8_t* to, int64_t stride) {
   }
 }
 
-template <int kBits>
-void place(int64_t share, const int8_t* from, int64_t count, int8_t* to, int64_t stride) {
-  switch (share) {
-    case 16: return place<kBits, 16>(from, count, to, stride);
-    case 8: return place<kBits, 8>(from, count, to, stride);
-    case 4: return place<kBits, 4>(from, count, to, stride);
-    default: return place<kBits, 2>(from, count, to, stride);
-  }
-}
-
-void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
-  constexpr int64_t kPiece = 1024;
-  static const QuantKernels base = quant_kernels_avx512();
-  if (a.lane_starts) return base.round(w, x, a, index);  // for few
-  alignas(64) int8_t codes[kPiece];
-  float scales[kPiece / 16];
-  int32_t sums[kPiece / 16];
-  const Shape shape(w);
-  const int64_t rows = tile_rows(a, index), row = index % kRows, tile = index - row;
-  for (int64_t at = 0; at < w.columns; at += kPiece) {
-    QuantMatrix piece = w;
-    piece.columns = least(w.columns - at, kPiece);
-    const int64_t blocks = piece.blocks(), first = at / w.block;
-    base.round(piece, x + at, {1, kPiece, codes, base.padded_blocks(piece), scales, sums, nullptr}, 0);
-    int8_t* to = a.codes + tile * a.stride + (at / shape.step * rows + row) * shape.step;
-    (w.bits == 4 ? place<4> : place<8>)(shape.share, codes, blocks * w.block, to, rows * shape.step);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t to_block = tile * a.blocks + (first + b) * rows + row;
-      a.scales[to_block] = scales[b];
-      a.sums[to_block] = sums[b];
-    }
-  }
-}
-
 // ---- Weights --------------------------------------------------------------------------------
 
 // Some columns of a panel, unpacked, and what becomes of them.
@@ -109,8 +77,8 @@ Panel& scratch() {
   return panel;
 }
 
-int zero_point(const QuantMatrix& w, int64_t row, int64_t block) {
-  const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
+int zero_point(const QuantMatrix& w, const Shape& shape, int64_t row, int64_t block) {
+  const uint8_t* packed = w.zero_points + row * shape.zero_point_bytes;
   return w.bits == 8 ? packed[block] : packed[block / 2] >> (block % 2 * 4) & 15;
 }
 
@@ -120,7 +88,7 @@ __m512i shifts(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t 
   if (kBits == 8 || !w.zero_points) return _mm512_set1_epi8(kBits == 8 ? -128 : 8);
   alignas(64) uint32_t bytes[kLanes] = {};
   for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < shape.blocks; ++n)
-    bytes[n] = 0x01010101u * static_cast<uint32_t>(zero_point(w, first + n, block));
+    bytes[n] = 0x01010101u * static_cast<uint32_t>(zero_point(w, shape, first + n, block));
   return _mm512_load_si512(bytes);
 }
 
@@ -138,35 +106,35 @@ void load_line(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t 
 
 // Lane l of a line has the columns 4 · kParts · l … of its outputs; where 4 bits halve it, the even
 // ones first. They are rows of the tile of their step.
-template <int kBits>
+template <int kBits, int kShare>
 void unpack_line(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t at, int64_t wide,
                  int8_t* out) {
-  constexpr int64_t kParts = 8 / kBits;
-  const int64_t step_rows = shape.step / 4;
+  constexpr int kParts = 8 / kBits, kStepRows = kShare * kParts < 16 ? kShare * kParts : 16;
+  const int64_t block = at * kParts / shape.block;
   __m512i lanes[kLanes], shift{};
   load_line(w, shape, first, at, lanes);
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const int64_t q = lane / shape.share, l = lane % shape.share;
-    if (l == 0) shift = shifts<kBits>(w, shape, first, (at + lane * 4) * kParts / shape.block);
-    for (int64_t part = 0; part < kParts; ++part) {
-      const int64_t group = (q * kParts + part) * shape.share + l;
-      const int64_t row = (group / step_rows * kWide + wide) * step_rows + group % step_rows;
+  unrolled<kLanes>([&](auto lane) {
+    constexpr int kBlock = lane / kShare, kIn = lane % kShare;
+    if (kIn == 0) shift = shifts<kBits>(w, shape, first, block + kBlock);
+    unrolled<kParts>([&](auto part) {
+      constexpr int kGroup = (kBlock * kParts + part) * kShare + kIn;
+      const int64_t row = (kGroup / kStepRows * kWide + wide) * kStepRows + kGroup % kStepRows;
       const __m512i levels = kBits == 8   ? lanes[lane]
                              : part == 0 ? Avx512::low_half(lanes[lane])
                                          : Avx512::high_half(lanes[lane]);
       _mm512_store_si512(out + row * kLine, _mm512_sub_epi8(levels, shift));
-    }
-  }
+    });
+  });
 }
 
-template <int kBits>
+template <int kBits, int kShare>
 void unpack(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t column, int64_t columns,
             Panel& panel) {
   constexpr int64_t kLineColumns = kLine * 8 / kBits;
   for (int64_t k = 0; k < columns; k += kLineColumns)
     for (int64_t wide = 0; wide < kWide; ++wide)
-      unpack_line<kBits>(w, shape, first + wide * kLanes, (column + k) * kBits / 8, wide,
-                         panel.weights + k * kPanel);
+      unpack_line<kBits, kShare>(w, shape, first + wide * kLanes, (column + k) * kBits / 8, wide,
+                                 panel.weights + k * kPanel);
 }
 
 void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
@@ -177,7 +145,52 @@ void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int6
       const float scale = row < w.rows ? w.scales[row * shape.blocks + block + b] : 0.0f;
       panel.scales[b * kPanel + n] = scale;
       if (w.bits == 8 && w.zero_points && row < w.rows)
-        panel.zeros[b * kPanel + n] = scale * static_cast<float>(zero_point(w, row, block + b) - 128);
+        panel.zeros[b * kPanel + n] = scale * static_cast<float>(zero_point(w, shape, row, block + b) - 128);
+    }
+  }
+}
+
+// ---- Layouts ---------------------------------------------------------------------------------
+
+// What depends on how many bits a weight has and how many lanes of a line share a scale.
+struct Layout {
+  void (*place)(const int8_t*, int64_t, int8_t*, int64_t);
+  void (*unpack)(const QuantMatrix&, const Shape&, int64_t, int64_t, int64_t, Panel&);
+};
+
+template <int kBits, int kShare = kLanes>
+Layout layout(int64_t share) {
+  if constexpr (kShare > 2) {
+    if (share < kShare) return layout<kBits, kShare / 2>(share);
+  }
+  return {place<kBits, kShare>, unpack<kBits, kShare>};
+}
+
+Layout layout(const QuantMatrix& w, const Shape& shape) {
+  return w.bits == 4 ? layout<4>(shape.share) : layout<8>(shape.share);
+}
+
+void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
+  constexpr int64_t kPiece = 1024;
+  static const QuantKernels base = quant_kernels_avx512();
+  if (a.lane_starts) return base.round(w, x, a, index);  // for few
+  alignas(64) int8_t codes[kPiece];
+  float scales[kPiece / 16];
+  int32_t sums[kPiece / 16];
+  const Shape shape(w);
+  const auto place = layout(w, shape).place;
+  const int64_t rows = tile_rows(a, index), row = index % kRows, tile = index - row;
+  for (int64_t at = 0; at < w.columns; at += kPiece) {
+    QuantMatrix piece = w;
+    piece.columns = least(w.columns - at, kPiece);
+    const int64_t blocks = piece.blocks(), first = at / w.block;
+    base.round(piece, x + at, {1, kPiece, codes, base.padded_blocks(piece), scales, sums, nullptr}, 0);
+    int8_t* to = a.codes + tile * a.stride + (at / shape.step * rows + row) * shape.step;
+    place(codes, blocks * w.block, to, rows * shape.step);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t to_block = tile * a.blocks + (first + b) * rows + row;
+      a.scales[to_block] = scales[b];
+      a.sums[to_block] = sums[b];
     }
   }
 }
@@ -389,6 +402,7 @@ void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const 
 
 void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last, float* y) {
   const Shape shape(w);
+  const auto unpack = layout(w, shape).unpack;
   Panel& panel = scratch();
   const int64_t step = kColumns / shape.block;
   for (int64_t n = first; n < last; n += kPanel) {
@@ -397,8 +411,7 @@ void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t las
       std::memset(panel.y, 0, (to - from) * kPanel * sizeof(float));
       for (int64_t block = 0; block < shape.blocks; block += step) {
         const int64_t blocks = least(shape.blocks - block, step);
-        const auto unpack_columns = w.bits == 4 ? unpack<4> : unpack<8>;
-        unpack_columns(w, shape, n, block * shape.block, blocks * shape.block, panel);
+        unpack(w, shape, n, block * shape.block, blocks * shape.block, panel);
         unpack_scales(w, shape, n, block, blocks, panel);
         memory_is_read();
         if (w.bits == 8 && w.zero_points)

@@ -50,6 +50,15 @@ struct Scalar {
   static Int flip_sign(Int x) {
     return each(x, [](int byte) { return byte ^ 128; });
   }
+  static Int sub(Int x, Int y) {
+    return words(word(x, 0) - word(y, 0), word(x, 1) - word(y, 1), word(x, 2) - word(y, 2),
+                 word(x, 3) - word(y, 3));
+  }
+  // Bytes, or the halves of bytes with the low one first, to a lane each.
+  static Int widen(const uint8_t* p) { return words(p[0], p[1], p[2], p[3]); }
+  static Int widen_halves(const uint8_t* p) {
+    return words(p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4);
+  }
   static Int add(Int x, Int y) {
     return words(word(x, 0) + word(y, 0), word(x, 1) + word(y, 1), word(x, 2) + word(y, 2),
                  word(x, 3) + word(y, 3));

@@ -205,7 +205,7 @@ class QuantMatmul {
     template <int kRows>
     static void rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t index,
                      int64_t first, float* y) {
-      alignas(64) float products[kRows][kSegment];
+      alignas(64) float products[kRows][kSegment];  // the first `count` are set
       const uint8_t* data = w.data + first * shape.row_bytes;
       const float* scales = w.scales + first * shape.blocks;
       const int8_t* codes = a.codes + index * a.stride;
@@ -214,12 +214,13 @@ class QuantMatmul {
       const int64_t per_line = kLanes / kShare, per_block = kShare < kLanes ? 1 : shape.per_block;
       const int64_t blocks = kShare < kLanes ? shape.full_lines * per_line : shape.blocks;
       const uint8_t* ahead = data + kAhead;
+      const int64_t ahead_rows = kRows + kAhead / shape.row_bytes;
       Float sums[kRows];
       for (int r = 0; r < kRows; ++r) sums[r] = Simd::zero_float();
       for (int64_t block = 0; block < blocks; block += kSegment) {
         const int64_t count = blocks - block < kSegment ? blocks - block : kSegment;
         for (int r = 0; r < kRows; ++r)
-          multiply(scales + r * shape.blocks + block, x_scales + block, count, kRows * shape.blocks,
+          multiply(scales + r * shape.blocks + block, x_scales + block, count, ahead_rows * shape.blocks,
                    products[r]);
         for (int64_t b = 0; b < count; b += per_line) {
           Int dots[kRows];
@@ -273,9 +274,20 @@ class QuantMatmul {
     const float* scales = w.scales + row * shape.blocks;
     const float* x_scales = a.scales + index * a.blocks;
     const int32_t* sums = a.sums + index * a.blocks;
+    const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
     const int32_t moved = shift(w);
-    float sum = 0;
-    for (int64_t b = 0; b < shape.blocks; ++b) {
+    const Int shifts = Simd::broadcast(moved);
+    Float lanes = Simd::zero_float();
+    int64_t b = 0;
+    for (; b + kLanes <= shape.blocks; b += kLanes) {
+      const uint8_t* from = packed + b * w.bits / 8;
+      const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+      const Float x_sums = Simd::mul(Simd::load_float(x_scales + b), Simd::to_float(Simd::load(sums + b)));
+      const Float offsets = Simd::mul(Simd::load_float(scales + b), Simd::to_float(Simd::sub(zeros, shifts)));
+      lanes = Simd::fma(offsets, x_sums, lanes);
+    }
+    float sum = Simd::sum(lanes);
+    for (; b < shape.blocks; ++b) {
       const float x_sum = x_scales[b] * static_cast<float>(sums[b]);
       sum += scales[b] * static_cast<float>(zero_point(w, row, b) - moved) * x_sum;
     }

@@ -26,6 +26,11 @@ class Ranges {
 
   int parts() const { return parts_; }
 
+  // The first item of a part from which nothing was taken.
+  int64_t first(int part) const {
+    return static_cast<int64_t>(left_[part].value.load(std::memory_order_relaxed) >> 32) * grain_;
+  }
+
   // Runs body(first, last) over part `own`, then over what is left of the others.
   template <class Body>
   void run(int own, const Body& body) {

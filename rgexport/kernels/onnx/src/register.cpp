@@ -81,9 +81,9 @@ Row row() {
 }
 
 const Row kOps[] = {
-    row<QuantLinear>(), row<RgLruScan>(),           row<LocalAttention>(),
+    row<QuantLinear>(),  row<RgLruScan>(),           row<LocalAttention>(),
     row<CausalConv1d>(), row<BlockDiagonalLinear>(), row<GeluMul>(),
-    row<RmsNorm>(),     row<SoftCap>(),
+    row<RmsNorm>(),      row<AddRmsNorm>(),          row<SoftCap>(),
 };
 constexpr size_t kCount = sizeof kOps / sizeof *kOps;
 

@@ -28,6 +28,17 @@ struct Avx512 {
   static Int low_half(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static Int high_half(Int x) { return low_half(_mm512_srli_epi16(x, 4)); }
   static Int flip_sign(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static Int sub(Int x, Int y) { return _mm512_sub_epi32(x, y); }
+  // Bytes, or the halves of bytes with the low one first, to a lane each.
+  static Int widen(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Int widen_halves(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i high = _mm_srli_epi16(bytes, 4);
+    const __m128i halves = _mm_unpacklo_epi8(bytes, high);
+    return _mm512_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15)));
+  }
   static Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);

@@ -30,6 +30,16 @@ struct Neon {
   static Int low_half(Int x) { return words(vandq_u8(bytes(x), vdupq_n_u8(15))); }
   static Int high_half(Int x) { return words(vshrq_n_u8(bytes(x), 4)); }
   static Int flip_sign(Int x) { return words(veorq_u8(bytes(x), vdupq_n_u8(128))); }
+  static Int sub(Int x, Int y) { return vsubq_s32(x, y); }
+  // Bytes, or the halves of bytes with the low one first, to a lane each.
+  static Int widen(const uint8_t* p) {
+    const int32_t all[4] = {p[0], p[1], p[2], p[3]};
+    return vld1q_s32(all);
+  }
+  static Int widen_halves(const uint8_t* p) {
+    const int32_t all[4] = {p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4};
+    return vld1q_s32(all);
+  }
   static Int add(Int x, Int y) { return vaddq_s32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));

@@ -1,0 +1,137 @@
+"""Reads an ONNX model file's nodes and external tensors from protobuf's wire.
+
+The engine needs no package `onnx`, and of a file these few fields are all that a runtime asks for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_GRAPH = 7
+"""Of ModelProto, in onnx.proto; below of GraphProto, NodeProto, TensorProto and its entries."""
+_NODE, _INITIALIZER = 1, 5
+_INPUT, _OP_TYPE, _DOMAIN = 1, 4, 7
+_DIMS, _DATA_TYPE, _NAME, _EXTERNAL, _LOCATION = 1, 2, 8, 13, 14
+_KEY, _VALUE = 1, 2
+_ELSEWHERE = 1
+"""`data_location` of a tensor that lies in another file."""
+
+_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+_FIXED = {_FIXED_64: 8, _FIXED_32: 4}
+
+Field = int | memoryview
+
+
+@dataclass(frozen=True)
+class ModelNode:
+    """One node of the graph."""
+
+    op: str
+    domain: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """An initializer whose bytes lie in a file beside the model."""
+
+    name: str
+    data_type: int
+    """As onnx.proto numbers them: 1 float32, 2 uint8."""
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What was read; of a damaged file, what stands before the damage."""
+
+    nodes: list[ModelNode]
+    tensors: list[ExternalTensor]
+
+
+def read_model(model: bytes) -> ModelFile:
+    """The nodes and external tensors of a serialized model; subgraphs are left out."""
+    found = ModelFile([], [])
+    try:
+        for number, graph in _fields(memoryview(model)):
+            for kind, content in _fields(_bytes(graph)) if number == _GRAPH else ():
+                if kind == _NODE:
+                    found.nodes.append(_node(_bytes(content)))
+                elif kind == _INITIALIZER:
+                    found.tensors.extend(_external(_bytes(content)))
+    except (IndexError, KeyError, TypeError, ValueError):
+        pass  # the engine will say what is wrong
+    return found
+
+
+def _node(data: memoryview) -> ModelNode:
+    fields = list(_fields(data))
+    texts = {number: _text(value) for number, value in fields if number in (_OP_TYPE, _DOMAIN)}
+    inputs = tuple(_text(value) for number, value in fields if number == _INPUT)
+    return ModelNode(texts[_OP_TYPE], texts.get(_DOMAIN, ""), inputs)
+
+
+def _external(data: memoryview) -> Iterator[ExternalTensor]:
+    fields = list(_fields(data))
+    last = dict(fields)
+    if last.get(_LOCATION) != _ELSEWHERE:
+        return
+    entries = (dict(_fields(_bytes(value))) for number, value in fields if number == _EXTERNAL)
+    places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}
+    shape = [size for number, value in fields if number == _DIMS for size in _numbers(value)]
+    kind, offset = last[_DATA_TYPE], int(places.get("offset", "0"))
+    if isinstance(kind, int):
+        yield ExternalTensor(_text(last[_NAME]), kind, tuple(shape), places["location"], offset)
+
+
+def _numbers(value: Field) -> Iterator[int]:
+    """A repeated number, alone or packed."""
+    if isinstance(value, int):
+        yield value
+        return
+    at = 0
+    while at < len(value):
+        number, at = _varint(value, at)
+        yield number
+
+
+def _text(value: Field) -> str:
+    return bytes(_bytes(value)).decode()
+
+
+def _bytes(value: Field) -> memoryview:
+    if isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, Field]]:
+    """Number and content of the fields of a message; floats are left out."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+        elif kind == _BYTES:
+            size, at = _varint(data, at)
+            if at + size > len(data):
+                raise IndexError
+            yield number, data[at : at + size]
+            at += size
+        else:
+            at += _FIXED[kind]
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
