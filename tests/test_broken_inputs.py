@@ -261,6 +261,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "unknown precision": ("onnx -m model --precision int3", "'int3'; expected one of fp32"),
     "two precisions": ("onnx -m model --int4 --int8", "--int4 and --int8 contradict"),
     "flag and word": ("onnx -m model --int4 --precision fp16", "--int4 and --precision fp16"),
+    "unknown profile": ("onnx -m model --profile phone", "'phone'; expected .*cpu"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
     "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 32, 64, 128"),
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),

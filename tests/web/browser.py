@@ -1,4 +1,4 @@
-"""Headless Chromium: it runs the page that is beside this file, over an artifact."""
+"""Headless Chromium: it shows a page over an artifact, and the page posts what it found."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "web"
 ORT = HERE / "node_modules" / "onnxruntime-web" / "dist"
 NAMES = "chromium", "chromium-headless-shell", "chromium-browser", "google-chrome"
 FLAGS = (
@@ -34,10 +35,16 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def run_page(artifact: Path, job: dict[str, Any], timeout: float = 240) -> dict[str, Any]:
-    """What the page posts after it did `job`, or an `error` where it posts nothing in time."""
+def run_page(
+    artifact: Path, job: dict[str, Any], *, page: str | None = None, timeout: float = 400
+) -> dict[str, Any]:
+    """What a page posts to /result: the one beside this file, which does `job`, or `page`.
+
+    An `error` says what went wrong, or that nothing came in time.
+    """
     done, result = threading.Event(), dict[str, Any]()
-    handler = partial(_Handler, artifact, json.dumps(job).encode(), result, done)
+    texts = {"/": (page or (HERE / "page.html").read_text()), "/job.json": json.dumps(job)}
+    handler = partial(_Handler, artifact, texts, result, done)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -65,42 +72,39 @@ def _browse(url: str, profile: str, done: threading.Event, timeout: float) -> st
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Files below /artifact/, /ort/ and /web/, the texts, and /result to post to."""
+
     def __init__(
         self,
         artifact: Path,
-        job: bytes,
+        texts: dict[str, str],
         result: dict[str, Any],
         done: threading.Event,
         *connection: Any,
     ):
-        self.folders = {"artifact": artifact, "ort": ORT}
-        self.texts = {
-            "/": (HERE / "page.html").read_bytes(),
-            "/job.json": job,
-            "/recurrentgemma.mjs": (
-                HERE.parents[1] / "docs" / "web" / "recurrentgemma.mjs"
-            ).read_bytes(),
-        }
-        self.result, self.done = result, done
+        self.folders = {"artifact": artifact, "ort": ORT, "web": DOCS}
+        self.texts, self.result, self.done = texts, result, done
         super().__init__(*connection)
 
     def do_GET(self) -> None:
-        name = Path(self.path).name
-        folder = self.folders.get(self.path.split("/")[1])
-        path = folder / name if folder else None
-        if self.path not in self.texts and not (path and path.is_file()):
-            self.send_error(404)
+        if self.path in self.texts:
+            self._send(self.texts[self.path].encode(), ".html")
             return
-        self._send(self.texts.get(self.path) or path.read_bytes(), name or "page.html")
+        *_, folder, name = self.path.split("/")
+        path = self.folders.get(folder, HERE) / name
+        if path.is_file():
+            self._send(path.read_bytes(), path.suffix)
+        else:
+            self.send_error(404)
 
     def do_POST(self) -> None:
         self.result.update(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self._send(b"", "thanks.html")
+        self._send(b"", ".html")
         self.done.set()
 
-    def _send(self, body: bytes, name: str) -> None:
+    def _send(self, body: bytes, suffix: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", TYPES.get(Path(name).suffix, "application/octet-stream"))
+        self.send_header("Content-Type", TYPES.get(suffix, "application/octet-stream"))
         self.send_header("Content-Length", str(len(body)))
         # Pages that are isolated so may use threads.
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

@@ -46,7 +46,7 @@ def export_onnx(
         return Manifest(
             precision=options.precision_word,
             compute=options.compute_word,
-            exact=options.exact,
+            exact=profile.is_exact(plan, options.exact),
             profile=profile.name,
             plan=plan,
             tensors=storage.tensors,

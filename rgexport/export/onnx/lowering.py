@@ -17,6 +17,8 @@ LOWERINGS: dict[str, Lowering] = {
     "linear": linear_ops.linear,
     "block_diagonal_linear": recurrent_ops.block_diagonal_linear,
     "gelu": pointwise_ops.gelu,
+    "gelu_mul": pointwise_ops.gelu_mul,
+    "add_rms_norm": pointwise_ops.add_rms_norm,
     "causal_conv1d": recurrent_ops.causal_conv1d,
     "rg_lru_scan": recurrent_ops.rg_lru_scan,
     "rope": attention_ops.rope,

@@ -5,15 +5,40 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.graph import END
+from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.program import Node
 
 
 def rms_norm(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function."""
+    return g.native_op("RmsNorm", node, _norm, eps=node.attributes["eps"])
+
+
+def _norm(g: GraphBuilder, node: Node, x: ir.Value, weight: ir.Value) -> Sequence[ir.Value]:
     """One node of opset 23; `1 + weight` is constant, runtimes fold it when they load the file."""
-    x, weight = g.inputs(node)
     scale = g.op("Add", weight, g.constant(1, "float32"))
     return [g.op("RMSNormalization", x, scale, axis=-1, epsilon=node.attributes["eps"])]
+
+
+def add_rms_norm(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function: the sum, and its norm."""
+
+    def body(
+        g: GraphBuilder, node: Node, x: ir.Value, residual: ir.Value, weight: ir.Value
+    ) -> Sequence[ir.Value]:
+        total = g.op("Add", x, residual)
+        return [total, *_norm(g, node, total, weight)]
+
+    return g.native_op("AddRmsNorm", node, body, eps=node.attributes["eps"])
+
+
+def gelu_mul(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """A function: `gelu(gate) · up`, in the tanh form."""
+
+    def body(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Sequence[ir.Value]:
+        return [g.op("Mul", g.op("Gelu", gate, approximate="tanh"), up)]
+
+    return g.native_op("GeluMul", node, body)
 
 
 def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
@@ -40,9 +65,11 @@ def last_tokens(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 def soft_cap(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """`cap · tanh(x / cap)`; a cap of 0 is none."""
-    (x,) = g.inputs(node)
-    x = g.cast(x, "float32")
     if not node.attributes["cap"]:
-        return [g.op("Identity", x)]
+        return [g.op("Identity", g.cast(g.inputs(node)[0], "float32"))]
+    return g.native_op("SoftCap", node, _soft_cap, cap=node.attributes["cap"])
+
+
+def _soft_cap(g: GraphBuilder, node: Node, x: ir.Value) -> Sequence[ir.Value]:
     cap = g.constant(node.attributes["cap"], "float32")
-    return [g.op("Mul", g.op("Tanh", g.op("Div", x, cap)), cap)]
+    return [g.op("Mul", g.op("Tanh", g.op("Div", g.cast(x, "float32"), cap)), cap)]

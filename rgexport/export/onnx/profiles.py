@@ -11,7 +11,7 @@ from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.storage import FileLimit
-from rgexport.quantize.scheme import INT8_ROWS, Scheme
+from rgexport.quantize.scheme import INT8_ROWS, Plan, Scheme
 
 Ops = Mapping[str, frozenset[str]]
 """Domain → names of ops."""
@@ -25,6 +25,10 @@ Abs Add And BitShift BitwiseAnd Cast Concat Constant Cos Div Equal Exp Expand Ga
 GreaterOrEqual Identity Less LessOrEqual MatMul Mod Mul Neg RMSNormalization Range Reshape
 RotaryEmbedding Scan ScatterND Shape Sigmoid Sin Slice Softmax Softplus Sqrt Squeeze Sub Tanh
 Transpose Unsqueeze Where
+"""
+_NATIVE = """
+AddRmsNorm BlockDiagonalLinear CausalConv1d GeluMul LocalAttention QuantLinear RgLruScan RmsNorm
+SoftCap
 """
 _EVERYWHERE = frozenset(_WORDS.split())
 """Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
@@ -52,6 +56,10 @@ class LoweringProfile:
     files: FileLimit | None = None
     """How large the files of weights may be."""
 
+    def is_exact(self, plan: Plan, asked: bool) -> bool:
+        """Whether activations stay out of int8, since that was asked for or is so anyhow."""
+        return asked or (self.accuracy_level == 1 and INT8_ROWS not in plan.values())
+
     def require_allowed(self, model: ir.Model) -> None:
         """Asserts that a model has no op that its runtimes lack: if it has one, that is our bug."""
         for place, node in _nodes(model):
@@ -77,9 +85,7 @@ PROFILES: dict[str, LoweringProfile] = {
             ops={
                 "": _EVERYWHERE,
                 MICROSOFT: frozenset({"MatMulNBits"}),
-                DOMAIN: frozenset(
-                    "BlockDiagonalLinear CausalConv1d LocalAttention QuantLinear RgLruScan".split()
-                ),
+                DOMAIN: frozenset(_NATIVE.split()),
             },
             precision="fp32",
             accuracy_level=4,

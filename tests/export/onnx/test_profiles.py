@@ -11,6 +11,7 @@ from onnx import parser
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.describe import as_text, describe
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import profiles, storage
 from rgexport.export.onnx.functions import DOMAIN
@@ -74,6 +75,11 @@ def test_files_have_no_other_ops(profile: str, precision: str, exact: bool, tmp_
     model = onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
     assert bool(model.functions) is (profile == "cpu")
     assert artifact.manifest.profile == profile
+    rounded = precision.startswith("int") and not exact
+    if profile == "cpu":
+        assert artifact.manifest.exact is exact
+    else:
+        assert artifact.manifest.exact is not (rounded and "MatMulInteger" in names)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
@@ -82,6 +88,13 @@ def test_files_have_no_other_ops(profile: str, precision: str, exact: bool, tmp_
 def test_files_pass_the_checker(name: str, profile: str, precision: str, tmp_path: Path) -> None:
     artifact, _ = export_random(ODD_CONFIGS[name], tmp_path, precision, profile=profile)
     onnx.checker.check_model(str(artifact.path / "model.onnx"))
+
+
+def test_inspect_says_what_it_is_for(tmp_path: Path) -> None:
+    artifact, _ = export_random(ODD_CONFIGS["hawk"], tmp_path, "int8", profile="wasm")
+    description = describe(str(artifact.path))
+    assert description["profile"] == "wasm"
+    assert ": onnx (wasm) artifact, int8 weights, fp32 activations," in as_text(description)
 
 
 @pytest.mark.parametrize("profile", WEB)
@@ -135,7 +148,7 @@ def test_a_native_op_is_none_of_a_browser(profile: str) -> None:
 def test_what_is_stored_by_columns(name: str, tmp_path: Path) -> None:
     """One copy on disk for the embedding and the head; each weight within a step.
 
-    Half a step, but for what lies opposite to the extreme, as there are 128 levels on its side alone.
+    Half a step, but for what lies opposite to the extreme: 128 levels are on its side alone.
     """
     artifact, weights = export_random(ODD_CONFIGS[name], tmp_path, "int8", profile="wasm")
     for tensor, stored in artifact.manifest.tensors.items():
@@ -160,8 +173,8 @@ def test_what_is_stored_by_columns(name: str, tmp_path: Path) -> None:
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> int:
     """Files of at most so many bytes, but for the embedding, which has one of its own."""
-    limit = 5 * 4096
-    files = storage.FileLimit(filled=limit, largest=2 * limit)
+    limit = 4 * 4096
+    files = storage.FileLimit(filled=limit, largest=3 * limit)
     for profile in WEB:
         object.__setattr__(PROFILES[profile], "files", files)
     yield limit

@@ -196,7 +196,8 @@ void run(const QuantKernels& kernels, const Product& product, const Shape& shape
                          blocks,      scales.data(), sums.data(), few ? starts.data() : nullptr};
   for (int64_t m = shape.count - 1; m >= 0; --m)
     kernels.round(w, product.x() + m * shape.columns, a, m);
-  const int64_t part = few ? shape.rows / 3 + 1 : kernels.panel;
+  const int64_t panels = shape.count % 2 ? kernels.most_panels : 1;
+  const int64_t part = few ? shape.rows / 3 + 1 : kernels.panel * panels;
   for (int64_t first = 0; first < shape.rows; first += part)
     (few ? kernels.few : kernels.many)(w, a, first, std::min(first + part, shape.rows), y);
 }
@@ -220,7 +221,8 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
 }
 
 const Shape kShapes[] = {{1, 1, 1},    {2, 1, 33},   {3, 15, 128},  {4, 16, 100}, {5, 33, 257},
-                         {17, 32, 64}, {31, 100, 640}, {33, 7, 1300}, {127, 5, 96}};
+                         {17, 32, 64}, {31, 100, 640}, {33, 7, 1300}, {127, 5, 96},
+                         {19, 300, 700}};
 const Shape kLongShapes[] = {{512, 33, 48}, {513, 16, 272}};
 
 }  // namespace

@@ -191,6 +191,11 @@ void rms_norm(std::vector<Case>& cases) {
     cases.push_back({"RmsNorm", {}, {floats(dims), floats({dims.back()})}, {}});
 }
 
+void add_rms_norm(std::vector<Case>& cases) {
+  for (const Dims& dims : kShapes)
+    cases.push_back({"AddRmsNorm", {}, {floats(dims), floats(dims), floats({dims.back()})}, {}});
+}
+
 void soft_cap(std::vector<Case>& cases) {
   for (const Dims& dims : kShapes) cases.push_back({"SoftCap", {}, {floats(dims)}, {}});
 }
@@ -203,6 +208,7 @@ const std::map<std::string, void (*)(std::vector<Case>&)> kCases = {
     {"LocalAttention", attention},
     {"GeluMul", gelu_mul},
     {"RmsNorm", rms_norm},
+    {"AddRmsNorm", add_rms_norm},
     {"SoftCap", soft_cap},
 };
 

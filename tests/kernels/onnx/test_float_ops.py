@@ -216,6 +216,17 @@ def test_rms_norm(worker, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm(worker, shape):
+    rng = np.random.default_rng(2)
+    inputs = {"x": normal(rng, *shape), "residual": 9 * normal(rng, *shape)}
+    inputs["weight"] = normal(rng, shape[-1])
+    found = worker.run(Case("AddRmsNorm", inputs, {"sum": shape, "y": shape}, {"eps": 0.25}))
+    total = inputs["x"] + inputs["residual"]
+    assert (found["sum"] == total).all()
+    assert_close(found, oracles.rms_norm(total, inputs["weight"], 0.25))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_soft_cap(worker, shape):
     inputs = {"x": 50 * normal(np.random.default_rng(3), *shape)}
     found = worker.run(Case("SoftCap", inputs, {"y": shape}, {"cap": 30.0}))
@@ -229,3 +240,18 @@ def test_numbers_far_away_stay_numbers(worker):
     assert (gelu[0, :3] == 0).all() and np.allclose(gelu[0, 6:], x[0, 6:] * small[0, 6:])
     cap = worker.run(Case("SoftCap", {"x": x}, {"y": x.shape}, {"cap": 30.0}))["y"]
     assert (cap[0, :2] == -30).all() and cap[0, 7] == 30 and cap[0, 4] == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_threads_do_not_change_a_bit(worker, tokens):
+    at = positions(1, tokens, 3000)
+    x = normal(np.random.default_rng(tokens), 1, tokens, 300)
+    cases = [
+        attention_case(1, tokens, 4, 32, 1024, at, False),
+        scan_case(1, tokens, 600, at, False),
+        block_case(x, normal(np.random.default_rng(0), 10, 30, 30), x[0, 0].reshape(10, 30)),
+    ]
+    for case in cases:
+        one, *others = (worker.run(case, threads=n) for n in (1, 2, 3))
+        for name, y in one.items():
+            assert all(np.array_equal(y, other[name]) for other in others), (case.op, name)

@@ -91,6 +91,13 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
   return true;
 }
 
+// Panels for one call of `many`: several parts for each thread, so that none waits long for another.
+int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
+  constexpr int64_t kPartsOfThread = 4;
+  const int64_t share = w.rows / (kernels.panel * processors() * kPartsOfThread);
+  return share < 1 ? 1 : share < kernels.most_panels ? share : kernels.most_panels;
+}
+
 // Many rows: each thread takes panels of weights, which all rows of activations share.
 bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
   const QuantKernels& kernels = quant_kernels();
@@ -98,8 +105,9 @@ bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t co
   if (!scratch) return false;
   const Activations a = scratch.rows(w, 0, count);
   context.parallel_for(count, [&](size_t m) { kernels.round(w, x + m * w.columns, a, m); });
-  context.parallel_for((w.rows + kernels.panel - 1) / kernels.panel, [&](size_t i) {
-    const int64_t first = i * kernels.panel, last = first + kernels.panel;
+  const int64_t part = kernels.panel * panels_at_once(kernels, w);
+  context.parallel_for((w.rows + part - 1) / part, [&](size_t i) {
+    const int64_t first = i * part, last = first + part;
     kernels.many(w, a, first, last < w.rows ? last : w.rows, y);
   });
   return true;

@@ -23,10 +23,13 @@ constexpr int64_t kPanel = kWide * kLanes;
 constexpr int64_t kLine = 64;             // bytes of stored weights that are unpacked at once
 constexpr int64_t kColumns = 512;         // of a panel at a time: 16 KB of weights, which stay in L1
 constexpr int64_t kMostRows = 512;        // of activations that share a panel
+constexpr int64_t kPanels = 8;            // that share a piece of the activations
 constexpr int64_t kMostBlocks = kColumns / 16;
 constexpr int64_t kTileInts = kRows * kPanel;  // products of one row of tiles
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
 // How the columns of a matrix lie in steps.
 struct Shape {
@@ -69,7 +72,7 @@ struct Panel {
   alignas(64) float scales[kMostBlocks * kPanel];
   alignas(64) float zeros[kMostBlocks * kPanel];      // zero points times scales, for the floats
   alignas(64) int32_t products[2][2][kTall * kTileInts];  // of two blocks, now and before
-  alignas(64) float y[kMostRows * kPanel];
+  alignas(64) float y[kPanels][kMostRows * kPanel];
 };
 
 Panel& scratch() {
@@ -335,12 +338,12 @@ class Columns {
   Columns(const Shape& shape, const Activations& a, int64_t block, int64_t blocks, Panel& panel)
       : shape_(shape), a_(a), block_(block), blocks_(blocks), panel_(panel) {}
 
-  void run(int64_t from, int64_t to) {
+  void run(int64_t from, int64_t to, float* y) {
     for (int64_t m = from; m < to; m += kTall * kRows) {
       const int64_t rows[kTall] = {least(to - m, kRows), least(to - m - least(to - m, kRows), kRows)};
       if (m == from || rows[0] + rows[1] < kTall * kRows) configure(shape_.step, rows);
-      float* y = panel_.y + (m - from) * kPanel;
       rows[1] ? pair<true>(m, rows, y) : pair<false>(m, rows, y);
+      y += kTall * kRows * kPanel;
     }
     add<kZeros>(waiting_, 0);
     add<kZeros>(waiting_, 1);
@@ -388,38 +391,51 @@ class Columns {
   int turn_ = 0;
 };
 
-void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const Panel& panel, float* y) {
+void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const float* sums,
+           float* y) {
   for (int64_t j = 0; j < kPanel && first + j < w.rows; j += kLanes) {
     const int64_t n = first + j, left = least(w.rows - n, kLanes);
     const __mmask16 there = static_cast<__mmask16>((1u << left) - 1);
     const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(there, w.bias + n) : _mm512_setzero_ps();
     for (int64_t m = from; m < to; ++m) {
-      const __m512 sums = _mm512_load_ps(panel.y + (m - from) * kPanel + j);
-      _mm512_mask_storeu_ps(y + m * w.rows + n, there, _mm512_add_ps(sums, bias));
+      const __m512 sum = _mm512_load_ps(sums + (m - from) * kPanel + j);
+      _mm512_mask_storeu_ps(y + m * w.rows + n, there, _mm512_add_ps(sum, bias));
+    }
+  }
+}
+
+// One piece of the activations after the other, which stays in L2, times all panels.
+void multiply_panels(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t first,
+                     int64_t last, int64_t from, int64_t to, Panel& panel) {
+  const auto unpack = layout(w, shape).unpack;
+  const int64_t step = kColumns / shape.block;
+  for (int64_t block = 0; block < shape.blocks; block += step) {
+    const int64_t blocks = least(shape.blocks - block, step);
+    for (int64_t n = first; n < last; n += kPanel) {
+      unpack(w, shape, n, block * shape.block, blocks * shape.block, panel);
+      unpack_scales(w, shape, n, block, blocks, panel);
+      memory_is_read();
+      float* y = panel.y[(n - first) / kPanel];
+      if (w.bits == 8 && w.zero_points)
+        Columns<true>(shape, a, block, blocks, panel).run(from, to, y);
+      else
+        Columns<false>(shape, a, block, blocks, panel).run(from, to, y);
     }
   }
 }
 
 void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last, float* y) {
   const Shape shape(w);
-  const auto unpack = layout(w, shape).unpack;
   Panel& panel = scratch();
-  const int64_t step = kColumns / shape.block;
-  for (int64_t n = first; n < last; n += kPanel) {
+  for (int64_t n = first; n < last; n += kPanels * kPanel) {
+    const int64_t end = least(last, n + kPanels * kPanel);
     for (int64_t from = 0; from < a.count; from += kMostRows) {
       const int64_t to = least(a.count, from + kMostRows);
-      std::memset(panel.y, 0, (to - from) * kPanel * sizeof(float));
-      for (int64_t block = 0; block < shape.blocks; block += step) {
-        const int64_t blocks = least(shape.blocks - block, step);
-        unpack(w, shape, n, block * shape.block, blocks * shape.block, panel);
-        unpack_scales(w, shape, n, block, blocks, panel);
-        memory_is_read();
-        if (w.bits == 8 && w.zero_points)
-          Columns<true>(shape, a, block, blocks, panel).run(from, to);
-        else
-          Columns<false>(shape, a, block, blocks, panel).run(from, to);
-      }
-      write(w, n, from, to, panel, y);
+      for (int64_t i = 0; i < whole(end - n, kPanel); ++i)
+        std::memset(panel.y[i], 0, (to - from) * kPanel * sizeof(float));
+      multiply_panels(w, shape, a, n, end, from, to, panel);
+      for (int64_t i = 0; i < whole(end - n, kPanel); ++i)
+        write(w, n + i * kPanel, from, to, panel.y[i], y);
     }
   }
   _tile_release();
@@ -432,6 +448,7 @@ QuantKernels quant_kernels_amx() {
   kernels.round = round;
   kernels.many = many;
   kernels.panel = kPanel;
+  kernels.most_panels = kPanels;
   return kernels;
 }
 

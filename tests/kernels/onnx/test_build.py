@@ -1,0 +1,88 @@
+"""The library is built when the package is installed; where it cannot be, the rest is."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.onnx import library
+from rgexport.kernels.onnx.build import BuildFailed, build
+from tests.command_line import ROOT
+
+NO_COMPILER = {"CXX": "no-such-compiler"}
+
+
+def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", NO_COMPILER["CXX"])
+    with pytest.raises(BuildFailed, match="no-such-compiler"):
+        build(tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_says_that_there_is_no_cmake(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(BuildFailed, match="CMake"):
+        build(tmp_path / "target")
+
+
+def test_a_broken_source_leaves_the_library_that_is_there(monkeypatch, tmp_path):
+    sources = shutil.copytree(library.FOLDER / "src", tmp_path / "sources" / "src")
+    shutil.copy(library.FOLDER / "CMakeLists.txt", tmp_path / "sources")
+    (sources / "cpu.cpp").write_text("this is not C++")
+    monkeypatch.setattr("rgexport.kernels.onnx.build.SOURCES", tmp_path / "sources")
+    there = tmp_path / library.LIBRARY.name
+    there.write_text("the one before")
+    with pytest.raises(BuildFailed, match="cpu.cpp"):
+        build(tmp_path)
+    assert there.read_text() == "the one before"
+
+
+def wheel(folder: Path, more: dict[str, str]) -> Path:
+    """Builds a wheel of the project as pip does it for a user; without a network, skips."""
+    asked = ["wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "pip", *asked]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    if "Could not find a version" in done.stderr:
+        pytest.skip(f"what builds the wheel is not to be had: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
+def test_a_wheel_has_the_library_and_its_platform(tmp_path):
+    made = wheel(tmp_path, {})
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert made.name.endswith(f"-py3-none-{platform}.whl")
+    inside = zipfile.ZipFile(made).namelist()
+    assert f"rgexport/kernels/onnx/{library.LIBRARY.name}" in inside
+    zipfile.ZipFile(made).extractall(tmp_path / "installed")
+    code = (
+        "from rgexport.kernels.onnx import library; print(library.LIBRARY, *library.kernels().ops)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path, *ops = ran.stdout.split()
+    assert path.startswith(str(tmp_path)) and tuple(ops) == library.kernels().ops
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler_says_so(tmp_path):
+    made = wheel(tmp_path, NO_COMPILER)
+    assert made.name.endswith("-py3-none-any.whl")
+    inside = zipfile.ZipFile(made)
+    assert not [name for name in inside.namelist() if name.endswith((".so", ".dylib", ".dll"))]
+    assert "no-such-compiler" in inside.read("rgexport/kernels/onnx/not-built.txt").decode()
