@@ -103,13 +103,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
     "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
     "time": lambda row: f"{row.time_ratio:.3f}",
-    "weights/token": lambda row: amount(row.bytes_per_token),
-    "memory reads": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
+    "weights": lambda row: amount(row.bytes_per_token),
+    "reads": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
     "share": lambda row: f"{row.roofline_share:.3f}",
     "memory": lambda row: _memory(row.rss_bytes),
-    "peak memory": lambda row: _memory(row.peak_rss_bytes),
+    "peak": lambda row: _memory(row.peak_rss_bytes),
 }
-"""What people want to see of a row; `time` is that of a token, beside that at the lowest depth."""
+"""What people want to see of a row, in few columns.
+
+`time` is that of a token, beside that at the lowest depth; `weights` what it reads of them, `reads`
+the memory's speed, and `share` how much of that the weights took."""
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,7 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
         ) from None
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
+    _show_gelu(model)
     computed = {name for node in graph.node for name in node.output}
     outputs = {value.name for value in graph.output}
     names = [site for site in wanted if site in computed]
@@ -66,3 +68,27 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
         if name not in outputs:
             graph.output.append(known.get(name, onnx.ValueInfoProto(name=name)))
     return model.SerializeToString(), names
+
+
+def _show_gelu(model: Any) -> None:
+    """Puts the body of each GeluMul in its place, so that what gelu gives can be seen.
+
+    It has the name of its site, which stands beside the product's.
+    """
+    bodies = {function.name: function for function in model.functions}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type != "GeluMul" or node.op_type not in bodies:
+            model.graph.node.append(node)
+            continue
+        body = bodies[node.op_type]
+        renamed = dict(zip((*body.input, *body.output), (*node.input, *node.output), strict=True))
+        block = node.output[0].rpartition(".")[0]
+        renamed[body.node[0].output[0]] = f"{block}.gelu"
+        for inner in body.node:
+            copy = model.graph.node.add()
+            copy.CopyFrom(inner)
+            copy.name = f"{node.name}/{inner.name}"
+            for names in (copy.input, copy.output):
+                names[:] = [renamed[name] for name in names]
