@@ -6,7 +6,9 @@ A random 2B in int4 and int8, with and without the native kernels, takes turns w
 `llama-bench` on a transformer of Gemma 2B's shape, all Q4_0; between the turns stand measurements
 of the memory's read speed, by numpy and by a C program. `op` is one quantized linear alone, beside
 oneDNN's int8 product through torch; `depth` is what a token costs after many others. Each part
-leaves what it found in `out/bench/onnx/`; the page `docs/onnx.md` is made of all that is there.
+leaves what it found in `out/bench/onnx/`; the page `docs/onnx.md` is made of all that is there. A
+machine is rarely left alone for long: models that were not asked for keep what an earlier run on
+the same machine with the same versions found.
 """
 
 import argparse
@@ -45,10 +47,22 @@ def main() -> None:
             "load_average": os.getloadavg(),
             "found": MEASURE[part](options),
         }
-        (RESULTS / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
+        file = RESULTS / f"{part}.json"
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(joined(earlier, found), indent=1) + "\n")
     files = {part: RESULTS / f"{part}.json" for part in PARTS}
     write_page({p: json.loads(f.read_text()) for p, f in files.items() if f.exists()}, options.docs)
     note(f"{options.docs / 'onnx.md'} is complete")
+
+
+def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, with the models that were measured earlier, in the same way."""
+    new, old = found["found"], earlier.get("found", {})
+    same = earlier.get("environment") == found["environment"]
+    if not same or "models" not in new or new["test"] != old.get("test"):
+        return found
+    models = {name: new["models"].get(name) or old["models"].get(name) for name in STORAGES}
+    return found | {"found": new | {"models": {name: m for name, m in models.items() if m}}}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "op.h"
+#include "upcoming.h"
 
 namespace rgexport {
 
@@ -17,6 +18,7 @@ class QuantLinear {
 
  private:
   int64_t columns_, rows_, bits_, block_;
+  Upcoming upcoming_;
 };
 
 // x, input_gate, recurrence_gate [B, T, R], decay [R], position_ids [B, T], state [B, R]

@@ -1,6 +1,7 @@
 // The op around the kernels of quant_matmul.h: shapes, scratch memory, threads.
 #include <cstdlib>
 #include <memory>
+#include <thread>
 
 #include "ops.h"
 #include "quant_matmul.h"
@@ -75,11 +76,14 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
 
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
 // while it rounds the activations, for itself: that takes less time than to wait for another.
-bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
+bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y,
+            const Upcoming& upcoming) {
   const QuantKernels& kernels = quant_kernels();
   Ranges parts(w.rows, (kGrainBytes + w.row_bytes() - 1) / w.row_bytes(), processors());
   const Scratch scratch(kernels, w, parts.parts() * count, true);
   if (!scratch) return false;
+  upcoming.begin(w.data, w.rows * w.row_bytes());
+  const std::thread::id caller = std::this_thread::get_id();
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
@@ -87,6 +91,7 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
     const Activations a = scratch.rows(w, own * count, count);
     for (int64_t m = 0; m < count; ++m) kernels.round(w, x + m * w.columns, a, m);
     parts.run(own, [&](int64_t from, int64_t to) { kernels.few(w, a, from, to, y); });
+    if (std::this_thread::get_id() != caller) upcoming.fetch(own, parts.parts());
   });
   return true;
 }
@@ -142,7 +147,7 @@ const char* QuantLinear::run(Context& context) const {
 
   const float* rows = x.as<float>();
   const bool few = count < quant_kernels().most_few;
-  const bool enough = few ? stream(context, w, rows, count, y) : multiply(context, w, rows, count, y);
+  const bool enough = few ? stream(context, w, rows, count, y, upcoming_) : multiply(context, w, rows, count, y);
   return enough ? nullptr : "QuantLinear: out of memory";
 }
 
