@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from rgexport.export.artifact import record_files
 from rgexport.export.manifest import MODEL_FILE, write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin.ops import rope_frequencies
+from rgexport.runtimes.ort_observer import _show_gelu
 
 Edit = Callable[[onnx.ModelProto], None]
 Change = Callable[[np.ndarray], np.ndarray]
@@ -22,11 +23,6 @@ def producer(model: onnx.ModelProto, value: str) -> NodeProto:
     return next(node for node in model.graph.node if value in node.output)
 
 
-def named(model: onnx.ModelProto, name: str) -> NodeProto:
-    """The node of a name, such as `layers.2.temporal_block.attention/LessOrEqual`."""
-    return next(node for node in model.graph.node if node.name == name)
-
-
 def of_type(model: onnx.ModelProto, kind: str) -> Iterator[NodeProto]:
     """All nodes of a type."""
     return (node for node in model.graph.node if node.op_type == kind)
@@ -36,6 +32,21 @@ def constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
     """Adds a constant and gives its name."""
     model.graph.initializer.append(numpy_helper.from_array(value, name))
     return name
+
+
+def flat(edit: Edit | None = None) -> Edit:
+    """An edit of the graph with the bodies of its functions in their place: they are what runs.
+
+    In a body alone a fault would not show, since a native kernel does not look at the body.
+    """
+
+    def edit_flat(model: onnx.ModelProto) -> None:
+        _show_gelu(model)
+        model.CopyFrom(inliner.inline_local_functions(model))
+        if edit:
+            edit(model)
+
+    return edit_flat
 
 
 def without_soft_cap(model: onnx.ModelProto) -> None:
@@ -85,14 +96,14 @@ def in_half(value: str) -> Edit:
     return edit
 
 
-def reads_half(name: str) -> Edit:
-    """Rounds to float16 what a node reads first; other readers of it get it as it is."""
+def reads_half(result: str) -> Edit:
+    """Rounds to float16 what the node that gives `result` reads first; others get it as it is."""
 
     def edit(model: onnx.ModelProto) -> None:
-        node = named(model, name)
+        node = producer(model, result)
         value = node.input[0]
-        node.input[0] = f"{name}/back"
-        casts = _there_and_back(value, f"{name}/back")
+        node.input[0] = f"{result}/back"
+        casts = _there_and_back(value, f"{result}/back")
         _insert(model, casts, behind=producer(model, value))
 
     return edit
@@ -124,11 +135,11 @@ def not_written(state: str) -> Edit:
     return edit
 
 
-def with_attribute(name: str, attribute: str, value: float | str) -> Edit:
-    """Sets an attribute of the node of a name."""
+def with_attribute(result: str, attribute: str, value: float | str) -> Edit:
+    """Sets an attribute of the node that gives `result`."""
 
     def edit(model: onnx.ModelProto) -> None:
-        attributes = named(model, name).attribute
+        attributes = producer(model, result).attribute
         (old,) = (found for found in attributes if found.name == attribute)
         old.CopyFrom(helper.make_attribute(attribute, value))
 

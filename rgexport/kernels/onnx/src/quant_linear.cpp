@@ -79,7 +79,7 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
 bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y,
             const Upcoming& upcoming) {
   const QuantKernels& kernels = quant_kernels();
-  Ranges parts(w.rows, (kGrainBytes + w.row_bytes() - 1) / w.row_bytes(), processors());
+  Ranges parts(w.rows, (kGrainBytes / w.row_bytes() + 4) / 4 * 4, processors());
   const Scratch scratch(kernels, w, parts.parts() * count, true);
   if (!scratch) return false;
   upcoming.begin(w.data, w.rows * w.row_bytes());

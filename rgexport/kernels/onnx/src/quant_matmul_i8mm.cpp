@@ -112,7 +112,8 @@ void unpack(const QuantMatrix& w, const Blocks& blocks, int64_t first, Panel& pa
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t block = blocks.first + b;
       const float scale = row < w.rows ? w.scales[row * blocks.all + block] : 0.0f;
-      const int zero = w.bits == 8 && w.zero_points && row < w.rows ? zero_point(w, row, block) - 128 : 0;
+      const bool own = w.bits == 8 && w.zero_points && row < w.rows;
+      const int zero = own ? zero_point(w, row, block) - 128 : 0;
       for (int64_t r = 0; r < 2; ++r) {
         panel.scales[b][tile][pair][2 * r + side] = scale;
         panel.zeros[b][tile][pair][2 * r + side] = scale * static_cast<float>(zero);
@@ -132,7 +133,8 @@ void pack_row(const QuantMatrix& w, const int8_t* codes, int64_t columns, int8_t
   }
 }
 
-void pack(const QuantMatrix& w, const Activations& a, const Blocks& blocks, int64_t first, Panel& panel) {
+void pack(const QuantMatrix& w, const Activations& a, const Blocks& blocks, int64_t first,
+          Panel& panel) {
   const int64_t at = blocks.first * blocks.size;
   for (int64_t i = 0; i < kRows; ++i) {
     const int64_t pair = i / 2, side = i % 2, row = least(first + i, a.count - 1);
@@ -159,7 +161,9 @@ void multiply(const Blocks& blocks, const Panel& panel, int64_t tile, float (*y)
     unrolled<kPairs * kPairs>([&](auto i) { dots[i / kPairs][i % kPairs] = vdupq_n_s32(0); });
     for (int64_t g = b * groups; g < (b + 1) * groups; ++g) {
       int8x16_t weights[kPairs];
-      unrolled<kPairs>([&](auto j) { weights[j] = vld1q_s8(panel.weights[tile] + g * kGroup + 16 * j); });
+      unrolled<kPairs>([&](auto j) {
+        weights[j] = vld1q_s8(panel.weights[tile] + g * kGroup + 16 * j);
+      });
       unrolled<kPairs>([&](auto i) {
         const int8x16_t codes = vld1q_s8(panel.codes + g * kGroup + 16 * i);
         unrolled<kPairs>([&](auto j) { dots[i][j] = vmmlaq_s32(dots[i][j], codes, weights[j]); });
@@ -178,7 +182,8 @@ void multiply(const Blocks& blocks, const Panel& panel, int64_t tile, float (*y)
   }
 }
 
-void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const Panel& panel, float* y) {
+void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const Panel& panel,
+           float* y) {
   for (int64_t m = from; m < to; ++m) {
     const int64_t i = m - from;
     for (int64_t j = 0; j < kPanel && first + j < w.rows; ++j) {

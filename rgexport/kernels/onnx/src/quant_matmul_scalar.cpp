@@ -50,10 +50,6 @@ struct Scalar {
   static Int flip_sign(Int x) {
     return each(x, [](int byte) { return byte ^ 128; });
   }
-  static Int sub(Int x, Int y) {
-    return words(word(x, 0) - word(y, 0), word(x, 1) - word(y, 1), word(x, 2) - word(y, 2),
-                 word(x, 3) - word(y, 3));
-  }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) { return words(p[0], p[1], p[2], p[3]); }
   static Int widen_halves(const uint8_t* p) {
@@ -75,6 +71,15 @@ struct Scalar {
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static Float load_first(const float* p, int count) {
+    Float x = zero_float();
+    for (int i = 0; i < count; ++i) x.lanes[i] = p[i];
+    return x;
+  }
+  static Float negative(Float x) {
+    for (float& lane : x.lanes) lane = -lane;
+    return x;
+  }
   static void store_float(float* p, Float x) { std::memcpy(p, &x, 16); }
   static Float broadcast_float(float x) { return {{x, x, x, x}}; }
   static Float to_float(Int x) {

@@ -72,7 +72,7 @@ class QuantMatmul {
 
   static int64_t padded_blocks(const QuantMatrix& w) {
     const Shape shape(w);
-    return whole(shape.lines, shape.per_block) * shape.per_line;
+    return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
   }
 
   // ---- Activations ------------------------------------------------------------------------
@@ -197,8 +197,11 @@ class QuantMatmul {
 
     static void multiply(const float* scales, const float* x_scales, int64_t count, int64_t ahead,
                          float* products) {
-      for (int64_t b = 0; b < count; b += kVector / 4) Simd::prefetch(scales + b + ahead);
-      for (int64_t b = 0; b < count; ++b) products[b] = scales[b] * x_scales[b];
+      for (int64_t b = 0; b < count; b += kLanes) {
+        Simd::prefetch(scales + b + ahead);
+        const Float product = Simd::mul(load_some(scales + b, count - b), Simd::load_float(x_scales + b));
+        Simd::store_float(products + b, product);
+      }
     }
 
     // kRows rows of weights from `first` on, times one row of activations.
@@ -240,9 +243,9 @@ class QuantMatmul {
         }
       }
       for (int r = 0; r < kRows; ++r) {
+        if (w.zero_points) sums[r] = take_zeros(sums[r], w, shape, a, index, first + r);
         float sum = Simd::sum(sums[r]);
         if (shape.lines > shape.full_lines) sum += last_line(w, shape, a, index, first + r);
-        if (w.zero_points) sum -= zero_part(w, shape, a, index, first + r);
         y[r] = sum + (w.bias ? w.bias[first + r] : 0.0f);
       }
     }
@@ -268,30 +271,37 @@ class QuantMatmul {
     }
   };
 
-  // Σ_b s_w · z · s_x · Σ x̂: what the zero points of a row take away.
-  static float zero_part(const QuantMatrix& w, const Shape& shape, const Activations& a,
-                         int64_t index, int64_t row) {
+  // `sums`, whose lanes are to be added up, less Σ_b s_w · z · s_x · Σ x̂ of a row.
+  static Float take_zeros(Float sums, const QuantMatrix& w, const Shape& shape,
+                          const Activations& a, int64_t index, int64_t row) {
     const float* scales = w.scales + row * shape.blocks;
     const float* x_scales = a.scales + index * a.blocks;
-    const int32_t* sums = a.sums + index * a.blocks;
+    const int32_t* x_sums = a.sums + index * a.blocks;
     const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
-    const int32_t moved = shift(w);
-    const Int shifts = Simd::broadcast(moved);
-    Float lanes = Simd::zero_float();
-    int64_t b = 0;
-    for (; b + kLanes <= shape.blocks; b += kLanes) {
+    const Int shifts = Simd::broadcast(-shift(w));
+    for (int64_t b = 0; b < shape.blocks; b += kLanes) {
+      const int64_t left = shape.blocks - b;
+      alignas(8) uint8_t some[kLanes];
       const uint8_t* from = packed + b * w.bits / 8;
+      if (left < kLanes) from = copy_some(from, (left * w.bits + 7) / 8, some);
       const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
-      const Float x_sums = Simd::mul(Simd::load_float(x_scales + b), Simd::to_float(Simd::load(sums + b)));
-      const Float offsets = Simd::mul(Simd::load_float(scales + b), Simd::to_float(Simd::sub(zeros, shifts)));
-      lanes = Simd::fma(offsets, x_sums, lanes);
+      const Float offsets = Simd::to_float(Simd::add(zeros, shifts));
+      const Float scale = Simd::mul(load_some(scales + b, left), Simd::load_float(x_scales + b));
+      const Float x_sum = Simd::to_float(Simd::load(x_sums + b));
+      sums = Simd::fma(Simd::mul(scale, offsets), Simd::negative(x_sum), sums);
     }
-    float sum = Simd::sum(lanes);
-    for (; b < shape.blocks; ++b) {
-      const float x_sum = x_scales[b] * static_cast<float>(sums[b]);
-      sum += scales[b] * static_cast<float>(zero_point(w, row, b) - moved) * x_sum;
-    }
-    return sum;
+    return sums;
+  }
+
+  static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+    return to;
+  }
+
+  // The numbers that are there, and zeros: nothing is read behind a matrix.
+  static Float load_some(const float* p, int64_t count) {
+    if (count >= kLanes) return Simd::load_float(p);
+    return Simd::load_first(p, static_cast<int>(count));
   }
 
   template <int kBits, int kShare>

@@ -29,7 +29,6 @@ struct Avx2 {
   static Int low_half(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
   static Int high_half(Int x) { return low_half(_mm256_srli_epi16(x, 4)); }
   static Int flip_sign(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
-  static Int sub(Int x, Int y) { return _mm256_sub_epi32(x, y); }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -49,6 +48,11 @@ struct Avx2 {
 
   static Float zero_float() { return _mm256_setzero_ps(); }
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static Float load_first(const float* p, int count) {
+    const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+  }
+  static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Float broadcast_float(float x) { return _mm256_set1_ps(x); }
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }

@@ -28,7 +28,6 @@ struct Avx512 {
   static Int low_half(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static Int high_half(Int x) { return low_half(_mm512_srli_epi16(x, 4)); }
   static Int flip_sign(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
-  static Int sub(Int x, Int y) { return _mm512_sub_epi32(x, y); }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -47,6 +46,10 @@ struct Avx512 {
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load_first(const float* p, int count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  }
+  static Float negative(Float x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static Float broadcast_float(float x) { return _mm512_set1_ps(x); }
   static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }

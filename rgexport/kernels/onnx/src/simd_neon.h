@@ -30,7 +30,6 @@ struct Neon {
   static Int low_half(Int x) { return words(vandq_u8(bytes(x), vdupq_n_u8(15))); }
   static Int high_half(Int x) { return words(vshrq_n_u8(bytes(x), 4)); }
   static Int flip_sign(Int x) { return words(veorq_u8(bytes(x), vdupq_n_u8(128))); }
-  static Int sub(Int x, Int y) { return vsubq_s32(x, y); }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     const int32_t all[4] = {p[0], p[1], p[2], p[3]};
@@ -48,6 +47,12 @@ struct Neon {
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
+  static Float load_first(const float* p, int count) {
+    float all[4] = {};
+    for (int i = 0; i < count; ++i) all[i] = p[i];
+    return vld1q_f32(all);
+  }
+  static Float negative(Float x) { return vnegq_f32(x); }
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }
   static Float broadcast_float(float x) { return vdupq_n_f32(x); }
   static Float to_float(Int x) { return vcvtq_f32_s32(x); }
