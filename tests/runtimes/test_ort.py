@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rgexport.errors import RequestError
+from rgexport.export.native import native_ops
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes import ort as runtime
@@ -115,15 +116,20 @@ def test_state_travels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(saved[POSITION], [29] * 3)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_states_in_place_equal_states_apart(precision: str, tmp_path: Path) -> None:
+def test_states_in_place_equal_states_apart(precision: str, native: bool, tmp_path: Path) -> None:
     """Bit for bit: the same file by plain `run`, each state in and out in buffers of its own."""
     config = ODD_CONFIGS["irregular"]
     artifact, _ = export_random(config, tmp_path, precision)
     tokens = random_tokens(config, 2, 2 * config.window + 6)
-    session = OrtSession(artifact)
+    session = OrtSession(artifact, native=native)
     session.reset(2)
-    plain = onnxruntime.InferenceSession(str(artifact.path / runtime.MODEL_FILE))
+    options, path = onnxruntime.SessionOptions(), artifact.path / runtime.MODEL_FILE
+    if native:
+        library = native_ops(path).library or pytest.skip("the native kernels are not built")
+        options.register_custom_ops_library(str(library))
+    plain = onnxruntime.InferenceSession(str(path), options)
     records = artifact.manifest.states
     states = {r.input: np.zeros((2, *r.shape), r.dtype) for r in records}
     for start, stop in itertools.pairwise([0, 1, 2, 9, 40, *range(41, tokens.shape[1] + 1)]):

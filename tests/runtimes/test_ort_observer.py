@@ -53,8 +53,9 @@ def test_rounded_values_say_their_dtype(precision: str, halves: bool, tmp_path: 
     session.set_state(state)
     session.prefill(tokens[None, :1])
     for name, array in session.get_state().items():
-        # ONNX Runtime leaves out roundings to float16 between two ops that nobody looks between.
-        assert distance(found.state[name], array) <= (1e-2 if halves else 0)
+        # Ops that nobody looks between are one: without roundings to float16 between them, or with
+        # other last bits of float32, by which an activation may be rounded to another int8 number.
+        assert distance(found.state[name], array) <= 1e-2
 
 
 def test_the_weights_are_read_where_they_lie(tmp_path: Path) -> None:

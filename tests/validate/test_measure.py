@@ -30,7 +30,8 @@ def test_likelihood_is_that_of_the_next_token() -> None:
     logits = toy_pass(TOKENS).logits(0, len(TOKENS)).astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = -log_p[np.arange(99), TOKENS[1:]].mean()
-    assert found is not None and found.nll == pytest.approx(expected, rel=1e-9)
+    # Logits in float32 of products of other shapes: their last bits are not the same.
+    assert found is not None and found.nll == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 9, 40])

@@ -26,6 +26,7 @@ from rgexport.export.manifest import MANIFEST
 from rgexport.export.onnx import lowering, storage
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize import affine
 from rgexport.runtimes.mil.weights import CACHE_BYTES
@@ -128,7 +129,8 @@ def break_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(emitter: Any, node: Any) -> Any:
         return [emitter.op("NoSuchOperator", *emitter.inputs(node))]
 
-    monkeypatch.setitem(lowering.LOWERINGS, "gelu", faulty)
+    monkeypatch.setitem(lowering.LOWERINGS, "soft_cap", faulty)
+    monkeypatch.setattr(LoweringProfile, "require_allowed", lambda profile, model: None)
 
 
 def break_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +306,9 @@ def test_a_check_that_raises_leaves_what_was(error, checkpoint, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_an_interrupt_leaves_nothing(model, tmp_path):
+    # A shell without job control has what it starts in the background ignore SIGINT.
     slow = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time; from rgexport.griffin.reference import Reference; read = Reference._load\n"
         "Reference._load = lambda *a: time.sleep(0.3) or read(*a)"
     )

@@ -1,5 +1,7 @@
-"""Ops of a step program that one native kernel computes together, since each node costs a runtime
-some microseconds, and a decode step of a 2B has little more than thirty milliseconds."""
+"""Ops of a step program that one native kernel computes together.
+
+Each node costs a runtime some microseconds, and a decode step of a 2B has thirty milliseconds.
+"""
 
 from collections import Counter
 from dataclasses import replace

@@ -277,20 +277,23 @@ class QuantMatmul {
     const float* scales = w.scales + row * shape.blocks;
     const float* x_scales = a.scales + index * a.blocks;
     const int32_t* x_sums = a.sums + index * a.blocks;
-    const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
-    const Int shifts = Simd::broadcast(-shift(w));
     for (int64_t b = 0; b < shape.blocks; b += kLanes) {
       const int64_t left = shape.blocks - b;
-      alignas(8) uint8_t some[kLanes];
-      const uint8_t* from = packed + b * w.bits / 8;
-      if (left < kLanes) from = copy_some(from, (left * w.bits + 7) / 8, some);
-      const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
-      const Float offsets = Simd::to_float(Simd::add(zeros, shifts));
       const Float scale = Simd::mul(load_some(scales + b, left), Simd::load_float(x_scales + b));
       const Float x_sum = Simd::to_float(Simd::load(x_sums + b));
-      sums = Simd::fma(Simd::mul(scale, offsets), Simd::negative(x_sum), sums);
+      const Float offsets = Simd::mul(scale, zero_offsets(w, row, b, left));
+      sums = Simd::fma(offsets, Simd::negative(x_sum), sums);
     }
     return sums;
+  }
+
+  // The zero points of a row's blocks from an even `block` on, less what the weights were moved by.
+  static Float zero_offsets(const QuantMatrix& w, int64_t row, int64_t block, int64_t left) {
+    alignas(8) uint8_t some[kLanes];
+    const uint8_t* from = w.zero_points + row * w.zero_point_bytes() + block * w.bits / 8;
+    if (left < kLanes) from = copy_some(from, (left * w.bits + 7) / 8, some);
+    const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-shift(w))));
   }
 
   static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {
@@ -375,17 +378,25 @@ class QuantMatmul {
     return Simd::load(padded);
   }
 
+  // The scales of some blocks, and their products with zero points, by blocks instead of rows.
   static void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
                             int64_t blocks, Panel& panel) {
+    alignas(64) float scales[kLanes] = {}, zeros[kLanes] = {};
     for (int64_t n = 0; n < kPanel; ++n) {
       const int64_t row = first + n;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const bool there = row < w.rows && block + b < shape.blocks;
-        const float scale = there ? w.scales[row * shape.blocks + block + b] : 0.0f;
-        panel.scales[b * kPanel + n] = scale;
+      for (int64_t b = 0; b < blocks; b += kLanes) {
+        const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
+        if (row < w.rows) {
+          const Float scale = load_some(w.scales + row * shape.blocks + block + b, count);
+          Simd::store_float(scales, scale);
+          if (w.zero_points)
+            Simd::store_float(zeros, Simd::mul(scale, zero_offsets(w, row, block + b, count)));
+        } else if (b == 0) {
+          for (int i = 0; i < kLanes; ++i) scales[i] = zeros[i] = 0;
+        }
+        for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
         if (w.zero_points)
-          panel.zeros[b * kPanel + n] =
-              there ? scale * static_cast<float>(zero_point(w, row, block + b) - shift(w)) : 0.0f;
+          for (int64_t i = 0; i < count; ++i) panel.zeros[(b + i) * kPanel + n] = zeros[i];
       }
     }
   }
@@ -480,19 +491,32 @@ class QuantMatmul {
     }
   }
 
+  static void copy_columns(const float* from, int64_t width, float* to) {
+    if (width == kPanel)
+      std::memcpy(to, from, kPanel * sizeof(float));
+    else
+      std::memcpy(to, from, width * sizeof(float));
+  }
+
   template <int kBits, int kShare>
   static void panels(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
     constexpr int64_t kUnpacked = Line<Simd, kBits>::kCodes * kPanel;  // bytes of a line
     const Shape shape(w);
     Panel& panel = scratch();
-    int64_t step = kPanelBytes / kUnpacked / shape.per_block * shape.per_block;
-    if (step == 0) step = shape.per_block;
+    // Whole blocks, and an even number of them: the zero points of two share a byte.
+    const int64_t pair = 2 * shape.per_block;
+    static_assert(kPanelBytes >= 2 * 256 * kPanel, "a pair of the largest blocks fits");
+    const int64_t step = kPanelBytes / kUnpacked / pair * pair;
     for (int64_t n = first; n < last; n += kPanel) {
       const int64_t width = w.rows - n < kPanel ? w.rows - n : kPanel;
+      float start[kPanel] = {};
+      if (w.bias) std::memcpy(start, w.bias + n, width * sizeof(float));
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = a.count - from < kMostRows ? a.count : from + kMostRows;
-        std::memset(panel.y, 0, (to - from) * kPanel * sizeof(float));
+        float* sums = panel.y;
+        for (int64_t m = from; m < to; ++m, sums += kPanel)
+          std::memcpy(sums, start, sizeof(start));
         for (int64_t line = 0; line < shape.lines; line += step) {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
           const int64_t block = line / shape.per_block * shape.per_line;
@@ -507,9 +531,7 @@ class QuantMatmul {
                                         common_zero_point(w), panel);
         }
         for (int64_t m = from; m < to; ++m)
-          for (int64_t j = 0; j < width; ++j)
-            y[m * w.rows + n + j] =
-                panel.y[(m - from) * kPanel + j] + (w.bias ? w.bias[n + j] : 0.0f);
+          copy_columns(panel.y + (m - from) * kPanel, width, y + m * w.rows + n);
       }
     }
   }

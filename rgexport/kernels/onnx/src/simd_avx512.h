@@ -11,7 +11,7 @@ namespace rgexport {
 namespace {
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kWide = 2, kTall = 6;
+  static constexpr int kLanes = 16, kWide = 3, kTall = 6;
   static constexpr bool kSignedBytes = false;
   using Int = __m512i;
   using Float = __m512;
