@@ -17,7 +17,7 @@ from rgexport.runtimes.mapped_weights import MappedWeights
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
 _ERRORS_ONLY = 3
