@@ -21,6 +21,7 @@ from rgexport.export.manifest import Manifest, Source, write_manifest
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
+from rgexport.page_cache import forget
 from rgexport.progress import warn
 
 _GRAPH_BYTES = 16 << 20
@@ -73,6 +74,8 @@ def export_folder(
         records = manifest.files | record_files(folder, [CARD])
         manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)
+        for name in manifest.files:
+            forget(folder / name)
     remember_verified(target, manifest)
     return target
 
