@@ -19,7 +19,10 @@ FLOORS = (
 )  # fmt: skip
 APART = {"kernels", "quantize"}
 """They stand side by side on one floor: neither imports the other."""
-ANYWHERE = {"errors", "progress", "atomic", "hashing", "processors", "tables", "__init__"}
+ANYWHERE = {
+    *("errors", "progress", "atomic", "hashing", "page_cache", "processors", "tables"),
+    "__init__",
+}
 """Modules of the package's root that every floor may import."""
 
 NEEDS_TORCH = {
