@@ -11,7 +11,7 @@ namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
-constexpr int64_t kAhead = 8 << 10;        // bytes of them that are fetched before the first is used
+constexpr int64_t kAhead = 8 << 10;  // bytes of them that are fetched before the first is used
 constexpr int64_t kAlignment = 64;
 
 struct Free {
@@ -24,7 +24,8 @@ class Scratch {
   Scratch(const QuantKernels& kernels, const QuantMatrix& w, int64_t count, bool lanes) {
     const int64_t stride = kernels.code_bytes(w), blocks = kernels.padded_blocks(w);
     const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four bytes of weights
-    const int64_t sizes[] = {count * stride, count * blocks * 4, count * blocks * 4, count * starts};
+    const int64_t sizes[] = {count * stride, count * blocks * 4, count * blocks * 4,
+                             count * starts};
     int64_t places[5] = {};
     for (int i = 0; i < 4; ++i)
       places[i + 1] = places[i] + (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
@@ -96,7 +97,8 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
   return true;
 }
 
-// Panels for one call of `many`: several parts for each thread, so that none waits long for another.
+// Panels for one call of `many`: several parts for each thread, so that none waits long for
+// another.
 int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
   constexpr int64_t kPartsOfThread = 4;
   const int64_t share = w.rows / (kernels.panel * processors() * kPartsOfThread);
@@ -147,7 +149,8 @@ const char* QuantLinear::run(Context& context) const {
 
   const float* rows = x.as<float>();
   const bool few = count < quant_kernels().most_few;
-  const bool enough = few ? stream(context, w, rows, count, y, upcoming_) : multiply(context, w, rows, count, y);
+  const bool enough =
+      few ? stream(context, w, rows, count, y, upcoming_) : multiply(context, w, rows, count, y);
   return enough ? nullptr : "QuantLinear: out of memory";
 }
 

@@ -1,0 +1,93 @@
+// How quantized weights and rounded activations lie in memory, for a vector unit.
+//
+// A `Simd` has kLanes lanes of 32 bits. A line is one vector of stored weights: kLanes groups of
+// four bytes. With 4 bits, a lane of a line holds eight columns, the even ones in the low halves;
+// the codes of the activations lie as the unpacked weights do: for each line first what its low
+// halves meet, then what its high halves meet. So no weight is ever moved across lanes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "quant_matmul.h"
+
+namespace rgexport {
+
+static inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+template <class Simd>
+class QuantLayout {
+ protected:
+  using Float = typename Simd::Float;
+  using Int = typename Simd::Int;
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int64_t kVector = 4 * kLanes;  // bytes
+
+  // Vectors of codes that a line of weights meets, and their bytes.
+  template <int kBits>
+  static constexpr int64_t kParts = 8 / kBits;
+  template <int kBits>
+  static constexpr int64_t kCodes = kParts<kBits> * kVector;
+
+  // How the blocks of a matrix lie in lines.
+  struct Shape {
+    int64_t lanes;      // of a line that share a scale
+    int64_t per_block;  // lines with one scale, where a block is not less than a line
+    int64_t per_line;   // blocks in a line, where it is less
+    int64_t lines, full_lines, row_bytes, blocks;
+
+    Shape(const QuantMatrix& w) {
+      const int64_t block_lanes = w.block * w.bits / 32;
+      lanes = block_lanes < kLanes ? block_lanes : kLanes;
+      per_block = block_lanes / lanes;
+      per_line = kLanes / lanes;
+      row_bytes = w.row_bytes();
+      blocks = w.blocks();
+      lines = whole(row_bytes, kVector);
+      full_lines = row_bytes / kVector;
+    }
+  };
+
+  static int64_t parts(const QuantMatrix& w) { return 8 / w.bits; }
+
+  static int64_t code_bytes(const QuantMatrix& w) {
+    return whole(w.row_bytes(), kVector) * kVector * parts(w);
+  }
+
+  static int64_t padded_blocks(const QuantMatrix& w) {
+    const Shape shape(w);
+    return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
+  }
+
+  static int32_t zero_point(const QuantMatrix& w, int64_t row, int64_t block) {
+    const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
+    return w.bits == 8 ? packed[block] : packed[block / 2] >> (block % 2 * 4) & 15;
+  }
+
+  // What the dot products' own weights are shifted by: none, or 128 where bytes must have a sign.
+  static int32_t shift(const QuantMatrix& w) { return w.bits == 8 && Simd::kSignedBytes ? 128 : 0; }
+
+  static int32_t common_zero_point(const QuantMatrix& w) { return (1 << (w.bits - 1)) - shift(w); }
+
+  // The zero points of a row's blocks from an even `block` on, less what the weights were moved by.
+  static Float zero_offsets(const QuantMatrix& w, int64_t row, int64_t block, int64_t left) {
+    alignas(8) uint8_t some[kLanes];
+    const uint8_t* from = w.zero_points + row * w.zero_point_bytes() + block * w.bits / 8;
+    if (left < kLanes) from = copy_some(from, (left * w.bits + 7) / 8, some);
+    const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-shift(w))));
+  }
+
+  static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+    return to;
+  }
+
+  // The numbers that are there, and zeros: nothing is read behind a matrix.
+  static Float load_some(const float* p, int64_t count) {
+    if (count >= kLanes) return Simd::load_float(p);
+    return Simd::load_first(p, static_cast<int>(count));
+  }
+};
+
+}  // namespace rgexport

@@ -1,0 +1,237 @@
+// Many rows of activations: panels of weights are unpacked once for all rows.
+#pragma once
+
+#include "quant_layout.h"
+#include "unrolled.h"
+
+namespace rgexport {
+
+template <class Simd>
+class QuantMany : QuantLayout<Simd> {
+  using Base = QuantLayout<Simd>;
+  using Base::common_zero_point;
+  using Base::kLanes;
+  using Base::kVector;
+  using Base::load_some;
+  using Base::zero_offsets;
+  using typename Base::Float;
+  using typename Base::Int;
+  using typename Base::Shape;
+  // Vectors of outputs in a panel; with them, rows of activations in a tile, as registers allow.
+  static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
+  static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
+  static constexpr int64_t kMostRows = 512;         // of activations that share a panel
+
+ public:
+  static constexpr int64_t kPanel = kWide * kLanes;
+
+  // Columns [first, last) of y, where kShare lanes of a line share a scale.
+  template <int kBits, int kShare>
+  static void panels(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
+                     float* y) {
+    constexpr int64_t kUnpacked = Base::template kCodes<kBits> * kPanel;  // bytes of a line
+    const Shape shape(w);
+    Panel& panel = scratch();
+    // Whole blocks, and an even number of them: the zero points of two share a byte.
+    const int64_t pair = 2 * shape.per_block;
+    static_assert(kPanelBytes >= 2 * 256 * kPanel, "a pair of the largest blocks fits");
+    const int64_t step = kPanelBytes / kUnpacked / pair * pair;
+    for (int64_t n = first; n < last; n += kPanel) {
+      const int64_t width = w.rows - n < kPanel ? w.rows - n : kPanel;
+      float start[kPanel] = {};
+      if (w.bias) std::memcpy(start, w.bias + n, width * sizeof(float));
+      for (int64_t from = 0; from < a.count; from += kMostRows) {
+        const int64_t to = a.count - from < kMostRows ? a.count : from + kMostRows;
+        float* sums = panel.y;
+        for (int64_t m = from; m < to; ++m, sums += kPanel) std::memcpy(sums, start, sizeof(start));
+        for (int64_t line = 0; line < shape.lines; line += step) {
+          const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
+          const int64_t block = line / shape.per_block * shape.per_line;
+          int64_t blocks = whole(lines, shape.per_block) * shape.per_line;
+          if (block + blocks > shape.blocks) blocks = shape.blocks - block;
+          unpack<kBits>(w, shape, n, line, lines, panel);
+          unpack_scales(w, shape, n, block, blocks, panel);
+          if (w.zero_points)
+            tiles<kBits, kShare, true>(a, from, to, line, block, blocks, shape.per_block, 0, panel);
+          else
+            tiles<kBits, kShare, false>(a, from, to, line, block, blocks, shape.per_block,
+                                        common_zero_point(w), panel);
+        }
+        for (int64_t m = from; m < to; ++m)
+          copy_columns(panel.y + (m - from) * kPanel, width, y + m * w.rows + n);
+      }
+    }
+  }
+
+ private:
+  // Some columns of a panel, unpacked: for each group of four columns, kWide vectors of outputs.
+  struct Panel {
+    alignas(64) uint8_t weights[kPanelBytes];
+    alignas(64) float scales[kPanelBytes / 16];
+    alignas(64) float zeros[kPanelBytes / 16];
+    alignas(64) float y[kMostRows * kPanel];
+  };
+
+  static Panel& scratch() {
+    static thread_local Panel panel;
+    return panel;
+  }
+
+  template <int kBits>
+  static void unpack(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t line,
+                     int64_t lines, Panel& panel) {
+    constexpr int64_t n = Base::template kParts<kBits>;
+    Int rows[kLanes];
+    for (int64_t l = 0; l < lines; ++l) {
+      uint8_t* out = panel.weights + l * kLanes * n * kWide * kVector;
+      const int64_t at = (line + l) * kVector;
+      const int64_t left = shape.row_bytes - at;
+      for (int wide = 0; wide < kWide; ++wide) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t row = first + wide * kLanes + lane;
+          const uint8_t* data = w.data + row * shape.row_bytes + at;
+          rows[lane] = row < w.rows ? load_up_to(data, left) : Simd::zero();
+        }
+        Simd::transpose(rows);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          uint8_t* to = out + (lane * n * kWide + wide) * kVector;
+          if constexpr (kBits == 8) {
+            Simd::store(to, Simd::kSignedBytes ? Simd::flip_sign(rows[lane]) : rows[lane]);
+          } else {
+            Simd::store(to, Simd::low_half(rows[lane]));
+            Simd::store(to + kWide * kVector, Simd::high_half(rows[lane]));
+          }
+        }
+      }
+    }
+  }
+
+  static Int load_up_to(const uint8_t* data, int64_t left) {
+    if (left >= kVector) return Simd::load(data);
+    alignas(64) uint8_t padded[kVector] = {};
+    std::memcpy(padded, data, left);
+    return Simd::load(padded);
+  }
+
+  // The scales of some blocks, and their products with zero points, by blocks instead of rows.
+  static void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
+                            int64_t blocks, Panel& panel) {
+    alignas(64) float scales[kLanes] = {}, zeros[kLanes] = {};
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const int64_t row = first + n;
+      for (int64_t b = 0; b < blocks; b += kLanes) {
+        const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
+        if (row < w.rows) {
+          const Float scale = load_some(w.scales + row * shape.blocks + block + b, count);
+          Simd::store_float(scales, scale);
+          if (w.zero_points)
+            Simd::store_float(zeros, Simd::mul(scale, zero_offsets(w, row, block + b, count)));
+        } else if (b == 0) {
+          for (int i = 0; i < kLanes; ++i) scales[i] = zeros[i] = 0;
+        }
+        for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
+        if (w.zero_points)
+          for (int64_t i = 0; i < count; ++i) panel.zeros[(b + i) * kPanel + n] = zeros[i];
+      }
+    }
+  }
+
+  // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows, kPanel].
+  template <int kBits, int kShare, int kRows, bool kZeros>
+  static void tile(const Activations& a, int64_t index, int64_t line, int64_t block, int64_t blocks,
+                   int64_t per_block, int32_t offset, const Panel& panel, float* y) {
+    constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    constexpr int64_t per_line = kLanes / kShare;
+    const int8_t* codes = a.codes + index * a.stride + line * kLineCodes;
+    const uint8_t* weights = panel.weights;
+    const float* x_scales = a.scales + index * a.blocks + block;
+    const int32_t* x_sums = a.sums + index * a.blocks + block;
+    for (int64_t b = 0; b < blocks; ++b) {
+      Int dots[kRows][kWide];
+      unrolled<kRows>([&](auto r) {
+        const Int start =
+            kZeros ? Simd::zero() : Simd::broadcast(-offset * x_sums[r * a.blocks + b]);
+        unrolled<kWide>([&](auto j) { dots[r][j] = start; });
+      });
+      if constexpr (kShare < kLanes) {
+        const int8_t* from = codes + b / per_line * kLineCodes + b % per_line * kShare * 4;
+        weights = multiply_lanes<kBits, kShare, kRows>(from, a.stride, weights, dots);
+      } else {
+        for (int64_t l = 0; l < per_block; ++l, codes += kLineCodes)
+          weights = multiply_lanes<kBits, kShare, kRows>(codes, a.stride, weights, dots);
+      }
+      unrolled<kRows>([&](auto r) {
+        const float x_scale = x_scales[r * a.blocks + b];
+        const Float wide = Simd::broadcast_float(x_scale);
+        unrolled<kWide>([&](auto j) {
+          float* to = y + r * kPanel + j * kLanes;
+          const int64_t at = b * kPanel + j * kLanes;
+          const Float scale = Simd::mul(Simd::load_float(panel.scales + at), wide);
+          Float sum = Simd::fma(Simd::to_float(dots[r][j]), scale, Simd::load_float(to));
+          if constexpr (kZeros) {
+            const float x_sum = -x_scale * static_cast<float>(x_sums[r * a.blocks + b]);
+            sum = Simd::fma(Simd::load_float(panel.zeros + at), Simd::broadcast_float(x_sum), sum);
+          }
+          Simd::store_float(to, sum);
+        });
+      });
+      // The sums stay in memory, in L1: the registers are for the products.
+      asm volatile("" ::: "memory");
+    }
+  }
+
+  // The columns of some lanes of a line; returns the weights behind them.
+  template <int kBits, int kShare, int kRows>
+  [[gnu::always_inline]] static const uint8_t* multiply_lanes(const int8_t* codes, int64_t stride,
+                                                              const uint8_t* weights,
+                                                              Int (&dots)[kRows][kWide]) {
+    for (int lane = 0; lane < kShare; ++lane, codes += 4) {
+      unrolled<Base::template kParts<kBits>>([&](auto part) {
+        Int columns[kWide];
+        unrolled<kWide>([&](auto j) { columns[j] = Simd::load(weights + j * kVector); });
+        weights += kWide * kVector;
+        unrolled<kRows>([&](auto r) {
+          const Int x = Simd::broadcast_bytes(codes + r * stride + part * kVector);
+          unrolled<kWide>([&](auto j) { dots[r][j] = Simd::dot(dots[r][j], columns[j], x); });
+        });
+      });
+    }
+    return weights;
+  }
+
+  template <int kBits, int kShare, bool kZeros, int kRows = kTall>
+  static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
+                    int64_t blocks, int64_t per_block, int32_t offset, Panel& panel) {
+    int64_t m = from;
+    for (; m + kRows <= to; m += kRows)
+      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel,
+                                         panel.y + (m - from) * kPanel);
+    if constexpr (kRows > 1) {
+      if (m < to) {
+        // The rest of the rows, by a tile of their number.
+        rest<kBits, kShare, kZeros, kRows - 1>(a, m, to - m, line, block, blocks, per_block, offset,
+                                               panel, panel.y + (m - from) * kPanel);
+      }
+    }
+  }
+
+  template <int kBits, int kShare, bool kZeros, int kRows>
+  static void rest(const Activations& a, int64_t m, int64_t left, int64_t line, int64_t block,
+                   int64_t blocks, int64_t per_block, int32_t offset, Panel& panel, float* y) {
+    if (left == kRows) {
+      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel, y);
+    } else if constexpr (kRows > 1) {
+      rest<kBits, kShare, kZeros, kRows - 1>(a, m, left, line, block, blocks, per_block, offset,
+                                             panel, y);
+    }
+  }
+
+  static void copy_columns(const float* from, int64_t width, float* to) {
+    if (width == kPanel)
+      std::memcpy(to, from, kPanel * sizeof(float));
+    else
+      std::memcpy(to, from, width * sizeof(float));
+  }
+};
+
+}  // namespace rgexport
