@@ -25,8 +25,9 @@ class NativeKernels(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """What a build needs and the system lacks."""
-        missing = [] if shutil.which("cmake") else [CMAKE]
-        has_runner = shutil.which("ninja") or shutil.which("make") or sys.platform == "win32"
+        program = _load(Path(self.root) / KERNELS / "build.py").program
+        missing = [] if program("cmake") else [CMAKE]
+        has_runner = program("ninja") or program("make") or sys.platform == "win32"
         return missing if has_runner else [*missing, NINJA]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -166,7 +166,9 @@ def test_verbose_shows_where_it_went_wrong(capsys):
 
 
 def test_interrupted_export_leaves_nothing(tmp_path):
-    slow = "import time, rgexport.export.trace as t; t.trace = lambda *a: time.sleep(60)"
+    # What a shell has started in the background would ignore interrupts.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    slow = f"{heed}; import time, rgexport.export.trace as t; t.trace = lambda *a: time.sleep(60)"
     program = [sys.executable, "-c", f"{slow}\n{START}", "onnx", "--size", "demo", "-o", "out"]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

@@ -39,7 +39,7 @@ def build(target: Path, build_folder: Path | None = None, *options: str) -> Path
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(target, Path(scratch), *options)
-    cmake = _program("cmake")
+    cmake = program("cmake")
     if cmake is None:
         raise BuildFailed("CMake is not installed")
     configure: tuple[str | Path, ...] = (
@@ -65,18 +65,29 @@ def build(target: Path, build_folder: Path | None = None, *options: str) -> Path
 
 def _generator() -> list[str]:
     """What runs the compiler: Ninja, or Make, or what CMake knows of Windows."""
-    ninja = _program("ninja")
+    ninja = program("ninja")
     if ninja is not None:
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    if sys.platform != "win32" and _program("make") is None:
+    if sys.platform != "win32" and program("make") is None:
         raise BuildFailed("neither Ninja nor Make is installed")
     return []
 
 
-def _program(name: str) -> str | None:
-    """A program of this environment, or of the system."""
-    beside = Path(sys.executable).parent
-    return shutil.which(name, path=os.pathsep.join((str(beside), os.environ.get("PATH", ""))))
+def program(name: str) -> str | None:
+    """A program of this environment, or of the system, that runs.
+
+    Where pip builds apart from an environment, scripts of that environment are there but broken.
+    """
+    places = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
+    found = (shutil.which(name, path=place) for place in places if place)
+    return next((path for path in found if path and _runs(path)), None)
+
+
+def _runs(path: str) -> bool:
+    try:
+        return subprocess.run([path, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _run(*command: str | Path) -> None:
