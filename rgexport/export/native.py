@@ -54,9 +54,14 @@ def own_ops(model: bytes) -> dict[str, int]:
 
 
 def native_weights(model: Path | bytes) -> list[ExternalTensor]:
-    """The tensors beside a model file that nodes of our domain read, and nothing packs anew."""
+    """The tensors beside a model file that are read where they lie, and that nothing packs anew.
+
+    Nodes of our domain read them, and `Gather`, which looks rows of the embedding up: mapped apart
+    from the head's, its pages would count twice in the memory of the process.
+    """
     read = read_model(_content(model))
-    wanted = {name for node in read.nodes if node.domain == DOMAIN for name in node.inputs}
+    readers = (node for node in read.nodes if node.domain == DOMAIN or node.op == "Gather")
+    wanted = {name for node in readers for name in node.inputs}
     return [tensor for tensor in read.tensors if tensor.name in wanted]
 
 
