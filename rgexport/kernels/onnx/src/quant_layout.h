@@ -71,9 +71,11 @@ class QuantLayout {
 
   // The zero points of a row's blocks from an even `block` on, less what the weights were moved by.
   static Float zero_offsets(const QuantMatrix& w, int64_t row, int64_t block, int64_t left) {
-    alignas(8) uint8_t some[kLanes];
+    alignas(8) uint8_t some[kLanes] = {};
     const uint8_t* from = w.zero_points + row * w.zero_point_bytes() + block * w.bits / 8;
-    if (left < kLanes) from = copy_some(from, (left * w.bits + 7) / 8, some);
+    const uint8_t* end = w.zero_points + w.rows * w.zero_point_bytes();
+    // Only at the very end: what is written by bytes is slow to read as a whole.
+    if (end - from < kLanes * w.bits / 8) from = copy_some(from, (left * w.bits + 7) / 8, some);
     const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
     return Simd::to_float(Simd::add(zeros, Simd::broadcast(-shift(w))));
   }
