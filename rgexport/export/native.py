@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rgexport.export.model_file import ExternalTensor, read_model
+from rgexport.export.model_file import ExternalTensor, ModelFile, read_model
 from rgexport.kernels.onnx import library as build
 
 DOMAIN = "ai.rgexport"
@@ -30,6 +30,8 @@ class NativeOps:
     """`native` and the instruction set, or `stock`."""
     reason: str
     """Why it is `stock`; empty otherwise."""
+    weights: tuple[ExternalTensor, ...] = ()
+    """The tensors beside the file that are read where they lie, and that nothing packs anew."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
@@ -38,32 +40,32 @@ def native_ops(model: Path | bytes) -> NativeOps:
     Raises:
         RequestError: the environment asks for an instruction set that does not exist.
     """
-    ops = own_ops(_content(model))
+    read = read_model(model if isinstance(model, bytes) else model.read_bytes())
+    ops = _own_ops(read)
     found, path = build.kernels(), build.library()
     native = tuple(name for name in ops if name in found.ops)
     if native and path:
-        return NativeOps(ops, native, path, f"native {found.instruction_set}", "")
+        kernels = f"native {found.instruction_set}"
+        return NativeOps(ops, native, path, kernels, "", tuple(_read_in_place(read)))
     reason = found.reason or f"the file has no op of {', '.join(sorted(found.ops))}"
     return NativeOps(ops, (), None, STOCK, reason)
 
 
 def own_ops(model: bytes) -> dict[str, int]:
     """Counts the graph's nodes of our domain; of a damaged file, those before the damage."""
-    counts = Counter(node.op for node in read_model(model).nodes if node.domain == DOMAIN)
+    return _own_ops(read_model(model))
+
+
+def _own_ops(read: ModelFile) -> dict[str, int]:
+    counts = Counter(node.op for node in read.nodes if node.domain == DOMAIN)
     return dict(sorted(counts.items()))
 
 
-def native_weights(model: Path | bytes) -> list[ExternalTensor]:
-    """The tensors beside a model file that are read where they lie, and that nothing packs anew.
+def _read_in_place(read: ModelFile) -> list[ExternalTensor]:
+    """What nodes of our domain read, and `Gather`, which looks rows of the embedding up.
 
-    Nodes of our domain read them, and `Gather`, which looks rows of the embedding up: mapped apart
-    from the head's, its pages would count twice in the memory of the process.
+    Mapped apart from the head's, its pages would count twice in the memory of the process.
     """
-    read = read_model(_content(model))
     readers = (node for node in read.nodes if node.domain == DOMAIN or node.op == "Gather")
     wanted = {name for node in readers for name in node.inputs}
     return [tensor for tensor in read.tensors if tensor.name in wanted]
-
-
-def _content(model: Path | bytes) -> bytes:
-    return model if isinstance(model, bytes) else model.read_bytes()

@@ -8,7 +8,7 @@ import onnxruntime as ort
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, MODEL_FILE
-from rgexport.export.native import STOCK, NativeOps, native_ops, native_weights
+from rgexport.export.native import STOCK, NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
 from rgexport.progress import warn
@@ -239,9 +239,10 @@ def _open(
     model = str(path) if graph is None else graph
     kernels, weights = STOCK, None
     if native:
-        kernels = _register(options, native_ops(path if graph is None else graph))
+        ops = native_ops(path if graph is None else graph)
+        kernels = _register(options, ops)
     if kernels != STOCK:
-        weights = MappedWeights(artifact.path, native_weights(path if graph is None else graph))
+        weights = MappedWeights(artifact.path, ops.weights)
         for name, value in weights.values.items():
             options.add_initializer(name, value)
     try:

@@ -9,10 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
+from rgexport.export.native import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT, OPSET, GraphBuilder
 from rgexport.export.program import Node
-
-DOMAIN = "ai.rgexport"
 
 _RG_LRU_SCAN = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>

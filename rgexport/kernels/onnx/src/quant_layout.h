@@ -59,11 +59,6 @@ class QuantLayout {
     return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
   }
 
-  static int32_t zero_point(const QuantMatrix& w, int64_t row, int64_t block) {
-    const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
-    return w.bits == 8 ? packed[block] : packed[block / 2] >> (block % 2 * 4) & 15;
-  }
-
   // What the dot products' own weights are shifted by: none, or 128 where bytes must have a sign.
   static int32_t shift(const QuantMatrix& w) { return w.bits == 8 && Simd::kSignedBytes ? 128 : 0; }
 
