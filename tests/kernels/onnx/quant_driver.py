@@ -24,7 +24,8 @@ def build_driver(
     driver = folder / "quant_matmul_driver"
     rows = " ".join(f"X({name})" for name in kernels)
     every = "-std=c++17", "-Wall", "-Wextra", f"-I{SOURCES / 'src'}", f"-DEACH_SET(X)={rows}"
-    command = [compiler, *every, *flags, _SOURCE, *kernels.values(), "-o", driver]
+    sources = _SOURCE, SOURCES / "src" / "cpu.cpp"
+    command = [compiler, *every, *flags, *sources, *kernels.values(), "-o", driver]
     subprocess.run(command, check=True)
     return driver
 

@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu.h"
 #include "quant_matmul.h"
 
 namespace rgexport {
@@ -228,6 +229,7 @@ const Shape kLongShapes[] = {{512, 33, 48}, {513, 16, 272}};
 }  // namespace
 
 int main() {
+  instruction_set();  // Linux grants AMX's tiles to those who ask.
 #define ROW(set) {#set, quant_kernels_##set()},
   const Set sets[] = {EACH_SET(ROW)};
 #undef ROW
