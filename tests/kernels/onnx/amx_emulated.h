@@ -2,7 +2,7 @@
 // -include. What a processor would refuse ends the program.
 //
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG,
-// TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSSD.
+// TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSSD, TDPBF16PS.
 #pragma once
 
 #include <immintrin.h>
@@ -71,13 +71,18 @@ inline void store(int tile, void* memory, int64_t stride) {
                 s.config.row_bytes[tile]);
 }
 
-// sums [m, n] += Σ_k x[m, k] · y[k, n], four consecutive k in a row of y: both with a sign.
-inline void dot_signed(int sums, int x, int y) {
+inline void require_factors(int sums, int x, int y) {
   require_tile(sums), require_tile(x), require_tile(y);
-  State& s = state();
-  const Config& c = s.config;
+  const Config& c = state().config;
   require(c.rows[sums] == c.rows[x] && c.row_bytes[sums] == c.row_bytes[y]);
   require(c.row_bytes[x] == 4 * c.rows[y] && c.row_bytes[sums] % 4 == 0);
+}
+
+// sums [m, n] += Σ_k x[m, k] · y[k, n], four consecutive k in a row of y: both with a sign.
+inline void dot_signed(int sums, int x, int y) {
+  require_factors(sums, x, y);
+  State& s = state();
+  const Config& c = s.config;
   for (int m = 0; m < c.rows[sums]; ++m) {
     int32_t row[16];
     std::memcpy(row, s.tiles[sums][m], 64);
@@ -90,15 +95,42 @@ inline void dot_signed(int sums, int x, int y) {
   }
 }
 
+inline float bfloat16(const uint8_t* at) {
+  uint32_t bits = 0;
+  std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 2, at, 2);
+  float number;
+  std::memcpy(&number, &bits, 4);
+  return number;
+}
+
+// The same for bfloat16, two consecutive k in a row of y.
+inline void dot_bfloat16(int sums, int x, int y) {
+  require_factors(sums, x, y);
+  State& s = state();
+  const Config& c = s.config;
+  for (int m = 0; m < c.rows[sums]; ++m) {
+    float row[16];
+    std::memcpy(row, s.tiles[sums][m], 64);
+    for (int k = 0; k < c.row_bytes[x] / 2; ++k) {
+      const float factor = bfloat16(s.tiles[x][m] + 2 * k);
+      for (int n = 0; n < c.row_bytes[sums] / 4; ++n)
+        row[n] += factor * bfloat16(s.tiles[y][k / 2] + 4 * n + k % 2 * 2);
+    }
+    std::memcpy(s.tiles[sums][m], row, 64);
+  }
+}
+
 }  // namespace amx_emulated
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig(memory) amx_emulated::load_config(memory)
 #define _tile_release() amx_emulated::release()
 #define _tile_zero(tile) amx_emulated::zero(tile)
 #define _tile_loadd(tile, memory, stride) amx_emulated::load(tile, memory, stride)
 #define _tile_stored(tile, memory, stride) amx_emulated::store(tile, memory, stride)
 #define _tile_dpbssd(sums, x, y) amx_emulated::dot_signed(sums, x, y)
+#define _tile_dpbf16ps(sums, x, y) amx_emulated::dot_bfloat16(sums, x, y)

@@ -66,6 +66,15 @@ float uniform(float low, float high) {
   return std::uniform_real_distribution<float>(low, high)(random_bits);
 }
 
+// The nearest bfloat16, halves to even.
+double bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 int64_t blocks_of(const Shape& s, const Kind& k) { return (s.columns + k.block - 1) / k.block; }
 int64_t zero_bytes(const Shape& s, const Kind& k) { return (blocks_of(s, k) * k.bits + 7) / 8; }
 
@@ -82,6 +91,7 @@ class Product {
         bias_(shape.rows),
         x_(shape.count * shape.columns),
         expected_(shape.count * shape.rows),
+        in_bfloat16_(shape.count * shape.rows),
         sizes_(shape.count * shape.rows) {
     for (size_t i = 0; i < data_.size(); ++i) data_[i] = static_cast<uint8_t>(random_bits());
     for (size_t i = 0; i < zero_points_.size(); ++i)
@@ -101,12 +111,13 @@ class Product {
   }
   const float* x() const { return x_.data(); }
 
-  // How many of the outputs are too far off.
-  int64_t wrong(const float* y) const {
+  // How many of the outputs are too far off, where factors are rounded to bfloat16 or not.
+  int64_t wrong(const float* y, bool in_bfloat16) const {
+    const Exact<double>& expected = in_bfloat16 ? in_bfloat16_ : expected_;
     int64_t found = 0;
-    for (size_t i = 0; i < expected_.size(); ++i) {
+    for (size_t i = 0; i < expected.size(); ++i) {
       const bool exact = kind_.whole && sizes_[i] < 1 << 24;
-      const double far = std::fabs(y[i] - expected_[i]);
+      const double far = std::fabs(y[i] - expected[i]);
       found += !(far <= (exact ? 0.0 : 1e-6 * sizes_[i]));  // a NaN is wrong, too
     }
     return found;
@@ -140,7 +151,7 @@ class Product {
 
   void expect() {
     for (size_t i = 0; i < expected_.size(); ++i) {
-      expected_[i] = bias_[i % shape_.rows];
+      expected_[i] = in_bfloat16_[i] = bias_[i % shape_.rows];
       sizes_[i] = std::fabs(expected_[i]);
     }
     std::vector<int> codes(kind_.block), levels(kind_.block * shape_.rows);
@@ -154,12 +165,17 @@ class Product {
         const float scale = round(x_.data() + m * shape_.columns + first, count, codes.data());
         for (int64_t n = 0; n < shape_.rows; ++n) {
           int64_t dot = 0, size = 0;
+          double rounded = 0;
+          const float w_scale = scales_[n * blocks_ + b];
           for (int64_t k = 0; k < count; ++k) {
-            const int term = levels[n * kind_.block + k] * codes[k];
+            const int level = levels[n * kind_.block + k], term = level * codes[k];
             dot += term;
             size += std::abs(term);
+            rounded += bfloat16(w_scale * static_cast<float>(level)) *
+                       bfloat16(scale * static_cast<float>(codes[k]));
           }
-          const double unit = static_cast<double>(scales_[n * blocks_ + b]) * scale;
+          const double unit = static_cast<double>(w_scale) * scale;
+          in_bfloat16_[m * shape_.rows + n] += rounded;
           expected_[m * shape_.rows + n] += unit * static_cast<double>(dot);
           sizes_[m * shape_.rows + n] += unit * static_cast<double>(size);
         }
@@ -182,25 +198,27 @@ class Product {
   Exact<float> scales_;
   Exact<uint8_t> zero_points_;
   Exact<float> bias_, x_;
-  Exact<double> expected_, sizes_;  // sizes_: of all terms that are added
+  Exact<double> expected_, in_bfloat16_, sizes_;  // sizes_: of all terms that are added
 };
 
 // The product as the op calls for it: rows of weights in two parts, or panel by panel.
 void run(const QuantKernels& kernels, const Product& product, const Shape& shape, bool few, float* y) {
   const QuantMatrix w = product.matrix();
-  const int64_t stride = kernels.code_bytes(w), blocks = kernels.padded_blocks(w);
-  const Exact<int8_t> codes(shape.count * stride);
-  const Exact<float> scales(shape.count * blocks);
-  const Exact<int32_t> sums(shape.count * blocks);
+  const QuantKernel kernel = few ? kernels.few : kernels.many(w);
+  const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
+  const int64_t rows = (shape.count + kernel.rows - 1) / kernel.rows * kernel.rows;
+  const Exact<int8_t> codes(rows * stride);
+  const Exact<float> scales(rows * blocks);
+  const Exact<int32_t> sums(rows * blocks);
   const Exact<int32_t> starts(few ? shape.count * stride * w.bits / 32 : 0);
   const Activations a = {shape.count, stride,      codes.data(),
                          blocks,      scales.data(), sums.data(), few ? starts.data() : nullptr};
   for (int64_t m = shape.count - 1; m >= 0; --m)
-    kernels.round(w, product.x() + m * shape.columns, a, m);
+    kernel.round(w, product.x() + m * shape.columns, a, m);
   const int64_t panels = shape.count % 2 ? kernels.most_panels : 1;
   const int64_t part = few ? shape.rows / 3 + 1 : kernels.panel * panels;
   for (int64_t first = 0; first < shape.rows; first += part)
-    (few ? kernels.few : kernels.many)(w, a, first, std::min(first + part, shape.rows), y);
+    kernel.multiply(w, a, first, std::min(first + part, shape.rows), y);
 }
 
 int64_t check(const Set& set, const Product& product, const Shape& shape, const Kind& kind) {
@@ -210,7 +228,8 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
     const Exact<float> y(shape.count * shape.rows);
     for (size_t i = 0; i < y.size(); ++i) y[i] = NAN;
     run(set.kernels, product, shape, few, y.data());
-    if (const int64_t wrong = product.wrong(y.data())) {
+    const bool in_bfloat16 = !few && kind.block < 64 && !std::strcmp(set.name, "amx");
+    if (const int64_t wrong = product.wrong(y.data(), in_bfloat16)) {
       ++failed;
       std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d: %d of %d wrong\n",
                   set.name, few ? "few" : "many", int(shape.count), int(shape.rows),

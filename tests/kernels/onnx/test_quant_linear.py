@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.kernels.onnx.one_node import Case, run_model
+from tests.kernels.onnx.one_node import Case, Worker, run_model
 from tests.kernels.onnx.quant_matrix import QuantMatrix, product, random_matrix, rounded
 
 FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128, 256)]
@@ -35,14 +35,23 @@ def activations(batch: int, tokens: int, columns: int, seed: int = 1) -> np.ndar
     return (codes * sizes).astype(np.float32)
 
 
-def assert_close(found: np.ndarray, x: np.ndarray, w: QuantMatrix, tolerance: float = 1e-5) -> None:
-    """Within a share of the sum of sizes, which is what float32 sums may lose."""
+def in_bfloat16(worker: Worker, w: QuantMatrix, tokens: int) -> bool:
+    """Whether both factors are rounded once more: by AMX, for many rows and small blocks."""
+    return worker.instruction_set == "amx" and w.block < 64 and tokens > 3
+
+
+def assert_product(worker: Worker, x: np.ndarray, w: QuantMatrix) -> np.ndarray:
+    """Runs the op; it is within a share of the sum of sizes, which is what rounding may lose."""
+    found = worker.run(w.case(x))["y"]
+    tokens = x.size // w.columns
+    tolerance = 2**-8 if in_bfloat16(worker, w, tokens) else 1e-5
     x_hat = rounded(x, w.block)
     room = np.abs(x_hat) @ w.sizes.T + (0 if w.bias is None else np.abs(w.bias))
     wrong = np.abs(found - product(x_hat, w)) / np.maximum(room, 1e-30)
     assert wrong.max() < tolerance, (
         f"{wrong.max()} at {np.unravel_index(wrong.argmax(), wrong.shape)}"
     )
+    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,14 +62,14 @@ def test_is_the_product_of_rounded_activations(worker, shape, bits, block):
     for asymmetric in (False, True):
         for bias in (False, True):
             w = random_matrix(columns, rows, bits, block, asymmetric=asymmetric, bias=bias)
-            assert_close(worker.run(w.case(x))["y"], x, w)
+            assert_product(worker, x, w)
 
 
 @pytest.mark.parametrize("tokens", range(1, 20))
 def test_any_number_of_rows(worker, tokens):
     x = activations(1, tokens, 300)
     w = random_matrix(300, 50, 4, 32)
-    assert_close(worker.run(w.case(x))["y"], x, w)
+    assert_product(worker, x, w)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -69,7 +78,7 @@ def test_any_number_of_dimensions(worker, rank, tokens):
     x = activations(1, tokens, 64)[0]
     x = x[0] if rank == 1 else x.reshape(*[1] * (rank - 2), tokens, 64)
     w = random_matrix(64, 7, 8, 32)
-    assert_close(worker.run(w.case(x))["y"], x, w)
+    assert_product(worker, x, w)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -77,8 +86,8 @@ def test_halves_go_to_even(worker, bits):
     x = np.arange(-126.5, 127, 1, np.float32)
     x = np.pad(x, (1, 1), constant_values=127)[None, None]  # scales of 1
     w = random_matrix(256, 9, bits, 256)
-    assert_close(worker.run(w.case(x))["y"], x, w)
-    assert_close(worker.run(w.case(np.repeat(x, 30, 1)))["y"], np.repeat(x, 30, 1), w)
+    assert_product(worker, x, w)
+    assert_product(worker, np.repeat(x, 30, 1), w)
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
@@ -87,15 +96,14 @@ def test_blocks_of_zeros(worker, tokens):
     x[..., 32:96] = 0
     x[:, 0] = 0
     w = random_matrix(256, 20, 4, 32, asymmetric=True)
-    y = worker.run(w.case(x))["y"]
-    assert_close(y, x, w)
+    y = assert_product(worker, x, w)
     assert (y[:, 0] == 0).all()
 
 
 def test_numbers_of_all_sizes(worker):
     x = activations(1, 5, 128) * np.float32([1e-30, 1e-6, 1, 1e6, 1e30])[:, None]
     w = random_matrix(128, 20, 8, 64)
-    assert_close(worker.run(w.case(x))["y"], x, w)
+    assert_product(worker, x, w)
 
 
 @pytest.mark.parametrize(("bits", "block"), FORMATS)
@@ -105,7 +113,8 @@ def test_a_step_is_a_prefill(worker, bits, block):
     w = random_matrix(500, 64, bits, block)
     together = worker.run(w.case(x))["y"]
     alone = np.concatenate([worker.run(w.case(x[:, t : t + 1]))["y"] for t in (0, 7, 32)], 1)
-    assert np.abs(together[:, [0, 7, 32]] - alone).max() < 1e-5 * np.abs(together).max()
+    tolerance = 2**-8 if in_bfloat16(worker, w, 33) else 1e-5
+    assert np.abs(together[:, [0, 7, 32]] - alone).max() < tolerance * np.abs(together).max()
 
 
 @pytest.mark.parametrize("tokens", [1, 64])

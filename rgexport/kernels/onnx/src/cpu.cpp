@@ -77,9 +77,10 @@ bool tiles_allowed() {
 #endif
 }
 
-bool amx_int8() {
+bool amx() {
   return avx512_vnni() && has(saved_registers(), 0x60000) &&  // tile configuration, tiles
-         has(cpuid(7).edx, bit(24) | bit(25)) &&              // AMX-TILE, AMX-INT8
+         has(cpuid(7).edx, bit(22) | bit(24) | bit(25)) &&    // AMX-BF16, AMX-TILE, AMX-INT8
+         has(cpuid(7, 1).eax, bit(5)) &&                      // AVX512_BF16
          tiles_allowed();
 }
 
@@ -110,7 +111,7 @@ const Level kLevels[] = {
     {InstructionSet::kAvx2, "avx2", avx2},
     {InstructionSet::kAvxVnni, "avxvnni", avx_vnni},
     {InstructionSet::kAvx512Vnni, "avx512", avx512_vnni},
-    {InstructionSet::kAmx, "amx", amx_int8},
+    {InstructionSet::kAmx, "amx", amx},
 #elif defined(__aarch64__)
     {InstructionSet::kNeon, "neon", dotprod},
     {InstructionSet::kI8mm, "i8mm", i8mm},

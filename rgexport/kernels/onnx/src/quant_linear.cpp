@@ -21,11 +21,11 @@ struct Free {
 // Scratch memory for rounded activations, cut into its arrays.
 class Scratch {
  public:
-  Scratch(const QuantKernels& kernels, const QuantMatrix& w, int64_t count, bool lanes) {
-    const int64_t stride = kernels.code_bytes(w), blocks = kernels.padded_blocks(w);
+  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes) {
+    const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
     const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four bytes of weights
-    const int64_t sizes[] = {count * stride, count * blocks * 4, count * blocks * 4,
-                             count * starts};
+    const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
+    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
     int64_t places[5] = {};
     for (int i = 0; i < 4; ++i)
       places[i + 1] = places[i] + (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
@@ -79,9 +79,9 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
 // while it rounds the activations, for itself: that takes less time than to wait for another.
 bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y,
             const Upcoming& upcoming) {
-  const QuantKernels& kernels = quant_kernels();
+  const QuantKernel& kernel = quant_kernels().few;
   Ranges parts(w.rows, (kGrainBytes / w.row_bytes() + 4) / 4 * 4, processors());
-  const Scratch scratch(kernels, w, parts.parts() * count, true);
+  const Scratch scratch(kernel, w, parts.parts() * count, true);
   if (!scratch) return false;
   upcoming.begin(w.data, w.rows * w.row_bytes());
   const std::thread::id caller = std::this_thread::get_id();
@@ -90,8 +90,8 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
     const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
     for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 0);
     const Activations a = scratch.rows(w, own * count, count);
-    for (int64_t m = 0; m < count; ++m) kernels.round(w, x + m * w.columns, a, m);
-    parts.run(own, [&](int64_t from, int64_t to) { kernels.few(w, a, from, to, y); });
+    for (int64_t m = 0; m < count; ++m) kernel.round(w, x + m * w.columns, a, m);
+    parts.run(own, [&](int64_t from, int64_t to) { kernel.multiply(w, a, from, to, y); });
     if (std::this_thread::get_id() != caller) upcoming.fetch(own, parts.parts());
   });
   return true;
@@ -108,14 +108,15 @@ int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
 // Many rows: each thread takes panels of weights, which all rows of activations share.
 bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
   const QuantKernels& kernels = quant_kernels();
-  const Scratch scratch(kernels, w, count, false);
+  const QuantKernel kernel = kernels.many(w);
+  const Scratch scratch(kernel, w, count, false);
   if (!scratch) return false;
   const Activations a = scratch.rows(w, 0, count);
-  context.parallel_for(count, [&](size_t m) { kernels.round(w, x + m * w.columns, a, m); });
+  context.parallel_for(count, [&](size_t m) { kernel.round(w, x + m * w.columns, a, m); });
   const int64_t part = kernels.panel * panels_at_once(kernels, w);
   context.parallel_for((w.rows + part - 1) / part, [&](size_t i) {
     const int64_t first = i * part, last = first + part;
-    kernels.many(w, a, first, last < w.rows ? last : w.rows, y);
+    kernel.multiply(w, a, first, last < w.rows ? last : w.rows, y);
   });
   return true;
 }

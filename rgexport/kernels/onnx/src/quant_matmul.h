@@ -3,7 +3,8 @@
 // y[m, n] = Σ_b s_w[n, b] · s_x[m, b] · Σ_{k in block b} (w[n, k] − z[n, b]) · x̂[m, k]
 //
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
-// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32 everywhere.
+// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, but for many
+// rows and small blocks on AMX: amx_bf16.h.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +28,7 @@ struct QuantMatrix {
   int64_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
-// Rounded rows of activations; `codes` are in the order in which a kernel reads them.
+// Rounded rows of activations; `codes` are what a kernel reads, in its order.
 struct Activations {
   int64_t count;         // rows
   int64_t stride;        // bytes of codes from row to row
@@ -38,16 +39,22 @@ struct Activations {
   int32_t* lane_starts;  // for `few`: what each lane of a dot product starts from; or null
 };
 
-struct QuantKernels {
+struct QuantKernel {
   // Bytes of codes, and number of blocks, that the activations of one row take.
   int64_t (*code_bytes)(const QuantMatrix&);
   int64_t (*padded_blocks)(const QuantMatrix&);
   // Rounds x [columns] into row `index` of the activations.
   void (*round)(const QuantMatrix&, const float* x, const Activations&, int64_t index);
-  // Columns [first, last) of y for few rows of activations: as fast as the weights can be read.
-  void (*few)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
-  // The same for many rows, by panels of weights that are unpacked once for all rows.
-  void (*many)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
+  // Columns [first, last) of y.
+  void (*multiply)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
+  int64_t rows = 1;  // of activations that lie together: there is memory for whole groups of them
+};
+
+struct QuantKernels {
+  // For few rows of activations: as fast as the weights can be read.
+  QuantKernel few;
+  // For many, by panels of weights that are unpacked once for all rows.
+  QuantKernel (*many)(const QuantMatrix&);
   int64_t most_few;  // from this number of rows on, `many` is the faster one
   int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // that one call of `many` should get, if there are enough for all threads

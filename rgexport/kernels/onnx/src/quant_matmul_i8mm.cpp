@@ -219,7 +219,11 @@ void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t las
 
 QuantKernels quant_kernels_i8mm() {
   QuantKernels kernels = quant_kernels_neon();
-  kernels.many = many;
+  kernels.many = [](const QuantMatrix& w) {
+    QuantKernel kernel = quant_kernels_neon().many(w);
+    kernel.multiply = many;
+    return kernel;
+  };
   kernels.panel = kPanel;
   return kernels;
 }

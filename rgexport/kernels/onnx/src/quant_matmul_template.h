@@ -18,11 +18,15 @@ class QuantMatmul : QuantLayout<Simd> {
  public:
   static QuantKernels kernels() {
     constexpr int64_t kMostFew = 4;
-    return {code_bytes, padded_blocks, QuantRound<Simd>::round, few,
-            many,       kMostFew,      QuantMany<Simd>::kPanel};
+    return {kernel(few), [](const QuantMatrix&) { return kernel(many); }, kMostFew,
+            QuantMany<Simd>::kPanel};
   }
 
  private:
+  static QuantKernel kernel(decltype(QuantKernel::multiply) multiply) {
+    return {code_bytes, padded_blocks, QuantRound<Simd>::round, multiply};
+  }
+
   static void few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                   float* y) {
     const int64_t lanes = Shape(w).lanes;

@@ -1,0 +1,97 @@
+// What AMX's two kernels share. A pair of tiles of 16 rows of activations meets a panel of two
+// tiles of 16 outputs. Rows are padded to pairs: what is behind the last one is never read back.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "quant_matmul.h"
+#include "simd_avx512.h"
+#include "unrolled.h"
+
+namespace rgexport {
+namespace {
+
+constexpr int64_t kRows = 16;   // of activations in a tile
+constexpr int64_t kLanes = 16;  // outputs in a tile
+constexpr int64_t kPair = 2 * kRows, kPanel = 2 * kLanes;
+constexpr int64_t kLine = 64;         // bytes of a row of a tile
+constexpr int64_t kTile = 256;        // numbers of 32 bits
+constexpr int64_t kMostRows = 512;    // of activations that share a panel
+constexpr int64_t kPanels = 16;       // that share some columns of the activations, which stay in L2
+constexpr int64_t kColumns = 256;     // of a panel at a time, which stay in L1
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+// The columns [first, first + count) of y for up to 512 rows: [panel][pair][4 tiles][16][16].
+struct Sums {
+  alignas(64) float panels[kPanels][kMostRows / kPair][4 * kTile];
+
+  void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
+
+  // Whole rows at once: they lie on pages of their own in y.
+  void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
+             float* y) const {
+    for (int64_t m = 0; m < to - from; ++m) {
+      for (int64_t n = first; n < last; n += kLanes) {
+        const int64_t lanes = n - first, tile = m / kRows % 2 * 2 + lanes / kLanes % 2;
+        const float* row = panels[lanes / kPanel][m / kPair] + tile * kTile + m % kRows * kLanes;
+        const __mmask16 there = static_cast<__mmask16>((1u << least(last - n, kLanes)) - 1);
+        const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(there, w.bias + n) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(y + (from + m) * w.rows + n, there, _mm512_add_ps(_mm512_load_ps(row), bias));
+      }
+    }
+  }
+};
+
+// Registers 0 … 3 are what is summed, 4 and 5 activations, 6 and 7 weights: `step` bytes of columns.
+void configure(int64_t step) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? kRows : step / 4);
+    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? step : kLine);
+  }
+  _tile_loadconfig(&config);
+}
+
+// GCC does not know that _tile_loadd reads memory.
+inline void memory_is_read() {
+#if defined(__GNUC__)
+  __asm__ volatile("" ::: "memory");
+#endif
+}
+
+// Loads what one product of tiles takes: of a pair of tiles of rows, and of a panel.
+inline void load_step(const int8_t* x0, const int8_t* x1, const int8_t* weights, int64_t step) {
+  _tile_loadd(4, x0, step);
+  _tile_loadd(6, weights, kLine);
+  _tile_loadd(7, weights + step / 4 * kLine, kLine);
+  _tile_loadd(5, x1, step);
+}
+
+// A line of stored weights of 16 outputs: four bytes of each output for each lane, or zeros.
+void load_line(const QuantMatrix& w, int64_t first, int64_t at, __m512i (&lanes)[kLanes]) {
+  const int64_t row_bytes = w.row_bytes();
+  const __mmask64 there = ~__mmask64{0} >> (kLine - least(row_bytes - at, kLine));
+  for (int64_t n = 0; n < kLanes; ++n) {
+    const int64_t row = least(first + n, w.rows - 1);
+    lanes[n] = _mm512_maskz_loadu_epi8(there, w.data + row * row_bytes + at);
+  }
+  Avx512::transpose(lanes);
+}
+
+int zero_point(const QuantMatrix& w, int64_t row, int64_t block) {
+  const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
+  return w.bits == 8 ? packed[block] : packed[block / 2] >> (block % 2 * 4) & 15;
+}
+
+}  // namespace
+}  // namespace rgexport

@@ -1,0 +1,187 @@
+// AMX for blocks of 16 and 32: products of bfloat16.
+//
+// A product of int8 would leave the tiles in each block, to be scaled and added, and so keep them
+// idle for three quarters of the time. Here scales are in the numbers, and sums stay in the tiles.
+// Activations are first rounded to int8, as everywhere; rounding both factors to bfloat16 adds a
+// quarter of that error.
+#pragma once
+
+#include "amx.h"
+
+namespace rgexport {
+namespace {
+
+class AmxBf16 {
+ public:
+  static QuantKernel kernel() { return {code_bytes, no_blocks, round, multiply, kPair}; }
+
+ private:
+  static constexpr int64_t kStep = 32;  // columns that one product of tiles takes
+  static constexpr int64_t kTileBytes = kRows * kLine;
+
+  // ---- Activations: by tiles of rows, by steps, by rows; their scales are in them.
+
+  static int64_t code_bytes(const QuantMatrix& w) { return whole(w.columns, kStep) * kLine; }
+
+  static int64_t no_blocks(const QuantMatrix&) { return 0; }
+
+  static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
+    int8_t* to = a.codes + index / kRows * kRows * a.stride + index % kRows * kLine;
+    const int64_t padded = whole(w.columns, kStep) * kStep;
+    for (int64_t first = 0; first < padded; first += w.block) {
+      __m512 lanes = _mm512_setzero_ps();
+      for (int64_t k = first; k < first + w.block; k += kLanes)
+        lanes = Avx512::max_size(lanes, load_some(x + k, w.columns - k));
+      const float most = Avx512::max(lanes);
+      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+      const __m512 scale = _mm512_set1_ps(most / 127.0f);
+      for (int64_t k = first; k < first + w.block; k += kLanes) {
+        const __m512 code = nearest(_mm512_mul_ps(load_some(x + k, w.columns - k), inverse));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k / kStep * kTileBytes + k % kStep * 2),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, scale)));
+      }
+    }
+  }
+
+  // Up to 16 of the numbers that are left, and zeros.
+  static __m512 load_some(const float* x, int64_t left) {
+    if (left < 1) return _mm512_setzero_ps();
+    return Avx512::load_first(x, static_cast<int>(least(left, kLanes)));
+  }
+
+  // Whole numbers, halves to even: what adding 1.5 · 2^23 leaves.
+  static __m512 nearest(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(12582912.0f);
+    return _mm512_sub_ps(_mm512_add_ps(x, magic), magic);
+  }
+
+  // ---- Weights: by steps, by tiles of outputs, by pairs of columns; (level − zero point) · scale.
+
+  static constexpr float kMagic = 8388608.0f;        // 2^23: the low bits of such a float …
+  static constexpr int32_t kMagicBits = 0x4B000000;  // … are a whole number
+
+  // What makes numbers of the levels of a block of 16 outputs.
+  struct Scales {
+    __m512 zero_points, scales;
+
+    Scales(const QuantMatrix& w, int64_t first, int64_t block) {
+      alignas(64) float zeros[kLanes] = {}, some[kLanes] = {};
+      const int64_t blocks = w.blocks();
+      for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < blocks; ++n) {
+        some[n] = w.scales[(first + n) * blocks + block];
+        if (w.zero_points) zeros[n] = kMagic + static_cast<float>(zero_point(w, first + n, block));
+      }
+      scales = _mm512_load_ps(some);
+      zero_points = w.zero_points ? _mm512_load_ps(zeros)
+                                  : _mm512_set1_ps(kMagic + static_cast<float>(1 << (w.bits - 1)));
+    }
+  };
+
+  template <int kBits>
+  static __m512 numbers(__m512i levels, const Scales& s) {
+    const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1), magic = _mm512_set1_epi32(kMagicBits);
+    const __m512i bits = _mm512_or_si512(_mm512_and_si512(levels, mask), magic);
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(bits), s.zero_points), s.scales);
+  }
+
+  // Sixteen pairs of neighbours.
+  static __m512i pairs(__m512 even, __m512 odd) {
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  }
+
+  // A lane of a line has four pairs of neighbours in 4 bits each, or two in 8: rows of tiles.
+  template <int kBits, int kBlock>
+  static void unpack_line(const QuantMatrix& w, int64_t first, int64_t at, int8_t* tiles) {
+    constexpr int kPairs = 16 / kBits, kBlockLanes = kBlock * kBits / 32;
+    __m512i lanes[kLanes];
+    load_line(w, first, at, lanes);
+    unrolled<kLanes / kBlockLanes>([&](auto block) {
+      const Scales scales(w, first, at * 8 / kBits / kBlock + block);
+      unrolled<kBlockLanes * kPairs>([&](auto i) {
+        constexpr int kRow = block * kBlockLanes * kPairs + i, kShift = i % kPairs * 2 * kBits;
+        const __m512i lane = lanes[kRow / kPairs];
+        const __m512 even = numbers<kBits>(_mm512_srli_epi32(lane, kShift), scales);
+        const __m512 odd = numbers<kBits>(_mm512_srli_epi32(lane, kShift + kBits), scales);
+        _mm512_store_si512(tiles + kRow / kRows * 2 * kTileBytes + kRow % kRows * kLine, pairs(even, odd));
+      });
+    });
+  }
+
+  // Columns [column, column + columns) of a panel.
+  template <int kBits, int kBlock>
+  static void unpack(const QuantMatrix& w, int64_t first, int64_t column, int64_t columns,
+                     int8_t* tiles) {
+    constexpr int64_t kLineColumns = kLine * 8 / kBits;
+    for (int64_t k = 0; k < columns; k += kLineColumns)
+      for (int64_t half = 0; half < 2; ++half)
+        unpack_line<kBits, kBlock>(w, first + half * kLanes, (column + k) * kBits / 8,
+                                   tiles + (k / kStep * 2 + half) * kTileBytes);
+  }
+
+  static auto unpack(const QuantMatrix& w) {
+    if (w.bits == 4) return w.block == 16 ? unpack<4, 16> : unpack<4, 32>;
+    return w.block == 16 ? unpack<8, 16> : unpack<8, 32>;
+  }
+
+  // ---- Products
+
+  struct Memory {
+    alignas(64) int8_t weights[kColumns / kStep * 2 * kTileBytes];
+    Sums sums;
+  };
+
+  static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
+                       float* y) {
+    static thread_local Memory memory;
+    const auto unpack_columns = unpack(w);
+    configure(kLine);
+    for (int64_t n = first; n < last; n += kPanels * kPanel) {
+      const int64_t end = least(last, n + kPanels * kPanel);
+      for (int64_t from = 0; from < a.count; from += kMostRows) {
+        const int64_t to = least(a.count, from + kMostRows);
+        memory.sums.clear(end - n);
+        for (int64_t column = 0; column < w.columns; column += kColumns) {
+          const int64_t columns = least(w.columns - column, kColumns);
+          for (int64_t panel = n; panel < end; panel += kPanel) {
+            unpack_columns(w, panel, column, columns, memory.weights);
+            memory_is_read();
+            multiply_panel(a, from, to, column / kStep, whole(columns, kStep), memory,
+                           (panel - n) / kPanel);
+          }
+        }
+        memory.sums.write(w, n, end, from, to, y);
+      }
+    }
+    _tile_release();
+  }
+
+  // Steps [step, step + steps) of rows [from, to).
+  static void multiply_panel(const Activations& a, int64_t from, int64_t to, int64_t step,
+                             int64_t steps, Memory& memory, int64_t panel) {
+    for (int64_t m = from; m < to; m += kPair) {
+      const int8_t *x0 = a.codes + m * a.stride + step * kTileBytes, *x1 = x0 + kRows * a.stride;
+      float* sums = memory.sums.panels[panel][(m - from) / kPair];
+      _tile_loadd(0, sums, kLine);
+      _tile_loadd(1, sums + kTile, kLine);
+      _tile_loadd(2, sums + 2 * kTile, kLine);
+      _tile_loadd(3, sums + 3 * kTile, kLine);
+      for (int64_t s = 0; s < steps; ++s) {
+        load_step(x0 + s * kTileBytes, x1 + s * kTileBytes, memory.weights + s * 2 * kTileBytes, kLine);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums, kLine);
+      _tile_stored(1, sums + kTile, kLine);
+      _tile_stored(2, sums + 2 * kTile, kLine);
+      _tile_stored(3, sums + 3 * kTile, kLine);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace rgexport

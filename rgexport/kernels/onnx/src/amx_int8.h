@@ -1,0 +1,333 @@
+// AMX for blocks of 64 and more: products of int8, whose sums over a block are exact.
+#pragma once
+
+#include "amx.h"
+
+namespace rgexport {
+namespace {
+
+// ---- Activations and weights -----------------------------------------------------------------
+
+// A step is 64 columns. With 4 bits these are eight lanes of a line of stored weights: first what
+// the low halves of their bytes hold, the even columns, then the odd ones.
+class AmxInt8Layout {
+ protected:
+  static constexpr int64_t kStep = 64;
+  static constexpr int64_t kTileBytes = kRows * kStep;
+
+  static int64_t code_bytes(const QuantMatrix& w) { return w.blocks() * w.block; }
+
+  static int64_t blocks(const QuantMatrix& w) { return w.blocks(); }
+
+  // Codes lie by tiles of rows, by steps, by rows; scales and sums by tiles, by blocks, by rows.
+  static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
+    const int64_t row = index % kRows, tile = index - row;
+    int8_t* codes = a.codes + tile * a.stride + row * kStep;
+    for (int64_t b = 0; b < w.blocks(); ++b) {
+      const int64_t first = b * w.block, end = first + w.block;
+      __m512 lanes = _mm512_setzero_ps();
+      for (int64_t k = first; k < end; k += kLanes)
+        lanes = Avx512::max_size(lanes, load_some(x + k, w.columns - k));
+      const float most = Avx512::max(lanes);
+      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = first; k < end; k += kStep)
+        round_step(w, x + k, w.columns - k, inverse, codes + k / kStep * kTileBytes, sum);
+      const int64_t at = tile * a.blocks + b * kRows + row;
+      a.scales[at] = most / 127.0f;
+      a.sums[at] = _mm512_reduce_add_epi32(sum);
+    }
+    if (index + 1 == a.count) clear_padding(a);
+  }
+
+  // Columns [column, column + columns) of a panel, with a sign: by steps, by tiles of outputs, by
+  // groups of four columns. Zero points are gone, unless they are 8 bits of a block's own.
+  template <int kBits>
+  static void unpack(const QuantMatrix& w, int64_t first, int64_t column, int64_t columns,
+                     int8_t* tiles) {
+    constexpr int64_t kLineColumns = kLine * 8 / kBits;
+    for (int64_t k = 0; k < columns; k += kLineColumns)
+      for (int64_t half = 0; half < 2; ++half)
+        unpack_line<kBits>(w, first + half * kLanes, (column + k) * kBits / 8,
+                           tiles + (k / kStep * 2 + half) * kTileBytes);
+  }
+
+  // Scales of a panel, and their products with zero points that are left: [blocks][32 outputs].
+  static void unpack_scales(const QuantMatrix& w, int64_t first, int64_t block, int64_t count,
+                            float* scales, float* zeros) {
+    const int64_t blocks = w.blocks();
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const int64_t row = first + n;
+      for (int64_t b = 0; b < count; ++b) {
+        const float scale = row < w.rows ? w.scales[row * blocks + block + b] : 0.0f;
+        scales[b * kPanel + n] = scale;
+        if (zeros_are_left(w) && row < w.rows)
+          zeros[b * kPanel + n] = scale * static_cast<float>(zero_point(w, row, block + b) - 128);
+      }
+    }
+  }
+
+  static bool zeros_are_left(const QuantMatrix& w) { return w.bits == 8 && w.zero_points; }
+
+ private:
+  // Up to 16 of the numbers that are left, and zeros.
+  static __m512 load_some(const float* x, int64_t left) {
+    if (left < 1) return _mm512_setzero_ps();
+    return Avx512::load_first(x, static_cast<int>(least(left, kLanes)));
+  }
+
+  // Nearest integers, halves to even: what adding 1.5 · 2^23 leaves in the low bits.
+  static void round_step(const QuantMatrix& w, const float* x, int64_t left, __m512 inverse,
+                         int8_t* to, __m512i& sum) {
+    alignas(64) int8_t natural[kStep];
+    unrolled<kStep / kLanes>([&](auto i) {
+      const __m512 some = load_some(x + i * kLanes, left - i * kLanes);
+      const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(some, inverse), _mm512_set1_ps(12582912.0f));
+      const __m512i code = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4B400000));
+      sum = _mm512_add_epi32(sum, code);
+      _mm_store_si128(reinterpret_cast<__m128i*>(natural + i * kLanes), _mm512_cvtepi32_epi8(code));
+    });
+    const __m512i codes = _mm512_load_si512(natural);
+    if (w.bits == 8) return _mm512_storeu_si512(to, codes);
+    auto* halves = reinterpret_cast<__m256i*>(to);
+    _mm256_storeu_si256(halves, _mm512_cvtepi16_epi8(codes));
+    _mm256_storeu_si256(halves + 1, _mm512_cvtepi16_epi8(_mm512_srli_epi16(codes, 8)));
+  }
+
+  // Rows behind the last one are multiplied, too: with scales that cost no time.
+  static void clear_padding(const Activations& a) {
+    for (int64_t m = a.count; m < whole(a.count, kPair) * kPair; ++m)
+      for (int64_t b = 0; b < a.blocks; ++b) {
+        const int64_t at = m / kRows * kRows * a.blocks + b * kRows + m % kRows;
+        a.scales[at] = 0, a.sums[at] = 0;
+      }
+  }
+
+  // What is taken from the weights of 16 outputs, in each byte.
+  template <int kBits>
+  static __m512i shifts(const QuantMatrix& w, int64_t first, int64_t block) {
+    if (kBits == 8 || !w.zero_points) return _mm512_set1_epi8(kBits == 8 ? -128 : 8);
+    alignas(64) uint32_t bytes[kLanes] = {};
+    for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < w.blocks(); ++n)
+      bytes[n] = 0x01010101u * static_cast<uint32_t>(zero_point(w, first + n, block));
+    return _mm512_load_si512(bytes);
+  }
+
+  template <int kBits>
+  static void unpack_line(const QuantMatrix& w, int64_t first, int64_t at, int8_t* tiles) {
+    constexpr int kParts = 8 / kBits, kStepLanes = kLanes / kParts;
+    __m512i lanes[kLanes];
+    load_line(w, first, at, lanes);
+    unrolled<kParts>([&](auto step) {
+      const __m512i shift = shifts<kBits>(w, first, (at * kParts + step * kStep) / w.block);
+      int8_t* tile = tiles + step * 2 * kTileBytes;
+      unrolled<kStepLanes>([&](auto lane) {
+        const __m512i stored = lanes[step * kStepLanes + lane];
+        const __m512i low = kBits == 8 ? stored : Avx512::low_half(stored);
+        _mm512_store_si512(tile + lane * kLine, _mm512_sub_epi8(low, shift));
+        if (kBits == 4)
+          _mm512_store_si512(tile + (kStepLanes + lane) * kLine,
+                             _mm512_sub_epi8(Avx512::high_half(stored), shift));
+      });
+    });
+  }
+};
+
+// ---- Products --------------------------------------------------------------------------------
+
+// Products of two blocks, or of one, that wait to be added to sums.
+struct Waiting {
+  int64_t blocks = 0;
+  const int32_t* products;     // [blocks][4 tiles]
+  const float* x_scales[2];    // of a tile of rows: [blocks][16]
+  const int32_t* x_sums[2];
+  const float *scales, *zeros;  // [blocks][32]
+  float* sums;                 // [4 tiles]
+
+  // Adds `kCount` rows of tile `tall` of rows, from `first` on.
+  template <int kBlocks, bool kZeros, int kCount>
+  [[gnu::always_inline]] inline void add(int64_t tall, int64_t first) const {
+    const int64_t at = tall * 2 * kTile + first * kLanes;
+    __m512 scale[kBlocks][2], zero[kBlocks][2];
+    unrolled<kBlocks * 2>([&](auto i) {
+      scale[i / 2][i % 2] = _mm512_load_ps(scales + i * kLanes);
+      if (kZeros) zero[i / 2][i % 2] = _mm512_load_ps(zeros + i * kLanes);
+    });
+    for (int64_t r = 0; r < kCount; ++r) {
+      float* to = sums + at + r * kLanes;
+      __m512 sum[2] = {_mm512_load_ps(to), _mm512_load_ps(to + kTile)};
+      unrolled<kBlocks>([&](auto b) {
+        const int32_t* from = products + b * 4 * kTile + at + r * kLanes;
+        const int64_t row = b * kRows + first + r;
+        const __m512 x_scale = _mm512_set1_ps(x_scales[tall][row]);
+        unrolled<2>([&](auto j) {
+          const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(from + j * kTile));
+          sum[j] = _mm512_fmadd_ps(product, _mm512_mul_ps(scale[b][j], x_scale), sum[j]);
+        });
+        if (kZeros) {
+          const float x_sum = x_scales[tall][row] * static_cast<float>(x_sums[tall][row]);
+          unrolled<2>([&](auto j) { sum[j] = _mm512_fnmadd_ps(zero[b][j], _mm512_set1_ps(x_sum), sum[j]); });
+        }
+      });
+      _mm512_store_ps(to, sum[0]);
+      _mm512_store_ps(to + kTile, sum[1]);
+    }
+  }
+
+  template <bool kZeros>
+  void add_tile(int64_t tall) const {
+    if (blocks == 2) add<2, kZeros, kRows>(tall, 0);
+    if (blocks == 1) add<1, kZeros, kRows>(tall, 0);
+  }
+};
+
+class AmxInt8 : AmxInt8Layout {
+ public:
+  static QuantKernel kernel() { return {code_bytes, blocks, round, multiply, kPair}; }
+
+ private:
+  struct Memory {
+    alignas(64) int8_t weights[kColumns / kStep * 2 * kTileBytes];
+    alignas(64) float scales[kColumns / kStep * kPanel];
+    alignas(64) float zeros[kColumns / kStep * kPanel];
+    alignas(64) int32_t products[2][2][4 * kTile];  // of two blocks, now and before
+    Sums sums;
+  };
+
+  static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
+                       float* y) {
+    static thread_local Memory memory;
+    const auto unpack_columns = w.bits == 4 ? unpack<4> : unpack<8>;
+    const auto run = zeros_are_left(w) ? Panel<true>::run : Panel<false>::run;
+    const int64_t step = kColumns / w.block;
+    configure(kStep);
+    for (int64_t n = first; n < last; n += kPanels * kPanel) {
+      const int64_t end = least(last, n + kPanels * kPanel);
+      for (int64_t from = 0; from < a.count; from += kMostRows) {
+        const int64_t to = least(a.count, from + kMostRows);
+        memory.sums.clear(end - n);
+        for (int64_t block = 0; block < w.blocks(); block += step) {
+          const int64_t count = least(w.blocks() - block, step);
+          for (int64_t panel = n; panel < end; panel += kPanel) {
+            unpack_columns(w, panel, block * w.block, count * w.block, memory.weights);
+            unpack_scales(w, panel, block, count, memory.scales, memory.zeros);
+            memory_is_read();
+            run(w, a, from, to, block, count, memory, memory.sums.panels[(panel - n) / kPanel][0]);
+          }
+        }
+        memory.sums.write(w, n, end, from, to, y);
+      }
+    }
+    _tile_release();
+  }
+
+  // Some blocks of a panel times rows.
+  //
+  // What a step needs is loaded behind the products of the step before. While a block's products
+  // leave the tiles, those of the two blocks before are added, in small pieces close enough for the
+  // processor to overlap the two.
+  template <bool kZeros>
+  class Panel {
+   public:
+    static void run(const QuantMatrix& w, const Activations& a, int64_t from, int64_t to,
+                    int64_t block, int64_t count, Memory& memory, float* sums) {
+      Panel(w, a, block, count, memory).multiply_rows(from, to, sums);
+    }
+
+   private:
+    Panel(const QuantMatrix& w, const Activations& a, int64_t block, int64_t count, Memory& memory)
+        : a_(a), block_(block), count_(count), steps_(w.block / kStep), memory_(memory) {}
+
+    void multiply_rows(int64_t from, int64_t to, float* sums) {
+      load_step(codes(from), codes(from + kRows), memory_.weights, kStep);
+      for (int64_t m = from; m < to; m += kPair, sums += 4 * kTile) {
+        const int64_t next = m + kPair < to ? m + kPair : from;
+        for (int64_t b = 0; b < count_; ++b) {
+          multiply_block(m, b, b + 1 < count_ ? m : next);
+          empty(b % 2);
+          if (b % 2 || b + 1 == count_) wait(m, b / 2 * 2, b % 2 + 1, sums);
+        }
+      }
+      waiting_.template add_tile<kZeros>(0);
+      waiting_.template add_tile<kZeros>(1);
+    }
+
+    const int8_t* codes(int64_t m) const { return a_.codes + m * a_.stride + block_ * steps_ * kTileBytes; }
+
+    // The first step is loaded already; loads the first one behind the block, of rows from `next` on.
+    void multiply_block(int64_t m, int64_t b, int64_t next) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = b * steps_; s < (b + 1) * steps_; ++s) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+        const bool last = s + 1 == (b + 1) * steps_;
+        const int64_t row = last ? next : m, step = last && next != m ? 0 : s + 1;
+        if (step < count_ * steps_) load(row, step);
+      }
+    }
+
+    void load(int64_t m, int64_t step) {
+      load_step(codes(m) + step * kTileBytes, codes(m + kRows) + step * kTileBytes,
+                memory_.weights + step * 2 * kTileBytes, kStep);
+    }
+
+    void empty(int64_t tall) {
+      int32_t* products = memory_.products[turn_][tall];
+      if (waiting_.blocks == 2)
+        store_and_add<2>(products, tall);
+      else if (waiting_.blocks == 1)
+        store_and_add<1>(products, tall);
+      else
+        store_and_add<0>(products, tall);
+    }
+
+    template <int kBlocks>
+    void store_and_add(int32_t* products, int64_t tall) {
+      _tile_stored(0, products, kLine);
+      add_quarter<kBlocks>(tall, 0);
+      _tile_stored(1, products + kTile, kLine);
+      add_quarter<kBlocks>(tall, 1);
+      _tile_stored(2, products + 2 * kTile, kLine);
+      add_quarter<kBlocks>(tall, 2);
+      _tile_stored(3, products + 3 * kTile, kLine);
+      add_quarter<kBlocks>(tall, 3);
+    }
+
+    template <int kBlocks>
+    [[gnu::always_inline]] inline void add_quarter(int64_t tall, int64_t quarter) {
+      if constexpr (kBlocks > 0)
+        waiting_.template add<kBlocks, kZeros, kRows / 4>(tall, quarter * kRows / 4);
+    }
+
+    // Blocks [b, b + blocks) of the rows from m on are multiplied. Of those that waited, a single
+    // block has added only its first tile of rows.
+    void wait(int64_t m, int64_t b, int64_t blocks, float* sums) {
+      if (blocks == 1) waiting_.template add_tile<kZeros>(1);
+      waiting_.blocks = blocks;
+      waiting_.products = memory_.products[turn_][0];
+      waiting_.scales = memory_.scales + b * kPanel;
+      waiting_.zeros = memory_.zeros + b * kPanel;
+      waiting_.sums = sums;
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t at = (m + i * kRows) * a_.blocks + (block_ + b) * kRows;
+        waiting_.x_scales[i] = a_.scales + at;
+        waiting_.x_sums[i] = a_.sums + at;
+      }
+      turn_ ^= 1;
+    }
+
+    const Activations& a_;
+    const int64_t block_, count_, steps_;
+    Memory& memory_;
+    Waiting waiting_;
+    int turn_ = 0;
+  };
+};
+
+}  // namespace
+}  // namespace rgexport
