@@ -17,32 +17,47 @@ namespace {
 constexpr int64_t kRows = 16;   // of activations in a tile
 constexpr int64_t kLanes = 16;  // outputs in a tile
 constexpr int64_t kPair = 2 * kRows, kPanel = 2 * kLanes;
-constexpr int64_t kLine = 64;         // bytes of a row of a tile
-constexpr int64_t kTile = 256;        // numbers of 32 bits
-constexpr int64_t kMostRows = 512;    // of activations that share a panel
-constexpr int64_t kPanels = 16;       // that share some columns of the activations, which stay in L2
-constexpr int64_t kColumns = 256;     // of a panel at a time, which stay in L1
+constexpr int64_t kLine = 64;       // bytes of a row of a tile, and of stored weights read at once
+constexpr int64_t kTile = 256;      // numbers of 32 bits
+constexpr int64_t kMostRows = 512;  // of activations that share a panel
+constexpr int64_t kColumns = 256;   // of a panel at a time, which stay in L1
+constexpr int64_t kPanels = 16;     // that share those of the activations, which stay in L2
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
-// The columns [first, first + count) of y for up to 512 rows: [panel][pair][4 tiles][16][16].
+// Up to 16 of the numbers that are left, and zeros.
+__m512 load_some(const float* x, int64_t left) {
+  if (left < 1) return _mm512_setzero_ps();
+  return Avx512::load_first(x, static_cast<int>(least(left, kLanes)));
+}
+
+// The largest size in a block of columns, of which some may be left.
+float largest(const float* x, int64_t block, int64_t left) {
+  __m512 lanes = _mm512_setzero_ps();
+  for (int64_t k = 0; k < block; k += kLanes)
+    lanes = Avx512::max_size(lanes, load_some(x + k, left - k));
+  return Avx512::max(lanes);
+}
+
+// Some columns of y for up to 512 rows: [panel][pair][4 tiles][16][16].
 struct Sums {
   alignas(64) float panels[kPanels][kMostRows / kPair][4 * kTile];
 
   void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
 
-  // Whole rows at once: they lie on pages of their own in y.
+  // Columns [first, last), rows [from, to). Whole rows at once: in y they lie on their own pages.
   void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
              float* y) const {
     for (int64_t m = 0; m < to - from; ++m) {
       for (int64_t n = first; n < last; n += kLanes) {
         const int64_t lanes = n - first, tile = m / kRows % 2 * 2 + lanes / kLanes % 2;
-        const float* row = panels[lanes / kPanel][m / kPair] + tile * kTile + m % kRows * kLanes;
+        const float* tiles = panels[lanes / kPanel][m / kPair];
+        const __m512 sum = _mm512_load_ps(tiles + tile * kTile + m % kRows * kLanes);
         const __mmask16 there = static_cast<__mmask16>((1u << least(last - n, kLanes)) - 1);
         const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(there, w.bias + n) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y + (from + m) * w.rows + n, there, _mm512_add_ps(_mm512_load_ps(row), bias));
+        _mm512_mask_storeu_ps(y + (from + m) * w.rows + n, there, _mm512_add_ps(sum, bias));
       }
     }
   }

@@ -29,24 +29,16 @@ class AmxBf16 {
     int8_t* to = a.codes + index / kRows * kRows * a.stride + index % kRows * kLine;
     const int64_t padded = whole(w.columns, kStep) * kStep;
     for (int64_t first = 0; first < padded; first += w.block) {
-      __m512 lanes = _mm512_setzero_ps();
-      for (int64_t k = first; k < first + w.block; k += kLanes)
-        lanes = Avx512::max_size(lanes, load_some(x + k, w.columns - k));
-      const float most = Avx512::max(lanes);
+      const float most = largest(x + first, w.block, w.columns - first);
       const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
       const __m512 scale = _mm512_set1_ps(most / 127.0f);
       for (int64_t k = first; k < first + w.block; k += kLanes) {
         const __m512 code = nearest(_mm512_mul_ps(load_some(x + k, w.columns - k), inverse));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k / kStep * kTileBytes + k % kStep * 2),
+        int8_t* at = to + k / kStep * kTileBytes + k % kStep * 2;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at),
                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, scale)));
       }
     }
-  }
-
-  // Up to 16 of the numbers that are left, and zeros.
-  static __m512 load_some(const float* x, int64_t left) {
-    if (left < 1) return _mm512_setzero_ps();
-    return Avx512::load_first(x, static_cast<int>(least(left, kLanes)));
   }
 
   // Whole numbers, halves to even: what adding 1.5 · 2^23 leaves.
@@ -105,7 +97,8 @@ class AmxBf16 {
         const __m512i lane = lanes[kRow / kPairs];
         const __m512 even = numbers<kBits>(_mm512_srli_epi32(lane, kShift), scales);
         const __m512 odd = numbers<kBits>(_mm512_srli_epi32(lane, kShift + kBits), scales);
-        _mm512_store_si512(tiles + kRow / kRows * 2 * kTileBytes + kRow % kRows * kLine, pairs(even, odd));
+        int8_t* tile = tiles + kRow / kRows * 2 * kTileBytes;
+        _mm512_store_si512(tile + kRow % kRows * kLine, pairs(even, odd));
       });
     });
   }
@@ -169,7 +162,8 @@ class AmxBf16 {
       _tile_loadd(2, sums + 2 * kTile, kLine);
       _tile_loadd(3, sums + 3 * kTile, kLine);
       for (int64_t s = 0; s < steps; ++s) {
-        load_step(x0 + s * kTileBytes, x1 + s * kTileBytes, memory.weights + s * 2 * kTileBytes, kLine);
+        const int64_t at = s * kTileBytes;
+        load_step(x0 + at, x1 + at, memory.weights + 2 * at, kLine);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);

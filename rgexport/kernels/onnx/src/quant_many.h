@@ -24,6 +24,7 @@ class QuantMany : QuantLayout<Simd> {
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;
+  static constexpr int64_t kPanels = 4;  // that share columns of the activations, which stay in L2
 
   // Columns [first, last) of y, where kShare lanes of a line share a scale.
   template <int kBits, int kShare>
@@ -36,29 +37,28 @@ class QuantMany : QuantLayout<Simd> {
     const int64_t pair = 2 * shape.per_block;
     static_assert(kPanelBytes >= 2 * 256 * kPanel, "a pair of the largest blocks fits");
     const int64_t step = kPanelBytes / kUnpacked / pair * pair;
-    for (int64_t n = first; n < last; n += kPanel) {
-      const int64_t width = w.rows - n < kPanel ? w.rows - n : kPanel;
-      float start[kPanel] = {};
-      if (w.bias) std::memcpy(start, w.bias + n, width * sizeof(float));
+    for (int64_t n = first; n < last; n += kPanels * kPanel) {
+      const int64_t end = last - n < kPanels * kPanel ? last : n + kPanels * kPanel;
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = a.count - from < kMostRows ? a.count : from + kMostRows;
-        float* sums = panel.y;
-        for (int64_t m = from; m < to; ++m, sums += kPanel) std::memcpy(sums, start, sizeof(start));
+        start(w, n, end, to - from, panel);
         for (int64_t line = 0; line < shape.lines; line += step) {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
           const int64_t block = line / shape.per_block * shape.per_line;
           int64_t blocks = whole(lines, shape.per_block) * shape.per_line;
           if (block + blocks > shape.blocks) blocks = shape.blocks - block;
-          unpack<kBits>(w, shape, n, line, lines, panel);
-          unpack_scales(w, shape, n, block, blocks, panel);
-          if (w.zero_points)
-            tiles<kBits, kShare, true>(a, from, to, line, block, blocks, shape.per_block, 0, panel);
-          else
-            tiles<kBits, kShare, false>(a, from, to, line, block, blocks, shape.per_block,
-                                        common_zero_point(w), panel);
+          for (int64_t at = n; at < end; at += kPanel) {
+            float* sums = panel.y[(at - n) / kPanel];
+            unpack<kBits>(w, shape, at, line, lines, panel);
+            unpack_scales(w, shape, at, block, blocks, panel);
+            if (w.zero_points)
+              tiles<kBits, kShare, true>(a, from, to, line, block, blocks, shape.per_block, 0, panel, sums);
+            else
+              tiles<kBits, kShare, false>(a, from, to, line, block, blocks, shape.per_block,
+                                          common_zero_point(w), panel, sums);
+          }
         }
-        for (int64_t m = from; m < to; ++m)
-          copy_columns(panel.y + (m - from) * kPanel, width, y + m * w.rows + n);
+        for (int64_t m = from; m < to; ++m) write(panel, m - from, end - n, y + m * w.rows + n);
       }
     }
   }
@@ -69,7 +69,7 @@ class QuantMany : QuantLayout<Simd> {
     alignas(64) uint8_t weights[kPanelBytes];
     alignas(64) float scales[kPanelBytes / 16];
     alignas(64) float zeros[kPanelBytes / 16];
-    alignas(64) float y[kMostRows * kPanel];
+    alignas(64) float y[kPanels][kMostRows * kPanel];
   };
 
   static Panel& scratch() {
@@ -201,23 +201,23 @@ class QuantMany : QuantLayout<Simd> {
 
   template <int kBits, int kShare, bool kZeros, int kRows = kTall>
   static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
-                    int64_t blocks, int64_t per_block, int32_t offset, Panel& panel) {
+                    int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel, float* sums) {
     int64_t m = from;
     for (; m + kRows <= to; m += kRows)
       tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel,
-                                         panel.y + (m - from) * kPanel);
+                                         sums + (m - from) * kPanel);
     if constexpr (kRows > 1) {
       if (m < to) {
         // The rest of the rows, by a tile of their number.
         rest<kBits, kShare, kZeros, kRows - 1>(a, m, to - m, line, block, blocks, per_block, offset,
-                                               panel, panel.y + (m - from) * kPanel);
+                                               panel, sums + (m - from) * kPanel);
       }
     }
   }
 
   template <int kBits, int kShare, bool kZeros, int kRows>
   static void rest(const Activations& a, int64_t m, int64_t left, int64_t line, int64_t block,
-                   int64_t blocks, int64_t per_block, int32_t offset, Panel& panel, float* y) {
+                   int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel, float* y) {
     if (left == kRows) {
       tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel, y);
     } else if constexpr (kRows > 1) {
@@ -226,11 +226,27 @@ class QuantMany : QuantLayout<Simd> {
     }
   }
 
-  static void copy_columns(const float* from, int64_t width, float* to) {
-    if (width == kPanel)
+  static void start(const QuantMatrix& w, int64_t first, int64_t last, int64_t rows, Panel& panel) {
+    for (int64_t n = first; n < last; n += kPanel) {
+      float bias[kPanel] = {};
+      const int64_t width = last - n < kPanel ? last - n : kPanel;
+      if (w.bias) std::memcpy(bias, w.bias + n, width * sizeof(float));
+      float* sums = panel.y[(n - first) / kPanel];
+      for (int64_t m = 0; m < rows; ++m) std::memcpy(sums + m * kPanel, bias, sizeof(bias));
+    }
+  }
+
+  // A row's columns of all panels at once: in y, rows lie on pages of their own.
+  static void write(const Panel& panel, int64_t row, int64_t width, float* y) {
+    for (int64_t n = 0; n < width; n += kPanel)
+      copy_columns(panel.y[n / kPanel] + row * kPanel, width - n, y + n);
+  }
+
+  static void copy_columns(const float* from, int64_t left, float* to) {
+    if (left >= kPanel)
       std::memcpy(to, from, kPanel * sizeof(float));
     else
-      std::memcpy(to, from, width * sizeof(float));
+      std::memcpy(to, from, left * sizeof(float));
   }
 };
 

@@ -57,7 +57,7 @@ struct QuantKernels {
   QuantKernel (*many)(const QuantMatrix&);
   int64_t most_few;  // from this number of rows on, `many` is the faster one
   int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
-  int64_t most_panels = 1;  // that one call of `many` should get, if there are enough for all threads
+  int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads
 };
 // y is [count, rows of the matrix].
 

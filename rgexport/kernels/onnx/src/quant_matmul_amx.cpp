@@ -8,7 +8,9 @@ QuantKernels quant_kernels_avx512();
 
 namespace {
 
-QuantKernel many(const QuantMatrix& w) { return w.block < 64 ? AmxBf16::kernel() : AmxInt8::kernel(); }
+QuantKernel many(const QuantMatrix& w) {
+  return w.block < 64 ? AmxBf16::kernel() : AmxInt8::kernel();
+}
 
 }  // namespace
 

@@ -19,7 +19,7 @@ class QuantMatmul : QuantLayout<Simd> {
   static QuantKernels kernels() {
     constexpr int64_t kMostFew = 4;
     return {kernel(few), [](const QuantMatrix&) { return kernel(many); }, kMostFew,
-            QuantMany<Simd>::kPanel};
+            QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
   }
 
  private:
