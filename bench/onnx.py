@@ -6,9 +6,10 @@ A random 2B in int4 and int8, with and without the native kernels, takes turns w
 `llama-bench` on a transformer of Gemma 2B's shape, all Q4_0; between the turns stand measurements
 of the memory's read speed, by numpy and by a C program. `op` is one quantized linear alone, beside
 oneDNN's int8 product through torch; `depth` is what a token costs after many others. Each part
-leaves what it found in `out/bench/onnx/`; the page `docs/onnx.md` is made of all that is there. A
-machine is rarely left alone for long: models that were not asked for keep what an earlier run on
-the same machine with the same versions found.
+leaves what it found in `out/bench/onnx/`; the page `docs/onnx.md` is made of all that is there, or
+with `--docs docs/amx` that of another kind of machine. A machine is rarely left alone for long:
+models that were not asked for keep what an earlier run on the same machine with the same versions
+found.
 """
 
 import argparse
