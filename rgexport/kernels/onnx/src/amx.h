@@ -63,6 +63,11 @@ struct Sums {
   }
 };
 
+Sums& thread_sums() {
+  static thread_local Sums sums;
+  return sums;
+}
+
 // Registers 0 … 3 are what is summed, 4 and 5 activations, 6 and 7 weights: `step` bytes of columns.
 void configure(int64_t step) {
   struct alignas(64) {

@@ -121,31 +121,31 @@ class AmxBf16 {
 
   // ---- Products
 
-  struct Memory {
-    alignas(64) int8_t weights[kColumns / kStep * 2 * kTileBytes];
-    Sums sums;
+  struct Weights {
+    alignas(64) int8_t tiles[kColumns / kStep * 2 * kTileBytes];
   };
 
   static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                        float* y) {
-    static thread_local Memory memory;
+    static thread_local Weights weights;
+    Sums& sums = thread_sums();
     const auto unpack_columns = unpack(w);
     configure(kLine);
     for (int64_t n = first; n < last; n += kPanels * kPanel) {
       const int64_t end = least(last, n + kPanels * kPanel);
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = least(a.count, from + kMostRows);
-        memory.sums.clear(end - n);
+        sums.clear(end - n);
         for (int64_t column = 0; column < w.columns; column += kColumns) {
           const int64_t columns = least(w.columns - column, kColumns);
           for (int64_t panel = n; panel < end; panel += kPanel) {
-            unpack_columns(w, panel, column, columns, memory.weights);
+            unpack_columns(w, panel, column, columns, weights.tiles);
             memory_is_read();
-            multiply_panel(a, from, to, column / kStep, whole(columns, kStep), memory,
-                           (panel - n) / kPanel);
+            multiply_panel(a, from, to, column / kStep, whole(columns, kStep), weights.tiles,
+                           sums.panels[(panel - n) / kPanel][0]);
           }
         }
-        memory.sums.write(w, n, end, from, to, y);
+        sums.write(w, n, end, from, to, y);
       }
     }
     _tile_release();
@@ -153,17 +153,16 @@ class AmxBf16 {
 
   // Steps [step, step + steps) of rows [from, to).
   static void multiply_panel(const Activations& a, int64_t from, int64_t to, int64_t step,
-                             int64_t steps, Memory& memory, int64_t panel) {
-    for (int64_t m = from; m < to; m += kPair) {
+                             int64_t steps, const int8_t* weights, float* sums) {
+    for (int64_t m = from; m < to; m += kPair, sums += 4 * kTile) {
       const int8_t *x0 = a.codes + m * a.stride + step * kTileBytes, *x1 = x0 + kRows * a.stride;
-      float* sums = memory.sums.panels[panel][(m - from) / kPair];
       _tile_loadd(0, sums, kLine);
       _tile_loadd(1, sums + kTile, kLine);
       _tile_loadd(2, sums + 2 * kTile, kLine);
       _tile_loadd(3, sums + 3 * kTile, kLine);
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t at = s * kTileBytes;
-        load_step(x0 + at, x1 + at, memory.weights + 2 * at, kLine);
+        load_step(x0 + at, x1 + at, weights + 2 * at, kLine);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);

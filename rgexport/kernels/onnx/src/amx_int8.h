@@ -63,12 +63,12 @@ class AmxInt8 : AmxInt8Layout {
     alignas(64) float scales[kColumns / kStep * kPanel];
     alignas(64) float zeros[kColumns / kStep * kPanel];
     alignas(64) int32_t products[2][2][4 * kTile];  // of two blocks, now and before
-    Sums sums;
   };
 
   static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                        float* y) {
     static thread_local Memory memory;
+    Sums& sums = thread_sums();
     const auto unpack_columns = w.bits == 4 ? unpack<4> : unpack<8>;
     const auto run = zeros_are_left(w) ? Panel<true>::run : Panel<false>::run;
     const int64_t step = kColumns / w.block;
@@ -77,17 +77,17 @@ class AmxInt8 : AmxInt8Layout {
       const int64_t end = least(last, n + kPanels * kPanel);
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = least(a.count, from + kMostRows);
-        memory.sums.clear(end - n);
+        sums.clear(end - n);
         for (int64_t block = 0; block < w.blocks(); block += step) {
           const int64_t count = least(w.blocks() - block, step);
           for (int64_t panel = n; panel < end; panel += kPanel) {
             unpack_columns(w, panel, block * w.block, count * w.block, memory.weights);
             unpack_scales(w, panel, block, count, memory.scales, memory.zeros);
             memory_is_read();
-            run(w, a, from, to, block, count, memory, memory.sums.panels[(panel - n) / kPanel][0]);
+            run(w, a, from, to, block, count, memory, sums.panels[(panel - n) / kPanel][0]);
           }
         }
-        memory.sums.write(w, n, end, from, to, y);
+        sums.write(w, n, end, from, to, y);
       }
     }
     _tile_release();

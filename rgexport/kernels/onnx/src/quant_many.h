@@ -44,19 +44,7 @@ class QuantMany : QuantLayout<Simd> {
         start(w, n, end, to - from, panel);
         for (int64_t line = 0; line < shape.lines; line += step) {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
-          const int64_t block = line / shape.per_block * shape.per_line;
-          int64_t blocks = whole(lines, shape.per_block) * shape.per_line;
-          if (block + blocks > shape.blocks) blocks = shape.blocks - block;
-          for (int64_t at = n; at < end; at += kPanel) {
-            float* sums = panel.y[(at - n) / kPanel];
-            unpack<kBits>(w, shape, at, line, lines, panel);
-            unpack_scales(w, shape, at, block, blocks, panel);
-            if (w.zero_points)
-              tiles<kBits, kShare, true>(a, from, to, line, block, blocks, shape.per_block, 0, panel, sums);
-            else
-              tiles<kBits, kShare, false>(a, from, to, line, block, blocks, shape.per_block,
-                                          common_zero_point(w), panel, sums);
-          }
+          add_lines<kBits, kShare>(w, shape, a, {n, end, from, to, line, lines}, panel);
         }
         for (int64_t m = from; m < to; ++m) write(panel, m - from, end - n, y + m * w.rows + n);
       }
@@ -75,6 +63,27 @@ class QuantMany : QuantLayout<Simd> {
   static Panel& scratch() {
     static thread_local Panel panel;
     return panel;
+  }
+
+  // Columns of y, rows of activations, lines of both.
+  struct Part {
+    int64_t first, last, from, to, line, lines;
+  };
+
+  template <int kBits, int kShare>
+  static void add_lines(const QuantMatrix& w, const Shape& shape, const Activations& a,
+                        const Part& p, Panel& panel) {
+    const int64_t block = p.line / shape.per_block * shape.per_line;
+    int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
+    if (block + blocks > shape.blocks) blocks = shape.blocks - block;
+    const auto run = w.zero_points ? tiles<kBits, kShare, true> : tiles<kBits, kShare, false>;
+    const int32_t offset = w.zero_points ? 0 : common_zero_point(w);
+    for (int64_t n = p.first; n < p.last; n += kPanel) {
+      unpack<kBits>(w, shape, n, p.line, p.lines, panel);
+      unpack_scales(w, shape, n, block, blocks, panel);
+      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, offset, panel,
+          panel.y[(n - p.first) / kPanel]);
+    }
   }
 
   template <int kBits>
@@ -199,19 +208,18 @@ class QuantMany : QuantLayout<Simd> {
     return weights;
   }
 
-  template <int kBits, int kShare, bool kZeros, int kRows = kTall>
+  template <int kBits, int kShare, bool kZeros>
   static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
-                    int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel, float* sums) {
+                    int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel,
+                    float* sums) {
     int64_t m = from;
-    for (; m + kRows <= to; m += kRows)
-      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel,
-                                         sums + (m - from) * kPanel);
-    if constexpr (kRows > 1) {
-      if (m < to) {
-        // The rest of the rows, by a tile of their number.
-        rest<kBits, kShare, kZeros, kRows - 1>(a, m, to - m, line, block, blocks, per_block, offset,
-                                               panel, sums + (m - from) * kPanel);
-      }
+    for (; m + kTall <= to; m += kTall, sums += kTall * kPanel)
+      tile<kBits, kShare, kTall, kZeros>(a, m, line, block, blocks, per_block, offset, panel, sums);
+    // The rest of the rows, by a tile of their number.
+    if constexpr (kTall > 1) {
+      if (m < to)
+        rest<kBits, kShare, kZeros, kTall - 1>(a, m, to - m, line, block, blocks, per_block, offset,
+                                               panel, sums);
     }
   }
 
