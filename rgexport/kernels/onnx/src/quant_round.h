@@ -19,12 +19,12 @@ class QuantRound : QuantLayout<Simd> {
 
  public:
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
-    alignas(64) int8_t natural[kMostCodes];
     int8_t* codes = a.codes + index * a.stride;
     float* scales = a.scales + index * a.blocks;
     int32_t* sums = a.sums + index * a.blocks;
     const int64_t line_columns = kVector * parts(w),
                   step = w.block > line_columns ? line_columns : w.block;
+    const auto whole_step = step_of(step);
     std::memset(codes, 0, a.stride);
     for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
     for (int64_t b = 0; b < w.blocks(); ++b) {
@@ -33,12 +33,11 @@ class QuantRound : QuantLayout<Simd> {
       const float most = absmax(x + first, count);
       scales[b] = most / 127.0f;
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
-      for (int64_t at = 0; at < count; at += step) {
-        const int64_t n = count - at < step ? count - at : step;
-        std::memset(natural, 0, step);
-        sums[b] += round_codes(x + first + at, n, inverse, natural);
-        place(w, natural, step, first + at, codes);
-      }
+      int64_t at = 0;
+      for (; at + step <= count; at += step)
+        sums[b] += whole_step(w, x + first + at, inverse, first + at, codes);
+      if (at < count)
+        sums[b] += round_step(w, x + first + at, count - at, step, inverse, first + at, codes);
     }
     if (a.lane_starts) {
       const int32_t offset = w.zero_points ? 0 : common_zero_point(w);
@@ -56,8 +55,35 @@ class QuantRound : QuantLayout<Simd> {
     return most;
   }
 
+  // Rounds `count` columns, from `column` on, and puts the codes of `step` of them in their places.
+  [[gnu::always_inline]] static inline int32_t round_step(const QuantMatrix& w, const float* x,
+                                                          int64_t count, int64_t step,
+                                                          float inverse, int64_t column,
+                                                          int8_t* codes) {
+    alignas(64) int8_t natural[kMostCodes];
+    if (count < step) std::memset(natural, 0, step);
+    const int32_t sum = round_codes(x, count, inverse, natural);
+    place(w, natural, step, column, codes);
+    return sum;
+  }
+
+  // The same for a whole step, whose length the compiler knows.
+  template <int64_t kStep>
+  static int32_t round_whole(const QuantMatrix& w, const float* x, float inverse, int64_t column,
+                             int8_t* codes) {
+    return round_step(w, x, kStep, kStep, inverse, column, codes);
+  }
+
+  template <int64_t kStep = kMostCodes>
+  static auto step_of(int64_t step) {
+    if constexpr (kStep > 16) {
+      if (step < kStep) return step_of<kStep / 2>(step);
+    }
+    return round_whole<kStep>;
+  }
+
   // Nearest integers, halves to even: what adding 1.5 · 2^23 leaves in the low bits.
-  static int32_t round_codes(const float* x, int64_t count, float inverse, int8_t* codes) {
+  [[gnu::always_inline]] static inline int32_t round_codes(const float* x, int64_t count, float inverse, int8_t* codes) {
     constexpr float kMagic = 12582912.0f;
     if (count > kMostCodes) __builtin_unreachable();
     int32_t sum = 0;
@@ -73,8 +99,8 @@ class QuantRound : QuantLayout<Simd> {
   }
 
   // Puts codes of consecutive columns where the unpacked weights will be.
-  static void place(const QuantMatrix& w, const int8_t* natural, int64_t count, int64_t column,
-                    int8_t* codes) {
+  [[gnu::always_inline]] static inline void place(const QuantMatrix& w, const int8_t* natural,
+                                                  int64_t count, int64_t column, int8_t* codes) {
     if (w.bits == 8) {
       std::memcpy(codes + column, natural, count);
       return;
