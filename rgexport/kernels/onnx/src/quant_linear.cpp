@@ -88,7 +88,7 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
-    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 0);
+    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i);
     const Activations a = scratch.rows(w, own * count, count);
     for (int64_t m = 0; m < count; ++m) kernel.round(w, x + m * w.columns, a, m);
     parts.run(own, [&](int64_t from, int64_t to) { kernel.multiply(w, a, from, to, y); });
