@@ -1,7 +1,7 @@
 // The tile instructions that quant_matmul_amx.cpp uses, in plain C++: included before it with
 // -include. What a processor would refuse ends the program.
 //
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG,
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: LDTILECFG, STTILECFG,
 // TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSSD, TDPBF16PS.
 #pragma once
 
@@ -45,6 +45,8 @@ inline void load_config(const void* memory) {
     require(i < 8 || s.config.rows[i] == 0);
   }
 }
+
+inline void store_config(void* memory) { std::memcpy(memory, &state().config, sizeof(Config)); }
 
 inline void release() { std::memset(&state(), 0, sizeof(State)); }
 
@@ -128,6 +130,7 @@ inline void dot_bfloat16(int sums, int x, int y) {
 #undef _tile_dpbssd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(memory) amx_emulated::load_config(memory)
+#define _tile_storeconfig(memory) amx_emulated::store_config(memory)
 #define _tile_release() amx_emulated::release()
 #define _tile_zero(tile) amx_emulated::zero(tile)
 #define _tile_loadd(tile, memory, stride) amx_emulated::load(tile, memory, stride)

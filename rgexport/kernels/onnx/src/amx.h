@@ -68,19 +68,37 @@ Sums& thread_sums() {
   return sums;
 }
 
-// Registers 0 … 3 are what is summed, 4 and 5 activations, 6 and 7 weights: `step` bytes of columns.
-void configure(int64_t step) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? kRows : step / 4);
-    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? step : kLine);
+// The tiles of this thread, for `step` bytes of columns: 0 … 3 are what is summed, 4 and 5
+// activations, 6 and 7 weights.
+//
+// Leaves them as they were: llama.cpp configures a thread's once, and never looks again.
+class Tiles {
+ public:
+  explicit Tiles(int64_t step) {
+    _tile_storeconfig(&before_);
+    Config config = {1, {}, {}, {}};
+    for (int i = 0; i < 8; ++i) {
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? kRows : step / 4);
+      config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? step : kLine);
+    }
+    _tile_loadconfig(&config);
   }
-  _tile_loadconfig(&config);
-}
+  ~Tiles() {
+    if (before_.palette)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, reserved[15];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Config before_;
+};
 
 // GCC does not know that _tile_loadd reads memory.
 inline void memory_is_read() {

@@ -130,7 +130,7 @@ class AmxBf16 {
     static thread_local Weights weights;
     Sums& sums = thread_sums();
     const auto unpack_columns = unpack(w);
-    configure(kLine);
+    const Tiles tiles(kLine);
     for (int64_t n = first; n < last; n += kPanels * kPanel) {
       const int64_t end = least(last, n + kPanels * kPanel);
       for (int64_t from = 0; from < a.count; from += kMostRows) {
@@ -148,7 +148,6 @@ class AmxBf16 {
         sums.write(w, n, end, from, to, y);
       }
     }
-    _tile_release();
   }
 
   // Steps [step, step + steps) of rows [from, to).

@@ -72,7 +72,7 @@ class AmxInt8 : AmxInt8Layout {
     const auto unpack_columns = w.bits == 4 ? unpack<4> : unpack<8>;
     const auto run = zeros_are_left(w) ? Panel<true>::run : Panel<false>::run;
     const int64_t step = kColumns / w.block;
-    configure(kStep);
+    const Tiles tiles(kStep);
     for (int64_t n = first; n < last; n += kPanels * kPanel) {
       const int64_t end = least(last, n + kPanels * kPanel);
       for (int64_t from = 0; from < a.count; from += kMostRows) {
@@ -90,7 +90,6 @@ class AmxInt8 : AmxInt8Layout {
         sums.write(w, n, end, from, to, y);
       }
     }
-    _tile_release();
   }
 
   // Some blocks of a panel times rows.
