@@ -13,7 +13,7 @@ from tests.llama_tools import needs_llama_cpp
 
 @needs_llama_cpp
 def test_llama_cpp_goes_on_after_native_kernels(demo_artifact: Path, tmp_path: Path) -> None:
-    """On AMX it configures a thread's tiles once: an instruction was illegal when ours were done."""
+    """On AMX it configures a thread's tiles once, and an instruction was illegal after ours."""
     target = tmp_path / "demo.gguf"
     assert run(["gguf", "--size", "demo", "--type", "q4_0", "--no-check", "-o", str(target)]) == 0
     llama, onnx = open_session(open_gguf(target)), open_session(Artifact.open(demo_artifact))
