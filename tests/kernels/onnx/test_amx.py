@@ -16,7 +16,7 @@ from tests.kernels.onnx.quant_driver import assert_products_right, build_driver
 
 EMULATION = "-include", str(Path(__file__).with_name("amx_emulated.h"))
 TILES = "-mamx-tile", "-mamx-int8", "-mamx-bf16"
-VECTORS = "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16"))
+VECTORS = "-mfma", "-mgfni", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16"))
 SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 # GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
 NO_FAKE_STACK = "detect_stack_use_after_return=0"
@@ -29,7 +29,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}"),
     pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}"),
-    pytest.mark.skipif("avx512_bf16" not in CPU, reason="no AVX-512 with bfloat16 here"),
+    pytest.mark.skipif(
+        not {"avx512_bf16", "gfni"} <= set(CPU.split()), reason="no bfloat16 or no GFNI here"
+    ),
 ]
 
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "quant_matmul.h"
+#include "quant_layout.h"
 #include "simd_avx512.h"
 #include "unrolled.h"
 
@@ -24,8 +24,6 @@ constexpr int64_t kColumns = 256;   // of a panel at a time, which stay in L1
 constexpr int64_t kPanels = 16;     // that share those of the activations, which stay in L2
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
 // Up to 16 of the numbers that are left, and zeros.
 __m512 load_some(const float* x, int64_t left) {

@@ -81,6 +81,7 @@ bool amx() {
   return avx512_vnni() && has(saved_registers(), 0x60000) &&  // tile configuration, tiles
          has(cpuid(7).edx, bit(22) | bit(24) | bit(25)) &&    // AMX-BF16, AMX-TILE, AMX-INT8
          has(cpuid(7, 1).eax, bit(5)) &&                      // AVX512_BF16
+         has(cpuid(7).ecx, bit(8)) &&                         // GFNI
          tiles_allowed();
 }
 

@@ -174,7 +174,7 @@ void add_rows(const float* a, int64_t a_step, const float* b, int64_t columns, f
     Vector sum{};
 #pragma GCC unroll 4
     for (int k = 0; k < Depth; ++k) {
-      __builtin_prefetch(b + k * columns + i + kAhead);
+      __builtin_prefetch(b + k * columns + i + kAhead, 0, 2);
       sum += factors[k] * load(b + k * columns + i, count);
     }
     store(c + i, load(c + i, count) + sum, count);

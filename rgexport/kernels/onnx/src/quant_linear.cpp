@@ -21,15 +21,14 @@ struct Free {
 // Scratch memory for rounded activations, cut into its arrays.
 class Scratch {
  public:
-  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes) {
+  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count) {
     const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
-    const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four bytes of weights
     const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
-    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
-    int64_t places[5] = {};
-    for (int i = 0; i < 4; ++i)
+    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4};
+    int64_t places[4] = {};
+    for (int i = 0; i < 3; ++i)
       places[i + 1] = places[i] + (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
-    memory_.reset(std::malloc(places[4] + kAlignment));
+    memory_.reset(std::malloc(places[3] + kAlignment));
     if (!memory_) return;
     const auto start = reinterpret_cast<uintptr_t>(memory_.get());
     auto* base = reinterpret_cast<uint8_t*>((start + kAlignment - 1) / kAlignment * kAlignment);
@@ -38,19 +37,17 @@ class Scratch {
                     reinterpret_cast<int8_t*>(base),
                     blocks,
                     reinterpret_cast<float*>(base + places[1]),
-                    reinterpret_cast<int32_t*>(base + places[2]),
-                    lanes ? reinterpret_cast<int32_t*>(base + places[3]) : nullptr};
+                    reinterpret_cast<int32_t*>(base + places[2])};
   }
   explicit operator bool() const { return memory_ != nullptr; }
 
   // The rows [first, first + count).
-  Activations rows(const QuantMatrix& w, int64_t first, int64_t count) const {
+  Activations rows(int64_t first, int64_t count) const {
     Activations some = activations_;
     some.count = count;
     some.codes += first * some.stride;
     some.scales += first * some.blocks;
     some.sums += first * some.blocks;
-    if (some.lane_starts) some.lane_starts += first * (some.stride * w.bits / 32);
     return some;
   }
 
@@ -81,15 +78,15 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
             const Upcoming& upcoming) {
   const QuantKernel& kernel = quant_kernels().few;
   Ranges parts(w.rows, (kGrainBytes / w.row_bytes() + 4) / 4 * 4, processors());
-  const Scratch scratch(kernel, w, parts.parts() * count, true);
+  const Scratch scratch(kernel, w, parts.parts() * count);
   if (!scratch) return false;
   upcoming.begin(w.data, w.rows * w.row_bytes());
   const std::thread::id caller = std::this_thread::get_id();
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
-    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i);
-    const Activations a = scratch.rows(w, own * count, count);
+    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 2);
+    const Activations a = scratch.rows(own * count, count);
     for (int64_t m = 0; m < count; ++m) kernel.round(w, x + m * w.columns, a, m);
     parts.run(own, [&](int64_t from, int64_t to) { kernel.multiply(w, a, from, to, y); });
     if (std::this_thread::get_id() != caller) upcoming.fetch(own, parts.parts());
@@ -109,9 +106,9 @@ int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
 bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
   const QuantKernels& kernels = quant_kernels();
   const QuantKernel kernel = kernels.many(w);
-  const Scratch scratch(kernel, w, count, false);
+  const Scratch scratch(kernel, w, count);
   if (!scratch) return false;
-  const Activations a = scratch.rows(w, 0, count);
+  const Activations a = scratch.rows(0, count);
   context.parallel_for(count, [&](size_t m) { kernel.round(w, x + m * w.columns, a, m); });
   const int64_t part = kernels.panel * panels_at_once(kernels, w);
   context.parallel_for((w.rows + part - 1) / part, [&](size_t i) {

@@ -1,12 +1,15 @@
-// AMX: tiles of 16 rows of activations times 16 outputs, for many rows. For few, AVX-512's kernels.
+// AMX: tiles of 16 rows of activations times 16 outputs, for many rows. For few, AVX-512 with GFNI,
+// which each processor with AMX has.
 #include "amx_bf16.h"
 #include "amx_int8.h"
+#include "quant_matmul_template.h"
+#include "simd_avx512.h"
 
 namespace rgexport {
 
-QuantKernels quant_kernels_avx512();
-
 namespace {
+
+using Few = QuantMatmul<Avx512Gfni>;
 
 QuantKernel many(const QuantMatrix& w) {
   return w.block < 64 ? AmxBf16::kernel() : AmxInt8::kernel();
@@ -15,11 +18,7 @@ QuantKernel many(const QuantMatrix& w) {
 }  // namespace
 
 QuantKernels quant_kernels_amx() {
-  QuantKernels kernels = quant_kernels_avx512();
-  kernels.many = many;
-  kernels.panel = kPanel;
-  kernels.most_panels = kPanels;
-  return kernels;
+  return {Few::few(), many, Few::kMostFew, kPanel, kPanels};
 }
 
 }  // namespace rgexport

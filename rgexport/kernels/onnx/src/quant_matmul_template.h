@@ -16,42 +16,47 @@ class QuantMatmul : QuantLayout<Simd> {
   using typename Base::Shape;
 
  public:
+  static constexpr int64_t kMostFew = 4;
+
   static QuantKernels kernels() {
-    constexpr int64_t kMostFew = 4;
-    return {kernel(few), [](const QuantMatrix&) { return kernel(many); }, kMostFew,
+    return {few(), [](const QuantMatrix&) { return kernel(multiply_many); }, kMostFew,
             QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
   }
+
+  static QuantKernel few() { return kernel(multiply_few); }
 
  private:
   static QuantKernel kernel(decltype(QuantKernel::multiply) multiply) {
     return {code_bytes, padded_blocks, QuantRound<Simd>::round, multiply};
   }
 
-  static void few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
-                  float* y) {
-    const int64_t lanes = Shape(w).lanes;
-    (w.bits == 4 ? pick<4>(lanes) : pick<8>(lanes)).few(w, a, first, last, y);
+  static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
+                           float* y) {
+    (w.bits == 4 ? pick_few<4>(w) : pick_few<8>(w))(w, a, first, last, y);
   }
 
-  static void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
-                   float* y) {
+  static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first,
+                            int64_t last, float* y) {
     const int64_t lanes = Shape(w).lanes;
-    (w.bits == 4 ? pick<4>(lanes) : pick<8>(lanes)).many(w, a, first, last, y);
+    (w.bits == 4 ? pick_many<4>(lanes) : pick_many<8>(lanes))(w, a, first, last, y);
   }
 
-  // The kernels for a number of lanes that share a scale.
-  struct Instance {
-    void (*few)(const QuantMatrix&, const Activations&, int64_t, int64_t, float*);
-    void (*many)(const QuantMatrix&, const Activations&, int64_t, int64_t, float*);
-  };
-
-  template <int kBits, int kShare = kLanes>
-  static Instance pick(int64_t lanes) {
-    if constexpr (kShare > 2) {
-      if (lanes < kShare) return pick<kBits, kShare / 2>(lanes);
+  // The kernel for a size of blocks, from 16 columns to 256.
+  template <int kBits, int kBlock = 256>
+  static auto pick_few(const QuantMatrix& w) {
+    if constexpr (kBlock > 16) {
+      if (w.block < kBlock) return pick_few<kBits, kBlock / 2>(w);
     }
-    return {QuantFew<Simd>::template stream<kBits, kShare>,
-            QuantMany<Simd>::template panels<kBits, kShare>};
+    return QuantFew<Simd>::template stream<kBits, kBlock * kBits / 32>;
+  }
+
+  // The kernel for a number of lanes that share a scale.
+  template <int kBits, int kShare = kLanes>
+  static auto pick_many(int64_t lanes) {
+    if constexpr (kShare > 2) {
+      if (lanes < kShare) return pick_many<kBits, kShare / 2>(lanes);
+    }
+    return QuantMany<Simd>::template panels<kBits, kShare>;
   }
 };
 

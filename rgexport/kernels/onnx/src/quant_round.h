@@ -10,7 +10,6 @@ namespace rgexport {
 template <class Simd>
 class QuantRound : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
-  using Base::common_zero_point;
   using Base::kLanes;
   using Base::kVector;
   using Base::parts;
@@ -38,10 +37,6 @@ class QuantRound : QuantLayout<Simd> {
         sums[b] += whole_step(w, x + first + at, inverse, first + at, codes);
       if (at < count)
         sums[b] += round_step(w, x + first + at, count - at, step, inverse, first + at, codes);
-    }
-    if (a.lane_starts) {
-      const int32_t offset = w.zero_points ? 0 : common_zero_point(w);
-      start_lanes(w, codes, offset, a.lane_starts + index * (a.stride / parts(w) / 4));
     }
   }
 
@@ -83,7 +78,8 @@ class QuantRound : QuantLayout<Simd> {
   }
 
   // Nearest integers, halves to even: what adding 1.5 · 2^23 leaves in the low bits.
-  [[gnu::always_inline]] static inline int32_t round_codes(const float* x, int64_t count, float inverse, int8_t* codes) {
+  [[gnu::always_inline]] static inline int32_t round_codes(const float* x, int64_t count,
+                                                           float inverse, int8_t* codes) {
     constexpr float kMagic = 12582912.0f;
     if (count > kMostCodes) __builtin_unreachable();
     int32_t sum = 0;
@@ -111,21 +107,6 @@ class QuantRound : QuantLayout<Simd> {
     for (int64_t i = 0; i < count / 2; ++i) {
       even[i] = natural[2 * i];
       odd[i] = natural[2 * i + 1];
-    }
-  }
-
-  // What the dot products of the lanes start from: less the common zero point times the codes.
-  static void start_lanes(const QuantMatrix& w, const int8_t* codes, int32_t offset,
-                          int32_t* starts) {
-    const int64_t lines = whole(w.row_bytes(), kVector), n = parts(w);
-    for (int64_t line = 0; line < lines; ++line) {
-      const int8_t* at = codes + line * n * kVector;
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        int32_t sum = 0;
-        for (int64_t part = 0; part < n; ++part)
-          for (int64_t i = 0; i < 4; ++i) sum += at[part * kVector + 4 * lane + i];
-        starts[line * kLanes + lane] = -offset * sum;
-      }
     }
   }
 };

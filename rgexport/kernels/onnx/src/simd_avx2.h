@@ -44,7 +44,8 @@ struct Avx2 {
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Into L2: a line that waits for memory would take one of L1's few places for that.
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static Float zero_float() { return _mm256_setzero_ps(); }
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }

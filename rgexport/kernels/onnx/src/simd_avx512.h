@@ -42,7 +42,8 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Into L2: a line that waits for memory would take one of L1's few places for that.
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
@@ -106,6 +107,15 @@ struct Avx512 {
     }
   }
 };
+
+#if defined(__GFNI__)
+struct Avx512Gfni : Avx512 {
+  // Bit i of a byte becomes bit i − 4: one instruction where a shift crosses bytes and needs a mask.
+  static Int high_half(Int x) {
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace rgexport
