@@ -210,7 +210,9 @@ void run(const QuantKernels& kernels, const Product& product, const Shape& shape
   const Exact<int8_t> codes(rows * stride);
   const Exact<float> scales(rows * blocks);
   const Exact<int32_t> sums(rows * blocks);
-  const Activations a = {shape.count, stride, codes.data(), blocks, scales.data(), sums.data()};
+  const Exact<int32_t> starts(few ? shape.count * stride * w.bits / 32 : 0);
+  const Activations a = {shape.count, stride,      codes.data(),
+                         blocks,      scales.data(), sums.data(), few ? starts.data() : nullptr};
   for (int64_t m = shape.count - 1; m >= 0; --m)
     kernel.round(w, product.x() + m * shape.columns, a, m);
   const int64_t panels = shape.count % 2 ? kernels.most_panels : 1;

@@ -8,7 +8,6 @@ namespace rgexport {
 template <class Simd>
 class QuantFew : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
-  using Base::common_zero_point;
   using Base::kLanes;
   using Base::kVector;
   using Base::load_some;
@@ -53,6 +52,7 @@ class QuantFew : QuantLayout<Simd> {
           data_(w.data + first * shape.row_bytes),
           scales_(w.scales + first * shape.blocks),
           codes_(a.codes + index * a.stride),
+          starts_(a.lane_starts + index * (shape.lines * kLanes)),
           x_scales_(a.scales + index * a.blocks),
           x_sums_(a.sums + index * a.blocks) {}
 
@@ -82,7 +82,7 @@ class QuantFew : QuantLayout<Simd> {
         for (int64_t byte = 0; byte < kRows * kStepLines * kVector; byte += kLine)
           Simd::prefetch(ahead + i * kRows * kStepLines * kVector + byte);
         Int dots[kRows];
-        for (Int& dot : dots) dot = Simd::zero();
+        for (Int& dot : dots) dot = Simd::load(starts_ + (step + i) * kLanes);
         for (int64_t l = 0; l < kStepLines; ++l)
           for (int r = 0; r < kRows; ++r)
             dots[r] = line_dot(dots[r],
@@ -96,21 +96,20 @@ class QuantFew : QuantLayout<Simd> {
       }
     }
 
-    // Products of the scales of a vector of blocks; the sums less what the zero points give.
+    // Products of the scales of a vector of blocks; and with zero points of their own.
     [[gnu::always_inline]] void scale(int64_t block, float (&products)[kRows][kLanes]) {
       const int64_t left = shape_.blocks - block;
       const int64_t ahead = (kRows + kAhead / shape_.row_bytes) * shape_.blocks;
       const Float x_scales = Simd::load_float(x_scales_ + block);
-      const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
         const float* scales = scales_ + r * shape_.blocks + block;
         Simd::prefetch(scales + ahead);
         const Float product = Simd::mul(load_some(scales, left), x_scales);
-        const Float zeros = w_.zero_points
-                                ? zero_offsets(w_, first_ + r, block, left)
-                                : Simd::broadcast_float(static_cast<float>(common_zero_point(w_)));
-        sums_[r] = Simd::fma(Simd::mul(product, zeros), x_sums, sums_[r]);
         Simd::store_float(products[r], product);
+        if (!w_.zero_points) continue;
+        const Float x_sums = Simd::to_float(Simd::load(x_sums_ + block));
+        const Float zeros = Simd::mul(product, zero_offsets(w_, first_ + r, block, left));
+        sums_[r] = Simd::fma(zeros, Simd::negative(x_sums), sums_[r]);
       }
     }
 
@@ -132,7 +131,8 @@ class QuantFew : QuantLayout<Simd> {
       const int64_t done = shape_.full_lines * kVector, left = shape_.row_bytes - done;
       std::memcpy(data, data_ + r * shape_.row_bytes + done, left);
       const int8_t* codes = codes_ + shape_.full_lines * kLineCodes;
-      Simd::store(dots, line_dot(Simd::zero(), Simd::load(data), codes));
+      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes);
+      Simd::store(dots, line_dot(start, Simd::load(data), codes));
       float sum = 0;
       for (int64_t lane = 0; lane < left / 4; ++lane) {
         const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
@@ -148,6 +148,7 @@ class QuantFew : QuantLayout<Simd> {
     const uint8_t* const data_;
     const float* const scales_;
     const int8_t* const codes_;
+    const int32_t* const starts_;
     const float* const x_scales_;
     const int32_t* const x_sums_;
     Float sums_[kRows];

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "quant_matmul.h"
 
@@ -48,6 +49,17 @@ class QuantLayout {
     }
   };
 
+  // What `instance` gives for the matrix's bits and block, which are constants to it.
+  template <int kBlock = 256, class Instance>
+  static auto pick(const QuantMatrix& w, const Instance& instance) {
+    if constexpr (kBlock > 16) {
+      if (w.block < kBlock) return pick<kBlock / 2>(w, instance);
+    }
+    constexpr std::integral_constant<int, kBlock> block;
+    return w.bits == 4 ? instance(std::integral_constant<int, 4>(), block)
+                       : instance(std::integral_constant<int, 8>(), block);
+  }
+
   static int64_t parts(const QuantMatrix& w) { return 8 / w.bits; }
 
   static int64_t code_bytes(const QuantMatrix& w) {
@@ -59,12 +71,13 @@ class QuantLayout {
     return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
   }
 
-  // What the dot products' own weights are shifted by: none, or 128 where bytes must have a sign.
-  static int32_t shift(const QuantMatrix& w) { return w.bits == 8 && Simd::kSignedBytes ? 128 : 0; }
+  // The middle of the levels, which is taken from all weights, exactly; but bytes that must have a
+  // sign have lost it before.
+  static int32_t middle(const QuantMatrix& w) {
+    return w.bits == 8 && Simd::kSignedBytes ? 0 : 1 << (w.bits - 1);
+  }
 
-  static int32_t common_zero_point(const QuantMatrix& w) { return (1 << (w.bits - 1)) - shift(w); }
-
-  // The zero points of a row's blocks from an even `block` on, less what the weights were moved by.
+  // The zero points of a row's blocks from an even `block` on, less the middle of the levels.
   static Float zero_offsets(const QuantMatrix& w, int64_t row, int64_t block, int64_t left) {
     alignas(8) uint8_t some[kLanes] = {};
     const uint8_t* from = w.zero_points + row * w.zero_point_bytes() + block * w.bits / 8;
@@ -72,7 +85,7 @@ class QuantLayout {
     // Only at the very end: what is written by bytes is slow to read as a whole.
     if (end - from < kLanes * w.bits / 8) from = copy_some(from, (left * w.bits + 7) / 8, some);
     const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
-    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-shift(w))));
+    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-(1 << (w.bits - 1)))));
   }
 
   static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {

@@ -21,14 +21,15 @@ struct Free {
 // Scratch memory for rounded activations, cut into its arrays.
 class Scratch {
  public:
-  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count) {
+  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes) {
     const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
+    const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four bytes of weights
     const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
-    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4};
-    int64_t places[4] = {};
-    for (int i = 0; i < 3; ++i)
+    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
+    int64_t places[5] = {};
+    for (int i = 0; i < 4; ++i)
       places[i + 1] = places[i] + (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
-    memory_.reset(std::malloc(places[3] + kAlignment));
+    memory_.reset(std::malloc(places[4] + kAlignment));
     if (!memory_) return;
     const auto start = reinterpret_cast<uintptr_t>(memory_.get());
     auto* base = reinterpret_cast<uint8_t*>((start + kAlignment - 1) / kAlignment * kAlignment);
@@ -37,17 +38,19 @@ class Scratch {
                     reinterpret_cast<int8_t*>(base),
                     blocks,
                     reinterpret_cast<float*>(base + places[1]),
-                    reinterpret_cast<int32_t*>(base + places[2])};
+                    reinterpret_cast<int32_t*>(base + places[2]),
+                    lanes ? reinterpret_cast<int32_t*>(base + places[3]) : nullptr};
   }
   explicit operator bool() const { return memory_ != nullptr; }
 
   // The rows [first, first + count).
-  Activations rows(int64_t first, int64_t count) const {
+  Activations rows(const QuantMatrix& w, int64_t first, int64_t count) const {
     Activations some = activations_;
     some.count = count;
     some.codes += first * some.stride;
     some.scales += first * some.blocks;
     some.sums += first * some.blocks;
+    if (some.lane_starts) some.lane_starts += first * (some.stride * w.bits / 32);
     return some;
   }
 
@@ -78,7 +81,7 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
             const Upcoming& upcoming) {
   const QuantKernel& kernel = quant_kernels().few;
   Ranges parts(w.rows, (kGrainBytes / w.row_bytes() + 4) / 4 * 4, processors());
-  const Scratch scratch(kernel, w, parts.parts() * count);
+  const Scratch scratch(kernel, w, parts.parts() * count, true);
   if (!scratch) return false;
   upcoming.begin(w.data, w.rows * w.row_bytes());
   const std::thread::id caller = std::this_thread::get_id();
@@ -86,7 +89,7 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
     const int own = static_cast<int>(index);
     const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
     for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 2);
-    const Activations a = scratch.rows(own * count, count);
+    const Activations a = scratch.rows(w, own * count, count);
     for (int64_t m = 0; m < count; ++m) kernel.round(w, x + m * w.columns, a, m);
     parts.run(own, [&](int64_t from, int64_t to) { kernel.multiply(w, a, from, to, y); });
     if (std::this_thread::get_id() != caller) upcoming.fetch(own, parts.parts());
@@ -95,20 +98,27 @@ bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t coun
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
-// another.
+// another, and as even ones as there are.
 int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
   constexpr int64_t kPartsOfThread = 4;
-  const int64_t share = w.rows / (kernels.panel * processors() * kPartsOfThread);
-  return share < 1 ? 1 : share < kernels.most_panels ? share : kernels.most_panels;
+  const int64_t panels = (w.rows + kernels.panel - 1) / kernels.panel, threads = processors();
+  const int64_t share = panels / (threads * kPartsOfThread);
+  const int64_t most = share < kernels.most_panels ? share : kernels.most_panels;
+  int64_t best = 1, least = panels;
+  for (int64_t part = 1; part <= most; ++part) {
+    const int64_t longest = (panels + part * threads - 1) / (part * threads) * part;
+    if (longest <= least) best = part, least = longest;
+  }
+  return best;
 }
 
 // Many rows: each thread takes panels of weights, which all rows of activations share.
 bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
   const QuantKernels& kernels = quant_kernels();
   const QuantKernel kernel = kernels.many(w);
-  const Scratch scratch(kernel, w, count);
+  const Scratch scratch(kernel, w, count, false);
   if (!scratch) return false;
-  const Activations a = scratch.rows(0, count);
+  const Activations a = scratch.rows(w, 0, count);
   context.parallel_for(count, [&](size_t m) { kernel.round(w, x + m * w.columns, a, m); });
   const int64_t part = kernels.panel * panels_at_once(kernels, w);
   context.parallel_for((w.rows + part - 1) / part, [&](size_t i) {

@@ -9,10 +9,10 @@ namespace rgexport {
 template <class Simd>
 class QuantMany : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
-  using Base::common_zero_point;
   using Base::kLanes;
   using Base::kVector;
   using Base::load_some;
+  using Base::middle;
   using Base::zero_offsets;
   using typename Base::Float;
   using typename Base::Int;
@@ -21,6 +21,7 @@ class QuantMany : QuantLayout<Simd> {
   static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
+  static constexpr int64_t kCacheLine = 64;
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;
@@ -46,7 +47,8 @@ class QuantMany : QuantLayout<Simd> {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
           add_lines<kBits, kShare>(w, shape, a, {n, end, from, to, line, lines}, panel);
         }
-        for (int64_t m = from; m < to; ++m) write(panel, m - from, end - n, y + m * w.rows + n);
+        for (int64_t m = from; m < to; ++m)
+          write(panel, m - from, end - n, w.rows, y + m * w.rows + n);
       }
     }
   }
@@ -77,11 +79,12 @@ class QuantMany : QuantLayout<Simd> {
     int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
     const auto run = w.zero_points ? tiles<kBits, kShare, true> : tiles<kBits, kShare, false>;
-    const int32_t offset = w.zero_points ? 0 : common_zero_point(w);
     for (int64_t n = p.first; n < p.last; n += kPanel) {
       unpack<kBits>(w, shape, n, p.line, p.lines, panel);
       unpack_scales(w, shape, n, block, blocks, panel);
-      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, offset, panel,
+      const bool last = n + kPanel >= p.last;
+      fetch_weights(w, shape, last ? p.first : n + kPanel, p.line + (last ? p.lines : 0), p.lines);
+      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, middle(w), panel,
           panel.y[(n - p.first) / kPanel]);
     }
   }
@@ -113,6 +116,15 @@ class QuantMany : QuantLayout<Simd> {
         }
       }
     }
+  }
+
+  // From memory into L2, while the tiles are computed: what is unpacked after them.
+  static void fetch_weights(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t line,
+                            int64_t lines) {
+    const int64_t end = w.rows - first < kPanel ? w.rows : first + kPanel;
+    for (int64_t row = first; row < end; ++row)
+      for (int64_t at = line * kVector; at < (line + lines) * kVector; at += kCacheLine)
+        Simd::prefetch(w.data + row * shape.row_bytes + at);
   }
 
   static Int load_up_to(const uint8_t* data, int64_t left) {
@@ -158,16 +170,19 @@ class QuantMany : QuantLayout<Simd> {
     for (int64_t b = 0; b < blocks; ++b) {
       Int dots[kRows][kWide];
       unrolled<kRows>([&](auto r) {
-        const Int start =
-            kZeros ? Simd::zero() : Simd::broadcast(-offset * x_sums[r * a.blocks + b]);
+        const Int start = Simd::broadcast(-offset * x_sums[r * a.blocks + b]);
         unrolled<kWide>([&](auto j) { dots[r][j] = start; });
       });
       if constexpr (kShare < kLanes) {
-        const int8_t* from = codes + b / per_line * kLineCodes + b % per_line * kShare * 4;
+        const int8_t* from = codes + b / per_line * kLineCodes;
+        if (b % per_line == 0) fetch_next<kBits, kRows>(from, a.stride);
+        from += b % per_line * kShare * 4;
         weights = multiply_lanes<kBits, kShare, kRows>(from, a.stride, weights, dots);
       } else {
-        for (int64_t l = 0; l < per_block; ++l, codes += kLineCodes)
+        for (int64_t l = 0; l < per_block; ++l, codes += kLineCodes) {
+          fetch_next<kBits, kRows>(codes, a.stride);
           weights = multiply_lanes<kBits, kShare, kRows>(codes, a.stride, weights, dots);
+        }
       }
       unrolled<kRows>([&](auto r) {
         const float x_scale = x_scales[r * a.blocks + b];
@@ -187,6 +202,15 @@ class QuantMany : QuantLayout<Simd> {
       // The sums stay in memory, in L1: the registers are for the products.
       asm volatile("" ::: "memory");
     }
+  }
+
+  // Into L1: what a line meets in the next tile of rows, which no pattern announces.
+  template <int kBits, int kRows>
+  [[gnu::always_inline]] static void fetch_next(const int8_t* codes, int64_t stride) {
+    unrolled<kRows>([&](auto r) {
+      for (int64_t at = 0; at < Base::template kCodes<kBits>; at += kVector)
+        __builtin_prefetch(codes + (kRows + r) * stride + at);
+    });
   }
 
   // The columns of some lanes of a line; returns the weights behind them.
@@ -244,8 +268,12 @@ class QuantMany : QuantLayout<Simd> {
     }
   }
 
-  // A row's columns of all panels at once: in y, rows lie on pages of their own.
-  static void write(const Panel& panel, int64_t row, int64_t width, float* y) {
+  // A row's columns of all panels at once: in y, rows lie on pages of their own, of which no pattern
+  // announces the next.
+  static void write(const Panel& panel, int64_t row, int64_t width, int64_t y_row, float* y) {
+    constexpr int64_t kAhead = 2;
+    for (int64_t n = 0; n < width; n += kCacheLine / sizeof(float))
+      __builtin_prefetch(y + kAhead * y_row + n, 1);
     for (int64_t n = 0; n < width; n += kPanel)
       copy_columns(panel.y[n / kPanel] + row * kPanel, width - n, y + n);
   }

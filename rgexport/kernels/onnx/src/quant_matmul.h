@@ -30,12 +30,13 @@ struct QuantMatrix {
 
 // Rounded rows of activations; `codes` are what a kernel reads, in its order.
 struct Activations {
-  int64_t count;   // rows
-  int64_t stride;  // bytes of codes from row to row
-  int8_t* codes;   // [count, stride]
-  int64_t blocks;  // the matrix's, padded with zeros to a whole number of lines
-  float* scales;   // [count, blocks]
-  int32_t* sums;   // [count, blocks]: sums of codes
+  int64_t count;         // rows
+  int64_t stride;        // bytes of codes from row to row
+  int8_t* codes;         // [count, stride]
+  int64_t blocks;        // the matrix's, padded with zeros to a whole number of lines
+  float* scales;         // [count, blocks]
+  int32_t* sums;         // [count, blocks]: sums of codes
+  int32_t* lane_starts;  // for `few`: what each lane of a dot product starts from; or null
 };
 
 struct QuantKernel {

@@ -1,4 +1,6 @@
 // Plain C++, for any processor: vectors are arrays of four lanes.
+#include <cmath>
+
 #include "quant_matmul_template.h"
 
 namespace rgexport {
@@ -86,6 +88,30 @@ struct Scalar {
     Float y;
     for (int i = 0; i < 4; ++i) y.lanes[i] = static_cast<float>(word(x, i));
     return y;
+  }
+  // Halves to even: what adding 1.5 · 2^23 leaves in the low bits.
+  static Int to_int(Float x) {
+    Int bits;
+    for (float& lane : x.lanes) lane += 12582912.0f;
+    std::memcpy(bits.bytes, x.lanes, 16);
+    return add(bits, broadcast(-0x4B400000));
+  }
+  // Numbers of four vectors, as bytes; and every other byte of two vectors.
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const Int* all[] = {&a, &b, &c, &d};
+    Int x;
+    for (int i = 0; i < 16; ++i) x.bytes[i] = static_cast<uint8_t>(word(*all[i / 4], i % 4));
+    return x;
+  }
+  static Int even_bytes(Int a, Int b) { return every_other(a, b, 0); }
+  static Int odd_bytes(Int a, Int b) { return every_other(a, b, 1); }
+  static Int every_other(const Int& a, const Int& b, int first) {
+    Int x;
+    for (int i = 0; i < 8; ++i) {
+      x.bytes[i] = a.bytes[2 * i + first];
+      x.bytes[8 + i] = b.bytes[2 * i + first];
+    }
+    return x;
   }
   static Float mul(Float x, Float y) {
     for (int i = 0; i < 4; ++i) x.lanes[i] *= y.lanes[i];

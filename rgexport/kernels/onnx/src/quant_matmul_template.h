@@ -13,7 +13,7 @@ class QuantMatmul : QuantLayout<Simd> {
   using Base::code_bytes;
   using Base::kLanes;
   using Base::padded_blocks;
-  using typename Base::Shape;
+  using Base::pick;
 
  public:
   static constexpr int64_t kMostFew = 4;
@@ -32,31 +32,19 @@ class QuantMatmul : QuantLayout<Simd> {
 
   static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                            float* y) {
-    (w.bits == 4 ? pick_few<4>(w) : pick_few<8>(w))(w, a, first, last, y);
+    const auto instance = [](auto bits, auto block) {
+      return QuantFew<Simd>::template stream<bits, block * bits / 32>;
+    };
+    pick(w, instance)(w, a, first, last, y);
   }
 
   static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first,
                             int64_t last, float* y) {
-    const int64_t lanes = Shape(w).lanes;
-    (w.bits == 4 ? pick_many<4>(lanes) : pick_many<8>(lanes))(w, a, first, last, y);
-  }
-
-  // The kernel for a size of blocks, from 16 columns to 256.
-  template <int kBits, int kBlock = 256>
-  static auto pick_few(const QuantMatrix& w) {
-    if constexpr (kBlock > 16) {
-      if (w.block < kBlock) return pick_few<kBits, kBlock / 2>(w);
-    }
-    return QuantFew<Simd>::template stream<kBits, kBlock * kBits / 32>;
-  }
-
-  // The kernel for a number of lanes that share a scale.
-  template <int kBits, int kShare = kLanes>
-  static auto pick_many(int64_t lanes) {
-    if constexpr (kShare > 2) {
-      if (lanes < kShare) return pick_many<kBits, kShare / 2>(lanes);
-    }
-    return QuantMany<Simd>::template panels<kBits, kShare>;
+    const auto instance = [](auto bits, auto block) {
+      constexpr int lanes = block * bits / 32;
+      return QuantMany<Simd>::template panels<bits, lanes < kLanes ? lanes : kLanes>;
+    };
+    pick(w, instance)(w, a, first, last, y);
   }
 };
 

@@ -1,9 +1,8 @@
 // Rounds activations to int8, a scale for each row and block of weights.
 #pragma once
 
-#include <cmath>
-
 #include "quant_layout.h"
+#include "unrolled.h"
 
 namespace rgexport {
 
@@ -12,103 +11,98 @@ class QuantRound : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
   using Base::kLanes;
   using Base::kVector;
-  using Base::parts;
   using typename Base::Float;
-  static constexpr int64_t kMostCodes = 2 * kVector;  // of a line
+  using typename Base::Int;
+  static constexpr int64_t kAhead = 512, kFetched = 16;  // floats: x is read ahead by lines
 
  public:
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
-    int8_t* codes = a.codes + index * a.stride;
-    float* scales = a.scales + index * a.blocks;
-    int32_t* sums = a.sums + index * a.blocks;
-    const int64_t line_columns = kVector * parts(w),
-                  step = w.block > line_columns ? line_columns : w.block;
-    const auto whole_step = step_of(step);
-    std::memset(codes, 0, a.stride);
-    for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
-    for (int64_t b = 0; b < w.blocks(); ++b) {
-      const int64_t first = b * w.block;
-      const int64_t count = w.columns - first < w.block ? w.columns - first : w.block;
-      const float most = absmax(x + first, count);
-      scales[b] = most / 127.0f;
-      const float inverse = most > 0 ? 127.0f / most : 0.0f;
-      int64_t at = 0;
-      for (; at + step <= count; at += step)
-        sums[b] += whole_step(w, x + first + at, inverse, first + at, codes);
-      if (at < count)
-        sums[b] += round_step(w, x + first + at, count - at, step, inverse, first + at, codes);
-    }
+    const auto instance = [](auto bits, auto block) { return Chunk<bits, block>::round; };
+    Base::pick(w, instance)(w, x, a, index);
   }
 
  private:
-  static float absmax(const float* x, int64_t count) {
-    Float lanes = Simd::zero_float();
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) lanes = Simd::max_size(lanes, Simd::load_float(x + i));
-    float most = Simd::max(lanes);
-    for (; i < count; ++i) most = std::fmax(most, std::fabs(x[i]));
-    return most;
-  }
+  // The columns of a block or of a line of weights, whatever has more: a code is a byte.
+  template <int kBits, int kBlock>
+  struct Chunk {
+    static constexpr int64_t kLine = Base::template kCodes<kBits>;
+    static constexpr int64_t kColumns = kBlock < kLine ? kLine : kBlock;
+    static constexpr int64_t kBlocks = kColumns / kBlock, kBlockLanes = kBlock * kBits / 32;
+    static constexpr int kVectors = kLine / kLanes;
 
-  // Rounds `count` columns, from `column` on, and puts the codes of `step` of them in their places.
-  [[gnu::always_inline]] static inline int32_t round_step(const QuantMatrix& w, const float* x,
-                                                          int64_t count, int64_t step,
-                                                          float inverse, int64_t column,
-                                                          int8_t* codes) {
-    alignas(64) int8_t natural[kMostCodes];
-    if (count < step) std::memset(natural, 0, step);
-    const int32_t sum = round_codes(x, count, inverse, natural);
-    place(w, natural, step, column, codes);
-    return sum;
-  }
-
-  // The same for a whole step, whose length the compiler knows.
-  template <int64_t kStep>
-  static int32_t round_whole(const QuantMatrix& w, const float* x, float inverse, int64_t column,
-                             int8_t* codes) {
-    return round_step(w, x, kStep, kStep, inverse, column, codes);
-  }
-
-  template <int64_t kStep = kMostCodes>
-  static auto step_of(int64_t step) {
-    if constexpr (kStep > 16) {
-      if (step < kStep) return step_of<kStep / 2>(step);
+    static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
+      int8_t* codes = a.codes + index * a.stride;
+      float* scales = a.scales + index * a.blocks;
+      int32_t* sums = a.sums + index * a.blocks;
+      int32_t* starts = a.lane_starts ? a.lane_starts + index * (a.stride * kBits / 32) : nullptr;
+      for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
+      for (int64_t k = 0; k < w.columns; k += kColumns) {
+        alignas(64) int32_t lanes[kLanes];  // sums of codes
+        const int64_t left = w.columns - k, block = k / kBlock;
+        if (left >= kColumns) {
+          for (int64_t i = 0; i < kColumns; i += kFetched) __builtin_prefetch(x + k + kAhead + i);
+          columns(x + k, codes + k, scales + block, sums + block, lanes);
+        } else {
+          alignas(64) float padded[kColumns] = {};
+          std::memcpy(padded, x + k, left * sizeof(float));
+          columns(padded, codes + k, scales + block, sums + block, lanes);
+        }
+        if (starts)
+          for (int i = 0; i < kLanes; ++i)
+            starts[k / kColumns * kLanes + i] = -Base::middle(w) * lanes[i];
+      }
     }
-    return round_whole<kStep>;
-  }
 
-  // Nearest integers, halves to even: what adding 1.5 · 2^23 leaves in the low bits.
-  [[gnu::always_inline]] static inline int32_t round_codes(const float* x, int64_t count,
-                                                           float inverse, int8_t* codes) {
-    constexpr float kMagic = 12582912.0f;
-    if (count > kMostCodes) __builtin_unreachable();
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const float shifted = x[i] * inverse + kMagic;
-      int32_t bits;
-      std::memcpy(&bits, &shifted, 4);
-      const int32_t code = bits - 0x4B400000;
-      codes[i] = static_cast<int8_t>(code);
-      sum += code;
+    static void columns(const float* x, int8_t* codes, float* scales, int32_t* sums,
+                        int32_t* lanes) {
+      float inverses[kBlocks];
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        const float most = largest(x + b * kBlock);
+        scales[b] = most / 127.0f;
+        inverses[b] = most > 0 ? 127.0f / most : 0.0f;
+      }
+      Int all = Simd::zero();
+      for (int64_t line = 0; line < kColumns; line += kLine) {
+        Int rounded[kVectors];
+        unrolled<kVectors>([&](auto v) {
+          const int64_t at = line + v * kLanes;
+          const Float inverse = Simd::broadcast_float(inverses[at / kBlock]);
+          rounded[v] = Simd::to_int(Simd::mul(Simd::load_float(x + at), inverse));
+        });
+        all = Simd::add(all, place(rounded, codes + line));
+      }
+      Simd::store(lanes, all);
+      if constexpr (kBlocks == 1) {
+        *sums = static_cast<int32_t>(Simd::sum(Simd::to_float(all)));
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i) sums[i / kBlockLanes] += lanes[i];
+      }
     }
-    return sum;
-  }
 
-  // Puts codes of consecutive columns where the unpacked weights will be.
-  [[gnu::always_inline]] static inline void place(const QuantMatrix& w, const int8_t* natural,
-                                                  int64_t count, int64_t column, int8_t* codes) {
-    if (w.bits == 8) {
-      std::memcpy(codes + column, natural, count);
-      return;
+    static float largest(const float* x) {
+      Float lanes = Simd::zero_float();
+      for (int64_t i = 0; i < kBlock; i += kLanes)
+        lanes = Simd::max_size(lanes, Simd::load_float(x + i));
+      return Simd::max(lanes);
     }
-    const int64_t line = column / (2 * kVector), within = column % (2 * kVector) / 2;
-    int8_t* even = codes + line * 2 * kVector + within;
-    int8_t* odd = even + kVector;
-    for (int64_t i = 0; i < count / 2; ++i) {
-      even[i] = natural[2 * i];
-      odd[i] = natural[2 * i + 1];
+
+    // Puts a line of codes where the unpacked weights will be. Returns the sums of the lanes.
+    static Int place(const Int (&rounded)[kVectors], int8_t* codes) {
+      const Int ones = Simd::broadcast(0x01010101);
+      Int parts[2] = {Simd::pack(rounded[0], rounded[1], rounded[2], rounded[3])};
+      if constexpr (kBits == 4) {
+        const Int last = Simd::pack(rounded[4], rounded[5], rounded[6], rounded[7]);
+        parts[1] = Simd::odd_bytes(parts[0], last);
+        parts[0] = Simd::even_bytes(parts[0], last);
+      }
+      Int sums = Simd::zero();
+      for (int64_t part = 0; part < 8 / kBits; ++part) {
+        Simd::store(codes + part * kVector, parts[part]);
+        sums = Simd::dot(sums, ones, parts[part]);
+      }
+      return sums;
     }
-  }
+  };
 };
 
 }  // namespace rgexport

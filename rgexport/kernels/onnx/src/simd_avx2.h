@@ -57,6 +57,20 @@ struct Avx2 {
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Float broadcast_float(float x) { return _mm256_set1_ps(x); }
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+  static Int to_int(Float x) { return _mm256_cvtps_epi32(x); }
+  // Numbers of four vectors, as bytes; and every other byte of two vectors.
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const Int bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+  }
+  static Int even_bytes(Int a, Int b) {
+    const Int low = _mm256_set1_epi16(255);
+    return in_order(_mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low)));
+  }
+  static Int odd_bytes(Int a, Int b) {
+    return in_order(_mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
+  }
+  static Int in_order(Int packed) { return _mm256_permute4x64_epi64(packed, 0xd8); }
   static Float mul(Float x, Float y) { return _mm256_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
   static Float max_size(Float most, Float x) {

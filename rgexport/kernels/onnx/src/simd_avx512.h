@@ -54,6 +54,23 @@ struct Avx512 {
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static Float broadcast_float(float x) { return _mm512_set1_ps(x); }
   static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
+  static Int to_int(Float x) { return _mm512_cvtps_epi32(x); }
+  // Numbers of four vectors, as bytes; and every other byte of two vectors.
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const Int bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(
+        _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
+  }
+  static Int even_bytes(Int a, Int b) {
+    const Int low = _mm512_set1_epi16(255);
+    return in_order(_mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low)));
+  }
+  static Int odd_bytes(Int a, Int b) {
+    return in_order(_mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+  }
+  static Int in_order(Int packed) {
+    return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), packed);
+  }
   static Float mul(Float x, Float y) { return _mm512_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm512_fmadd_ps(x, y, z); }
   static Float max_size(Float most, Float x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }

@@ -56,6 +56,15 @@ struct Neon {
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }
   static Float broadcast_float(float x) { return vdupq_n_f32(x); }
   static Float to_float(Int x) { return vcvtq_f32_s32(x); }
+  static Int to_int(Float x) { return vcvtnq_s32_f32(x); }
+  // Numbers of four vectors, as bytes; and every other byte of two vectors.
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const int16x8_t low = vcombine_s16(vqmovn_s32(a), vqmovn_s32(b));
+    const int16x8_t high = vcombine_s16(vqmovn_s32(c), vqmovn_s32(d));
+    return vreinterpretq_s32_s8(vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+  }
+  static Int even_bytes(Int a, Int b) { return words(vuzp1q_u8(bytes(a), bytes(b))); }
+  static Int odd_bytes(Int a, Int b) { return words(vuzp2q_u8(bytes(a), bytes(b))); }
   static Float mul(Float x, Float y) { return vmulq_f32(x, y); }
   static Float fma(Float x, Float y, Float z) { return vfmaq_f32(z, x, y); }
   static Float max_size(Float most, Float x) { return vmaxq_f32(most, vabsq_f32(x)); }
