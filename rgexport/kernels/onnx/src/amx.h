@@ -22,6 +22,7 @@ constexpr int64_t kTile = 256;      // numbers of 32 bits
 constexpr int64_t kMostRows = 512;  // of activations that share a panel
 constexpr int64_t kColumns = 256;   // of a panel at a time, which stay in L1
 constexpr int64_t kPanels = 16;     // that share those of the activations, which stay in L2
+constexpr int64_t kAhead = 512;     // floats of x that are fetched before they are read
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -34,8 +35,10 @@ __m512 load_some(const float* x, int64_t left) {
 // The largest size in a block of columns, of which some may be left.
 float largest(const float* x, int64_t block, int64_t left) {
   __m512 lanes = _mm512_setzero_ps();
-  for (int64_t k = 0; k < block; k += kLanes)
+  for (int64_t k = 0; k < block; k += kLanes) {
+    __builtin_prefetch(x + k + kAhead);
     lanes = Avx512::max_size(lanes, load_some(x + k, left - k));
+  }
   return Avx512::max(lanes);
 }
 
@@ -45,11 +48,13 @@ struct Sums {
 
   void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
 
-  // Columns [first, last), rows [from, to). Whole rows at once: in y they lie on their own pages.
+  // Columns [first, last), rows [from, to). Whole rows at once: in y they lie on their own pages, of
+  // which no pattern announces the next.
   void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
              float* y) const {
     for (int64_t m = 0; m < to - from; ++m) {
       for (int64_t n = first; n < last; n += kLanes) {
+        __builtin_prefetch(y + (from + m + 2) * w.rows + n, 1);
         const int64_t lanes = n - first, tile = m / kRows % 2 * 2 + lanes / kLanes % 2;
         const float* tiles = panels[lanes / kPanel][m / kPair];
         const __m512 sum = _mm512_load_ps(tiles + tile * kTile + m % kRows * kLanes);
@@ -127,6 +132,44 @@ void load_line(const QuantMatrix& w, int64_t first, int64_t at, __m512i (&lanes)
 int zero_point(const QuantMatrix& w, int64_t row, int64_t block) {
   const uint8_t* packed = w.zero_points + row * w.zero_point_bytes();
   return w.bits == 8 ? packed[block] : packed[block / 2] >> (block % 2 * 4) & 15;
+}
+
+// Columns of a panel, up to kColumns of them and padded to whole blocks, for rows [from, to).
+struct Part {
+  int64_t panel, column, columns, from, to;
+  float* sums;  // [pair][4 tiles][16][16], to which their products are to be added
+  int64_t next_panel, next_column;
+};
+
+// From memory into L2, while products are computed: the weights of the next part.
+void fetch_next(const QuantMatrix& w, const Part& p) {
+  for (int64_t row = p.next_panel; row < least(p.next_panel + kPanel, w.rows); ++row)
+    for (int64_t at = 0; at < kColumns * w.bits / 8; at += kLine)
+      Avx512::prefetch(w.data + row * w.row_bytes() + p.next_column * w.bits / 8 + at);
+}
+
+// Columns [first, last) of y, by parts of panels: many share columns of the activations.
+template <class Add>
+void by_parts(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last, float* y,
+              const Add& add) {
+  Sums& sums = thread_sums();
+  const int64_t padded = w.blocks() * w.block;
+  for (int64_t n = first; n < last; n += kPanels * kPanel) {
+    const int64_t end = least(last, n + kPanels * kPanel);
+    for (int64_t from = 0; from < a.count; from += kMostRows) {
+      const int64_t to = least(a.count, from + kMostRows);
+      sums.clear(end - n);
+      for (int64_t column = 0; column < padded; column += kColumns) {
+        const int64_t columns = least(padded - column, kColumns);
+        for (int64_t panel = n; panel < end; panel += kPanel) {
+          const bool last_panel = panel + kPanel >= end;
+          add(Part{panel, column, columns, from, to, sums.panels[(panel - n) / kPanel][0],
+                   last_panel ? n : panel + kPanel, last_panel ? column + kColumns : column});
+        }
+      }
+      sums.write(w, n, end, from, to, y);
+    }
+  }
 }
 
 }  // namespace

@@ -128,26 +128,15 @@ class AmxBf16 {
   static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                        float* y) {
     static thread_local Weights weights;
-    Sums& sums = thread_sums();
     const auto unpack_columns = unpack(w);
     const Tiles tiles(kLine);
-    for (int64_t n = first; n < last; n += kPanels * kPanel) {
-      const int64_t end = least(last, n + kPanels * kPanel);
-      for (int64_t from = 0; from < a.count; from += kMostRows) {
-        const int64_t to = least(a.count, from + kMostRows);
-        sums.clear(end - n);
-        for (int64_t column = 0; column < w.columns; column += kColumns) {
-          const int64_t columns = least(w.columns - column, kColumns);
-          for (int64_t panel = n; panel < end; panel += kPanel) {
-            unpack_columns(w, panel, column, columns, weights.tiles);
-            memory_is_read();
-            multiply_panel(a, from, to, column / kStep, whole(columns, kStep), weights.tiles,
-                           sums.panels[(panel - n) / kPanel][0]);
-          }
-        }
-        sums.write(w, n, end, from, to, y);
-      }
-    }
+    by_parts(w, a, first, last, y, [&](const Part& p) {
+      unpack_columns(w, p.panel, p.column, p.columns, weights.tiles);
+      memory_is_read();
+      fetch_next(w, p);
+      multiply_panel(a, p.from, p.to, p.column / kStep, whole(p.columns, kStep), weights.tiles,
+                     p.sums);
+    });
   }
 
   // Steps [step, step + steps) of rows [from, to).

@@ -68,28 +68,17 @@ class AmxInt8 : AmxInt8Layout {
   static void multiply(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                        float* y) {
     static thread_local Memory memory;
-    Sums& sums = thread_sums();
     const auto unpack_columns = w.bits == 4 ? unpack<4> : unpack<8>;
     const auto run = zeros_are_left(w) ? Panel<true>::run : Panel<false>::run;
-    const int64_t step = kColumns / w.block;
     const Tiles tiles(kStep);
-    for (int64_t n = first; n < last; n += kPanels * kPanel) {
-      const int64_t end = least(last, n + kPanels * kPanel);
-      for (int64_t from = 0; from < a.count; from += kMostRows) {
-        const int64_t to = least(a.count, from + kMostRows);
-        sums.clear(end - n);
-        for (int64_t block = 0; block < w.blocks(); block += step) {
-          const int64_t count = least(w.blocks() - block, step);
-          for (int64_t panel = n; panel < end; panel += kPanel) {
-            unpack_columns(w, panel, block * w.block, count * w.block, memory.weights);
-            unpack_scales(w, panel, block, count, memory.scales, memory.zeros);
-            memory_is_read();
-            run(w, a, from, to, block, count, memory, sums.panels[(panel - n) / kPanel][0]);
-          }
-        }
-        sums.write(w, n, end, from, to, y);
-      }
-    }
+    by_parts(w, a, first, last, y, [&](const Part& p) {
+      const int64_t block = p.column / w.block, count = p.columns / w.block;
+      unpack_columns(w, p.panel, p.column, p.columns, memory.weights);
+      unpack_scales(w, p.panel, block, count, memory.scales, memory.zeros);
+      memory_is_read();
+      fetch_next(w, p);
+      run(w, a, p.from, p.to, block, count, memory, p.sums);
+    });
   }
 
   // Some blocks of a panel times rows.

@@ -65,21 +65,17 @@ class AmxInt8Layout {
   static bool zeros_are_left(const QuantMatrix& w) { return w.bits == 8 && w.zero_points; }
 
  private:
-  // Nearest integers, halves to even: what adding 1.5 · 2^23 leaves in the low bits.
+  // Codes of 64 columns, with 4 bits first those of the even ones. Adds them to a sum.
   static void round_step(const QuantMatrix& w, const float* x, int64_t left, __m512 inverse,
                          int8_t* to, __m512i& sum) {
-    const __m512 magic = _mm512_set1_ps(12582912.0f);
-    alignas(64) int8_t natural[kStep];
+    __m512i rounded[kStep / kLanes];
     unrolled<kStep / kLanes>([&](auto i) {
       const __m512 some = load_some(x + i * kLanes, left - i * kLanes);
-      const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(some, inverse), magic);
-      const __m512i bits = _mm512_castps_si512(shifted);
-      const __m512i code = _mm512_sub_epi32(bits, _mm512_castps_si512(magic));
-      sum = _mm512_add_epi32(sum, code);
-      _mm_store_si128(reinterpret_cast<__m128i*>(natural + i * kLanes), _mm512_cvtepi32_epi8(code));
+      rounded[i] = Avx512::to_int(Avx512::mul(some, inverse));
+      sum = Avx512::add(sum, rounded[i]);
     });
-    const __m512i codes = _mm512_load_si512(natural);
-    if (w.bits == 8) return _mm512_storeu_si512(to, codes);
+    const __m512i codes = Avx512::pack(rounded[0], rounded[1], rounded[2], rounded[3]);
+    if (w.bits == 8) return Avx512::store(to, codes);
     auto* halves = reinterpret_cast<__m256i*>(to);
     _mm256_storeu_si256(halves, _mm512_cvtepi16_epi8(codes));
     _mm256_storeu_si256(halves + 1, _mm512_cvtepi16_epi8(_mm512_srli_epi16(codes, 8)));
