@@ -96,7 +96,8 @@ class QuantFew : QuantLayout<Simd> {
       }
     }
 
-    // Products of the scales of a vector of blocks; and with zero points of their own.
+    // Products of the scales of a vector of blocks; takes from the sums what the blocks' own zero
+    // points are beside the middle.
     [[gnu::always_inline]] void scale(int64_t block, float (&products)[kRows][kLanes]) {
       const int64_t left = shape_.blocks - block;
       const int64_t ahead = (kRows + kAhead / shape_.row_bytes) * shape_.blocks;
