@@ -8,6 +8,7 @@ namespace rgexport {
 template <class Simd>
 class QuantFew : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
+  using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
   using Base::load_some;
@@ -16,7 +17,6 @@ class QuantFew : QuantLayout<Simd> {
   using typename Base::Int;
   using typename Base::Shape;
   static constexpr int64_t kAhead = 8192;  // bytes that the weights are prefetched by
-  static constexpr int64_t kLine = 64;     // of the cache
 
  public:
   // Columns [first, last) of y, where kBlockLanes lanes of lines share a scale.
@@ -79,7 +79,7 @@ class QuantFew : QuantLayout<Simd> {
       const int8_t* codes = codes_ + step * kStepLines * kLineCodes;
 #pragma GCC unroll 4
       for (int64_t i = 0; i < steps; ++i) {
-        for (int64_t byte = 0; byte < kRows * kStepLines * kVector; byte += kLine)
+        for (int64_t byte = 0; byte < kRows * kStepLines * kVector; byte += kCacheLine)
           Simd::prefetch(ahead + i * kRows * kStepLines * kVector + byte);
         Int dots[kRows];
         for (Int& dot : dots) dot = Simd::load(starts_ + (step + i) * kLanes);

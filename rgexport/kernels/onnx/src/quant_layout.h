@@ -23,6 +23,7 @@ class QuantLayout {
   using Int = typename Simd::Int;
   static constexpr int kLanes = Simd::kLanes;
   static constexpr int64_t kVector = 4 * kLanes;  // bytes
+  static constexpr int64_t kCacheLine = 64;
 
   // Vectors of codes that a line of weights meets, and their bytes.
   template <int kBits>
@@ -60,10 +61,8 @@ class QuantLayout {
                        : instance(std::integral_constant<int, 8>(), block);
   }
 
-  static int64_t parts(const QuantMatrix& w) { return 8 / w.bits; }
-
   static int64_t code_bytes(const QuantMatrix& w) {
-    return whole(w.row_bytes(), kVector) * kVector * parts(w);
+    return whole(w.row_bytes(), kVector) * kVector * 8 / w.bits;
   }
 
   static int64_t padded_blocks(const QuantMatrix& w) {

@@ -9,6 +9,7 @@ namespace rgexport {
 template <class Simd>
 class QuantMany : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
+  using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
   using Base::load_some;
@@ -21,7 +22,6 @@ class QuantMany : QuantLayout<Simd> {
   static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
-  static constexpr int64_t kCacheLine = 64;
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;

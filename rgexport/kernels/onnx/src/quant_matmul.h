@@ -3,8 +3,9 @@
 // y[m, n] = Σ_b s_w[n, b] · s_x[m, b] · Σ_{k in block b} (w[n, k] − z[n, b]) · x̂[m, k]
 //
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
-// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, but for many
-// rows and small blocks on AMX: amx_bf16.h.
+// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, with two
+// exceptions: what zero points of a matrix's own are beside the middle of the levels may go through
+// floats; and for many rows and small blocks on AMX there is amx_bf16.h.
 #pragma once
 
 #include <cstddef>

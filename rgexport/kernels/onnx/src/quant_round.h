@@ -13,7 +13,8 @@ class QuantRound : QuantLayout<Simd> {
   using Base::kVector;
   using typename Base::Float;
   using typename Base::Int;
-  static constexpr int64_t kAhead = 512, kFetched = 16;  // floats: x is read ahead by lines
+  static constexpr int64_t kAhead = 512;  // floats that x is fetched by
+  static constexpr int64_t kFetched = Base::kCacheLine / sizeof(float);
 
  public:
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
