@@ -29,7 +29,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Up to 16 of the numbers that are left, and zeros.
 __m512 load_some(const float* x, int64_t left) {
   if (left < 1) return _mm512_setzero_ps();
-  return Avx512::load_first(x, static_cast<int>(least(left, kLanes)));
+  return Avx512::load_first(x, left);
 }
 
 // The largest size in a block of columns, of which some may be left.
@@ -145,7 +145,7 @@ struct Part {
 void fetch_next(const QuantMatrix& w, const Part& p) {
   for (int64_t row = p.next_panel; row < least(p.next_panel + kPanel, w.rows); ++row)
     for (int64_t at = 0; at < kColumns * w.bits / 8; at += kLine)
-      Avx512::prefetch(w.data + row * w.row_bytes() + p.next_column * w.bits / 8 + at);
+      __builtin_prefetch(w.data + row * w.row_bytes() + p.next_column * w.bits / 8 + at, 0, 2);
 }
 
 // Columns [first, last) of y, by parts of panels: many share columns of the activations.

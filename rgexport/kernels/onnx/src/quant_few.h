@@ -11,8 +11,6 @@ class QuantFew : QuantLayout<Simd> {
   using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
-  using Base::load_some;
-  using Base::zero_offsets;
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
@@ -42,6 +40,7 @@ class QuantFew : QuantLayout<Simd> {
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    static constexpr int64_t kAheadBlocks = kAhead / (4 * kBlockLanes);
 
    public:
     Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t index,
@@ -51,66 +50,79 @@ class QuantFew : QuantLayout<Simd> {
           first_(first),
           data_(w.data + first * shape.row_bytes),
           scales_(w.scales + first * shape.blocks),
+          zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
+          zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
           codes_(a.codes + index * a.stride),
           starts_(a.lane_starts + index * (shape.lines * kLanes)),
           x_scales_(a.scales + index * a.blocks),
           x_sums_(a.sums + index * a.blocks) {}
 
-    void multiply(float* y) {
-      for (Float& sum : sums_) sum = Simd::zero_float();
+    void multiply(float* y) const {
       const int64_t steps = shape_.full_lines / kStepLines;
-      int64_t block = 0, step = 0;
-      for (; step + kShare <= steps; step += kShare, block += kLanes) some(block, step, kShare);
-      if (block < shape_.blocks) some(block, step, steps - step);
+      Float sums[kRows];
+      for (Float& sum : sums) sum = Simd::zero_float();
+      alignas(64) float products[kRows][kLanes];
+      int64_t left = shape_.blocks;
+      for (int64_t step = 0; left > 0; step += kShare, left -= kLanes) {
+        scale(left, products, sums);
+        add_steps(step, steps < step + kShare ? steps : step + kShare, products, sums);
+      }
       for (int r = 0; r < kRows; ++r) {
-        float sum = Simd::sum(sums_[r]);
+        float sum = Simd::sum(sums[r]);
         if (shape_.lines > shape_.full_lines) sum += last_line(r);
         y[r] = sum + (w_.bias ? w_.bias[first_ + r] : 0.0f);
       }
     }
 
    private:
-    // A vector of blocks from `block` on, and the steps of them that are whole.
-    [[gnu::always_inline]] void some(int64_t block, int64_t step, int64_t steps) {
-      alignas(64) float products[kRows][kLanes];
-      scale(block, products);
-      const uint8_t* data = data_ + step * kStepLines * kVector;
-      const uint8_t* ahead = data_ + step * kStepLines * kVector * kRows + kAhead;
-      const int8_t* codes = codes_ + step * kStepLines * kLineCodes;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < steps; ++i) {
-        for (int64_t byte = 0; byte < kRows * kStepLines * kVector; byte += kCacheLine)
-          Simd::prefetch(ahead + i * kRows * kStepLines * kVector + byte);
+    // Whole steps [from, to), of one vector of blocks; its scales' products are at hand. Where reading
+    // takes the time, one loop for all of them: AMD's prefetchers know a load by its place in the code.
+    [[gnu::always_inline]] void add_steps(int64_t from, int64_t to,
+                                          const float (&products)[kRows][kLanes],
+                                          Float (&sums)[kRows]) const {
+      const uint8_t* data = data_ + from * kStepLines * kVector;
+      const uint8_t* ahead = data_ + from * kStepLines * kVector * kRows + kAhead;
+      const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
+      const int32_t* starts = starts_ + from * kLanes;
+      const auto step = [&](int64_t i) {
         Int dots[kRows];
-        for (Int& dot : dots) dot = Simd::load(starts_ + (step + i) * kLanes);
-        for (int64_t l = 0; l < kStepLines; ++l)
-          for (int r = 0; r < kRows; ++r)
-            dots[r] = line_dot(dots[r],
-                               Simd::load(data + r * shape_.row_bytes +
-                                          (i * kStepLines + l) * kVector),
-                               codes + (i * kStepLines + l) * kLineCodes);
+        for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
+        for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
+          for (int r = 0; r < kRows; ++r) {
+            if (r * kVector % kCacheLine == 0) Simd::prefetch(ahead + (l * kRows + r) * kVector);
+            dots[r] = line_dot(dots[r], Simd::load(data + r * shape_.row_bytes + l * kVector),
+                               codes + l * kLineCodes);
+          }
         for (int r = 0; r < kRows; ++r)
-          sums_[r] = Simd::fma(Simd::to_float(dots[r]),
-                               Simd::template spread<kShare>(products[r] + i * kStepBlocks),
-                               sums_[r]);
+          sums[r] = Simd::fma(Simd::to_float(dots[r]),
+                              Simd::template spread<kShare>(products[r] + i * kStepBlocks),
+                              sums[r]);
+      };
+      if constexpr (kStepBlocks > 1) {
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < to - from; ++i) step(i);
+      } else {
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < to - from; ++i) step(i);
       }
     }
 
-    // Products of the scales of a vector of blocks; takes from the sums what the blocks' own zero
-    // points are beside the middle.
-    [[gnu::always_inline]] void scale(int64_t block, float (&products)[kRows][kLanes]) {
-      const int64_t left = shape_.blocks - block;
-      const int64_t ahead = (kRows + kAhead / shape_.row_bytes) * shape_.blocks;
+    // Products of the scales of a vector of blocks, of which `left` are there; takes from the sums
+    // what the blocks' own zero points are beside the middle.
+    [[gnu::always_inline]] void scale(int64_t left, float (&products)[kRows][kLanes],
+                                      Float (&sums)[kRows]) const {
+      const int64_t block = shape_.blocks - left;
       const Float x_scales = Simd::load_float(x_scales_ + block);
+      const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
-        const float* scales = scales_ + r * shape_.blocks + block;
-        Simd::prefetch(scales + ahead);
-        const Float product = Simd::mul(load_some(scales, left), x_scales);
+        Simd::prefetch(scales_ + kRows * block + r * kLanes + kAheadBlocks);
+        const Float scales = Simd::load_first(scales_ + r * shape_.blocks + block, left);
+        const Float product = Simd::mul(scales, x_scales);
         Simd::store_float(products[r], product);
-        if (!w_.zero_points) continue;
-        const Float x_sums = Simd::to_float(Simd::load(x_sums_ + block));
-        const Float zeros = Simd::mul(product, zero_offsets(w_, first_ + r, block, left));
-        sums_[r] = Simd::fma(zeros, Simd::negative(x_sums), sums_[r]);
+        if (!zeros_) continue;
+        const uint8_t* zeros = zeros_ + r * shape_.zero_point_bytes + block * kBits / 8;
+        const Float offsets = Base::template zero_offsets<kBits>(zeros, zeros_end_, left);
+        sums[r] = Simd::fma(Simd::mul(product, offsets), x_sums, sums[r]);
       }
     }
 
@@ -148,11 +160,12 @@ class QuantFew : QuantLayout<Simd> {
     const int64_t first_;
     const uint8_t* const data_;
     const float* const scales_;
+    const uint8_t* const zeros_;  // or null
+    const uint8_t* const zeros_end_;
     const int8_t* const codes_;
     const int32_t* const starts_;
     const float* const x_scales_;
     const int32_t* const x_sums_;
-    Float sums_[kRows];
   };
 };
 

@@ -36,7 +36,7 @@ class QuantLayout {
     int64_t lanes;      // of a line that share a scale
     int64_t per_block;  // lines with one scale, where a block is not less than a line
     int64_t per_line;   // blocks in a line, where it is less
-    int64_t lines, full_lines, row_bytes, blocks;
+    int64_t lines, full_lines, row_bytes, blocks, zero_point_bytes;
 
     Shape(const QuantMatrix& w) {
       const int64_t block_lanes = w.block * w.bits / 32;
@@ -45,6 +45,7 @@ class QuantLayout {
       per_line = kLanes / lanes;
       row_bytes = w.row_bytes();
       blocks = w.blocks();
+      zero_point_bytes = w.zero_point_bytes();
       lines = whole(row_bytes, kVector);
       full_lines = row_bytes / kVector;
     }
@@ -76,26 +77,20 @@ class QuantLayout {
     return w.bits == 8 && Simd::kSignedBytes ? 0 : 1 << (w.bits - 1);
   }
 
-  // The zero points of a row's blocks from an even `block` on, less the middle of the levels.
-  static Float zero_offsets(const QuantMatrix& w, int64_t row, int64_t block, int64_t left) {
+  // The zero points of a vector of blocks, from an even one on, less the middle of the levels. They
+  // lie at `from`; `left` of the blocks are there, and at `end` the matrix has its last.
+  template <int kBits>
+  static Float zero_offsets(const uint8_t* from, const uint8_t* end, int64_t left) {
     alignas(8) uint8_t some[kLanes] = {};
-    const uint8_t* from = w.zero_points + row * w.zero_point_bytes() + block * w.bits / 8;
-    const uint8_t* end = w.zero_points + w.rows * w.zero_point_bytes();
     // Only at the very end: what is written by bytes is slow to read as a whole.
-    if (end - from < kLanes * w.bits / 8) from = copy_some(from, (left * w.bits + 7) / 8, some);
-    const Int zeros = w.bits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
-    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-(1 << (w.bits - 1)))));
+    if (end - from < kLanes * kBits / 8) from = copy_some(from, (left * kBits + 7) / 8, some);
+    const Int zeros = kBits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-(1 << (kBits - 1)))));
   }
 
   static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {
     for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
     return to;
-  }
-
-  // The numbers that are there, and zeros: nothing is read behind a matrix.
-  static Float load_some(const float* p, int64_t count) {
-    if (count >= kLanes) return Simd::load_float(p);
-    return Simd::load_first(p, static_cast<int>(count));
   }
 };
 

@@ -12,9 +12,7 @@ class QuantMany : QuantLayout<Simd> {
   using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
-  using Base::load_some;
   using Base::middle;
-  using Base::zero_offsets;
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
@@ -81,7 +79,7 @@ class QuantMany : QuantLayout<Simd> {
     const auto run = w.zero_points ? tiles<kBits, kShare, true> : tiles<kBits, kShare, false>;
     for (int64_t n = p.first; n < p.last; n += kPanel) {
       unpack<kBits>(w, shape, n, p.line, p.lines, panel);
-      unpack_scales(w, shape, n, block, blocks, panel);
+      unpack_scales<kBits>(w, shape, n, block, blocks, panel);
       const bool last = n + kPanel >= p.last;
       fetch_weights(w, shape, last ? p.first : n + kPanel, p.line + (last ? p.lines : 0), p.lines);
       run(a, p.from, p.to, p.line, block, blocks, shape.per_block, middle(w), panel,
@@ -124,7 +122,7 @@ class QuantMany : QuantLayout<Simd> {
     const int64_t end = w.rows - first < kPanel ? w.rows : first + kPanel;
     for (int64_t row = first; row < end; ++row)
       for (int64_t at = line * kVector; at < (line + lines) * kVector; at += kCacheLine)
-        Simd::prefetch(w.data + row * shape.row_bytes + at);
+        __builtin_prefetch(w.data + row * shape.row_bytes + at, 0, 2);
   }
 
   static Int load_up_to(const uint8_t* data, int64_t left) {
@@ -135,6 +133,7 @@ class QuantMany : QuantLayout<Simd> {
   }
 
   // The scales of some blocks, and their products with zero points, by blocks instead of rows.
+  template <int kBits>
   static void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
                             int64_t blocks, Panel& panel) {
     alignas(64) float scales[kLanes] = {}, zeros[kLanes] = {};
@@ -143,10 +142,17 @@ class QuantMany : QuantLayout<Simd> {
       for (int64_t b = 0; b < blocks; b += kLanes) {
         const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
         if (row < w.rows) {
-          const Float scale = load_some(w.scales + row * shape.blocks + block + b, count);
+          const float* own = w.scales + row * shape.blocks + block + b;
+          const Float scale =
+              count < kLanes ? Simd::load_first(own, count) : Simd::load_float(own);
           Simd::store_float(scales, scale);
-          if (w.zero_points)
-            Simd::store_float(zeros, Simd::mul(scale, zero_offsets(w, row, block + b, count)));
+          if (w.zero_points) {
+            const uint8_t* from = w.zero_points + row * shape.zero_point_bytes;
+            const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
+            const Float offsets =
+                Base::template zero_offsets<kBits>(from + (block + b) * kBits / 8, end, count);
+            Simd::store_float(zeros, Simd::mul(scale, offsets));
+          }
         } else if (b == 0) {
           for (int i = 0; i < kLanes; ++i) scales[i] = zeros[i] = 0;
         }

@@ -73,7 +73,8 @@ struct Scalar {
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static Float load_first(const float* p, int count) {
+  static Float load_first(const float* p, int64_t count) {
+    if (count >= kLanes) return load_float(p);
     Float x = zero_float();
     for (int i = 0; i < count; ++i) x.lanes[i] = p[i];
     return x;

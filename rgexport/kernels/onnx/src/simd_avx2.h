@@ -44,14 +44,13 @@ struct Avx2 {
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  // Into L2: a line that waits for memory would take one of L1's few places for that.
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Float zero_float() { return _mm256_setzero_ps(); }
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
-  static Float load_first(const float* p, int count) {
+  static Float load_first(const float* p, int64_t count) {
     const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
   }
   static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }

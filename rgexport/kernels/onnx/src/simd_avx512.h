@@ -42,13 +42,14 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
-  // Into L2: a line that waits for memory would take one of L1's few places for that.
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
-  static Float load_first(const float* p, int count) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  // A vector, or zeros behind the `count` numbers that are there: nothing is read behind a matrix.
+  static Float load_first(const float* p, int64_t count) {
+    const uint32_t lanes = (1u << (count < kLanes ? count : kLanes)) - 1;
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
   }
   static Float negative(Float x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
@@ -126,7 +127,10 @@ struct Avx512 {
 };
 
 #if defined(__GFNI__)
+// Of processors with AMX, which are Intel's.
 struct Avx512Gfni : Avx512 {
+  // Into L2: a line that waits for memory would take one of L1's few places for that.
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   // Bit i of a byte becomes bit i − 4: one instruction where a shift crosses bytes and needs a mask.
   static Int high_half(Int x) {
     return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);

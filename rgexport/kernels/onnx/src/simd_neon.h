@@ -47,7 +47,8 @@ struct Neon {
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
-  static Float load_first(const float* p, int count) {
+  static Float load_first(const float* p, int64_t count) {
+    if (count >= kLanes) return load_float(p);
     float all[4] = {};
     for (int i = 0; i < count; ++i) all[i] = p[i];
     return vld1q_f32(all);
