@@ -75,8 +75,9 @@ class QuantFew : QuantLayout<Simd> {
     }
 
    private:
-    // Whole steps [from, to), of one vector of blocks; its scales' products are at hand. Where reading
-    // takes the time, one loop for all of them: AMD's prefetchers know a load by its place in the code.
+    // Whole steps [from, to) of one vector of blocks, with the products of its scales. In one loop,
+    // however many there are: AMD's prefetchers know a stream by the load's place in the code, and
+    // lose a tenth of the speed where one place is two. Small blocks take more time than reading.
     [[gnu::always_inline]] void add_steps(int64_t from, int64_t to,
                                           const float (&products)[kRows][kLanes],
                                           Float (&sums)[kRows]) const {
