@@ -40,6 +40,7 @@ class QuantFew : QuantLayout<Simd> {
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    // Scales are prefetched with the data that they belong to.
     static constexpr int64_t kAheadBlocks = kAhead / (4 * kBlockLanes);
 
    public:
@@ -77,7 +78,8 @@ class QuantFew : QuantLayout<Simd> {
    private:
     // Whole steps [from, to) of one vector of blocks, with the products of its scales. In one loop,
     // however many there are: AMD's prefetchers know a stream by the load's place in the code, and
-    // lose a tenth of the speed where one place is two. Small blocks take more time than reading.
+    // lose a tenth of the speed where one place is two. Unrolled for small blocks only, whose
+    // arithmetic takes longer than reading.
     [[gnu::always_inline]] void add_steps(int64_t from, int64_t to,
                                           const float (&products)[kRows][kLanes],
                                           Float (&sums)[kRows]) const {

@@ -50,7 +50,8 @@ struct Avx2 {
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
   static Float load_first(const float* p, int64_t count) {
     const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+    return _mm256_maskload_ps(p, there);
   }
   static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }

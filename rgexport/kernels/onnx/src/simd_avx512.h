@@ -42,6 +42,7 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
+  // Into all caches: what is in L2 alone, AMD reads a tenth slower.
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
