@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bench.gemma_shape import write_gemma
 from bench.run import FOLDER, command
 from rgexport.export.native import DOMAIN
-from rgexport.export.onnx.functions import QUANT_LINEAR
+from rgexport.export.onnx.functions import QUANT_LINEARS
 
 TRANSFORMER = FOLDER / "gemma-2b-shape-q4_0.gguf"
 OPSET, IR_VERSION = 23, 10
@@ -70,7 +70,8 @@ def op_model(inputs: int, outputs: int, storage: Storage) -> bytes:
         "bits": storage.bits,
         "block_size": storage.block,
     }
-    node = helper.make_node(QUANT_LINEAR.name, ["x", *weights], ["y"], domain=DOMAIN, **numbers)
+    function = QUANT_LINEARS[0]
+    node = helper.make_node(function.name, ["x", *weights], ["y"], domain=DOMAIN, **numbers)
     graph = helper.make_graph(
         [node],
         "one quantized linear",
@@ -81,7 +82,7 @@ def op_model(inputs: int, outputs: int, storage: Storage) -> bytes:
     imports = {"": OPSET, "com.microsoft": 1, DOMAIN: 1}
     model = helper.make_model(
         graph,
-        functions=[ir.serde.serialize_function(QUANT_LINEAR)],
+        functions=[ir.serde.serialize_function(function)],
         opset_imports=[helper.make_opsetid(*entry) for entry in imports.items()],
         ir_version=IR_VERSION,
     )

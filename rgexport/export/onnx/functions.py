@@ -13,10 +13,7 @@ from rgexport.export.native import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT, OPSET, GraphBuilder
 from rgexport.export.program import Node
 
-_RG_LRU_SCAN = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-RgLruScan (x, input_gate, recurrence_gate, decay, position_ids, state) => (h, present)
-{{
+_SCAN = """
     last = Constant <value_ints = [-1]> ()
     position_zero = Constant <value_int = 0> ()
     zero = Constant <value_float = 0.0> ()
@@ -45,36 +42,84 @@ RgLruScan (x, input_gate, recurrence_gate, decay, position_ids, state) => (h, pr
         num_scan_inputs = 2, scan_input_axes = [1, 1], scan_output_axes = [1],
         body = recurrence (float[B, R] h_before, float[B, R] a_t, float[B, R] b_t)
             => (float[B, R] h_t, float[B, R] h_out)
-        {{
+        {
             decayed = Mul (a_t, h_before)
             h_t = Add (decayed, b_t)
             h_out = Identity (h_t)
-        }}
+        }
     > (state, a, b)
-}}
+"""
+"""`Sigmoid` would be shorter than `decay / (1 + exp(-gate))`, but runtimes approximate it to 2e-4
+of itself for a closed gate, and there `log a` decides how much a long memory keeps."""
+
+_UNGATED_SCAN = f"""
+<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+UngatedRgLruScan (x, input_gate, recurrence_gate, decay, position_ids, state) => (h, present)
+{{{_SCAN}}}
 """
 """x, input_gate, recurrence_gate [B, T, R], decay = -8 softplus(a_param) [R], position_ids [B, T],
-state [B, R] → h [B, T, R], present [B, R]; arXiv 2402.19427, eq. 1–4.
+state [B, R] → h [B, T, R], present [B, R]; arXiv 2402.19427, eq. 1–4."""
 
-`Sigmoid` would be shorter than `decay / (1 + exp(-gate))`, but runtimes approximate it to 2e-4 of
-itself for a closed gate, and there `log a` decides how much a long memory keeps."""
+_RG_LRU_SCAN = f"""
+<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+RgLruScan (
+    x, input_weight, input_bias, recurrence_weight, recurrence_bias, decay, position_ids, state
+) => (h, present)
+{{
+    batch_tokens = Constant <value_ints = [0, 0]> ()
+    heads_block = Shape <start = 0, end = 2> (input_weight)
+    by_head = Concat <axis = 0> (batch_tokens, heads_block)
+    like_x = Constant <value_ints = [0, 0, -1]> ()
+    apart = Reshape (x, by_head)
+    heads = Transpose <perm = [0, 2, 1, 3]> (apart)
+    input_product = MatMul (heads, input_weight)
+    input_tokens = Transpose <perm = [0, 2, 1, 3]> (input_product)
+    input_sum = Add (input_tokens, input_bias)
+    input_gate = Reshape (input_sum, like_x)
+    recurrence_product = MatMul (heads, recurrence_weight)
+    recurrence_tokens = Transpose <perm = [0, 2, 1, 3]> (recurrence_product)
+    recurrence_sum = Add (recurrence_tokens, recurrence_bias)
+    recurrence_gate = Reshape (recurrence_sum, like_x)
+{_SCAN}}}
+"""
+"""The scan with its gates, one batched `MatMul` for the blocks of channels of each: weights
+[heads, block, block], biases [heads, block], the others as above."""
 
 
 QUANT_LINEAR_LEVEL = 4
-"""The accuracy level of `MatMulNBits` that QuantLinear stands for."""
+"""The accuracy level of the `MatMulNBits` that QuantLinear stands for."""
 
-_QUANT_LINEAR = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
-QuantLinear <K, N, bits, block_size> (x, data, scales, zero_points, bias) => (y)
-{{
-    y = {MICROSOFT}.MatMulNBits <
-        K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
+QUANT_LINEAR_SIZES = "N", "N2", "N3"
+"""Attributes of the QuantLinear of several matrices: how many rows each has."""
+
+
+def _quant_linear(matrices: int) -> str:
+    """The product with one matrix, or with several of one format.
+
+    x [B, T, K]; of each matrix data [N, blocks, block_size · bits / 8], scales [N, blocks],
+    optional zero points and bias [N] → of each y [B, T, N]. Activations are rounded to int8 for
+    each row and block.
+    """
+    each = range(1, matrices + 1)
+    sizes = QUANT_LINEAR_SIZES[:matrices]
+    inputs = [f"{part}{i}" for part in ("data", "scales", "zero_points", "bias") for i in each]
+    products = [
+        f"""
+    y{i} = {MICROSOFT}.MatMulNBits <
+        K: int = @K, N: int = @{size}, bits: int = @bits, block_size: int = @block_size,
         accuracy_level = {QUANT_LINEAR_LEVEL}
-    > (x, data, scales, zero_points, , bias)
+    > (x, data{i}, scales{i}, zero_points{i}, , bias{i})"""
+        for i, size in zip(each, sizes, strict=True)
+    ]
+    return f"""
+<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
+QuantLinear{"" if matrices == 1 else matrices}
+<K, {", ".join(sizes)}, bits, block_size> (x, {", ".join(inputs)})
+=> ({", ".join(f"y{i}" for i in each)})
+{{{"".join(products)}
 }}
 """
-"""x [B, T, K], data [N, blocks, block_size · bits / 8], scales [N, blocks], optional zero points
-and bias [N] → y [B, T, N]; activations are rounded to int8 for each row and block."""
+
 
 Body = Callable[..., Sequence[ir.Value]]
 """Called with a graph builder, the program's node, and the values of its inputs; gives results."""
@@ -84,7 +129,11 @@ def _parsed(text: str) -> ir.Function:
     return ir.serde.deserialize_function(parser.parse_function(text))
 
 
-RG_LRU_SCAN, QUANT_LINEAR = _parsed(_RG_LRU_SCAN), _parsed(_QUANT_LINEAR)
+RG_LRU_SCAN, UNGATED_SCAN = _parsed(_RG_LRU_SCAN), _parsed(_UNGATED_SCAN)
+QUANT_LINEARS = tuple(
+    _parsed(_quant_linear(matrices)) for matrices in range(1, len(QUANT_LINEAR_SIZES) + 1)
+)
+"""By the number of matrices, less one."""
 
 
 class _FunctionBuilder(GraphBuilder):

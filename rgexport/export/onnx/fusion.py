@@ -1,24 +1,35 @@
 """Ops of a step program that one native kernel computes together.
 
-Each node costs a runtime some microseconds, and a decode step of a 2B has thirty milliseconds.
+Each node costs a runtime some microseconds, in which the memory rests, and a decode step of a 2B
+has thirty milliseconds.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from rgexport.export.manifest import StoredTensor
+from rgexport.export.onnx.functions import QUANT_LINEARS
 from rgexport.export.program import Node, StepProgram
+from rgexport.quantize.scheme import Affine
+
+Nodes = tuple[Node, ...]
 
 
-def fused(program: StepProgram) -> StepProgram:
-    """The program with `gelu_mul` and `add_rms_norm` where they fit, in float32.
+def fused(
+    program: StepProgram, stored: Mapping[str, StoredTensor], *, rounded: bool
+) -> StepProgram:
+    """The program with `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
 
-    A sum stays visible beside its norm. What `gelu` gives is not: nobody but the product reads it.
+    The first two where they fit, in float32. A sum stays visible beside its norm; of what else only
+    the merged op reads, nothing is left. `linears` where activations are `rounded` to int8, which
+    those of one input then share.
     """
-    nodes = _merge_gelu(program.nodes)
-    return replace(program, nodes=_merge_norms(nodes))
+    nodes = _merge_gates(_merge_norms(_merge_gelu(program.nodes)))
+    return replace(program, nodes=_merge_linears(nodes, stored) if rounded else nodes)
 
 
-def _merge_gelu(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+def _merge_gelu(nodes: Nodes) -> Nodes:
     uses = Counter(value.name for node in nodes for value in node.tensors)
     gelus = {n.outputs[0].name: n for n in nodes if n.op == "gelu" and _float32(n)}
     merged, gone = {}, set()
@@ -32,10 +43,10 @@ def _merge_gelu(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
                 merged[node.site] = replace(node, op="gelu_mul", inputs=(*gelu.inputs, up))
                 gone.add(gelu.site)
                 break
-    return tuple(merged.get(node.site, node) for node in nodes if node.site not in gone)
+    return _replaced(nodes, merged, gone)
 
 
-def _merge_norms(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+def _merge_norms(nodes: Nodes) -> Nodes:
     norms = {n.tensors[0].name: n for n in reversed(nodes) if n.op == "rms_norm" and _float32(n)}
     merged, gone = {}, set()
     for node in nodes:
@@ -49,6 +60,52 @@ def _merge_norms(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
                 outputs=(*node.outputs, *norm.outputs),
             )
             gone.add(norm.site)
+    return _replaced(nodes, merged, gone)
+
+
+def _merge_gates(nodes: Nodes) -> Nodes:
+    gates = {n.outputs[0].name: n for n in nodes if n.op == "block_diagonal_linear"}
+    merged, gone = {}, set()
+    for node in nodes:
+        if node.op != "rg_lru_scan":
+            continue
+        x, input_gate, recurrence_gate, *others = node.tensors
+        both = gates[input_gate.name], gates[recurrence_gate.name]
+        weights = [weight for gate in both for weight in gate.tensors[1:]]
+        inputs = (x, *weights, *others)
+        merged[node.site] = replace(node, op="gated_rg_lru_scan", inputs=inputs)
+        gone |= {gate.site for gate in both}
+    return _replaced(nodes, merged, gone)
+
+
+def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
+    """Linears of one input and one scheme; the first of them moves the others to its place."""
+    alike: dict[tuple[str, Affine], list[Node]] = {}
+    for node in nodes:
+        if node.op == "linear":
+            x, weight, _ = node.inputs
+            assert x is not None and weight is not None
+            scheme = stored[weight.name].scheme
+            if isinstance(scheme, Affine):
+                alike.setdefault((x.name, scheme), []).append(node)
+    merged, gone = {}, set()
+    for group in alike.values():
+        for first in range(0, len(group), len(QUANT_LINEARS)):
+            some = group[first : first + len(QUANT_LINEARS)]
+            if len(some) > 1:
+                merged[some[0].site] = _together(some)
+                gone |= {node.site for node in some[1:]}
+    return _replaced(nodes, merged, gone)
+
+
+def _together(linears: Sequence[Node]) -> Node:
+    """`linears`: the input, all weights, all biases or None → all results."""
+    inputs, weights, biases = zip(*(node.inputs for node in linears), strict=True)
+    outputs = tuple(node.outputs[0] for node in linears)
+    return replace(linears[0], op="linears", inputs=(inputs[0], *weights, *biases), outputs=outputs)
+
+
+def _replaced(nodes: Nodes, merged: Mapping[str, Node], gone: set[str]) -> Nodes:
     return tuple(merged.get(node.site, node) for node in nodes if node.site not in gone)
 
 

@@ -1,11 +1,16 @@
 """Lowerings of the ops whose weights may be quantized: the embedding, the linears, the head."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.functions import QUANT_LINEAR, QUANT_LINEAR_LEVEL
+from rgexport.export.onnx.functions import (
+    QUANT_LINEAR_LEVEL,
+    QUANT_LINEAR_SIZES,
+    QUANT_LINEARS,
+)
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.affine import block_size, num_blocks
@@ -66,7 +71,7 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
     scheme, dtype = g.stored(weight).scheme, node.outputs[0].dtype
     addend = None if bias is None else g.value(bias)
     if isinstance(scheme, Affine):
-        y = _quantized_linear(g, g.value(x), weight, scheme, addend)
+        y = _quantized_linear(g, g.value(x), weight, addend)
     else:
         y = _float_linear(g, g.value(x), weight, addend, dtype)
     return [g.cast(y, dtype)]
@@ -85,25 +90,58 @@ def _float_linear(
     return g.typed(g.op("Reshape", y, shape), dtype)
 
 
-def _quantized_linear(
-    g: Emitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
-) -> ir.Value:
+def linears(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """Several quantized ones of one input and one scheme, see `fusion`."""
+    x, *rest = node.inputs
+    weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
+    assert x is not None
+    addends = [None if bias is None else g.value(bias) for bias in biases]
+    results = _quant_linear(g, g.value(x), [w for w in weights if w is not None], addends)
+    return [g.cast(y, out.dtype) for y, out in zip(results, node.outputs, strict=True)]
+
+
+def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
-    rows, columns = weight.size(0), weight.size(1)
-    block = block_size(columns, scheme)
-    blob = (num_blocks(columns, scheme), block * scheme.bits // 8)
-    sizes = {"K": columns, "N": rows, "bits": scheme.bits, "block_size": block}
-    inputs = [
-        g.cast(x, "float32"),
-        g.part(weight, "data", (rows, *blob)),
-        g.part(weight, "scales"),
-        g.part(weight, "zero_points"),
-    ]
-    addend = None if bias is None else g.cast(bias, "float32")
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
-        (y,) = g.call(QUANT_LINEAR, *inputs, addend, **sizes)
-    else:
-        level = g.accuracy_level
-        inputs += [None, addend]
-        y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
+        return _quant_linear(g, x, [weight], [bias])[0]
+    sizes = _format(g, weight) | {"N": weight.size(0)}
+    inputs = [g.cast(x, "float32"), *_parts(g, weight), None, _float32(g, bias)]
+    level = g.accuracy_level
+    y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
     return g.typed(y, "float32")
+
+
+def _quant_linear(
+    g: Emitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
+) -> list[ir.Value]:
+    """Our own op, see `functions`: parts of one kind lie side by side in its inputs."""
+    rows = [weight.size(0) for weight in weights]
+    sizes = _format(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
+    parts = zip(*(_parts(g, weight) for weight in weights), strict=True)
+    inputs = [g.cast(x, "float32"), *chain(*parts), *(_float32(g, bias) for bias in biases)]
+    results = g.call(QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
+    return [g.typed(y, "float32") for y in results]
+
+
+def _format(g: Emitter, weight: Value) -> dict[str, int]:
+    scheme, columns = _affine(g, weight), weight.size(1)
+    return {"K": columns, "bits": scheme.bits, "block_size": block_size(columns, scheme)}
+
+
+def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
+    """Data [N, blocks, bytes], scales, and zero points where there are some."""
+    rows, columns = weight.size(0), weight.size(1)
+    scheme = _affine(g, weight)
+    blob = num_blocks(columns, scheme), block_size(columns, scheme) * scheme.bits // 8
+    data = g.part(weight, "data", (rows, *blob))
+    return data, g.part(weight, "scales"), g.part(weight, "zero_points")
+
+
+def _affine(g: Emitter, weight: Value) -> Affine:
+    scheme = g.stored(weight).scheme
+    assert isinstance(scheme, Affine), weight.name
+    return scheme
+
+
+def _float32(g: Emitter, bias: ir.Value | None) -> ir.Value | None:
+    return None if bias is None else g.cast(bias, "float32")

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import InlinePass
 from rgexport import __version__
 from rgexport.export.manifest import MODEL_FILE, IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.onnx.functions import DOMAIN, QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
 from rgexport.export.onnx.lowering import lower
@@ -75,7 +75,9 @@ def build_model(
         emitter.values[before.name] = _input(before, record.input)
         inputs.append(emitter.values[before.name])
 
-    for node in (fused(program) if profile.functions else program).nodes:
+    if profile.functions:
+        program = fused(program, storage.tensors, rounded=level == QUANT_LINEAR_LEVEL)
+    for node in program.nodes:
         lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
     for record, (_, after) in states:

@@ -27,8 +27,8 @@ RotaryEmbedding Scan ScatterND Shape Sigmoid Sin Slice Softmax Softplus Sqrt Squ
 Transpose Unsqueeze Where
 """
 _NATIVE = """
-AddRmsNorm BlockDiagonalLinear CausalConv1d GeluMul LocalAttention QuantLinear RgLruScan RmsNorm
-SoftCap
+AddRmsNorm CausalConv1d GeluMul LocalAttention QuantLinear QuantLinear2 QuantLinear3 RgLruScan
+RmsNorm SoftCap
 """
 _EVERYWHERE = frozenset(_WORDS.split())
 """Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""

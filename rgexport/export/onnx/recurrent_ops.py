@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.functions import RG_LRU_SCAN
+from rgexport.export.onnx.functions import RG_LRU_SCAN, UNGATED_SCAN
 from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
@@ -39,14 +39,8 @@ def _shifted_products(
 
 
 def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function."""
-    return g.native_op("BlockDiagonalLinear", node, _batched_product)
-
-
-def _batched_product(
-    g: GraphBuilder, node: Node, x: ir.Value, weight: ir.Value, bias: ir.Value
-) -> Sequence[ir.Value]:
     """One batched `MatMul` with a matrix per block of channels."""
+    x, weight, bias = g.inputs(node)
     heads, block = (node.tensors[1].size(axis) for axis in (0, 1))
     split = g.op("Reshape", x, g.constant([0, 0, heads, block]))
     y = g.op("MatMul", g.op("Transpose", split, perm=[0, 2, 1, 3]), weight)
@@ -55,8 +49,18 @@ def _batched_product(
 
 
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Our own op, see `functions`. The decay is constant: runtimes fold it at load."""
+    """To be inlined: the native kernel has the gates too."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
-    decay = g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))
-    inputs = (x, input_gate, recurrence_gate, decay, positions, state)
-    return g.call(RG_LRU_SCAN, *inputs)
+    inputs = (x, input_gate, recurrence_gate, _decay(g, a_param), positions, state)
+    return g.call(UNGATED_SCAN, *inputs)
+
+
+def gated_rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """Our own op, see `functions`: the scan with its gates."""
+    *inputs, a_param, positions, state = g.inputs(node)
+    return g.call(RG_LRU_SCAN, *inputs, _decay(g, a_param), positions, state)
+
+
+def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
+    """Constant: runtimes fold it at load."""
+    return g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))

@@ -5,18 +5,30 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-def rg_lru_scan(x, input_gate, recurrence_gate, decay, position_ids, state) -> Arrays:
+def rg_lru_scan(
+    x, input_weight, input_bias, recurrence_weight, recurrence_bias, decay, position_ids, state
+) -> Arrays:
     """The RG-LRU of arXiv 2402.19427, eq. 1–4; decay = -8 softplus(a)."""
-    log_a = decay.astype(np.float64) * _sigmoid(recurrence_gate)
+    input_gate = _sigmoid(_block_diagonal_linear(x, input_weight, input_bias))
+    recurrence_gate = _sigmoid(_block_diagonal_linear(x, recurrence_weight, recurrence_bias))
+    log_a = decay.astype(np.float64) * recurrence_gate
     first = (position_ids == 0)[..., None]
     a = np.where(first, 0, np.exp(log_a))
     scale = np.where(first, 1, np.sqrt(-np.expm1(2 * log_a)))
-    b = x * _sigmoid(input_gate) * scale
+    b = x * input_gate * scale
     h, steps = state.astype(np.float64), []
     for t in range(x.shape[1]):
         h = a[:, t] * h + b[:, t]
         steps.append(h)
     return {"h": np.stack(steps, 1), "present": h}
+
+
+def _block_diagonal_linear(x, weight, bias) -> np.ndarray:
+    """One matrix [in, out] per block of channels."""
+    heads, block = bias.shape
+    blocks = x.astype(np.float64).reshape(*x.shape[:2], heads, block)
+    y = np.stack([blocks[:, :, h] @ weight[h] + bias[h] for h in range(heads)], 2)
+    return y.reshape(x.shape)
 
 
 def causal_conv1d(x, weight, bias, state) -> Arrays:
@@ -28,14 +40,6 @@ def causal_conv1d(x, weight, bias, state) -> Arrays:
         for tap in range(taps):
             y[:, t] += window[:, t + tap] * weight[:, 0, tap]
     return {"y": y, "present": window[:, window.shape[1] - (taps - 1) :]}
-
-
-def block_diagonal_linear(x, weight, bias) -> Arrays:
-    """One matrix [in, out] per block of channels."""
-    heads, block = bias.shape
-    blocks = x.astype(np.float64).reshape(*x.shape[:2], heads, block)
-    y = np.stack([blocks[:, :, h] @ weight[h] + bias[h] for h in range(heads)], 2)
-    return {"y": y.reshape(x.shape)}
 
 
 def local_attention(q, k, v, past_key, past_value, position_ids, heads) -> Arrays:

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
-from rgexport.export.onnx.functions import DOMAIN, QUANT_LINEAR, RG_LRU_SCAN
+from rgexport.export.onnx.functions import DOMAIN, QUANT_LINEARS, RG_LRU_SCAN
 from rgexport.export.onnx.graph import OPSET
 from rgexport.kernels.onnx import library
 
 Arrays = dict[str, np.ndarray]
-BODIES = {function.name: function for function in (QUANT_LINEAR, RG_LRU_SCAN)}
+BODIES = {function.name: function for function in (*QUANT_LINEARS, RG_LRU_SCAN)}
 """Those of other ops depend on the model that they are in."""
 
 

@@ -127,15 +127,34 @@ void quant_linear(std::vector<Case>& cases) {
           }
 }
 
-void scan(std::vector<Case>& cases) {
-  for (Step step : kSteps)
-    for (int64_t channels : {1, 7, 64, 250})
-      for (int64_t start : {0, 9}) {
-        const Input x = floats({step.batch, step.tokens, channels});
-        const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
-        const Input at = positions(step.batch, step.tokens, start);
-        cases.push_back({"RgLruScan", {}, {x, x, x, decay, at, state}, {{1, 5}}});
-      }
+template <int kMatrices>
+void quant_linear_of(std::vector<Case>& cases) {
+  const char* const sizes[] = {"N", "N2", "N3"};
+  for (int64_t bits : {4, 8})
+    for (int64_t columns : {12, 519})
+      for (int64_t rows : {1, 5, 37})
+        for (Step step : kSteps)
+          for (bool full : {false, true}) {
+            constexpr int64_t kBlock = 32;
+            const int64_t blocks = (columns + kBlock - 1) / kBlock;
+            Case one = {"QuantLinear" + std::to_string(kMatrices),
+                        {{"K", columns}, {"bits", bits}, {"block_size", kBlock}},
+                        {floats({step.batch, step.tokens, columns})},
+                        {}};
+            Dims each;
+            for (int i = 0; i < kMatrices; ++i) {
+              each.push_back(i % 2 ? 40 - rows : rows);
+              one.attributes[sizes[i]] = each.back();
+            }
+            const auto add = [&](auto make) {
+              for (int64_t n : each) one.inputs.push_back(make(n));
+            };
+            add([&](int64_t n) { return bytes({n, blocks, kBlock * bits / 8}); });
+            add([&](int64_t n) { return floats({n, blocks}); });
+            add([&](int64_t n) { return full ? bytes({n, (blocks * bits + 7) / 8}) : kMissing; });
+            add([&](int64_t n) { return full ? floats({n}) : kMissing; });
+            cases.push_back(one);
+          }
 }
 
 void convolution(std::vector<Case>& cases) {
@@ -149,17 +168,21 @@ void convolution(std::vector<Case>& cases) {
                          {{1, 3}}});
 }
 
-void block_diagonal(std::vector<Case>& cases) {
+void scan(std::vector<Case>& cases) {
   struct Blocks {
     int64_t heads, block;
   };
   for (Step step : kSteps)
-    for (Blocks b : {Blocks{1, 1}, {3, 5}, {4, 16}, {10, 25}, {2, 130}})
-      cases.push_back({"BlockDiagonalLinear",
+    for (Blocks b : {Blocks{1, 1}, {3, 5}, {4, 16}, {10, 25}, {2, 130}}) {
+      const int64_t channels = b.heads * b.block;
+      const Input weight = floats({b.heads, b.block, b.block}), bias = floats({b.heads, b.block});
+      const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
+      cases.push_back({"RgLruScan",
                        {},
-                       {floats({step.batch, step.tokens, b.heads * b.block}),
-                        floats({b.heads, b.block, b.block}), floats({b.heads, b.block})},
-                       {}});
+                       {floats({step.batch, step.tokens, channels}), weight, bias, weight, bias,
+                        decay, positions(step.batch, step.tokens, step.batch == 1), state},
+                       {{1, 7}}});
+    }
 }
 
 void attention(std::vector<Case>& cases) {
@@ -202,9 +225,10 @@ void soft_cap(std::vector<Case>& cases) {
 
 const std::map<std::string, void (*)(std::vector<Case>&)> kCases = {
     {"QuantLinear", quant_linear},
+    {"QuantLinear2", quant_linear_of<2>},
+    {"QuantLinear3", quant_linear_of<3>},
     {"RgLruScan", scan},
     {"CausalConv1d", convolution},
-    {"BlockDiagonalLinear", block_diagonal},
     {"LocalAttention", attention},
     {"GeluMul", gelu_mul},
     {"RmsNorm", rms_norm},

@@ -1,5 +1,7 @@
 """The ops on float32 on every instruction set, against float64 and DeepMind's layers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,71 +37,87 @@ def assert_close(found: Arrays, expected: Arrays, tolerance: float = 1e-5) -> No
         assert far <= tolerance * np.abs(y).max(), f"{name}: {far} of {np.abs(y).max()}"
 
 
-def scan_case(batch, tokens, channels, at, shared, decay=(-8.0, -0.5)) -> Case:
+def scan_case(batch, tokens, heads, block, at, shared=False, decay=(-8.0, -0.5)) -> Case:
+    """Gates as far open as those of trained models."""
     rng = np.random.default_rng(tokens)
-    inputs = {name: normal(rng, batch, tokens, channels) for name in ("x", "input_gate", "gate")}
-    inputs["decay"] = rng.uniform(*decay, channels).astype(np.float32)
-    inputs["position_ids"] = at
-    inputs["state"] = normal(rng, batch, channels)
-    outputs = {"h": (batch, tokens, channels), "present": (batch, channels)}
-    weights = frozenset({"decay"})
+    inputs = {"x": normal(rng, batch, tokens, heads * block)}
+    for gate in ("input", "recurrence"):
+        inputs[f"{gate}_weight"] = normal(rng, heads, block, block) / np.float32(block**0.5)
+        inputs[f"{gate}_bias"] = normal(rng, heads, block)
+    weights = frozenset(inputs) - {"x"} | {"decay"}
+    inputs["decay"] = rng.uniform(*decay, heads * block).astype(np.float32)
+    inputs |= {"position_ids": at, "state": normal(rng, batch, heads * block)}
+    outputs = {"h": (batch, tokens, heads * block), "present": (batch, heads * block)}
     return Case("RgLruScan", inputs, outputs, {}, weights, {"present": "state"} if shared else {})
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize(("batch", "tokens"), SIZES)
-def test_scan(worker, batch, tokens, channels, in_place):
-    case = scan_case(batch, tokens, channels, positions(batch, tokens), in_place)
+@pytest.mark.parametrize(("heads", "block"), [(1, 1), (3, 5), (4, 16), (10, 25), (2, 130)])
+@pytest.mark.parametrize(("batch", "tokens"), [*SIZES, (3, 64), (5, 40)])
+def test_scan(worker, batch, tokens, heads, block, in_place):
+    case = scan_case(batch, tokens, heads, block, positions(batch, tokens), in_place)
     assert_close(worker.run(case), oracles.rg_lru_scan(*case.inputs.values()))
 
 
 def test_the_body_is_the_scan_too(stock, in_place):
-    case = scan_case(3, 40, 70, positions(3, 40), in_place)
+    case = scan_case(3, 40, 5, 14, positions(3, 40), in_place)
     assert_close(stock.run(case), oracles.rg_lru_scan(*case.inputs.values()))
 
 
 def test_scan_forgets_where_a_position_is_zero(worker, in_place):
-    at = positions(3, 40, 5)
-    at[0, 0] = at[1, 17] = at[1, 18] = at[2, 39] = 0
-    case = scan_case(3, 40, 70, at, in_place)
+    at = positions(3, 70, 5)
+    at[0, 0] = at[1, 17] = at[1, 18] = at[1, 58] = at[2, 69] = 0
+    case = scan_case(3, 70, 5, 14, at, in_place)
     assert_close(worker.run(case), oracles.rg_lru_scan(*case.inputs.values()))
 
 
 def test_scan_of_long_memories(worker):
     """Decays as trained models have them, where 1 - a² in float32 is what the model was made of."""
-    case = scan_case(2, 300, 64, positions(2, 300, 9), False, decay=(-0.8, -0.008))
+    case = scan_case(2, 300, 4, 16, positions(2, 300, 9), decay=(-0.8, -0.008))
     assert_close(worker.run(case), oracles.rg_lru_scan(*case.inputs.values()), 1e-3)
 
 
 def test_scan_of_gates_far_open_and_shut(worker):
-    case = scan_case(1, 64, 33, positions(1, 64), False)
-    for name in ("input_gate", "gate"):
-        case.inputs[name] *= 60
-    case.inputs["gate"][0, :, 0] = -100
-    case.inputs["gate"][0, :, 1] = 100
+    case = scan_case(1, 64, 3, 11, positions(1, 64))
+    for name in ("input", "recurrence"):
+        case.inputs[f"{name}_weight"] *= 60
+    case.inputs["recurrence_bias"][0, :2] = -100, 100
     found = worker.run(case)
     assert np.isfinite(found["h"]).all()
     assert_close(found, oracles.rg_lru_scan(*case.inputs.values()), 1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_gates_and_scan_are_deepmind_s(worker, tokens):
+def test_scan_is_deepmind_s(worker, tokens):
     torch.manual_seed(tokens)
     layer = layers.RGLRU(width=96, num_heads=4)
-    rng = np.random.default_rng(tokens)
-    x, state, at = normal(rng, 2, tokens, 96), normal(rng, 2, 96), positions(2, tokens)
+    case = scan_case(2, tokens, 4, 24, positions(2, tokens))
     with torch.no_grad():
-        tensors = (torch.from_numpy(a) for a in (x, at, state))
+        tensors = (torch.from_numpy(case.inputs[n]) for n in ("x", "position_ids", "state"))
         expected = dict(zip(("h", "present"), layer(*tensors), strict=True))
         decay = -8 * torch.nn.functional.softplus(layer.a_param)
-    gates = {}
-    for name, gate in (("input_gate", layer.input_gate), ("gate", layer.a_gate)):
-        weight, bias = (p.detach().numpy() for p in (gate.w, gate.b))
-        gates[name] = worker.run(block_case(x, weight, bias))["y"]
-    inputs = {"x": x, **gates, "decay": decay.numpy(), "position_ids": at, "state": state}
-    outputs = {name: tuple(y.shape) for name, y in expected.items()}
-    found = worker.run(Case("RgLruScan", inputs, outputs))
-    assert_close(found, {name: y.numpy() for name, y in expected.items()}, 1e-4)
+    case.inputs["decay"] = decay.numpy()
+    for name, gate in (("input", layer.input_gate), ("recurrence", layer.a_gate)):
+        case.inputs[f"{name}_weight"] = gate.w.detach().numpy()
+        case.inputs[f"{name}_bias"] = gate.b.detach().numpy()
+    assert_close(worker.run(case), {name: y.numpy() for name, y in expected.items()}, 1e-4)
+
+
+WRONG_SCANS = {
+    "weights": ({"recurrence_weight": np.zeros((2, 12, 12), np.float32)}, "weights"),
+    "width": ({"x": np.zeros((1, 2, 20), np.float32)}, "x have heads x block channels"),
+    "biases": ({"input_bias": np.zeros((4, 5), np.float32)}, "biases"),
+    "decay": ({"decay": np.zeros(23, np.float32)}, "decay"),
+    "positions": ({"position_ids": np.zeros((1, 3), np.int64)}, "position_ids"),
+    "state": ({"state": np.zeros((2, 24), np.float32)}, "state"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SCANS)
+def test_wrong_shapes_of_a_scan_are_refused(worker, wrong):
+    inputs, word = WRONG_SCANS[wrong]
+    case = scan_case(1, 2, 4, 6, positions(1, 2))
+    with pytest.raises(Exception, match=f"RgLruScan: .*{word}"):
+        worker.run(replace(case, inputs=case.inputs | inputs))
 
 
 def conv_case(batch: int, tokens: int, channels: int, taps: int, shared: bool) -> Case:
@@ -135,20 +153,6 @@ def test_convolution_is_deepmind_s(worker):
         expected, cache = layer(x, at)
     found = worker.run(case)
     assert_close(found, {"y": expected.numpy(), "present": cache.numpy()})
-
-
-def block_case(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Case:
-    inputs = {"x": x, "weight": weight, "bias": bias}
-    return Case("BlockDiagonalLinear", inputs, {"y": x.shape}, {}, frozenset({"weight", "bias"}))
-
-
-@pytest.mark.parametrize(("heads", "block"), [(1, 1), (3, 5), (4, 16), (10, 25), (2, 130)])
-@pytest.mark.parametrize(("batch", "tokens"), SIZES)
-def test_block_diagonal(worker, batch, tokens, heads, block):
-    rng = np.random.default_rng(block)
-    x = normal(rng, batch, tokens, heads * block)
-    case = block_case(x, normal(rng, heads, block, block), normal(rng, heads, block))
-    assert_close(worker.run(case), oracles.block_diagonal_linear(*case.inputs.values()))
 
 
 def attention_case(batch, tokens, heads, dim, window, at, shared) -> Case:
@@ -245,11 +249,9 @@ def test_numbers_far_away_stay_numbers(worker):
 @pytest.mark.parametrize("tokens", [1, 60])
 def test_threads_do_not_change_a_bit(worker, tokens):
     at = positions(1, tokens, 3000)
-    x = normal(np.random.default_rng(tokens), 1, tokens, 300)
     cases = [
         attention_case(1, tokens, 4, 32, 1024, at, False),
-        scan_case(1, tokens, 600, at, False),
-        block_case(x, normal(np.random.default_rng(0), 10, 30, 30), x[0, 0].reshape(10, 30)),
+        scan_case(1, tokens, 10, 30, at),
     ]
     for case in cases:
         one, *others = (worker.run(case, threads=n) for n in (1, 2, 3))

@@ -158,6 +158,53 @@ def stock_kernel(case: Case) -> tuple:
     return whole.SerializeToString(), {"x": given["x"]}, {}, case.outputs
 
 
+def together(x: np.ndarray, matrices: list[QuantMatrix]) -> Case:
+    """QuantLinear2 or QuantLinear3: each kind of input for all matrices, then the next kind."""
+    cases = [w.case(x) for w in matrices]
+    kinds = [kind for kind in cases[0].inputs if kind != "x"]
+    each = {f"{kind}{i}": case.inputs[kind] for kind in kinds for i, case in enumerate(cases)}
+    sizes = {f"N{i + 1 if i else ''}": case.attributes["N"] for i, case in enumerate(cases)}
+    return Case(
+        f"QuantLinear{len(cases)}",
+        {"x": x} | each,
+        {f"y{i}": case.outputs["y"] for i, case in enumerate(cases)},
+        cases[0].attributes | sizes,
+        frozenset(each),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 65])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+@pytest.mark.parametrize("rows", [(70, 33), (1, 150), (37, 1, 3), (2, 2, 200), (150, 20, 20)])
+def test_several_matrices_are_each_alone(worker, rows, bits, block, tokens):
+    """Some with zero points, some with a bias: not a bit is another."""
+    x = activations(1, tokens, 203)
+    matrices = [
+        random_matrix(203, n, bits, block, asymmetric=i != 1, bias=i != 0, seed=i)
+        for i, n in enumerate(rows)
+    ]
+    found = worker.run(together(x, matrices))
+    for i, w in enumerate(matrices):
+        assert np.array_equal(found[f"y{i}"], assert_product(worker, x, w)), i
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_body_is_several_stock_kernels(stock, count):
+    x = activations(1, 3, 300)
+    matrices = [random_matrix(300, 40 + i, 4, 32, bias=i == 1, seed=i) for i in range(count)]
+    found = stock.run(together(x, matrices))
+    for i, w in enumerate(matrices):
+        bare = stock.submit(run_model, *stock_kernel(w.case(x)), native=False)[0]["y"]
+        assert (found[f"y{i}"] == bare).all()
+
+
+def test_threads_do_not_change_a_bit(worker):
+    x = activations(1, 2, 500)
+    case = together(x, [random_matrix(500, n, 4, 64, seed=n) for n in (900, 7, 300)])
+    one, *others = (worker.run(case, threads=n) for n in (1, 2, 3))
+    assert all(np.array_equal(one[y], other[y]) for other in others for y in one)
+
+
 WRONG = {
     "columns": ({"K": 65}, {}, "K"),
     "no_columns": ({"K": 0}, {}, "K"),

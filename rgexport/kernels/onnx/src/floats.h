@@ -25,9 +25,10 @@ struct Product {
   int64_t ahead_count = 0;
 };
 
-// Some channels of one sequence of the RG-LRU; all rows are `stride` floats apart.
-struct RgLru {
-  int64_t steps, channels, stride;
+// Some channels of one sequence of the RG-LRU; rows are `stride` floats apart, those of the gates
+// `gate_stride`.
+struct Recurrence {
+  int64_t steps, channels, stride, gate_stride;
   const float *x, *input_gate, *recurrence_gate;  // [steps, channels]
   const float* decay;                             // [channels]: -8 softplus(a_param)
   const int64_t* positions;                       // [steps]
@@ -76,7 +77,7 @@ struct FloatKernels {
   // Replaces scores [keys, lanes] by exp(score - largest) and takes them into the state. What was
   // summed by older weights must be multiplied by `rescale` [lanes]; false where all of it is 1.
   bool (*softmax)(float* scores, int64_t keys, const SoftmaxState&, float* rescale);
-  void (*rg_lru)(const RgLru&);
+  void (*rg_lru)(const Recurrence&);
   void (*causal_conv)(const CausalConv&);
   // y = gelu(gate) · up, by the tanh approximation of gelu.
   void (*gelu_mul)(const float* gate, const float* up, float* y, int64_t count);

@@ -1,8 +1,8 @@
 #include <atomic>
-#include <cstdlib>
 
 #include "attention_tile.h"
 #include "ops.h"
+#include "scratch.h"
 
 namespace rgexport {
 namespace {
@@ -40,20 +40,6 @@ struct Plan {
     tiles = parts_of(shape.tokens, tokens);
     parts = most(least((shape.window + shape.tokens) / kPartKeys, kMostTasks / tiles), 1);
   }
-};
-
-// Memory of a task or of some; null where there is none.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::malloc(floats * sizeof(float)))) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
 };
 
 // y [tokens · heads, dim] of a row of the batch, a task for each tile; whether there was memory.

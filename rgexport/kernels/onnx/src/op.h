@@ -14,7 +14,7 @@
 
 namespace rgexport {
 
-constexpr size_t kMaxInputs = 8;
+constexpr size_t kMaxInputs = 13;
 constexpr size_t kMaxRank = 4;
 
 struct Signature {

@@ -6,30 +6,58 @@
 
 namespace rgexport {
 
-struct QuantKernels;
-
-// y = x · dequantized(data)ᵀ + bias, as com.microsoft::MatMulNBits with int8 activations.
-class QuantLinear {
+// y = x · dequantized(data)ᵀ + bias, as com.microsoft::MatMulNBits with int8 activations: for one
+// matrix, or for several of the same columns and format, which share the rounded activations.
+class QuantLinears {
  public:
-  static constexpr Signature kSignature = {
-      "QuantLinear", 5, 3, {ort::kFloat, ort::kUint8, ort::kFloat, ort::kUint8, ort::kFloat}, 1};
-  explicit QuantLinear(const Attributes&);
+  static constexpr int kMost = 3;
   const char* run(Context&) const;
 
+ protected:
+  QuantLinears(const Attributes&, int matrices);
+
+  // x; then for each matrix data; scales; zero points, or none; bias, or none.
+  static constexpr Signature signature(int matrices) {
+    constexpr const char* kNames[] = {"QuantLinear", "QuantLinear2", "QuantLinear3"};
+    constexpr ort::ElementType kParts[] = {ort::kUint8, ort::kFloat, ort::kUint8, ort::kFloat};
+    Signature made{};
+    made.name = kNames[matrices - 1];
+    made.inputs = 1 + 4 * matrices;
+    made.required = 1 + 2 * matrices;
+    made.input_types[0] = ort::kFloat;
+    for (int i = 0; i < 4 * matrices; ++i) made.input_types[1 + i] = kParts[i / matrices];
+    made.outputs = matrices;
+    return made;
+  }
+
  private:
-  int64_t columns_, rows_, bits_, block_;
+  int matrices_;
+  int64_t columns_, bits_, block_, rows_[kMost];
   Upcoming upcoming_;
 };
 
-// x, input_gate, recurrence_gate [B, T, R], decay [R], position_ids [B, T], state [B, R]
-// → h [B, T, R], present [B, R]: the RG-LRU of arXiv 2402.19427 from its gates on.
+template <int kCount>
+class QuantLinear : public QuantLinears {
+ public:
+  static constexpr Signature kSignature = signature(kCount);
+  explicit QuantLinear(const Attributes& attributes) : QuantLinears(attributes, kCount) {}
+};
+
+// The RG-LRU of arXiv 2402.19427 with its gates: x [B, T, R]; weight [heads, block, block] and bias
+// [heads, block] of the input gate and of the recurrence gate, R = heads · block; decay [R],
+// position_ids [B, T], state [B, R] → h [B, T, R], present [B, R].
 class RgLruScan {
  public:
   static constexpr Signature kSignature = {
-      "RgLruScan", 6, 6,
-      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kFloat}, 2};
+      "RgLruScan", 8, 8,
+      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
+       ort::kFloat},
+      2};
   explicit RgLruScan(const Attributes&) {}
   const char* run(Context&) const;
+
+ private:
+  Upcoming upcoming_;
 };
 
 // q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, window, D], position_ids [B, T]
@@ -53,15 +81,6 @@ class CausalConv1d {
   static constexpr Signature kSignature = {
       "CausalConv1d", 4, 4, {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat}, 2};
   explicit CausalConv1d(const Attributes&) {}
-  const char* run(Context&) const;
-};
-
-// x [B, T, heads · block], weight [heads, block, block], bias [heads, block] → y like x.
-class BlockDiagonalLinear {
- public:
-  static constexpr Signature kSignature = {
-      "BlockDiagonalLinear", 3, 3, {ort::kFloat, ort::kFloat, ort::kFloat}, 1};
-  explicit BlockDiagonalLinear(const Attributes&) {}
   const char* run(Context&) const;
 };
 

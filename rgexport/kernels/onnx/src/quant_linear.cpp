@@ -1,47 +1,59 @@
-// The op around the kernels of quant_matmul.h: shapes, scratch memory, threads.
-#include <cstdlib>
-#include <memory>
-#include <thread>
-
+// The ops around the kernels of quant_matmul.h: shapes, scratch memory, threads.
 #include "ops.h"
 #include "quant_matmul.h"
 #include "ranges.h"
+#include "scratch.h"
 
 namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
-constexpr int64_t kAhead = 8 << 10;  // bytes of them that are fetched before the first is used
-constexpr int64_t kAlignment = 64;
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+// Matrices of one format, and the result of each: [count of x, rows of the matrix].
+struct Products {
+  int matrices = 0;
+  QuantMatrix w[QuantLinears::kMost];
+  float* y[QuantLinears::kMost];
+
+  // body(i, first, last) for the rows of each matrix that are in [first, last) of the rows of all.
+  template <class Body>
+  void each(int64_t first, int64_t last, const Body& body) const {
+    for (int i = 0; i < matrices; ++i) {
+      const int64_t rows = w[i].rows, to = last < rows ? last : rows;
+      if (first < to) body(i, first, to);
+      first = first > rows ? first - rows : 0;
+      last -= rows;
+    }
+  }
 };
 
-// Scratch memory for rounded activations, cut into its arrays.
-class Scratch {
+// Rounded activations in scratch memory, cut into their arrays.
+class Rounded {
+  struct Places {
+    int64_t stride, blocks, at[5] = {};
+    Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes)
+        : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)) {
+      const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four of weights
+      const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
+      const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
+      constexpr int64_t kPart = Scratch::kAlignment;
+      for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + (sizes[i] + kPart - 1) / kPart * kPart;
+    }
+  };
+
  public:
-  Scratch(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes) {
-    const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
-    const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four bytes of weights
-    const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
-    const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
-    int64_t places[5] = {};
-    for (int i = 0; i < 4; ++i)
-      places[i + 1] = places[i] + (sizes[i] + kAlignment - 1) / kAlignment * kAlignment;
-    memory_.reset(std::malloc(places[4] + kAlignment));
-    if (!memory_) return;
-    const auto start = reinterpret_cast<uintptr_t>(memory_.get());
-    auto* base = reinterpret_cast<uint8_t*>((start + kAlignment - 1) / kAlignment * kAlignment);
+  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes)
+      : places_(kernel, w, count, lanes), memory_(places_.at[4] / 4) {
+    auto* base = reinterpret_cast<uint8_t*>(memory_.data());
     activations_ = {count,
-                    stride,
+                    places_.stride,
                     reinterpret_cast<int8_t*>(base),
-                    blocks,
-                    reinterpret_cast<float*>(base + places[1]),
-                    reinterpret_cast<int32_t*>(base + places[2]),
-                    lanes ? reinterpret_cast<int32_t*>(base + places[3]) : nullptr};
+                    places_.blocks,
+                    reinterpret_cast<float*>(base + places_.at[1]),
+                    reinterpret_cast<int32_t*>(base + places_.at[2]),
+                    lanes ? reinterpret_cast<int32_t*>(base + places_.at[3]) : nullptr};
   }
-  explicit operator bool() const { return memory_ != nullptr; }
+  explicit operator bool() const { return memory_.data() != nullptr; }
 
   // The rows [first, first + count).
   Activations rows(const QuantMatrix& w, int64_t first, int64_t count) const {
@@ -55,8 +67,9 @@ class Scratch {
   }
 
  private:
-  std::unique_ptr<void, Free> memory_;
-  Activations activations_{};
+  const Places places_;
+  const Scratch memory_;
+  Activations activations_;
 };
 
 const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& data,
@@ -77,31 +90,44 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
 
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
 // while it rounds the activations, for itself: that takes less time than to wait for another.
-bool stream(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y,
+bool stream(Context& context, const Products& all, const float* x, int64_t count,
             const Upcoming& upcoming) {
   const QuantKernel& kernel = quant_kernels().few;
-  Ranges parts(w.rows, (kGrainBytes / w.row_bytes() + 4) / 4 * 4, processors());
-  const Scratch scratch(kernel, w, parts.parts() * count, true);
-  if (!scratch) return false;
-  upcoming.begin(w.data, w.rows * w.row_bytes());
-  const std::thread::id caller = std::this_thread::get_id();
+  const QuantMatrix& format = all.w[0];
+  const int64_t row_bytes = format.row_bytes();
+  int64_t rows = 0;
+  Span weights[QuantLinears::kMost];
+  for (int i = 0; i < all.matrices; ++i) {
+    rows += all.w[i].rows;
+    weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
+  }
+  Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
+  const Rounded rounded(kernel, format, parts.parts() * count, true);
+  if (!rounded) return false;
+  const Upcoming::Next next = upcoming.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
-    const uint8_t* first = w.data + parts.first(own) * w.row_bytes();
-    for (int64_t i = 0; i < kAhead; i += kAlignment) __builtin_prefetch(first + i, 0, 2);
-    const Activations a = scratch.rows(w, own * count, count);
-    for (int64_t m = 0; m < count; ++m) kernel.round(w, x + m * w.columns, a, m);
-    parts.run(own, [&](int64_t from, int64_t to) { kernel.multiply(w, a, from, to, y); });
-    if (std::this_thread::get_id() != caller) upcoming.fetch(own, parts.parts());
+    const int64_t first = parts.first(own);
+    all.each(first, first + 1, [&](int i, int64_t row, int64_t) {
+      fetch(all.w[i].data + row * row_bytes, kAhead);
+    });
+    const Activations a = rounded.rows(format, own * count, count);
+    for (int64_t m = 0; m < count; ++m) kernel.round(format, x + m * format.columns, a, m);
+    parts.run(own, [&](int64_t from, int64_t to) {
+      all.each(from, to, [&](int i, int64_t row, int64_t end) {
+        kernel.multiply(all.w[i], a, row, end, all.y[i]);
+      });
+    });
+    next.fetch(own, parts.parts());
   });
   return true;
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
 // another, and as even ones as there are.
-int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
+int64_t panels_at_once(const QuantKernels& kernels, int64_t panels) {
   constexpr int64_t kPartsOfThread = 4;
-  const int64_t panels = (w.rows + kernels.panel - 1) / kernels.panel, threads = processors();
+  const int64_t threads = processors();
   const int64_t share = panels / (threads * kPartsOfThread);
   const int64_t most = share < kernels.most_panels ? share : kernels.most_panels;
   int64_t best = 1, least = panels;
@@ -113,52 +139,75 @@ int64_t panels_at_once(const QuantKernels& kernels, const QuantMatrix& w) {
 }
 
 // Many rows: each thread takes panels of weights, which all rows of activations share.
-bool multiply(Context& context, const QuantMatrix& w, const float* x, int64_t count, float* y) {
+bool multiply(Context& context, const Products& all, const float* x, int64_t count) {
   const QuantKernels& kernels = quant_kernels();
-  const QuantKernel kernel = kernels.many(w);
-  const Scratch scratch(kernel, w, count, false);
-  if (!scratch) return false;
-  const Activations a = scratch.rows(w, 0, count);
-  context.parallel_for(count, [&](size_t m) { kernel.round(w, x + m * w.columns, a, m); });
-  const int64_t part = kernels.panel * panels_at_once(kernels, w);
-  context.parallel_for((w.rows + part - 1) / part, [&](size_t i) {
-    const int64_t first = i * part, last = first + part;
-    kernel.multiply(w, a, first, last < w.rows ? last : w.rows, y);
+  const QuantMatrix& format = all.w[0];
+  const QuantKernel kernel = kernels.many(format);
+  const Rounded rounded(kernel, format, count, false);
+  if (!rounded) return false;
+  const Activations a = rounded.rows(format, 0, count);
+  context.parallel_for(count,
+                       [&](size_t m) { kernel.round(format, x + m * format.columns, a, m); });
+
+  int64_t sizes[QuantLinears::kMost], ends[QuantLinears::kMost], parts = 0;  // of each matrix
+  for (int i = 0; i < all.matrices; ++i) {
+    const int64_t panels = (all.w[i].rows + kernels.panel - 1) / kernels.panel;
+    const int64_t at_once = panels_at_once(kernels, panels);
+    sizes[i] = at_once * kernels.panel;
+    ends[i] = parts += (panels + at_once - 1) / at_once;
+  }
+  context.parallel_for(parts, [&](size_t index) {
+    int64_t part = index;
+    int i = 0;
+    while (part >= ends[i]) ++i;
+    if (i > 0) part -= ends[i - 1];
+    const int64_t first = part * sizes[i], last = first + sizes[i];
+    kernel.multiply(all.w[i], a, first, last < all.w[i].rows ? last : all.w[i].rows, all.y[i]);
   });
   return true;
 }
 
 }  // namespace
 
-QuantLinear::QuantLinear(const Attributes& attributes)
-    : columns_(attributes.integer("K", 0)),
-      rows_(attributes.integer("N", 0)),
+QuantLinears::QuantLinears(const Attributes& attributes, int matrices)
+    : matrices_(matrices),
+      columns_(attributes.integer("K", 0)),
       bits_(attributes.integer("bits", 4)),
-      block_(attributes.integer("block_size", 32)) {}
+      block_(attributes.integer("block_size", 32)) {
+  constexpr const char* kRows[kMost] = {"N", "N2", "N3"};
+  for (int i = 0; i < matrices; ++i) rows_[i] = attributes.integer(kRows[i], 0);
+}
 
-const char* QuantLinear::run(Context& context) const {
-  const Tensor x = context.input(0), data = context.input(1), scales = context.input(2);
-  const Tensor zero_points = context.input(3), bias = context.input(4);
-  const QuantMatrix w = {rows_,
-                         columns_,
-                         static_cast<int>(bits_),
-                         block_,
-                         data.as<uint8_t>(),
-                         scales.as<float>(),
-                         zero_points.as<uint8_t>(),
-                         bias.as<float>()};
-  if (const char* wrong = wrong_shapes(w, x, data, scales, zero_points, bias)) return wrong;
+const char* QuantLinears::run(Context& context) const {
+  const Tensor x = context.input(0);
+  Products all;
+  for (int i = 0; i < matrices_; ++i) {
+    const auto part = [&](int which) { return context.input(1 + which * matrices_ + i); };
+    const Tensor data = part(0), scales = part(1), zero_points = part(2), bias = part(3);
+    all.w[i] = {rows_[i],
+                columns_,
+                static_cast<int>(bits_),
+                block_,
+                data.as<uint8_t>(),
+                scales.as<float>(),
+                zero_points.as<uint8_t>(),
+                bias.as<float>()};
+    if (const char* wrong = wrong_shapes(all.w[i], x, data, scales, zero_points, bias))
+      return wrong;
+  }
   int64_t dims[kMaxRank];
   for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
-  dims[x.rank - 1] = w.rows;
-  float* y = context.output(0, dims, x.rank);
-  const int64_t count = x.size() / w.columns;
-  if (!y || count == 0 || w.rows == 0) return nullptr;
+  for (; all.matrices < matrices_; ++all.matrices) {
+    dims[x.rank - 1] = rows_[all.matrices];
+    all.y[all.matrices] = context.output(all.matrices, dims, x.rank);
+    if (!all.y[all.matrices]) return nullptr;
+  }
+  const int64_t count = x.size() / columns_;
+  if (count == 0) return nullptr;
 
   const float* rows = x.as<float>();
-  const bool few = count < quant_kernels().most_few;
-  const bool enough =
-      few ? stream(context, w, rows, count, y, upcoming_) : multiply(context, w, rows, count, y);
+  const bool enough = count < quant_kernels().most_few ? stream(context, all, rows, count, upcoming_)
+                                                       : multiply(context, all, rows, count);
   return enough ? nullptr : "QuantLinear: out of memory";
 }
 

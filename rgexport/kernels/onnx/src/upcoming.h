@@ -1,4 +1,4 @@
-// Which weights the next op will read, so that a thread that waits can fetch the first of them.
+// Which weights an op reads, and which the next one will: what is fetched before it is needed.
 //
 // Between two products of a decode step, one thread norms and adds for some microseconds in which
 // the memory would rest. The ops of a graph run in one order: each learns in the first step what
@@ -7,37 +7,82 @@
 
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
+#include <thread>
 
 namespace rgexport {
 
+constexpr int64_t kAhead = 8 << 10;  // bytes of weights that are fetched before the first is used
+
+inline void fetch(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine)
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+// Weights that lie side by side.
+struct Span {
+  const void* data;
+  int64_t bytes;
+};
+
 class Upcoming {
+  static constexpr int kSpans = 3;
+  struct Weights {
+    struct {
+      std::atomic<const char*> data{nullptr};
+      std::atomic<int64_t> bytes{0};
+    } spans[kSpans];
+  };
+
  public:
-  // At the start of an op, in the thread that runs the graph: these are the weights that it reads.
-  void begin(const void* data, int64_t bytes) const {
+  // What comes next, for the threads of one run.
+  class Next {
+   public:
+    Next(const Weights& weights) : weights_(weights) {}
+
+    // In a thread that is done with its part of the op: fetches the start of its part of the next.
+    // Not in the thread that runs the graph, for which all others wait. Weights that are gone
+    // meanwhile do no harm, for what cannot be fetched is not.
+    void fetch(int part, int parts) const {
+      constexpr int64_t kMost = 64 << 10;
+      if (std::this_thread::get_id() == caller_) return;
+      int64_t whole = 0;
+      for (const auto& span : weights_.spans) whole += span.bytes.load(std::memory_order_relaxed);
+      const int64_t share = whole / parts, most = share < kMost ? share : kMost;
+      int64_t at = part * share;
+      for (const auto& span : weights_.spans) {
+        const int64_t bytes = span.bytes.load(std::memory_order_relaxed), left = bytes - at;
+        if (left > 0)
+          return rgexport::fetch(span.data.load(std::memory_order_relaxed) + at,
+                                 left < most ? left : most);
+        at -= bytes;
+      }
+    }
+
+   private:
+    const Weights& weights_;
+    const std::thread::id caller_ = std::this_thread::get_id();
+  };
+
+  // At the start of an op, in the thread that runs the graph: these are the weights that it reads,
+  // kSpans at most.
+  Next begin(std::initializer_list<Span> weights) const {
+    return begin(weights.begin(), static_cast<int>(weights.size()));
+  }
+  Next begin(const Span* weights, int count) const {
     static thread_local std::shared_ptr<Weights> before;
-    if (before) {
-      before->data.store(static_cast<const char*>(data), std::memory_order_relaxed);
-      before->bytes.store(bytes, std::memory_order_relaxed);
+    for (int i = 0; before && i < count; ++i) {
+      before->spans[i].data.store(static_cast<const char*>(weights[i].data),
+                                  std::memory_order_relaxed);
+      before->spans[i].bytes.store(weights[i].bytes, std::memory_order_relaxed);
     }
     before = next_;
-  }
-
-  // In a thread that is done with its part of the op: fetches the start of its part of the next.
-  // Weights that are gone meanwhile do no harm, for what cannot be fetched is not.
-  void fetch(int part, int parts) const {
-    constexpr int64_t kMost = 64 << 10, kLine = 64;
-    const char* data = next_->data.load(std::memory_order_relaxed);
-    const int64_t share = next_->bytes.load(std::memory_order_relaxed) / parts;
-    const int64_t most = share < kMost ? share : kMost;
-    for (int64_t i = 0; i < most; i += kLine) __builtin_prefetch(data + part * share + i, 0, 2);
+    return Next(*next_);
   }
 
  private:
-  struct Weights {
-    std::atomic<const char*> data{nullptr};
-    std::atomic<int64_t> bytes{0};
-  };
   std::shared_ptr<Weights> next_ = std::make_shared<Weights>();
 };
 
