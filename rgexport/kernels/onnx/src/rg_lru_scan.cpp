@@ -1,5 +1,6 @@
-// The RG-LRU with its gates. A head's channels need no other's, so each thread takes whole heads,
-// some rows at a time: what the gates give is read again while it is in the caches.
+// The RG-LRU with its gates. What a channel needs of others is only their x, so each thread takes
+// some channels of a head, and some rows at a time: what the gates give is read again while it is in
+// the caches.
 #include <cstring>
 
 #include "floats.h"
@@ -10,8 +11,9 @@
 namespace rgexport {
 namespace {
 
-constexpr int64_t kRows = 64;    // of a product
-constexpr int64_t kFewRows = 3;  // up to so many, time goes into reading the weights
+constexpr int64_t kRows = 64;      // of a product
+constexpr int64_t kColumns = 128;  // of a product, which is what a thread takes of a head
+constexpr int64_t kFewRows = 3;    // up to so many, time goes into reading whole weights
 
 struct Gate {
   const float *weight, *bias;  // [heads, block, block], [heads, block]
@@ -24,62 +26,76 @@ struct Layer {
   const int64_t* positions;
   float *h, *present;
 
-  // What a thread needs for the gates of a head.
-  int64_t scratch() const { return 2 * least_rows() * block; }
-  int64_t least_rows() const { return rows < kRows ? rows : kRows; }
+  bool few() const { return rows <= kFewRows; }
+  int64_t most_columns() const { return few() || block < kColumns ? block : kColumns; }
+  int64_t parts_of_head() const { return (block + most_columns() - 1) / most_columns(); }
+  // Floats that a thread needs for what the gates give.
+  int64_t scratch() const { return 2 * (rows < kRows ? rows : kRows) * most_columns(); }
 };
 
-// Rows [first, first + count) of one gate of a head, before the sigmoid: [count, block].
-void gate_rows(const Layer& layer, const Gate& gate, int64_t head, int64_t first, int64_t count,
-               float* y) {
-  const int64_t block = layer.block;
+// Channels of a head, and rows.
+struct Part {
+  int64_t head, first, columns;
+  int64_t row, rows;
+};
+
+// What a gate gives for a part, before the sigmoid: [rows, columns].
+void multiply_gate(const Layer& layer, const Gate& gate, const Part& part, float* y) {
+  const int64_t block = layer.block, columns = part.columns;
   Product task;
-  task.rows = count;
-  task.columns = task.depth = block;
-  task.a = layer.x + first * layer.channels + head * block;
+  task.rows = part.rows;
+  task.columns = columns;
+  task.depth = block;
+  task.a = layer.x + part.row * layer.channels + part.head * block;
   task.a_row = layer.channels;
   task.a_step = 1;
-  task.b = gate.weight + head * block * block;
+  task.b = gate.weight + part.head * block * block + part.first;
   task.b_step = block;
   task.c = y;
-  task.c_row = block;
+  task.c_row = columns;
   task.add = true;
-  for (int64_t row = 0; row < count; ++row)
-    std::memcpy(y + row * block, gate.bias + head * block, block * sizeof(float));
-  (layer.rows <= kFewRows ? floats().stream : floats().product)(task);
+  const float* bias = gate.bias + part.head * block + part.first;
+  for (int64_t row = 0; row < part.rows; ++row)
+    std::memcpy(y + row * columns, bias, columns * sizeof(float));
+  (layer.few() ? floats().stream : floats().product)(task);
 }
 
-// The rows of a batch lie one sequence after another: a few rows may be of several.
-void scan_rows(const Layer& layer, int64_t head, int64_t first, int64_t count,
-               const float* gates) {
-  for (int64_t row = first; row < first + count;) {
-    const int64_t sequence = row / layer.tokens, token = row % layer.tokens;
-    const int64_t here = layer.tokens - token, left = first + count - row;
-    const int64_t at = row * layer.channels + head * layer.block;
-    const int64_t state_at = sequence * layer.channels + head * layer.block;
+// The rows of a batch lie one sequence after another: those of a part may be of several.
+void scan(const Layer& layer, const Part& part, const float* gates) {
+  const int64_t channel = part.head * layer.block + part.first;
+  for (int64_t done = 0; done < part.rows;) {
+    const int64_t row = part.row + done, sequence = row / layer.tokens, token = row % layer.tokens;
+    const int64_t here = layer.tokens - token, left = part.rows - done;
+    const int64_t at = row * layer.channels + channel;
+    const int64_t state_at = sequence * layer.channels + channel;
     Recurrence task;
     task.steps = here < left ? here : left;
-    task.channels = task.gate_stride = layer.block;
+    task.channels = task.gate_stride = part.columns;
     task.stride = layer.channels;
     task.x = layer.x + at;
-    task.input_gate = gates + (row - first) * layer.block;
-    task.recurrence_gate = task.input_gate + count * layer.block;
-    task.decay = layer.decay + head * layer.block;
+    task.input_gate = gates + done * part.columns;
+    task.recurrence_gate = task.input_gate + part.rows * part.columns;
+    task.decay = layer.decay + channel;
     task.positions = layer.positions + row;
     task.present = layer.present + state_at;
     task.state = token ? task.present : layer.state + state_at;
     task.h = layer.h + at;
     floats().rg_lru(task);
-    row += task.steps;
+    done += task.steps;
   }
 }
 
-void run_head(const Layer& layer, int64_t head, float* gates) {
-  for (int64_t first = 0; first < layer.rows; first += kRows) {
-    const int64_t left = layer.rows - first, count = left < kRows ? left : kRows;
+// All rows of some channels: part `index` of all heads'.
+void run_part(const Layer& layer, int64_t index, float* gates) {
+  const int64_t most = layer.most_columns(), first = index % layer.parts_of_head() * most;
+  const int64_t left = layer.block - first;
+  Part part = {index / layer.parts_of_head(), first, left < most ? left : most, 0, 0};
+  for (; part.row < layer.rows; part.row += kRows) {
+    const int64_t rows = layer.rows - part.row;
+    part.rows = rows < kRows ? rows : kRows;
     for (int i = 0; i < 2; ++i)
-      gate_rows(layer, layer.gates[i], head, first, count, gates + i * count * layer.block);
-    scan_rows(layer, head, first, count, gates);
+      multiply_gate(layer, layer.gates[i], part, gates + i * part.rows * part.columns);
+    scan(layer, part, gates);
   }
 }
 
@@ -119,15 +135,15 @@ const char* RgLruScan::run(Context& context) const {
                         {weights[1].as<float>(), biases[1].as<float>()}},
                        positions.as<int64_t>(), h, present};
 
-  Ranges threads(heads, 1, processors());
+  Ranges threads(heads * layer.parts_of_head(), 1, processors());
   const Scratch scratch(threads.parts() * layer.scratch());
   if (!scratch.data()) return "RgLruScan: out of memory";
   const Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
   context.parallel_for(threads.parts(), [&](size_t own) {
-    const int64_t at = threads.first(own) * block * block;
-    for (const Gate& gate : layer.gates) fetch(gate.weight + at, kAhead);
+    const int64_t head = threads.first(own) / layer.parts_of_head();
+    for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
     float* gates = scratch.data() + own * layer.scratch();
-    threads.run(own, [&](int64_t head, int64_t) { run_head(layer, head, gates); });
+    threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part, gates); });
     next.fetch(own, threads.parts());
   });
   return nullptr;
