@@ -77,15 +77,21 @@ class QuantLayout {
     return w.bits == 8 && Simd::kSignedBytes ? 0 : 1 << (w.bits - 1);
   }
 
-  // The zero points of a vector of blocks, from an even one on, less the middle of the levels. They
-  // lie at `from`; `left` of the blocks are there, and at `end` the matrix has its last.
+  // The zero points of a vector of blocks, from an even one on. They lie at `from`; `left` of the
+  // blocks are there, and at `end` the matrix has its last.
   template <int kBits>
-  static Float zero_offsets(const uint8_t* from, const uint8_t* end, int64_t left) {
+  static Int zeros_of(const uint8_t* from, const uint8_t* end, int64_t left) {
     alignas(8) uint8_t some[kLanes] = {};
     // Only at the very end: what is written by bytes is slow to read as a whole.
     if (end - from < kLanes * kBits / 8) from = copy_some(from, (left * kBits + 7) / 8, some);
-    const Int zeros = kBits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
-    return Simd::to_float(Simd::add(zeros, Simd::broadcast(-(1 << (kBits - 1)))));
+    return kBits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+  }
+
+  // The same, less the middle of the levels.
+  template <int kBits>
+  static Float zero_offsets(const uint8_t* from, const uint8_t* end, int64_t left) {
+    const Int middle = Simd::broadcast(-(1 << (kBits - 1)));
+    return Simd::to_float(Simd::add(zeros_of<kBits>(from, end, left), middle));
   }
 
   static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {

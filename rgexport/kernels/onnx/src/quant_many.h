@@ -20,6 +20,7 @@ class QuantMany : QuantLayout<Simd> {
   static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
+  static constexpr int32_t kMostHalf = 15;          // the largest level of 4 bits
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;
@@ -56,7 +57,10 @@ class QuantMany : QuantLayout<Simd> {
   struct Panel {
     alignas(64) uint8_t weights[kPanelBytes];
     alignas(64) float scales[kPanelBytes / 16];
-    alignas(64) float zeros[kPanelBytes / 16];
+    union {  // for zero points of 8 bits, and of 4
+      alignas(64) float zeros[kPanelBytes / 16];
+      alignas(64) int32_t moves[kPanelBytes / 16];
+    };
     alignas(64) float y[kPanels][kMostRows * kPanel];
   };
 
@@ -76,23 +80,30 @@ class QuantMany : QuantLayout<Simd> {
     const int64_t block = p.line / shape.per_block * shape.per_line;
     int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
-    const auto run = w.zero_points ? tiles<kBits, kShare, true> : tiles<kBits, kShare, false>;
+    const bool zeros = kBits == 8 && w.zero_points;
+    const auto run = zeros ? tiles<kBits, kShare, kBits == 8> : tiles<kBits, kShare, false>;
+    const int32_t offset = kBits == 4 && w.zero_points ? kMostHalf : middle(w);
     for (int64_t n = p.first; n < p.last; n += kPanel) {
-      unpack<kBits>(w, shape, n, p.line, p.lines, panel);
       unpack_scales<kBits>(w, shape, n, block, blocks, panel);
+      if (kBits == 4 && w.zero_points)
+        unpack<kBits, kShare, true>(w, shape, n, p.line, p.lines, panel);
+      else
+        unpack<kBits, kShare, false>(w, shape, n, p.line, p.lines, panel);
       const bool last = n + kPanel >= p.last;
       fetch_weights(w, shape, last ? p.first : n + kPanel, p.line + (last ? p.lines : 0), p.lines);
-      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, middle(w), panel,
+      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, offset, panel,
           panel.y[(n - p.first) / kPanel]);
     }
   }
 
-  template <int kBits>
+  // With kMove, levels are moved by what Panel::moves has.
+  template <int kBits, int kShare, bool kMove>
   static void unpack(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t line,
                      int64_t lines, Panel& panel) {
-    constexpr int64_t n = Base::template kParts<kBits>;
+    constexpr int64_t n = Base::template kParts<kBits>, per_line = kLanes / kShare;
     Int rows[kLanes];
     for (int64_t l = 0; l < lines; ++l) {
+      const int32_t* moves = panel.moves + l / shape.per_block * per_line * kPanel;
       uint8_t* out = panel.weights + l * kLanes * n * kWide * kVector;
       const int64_t at = (line + l) * kVector;
       const int64_t left = shape.row_bytes - at;
@@ -108,8 +119,13 @@ class QuantMany : QuantLayout<Simd> {
           if constexpr (kBits == 8) {
             Simd::store(to, Simd::kSignedBytes ? Simd::flip_sign(rows[lane]) : rows[lane]);
           } else {
-            Simd::store(to, Simd::low_half(rows[lane]));
-            Simd::store(to + kWide * kVector, Simd::high_half(rows[lane]));
+            const auto moved = [&](Int half) {
+              if constexpr (!kMove) return half;
+              const int64_t block = lane / kShare;
+              return Simd::add(half, Simd::load(moves + block * kPanel + wide * kLanes));
+            };
+            Simd::store(to, moved(Simd::low_half(rows[lane])));
+            Simd::store(to + kWide * kVector, moved(Simd::high_half(rows[lane])));
           }
         }
       }
@@ -132,35 +148,45 @@ class QuantMany : QuantLayout<Simd> {
     return Simd::load(padded);
   }
 
-  // The scales of some blocks, and their products with zero points, by blocks instead of rows.
+  // The scales of some blocks by blocks instead of rows, and what their zero points need.
   template <int kBits>
   static void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
                             int64_t blocks, Panel& panel) {
-    alignas(64) float scales[kLanes] = {}, zeros[kLanes] = {};
     for (int64_t n = 0; n < kPanel; ++n) {
       const int64_t row = first + n;
       for (int64_t b = 0; b < blocks; b += kLanes) {
         const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
+        alignas(64) float scales[kLanes] = {};
         if (row < w.rows) {
           // Masked only where it must be: prompts with blocks of 32 take 6 % less time.
           const float* own = w.scales + row * shape.blocks + block + b;
-          const Float scale =
-              count < kLanes ? Simd::load_first(own, count) : Simd::load_float(own);
-          Simd::store_float(scales, scale);
-          if (w.zero_points) {
-            const uint8_t* from = w.zero_points + row * shape.zero_point_bytes;
-            const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
-            const Float offsets =
-                Base::template zero_offsets<kBits>(from + (block + b) * kBits / 8, end, count);
-            Simd::store_float(zeros, Simd::mul(scale, offsets));
-          }
-        } else if (b == 0) {
-          for (int i = 0; i < kLanes; ++i) scales[i] = zeros[i] = 0;
+          Simd::store_float(
+              scales, count < kLanes ? Simd::load_first(own, count) : Simd::load_float(own));
         }
         for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
         if (w.zero_points)
-          for (int64_t i = 0; i < count; ++i) panel.zeros[(b + i) * kPanel + n] = zeros[i];
+          unpack_zeros<kBits>(w, shape, row, block + b, count, scales, b * kPanel + n, panel);
       }
+    }
+  }
+
+  // A row's zero points of `count` blocks, the first of them to place `to` of the panel.
+  //
+  // Those of 4 bits go into the levels: w − z + 15 is a level without sign, and each group of four
+  // columns is moved by four times the same byte. Those of 8 bits go through floats, as what they
+  // are beside the middle, times the scale.
+  template <int kBits>
+  static void unpack_zeros(const QuantMatrix& w, const Shape& shape, int64_t row, int64_t block,
+                           int64_t count, const float* scales, int64_t to, Panel& panel) {
+    alignas(64) int32_t zeros[kLanes] = {};
+    if (row < w.rows) {
+      const uint8_t* from = w.zero_points + row * shape.zero_point_bytes + block * kBits / 8;
+      const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
+      Simd::store(zeros, Base::template zeros_of<kBits>(from, end, count));
+    }
+    for (int64_t i = 0; i < count; ++i, to += kPanel) {
+      if constexpr (kBits == 4) panel.moves[to] = (kMostHalf - zeros[i]) * 0x01010101;
+      if constexpr (kBits == 8) panel.zeros[to] = scales[i] * static_cast<float>(zeros[i] - 128);
     }
   }
 

@@ -5,7 +5,8 @@
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
 // ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, with two
 // exceptions: what zero points of a matrix's own are beside the middle of the levels may go through
-// floats; and for many rows and small blocks on AMX there is amx_bf16.h.
+// floats, where they have 8 bits or rows are few; and for many rows and small blocks on AMX there is
+// amx_bf16.h.
 #pragma once
 
 #include <cstddef>
