@@ -210,9 +210,10 @@ void run(const QuantKernels& kernels, const Product& product, const Shape& shape
   const Exact<int8_t> codes(rows * stride);
   const Exact<float> scales(rows * blocks);
   const Exact<int32_t> sums(rows * blocks);
-  const Exact<int32_t> starts(few ? shape.count * stride * w.bits / 32 : 0);
-  const Activations a = {shape.count, stride,      codes.data(),
-                         blocks,      scales.data(), sums.data(), few ? starts.data() : nullptr};
+  const int64_t start_count = kernel.starts(w);
+  const Exact<int32_t> starts(rows * start_count);
+  const Activations a = {shape.count,   stride,      codes.data(), blocks,
+                         scales.data(), sums.data(), start_count,  starts.data()};
   for (int64_t m = shape.count - 1; m >= 0; --m)
     kernel.round(w, product.x() + m * shape.columns, a, m);
   const int64_t panels = shape.count % 2 ? kernels.most_panels : 1;

@@ -13,7 +13,7 @@ namespace {
 
 class AmxBf16 {
  public:
-  static QuantKernel kernel() { return {code_bytes, no_blocks, round, multiply, kPair}; }
+  static QuantKernel kernel() { return {code_bytes, none, none, round, multiply, kPair}; }
 
  private:
   static constexpr int64_t kStep = 32;  // columns that one product of tiles takes
@@ -23,7 +23,7 @@ class AmxBf16 {
 
   static int64_t code_bytes(const QuantMatrix& w) { return whole(w.columns, kStep) * kLine; }
 
-  static int64_t no_blocks(const QuantMatrix&) { return 0; }
+  static int64_t none(const QuantMatrix&) { return 0; }
 
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
     int8_t* to = a.codes + index / kRows * kRows * a.stride + index % kRows * kLine;

@@ -16,6 +16,7 @@ class AmxInt8Layout {
   static int64_t code_bytes(const QuantMatrix& w) { return w.blocks() * w.block; }
 
   static int64_t blocks(const QuantMatrix& w) { return w.blocks(); }
+  static int64_t none(const QuantMatrix&) { return 0; }
 
   // Codes lie by tiles of rows, by steps, by rows; scales and sums by tiles, by blocks, by rows.
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {

@@ -54,7 +54,7 @@ class QuantFew : QuantLayout<Simd> {
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
           codes_(a.codes + index * a.stride),
-          starts_(a.lane_starts + index * (shape.lines * kLanes)),
+          starts_(a.starts + index * a.start_count),
           x_scales_(a.scales + index * a.blocks),
           x_sums_(a.sums + index * a.blocks) {}
 

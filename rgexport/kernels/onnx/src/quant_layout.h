@@ -71,11 +71,19 @@ class QuantLayout {
     return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
   }
 
-  // The middle of the levels, which is taken from all weights, exactly; but bytes that must have a
-  // sign have lost it before.
-  static int32_t middle(const QuantMatrix& w) {
-    return w.bits == 8 && Simd::kSignedBytes ? 0 : 1 << (w.bits - 1);
+  // What dot products start from: for few rows each lane of a line, for many each block.
+  static int64_t lane_starts(const QuantMatrix& w) {
+    return whole(w.row_bytes(), kVector) * kLanes;
   }
+  static int64_t block_starts(const QuantMatrix& w) { return padded_blocks(w); }
+
+  // What the starts take from all weights, exactly: the middle of the levels, but bytes that must
+  // have a sign have lost it before; for many rows of 4 bits what was added for the zero points.
+  template <int kBits>
+  static constexpr int32_t kMiddle = kBits == 8 && Simd::kSignedBytes ? 0 : 1 << (kBits - 1);
+  static constexpr int32_t kMostHalf = 15;  // the largest level of 4 bits
+  template <int kBits>
+  static constexpr int32_t kAdded = kBits == 4 ? kMostHalf : kMiddle<kBits>;
 
   // The zero points of a vector of blocks, from an even one on. They lie at `from`; `left` of the
   // blocks are there, and at `end` the matrix has its last.

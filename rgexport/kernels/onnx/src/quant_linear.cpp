@@ -30,20 +30,20 @@ struct Products {
 // Rounded activations in scratch memory, cut into their arrays.
 class Rounded {
   struct Places {
-    int64_t stride, blocks, at[5] = {};
-    Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes)
-        : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)) {
-      const int64_t starts = lanes ? stride * w.bits / 8 : 0;  // four bytes for four of weights
+    int64_t stride, blocks, starts, at[5] = {};
+    Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
+        : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)), starts(kernel.starts(w)) {
       const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
-      const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * starts};
+      const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
+                               rows * starts * 4};
       constexpr int64_t kPart = Scratch::kAlignment;
       for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + (sizes[i] + kPart - 1) / kPart * kPart;
     }
   };
 
  public:
-  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, bool lanes)
-      : places_(kernel, w, count, lanes), memory_(places_.at[4] / 4) {
+  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
+      : places_(kernel, w, count), memory_(places_.at[4] / 4) {
     auto* base = reinterpret_cast<uint8_t*>(memory_.data());
     activations_ = {count,
                     places_.stride,
@@ -51,18 +51,19 @@ class Rounded {
                     places_.blocks,
                     reinterpret_cast<float*>(base + places_.at[1]),
                     reinterpret_cast<int32_t*>(base + places_.at[2]),
-                    lanes ? reinterpret_cast<int32_t*>(base + places_.at[3]) : nullptr};
+                    places_.starts,
+                    reinterpret_cast<int32_t*>(base + places_.at[3])};
   }
   explicit operator bool() const { return memory_.data() != nullptr; }
 
   // The rows [first, first + count).
-  Activations rows(const QuantMatrix& w, int64_t first, int64_t count) const {
+  Activations rows(int64_t first, int64_t count) const {
     Activations some = activations_;
     some.count = count;
     some.codes += first * some.stride;
     some.scales += first * some.blocks;
     some.sums += first * some.blocks;
-    if (some.lane_starts) some.lane_starts += first * (some.stride * w.bits / 32);
+    some.starts += first * some.start_count;
     return some;
   }
 
@@ -102,7 +103,7 @@ bool stream(Context& context, const Products& all, const float* x, int64_t count
     weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
   }
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
-  const Rounded rounded(kernel, format, parts.parts() * count, true);
+  const Rounded rounded(kernel, format, parts.parts() * count);
   if (!rounded) return false;
   const Upcoming::Next next = upcoming.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
@@ -111,7 +112,7 @@ bool stream(Context& context, const Products& all, const float* x, int64_t count
     all.each(first, first + 1, [&](int i, int64_t row, int64_t) {
       fetch(all.w[i].data + row * row_bytes, kAhead);
     });
-    const Activations a = rounded.rows(format, own * count, count);
+    const Activations a = rounded.rows(own * count, count);
     for (int64_t m = 0; m < count; ++m) kernel.round(format, x + m * format.columns, a, m);
     parts.run(own, [&](int64_t from, int64_t to) {
       all.each(from, to, [&](int i, int64_t row, int64_t end) {
@@ -143,9 +144,9 @@ bool multiply(Context& context, const Products& all, const float* x, int64_t cou
   const QuantKernels& kernels = quant_kernels();
   const QuantMatrix& format = all.w[0];
   const QuantKernel kernel = kernels.many(format);
-  const Rounded rounded(kernel, format, count, false);
+  const Rounded rounded(kernel, format, count);
   if (!rounded) return false;
-  const Activations a = rounded.rows(format, 0, count);
+  const Activations a = rounded.rows(0, count);
   context.parallel_for(count,
                        [&](size_t m) { kernel.round(format, x + m * format.columns, a, m); });
 

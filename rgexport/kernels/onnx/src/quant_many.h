@@ -12,7 +12,7 @@ class QuantMany : QuantLayout<Simd> {
   using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
-  using Base::middle;
+  using Base::kMostHalf;
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
@@ -20,7 +20,6 @@ class QuantMany : QuantLayout<Simd> {
   static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
-  static constexpr int32_t kMostHalf = 15;          // the largest level of 4 bits
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;
@@ -57,7 +56,7 @@ class QuantMany : QuantLayout<Simd> {
   struct Panel {
     alignas(64) uint8_t weights[kPanelBytes];
     alignas(64) float scales[kPanelBytes / 16];
-    union {  // for zero points of 8 bits, and of 4
+    union {  // for zero points of 8 bits; for all of 4
       alignas(64) float zeros[kPanelBytes / 16];
       alignas(64) int32_t moves[kPanelBytes / 16];
     };
@@ -82,22 +81,18 @@ class QuantMany : QuantLayout<Simd> {
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
     const bool zeros = kBits == 8 && w.zero_points;
     const auto run = zeros ? tiles<kBits, kShare, kBits == 8> : tiles<kBits, kShare, false>;
-    const int32_t offset = kBits == 4 && w.zero_points ? kMostHalf : middle(w);
     for (int64_t n = p.first; n < p.last; n += kPanel) {
       unpack_scales<kBits>(w, shape, n, block, blocks, panel);
-      if (kBits == 4 && w.zero_points)
-        unpack<kBits, kShare, true>(w, shape, n, p.line, p.lines, panel);
-      else
-        unpack<kBits, kShare, false>(w, shape, n, p.line, p.lines, panel);
+      unpack<kBits, kShare>(w, shape, n, p.line, p.lines, panel);
       const bool last = n + kPanel >= p.last;
       fetch_weights(w, shape, last ? p.first : n + kPanel, p.line + (last ? p.lines : 0), p.lines);
-      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, offset, panel,
+      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, panel,
           panel.y[(n - p.first) / kPanel]);
     }
   }
 
-  // With kMove, levels are moved by what Panel::moves has.
-  template <int kBits, int kShare, bool kMove>
+  // Levels of 4 bits are moved by what Panel::moves has.
+  template <int kBits, int kShare>
   static void unpack(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t line,
                      int64_t lines, Panel& panel) {
     constexpr int64_t n = Base::template kParts<kBits>, per_line = kLanes / kShare;
@@ -120,7 +115,6 @@ class QuantMany : QuantLayout<Simd> {
             Simd::store(to, Simd::kSignedBytes ? Simd::flip_sign(rows[lane]) : rows[lane]);
           } else {
             const auto moved = [&](Int half) {
-              if constexpr (!kMove) return half;
               const int64_t block = lane / kShare;
               return Simd::add(half, Simd::load(moves + block * kPanel + wide * kLanes));
             };
@@ -164,7 +158,7 @@ class QuantMany : QuantLayout<Simd> {
               scales, count < kLanes ? Simd::load_first(own, count) : Simd::load_float(own));
         }
         for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
-        if (w.zero_points)
+        if (kBits == 4 || w.zero_points)
           unpack_zeros<kBits>(w, shape, row, block + b, count, scales, b * kPanel + n, panel);
       }
     }
@@ -178,8 +172,9 @@ class QuantMany : QuantLayout<Simd> {
   template <int kBits>
   static void unpack_zeros(const QuantMatrix& w, const Shape& shape, int64_t row, int64_t block,
                            int64_t count, const float* scales, int64_t to, Panel& panel) {
-    alignas(64) int32_t zeros[kLanes] = {};
-    if (row < w.rows) {
+    alignas(64) int32_t zeros[kLanes];
+    Simd::store(zeros, Simd::broadcast(1 << (kBits - 1)));
+    if (w.zero_points && row < w.rows) {
       const uint8_t* from = w.zero_points + row * shape.zero_point_bytes + block * kBits / 8;
       const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
       Simd::store(zeros, Base::template zeros_of<kBits>(from, end, count));
@@ -193,17 +188,18 @@ class QuantMany : QuantLayout<Simd> {
   // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows, kPanel].
   template <int kBits, int kShare, int kRows, bool kZeros>
   static void tile(const Activations& a, int64_t index, int64_t line, int64_t block, int64_t blocks,
-                   int64_t per_block, int32_t offset, const Panel& panel, float* y) {
+                   int64_t per_block, const Panel& panel, float* y) {
     constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
     constexpr int64_t per_line = kLanes / kShare;
     const int8_t* codes = a.codes + index * a.stride + line * kLineCodes;
     const uint8_t* weights = panel.weights;
     const float* x_scales = a.scales + index * a.blocks + block;
     const int32_t* x_sums = a.sums + index * a.blocks + block;
+    const int32_t* starts = a.starts + index * a.start_count + block;
     for (int64_t b = 0; b < blocks; ++b) {
       Int dots[kRows][kWide];
       unrolled<kRows>([&](auto r) {
-        const Int start = Simd::broadcast(-offset * x_sums[r * a.blocks + b]);
+        const Int start = Simd::broadcast(starts[r * a.start_count + b]);
         unrolled<kWide>([&](auto j) { dots[r][j] = start; });
       });
       if constexpr (kShare < kLanes) {
@@ -267,27 +263,25 @@ class QuantMany : QuantLayout<Simd> {
 
   template <int kBits, int kShare, bool kZeros>
   static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
-                    int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel,
-                    float* sums) {
+                    int64_t blocks, int64_t per_block, const Panel& panel, float* sums) {
     int64_t m = from;
     for (; m + kTall <= to; m += kTall, sums += kTall * kPanel)
-      tile<kBits, kShare, kTall, kZeros>(a, m, line, block, blocks, per_block, offset, panel, sums);
+      tile<kBits, kShare, kTall, kZeros>(a, m, line, block, blocks, per_block, panel, sums);
     // The rest of the rows, by a tile of their number.
     if constexpr (kTall > 1) {
       if (m < to)
-        rest<kBits, kShare, kZeros, kTall - 1>(a, m, to - m, line, block, blocks, per_block, offset,
-                                               panel, sums);
+        rest<kBits, kShare, kZeros, kTall - 1>(a, m, to - m, line, block, blocks, per_block, panel,
+                                               sums);
     }
   }
 
   template <int kBits, int kShare, bool kZeros, int kRows>
   static void rest(const Activations& a, int64_t m, int64_t left, int64_t line, int64_t block,
-                   int64_t blocks, int64_t per_block, int32_t offset, const Panel& panel, float* y) {
+                   int64_t blocks, int64_t per_block, const Panel& panel, float* y) {
     if (left == kRows) {
-      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, offset, panel, y);
+      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, panel, y);
     } else if constexpr (kRows > 1) {
-      rest<kBits, kShare, kZeros, kRows - 1>(a, m, left, line, block, blocks, per_block, offset,
-                                             panel, y);
+      rest<kBits, kShare, kZeros, kRows - 1>(a, m, left, line, block, blocks, per_block, panel, y);
     }
   }
 

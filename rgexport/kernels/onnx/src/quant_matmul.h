@@ -32,19 +32,21 @@ struct QuantMatrix {
 
 // Rounded rows of activations; `codes` are what a kernel reads, in its order.
 struct Activations {
-  int64_t count;         // rows
-  int64_t stride;        // bytes of codes from row to row
-  int8_t* codes;         // [count, stride]
-  int64_t blocks;        // the matrix's, padded with zeros to a whole number of lines
-  float* scales;         // [count, blocks]
-  int32_t* sums;         // [count, blocks]: sums of codes
-  int32_t* lane_starts;  // for `few`: what each lane of a dot product starts from; or null
+  int64_t count;        // rows
+  int64_t stride;       // bytes of codes from row to row
+  int8_t* codes;        // [count, stride]
+  int64_t blocks;       // the matrix's, padded with zeros to a whole number of lines
+  float* scales;        // [count, blocks]
+  int32_t* sums;        // [count, blocks]: sums of codes
+  int64_t start_count;  // from row to row
+  int32_t* starts;      // [count, start_count]: what a kernel's dot products start from
 };
 
 struct QuantKernel {
-  // Bytes of codes, and number of blocks, that the activations of one row take.
+  // Bytes of codes, number of blocks, and of starts, that the activations of one row take.
   int64_t (*code_bytes)(const QuantMatrix&);
   int64_t (*padded_blocks)(const QuantMatrix&);
+  int64_t (*starts)(const QuantMatrix&);
   // Rounds x [columns] into row `index` of the activations.
   void (*round)(const QuantMatrix&, const float* x, const Activations&, int64_t index);
   // Columns [first, last) of y.

@@ -10,8 +10,10 @@ namespace rgexport {
 template <class Simd>
 class QuantMatmul : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
+  using Base::block_starts;
   using Base::code_bytes;
   using Base::kLanes;
+  using Base::lane_starts;
   using Base::padded_blocks;
   using Base::pick;
 
@@ -19,15 +21,16 @@ class QuantMatmul : QuantLayout<Simd> {
   static constexpr int64_t kMostFew = 4;
 
   static QuantKernels kernels() {
-    return {few(), [](const QuantMatrix&) { return kernel(multiply_many); }, kMostFew,
-            QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
+    return {few(), many, kMostFew, QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
   }
 
-  static QuantKernel few() { return kernel(multiply_few); }
+  static QuantKernel few() {
+    return {code_bytes, padded_blocks, lane_starts, QuantRound<Simd>::round_few, multiply_few};
+  }
 
  private:
-  static QuantKernel kernel(decltype(QuantKernel::multiply) multiply) {
-    return {code_bytes, padded_blocks, QuantRound<Simd>::round, multiply};
+  static QuantKernel many(const QuantMatrix&) {
+    return {code_bytes, padded_blocks, block_starts, QuantRound<Simd>::round_many, multiply_many};
   }
 
   static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,

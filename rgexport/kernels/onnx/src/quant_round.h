@@ -17,14 +17,19 @@ class QuantRound : QuantLayout<Simd> {
   static constexpr int64_t kFetched = Base::kCacheLine / sizeof(float);
 
  public:
-  static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
-    const auto instance = [](auto bits, auto block) { return Chunk<bits, block>::round; };
+  static void round_few(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
+    const auto instance = [](auto bits, auto block) { return Chunk<bits, block, true>::round; };
+    Base::pick(w, instance)(w, x, a, index);
+  }
+  static void round_many(const QuantMatrix& w, const float* x, const Activations& a,
+                         int64_t index) {
+    const auto instance = [](auto bits, auto block) { return Chunk<bits, block, false>::round; };
     Base::pick(w, instance)(w, x, a, index);
   }
 
  private:
   // The columns of a block or of a line of weights, whatever has more: a code is a byte.
-  template <int kBits, int kBlock>
+  template <int kBits, int kBlock, bool kFew>
   struct Chunk {
     static constexpr int64_t kLine = Base::template kCodes<kBits>;
     static constexpr int64_t kColumns = kBlock < kLine ? kLine : kBlock;
@@ -35,7 +40,7 @@ class QuantRound : QuantLayout<Simd> {
       int8_t* codes = a.codes + index * a.stride;
       float* scales = a.scales + index * a.blocks;
       int32_t* sums = a.sums + index * a.blocks;
-      int32_t* starts = a.lane_starts ? a.lane_starts + index * (a.stride * kBits / 32) : nullptr;
+      int32_t* starts = a.starts + index * a.start_count;
       for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
       for (int64_t k = 0; k < w.columns; k += kColumns) {
         alignas(64) int32_t lanes[kLanes];  // sums of codes
@@ -48,10 +53,11 @@ class QuantRound : QuantLayout<Simd> {
           std::memcpy(padded, x + k, left * sizeof(float));
           columns(padded, codes + k, scales + block, sums + block, lanes);
         }
-        if (starts)
-          for (int i = 0; i < kLanes; ++i)
-            starts[k / kColumns * kLanes + i] = -Base::middle(w) * lanes[i];
+        for (int i = 0; kFew && i < kLanes; ++i)
+          starts[k / kColumns * kLanes + i] = -Base::template kMiddle<kBits> * lanes[i];
       }
+      for (int64_t b = 0; !kFew && b < a.blocks; ++b)
+        starts[b] = -Base::template kAdded<kBits> * sums[b];
     }
 
     static void columns(const float* x, int8_t* codes, float* scales, int32_t* sums,
