@@ -106,6 +106,9 @@ class QuantMany : QuantLayout<Simd> {
         for (int lane = 0; lane < kLanes; ++lane) {
           const int64_t row = first + wide * kLanes + lane;
           const uint8_t* data = w.data + row * shape.row_bytes + at;
+          // From L2: of the next rows, and of these what comes next.
+          __builtin_prefetch(data + kLanes * shape.row_bytes);
+          __builtin_prefetch(data + kVector);
           rows[lane] = row < w.rows ? load_up_to(data, left) : Simd::zero();
         }
         Simd::transpose(rows);
