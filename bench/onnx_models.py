@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench.gemma_shape import write_gemma
 from bench.run import FOLDER, command
-from rgexport.export.native import DOMAIN
+from rgexport.export.native import DOMAIN, VERSION
 from rgexport.export.onnx.functions import QUANT_LINEARS
 
 TRANSFORMER = FOLDER / "gemma-2b-shape-q4_0.gguf"
@@ -79,7 +79,7 @@ def op_model(inputs: int, outputs: int, storage: Storage) -> bytes:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "T", outputs])],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
-    imports = {"": OPSET, "com.microsoft": 1, DOMAIN: 1}
+    imports = {"": OPSET, "com.microsoft": 1, DOMAIN: VERSION}
     model = helper.make_model(
         graph,
         functions=[ir.serde.serialize_function(function)],

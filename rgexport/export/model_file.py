@@ -6,8 +6,10 @@ The engine needs no package `onnx`, and of a file these few fields are all that 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_GRAPH = 7
-"""Of ModelProto, in onnx.proto; below of GraphProto, NodeProto, TensorProto and its entries."""
+_GRAPH, _OPSET = 7, 8
+"""Of ModelProto, in onnx.proto; below of OperatorSetIdProto, GraphProto, NodeProto, TensorProto and
+its entries."""
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _NODE, _INITIALIZER = 1, 5
 _INPUT, _OP_TYPE, _DOMAIN = 1, 4, 7
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL, _LOCATION = 1, 2, 8, 13, 14
@@ -48,14 +50,18 @@ class ModelFile:
 
     nodes: list[ModelNode]
     tensors: list[ExternalTensor]
+    versions: dict[str, int]
+    """Domain → the version of its ops that the file is made of."""
 
 
 def read_model(model: bytes) -> ModelFile:
     """The nodes and external tensors of a serialized model; subgraphs are left out."""
-    found = ModelFile([], [])
+    found = ModelFile([], [], {})
     try:
-        for number, graph in _fields(memoryview(model)):
-            for kind, content in _fields(_bytes(graph)) if number == _GRAPH else ():
+        for number, part in _fields(memoryview(model)):
+            if number == _OPSET:
+                found.versions.update([_version(_bytes(part))])
+            for kind, content in _fields(_bytes(part)) if number == _GRAPH else ():
                 if kind == _NODE:
                     found.nodes.append(_node(_bytes(content)))
                 elif kind == _INITIALIZER:
@@ -63,6 +69,14 @@ def read_model(model: bytes) -> ModelFile:
     except (IndexError, KeyError, TypeError, ValueError):
         pass  # the engine will say what is wrong
     return found
+
+
+def _version(data: memoryview) -> tuple[str, int]:
+    fields = dict(_fields(data))
+    version = fields[_OPSET_VERSION]
+    if not isinstance(version, int):
+        raise TypeError
+    return _text(fields.get(_OPSET_DOMAIN, memoryview(b""))), version
 
 
 def _node(data: memoryview) -> ModelNode:

@@ -11,7 +11,10 @@ from pathlib import Path
 from rgexport.export.model_file import ExternalTensor, ModelFile, read_model
 from rgexport.kernels.onnx import library as build
 
-DOMAIN = "ai.rgexport"
+DOMAIN, VERSION = "ai.rgexport", 2
+SINCE = {"RgLruScan": 2}
+"""Op → the version of the domain in which it became what kernels compute, if it is not the first:
+of a file of an older version, the body runs."""
 STOCK = "stock"
 """Says of a session that it runs the engine's own kernels."""
 
@@ -43,7 +46,8 @@ def native_ops(model: Path | bytes) -> NativeOps:
     read = read_model(model if isinstance(model, bytes) else model.read_bytes())
     ops = _own_ops(read)
     found, path = build.kernels(), build.library()
-    native = tuple(name for name in ops if name in found.ops)
+    version = read.versions.get(DOMAIN, VERSION)
+    native = tuple(n for n in ops if n in found.ops and SINCE.get(n, 1) <= version)
     if native and path:
         kernels = f"native {found.instruction_set}"
         return NativeOps(ops, native, path, kernels, "", tuple(_read_in_place(read)))

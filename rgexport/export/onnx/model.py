@@ -8,8 +8,9 @@ from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
 from rgexport.export.manifest import MODEL_FILE, IoRecord, StateRecord, ValueRecord
+from rgexport.export.native import DOMAIN, VERSION
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.functions import DOMAIN, QUANT_LINEAR_LEVEL
+from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
 from rgexport.export.onnx.lowering import lower
@@ -89,7 +90,7 @@ def build_model(
         outputs,
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),
-        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: 1},
+        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
         name="griffin_step",
     )
     model = ir.Model(

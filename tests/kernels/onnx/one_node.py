@@ -12,7 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
-from rgexport.export.onnx.functions import DOMAIN, QUANT_LINEARS, RG_LRU_SCAN
+from rgexport.export.native import DOMAIN, VERSION
+from rgexport.export.onnx.functions import QUANT_LINEARS, RG_LRU_SCAN
 from rgexport.export.onnx.graph import OPSET
 from rgexport.kernels.onnx import library
 
@@ -58,7 +59,7 @@ def model(case: Case) -> bytes:
     results = [_info(n, np.dtype(np.float32), shape) for n, shape in case.outputs.items()]
     stored = [onnx.numpy_helper.from_array(given[n], n) for n in given if n in case.weights]
     graph = helper.make_graph([node], "one_node", fed, results, stored)
-    opsets = {"": OPSET, "com.microsoft": 1, DOMAIN: 1}
+    opsets = {"": OPSET, "com.microsoft": 1, DOMAIN: VERSION}
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     body = BODIES.get(case.op)
     bodies = [] if body is None else [ir.serde.serialize_function(body)]

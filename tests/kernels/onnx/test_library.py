@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.export.native import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
-from tests.kernels.onnx.one_node import instruction_set_here
+from tests.kernels.onnx.one_node import instruction_set_here, run_model
 from tests.kernels.onnx.quant_matrix import random_matrix
 from tests.kernels.onnx.test_quant_linear import activations
 
@@ -114,6 +117,24 @@ def runs_at_once(case) -> int:
     with ThreadPoolExecutor(8) as pool:
         runs = [pool.submit(sessions[i % 2].run, None, {"x": case.inputs["x"]}) for i in range(8)]
     return sum(bool((run.result()[0] == alone).all()) for run in runs)
+
+
+def older_op(version: int) -> bytes:
+    """A file with a RgLruScan of one input, as a file of another version might have it."""
+    return onnx.parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["": 23, "{DOMAIN}": {version}]>
+    older (float[N] x) => (float[N] y) {{ y = {DOMAIN}.RgLruScan (x) }}
+    <domain: "{DOMAIN}", opset_import: ["": 23]>
+    RgLruScan (a) => (b) {{ b = Neg (a) }}""").SerializeToString()
+
+
+@built
+def test_an_op_that_was_another_one_in_the_file_s_version_runs_its_body(worker):
+    x = {"x": np.float32([1, -2])}
+    found, ran = worker.submit(run_model, older_op(1), x, {}, {"y": (2,)})
+    assert found["y"].tolist() == [-1, 2] and not any(ran.values())
+    with pytest.raises(Exception, match="RgLruScan"):
+        worker.submit(run_model, older_op(VERSION), x, {}, {"y": (2,)})
 
 
 @built

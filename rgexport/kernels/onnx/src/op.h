@@ -23,6 +23,7 @@ struct Signature {
   size_t required;  // the inputs after these are optional
   ort::ElementType input_types[kMaxInputs];
   size_t outputs;   // all of them float32
+  int since = 1;    // the version of the domain in which the op became what it is
 };
 
 struct Tensor {

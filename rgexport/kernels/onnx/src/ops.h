@@ -52,7 +52,7 @@ class RgLruScan {
       "RgLruScan", 8, 8,
       {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
        ort::kFloat},
-      2};
+      2, 2};
   explicit RgLruScan(const Attributes&) {}
   const char* run(Context&) const;
 

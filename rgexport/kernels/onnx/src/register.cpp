@@ -62,7 +62,7 @@ struct Registered {
     op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
     op.CreateKernelV2 = create;
     op.KernelComputeV2 = compute;
-    op.GetStartVersion = [](const CustomOp*) { return 1; };
+    op.GetStartVersion = [](const CustomOp*) { return Op::kSignature.since; };
     op.GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
     return op;
   }
