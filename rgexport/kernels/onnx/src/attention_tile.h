@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "floats.h"
+#include "upcoming.h"
 
 namespace rgexport {
 namespace {
@@ -134,7 +135,9 @@ void attend(const FloatKernels& kernels, const Tile& tile, int64_t part, int64_t
   }
   std::memset(tile.y, 0, tile.count() * shape.dim * sizeof(float));
   if (first >= last) return;
-  for (Keys keys = keys_from(shape, tile.row, first, last); keys.count > 0;) {
+  Keys keys = keys_from(shape, tile.row, first, last);
+  fetch(keys.k, keys.count * shape.dim * sizeof(float));  // those of later blocks are, meanwhile
+  while (keys.count > 0) {
     const Keys next = keys_from(shape, tile.row, keys.first + keys.count, last);
     attend_block(kernels, tile, keys, next);
     keys = next;
