@@ -64,7 +64,7 @@ _RG_LRU_SCAN = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 RgLruScan (
     x, input_weight, input_bias, recurrence_weight, recurrence_bias, decay, position_ids, state
-) => (h, present)
+) => (h, present, input_gate, recurrence_gate)
 {{
     batch_tokens = Constant <value_ints = [0, 0]> ()
     heads_block = Shape <start = 0, end = 2> (input_weight)
@@ -83,7 +83,8 @@ RgLruScan (
 {_SCAN}}}
 """
 """The scan with its gates, one batched `MatMul` for the blocks of channels of each: weights
-[heads, block, block], biases [heads, block], the others as above."""
+[heads, block, block], biases [heads, block], the others as above. What the gates give is a result
+too, so that it can be held against a reference."""
 
 
 QUANT_LINEAR_LEVEL = 4

@@ -72,8 +72,12 @@ def _merge_gates(nodes: Nodes) -> Nodes:
         x, input_gate, recurrence_gate, *others = node.tensors
         both = gates[input_gate.name], gates[recurrence_gate.name]
         weights = [weight for gate in both for weight in gate.tensors[1:]]
-        inputs = (x, *weights, *others)
-        merged[node.site] = replace(node, op="gated_rg_lru_scan", inputs=inputs)
+        merged[node.site] = replace(
+            node,
+            op="gated_rg_lru_scan",
+            inputs=(x, *weights, *others),
+            outputs=(*node.outputs, *(gate.outputs[0] for gate in both)),
+        )
         gone |= {gate.site for gate in both}
     return _replaced(nodes, merged, gone)
 

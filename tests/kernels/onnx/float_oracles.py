@@ -9,18 +9,19 @@ def rg_lru_scan(
     x, input_weight, input_bias, recurrence_weight, recurrence_bias, decay, position_ids, state
 ) -> Arrays:
     """The RG-LRU of arXiv 2402.19427, eq. 1–4; decay = -8 softplus(a)."""
-    input_gate = _sigmoid(_block_diagonal_linear(x, input_weight, input_bias))
-    recurrence_gate = _sigmoid(_block_diagonal_linear(x, recurrence_weight, recurrence_bias))
-    log_a = decay.astype(np.float64) * recurrence_gate
+    input_gate = _block_diagonal_linear(x, input_weight, input_bias)
+    recurrence_gate = _block_diagonal_linear(x, recurrence_weight, recurrence_bias)
+    log_a = decay.astype(np.float64) * _sigmoid(recurrence_gate)
     first = (position_ids == 0)[..., None]
     a = np.where(first, 0, np.exp(log_a))
     scale = np.where(first, 1, np.sqrt(-np.expm1(2 * log_a)))
-    b = x * input_gate * scale
+    b = x * _sigmoid(input_gate) * scale
     h, steps = state.astype(np.float64), []
     for t in range(x.shape[1]):
         h = a[:, t] * h + b[:, t]
         steps.append(h)
-    return {"h": np.stack(steps, 1), "present": h}
+    gates = {"input_gate": input_gate, "recurrence_gate": recurrence_gate}
+    return {"h": np.stack(steps, 1), "present": h} | gates
 
 
 def _block_diagonal_linear(x, weight, bias) -> np.ndarray:

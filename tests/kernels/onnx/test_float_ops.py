@@ -47,7 +47,9 @@ def scan_case(batch, tokens, heads, block, at, shared=False, decay=(-8.0, -0.5))
     weights = frozenset(inputs) - {"x"} | {"decay"}
     inputs["decay"] = rng.uniform(*decay, heads * block).astype(np.float32)
     inputs |= {"position_ids": at, "state": normal(rng, batch, heads * block)}
-    outputs = {"h": (batch, tokens, heads * block), "present": (batch, heads * block)}
+    row = (batch, tokens, heads * block)
+    outputs = {"h": row, "present": (batch, heads * block)}
+    outputs |= {"input_gate": row, "recurrence_gate": row}
     return Case("RgLruScan", inputs, outputs, {}, weights, {"present": "state"} if shared else {})
 
 

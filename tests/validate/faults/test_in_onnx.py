@@ -37,9 +37,9 @@ GRAPH: dict[str, tuple[Edit, str]] = {
         in_half(f"layers.3.{LRU}.recurrent_gate"),
         f"layers.3.{LRU}.recurrent_gate",
     ),
-    "a gate's input in fp16": (
+    "the gates' input in fp16": (
         reads_half(f"layers.0.{LRU}.recurrent_gate"),
-        f"layers.0.{LRU}.recurrent_gate",
+        f"layers.0.{LRU}.input_gate",
     ),
     "GELU with erf": (
         flat(with_attribute("layers.1.mlp_block.gelu", "approximate", "none")),

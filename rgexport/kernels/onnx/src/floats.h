@@ -25,10 +25,9 @@ struct Product {
   int64_t ahead_count = 0;
 };
 
-// Some channels of one sequence of the RG-LRU; rows are `stride` floats apart, those of the gates
-// `gate_stride`.
+// Some channels of one sequence of the RG-LRU; all rows are `stride` floats apart.
 struct Recurrence {
-  int64_t steps, channels, stride, gate_stride;
+  int64_t steps, channels, stride;
   const float *x, *input_gate, *recurrence_gate;  // [steps, channels]
   const float* decay;                             // [channels]: -8 softplus(a_param)
   const int64_t* positions;                       // [steps]

@@ -21,14 +21,14 @@ inline Vector rg_lru_step(Vector h, Vector x, Vector input_gate, Vector recurren
 void rg_lru(const Recurrence& p) {
   const float* before = p.state;
   for (int64_t t = 0; t < p.steps; ++t) {
-    const int64_t at = t * p.stride, gate_at = t * p.gate_stride;
+    const int64_t at = t * p.stride;
     float* after = p.h + at;
     const bool first = p.positions[t] == 0;
     for (int64_t i = 0; i < p.channels; i += kLanes) {
       const int64_t n = p.channels - i;
       const auto in = [=](const float* row) { return load(row + i, n); };
-      const Vector h = rg_lru_step(in(before), in(p.x + at), in(p.input_gate + gate_at),
-                                   in(p.recurrence_gate + gate_at), in(p.decay), first);
+      const Vector h = rg_lru_step(in(before), in(p.x + at), in(p.input_gate + at),
+                                   in(p.recurrence_gate + at), in(p.decay), first);
       store(after + i, h, n);
     }
     before = after;

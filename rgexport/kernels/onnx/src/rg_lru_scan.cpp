@@ -6,7 +6,6 @@
 #include "floats.h"
 #include "ops.h"
 #include "ranges.h"
-#include "scratch.h"
 
 namespace rgexport {
 namespace {
@@ -17,6 +16,7 @@ constexpr int64_t kFewRows = 3;    // up to so many, time goes into reading whol
 
 struct Gate {
   const float *weight, *bias;  // [heads, block, block], [heads, block]
+  float* y;                    // [rows, channels], before the sigmoid
 };
 
 struct Layer {
@@ -29,8 +29,6 @@ struct Layer {
   bool few() const { return rows <= kFewRows; }
   int64_t most_columns() const { return few() || block < kColumns ? block : kColumns; }
   int64_t parts_of_head() const { return (block + most_columns() - 1) / most_columns(); }
-  // Floats that a thread needs for what the gates give.
-  int64_t scratch() const { return 2 * (rows < kRows ? rows : kRows) * most_columns(); }
 };
 
 // Channels of a head, and rows.
@@ -39,9 +37,10 @@ struct Part {
   int64_t row, rows;
 };
 
-// What a gate gives for a part, before the sigmoid: [rows, columns].
-void multiply_gate(const Layer& layer, const Gate& gate, const Part& part, float* y) {
+// A part of what a gate gives.
+void multiply_gate(const Layer& layer, const Gate& gate, const Part& part) {
   const int64_t block = layer.block, columns = part.columns;
+  float* y = gate.y + part.row * layer.channels + part.head * block + part.first;
   Product task;
   task.rows = part.rows;
   task.columns = columns;
@@ -52,16 +51,16 @@ void multiply_gate(const Layer& layer, const Gate& gate, const Part& part, float
   task.b = gate.weight + part.head * block * block + part.first;
   task.b_step = block;
   task.c = y;
-  task.c_row = columns;
+  task.c_row = layer.channels;
   task.add = true;
   const float* bias = gate.bias + part.head * block + part.first;
   for (int64_t row = 0; row < part.rows; ++row)
-    std::memcpy(y + row * columns, bias, columns * sizeof(float));
+    std::memcpy(y + row * layer.channels, bias, columns * sizeof(float));
   (layer.few() ? floats().stream : floats().product)(task);
 }
 
 // The rows of a batch lie one sequence after another: those of a part may be of several.
-void scan(const Layer& layer, const Part& part, const float* gates) {
+void scan(const Layer& layer, const Part& part) {
   const int64_t channel = part.head * layer.block + part.first;
   for (int64_t done = 0; done < part.rows;) {
     const int64_t row = part.row + done, sequence = row / layer.tokens, token = row % layer.tokens;
@@ -70,11 +69,11 @@ void scan(const Layer& layer, const Part& part, const float* gates) {
     const int64_t state_at = sequence * layer.channels + channel;
     Recurrence task;
     task.steps = here < left ? here : left;
-    task.channels = task.gate_stride = part.columns;
+    task.channels = part.columns;
     task.stride = layer.channels;
     task.x = layer.x + at;
-    task.input_gate = gates + done * part.columns;
-    task.recurrence_gate = task.input_gate + part.rows * part.columns;
+    task.input_gate = layer.gates[0].y + at;
+    task.recurrence_gate = layer.gates[1].y + at;
     task.decay = layer.decay + channel;
     task.positions = layer.positions + row;
     task.present = layer.present + state_at;
@@ -86,16 +85,15 @@ void scan(const Layer& layer, const Part& part, const float* gates) {
 }
 
 // All rows of some channels: part `index` of all heads'.
-void run_part(const Layer& layer, int64_t index, float* gates) {
+void run_part(const Layer& layer, int64_t index) {
   const int64_t most = layer.most_columns(), first = index % layer.parts_of_head() * most;
   const int64_t left = layer.block - first;
   Part part = {index / layer.parts_of_head(), first, left < most ? left : most, 0, 0};
   for (; part.row < layer.rows; part.row += kRows) {
     const int64_t rows = layer.rows - part.row;
     part.rows = rows < kRows ? rows : kRows;
-    for (int i = 0; i < 2; ++i)
-      multiply_gate(layer, layer.gates[i], part, gates + i * part.rows * part.columns);
-    scan(layer, part, gates);
+    for (const Gate& gate : layer.gates) multiply_gate(layer, gate, part);
+    scan(layer, part);
   }
 }
 
@@ -128,22 +126,20 @@ const char* RgLruScan::run(Context& context) const {
   const int64_t present_dims[] = {x.dims[0], channels};
   float* h = context.output(0, x.dims, 3);
   float* present = context.output(1, present_dims, 2);
-  if (!h || !present) return nullptr;
+  float* gates[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
+  if (!h || !present || !gates[0] || !gates[1]) return nullptr;
   const Layer layer = {x.dims[1], x.dims[0] * x.dims[1], block, channels,
                        x.as<float>(), decay.as<float>(), state.as<float>(),
-                       {{weights[0].as<float>(), biases[0].as<float>()},
-                        {weights[1].as<float>(), biases[1].as<float>()}},
+                       {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
+                        {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
                        positions.as<int64_t>(), h, present};
 
   Ranges threads(heads * layer.parts_of_head(), 1, processors());
-  const Scratch scratch(threads.parts() * layer.scratch());
-  if (!scratch.data()) return "RgLruScan: out of memory";
   const Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
   context.parallel_for(threads.parts(), [&](size_t own) {
     const int64_t head = threads.first(own) / layer.parts_of_head();
     for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
-    float* gates = scratch.data() + own * layer.scratch();
-    threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part, gates); });
+    threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });
     next.fetch(own, threads.parts());
   });
   return nullptr;
