@@ -6,6 +6,7 @@ else is known.
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from rgexport.export.model_file import ExternalTensor, ModelFile, read_model
@@ -17,6 +18,8 @@ SINCE = {"RgLruScan": 2}
 of a file of an older version, the body runs."""
 STOCK = "stock"
 """Says of a session that it runs the engine's own kernels."""
+_SMALL = 1 << 16
+"""Numbers of a tensor: engines read larger ones to pack them anew."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class NativeOps:
     """Why it is `stock`; empty otherwise."""
     weights: tuple[ExternalTensor, ...] = ()
     """The tensors beside the file that are read where they lie, and that nothing packs anew."""
+    small: tuple[ExternalTensor, ...] = ()
+    """Those that the engine reads by itself, to fold them into constants."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
@@ -50,7 +55,10 @@ def native_ops(model: Path | bytes) -> NativeOps:
     native = tuple(n for n in ops if n in found.ops and SINCE.get(n, 1) <= version)
     if native and path:
         kernels = f"native {found.instruction_set}"
-        return NativeOps(ops, native, path, kernels, "", tuple(_read_in_place(read)))
+        names = _read_in_place(read)
+        weights = tuple(t for t in read.tensors if t.name in names)
+        small = tuple(t for t in read.tensors if t.name not in names and prod(t.shape) < _SMALL)
+        return NativeOps(ops, native, path, kernels, "", weights, small)
     reason = found.reason or f"the file has no op of {', '.join(sorted(found.ops))}"
     return NativeOps(ops, (), None, STOCK, reason)
 
@@ -65,11 +73,10 @@ def _own_ops(read: ModelFile) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _read_in_place(read: ModelFile) -> list[ExternalTensor]:
+def _read_in_place(read: ModelFile) -> set[str]:
     """What nodes of our domain read, and `Gather`, which looks rows of the embedding up.
 
     Mapped apart from the head's, its pages would count twice in the memory of the process.
     """
     readers = (node for node in read.nodes if node.domain == DOMAIN or node.op == "Gather")
-    wanted = {name for node in readers for name in node.inputs}
-    return [tensor for tensor in read.tensors if tensor.name in wanted]
+    return {name for node in readers for name in node.inputs}

@@ -243,6 +243,7 @@ def _open(
         kernels = _register(options, ops)
     if kernels != STOCK:
         weights = MappedWeights(artifact.path, ops.weights)
+        weights.read_around(ops.small)
         for name, value in weights.values.items():
             options.add_initializer(name, value)
     try:

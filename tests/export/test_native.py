@@ -79,6 +79,14 @@ def test_an_op_that_was_another_one_in_the_file_s_version(built):
     assert native_ops(made.SerializeToString()).native == ("QuantLinear", "RgLruScan")
 
 
+def test_who_reads_a_tensor(demo_artifact, built):
+    """What native ops read lies in the map; the engine folds the decays, and packs what is large."""
+    found = native_ops(demo_artifact / "model.onnx")
+    weights, small = ({t.name for t in ts} for ts in (found.weights, found.small))
+    assert any("linear_out" in name for name in weights) and not weights & small
+    assert small and all(name.endswith("rg_lru.recurrent_param") for name in small)
+
+
 def test_file_without_such_ops(built):
     found = native_ops(model(*STANDARD))
     assert (found.library, found.kernels) == (None, native.STOCK)

@@ -1,5 +1,6 @@
 """Weights are mapped once, where they lie, and become resident."""
 
+import mmap
 import re
 import sys
 import threading
@@ -80,6 +81,17 @@ def test_all_of_a_file_becomes_resident_once(folder):
     weights.make_resident()
     wait(threads)
     assert resident_bytes(folder / "weights.data") == SIZE
+
+
+@LINUX
+def test_what_the_engine_will_read_is_there_before(folder):
+    weights = MappedWeights(folder, [tensor("one", UINT8, (SIZE,), 0)])
+    middle = 21 * MIB + 5
+    weights.read_around([tensor("across pages", FLOAT32, (2048,), middle)])
+    assert 2 * mmap.PAGESIZE < resident_bytes(folder / "weights.data") < SIZE
+    elsewhere = tensor("elsewhere", UINT8, (4,), 0, "../beside.data")
+    weights.read_around([elsewhere, tensor("nowhere", UINT8, (4,), 0, "missing.data")])
+    assert resident_bytes(folder / "beside.data") == 0
 
 
 @LINUX

@@ -13,6 +13,9 @@ InstructionSet instruction_set();
 
 const char* instruction_set_name();
 
+// AMD's Zen 4 (or 3): some kernels read memory in another way there.
+bool is_zen4();
+
 // The name of level `index` of this architecture, or null after the last one. These are the words
 // for RGEXPORT_CPU; library.py refuses any other.
 const char* level_name(size_t index);

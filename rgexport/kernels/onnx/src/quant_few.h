@@ -5,6 +5,15 @@
 
 namespace rgexport {
 
+// How weights are read; a Simd that reads them better in another way specializes it.
+template <class Simd>
+struct Reading {
+  static constexpr int kRows = 2;  // at a time: more are read from too many places at once
+  template <int kBits>
+  static constexpr bool kFetched = true;  // by hand, before the processor does
+  static typename Simd::Int line(const uint8_t* p) { return Simd::load(p); }
+};
+
 template <class Simd>
 class QuantFew : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
@@ -21,7 +30,7 @@ class QuantFew : QuantLayout<Simd> {
   template <int kBits, int kBlockLanes>
   static void stream(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
-    constexpr int kRows = 2;  // more are read from too many places at once
+    constexpr int kRows = Reading<Simd>::kRows;
     const Shape shape(w);
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
@@ -92,9 +101,9 @@ class QuantFew : QuantLayout<Simd> {
         for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
-            if (r * kVector % kCacheLine == 0) Simd::prefetch(ahead + (l * kRows + r) * kVector);
-            dots[r] = line_dot(dots[r], Simd::load(data + r * shape_.row_bytes + l * kVector),
-                               codes + l * kLineCodes);
+            if (r * kVector % kCacheLine == 0) fetch(ahead + (l * kRows + r) * kVector);
+            const Int weights = Reading<Simd>::line(data + r * shape_.row_bytes + l * kVector);
+            dots[r] = line_dot(dots[r], weights, codes + l * kLineCodes);
           }
         for (int r = 0; r < kRows; ++r)
           sums[r] = Simd::fma(Simd::to_float(dots[r]),
@@ -118,7 +127,7 @@ class QuantFew : QuantLayout<Simd> {
       const Float x_scales = Simd::load_float(x_scales_ + block);
       const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
-        Simd::prefetch(scales_ + kRows * block + r * kLanes + kAheadBlocks);
+        fetch(scales_ + kRows * block + r * kLanes + kAheadBlocks);
         const Float scales = Simd::load_first(scales_ + r * shape_.blocks + block, left);
         const Float product = Simd::mul(scales, x_scales);
         Simd::store_float(products[r], product);
@@ -127,6 +136,10 @@ class QuantFew : QuantLayout<Simd> {
         const Float offsets = Base::template zero_offsets<kBits>(zeros, zeros_end_, left);
         sums[r] = Simd::fma(Simd::mul(product, offsets), x_sums, sums[r]);
       }
+    }
+
+    static void fetch(const void* p) {
+      if constexpr (Reading<Simd>::template kFetched<kBits>) Simd::prefetch(p);
     }
 
     // One line of weights times the activations that it meets: a sum for each lane.

@@ -46,7 +46,7 @@ class Upcoming {
     // Not in the thread that runs the graph, for which all others wait. Weights that are gone
     // meanwhile do no harm, for what cannot be fetched is not.
     void fetch(int part, int parts) const {
-      constexpr int64_t kMost = 64 << 10;
+      constexpr int64_t kMost = 128 << 10;
       if (std::this_thread::get_id() == caller_) return;
       int64_t whole = 0;
       for (const auto& span : weights_.spans) whole += span.bytes.load(std::memory_order_relaxed);
