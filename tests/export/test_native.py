@@ -80,7 +80,7 @@ def test_an_op_that_was_another_one_in_the_file_s_version(built):
 
 
 def test_who_reads_a_tensor(demo_artifact, built):
-    """What native ops read lies in the map; the engine folds the decays, and packs what is large."""
+    """What native ops read lies in the map; the engine folds the decays, and packs the rest."""
     found = native_ops(demo_artifact / "model.onnx")
     weights, small = ({t.name for t in ts} for ts in (found.weights, found.small))
     assert any("linear_out" in name for name in weights) and not weights & small

@@ -165,38 +165,26 @@ void product(const Product& p) {
 // How far ahead of its use memory is asked for; found by measurement.
 constexpr int64_t kAhead = 8192 / sizeof(float);
 
-// Adds the product of some rows of b to a row of c.
-template <int Depth>
-void add_rows(const float* a, int64_t a_step, const float* b, int64_t columns, float* c) {
-  Vector factors[Depth];
-  for (int k = 0; k < Depth; ++k) factors[k] = splat(a[k * a_step]);
+// Adds a multiple of a row of b to a row of c.
+void add_row(Vector factor, const float* b, int64_t columns, float* c) {
   const auto add = [&](int64_t i, int64_t count) {
-    Vector sum{};
-#pragma GCC unroll 4
-    for (int k = 0; k < Depth; ++k) {
-      __builtin_prefetch(b + k * columns + i + kAhead, 0, 2);
-      sum += factors[k] * load(b + k * columns + i, count);
-    }
-    store(c + i, load(c + i, count) + sum, count);
+    __builtin_prefetch(b + i + kAhead, 0, 2);
+    store(c + i, load(c + i, count) + factor * load(b + i, count), count);
   };
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) add(i, kLanes);
   if (i < columns) add(i, columns - i);
 }
 
-// Goes once through b, from its first number to its last.
+// Goes once through b, from its first number to its last: read four rows at a time, it comes a
+// seventh slower on AMD's Zen 4.
 void stream(const Product& p) {
-  constexpr int kRows = 4;
   for (int64_t row = 0; row < p.rows && !p.add; ++row)
     for (int64_t i = 0; i < p.columns; ++i) p.c[row * p.c_row + i] = 0;
-  const auto each_row = [&](auto add, int64_t k) {
+  for (int64_t k = 0; k < p.depth; ++k)
     for (int64_t row = 0; row < p.rows; ++row)
-      add(p.a + row * p.a_row + k * p.a_step, p.a_step, p.b + k * p.columns, p.columns,
-          p.c + row * p.c_row);
-  };
-  int64_t k = 0;
-  for (; k + kRows <= p.depth; k += kRows) each_row(add_rows<kRows>, k);
-  for (; k < p.depth; ++k) each_row(add_rows<1>, k);
+      add_row(splat(p.a[row * p.a_row + k * p.a_step]), p.b + k * p.columns, p.columns,
+              p.c + row * p.c_row);
 }
 
 // `to` [columns, lanes] = factor · from [rows, columns], transposed.
