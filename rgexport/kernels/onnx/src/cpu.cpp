@@ -85,16 +85,7 @@ bool amx() {
          tiles_allowed();
 }
 
-bool zen4() {
-  const Registers vendor = cpuid(0), model = cpuid(1);
-  const uint32_t family = (model.eax >> 8 & 15) + (model.eax >> 20 & 255);
-  return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163 &&
-         family == 0x19;  // "AuthenticAMD"
-}
-
 #elif defined(__aarch64__)
-
-bool zen4() { return false; }
 
 #if defined(__linux__)
 bool dotprod() { return getauxval(AT_HWCAP) & (1u << 20); }  // HWCAP_ASIMDDP
@@ -150,7 +141,16 @@ InstructionSet instruction_set() { return level().set; }
 
 const char* instruction_set_name() { return level().name; }
 
-bool is_zen4() { return zen4(); }
+bool is_zen4() {
+#if defined(__x86_64__)
+  const Registers vendor = cpuid(0), model = cpuid(1);
+  const uint32_t family = (model.eax >> 8 & 15) + (model.eax >> 20 & 255);
+  return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163 &&
+         family == 0x19;  // "AuthenticAMD"
+#else
+  return false;
+#endif
+}
 
 const char* level_name(size_t index) { return index < kCount ? kLevels[index].name : nullptr; }
 
