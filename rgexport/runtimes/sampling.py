@@ -42,38 +42,47 @@ class Sampler:
         Raises:
             RequestError: the logits are not numbers.
         """
-        if np.isnan(logits.max()):
+        if not np.isfinite(logits.max()):
             raise RequestError(
-                "the model's logits are NaN; check the artifact with `rgexport validate`"
+                "the model's logits are NaN or infinite; "
+                "check the artifact with `rgexport validate`"
             )
         if self.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = self.distribution(logits)
-        point = np.searchsorted(probabilities.cumsum(), self._rng.random(), side="right")
+        sums = probabilities.cumsum(out=probabilities)
+        point = np.searchsorted(sums, self._rng.random(), side="right")
         return int(tokens[min(int(point), len(tokens) - 1)])  # the sum may round below 1
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may come next, and their probabilities (float64, sum 1)."""
-        # Subtracted before the division: a tiny temperature must not overflow.
-        scaled = (logits.astype(np.float64) - float(logits.max())) / self.temperature
-        tokens = self._top_k(scaled)
-        weights = np.exp(scaled[tokens])
-        kept = self._top_p(weights / weights.sum())
-        return tokens[kept], weights[kept] / weights[kept].sum()
+        tokens = np.arange(len(logits))
+        best = float(logits.max())
+        if 0 < self.top_k < len(logits):
+            tokens = self._top_k(logits)
+            logits = logits[tokens]
+        # In place: at a vocabulary of 256,000, new arrays take longer than what is computed. And
+        # subtracted before the division: a tiny temperature must not overflow.
+        weights = logits.astype(np.float64)
+        weights -= best
+        weights /= self.temperature
+        np.exp(weights, out=weights)
+        weights /= weights.sum()
+        if self.top_p < 1:
+            kept = self._top_p(weights)
+            tokens, weights = tokens[kept], weights[kept]
+            weights /= weights.sum()
+        return tokens, weights
 
-    def _top_k(self, scaled: np.ndarray) -> np.ndarray:
+    def _top_k(self, logits: np.ndarray) -> np.ndarray:
         """The `top_k` tokens with the highest logits."""
-        if not 0 < self.top_k < len(scaled):
-            return np.arange(len(scaled))
-        rank = len(scaled) - self.top_k
-        candidates = np.flatnonzero(scaled >= np.partition(scaled, rank)[rank])
-        best: np.ndarray = candidates[_descending(scaled[candidates])[: self.top_k]]
+        rank = len(logits) - self.top_k
+        candidates = np.flatnonzero(logits >= np.partition(logits, rank)[rank])
+        best: np.ndarray = candidates[_descending(logits[candidates])[: self.top_k]]
         return best
 
     def _top_p(self, probabilities: np.ndarray) -> np.ndarray:
         """Indices of the fewest probabilities whose sum reaches `top_p`."""
-        if self.top_p == 1:
-            return np.arange(len(probabilities))
         # All that are smaller than this hold less than 1 - top_p together: no need to sort them.
         least = (1 - self.top_p) / len(probabilities)
         likely = np.flatnonzero(probabilities >= least)

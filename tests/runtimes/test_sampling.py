@@ -83,6 +83,14 @@ def test_an_option_out_of_range_is_named(options: dict[str, float]) -> None:
         Sampler(**options)  # type: ignore[arg-type]
 
 
-def test_nan_logits_are_an_error() -> None:
-    with pytest.raises(RequestError, match="NaN"):
-        Sampler()(np.array([0, np.nan], np.float32))
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("logits", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_are_no_numbers_are_an_error(logits: list[float], temperature: float) -> None:
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        Sampler(temperature)(np.array(logits, np.float32))
+
+
+def test_a_great_temperature_makes_all_equal_but_what_cannot_be() -> None:
+    logits = np.array([3e38, -3e38, -np.inf], np.float32)
+    tokens, probabilities = Sampler(temperature=1e300).distribution(logits)
+    assert tokens.tolist() == [0, 1, 2] and probabilities == pytest.approx([0.5, 0.5, 0])
