@@ -56,11 +56,12 @@ class Sampler:
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may come next, and their probabilities (float64, sum 1)."""
-        tokens = np.arange(len(logits))
         best = float(logits.max())
         if 0 < self.top_k < len(logits):
             tokens = self._top_k(logits)
             logits = logits[tokens]
+        else:
+            tokens = np.arange(len(logits))
         # In place: at a vocabulary of 256,000, new arrays take longer than what is computed. And
         # subtracted before the division: a tiny temperature must not overflow.
         weights = logits.astype(np.float64)
