@@ -45,6 +45,17 @@ Registers cpuid(uint32_t leaf, uint32_t part = 0) {
 constexpr bool has(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
 constexpr uint32_t bit(int index) { return uint32_t{1} << index; }
 
+bool is_made_by(const char* maker) {
+  const Registers r = cpuid(0);
+  const uint32_t name[] = {r.ebx, r.edx, r.ecx};
+  return !std::memcmp(name, maker, sizeof name);
+}
+
+uint32_t family() {
+  const uint32_t eax = cpuid(1).eax;
+  return (eax >> 8 & 15) + (eax >> 20 & 255);
+}
+
 // The registers that the operating system saves: XCR0, or none.
 uint64_t saved_registers() {
   if (!has(cpuid(1).ecx, bit(27))) return 0;  // OSXSAVE
@@ -141,16 +152,11 @@ InstructionSet instruction_set() { return level().set; }
 
 const char* instruction_set_name() { return level().name; }
 
-bool is_zen4() {
 #if defined(__x86_64__)
-  const Registers vendor = cpuid(0), model = cpuid(1);
-  const uint32_t family = (model.eax >> 8 & 15) + (model.eax >> 20 & 255);
-  return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163 &&
-         family == 0x19;  // "AuthenticAMD"
-#else
-  return false;
+bool is_intel() { return is_made_by("GenuineIntel"); }
+
+bool is_zen4() { return is_made_by("AuthenticAMD") && family() == 0x19; }
 #endif
-}
 
 const char* level_name(size_t index) { return index < kCount ? kLevels[index].name : nullptr; }
 

@@ -13,7 +13,8 @@ InstructionSet instruction_set();
 
 const char* instruction_set_name();
 
-// AMD's Zen 4 (or 3): some kernels read memory in another way there.
+// On x86-64. These read memory each in its own way: Intel's, and AMD's Zen 4 (or 3).
+bool is_intel();
 bool is_zen4();
 
 // The name of level `index` of this architecture, or null after the last one. These are the words

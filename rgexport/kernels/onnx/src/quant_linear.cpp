@@ -105,7 +105,7 @@ bool stream(Context& context, const Products& all, const float* x, int64_t count
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
   const Rounded rounded(kernel, format, parts.parts() * count);
   if (!rounded) return false;
-  const Upcoming::Next next = upcoming.begin(weights, all.matrices);
+  Upcoming::Next next = upcoming.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);

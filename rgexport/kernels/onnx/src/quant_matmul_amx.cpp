@@ -1,15 +1,15 @@
-// AMX: tiles of 16 rows of activations times 16 outputs, for many rows. For few, AVX-512 with GFNI,
-// which each processor with AMX has.
+// AMX: tiles of 16 rows of activations times 16 outputs, for many rows. For few, AVX-512 with GFNI:
+// each processor with AMX is Intel's, and has it.
 #include "amx_bf16.h"
 #include "amx_int8.h"
+#include "quant_few_avx512.h"
 #include "quant_matmul_template.h"
-#include "simd_avx512.h"
 
 namespace rgexport {
 
 namespace {
 
-using Few = QuantMatmul<Avx512Gfni>;
+using Few = QuantMatmul<Avx512Intel>;
 
 QuantKernel many(const QuantMatrix& w) {
   return w.block < 64 ? AmxBf16::kernel() : AmxInt8::kernel();

@@ -135,7 +135,7 @@ const char* RgLruScan::run(Context& context) const {
                        positions.as<int64_t>(), h, present};
 
   Ranges threads(heads * layer.parts_of_head(), 1, processors());
-  const Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
+  Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
   context.parallel_for(threads.parts(), [&](size_t own) {
     const int64_t head = threads.first(own) / layer.parts_of_head();
     for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);

@@ -127,22 +127,24 @@ struct Avx512 {
   }
 };
 
-#if defined(__GFNI__)
-// Of processors with AMX, which are Intel's.
-struct Avx512Gfni : Avx512 {
-  // Into L2: a line that waits for memory would take one of L1's few places for that.
+// What these read goes into L2: a line that waits for memory would take one of L1's few places for
+// that.
+struct Avx512IntoL2 : Avx512 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+};
+
+// Intel's.
+struct Avx512Intel : Avx512IntoL2 {
+#if defined(__GFNI__)
   // Bit i of a byte becomes bit i − 4: one instruction where a shift crosses bytes and needs a mask.
   static Int high_half(Int x) {
     return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);
   }
-};
 #endif
-
-// AMD's Zen 4, which has vectors of half the width and few places for lines on their way into L1.
-struct Avx512Zen4 : Avx512 {
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };
+
+// AMD's Zen 4, which has vectors of half the width.
+struct Avx512Zen4 : Avx512IntoL2 {};
 
 }  // namespace
 }  // namespace rgexport

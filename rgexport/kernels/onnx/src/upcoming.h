@@ -1,15 +1,13 @@
 // Which weights an op reads, and which the next one will: what is fetched before it is needed.
 //
-// Between two products of a decode step, one thread norms and adds for some microseconds in which
-// the memory would rest. The ops of a graph run in one order: each learns in the first step what
-// comes after it.
+// The thread that is done first with an op has some microseconds in which its share of the memory
+// would rest. The ops of a graph run in one order: each learns in the first step what comes after it.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
-#include <thread>
 
 namespace rgexport {
 
@@ -42,28 +40,37 @@ class Upcoming {
    public:
     Next(const Weights& weights) : weights_(weights) {}
 
-    // In a thread that is done with its part of the op: fetches the start of its part of the next.
-    // Not in the thread that runs the graph, for which all others wait. Weights that are gone
-    // meanwhile do no harm, for what cannot be fetched is not.
-    void fetch(int part, int parts) const {
-      constexpr int64_t kMost = 128 << 10;
-      if (std::this_thread::get_id() == caller_) return;
-      int64_t whole = 0;
-      for (const auto& span : weights_.spans) whole += span.bytes.load(std::memory_order_relaxed);
-      const int64_t share = whole / parts, most = share < kMost ? share : kMost;
-      int64_t at = part * share;
-      for (const auto& span : weights_.spans) {
-        const int64_t bytes = span.bytes.load(std::memory_order_relaxed), left = bytes - at;
-        if (left > 0)
-          return rgexport::fetch(span.data.load(std::memory_order_relaxed) + at,
-                                 left < most ? left : most);
-        at -= bytes;
-      }
+    // In a thread that is done with its part of the op: fetches the start of its part of the next,
+    // until all are done. Weights that are gone meanwhile do no harm, for what cannot be fetched is
+    // not.
+    void fetch(int part, int parts) {
+      constexpr int64_t kMost = 128 << 10, kPiece = 1 << 10;
+      done_.fetch_add(1, std::memory_order_relaxed);
+      const Span span = start(part, parts, kMost);
+      const auto* data = static_cast<const char*>(span.data);
+      for (int64_t at = 0; at < span.bytes && done_.load(std::memory_order_relaxed) < parts;
+           at += kPiece)
+        rgexport::fetch(data + at, span.bytes - at < kPiece ? span.bytes - at : kPiece);
     }
 
    private:
+    // The first bytes of a part, `most` of them, as far as they lie in one matrix.
+    Span start(int part, int parts, int64_t most) const {
+      int64_t whole = 0;
+      for (const auto& span : weights_.spans) whole += span.bytes.load(std::memory_order_relaxed);
+      const int64_t share = whole / parts, wanted = share < most ? share : most;
+      int64_t at = part * share;
+      for (const auto& span : weights_.spans) {
+        const int64_t bytes = span.bytes.load(std::memory_order_relaxed), left = bytes - at;
+        const char* data = span.data.load(std::memory_order_relaxed);
+        if (left > 0) return {data + at, left < wanted ? left : wanted};
+        at -= bytes;
+      }
+      return {nullptr, 0};
+    }
+
     const Weights& weights_;
-    const std::thread::id caller_ = std::this_thread::get_id();
+    std::atomic<int> done_{0};  // threads
   };
 
   // At the start of an op, in the thread that runs the graph: these are the weights that it reads,
