@@ -61,6 +61,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "precision": manifest.precision,
         "compute": manifest.compute,
         "exact": manifest.exact,
+        "rounds_activations": manifest.rounds_activations,
         "profile": manifest.profile if manifest.kind == "onnx" else None,
         "parameters": _parameters(artifact.weights),
         "size": sum(record.size for record in manifest.files.values()),
@@ -166,11 +167,7 @@ def _parts(d: Description) -> Iterator[str | Table]:
 
 def _headline(d: Description) -> str:
     what = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
-    how = (
-        f"checkpoint ({d['layout']})"
-        if d["kind"] == "checkpoint"
-        else f"{_kind(d)} artifact, {d['precision']} weights, {d['compute']} activations"
-    )
+    how = f"checkpoint ({d['layout']})" if d["kind"] == "checkpoint" else _numbers(d)
     facts = (
         f"{d['name']}: {how}",
         f"{d['parameters']:,} parameters",
@@ -180,6 +177,12 @@ def _headline(d: Description) -> str:
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
+
+
+def _numbers(d: Description) -> str:
+    """What an artifact is, and how it stores and computes."""
+    rounded = " (int8 in products)" if d["rounds_activations"] else ""
+    return f"{_kind(d)} artifact, {d['precision']} weights, {d['compute']} activations{rounded}"
 
 
 def _kind(d: Description) -> str:

@@ -182,6 +182,14 @@ class Manifest:
         return any(name in TOKENIZERS for name in self.files)
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether products with quantized weights round activations to int8.
+
+        llama.cpp's always do.
+        """
+        return not self.exact and any(_meets_int8(scheme) for scheme in self.plan.values())
+
+    @property
     def weighted(self) -> bool:
         """Whether an importance matrix had a say in how weights were rounded."""
         return False
@@ -203,6 +211,12 @@ class Manifest:
         """As plain JSON."""
         fields: dict[str, Any] = plain(self)
         return fields
+
+
+def _meets_int8(scheme: Scheme) -> bool:
+    if isinstance(scheme, Ggml):
+        return TYPES[scheme.type].is_quantized
+    return isinstance(scheme, Affine)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -39,6 +39,7 @@ class Subject:
     precision: str
     compute: str
     exact: bool
+    rounds_activations: bool
     window: int
     files: dict[str, str]
     """File → SHA-256."""
@@ -51,7 +52,8 @@ class Subject:
     def numbers(self) -> str:
         """How it stores and computes; `exact` is worth a word where there is another way."""
         exact = ", exact" if self.exact and self.kind == "onnx" else ""
-        return f"{self.precision} weights, {self.compute} activations{exact}"
+        rounded = " (int8 in products)" if self.rounds_activations else ""
+        return f"{self.precision} weights, {self.compute} activations{exact}{rounded}"
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def describe_artifact(path: Path, manifest: Manifest) -> Subject:
         precision=manifest.precision,
         compute=manifest.compute,
         exact=manifest.exact,
+        rounds_activations=manifest.rounds_activations,
         window=manifest.config.window,
         files={name: record.sha256 for name, record in manifest.files.items()},
         bytes=sum(record.size for record in manifest.files.values()),

@@ -167,8 +167,7 @@ def tolerance(manifest: Manifest) -> Tolerance:
         return max((GGUF.get(kind, _INT8) for kind in types), key=lambda found: found.logits)
     if manifest.kind == "coreml" and manifest.compute == "fp16":
         return COREML_FLOAT16
-    quantized = any(isinstance(scheme, Affine) for scheme in schemes)
-    return TWIN[manifest.compute, quantized and not manifest.exact]
+    return TWIN[manifest.compute, manifest.rounds_activations]
 
 
 def original_rms(manifest: Manifest, logits: LogitError, name: str = "original.rms") -> Check:

@@ -94,7 +94,9 @@ def test_inspect_says_what_it_is_for(tmp_path: Path) -> None:
     artifact, _ = export_random(ODD_CONFIGS["hawk"], tmp_path, "int8", profile="wasm")
     description = describe(str(artifact.path))
     assert description["profile"] == "wasm"
-    assert ": onnx (wasm) artifact, int8 weights, fp32 activations," in as_text(description)
+    assert ": onnx (wasm) artifact, int8 weights, fp32 activations (int8 in products)," in as_text(
+        description
+    )
 
 
 @pytest.mark.parametrize("profile", WEB)
