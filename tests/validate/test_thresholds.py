@@ -24,6 +24,7 @@ class Asked:
     exact: bool
     plan: dict[str, Any]
     kind: str = "onnx"
+    rounds_activations = Manifest.rounds_activations
 
 
 def asked(linear: str, embedding: str, compute: str = "fp32", exact: bool = False) -> Manifest:
@@ -62,6 +63,7 @@ def test_a_gguf_file_is_judged_by_the_type_that_rounds_most(
     manifest = asked_gguf(linear, embedding)
     assert thresholds.tolerance(manifest).logits == logits
     assert thresholds.coarsest(manifest) == storage
+    assert manifest.rounds_activations == any(word[0] == "q" for word in (linear, embedding))
 
 
 @pytest.mark.parametrize(
