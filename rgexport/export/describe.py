@@ -13,7 +13,7 @@ from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.card import shares
 from rgexport.export.checked import CheckRecord
 from rgexport.export.describe_package import KIND, describe_package, package_parts
-from rgexport.export.manifest import MODEL_FILE
+from rgexport.export.manifest import MODEL_FILE, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.mil.package import means_package
 from rgexport.export.native import native_ops
@@ -167,7 +167,11 @@ def _parts(d: Description) -> Iterator[str | Table]:
 
 def _headline(d: Description) -> str:
     what = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
-    how = f"checkpoint ({d['layout']})" if d["kind"] == "checkpoint" else _numbers(d)
+    if d["kind"] == "checkpoint":
+        how = f"checkpoint ({d['layout']})"
+    else:
+        numbers = arithmetic(d["precision"], d["compute"], d["rounds_activations"])
+        how = f"{_kind(d)} artifact, {numbers}"
     facts = (
         f"{d['name']}: {how}",
         f"{d['parameters']:,} parameters",
@@ -177,12 +181,6 @@ def _headline(d: Description) -> str:
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
-
-
-def _numbers(d: Description) -> str:
-    """What an artifact is, and how it stores and computes."""
-    rounded = " (int8 in products)" if d["rounds_activations"] else ""
-    return f"{_kind(d)} artifact, {d['precision']} weights, {d['compute']} activations{rounded}"
 
 
 def _kind(d: Description) -> str:

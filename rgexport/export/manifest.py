@@ -213,6 +213,12 @@ class Manifest:
         return fields
 
 
+def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
+    """For people: how an artifact stores and computes."""
+    rounded = " (int8 in products)" if rounds_activations else ""
+    return f"{precision} weights, {compute} activations{rounded}"
+
+
 def _meets_int8(scheme: Scheme) -> bool:
     if isinstance(scheme, Ggml):
         return TYPES[scheme.type].is_quantized

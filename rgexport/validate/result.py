@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.layer_costs import LayerCost
@@ -52,8 +52,7 @@ class Subject:
     def numbers(self) -> str:
         """How it stores and computes; `exact` is worth a word where there is another way."""
         exact = ", exact" if self.exact and self.kind == "onnx" else ""
-        rounded = " (int8 in products)" if self.rounds_activations else ""
-        return f"{self.precision} weights, {self.compute} activations{exact}{rounded}"
+        return arithmetic(self.precision, self.compute, self.rounds_activations) + exact
 
 
 @dataclass(frozen=True)
