@@ -275,14 +275,34 @@ Status* dims_of(const void* info, int64_t* dims, size_t) {
   for (int64_t d : *static_cast<const Dims*>(info)) *dims++ = d;
   return nullptr;
 }
+// What a kernel is made of.
+struct Node {
+  const Case& one;
+  const Run& run;
+  bool constants;  // all inputs but the first and the states
+
+  bool is_constant(size_t index) const {
+    if (!constants || index < 1 || index >= run.inputs.size()) return false;
+    for (const auto& state : one.in_place)
+      if (state.second == index) return false;
+    return true;
+  }
+};
+
 Status* attribute(const void* info, const char* name, int64_t* value) {
-  const auto& all = static_cast<const Case*>(info)->attributes;
+  const auto& all = static_cast<const Node*>(info)->one.attributes;
   const auto found = all.find(name);
   if (found == all.end()) return create_status(1, "no such attribute");
   *value = found->second;
   return nullptr;
 }
 Status* no_float(const void*, const char*, float*) { return create_status(1, "the default"); }
+Status* constant_input(const void* info, size_t index, int* constant, const void** value) {
+  const auto& node = *static_cast<const Node*>(info);
+  *constant = node.is_constant(index);
+  if (*constant) *value = node.run.inputs[index].get();
+  return nullptr;
+}
 Status* input_count(const void* context, size_t* count) {
   *count = static_cast<const Run*>(context)->inputs.size();
   return nullptr;
@@ -337,6 +357,7 @@ std::vector<const void*> make_api() {
   set(kGetDimensions, dims_of);
   set(kKernelInfoGetAttribute_int64, attribute);
   set(kKernelInfoGetAttribute_float, no_float);
+  set(kKernelInfoGetConstantInput_tensor, constant_input);
   set(kKernelContext_GetInputCount, input_count);
   set(kKernelContext_GetInput, input);
   set(kKernelContext_GetOutput, output);
@@ -366,14 +387,15 @@ std::unique_ptr<Tensor> make(const Input& input, Memory memory, uint32_t seed) {
 }
 
 std::vector<std::vector<float>> run(const CustomOp* op, const Case& one, Memory memory,
-                                    bool in_place) {
+                                    bool in_place, bool constants = false) {
   Run context;
   context.memory = memory;
   if (in_place) context.in_place = one.in_place;
   for (const Input& input : one.inputs)
     context.inputs.push_back(make(input, memory, context.inputs.size() + 1));
+  const Node node{one, context, constants};
   void* kernel = nullptr;
-  Status* failed = op->CreateKernelV2(op, api.data(), &one, &kernel);
+  Status* failed = op->CreateKernelV2(op, api.data(), &node, &kernel);
   if (!failed) failed = op->KernelComputeV2(kernel, &context);
   if (failed) {
     std::printf("%s: %s\n", one.op.c_str(), static_cast<std::string*>(failed)->c_str());
@@ -407,6 +429,7 @@ void check(const CustomOp* op, const Case& one) {
   for (const auto& result : results)
     for (float y : result) require(std::isfinite(y), one, "an output is not written whole");
   require(run(op, one, Memory::kPageEnd, false) == results, one, "memory changes the result");
+  require(run(op, one, Memory::kHeap, false, true) == results, one, "constants are another result");
   if (!one.in_place.empty()) {
     require(run(op, one, Memory::kHeap, true) == results, one, "in place it is another result");
     require(run(op, one, Memory::kPageEnd, true) == results, one, "in place it is another result");

@@ -57,11 +57,23 @@ class Attributes {
   const void* info_;
 };
 
+// The inputs of a node that never change, read once: asking for them in every run takes longer than
+// many an op.
+class Constants {
+ public:
+  Constants(const void* const* api, const void* info, size_t inputs);
+  // Without data where an input is not constant, or not there.
+  const Tensor& operator[](size_t index) const { return tensors_[index]; }
+
+ private:
+  Tensor tensors_[kMaxInputs];
+};
+
 // The inputs and outputs of one run. What ONNX Runtime refuses is kept and becomes the result of
 // the run, so that an op need not look after it.
 class Context {
  public:
-  Context(const void* const* api, void* context) : api_(api), context_(context) {}
+  Context(const void* const* api, void* context, const Constants& constants);
 
   // An input; one of more dimensions than kMaxRank is refused.
   Tensor input(size_t index);
@@ -90,10 +102,11 @@ class Context {
     return kept(ort::call<ort::Status*>(api_, slot, arguments...));
   }
   bool kept(ort::Status* status);
-  ort::Status* failure(const char* text) const;
 
   const void* const* api_;
   void* context_;
+  const Constants& constants_;
+  size_t inputs_ = 0;  // of the node
   ort::Status* refusal_ = nullptr;
 };
 

@@ -36,6 +36,7 @@ enum Slot : size_t {
   kKernelContext_GetOutput = 91,
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kKernelInfoGetConstantInput_tensor = 249,
   kKernelContext_ParallelFor = 274,
 };
 

@@ -29,14 +29,22 @@ template <class Op>
 struct Registered {
   static inline std::atomic<int64_t> calls{0};
 
+  struct Kernel {
+    Kernel(const void* const* table, const void* info)
+        : op(Attributes(table, info)), constants(table, info, Op::kSignature.inputs) {}
+    const Op op;
+    const Constants constants;
+  };
+
   static Status* create(const CustomOp*, const void* table, const void* info, void** kernel) {
-    *kernel = new (std::nothrow) Op(Attributes(static_cast<const void* const*>(table), info));
+    *kernel = new (std::nothrow) Kernel(static_cast<const void* const*>(table), info);
     return *kernel ? nullptr : failure("no memory is left for a kernel");
   }
   static Status* compute(void* kernel, void* context) {
     calls.fetch_add(1, std::memory_order_relaxed);
-    Context run(api, context);
-    const char* wrong = static_cast<const Op*>(kernel)->run(run);
+    const auto& [op, constants] = *static_cast<const Kernel*>(kernel);
+    Context run(api, context, constants);
+    const char* wrong = op.run(run);
     if (run.refusal()) return run.refusal();
     return wrong ? failure(wrong) : nullptr;
   }
@@ -52,7 +60,7 @@ struct Registered {
     op.GetInputTypeCount = [](const CustomOp*) { return Op::kSignature.inputs; };
     op.GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
     op.GetOutputTypeCount = [](const CustomOp*) { return Op::kSignature.outputs; };
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     op.GetInputCharacteristic = presence;
     op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
     op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
