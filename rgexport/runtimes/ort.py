@@ -105,9 +105,9 @@ class OrtSession:
         column = np.reshape(tokens, (-1, 1))
         self._step_ids[:] = checked_tokens(column, len(self._position), self._vocab)
         self._step_positions[:, 0] = self._position
-        self._step_run.run()
+        logits = self._run_for_logits(self._step_run, 1)
         self._position += 1
-        return self._step_logits[:, 0].copy()
+        return logits[:, 0]
 
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Takes tokens [B, T] in one run that wants all logits; what these outputs were."""
@@ -122,9 +122,7 @@ class OrtSession:
         self._position = np.zeros(batch, np.int64)
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_positions = np.zeros((batch, 1), np.int64)
-        self._step_logits = np.zeros((batch, 1, self._vocab), np.float32)
         self._step_run = self._bind(self._step_ids, self._step_positions, 1)
-        self._step_run.bind(self._step_logits, None, "logits")
 
     def get_state(self) -> State:
         """A copy of the canonical state."""
@@ -165,11 +163,15 @@ class OrtSession:
 
     def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
         """One run over a chunk [B, T]."""
-        logits = np.empty((len(ids), num_logits, self._vocab), np.float32)
-        run = self._bind(ids, self._next(ids), num_logits)
+        logits = self._run_for_logits(self._bind(ids, self._next(ids), num_logits), num_logits)
+        self._position += ids.shape[1]
+        return logits
+
+    def _run_for_logits(self, run: "_Run", count: int) -> np.ndarray:
+        """The logits [B, count, vocab] of a run, in an array that nothing else writes to."""
+        logits = np.empty((len(self._position), count, self._vocab), np.float32)
         run.bind(logits, None, "logits")
         run.run()
-        self._position += ids.shape[1]
         return logits
 
     def _next(self, ids: np.ndarray) -> np.ndarray:
@@ -193,11 +195,11 @@ class _Run:
 
     def __init__(self, session: ort.InferenceSession):
         self._session, self._binding = session, session.io_binding()
-        self._arrays: list[np.ndarray] = []
+        self._arrays: dict[str | None, np.ndarray] = {}
 
     def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
         """Has the graph read input `source` from `array`, and write output `target` there."""
-        self._arrays.append(array)
+        self._arrays[source or target] = array
         value = ort.OrtValue.ortvalue_from_numpy(array)
         if source:
             self._binding.bind_ortvalue_input(source, value)
