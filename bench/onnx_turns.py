@@ -8,6 +8,7 @@ from bench.llama import LlamaBench
 from bench.onnx_models import STORAGES, TRANSFORMER, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
+from rgexport.export.manifest import DATA_FILE
 from rgexport.processors import usable_processors
 from rgexport.progress import note
 from rgexport.runtimes.roofline import roofline
@@ -19,8 +20,8 @@ KERNELS = {"native": True, "stock": False}
 def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Model → `facts` of its sessions and `rounds`.
 
-    A round has the `rate` (and of a session the `rss`) of each, and the `numpy` and `c` read
-    speeds between them.
+    A round has the `rate` (and of a session the `rss`) of each, and between them the read speeds
+    by `numpy` and by `c`, and by `c` of the `weights` where the sessions read them.
     """
     storages = {name: STORAGES[name] for name in options.models}
     make_missing(list(storages.values()))
@@ -39,6 +40,9 @@ def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str,
             speeds = {
                 "numpy": stack.enter_context(roofline(threads)),
                 "c": stack.enter_context(c_roofline(threads)),
+                "weights": stack.enter_context(
+                    c_roofline(threads, file=storage.artifact / DATA_FILE)
+                ),
             }
             workers = {
                 kernels: stack.enter_context(Worker(storage.artifact, native=native))

@@ -1,8 +1,10 @@
-/* How fast threads read memory: read_speed BYTES THREADS HUGE
+/* How fast threads read memory: read_speed BYTES THREADS HUGE [FILE]
 
-   Allocates and fills BYTES, in huge pages if HUGE is 1 and the system gives them. Then, for each
-   line of its input, prints the bytes per second of the fastest of a few readings of all of it. */
+   Allocates and fills BYTES, or maps the first BYTES of FILE, in huge pages if HUGE is 1 and the
+   system gives them. Then, for each line of its input, prints the bytes per second of the fastest of
+   a few readings of all of it. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,17 +35,27 @@ static double now(void) {
   return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
+static void *allocated(size_t bytes) {
+  void *memory;
+  return posix_memalign(&memory, ALIGNMENT, bytes) ? NULL : memory;
+}
+
+static void *mapped(const char *file, size_t bytes) {
+  void *memory = mmap(NULL, bytes, PROT_READ, MAP_SHARED, open(file, O_RDONLY), 0);
+  return memory == MAP_FAILED ? NULL : memory;
+}
+
 int main(int count, char **arguments) {
-  if (count != 4) return 2;
+  if (count != 4 && count != 5) return 2;
   const size_t bytes = strtoull(arguments[1], NULL, 10);
   const int threads = atoi(arguments[2]);
-  void *memory;
   if (threads < 1 || threads > MOST_THREADS) return 2;
-  if (posix_memalign(&memory, ALIGNMENT, bytes)) return 1;
+  void *memory = count == 5 ? mapped(arguments[4], bytes) : allocated(bytes);
+  if (!memory) return 1;
 #ifdef MADV_HUGEPAGE
   madvise(memory, bytes, atoi(arguments[3]) ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #endif
-  memset(memory, 1, bytes);
+  if (count == 4) memset(memory, 1, bytes);
 
   static struct part parts[MOST_THREADS];
   static pthread_t handles[MOST_THREADS];

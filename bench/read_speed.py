@@ -13,12 +13,20 @@ COMPILER = "cc", "-O3", "-march=native", "-pthread"
 
 
 @contextmanager
-def c_roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> Iterator[ReadSpeed]:
-    """Compiles the program and gives a function that has it measure now, in bytes per second."""
+def c_roofline(
+    threads: int, nbytes: int = READ_BYTES, *, huge: bool = True, file: Path | None = None
+) -> Iterator[ReadSpeed]:
+    """Compiles the program and gives a function that has it measure now, in bytes per second.
+
+    It reads `nbytes` of its own, or all of a `file` where it lies in memory.
+    """
     with TemporaryDirectory() as folder:
         program = Path(folder) / "read_speed"
         subprocess.run([*COMPILER, SOURCE, "-o", program], check=True)
-        asked = [str(program), str(nbytes), str(threads), str(int(huge))]
+        size = file.stat().st_size if file else nbytes
+        asked = [str(program), str(size), str(threads), str(int(huge))]
+        if file:
+            asked.append(str(file))
         with subprocess.Popen(
             asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:

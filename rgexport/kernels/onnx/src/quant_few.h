@@ -11,6 +11,7 @@ struct Reading {
   static constexpr int kRows = 2;  // at a time: more are read from too many places at once
   template <int kBits>
   static constexpr bool kFetched = true;  // by hand, before the processor does
+  static constexpr int64_t kNear = 0;  // bytes that they are brought into L1 by; 0: not by hand
   static typename Simd::Int line(const uint8_t* p) { return Simd::load(p); }
 };
 
@@ -93,7 +94,7 @@ class QuantFew : QuantLayout<Simd> {
                                           const float (&products)[kRows][kLanes],
                                           Float (&sums)[kRows]) const {
       const uint8_t* data = data_ + from * kStepLines * kVector;
-      const uint8_t* ahead = data_ + from * kStepLines * kVector * kRows + kAhead;
+      const uint8_t* here = data_ + from * kStepLines * kVector * kRows;
       const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
       const int32_t* starts = starts_ + from * kLanes;
       const auto step = [&](int64_t i) {
@@ -101,7 +102,7 @@ class QuantFew : QuantLayout<Simd> {
         for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
-            if (r * kVector % kCacheLine == 0) fetch(ahead + (l * kRows + r) * kVector);
+            if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
             const Int weights = Reading<Simd>::line(data + r * shape_.row_bytes + l * kVector);
             dots[r] = line_dot(dots[r], weights, codes + l * kLineCodes);
           }
@@ -136,6 +137,12 @@ class QuantFew : QuantLayout<Simd> {
         const Float offsets = Base::template zero_offsets<kBits>(zeros, zeros_end_, left);
         sums[r] = Simd::fma(Simd::mul(product, offsets), x_sums, sums[r]);
       }
+    }
+
+    static void fetch_ahead(const uint8_t* here) {
+      constexpr int64_t kNear = Reading<Simd>::kNear;
+      if constexpr (kNear > 0) __builtin_prefetch(here + kNear);
+      fetch(here + kAhead);
     }
 
     static void fetch(const void* p) {

@@ -12,6 +12,7 @@ struct ReadingOneRow {
   static constexpr int kRows = 1;
   template <int kBits>
   static constexpr bool kFetched = true;
+  static constexpr int64_t kNear = 0;
   static __m512i line(const uint8_t* p) {
     __m512i weights = Avx512::load(p);
     __asm__("" : "+v"(weights));  // GCC would load them twice
@@ -21,9 +22,12 @@ struct ReadingOneRow {
 
 }  // namespace
 
-// A twentieth faster than with two rows.
+// A twentieth faster than with two rows. Lines that wait in L2 are brought near as well: what a load
+// misses in L1 takes one of the places that prefetches need, and 3 to 6 % of the speed.
 template <>
-struct Reading<Avx512Intel> : ReadingOneRow {};
+struct Reading<Avx512Intel> : ReadingOneRow {
+  static constexpr int64_t kNear = 2048;
+};
 
 // Weights of 8 bits stream by a sixth faster where the processor's own prefetchers bring them. Those
 // of 4 bits take longer to multiply, so that these do not look far enough ahead.
