@@ -5,15 +5,19 @@
 
 namespace rgexport {
 
-// How weights are read; a Simd that reads them better in another way specializes it.
+// How weights are read.
 template <class Simd>
-struct Reading {
+struct AnyReading {
   static constexpr int kRows = 2;  // at a time: more are read from too many places at once
   template <int kBits>
   static constexpr bool kFetched = true;  // by hand, before the processor does
   static constexpr int64_t kNear = 0;  // bytes that they are brought into L1 by; 0: not by hand
   static typename Simd::Int line(const uint8_t* p) { return Simd::load(p); }
 };
+
+// A Simd that reads them better in another way specializes it.
+template <class Simd>
+struct Reading : AnyReading<Simd> {};
 
 template <class Simd>
 class QuantFew : QuantLayout<Simd> {

@@ -8,11 +8,8 @@ namespace rgexport {
 
 namespace {
 
-struct ReadingOneRow {
+struct ReadingOneRow : AnyReading<Avx512> {
   static constexpr int kRows = 1;
-  template <int kBits>
-  static constexpr bool kFetched = true;
-  static constexpr int64_t kNear = 0;
   static __m512i line(const uint8_t* p) {
     __m512i weights = Avx512::load(p);
     __asm__("" : "+v"(weights));  // GCC would load them twice

@@ -120,6 +120,8 @@ struct AvxVnni : Avx2 {
   static constexpr int kTall = 6;
   static constexpr bool kSignedBytes = false;
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm256_dpbusd_avx_epi32(sum, weights, codes);
   }
