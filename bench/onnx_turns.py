@@ -5,13 +5,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from bench.llama import LlamaBench
-from bench.onnx_models import STORAGES, TRANSFORMER, make_missing
+from bench.onnx_models import STORAGES, TRANSFORMER, Storage, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
 from rgexport.export.manifest import DATA_FILE
 from rgexport.processors import usable_processors
 from rgexport.progress import note
-from rgexport.runtimes.roofline import roofline
+from rgexport.runtimes.roofline import ReadSpeed, roofline
 
 KERNELS = {"native": True, "stock": False}
 """Who takes turns with `llama`."""
@@ -20,8 +20,8 @@ KERNELS = {"native": True, "stock": False}
 def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Model → `facts` of its sessions and `rounds`.
 
-    A round has the `rate` (and of a session the `rss`) of each, and between them the read speeds
-    by `numpy` and by `c`, and by `c` of the `weights` where the sessions read them.
+    A round has the `rate` (and of a session the `rss`) of each. Single tokens (`tg`) also have the
+    read speeds between them: by `numpy` and by `c`, and by `c` of the `weights` where they lie.
     """
     storages = {name: STORAGES[name] for name in options.models}
     make_missing(list(storages.values()))
@@ -37,13 +37,7 @@ def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str,
     found = {}
     for name, storage in storages.items():
         with ExitStack() as stack:
-            speeds = {
-                "numpy": stack.enter_context(roofline(threads)),
-                "c": stack.enter_context(c_roofline(threads)),
-                "weights": stack.enter_context(
-                    c_roofline(threads, file=storage.artifact / DATA_FILE)
-                ),
-            }
+            speeds = _read_speeds(stack, threads, storage) if test == "tg" else {}
             workers = {
                 kernels: stack.enter_context(Worker(storage.artifact, native=native))
                 for kernels, native in KERNELS.items()
@@ -64,3 +58,12 @@ def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str,
         facts = {kernels: worker.facts for kernels, worker in workers.items()}
         found[name] = {"artifact_bytes": size, "facts": facts, "rounds": rounds}
     return {"test": f"{test}{length}", "threads": threads, "models": found}
+
+
+def _read_speeds(stack: ExitStack, threads: int, storage: Storage) -> dict[str, ReadSpeed]:
+    weights = storage.artifact / DATA_FILE
+    return {
+        "numpy": stack.enter_context(roofline(threads)),
+        "c": stack.enter_context(c_roofline(threads)),
+        "weights": stack.enter_context(c_roofline(threads, file=weights)),
+    }

@@ -198,7 +198,10 @@ class _Run:
         self._arrays: dict[str | None, np.ndarray] = {}
 
     def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
-        """Has the graph read input `source` from `array`, and write output `target` there."""
+        """Has the graph read input `source` from `array`, and write output `target` there.
+
+        Binding a name again replaces what was bound to it.
+        """
         self._arrays[source or target] = array
         value = ort.OrtValue.ortvalue_from_numpy(array)
         if source:

@@ -22,13 +22,12 @@
 #include <thread>
 #include <vector>
 
+#include "op_cases.h"
 #include "ort_abi.h"
 
 using namespace rgexport::ort;
 
 namespace {
-
-using Dims = std::vector<int64_t>;
 
 int64_t product(const Dims& dims) {
   int64_t count = 1;
@@ -75,165 +74,6 @@ class Buffer {
 struct Tensor {
   Dims dims;
   std::shared_ptr<Buffer> buffer;
-};
-
-// ---- What is run ----------------------------------------------------------------------------
-
-struct Input {
-  ElementType type = {};  // none: missing
-  Dims dims;
-  int64_t start = 0;  // of positions
-  float middle = 0;   // of numbers, which are at most 1 away
-};
-
-struct Case {
-  std::string op;
-  std::map<std::string, int64_t> attributes;
-  std::vector<Input> inputs;
-  std::map<size_t, size_t> in_place;  // output → input
-};
-
-const Input kMissing = {};
-
-Input floats(Dims dims) { return {kFloat, std::move(dims)}; }
-Input bytes(Dims dims) { return {kUint8, std::move(dims)}; }
-Input positions(int64_t batch, int64_t tokens, int64_t start) {
-  return {kInt64, {batch, tokens}, start};
-}
-
-struct Step {
-  int64_t batch, tokens;
-};
-const Step kSteps[] = {{1, 1}, {1, 2}, {1, 3}, {1, 7}, {5, 1}, {5, 3}, {1, 33}, {1, 127}};
-
-void quant_linear(std::vector<Case>& cases) {
-  struct Matrix {
-    int64_t columns, rows;
-  };
-  for (int64_t bits : {4, 8})
-    for (int64_t block : {16, 32, 64, 128, 256})
-      for (Matrix m : {Matrix{1, 1}, {12, 5}, {70, 37}, {256, 64}, {330, 1}, {519, 33}})
-        for (Step step : kSteps)
-          for (bool full : {false, true}) {
-            const int64_t blocks = (m.columns + block - 1) / block;
-            cases.push_back(
-                {"QuantLinear",
-                 {{"K", m.columns}, {"N", m.rows}, {"bits", bits}, {"block_size", block}},
-                 {floats({step.batch, step.tokens, m.columns}),
-                  bytes({m.rows, blocks, block * bits / 8}), floats({m.rows, blocks}),
-                  full ? bytes({m.rows, (blocks * bits + 7) / 8}) : kMissing,
-                  full ? floats({m.rows}) : kMissing},
-                 {}});
-          }
-}
-
-template <int kMatrices>
-void quant_linear_of(std::vector<Case>& cases) {
-  const char* const sizes[] = {"N", "N2", "N3"};
-  for (int64_t bits : {4, 8})
-    for (int64_t columns : {12, 519})
-      for (int64_t rows : {1, 5, 37})
-        for (Step step : kSteps)
-          for (bool full : {false, true}) {
-            constexpr int64_t kBlock = 32;
-            const int64_t blocks = (columns + kBlock - 1) / kBlock;
-            Case one = {"QuantLinear" + std::to_string(kMatrices),
-                        {{"K", columns}, {"bits", bits}, {"block_size", kBlock}},
-                        {floats({step.batch, step.tokens, columns})},
-                        {}};
-            Dims each;
-            for (int i = 0; i < kMatrices; ++i) {
-              each.push_back(i % 2 ? 40 - rows : rows);
-              one.attributes[sizes[i]] = each.back();
-            }
-            const auto add = [&](auto make) {
-              for (int64_t n : each) one.inputs.push_back(make(n));
-            };
-            add([&](int64_t n) { return bytes({n, blocks, kBlock * bits / 8}); });
-            add([&](int64_t n) { return floats({n, blocks}); });
-            add([&](int64_t n) { return full ? bytes({n, (blocks * bits + 7) / 8}) : kMissing; });
-            add([&](int64_t n) { return full ? floats({n}) : kMissing; });
-            cases.push_back(one);
-          }
-}
-
-void convolution(std::vector<Case>& cases) {
-  for (Step step : kSteps)
-    for (int64_t channels : {1, 7, 64, 250})
-      for (int64_t taps : {2, 4, 5})
-        cases.push_back({"CausalConv1d",
-                         {},
-                         {floats({step.batch, step.tokens, channels}), floats({channels, 1, taps}),
-                          floats({channels}), floats({step.batch, taps - 1, channels})},
-                         {{1, 3}}});
-}
-
-void scan(std::vector<Case>& cases) {
-  struct Blocks {
-    int64_t heads, block;
-  };
-  for (Step step : kSteps)
-    for (Blocks b : {Blocks{1, 1}, {3, 5}, {4, 16}, {10, 25}, {2, 130}}) {
-      const int64_t channels = b.heads * b.block;
-      const Input weight = floats({b.heads, b.block, b.block}), bias = floats({b.heads, b.block});
-      const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
-      cases.push_back({"RgLruScan",
-                       {},
-                       {floats({step.batch, step.tokens, channels}), weight, bias, weight, bias,
-                        decay, positions(step.batch, step.tokens, step.batch == 1), state},
-                       {{1, 7}}});
-    }
-}
-
-void attention(std::vector<Case>& cases) {
-  struct Heads {
-    int64_t heads, dim;
-  };
-  for (Step step : kSteps)
-    for (Heads h : {Heads{1, 8}, {3, 20}, {2, 64}})
-      for (int64_t window : {1, 16, 33})
-        for (int64_t start : {0, 5, 1000}) {
-          const Input new_ones = floats({step.batch, step.tokens, h.dim});
-          const Input ring = floats({step.batch, window, h.dim});
-          cases.push_back({"LocalAttention",
-                           {{"heads", h.heads}},
-                           {floats({step.batch, step.tokens, h.heads * h.dim}), new_ones, new_ones,
-                            ring, ring, positions(step.batch, step.tokens, start)},
-                           {{1, 3}, {2, 4}}});
-        }
-}
-
-const Dims kShapes[] = {{1}, {7}, {3, 64}, {5, 3, 250}, {1, 127, 320}, {2, 2, 5, 33}};
-
-void gelu_mul(std::vector<Case>& cases) {
-  for (const Dims& dims : kShapes) cases.push_back({"GeluMul", {}, {floats(dims), floats(dims)}, {}});
-}
-
-void rms_norm(std::vector<Case>& cases) {
-  for (const Dims& dims : kShapes)
-    cases.push_back({"RmsNorm", {}, {floats(dims), floats({dims.back()})}, {}});
-}
-
-void add_rms_norm(std::vector<Case>& cases) {
-  for (const Dims& dims : kShapes)
-    cases.push_back({"AddRmsNorm", {}, {floats(dims), floats(dims), floats({dims.back()})}, {}});
-}
-
-void soft_cap(std::vector<Case>& cases) {
-  for (const Dims& dims : kShapes) cases.push_back({"SoftCap", {}, {floats(dims)}, {}});
-}
-
-const std::map<std::string, void (*)(std::vector<Case>&)> kCases = {
-    {"QuantLinear", quant_linear},
-    {"QuantLinear2", quant_linear_of<2>},
-    {"QuantLinear3", quant_linear_of<3>},
-    {"RgLruScan", scan},
-    {"CausalConv1d", convolution},
-    {"LocalAttention", attention},
-    {"GeluMul", gelu_mul},
-    {"RmsNorm", rms_norm},
-    {"AddRmsNorm", add_rms_norm},
-    {"SoftCap", soft_cap},
 };
 
 // ---- The stand-in ---------------------------------------------------------------------------

@@ -8,14 +8,12 @@ namespace {
 
 // Shape and data of a value; `tensor` gets its data last, and only where nothing was refused.
 Status* read(const void* const* api, const void* value, Tensor& tensor) {
-  constexpr int kInvalidArgument = 2;
   void *info = nullptr, *data = nullptr;
   if (Status* refusal = call<Status*>(api, kGetTensorTypeAndShape, value, &info)) return refusal;
   const auto* shape = static_cast<const void*>(info);
   Status* refusal = call<Status*>(api, kGetDimensionsCount, shape, &tensor.rank);
   if (!refusal && tensor.rank > kMaxRank)
-    refusal = call<Status*>(api, kCreateStatus, kInvalidArgument,
-                            "an input has more than four dimensions");
+    refusal = failure(api, "an input has more than four dimensions");
   if (!refusal) refusal = call<Status*>(api, kGetDimensions, shape, tensor.dims, tensor.rank);
   call<void>(api, kReleaseTensorTypeAndShapeInfo, info);
   if (!refusal) refusal = call<Status*>(api, kGetTensorMutableData, const_cast<void*>(value), &data);

@@ -78,4 +78,10 @@ Result call(const void* const* api, Slot slot, Arguments... arguments) {
   return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(api[slot]))(arguments...);
 }
 
+// A status that refuses what it was given.
+inline Status* failure(const void* const* api, const char* text) {
+  constexpr int kInvalidArgument = 2;
+  return call<Status*>(api, kCreateStatus, kInvalidArgument, text);
+}
+
 }  // namespace rgexport::ort

@@ -20,11 +20,6 @@ using namespace ort;
 constexpr char kDomain[] = "ai.rgexport";
 const void* const* api = nullptr;
 
-Status* failure(const char* text) {
-  constexpr int kInvalidArgument = 2;
-  return call<Status*>(api, kCreateStatus, kInvalidArgument, text);
-}
-
 template <class Op>
 struct Registered {
   static inline std::atomic<int64_t> calls{0};
@@ -38,7 +33,7 @@ struct Registered {
 
   static Status* create(const CustomOp*, const void* table, const void* info, void** kernel) {
     *kernel = new (std::nothrow) Kernel(static_cast<const void* const*>(table), info);
-    return *kernel ? nullptr : failure("no memory is left for a kernel");
+    return *kernel ? nullptr : failure(api, "no memory is left for a kernel");
   }
   static Status* compute(void* kernel, void* context) {
     calls.fetch_add(1, std::memory_order_relaxed);
@@ -46,7 +41,7 @@ struct Registered {
     Context run(api, context, constants);
     const char* wrong = op.run(run);
     if (run.refusal()) return run.refusal();
-    return wrong ? failure(wrong) : nullptr;
+    return wrong ? failure(api, wrong) : nullptr;
   }
   static constexpr Presence presence(const CustomOp*, size_t index) {
     return index < Op::kSignature.required ? kRequired : kOptional;
@@ -119,7 +114,7 @@ EXPORT void* RegisterCustomOps(void* options, const rgexport::ort::ApiBase* base
   static void* domain = nullptr;
   static const bool made = make_domain(&domain);
   return made ? call<Status*>(api, kAddCustomOpDomain, options, domain)
-              : failure("the domain ai.rgexport cannot be made");
+              : failure(api, "the domain ai.rgexport cannot be made");
 }
 
 // The name of the instruction set whose kernels run here.

@@ -120,6 +120,7 @@ struct AvxVnni : Avx2 {
   static constexpr int kTall = 6;
   static constexpr bool kSignedBytes = false;
 
+  // Into L2, as Avx512IntoL2 does.
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static Int dot(Int sum, Int weights, Int codes) {
