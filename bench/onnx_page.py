@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench.onnx_models import STORAGES
+from bench.worker import DEPTH
 
 Result = dict[str, Any]
 READS = "numpy", "c", "weights"
@@ -52,7 +53,8 @@ def _machine(result: Result) -> str:
 
 def _decode(result: Result) -> Iterator[str]:
     yield (
-        "A token reads all weights once. The shares are of the memory's read speed between the "
+        f"A token reads all weights and states once, behind {DEPTH:,} others, whose state is made "
+        "up (llama.cpp's begin a text). The shares are of the memory's read speed between the "
         "turns, by numpy and by `bench/read_speed.c`, both in huge pages. Memory is not equally "
         "fast everywhere, on virtual machines by a tenth and more, and who reads does not choose; "
         "so the C program also reads the very weights, where they lie in memory."
@@ -67,12 +69,13 @@ def _decode(result: Result) -> Iterator[str]:
 
 
 def _decode_row(name: str, found: Result) -> tuple[str, ...]:
-    rates, size = _rates(found), found["facts"]["native"]["weight_bytes"]
+    rates, native = _rates(found), found["facts"]["native"]
+    size = native["weight_bytes"] + native["state_bytes"]
     reads = {kind: median(v for entry in found["rounds"] for v in entry[kind]) for kind in READS}
     memory = max(entry["native"]["rss"] for entry in found["rounds"])
     return (
         STORAGES[name].label,
-        _gigabytes(size),
+        _gigabytes(native["weight_bytes"]),
         *(f"{rates[kernels]:.2f} tok/s" for kernels in ("native", "stock")),
         f"{rates['native'] / rates['stock']:.2f}",
         f"{rates['llama']:.2f} tok/s",

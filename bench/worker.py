@@ -17,13 +17,17 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.export.artifact import Artifact
+from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
+from rgexport.runtimes.bench import synthetic_state
 from rgexport.runtimes.engines import open_session
 from rgexport.runtimes.process_memory import rss_bytes
 from rgexport.runtimes.session import Session
 
 WARM_UP_SECONDS = 3.0
 """Engines move their weights in the background."""
+DEPTH = 4096
+"""Tokens before single ones that are timed: more than the window, so a step reads all states."""
 
 
 class Worker:
@@ -39,7 +43,7 @@ class Worker:
             env=os.environ | {NO_NATIVE: "" if native else "1"},
         )
         self.facts = self._answer()
-        """`kernels`, `engine`, `weight_bytes`, `load_seconds`."""
+        """`kernels`, `engine`, `weight_bytes`, `state_bytes`, `load_seconds`."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +58,7 @@ class Worker:
         self._process.wait()
 
     def measure(self, test: str, length: int) -> dict[str, Any]:
-        """Takes a prompt (`pp`) or single tokens (`tg`): their `rate` a second, and `rss`."""
+        """Takes a prompt (`pp`), or single tokens behind others (`tg`): their `rate`, and `rss`."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps([test, length]) + "\n")
@@ -77,32 +81,39 @@ def main() -> None:
     session = open_session(artifact)
     took = time.perf_counter() - began
     info = session.info
+    behind = synthetic_state(session.get_state(), DEPTH, np.random.default_rng(0))
     while time.perf_counter() < began + took + WARM_UP_SECONDS:
-        timed(session, "tg", 4)
+        timed(session, behind, "tg", 4)
     _say(
         kernels=info.kernels,
         engine=f"{info.engine} {info.engine_version}",
         weight_bytes=info.weight_bytes,
+        state_bytes=info.state_bytes,
         load_seconds=took,
     )
     for line in sys.stdin:
         test, length = json.loads(line)
-        _say(rate=length / timed(session, test, length), rss=rss_bytes())
+        _say(rate=length / timed(session, behind, test, length), rss=rss_bytes())
 
 
 def _say(**answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def timed(session: Session, test: str, length: int) -> float:
-    """Seconds for `length` random tokens from an empty state, after one that is not counted."""
+def timed(session: Session, behind: State, test: str, length: int) -> float:
+    """Seconds for a prompt (`pp`) of random tokens, or for single ones `behind` others (`tg`).
+
+    One more token runs first, and is not counted.
+    """
     tokens = np.random.default_rng(length).integers(0, session.vocab_size, (1, length))
     session.step(tokens[:, 0])
-    session.reset()
-    began = time.perf_counter()
     if test == "pp":
+        session.reset()
+        began = time.perf_counter()
         session.prefill(tokens)
     else:
+        session.set_state(behind)
+        began = time.perf_counter()
         for token in tokens[0]:
             session.step(token[None])
     return time.perf_counter() - began

@@ -201,10 +201,10 @@ class Product {
   Exact<double> expected_, in_bfloat16_, sizes_;  // sizes_: of all terms that are added
 };
 
-// The product as the op calls for it: rows of weights in two parts, or panel by panel.
-void run(const QuantKernels& kernels, const Product& product, const Shape& shape, bool few, float* y) {
+// The product as the op calls for it: rows of weights in parts.
+void run(const QuantKernel& kernel, const Product& product, const Shape& shape, int64_t part,
+         float* y) {
   const QuantMatrix w = product.matrix();
-  const QuantKernel kernel = few ? kernels.few : kernels.many(w);
   const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
   const int64_t rows = (shape.count + kernel.rows - 1) / kernel.rows * kernel.rows;
   const Exact<int8_t> codes(rows * stride);
@@ -214,29 +214,38 @@ void run(const QuantKernels& kernels, const Product& product, const Shape& shape
   const Exact<int32_t> starts(rows * start_count);
   const Activations a = {shape.count,   stride,      codes.data(), blocks,
                          scales.data(), sums.data(), start_count,  starts.data()};
+  for (int64_t i = 0; i < shape.count * shape.rows; ++i) y[i] = NAN;
   for (int64_t m = shape.count - 1; m >= 0; --m)
     kernel.round(w, product.x() + m * shape.columns, a, m);
-  const int64_t panels = shape.count % 2 ? kernels.most_panels : 1;
-  const int64_t part = few ? shape.rows / 3 + 1 : kernels.panel * panels;
   for (int64_t first = 0; first < shape.rows; first += part)
     kernel.multiply(w, a, first, std::min(first + part, shape.rows), y);
 }
 
 int64_t check(const Set& set, const Product& product, const Shape& shape, const Kind& kind) {
   int64_t failed = 0;
-  for (const bool few : {true, false}) {
-    if (few && shape.count > 5) continue;
-    const Exact<float> y(shape.count * shape.rows);
-    for (size_t i = 0; i < y.size(); ++i) y[i] = NAN;
-    run(set.kernels, product, shape, few, y.data());
-    const bool in_bfloat16 = !few && kind.block < 64 && !std::strcmp(set.name, "amx");
-    if (const int64_t wrong = product.wrong(y.data(), in_bfloat16)) {
-      ++failed;
-      std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d: %d of %d wrong\n",
-                  set.name, few ? "few" : "many", int(shape.count), int(shape.rows),
-                  int(shape.columns), kind.bits, int(kind.block), kind.zero_points, kind.whole,
-                  int(wrong), int(y.size()));
-    }
+  const auto tell = [&](const char* kernel, int64_t wrong, const char* what) {
+    if (!wrong) return;
+    ++failed;
+    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d: %d of %d %s\n",
+                set.name, kernel, int(shape.count), int(shape.rows), int(shape.columns), kind.bits,
+                int(kind.block), kind.zero_points, kind.whole, int(wrong),
+                int(shape.count * shape.rows), what);
+  };
+  const Exact<float> y(shape.count * shape.rows), other(shape.count * shape.rows);
+  const int64_t panels = shape.count % 2 ? set.kernels.most_panels : 1;
+  run(set.kernels.many(product.matrix()), product, shape, set.kernels.panel * panels, y.data());
+  const bool in_bfloat16 = kind.block < 64 && !std::strcmp(set.name, "amx");
+  tell("many", product.wrong(y.data(), in_bfloat16), "wrong");
+  if (shape.count > 5) return failed;
+
+  const int64_t part = shape.rows / 3 + 1;
+  run(set.kernels.few[0], product, shape, part, y.data());
+  tell("few", product.wrong(y.data(), false), "wrong");
+  for (int reading = 1; reading < kReadings; ++reading) {
+    run(set.kernels.few[reading], product, shape, part, other.data());
+    int64_t differing = 0;
+    for (size_t i = 0; i < y.size(); ++i) differing += std::memcmp(&y[i], &other[i], sizeof y[i]) != 0;
+    tell("few", differing, "not the same in every reading");
   }
   return failed;
 }

@@ -45,17 +45,6 @@ Registers cpuid(uint32_t leaf, uint32_t part = 0) {
 constexpr bool has(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
 constexpr uint32_t bit(int index) { return uint32_t{1} << index; }
 
-bool is_made_by(const char* maker) {
-  const Registers r = cpuid(0);
-  const uint32_t name[] = {r.ebx, r.edx, r.ecx};
-  return !std::memcmp(name, maker, sizeof name);
-}
-
-uint32_t family() {
-  const uint32_t eax = cpuid(1).eax;
-  return (eax >> 8 & 15) + (eax >> 20 & 255);
-}
-
 // The registers that the operating system saves: XCR0, or none.
 uint64_t saved_registers() {
   if (!has(cpuid(1).ecx, bit(27))) return 0;  // OSXSAVE
@@ -151,12 +140,6 @@ const Level& level() {
 InstructionSet instruction_set() { return level().set; }
 
 const char* instruction_set_name() { return level().name; }
-
-#if defined(__x86_64__)
-bool is_intel() { return is_made_by("GenuineIntel"); }
-
-bool is_zen4() { return is_made_by("AuthenticAMD") && family() == 0x19; }
-#endif
 
 const char* level_name(size_t index) { return index < kCount ? kLevels[index].name : nullptr; }
 

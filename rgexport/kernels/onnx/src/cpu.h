@@ -13,10 +13,6 @@ InstructionSet instruction_set();
 
 const char* instruction_set_name();
 
-// On x86-64. These read memory each in its own way: Intel's, and AMD's Zen 4 (or 3).
-bool is_intel();
-bool is_zen4();
-
 // The name of level `index` of this architecture, or null after the last one. These are the words
 // for RGEXPORT_CPU; library.py refuses any other.
 const char* level_name(size_t index);

@@ -5,6 +5,7 @@
 // result does not depend on the number of threads.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace rgexport {
@@ -65,11 +66,14 @@ struct SoftmaxState {
   float *largest, *sum;
 };
 
+constexpr int kStreams = 3;
+
 struct FloatKernels {
   int64_t lanes;  // floats of a vector
   void (*product)(const Product&);
-  // The same for few rows and a b without gaps, at the speed at which b can be read.
-  void (*stream)(const Product&);
+  // The same for few rows and a b without gaps, at the speed at which b can be read. All give the
+  // same result, and only read b in different ways; each may be the fastest one somewhere.
+  std::array<void (*)(const Product&), kStreams> stream;
   // to[column, row] = factor · from[row, column]; `to` has rows of `lanes` floats, padded with 0.
   void (*transpose)(const float* from, int64_t rows, int64_t columns, float factor, float* to,
                     int64_t lanes);

@@ -12,7 +12,7 @@ FloatKernels float_kernels() {
   FloatKernels table;
   table.lanes = kLanes;
   table.product = product;
-  table.stream = stream;
+  table.stream = {stream<Cache::kL2>, stream<Cache::kL1>, stream<Cache::kNone>};
   table.transpose = transpose;
   table.softmax = softmax;
   table.rg_lru = rg_lru;

@@ -1,6 +1,7 @@
 // All ops; each is implemented in the file of its name.
 #pragma once
 
+#include "fastest.h"
 #include "op.h"
 #include "upcoming.h"
 
@@ -34,6 +35,7 @@ class QuantLinears {
   int matrices_;
   int64_t columns_, bits_, block_, rows_[kMost];
   Upcoming upcoming_;
+  Telling telling_;
 };
 
 template <int kCount>
@@ -59,6 +61,7 @@ class RgLruScan {
 
  private:
   Upcoming upcoming_;
+  Telling telling_;
 };
 
 // q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, window, D], position_ids [B, T]

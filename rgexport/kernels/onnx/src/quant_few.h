@@ -2,24 +2,11 @@
 #pragma once
 
 #include "quant_layout.h"
+#include "reading.h"
 
 namespace rgexport {
 
-// How weights are read.
-template <class Simd>
-struct AnyReading {
-  static constexpr int kRows = 2;  // at a time: more are read from too many places at once
-  template <int kBits>
-  static constexpr bool kFetched = true;  // by hand, before the processor does
-  static constexpr int64_t kNear = 0;  // bytes that they are brought into L1 by; 0: not by hand
-  static typename Simd::Int line(const uint8_t* p) { return Simd::load(p); }
-};
-
-// A Simd that reads them better in another way specializes it.
-template <class Simd>
-struct Reading : AnyReading<Simd> {};
-
-template <class Simd>
+template <class Simd, class Reading>
 class QuantFew : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
   using Base::kCacheLine;
@@ -35,7 +22,7 @@ class QuantFew : QuantLayout<Simd> {
   template <int kBits, int kBlockLanes>
   static void stream(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
-    constexpr int kRows = Reading<Simd>::kRows;
+    constexpr int kRows = Reading::kRows;
     const Shape shape(w);
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
@@ -107,7 +94,7 @@ class QuantFew : QuantLayout<Simd> {
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
             if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
-            const Int weights = Reading<Simd>::line(data + r * shape_.row_bytes + l * kVector);
+            const Int weights = Simd::load_once(data + r * shape_.row_bytes + l * kVector);
             dots[r] = line_dot(dots[r], weights, codes + l * kLineCodes);
           }
         for (int r = 0; r < kRows; ++r)
@@ -132,7 +119,7 @@ class QuantFew : QuantLayout<Simd> {
       const Float x_scales = Simd::load_float(x_scales_ + block);
       const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
-        fetch(scales_ + kRows * block + r * kLanes + kAheadBlocks);
+        fetch_into<Reading::kCache>(scales_ + kRows * block + r * kLanes + kAheadBlocks);
         const Float scales = Simd::load_first(scales_ + r * shape_.blocks + block, left);
         const Float product = Simd::mul(scales, x_scales);
         Simd::store_float(products[r], product);
@@ -144,13 +131,8 @@ class QuantFew : QuantLayout<Simd> {
     }
 
     static void fetch_ahead(const uint8_t* here) {
-      constexpr int64_t kNear = Reading<Simd>::kNear;
-      if constexpr (kNear > 0) __builtin_prefetch(here + kNear);
-      fetch(here + kAhead);
-    }
-
-    static void fetch(const void* p) {
-      if constexpr (Reading<Simd>::template kFetched<kBits>) Simd::prefetch(p);
+      if constexpr (Reading::kNear > 0) fetch_into<Cache::kL1>(here + Reading::kNear);
+      fetch_into<Reading::kCache>(here + kAhead);
     }
 
     // One line of weights times the activations that it meets: a sum for each lane.

@@ -15,6 +15,12 @@ struct Products {
   QuantMatrix w[QuantLinears::kMost];
   float* y[QuantLinears::kMost];
 
+  int64_t rows() const {
+    int64_t sum = 0;
+    for (int i = 0; i < matrices; ++i) sum += w[i].rows;
+    return sum;
+  }
+
   // body(i, first, last) for the rows of each matrix that are in [first, last) of the rows of all.
   template <class Body>
   void each(int64_t first, int64_t last, const Body& body) const {
@@ -91,17 +97,13 @@ const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& da
 
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
 // while it rounds the activations, for itself: that takes less time than to wait for another.
-bool stream(Context& context, const Products& all, const float* x, int64_t count,
-            const Upcoming& upcoming) {
-  const QuantKernel& kernel = quant_kernels().few;
+bool stream(Context& context, const QuantKernel& kernel, const Products& all, const float* x,
+            int64_t count, const Upcoming& upcoming) {
   const QuantMatrix& format = all.w[0];
-  const int64_t row_bytes = format.row_bytes();
-  int64_t rows = 0;
+  const int64_t row_bytes = format.row_bytes(), rows = all.rows();
   Span weights[QuantLinears::kMost];
-  for (int i = 0; i < all.matrices; ++i) {
-    rows += all.w[i].rows;
+  for (int i = 0; i < all.matrices; ++i)
     weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
-  }
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
   const Rounded rounded(kernel, format, parts.parts() * count);
   if (!rounded) return false;
@@ -122,6 +124,14 @@ bool stream(Context& context, const Products& all, const float* x, int64_t count
     next.fetch(own, parts.parts());
   });
   return true;
+}
+
+// Of quant_kernels().few, the one that reads weights of this format best.
+Fastest<kReadings>& reading_of(const QuantMatrix& format) {
+  static Fastest<kReadings> all[2][5];
+  int size = 0;
+  while (16 << size < format.block) ++size;
+  return all[format.bits == 8][size];
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
@@ -207,7 +217,11 @@ const char* QuantLinears::run(Context& context) const {
   if (count == 0) return nullptr;
 
   const float* rows = x.as<float>();
-  const bool enough = count < quant_kernels().most_few ? stream(context, all, rows, count, upcoming_)
+  const auto few = [&](int reading) {
+    return stream(context, quant_kernels().few[reading], all, rows, count, upcoming_);
+  };
+  const int64_t amount = telling_.amount(all.rows() * all.w[0].row_bytes(), count);
+  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0]).run(amount, few)
                                                        : multiply(context, all, rows, count);
   return enough ? nullptr : "QuantLinear: out of memory";
 }

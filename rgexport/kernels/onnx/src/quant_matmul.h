@@ -9,6 +9,7 @@
 // amx_bf16.h.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -54,9 +55,12 @@ struct QuantKernel {
   int64_t rows = 1;  // of activations that lie together: there is memory for whole groups of them
 };
 
+constexpr int kReadings = 5;
+
 struct QuantKernels {
-  // For few rows of activations: as fast as the weights can be read.
-  QuantKernel few;
+  // For few rows of activations: as fast as the weights can be read. All give the same result, and
+  // only read the weights in different ways; each may be the fastest one somewhere.
+  std::array<QuantKernel, kReadings> few;
   // For many, by panels of weights that are unpacked once for all rows.
   QuantKernel (*many)(const QuantMatrix&);
   int64_t most_few;  // from this number of rows on, `many` is the faster one

@@ -2,14 +2,14 @@
 // each processor with AMX is Intel's, and has it.
 #include "amx_bf16.h"
 #include "amx_int8.h"
-#include "quant_few_avx512.h"
 #include "quant_matmul_template.h"
+#include "simd_avx512.h"
 
 namespace rgexport {
 
 namespace {
 
-using Few = QuantMatmul<Avx512Intel>;
+using Few = QuantMatmul<Avx512>;
 
 QuantKernel many(const QuantMatrix& w) {
   return w.block < 64 ? AmxBf16::kernel() : AmxInt8::kernel();

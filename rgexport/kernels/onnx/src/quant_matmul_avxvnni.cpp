@@ -4,12 +4,6 @@
 
 namespace rgexport {
 
-// As Reading<Avx512Intel>, for two rows: a tenth faster, on a Xeon with the cores of such clients.
-template <>
-struct Reading<AvxVnni> : AnyReading<AvxVnni> {
-  static constexpr int64_t kNear = 4096;
-};
-
 QuantKernels quant_kernels_avxvnni() { return QuantMatmul<AvxVnni>::kernels(); }
 
 }  // namespace rgexport

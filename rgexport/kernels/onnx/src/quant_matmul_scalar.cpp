@@ -21,6 +21,7 @@ struct Scalar {
     std::memcpy(&x, p, 16);
     return x;
   }
+  static Int load_once(const void* p) { return load(p); }
   static void store(void* p, Int x) { std::memcpy(p, &x, 16); }
   static Int zero() { return broadcast(0); }
   static Int words(int32_t a, int32_t b, int32_t c, int32_t d) {
@@ -69,7 +70,6 @@ struct Scalar {
     }
     return load(lanes);
   }
-  static void prefetch(const void*) {}
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }

@@ -25,6 +25,7 @@ struct Layer {
   Gate gates[2];  // of the input, of the recurrence
   const int64_t* positions;
   float *h, *present;
+  void (*stream)(const Product&);
 
   bool few() const { return rows <= kFewRows; }
   int64_t most_columns() const { return few() || block < kColumns ? block : kColumns; }
@@ -56,7 +57,7 @@ void multiply_gate(const Layer& layer, const Gate& gate, const Part& part) {
   const float* bias = gate.bias + part.head * block + part.first;
   for (int64_t row = 0; row < part.rows; ++row)
     std::memcpy(y + row * layer.channels, bias, columns * sizeof(float));
-  (layer.few() ? floats().stream : floats().product)(task);
+  (layer.few() ? layer.stream : floats().product)(task);
 }
 
 // The rows of a batch lie one sequence after another: those of a part may be of several.
@@ -128,19 +129,24 @@ const char* RgLruScan::run(Context& context) const {
   float* present = context.output(1, present_dims, 2);
   float* gates[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
   if (!h || !present || !gates[0] || !gates[1]) return nullptr;
-  const Layer layer = {x.dims[1], x.dims[0] * x.dims[1], block, channels,
-                       x.as<float>(), decay.as<float>(), state.as<float>(),
-                       {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
-                        {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
-                       positions.as<int64_t>(), h, present};
+  Layer layer = {x.dims[1], x.dims[0] * x.dims[1], block, channels,
+                 x.as<float>(), decay.as<float>(), state.as<float>(),
+                 {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
+                  {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
+                 positions.as<int64_t>(), h, present, nullptr};
 
   Ranges threads(heads * layer.parts_of_head(), 1, processors());
   Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
-  context.parallel_for(threads.parts(), [&](size_t own) {
-    const int64_t head = threads.first(own) / layer.parts_of_head();
-    for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
-    threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });
-    next.fetch(own, threads.parts());
+  static Fastest<kStreams> stream;
+  stream.run(telling_.amount(2 * weights[0].size() * 4, layer.rows), [&](int way) {
+    layer.stream = floats().stream[way];
+    context.parallel_for(threads.parts(), [&](size_t own) {
+      const int64_t head = threads.first(own) / layer.parts_of_head();
+      for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
+      threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });
+      next.fetch(own, threads.parts());
+    });
+    return way;
   });
   return nullptr;
 }

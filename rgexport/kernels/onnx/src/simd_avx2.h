@@ -18,6 +18,7 @@ struct Avx2 {
   using Float = __m256;
 
   static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+  static Int load_once(const void* p) { return load(p); }
   static void store(void* p, Int x) { _mm256_storeu_si256(static_cast<Int*>(p), x); }
   static Int zero() { return _mm256_setzero_si256(); }
   static Int broadcast(int32_t x) { return _mm256_set1_epi32(x); }
@@ -44,7 +45,6 @@ struct Avx2 {
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Float zero_float() { return _mm256_setzero_ps(); }
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
@@ -119,9 +119,6 @@ struct Avx2 {
 struct AvxVnni : Avx2 {
   static constexpr int kTall = 6;
   static constexpr bool kSignedBytes = false;
-
-  // Into L2, as Avx512IntoL2 does.
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm256_dpbusd_avx_epi32(sum, weights, codes);

@@ -17,6 +17,11 @@ struct Avx512 {
   using Float = __m512;
 
   static Int load(const void* p) { return _mm512_loadu_si512(p); }
+  static Int load_once(const void* p) {
+    Int x = load(p);
+    __asm__("" : "+v"(x));  // GCC would load it for each of its uses
+    return x;
+  }
   static void store(void* p, Int x) { _mm512_storeu_si512(p, x); }
   static Int zero() { return _mm512_setzero_si512(); }
   static Int broadcast(int32_t x) { return _mm512_set1_epi32(x); }
@@ -26,7 +31,14 @@ struct Avx512 {
     return _mm512_set1_epi32(word);
   }
   static Int low_half(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-  static Int high_half(Int x) { return low_half(_mm512_srli_epi16(x, 4)); }
+  static Int high_half(Int x) {
+#if defined(__GFNI__)
+    // Bit i of a byte becomes bit i − 4: a shift crosses bytes, and needs a mask.
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);
+#else
+    return low_half(_mm512_srli_epi16(x, 4));
+#endif
+  }
   static Int flip_sign(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
@@ -42,8 +54,6 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
-  // Into all caches: what is in L2 alone, Zen 5 reads a tenth slower.
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
@@ -126,25 +136,6 @@ struct Avx512 {
     }
   }
 };
-
-// What these read goes into L2: a line that waits for memory would take one of L1's few places for
-// that.
-struct Avx512IntoL2 : Avx512 {
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-};
-
-// Intel's.
-struct Avx512Intel : Avx512IntoL2 {
-#if defined(__GFNI__)
-  // Bit i of a byte becomes bit i − 4: one instruction where a shift crosses bytes and needs a mask.
-  static Int high_half(Int x) {
-    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);
-  }
-#endif
-};
-
-// AMD's Zen 4, which has vectors of half the width.
-struct Avx512Zen4 : Avx512IntoL2 {};
 
 }  // namespace
 }  // namespace rgexport

@@ -19,6 +19,7 @@ struct Neon {
   static Int words(uint8x16_t x) { return vreinterpretq_s32_u8(x); }
 
   static Int load(const void* p) { return words(vld1q_u8(static_cast<const uint8_t*>(p))); }
+  static Int load_once(const void* p) { return load(p); }
   static void store(void* p, Int x) { vst1q_u8(static_cast<uint8_t*>(p), bytes(x)); }
   static Int zero() { return vdupq_n_s32(0); }
   static Int broadcast(int32_t x) { return vdupq_n_s32(x); }
@@ -43,7 +44,6 @@ struct Neon {
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }

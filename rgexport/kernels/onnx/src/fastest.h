@@ -1,0 +1,95 @@
+// Of several ways to one result, that which takes the least time here.
+//
+// Which it is depends on the processor, on its memory, and on the virtual machine around them. So
+// the ways take turns at first, while they do their work: nothing is computed only to be timed.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace rgexport {
+
+template <int kWays>
+class Fastest {
+ public:
+  static constexpr int kTurns = 24;  // of each way, then one is chosen
+
+  Fastest() {
+    for (auto& of_way : costs_)
+      for (auto& cost : of_way) cost.store(kNever, std::memory_order_relaxed);
+  }
+
+  // What body(way) gives. `amount` is how much work it does, or 0 if its time tells nothing.
+  template <class Body>
+  auto run(int64_t amount, const Body& body) {
+    using Clock = std::chrono::steady_clock;
+    const int found = chosen();
+    if (found >= 0 || amount == 0) return body(found >= 0 ? found : 0);
+    const int way = next();
+    const auto began = Clock::now();
+    const auto result = body(way);
+    const std::chrono::duration<float> took = Clock::now() - began;
+    add(way, took.count() / static_cast<float>(amount));
+    return result;
+  }
+
+  // The way that was found, or -1.
+  int chosen() const { return chosen_.load(std::memory_order_relaxed); }
+
+  // Whose turn it is. The order shifts from round to round: a layer may have as many matrices as
+  // there are ways, and one of them would always get the same matrix.
+  int next() {
+    const unsigned turn = turns_.fetch_add(1, std::memory_order_relaxed);
+    return static_cast<int>((turn + turn / kWays) % kWays);
+  }
+
+  // What a turn of `way` cost.
+  void add(int way, float cost) {
+    const int index = taken_[way].fetch_add(1, std::memory_order_relaxed);
+    if (index < kTurns) costs_[way][index].store(cost, std::memory_order_relaxed);
+    for (const auto& taken : taken_)
+      if (taken.load(std::memory_order_relaxed) < kTurns) return;
+    choose();
+  }
+
+ private:
+  static constexpr float kNever = 1e30f;
+
+  void choose() {
+    int best = 0;
+    for (int way = 1; way < kWays; ++way)
+      if (typical(way) < typical(best)) best = way;
+    chosen_.store(best, std::memory_order_relaxed);
+  }
+
+  // The first quartile: other programs make a turn slower, never faster.
+  float typical(int way) const {
+    float costs[kTurns];
+    for (int i = 0; i < kTurns; ++i) costs[i] = costs_[way][i].load(std::memory_order_relaxed);
+    std::nth_element(costs, costs + kTurns / 4, costs + kTurns);
+    return costs[kTurns / 4];
+  }
+
+  std::atomic<float> costs_[kWays][kTurns];
+  std::atomic<int> taken_[kWays] = {};
+  std::atomic<unsigned> turns_{0};
+  std::atomic<int> chosen_{-1};
+};
+
+// Which runs of an op show how fast it reads its weights.
+class Telling {
+ public:
+  // The bytes of weights that a run reads, or 0 if its time tells nothing: the first run may wait for
+  // a disk, few weights may lie in a cache, and several rows have more to compute.
+  int64_t amount(int64_t bytes, int64_t rows) const {
+    constexpr int64_t kLeast = 1 << 20;
+    return ran_.exchange(true, std::memory_order_relaxed) && rows == 1 && bytes >= kLeast ? bytes : 0;
+  }
+
+ private:
+  mutable std::atomic<bool> ran_{false};
+};
+
+}  // namespace rgexport

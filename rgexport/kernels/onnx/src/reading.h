@@ -1,0 +1,30 @@
+// How weights that stream by are read: what is fetched by hand, and how many rows side by side.
+//
+// A line on its way to L1 holds one of the few places that L1 has for such, so on most processors
+// more of them are on their way to L2; but some read slowly out of L2. A load that misses L1 takes
+// one of those places too, unless the line has been brought there before. And some processors' own
+// prefetchers do better, where the arithmetic is quick enough to let them look ahead.
+#pragma once
+
+#include <cstdint>
+
+namespace rgexport {
+namespace {
+
+enum class Cache { kNone, kL1, kL2 };
+
+template <Cache kCache>
+inline void fetch_into(const void* p) {
+  if constexpr (kCache == Cache::kL1) __builtin_prefetch(p);
+  if constexpr (kCache == Cache::kL2) __builtin_prefetch(p, 0, 2);
+}
+
+template <int kRowsAtOnce, Cache kFetchedInto, int64_t kNearBytes = 0>
+struct Reading {
+  static constexpr int kRows = kRowsAtOnce;  // of more, there are too many places to read from
+  static constexpr Cache kCache = kFetchedInto;
+  static constexpr int64_t kNear = kNearBytes;  // ahead of their use, lines come from L2 into L1
+};
+
+}  // namespace
+}  // namespace rgexport

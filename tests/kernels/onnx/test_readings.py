@@ -1,0 +1,69 @@
+"""The ways to read weights: all give the same bits, and the fastest one is found."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from rgexport.kernels.onnx import library
+from rgexport.kernels.onnx.build import SOURCES
+from tests.kernels.onnx.one_node import Arrays, Case, model
+from tests.kernels.onnx.quant_driver import assert_products_right, build_driver
+from tests.kernels.onnx.quant_matrix import random_matrix
+from tests.kernels.onnx.test_float_ops import positions, scan_case
+
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
+HERE = library.kernels().instruction_sets
+
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}")
+
+LARGE: dict[str, Case] = {
+    "QuantLinear": random_matrix(2048, 1100, 4, 128).case(
+        np.random.default_rng(1).standard_normal((1, 1, 2048), np.float32)
+    ),
+    "RgLruScan": scan_case(1, 1, 4, 256, positions(1, 1, 7)),
+}
+"""Ops whose weights are so many that the ways take turns."""
+
+
+def different_results(serialized: bytes, fed: Arrays, runs: int) -> int:
+    """So many, of one session that runs so often."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(library.library()))
+    session = ort.InferenceSession(serialized, options)
+    results = (session.run(None, fed) for _ in range(runs))
+    return len({b"".join(array.tobytes() for array in result) for result in results})
+
+
+@pytest.mark.parametrize("op", LARGE)
+def test_no_way_changes_a_bit(worker, op):
+    """While they take turns, and when one is chosen."""
+    case = LARGE[op]
+    fed = {name: x for name, x in case.given.items() if name not in case.weights}
+    assert worker.submit(different_results, model(case), fed, 200) == 1
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not HERE, reason="no native kernels")
+def test_products(native_objects, tmp_path):
+    objects = {path.name: path for path in native_objects}
+    kernels = {name: objects[f"quant_matmul_{name}.cpp.o"] for name in HERE}
+    assert_products_right([build_driver(COMPILER, tmp_path, kernels)])
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("sanitizer", ["thread", "undefined"])
+def test_the_fastest_is_found(tmp_path, sanitizer):
+    program, source = tmp_path / "fastest", Path(__file__).with_name("fastest_driver.cpp")
+    flags = "-std=c++17", "-Wall", "-Werror", "-O1", "-pthread", f"-fsanitize={sanitizer}"
+    command = [COMPILER, *flags, f"-I{SOURCES / 'src'}", source, "-o", program]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
