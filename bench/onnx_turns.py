@@ -9,6 +9,7 @@ from bench.onnx_models import STORAGES, TRANSFORMER, Storage, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
 from rgexport.export.manifest import DATA_FILE
+from rgexport.page_cache import forget
 from rgexport.processors import usable_processors
 from rgexport.progress import note
 from rgexport.runtimes.roofline import ReadSpeed, roofline
@@ -36,6 +37,7 @@ def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str,
     )
     found = {}
     for name, storage in storages.items():
+        forget(storage.artifact / DATA_FILE)  # read anew, as at a first opening
         with ExitStack() as stack:
             speeds = _read_speeds(stack, threads, storage) if test == "tg" else {}
             workers = {

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-// Microsoft's own compiler defines neither name: it gets the scalar kernels. clang-cl has all.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
