@@ -55,7 +55,7 @@ struct QuantKernel {
   int64_t rows = 1;  // of activations that lie together: there is memory for whole groups of them
 };
 
-constexpr int kReadings = 5;
+constexpr int kReadings = 7;
 
 struct QuantKernels {
   // For few rows of activations: as fast as the weights can be read. All give the same result, and

@@ -24,12 +24,14 @@ class QuantMatmul : QuantLayout<Simd> {
     return {few(), many, kMostFew, QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
   }
 
-  // Each was the fastest one somewhere: in turn, on Intel's servers; there without AVX-512; on Zen 4
-  // for 4 bits; on Zen 5; on Zen 4 for 8 bits. The first is for who cannot tell yet.
+  // Most were the fastest one somewhere: in turn, on Intel's servers; there without AVX-512; on Zen 4
+  // for 4 bits; on Zen 5; on Zen 4 for 8 bits; on Intel with AVX2 for small blocks. The first is for
+  // who cannot tell yet.
   static std::array<QuantKernel, kReadings> few() {
     return {few<Reading<1, Cache::kL2, 2048>>(), few<Reading<2, Cache::kL2, 4096>>(),
             few<Reading<1, Cache::kL2>>(), few<Reading<2, Cache::kL1>>(),
-            few<Reading<1, Cache::kNone>>()};
+            few<Reading<1, Cache::kNone>>(), few<Reading<1, Cache::kL1>>(),
+            few<Reading<1, Cache::kOnce>>()};
   }
 
  private:

@@ -11,12 +11,13 @@
 namespace rgexport {
 namespace {
 
-enum class Cache { kNone, kL1, kL2 };
+enum class Cache { kNone, kL1, kL2, kOnce };
 
 template <Cache kCache>
 inline void fetch_into(const void* p) {
   if constexpr (kCache == Cache::kL1) __builtin_prefetch(p);
   if constexpr (kCache == Cache::kL2) __builtin_prefetch(p, 0, 2);
+  if constexpr (kCache == Cache::kOnce) __builtin_prefetch(p, 0, 0);
 }
 
 template <int kRowsAtOnce, Cache kFetchedInto, int64_t kNearBytes = 0>
