@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench.onnx_models import STORAGES
-from bench.worker import DEPTH
+from bench.run import DEPTH
 
 Result = dict[str, Any]
 READS = "numpy", "c", "weights"

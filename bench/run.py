@@ -22,8 +22,9 @@ from rgexport.runtimes.environment import environment
 from rgexport.runtimes.process_memory import peak_bytes
 
 FOLDER = Path("out/bench")
-DECODE = BenchRequest(prompts=(), tokens=(24,), depths=(4096,), repetitions=3, synthetic=True)
-"""Beyond the window, where a step reads all of it."""
+DEPTH = 4096
+"""Tokens before those that are timed: beyond the window, where a step reads all of it."""
+DECODE = BenchRequest(prompts=(), tokens=(24,), depths=(DEPTH,), repetitions=3, synthetic=True)
 START = "from rgexport.cli import main; main()"
 
 

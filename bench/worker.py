@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from bench.run import DEPTH
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
@@ -26,8 +27,6 @@ from rgexport.runtimes.session import Session
 
 WARM_UP_SECONDS = 3.0
 """Engines move their weights in the background."""
-DEPTH = 4096
-"""Tokens before single ones that are timed: more than the window, so a step reads all states."""
 
 
 class Worker:

@@ -73,6 +73,18 @@ def _info(name: str, dtype: np.dtype, shape: Sequence[int]) -> onnx.ValueInfoPro
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), dims)
 
 
+def open_model(serialized: bytes, *, native: bool = True, threads: int = 2) -> ort.InferenceSession:
+    """A session that has registered our library, unless it is to run the bodies."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    path = library.library()
+    if native:
+        assert path is not None, library.kernels().reason
+        options.register_custom_ops_library(str(path))
+    return ort.InferenceSession(serialized, options)
+
+
 def run_model(
     serialized: bytes,
     fed: Arrays,
@@ -83,15 +95,8 @@ def run_model(
     threads: int = 2,
 ) -> tuple[Arrays, dict[str, int]]:
     """Runs a model with all outputs in buffers of ours; returns them, and how often kernels ran."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    path = library.library()
-    if native:
-        assert path is not None, library.kernels().reason
-        options.register_custom_ops_library(str(path))
     before = library.calls()
-    session = ort.InferenceSession(serialized, options)
+    session = open_model(serialized, native=native, threads=threads)
     values = {n: ort.OrtValue.ortvalue_from_numpy(x) for n, x in fed.items()}
     junk = {n: np.full(shape, np.nan, np.float32) for n, shape in outputs.items()}
     binding = session.io_binding()

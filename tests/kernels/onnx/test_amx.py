@@ -3,8 +3,6 @@
 Everything else in them is AVX-512, which the machine must have.
 """
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from rgexport.kernels.onnx import library
 from rgexport.kernels.onnx.build import SOURCES
+from tests.kernels.onnx.compiler import COMPILER, needs_compiler
 from tests.kernels.onnx.quant_driver import assert_products_right, build_driver
 
 EMULATION = "-include", str(Path(__file__).with_name("amx_emulated.h"))
@@ -20,14 +19,13 @@ VECTORS = "-mfma", "-mgfni", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "
 SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 # GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
 NO_FAKE_STACK = "detect_stack_use_after_return=0"
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
 HERE = library.kernels().instruction_sets
 _CPUINFO = Path("/proc/cpuinfo")
 CPU = _CPUINFO.read_text() if _CPUINFO.exists() else ""
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}"),
+    needs_compiler,
     pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}"),
     pytest.mark.skipif(
         not {"avx512_bf16", "gfni"} <= set(CPU.split()), reason="no bfloat16 or no GFNI here"

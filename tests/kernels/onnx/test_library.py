@@ -106,13 +106,9 @@ def runs_at_once(case) -> int:
     """Runs in the worker: how many of eight runs gave the same as a run alone."""
     from concurrent.futures import ThreadPoolExecutor
 
-    import onnxruntime as ort
+    from tests.kernels.onnx.one_node import model, open_model
 
-    from tests.kernels.onnx.one_node import model
-
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(library.library()))
-    sessions = [ort.InferenceSession(model(case), options) for _ in range(2)]
+    sessions = [open_model(model(case)) for _ in range(2)]
     alone = sessions[0].run(None, {"x": case.inputs["x"]})[0]
     with ThreadPoolExecutor(8) as pool:
         runs = [pool.submit(sessions[i % 2].run, None, {"x": case.inputs["x"]}) for i in range(8)]

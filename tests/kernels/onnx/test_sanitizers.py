@@ -1,7 +1,6 @@
 """All ops under the address, undefined-behaviour and thread sanitizers, on every set here."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 
 from rgexport.kernels.onnx import library
 from rgexport.kernels.onnx.build import SOURCES, build
+from tests.kernels.onnx.compiler import COMPILER
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
 FLAGS = "-std=c++17", "-O1", "-g1", "-fno-sanitize-recover=all", "-pthread"
 HERE = Path(__file__).parent
 

@@ -24,15 +24,10 @@ class Fastest {
   // What body(way) gives. `amount` is how much work it does, or 0 if its time tells nothing.
   template <class Body>
   auto run(int64_t amount, const Body& body) {
-    using Clock = std::chrono::steady_clock;
     const int found = chosen();
     if (found >= 0 || amount == 0) return body(found >= 0 ? found : 0);
-    const int way = next();
-    const auto began = Clock::now();
-    const auto result = body(way);
-    const std::chrono::duration<float> took = Clock::now() - began;
-    add(way, took.count() / static_cast<float>(amount));
-    return result;
+    const Turn turn(*this, amount);
+    return body(turn.way);
   }
 
   // The way that was found, or -1.
@@ -56,6 +51,21 @@ class Fastest {
 
  private:
   static constexpr float kNever = 1e30f;
+
+  // From its beginning to its end, it is the turn of `way`.
+  struct Turn {
+    using Clock = std::chrono::steady_clock;
+    Fastest& all;
+    const float amount;
+    const int way = all.next();
+    const Clock::time_point began = Clock::now();
+
+    Turn(Fastest& all, int64_t amount) : all(all), amount(static_cast<float>(amount)) {}
+    ~Turn() {
+      const std::chrono::duration<float> took = Clock::now() - began;
+      all.add(way, took.count() / amount);
+    }
+  };
 
   void choose() {
     int best = 0;
@@ -85,7 +95,9 @@ class Telling {
   // a disk, few weights may lie in a cache, and several rows have more to compute.
   int64_t amount(int64_t bytes, int64_t rows) const {
     constexpr int64_t kLeast = 1 << 20;
-    return ran_.exchange(true, std::memory_order_relaxed) && rows == 1 && bytes >= kLeast ? bytes : 0;
+    if (ran_.load(std::memory_order_relaxed)) return rows == 1 && bytes >= kLeast ? bytes : 0;
+    ran_.store(true, std::memory_order_relaxed);
+    return 0;
   }
 
  private:

@@ -163,14 +163,11 @@ void product(const Product& p) {
   }
 }
 
-// How far ahead of its use memory is asked for; found by measurement.
-constexpr int64_t kAhead = 8192 / sizeof(float);
-
 // Adds a multiple of a row of b to a row of c.
 template <Cache kCache>
 void add_row(Vector factor, const float* b, int64_t columns, float* c) {
   const auto add = [&](int64_t i, int64_t count) {
-    fetch_into<kCache>(b + i + kAhead);
+    fetch_into<kCache>(b + i + kReadAhead / sizeof(float));
     store(c + i, load(c + i, count) + factor * load(b + i, count), count);
   };
   int64_t i = 0;

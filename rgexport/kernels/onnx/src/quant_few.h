@@ -15,7 +15,6 @@ class QuantFew : QuantLayout<Simd> {
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
-  static constexpr int64_t kAhead = 8192;  // bytes that the weights are prefetched by
 
  public:
   // Columns [first, last) of y, where kBlockLanes lanes of lines share a scale.
@@ -42,7 +41,7 @@ class QuantFew : QuantLayout<Simd> {
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
     // Scales are prefetched with the data that they belong to.
-    static constexpr int64_t kAheadBlocks = kAhead / (4 * kBlockLanes);
+    static constexpr int64_t kAheadBlocks = kReadAhead / (4 * kBlockLanes);
 
    public:
     Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t index,
@@ -132,7 +131,7 @@ class QuantFew : QuantLayout<Simd> {
 
     static void fetch_ahead(const uint8_t* here) {
       if constexpr (Reading::kNear > 0) fetch_into<Cache::kL1>(here + Reading::kNear);
-      fetch_into<Reading::kCache>(here + kAhead);
+      fetch_into<Reading::kCache>(here + kReadAhead);
     }
 
     // One line of weights times the activations that it meets: a sum for each lane.

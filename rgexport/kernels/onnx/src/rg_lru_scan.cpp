@@ -129,24 +129,23 @@ const char* RgLruScan::run(Context& context) const {
   float* present = context.output(1, present_dims, 2);
   float* gates[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
   if (!h || !present || !gates[0] || !gates[1]) return nullptr;
-  Layer layer = {x.dims[1], x.dims[0] * x.dims[1], block, channels,
-                 x.as<float>(), decay.as<float>(), state.as<float>(),
-                 {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
-                  {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
-                 positions.as<int64_t>(), h, present, nullptr};
+  const int64_t rows = x.dims[0] * x.dims[1];
 
-  Ranges threads(heads * layer.parts_of_head(), 1, processors());
-  Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
-  static Fastest<kStreams> stream;
-  stream.run(telling_.amount(2 * weights[0].size() * 4, layer.rows), [&](int way) {
-    layer.stream = floats().stream[way];
+  static Fastest<kStreams> streams;
+  streams.run(telling_.amount(2 * weights[0].size() * 4, rows), [&](int way) {
+    const Layer layer = {x.dims[1], rows, block, channels,
+                         x.as<float>(), decay.as<float>(), state.as<float>(),
+                         {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
+                          {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
+                         positions.as<int64_t>(), h, present, floats().stream[way]};
+    Ranges threads(heads * layer.parts_of_head(), 1, processors());
+    Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
     context.parallel_for(threads.parts(), [&](size_t own) {
       const int64_t head = threads.first(own) / layer.parts_of_head();
       for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
       threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });
       next.fetch(own, threads.parts());
     });
-    return way;
   });
   return nullptr;
 }
