@@ -12,7 +12,7 @@ from rgexport.export.native import STOCK, NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
 from rgexport.progress import warn
-from rgexport.runtimes.huge_pages import huge_pages
+from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.mapped_weights import MappedWeights
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
@@ -118,7 +118,8 @@ class OrtSession:
 
     def reset(self, batch: int = 1) -> None:
         """Forgets everything; from now on `batch` conversations."""
-        self._states = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._manifest.states}
+        specs = self._manifest.states
+        self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_positions = np.zeros((batch, 1), np.int64)

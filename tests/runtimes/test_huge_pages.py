@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rgexport.runtimes.huge_pages import huge_pages
+from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 
 SIZE = 64 << 20
+SHAPES = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 
 
 def _huge_bytes() -> int:
@@ -43,4 +46,28 @@ def test_memory_of_the_block_is_collapsed() -> None:
     assert region[:: SIZE // 7] == b"x" * 8
     if gained == 0:
         pytest.skip("this kernel refuses to collapse")
+    assert gained >= SIZE // 2
+
+
+@given(st.lists(st.tuples(SHAPES, st.sampled_from(["float32", "float16", "int64"])), max_size=6))
+def test_arrays_together_share_nothing_but_the_memory(arrays: list) -> None:
+    named = {str(index): array for index, array in enumerate(arrays)}
+    found = zeros_together(named)
+    assert {name: (a.shape, a.dtype.name) for name, a in found.items()} == named
+    assert not any(array.any() for array in found.values())
+    assert all(array.ctypes.data % 64 == 0 for array in found.values() if array.size)
+    for index, array in enumerate(found.values()):
+        array.fill(index)
+    for index, array in enumerate(found.values()):
+        np.testing.assert_array_equal(array, index)
+
+
+def test_arrays_together_are_in_huge_pages() -> None:
+    before = _huge_bytes()
+    found = zeros_together({str(i): ((1 << 20,), "uint8") for i in range(SIZE >> 20)})
+    for array in found.values():
+        array.fill(1)
+    gained = _huge_bytes() - before
+    if gained == 0:
+        pytest.skip("this kernel gives no huge pages")
     assert gained >= SIZE // 2
