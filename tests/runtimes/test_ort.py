@@ -1,6 +1,8 @@
 """ONNX Runtime sessions against DeepMind's implementation and against the twin."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,27 @@ def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         found = session.prefill(tokens, wanted)
         assert found.shape[1] == min(wanted, 40)
         assert distance(found, every[:, -wanted:]) <= 1e-5
+
+
+LATER_CHUNKS = """
+import sys
+import numpy as np
+from pathlib import Path
+from rgexport.export.artifact import Artifact
+from rgexport.runtimes.ort import PREFILL_CHUNK, OrtSession
+from rgexport.runtimes.process_memory import rss_bytes
+session = OrtSession(Artifact.open(Path(sys.argv[1])))
+for chunks in (1, 1, 3):
+    session.prefill(np.ones((1, chunks * PREFILL_CHUNK), np.int64))
+    print(rss_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds")
+def test_later_chunks_of_a_prompt_take_no_more_memory(demo_artifact: Path) -> None:
+    command = [sys.executable, "-c", LATER_CHUNKS, str(demo_artifact)]
+    first, *later = map(int, subprocess.check_output(command).split())
+    assert max(later) - first < 4 << 20
 
 
 @pytest.mark.parametrize("head_dim", [8, 256])
