@@ -13,6 +13,11 @@ from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 SIZE = 64 << 20
 SHAPES = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 
+needs_huge_pages = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="this kernel has no transparent huge pages",
+)
+
 
 def _huge_bytes() -> int:
     rollup = Path("/proc/self/smaps_rollup").read_text()
@@ -34,9 +39,8 @@ def test_contents_stay() -> None:
     np.testing.assert_array_equal(array, expected)
 
 
+@needs_huge_pages
 def test_memory_of_the_block_is_collapsed() -> None:
-    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
-        pytest.skip("this kernel has no transparent huge pages")
     before, threads = _huge_bytes(), set(threading.enumerate())
     with huge_pages():
         region = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -62,6 +66,7 @@ def test_arrays_together_share_nothing_but_the_memory(arrays: list) -> None:
         np.testing.assert_array_equal(array, index)
 
 
+@needs_huge_pages
 def test_arrays_together_are_in_huge_pages() -> None:
     before = _huge_bytes()
     found = zeros_together({str(i): ((1 << 20,), "uint8") for i in range(SIZE >> 20)})
