@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from rgexport.export.storage import aligned
 from rgexport.runtimes.mappings import Mapping, advise, mappings
 
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
@@ -40,7 +41,7 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
     cache line, so that no vector that is loaded lies in two.
     """
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
-    starts = [0, *accumulate(-(-size // _CACHE_LINE) * _CACHE_LINE for size in sizes)]
+    starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]
     memory = np.zeros(starts.pop() + _CACHE_LINE, np.uint8)
     memory = memory[-memory.ctypes.data % _CACHE_LINE :]
     return {

@@ -239,8 +239,8 @@ def _open(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
-    # It would keep a block for all tensors of a run beside those that the run before it has left:
-    # 180 MB for prompts of a 2B, and no gain in time.
+    # A pattern has a block for all tensors of a run, beside what the first run has left in the
+    # arena: 180 MB for prompts of a 2B, and no gain in time.
     options.enable_mem_pattern = False
     if graph is not None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
