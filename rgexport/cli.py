@@ -24,7 +24,7 @@ from rgexport.cli_options import (
     verbose,
     width_options,
 )
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, one_line
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
@@ -67,20 +67,25 @@ def run(arguments: list[str]) -> int:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "rgexport"
         return _fail(f"{error.format_message()} (see {command} --help)")
-    except (click.ClickException, RequestError) as error:
-        return _fail(str(error))
+    except (click.ClickException, RequestError, OSError) as error:
+        return _fail(error_line(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in CONVERTERS:
             raise
         extra = CONVERTERS[package]
         return _fail(f"this command needs {package}: pip install 'rgexport[{extra}]'")
-    except OSError as error:
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def error_line(error: Exception) -> str:
+    """What is told of an error that a request or the system led to."""
+    if isinstance(error, OSError):
+        return one_line(f"{error.filename or 'the system'}: {error.strerror or error}")
+    return one_line(str(error))
 
 
 def _fail(message: str) -> int:
-    progress.note(f"Error: {' '.join(message.split())}")
+    progress.note(f"Error: {one_line(message)}")
     progress.detail(traceback.format_exc())
     return 2
 

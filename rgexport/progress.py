@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+from rgexport.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -21,8 +23,8 @@ verbose = False
 
 
 def note(text: str) -> None:
-    """Prints a remark."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a remark, without what a terminal would obey."""
+    print(printable(text, kept="\n\t"), file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:

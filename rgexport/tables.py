@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rgexport.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,7 +26,10 @@ class Table:
 
 
 def render(parts: Iterable[str | Table]) -> str:
-    """Lines and tables one below another, as wide as the terminal (110 columns elsewhere)."""
+    """Lines and tables one below another, as wide as the terminal (110 columns elsewhere).
+
+    What a terminal would obey is not among them, whatever names a file has.
+    """
     from rich.console import Console
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 110
@@ -32,7 +37,7 @@ def render(parts: Iterable[str | Table]) -> str:
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
     for part in parts:
         if isinstance(part, str):
-            console.print(part, soft_wrap=True)
+            console.print(printable(part, kept="\n"), soft_wrap=True)
         else:
             _print_table(console, part)
     return buffer.getvalue()
@@ -53,7 +58,7 @@ def _print_table(console: "Console", table: Table) -> None:
             overflow="fold",
         )
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*(printable(cell) for cell in row))
     console.print(table.title)
     console.print(grid)
     console.print()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rgexport.errors import RequestError
+from rgexport.regular_file import read_regular
 
 # As in the tokenizer_config.json of google/recurrentgemma-2b-it.
 GEMMA_TEMPLATE = (
@@ -40,10 +41,10 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
 def _read(folder: Path) -> tuple[str, str] | None:
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if jinja.is_file():
-        return jinja.read_text("utf-8"), jinja.name
+        return read_regular(jinja).decode(), jinja.name
     if not config.is_file():
         return None
-    found = json.loads(config.read_text("utf-8")).get("chat_template")
+    found = json.loads(read_regular(config)).get("chat_template")
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
         if "default" not in named:

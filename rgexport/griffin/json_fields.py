@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rgexport.errors import RequestError
+from rgexport.regular_file import read_regular
 
 MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
 _REQUIRED = object()
@@ -20,7 +21,7 @@ def read_json(path: Path) -> "Fields":
         RequestError: the file cannot be read or holds something else.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_regular(path))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -28,6 +29,32 @@ def read_json(path: Path) -> "Fields":
     if not isinstance(values, dict):
         raise RequestError(f"{path} holds {type(values).__name__}; expected a JSON object")
     return Fields(str(path), values)
+
+
+def strict_json(text: bytes) -> Any:
+    """JSON as its standard has it: UTF-8, no key twice, no NaN, no half of a surrogate pair.
+
+    Python's own reader takes all of these, and so reads other things than other readers do.
+
+    Raises:
+        ValueError: it is not that.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse)
+    if b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped surrogate has no UTF-8
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it names a field twice")
+    return found
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 @dataclass(frozen=True)

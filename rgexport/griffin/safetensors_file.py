@@ -4,8 +4,7 @@ Format: 8 bytes little-endian header length, a JSON header
 `{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
 """
 
-import json
-import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.tensor import DTYPES, RowTensor
+from rgexport.regular_file import require_regular
 
 MAX_HEADER_BYTES = 100 << 20
 """The limit of the reference implementation."""
+
+MAX_RANK = 16
+"""Axes of a tensor: no model has more than four."""
 
 FLOATS: dict[str, np.dtype] = {
     "F32": DTYPES["float32"],
@@ -59,11 +63,11 @@ def read_header(path: Path) -> dict[str, Entry]:
             the file's size.
     """
     text, size = _read_text(path)
-    length = len(text)
-    tensors = [pair for pair in _parse(path, text) if pair[0] != _METADATA]
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in tensors]
+    data = 8 + len(text)
+    tensors, _ = _parse(path, text)
+    entries = [_entry(path, name, fields, data) for name, fields in tensors.items()]
     entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
-    _check_extents(path, entries, 8 + length, size)
+    _check_extents(path, entries, data, size)
     return dict(entries)
 
 
@@ -73,16 +77,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         RequestError: the file is no safetensors file, or has something else there.
     """
-    found = dict(_parse(path, _read_text(path)[0])).get(_METADATA, {})
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise RequestError(f"{path} is damaged: its {_METADATA} is no object of texts")
-    return found
+    return _parse(path, _read_text(path)[0])[1]
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The header as it stands in the file, and the file's size."""
     try:
-        size = path.stat().st_size
+        size = require_regular(path)
         with path.open("rb") as file:
             prefix = file.read(32)
             length = int.from_bytes(prefix[:8], "little")
@@ -112,22 +113,22 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
         )
 
 
-def _parse(path: Path, text: bytes) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the header says of each tensor, and the metadata.
 
-    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        pairs[:] = found  # the outermost object comes last
-        return dict(found)
-
+    As strict as the reference implementation, so that no two readers see different tensors.
+    """
     try:
-        header = json.loads(text, object_pairs_hook=keep)
-    except (ValueError, RecursionError):
-        raise RequestError(f"{path} is damaged: its header is not JSON") from None
+        header = strict_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is damaged: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise RequestError(f"{path} is damaged: its header is not a JSON object")
-    if len(header) != len(pairs):
-        raise RequestError(f"{path} is damaged: its header names a tensor twice")
-    return pairs
+    metadata = header.pop(_METADATA, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise RequestError(f"{path} is damaged: its {_METADATA} is no object of texts")
+    return header, metadata
 
 
 def _is_size(value: Any) -> bool:
@@ -144,19 +145,35 @@ def _entry(path: Path, name: str, fields: Any, data: int) -> tuple[str, Entry]:
     shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     dtype = fields.get("dtype")
     if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
-        raise RequestError(f"{path}: tensor {name} has the unknown dtype {dtype!r}")
+        raise RequestError(f"{path}: tensor {name} has the unknown dtype {reprlib.repr(dtype)}")
     if shape is None or offsets is None or len(offsets) != 2:
         raise RequestError(
             f"{path} is damaged: the header of tensor {name} has no valid shape and data_offsets"
         )
     begin, end = offsets
-    nbytes = math.prod(shape) * _ITEM_BITS[dtype] // 8
+    nbytes = _nbytes(shape, _ITEM_BITS[dtype])
+    if nbytes is None:
+        raise RequestError(
+            f"{path} is damaged: tensor {name} cannot be {dtype} in the shape {reprlib.repr(shape)}"
+        )
     if end - begin != nbytes:
         raise RequestError(
             f"{path} is damaged: tensor {name} ({dtype} {shape}) spans {end - begin} bytes; "
             f"expected {nbytes}"
         )
     return name, Entry(path, dtype, tuple(shape), data + begin, nbytes)
+
+
+def _nbytes(shape: list[int], item_bits: int) -> int | None:
+    """The bytes of a tensor; None of one that no array can be, even where an axis is empty."""
+    if len(shape) > MAX_RANK:
+        return None
+    bits = item_bits
+    for size in shape:
+        bits *= max(size, 1)
+        if bits >= 1 << 62:
+            return None
+    return None if bits % 8 else 0 if 0 in shape else bits // 8
 
 
 def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size: int) -> None:

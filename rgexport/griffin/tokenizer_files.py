@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rgexport.regular_file import read_regular
+
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough."""
 TOKENIZER_FILES = (
@@ -32,7 +34,7 @@ def control_token_names(folder: Path) -> dict[str, str]:
     """
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config: dict[str, Any] = json.loads(read_regular(path)) if path.is_file() else {}
     for key, name in names.items():
         value = config.get(key) or name
         names[key] = value["content"] if isinstance(value, dict) else value

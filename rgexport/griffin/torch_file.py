@@ -19,6 +19,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import DTYPES
+from rgexport.regular_file import require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ def locate_tensors(path: Path) -> dict[str, Located | str]:
 def _records(path: Path) -> dict[int, int]:
     """Offset → size of the storages in the zip archive."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise _not_zip(path)

@@ -7,7 +7,6 @@ A string is its length u64 and its bytes.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
+from rgexport.regular_file import require_regular
 
 MAX_HEADER_BYTES = 64 << 20
 """Far above what a vocabulary needs (that of Gemma: 7 MB)."""
@@ -78,9 +78,10 @@ class GgufHeader:
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except (OSError, RequestError):
         return False
 
 
@@ -92,8 +93,8 @@ def read_header(path: Path) -> GgufHeader:
             or the file's size.
     """
     try:
+        size = require_regular(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             return _read(_Header(path, file, size, MAX_HEADER_BYTES))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None

@@ -5,7 +5,6 @@ two formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (toke
 one without a magic number (common/imatrix-loader.cpp).
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rgexport.errors import RequestError
 from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_mix import EMBEDDING
 from rgexport.quantize.gguf_header import GgufHeader, GgufTensor, is_gguf, read_header
+from rgexport.regular_file import require_regular
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""
@@ -89,8 +89,8 @@ def read_imatrix(path: Path) -> Imatrix:
         RequestError: the file cannot be read, is something else, or is damaged.
     """
     try:
+        size = require_regular(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise _not_one(path, f"it has {size} bytes")
             cursor = Cursor(path, file, size, MAX_BYTES)

@@ -20,6 +20,7 @@ from rgexport.quantize.scheme import (
     scheme_from_dict,
     scheme_to_dict,
 )
+from rgexport.regular_file import read_regular
 
 PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
@@ -105,7 +106,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
             tensors in another scheme.
     """
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"cannot read the plan {path}: {error}") from None
     if isinstance(entries, dict) and isinstance(entries.get("plan"), dict):

@@ -16,10 +16,13 @@ from pathlib import Path
 from rgexport.errors import RequestError
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
+from rgexport.regular_file import read_regular
 
 CUT = "\ud800"
 """Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
 
+MAX_BYTES = 256 << 20
+"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -157,7 +160,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     import sentencepiece
 
     engine = sentencepiece.SentencePieceProcessor()
-    engine.LoadFromSerializedProto(path.read_bytes())
+    engine.LoadFromSerializedProto(read_regular(path, MAX_BYTES))
     size = engine.GetPieceSize()
     # User-defined pieces have the score 0; learned ones that look like markup have another.
     special = {
@@ -186,7 +189,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
 def _read_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    layout = json.loads(path.read_text(encoding="utf-8"))
+    layout = json.loads(read_regular(path, MAX_BYTES))
     if not layout["model"].get("byte_fallback"):
         raise RequestError(
             f"{path} is a {layout['model'].get('type')} tokenizer without byte fallback; "

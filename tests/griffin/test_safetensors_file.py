@@ -86,7 +86,7 @@ def test_metadata_that_is_no_object_of_texts(tmp_path: Path, value: object) -> N
 BROKEN: dict[str, tuple[Header | bytes, bytes, str]] = {
     "not JSON": (b"{'a': 1}", b"", "header is not JSON"),
     "deep JSON": (b'{"a":' + b"[" * 100_000, b"", "header is not JSON"),
-    "twice": (b'{"a": {}, "a": {}}', b"", "names a tensor twice"),
+    "twice": (b'{"a": {}, "a": {}}', b"", "names a field twice"),
     "no object": ({"a": 3}, b"", "unknown dtype None"),
     "dtype": ({"a": tensor("F31")}, bytes(8), "tensor a has the unknown dtype 'F31'"),
     "shape": ({"a": tensor(shape=[-2])}, bytes(8), "no valid shape"),

@@ -19,9 +19,12 @@ from rgexport.errors import RequestError
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.progress import warn
+from rgexport.regular_file import read_regular
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces: SentencePiece's numbers, and llama.cpp's."""
+MAX_BYTES = 256 << 20
+"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _RUN = re.compile("▁▁+")
 _PADDING_SCORE = -10_000.0
@@ -129,7 +132,7 @@ def _read_sentencepiece(path: Path) -> _Found:
     # slow to import, and generated without type information
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    model = ModelProto.FromString(path.read_bytes())
+    model = ModelProto.FromString(read_regular(path, MAX_BYTES))
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != _BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
         raise RequestError(
@@ -156,7 +159,7 @@ def _read_sentencepiece(path: Path) -> _Found:
 
 def _read_json(path: Path) -> _Found:
     """A conversion by Hugging Face: merges are in the order of the scores of what they make."""
-    layout = json.loads(path.read_text("utf-8"))
+    layout = json.loads(read_regular(path, MAX_BYTES))
     model = layout["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise RequestError(

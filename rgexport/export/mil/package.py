@@ -14,6 +14,7 @@ from rgexport.export.mil.blob import Blob, BlobFile
 from rgexport.export.mil.program import Description, FileValue, Function
 from rgexport.export.mil.schema import Model
 from rgexport.griffin.json_fields import read_json
+from rgexport.regular_file import read_regular
 
 MANIFEST, DATA = "Manifest.json", "Data"
 SUFFIX = ".mlpackage"
@@ -133,10 +134,7 @@ def _file_names(functions: Mapping[str, Function]) -> set[str]:
 
 def _parse(path: Path) -> Any:
     try:
-        size = path.stat().st_size
-        if size > MAX_MODEL_BYTES:
-            raise RequestError(f"{path} has {size} bytes; a program has at most {MAX_MODEL_BYTES}")
-        content = path.read_bytes()
+        content = read_regular(path, MAX_MODEL_BYTES)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     try:

@@ -1,0 +1,36 @@
+"""Looks at what a path leads to before it is opened: a pipe would wait, and a device never ends."""
+
+import stat
+from pathlib import Path
+
+from rgexport.errors import RequestError
+
+MAX_SETTINGS_BYTES = 32 << 20
+"""Of a file of settings, which is read whole: far above what any of them needs."""
+
+
+def require_regular(path: Path) -> int:
+    """The size of a file.
+
+    Raises:
+        RequestError: it is a folder, a pipe or a device.
+        OSError: there is none.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise RequestError(f"{path} cannot be read: it is {what}; expected a file")
+    return found.st_size
+
+
+def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
+    """The content of a file that is read whole.
+
+    Raises:
+        RequestError: it is a folder, a pipe or a device, or has more than `most` bytes.
+        OSError: it cannot be read.
+    """
+    size = require_regular(path)
+    if size > most:
+        raise RequestError(f"{path} has {size} bytes; expected at most {most}")
+    return path.read_bytes()
