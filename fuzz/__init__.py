@@ -1,0 +1,1 @@
+"""Fuzzers: of the native ops and of the readers of files."""
