@@ -23,7 +23,13 @@ NAMES = (
     "reference.rms",
     "reference.kl",
     "reference.finite",
+    "reference.noise",
+    "reference.row",
+    "reference.shift",
+    "reference.projection",
     "weights.max_steps",
+    "weights.noise",
+    "weights.shift",
     "weights.projection",
     "sites",
 )

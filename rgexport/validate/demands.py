@@ -12,6 +12,7 @@ from rgexport.validate.reference.against import file_checks
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift
 from rgexport.validate.thresholds import Tolerance
+from rgexport.validate.weights.weight_limits import weight_checks
 
 SAME = {
     "steps": "one by one as in a chunk",
@@ -45,7 +46,7 @@ def demands(
     if result.original is not None:
         yield from original_checks(manifest, result.original, limits)
     if result.weights is not None:
-        yield from thresholds.weight_checks(result.weights)
+        yield from weight_checks(result.weights)
     if result.reference is not None:
         yield from file_checks(result.reference, manifest, limits)
 

@@ -37,6 +37,7 @@ from rgexport.validate.speed import measure_speed
 from rgexport.validate.teacher import MakeReference, Pass, SharedPasses, teach, torch_reference
 from rgexport.validate.text import Text, choose_text
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.weight_limits import KINDS
 
 
 def compare(
@@ -177,7 +178,7 @@ def _run(
     )
     held = None
     if reference is not None:
-        held = compare_with_file(session, manifest, reference, before)
+        held = compare_with_file(session, artifact, reference, before)
     return _Run(session.info, measured, held)
 
 
@@ -214,7 +215,7 @@ def _look(
 
 
 def _suspects(result: Result) -> list[Suspect]:
-    failed = [c for c in result.checks if c.kind.startswith("weights.") and not c.passed]
+    failed = [c for c in result.checks if c.kind in KINDS and not c.passed]
     differences = [*result.source.config_differences]
     if result.reference is not None:
         differences += result.reference.config_differences

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from pathlib import Path
@@ -25,13 +25,17 @@ from rgexport.validate.checks import Check
 from rgexport.validate.room import lack_of_room
 from rgexport.validate.schedule import Schedule, choose_schedule, choose_tokens
 from rgexport.validate.teacher import ReferenceModel, torch_reference
+from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.weight_limits import weight_checks
 
 
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     """Compares an artifact with its twin and with the checkpoint that it was made from.
 
-    The references run first, one layer at a time, and are gone when the engine opens the
-    artifact: beside the engine's memory it takes no more than a layer and a few rows of logits.
+    Its weights are compared with the checkpoint's, too: a few tokens' logits in four bits are as
+    near to those of another model. The references run first, one layer at a time, and are gone
+    when the engine opens the artifact: beside the engine's memory it takes no more than a layer
+    and a few rows of logits.
     """
     try:
         return _checked(Artifact.open(path), checkpoint)
@@ -51,11 +55,15 @@ def _checked(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
         return skipped(lack)
     schedule = choose_schedule(manifest)
     tokens = choose_tokens(artifact, schedule.tokens)
+    table = weight_errors(
+        checkpoint.weights, artifact.weights, manifest.tensors, weighted=manifest.weighted
+    )
     models = (manifest.config, artifact.weights), (checkpoint.config, checkpoint.weights)
     references = _references([make(*model) for model in models], tokens, schedule.positions)
     found, engine = _candidate(artifact, tokens, schedule)
     twin, original = (_rows(reference, found, tokens) for reference in references)
-    return _judged(manifest, schedule, engine, twin, original)
+    wrong = _first(_complaints(manifest, table, twin, original))
+    return _judged(wrong, schedule, engine, twin, original)
 
 
 def _references(
@@ -124,11 +132,10 @@ def _rows(reference: np.ndarray, found: np.ndarray, tokens: np.ndarray) -> np.nd
 
 
 def _judged(
-    manifest: Manifest, schedule: Schedule, engine: str, twin: np.ndarray, original: np.ndarray
+    wrong: str, schedule: Schedule, engine: str, twin: np.ndarray, original: np.ndarray
 ) -> CheckRecord:
     """The verdict on rows of `metrics.ROWS` against both references."""
     kl, error = metrics.kl_summary(original), metrics.logit_error(twin)
-    wrong = ", and ".join(_complaints(manifest, error, metrics.logit_error(original)))
     return CheckRecord(
         status="unverified" if wrong else "verified",
         reason=wrong,
@@ -141,6 +148,8 @@ def _judged(
     )
 
 
+_NAMED = 3
+"""Complaints that are told one by one."""
 _WORDS = {
     "twin.logits": "the largest difference from its twin, of the largest logit,",
     "twin.rms": "the difference from its twin (rms, of the logits' spread)",
@@ -149,17 +158,26 @@ _WORDS = {
 
 
 def _complaints(
-    manifest: Manifest, twin: metrics.LogitError, original: metrics.LogitError
+    manifest: Manifest, table: Sequence[WeightError], twin: np.ndarray, original: np.ndarray
 ) -> Iterator[str]:
-    """What is beyond its limit, by the thresholds of `validate`."""
-    limit = thresholds.tolerance(manifest)
-    for check in (
-        Check(name="twin.logits", value=twin.relative_max, limit=limit.logits, reason=""),
-        Check(name="twin.rms", value=twin.relative_rms, limit=limit.rms, reason=""),
-        thresholds.original_rms(manifest, original),
-    ):
+    """What is beyond its limit, by the thresholds of `validate`; rows are of `metrics.ROWS`."""
+    limit, error = thresholds.tolerance(manifest), metrics.logit_error(twin)
+    logits = (
+        Check(name="twin.logits", value=error.relative_max, limit=limit.logits, reason=""),
+        Check(name="twin.rms", value=error.relative_rms, limit=limit.rms, reason=""),
+        thresholds.original_rms(manifest, metrics.logit_error(original)),
+    )
+    for check in (*logits, *weight_checks(table)):
         if check.outcome == "FAIL":
-            yield f"{_WORDS[check.name]} is {check.value:.3g}, beyond {check.limit:.3g}"
+            what = _WORDS.get(check.name, f"{check.name} ({check.reason})")
+            yield f"{what} is {check.value:.3g}, beyond {check.limit:.3g}"
+
+
+def _first(complaints: Iterable[str]) -> str:
+    """Some of them in one line, and how many more there are."""
+    found = list(complaints)
+    rest = [f"{len(found) - _NAMED} more"] if len(found) > _NAMED else []
+    return ", and ".join(found[:_NAMED] + rest)
 
 
 def _number(value: float) -> float | None:

@@ -7,14 +7,12 @@ are reported, and only a ruin fails. Logits are judged by sizes without a unit, 
 relative error means another KL for a model with larger logits.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette
 from rgexport.validate.checks import Check as Check
 from rgexport.validate.metrics import LogitError
-from rgexport.validate.weights.weight_errors import WeightError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,25 +138,6 @@ is taken over the positions that have all logits: the prompts' last ones, and ot
 _GGML_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "int8", "q8_0": "int8"}
 """ggml type → its like above; all other types have fewer bits."""
 
-MAX_STEPS = 0.501
-"""max |W−Ŵ| in steps of the scheme.
-
-Rounding to nearest gives half a step, and 1e-5 more for the float32 arithmetic on 255 levels.
-The step of a palette is twice the error of even levels, which k-means can only lessen.
-"""
-SEARCHED_STEPS = 3.0
-"""The same where levels are chosen for the least squared error: a few outermost weights clip.
-
-Measured on normal, uniform and heavy-tailed weights: up to 1.0, with an importance matrix 2.6.
-"""
-
-PROJECTION = 0.004
-"""|⟨W,Ŵ⟩/⟨W,W⟩ − 1|, clipping apart, beyond five deviations of its rounding noise.
-
-The least squared error weighs clipping itself, and makes weights smaller by up to its square:
-there, half of that is expected, and as much again allowed.
-"""
-
 
 def tolerance(manifest: Manifest) -> Tolerance:
     """The tolerance of an artifact against its twin."""
@@ -188,42 +167,3 @@ def coarsest(manifest: Manifest) -> str:
     if isinstance(scheme, Affine | Palette):
         return f"int{scheme.bits}"
     return scheme.dtype if isinstance(scheme, Float) else _GGML_STORAGE.get(scheme.type, "int4")
-
-
-def weight_checks(errors: Sequence[WeightError]) -> Iterator[Check]:
-    """For each of the two weight checks: the tensor nearest to its limit, and all beyond it."""
-    for make in (_steps_check, _projection_check):
-        checks = sorted((make(error) for error in errors), key=_by_excess, reverse=True)
-        yield from checks[:1]
-        yield from (check for check in checks[1:] if not check.passed)
-
-
-def _by_excess(check: Check) -> tuple[bool, float]:
-    return not check.passed, check.value / check.limit
-
-
-def _steps_check(error: WeightError) -> Check:
-    limit, why = MAX_STEPS, "rounded to nearest"
-    if error.grouped:
-        why = "levels chosen for the least error, no more than that of even ones"
-    elif error.searched:
-        limit, why = SEARCHED_STEPS, "rounded to nearest, steps chosen for the least error"
-    return Check(
-        name=f"weights.{error.name}.max_steps",
-        kind="weights.max_steps",
-        value=error.max_steps,
-        limit=limit,
-        reason=f"{error.scheme}: {why}",
-    )
-
-
-def _projection_check(error: WeightError) -> Check:
-    deviation = error.projection - 1
-    smaller = error.relative_error**2 / 2 if error.searched else 0.0
-    return Check(
-        name=f"weights.{error.name}.projection",
-        kind="weights.projection",
-        value=abs(deviation + smaller if error.searched else deviation - error.clipping),
-        limit=PROJECTION + 5 * error.relative_error / error.values**0.5 + smaller,
-        reason="scales are neither too large nor too small",
-    )

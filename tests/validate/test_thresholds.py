@@ -10,7 +10,6 @@ from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate import thresholds
 from rgexport.validate.thresholds import Check
-from rgexport.validate.weights.weight_errors import WeightError
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["regular"]
@@ -112,34 +111,6 @@ def test_a_palette_is_as_coarse_as_its_bits() -> None:
 )
 def test_a_limit_is_inclusive_and_nan_never_passes(value: float, passed: bool) -> None:
     assert Check(name="n", value=value, limit=1, reason="r").passed is passed
-
-
-def error(name: str, max_steps: float = 0.5, projection: float = 1.0) -> WeightError:
-    return WeightError(
-        name=name,
-        scheme="int4/128",
-        values=10_000,
-        relative_error=0.1,
-        projection=projection,
-        clipping=0,
-        max_steps=max_steps,
-    )
-
-
-def test_the_nearest_tensor_and_every_failing_one_are_named() -> None:
-    table = [error("a", 0.4), error("b", 0.49), error("c", 0.6, 1.02), error("d", np.nan)]
-    found = list(thresholds.weight_checks(table))
-    steps = [c.name for c in found if c.name.endswith("max_steps")]
-    assert sorted(steps) == ["weights.c.max_steps", "weights.d.max_steps"]
-    assert [c.name for c in found if c.name.endswith("projection")] == ["weights.c.projection"]
-    clean = list(thresholds.weight_checks(table[:2]))
-    assert [c.name for c in clean] == ["weights.b.max_steps", "weights.a.projection"]
-    assert all(c.passed for c in clean)
-
-
-def test_clipping_is_no_wrong_scale() -> None:
-    clipped = dataclasses.replace(error("a", projection=0.95), clipping=-0.05)
-    assert all(check.passed for check in thresholds.weight_checks([clipped]))
 
 
 def test_a_tolerance_grows_with_position() -> None:

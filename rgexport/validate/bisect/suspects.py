@@ -100,7 +100,7 @@ def site_evidence(error: SiteError) -> str:
 
 def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:
     for check in failed:
-        tensor, _, measure = check.name.removeprefix("weights.").rpartition(".")
+        tensor, _, measure = check.name.partition(".")[2].rpartition(".")
         found = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
         yield _PART.sub("", tensor), found, check.value / check.limit
 

@@ -18,6 +18,8 @@ from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFi
 from rgexport.validate.reference.stream_errors import LayerError, layer_errors, positions_to_look_at
 from rgexport.validate.source import config_differences
 from rgexport.validate.states import Drift, StateError, worst
+from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
+from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
     "vocab_size",
@@ -62,7 +64,8 @@ class AgainstFile:
     of all positions. Where the artifact's first choice is not among the tokens whose logits the
     file has, what it lacks to the reference's may be more than `largest_flip_margin` counts.
     `states` are those behind the prompts, each of the prompt where it is worst; `drift` the
-    recurrent ones inside the longest prompt. `layers` is there if the artifact was looked into.
+    recurrent ones inside the longest prompt. `weights` are the artifact's against the file's
+    sketches of the reference's. `layers` is there if the artifact was looked into.
     """
 
     path: str
@@ -83,6 +86,7 @@ class AgainstFile:
     likelihood: metrics.Likelihood | None
     states: list[StateError]
     drift: list[Drift]
+    weights: list[SketchError]
     layers: list[LayerError] | None = None
     prompts: list[PromptResult]
 
@@ -113,7 +117,7 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 
 def compare_with_file(
     session: Session,
-    manifest: Manifest,
+    artifact: Artifact,
     reference: ReferenceFile,
     before: dict[int, State] | None = None,
 ) -> AgainstFile:
@@ -121,7 +125,7 @@ def compare_with_file(
 
     Args:
         session: the artifact's.
-        manifest: of the same artifact.
+        artifact: whose weights are compared, too.
         reference: the file.
         before: where it is given, it gets the session's own canonical states before some of the
             file's watched positions, for `stream_errors.layer_errors`.
@@ -129,6 +133,7 @@ def compare_with_file(
     Raises:
         RequestError: see `check_fits`.
     """
+    manifest = artifact.manifest
     check_fits(reference, manifest)
     header, measured = reference.header, _measure_all(session, reference, before)
     rows = np.concatenate([found.rows for found in measured])
@@ -155,6 +160,9 @@ def compare_with_file(
         likelihood=metrics.likelihood(rows, _bytes(header.prompts)),
         states=_worst_states([found.states for found in measured]),
         drift=[drift for found in measured for drift in found.drift],
+        weights=sketch_errors(
+            reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
+        ),
         prompts=[
             _prompt_result(prompt, found)
             for prompt, found in zip(header.prompts, measured, strict=True)
@@ -225,6 +233,7 @@ def file_checks(
         limit=0,
         reason="positions whose logits are not finite",
     )
+    yield from sketch_checks(found.weights)
 
 
 def _bytes(prompts: tuple[PromptRecord, ...]) -> int | None:

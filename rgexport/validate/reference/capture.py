@@ -17,7 +17,10 @@ from rgexport.export.origin import folder_of
 from rgexport.export.verified import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import State, state_specs, zero_state
+from rgexport.griffin.tensor import WeightSource
 from rgexport.hashing import FileRecord
 from rgexport.progress import amount, note, task
 from rgexport.runtimes.environment import environment
@@ -30,12 +33,14 @@ from rgexport.validate.reference.reference_file import (
     PromptRecord,
     checkpoint_name,
     checkpoint_specs,
+    sketch_name,
     state_name,
     stored_shape,
 )
 from rgexport.validate.reference.reference_layout import Layout, choose_layout
 from rgexport.validate.reference.reference_writer import is_reference, write_reference
 from rgexport.validate.teacher import ReferenceModel
+from rgexport.validate.weights.sketch import sketch
 
 GREEDY_TOKENS = 32
 
@@ -102,6 +107,7 @@ def capture(
     header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
     arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
     arrays |= _state_arrays(header, run.states)
+    arrays |= sketch_arrays(checkpoint.config, checkpoint.weights)
     write_reference(target, header, arrays | {"activations": run.activations}, force=force)
     return target
 
@@ -178,6 +184,18 @@ def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str
             stacked = np.concatenate([state[spec.name] for state in inside])
             arrays[checkpoint_name(index, spec)] = stacked
     return arrays
+
+
+def sketch_arrays(config: GriffinConfig, weights: WeightSource) -> dict[str, np.ndarray]:
+    """Sketches of all tensors that an artifact may hold, and the sums of their squares."""
+    names = list(model_tensors(config))
+    found, squares = {}, []
+    with task("Sketching the weights", sum(weights[name].nbytes for name in names)) as advance:
+        for name in names:
+            found[sketch_name(name)], square = sketch(weights[name])
+            squares.append(square)
+            advance(weights[name].nbytes)
+    return found | {"squares": np.array(squares)}
 
 
 def _records(

@@ -18,6 +18,8 @@ there as they are. The others are condensed (see `condensed`), K kept tokens in 
 | `states.{prompt}.{state}` | canonical, without batch | keys and values: no zeros at the front |
 | `checkpoints.{prompt}.{state}` | [C, …], canonical | behind `PromptRecord.checkpoints` tokens |
 | `activations` | [A, layers, width] | float32, at the positions `Header.watched` |
+| `weights.{tensor}` | see `weights.sketch.SketchShape` | float32: a sketch of the checkpoint's |
+| `squares` | [tensors], in the order of `griffin.layout` | float64: Σ W² of each |
 
 At checkpoints there are no keys and values: those of a whole window are 33 MB in a 2B, and the
 ones at the prompt's end tell of the last window what they would.
@@ -30,12 +32,14 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.hashing import FileRecord
 from rgexport.validate.reference.condensed import Condensed, Tail
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no sketches of the weights, and could not tell them from other ones."""
 METADATA = "rgexport_reference"
 SUMS = "log_sum_exp", "next_nll", "variance", "mass", "offset", "moved", "floor", "step"
 """Of each position: the log-sum-exp of its logits, -log p of the prompt's next token (0 at the
@@ -171,6 +175,20 @@ class ReferenceFile:
     def activations(self, place: int) -> np.ndarray:
         """The residual stream [layers, width] behind each layer, at one of `Header.watched`."""
         return self.arrays["activations"].read(place, place + 1)[0]
+
+    def sketch(self, tensor: str) -> np.ndarray:
+        """The sketch of a tensor, [rows, width] float32; see `weights.sketch`."""
+        return self.arrays[sketch_name(tensor)].whole()
+
+    def square(self, tensor: str) -> float:
+        """Σ W² of a tensor."""
+        index = list(model_tensors(self.header.config)).index(tensor)
+        return float(self.arrays["squares"].read(index, index + 1)[0])
+
+
+def sketch_name(tensor: str) -> str:
+    """Of the array that holds the sketch of a tensor."""
+    return f"weights.{tensor}"
 
 
 def state_name(prompt: int, spec: StateSpec) -> str:

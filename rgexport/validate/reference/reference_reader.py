@@ -10,6 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
 from rgexport.export.typed_json import Mismatch, Reader
 from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import RowTensor
@@ -25,9 +26,11 @@ from rgexport.validate.reference.reference_file import (
     ReferenceFile,
     checkpoint_name,
     checkpoint_specs,
+    sketch_name,
     state_name,
     stored_shape,
 )
+from rgexport.validate.weights.sketch import sketch_shape
 
 _EITHER = -1
 """A length that the header does not tell."""
@@ -72,6 +75,11 @@ def _read_header(path: Path) -> Header:
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
                 "update rgexport"
+            )
+        if type(version) is int and version < FORMAT_VERSION:
+            raise RequestError(
+                f"{path} has format version {version}, which says too little of the weights to "
+                "tell the right model by; capture it again with `rgexport reference`"
             )
         header = Reader().read(Header, fields)
         _check_header(header)
@@ -147,6 +155,10 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
         if points := len(prompt.checkpoints):
             for spec in checkpoint_specs(header.config):
                 yield checkpoint_name(index, spec), ("F32", (points, *spec.shape))
+    for name, tensor in model_tensors(header.config).items():
+        sketched = sketch_shape(tensor.shape)
+        yield sketch_name(name), ("F32", (sketched.rows, sketched.width))
+    yield "squares", ("F64", (len(model_tensors(header.config)),))
     if header.watched:
         shape = len(header.watched), header.config.num_layers, header.config.width
         yield "activations", ("F32", shape)
@@ -171,6 +183,11 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
         "kept.ids": _are_ids(ids.whole(), vocab),
         "greedy": all(_are_ids(found, vocab) for found in greedy),
         "sums": bool(np.isfinite(reference.sums).all()),
+        "squares": bool(np.isfinite(reference.arrays["squares"].whole()).all()),
+        "weights": all(
+            np.isfinite(reference.sketch(name)).all()
+            for name in model_tensors(reference.header.config)
+        ),
         "activations": all(
             np.isfinite(reference.activations(place)).all()
             for place in range(len(reference.header.watched))

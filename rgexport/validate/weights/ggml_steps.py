@@ -14,6 +14,8 @@ _HALF = 2.0**-11
 _LEAST = 2.0**-25
 _NEGLIGIBLE = np.float32(2.0**-100)
 """No step is smaller than this: such weights may be stored as zeros."""
+_LEAST_SCALE = 1 / 32
+"""Of the largest scale in a group: half the distance of scales that have 4 bits (q2_k)."""
 
 FLOATS = {"f32": (23, 2.0**-126), "f16": (10, 2.0**-24), "bf16": (7, 2.0**-126)}
 """Type → digits behind the point, smallest step."""
@@ -58,15 +60,7 @@ BLOCKS = {
 
 def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
     """The step at each of the weights [rows, columns]; the columns are whole blocks."""
-    parts = w.reshape(len(w), -1, blocks.size)
-    low, high = parts.min(2), parts.max(2)
-    if blocks.asymmetric:
-        least = np.minimum(low, 0) if blocks.grouped else low
-        exact = (high - least) / np.float32(blocks.below)
-        base = np.abs(least)
-    else:
-        exact = np.maximum(high, -low) / np.float32(blocks.below)
-        base = np.zeros_like(exact)
+    exact, base = _exact_steps(w, blocks)
     # half a step, and what the rounding of scale and minimum adds to it, twice
     moved = blocks.below * np.maximum(exact * _HALF, _LEAST) + np.maximum(base * _HALF, _LEAST)
     step = np.maximum(exact + 2 * moved, _NEGLIGIBLE).astype(np.float32)
@@ -74,6 +68,31 @@ def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
         per = blocks.grouped // blocks.size
         step = np.repeat(step.reshape(len(w), -1, per).max(2), per, axis=1)
     return np.repeat(step, blocks.size, axis=1)
+
+
+def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Of each block: its range over its number of steps, and the magnitude of its minimum."""
+    parts = w.reshape(len(w), -1, blocks.size)
+    low, high = parts.min(2), parts.max(2)
+    if not blocks.asymmetric:
+        exact = np.maximum(high, -low) / np.float32(blocks.below)
+        return exact, np.zeros_like(exact)
+    least = np.minimum(low, 0) if blocks.grouped else low
+    return (high - least) / np.float32(blocks.below), np.abs(least)
+
+
+def own_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """The step of each weight's own block, as rounding to nearest would have it.
+
+    In a group, scales are multiples of a fraction of the largest one: none is much smaller.
+    """
+    own = _exact_steps(w, blocks)[0]
+    if blocks.grouped:
+        per = blocks.grouped // blocks.size
+        groups = own.reshape(len(w), -1, per)
+        least = groups.max(2, keepdims=True) * np.float32(_LEAST_SCALE)
+        own = np.maximum(groups, least).reshape(own.shape)
+    return np.repeat(np.maximum(own, _NEGLIGIBLE), blocks.size, axis=1)
 
 
 def block_grid(w: np.ndarray, blocks: Blocks) -> np.ndarray | None:

@@ -18,6 +18,8 @@ class Yardstick:
 
     Attributes:
         step: at each weight; where rows are `grouped`, of each group, [groups, 1].
+        own: the distance of levels in a weight's own block, at each weight, or of each row,
+            [rows, 1], where `step` is only a bound of it; else None.
         limit: the magnitude, at each weight, beyond which it may be stored as the outermost
             level; None where no level is missing.
         grid: the distance of levels at each weight, without what the rounding of scales adds to
@@ -27,6 +29,7 @@ class Yardstick:
     """
 
     step: np.ndarray
+    own: np.ndarray | None = None
     limit: np.ndarray | None = None
     grid: np.ndarray | None = None
     grouped: bool = False
@@ -57,6 +60,22 @@ class Yardstick:
         clipped = error - (np.clip(nearest, -self.limit, self.limit) - w)
         return np.where(np.abs(clipped) < np.abs(rest), clipped, rest)
 
+    def rounding(self, columns: int) -> np.ndarray:
+        """Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
+
+        An error that is uniform within half a step has the variance step²/12.
+        """
+        square = np.square(self._levels(), dtype=np.float64)
+        return square.sum(1) * (columns / square.shape[1] / 12)
+
+    def total(self, columns: int) -> float:
+        """Σ step over all weights."""
+        levels = self._levels()
+        return float(levels.sum(dtype=np.float64)) * columns / levels.shape[1]
+
+    def _levels(self) -> np.ndarray:
+        return self.step if self.own is None else self.own
+
     def largest(self, error: np.ndarray) -> float:
         """The largest error in steps: of a weight, or the root mean square of a group."""
         if self.grouped:
@@ -83,9 +102,24 @@ def yardstick(name: str, w: np.ndarray, stored: StoredTensor) -> Yardstick:
     return _ggml(w, scheme.type)
 
 
+def shown_steps(name: str, stored_weights: np.ndarray, stored: StoredTensor) -> Yardstick:
+    """The same from the weights that an artifact has, without those that they were made from.
+
+    Where levels are even, the outermost ones tell their distance.
+    """
+    if isinstance(stored.scheme, Palette):
+        return Yardstick(_palette_gaps(stored_weights, stored.scheme))
+    return yardstick(name, stored_weights, stored)
+
+
 def rows_together(scheme: Scheme) -> int:
     """How many rows have one yardstick."""
     return scheme.group if isinstance(scheme, Palette) else 1
+
+
+def is_quantized(scheme: Scheme) -> bool:
+    """Whether weights are stored as integers or indices, and not as floats."""
+    return not isinstance(scheme, Float) and scheme.label not in ggml_steps.FLOATS
 
 
 def is_searched(scheme: Scheme, weighted: bool) -> bool:
@@ -93,9 +127,14 @@ def is_searched(scheme: Scheme, weighted: bool) -> bool:
     if not isinstance(scheme, Ggml):
         return isinstance(scheme, Palette)
     blocks = ggml_steps.BLOCKS.get(scheme.type)
-    if blocks is None:
+    return blocks is not None and (blocks.grouped > 0 or is_weighted(scheme, weighted))
+
+
+def is_weighted(scheme: Scheme, weighted: bool) -> bool:
+    """Whether some weights count more than others, where a file has an importance matrix."""
+    if not (weighted and isinstance(scheme, Ggml) and is_quantized(scheme)):
         return False
-    return blocks.grouped > 0 or (weighted and blocks.below < ggml_steps.BLOCKS["q8_0"].below)
+    return ggml_steps.BLOCKS[scheme.type].below < ggml_steps.BLOCKS["q8_0"].below
 
 
 def _ggml(w: np.ndarray, kind: str) -> Yardstick:
@@ -104,7 +143,8 @@ def _ggml(w: np.ndarray, kind: str) -> Yardstick:
         return Yardstick(_float_steps(w, *ggml_steps.FLOATS[kind]))
     step = ggml_steps.block_steps(w, blocks)
     limit = step * np.float32(blocks.below - 1) if blocks.clips else None
-    return Yardstick(step, limit, ggml_steps.block_grid(w, blocks))
+    own = ggml_steps.own_steps(w, blocks) if blocks.grouped else None
+    return Yardstick(step, own, limit, ggml_steps.block_grid(w, blocks))
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -139,7 +179,7 @@ def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
         # the scale is rounded up, and its product with the integer to nearest
         step = _spread(exact + _spacing(exact), block, w)
         step = step + _spacing(np.abs(w) + step)
-    return Yardstick(step, limit, grid)
+    return Yardstick(step, limit=limit, grid=grid)
 
 
 def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
@@ -155,7 +195,21 @@ def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
     largest = np.maximum(high, -low)
     rounded = _spacing(largest) if scheme.lut == "float16" else largest * 2.0**-23
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
-    return Yardstick(np.maximum(step, _AS_GOOD_AS_ZERO), grouped=True)
+    step = np.maximum(step, _AS_GOOD_AS_ZERO)
+    # Half a step is an rms error here, and a step over √12 elsewhere.
+    return Yardstick(step, np.repeat(3**0.5 * step, scheme.group, axis=0), grouped=True)
+
+
+def _palette_gaps(stored_weights: np.ndarray, scheme: Palette) -> np.ndarray:
+    """At each weight, half the distance between the neighbours of its level on both sides."""
+    gaps = np.empty_like(stored_weights)
+    for start in range(0, len(gaps), scheme.group):
+        group = stored_weights[start : start + scheme.group]
+        levels = np.unique(group)
+        if len(levels) < 2:
+            levels = np.append(levels, levels + np.float32(_AS_GOOD_AS_ZERO))
+        gaps[start : start + scheme.group] = np.gradient(levels)[np.searchsorted(levels, group)]
+    return gaps
 
 
 def _spread(blocks: np.ndarray, block: int, w: np.ndarray) -> np.ndarray:

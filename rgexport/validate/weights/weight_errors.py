@@ -19,11 +19,18 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import task
 from rgexport.quantize.scheme import Palette
-from rgexport.validate.weights.steps import is_searched, rows_together, yardstick
+from rgexport.validate.weights.steps import (
+    is_quantized,
+    is_searched,
+    is_weighted,
+    rows_together,
+    yardstick,
+)
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
-_THREADS = 2
+THREADS = 2
+"""That compare weights."""
 _PIECE = 1 << 14
 
 
@@ -34,7 +41,10 @@ class WeightError:
     relative_error: ‖W−Ŵ‖/‖W‖; projection: ⟨W,Ŵ⟩/⟨W,W⟩, 1 for unbiased rounding, 1.02 where
     every scale is 2 % too large; clipping: the part of `projection - 1` that comes from rounding
     to nearest on the levels of the scheme, and from values beyond the outermost level of their
-    block; max_steps: max |W−Ŵ| in steps, clipping apart;
+    block; max_steps: max |W−Ŵ| in steps, clipping apart; noise: ‖W−Ŵ‖² in units of what rounding
+    to nearest makes of it, step²/12 for each weight: 1, whatever they are; shift: the sum of
+    Ŵ−W in units of that of the steps: 0;
+    weighted: whether an importance matrix says which weights may be further off;
     searched: whether the levels of a block were chosen for the least squared error, so that some
     weights clip and all are a little too small; grouped: whether groups of rows share their
     levels, and max_steps is the largest root mean square of W−Ŵ in one of them.
@@ -42,11 +52,15 @@ class WeightError:
 
     name: str
     scheme: str
+    quantized: bool
     values: int
     relative_error: float
     projection: float
     clipping: float
     max_steps: float
+    noise: float
+    shift: float
+    weighted: bool = False
     searched: bool = False
     grouped: bool = False
 
@@ -67,12 +81,16 @@ def weight_errors(
         weighted: whether an importance matrix had a say.
     """
     total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
-    with task("Comparing weights", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
+    with task("Comparing weights", total) as advance, ThreadPoolExecutor(THREADS) as pool:
 
         def measure(name: str) -> WeightError:
             found = tensor_error(name, original[name], twin[name], tensors[name], advance)
-            searched = is_searched(tensors[name].scheme, weighted)
-            return dataclasses.replace(found, searched=searched)
+            scheme = tensors[name].scheme
+            return dataclasses.replace(
+                found,
+                weighted=is_weighted(scheme, weighted),
+                searched=is_searched(scheme, weighted),
+            )
 
         return list(pool.map(measure, tensors))
 
@@ -102,7 +120,7 @@ def tensor_error(
 ) -> WeightError:
     """Compares two tensors of one shape in row slabs; the sums are float64."""
     row_values = math.prod(stored.shape[1:])
-    sums, steps = np.zeros(4), 0.0
+    sums, steps, levels = np.zeros(4), 0.0, np.zeros(3)
     together = rows_together(stored.scheme)
     for start, stop in slab_bounds(stored.shape[0], 4 * row_values, _SLAB_BYTES, together):
         w, twin_w = (
@@ -113,16 +131,21 @@ def tensor_error(
             error, measure = twin_w - w, yardstick(name, w, stored)
             steps = max_or_nan(steps, measure.largest(measure.without_clipping(error, w)))
             sums += _products(w, error, measure.beyond_rounding(error, w))
+            noise, moved = measure.rounding(row_values).sum(), error.sum(dtype=np.float64)
+            levels += noise, moved, measure.total(row_values)
         advance(w.nbytes)
     square, along, along_rounding, error_square = sums.tolist()
     return WeightError(
         name=name,
         scheme=stored.scheme.label,
+        quantized=is_quantized(stored.scheme),
         values=math.prod(stored.shape),
-        relative_error=_ratio(error_square, square) ** 0.5,
-        projection=1 + _ratio(along, square),
-        clipping=_ratio(along - along_rounding, square),
+        relative_error=ratio(error_square, square) ** 0.5,
+        projection=1 + ratio(along, square),
+        clipping=ratio(along - along_rounding, square),
         max_steps=steps,
+        noise=ratio(error_square, float(levels[0])),
+        shift=ratio(float(levels[1]), float(levels[2])),
         grouped=isinstance(stored.scheme, Palette),
     )
 
@@ -132,7 +155,7 @@ def max_or_nan(a: float, b: float) -> float:
     return float(np.maximum(a, b))
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
     """0/0 is 0: a tensor of zeros that was stored as zeros has no error."""
     return part / whole if whole else (float("inf") if part else 0.0)
 

@@ -10,6 +10,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State
 from rgexport.runtimes.ort import OrtSession
@@ -30,6 +31,7 @@ from rgexport.validate.reference.stream_errors import LayerError, positions_to_l
 from rgexport.validate.report.file_report import bounded
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.thresholds import tolerance
+from rgexport.validate.weights.weight_limits import KINDS, sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
@@ -63,13 +65,20 @@ def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
     opened = Artifact.open(artifact)
-    return compare_with_file(OrtSession(opened), opened.manifest, reference)
+    return compare_with_file(OrtSession(opened), opened, reference)
 
 
 def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
     found = held(artifact, reference)
     checks = file_checks(found, Artifact.open(artifact).manifest)
-    return [check.name for check in checks if not check.passed]
+    return [check.name for check in checks if not check.passed and check.kind not in KINDS]
+
+
+def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:
+    """Those whose weights are not what the reference's sketches say."""
+    checks = sketch_checks(held(artifact, reference).weights)
+    names = {check.name for check in checks if not check.passed}
+    return {name.removeprefix("reference.").rpartition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("kind", ["int4-exact", "fp16"])
@@ -173,7 +182,7 @@ def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
 def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
     opened = Artifact.open(artifact)
     before: dict[int, State] = {}
-    found = compare_with_file(OrtSession(opened), opened.manifest, reference, before)
+    found = compare_with_file(OrtSession(opened), opened, reference, before)
     assert set(before) == set(reference.header.watched)
     layers = with_layers(found, opened, reference, before).layers
     assert layers is not None and [error.layer for error in layers] == [0, 1, 2]
@@ -224,11 +233,13 @@ def test_a_ruined_artifact_fails(spoil: Spoil, reference: ReferenceFile, kind: s
     part = "data" if kind == "fp32" else "scales"
     folder = spoil(kind, weight=("layers.0.mlp_block.down_proj.weight", part, -4.0))
     assert failed(folder, reference) == ["reference.rms"]
+    assert wrong_tensors(folder, reference) == {"layers.0.mlp_block.down_proj.weight"}
 
 
 def test_logits_that_are_no_numbers_fail(spoil: Spoil, reference: ReferenceFile) -> None:
     folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
     assert failed(folder, reference) == ["reference.rms", "reference.finite"]
+    assert wrong_tensors(folder, reference) == {"final_norm.weight"}
 
 
 def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
@@ -244,6 +255,8 @@ def test_other_weights_are_named_and_judged(clean: Clean, tmp_path: Path) -> Non
     found = held(clean("int4"), reference)
     assert not found.same_files and found.config_differences == ()
     assert failed(clean("fp32"), reference) == ["reference.rms"]
+    for kind in ("fp32", "int4"):
+        assert wrong_tensors(clean(kind), reference) == set(model_tensors(CONFIG))
 
 
 def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> None:
@@ -252,6 +265,7 @@ def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> Non
     assert found.config_differences == ("window: 16 → 12",)
     assert all(error.name.endswith(("rg_lru", "conv1d")) for error in found.states)
     assert "reference.rms" in failed(clean("fp32"), reference)
+    assert wrong_tensors(clean("fp32"), reference) == set()
 
 
 def test_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from rgexport.errors import RequestError
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import state_specs
+from rgexport.griffin.tensor import from_array
 from rgexport.hashing import FileRecord
+from rgexport.validate.reference.capture import sketch_arrays
 from rgexport.validate.reference.condensed import CODES, Condensed, condense
 from rgexport.validate.reference.reference_file import (
     FORMAT_VERSION,
@@ -27,7 +29,7 @@ from rgexport.validate.reference.reference_file import (
 )
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.reference.reference_writer import is_reference, write_reference
-from tests.models import make_config
+from tests.models import make_config, random_weights
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
 LENGTHS, FULL, WATCHED, CHECKPOINTS = (3, 20), (2, 22), (2, 12, 22), (8, 16)
@@ -64,6 +66,9 @@ def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
         "sums": sums,
         "greedy.1": np.array([5, 6]),
         "activations": activations(),
+        **sketch_arrays(
+            CONFIG, {name: from_array(w) for name, w in random_weights(CONFIG).items()}
+        ),
     }
     if bits:
         arrays["codes"] = np.stack([c.tail.codes for c in kept.values()])  # type: ignore[misc]
@@ -222,6 +227,12 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
         ("activations", np.zeros((3, 2, 31), np.float32)),
         ("activations", np.zeros((2, 2, 32), np.float32)),
         ("activations", np.full((3, 2, 32), np.inf, np.float32)),
+        ("squares", np.full(29, np.nan)),
+        ("squares", np.zeros(3)),
+        ("weights.final_norm.weight", None),
+        ("weights.final_norm.weight", np.full((32, 1), np.nan, np.float32)),
+        ("weights.embed_tokens.weight", np.zeros((64, 4), np.float32)),
+        ("weights.lm_head.weight", np.zeros((64, 4), np.float32)),
         ("checkpoints.1.layers.0.rg_lru", None),
         ("checkpoints.1.layers.0.rg_lru", np.zeros((1, 32), np.float32)),
         ("checkpoints.1.layers.0.conv1d", np.zeros((2, 3, 32), np.float64)),
@@ -247,6 +258,7 @@ def test_values_that_cannot_be(tmp_path: Path, array: str, values: np.ndarray | 
     ("change", "line"),
     [
         ({"format_version": FORMAT_VERSION + 1}, "update rgexport"),
+        ({"format_version": 1}, "capture it again"),
         ({"tail_bits": 7}, "is damaged: tail_bits is 7"),
         ({"prompts": ()}, "is damaged: prompts"),
         ({"model": 3}, "is damaged: model is 3"),

@@ -11,9 +11,9 @@ from rgexport.griffin.tensor import from_array
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Ggml
-from rgexport.validate import thresholds
 from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps, norm_steps
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.weight_limits import weight_checks
 from tests.llama_tools import needs_llama_cpp
 
 KINDS = {
@@ -42,7 +42,7 @@ def _error(w: np.ndarray, twin: np.ndarray, kind: str, weighted: bool = False) -
 
 
 def _passes(error: WeightError) -> bool:
-    return all(check.passed for check in thresholds.weight_checks([error]))
+    return all(check.passed for check in weight_checks([error]))
 
 
 @needs_llama_cpp
@@ -61,7 +61,7 @@ def test_what_ggml_stores_is_never_suspected(
     w = (size * KINDS[weights](rng, (64, 512))).astype(np.float32)
     importance = np.exp(rng.normal(size=512)).astype(np.float32) if weighted else None
     error = _error(w, _stored(w, kind, importance), kind, weighted)
-    assert _passes(error), list(thresholds.weight_checks([error]))
+    assert _passes(error), list(weight_checks([error]))
 
 
 @needs_llama_cpp

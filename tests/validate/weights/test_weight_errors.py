@@ -11,8 +11,8 @@ from rgexport.griffin.tensor import from_array
 from rgexport.quantize import palette
 from rgexport.quantize.affine import decode, encode
 from rgexport.quantize.scheme import Affine, Float, FloatDtype, Palette, Scheme
-from rgexport.validate import thresholds
 from rgexport.validate.weights import weight_errors as weights
+from rgexport.validate.weights import weight_limits
 from rgexport.validate.weights.weight_errors import WeightError, tensor_error
 
 
@@ -39,7 +39,7 @@ def error_of(
 
 
 def passes(error: WeightError) -> bool:
-    return all(check.passed for check in thresholds.weight_checks([error]))
+    return all(check.passed for check in weight_limits.weight_checks([error]))
 
 
 schemes = st.builds(
@@ -79,7 +79,7 @@ def test_rounding_to_nearest_is_never_suspected(
 ) -> None:
     """The smallest are rounded by the smallest numbers that float16 has."""
     error = error_of(some_weights(kind, rows, columns, size), scheme)
-    assert error.max_steps <= thresholds.MAX_STEPS
+    assert error.max_steps <= weight_limits.MAX_STEPS
 
 
 @settings(max_examples=200, deadline=None)
@@ -98,7 +98,7 @@ def test_a_palette_is_never_suspected(
     w = some_weights(kind, groups * scheme.group, columns, size)
     error = error_of(w, scheme)
     assert error.grouped and error.searched
-    assert error.max_steps <= thresholds.MAX_STEPS
+    assert error.max_steps <= weight_limits.MAX_STEPS
     if size >= 1e-3:  # where float16 does not have the values, they may be off by any factor
         assert passes(error)
 
@@ -148,7 +148,7 @@ def test_what_is_stored_as_something_else_has_steps_of_its_own() -> None:
         tensor_error(name, from_array(w), from_array(twin), stored).max_steps
         for name in ("final_norm.weight", "w")
     )
-    assert 0.1 < as_norm <= thresholds.MAX_STEPS < as_it_is
+    assert 0.1 < as_norm <= weight_limits.MAX_STEPS < as_it_is
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "loud column"])
