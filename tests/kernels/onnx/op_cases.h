@@ -1,4 +1,5 @@
 // What sanitized_ops.cpp runs: for each op of the library, shapes that are easily got wrong.
+// Nothing is in them that an op refuses; for that, there is refusals.h.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,15 @@
 #include <utility>
 #include <vector>
 
-#include "ort_abi.h"
+#include "stand_in.h"
 
 namespace {
 
-using rgexport::ort::ElementType;
-using rgexport::ort::kFloat;
-using rgexport::ort::kInt64;
-using rgexport::ort::kUint8;
-
-using Dims = std::vector<int64_t>;
+using stand_in::Dims;
+using stand_in::ElementType;
+using stand_in::kFloat;
+using stand_in::kInt64;
+using stand_in::kUint8;
 
 struct Input {
   ElementType type = {};  // none: missing

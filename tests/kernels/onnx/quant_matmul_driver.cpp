@@ -109,7 +109,7 @@ class Product {
             kind_.block,   data_.data(),   scales_.data(),
             kind_.zero_points ? zero_points_.data() : nullptr, bias_.data()};
   }
-  const float* x() const { return x_.data(); }
+  float* x() const { return x_.data(); }
 
   // How many of the outputs are too far off, where factors are rounded to bfloat16 or not.
   int64_t wrong(const float* y, bool in_bfloat16) const {
@@ -250,6 +250,38 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   return failed;
 }
 
+// One number of the middle row becomes `bad`: all of its y are NaN, and no other's.
+bool poisons_its_row(const QuantKernel& kernel, const Product& product, const Shape& shape,
+                     int64_t part, float bad, float* y) {
+  const int64_t row = shape.count / 2, column = shape.columns * 2 / 3;
+  float& x = product.x()[row * shape.columns + column];
+  const float before = x;
+  x = bad;
+  run(kernel, product, shape, part, y);
+  x = before;
+  for (int64_t i = 0; i < shape.count * shape.rows; ++i)
+    if (std::isnan(y[i]) != (i / shape.rows == row)) return false;
+  return true;
+}
+
+int64_t check_not_finite(const Set& set, const Product& product, const Shape& shape) {
+  const Exact<float> y(shape.count * shape.rows);
+  const int64_t part = set.kernels.panel * set.kernels.most_panels;
+  const QuantKernel many = set.kernels.many(product.matrix());
+  int64_t failed = 0;
+  for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
+    bool good = poisons_its_row(many, product, shape, part, bad, y.data());
+    if (shape.count <= 5)
+      good &= poisons_its_row(set.kernels.few[0], product, shape, shape.rows, bad, y.data());
+    if (!good) {
+      ++failed;
+      std::printf("%s M=%d N=%d K=%d: an activation of %f is lost, or spreads\n", set.name,
+                  int(shape.count), int(shape.rows), int(shape.columns), bad);
+    }
+  }
+  return failed;
+}
+
 const Shape kShapes[] = {{1, 1, 1},    {2, 1, 33},   {3, 15, 128},  {4, 16, 100}, {5, 33, 257},
                          {17, 32, 64}, {31, 100, 640}, {33, 7, 1300}, {127, 5, 96},
                          {19, 300, 700}};
@@ -265,7 +297,8 @@ int main() {
   int64_t failed = 0, products = 0;
   const auto check_all = [&](const Shape& shape, const Kind& kind) {
     const Product product(shape, kind);
-    for (const Set& set : sets) failed += check(set, product, shape, kind);
+    for (const Set& set : sets)
+      failed += check(set, product, shape, kind) + check_not_finite(set, product, shape);
     ++products;
   };
   std::vector<Kind> kinds;

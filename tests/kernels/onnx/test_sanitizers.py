@@ -1,4 +1,7 @@
-"""All ops under the address, undefined-behaviour and thread sanitizers, on every set here."""
+"""All ops under the address, undefined-behaviour and thread sanitizers, on every set here.
+
+They run what is easily got wrong, and refuse what a broken model file may ask of them.
+"""
 
 import os
 import subprocess
@@ -29,12 +32,23 @@ def program(request, tmp_path_factory) -> tuple[Path, Path]:
     return made, sanitized
 
 
-@pytest.mark.parametrize("instruction_set", library.kernels().instruction_sets)
-def test_clean(program, instruction_set):
+def ran(program: tuple[Path, Path], instruction_set: str, *arguments: str) -> list[list[str]]:
+    """The words of each line that the program prints, which nothing may stop."""
     # GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
     more = {library.CPU: instruction_set, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
-    done = subprocess.run(program, env=os.environ | more, capture_output=True, text=True)
+    command = [*program, *arguments]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stderr == ""
-    ran = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
-    assert ran == {(instruction_set, op) for op in library.kernels().ops}
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("instruction_set", library.kernels().instruction_sets)
+def test_clean(program, instruction_set):
+    found = {tuple(words[:2]) for words in ran(program, instruction_set)}
+    assert found == {(instruction_set, op) for op in library.kernels().ops}
+
+
+def test_what_no_op_may_run_ends_in_an_error(program):
+    ((_, _, count),) = ran(program, library.kernels().instruction_set, "refusals")
+    assert int(count) > 60

@@ -30,8 +30,8 @@ class AmxBf16 {
     const int64_t padded = whole(w.columns, kStep) * kStep;
     for (int64_t first = 0; first < padded; first += w.block) {
       const float most = largest(x + first, w.block, w.columns - first);
-      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-      const __m512 scale = _mm512_set1_ps(most / 127.0f);
+      const __m512 inverse = _mm512_set1_ps(inverse_of(most));
+      const __m512 scale = _mm512_set1_ps(scale_of(most));
       for (int64_t k = first; k < first + w.block; k += kLanes) {
         const __m512 code = nearest(_mm512_mul_ps(load_some(x + k, w.columns - k), inverse));
         int8_t* at = to + k / kStep * kTileBytes + k % kStep * 2;

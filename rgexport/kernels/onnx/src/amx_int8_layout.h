@@ -25,12 +25,12 @@ class AmxInt8Layout {
     for (int64_t b = 0; b < w.blocks(); ++b) {
       const int64_t first = b * w.block;
       const float most = largest(x + first, w.block, w.columns - first);
-      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+      const __m512 inverse = _mm512_set1_ps(inverse_of(most));
       __m512i sum = _mm512_setzero_si512();
       for (int64_t k = first; k < first + w.block; k += kStep)
         round_step(w, x + k, w.columns - k, inverse, codes + k / kStep * kTileBytes, sum);
       const int64_t at = tile * a.blocks + b * kRows + row;
-      a.scales[at] = most / 127.0f;
+      a.scales[at] = scale_of(most);
       a.sums[at] = _mm512_reduce_add_epi32(sum);
     }
     if (index + 1 == a.count) clear_padding(a);

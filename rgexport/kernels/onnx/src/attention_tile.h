@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "floats.h"
 #include "upcoming.h"
@@ -24,7 +25,10 @@ constexpr int64_t kTileLanes = 128;  // of a tile, unless one token has more hea
 constexpr int64_t kTokens = 8;       // of a tile, a multiple of this where that many fit
 constexpr int64_t kMostTasks = 16;   // keys are cut until a row of the batch has so many tasks
 constexpr int64_t kPartKeys = 256;   // of a part, about
-constexpr float kUnseen = -1e30f;    // finite: a weight of 0 next to any key that is seen
+// The score of a key that is not seen: finite, and a weight of 0 next to any key that is.
+constexpr float kUnseen = std::numeric_limits<float>::lowest();
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -38,6 +42,9 @@ struct Shape {
 struct Sequence {
   const float *q, *k, *v, *past_key, *past_value;
   int64_t position;  // of its first token
+  // Whether queries also meet the keys that they do not see, as in the graph that is this op's body:
+  // with minus infinity added to their scores. Only what is not a number makes a difference to that.
+  bool sees_all;
 };
 
 // Keys that lie side by side in memory, and their values.
@@ -95,7 +102,8 @@ void mask(const Tile& tile, const Keys& keys) {
       const int64_t distance = keys.first + key - i;
       if (distance >= 0 && distance <= tile.shape.window) continue;
       float* scores = tile.scores + key * tile.lanes + (i - tile.first) * tile.shape.heads;
-      for (int64_t head = 0; head < tile.shape.heads; ++head) scores[head] = kUnseen;
+      for (int64_t head = 0; head < tile.shape.heads; ++head)
+        scores[head] = tile.row.sees_all ? scores[head] - kInfinity : kUnseen;
     }
 }
 
@@ -124,8 +132,9 @@ void attend_block(const FloatKernels& kernels, const Tile& tile, const Keys& key
 // Attends to part `part` of `parts` of the keys that any query of the tile sees.
 void attend(const FloatKernels& kernels, const Tile& tile, int64_t part, int64_t parts) {
   const Shape& shape = tile.shape;
-  const int64_t begin = most(tile.first, shape.window - tile.row.position);
-  const int64_t end = shape.window + tile.last;
+  const bool all = tile.row.sees_all;
+  const int64_t begin = most(all ? 0 : tile.first, shape.window - tile.row.position);
+  const int64_t end = shape.window + (all ? shape.tokens : tile.last);
   const int64_t blocks = parts_of(end - begin, kKeys);
   const int64_t first = begin + blocks * part / parts * kKeys;
   const int64_t last = least(begin + blocks * (part + 1) / parts * kKeys, end);

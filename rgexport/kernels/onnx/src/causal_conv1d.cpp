@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "floats.h"
 #include "ops.h"
 
@@ -8,23 +10,30 @@ constexpr int64_t kChannels = 256;  // of a task, or fewer where there are many 
 
 }  // namespace
 
-const char* CausalConv1d::run(Context& context) const {
+void CausalConv1d::run(Context& context) const {
   const Tensor x = context.input(0), weight = context.input(1);
   const Tensor bias = context.input(2), state = context.input(3);
-  if (x.rank != 3) return "CausalConv1d: x must be [batch, tokens, channels]";
-  const int64_t batch = x.dims[0], steps = x.dims[1], channels = x.dims[2];
-  if (weight.rank != 3 || weight.dims[0] != channels || weight.dims[1] != 1 ||
-      weight.dims[2] < 1 || weight.dims[2] > kMaxConvWeights)
-    return "CausalConv1d: weight must be [channels, 1, taps], with 1 to 2048 taps";
-  const int64_t taps = weight.dims[2];
-  if (bias.size() != channels) return "CausalConv1d: bias must be [channels]";
-  if (state.size() != batch * (taps - 1) * channels)
-    return "CausalConv1d: state must be [batch, taps - 1, channels]";
+  if (context.refused()) return;
+  if (x.rank != 3)
+    return context.refuse("x must be [batch, tokens, channels], not %s", ShapeText(x).text());
+  const int64_t batch = x.dims[0], steps = x.dims[1], channels = x.dims[2], taps = weight.dims[2];
+  if (!weight.is({channels, 1, taps}) || taps < 1 || taps > kMaxConvWeights)
+    return context.refuse("weight must be [channels, 1, taps], with 1 to 2048 taps, not %s",
+                          ShapeText(weight).text());
+  if (!bias.is({channels}))
+    return context.refuse("bias must be [channels], not %s", ShapeText(bias).text());
+  if (!state.is({batch, taps - 1, channels}))
+    return context.refuse("state must be [batch, taps - 1, channels], not %s",
+                          ShapeText(state).text());
 
-  const int64_t present_dims[] = {batch, taps - 1, channels};
   float* y = context.output(0, x.dims, 3);
-  float* present = context.output(1, present_dims, 3);
-  if (!y || (!present && taps > 1)) return nullptr;
+  float* present = context.output(1, state.dims, 3);
+  if (!y || !present) return;
+  if (steps == 0) {
+    if (present != state.data && state.size() > 0)
+      std::memcpy(present, state.data, state.size() * sizeof(float));
+    return;
+  }
 
   const FloatKernels& kernels = floats();
   const int64_t most = kMaxConvWeights / taps, part = most < kChannels ? most : kChannels;
@@ -46,7 +55,6 @@ const char* CausalConv1d::run(Context& context) const {
     task.present = present + state_at;
     kernels.causal_conv(task);
   });
-  return nullptr;
 }
 
 }  // namespace rgexport

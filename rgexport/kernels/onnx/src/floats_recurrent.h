@@ -12,7 +12,7 @@ namespace {
 inline Vector rg_lru_step(Vector h, Vector x, Vector input_gate, Vector recurrence_gate,
                           Vector decay, bool first) {
   const Vector gated = x * (1.0f / (1.0f + exponential(-input_gate)));
-  if (first) return gated;
+  if (first) return 0.0f * h + gated;  // a state that is no number stays
   const Vector log_a = decay / (1.0f + exponential(-recurrence_gate));
   const Vector scale = square_root(1.0f - exponential(2.0f * log_a));
   return exponential(log_a) * h + gated * scale;

@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cinttypes>
 
 #include "attention_tile.h"
 #include "ops.h"
@@ -6,6 +7,12 @@
 
 namespace rgexport {
 namespace {
+
+// A ring that nothing enters.
+void keep(const Tensor& past, float* present) {
+  if (present != past.data && past.size() > 0)
+    std::memcpy(present, past.data, past.size() * sizeof(float));
+}
 
 // The ring of a row after the step: the last `window` keys of it are in their slots.
 void enter(const Shape& shape, int64_t position, const float* past, const float* added,
@@ -18,14 +25,32 @@ void enter(const Shape& shape, int64_t position, const float* past, const float*
   }
 }
 
-const char* wrong_positions(const int64_t* positions, const Shape& shape) {
+// Whether positions go up from where slots and distances can be computed; refuses them otherwise.
+bool are_positions(Context& context, const int64_t* positions, const Shape& shape) {
+  constexpr int64_t kMost = int64_t{1} << 62;
   for (int64_t row = 0; row < shape.batch; ++row, positions += shape.tokens) {
-    if (positions[0] < 0) return "LocalAttention: position_ids must not be negative";
-    for (int64_t i = 1; i < shape.tokens; ++i)
+    if (positions[0] < 0 || positions[0] > kMost)
+      context.refuse("position_ids must not be negative, nor above 2^62, but there is %" PRId64,
+                     positions[0]);
+    for (int64_t i = 1; i < shape.tokens && !context.refused(); ++i)
       if (positions[i] != positions[0] + i)
-        return "LocalAttention: position_ids must go up by one from token to token";
+        context.refuse("position_ids must go up by one from token to token, but %" PRId64
+                       " comes after %" PRId64, positions[i], positions[i - 1]);
+    if (context.refused()) return false;
   }
-  return nullptr;
+  return true;
+}
+
+// Whether all are numbers, and none is infinite.
+bool are_finite(const float* x, int64_t count) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found |= (bits & kExponent) == kExponent;
+  }
+  return !found;
 }
 
 // How the queries of a row are cut.
@@ -48,7 +73,7 @@ bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, con
   const FloatKernels& kernels = floats();
   std::atomic<bool> complete{true};
   context.parallel_for(plan.tiles, [&](size_t index) {
-    const Scratch scratch((shape.dim + Tile::kScratch) * plan.lanes);
+    const Scratch scratch(Size(shape.dim + Tile::kScratch) * plan.lanes);
     if (!scratch.data()) return complete.store(false);
     const int64_t first = index * plan.tokens, last = least(first + plan.tokens, shape.tokens);
     const Tile tile(shape, row, first, last, plan.lanes, y + first * shape.heads * shape.dim,
@@ -72,7 +97,7 @@ bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, con
   const int64_t y_floats = plan.tokens * shape.heads * shape.dim;
   const int64_t each = Tile::kScratch * plan.lanes;
   const int64_t tile_floats = queries + plan.parts * (y_floats + each);
-  const Scratch scratch(plan.tiles * tile_floats);
+  const Scratch scratch(Size(plan.tiles) * tile_floats);
   if (!scratch.data()) return false;
   const auto part_of = [&](int64_t index, int64_t part) {
     const int64_t first = index * plan.tokens, last = least(first + plan.tokens, shape.tokens);
@@ -93,50 +118,71 @@ bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, con
   return true;
 }
 
+// Whether the shapes fit one another and there is something to attend to; refuses them otherwise.
+// The number of heads is held against what q has of them: it is multiplied by nothing before.
+bool are_right(Context& context, const Tensor (&inputs)[6], int64_t heads) {
+  const auto& [q, k, v, past_key, past_value, positions] = inputs;
+  const auto refuse = [&](const char* what, const Tensor& found) {
+    context.refuse("%s, not %s; k is %s, past_key %s, heads %" PRId64, what,
+                   ShapeText(found).text(), ShapeText(k).text(), ShapeText(past_key).text(), heads);
+    return false;
+  };
+  if (k.rank != 3 || k.dims[2] < 1) return refuse("k must be [batch, tokens, dim]", k);
+  const int64_t batch = k.dims[0], tokens = k.dims[1], dim = k.dims[2], window = past_key.dims[1];
+  if (heads < 1 || q.rank != 3 || q.dims[2] % dim != 0 || q.dims[2] / dim != heads ||
+      !q.is({batch, tokens, q.dims[2]}))
+    return refuse("q must be [batch, tokens, heads x dim]", q);
+  if (!v.has_shape_of(k)) return refuse("v must be as k", v);
+  if (!past_key.is({batch, window, dim}) || window < 1)
+    return refuse("past_key must be [batch, window, dim]", past_key);
+  if (!past_value.has_shape_of(past_key)) return refuse("past_value must be as past_key", past_value);
+  if (!positions.is({batch, tokens})) return refuse("position_ids must be [batch, tokens]", positions);
+  return true;
+}
+
 }  // namespace
 
 LocalAttention::LocalAttention(const Attributes& attributes)
     : heads_(attributes.integer("heads", 1)) {}
 
-const char* LocalAttention::run(Context& context) const {
-  const Tensor q = context.input(0), k = context.input(1), v = context.input(2);
-  const Tensor past_key = context.input(3), past_value = context.input(4);
-  const Tensor positions = context.input(5);
-  if (k.rank != 3 || past_key.rank != 3)
-    return "LocalAttention: k and past_key must have three dimensions";
+void LocalAttention::run(Context& context) const {
+  const Tensor inputs[6] = {context.input(0), context.input(1), context.input(2),
+                            context.input(3), context.input(4), context.input(5)};
+  const auto& [q, k, v, past_key, past_value, positions] = inputs;
+  if (context.refused() || !are_right(context, inputs, heads_)) return;
   const Shape shape = {k.dims[0], k.dims[1], heads_, k.dims[2], past_key.dims[1]};
-  if (heads_ < 1 || q.rank != 3 || q.dims[2] != heads_ * shape.dim ||
-      q.size() != k.size() * heads_ || v.size() != k.size())
-    return "LocalAttention: q must be [batch, tokens, heads x dim], k and v [batch, tokens, dim]";
-  const int64_t ring = shape.window * shape.dim;
-  if (shape.window < 1 || past_key.size() != shape.batch * ring ||
-      past_key.dims[2] != shape.dim || past_value.size() != past_key.size())
-    return "LocalAttention: past_key and past_value must be [batch, window, dim]";
-  if (positions.size() != shape.batch * shape.tokens)
-    return "LocalAttention: position_ids must be [batch, tokens]";
-  if (shape.batch < 1 || shape.tokens < 1) return "LocalAttention: there must be a token";
   const int64_t* at = positions.as<int64_t>();
-  if (const char* wrong = wrong_positions(at, shape)) return wrong;
+  if (shape.tokens > 0 && !are_positions(context, at, shape)) return;
 
   float* y = context.output(0, q.dims, 3);
   float* present_key = context.output(1, past_key.dims, 3);
   float* present_value = context.output(2, past_key.dims, 3);
-  if (!y || !present_key || !present_value) return nullptr;
+  if (!y || !present_key || !present_value) return;
 
+  const int64_t ring = shape.window * shape.dim, step = shape.tokens * shape.dim;
+  if (shape.tokens == 0) {
+    keep(past_key, present_key);
+    keep(past_value, present_value);
+    return;
+  }
   const Plan plan(shape, floats().lanes);
-  const int64_t step = shape.tokens * shape.dim;
+  const auto attend_row = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    const Sequence row = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
-                          v.as<float>() + b * step,          past_key.as<float>() + b * ring,
-                          past_value.as<float>() + b * ring, at[b * shape.tokens]};
-    const auto attend_row = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
-    if (!attend_row(context, plan, shape, row, y + b * step * heads_))
-      return "LocalAttention: out of memory";
+    Sequence row = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
+                    v.as<float>() + b * step,          past_key.as<float>() + b * ring,
+                    past_value.as<float>() + b * ring, at[b * shape.tokens], false};
+    float* here = y + b * step * heads_;
+    bool enough = attend_row(context, plan, shape, row, here);
+    if (enough && shape.tokens > 1 &&
+        !(are_finite(here, step * heads_) && are_finite(row.k, step))) {
+      row.sees_all = true;
+      enough = attend_row(context, plan, shape, row, here);
+    }
+    if (!enough) return context.refuse("out of memory for %" PRId64 " tokens", shape.tokens);
     // Only now, since the ring may be the one that was read.
     enter(shape, row.position, row.past_key, row.k, present_key + b * ring);
     enter(shape, row.position, row.past_value, row.v, present_value + b * ring);
   }
-  return nullptr;
 }
 
 }  // namespace rgexport

@@ -3,14 +3,16 @@
 // An op is a class with
 //   static constexpr Signature kSignature;
 //   explicit Op(const Attributes&);
-//   const char* run(Context&) const;    // null, or what is wrong with the inputs
+//   void run(Context&) const;           // refuses what is wrong with the inputs
 // and one row in the table of register.cpp. One object may run in several threads at once.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "ort_abi.h"
+#include "sizes.h"
 
 namespace rgexport {
 
@@ -27,21 +29,41 @@ struct Signature {
 };
 
 struct Tensor {
-  void* data = nullptr;  // null where an optional input is missing
+  void* data = nullptr;  // null where an optional input is missing, and perhaps where it is empty
+  bool given = false;
   size_t rank = 0;
   int64_t dims[kMaxRank] = {};  // those after the rank are 0
+  int64_t count = 0;            // of elements
 
-  // Number of elements; none of a missing or refused input.
-  int64_t size() const {
-    int64_t count = data ? 1 : 0;
-    for (size_t i = 0; i < rank; ++i) count *= dims[i];
-    return count;
+  int64_t size() const { return count; }
+
+  bool is(std::initializer_list<int64_t> shape) const {
+    if (!given || rank != shape.size()) return false;
+    const int64_t* dim = dims;
+    for (int64_t wanted : shape)
+      if (*dim++ != wanted) return false;
+    return true;
+  }
+  bool has_shape_of(const Tensor& other) const {
+    bool same = given == other.given && rank == other.rank;
+    for (size_t i = 0; i < rank; ++i) same = same && dims[i] == other.dims[i];
+    return same;
   }
 
   template <class T>
   const T* as() const {
     return static_cast<const T*>(data);
   }
+};
+
+// The shape of a tensor for messages, such as [1, 7, 64].
+class ShapeText {
+ public:
+  explicit ShapeText(const Tensor& tensor);
+  const char* text() const { return text_; }
+
+ private:
+  char text_[24 * kMaxRank + 8];
 };
 
 class Attributes {
@@ -61,26 +83,32 @@ class Attributes {
 // many an op.
 class Constants {
  public:
-  Constants(const void* const* api, const void* info, size_t inputs);
-  // Without data where an input is not constant, or not there.
+  Constants(const void* const* api, const void* info, const Signature& signature);
+  // Not given where an input is not constant, not there, or not what the signature says.
   const Tensor& operator[](size_t index) const { return tensors_[index]; }
 
  private:
   Tensor tensors_[kMaxInputs];
 };
 
-// The inputs and outputs of one run. What ONNX Runtime refuses is kept and becomes the result of
-// the run, so that an op need not look after it.
+// The inputs and outputs of one run. What is refused, by the op or by ONNX Runtime, is kept and
+// becomes the result of the run.
 class Context {
  public:
-  Context(const void* const* api, void* context, const Constants& constants);
+  Context(const void* const* api, void* context, const Signature& signature,
+          const Constants& constants);
 
-  // An input; one of more dimensions than kMaxRank is refused.
+  // An input. Refused are one that the op needs and that is missing, another type of elements than
+  // the signature's, more dimensions than kMaxRank, and sizes that no memory has.
   Tensor input(size_t index);
 
-  // The buffer of an output, which may be that of an input where the caller bound them to one.
-  // Null where ONNX Runtime gives none, as for a bound buffer of another shape: return then.
+  // The buffer of an output, which may be that of an input where the caller bound them to one; some
+  // address if it is empty. Null where it is refused, as a bound buffer of another shape: return then.
   float* output(size_t index, const int64_t* dims, size_t rank);
+
+  // Refuses the run, in a line that begins with the op's name; the first refusal is kept.
+  [[gnu::format(printf, 2, 3)]] void refuse(const char* format, ...);
+  bool refused() const { return refusal_ != nullptr; }
 
   // Runs body(0) … body(count - 1) on ONNX Runtime's own threads, in any order.
   template <class Body>
@@ -90,7 +118,7 @@ class Context {
          const_cast<Body*>(&body));
   }
 
-  // The first refusal of ONNX Runtime, or null; the caller releases it.
+  // The first refusal, or null; the caller releases it.
   ort::Status* refusal() const { return refusal_; }
 
  private:
@@ -105,6 +133,7 @@ class Context {
 
   const void* const* api_;
   void* context_;
+  const Signature& signature_;
   const Constants& constants_;
   size_t inputs_ = 0;  // of the node
   ort::Status* refusal_ = nullptr;

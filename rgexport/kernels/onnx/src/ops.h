@@ -12,7 +12,7 @@ namespace rgexport {
 class QuantLinears {
  public:
   static constexpr int kMost = 3;
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  protected:
   QuantLinears(const Attributes&, int matrices);
@@ -57,7 +57,7 @@ class RgLruScan {
        ort::kFloat},
       4, 2};
   explicit RgLruScan(const Attributes&) {}
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  private:
   Upcoming upcoming_;
@@ -73,7 +73,7 @@ class LocalAttention {
       "LocalAttention", 6, 6,
       {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64}, 3};
   explicit LocalAttention(const Attributes&);
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  private:
   int64_t heads_;
@@ -85,7 +85,7 @@ class CausalConv1d {
   static constexpr Signature kSignature = {
       "CausalConv1d", 4, 4, {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat}, 2};
   explicit CausalConv1d(const Attributes&) {}
-  const char* run(Context&) const;
+  void run(Context&) const;
 };
 
 // y = gelu(gate) · up, gelu by its tanh approximation.
@@ -93,7 +93,7 @@ class GeluMul {
  public:
   static constexpr Signature kSignature = {"GeluMul", 2, 2, {ort::kFloat, ort::kFloat}, 1};
   explicit GeluMul(const Attributes&) {}
-  const char* run(Context&) const;
+  void run(Context&) const;
 };
 
 // y = x · (1 + weight) / sqrt(mean of x² + eps), the mean over the last axis.
@@ -101,7 +101,7 @@ class RmsNorm {
  public:
   static constexpr Signature kSignature = {"RmsNorm", 2, 2, {ort::kFloat, ort::kFloat}, 1};
   explicit RmsNorm(const Attributes&);
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  private:
   float eps_;
@@ -113,7 +113,7 @@ class AddRmsNorm {
   static constexpr Signature kSignature = {
       "AddRmsNorm", 3, 3, {ort::kFloat, ort::kFloat, ort::kFloat}, 2};
   explicit AddRmsNorm(const Attributes&);
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  private:
   float eps_;
@@ -124,7 +124,7 @@ class SoftCap {
  public:
   static constexpr Signature kSignature = {"SoftCap", 1, 1, {ort::kFloat}, 1};
   explicit SoftCap(const Attributes&);
-  const char* run(Context&) const;
+  void run(Context&) const;
 
  private:
   float cap_;

@@ -17,8 +17,20 @@ void each_part(Context& context, int64_t count, const Body& body) {
   });
 }
 
-bool fits(const Tensor& x, const Tensor& weight) {
-  return weight.rank == 1 && x.rank >= 1 && x.dims[x.rank - 1] == weight.size();
+// Whether a norm's weight fits; refuses it otherwise.
+bool fits(Context& context, const Tensor& x, const Tensor& weight) {
+  if (x.rank >= 1 && weight.is({x.dims[x.rank - 1]})) return true;
+  context.refuse("weight must be as wide as x, %s, not %s", ShapeText(x).text(),
+                 ShapeText(weight).text());
+  return false;
+}
+
+// Whether two inputs that are added or multiplied have one shape; refuses them otherwise.
+bool are_alike(Context& context, const char* what, const Tensor& x, const Tensor& y) {
+  if (x.has_shape_of(y)) return true;
+  context.refuse("%s must have one shape, not %s and %s", what, ShapeText(x).text(),
+                 ShapeText(y).text());
+  return false;
 }
 
 // All rows of `count` numbers, of which `first` is the first one.
@@ -40,53 +52,50 @@ void norm_rows(Context& context, int64_t count, const RmsNormRow& first) {
 
 }  // namespace
 
-const char* GeluMul::run(Context& context) const {
+void GeluMul::run(Context& context) const {
   const Tensor gate = context.input(0), up = context.input(1);
-  if (gate.size() != up.size()) return "GeluMul: gate and up must have one shape";
+  if (context.refused() || !are_alike(context, "gate and up", gate, up)) return;
   float* y = context.output(0, gate.dims, gate.rank);
-  if (!y) return nullptr;
+  if (!y) return;
   each_part(context, gate.size(), [&](int64_t first, int64_t count) {
     floats().gelu_mul(gate.as<float>() + first, up.as<float>() + first, y + first, count);
   });
-  return nullptr;
 }
 
 SoftCap::SoftCap(const Attributes& attributes) : cap_(attributes.real("cap", 1)) {}
 
-const char* SoftCap::run(Context& context) const {
+void SoftCap::run(Context& context) const {
   const Tensor x = context.input(0);
+  if (context.refused()) return;
   float* y = context.output(0, x.dims, x.rank);
-  if (!y) return nullptr;
+  if (!y) return;
   each_part(context, x.size(), [&](int64_t first, int64_t count) {
     floats().soft_cap(x.as<float>() + first, cap_, y + first, count);
   });
-  return nullptr;
 }
 
 RmsNorm::RmsNorm(const Attributes& attributes) : eps_(attributes.real("eps", 1e-6f)) {}
 
-const char* RmsNorm::run(Context& context) const {
+void RmsNorm::run(Context& context) const {
   const Tensor x = context.input(0), weight = context.input(1);
-  if (!fits(x, weight)) return "RmsNorm: weight must be as wide as x";
+  if (context.refused() || !fits(context, x, weight)) return;
   float* y = context.output(0, x.dims, x.rank);
-  if (!y) return nullptr;
+  if (!y) return;
   norm_rows(context, x.size(), {weight.size(), x.as<float>(), nullptr, weight.as<float>(), eps_,
                                 nullptr, y});
-  return nullptr;
 }
 
 AddRmsNorm::AddRmsNorm(const Attributes& attributes) : eps_(attributes.real("eps", 1e-6f)) {}
 
-const char* AddRmsNorm::run(Context& context) const {
+void AddRmsNorm::run(Context& context) const {
   const Tensor x = context.input(0), residual = context.input(1), weight = context.input(2);
-  if (!fits(x, weight)) return "AddRmsNorm: weight must be as wide as x";
-  if (residual.size() != x.size()) return "AddRmsNorm: x and residual must have one shape";
+  if (context.refused() || !fits(context, x, weight)) return;
+  if (!are_alike(context, "x and residual", x, residual)) return;
   float* sum = context.output(0, x.dims, x.rank);
   float* y = context.output(1, x.dims, x.rank);
-  if (!sum || !y) return nullptr;
+  if (!sum || !y) return;
   norm_rows(context, x.size(), {weight.size(), x.as<float>(), residual.as<float>(),
                                 weight.as<float>(), eps_, sum, y});
-  return nullptr;
 }
 
 }  // namespace rgexport

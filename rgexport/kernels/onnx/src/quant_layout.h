@@ -16,6 +16,13 @@ namespace rgexport {
 
 static inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
+// The scale of a block of activations whose largest size is `most`, and what they are multiplied by
+// to become codes. One number of a row that is infinite, or none, makes all of the row's y NaN: its
+// scale is, and each y has a product with it. A block of numbers so small that their scale would have
+// no inverse has codes of 0.
+static inline float scale_of(float most) { return most / 127.0f + (most - most); }
+static inline float inverse_of(float most) { return most >= 0x1p-118f ? 127.0f / most : 0.0f; }
+
 template <class Simd>
 class QuantLayout {
  protected:

@@ -1,4 +1,6 @@
 // The ops around the kernels of quant_matmul.h: shapes, scratch memory, threads.
+#include <cinttypes>
+
 #include "ops.h"
 #include "quant_matmul.h"
 #include "ranges.h"
@@ -37,19 +39,25 @@ struct Products {
 class Rounded {
   struct Places {
     int64_t stride, blocks, starts, at[5] = {};
+    Size all = 0;  // bytes
     Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
         : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)), starts(kernel.starts(w)) {
-      const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
-      const int64_t sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
-                               rows * starts * 4};
+      const Size rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
+      const Size sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
+                            rows * starts * 4};
       constexpr int64_t kPart = Scratch::kAlignment;
-      for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + (sizes[i] + kPart - 1) / kPart * kPart;
+      for (int i = 0; i < 4; ++i) {
+        all = all + sizes[i] + (kPart - 1);
+        if (!all.fits()) return;  // nor will there be memory
+        all = at[i + 1] = all.count() / kPart * kPart;
+      }
     }
+    Size floats() const { return all.fits() ? Size(all.count() / 4) : all; }
   };
 
  public:
   Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
-      : places_(kernel, w, count), memory_(places_.at[4] / 4) {
+      : places_(kernel, w, count), memory_(places_.floats()) {
     auto* base = reinterpret_cast<uint8_t*>(memory_.data());
     activations_ = {count,
                     places_.stride,
@@ -79,20 +87,43 @@ class Rounded {
   Activations activations_;
 };
 
-const char* wrong_shapes(const QuantMatrix& w, const Tensor& x, const Tensor& data,
-                         const Tensor& scales, const Tensor& zero_points, const Tensor& bias) {
-  if (w.columns < 1 || w.rows < 1) return "QuantLinear: K and N are not positive";
-  if (w.bits != 4 && w.bits != 8) return "QuantLinear: bits is neither 4 nor 8";
-  if (w.block < 16 || w.block > 256 || (w.block & (w.block - 1)))
-    return "QuantLinear: block_size is no power of two from 16 to 256";
-  if (x.rank < 1 || x.rank > kMaxRank || x.dims[x.rank - 1] != w.columns)
-    return "QuantLinear: the last dimension of x is not K";
-  if (data.size() != w.rows * w.row_bytes()) return "QuantLinear: data is not N rows of blocks";
-  if (scales.size() != w.rows * w.blocks()) return "QuantLinear: scales is not N rows of blocks";
-  if (zero_points.data && zero_points.size() != w.rows * w.zero_point_bytes())
-    return "QuantLinear: zero_points is not N rows of packed blocks";
-  if (bias.data && bias.size() != w.rows) return "QuantLinear: bias is not N numbers";
-  return nullptr;
+// Whether attributes tell a format that kernels know, for rows as long as those of x; refuses it
+// otherwise. From here on the sizes of a row are about those of memory that is there.
+bool is_format(Context& context, const Tensor& x, int64_t columns, int64_t bits, int64_t block) {
+  if (x.rank < 1 || columns < 1 || x.dims[x.rank - 1] != columns)
+    context.refuse("the last dimension of x is not K, a positive number: %s, and K is %" PRId64,
+                   ShapeText(x).text(), columns);
+  else if (bits != 4 && bits != 8)
+    context.refuse("bits is neither 4 nor 8 but %" PRId64, bits);
+  else if (block < 16 || block > 256 || (block & (block - 1)))
+    context.refuse("block_size is no power of two from 16 to 256 but %" PRId64, block);
+  return !context.refused();
+}
+
+// A matrix's numbers for each block of each row may also lie in one dimension.
+bool has_rows_of(const Tensor& tensor, int64_t rows, int64_t count) {
+  return tensor.is({rows, count}) ||
+         (tensor.given && tensor.rank == 1 && (Size(rows) * count).is(tensor.size()));
+}
+
+// Whether a matrix's parts fit one another; refuses them otherwise.
+bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const Tensor& scales,
+               const Tensor& zero_points, const Tensor& bias) {
+  constexpr int64_t kMostRows = INT32_MAX;
+  const auto refuse = [&](const char* what, const Tensor& found) {
+    context.refuse("%s: %s, where N is %" PRId64 " and K %" PRId64, what, ShapeText(found).text(),
+                   w.rows, w.columns);
+    return false;
+  };
+  if (w.rows < 1 || w.rows > kMostRows) return refuse("N is no possible number of rows", data);
+  if (!data.is({w.rows, w.blocks(), w.block * w.bits / 8}))
+    return refuse("data is not N rows of blocks", data);
+  if (!has_rows_of(scales, w.rows, w.blocks()))
+    return refuse("scales is not N rows of blocks", scales);
+  if (zero_points.given && !has_rows_of(zero_points, w.rows, w.zero_point_bytes()))
+    return refuse("zero_points is not N rows of packed blocks", zero_points);
+  if (bias.given && !bias.is({w.rows})) return refuse("bias is not N numbers", bias);
+  return true;
 }
 
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
@@ -189,12 +220,14 @@ QuantLinears::QuantLinears(const Attributes& attributes, int matrices)
   for (int i = 0; i < matrices; ++i) rows_[i] = attributes.integer(kRows[i], 0);
 }
 
-const char* QuantLinears::run(Context& context) const {
+void QuantLinears::run(Context& context) const {
   const Tensor x = context.input(0);
+  if (context.refused() || !is_format(context, x, columns_, bits_, block_)) return;
   Products all;
   for (int i = 0; i < matrices_; ++i) {
     const auto part = [&](int which) { return context.input(1 + which * matrices_ + i); };
     const Tensor data = part(0), scales = part(1), zero_points = part(2), bias = part(3);
+    if (context.refused()) return;
     all.w[i] = {rows_[i],
                 columns_,
                 static_cast<int>(bits_),
@@ -203,18 +236,17 @@ const char* QuantLinears::run(Context& context) const {
                 scales.as<float>(),
                 zero_points.as<uint8_t>(),
                 bias.as<float>()};
-    if (const char* wrong = wrong_shapes(all.w[i], x, data, scales, zero_points, bias))
-      return wrong;
+    if (!are_right(context, all.w[i], data, scales, zero_points, bias)) return;
   }
   int64_t dims[kMaxRank];
   for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
   for (; all.matrices < matrices_; ++all.matrices) {
     dims[x.rank - 1] = rows_[all.matrices];
     all.y[all.matrices] = context.output(all.matrices, dims, x.rank);
-    if (!all.y[all.matrices]) return nullptr;
+    if (!all.y[all.matrices]) return;
   }
   const int64_t count = x.size() / columns_;
-  if (count == 0) return nullptr;
+  if (count == 0) return;
 
   const float* rows = x.as<float>();
   const auto few = [&](int reading) {
@@ -223,7 +255,7 @@ const char* QuantLinears::run(Context& context) const {
   const int64_t amount = telling_.amount(all.rows() * all.w[0].row_bytes(), count);
   const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0]).run(amount, few)
                                                        : multiply(context, all, rows, count);
-  return enough ? nullptr : "QuantLinear: out of memory";
+  if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
 }
 
 }  // namespace rgexport

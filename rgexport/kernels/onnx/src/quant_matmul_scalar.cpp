@@ -122,12 +122,15 @@ struct Scalar {
     for (int i = 0; i < 4; ++i) z.lanes[i] += x.lanes[i] * y.lanes[i];
     return z;
   }
+  // What is no number is above all sizes, and stays.
+  static float larger(float a, float b) { return a > b || std::isnan(a) ? a : b; }
   static Float max_size(Float most, Float x) {
-    for (int i = 0; i < 4; ++i) most.lanes[i] = std::fmax(most.lanes[i], std::fabs(x.lanes[i]));
+    for (int i = 0; i < 4; ++i) most.lanes[i] = larger(most.lanes[i], std::fabs(x.lanes[i]));
     return most;
   }
-  static float max(Float x) {
-    return std::fmax(std::fmax(x.lanes[0], x.lanes[1]), std::fmax(x.lanes[2], x.lanes[3]));
+  static float max(Float sizes) {
+    const float* lanes = sizes.lanes;
+    return larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]));
   }
   static float sum(Float x) { return (x.lanes[0] + x.lanes[1]) + (x.lanes[2] + x.lanes[3]); }
 

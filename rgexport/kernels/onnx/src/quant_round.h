@@ -65,8 +65,8 @@ class QuantRound : QuantLayout<Simd> {
       float inverses[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
         const float most = largest(x + b * kBlock);
-        scales[b] = most / 127.0f;
-        inverses[b] = most > 0 ? 127.0f / most : 0.0f;
+        scales[b] = scale_of(most);
+        inverses[b] = inverse_of(most);
       }
       Int all = Simd::zero();
       for (int64_t line = 0; line < kColumns; line += kLine) {

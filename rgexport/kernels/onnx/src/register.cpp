@@ -1,6 +1,5 @@
 // The ops of this library, as ONNX Runtime and library.py see them.
 #include <atomic>
-#include <new>
 
 #include "cpu.h"
 #include "op.h"
@@ -26,22 +25,31 @@ struct Registered {
 
   struct Kernel {
     Kernel(const void* const* table, const void* info)
-        : op(Attributes(table, info)), constants(table, info, Op::kSignature.inputs) {}
+        : op(Attributes(table, info)), constants(table, info, Op::kSignature) {}
     const Op op;
     const Constants constants;
   };
 
+  // The only file that is compiled with exceptions: what the standard library throws ends here.
   static Status* create(const CustomOp*, const void* table, const void* info, void** kernel) {
-    *kernel = new (std::nothrow) Kernel(static_cast<const void* const*>(table), info);
-    return *kernel ? nullptr : failure(api, "no memory is left for a kernel");
+    *kernel = nullptr;
+    try {
+      *kernel = new Kernel(static_cast<const void* const*>(table), info);
+      return nullptr;
+    } catch (...) {
+      return failure(api, "no memory is left for a kernel");
+    }
   }
   static Status* compute(void* kernel, void* context) {
     calls.fetch_add(1, std::memory_order_relaxed);
     const auto& [op, constants] = *static_cast<const Kernel*>(kernel);
-    Context run(api, context, constants);
-    const char* wrong = op.run(run);
-    if (run.refusal()) return run.refusal();
-    return wrong ? failure(api, wrong) : nullptr;
+    try {
+      Context run(api, context, Op::kSignature, constants);
+      if (!run.refused()) op.run(run);
+      return run.refusal();
+    } catch (...) {
+      return failure(api, "no memory is left for a run");
+    }
   }
   static constexpr Presence presence(const CustomOp*, size_t index) {
     return index < Op::kSignature.required ? kRequired : kOptional;

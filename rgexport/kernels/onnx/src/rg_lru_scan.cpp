@@ -98,38 +98,50 @@ void run_part(const Layer& layer, int64_t index) {
   }
 }
 
-const char* wrong_shapes(const Tensor& x, const Tensor (&weights)[2], const Tensor (&biases)[2],
-                         const Tensor& decay, const Tensor& positions, const Tensor& state) {
-  if (x.rank != 3) return "RgLruScan: x must be [batch, tokens, channels]";
-  const int64_t channels = x.dims[2];
+// Whether the shapes fit one another; refuses them otherwise.
+bool are_right(Context& context, const Tensor& x, const Tensor (&weights)[2],
+               const Tensor (&biases)[2], const Tensor& decay, const Tensor& positions,
+               const Tensor& state) {
+  const int64_t batch = x.dims[0], tokens = x.dims[1], channels = x.dims[2];
+  const int64_t heads = weights[0].dims[0], block = weights[0].dims[1];
+  const auto refuse = [&](const char* what, const Tensor& found) {
+    context.refuse("%s, not %s; x is %s", what, ShapeText(found).text(), ShapeText(x).text());
+    return false;
+  };
+  if (x.rank != 3) return refuse("x must be [batch, tokens, channels]", x);
   for (const Tensor& weight : weights)
-    if (weight.rank != 3 || weight.dims[1] != weight.dims[2] ||
-        weight.dims[0] != weights[0].dims[0] || weight.dims[0] * weight.dims[1] != channels)
-      return "RgLruScan: weights must be [heads, block, block], and x have heads x block channels";
+    if (!weight.is({heads, block, block}) || heads * block != channels)
+      return refuse("weights must be [heads, block, block], and x have heads x block channels",
+                    weight);
   for (const Tensor& bias : biases)
-    if (bias.size() != channels) return "RgLruScan: biases must be [heads, block]";
-  if (decay.size() != channels) return "RgLruScan: decay must be [channels]";
-  if (positions.size() != x.dims[0] * x.dims[1])
-    return "RgLruScan: position_ids must be [batch, tokens]";
-  if (state.size() != x.dims[0] * channels) return "RgLruScan: state must be [batch, channels]";
-  return nullptr;
+    if (!bias.is({heads, block})) return refuse("biases must be [heads, block]", bias);
+  if (!decay.is({channels})) return refuse("decay must be [channels]", decay);
+  if (!positions.is({batch, tokens})) return refuse("position_ids must be [batch, tokens]", positions);
+  if (!state.is({batch, channels})) return refuse("state must be [batch, channels]", state);
+  return true;
 }
 
 }  // namespace
 
-const char* RgLruScan::run(Context& context) const {
+void RgLruScan::run(Context& context) const {
   const Tensor x = context.input(0), weights[2] = {context.input(1), context.input(3)};
   const Tensor biases[2] = {context.input(2), context.input(4)}, decay = context.input(5);
   const Tensor positions = context.input(6), state = context.input(7);
-  if (const char* wrong = wrong_shapes(x, weights, biases, decay, positions, state)) return wrong;
+  if (context.refused()) return;
+  if (!are_right(context, x, weights, biases, decay, positions, state)) return;
 
   const int64_t heads = weights[0].dims[0], block = weights[0].dims[1], channels = x.dims[2];
   const int64_t present_dims[] = {x.dims[0], channels};
   float* h = context.output(0, x.dims, 3);
   float* present = context.output(1, present_dims, 2);
   float* gates[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
-  if (!h || !present || !gates[0] || !gates[1]) return nullptr;
+  if (!h || !present || !gates[0] || !gates[1]) return;
   const int64_t rows = x.dims[0] * x.dims[1];
+  if (x.size() == 0) {  // no token: the state is what it was
+    if (present != state.data && state.size() > 0)
+      std::memcpy(present, state.data, state.size() * sizeof(float));
+    return;
+  }
 
   static Fastest<kStreams> streams;
   streams.run(telling_.amount(2 * weights[0].size() * 4, rows), [&](int way) {
@@ -147,7 +159,6 @@ const char* RgLruScan::run(Context& context) const {
       next.fetch(own, threads.parts());
     });
   });
-  return nullptr;
 }
 
 }  // namespace rgexport

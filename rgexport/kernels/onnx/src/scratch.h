@@ -4,14 +4,19 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "sizes.h"
+
 namespace rgexport {
 
-// Floats, from the start of a cache line on; null where there is no memory.
+// Floats, from the start of a cache line on; null where there is no memory for so many.
 class Scratch {
  public:
   static constexpr int64_t kAlignment = 64;
 
-  explicit Scratch(int64_t floats) : memory_(std::malloc(floats * sizeof(float) + kAlignment)) {}
+  explicit Scratch(Size floats) {
+    const Size bytes = floats * sizeof(float) + kAlignment;
+    if (bytes.fits()) memory_ = std::malloc(bytes.count());
+  }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -22,7 +27,7 @@ class Scratch {
   }
 
  private:
-  void* memory_;
+  void* memory_ = nullptr;
 };
 
 }  // namespace rgexport

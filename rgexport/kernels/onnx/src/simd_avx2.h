@@ -73,13 +73,18 @@ struct Avx2 {
   static Int in_order(Int packed) { return _mm256_permute4x64_epi64(packed, 0xd8); }
   static Float mul(Float x, Float y) { return _mm256_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
+  // Sizes as whole numbers, whose order is theirs; what is no number is above all of them and stays.
   static Float max_size(Float most, Float x) {
-    return _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+    const Float size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    return _mm256_castsi256_ps(
+        _mm256_max_epi32(_mm256_castps_si256(most), _mm256_castps_si256(size)));
   }
-  static float max(Float x) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  static float max(Float sizes) {
+    const __m256i all = _mm256_castps_si256(sizes);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
   }
   static float sum(Float x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

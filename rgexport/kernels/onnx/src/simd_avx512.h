@@ -85,8 +85,15 @@ struct Avx512 {
   }
   static Float mul(Float x, Float y) { return _mm512_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm512_fmadd_ps(x, y, z); }
-  static Float max_size(Float most, Float x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
-  static float max(Float x) { return _mm512_reduce_max_ps(x); }
+  // Sizes as whole numbers, whose order is theirs; what is no number is above all of them and stays.
+  static Float max_size(Float most, Float x) {
+    const Int size = _mm512_castps_si512(_mm512_abs_ps(x));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), size));
+  }
+  static float max(Float sizes) {
+    return _mm_cvtss_f32(
+        _mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(sizes)))));
+  }
   static float sum(Float x) { return _mm512_reduce_add_ps(x); }
 
   // Consecutive numbers, each in kShare lanes.

@@ -68,6 +68,7 @@ struct Neon {
   static Int odd_bytes(Int a, Int b) { return words(vuzp2q_u8(bytes(a), bytes(b))); }
   static Float mul(Float x, Float y) { return vmulq_f32(x, y); }
   static Float fma(Float x, Float y, Float z) { return vfmaq_f32(z, x, y); }
+  // What is no number is above all sizes, and stays: so it is in these instructions.
   static Float max_size(Float most, Float x) { return vmaxq_f32(most, vabsq_f32(x)); }
   static float max(Float x) { return vmaxvq_f32(x); }
   static float sum(Float x) { return vaddvq_f32(x); }
