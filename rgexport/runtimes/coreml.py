@@ -4,6 +4,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.coreml.states import DECODE, PREFILL
 from rgexport.export.manifest import ACTIVATIONS
 from rgexport.griffin.state import POSITION, State
@@ -12,6 +13,7 @@ from rgexport.runtimes.coreml_runner import Runner, open_runner
 from rgexport.runtimes.coreml_states import Row, States
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 
 class CoreMLSession:
@@ -36,6 +38,7 @@ class CoreMLSession:
         assert isinstance(artifact.manifest, CoreMLManifest)
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
+        self._files = UnchangedFiles(artifact, PACKAGE)
         self._runner = runner or open_runner(artifact)
         self._chunk = artifact.manifest.coreml.prefill_length
         self._vocab = artifact.manifest.config.vocab_size
@@ -86,7 +89,12 @@ class CoreMLSession:
         return self.prefill(np.reshape(tokens, (-1, 1)))[:, 0]
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations."""
+        """Forgets everything; from now on `batch` conversations.
+
+        Raises:
+            RequestError: a file changed under the session, and with it perhaps its weights.
+        """
+        self._files.require()
         self._rows = [Row(self._states) for _ in range(batch)]
 
     def get_state(self) -> State:

@@ -7,7 +7,6 @@ never changes what is in memory, and where it fails nothing is lost but speed.
 """
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -15,6 +14,7 @@ from itertools import accumulate
 import numpy as np
 
 from rgexport.export.storage import aligned
+from rgexport.runtimes.background_advice import BackgroundAdvice
 from rgexport.runtimes.mappings import Mapping, advise, mappings
 
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
@@ -25,13 +25,16 @@ _CACHE_LINE = 64
 
 
 @contextmanager
-def huge_pages() -> Iterator[None]:
-    """Begins to collapse the private memory that was mapped inside the block when it ends."""
-    before = set(_anonymous())
-    yield
+def huge_pages() -> Iterator[BackgroundAdvice]:
+    """Begins to collapse the private memory that was mapped inside the block when it ends.
+
+    Who frees that memory has to stop what this gives before.
+    """
+    advice, before = BackgroundAdvice(), set(_anonymous())
+    yield advice
     mapped = [mapping for mapping in _anonymous() if mapping not in before]
     if mapped:
-        threading.Thread(target=_collapse, args=(mapped,), daemon=True).start()
+        advice.start(_whole_pages(mapped), _collapse)
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
@@ -58,9 +61,14 @@ def _anonymous() -> Iterator[Mapping]:
             yield mapping
 
 
-def _collapse(found: list[Mapping]) -> None:
+def _whole_pages(found: list[Mapping]) -> Iterator[tuple[int, int]]:
     for mapping in found:
         first = -(-mapping.start // _HUGE_PAGE) * _HUGE_PAGE
         last = mapping.end // _HUGE_PAGE * _HUGE_PAGE
-        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE) if first < last else ():
-            advise(first, last, advice)
+        if first < last:
+            yield first, last
+
+
+def _collapse(start: int, end: int) -> None:
+    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+        advise(start, end, advice)

@@ -13,6 +13,7 @@ from rgexport.runtimes.llama_cpp_context import Context, Settings
 from rgexport.runtimes.llama_cpp_library import bindings, load_model, version
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 UBATCH = 512
 """Tokens that llama.cpp takes through the layers at once; its own default."""
@@ -60,6 +61,7 @@ class LlamaCppSession:
         """
         self._llama = bindings()
         self._config = artifact.manifest.config
+        self._files = UnchangedFiles(artifact)
         self._model = load_model(artifact.path, mmap=mmap)
         self._require_vocabulary(artifact)
         stored = self._llama.llama_model_ftype(self._model.pointer)
@@ -118,8 +120,10 @@ class LlamaCppSession:
         """Forgets everything; from now on `batch` conversations.
 
         Raises:
-            RequestError: more than llama.cpp can hold, or no memory for them.
+            RequestError: more than llama.cpp can hold, or no memory for them; or the file changed
+                under the session, and with it perhaps its weights.
         """
+        self._files.require()
         if self._context is None or self._context.batch != batch:
             self._close_context()
             self._context = Context(self._model, self._config, self._settings, batch)

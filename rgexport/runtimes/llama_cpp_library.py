@@ -12,6 +12,7 @@ from typing import Any
 from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.llama_cpp import port
+from rgexport.runtimes.background_advice import BackgroundAdvice
 from rgexport.runtimes.huge_pages import huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
@@ -141,9 +142,14 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
-    with logged(), contextlib.nullcontext() if vocab_only else huge_pages():
-        pointer = llama.llama_model_load_from_file(os.fsencode(path), parameters)
-        model = Handle(pointer, llama.llama_model_free)
+    advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
+    with logged(), advised as advice:
+
+        def free(pointer: Any) -> None:
+            advice.stop()
+            llama.llama_model_free(pointer)
+
+        model = Handle(llama.llama_model_load_from_file(os.fsencode(path), parameters), free)
     if model.pointer:
         return model
     reason = complaint()

@@ -7,21 +7,19 @@ it read ahead in huge pages; elsewhere that is ignored. Nothing is copied.
 """
 
 import mmap
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from rgexport.export.model_file import ExternalTensor
+from rgexport.runtimes.background_advice import BackgroundAdvice
 from rgexport.runtimes.mappings import advise
 from rgexport.runtimes.memory import available_bytes
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""
-_PIECE = 16 << 20
-"""At once: others wait who want to map memory meanwhile."""
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8}
 """What native kernels read: onnx.proto's number of a type → numpy's."""
 
@@ -38,6 +36,7 @@ class MappedWeights:
         self._folder = folder
         self._files: dict[str, mmap.mmap] = {}
         self._arrays: list[np.ndarray] = []
+        self._advice = BackgroundAdvice()
         self.values: dict[str, ort.OrtValue] = {}
         for tensor in tensors:
             array = self._view(tensor)
@@ -60,8 +59,12 @@ class MappedWeights:
         """Begins to read all of the files, in the background, if there is memory for them."""
         room, size = available_bytes(), sum(map(len, self._files.values()))
         if room is None or room > size:
-            pieces = [piece for file in self._files.values() for piece in _pieces(file)]
-            threading.Thread(target=_populate, args=(pieces,), daemon=True).start()
+            files = tuple(self._files.values())
+            self._advice.start(map(_addresses, files), _populate, files)
+
+    def close(self) -> None:
+        """Ends what was begun in the background; maps go when nobody holds a tensor any more."""
+        self._advice.stop()
 
     def _view(self, tensor: ExternalTensor) -> np.ndarray | None:
         dtype, path = _DTYPES.get(tensor.data_type), self._folder / tensor.file
@@ -89,12 +92,5 @@ def _addresses(file: mmap.mmap) -> tuple[int, int]:
     return start, start + len(file)
 
 
-def _pieces(file: mmap.mmap) -> Iterator[tuple[int, int]]:
-    start, end = _addresses(file)
-    for at in range(start, end, _PIECE):
-        yield at, min(at + _PIECE, end)
-
-
-def _populate(pieces: Sequence[tuple[int, int]]) -> None:
-    for start, end in pieces:
-        _ = advise(start, end, _POPULATE_READ) or advise(start, end, _WILLNEED)
+def _populate(start: int, end: int) -> None:
+    _ = advise(start, end, _POPULATE_READ) or advise(start, end, _WILLNEED)

@@ -39,6 +39,15 @@ def mappings() -> Iterator[Mapping]:
 
 
 def advise(start: int, end: int, advice: int) -> bool:
-    """Calls `madvise` on whole pages of the address space; whether the kernel took the advice."""
-    call = ctypes.CDLL(None).madvise
+    """Calls `madvise` on whole pages of the address space; whether the kernel took the advice.
+
+    The numbers of advice are Linux's. Elsewhere none is taken, nor where the C library has no such
+    function.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, TypeError, AttributeError):
+        return False
     return call(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0

@@ -1,6 +1,7 @@
 """ONNX Runtime behind the Session interface; states are bound once and updated in place."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,7 @@ from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.mapped_weights import MappedWeights
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
@@ -51,11 +53,17 @@ class OrtSession:
             native: whether our kernels may run.
 
         Raises:
-            RequestError: ONNX Runtime cannot open the model.
+            RequestError: ONNX Runtime cannot open the model, or its files are no longer those that
+                the artifact was opened with.
         """
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
-        self._session, self._kernels, self._weights = _open(artifact, self._threads, graph, native)
+        self._files = UnchangedFiles(artifact, MODEL_FILE)
+        self._session, self._kernels, self._weights, stop = _open(
+            artifact, self._threads, graph, native
+        )
+        # Also of a session that nobody closes: before its memory is freed.
+        self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
@@ -117,7 +125,12 @@ class OrtSession:
         return found
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations."""
+        """Forgets everything; from now on `batch` conversations.
+
+        Raises:
+            RequestError: a file changed under the session, and with it perhaps its weights.
+        """
+        self._files.require()
         specs = self._manifest.states
         self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
@@ -149,6 +162,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Frees the weights and the states; the session cannot be used any more."""
+        self._stop_advice()
         del self._step_run, self._session, self._weights
         self._states = {}
 
@@ -233,8 +247,8 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
-) -> tuple[ort.InferenceSession, str, MappedWeights | None]:
-    """The session, which kernels it runs, and what has to live as long as it does."""
+) -> tuple[ort.InferenceSession, str, MappedWeights | None, Callable[[], None]]:
+    """The session, which kernels it runs, what lives as long, and what to call before both go."""
     _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -256,14 +270,21 @@ def _open(
         for name, value in weights.values.items():
             options.add_initializer(name, value)
     try:
-        with huge_pages():
+        with huge_pages() as advice:
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
+    stops = [advice.stop]
     if weights:
         weights.make_resident()
-    return session, kernels, weights
+        stops.append(weights.close)
+    return session, kernels, weights, lambda: _call_all(stops)
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def _require_version(artifact: Artifact) -> None:
