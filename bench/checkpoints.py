@@ -118,5 +118,6 @@ CHARACTERS: dict[str, Mapping[Role, Change]] = {
     "slow decays": {"a_param": _slow},
     "loud columns": {"linear": _loud_columns},
     "loud channels": {"norm": _loud_channels},
+    "dull": {"embedding": _times(0.05), "linear": _times(0.3)},
 }
 """What a checkpoint is like → what that changes of `random_weights`, by the tensor's role."""

@@ -3,7 +3,8 @@
     python -m bench.sweep [--seeds 20] [--first 0] [--formats onnx …] [--precisions int4 …] [--demo]
 
 Each seed is a random checkpoint of a random shape (see `bench.checkpoints`), exported in every
-format and precision, and validated as `rgexport validate` does it. Prints a table for each format:
+format and precision, and validated as `rgexport validate` does it, with the model and with a
+reference file of it. Prints a table for each format:
 how many artifacts there were, how many failed, and how near each check came to its limit, as a
 share of it. Each run is also appended to `out/bench/sweep.jsonl`. Exit code 1 if any failed.
 """
@@ -33,6 +34,9 @@ from rgexport.griffin.sizes import DEMO
 from rgexport.progress import note
 from rgexport.tables import Table, render
 from rgexport.validate.parity import compare
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.reference.reference_reader import read_reference
 
 TOKENS = 300
 """The most that an artifact takes; random checkpoints get four windows."""
@@ -99,6 +103,7 @@ def main() -> None:
         for run in sweep(options):
             log.write(json.dumps(asdict(run)) + "\n")
             log.flush()
+            note(f"{run.model}, {run.format} {run.precision}: {run.verdict}")
             runs.append(run)
     print(render([*map(_table, options.formats, [runs] * len(options.formats)), *_failures(runs)]))
     sys.exit(any(run.verdict != "PASS" for run in runs))
@@ -127,20 +132,34 @@ def sweep(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def _runs(name: str, checkpoint: Checkpoint, options: argparse.Namespace) -> Iterator[Run]:
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        reference = read_reference(capture(checkpoint, Path(folder) / "reference"))
+        yield from _exported(name, checkpoint, reference, options)
+
+
+def _exported(
+    name: str, checkpoint: Checkpoint, reference: ReferenceFile, options: argparse.Namespace
+) -> Iterator[Run]:
     for kind in options.formats:
         for precision, export in EXPORTS[kind].items():
             if precision in options.precisions:
-                run = _validate(name, checkpoint, kind, precision, export)
-                note(f"{name}, {kind} {precision}: {run.verdict}")
-                yield run
+                yield _validate(name, checkpoint, reference, kind, precision, export)
 
 
-def _validate(name: str, checkpoint: Checkpoint, kind: str, precision: str, export: Export) -> Run:
-    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+def _validate(
+    name: str,
+    checkpoint: Checkpoint,
+    reference: ReferenceFile,
+    kind: str,
+    precision: str,
+    export: Export,
+) -> Run:
+    with TemporaryDirectory() as folder:
         os.environ["RGEXPORT_CACHE"] = folder  # what is known of these files is of no use later
         suffix = ".gguf" if kind == "gguf" else ""
         target = export(checkpoint, Path(folder) / f"artifact{suffix}")
-        result = compare(target, model=str(checkpoint.path), max_tokens=TOKENS)
+        model = str(checkpoint.path)
+        result = compare(target, model=model, reference=reference, max_tokens=TOKENS)
     shares: dict[str, float] = {}
     for check in result.checks:
         share, asked = check.value / (check.limit or 1), check.kind or check.name

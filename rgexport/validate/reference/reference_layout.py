@@ -8,7 +8,7 @@ import numpy as np
 from rgexport.validate.reference import condensed
 from rgexport.validate.states import checkpoints
 
-LOGITS_BYTES = 17_500_000
+LOGITS_BYTES = 17_280_000
 """What the file should take for logits, all positions together: with states and sketches, the
 demo's is below 20 MB and has 16 bits for every token everywhere."""
 FULL = 64

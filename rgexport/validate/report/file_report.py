@@ -6,14 +6,16 @@ from rgexport.tables import Row, Table
 from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.reference.stream_errors import LayerError
 from rgexport.validate.states import worst
+from rgexport.validate.weights.sketch_errors import SketchError
 
 PROMPT = ("tokens", "KL mean", "first choice", "worst state", "greedy")
 
 _LAYER = ("error", "limit", "worst at position")
 DRIFT = "Recurrent states inside the longest prompt"
 STREAM = "Residual stream behind each layer"
+_SKETCH = ("relative error", "projection", "noise", "worst row")
 WORST = 5
-"""Layers that are shown."""
+"""Layers, and tensors of one kind, that are shown."""
 
 
 def file_parts(found: AgainstFile) -> Iterator[str | Table]:
@@ -31,6 +33,7 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
     if found.drift:
         drifted = [(f"{d.position:,} tokens", f"{worst(d.states):.3g}") for d in found.drift]
         yield Table(DRIFT, ("behind", "worst"), drifted, ("worst",))
+    yield sketch_table(found)
     if found.layers:
         yield Table(STREAM, ("layer", *_LAYER), _layer_rows(found.layers), _LAYER)
         if first := next((error for error in found.layers if not error.passed), None):
@@ -46,6 +49,23 @@ def _layer_rows(layers: Sequence[LayerError]) -> Iterator[Row]:
         yield f"{e.layer}", f"{e.relative_rms:.3g}", f"{e.limit:.3g}", f"{e.worst_position:,}"
     if len(layers) > WORST:
         yield f"… and {len(layers) - WORST} better ones", "", "", ""
+
+
+def sketch_table(found: AgainstFile) -> Table:
+    """How far the stored weights are from what the file's sketches tell of the reference's."""
+    title, header = "Weights, by the reference file's sketches", ("tensor", "stored", *_SKETCH)
+    return Table(title, header, list(_sketch_rows(found.weights)), _SKETCH)
+
+
+def _sketch_rows(errors: Sequence[SketchError]) -> Iterator[Row]:
+    """The noisiest of each scheme."""
+    for scheme in dict.fromkeys(e.scheme for e in errors):
+        group = sorted((e for e in errors if e.scheme == scheme), key=lambda e: -e.noise)
+        for e in group[:WORST]:
+            numbers = f"{e.relative_error:.3g}", f"{e.projection:.5f}", f"{e.noise:.3g}"
+            yield (e.name, scheme, *numbers, f"{e.worst_row:.3g}")
+        if len(group) > WORST:
+            yield f"… and {len(group) - WORST} better ones", scheme, "", "", "", ""
 
 
 def bounded(best: float, low: float, high: float) -> str:

@@ -10,7 +10,7 @@ from rgexport.validate.measure import Comparison
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.chart import Chart
 from rgexport.validate.report.file_pictures import file_charts
-from rgexport.validate.report.file_report import PROMPT, file_table
+from rgexport.validate.report.file_report import PROMPT, file_table, sketch_table
 from rgexport.validate.report.layer_pictures import site_chart
 from rgexport.validate.report.page_bars import (
     Bar,
@@ -160,6 +160,12 @@ class View:
         """What a reference file told, if one was given."""
         found = self.result.reference
         return None if found is None else file_table(found)
+
+    @property
+    def sketches(self) -> Table | None:
+        """What its sketches told of the weights."""
+        found = self.result.reference
+        return None if found is None else sketch_table(found)
 
     @property
     def prompts(self) -> BarTable | None:

@@ -104,7 +104,7 @@ def _headline(r: Result) -> str:
 
 
 _STATE = ("max |Δ| / max", "norm")
-_WEIGHT = ("relative error", "projection", "max steps")
+_WEIGHT = ("relative error", "projection", "noise", "max steps")
 
 
 def _state_rows(errors: list[StateError]) -> Iterator[Row]:
@@ -120,12 +120,12 @@ def _weight_rows(errors: list[WeightError]) -> Iterator[Row]:
         group = [e for e in errors if e.scheme == scheme]
         inexact = sorted((e for e in group if e.max_steps != 0), key=lambda e: -e.relative_error)
         for e in inexact[:WORST]:
-            numbers = number(e.relative_error), f"{e.projection:.5f}", number(e.max_steps)
-            yield (e.name, e.scheme, *numbers)
+            numbers = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
+            yield (e.name, e.scheme, *numbers, number(e.max_steps))
         if len(inexact) > WORST:
-            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", ""
+            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", "", ""
         if exact := len(group) - len(inexact):
-            yield f"{exact} tensors, bit for bit", scheme, "0", "1", "0"
+            yield f"{exact} tensors, bit for bit", scheme, "0", "1", "0", "0"
 
 
 def _closing(r: Result) -> str:

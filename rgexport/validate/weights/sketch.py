@@ -14,8 +14,8 @@ import numpy as np
 
 from rgexport.griffin.tensor import RowTensor, slab_bounds
 
-DIRECTIONS = 4
-"""Random directions, at least: of eight million rows, none that is another row is overlooked."""
+DIRECTIONS = 3
+"""Random directions, at least: nine in ten rows of an embedding that are other rows are noticed."""
 PRODUCTS = 1024
 """Random products of a tensor, at least: the size of its error is known to 2.2 %."""
 SLAB_BYTES = 1 << 20
