@@ -13,6 +13,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact, record_files
 from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import MODEL_FILE
 from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.manifest import write_manifest
 from rgexport.griffin.config import GriffinConfig
@@ -192,15 +193,21 @@ def _fit_hashes(artifact: Artifact) -> None:
     if path.is_file():
         seal(path, hash_file(path, start=data_start(read_header(path))).sha256)
         return
-    manifest = dataclasses.replace(manifest, files=record_files(path, manifest.files))
     if isinstance(manifest, CoreMLManifest):
-        blobs = {
-            f"{name}.{label}": hash_file(
-                path / part.file, start=part.offset, length=part.nbytes
-            ).sha256
-            for name, stored in manifest.tensors.items()
-            for label, part in stored.parts.items()
-        }
-        record = dataclasses.replace(manifest.coreml, blobs=blobs)
-        manifest = dataclasses.replace(manifest, coreml=record)
-    write_manifest(path, manifest)
+        manifest = _fit_blobs(path, manifest)
+    write_manifest(path, dataclasses.replace(manifest, files=record_files(path, manifest.files)))
+
+
+def _fit_blobs(path: Path, manifest: CoreMLManifest) -> CoreMLManifest:
+    """In the manifest, and the first digits of each hash in the package's metadata."""
+    blobs = {
+        f"{name}.{label}": hash_file(path / part.file, start=part.offset, length=part.nbytes).sha256
+        for name, stored in manifest.tensors.items()
+        for label, part in stored.parts.items()
+    }
+    model = path / MODEL_FILE
+    program = model.read_bytes()
+    for name, digest in manifest.coreml.blobs.items():
+        program = program.replace(digest[:16].encode(), blobs[name][:16].encode())
+    model.write_bytes(program)
+    return dataclasses.replace(manifest, coreml=dataclasses.replace(manifest.coreml, blobs=blobs))
