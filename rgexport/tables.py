@@ -52,13 +52,13 @@ def _print_table(console: "Console", table: Table) -> None:
     for index, name in enumerate(table.header):
         # Where there is no room, it is names that are broken, not numbers that are cut.
         grid.add_column(
-            name,
+            printable(name),
             justify="right" if name in table.numbers else "left",
             no_wrap=index > 0,
             overflow="fold",
         )
     for row in table.rows:
         grid.add_row(*(printable(cell) for cell in row))
-    console.print(table.title)
+    console.print(printable(table.title))
     console.print(grid)
     console.print()

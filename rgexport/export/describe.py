@@ -132,7 +132,7 @@ def _parameters(weights: WeightSource) -> int:
 
 def as_json(description: Description) -> str:
     """The description for programs."""
-    return json.dumps(description, indent=1) + "\n"
+    return json.dumps(description, indent=1).replace("\x7f", "\\u007f") + "\n"
 
 
 def as_text(description: Description) -> str:

@@ -1,5 +1,6 @@
 """Reads `rgexport.json` and refuses what contradicts itself."""
 
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from rgexport.export.manifest import (
 )
 from rgexport.export.typed_json import Mismatch, Reader, label
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.json_fields import read_json
+from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
@@ -127,10 +128,19 @@ def check_config(config: GriffinConfig) -> None:
     """What the types alone do not say about a configuration.
 
     Raises:
-        Mismatch: a size that is not positive.
+        Mismatch: a size that is not positive, or sizes that do not fit one another.
     """
-    for name, size in config.to_dict().items():
-        _require(type(size) is not int or size > 0, f"config.{name} is {size}")
+    for name, value in config.to_dict().items():
+        if type(value) is int:
+            _require(0 < value <= MAX_INTEGER, f"config.{name} is {reprlib.repr(value)}")
+        elif type(value) is float:
+            least = 0 if name in ("soft_cap", "rms_eps") else 1e-30
+            _require(least <= value <= MAX_NUMBER, f"config.{name} is {value}")
+    _require(config.block_types, "config.block_types has no layer")
+    whole = "recurrent" not in config.block_types or not config.lru_width % config.lru_heads
+    _require(whole, f"config.lru_heads is {config.lru_heads}, no divisor of {config.lru_width}")
+    rotated = config.rope_dims <= config.head_dim or "attention" not in config.block_types
+    _require(rotated, f"config.rope_dims is {config.rope_dims}, of {config.head_dim}")
 
 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: _Format) -> None:
@@ -160,6 +170,6 @@ def _require_word(place: str, word: str, words: Collection[str]) -> None:
     _require(word in words, f"{place} is {word!r}; expected {' or '.join(words)}")
 
 
-def _require(condition: bool, complaint: str) -> None:
+def _require(condition: object, complaint: str) -> None:
     if not condition:
         raise Mismatch(complaint)

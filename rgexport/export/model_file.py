@@ -18,6 +18,8 @@ _ELSEWHERE = 1
 """`data_location` of a tensor that lies in another file."""
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+_MOST_BITS = 63
+"""Of a number, but for its last seven."""
 _FIXED = {_FIXED_64: 8, _FIXED_32: 4}
 
 Field = int | memoryview
@@ -149,3 +151,5 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         shift += 7
         if byte < 128:
             return value, at
+        if shift > _MOST_BITS:  # it would take for ever to collect them
+            raise ValueError

@@ -1,6 +1,8 @@
 """Reads plain JSON into dataclasses, strictly and with clear complaints."""
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -97,11 +99,22 @@ class Reader:
 
 
 def _scalar(kind: type, value: Any, place: str) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _finite(value, place)
     if type(value) is not kind:
         raise Mismatch(f"{place} is {_show(value)}; expected {_NAMES[kind]}")
     return value
+
+
+def _finite(value: Any, place: str) -> float:
+    """A number; Python's reader of JSON takes `NaN` and `1e999` too, which are none."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise Mismatch(f"{place} is {_show(value)}; expected a finite number")
+    return number
 
 
 _BY_ORIGIN: dict[Any, Callable[[Reader, tuple[Any, ...], Any, str], Any]] = {
@@ -120,5 +133,5 @@ def label(key: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -69,7 +69,7 @@ def _attention(fields: Fields, width: int, heads: int, used: bool) -> tuple[int,
     """Head dimension, rotated dimensions and base of RoPE; any will do where there is none."""
     theta, rotary = _rope(fields)
     head_dim = fields.integer("head_dim", max(1, width // heads))
-    rope_dims = int(rotary * head_dim + 1e-6)  # 3/7 of 14 is 6
+    rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
     if used and "head_dim" not in fields and width % heads:
         raise fields.wrong("num_attention_heads", f"a divisor of hidden_size {width}")
     if used and (rope_dims < 2 or rope_dims % 2):

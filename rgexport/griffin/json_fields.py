@@ -21,7 +21,7 @@ def read_json(path: Path) -> "Fields":
         RequestError: the file cannot be read or holds something else.
     """
     try:
-        values = json.loads(read_regular(path))
+        values = strict_json(read_regular(path))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 _STORAGE = re.compile(r".+/data/\d+")
+MAX_PICKLE_BYTES, MAX_NAMES, MAX_DEPTH = 16 << 20, 1 << 16, 16
+"""Of a file without its storages, and of the dictionaries in it: far above what a model needs. A
+few nested ones that hold one another twice would have more names than fit into any memory."""
 _LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and its extra field
 
 
@@ -58,7 +61,7 @@ def locate_tensors(path: Path) -> dict[str, Located | str]:
         raise RequestError(
             f"{path} holds {type(content).__name__}; expected a dictionary of tensors"
         )
-    return {name: _locate(path, name, value, records) for name, value in _flatten(content)}
+    return {name: _locate(path, name, value, records) for name, value in _named(path, content)}
 
 
 def _records(path: Path) -> dict[int, int]:
@@ -69,12 +72,33 @@ def _records(path: Path) -> dict[int, int]:
             if not zipfile.is_zipfile(file):
                 raise _not_zip(path)
             with zipfile.ZipFile(file) as archive:
-                storages = [i for i in archive.infolist() if _STORAGE.fullmatch(i.filename)]
+                records = archive.infolist()
+                _check_records(records)
+                storages = [i for i in records if _STORAGE.fullmatch(i.filename)]
                 return dict(_record(file, info) for info in storages)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
-    except zipfile.BadZipFile as error:
-        raise RequestError(f"{path} is damaged: {error}; copy or download it again") from None
+    except RequestError:
+        raise
+    except Exception as error:  # zipfile raises whatever a damaged directory leads it to
+        raise RequestError(
+            f"{path} is damaged: {_first_line(error)}; copy or download it again"
+        ) from None
+
+
+def _check_records(records: list[zipfile.ZipInfo]) -> None:
+    """All but the storages is read whole by torch, which would also unpack what is compressed.
+
+    Raises:
+        BadZipFile: a record is compressed, there twice, or larger than any pickle of names.
+    """
+    for info in records:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
+        if info.file_size > MAX_PICKLE_BYTES and not _STORAGE.fullmatch(info.filename):
+            raise zipfile.BadZipFile(f"its record {info.filename} has {info.file_size} bytes")
+    if len({info.filename for info in records}) < len(records):
+        raise zipfile.BadZipFile("it has a record twice")
 
 
 def _not_zip(path: Path) -> RequestError:
@@ -91,8 +115,6 @@ def _not_zip(path: Path) -> RequestError:
 
 
 def _record(file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
     file.seek(info.header_offset + _LOCAL_HEADER_BYTES - 4)
     name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
     return info.header_offset + _LOCAL_HEADER_BYTES + name + extra, info.file_size
@@ -131,13 +153,29 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _named(path: Path, content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries by their joined names."""
+    names: set[str] = set()
+    for name, value in _leaves(path, content, "", 0):
+        if name in names or len(names) == MAX_NAMES:
+            what = "twice" if name in names else f"and {MAX_NAMES} more"
+            raise RequestError(f"{path} is damaged: it has the entry {name} {what}")
+        names.add(name)
+        yield name, value
+
+
+def _leaves(
+    path: Path, content: dict[Any, Any], prefix: str, depth: int
+) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{path} is damaged: its dictionaries are nested too deeply")
     for key, value in content.items():
-        name = f"{prefix}{key}"
+        if not isinstance(key, str | int):
+            raise RequestError(f"{path} is damaged: it has a name of type {type(key).__name__}")
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}.")
+            yield from _leaves(path, value, f"{prefix}{key}.", depth + 1)
         else:
-            yield name, value
+            yield f"{prefix}{key}", value
 
 
 def _locate(path: Path, name: str, value: Any, records: dict[int, int]) -> Located | str:
@@ -153,7 +191,8 @@ def _locate(path: Path, name: str, value: Any, records: dict[int, int]) -> Locat
     start = _storage_offset(value)
     skip = int(value.storage_offset()) * value.element_size()
     nbytes = math.prod(value.shape) * value.element_size()
-    if records.get(start, -1) < skip + nbytes:
+    whole = value.untyped_storage().nbytes()
+    if records.get(start, -1) != whole or skip + nbytes > whole:
         raise RequestError(
             f"{path}: tensor {name} does not lie in a record of the file (or torch "
             f"{torch.__version__} no longer tells where); expected {nbytes} bytes at {start + skip}"

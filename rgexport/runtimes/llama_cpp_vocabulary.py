@@ -47,6 +47,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
         eos_id=vocabulary.eos_id,
         raw_encode=_matching(overruled, vocabulary.encode),
         surface=vocabulary.surface,
+        unknown_id=special.get("<unk>"),
     )
 
 

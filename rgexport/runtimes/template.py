@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from rgexport.errors import RequestError
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.runtimes.template_budget import rendering
+from rgexport.runtimes.template_sandbox import Sandbox
 from rgexport.runtimes.tokenizer import CUT, Tokenizer
 
 Message = Mapping[str, str]
 """`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""
 
 # A template comes with a download: it must not be able to fill the memory or run for ever.
-MAX_RENDERED = 1 << 25
+MAX_RENDERED = 1 << 22
 """Characters that a template may write."""
 MAX_ITERATIONS = 1 << 20
 """Numbers that all `range` calls of one rendering may yield together."""
@@ -66,15 +66,16 @@ class ChatTemplate:
             RequestError: the template refuses these messages, is broken, or writes too much.
         """
         try:
-            chunks = _compile(self.source).generate(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                range=_bounded_range(),
-                tools=None,
-                documents=None,
-                **tokens,
-            )
-            return _join_bounded(chunks)
+            with rendering(messages):
+                chunks = _compile(self.source).generate(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    range=_bounded_range(),
+                    tools=None,
+                    documents=None,
+                    **tokens,
+                )
+                return _join_bounded(chunks)
         except Exception as error:  # a template can raise whatever Python can
             reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
             raise RequestError(f"chat template ({self.origin}): {reason}") from None
@@ -105,14 +106,14 @@ def load_template(folder: Path) -> ChatTemplate:
 
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    # The options, the extension and the functions are those that Hugging Face gives a template.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    # The functions are those that Hugging Face gives a template.
+    environment = Sandbox()
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    environment.bound()
+    template: jinja2.Template = environment.template(source)
+    return template
 
 
 def _raise_exception(message: str) -> NoReturn:

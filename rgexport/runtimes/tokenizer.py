@@ -12,11 +12,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from rgexport.errors import RequestError
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.regular_file import read_regular
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CUT = "\ud800"
 """Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
@@ -49,6 +53,26 @@ class Tokenizer:
     """The engine's own encoding, which may recognize special literals."""
     surface: Callable[[int], bytes]
     """The UTF-8 text of one piece, which may be part of a character; empty for control pieces."""
+    unknown_id: int | None = None
+    """What stands for text that no piece has: special, and yet it comes out of `encode_text`."""
+
+    def __post_init__(self) -> None:
+        """Refuses a vocabulary in which text and markup cannot be told apart.
+
+        Raises:
+            RequestError: a special piece of one character, which cannot be cut; or text that no
+                piece has would end a reply.
+        """
+        if short := [literal for literal in self.special if len(literal) < 2]:
+            raise RequestError(
+                f"the vocabulary has the special piece {short[0]!r}, which any text may hold; "
+                "copy the tokenizer again from the original checkpoint"
+            )
+        if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
+            raise RequestError(
+                f"the vocabulary has the id {self.unknown_id} for unknown text and for a control "
+                "token; copy the tokenizer again from the original checkpoint"
+            )
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -96,7 +120,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _forbidden(self) -> frozenset[int]:
-        return frozenset(token for piece, token in self.special.items() if piece != "<unk>")
+        return frozenset(self.special.values()) - {self.unknown_id}
 
     @functools.cached_property
     def _alternatives(self) -> str:
@@ -140,20 +164,29 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     for name, read in _READERS.items():
         if (folder / name).is_file():
-            try:
-                return read(folder / name)
-            except RequestError:
-                raise
-            except Exception as error:  # the engines raise bare Exception and RuntimeError
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise RequestError(
-                    f"{folder / name} is not a readable tokenizer ({reason}); "
-                    "copy it again from the original checkpoint"
-                ) from None
+            return _guarded(folder / name, read)(folder / name)
     raise RequestError(
         f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
         "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
     )
+
+
+def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, whose engine raises bare Exception and RuntimeError where its file leads it to."""
+
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except RequestError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(
+                f"{path} is not a usable tokenizer ({reason}); "
+                "copy it again from the original checkpoint"
+            ) from None
+
+    return guarded
 
 
 def _read_sentencepiece(path: Path) -> Tokenizer:
@@ -182,7 +215,13 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
         return token if token >= 0 else None
 
     return Tokenizer(
-        size, special, known(engine.bos_id()), known(engine.eos_id()), engine.EncodeAsIds, surface
+        size,
+        special,
+        known(engine.bos_id()),
+        known(engine.eos_id()),
+        _guarded(path, engine.EncodeAsIds),
+        surface,
+        known(engine.unk_id()),
     )
 
 
@@ -199,7 +238,9 @@ def _read_json(path: Path) -> Tokenizer:
     engine.no_truncation()
     engine.no_padding()
     added = layout.get("added_tokens", [])
-    special = {t["content"]: t["id"] for t in added if t["special"] or is_markup(t["content"])}
+    literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
+    pieces = engine.get_vocab(with_added_tokens=True)
+    special = {literal: pieces[literal] for literal in literals}
     names = control_token_names(path.parent)
     control = {special.get(names[key]) for key in ("bos_token", "eos_token", "pad_token")}
 
@@ -213,13 +254,17 @@ def _read_json(path: Path) -> Tokenizer:
         ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
+    size, unknown = engine.get_vocab_size(), layout["model"].get("unk_token")
+    if any(engine.id_to_token(token) is None for token in range(size)):
+        raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
     return Tokenizer(
-        engine.get_vocab_size(),
+        size,
         special,
         special.get(names["bos_token"]),
         special.get(names["eos_token"]),
-        encode,
+        _guarded(path, encode),
         surface,
+        None if unknown is None else engine.token_to_id(unknown),
     )
 
 

@@ -92,9 +92,13 @@ def _make(
             f"{path} has {len(pieces)} tokens but the embedding {vocab_size} rows; "
             "put the tokenizer of this checkpoint beside it"
         )
+    if not all(isinstance(text, str) for text, _, _ in pieces):  # protobuf lets bytes through
+        raise RequestError(f"{path} has a token that is not UTF-8")
     padding = range(len(pieces), vocab_size)
     pieces = [*_stored(pieces), *((f"[PAD{index}]", _PADDING_SCORE, UNUSED) for index in padding)]
     tokens, scores, types = (list(column) for column in zip(*pieces, strict=True))
+    if not np.isfinite(scores).all():
+        raise RequestError(f"{path} has a token whose score is no number")
     if len(set(tokens)) != len(tokens):
         raise RequestError(f"{path} has the same token twice; llama.cpp cannot load that")
     return Vocabulary(
@@ -130,9 +134,12 @@ _Found = tuple[list[_Piece], dict[str, int | None], bool]
 
 def _read_sentencepiece(path: Path) -> _Found:
     # slow to import, and generated without type information
+    import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    model = ModelProto.FromString(read_regular(path, MAX_BYTES))
+    content = read_regular(path, MAX_BYTES)
+    model = ModelProto.FromString(content)
+    sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)  # refuses more
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != _BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
         raise RequestError(
@@ -159,19 +166,21 @@ def _read_sentencepiece(path: Path) -> _Found:
 
 def _read_json(path: Path) -> _Found:
     """A conversion by Hugging Face: merges are in the order of the scores of what they make."""
-    layout = json.loads(read_regular(path, MAX_BYTES))
+    import tokenizers
+
+    content = read_regular(path, MAX_BYTES)
+    engine = tokenizers.Tokenizer.from_buffer(content)
+    layout = json.loads(content)
     model = layout["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise RequestError(
             f"{path} is a {model.get('type')} tokenizer without byte fallback; "
             "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
         )
-    vocab: dict[str, int] = model["vocab"]
     added: list[dict[str, Any]] = layout.get("added_tokens", [])
     names = control_token_names(path.parent)
     kinds = {token["content"]: _kind_of_added(token, names) for token in added}
-    by_id = {index: piece for piece, index in vocab.items()}
-    by_id |= {token["id"]: token["content"] for token in added}
+    by_id = {index: piece for piece, index in engine.get_vocab(with_added_tokens=True).items()}
     if sorted(by_id) != list(range(len(by_id))):
         raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
     scores = _merge_scores(model["merges"])
