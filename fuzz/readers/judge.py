@@ -45,7 +45,7 @@ class Judge:
         """
         for data in (kept := list(seeds)):
             if (outcome := self(data)).kind != "accepted":
-                raise ValueError(f"{self.target.name}: a seed was {outcome.kind} {outcome.finding}")
+                raise ValueError(f"a seed of {self.target.name}: {outcome}")
         _reset_peak()
         self._base = _peak()
         for data in kept:
@@ -58,17 +58,30 @@ class Judge:
 
     def __call__(self, data: bytes) -> Outcome:
         """One input; everything but an interrupt is caught."""
+        outcome, much = self._watched(data)
+        if much and outcome.kind != "found":  # once may be a library that was loaded
+            outcome, much = self._watched(data)
+        if much and outcome.kind != "found":
+            return Outcome("found", f"memory grew by more than {self._allowed() >> 20} MB")
+        return outcome
+
+    def _allowed(self) -> int:
+        return 2 * (self._sound - self._base) + NOISE_BYTES
+
+    def _watched(self, data: bytes) -> tuple[Outcome, bool]:
+        """The outcome, and whether memory grew more than it may."""
         before = _peak()
         try:
             outcome = self._read(data)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic of Rust's is no Exception
-            return Outcome("found", _describe(error), str(error))
-        grown, allowed = _peak() - before, 2 * (self._sound - self._base) + NOISE_BYTES
-        if self._sound and grown > allowed and outcome.kind != "found":
-            return Outcome("found", f"memory grew by more than {allowed >> 20} MB")
-        return outcome
+            outcome = Outcome("found", _describe(error), str(error))
+        much = self._sound and _peak() - before > self._allowed()
+        if much:
+            self._most = max(self._most, _peak())
+            _reset_peak()
+        return outcome, bool(much)
 
     def _read(self, data: bytes) -> Outcome:
         try:
@@ -76,7 +89,7 @@ class Judge:
         except NotAnInput:
             return Outcome("skipped")
         except (RequestError, OSError) as error:
-            return _line(error_line(error))
+            return _judge_line(error_line(error))
         try:
             self.target.agree(data, self.folder, answer)
         except WrongAccept as error:
@@ -85,13 +98,13 @@ class Judge:
         return Outcome("accepted")
 
 
-def _line(line: str) -> Outcome:
+def _judge_line(line: str) -> Outcome:
     harmful = {unicodedata.category(c) for c in line} & _HARMFUL
     if harmful:
         return Outcome("found", "a line that a terminal would obey", repr(line))
     if not 10 < len(line) <= MOST_LINE:
         return Outcome("found", "a line of no sensible length", f"{len(line)} characters")
-    return Outcome("refused")
+    return Outcome("refused", detail=line)
 
 
 def _describe(error: BaseException) -> str:

@@ -46,3 +46,12 @@ def oracle(read: Callable[[], Any], complaint: str) -> Any:
         return read()
     except Exception as error:
         raise WrongAccept(complaint, f"{type(error).__name__}: {error}") from None
+
+
+def covers(stated: Any, read: Any) -> bool:
+    """Whether all that was read was stated so; what was left out or is new counts as such."""
+    if isinstance(stated, dict) and isinstance(read, dict):
+        return all(key not in stated or covers(stated[key], value) for key, value in read.items())
+    if isinstance(stated, list) and isinstance(read, list):
+        return len(stated) == len(read) and all(map(covers, stated, read))
+    return bool(stated == read) and isinstance(stated, bool) == isinstance(read, bool)

@@ -117,7 +117,7 @@ def mutate_folder(data: bytes, random: Random) -> bytes:
     name = random.choice(list(files))
     entry = files[name]
     if random.randrange(12) == 0:
-        _change_folder(files, name, random)
+        change_folder(files, name, random)
     elif name.endswith(".safetensors"):
         files[name] = folders.Entry(mutate_safetensors(entry.content, random))
     elif name.endswith((".json", ".jinja")):
@@ -125,7 +125,8 @@ def mutate_folder(data: bytes, random: Random) -> bytes:
     return folders.pack(files)
 
 
-def _change_folder(files: folders.Files, name: str, random: Random) -> None:
+def change_folder(files: folders.Files, name: str, random: Random) -> None:
+    """Takes a file away, or puts a link, a pipe or a folder in its place."""
     targets = (name, ".", "/dev/zero", "/dev/stdin", "/etc/passwd", "nowhere", "../" * 20)
     match random.randrange(5):
         case 0:

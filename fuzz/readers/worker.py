@@ -95,10 +95,13 @@ def main() -> None:
     for number, seed in enumerate(target.seeds(folder / "making")):
         (seeds / str(number)).write_bytes(seed)
     worker = Worker(request, target, folder / "input")
+    known = [path.read_bytes() for path in sorted(seeds.iterdir())]
+    try:
+        worker.judge.begin(known)
+    except ValueError as error:
+        sys.exit(str(error))
     worker.write()
-    worker.judge.begin([path.read_bytes() for path in seeds.iterdir()])
     _limit_addresses()
-    known = [path.read_bytes() for path in seeds.iterdir()]
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         random = Random(seed)

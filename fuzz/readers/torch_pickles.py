@@ -1,0 +1,69 @@
+"""DeepMind's `.pt` files: where their tensors lie, without anything of them being run."""
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from fuzz.readers import pickle_mutator
+from fuzz.readers.target import Target, oracle, require
+from rgexport.griffin.torch_file import Located, locate_tensors
+
+
+def _seeds(folder: Path) -> Iterable[bytes]:
+    values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    trees: tuple[dict[str, Any], ...] = (
+        {"a": values, "b": values.bfloat16()[1:], "c": torch.ones(3, dtype=torch.int64)},
+        {"params": {"x": values, "same": values, "inner": {"y": values.half()}}, "step": 3},
+        {"empty": torch.zeros(0, 2), "scalar": torch.tensor(1.5), "list": [1, "two"]},
+    )
+    for tree in trees:
+        buffer = io.BytesIO()
+        torch.save(tree, buffer)
+        yield buffer.getvalue()
+
+
+def _read(data: bytes, folder: Path) -> dict[str, Located | str]:
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.pt"
+    path.write_bytes(data)
+    return locate_tensors(path)
+
+
+def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
+    """Names, shapes, dtypes and bytes as torch has them after a real load."""
+    content = oracle(
+        lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), "torch refuses"
+    )
+    theirs = dict(_flatten(content))
+    require(theirs.keys() == found.keys(), "other names than torch has")
+    for name, tensor in found.items():
+        other = theirs[name]
+        require(isinstance(other, torch.Tensor) == isinstance(tensor, Located), "no tensor", name)
+        if isinstance(tensor, Located):
+            require(tuple(other.shape) == tensor.shape, "another shape than torch has", name)
+            require(
+                str(other.dtype) == f"torch.{tensor.dtype}", "another dtype than torch has", name
+            )
+            size = other.numel() * other.element_size()
+            content = other.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            stored = data[tensor.offset : tensor.offset + size]
+            require(content == stored, "other bytes than torch has", name)
+
+
+def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _mutate(data: bytes, random: Random) -> bytes:
+    return pickle_mutator.mutate(data, random)
+
+
+TARGETS = {"pt": Target("pt", _seeds, _mutate, _read, _agree, 1 << 14)}
