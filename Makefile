@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MINUTES ?= 10
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama
@@ -12,7 +13,7 @@ PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration
 NATIVE := $(VENV)/.native
 NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeLists.txt src/*))
 
-.PHONY: demo test native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo test fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) --no-print-directory native
@@ -26,6 +27,10 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 
 test: native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(BIN)/python -m pytest -q
+
+fuzz: $(INSTALLED)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.
+	$(BIN)/python -m fuzz.ops --minutes $(MINUTES)
+	$(BIN)/python -m fuzz.readers --minutes $(MINUTES)
 
 native: $(NATIVE)  ## The kernels for ONNX Runtime, where the package finds them: seconds.
 

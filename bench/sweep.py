@@ -132,8 +132,9 @@ def sweep(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def _runs(name: str, checkpoint: Checkpoint, options: argparse.Namespace) -> Iterator[Run]:
-    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        reference = read_reference(capture(checkpoint, Path(folder) / "reference"))
+    with TemporaryDirectory() as folder:
+        with redirect_stderr(io.StringIO()):
+            reference = read_reference(capture(checkpoint, Path(folder) / "reference"))
         yield from _exported(name, checkpoint, reference, options)
 
 
@@ -154,7 +155,7 @@ def _validate(
     precision: str,
     export: Export,
 ) -> Run:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         os.environ["RGEXPORT_CACHE"] = folder  # what is known of these files is of no use later
         suffix = ".gguf" if kind == "gguf" else ""
         target = export(checkpoint, Path(folder) / f"artifact{suffix}")

@@ -14,6 +14,8 @@ _LAYER = ("error", "limit", "worst at position")
 DRIFT = "Recurrent states inside the longest prompt"
 STREAM = "Residual stream behind each layer"
 _SKETCH = ("relative error", "projection", "noise", "worst row")
+_EXACT = 0.05
+"""Noise below that is the sketch's own rounding."""
 WORST = 5
 """Layers, and tensors of one kind, that are shown."""
 
@@ -58,14 +60,17 @@ def sketch_table(found: AgainstFile) -> Table:
 
 
 def _sketch_rows(errors: Sequence[SketchError]) -> Iterator[Row]:
-    """The noisiest of each scheme."""
+    """The noisiest of each scheme, and one line for what was stored as it was."""
     for scheme in dict.fromkeys(e.scheme for e in errors):
-        group = sorted((e for e in errors if e.scheme == scheme), key=lambda e: -e.noise)
-        for e in group[:WORST]:
+        group = [e for e in errors if e.scheme == scheme]
+        inexact = sorted((e for e in group if not e.noise < _EXACT), key=lambda e: -e.noise)
+        for e in inexact[:WORST]:
             numbers = f"{e.relative_error:.3g}", f"{e.projection:.5f}", f"{e.noise:.3g}"
             yield (e.name, scheme, *numbers, f"{e.worst_row:.3g}")
-        if len(group) > WORST:
-            yield f"… and {len(group) - WORST} better ones", scheme, "", "", "", ""
+        if len(inexact) > WORST:
+            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", "", ""
+        if exact := len(group) - len(inexact):
+            yield f"{exact} tensors, as they were", scheme, "0", "1", "0", "0"
 
 
 def bounded(best: float, low: float, high: float) -> str:
