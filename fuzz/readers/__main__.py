@@ -14,8 +14,6 @@ from typing import Any
 
 from fuzz.readers.targets import TARGETS
 
-OUT = Path("out/fuzz")
-FINDINGS = OUT / "findings"
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+)")
 _LEAST_SECONDS = 2.0
 """Less is not worth the start of a process."""
@@ -63,7 +61,7 @@ HEADER = (
 )
 
 
-def fuzz(name: str, runs: int, seconds: float, seed: int) -> Share:
+def fuzz(name: str, runs: int, seconds: float, seed: int, out: Path) -> Share:
     """Fuzzes one target in processes of its own, until all is done or the time is up."""
     share, began = Share(name), time.monotonic()
     while runs < 0 or share.executions < runs:
@@ -71,23 +69,24 @@ def fuzz(name: str, runs: int, seconds: float, seed: int) -> Share:
         if seconds and left < _LEAST_SECONDS and share.executions:
             break
         wanted = runs - share.executions if runs >= 0 else -1
-        if _process(share, wanted, max(1, int(left)) if seconds else 0, seed) == 0:
+        if _process(share, wanted, max(1, int(left)) if seconds else 0, seed, out) == 0:
             break
         seed += 1
     return share
 
 
-def _process(share: Share, runs: int, seconds: int, seed: int) -> int:
+def _process(share: Share, runs: int, seconds: int, seed: int, out: Path) -> int:
     """One process; adds what it reports, and what ended it, if that was not its work's end."""
     with tempfile.TemporaryDirectory() as folder:
+        findings = out / "findings"
         report, log = Path(folder) / "report.json", Path(folder) / "log"
         request = {
             **{"target": share.name, "runs": runs, "seconds": seconds, "seed": seed},
-            **{"report": str(report), "findings": str(FINDINGS)},
-            "corpus": str(OUT / "corpus" / share.name),
+            **{"report": str(report), "findings": str(findings)},
+            "corpus": str(out / "corpus" / share.name),
         }
         command = [sys.executable, "-m", "fuzz.readers.worker", json.dumps(request)]
-        before = set(FINDINGS.iterdir())
+        before = set(findings.iterdir())
         environment = os.environ | {"TMPDIR": folder}
         with log.open("wb") as output:
             code = subprocess.run(
@@ -99,7 +98,7 @@ def _process(share: Share, runs: int, seconds: int, seed: int) -> int:
             raise SystemExit(f"{text[-4000:]}\nthe fuzzer of {share.name} is broken")
         share.add(json.loads(report.read_text()))
         if code:
-            _note_end(share, code, sorted(set(FINDINGS.iterdir()) - before), text)
+            _note_end(share, code, sorted(set(findings.iterdir()) - before), text)
         return code
 
 
@@ -118,17 +117,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz.readers", description=__doc__)
     parser.add_argument("--minutes", type=float, help="of all targets together")
     parser.add_argument("--runs", type=int, help="executions of each target")
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="[default: all]")
+    parser.add_argument("--target", action="append", help="[default: all]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--out", type=Path, default=Path("out/fuzz"), help="[default: out/fuzz]")
     asked = parser.parse_args()
-    FINDINGS.mkdir(parents=True, exist_ok=True)
+    (asked.out / "findings").mkdir(parents=True, exist_ok=True)
     names = asked.target or list(TARGETS)
     minutes = asked.minutes or (0 if asked.runs else 1.0)
     shares = []
     for name in names:
         seconds = 60 * minutes / len(names)
-        shares.append(fuzz(name, asked.runs or -1, seconds, asked.seed))
+        shares.append(fuzz(name, asked.runs or -1, seconds, asked.seed, asked.out))
         _print_row(shares[-1].row())
         for finding in shares[-1].found.values():
             print(f"  {finding['what']} ({finding['count']} times): {finding['path']}")

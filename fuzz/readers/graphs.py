@@ -75,7 +75,10 @@ def _external(tensor: TensorProto) -> tuple[Any, ...] | None:
         offset = int(places.get("offset", "0"))
     except ValueError:
         return None
-    file = places.get("location")
+    file = places.get("location", "")
+    leads_out = file.startswith("/") or ".." in file.split("/") or set(file) & set("\\:")
+    if leads_out or not file.strip("./") or not file.isprintable() or offset < 0:
+        return None  # such a tensor is left to the engine, which refuses it
     return tensor.name, tensor.data_type, tuple(tensor.dims), file, offset
 
 

@@ -26,7 +26,8 @@ TARGETS: dict[str, str] = {
 
 
 def load_target(name: str) -> Target:
-    """The target of that name."""
-    module = importlib.import_module(f"fuzz.readers.{TARGETS[name]}")
+    """The target of that name, or one that stands elsewhere: `MODULE:NAME`."""
+    path, _, word = name.rpartition(":")
+    module = importlib.import_module(path or f"fuzz.readers.{TARGETS[name]}")
     targets: dict[str, Target] = module.TARGETS
-    return targets[name]
+    return targets[word]

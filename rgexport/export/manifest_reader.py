@@ -22,6 +22,7 @@ from rgexport.export.typed_json import Mismatch, Reader, label
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.state import state_specs
 from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
 
@@ -108,6 +109,9 @@ def _check(manifest: Manifest, form: _Format) -> None:
             f"tensors.{name} is not stored as the plan says",
         )
         _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
+    known = {spec.name for spec in state_specs(manifest.config)}
+    for state in manifest.states:
+        _require(state.name in known, f"states: the model has no {label(state.name)}")
     if isinstance(manifest, CoreMLManifest):
         _check_coreml(manifest)
 

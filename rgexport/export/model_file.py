@@ -5,6 +5,7 @@ The engine needs no package `onnx`, and of a file these few fields are all that 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 _GRAPH, _OPSET = 7, 8
 """Of ModelProto, in onnx.proto; below of OperatorSetIdProto, GraphProto, NodeProto, TensorProto and
@@ -97,8 +98,15 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
     places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}
     shape = [size for number, value in fields if number == _DIMS for size in _numbers(value)]
     kind, offset = last[_DATA_TYPE], int(places.get("offset", "0"))
-    if isinstance(kind, int):
+    if isinstance(kind, int) and _lies_inside(places["location"]) and offset >= 0:
         yield ExternalTensor(_text(last[_NAME]), kind, tuple(shape), places["location"], offset)
+
+
+def _lies_inside(location: str) -> bool:
+    """Whether a file lies in the model's folder; the engine refuses a model of other files."""
+    path = PurePosixPath(location)
+    plain = location.isprintable() and not set(location) & set("\\:") and path.parts
+    return bool(plain) and not path.is_absolute() and ".." not in path.parts
 
 
 def _numbers(value: Field) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """Reads plain JSON into dataclasses, strictly and with clear complaints."""
 
 import dataclasses
+import functools
 import math
 import reprlib
 import types
@@ -87,7 +88,7 @@ class Reader:
     def _dataclass(self, kind: Any, value: Any, place: str) -> Any:
         if not isinstance(value, dict):
             raise Mismatch(f"{place or 'it'} is {_show(value)}; expected an object")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         fields = {}
         for field in dataclasses.fields(kind):
             there = f"{place}.{field.name}" if place else field.name
@@ -96,6 +97,9 @@ class Reader:
             elif field.default is dataclasses.MISSING:
                 raise Mismatch(f"{there} is missing")
         return kind(**fields)
+
+
+_hints = functools.lru_cache(typing.get_type_hints)
 
 
 def _scalar(kind: type, value: Any, place: str) -> Any:

@@ -92,7 +92,7 @@ def _require_ours(header: GgufHeader) -> None:
             f"{path} is one of {parts} parts of a split file; expected a whole one: join them "
             "with `llama-gguf-split --merge`"
         )
-    if architecture != ARCHITECTURE:
+    if not isinstance(architecture, str) or architecture != ARCHITECTURE:
         raise RequestError(
             f"{path} holds a model of the architecture {_shown(architecture)}; expected "
             f"{ARCHITECTURE}, from `rgexport gguf`"
@@ -102,11 +102,21 @@ def _require_ours(header: GgufHeader) -> None:
             f"{path} was not made by rgexport (it has no {MANIFEST_KEY}); make one from the "
             "checkpoint with `rgexport gguf`"
         )
-    if values.get(integrity.FILE_TYPE) not in _WORDS:
+    if not isinstance(found := values.get(integrity.FILE_TYPE), int) or found not in _WORDS:
         raise RequestError(
-            f"{path} has the file type {_shown(values.get(integrity.FILE_TYPE))}; expected that "
+            f"{path} has the file type {_shown(found)}; expected that "
             f"of one of {', '.join(_WORDS.values())}"
         )
+    for key in integrity.HASHES:
+        if not isinstance(values.get(key), str):
+            raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
+    tokens, types = (values.get(f"tokenizer.ggml.{word}") for word in ("tokens", "token_type"))
+    if tokens is not None or types is not None:
+        both = (
+            isinstance(tokens, list) and isinstance(types, np.ndarray) and types.dtype.kind in "iu"
+        )
+        if not both or len(tokens) != len(types):
+            raise _damaged(path, "its tokens have no types, or its types no tokens")
 
 
 def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:

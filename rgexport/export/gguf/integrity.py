@@ -14,6 +14,7 @@ from rgexport.quantize.gguf_header import GgufHeader, read_header
 
 FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
+HASHES = DATA, METADATA, TYPES
 CHECK = "rgexport.check"
 """What the self-check found, when all else was written; see `mark`."""
 _UNKNOWN = "0" * 64

@@ -15,9 +15,26 @@ from google.protobuf.message_factory import GetMessageClass
 
 PACKAGE = "rgexport.mil"
 
+_OTHER_KINDS = (
+    "pipelineClassifier=200 pipelineRegressor=201 pipeline=202 glmRegressor=300 "
+    "supportVectorRegressor=301 treeEnsembleRegressor=302 neuralNetworkRegressor=303 "
+    "bayesianProbitRegressor=304 glmClassifier=400 supportVectorClassifier=401 "
+    "treeEnsembleClassifier=402 neuralNetworkClassifier=403 kNearestNeighborsClassifier=404 "
+    "neuralNetwork=500 itemSimilarityRecommender=501 customModel=555 linkedModel=556 "
+    "classConfidenceThresholding=560 oneHotEncoder=600 imputer=601 featureVectorizer=602 "
+    "dictVectorizer=603 scaler=604 categoricalMapping=606 normalizer=607 "
+    "arrayFeatureExtractor=609 nonMaximumSuppression=610 identity=900 textClassifier=2000 "
+    "wordTagger=2001 visionFeaturePrint=2002 soundAnalysisPreprocessing=2003 gazetteer=2004 "
+    "wordEmbedding=2005 audioFeaturePrint=2006 serializedModel=3000"
+)
+"""What a model may be instead of a program: of several in one file, the last one counts."""
+
 SCHEMA: dict[str, str] = {
     # Model.proto
-    "Model": "int32 specificationVersion 1, ModelDescription description 2, Program mlProgram 502",
+    "Model": (
+        "int32 specificationVersion 1, ModelDescription description 2, Program mlProgram 502 ?,"
+        + ",".join(f"Other {kind.replace('=', ' ')} ?" for kind in _OTHER_KINDS.split())
+    ),
     "ModelDescription": (
         "FeatureDescription* input 1, FeatureDescription* output 10, FeatureDescription* state 13,"
         "FunctionDescription* functions 20, string defaultFunctionName 21, Metadata metadata 100"
