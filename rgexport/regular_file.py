@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 
-MAX_SETTINGS_BYTES = 32 << 20
-"""Of a file of settings, which is read whole: far above what any of them needs."""
+MAX_SETTINGS_BYTES = 8 << 20
+"""Of a file of settings, which is read whole: far above what any of them needs (a manifest: 2 MB).
+As objects, JSON takes up to twenty times its size."""
 
 
 def require_regular(path: Path) -> int:

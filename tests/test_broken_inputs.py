@@ -62,7 +62,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert code == 2 and captured.out == ""
     *progress, line = captured.err.splitlines()
-    assert line.startswith("Error: ") and 20 < len(line) < 1000
+    assert line.startswith("Error: ") and 20 < len(line) < 1000 and line.isprintable()
     assert not any("Error" in other or "Traceback" in other for other in progress)
     assert tree(Path()) == before
     return line
@@ -174,6 +174,11 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "gate_proj",
     ),
     "unknown dtype": (edit_header(lambda h: h[f"model.{LINEAR}"].update(dtype="I32")), "gate_proj"),
+    "name that a terminal obeys": (
+        edit_header(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
+        r"tensor \?\[2J\?\]0;x\? has",
+    ),
+    "name without an end": (edit_header(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
     "missing tensor": (lambda f: save(f, without=LINEAR), f"missing: .*{LINEAR}"),
     "unexpected tensor": (lambda f: save(f, extra=np.ones((2, 2), np.float32)), "extra"),
     "wrong shape": (lambda f: save(f, **{NORM: np.ones(7, np.float32)}), "channel_pre_norm"),

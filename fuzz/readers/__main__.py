@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def fuzz(name: str, runs: int, seconds: float, seed: int, out: Path) -> Share:
 def _process(share: Share, runs: int, seconds: int, seed: int, out: Path) -> int:
     """One process; adds what it reports, and what ended it, if that was not its work's end."""
     with tempfile.TemporaryDirectory() as folder:
-        findings = out / "findings"
+        findings = out / "findings" / share.name.replace(":", ".")
+        findings.mkdir(parents=True, exist_ok=True)
         report, log = Path(folder) / "report.json", Path(folder) / "log"
         request = {
             **{"target": share.name, "runs": runs, "seconds": seconds, "seed": seed},
@@ -104,7 +106,7 @@ def _process(share: Share, runs: int, seconds: int, seed: int, out: Path) -> int
 
 def _note_end(share: Share, code: int, new: list[Path], text: str) -> None:
     """What libFuzzer ended a process for, with the input that did it."""
-    inputs = [path for path in new if re.search(r"-(timeout|crash|oom|leak)-", path.name)]
+    inputs = [path for path in new if re.match(r"(timeout|crash|oom|leak)-", path.name)]
     what = "took longer than 10 s" if code == _HUNG else f"ended the process with code {code}"
     for path in inputs or [Path("none")]:
         frames = re.findall(r"#\d+ 0x\w+ in (\S+)", text)[:8]
@@ -118,25 +120,34 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="of all targets together")
     parser.add_argument("--runs", type=int, help="executions of each target")
     parser.add_argument("--target", action="append", help="[default: all]")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at a time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"), help="[default: out/fuzz]")
     asked = parser.parse_args()
-    (asked.out / "findings").mkdir(parents=True, exist_ok=True)
     names = asked.target or list(TARGETS)
     minutes = asked.minutes or (0 if asked.runs else 1.0)
+    seconds = 60 * minutes * min(asked.jobs, len(names)) / len(names)
     shares = []
-    for name in names:
-        seconds = 60 * minutes / len(names)
-        shares.append(fuzz(name, asked.runs or -1, seconds, asked.seed, asked.out))
-        _print_row(shares[-1].row())
-        for finding in shares[-1].found.values():
-            print(f"  {finding['what']} ({finding['count']} times): {finding['path']}")
-            print(f"    {finding['detail'][:300]!r}", flush=True)
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        fuzzed = (
+            pool.submit(fuzz, name, asked.runs or -1, seconds, asked.seed, asked.out)
+            for name in names
+        )
+        for future in as_completed(list(fuzzed)):
+            shares.append(future.result())
+            _print_share(shares[-1])
     _print_row(("all", f"{sum(share.executions for share in shares):,}"))
     if asked.json:
         asked.json.write_text(json.dumps([vars(share) for share in shares], indent=1) + "\n")
     return 1 if any(share.found for share in shares) else 0
+
+
+def _print_share(share: Share) -> None:
+    _print_row(share.row())
+    for finding in share.found.values():
+        print(f"  {finding['what']} ({finding['count']} times): {finding['path']}")
+        print(f"    {finding['detail'][:300]!r}", flush=True)
 
 
 def _print_row(row: tuple[str, ...]) -> None:

@@ -12,6 +12,8 @@ from fuzz.readers import pickle_mutator
 from fuzz.readers.target import Target, oracle, require
 from rgexport.griffin.torch_file import Located, locate_tensors
 
+MODEL = "model.pt"
+
 
 def _seeds(folder: Path) -> Iterable[bytes]:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -28,16 +30,14 @@ def _seeds(folder: Path) -> Iterable[bytes]:
 
 def _read(data: bytes, folder: Path) -> dict[str, Located | str]:
     folder.mkdir(exist_ok=True)
-    path = folder / "model.pt"
+    path = folder / MODEL
     path.write_bytes(data)
     return locate_tensors(path)
 
 
 def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
     """Names, shapes, dtypes and bytes as torch has them after a real load."""
-    content = oracle(
-        lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), "torch refuses"
-    )
+    content = oracle(lambda: _load(data, folder / MODEL), "torch refuses")
     theirs = dict(_flatten(content))
     require(theirs.keys() == found.keys(), "other names than torch has")
     for name, tensor in found.items():
@@ -52,6 +52,14 @@ def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
             content = other.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             stored = data[tensor.offset : tensor.offset + size]
             require(content == stored, "other bytes than torch has", name)
+
+
+def _load(data: bytes, path: Path) -> Any:
+    """In either of torch's two ways, which do not refuse the same."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,7 +59,7 @@ class Worker:
         known["count"] += 1
         if len(data) < known["bytes"]:
             word = hashlib.sha256(finding.encode()).hexdigest()[:12]
-            path = self.findings / f"{self.target.name}-{word}"
+            path = self.findings / word
             path.write_bytes(data)
             known.update(bytes=len(data), path=str(path), what=finding, detail=detail[:300])
 
@@ -119,7 +119,7 @@ def main() -> None:
         *(f"-runs={request['runs']}", f"-max_total_time={request['seconds']}"),
         *(f"-seed={request['seed']}", f"-timeout={HANG_SECONDS}", "-rss_limit_mb=0"),
         *(f"-max_len={target.max_bytes}", "-len_control=0", "-print_final_stats=1", "-reload=0"),
-        f"-artifact_prefix={request['findings']}/{target.name}-",
+        f"-artifact_prefix={request['findings']}/",
     ]
     arguments = [sys.argv[0], *flags, str(corpus), str(seeds)]
     atheris.Setup(arguments, worker.execute, custom_mutator=mutate)

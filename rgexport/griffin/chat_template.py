@@ -31,7 +31,7 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
     """
     try:
         return _read(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(
             f"the chat template in {folder} cannot be read ({type(error).__name__}: {error}); "
             "copy chat_template.jinja or tokenizer_config.json again"

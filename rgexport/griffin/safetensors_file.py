@@ -17,8 +17,9 @@ from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.regular_file import require_regular
 
-MAX_HEADER_BYTES = 100 << 20
-"""The limit of the reference implementation."""
+MAX_HEADER_BYTES = 16 << 20
+"""A hundred times that of a 9B; as objects, JSON takes up to twenty times its size. The limit of
+the reference implementation is 100 MB."""
 
 MAX_RANK = 16
 """Axes of a tensor: no model has more than four."""

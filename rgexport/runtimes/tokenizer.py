@@ -182,7 +182,7 @@ def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(
-                f"{path} is not a usable tokenizer ({reason}); "
+                f"{path} is not a readable tokenizer ({reason}); "
                 "copy it again from the original checkpoint"
             ) from None
 

@@ -180,7 +180,7 @@ def test_what_is_no_object(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="rms_norm_eps is nan"):
+    with pytest.raises(RequestError, match="NaN is no number"):
         read(tmp_path, json.dumps(HUB_2B | {"rms_norm_eps": float("nan")}))
 
 

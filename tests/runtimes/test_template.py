@@ -117,7 +117,10 @@ def test_an_unreadable_template_is_one_line(tmp_path: Path, content: bytes, said
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than"),
-        ("{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}", "loops|makes more"),
+        (
+            "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
+            "loops|makes more",
+        ),
         ("{{ range(10 ** 9) | list }}", "loops"),
     ],
 )

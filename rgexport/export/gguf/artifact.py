@@ -112,10 +112,8 @@ def _require_ours(header: GgufHeader) -> None:
             raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
     tokens, types = (values.get(f"tokenizer.ggml.{word}") for word in ("tokens", "token_type"))
     if tokens is not None or types is not None:
-        both = (
-            isinstance(tokens, list) and isinstance(types, np.ndarray) and types.dtype.kind in "iu"
-        )
-        if not both or len(tokens) != len(types):
+        lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
+        if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):
             raise _damaged(path, "its tokens have no types, or its types no tokens")
 
 

@@ -62,13 +62,18 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
         RequestError: it cannot be read, is of a kind that llama.cpp would cut text otherwise
             with, or has more tokens than the embedding has rows.
     """
+    import sentencepiece  # slow to load
+
     paths = {path.name: path for path in files}
     name = next((name for name in _READERS if name in paths), None)
     if name is None:
         return None
     path = paths[name]
     try:
-        found = _READERS[name](path)
+        vocabulary = _make(path, vocab_size, *_READERS[name](path))
+        if path.name == "tokenizer.model":  # SentencePiece refuses more than a protobuf parser
+            sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return vocabulary
     except RequestError:
         raise
     except Exception as error:  # protobuf and JSON of any content
@@ -77,7 +82,6 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
             f"{path} is not a readable tokenizer ({reason}); "
             "copy it again from the original checkpoint"
         ) from None
-    return _make(path, vocab_size, *found)
 
 
 def _make(
@@ -134,12 +138,9 @@ _Found = tuple[list[_Piece], dict[str, int | None], bool]
 
 def _read_sentencepiece(path: Path) -> _Found:
     # slow to import, and generated without type information
-    import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    content = read_regular(path, MAX_BYTES)
-    model = ModelProto.FromString(content)
-    sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)  # refuses more
+    model = ModelProto.FromString(read_regular(path, MAX_BYTES))
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != _BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
         raise RequestError(

@@ -83,7 +83,10 @@ def converted(folder: Path) -> Path:
         if piece.piece[:cut] in vocab and piece.piece[cut:] in vocab
     )
     added = [
-        {"id": index, "content": piece.piece, "special": piece.type in (CONTROL, UNKNOWN)}
+        {
+            **{"id": index, "content": piece.piece, "special": piece.type in (CONTROL, UNKNOWN)},
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
         for index, piece in enumerate(model.pieces)
         if piece.type in (CONTROL, UNKNOWN, USER_DEFINED)
     ]
@@ -196,7 +199,7 @@ def test_a_prefix_is_told(tmp_path):
 def test_normalization_is_warned_of(tmp_path, capsys):
     def normalize(model: ModelProto) -> None:
         model.normalizer_spec.name = "nmt_nfkc"
-        model.normalizer_spec.precompiled_charsmap = b"x"
+        model.normalizer_spec.remove_extra_whitespaces = True
 
     read(changed(tmp_path, normalize))
     assert "normalizes text (nmt_nfkc), which llama.cpp does not" in capsys.readouterr().err
