@@ -187,14 +187,15 @@ def main() -> None:
         found = list(verdicts(options, Path(folder)))
     print(render([table(found)]))
     if options.docs:
-        _write_docs(options.docs, table(found))
+        write_docs(options.docs, table(found))
     wrong = [v for v in found if (v.outcome == "PASS") != (v.wrong == "nothing")]
     for verdict in wrong:
         print(f"{verdict.wrong}, {verdict.artifact}, {verdict.way}: {verdict.outcome}")
     sys.exit(bool(wrong))
 
 
-def _write_docs(page: Path, found: Table) -> None:
+def write_docs(page: Path, found: Table) -> None:
+    """Puts the table between the marks of a page."""
     before, _, after = page.read_text().split(MARK)
     lines = [found.header, ["---"] * len(found.header), *found.rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
