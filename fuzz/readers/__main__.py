@@ -67,7 +67,7 @@ def fuzz(name: str, runs: int, seconds: float, seed: int, out: Path) -> Share:
     share, began = Share(name), time.monotonic()
     while runs < 0 or share.executions < runs:
         left = seconds - (time.monotonic() - began) if seconds else 0.0
-        if seconds and left < _LEAST_SECONDS and share.executions:
+        if seconds and left < _LEAST_SECONDS and (share.executions or share.found):
             break
         wanted = runs - share.executions if runs >= 0 else -1
         if _process(share, wanted, max(1, int(left)) if seconds else 0, seed, out) == 0:

@@ -76,6 +76,8 @@ def _external(tensor: TensorProto) -> tuple[Any, ...] | None:
     except ValueError:
         return None
     file = places.get("location", "")
+    if isinstance(file, bytes):  # no UTF-8
+        return None
     leads_out = file.startswith("/") or ".." in file.split("/") or set(file) & set("\\:")
     if leads_out or not file.strip("./") or not file.isprintable() or offset < 0:
         return None  # such a tensor is left to the engine, which refuses it

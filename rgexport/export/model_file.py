@@ -19,6 +19,8 @@ _ELSEWHERE = 1
 """`data_location` of a tensor that lies in another file."""
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+_MOST_SIZE = (1 << 62) - 1
+"""Of an axis."""
 _MOST_BITS = 63
 """Of a number, but for its last seven."""
 _FIXED = {_FIXED_64: 8, _FIXED_32: 4}
@@ -98,7 +100,9 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
     places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}
     shape = [size for number, value in fields if number == _DIMS for size in _numbers(value)]
     kind, offset = last[_DATA_TYPE], int(places.get("offset", "0"))
-    if isinstance(kind, int) and _lies_inside(places["location"]) and offset >= 0:
+    if any(size > _MOST_SIZE for size in shape) or not isinstance(kind, int) or kind > _MOST_SIZE:
+        raise ValueError  # numbers below zero look like this
+    if _lies_inside(places["location"]) and offset >= 0:
         yield ExternalTensor(_text(last[_NAME]), kind, tuple(shape), places["location"], offset)
 
 

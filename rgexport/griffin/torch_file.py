@@ -5,12 +5,15 @@ note the file offset of each storage in the private `_checkpoint_offset`. It is 
 the offsets in the zip directory, so that a change in torch cannot make us read wrong bytes.
 """
 
+import logging
 import math
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
     import torch
 
 _STORAGE = re.compile(r".+/data/\d+")
+_PICKLE = "/data.pkl"
+_PLAIN = re.compile(
+    r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict|torch \w+Storage"
+)
+MAX_SMALL_BYTES = 4096
+"""Of a record that is neither the pickle nor a storage, such as the byte order."""
 MAX_PICKLE_BYTES, MAX_NAMES, MAX_DEPTH = 16 << 20, 1 << 16, 16
 """Of a file without its storages, and of the dictionaries in it: far above what a model needs. A
 few nested ones that hold one another twice would have more names than fit into any memory."""
@@ -74,6 +83,11 @@ def _records(path: Path) -> dict[int, int]:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
                 _check_records(records)
+                for info in records:
+                    if info.filename.endswith(_PICKLE):
+                        offset, size = _record(file, info)
+                        file.seek(offset)
+                        _check_names(path, file.read(size))
                 storages = [i for i in records if _STORAGE.fullmatch(i.filename)]
                 return dict(_record(file, info) for info in storages)
     except OSError as error:
@@ -95,7 +109,8 @@ def _check_records(records: list[zipfile.ZipInfo]) -> None:
     for info in records:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
-        if info.file_size > MAX_PICKLE_BYTES and not _STORAGE.fullmatch(info.filename):
+        most = MAX_PICKLE_BYTES if info.filename.endswith(_PICKLE) else MAX_SMALL_BYTES
+        if info.file_size > most and not _STORAGE.fullmatch(info.filename):
             raise zipfile.BadZipFile(f"its record {info.filename} has {info.file_size} bytes")
     if len({info.filename for info in records}) < len(records):
         raise zipfile.BadZipFile("it has a record twice")
@@ -114,6 +129,27 @@ def _not_zip(path: Path) -> RequestError:
     return RequestError(f"{path} is not a torch checkpoint")
 
 
+def _check_names(path: Path, content: bytes) -> None:
+    """Refuses a pickle that names anything but what plain state dictionaries are made of.
+
+    Not all that torch allows is harmless: `bytearray` of a large number fills the memory.
+
+    Raises:
+        RequestError: it names something else.
+        ValueError: it is no pickle.
+    """
+    for opcode, name, _ in pickletools.genops(content):
+        if "GLOBAL" in opcode.name and not _PLAIN.fullmatch(str(name)):
+            raise _other_object(path, str(name).replace(" ", "."))
+
+
+def _other_object(path: Path, name: str) -> RequestError:
+    return RequestError(
+        f"{path} holds Python objects other than tensors ({name}), which could run code; "
+        "expected a plain state dictionary"
+    )
+
+
 def _record(file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
     file.seek(info.header_offset + _LOCAL_HEADER_BYTES - 4)
     name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
@@ -130,13 +166,24 @@ def _load(path: Path) -> Any:
             f"reading {path.name} needs torch; pip install 'rgexport[export]'"
         ) from None
     try:
-        with warnings.catch_warnings(), FakeTensorMode():
+        with warnings.catch_warnings(), _silenced(), FakeTensorMode():
             warnings.simplefilter("ignore")  # what is odd about the file is told by the error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RequestError(f"{path} {_explain_refusal(error)}") from None
     except Exception as error:  # torch raises whatever a damaged pickle leads it to
         raise RequestError(f"{path} is damaged: {_first_line(error)}") from None
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what torch logs of errors that it raises as well, tracebacks included."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _explain_refusal(error: pickle.UnpicklingError) -> str:

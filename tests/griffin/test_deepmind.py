@@ -249,9 +249,7 @@ def test_damaged_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         "is not a torch checkpoint": b"Call me Ishmael.",
         "legacy format": legacy,
         "legacy format ": pickle.dumps({"a": 1}),
-        "is damaged, or holds more than tensors": whole.replace(
-            b"ctorch._utils", b"\xfftorch._utils"
-        ),
+        "is damaged: .*unknown": whole.replace(b"ctorch._utils", b"\xfftorch._utils"),
         "torch._utilz.* could run code": whole.replace(b"torch._utils", b"torch._utilz"),
     }
     for message, content in cases.items():

@@ -110,7 +110,8 @@ def _require_ours(header: GgufHeader) -> None:
     for key in integrity.HASHES:
         if not isinstance(values.get(key), str):
             raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
-    tokens, types = (values.get(f"tokenizer.ggml.{word}") for word in ("tokens", "token_type"))
+    tokens: Any = values.get("tokenizer.ggml.tokens")
+    types: Any = values.get("tokenizer.ggml.token_type")
     if tokens is not None or types is not None:
         lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
         if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):

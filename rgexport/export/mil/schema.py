@@ -54,11 +54,19 @@ SCHEMA: dict[str, str] = {
     "StateFeatureType": "ArrayFeatureType arrayType 1",
     "ArrayFeatureType": "int64* shape 1, int32 dataType 2",
     # MIL.proto
-    "Program": "int64 version 1, FunctionEntry* functions 2",
+    "Program": (
+        "int64 version 1, FunctionEntry* functions 2, string docString 3, ValueEntry* attributes 4"
+    ),
     "FunctionEntry": "string key 1, Function value 2",
-    "Function": "NamedValueType* inputs 1, string opset 2, BlockEntry* block_specializations 3",
+    "Function": (
+        "NamedValueType* inputs 1, string opset 2, BlockEntry* block_specializations 3,"
+        "ValueEntry* attributes 4"
+    ),
     "BlockEntry": "string key 1, Block value 2",
-    "Block": "NamedValueType* inputs 1, string* outputs 2, Operation* operations 3",
+    "Block": (
+        "NamedValueType* inputs 1, string* outputs 2, Operation* operations 3,"
+        "ValueEntry* attributes 4"
+    ),
     "Operation": (
         "string type 1, ArgumentEntry* inputs 2, NamedValueType* outputs 3, Block* blocks 4,"
         "ValueEntry* attributes 5"
