@@ -1,5 +1,6 @@
 """Core ML packages, alone and as artifacts."""
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterable
@@ -26,7 +27,8 @@ _MANIFEST = "Manifest.json"
 
 def _seeds(folder: Path) -> Iterable[bytes]:
     yield folders.pack(_tiny())
-    checkpoint = open_checkpoint(small.write_model(folder / "model"))
+    config = dataclasses.replace(small.CONFIG, block_types=("attention",))
+    checkpoint = open_checkpoint(small.write_model(folder / "model", config))
     options = CoreMLOptions(precision="int8", prefill_length=2)
     target = export_coreml(checkpoint, options, folder / "artifact")
     yield folders.pack(folders.files_in(target / "model.mlpackage"))
@@ -131,4 +133,4 @@ def _agree(data: bytes, folder: Path, answer: tuple[Package, dict[str, Any], str
         require(value.offset + 64 + value.type.nbytes <= size, "a weight outside of its file")
 
 
-TARGETS = {"package": Target("package", _seeds, _mutate, _read, _agree)}
+TARGETS = {"package": Target("package", _seeds, _mutate, _read, _agree, 1 << 18)}

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from rgexport.export.mil import schema
 from rgexport.export.mil.elements import numpy_type, unpack
@@ -76,6 +77,8 @@ def _unique(where: str, entries: Iterable[Any]) -> dict[str, Any]:
     for entry in entries:
         if entry.key in found:
             raise Damaged(f"{where} has {entry.key!r} twice")
+        if len(UnknownFieldSet(entry)):  # such an entry counts for some parsers and not for others
+            raise Damaged(f"{where} has an entry of another form, {entry.key!r}")
         found[entry.key] = entry.value
     return found
 
