@@ -206,6 +206,19 @@ def test_no_token_leaves_the_states(worker, batch, tokens):
     assert worker.run(linear)["y"].shape == (batch, tokens, 7)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_attention_where_every_score_is_minus_infinity(worker, tokens):
+    """Nothing is weighed then: not even what a query does not see."""
+    case = attention_case(1, tokens, 3, 1, 10, positions(1, tokens, 11), False)
+    for name in ("k", "past_key"):
+        case.inputs[name][:] = np.abs(case.inputs[name]) + 1
+    case.inputs["q"][0, 0, 0] = -np.inf
+    assert_like_body(worker.run(case), body_of(case))
+    case.inputs["q"][0, 0, 0] = -3e38
+    case.inputs["k"][:] = case.inputs["past_key"][:] = 3e38
+    assert_like_body(worker.run(case), body_of(case))
+
+
 def test_scores_below_any_that_a_mask_has(worker):
     """All keys of a query may weigh nothing next to one, and one is always seen."""
     case = attention_case(1, 5, 1, 4, 8, positions(1, 5, 30), False)

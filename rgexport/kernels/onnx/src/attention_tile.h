@@ -153,6 +153,12 @@ void attend(const FloatKernels& kernels, const Tile& tile, int64_t part, int64_t
   }
 }
 
+// What the sum of a query's weights is, if one of its keys has a score above minus infinity; otherwise
+// NaN, as of a softmax: only keys that it does not see may have been weighed.
+float sum_of_weights(float largest, float sum) {
+  return largest == kUnseen ? std::numeric_limits<float>::quiet_NaN() : sum;
+}
+
 // y of all queries of a tile from its parts, whose own y lie one after another.
 template <class Parts>
 void join(const FloatKernels& kernels, const Parts& part, int64_t count, float* y) {
@@ -165,6 +171,7 @@ void join(const FloatKernels& kernels, const Parts& part, int64_t count, float* 
       factors[i] = std::exp(part(i).largest[lane] - largest);
       sum += factors[i] * part(i).sum[lane];
     }
+    sum = sum_of_weights(largest, sum);
     for (int64_t i = 0; i < count; ++i) factors[i] /= sum;
     kernels.product({1, dim, count, factors, count, 1, tile.y + lane * dim, queries * dim,
                      y + lane * dim, dim, false});

@@ -71,7 +71,7 @@ inline Vector hyperbolic_tangent(Vector z) {
   p = p * square + kTanh[4];
   const Vector small = p * square * z + z;
   const Vector large = 1.0f - 2.0f / (exponential(2.0f * z) + 1.0f);
-  return (z < 0.625f) & (z > -0.625f) ? small : large;
+  return ((z < 0.625f) & (z > -0.625f)) ? small : large;
 }
 
 void soft_cap(const float* x, float cap, float* y, int64_t count) {

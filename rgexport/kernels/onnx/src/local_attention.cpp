@@ -81,7 +81,7 @@ bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, con
     prepare(kernels, tile);
     attend(kernels, tile, 0, 1);
     for (int64_t lane = 0; lane < tile.count(); ++lane) {
-      const float factor = 1 / tile.sum[lane];
+      const float factor = 1 / sum_of_weights(tile.largest[lane], tile.sum[lane]);
       for (int64_t i = 0; i < shape.dim; ++i) tile.y[lane * shape.dim + i] *= factor;
     }
   });
@@ -121,7 +121,8 @@ bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, con
 // Whether the shapes fit one another and there is something to attend to; refuses them otherwise.
 // The number of heads is held against what q has of them: it is multiplied by nothing before.
 bool are_right(Context& context, const Tensor (&inputs)[6], int64_t heads) {
-  const auto& [q, k, v, past_key, past_value, positions] = inputs;
+  const Tensor &q = inputs[0], &k = inputs[1], &v = inputs[2];
+  const Tensor &past_key = inputs[3], &past_value = inputs[4], &positions = inputs[5];
   const auto refuse = [&](const char* what, const Tensor& found) {
     context.refuse("%s, not %s; k is %s, past_key %s, heads %" PRId64, what,
                    ShapeText(found).text(), ShapeText(k).text(), ShapeText(past_key).text(), heads);

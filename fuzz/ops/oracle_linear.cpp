@@ -1,0 +1,150 @@
+// QuantLinear, QuantLinear2 and QuantLinear3 in double, with activations rounded to int8.
+#include "oracles.h"
+
+namespace fuzz {
+namespace {
+
+struct Format {
+  int64_t columns, bits, block, blocks;
+};
+
+struct Matrix {
+  int64_t rows;
+  const Array &data, &scales, &zero_points, &bias;
+};
+
+int matrices_of(const Question& q) {
+  return q.op == "QuantLinear" ? 1 : q.op == "QuantLinear2" ? 2 : 3;
+}
+
+Format format_of(const Question& q) {
+  Format f = {q.integer("K", 0), q.integer("bits", 4), q.integer("block_size", 32), 0};
+  const bool known = f.columns > 0 && f.block > 0 && f.columns < 1 << 30;
+  f.blocks = known ? (f.columns + f.block - 1) / f.block : 0;
+  return f;
+}
+
+Matrix matrix_of(const Question& q, int i) {
+  constexpr const char* kRows[] = {"N", "N2", "N3"};
+  const int of = matrices_of(q);
+  return {q.integer(kRows[i], 0), q.input(1 + i), q.input(1 + of + i), q.input(1 + 2 * of + i),
+          q.input(1 + 3 * of + i)};
+}
+
+// For each block of each row, flat or not.
+bool is_per_row(const Array& array, ElementType type, int64_t rows, int64_t count) {
+  return array.is(type, {rows, count}) || array.is(type, {rows * count});
+}
+
+bool fits(const Format& f, const Matrix& m) {
+  if (m.rows < 1 || m.rows > 1 << 20) return false;
+  const int64_t packed = (f.blocks * f.bits + 7) / 8;
+  return m.data.is(stand_in::kUint8, {m.rows, f.blocks, f.block * f.bits / 8}) &&
+         is_per_row(m.scales, stand_in::kFloat, m.rows, f.blocks) &&
+         (!m.zero_points.given || is_per_row(m.zero_points, stand_in::kUint8, m.rows, packed)) &&
+         (!m.bias.given || m.bias.is(stand_in::kFloat, {m.rows}));
+}
+
+// A row of activations: codes, and a scale for each block.
+struct Rounded {
+  std::vector<int> codes;
+  std::vector<float> scales;
+  bool finite = true;
+
+  Rounded(const Format& f, const float* x) : codes(f.blocks * f.block), scales(f.blocks) {
+    for (int64_t b = 0; b < f.blocks; ++b) {
+      const int64_t first = b * f.block, last = std::min(first + f.block, f.columns);
+      float most = 0;
+      for (int64_t k = first; k < last; ++k) {
+        finite &= std::isfinite(x[k]);
+        most = std::fmax(most, std::fabs(x[k]));
+      }
+      scales[b] = most / 127.0f;
+      const float inverse = most >= 0x1p-118f ? 127.0f / most : 0.0f;
+      for (int64_t k = first; finite && k < last; ++k)
+        codes[k] = static_cast<int>(std::nearbyint(x[k] * inverse));
+    }
+  }
+};
+
+int level_at(const Format& f, const Array& packed, int64_t row, int64_t index, int64_t row_bytes) {
+  const uint8_t* bytes = packed.bytes.data() + row * row_bytes;
+  return f.bits == 8 ? bytes[index] : bytes[index / 2] >> (index % 2 * 4) & 15;
+}
+
+// Output `n` for one row of activations; true if the kernel's number is right.
+bool is_right(const Format& f, const Matrix& m, int64_t n, const Rounded& x, bool in_bfloat16,
+              float found, double& expected, double& room) {
+  expected = m.bias.given ? m.bias.floats[n] : 0.0;
+  room = std::fabs(expected) * 1e-6 + 1e-44;
+  bool loose = false, finite = true;
+  const int middle = 1 << (f.bits - 1);
+  for (int64_t b = 0; b < f.blocks; ++b) {
+    const float scale = m.scales.floats[n * f.blocks + b];
+    const double unit = static_cast<double>(scale) * x.scales[b];
+    finite &= std::isfinite(scale);
+    int zero = middle;
+    if (m.zero_points.given)
+      zero = level_at(f, m.zero_points, n, b, (f.blocks * f.bits + 7) / 8);
+    int64_t dot = 0, exact = 0, parts = 0;
+    for (int64_t k = b * f.block; k < (b + 1) * f.block; ++k) {
+      const int level = level_at(f, m.data, n, k, f.blocks * f.block * f.bits / 8);
+      dot += (level - zero) * x.codes[k];
+      exact += std::abs((level - zero) * x.codes[k]);
+      parts += (level + zero + 2 * middle) * std::abs(x.codes[k]);
+    }
+    expected += unit * static_cast<double>(dot);
+    // The sum of the sizes of all that is added, times what one rounding may lose.
+    room += std::fabs(unit) * (in_bfloat16 ? 0x1p-7 * exact : 2e-6 * parts) + 0x1p-120;
+    // AMX's products of bfloat16 know no denormal numbers.
+    if (in_bfloat16) room += f.block * (std::fabs(scale) * 255 + x.scales[b] * 127.0) * 0x1p-125;
+    const double most = std::fabs(scale) * 512.0;
+    loose |= most > kLarge || x.scales[b] * 65536.0 > kLarge ||
+             most * x.scales[b] * 65536.0 > kLarge;
+  }
+  if (!x.finite) return std::isnan(found);
+  if (!finite) return !std::isfinite(found);
+  return is_near(found, expected, room, loose);
+}
+
+}  // namespace
+
+bool is_sound_linear(const Question& q) {
+  const Format f = format_of(q);
+  const Array& x = q.input(0);
+  const bool power = f.block >= 16 && f.block <= 256 && !(f.block & (f.block - 1));
+  if (f.columns < 1 || (f.bits != 4 && f.bits != 8) || !power || !x.given ||
+      x.type != stand_in::kFloat || x.dims.empty() || x.dims.back() != f.columns)
+    return false;
+  for (int i = 0; i < matrices_of(q); ++i)
+    if (!fits(f, matrix_of(q, i))) return false;
+  return true;
+}
+
+std::string judge_linear(const Question& q, const std::vector<Array>& outputs) {
+  const Format f = format_of(q);
+  const Array& x = q.input(0);
+  const int64_t count = x.size() / f.columns;
+  const bool in_bfloat16 = q.in_bfloat16 && f.block < 64 && count > 3;
+  for (int i = 0; i < matrices_of(q); ++i) {
+    const Matrix m = matrix_of(q, i);
+    Dims dims = x.dims;
+    dims.back() = m.rows;
+    if (outputs[i].dims != dims) return "y has another shape";
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    const Rounded rounded(f, x.floats.data() + row * f.columns);
+    for (int i = 0; i < matrices_of(q); ++i) {
+      const Matrix m = matrix_of(q, i);
+      for (int64_t n = 0; n < m.rows; ++n) {
+        double expected, room;
+        const float found = outputs[i].floats[row * m.rows + n];
+        if (!is_right(f, m, n, rounded, in_bfloat16, found, expected, room))
+          return wrong_at("y", row * m.rows + n, found, expected, room);
+      }
+    }
+  }
+  return "";
+}
+
+}  // namespace fuzz
