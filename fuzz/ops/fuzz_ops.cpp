@@ -5,32 +5,12 @@
 
 #include "cases.h"
 #include "dispatch.h"
-#include "question.h"
+#include "examine.h"
 
 extern "C" void* RegisterCustomOps(void* options, const rgexport::ort::ApiBase* base);
 
 namespace fuzz {
 namespace {
-
-Array copy_of(const Tensor* tensor) {
-  Array copy;
-  if (!tensor) return copy;
-  copy.given = true;
-  copy.type = tensor->type;
-  copy.dims = tensor->dims;
-  const int64_t count = tensor->buffer->bytes() / std::max<size_t>(1, stand_in::size_of(tensor->type));
-  if (tensor->type == kFloat) copy.floats.assign(tensor->as<float>(), tensor->as<float>() + count);
-  if (tensor->type == kUint8) copy.bytes.assign(tensor->as<uint8_t>(), tensor->as<uint8_t>() + count);
-  if (tensor->type == kInt64)
-    copy.positions.assign(tensor->as<int64_t>(), tensor->as<int64_t>() + count);
-  return copy;
-}
-
-std::vector<Array> copies_of(const std::vector<std::unique_ptr<Tensor>>& tensors) {
-  std::vector<Array> all;
-  for (const auto& tensor : tensors) all.push_back(copy_of(tensor.get()));
-  return all;
-}
 
 void tell(const Question& question, const char* set, const std::string& what) {
   std::fprintf(stderr, "FINDING %s on %s: %s\n", question.op.c_str(), set, what.c_str());
@@ -62,13 +42,6 @@ struct Counts {
 };
 Counts counts;
 
-// One of those here; AMX seldom, for its emulation takes ten times as long as all the others.
-const std::string& a_set(Bytes& bytes) {
-  const auto& all = instruction_sets();
-  const std::string& found = all[bytes.below(all.size())];
-  return found == "amx" && !bytes.one_in(8) ? all.front() : found;
-}
-
 // Half of the time one of the scan, attention and the convolution, which stand in this order: the
 // products have so much code that libFuzzer comes back to them by itself.
 const stand_in::CustomOp* an_op(Bytes& bytes) {
@@ -77,32 +50,24 @@ const stand_in::CustomOp* an_op(Bytes& bytes) {
   return stand_in::registered[at < count ? at : kScan + at % kWithStates];
 }
 
+// One of those here; AMX seldom, for its emulation takes ten times as long as all the others.
+const std::string& a_set(Bytes& bytes) {
+  const auto& all = instruction_sets();
+  const std::string& found = all[bytes.below(all.size())];
+  return found == "amx" && !bytes.one_in(8) ? all.front() : found;
+}
+
 void run_one(Bytes& bytes) {
   const stand_in::CustomOp* op = an_op(bytes);
   const std::string& set = a_set(bytes);
   choose(set, bytes.next());
   Node node;
   node.threads = bytes.one_in(64) ? 2 : 1;
-  Question question;
-  question.op = op->GetName(op);
-  Maker(bytes).make(question.op, node);
-  question.integers = node.integers;
-  question.reals = node.reals;
-  question.inputs = copies_of(node.inputs);
-  question.in_bfloat16 = set == "amx";
-  const bool sound = is_sound(question);
-  const std::string refusal = stand_in::run(op, node);
-  (refusal.empty() ? counts.of[question.op].first : counts.of[question.op].second) += 1;
-  if (!refusal.empty()) {
-    if (sound && refusal != "no memory for an output")
-      tell(question, set.c_str(), "refuses what is sound: " + refusal);
-    if (!sound && refusal.rfind(question.op + ": ", 0) != 0)
-      tell(question, set.c_str(), "a refusal without the op's name: " + refusal);
-    return;
-  }
-  if (!sound) tell(question, set.c_str(), "runs what it has to refuse");
-  const std::string wrong = judge(question, copies_of(node.outputs));
-  if (!wrong.empty()) tell(question, set.c_str(), wrong);
+  Maker(bytes).make(op->GetName(op), node);
+  const Question question = question_of(op, node, set == "amx");
+  const Answer answer = examine(op, node, question);
+  (answer.refused ? counts.of[question.op].second : counts.of[question.op].first) += 1;
+  if (!answer.finding.empty()) tell(question, set.c_str(), answer.finding);
 }
 
 }  // namespace

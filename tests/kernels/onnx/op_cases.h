@@ -34,6 +34,38 @@ struct Case {
 
 const Input kMissing = {};
 
+std::unique_ptr<stand_in::Tensor> tensor_of(const Input& input, stand_in::Memory memory,
+                                            uint32_t seed) {
+  if (!stand_in::size_of(input.type)) return nullptr;
+  auto tensor = std::make_unique<stand_in::Tensor>();
+  tensor->type = input.type;
+  tensor->dims = input.dims;
+  const size_t count = stand_in::elements(input.dims);
+  const size_t bytes = count * stand_in::size_of(input.type);
+  tensor->buffer = std::make_shared<stand_in::Buffer>(memory, bytes);
+  for (size_t i = 0; i < count; ++i) {
+    seed = seed * 1664525 + 1013904223;
+    if (input.type == kFloat) tensor->as<float>()[i] = input.middle + int32_t(seed) * 0x1p-31f;
+    if (input.type == kUint8) tensor->as<uint8_t>()[i] = seed >> 24;
+    if (input.type == kInt64) tensor->as<int64_t>()[i] = input.start + i % input.dims[1];
+  }
+  return tensor;
+}
+
+// What runs a case: with states in place or not, and all but them and the first input constant or not.
+stand_in::Node node_of(const Case& one, stand_in::Memory memory, bool in_place, bool constants) {
+  stand_in::Node node;
+  node.memory = memory;
+  node.integers = one.attributes;
+  if (in_place) node.in_place = one.in_place;
+  for (const Input& input : one.inputs)
+    node.inputs.push_back(tensor_of(input, memory, node.inputs.size() + 1));
+  node.constant.assign(node.inputs.size(), constants);
+  node.constant[0] = false;
+  for (const auto& state : one.in_place) node.constant[state.second] = false;
+  return node;
+}
+
 Input floats(Dims dims) { return {kFloat, std::move(dims)}; }
 Input bytes(Dims dims) { return {kUint8, std::move(dims)}; }
 Input positions(int64_t batch, int64_t tokens, int64_t start) {

@@ -23,34 +23,9 @@ namespace {
 
 // ---- The runs -------------------------------------------------------------------------------
 
-std::unique_ptr<Tensor> make(const Input& input, Memory memory, uint32_t seed) {
-  if (!size_of(input.type)) return nullptr;
-  auto tensor = std::make_unique<Tensor>();
-  tensor->type = input.type;
-  tensor->dims = input.dims;
-  const size_t count = elements(input.dims);
-  tensor->buffer = std::make_shared<Buffer>(memory, count * size_of(input.type));
-  for (size_t i = 0; i < count; ++i) {
-    seed = seed * 1664525 + 1013904223;
-    if (input.type == kFloat) tensor->as<float>()[i] = input.middle + int32_t(seed) * 0x1p-31f;
-    if (input.type == kUint8) tensor->as<uint8_t>()[i] = seed >> 24;
-    if (input.type == kInt64) tensor->as<int64_t>()[i] = input.start + i % input.dims[1];
-  }
-  return tensor;
-}
-
 std::vector<std::vector<float>> run(const CustomOp* op, const Case& one, Memory memory,
                                     bool in_place, bool constants = false) {
-  Node node;
-  node.memory = memory;
-  node.integers = one.attributes;
-  if (in_place) node.in_place = one.in_place;
-  for (const Input& input : one.inputs)
-    node.inputs.push_back(make(input, memory, node.inputs.size() + 1));
-  // All but the first and the states.
-  node.constant.assign(node.inputs.size(), constants);
-  node.constant[0] = false;
-  for (const auto& state : one.in_place) node.constant[state.second] = false;
+  Node node = node_of(one, memory, in_place, constants);
   const std::string failed = stand_in::run(op, node);
   if (!failed.empty()) {
     std::printf("%s: %s\n", one.op.c_str(), failed.c_str());

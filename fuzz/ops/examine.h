@@ -1,0 +1,59 @@
+// Runs an op, and holds what it does against its oracle.
+#pragma once
+
+#include <memory>
+
+#include "question.h"
+
+namespace fuzz {
+
+inline Array copy_of(const stand_in::Tensor* tensor) {
+  Array copy;
+  if (!tensor) return copy;
+  copy.given = true;
+  copy.type = tensor->type;
+  copy.dims = tensor->dims;
+  const auto add = [&](auto& to) {
+    const auto* from = tensor->as<typename std::decay_t<decltype(to)>::value_type>();
+    to.assign(from, from + tensor->buffer->bytes() / sizeof *from);
+  };
+  if (tensor->type == stand_in::kFloat) add(copy.floats);
+  if (tensor->type == stand_in::kUint8) add(copy.bytes);
+  if (tensor->type == stand_in::kInt64) add(copy.positions);
+  return copy;
+}
+
+inline std::vector<Array> copies_of(
+    const std::vector<std::unique_ptr<stand_in::Tensor>>& tensors) {
+  std::vector<Array> all;
+  for (const auto& tensor : tensors) all.push_back(copy_of(tensor.get()));
+  return all;
+}
+
+// What is asked, before states in place are written.
+inline Question question_of(const stand_in::CustomOp* op, const stand_in::Node& node,
+                            bool in_bfloat16) {
+  return {op->GetName(op), node.integers, node.reals, copies_of(node.inputs), in_bfloat16};
+}
+
+struct Answer {
+  bool refused;
+  std::string finding;  // empty: it is right
+};
+
+inline Answer examine(const stand_in::CustomOp* op, stand_in::Node& node,
+                      const Question& question) {
+  const bool sound = is_sound(question);
+  const std::string refusal = stand_in::run(op, node);
+  if (refusal.empty()) {
+    if (!sound) return {false, "runs what it has to refuse"};
+    return {false, judge(question, copies_of(node.outputs))};
+  }
+  if (sound && refusal != "no memory for an output")
+    return {true, "refuses what is sound: " + refusal};
+  if (!sound && refusal.rfind(question.op + ": ", 0) != 0)
+    return {true, "a refusal without the op's name: " + refusal};
+  return {true, ""};
+}
+
+}  // namespace fuzz
