@@ -98,12 +98,12 @@ def _summary(text: str, seconds: float, code: int) -> str:
     told = re.findall(r"stat::number_of_executed_units:\s*(\d+)|#(\d+)\t", text)
     executions = max((int(a or b) for a, b in told), default=0)
     found = next(iter(_FOUND.findall(text)), f"exit code {code}") if code else "none"
-    where = re.search(r"Test unit written to (\S+)", text)
+    where = re.findall(r"Test unit written to (\S+)", text)  # slow ones come before
     return (
         f"{executions:,} executions of the native ops in {seconds:.0f} s "
         f"({executions / max(seconds, 1e-3):,.0f}/s), {coverage:,} edges covered, peak {peak} MB; "
         f"{ran:,} gave the oracle's answer, {refused:,} were refused. "
-        f"Findings: {found}{f' ({where[1]})' if where and code else ''}"
+        f"Findings: {found}{f' ({where[-1]})' if where and code else ''}"
     )
 
 

@@ -251,6 +251,8 @@ class Maker {
       node.integers.erase(at);
     else if (bytes_.one_in(4))
       at->second += bytes_.one_in(2) ? 1 : -1;
+    else if (bytes_.one_in(2))  // the same in a product of numbers that overflow
+      at->second += int64_t{1} << (32 + bytes_.below(31));
     else
       at->second = bytes_.one_of(kStrange);
   }
