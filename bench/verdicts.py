@@ -6,7 +6,8 @@ The sound model (by default the demo) is exported in all formats, and so is ever
 `bench.wrong_models`; each artifact is held against the sound model in three ways: by a reference
 file alone, as a machine without torch does it; with the model; and by the self-check. Prints a row
 for each; exit code 1 if a wrong one passes anywhere, or a sound one does not. `--trained-on` is
-another trained checkpoint of the same shape, such as `bench.trained_on` makes.
+another trained checkpoint of the same shape, such as `bench.trained_on` makes. Formats that are not
+asked for keep what an earlier run found (`out/bench/verdicts.json`).
 """
 
 import argparse
@@ -15,12 +16,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
+from bench.run import FOLDER
 from bench.sweep import EXPORTS, Export
 from bench.wrong_models import SPOILED, WRONG_WEIGHTS, Weights
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
@@ -39,13 +41,14 @@ from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.self_check import self_check
 
-TOKENS = 512
+TOKENS = 128
 """Of the built-in text, where the model is there."""
 PRECISIONS = {
     "onnx": ("int8", "int4", "int4-32"),
     "coreml": ("int8", "int4"),
     "gguf": ("q8_0", "q4_0", "q4_k_m"),
 }
+FOUND = FOLDER / "verdicts.json"
 MARK = "<!-- python -m bench.verdicts -->"
 """In the docs: the table stands between two of these."""
 
@@ -183,8 +186,10 @@ def main() -> None:
     parser.add_argument("--trained-on", help="another trained checkpoint of the same shape")
     parser.add_argument("--docs", type=Path, help="a page to write the table into")
     options = parser.parse_args()
+    found = _earlier(options.formats)
     with TemporaryDirectory() as folder:
-        found = list(verdicts(options, Path(folder)))
+        found += verdicts(options, Path(folder))
+    FOUND.write_text(json.dumps([asdict(verdict) for verdict in found], indent=1))
     print(render([table(found)]))
     if options.docs:
         write_docs(options.docs, table(found))
@@ -192,6 +197,15 @@ def main() -> None:
     for verdict in wrong:
         print(f"{verdict.wrong}, {verdict.artifact}, {verdict.way}: {verdict.outcome}")
     sys.exit(bool(wrong))
+
+
+def _earlier(formats: list[str]) -> list[Verdict]:
+    """What an earlier run found of the other formats."""
+    FOUND.parent.mkdir(parents=True, exist_ok=True)
+    found = (
+        [Verdict(**fields) for fields in json.loads(FOUND.read_text())] if FOUND.exists() else []
+    )
+    return [verdict for verdict in found if verdict.artifact.split()[0] not in formats]
 
 
 def write_docs(page: Path, found: Table) -> None:
