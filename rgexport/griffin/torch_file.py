@@ -5,13 +5,12 @@ note the file offset of each storage in the private `_checkpoint_offset`. It is 
 the offsets in the zip directory, so that a change in torch cannot make us read wrong bytes.
 """
 
+import io
 import logging
 import math
 import pickle
-import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,22 +21,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import DTYPES
-from rgexport.regular_file import require_regular
+from rgexport.griffin.torch_zip import TorchZip, first_line, open_zip, other_objects
 
 if TYPE_CHECKING:
     import torch
 
-_STORAGE = re.compile(r".+/data/\d+")
-_PICKLE = "/data.pkl"
-_PLAIN = re.compile(
-    r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict|torch \w+Storage"
-)
-MAX_SMALL_BYTES = 4096
-"""Of a record that is neither the pickle nor a storage, such as the byte order."""
-MAX_PICKLE_BYTES, MAX_NAMES, MAX_DEPTH = 16 << 20, 1 << 16, 16
-"""Of a file without its storages, and of the dictionaries in it: far above what a model needs. A
-few nested ones that hold one another twice would have more names than fit into any memory."""
-_LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and its extra field
+MAX_NAMES, MAX_DEPTH = 1 << 16, 16
+"""Of the dictionaries in a file: far above what a model needs. A few nested ones that hold one
+another twice would have more names than fit into any memory."""
 
 
 @dataclass(frozen=True)
@@ -64,96 +55,15 @@ def locate_tensors(path: Path) -> dict[str, Located | str]:
         RequestError: no torch, no such file, a damaged or legacy file, a pickle that would run
             code, or a tensor that is not row-major.
     """
-    records = _records(path)
+    archive = open_zip(path)
     content = _load(path)
+    _check_storages(path, archive)
     if not isinstance(content, dict):
         raise RequestError(
             f"{path} holds {type(content).__name__}; expected a dictionary of tensors"
         )
-    return {name: _locate(path, name, value, records) for name, value in _named(path, content)}
-
-
-def _records(path: Path) -> dict[int, int]:
-    """Offset → size of the storages in the zip archive."""
-    try:
-        require_regular(path)
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise _not_zip(path)
-            with zipfile.ZipFile(file) as archive:
-                records = archive.infolist()
-                _check_records(records)
-                for info in records:
-                    if info.filename.endswith(_PICKLE):
-                        offset, size = _record(file, info)
-                        file.seek(offset)
-                        _check_names(path, file.read(size))
-                storages = [i for i in records if _STORAGE.fullmatch(i.filename)]
-                return dict(_record(file, info) for info in storages)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
-    except RequestError:
-        raise
-    except Exception as error:  # zipfile raises whatever a damaged directory leads it to
-        raise RequestError(
-            f"{path} is damaged: {_first_line(error)}; copy or download it again"
-        ) from None
-
-
-def _check_records(records: list[zipfile.ZipInfo]) -> None:
-    """All but the storages is read whole by torch, which would also unpack what is compressed.
-
-    Raises:
-        BadZipFile: a record is compressed, there twice, or larger than any pickle of names.
-    """
-    for info in records:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
-        most = MAX_PICKLE_BYTES if info.filename.endswith(_PICKLE) else MAX_SMALL_BYTES
-        if info.file_size > most and not _STORAGE.fullmatch(info.filename):
-            raise zipfile.BadZipFile(f"its record {info.filename} has {info.file_size} bytes")
-    if len({info.filename for info in records}) < len(records):
-        raise zipfile.BadZipFile("it has a record twice")
-
-
-def _not_zip(path: Path) -> RequestError:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith(b"\x80"):
-        return RequestError(
-            f"{path} is in torch's legacy format; expected the zip format of torch ≥ 1.6: "
-            "load it with weights_only=True and save it again"
-        )
-    if start == b"PK\x03\x04":
-        return RequestError(f"{path} is truncated; copy or download it again")
-    return RequestError(f"{path} is not a torch checkpoint")
-
-
-def _check_names(path: Path, content: bytes) -> None:
-    """Refuses a pickle that names anything but what plain state dictionaries are made of.
-
-    Not all that torch allows is harmless: `bytearray` of a large number fills the memory.
-
-    Raises:
-        RequestError: it names something else.
-        ValueError: it is no pickle.
-    """
-    for opcode, name, _ in pickletools.genops(content):
-        if "GLOBAL" in opcode.name and not _PLAIN.fullmatch(str(name)):
-            raise _other_object(path, str(name).replace(" ", "."))
-
-
-def _other_object(path: Path, name: str) -> RequestError:
-    return RequestError(
-        f"{path} holds Python objects other than tensors ({name}), which could run code; "
-        "expected a plain state dictionary"
-    )
-
-
-def _record(file: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
-    file.seek(info.header_offset + _LOCAL_HEADER_BYTES - 4)
-    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return info.header_offset + _LOCAL_HEADER_BYTES + name + extra, info.file_size
+    sizes = dict(archive.storages.values())
+    return {name: _locate(path, name, value, sizes) for name, value in _named(path, content)}
 
 
 def _load(path: Path) -> Any:
@@ -172,7 +82,42 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise RequestError(f"{path} {_explain_refusal(error)}") from None
     except Exception as error:  # torch raises whatever a damaged pickle leads it to
-        raise RequestError(f"{path} is damaged: {_first_line(error)}") from None
+        raise RequestError(f"{path} is damaged: {first_line(error)}") from None
+
+
+def _check_storages(path: Path, archive: TorchZip) -> None:
+    """Has torch read its pickle again, with storages that are parts of the mapped file.
+
+    torch demands that a storage has the size of its record and that tensors lie in it, but does not
+    look under fake tensors: a fake storage that is stated as too small grows with its tensor.
+
+    Raises:
+        RequestError: a storage of another size, or a tensor that does not lie in one.
+    """
+    import torch
+    from torch._weights_only_unpickler import Unpickler
+
+    def storage(stated: Any) -> torch.TypedStorage:
+        _, kind, key, _, count = stated
+        name, dtype = f"{archive.folder}/data/{key}", getattr(kind, "dtype", torch.uint8)
+        offset, size = archive.storages.get(name, (0, 0))
+        if count * dtype.itemsize != size:
+            raise RequestError(
+                f"{path} is damaged: its record {name} has {size} bytes; "
+                f"expected {count * dtype.itemsize}, as its pickle says"
+            )
+        part = mapped[offset : offset + size]
+        return torch.TypedStorage(wrap_storage=part, dtype=dtype, _internal=True)
+
+    mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
+    unpickler.persistent_load = storage  # type: ignore[method-assign]
+    try:
+        unpickler.load()
+    except RequestError:
+        raise
+    except Exception as error:  # as of torch.load
+        raise RequestError(f"{path} is damaged: {first_line(error)}") from None
 
 
 @contextmanager
@@ -190,14 +135,7 @@ def _explain_refusal(error: pickle.UnpicklingError) -> str:
     name = re.search(r"GLOBAL ([\w.]+)", str(error))
     if name is None:
         return "is damaged, or holds more than tensors; expected a plain state dictionary"
-    return (
-        f"holds Python objects other than tensors ({name[1].rstrip('.')}), which could run code; "
-        "expected a plain state dictionary"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return other_objects(name[1].rstrip("."))
 
 
 def _named(path: Path, content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -225,7 +163,7 @@ def _leaves(
             yield f"{prefix}{key}", value
 
 
-def _locate(path: Path, name: str, value: Any, records: dict[int, int]) -> Located | str:
+def _locate(path: Path, name: str, value: Any, sizes: dict[int, int]) -> Located | str:
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -239,7 +177,7 @@ def _locate(path: Path, name: str, value: Any, records: dict[int, int]) -> Locat
     skip = int(value.storage_offset()) * value.element_size()
     nbytes = math.prod(value.shape) * value.element_size()
     whole = value.untyped_storage().nbytes()
-    if records.get(start, -1) != whole or skip + nbytes > whole:
+    if sizes.get(start, -1) != whole or skip + nbytes > whole:
         raise RequestError(
             f"{path}: tensor {name} does not lie in a record of the file (or torch "
             f"{torch.__version__} no longer tells where); expected {nbytes} bytes at {start + skip}"

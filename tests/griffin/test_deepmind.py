@@ -269,6 +269,21 @@ def test_a_compressed_archive_is_refused(tmp_path: Path, state: dict[str, torch.
         open_checkpoint(target)
 
 
+@pytest.mark.parametrize("stated", [2, 6])
+def test_a_storage_stated_of_another_size_than_its_record_is_refused(
+    tmp_path: Path, stated: int
+) -> None:
+    """A fake storage that is stated as too small grows with its tensor."""
+    path, target = save(tmp_path, {"a": torch.arange(4.0)}), tmp_path / "other.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as other:
+        for name in source.namelist():
+            content = source.read(name)
+            assert not name.endswith(".pkl") or b"K\4tq" in content
+            other.writestr(name, content.replace(b"K\4tq", b"K%ctq" % stated, 1))
+    with pytest.raises(RequestError, match=f"/data/0 has 16 bytes; expected {4 * stated},"):
+        locate_tensors(target)
+
+
 def test_canary_torch_still_tells_where_storages_lie(tmp_path: Path) -> None:
     """`_checkpoint_offset` is private: if this fails, torch has changed it."""
     values = torch.arange(10.0)
