@@ -13,15 +13,16 @@ import numpy as np
 
 from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator, small
+from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, covers, require
 from fuzz.readers.weights import change_folder
 from rgexport.export.artifact import Artifact
-from rgexport.export.describe import as_json, as_text, describe
+from rgexport.export.describe import describe
 from rgexport.export.manifest import DATA_FILE, MANIFEST
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 
-Answer = tuple[Artifact, dict[str, np.ndarray], str, str]
+Answer = tuple[Artifact, dict[str, np.ndarray], str]
 
 
 def _seeds(folder: Path) -> Iterable[bytes]:
@@ -114,12 +115,12 @@ def _read(data: bytes, folder: Path) -> Answer:
     artifact = Artifact.open(folder)
     weights = {name: rows.whole() for name, rows in artifact.weights.items()}
     found = describe(str(folder))
-    return artifact, weights, as_text(found), as_json(found)
+    return artifact, weights, shown(found, data)
 
 
 def agree(data: bytes, folder: Path, answer: Answer) -> None:
     """Written again it says the same; weights are those of the bytes; no file lies elsewhere."""
-    artifact, weights, text, _ = answer
+    artifact, weights, text = answer
     manifest = artifact.manifest
     require(all(c.isprintable() or c == "\n" for c in text), "text that a terminal would obey")
     stated = json.loads((folder / MANIFEST).read_bytes())

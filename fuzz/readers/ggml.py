@@ -13,10 +13,11 @@ from gguf import GGUFReader
 
 from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import gguf_mutator, json_mutator, small
+from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, WrongAccept, oracle, require
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.describe import as_json, as_text, describe
+from rgexport.export.describe import describe
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import MANIFEST_KEY
 from rgexport.hashing import hash_file
@@ -136,7 +137,7 @@ def _read_artifact(data: bytes, folder: Path) -> Answer:
     artifact = Artifact.open(path)
     weights = {name: rows.whole() for name, rows in artifact.weights.items()}
     found = describe(str(path))
-    return artifact, weights, as_text(found), as_json(found)
+    return artifact, weights, shown(found, data)
 
 
 def _seal(path: Path) -> None:
@@ -153,7 +154,7 @@ def _seal(path: Path) -> None:
 
 
 def _agree_on_artifact(data: bytes, folder: Path, answer: Answer) -> None:
-    artifact, weights, text, _ = answer
+    artifact, weights, text = answer
     header = artifact.header
     _agree_on_header(header.path.read_bytes(), folder, header)
     require(all(c.isprintable() or c == "\n" for c in text), "text that a terminal would obey")

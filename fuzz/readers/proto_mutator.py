@@ -12,15 +12,18 @@ _DEPTH = 12
 
 @dataclass
 class Field:
-    """A field: a number, bytes, or the fields of a message."""
+    """A field: a number, bytes, or the fields of a message that was opened.
+
+    Only what is changed is opened: models have thousands of messages in one another.
+    """
 
     number: int
     kind: int
     value: "int | bytes | list[Field]"
 
 
-def parse(data: bytes, depth: int = 0) -> list[Field]:
-    """The fields of a message; ValueError where it is none."""
+def parse(data: bytes) -> list[Field]:
+    """The fields of a message, unopened; ValueError where it is none."""
     fields, at = [], 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -38,20 +41,19 @@ def parse(data: bytes, depth: int = 0) -> list[Field]:
             size, at = _varint(data, at)
         if at + size > len(data):
             raise ValueError("it ends too early")
-        content = data[at : at + size]
+        fields.append(Field(number, kind, data[at : at + size]))
         at += size
-        fields.append(Field(number, kind, _inner(content, depth) if kind == _BYTES else content))
     return fields
 
 
-def _inner(content: bytes, depth: int) -> "bytes | list[Field]":
-    """A message, where it can be one: a text mostly cannot."""
-    if depth < _DEPTH and 1 < len(content):
+def _opened(field: Field) -> list[Field] | None:
+    """Opens a field that can be a message: a text mostly cannot."""
+    if isinstance(field.value, bytes) and field.kind == _BYTES and len(field.value) > 1:
         try:
-            return parse(content, depth + 1)
+            field.value = parse(field.value)
         except ValueError:
-            pass
-    return content
+            return None
+    return field.value if isinstance(field.value, list) else None
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -103,15 +105,17 @@ def mutate(data: bytes, random: Random) -> bytes:
 
 def _change(fields: list[Field], random: Random) -> None:
     """Goes down to a random message, and changes a field there."""
-    while True:
-        deeper = [field for field in fields if isinstance(field.value, list) and field.value]
+    for _ in range(_DEPTH):
+        shuffled = iter(random.sample(fields, len(fields)))
+        deeper = next((inner for field in shuffled if (inner := _opened(field))), None)
         if not deeper or random.randrange(4) == 0:
             break
-        fields = random.choice(deeper).value  # type: ignore[assignment]
+        fields = deeper
     if not fields:
         fields.append(Field(random.randrange(1, 20), _VARINT, 1))
         return
     at = random.randrange(len(fields))
+    _opened(fields[at])
     match random.randrange(8):
         case 0 | 1:
             raw.shuffle_list(fields, random)

@@ -7,8 +7,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import RecurrentGemmaConfig
-
 from fuzz.readers import json_mutator, small
 from fuzz.readers.target import Target, oracle, require
 from rgexport.griffin.config import GriffinConfig
@@ -43,6 +41,8 @@ def _read_config(data: bytes, folder: Path) -> GriffinConfig:
 
 def _agree_on_config(data: bytes, folder: Path, config: GriffinConfig) -> None:
     """What Hugging Face's own class makes of the file, and what every model needs."""
+    from transformers import RecurrentGemmaConfig  # seconds, of which plans have no need
+
     fields = json.loads(data)
     try:
         theirs = RecurrentGemmaConfig.from_dict(fields)

@@ -163,17 +163,15 @@ def _read(data: bytes, folder: Path) -> tuple[str, str]:
 def _agree(data: bytes, folder: Path, answer: tuple[str, str]) -> None:
     """The text that transformers renders, which has no bounds of its own."""
     source, text = answer
-    if "strftime_now" in source:
-        return  # a second may have passed
     try:
         theirs = _compile_jinja_template(source).render(
             messages=MESSAGES, tools=None, documents=None, add_generation_prompt=True, **TOKENS
         )
     except Exception as error:
         require(False, "transformers refuses the template", f"{error} of {source[:200]!r}")
-    require(
-        text == theirs or " at 0x" in text, "another text than transformers renders", source[:200]
-    )
+    if "strftime_now" in source or " at 0x" in text:
+        return  # a second may have passed; two objects have two addresses
+    require(text == theirs, "another text than transformers renders", source[:200])
 
 
 TARGETS = {"template": Target("template", _seeds, _mutate, _read, _agree, 1 << 12)}

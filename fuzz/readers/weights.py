@@ -13,8 +13,9 @@ from safetensors.numpy import save
 
 from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator, small
+from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
-from rgexport.export.describe import as_json, as_text, describe
+from rgexport.export.describe import describe
 from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header, read_metadata
 
 _DTYPES = ("F32", "F16", "BF16", "F4", "F6_E2M3", "F8_E4M3", "BOOL", "I64", "U8", "C64", "E9")
@@ -150,7 +151,7 @@ def _checkpoint_seeds(folder: Path) -> Iterable[bytes]:
 def _read_checkpoint(data: bytes, folder: Path) -> dict[str, Any]:
     folders.place(data, folder)
     found = describe(str(folder), verify=True)
-    as_text(found), as_json(found)
+    shown(found, data)
     return found
 
 

@@ -22,6 +22,7 @@ _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _MOST_SIZE = (1 << 62) - 1
 """Of an axis."""
 _MOST_BITS = 63
+_MOST_KIND = (1 << 31) - 1
 """Of a number, but for its last seven."""
 _FIXED = {_FIXED_64: 8, _FIXED_32: 4}
 
@@ -100,7 +101,7 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
     places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}
     shape = [size for number, value in fields if number == _DIMS for size in _numbers(value)]
     kind, offset = last[_DATA_TYPE], int(places.get("offset", "0"))
-    if any(size > _MOST_SIZE for size in shape) or not isinstance(kind, int) or kind > _MOST_SIZE:
+    if any(size > _MOST_SIZE for size in shape) or not isinstance(kind, int) or kind > _MOST_KIND:
         raise ValueError  # numbers below zero look like this
     if _lies_inside(places["location"]) and offset >= 0:
         yield ExternalTensor(_text(last[_NAME]), kind, tuple(shape), places["location"], offset)
