@@ -24,6 +24,7 @@ MAX_SMALL_BYTES = 4096
 MAX_PICKLE_BYTES = 16 << 20
 """Of a file without its storages: far above what a model needs."""
 _FOREIGN = 0x61  # flags of a zip record: encrypted, a patch, strongly encrypted
+_FOLDER = 0x10  # attribute of a zip record
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip record: its signature, and the lengths of the name and the extra field behind it."""
 
@@ -80,6 +81,8 @@ def _check_records(records: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
             raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
         if info.flag_bits & _FOREIGN:
             raise zipfile.BadZipFile(f"its record {info.filename} is encrypted or a patch")
+        if info.external_attr & _FOLDER:  # torch would not read it, and tell nobody
+            raise zipfile.BadZipFile(f"its record {info.filename} is said to be a folder")
         most = MAX_PICKLE_BYTES if info.filename.endswith(_PICKLE) else MAX_SMALL_BYTES
         if info.file_size > most and not _STORAGE.fullmatch(info.filename):
             raise zipfile.BadZipFile(f"its record {info.filename} has {info.file_size} bytes")
