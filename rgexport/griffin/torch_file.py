@@ -95,7 +95,14 @@ def _check_storages(path: Path, archive: TorchZip) -> None:
         RequestError: a storage of another size, or a tensor that does not lie in one.
     """
     import torch
-    from torch._weights_only_unpickler import Unpickler
+
+    try:
+        from torch._weights_only_unpickler import Unpickler
+    except ImportError:
+        raise RequestError(
+            f"torch {torch.__version__} no longer lets {path.name} be checked; convert it to "
+            "safetensors, or install an earlier torch"
+        ) from None
 
     def storage(stated: Any) -> torch.TypedStorage:
         _, kind, key, _, count = stated
