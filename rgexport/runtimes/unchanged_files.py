@@ -26,8 +26,8 @@ class UnchangedFiles:
         whole = artifact.path.is_file()  # a GGUF file is its own folder
         self._stamps: dict[Path, _Stamp] = {}
         for name, record in artifact.manifest.files.items():
-            if name.startswith(prefix):
-                path = artifact.path if whole else artifact.file(name)
+            path = artifact.path if whole else artifact.file(name)
+            if name.startswith(prefix) and path.exists():  # an engine itself says what it lacks
                 self._stamps[path] = stamp = _stamp(path)
                 if stamp[1] != record.size:
                     raise _changed(path, f"{record.size} bytes became {stamp[1]}")
