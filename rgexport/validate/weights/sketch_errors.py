@@ -21,7 +21,7 @@ from rgexport.validate.weights.steps import (
     is_quantized,
     is_weighted,
     rows_together,
-    shown_steps,
+    shown_rounding,
 )
 from rgexport.validate.weights.weight_errors import THREADS, ratio
 
@@ -158,9 +158,9 @@ def _sums(
         expected_sketch = sketch[first : first + len(rows)].astype(np.float64)
         first += len(rows)
         with np.errstate(invalid="ignore", over="ignore"):
-            delta, steps = shape.project(rows) - expected_sketch, shown_steps(name, rows, stored)
-            error = shape.squares(delta)
-            expected = steps.rounding(shape.columns) + shape.squares(expected_sketch * _KEPT)
+            delta = shape.project(rows) - expected_sketch
+            error, (rounding, steps) = shape.squares(delta), shown_rounding(name, rows, stored)
+            expected = rounding + shape.squares(expected_sketch * _KEPT)
             shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
             total.worst_row = float(np.maximum(total.worst_row, shares.max()))
         total.error += float(error.sum())
@@ -168,7 +168,7 @@ def _sums(
         total.expected_square += float(np.square(expected).sum())
         total.most_expected = max(total.most_expected, float(expected.max()))
         total.moved += float(shape.sums(delta).sum())
-        total.steps += steps.total(shape.columns)
+        total.steps += steps
         total.square += square_sum(rows)
         advance(rows.nbytes)
     return total

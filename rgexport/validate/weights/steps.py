@@ -102,14 +102,23 @@ def yardstick(name: str, w: np.ndarray, stored: StoredTensor) -> Yardstick:
     return _ggml(w, scheme.type)
 
 
-def shown_steps(name: str, stored_weights: np.ndarray, stored: StoredTensor) -> Yardstick:
-    """The same from the weights that an artifact has, without those that they were made from.
+def shown_rounding(
+    name: str, stored_weights: np.ndarray, stored: StoredTensor
+) -> tuple[np.ndarray, float]:
+    """Σ step²/12 of each row, and Σ step, of the steps that an artifact's weights themselves show.
 
-    Where levels are even, the outermost ones tell their distance.
+    Without those that they were made from: where levels are even, the outermost ones of a block
+    tell their distance.
     """
+    columns = stored_weights.shape[1]
+    if isinstance(stored.scheme, Affine):
+        exact, counts = _affine_steps(stored_weights, stored.scheme)
+        return np.square(exact, dtype=np.float64) @ (counts / 12), float((exact @ counts).sum())
     if isinstance(stored.scheme, Palette):
-        return Yardstick(_palette_gaps(stored_weights, stored.scheme))
-    return yardstick(name, stored_weights, stored)
+        steps = Yardstick(_palette_gaps(stored_weights, stored.scheme))
+    else:
+        steps = yardstick(name, stored_weights, stored)
+    return steps.rounding(columns), steps.total(columns)
 
 
 def rows_together(scheme: Scheme) -> int:
@@ -163,16 +172,8 @@ def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
     Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
     asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
     """
-    block = scheme.block or w.shape[1]
-    starts = np.arange(0, w.shape[1], block)
-    high = np.maximum.reduceat(w, starts, axis=1)
-    low = np.minimum.reduceat(w, starts, axis=1)
-    below = 2 ** (scheme.bits - 1)
-    if scheme.symmetric:
-        exact = np.maximum(high, -low) / np.float32(below)
-    else:
-        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
-    exact = np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO))
+    block, below = scheme.block or w.shape[1], 2 ** (scheme.bits - 1)
+    exact, _ = _affine_steps(w, scheme)
     grid = step = _spread(exact, block, w)
     limit = step * np.float32(below - 1) if scheme.symmetric else None
     if scheme.scale == "float16":
@@ -180,6 +181,19 @@ def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
         step = _spread(exact + _spacing(exact), block, w)
         step = step + _spacing(np.abs(w) + step)
     return Yardstick(step, limit=limit, grid=grid)
+
+
+def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """The step of each block, [rows, blocks], and how many weights it has, [blocks] float64."""
+    starts = np.arange(0, w.shape[1], scheme.block or w.shape[1])
+    high = np.maximum.reduceat(w, starts, axis=1)
+    low = np.minimum.reduceat(w, starts, axis=1)
+    if scheme.symmetric:
+        exact = np.maximum(high, -low) / np.float32(2 ** (scheme.bits - 1))
+    else:
+        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
+    counts = np.diff(starts, append=w.shape[1]).astype(np.float64)
+    return np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO)), counts
 
 
 def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
