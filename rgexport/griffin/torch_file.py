@@ -8,6 +8,7 @@ the offsets in the zip directory, so that a change in torch cannot make us read 
 import io
 import logging
 import math
+import mmap
 import pickle
 import re
 import warnings
@@ -116,7 +117,9 @@ def _check_storages(path: Path, archive: TorchZip) -> None:
         part = mapped[offset : offset + size]
         return torch.TypedStorage(wrap_storage=part, dtype=dtype, _internal=True)
 
-    mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    with path.open("rb") as file:  # not by its name, which torch would have to be able to encode
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
     unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
     unpickler.persistent_load = storage  # type: ignore[method-assign]
     try:

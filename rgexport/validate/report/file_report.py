@@ -13,7 +13,7 @@ PROMPT = ("tokens", "KL mean", "first choice", "worst state", "greedy")
 _LAYER = ("error", "limit", "worst at position")
 DRIFT = "Recurrent states inside the longest prompt"
 STREAM = "Residual stream behind each layer"
-_SKETCH = ("relative error", "projection", "noise", "worst row")
+_SKETCH = ("error", "projection", "noise", "worst row")
 _EXACT = 0.05
 """Noise below that is the sketch's own rounding."""
 WORST = 5

@@ -104,7 +104,7 @@ def _headline(r: Result) -> str:
 
 
 _STATE = ("max |Δ| / max", "norm")
-_WEIGHT = ("relative error", "projection", "noise", "max steps")
+_WEIGHT = ("error", "projection", "noise", "max steps")
 
 
 def _state_rows(errors: list[StateError]) -> Iterator[Row]:
