@@ -1,4 +1,3 @@
-
 """The safetensors reader against the reference implementation, and against damaged files."""
 
 import json
