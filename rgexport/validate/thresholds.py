@@ -128,7 +128,7 @@ Measured on the demo and on small random models of odd shapes, of the largest lo
 2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
 """
 
-ORIGINAL_RMS = {"float32": 0.0, "float16": 5e-2, "int8": 0.35, "int4": 0.95, "int2": 1.3}
+ORIGINAL_RMS = {"float32": 0.0, "float16": 5e-2, "int8": 0.35, "int4": 1.1, "int2": 1.3}
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds, beside
 what the twin is allowed: float32 weights are the original's own.
 
