@@ -95,7 +95,8 @@ def _node(data: memoryview) -> ModelNode:
 def _external(data: memoryview) -> Iterator[ExternalTensor]:
     fields = list(_fields(data))
     last = dict(fields)
-    if last.get(_LOCATION) != _ELSEWHERE:
+    location = last.get(_LOCATION)  # an enumeration: 32 bits of it count
+    if not isinstance(location, int) or location & 0xFFFFFFFF != _ELSEWHERE:
         return
     entries = (dict(_fields(_bytes(value))) for number, value in fields if number == _EXTERNAL)
     places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}

@@ -1,10 +1,11 @@
 """Typed access to the fields of a JSON object that somebody else wrote."""
 
 import json
+import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rgexport.errors import RequestError
 from rgexport.regular_file import read_regular
@@ -40,7 +41,13 @@ def strict_json(text: bytes) -> Any:
         ValueError: it is not that.
         RecursionError: it is nested too deeply.
     """
-    value = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse)
+    value = json.loads(
+        text.decode(),
+        object_pairs_hook=_without_repeats,
+        parse_constant=_refuse,
+        parse_float=_finite,
+        parse_int=_whole,
+    )
     if b"\\u" in text:
         json.dumps(value, ensure_ascii=False).encode()  # an escaped surrogate has no UTF-8
     return value
@@ -53,7 +60,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse(word: str) -> None:
+def _finite(word: str) -> float:
+    value = float(word)
+    return value if math.isfinite(value) else _refuse(word)
+
+
+def _whole(word: str) -> int:
+    _finite(word)  # others read a number of so many digits as a float
+    return int(word)
+
+
+def _refuse(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number")
 
 

@@ -181,9 +181,12 @@ def _read_json(path: Path) -> _Found:
     added: list[dict[str, Any]] = layout.get("added_tokens", [])
     names = control_token_names(path.parent)
     kinds = {token["content"]: _kind_of_added(token, names) for token in added}
-    by_id = {index: piece for piece, index in engine.get_vocab(with_added_tokens=True).items()}
-    if sorted(by_id) != list(range(len(by_id))):
-        raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
+    known = engine.get_vocab(with_added_tokens=True)
+    by_id = {index: piece for piece, index in known.items()}
+    if sorted(by_id) != list(range(len(known))):
+        raise RequestError(
+            f"{path} has gaps between its token ids, or one id twice; put tokenizer.model beside it"
+        )
     scores = _merge_scores(model["merges"])
     unknown = model.get("unk_token")
 

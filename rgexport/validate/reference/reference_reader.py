@@ -1,6 +1,7 @@
 """Opens a reference file, and refuses what is damaged or contradicts itself."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from rgexport.validate.reference.reference_file import (
 )
 from rgexport.validate.weights.sketch import sketch_shape
 
+MAX_STATE_BYTES = 1 << 30
+"""Of one conversation: thirty times those of a 2B."""
 _EITHER = -1
 """A length that the header does not tell."""
 
@@ -91,6 +94,9 @@ def _read_header(path: Path) -> Header:
 def _check_header(header: Header) -> None:
     """Raises `Mismatch` for what no capture writes."""
     check_config(header.config)
+    states = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
+    if states > MAX_STATE_BYTES:
+        raise Mismatch(f"config: a state would take {states} bytes")
     if header.tail_bits not in CODES:
         raise Mismatch(f"tail_bits is {header.tail_bits}")
     if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
