@@ -8,8 +8,8 @@ from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.json_fields import Fields, read_json
 
-MAX_LAYERS = 10_000
-"""More than any model has; a wrong config must not fill the memory with layers."""
+MAX_LAYERS = 512
+"""Far more than any model has; a wrong config must not fill the memory with names of tensors."""
 
 BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
