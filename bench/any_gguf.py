@@ -24,10 +24,10 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
-from rgexport.runtimes.bench import MOST, BenchRequest, Measuring
-from rgexport.runtimes.bench_rows import Row
-from rgexport.runtimes.llama_cpp_library import Handle, bindings, complaint, load_model, version
-from rgexport.runtimes.roofline import roofline
+from rgexport.runtimes.bench.measure import MOST, BenchRequest, Measuring
+from rgexport.runtimes.bench.roofline import roofline
+from rgexport.runtimes.bench.rows import Row
+from rgexport.runtimes.llama_cpp.library import Handle, bindings, complaint, load_model, version
 from rgexport.runtimes.session import SessionInfo
 
 STATES = Path("out/bench/states")

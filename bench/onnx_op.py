@@ -13,7 +13,7 @@ from bench.onnx_models import SHAPES, STORAGES, Storage, op_model
 from rgexport.kernels.onnx.library import library
 from rgexport.processors import usable_processors
 from rgexport.progress import note
-from rgexport.runtimes.roofline import seconds
+from rgexport.runtimes.bench.roofline import seconds
 
 TOKENS = 512
 CALLS = 3

@@ -8,11 +8,11 @@ from bench.llama import LlamaBench
 from bench.onnx_models import STORAGES, TRANSFORMER, Storage, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
-from rgexport.export.manifest import DATA_FILE
-from rgexport.page_cache import forget
+from rgexport.export.onnx.artifact import DATA_FILE
+from rgexport.files.page_cache import forget
 from rgexport.processors import usable_processors
 from rgexport.progress import note
-from rgexport.runtimes.roofline import ReadSpeed, roofline
+from rgexport.runtimes.bench.roofline import ReadSpeed, roofline
 
 KERNELS = {"native": True, "stock": False}
 """Who takes turns with `llama`."""

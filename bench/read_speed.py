@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rgexport.runtimes.roofline import READ_BYTES, ReadSpeed
+from rgexport.runtimes.bench.roofline import READ_BYTES, ReadSpeed
 
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILER = "cc", "-O3", "-march=native", "-pthread"

@@ -17,12 +17,12 @@ from typing import Any, Self
 import numpy as np
 
 from bench.run import DEPTH
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
-from rgexport.runtimes.bench import synthetic_state
-from rgexport.runtimes.engines import open_session
-from rgexport.runtimes.process_memory import rss_bytes
+from rgexport.runtimes.bench.measure import synthetic_state
+from rgexport.runtimes.bench.process_memory import rss_bytes
+from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
 
 WARM_UP_SECONDS = 3.0
@@ -75,7 +75,7 @@ class Worker:
 
 def main() -> None:
     """Serves requests of the parent until it leaves."""
-    artifact = Artifact.open(Path(sys.argv[1]))
+    artifact = open_artifact(Path(sys.argv[1]))
     began = time.perf_counter()
     session = open_session(artifact)
     took = time.perf_counter() - began

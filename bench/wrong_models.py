@@ -16,9 +16,10 @@ from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import MODEL_FILE
 from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.manifest import write_manifest
+from rgexport.export.opening import open_artifact
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, layer_tensors, model_tensors
-from rgexport.hashing import hash_file
 from rgexport.quantize.gguf_header import read_header
 from rgexport.quantize.nibbles import pack, unpack
 from rgexport.quantize.scheme import Affine, Ggml
@@ -173,7 +174,7 @@ def _one_more(packed: np.ndarray, bits: int, *, signed: bool) -> np.ndarray:
 
 def _spoilable(path: Path) -> tuple[Artifact, str, Affine | Ggml]:
     """An artifact and a matrix in it that can be spoiled: that of `matrix_of`, or another."""
-    artifact = Artifact.open(path)
+    artifact = open_artifact(path)
     names = [matrix_of(artifact.manifest.config), *artifact.manifest.plan]
     for name in names:
         scheme = artifact.manifest.plan[name]

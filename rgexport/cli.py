@@ -197,15 +197,15 @@ def _export_folder(
     **options: Any,
 ) -> int:
     """What the commands that make a folder have in common; `options` are the format's own."""
-    from rgexport.atomic import check_target
-    from rgexport.export.artifact import replaceable
+    from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.request import default_target, precision_word
+    from rgexport.files.atomic import check_target
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
     options["precision"] = precision_word(precision, int4, int8, kind)
     if output:
-        check_target(output, force=force, replaceable=replaceable)
+        check_target(output, force=force, replaceable=is_artifact)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
     asked = options_of(**options)
@@ -224,11 +224,11 @@ def _self_check(checkpoint: Any, no_check: bool) -> Callable[[Path], Any] | None
 
 def _close(target: Path) -> int:
     """Tells what was made, and how its self-check ended: the exit code is 1 where badly."""
-    from rgexport.export.artifact import Artifact
     from rgexport.export.describe import as_text, describe
+    from rgexport.export.opening import open_artifact
     from rgexport.export.request import check_line, closing_line
 
-    artifact = Artifact.open(target)
+    artifact = open_artifact(target)
     progress.detail(as_text(describe(str(target))))
     for line in filter(None, (check_line(artifact), closing_line(artifact))):
         click.echo(line)
@@ -289,14 +289,14 @@ def gguf(
     q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
     build` makes.
     """
-    from rgexport.atomic import check_file_target
     from rgexport.export.gguf.exporter import default_target, export_gguf, replaceable
     from rgexport.export.gguf.options import GgufOptions, type_word
     from rgexport.export.request import precision_word
+    from rgexport.files.atomic import check_file_target
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
 
-    options["type"] = type_word(kind, precision_word(precision, int4, int8))
+    options["type"] = type_word(kind, precision_word(precision, int4, int8, "gguf"))
     if output:
         check_file_target(output, force=force, replaceable=replaceable)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
@@ -315,7 +315,7 @@ def gguf(
 @verbose
 def generate(artifact: Path, **request: Any) -> None:
     """Continues a prompt."""
-    from rgexport.runtimes.from_artifact import continue_prompt, summary
+    from rgexport.chat.from_artifact import continue_prompt, summary
 
     pieces, stats = continue_prompt(artifact, sampler=_sampler(request), **request)
     for piece in pieces:
@@ -330,8 +330,8 @@ def generate(artifact: Path, **request: Any) -> None:
 @verbose
 def chat(artifact: Path, **request: Any) -> None:
     """Talks with an instruction-tuned model."""
-    from rgexport.runtimes.from_artifact import open_conversation
-    from rgexport.runtimes.terminal import chat_loop
+    from rgexport.chat.from_artifact import open_conversation
+    from rgexport.chat.terminal import chat_loop
 
     conversation = open_conversation(artifact, sampler=_sampler(request), **request)
     chat_loop(conversation, sys.stdin, sys.stdout)
@@ -339,7 +339,7 @@ def chat(artifact: Path, **request: Any) -> None:
 
 def _sampler(request: dict[str, Any]) -> Any:
     """Takes the options of sampling out of `request`."""
-    from rgexport.runtimes.sampling import Sampler
+    from rgexport.chat.sampling import Sampler
 
     names = "temperature", "top_k", "top_p", "seed"
     return Sampler(**{name: request.pop(name) for name in names})
@@ -371,8 +371,8 @@ def bench(
 
     -p, -n and -d take lists such as 128,512; a length of 0 is left out.
     """
-    from rgexport.runtimes.bench import BenchRequest, bench_artifact
-    from rgexport.runtimes.bench_rows import WRITERS
+    from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
+    from rgexport.runtimes.bench.rows import WRITERS
 
     request = BenchRequest.parse(n_prompt, n_gen, n_depth, **options)
     click.echo(WRITERS[form](bench_artifact(artifact, request, threads=threads)), nl=False)

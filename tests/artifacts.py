@@ -13,6 +13,7 @@ from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.ggml_library import load_library
@@ -31,7 +32,7 @@ def export_random(
     model, weights = _random_model(config, folder, slowest)
     asked = OnnxOptions(precision=precision, **options)
     target = _target(folder, precision, options)
-    return Artifact.open(export_onnx(open_checkpoint(model), asked, target)), weights
+    return open_artifact(export_onnx(open_checkpoint(model), asked, target)), weights
 
 
 def export_random_coreml(
@@ -49,7 +50,7 @@ def export_random_coreml(
     target = _target(folder, f"{precision}-coreml", options)
     if not target.exists():
         export_coreml(open_checkpoint(model), asked, target)
-    return Artifact.open(target), weights
+    return open_artifact(target), weights
 
 
 def export_random_gguf(
@@ -65,7 +66,7 @@ def export_random_gguf(
     target = folder / "-".join([f"{type}.gguf", *options])
     if not target.exists():
         export_gguf(open_checkpoint(model), GgufOptions(type=type, **options), target)
-    return Artifact.open(target), weights
+    return open_artifact(target), weights
 
 
 def _random_model(config: GriffinConfig, folder: Path, slowest: float) -> tuple[Path, Weights]:

@@ -29,7 +29,7 @@ def test_chat(demo_artifact, tmp_path):
 
 
 def test_bench(demo_artifact, tmp_path):
-    cold = "\nfrom rgexport.runtimes import bench; bench.WARM_UP_SECONDS = 0"
+    cold = "\nfrom rgexport.runtimes.bench import measure; measure.WARM_UP_SECONDS = 0"
     asked = ["bench", demo_artifact, "-p", "4", "-n", "2", "-r", "1"]
     result = rgexport(*asked, folder=tmp_path, before=BLOCK + cold)
     assert result.returncode == 0, result.stderr

@@ -18,8 +18,10 @@ from fuzz.readers.target import Target, covers, require
 from fuzz.readers.weights import change_folder
 from rgexport.export.artifact import Artifact
 from rgexport.export.describe import describe
-from rgexport.export.manifest import DATA_FILE, MANIFEST
+from rgexport.export.manifest import MANIFEST
+from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 
 Answer = tuple[Artifact, dict[str, np.ndarray], str]
@@ -112,7 +114,7 @@ def _change_manifest(content: bytes, random: Random) -> bytes:
 def _read(data: bytes, folder: Path) -> Answer:
     """As `inspect` and `validate` do."""
     folders.place(data, folder)
-    artifact = Artifact.open(folder)
+    artifact = open_artifact(folder)
     weights = {name: rows.whole() for name, rows in artifact.weights.items()}
     found = describe(str(folder))
     return artifact, weights, shown(found, data)

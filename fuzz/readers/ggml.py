@@ -16,11 +16,11 @@ from fuzz.readers import gguf_mutator, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, WrongAccept, oracle, require
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.describe import describe
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import MANIFEST_KEY
-from rgexport.hashing import hash_file
+from rgexport.export.opening import open_artifact
+from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
 
@@ -134,7 +134,7 @@ def _read_artifact(data: bytes, folder: Path) -> Answer:
     """As `inspect` and `validate` do, of a file whose hashes were made to fit."""
     path = _place(data, folder, "file.gguf")
     _seal(path)
-    artifact = Artifact.open(path)
+    artifact = open_artifact(path)
     weights = {name: rows.whole() for name, rows in artifact.weights.items()}
     found = describe(str(path))
     return artifact, weights, shown(found, data)

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from fuzz.readers import folders, proto_mutator
 from fuzz.readers.target import Target, require
-from rgexport.export.model_file import ModelFile, read_model
-from rgexport.export.native import native_ops, own_ops
+from rgexport.export.onnx.model_file import ModelFile, read_model
+from rgexport.export.onnx.native import native_ops, own_ops
 
 MODEL = "model.onnx"
 

@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
-from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, known_for_now, remember, vouch
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
-from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.scheme import Affine
 
 _FLOAT32 = np.dtype(np.float32)
@@ -30,36 +26,6 @@ class Artifact:
 
     path: Path
     manifest: Manifest
-
-    @classmethod
-    def open(cls, path: Path | str, *, verify: bool = False) -> "Artifact":
-        """Opens an artifact and checks that its files are those that were exported.
-
-        Names, sizes and headers are always checked; hashes are computed where a file was not
-        seen before in this state (size, mtime, ctime), and of all files with `verify`.
-
-        Raises:
-            RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
-                altered or does not belong; the line names it.
-        """
-        folder = Path(path)
-        if means_gguf(folder):
-            from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
-
-            return open_gguf(folder, verify=verify)
-        if folder.name in (MANIFEST, PACKAGE) and is_artifact(folder.parent):
-            folder = folder.parent
-        manifest = read_manifest(folder)
-        artifact = cls(folder, manifest)
-        if isinstance(manifest, CoreMLManifest):
-            from rgexport.export.coreml.artifact import CoreMLArtifact  # reads programs, too
-
-            artifact = CoreMLArtifact(folder, manifest)
-        if complaints := artifact._complaints(verify):
-            raise RequestError(
-                f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
-            )
-        return artifact
 
     def file(self, name: str) -> Path:
         """Where the file `name` of the manifest lies."""
@@ -124,7 +90,7 @@ class Artifact:
             raise RequestError(f"{path} was truncated while it was read") from None
         return np.ascontiguousarray(mapped[:, start:stop].T)
 
-    def _complaints(self, verify: bool) -> list[str]:
+    def complaints(self, verify: bool) -> list[str]:
         """What is wrong with the files, the cheapest checks first."""
         return list(self._wrong_sizes()) or list(self._wrong_hashes(verify))
 
@@ -143,11 +109,6 @@ class Artifact:
         for path, digest in (hash_files if anew else hash_new_files)(paths).items():
             if digest != paths[path].sha256:
                 yield f"{path.relative_to(self.path)} was altered (its hash differs)"
-
-
-def means_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, by its first bytes or, if it is none, its name."""
-    return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
 
 
 def files_of(folder: Path) -> set[str]:
@@ -179,8 +140,3 @@ def known_artifact(folder: Path, manifest: Manifest) -> AbstractContextManager[N
     """The same for as long as a block runs, of an artifact that is not yet in its place."""
     hashes = {folder / name: record.sha256 for name, record in manifest.files.items()}
     return known_for_now(hashes, {folder / name: claim for name, claim in manifest.claims.items()})
-
-
-def replaceable(folder: Path) -> bool:
-    """Whether `--force` may replace `folder`: another artifact, nothing else."""
-    return is_artifact(folder)

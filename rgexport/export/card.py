@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from rgexport.export.checked import CheckRecord
-from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.format import format_of
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
@@ -18,7 +18,7 @@ _TEMPLATE = """\
 # {name}: {precision} for {engine}
 
 {what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
-are computed as {compute}; {full} are
+are computed as {compute}; norms, the RG-LRU with its gates and its state, and the {float32} are
 float32 always.
 
 | tensors | stored as | weights | size | bits per weight |
@@ -51,40 +51,6 @@ checkpoint's own terms apply to it. RecurrentGemma is provided under the Gemma T
 https://ai.google.dev/gemma/terms.
 """
 
-_ONNX = """\
-    pip install rgexport
-    rgexport {verb}
-
-`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
-`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
-new states."""
-_WEB = """\
-In a browser, with onnxruntime-web 1.30 or later, in which nothing has to be registered:
-
-    import * as ort from "onnxruntime-web/{profile}";
-    const session = await ort.InferenceSession.create("model.onnx", {{
-      executionProviders: ["{profile}"],
-      externalData: [{data}],
-    }});
-
-Its inputs are `input_ids` and `position_ids` [batch, tokens] and the states of {layers} layers, all
-zeros at first; its outputs are `logits` and the new states. On a desktop:
-
-    pip install rgexport
-    rgexport {verb}"""
-_COREML = """\
-`model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
-that share weights and states: `decode`, the default, takes one token and `prefill` takes
-{prefill_length}; what remains of a prompt goes through `decode`.
-
-Inputs: {inputs}.
-Outputs: {outputs}.
-The rest of a conversation is an `MLState`; Xcode shows what each feature is.
-
-    pip install 'rgexport[coreml]'
-    rgexport {verb}
-
-runs it on a Mac; elsewhere, and without that extra, an interpreter computes the same, slowly."""
 _CHECKED = """\
 At the end of the export, on {tokens} tokens in {engine}, against float32 references:
 
@@ -93,12 +59,6 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 | KL to the original, over {positions} tokens | {nats} |
 | largest difference from its twin, which has these weights | {share} of the largest logit |
 | verdict | {verdict} |"""
-_FULL = "norms, the RG-LRU with its gates and its state, and the"
-_ENGINES = {
-    "onnx": ("ONNX Runtime", f"{_FULL} softmax", _ONNX),
-    "coreml": ("Core ML", f"{_FULL} soft cap", _COREML),
-}
-"""Kind of an artifact → what runs it, what is float32 in it, and how to run it."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +94,8 @@ def card(manifest: Manifest) -> str:
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
-    engine, full, run = _ENGINES[manifest.kind]
-    if manifest.kind == "onnx" and manifest.profile != "cpu":
-        engine, run = f"onnxruntime-web ({manifest.profile})", _WEB
-    run = run.format(
-        verb="chat ." if tuned else 'generate . -p "The meaning of life is"',
-        layers=config.num_layers,
-        profile=manifest.profile,
-        data=", ".join(f'"{name}"' for name in data_files(manifest)),
-        **_coreml_facts(manifest),
-    )
+    verb = "chat ." if tuned else 'generate . -p "The meaning of life is"'
+    text = format_of(manifest.kind).card(manifest, verb)
     return _TEMPLATE.format(
         **config.to_dict(),
         name=manifest.name,
@@ -152,9 +104,9 @@ def card(manifest: Manifest) -> str:
         precision=manifest.precision,
         compute=manifest.compute,
         rows="\n".join(_row(share) for share in shares(manifest)),
-        engine=engine,
-        full=full,
-        run=run,
+        engine=text.engine,
+        float32=text.float32,
+        run=text.run,
         parameters=sum(prod(spec.shape) for spec in model_tensors(config).values()),
         recurrent=kinds["recurrent"],
         attention=kinds["attention"],
@@ -175,26 +127,6 @@ def _checked(found: CheckRecord) -> str:
         share=found.share,
         verdict=", since ".join(filter(None, (found.status, found.reason))),
     )
-
-
-def data_files(manifest: Manifest) -> list[str]:
-    """The files that an ONNX artifact's weights lie in, in their order."""
-    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
-    return list(dict.fromkeys(part.file for part in parts))
-
-
-def _coreml_facts(manifest: Manifest) -> dict[str, object]:
-    if not isinstance(manifest, CoreMLManifest):
-        return {}
-    inputs, outputs = (
-        ", ".join(f"`{value.name}`" for value in values)
-        for values in (manifest.io.inputs, manifest.io.outputs)
-    )
-    return {
-        "prefill_length": manifest.coreml.prefill_length,
-        "inputs": inputs,
-        "outputs": outputs,
-    }
 
 
 def _row(share: Share) -> str:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact, means_gguf
+from rgexport.export.artifact import Artifact
 from rgexport.export.card import shares
 from rgexport.export.checked import CheckRecord
-from rgexport.export.describe_package import KIND, describe_package, package_parts
-from rgexport.export.manifest import MODEL_FILE, arithmetic
-from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.mil.package import means_package
-from rgexport.export.native import native_ops
+from rgexport.export.format import all_formats, format_of
+from rgexport.export.manifest import arithmetic
+from rgexport.export.mil.describe import KIND, package_parts
+from rgexport.export.opening import means_artifact, open_artifact
+from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -38,17 +38,16 @@ def describe(thing: str | None, *, size: str | None = None, verify: bool = False
         RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
             tensors of a checkpoint, or with a package, is listed under `problems` instead.
     """
-    if thing is not None and size is None and _is_artifact(Path(thing)):
-        return _describe_artifact(Artifact.open(thing, verify=verify), verify)
-    if thing is not None and size is None and means_package(Path(thing)):
-        return describe_package(Path(thing), verify=verify)
+    if thing is not None and size is None:
+        path = Path(thing)
+        if means_artifact(path):
+            return _describe_artifact(open_artifact(path, verify=verify), verify)
+        for form in all_formats():
+            if found := form.describe_foreign(path, verify=verify):
+                return found
     if thing is None and size is None:
         raise RequestError("nothing to inspect; give a model, an artifact or --size")
     return _describe_checkpoint(open_checkpoint(thing, size=size), verify)
-
-
-def _is_artifact(path: Path) -> bool:
-    return means_gguf(path) or is_artifact(path)
 
 
 def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
@@ -62,7 +61,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "compute": manifest.compute,
         "exact": manifest.exact,
         "rounds_activations": manifest.rounds_activations,
-        "profile": manifest.profile if manifest.kind == "onnx" else None,
+        "profile": None,
         "parameters": _parameters(artifact.weights),
         "size": sum(record.size for record in manifest.files.values()),
         "instruction_tuned": manifest.instruction_tuned,
@@ -70,28 +69,14 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "all_hashes_verified": verified,
         "check": asdict(manifest.check),
         **artifact.facts(),
-        **_kernels(artifact),
         "stored": [asdict(share) for share in shares(manifest)],
         **{key: fields[key] for key in ("config", "source", "created_with", "states", "io")},
         "files": {
-            name: {"size": record.size, _HASHES[manifest.kind]: record.sha256}
+            name: {"size": record.size, format_of(manifest.kind).hash_name: record.sha256}
             for name, record in manifest.files.items()
         },
         "plan": fields["plan"],
     }
-
-
-def _kernels(artifact: Artifact) -> dict[str, Any]:
-    """Which kernels would run an ONNX artifact on this machine."""
-    if artifact.manifest.kind != "onnx":
-        return {}
-    found = native_ops(artifact.file(MODEL_FILE))
-    facts = {"runs": found.kernels, "reason": found.reason}
-    return {"kernels": facts | {"native": list(found.native), "ops": found.ops}}
-
-
-_HASHES = {"onnx": "sha256", "coreml": "sha256", "gguf": "data_sha256"}
-"""What a file's hash is of: all of it, or the tensors' data, since no file can hold its own."""
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
@@ -155,7 +140,7 @@ def _parts(d: Description) -> Iterator[str | Table]:
     if d.get("states"):
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
-    hash_name = _HASHES.get(d["kind"], "sha256")
+    hash_name = format_of(d["kind"]).hash_name if d["kind"] in FORMATS else "sha256"
     rows = _file_rows(d["files"], hash_name)
     yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
     if "kernels" in d:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from rgexport import __version__
-from rgexport.atomic import check_target, replace_folder, require_free_disk
 from rgexport.export.artifact import (
     known_artifact,
     record_files,
     remember_verified,
-    replaceable,
 )
 from rgexport.export.card import CARD, write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
 from rgexport.export.manifest import Manifest, Source, write_manifest
+from rgexport.export.manifest_reader import is_artifact
+from rgexport.files.atomic import check_target, replace_folder, require_free_disk
+from rgexport.files.page_cache import forget
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.page_cache import forget
 from rgexport.progress import warn
 
 _GRAPH_BYTES = 16 << 20
@@ -57,14 +57,14 @@ def export_folder(
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
             cannot be written, too little disk, or whatever `write_model` finds.
     """
-    check_target(target, force=force, replaceable=replaceable)
+    check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
     tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
     require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
     hashes = require_sound(checkpoint)
 
-    with replace_folder(target, force=force, replaceable=replaceable) as folder:
+    with replace_folder(target, force=force, replaceable=is_artifact) as folder:
         manifest = write_model(folder, _common(checkpoint, hashes, tools))
         for path in checkpoint.tokenizer_files:
             shutil.copyfile(path, folder / path.name)

@@ -10,31 +10,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.hashing import FileRecord
-from rgexport.quantize import affine
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import (
-    BLOCKS,
-    INT8_ROWS,
     Affine,
-    Float,
     Ggml,
     Scheme,
     scheme_to_dict,
 )
 
 MANIFEST = "rgexport.json"
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 COLUMNS = "columns"
 """A part of a matrix that is stored [in, out]: a row of the matrix is a column of it."""
 FORMAT_VERSION = 1
 Profile = Literal["cpu", "wasm", "webgpu"]
 """What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
-Kind = Literal["onnx", "gguf", "coreml"]
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""
 
@@ -61,28 +54,6 @@ class StoredPart:
     def nbytes(self) -> int:
         """Bytes of the part."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Part name → dtype and shape, for a tensor of `shape` that ONNX or GGUF store by `scheme`.
-
-    A matrix of int8 with a scale per row is stored by columns, as `MatMulInteger` wants it.
-
-    Raises:
-        RequestError: neither has that scheme.
-    """
-    if isinstance(scheme, Float):
-        return {"data": (scheme.dtype, shape)}
-    if isinstance(scheme, Ggml):
-        rows, *row = shape
-        return {"data": ("uint8", (rows, TYPES[scheme.type].row_bytes(math.prod(row))))}
-    rows, columns = shape
-    if scheme == INT8_ROWS:
-        return {COLUMNS: ("uint8", (columns, rows)), "scales": ("float32", (rows, 1))}
-    if not isinstance(scheme, Affine) or scheme.block not in BLOCKS or scheme.scale != "float32":
-        raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
-    widths = affine.part_shapes(columns, scheme)
-    return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
 
 
 @dataclass(frozen=True)
@@ -157,7 +128,8 @@ class Manifest:
     """Everything about an artifact; a runtime needs nothing else but the files listed here."""
 
     format_version: int = FORMAT_VERSION
-    kind: Kind = "onnx"
+    kind: str = "onnx"
+    """A key of `formats.FORMATS`."""
     name: str
     created_with: dict[str, str]
     source: Source

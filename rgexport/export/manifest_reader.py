@@ -1,45 +1,26 @@
 """Reads `rgexport.json` and refuses what contradicts itself."""
 
 import reprlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.layouts import part_layouts as coreml_layouts
-from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import MODEL_FILE
+from rgexport.export.format import Format, format_of
 from rgexport.export.manifest import (
     ACTIVATIONS,
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     StoredTensor,
-    part_layouts,
 )
 from rgexport.export.typed_json import Mismatch, Reader, label
+from rgexport.formats import FORMATS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
-
-
-@dataclass(frozen=True)
-class _Format:
-    """What differs between the formats that have an `rgexport.json`."""
-
-    manifest: type[Manifest]
-    precisions: Collection[str]
-    layouts: Callable[[tuple[int, ...], Scheme], Mapping[str, tuple[str, tuple[int, ...]]]]
-
-
-_FORMATS = {
-    "onnx": _Format(Manifest, PRECISIONS, part_layouts),
-    "coreml": _Format(CoreMLManifest, COREML_PRECISIONS, coreml_layouts),
-}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -53,8 +34,8 @@ def read_manifest(folder: Path) -> Manifest:
     fields = _load(path)
     version = fields.get("format_version")
     kind = fields.get("kind")
-    form = _FORMATS.get(kind) if isinstance(kind, str) else None
-    if form is None or type(version) is not int:
+    form = format_of(kind) if isinstance(kind, str) and kind in FORMATS else None
+    if form is None or form.in_one_file or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
     if version != FORMAT_VERSION:
         raise RequestError(
@@ -82,7 +63,7 @@ def _load(path: Path) -> dict[str, Any]:
     return read_json(path).values
 
 
-def _check(manifest: Manifest, form: _Format) -> None:
+def _check(manifest: Manifest, form: Format) -> None:
     """What the types alone do not say.
 
     Raises:
@@ -112,20 +93,7 @@ def _check(manifest: Manifest, form: _Format) -> None:
     known = {spec.name for spec in state_specs(manifest.config)}
     for state in manifest.states:
         _require(state.name in known, f"states: the model has no {label(state.name)}")
-    if isinstance(manifest, CoreMLManifest):
-        _check_coreml(manifest)
-
-
-def _check_coreml(manifest: CoreMLManifest) -> None:
-    """What only a Core ML package's manifest has."""
-    _require(MODEL_FILE in manifest.files, f"files: there is no {MODEL_FILE}")
-    length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
-    _require(length >= 2, f"coreml.prefill_length is {length}; expected at least 2")
-    expected = {f"{name}.{p}" for name, stored in manifest.tensors.items() for p in stored.parts}
-    for blob in expected ^ hashes.keys():
-        _require(False, f"coreml.blobs: {label(blob)} is not a part of a tensor, or has no hash")
-    for blob, digest in hashes.items():
-        _require(len(digest) == 64, f"coreml.blobs.{blob}: not a hash")
+    form.check_manifest(manifest)
 
 
 def check_config(config: GriffinConfig) -> None:
@@ -147,13 +115,13 @@ def check_config(config: GriffinConfig) -> None:
     _require(rotated, f"config.rope_dims is {config.rope_dims}, of {config.head_dim}")
 
 
-def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: _Format) -> None:
+def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: Format) -> None:
     """The parts must be those of the scheme, and lie inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
     quantized = isinstance(stored.scheme, Affine | Palette)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
     try:
-        expected = form.layouts(stored.shape, stored.scheme)
+        expected = dict(form.part_layouts(stored.shape, stored.scheme))
     except RequestError as error:
         raise Mismatch(f"{place}: {error}") from None
     found = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}

@@ -6,12 +6,11 @@ from pathlib import Path
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
-from rgexport.export.coreml.package import PACKAGE
+from rgexport.export.format import format_of
 from rgexport.progress import amount
-from rgexport.quantize.plan import COREML_PRECISIONS, PRECISIONS
 
 
-def precision_word(precision: str | None, int4: bool, int8: bool, kind: str = "onnx") -> str | None:
+def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:
     """The precision that `--precision`, `--int4` and `--int8` name together, if any.
 
     `kind` is that of the artifact, which says what words there are.
@@ -26,7 +25,7 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str = "o
         given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
         raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
     word = named.pop() if named else None
-    words = COREML_PRECISIONS if kind == "coreml" else PRECISIONS
+    words = format_of(kind).precisions
     if word not in (None, *words):
         raise RequestError(f"--precision is {word!r}; expected one of {', '.join(words)}")
     return word
@@ -71,7 +70,7 @@ _ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
 
 
 def _engine(artifact: Artifact) -> list[str]:
-    place = _RUNS.get(artifact.manifest.kind)
+    place = format_of(artifact.manifest.kind).runs_on
     return [f"It runs {place}."] if place else []
 
 
@@ -86,14 +85,5 @@ def _next_step(artifact: Artifact) -> str:
     return line + (f" (a base model; to chat, export --size {tuned})" if tuned else "")
 
 
-RUNS_GGUF = (
-    "the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM Studio "
-    "do not know RecurrentGemma yet)"
-)
-_RUNS = {
-    "gguf": f"in {RUNS_GGUF}",
-    "coreml": f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project",
-}
-"""Kind of an artifact → where it runs, if that has to be said."""
 _TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
 """Released base models → the size word of the model to chat with."""

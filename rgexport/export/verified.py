@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from rgexport import progress
-from rgexport.hashing import hash_file
+from rgexport.files.hashing import hash_file
 
 _LONG = 4 << 30
 """Bytes from which hashing is worth a progress bar: some two seconds."""

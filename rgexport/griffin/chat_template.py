@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.regular_file import read_regular
+from rgexport.files.regular_file import read_regular
 
 # As in the tokenizer_config.json of google/recurrentgemma-2b-it.
 GEMMA_TEMPLATE = (

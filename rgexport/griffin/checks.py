@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.huggingface import HEAD
 from rgexport.griffin.inventory import summarize
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import DTYPES, RowTensor
-from rgexport.hashing import FileRecord, hash_file
 from rgexport.progress import Advance, task
 
 SLAB_BYTES = 4 << 20

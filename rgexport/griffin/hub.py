@@ -5,8 +5,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rgexport.atomic import require_free_disk
 from rgexport.errors import RequestError
+from rgexport.files.atomic import require_free_disk
 from rgexport.griffin.huggingface import CONFIG, INDEX, SINGLE, find_shards
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from rgexport.progress import warn

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rgexport.errors import RequestError
-from rgexport.regular_file import read_regular
+from rgexport.files.regular_file import read_regular
 
 MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
 _REQUIRED = object()

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.regular_file import require_regular
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.tensor import DTYPES, RowTensor
-from rgexport.regular_file import require_regular
 
 MAX_HEADER_BYTES = 16 << 20
 """A hundred times that of a 9B; as objects, JSON takes up to twenty times its size. The limit of

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from rgexport.atomic import replace_folder, require_free_disk
 from rgexport.errors import RequestError
+from rgexport.files.atomic import replace_folder, require_free_disk
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface import CONFIG
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rgexport.regular_file import read_regular
+from rgexport.files.regular_file import read_regular
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough."""

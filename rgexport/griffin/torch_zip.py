@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.regular_file import require_regular
+from rgexport.files.regular_file import require_regular
 
 _STORAGE = re.compile(r".+/data/\d+")
 _PICKLE = "/data.pkl"

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.regular_file import require_regular
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
-from rgexport.regular_file import require_regular
 
 MAX_HEADER_BYTES = 64 << 20
 """Far above what a vocabulary needs (that of Gemma: 7 MB)."""

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.regular_file import require_regular
 from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_mix import EMBEDDING
 from rgexport.quantize.gguf_header import GgufHeader, GgufTensor, is_gguf, read_header
-from rgexport.regular_file import require_regular
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
+from rgexport.files.regular_file import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.scheme import (
@@ -20,7 +21,6 @@ from rgexport.quantize.scheme import (
     scheme_from_dict,
     scheme_to_dict,
 )
-from rgexport.regular_file import read_regular
 
 PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),

@@ -1,1 +1,1 @@
-"""Engines behind one Session interface, and what is built on it: sampling, chat."""
+"""Engines behind one Session interface."""

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import State
 from rgexport.progress import note, warn
-from rgexport.runtimes.engines import open_session, open_tokenizer
+from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import SessionInfo
-from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate import thresholds
 from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
@@ -78,7 +80,7 @@ def compare(
     make = None
     if reference is None or find_spec("torch") is not None:
         make = torch_reference(device)
-    artifact = Artifact.open(path)
+    artifact = open_artifact(path)
     manifest = artifact.manifest
     if reference is not None:
         check_fits(reference, manifest)

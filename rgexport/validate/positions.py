@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rgexport.runtimes.tokenizer import Tokenizer
+from rgexport.chat.tokenizer import Tokenizer
 
 BLOCKS = 128
 """At most so many blocks, of one length within a position."""

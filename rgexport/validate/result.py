@@ -18,6 +18,7 @@ from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.equivalences import Equivalence
+from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.measure import Comparison
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.speed import Speed
@@ -51,7 +52,7 @@ class Subject:
     @property
     def numbers(self) -> str:
         """How it stores and computes; `exact` is worth a word where there is another way."""
-        exact = ", exact" if self.exact and self.kind == "onnx" else ""
+        exact = ", exact" if self.exact and expected_of(self.kind).has_exact else ""
         return arithmetic(self.precision, self.compute, self.rounds_activations) + exact
 
 

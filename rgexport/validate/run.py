@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.validate.checks import parse_limits
 from rgexport.validate.parity import compare
 from rgexport.validate.reference.reference_reader import read_reference
@@ -42,7 +42,7 @@ def validate_artifacts(
         if file is not None:
             require_writable(file)
     for path in artifacts[1:]:
-        Artifact.open(path)  # what is wrong with a later one is told before the first one's work
+        open_artifact(path)  # what is wrong with a later one is told before the first one's work
     options["limits"] = parse_limits(limits)
     options["reference"] = None if reference is None else read_reference(reference)
     passes = SharedPasses()

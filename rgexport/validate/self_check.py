@@ -14,10 +14,11 @@ from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import CheckRecord, skipped
 from rgexport.export.manifest import Manifest
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.state import zero_state
 from rgexport.progress import task
-from rgexport.runtimes.engines import open_session, require_engine
+from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
@@ -38,7 +39,7 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     and a few rows of logits.
     """
     try:
-        return _checked(Artifact.open(path), checkpoint)
+        return _checked(open_artifact(path), checkpoint)
     except NotInstalled as error:
         return skipped(_without(path, error))
     except MemoryError:
@@ -49,7 +50,7 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
 
 def _checked(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
-    require_engine(manifest.kind)
+    engine_of(manifest.kind).require()
     make = torch_reference("cpu")
     if lack := lack_of_room(manifest):
         return skipped(lack)

@@ -8,8 +8,8 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.progress import task
-from rgexport.runtimes.engines import open_session
-from rgexport.runtimes.roofline import seconds
+from rgexport.runtimes.bench.roofline import seconds
+from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
 
 PROMPT = 128

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.runtimes.tokenizer import Tokenizer
 
 MAX_TOKENS = 4096
 """Default limit: two windows of a 2B."""

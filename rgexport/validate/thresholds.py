@@ -10,7 +10,8 @@ relative error means another KL for a model with larger logits.
 from dataclasses import dataclass, replace
 
 from rgexport.export.manifest import Manifest
-from rgexport.quantize.scheme import Affine, Float, Ggml, Palette
+from rgexport.formats import format_on
+from rgexport.quantize.scheme import Affine, Float, Palette
 from rgexport.validate.checks import Check as Check
 from rgexport.validate.metrics import LogitError
 
@@ -44,24 +45,24 @@ PER_POSITION = 2.0**-27
 
 The angle of the fastest pair is the position itself, in radians; in float32 it is off by up to
 2⁻²⁵ of itself. Only that pair is off by so much, one of many that a score is the sum of: a
-quarter of it is allowed. That is 1.6 % of `_FLOAT32` at 1,000 tokens, 5e-4 more at 65,536 and 1e-3
+quarter of it is allowed. That is 1.6 % of `FLOAT32` at 1,000 tokens, 5e-4 more at 65,536 and 1e-3
 at 131,072. Measured: ggml, which multiplies the angle up pair by pair, is 1.2e-3 off there.
 """
 
 
-_FLOAT32 = Tolerance(
+FLOAT32 = Tolerance(
     logits=1e-3,
     rms=2e-4,
     states=1e-3,
     reason="float32 on both sides: the order of sums, and the last bit of exp under sqrt(1 - a²)",
 )
-_FLOAT16 = Tolerance(
+FLOAT16 = Tolerance(
     logits=4e-2,
     rms=2e-2,
     states=4e-2,
     reason="activations are rounded to 11 bits between the operations",
 )
-_INT8 = Tolerance(
+INT8 = Tolerance(
     logits=0.6,
     rms=0.25,
     states=0.6,
@@ -69,10 +70,10 @@ _INT8 = Tolerance(
 )
 
 TWIN: dict[tuple[str, bool], Tolerance] = {
-    ("fp32", False): _FLOAT32,
-    ("fp16", False): _FLOAT16,
-    ("fp32", True): _INT8,
-    ("fp16", True): _INT8,
+    ("fp32", False): FLOAT32,
+    ("fp16", False): FLOAT16,
+    ("fp32", True): INT8,
+    ("fp16", True): INT8,
 }
 """(compute, activations in int8) → tolerance.
 
@@ -91,41 +92,6 @@ and do not shrink on their way: about four linears follow one another in a layer
 0.6 % = 6 % for a 2B and 12 % where there are outliers. A flipped rounding makes a step differ
 from a prefill by as much. So this mode cannot show faults smaller than that: the weight table
 does for weights, and an artifact made with `--exact` for the graph.
-"""
-
-COREML_FLOAT16 = Tolerance(
-    logits=6e-2,
-    rms=3e-2,
-    states=6e-2,
-    reason="activations are rounded to 11 bits between the operations, scores of attention too",
-)
-"""For Core ML packages, whose activations are never int8.
-
-Beside what `TWIN` says of float16, a score s moves by up to s · 2⁻¹¹, and a weight of the softmax
-by as much of itself. With scores of 30, as lively random models have them, that is 1.5 % of the
-weight. Measured on random models of odd shapes, of the largest logit: 0.1 % to 1.9 %.
-"""
-
-_BFLOAT16 = Tolerance(
-    logits=0.16,
-    rms=5e-2,
-    states=0.16,
-    reason="activations are rounded to 8 bits at every linear",
-)
-GGUF: dict[str, Tolerance] = {"f32": _FLOAT32, "f16": _FLOAT16, "bf16": _BFLOAT16}
-"""Type of a GGUF file's tensor → tolerance; of the types, the one that rounds most counts.
-
-llama.cpp converts activations to what a type is multiplied with: float16 and bfloat16 to
-themselves, every quantized type to int8 (q8_0: blocks of 32; q8_k: blocks of 256). All else is
-float32, but keys and values: they are float16 where any weight is not float32, and its rounding
-is lost beside that of the activations.
-
-bfloat16: half a unit is 2⁻⁹, eight times that of float16 tensors' activations, at four linears a
-layer: √(4 · 38) · 2⁻⁹ / √3 = 1.4 % for the deepest model. Blocks of 32 in int8 have max |x| =
-2.2 rms, an error of 0.5 %; those of 256 have 3 rms, 0.7 %, as ONNX Runtime's blocks of 128.
-
-Measured on the demo and on small random models of odd shapes, of the largest logit: float32
-2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
 """
 
 ORIGINAL_RMS = {"float32": 0.0, "float16": 5e-2, "int8": 0.35, "int4": 1.1, "int2": 1.3}
@@ -150,12 +116,8 @@ _GGML_STORAGE = {
 
 def tolerance(manifest: Manifest) -> Tolerance:
     """The tolerance of an artifact against its twin."""
-    schemes = manifest.plan.values()
-    if types := {scheme.type for scheme in schemes if isinstance(scheme, Ggml)}:
-        return max((GGUF.get(kind, _INT8) for kind in types), key=lambda found: found.logits)
-    if manifest.kind == "coreml" and manifest.compute == "fp16":
-        return COREML_FLOAT16
-    return TWIN[manifest.compute, manifest.rounds_activations]
+    found: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
+    return found
 
 
 def original_rms(manifest: Manifest, logits: LogitError, name: str = "original.rms") -> Check:

@@ -12,7 +12,7 @@ from bench.any_gguf import AnyGguf
 from bench.gemma_shape import write_gemma
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION
-from rgexport.runtimes import bench
+from rgexport.runtimes.bench import measure as bench
 from tests.bench.test_gemma_shape import SMALL
 from tests.llama_tools import needs_llama_cpp
 

@@ -7,7 +7,7 @@ import pytest
 
 from bench import worker
 from bench.worker import Worker
-from rgexport.export.native import native_ops
+from rgexport.export.onnx.native import native_ops
 from rgexport.kernels.onnx.library import NO_NATIVE
 
 

@@ -9,14 +9,15 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export import verified
-from rgexport.export.artifact import Artifact, remember_verified
+from rgexport.export.artifact import remember_verified
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import model_tensors
 
 BITS = {"embedding": 8, "linear": 4}
 
 
 def test_every_weight_comes_back(made):
-    weights = Artifact.open(made.folder).weights
+    weights = open_artifact(made.folder).weights
     assert list(weights) == list(made.weights)
     for name, spec in model_tensors(made.manifest.config).items():
         restored = weights[name].whole()
@@ -28,7 +29,7 @@ def test_every_weight_comes_back(made):
 
 
 def test_slabs_are_the_whole(made):
-    artifact = Artifact.open(made.folder)
+    artifact = open_artifact(made.folder)
     for name in made.weights:
         tensor = artifact.tensor(name)
         slabs = [rows for _, rows in tensor.slabs(limit=3 * tensor.row_bytes)]
@@ -38,7 +39,7 @@ def test_slabs_are_the_whole(made):
 
 def test_unknown_tensor(made):
     with pytest.raises(RequestError, match="has no tensor 'lm_head"):
-        Artifact.open(made.folder).tensor("lm_head.weight")
+        open_artifact(made.folder).tensor("lm_head.weight")
 
 
 def truncate(path: Path) -> None:
@@ -68,19 +69,19 @@ def link_elsewhere(path: Path) -> None:
     ],
 )
 def test_harm_is_named(made, name, harm, complaint):
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     harm(made.folder / name)
     with pytest.raises(RequestError, match=f"artifact is damaged: {name} {complaint}") as caught:
-        Artifact.open(made.folder)
+        open_artifact(made.folder)
     assert "\n" not in str(caught.value)
 
 
 def test_foreign_file_is_named_and_hidden_ones_are_not(made):
     (made.folder / ".DS_Store").touch()
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     (made.folder / "adapter.bin").touch()
     with pytest.raises(RequestError, match="adapter.bin does not belong"):
-        Artifact.open(made.folder)
+        open_artifact(made.folder)
 
 
 def test_files_are_hashed_once(made, monkeypatch):
@@ -92,30 +93,30 @@ def test_files_are_hashed_once(made, monkeypatch):
         return compute(path, *rest)
 
     monkeypatch.setattr(verified, "hash_file", counted)
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     assert sorted(hashed) == ["model.onnx", "model.onnx.data"]
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     assert len(hashed) == 2
     os.utime(made.folder / "model.onnx")
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     assert hashed[2:] == ["model.onnx"]
-    Artifact.open(made.folder, verify=True)
+    open_artifact(made.folder, verify=True)
     assert len(hashed) == 5
 
 
 def test_exporter_spares_the_first_hashing(made, monkeypatch):
     remember_verified(made.folder, made.manifest)
     monkeypatch.setattr(verified, "hash_file", None)
-    assert Artifact.open(made.folder).manifest == made.manifest
+    assert open_artifact(made.folder).manifest == made.manifest
 
 
 def test_verify_trusts_no_memory(made):
     path = made.folder / "model.onnx.data"
     flip(path)
     remember_verified(made.folder, made.manifest)
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     with pytest.raises(RequestError, match="model.onnx.data was altered"):
-        Artifact.open(made.folder, verify=True)
+        open_artifact(made.folder, verify=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
@@ -123,14 +124,14 @@ def test_damaged_memory_is_no_harm(made, tmp_path, content):
     memory = tmp_path / "cache" / "verified.json"
     memory.parent.mkdir(exist_ok=True)
     memory.write_bytes(content)
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
     assert len(json.loads(memory.read_text())) >= 2
 
 
 def test_memory_that_cannot_be_written_is_no_harm(made, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "file" / "below"))
-    Artifact.open(made.folder)
+    open_artifact(made.folder)
 
 
 @pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
@@ -138,4 +139,4 @@ def test_not_an_artifact(tmp_path, make):
     path = tmp_path / "thing"
     make(path)
     with pytest.raises(RequestError, match=r"thing(?!.*\n)"):
-        Artifact.open(path)
+        open_artifact(path)

@@ -15,7 +15,7 @@ from rgexport.export.request import (
     default_target,
     precision_word,
 )
-from rgexport.hashing import FileRecord
+from rgexport.files.hashing import FileRecord
 
 
 @pytest.mark.parametrize(

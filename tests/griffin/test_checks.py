@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import check_checkpoint, require_sound
 from rgexport.griffin.huggingface import HEAD, SINGLE
 from rgexport.griffin.inventory import summarize
 from rgexport.griffin.safetensors_writer import write_weights
 from rgexport.griffin.tensor import DTYPES, from_array
-from rgexport.hashing import FileRecord
 from tests.models import ODD_CONFIGS, Weights, random_weights, weight_source, write_hugging_face
 
 CONFIG = ODD_CONFIGS["not_by_32"]
@@ -128,7 +128,7 @@ import resource, sys
 from pathlib import Path
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
-from rgexport.hashing import FileRecord
+from rgexport.files.hashing import FileRecord
 if sys.argv[2] == "pt":
     import torch._subclasses.fake_tensor  # what reading the pickle needs, whatever the size
 checkpoint = open_checkpoint(sys.argv[1])

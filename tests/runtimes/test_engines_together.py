@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import open_gguf
-from rgexport.runtimes.engines import open_session
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.engine import open_session
 from tests.llama_tools import needs_llama_cpp
 
 
@@ -16,7 +16,7 @@ def test_llama_cpp_goes_on_after_native_kernels(demo_artifact: Path, tmp_path: P
     """On AMX it configures a thread's tiles once, and an instruction was illegal after ours."""
     target = tmp_path / "demo.gguf"
     assert run(["gguf", "--size", "demo", "--type", "q4_0", "--no-check", "-o", str(target)]) == 0
-    llama, onnx = open_session(open_gguf(target)), open_session(Artifact.open(demo_artifact))
+    llama, onnx = open_session(open_gguf(target)), open_session(open_artifact(demo_artifact))
     tokens = np.arange(2, 66)[None]
     said = {}
     for turn in range(2):

@@ -11,7 +11,8 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.engines import open_session
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.engine import open_session
 from tests.llama_tools import needs_llama_cpp
 
 TOKENS = np.arange(2, 30)[None]
@@ -66,7 +67,7 @@ def artifact(exported: Path, tmp_path: Path) -> Artifact:
     """One that may be spoilt."""
     here = tmp_path / exported.name
     (shutil.copytree if exported.is_dir() else shutil.copy2)(exported, here)
-    return Artifact.open(here)
+    return open_artifact(here)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -10,7 +10,7 @@ import pytest
 
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.layout import model_tensors
-from rgexport.runtimes.coreml import CoreMLSession, Runner
+from rgexport.runtimes.coreml.session import CoreMLSession, Runner
 from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.parity import compare
 from rgexport.validate.result import Result

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.onnx.session import OrtSession
 from tests.models import deepmind_logits, deepmind_model
 
 TEXT = Path(__file__).with_name("unseen.txt")
@@ -56,7 +56,7 @@ def logits(artifact: Path, tokens: np.ndarray) -> Pair:
         for name, tensor in load_file(demo_folder() / "model.safetensors").items()
     }
     model = deepmind_model(open_checkpoint(size="demo").config, weights)
-    session = OrtSession(Artifact.open(artifact))
+    session = OrtSession(open_artifact(artifact))
     theirs = session.prefill(tokens[None], len(tokens))[0]
     return deepmind_logits(model, tokens[None])[0].astype(np.float64), theirs.astype(np.float64)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rgexport.chat.gguf_text import Vocabulary
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
-from rgexport.runtimes.llama_cpp import LlamaCppSession
-from rgexport.runtimes.llama_cpp_library import load_model
-from rgexport.runtimes.llama_cpp_vocabulary import Vocabulary
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.llama_cpp.library import load_model
+from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.validate import metrics
 from tests.llama_tools import needs_llama_cpp, run_tool
 
@@ -44,7 +44,7 @@ def ours(files: dict[str, Path]) -> np.ndarray:
     """Our rows; it reads pieces, each behind a <bos> instead of its first token."""
     vocabulary = Vocabulary(load_model(files["f32"], vocab_only=True))
     sessions = [
-        LlamaCppSession(Artifact.open(path), threads=1, flash_attention=False)
+        LlamaCppSession(open_artifact(path), threads=1, flash_attention=False)
         for path in files.values()
     ]
     ids = [vocabulary.bos_id, *vocabulary.encode(TEXT.read_text("utf-8"))]

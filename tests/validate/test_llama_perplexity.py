@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.gguf_text import Vocabulary
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
-from rgexport.runtimes.llama_cpp import LlamaCppSession
-from rgexport.runtimes.llama_cpp_library import load_model
-from rgexport.runtimes.llama_cpp_vocabulary import Vocabulary
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.llama_cpp.library import load_model
+from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.validate import metrics
 from rgexport.validate.text import built_in_text
 from tests.llama_tools import needs_llama_cpp, run_tool
@@ -29,7 +29,7 @@ def test_perplexity_is_the_same(llama_tools: Path, tmp_path: Path) -> None:
     assert match, told
 
     vocabulary = Vocabulary(load_model(path, vocab_only=True))
-    session = LlamaCppSession(Artifact.open(path), threads=1)
+    session = LlamaCppSession(open_artifact(path), threads=1)
     ids = [vocabulary.bos_id, *vocabulary.encode(built_in_text())]
     rows = []
     for start in range(0, len(ids) - PIECE + 1, PIECE):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.parity import compare
 from rgexport.validate.result import Result
 from rgexport.validate.text import random_text
@@ -61,7 +61,7 @@ def test_the_cost_equals_what_deepmind_says(clean: Clean, checkpoint: Path) -> N
         n: t.whole().astype(np.float32) for n, t in open_checkpoint(checkpoint).weights.items()
     }
     truth = deepmind_logits(deepmind_model(CONFIG, arrays), tokens)[0].astype(np.float64)
-    session = OrtSession(Artifact.open(clean("int4-exact")))
+    session = OrtSession(open_artifact(clean("int4-exact")))
     ours = session.prefill(tokens, tokens.shape[1])[0].astype(np.float64)
     log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (truth, ours))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(1)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.runtimes.tokenizer import Tokenizer
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.validate import metrics
 from rgexport.validate.measure import measure
 from rgexport.validate.positions import (

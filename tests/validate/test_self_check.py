@@ -19,7 +19,6 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export import verified
-from rgexport.export.artifact import Artifact
 from rgexport.export.checked import CheckRecord
 from rgexport.export.gguf import metadata
 from rgexport.export.manifest import MANIFEST
@@ -27,10 +26,11 @@ from rgexport.export.onnx import lowering, storage
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import LoweringProfile
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize import affine
-from rgexport.runtimes.mil.weights import CACHE_BYTES
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
+from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import room, schedule
 from rgexport.validate.schedule import Schedule, choose_schedule
 from tests.artifacts import require_ggml
@@ -58,7 +58,7 @@ def model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def export(model: str, kind: str, *options: str) -> tuple[int, CheckRecord]:
     """Exports to `out` by the command line; the exit code, and what the manifest says."""
     code = run([kind, "-m", model, "-o", "out", *options])
-    return code, Artifact.open("out").manifest.check
+    return code, open_artifact("out").manifest.check
 
 
 KINDS = {
@@ -99,7 +99,7 @@ def test_what_the_card_says(model):
 
 
 def test_the_demo_reads_the_built_in_text(demo_artifact):
-    found = Artifact.open(demo_artifact).manifest.check
+    found = open_artifact(demo_artifact).manifest.check
     assert found.status == "verified" and found.tokens == found.positions == 32
     assert 0 < found.kl < 0.2  # random ids would not be what it was trained on
 
@@ -220,7 +220,7 @@ def test_engine_that_is_missing(model, tmp_path):
     assert line.startswith("Not checked: a GGUF file takes llama-cpp-python, which is missing")
     assert "rgexport llama-cpp build" in line and "rgexport validate out" in line
     assert "Self-check" not in result.stderr
-    assert Artifact.open(tmp_path / "out").manifest.check.status == "skipped"
+    assert open_artifact(tmp_path / "out").manifest.check.status == "skipped"
 
 
 def test_memory_that_is_short(model, monkeypatch, capsys):
@@ -242,7 +242,7 @@ def test_float16_takes_the_room_of_float32(precision, checkpoint, tmp_path, monk
     """ONNX Runtime widens it; the embedding is there twice in any precision."""
     monkeypatch.setattr(room, "_references", lambda config: 0)
     options = OnnxOptions(precision=precision)
-    artifact = Artifact.open(export_onnx(open_checkpoint(checkpoint), options, tmp_path / "out"))
+    artifact = open_artifact(export_onnx(open_checkpoint(checkpoint), options, tmp_path / "out"))
     weights = sum(np.prod(stored.shape) for stored in artifact.manifest.tensors.values())
     embedding = CONFIG.vocab_size * CONFIG.width
     assert room.needed_bytes(artifact.manifest) - room._REST == 4 * (weights + embedding)
@@ -253,7 +253,7 @@ def test_float16_takes_the_room_of_float32(precision, checkpoint, tmp_path, monk
 
 def test_most_engines_take_a_prefill_and_a_few_steps(model):
     export(model, "onnx", "--no-check")
-    assert choose_schedule(Artifact.open("out").manifest) == Schedule(28, 28, 4)
+    assert choose_schedule(open_artifact("out").manifest) == Schedule(28, 28, 4)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_core_mls_schedules(options, largest, expected, model, monkeypatch):
     pytest.importorskip("coremltools")
     monkeypatch.setattr(schedule, "SMALL_MODEL", largest)
     code, found = export(model, "coreml", "--prefill-length", "8", *options)
-    assert choose_schedule(Artifact.open("out").manifest) == expected
+    assert choose_schedule(open_artifact("out").manifest) == expected
     assert code == 0 and found.status == "verified"
     assert (found.tokens, found.positions) == (expected.tokens, expected.positions)
 
@@ -276,7 +276,7 @@ def test_core_mls_schedules(options, largest, expected, model, monkeypatch):
 def test_the_interpreter_takes_no_more_for_a_larger_package(model):
     pytest.importorskip("coremltools")
     export(model, "coreml", "--no-check")
-    manifest = Artifact.open("out").manifest
+    manifest = open_artifact("out").manifest
     assert room.needed_bytes(manifest) == CACHE_BYTES + room._REST
 
 
@@ -284,7 +284,7 @@ def test_the_interpreter_takes_no_more_for_a_larger_package(model):
 
 
 def raising(error: BaseException, path: Path) -> CheckRecord:
-    Artifact.open(path)
+    open_artifact(path)
     raise error
 
 
@@ -331,7 +331,7 @@ def test_nothing_is_hashed_for_it_and_nothing_remembered(checkpoint, tmp_path, m
     def check(path: Path) -> CheckRecord:
         with monkeypatch.context() as patch:
             patch.setattr(verified, "hash_files", None)
-            Artifact.open(path)
+            open_artifact(path)
         assert path.name.startswith(".out.partial-") and path.parent == tmp_path
         return CheckRecord(status="verified")
 
@@ -339,4 +339,4 @@ def test_nothing_is_hashed_for_it_and_nothing_remembered(checkpoint, tmp_path, m
     memory = json.loads((tmp_path / "cache" / "verified.json").read_text())
     assert memory and not any("partial" in name for name in memory)
     monkeypatch.setattr(verified, "hash_files", None)
-    assert Artifact.open(target).manifest.check.status == "verified"
+    assert open_artifact(target).manifest.check.status == "verified"

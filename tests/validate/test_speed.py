@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.validate import parity, speed
 from rgexport.validate.speed import Speed, measure_speed
 from tests.validate.toys import ToySession, WholeChunksSession
@@ -72,7 +72,7 @@ def test_a_session_is_closed_whatever_happens(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_artifact(clean: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "SECONDS", 0.05)
-    found = measure_speed(Artifact.open(clean("int4")))
+    found = measure_speed(open_artifact(clean("int4")))
     assert found.decode > 1 and found.prefill > 1 and found.prompt_tokens == 128
     result = parity.compare(clean("int4"), max_tokens=12, bench=True)
     assert result.speed is not None and result.speed.prompt_tokens == 128

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import SessionInfo
-from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate.states import checkpoints
 from rgexport.validate.teacher import Pass
 

@@ -17,7 +17,7 @@ from rgexport.export.mil.own_metadata import check_metadata
 from rgexport.export.mil.package import open_package
 from rgexport.export.mil.structure import check_against, check_package
 from rgexport.export.verified import is_vouched, vouch
-from rgexport.hashing import hash_file
+from rgexport.files.hashing import hash_file
 from rgexport.quantize.affine import Parts
 
 _NAMED = 4
@@ -39,7 +39,7 @@ class CoreMLArtifact(Artifact):
     def _decode(self, name: str, parts: Parts, columns: int) -> np.ndarray:
         return decode(name, parts, self.manifest.tensors[name])
 
-    def _complaints(self, verify: bool) -> list[str]:
+    def complaints(self, verify: bool) -> list[str]:
         """The program is looked at before any hash, which could only say that it is another."""
         if missing := [name for name in self.manifest.files if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]

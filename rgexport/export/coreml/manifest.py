@@ -3,13 +3,12 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal
 
 from rgexport.export.coreml.package import WEIGHT_FILE
 from rgexport.export.coreml.states import RecurrentState
-from rgexport.export.manifest import Kind, Manifest
+from rgexport.export.manifest import Manifest
 
-KIND: Literal["coreml"] = "coreml"
+KIND = "coreml"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class CoreMLRecord:
 class CoreMLManifest(Manifest):
     """The whole of it."""
 
-    kind: Kind = KIND
+    kind: str = KIND
     coreml: CoreMLRecord
 
     @property

@@ -4,6 +4,7 @@ Rows are dequantized by gguf-py, which knows nothing of the library that quantiz
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from rgexport.export.gguf.manifest import EmbeddedManifest, GgufManifest, read_e
 from rgexport.export.gguf.mark import read_mark
 from rgexport.export.gguf.metadata import MANIFEST_KEY
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
-from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor, part_layouts
+from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor
 from rgexport.export.typed_json import Mismatch
 from rgexport.export.verified import hash_files, hash_new_files
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.layout import model_tensors
-from rgexport.hashing import FileRecord
 from rgexport.quantize import affine
 from rgexport.quantize.ggml_file_types import FILE_TYPES
 from rgexport.quantize.ggml_types import TYPES
@@ -181,8 +182,9 @@ def _read_check(header: GgufHeader) -> CheckRecord:
 def _stored(file: str, tensor: FileTensor, header: GgufHeader) -> StoredTensor:
     found = header.tensors[tensor.name]
     scheme = Ggml(found.type.name)
-    (dtype, shape) = part_layouts(tensor.canonical_shape, scheme)["data"]
-    part = StoredPart(file, found.offset, dtype, shape)
+    rows, *row = tensor.canonical_shape
+    row_bytes = TYPES[scheme.type].row_bytes(prod(row))
+    part = StoredPart(file, found.offset, "uint8", (rows, row_bytes))
     return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from gguf import GGUFValueType as Kind
 
-from rgexport.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.export.checked import NOT_ASKED_FOR, SelfCheck
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.mark import mark_text, write_mark
@@ -14,6 +13,7 @@ from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.gguf.writer import data_bytes, write_file
 from rgexport.export.verified import known_for_now, remember
+from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.progress import note, task, warn

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rgexport.export.manifest import FORMAT_VERSION, Kind, Manifest, Source, plain
+from rgexport.export.manifest import FORMAT_VERSION, Manifest, Source, plain
 from rgexport.export.manifest_reader import check_config
 from rgexport.export.typed_json import Mismatch, Reader
 from rgexport.griffin.config import GriffinConfig
@@ -60,7 +60,7 @@ class GgufManifest(Manifest):
     hash of the tensors' data, since no file can hold its own.
     """
 
-    kind: Kind = KIND
+    kind: str = KIND
     pieces: int
     """Tokens of the vocabulary in the file; 0 where it takes token ids alone."""
     imatrix: bool

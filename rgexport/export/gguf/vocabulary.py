@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.progress import warn
-from rgexport.regular_file import read_regular
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces: SentencePiece's numbers, and llama.cpp's."""

@@ -14,8 +14,8 @@ from rgexport.export.mil.blob import HEADER_BYTES
 from rgexport.export.mil.conventions import bound_constants, operation_name, operations_by_name
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import FileValue
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
-from rgexport.hashing import hash_file
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of the metadata: the Griffin configuration, and the hashes."""

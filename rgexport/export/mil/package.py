@@ -13,8 +13,8 @@ from rgexport.export.mil import decoder
 from rgexport.export.mil.blob import Blob, BlobFile
 from rgexport.export.mil.program import Description, FileValue, Function
 from rgexport.export.mil.schema import Model
+from rgexport.files.regular_file import read_regular
 from rgexport.griffin.json_fields import read_json
-from rgexport.regular_file import read_regular
 
 MANIFEST, DATA = "Manifest.json", "Data"
 SUFFIX = ".mlpackage"

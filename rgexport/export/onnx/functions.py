@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.native import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT, OPSET, GraphBuilder
+from rgexport.export.onnx.native import DOMAIN
 from rgexport.export.program import Node
 
 _SCAN = """

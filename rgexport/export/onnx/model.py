@@ -7,13 +7,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
-from rgexport.export.manifest import MODEL_FILE, IoRecord, StateRecord, ValueRecord
-from rgexport.export.native import DOMAIN, VERSION
+from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
+from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
 from rgexport.export.onnx.lowering import lower
+from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.program import StepProgram, Value

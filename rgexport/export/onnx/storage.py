@@ -7,8 +7,10 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import COLUMNS, DATA_FILE, StoredPart, StoredTensor, part_layouts
+from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
+from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.onnx.graph import DTYPES
+from rgexport.export.onnx.layouts import part_layouts
 from rgexport.export.storage import Places, aligned, encode_float, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize import affine

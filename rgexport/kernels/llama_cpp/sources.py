@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from rgexport import progress
-from rgexport.atomic import replace_folder
 from rgexport.errors import RequestError
-from rgexport.hashing import hash_file
+from rgexport.files.atomic import replace_folder
+from rgexport.files.hashing import hash_file
 from rgexport.kernels.llama_cpp import port, unified_diff
 
 ROOT = f"llama_cpp_python-{port.RELEASE}"

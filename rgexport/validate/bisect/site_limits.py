@@ -13,7 +13,7 @@ import numpy as np
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.scheme import Affine, Ggml
+from rgexport.validate.formats.expected import expected_of
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,11 @@ A score is a sum of head_dim products, each off by up to 2⁻¹¹ of itself, and
 is off by as much as its score: 30 · 2⁻¹¹ = 1.5 % if all errors had one sign, a tenth of that as
 they have not.
 """
-HALF_SUMS = 2.0**-10
-"""Times the root of the window: what it adds that llama.cpp adds up the values in float16.
-
-Each addition is off by 2⁻¹² / √3 of the sum so far, and the sum of values that cancel one another
-is larger on the way: 2.3e-3 and some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048,
-where it was 2e-2.
-"""
-
 ANGLE = 2.0**-23
 """Per token of position: the rounding of a frequency and of an angle, in radians.
 
 A rotation by another angle moves a pair by as much of its length; at position 4096, 5e-4.
 """
-
-_GGML = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""ggml type → what activations are rounded to before the product; int8 for all others."""
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
@@ -116,16 +105,16 @@ def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLim
     What counts is what the manifest promises, not the dtype that a value has: a gate in float16
     is a fault. `position` is that of the last token.
     """
-    limit = FLOAT32.get(op, FLOAT32_SUMS)
+    expected, limit = expected_of(manifest.kind), FLOAT32.get(op, FLOAT32_SUMS)
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
-        limit += ROUNDED[_activations(manifest, tensor)]
+        limit += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
     if manifest.compute == "fp16":
         limit += HALF.get(op, ROUNDED["float16"])
     if op == "rope":
         limit += SiteLimit(position * ANGLE, position * ANGLE)
-    if op == "local_attention" and _attends_in_half(manifest):
-        sums = HALF_SUMS * manifest.config.window**0.5 if manifest.kind == "gguf" else 0.0
+    if op == "local_attention" and expected.attends_in_half(manifest):
+        sums = expected.half_sums(manifest)
         limit += HALF_ATTENTION + SiteLimit(sums, sums)
     return limit
 
@@ -153,22 +142,5 @@ def state_limit(manifest: Manifest, state: str) -> SiteLimit:
     """
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
-    half = manifest.compute == "fp16" or _attends_in_half(manifest)
+    half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)
     return FLOAT32_SUMS + ROUNDED["float16" if half else "float32"]
-
-
-def _activations(manifest: Manifest, tensor: str) -> str:
-    """What a linear rounds its inputs to for the sake of this weight: a key of `ROUNDED`."""
-    scheme = manifest.plan[tensor]
-    if isinstance(scheme, Ggml):
-        return _GGML.get(scheme.type, "int8")
-    if isinstance(scheme, Affine) and manifest.kind == "onnx" and not manifest.exact:
-        return "int8"
-    return "float32"
-
-
-def _attends_in_half(manifest: Manifest) -> bool:
-    """Core ML in float16; llama.cpp, whose keys and values are where any weight is not float32."""
-    if manifest.kind == "gguf":
-        return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
-    return manifest.kind == "coreml" and manifest.compute == "fp16"

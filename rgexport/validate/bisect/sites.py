@@ -9,7 +9,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.engines import open_observer
+from rgexport.runtimes.engine import open_observer
 from rgexport.runtimes.memory import give_back
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
 from rgexport.validate.teacher import torch_reference, watched_layers

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.atomic import check_file_target
+from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.export.origin import folder_of
 from rgexport.export.verified import hash_new_files
+from rgexport.files.atomic import check_file_target
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import WeightSource
-from rgexport.hashing import FileRecord
 from rgexport.progress import amount, note, task
 from rgexport.runtimes.environment import environment
-from rgexport.runtimes.tokenizer import load_tokenizer
 from rgexport.validate.reference.implementations import OWN, choose_implementation
 from rgexport.validate.reference.kept_logits import keep_logits
 from rgexport.validate.reference.prompts import Prompt, choose_prompts

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.runtimes.tokenizer import Tokenizer
 from rgexport.validate.text import SEED, built_in_text, encode
 
 LONG_WINDOWS = 2

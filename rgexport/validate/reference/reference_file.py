@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
-from rgexport.hashing import FileRecord
 from rgexport.validate.reference.condensed import Condensed, Tail
 
 FORMAT_VERSION = 2

@@ -10,12 +10,12 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
 from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import RowTensor
-from rgexport.hashing import hash_file
 from rgexport.validate.reference.condensed import CODES
 from rgexport.validate.reference.reference_file import (
     DTYPE_NAMES,

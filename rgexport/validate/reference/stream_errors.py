@@ -8,7 +8,7 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import State
 from rgexport.progress import task
-from rgexport.runtimes.engines import open_observer
+from rgexport.runtimes.engine import open_observer
 from rgexport.validate.reference.reference_file import ReferenceFile
 
 STATE_BYTES = 256 << 20

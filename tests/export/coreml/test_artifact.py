@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import MODEL_FILE, WEIGHT_FILE
 from rgexport.export.manifest import MANIFEST
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import model_tensors
 from tests.artifacts import export_random_coreml
 from tests.export.coreml.conftest import CONFIG
@@ -52,7 +52,7 @@ def swap(path, one, other):
 
 def complaint(folder):
     with pytest.raises(RequestError) as caught:
-        Artifact.open(folder)
+        open_artifact(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -6,12 +6,12 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.coreml import exporter
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.coreml.package import MANIFEST_FILE, MODEL_FILE, WEIGHT_FILE
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.models import make_config, random_weights, write_hugging_face
 
@@ -31,7 +31,7 @@ def test_what_is_in_the_folder(model, tmp_path):
     target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
     expected = {MANIFEST, "README.md", MODEL_FILE, MANIFEST_FILE, WEIGHT_FILE}
     assert set(files_of(target)) == expected
-    manifest = Artifact.open(target).manifest
+    manifest = open_artifact(target).manifest
     assert set(manifest.files) == expected - {MANIFEST}
     assert {"torch", "coremltools", "numpy", "rgexport"} <= manifest.created_with.keys()
 
@@ -69,9 +69,9 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
 
 def test_a_plan_of_another_format_is_made_to_fit(model, tmp_path):
     asked = OnnxOptions(precision="int4")
-    plan = Artifact.open(export_onnx(open_checkpoint(model), asked, tmp_path / "onnx"))
+    plan = open_artifact(export_onnx(open_checkpoint(model), asked, tmp_path / "onnx"))
     options = CoreMLOptions(plan=plan.manifest.plan)
-    found = Artifact.open(export_coreml(open_checkpoint(model), options, tmp_path / "coreml"))
+    found = open_artifact(export_coreml(open_checkpoint(model), options, tmp_path / "coreml"))
     assert found.manifest.precision == "int4"
 
 
@@ -88,4 +88,4 @@ def test_only_artifacts_are_replaced(model, tmp_path):
         export_coreml(open_checkpoint(model), CoreMLOptions(), target)
     options = CoreMLOptions(precision="int8")
     export_coreml(open_checkpoint(model), options, target, force=True)
-    assert Artifact.open(target).manifest.precision == "int8"
+    assert open_artifact(target).manifest.precision == "int8"

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from rgexport import __version__
-from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import MODEL_FILE
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
 from tests.models import make_config, random_weights, write_hugging_face
@@ -67,5 +67,5 @@ def test_released_models_carry_their_terms(tmp_path):
     model = tmp_path / "recurrentgemma-2b-it"
     write_hugging_face(CONFIG, random_weights(CONFIG), model)
     target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    metadata = description(Artifact.open(target)).metadata
+    metadata = description(open_artifact(target)).metadata
     assert metadata.author.startswith("Google") and "Gemma Terms of Use" in metadata.license

@@ -22,6 +22,7 @@ from rgexport.export import verified
 from rgexport.export.artifact import Artifact, means_gguf
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.opening import open_artifact
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
 from tests.models import make_config
@@ -49,14 +50,14 @@ def copy(artifact: GgufArtifact, folder: Path, change: Callable[[bytearray], Any
 
 def refusal(path: Path, **options: bool) -> str:
     with pytest.raises(RequestError) as caught:
-        Artifact.open(path, **options)
+        open_artifact(path, **options)
     line = str(caught.value)
     assert "\n" not in line and line.isprintable() and str(path.name) in line and len(line) < 600
     return line
 
 
 def test_opens_as_any_artifact(sound):
-    artifact = Artifact.open(sound.path)
+    artifact = open_artifact(sound.path)
     assert isinstance(artifact, GgufArtifact)
     manifest = artifact.manifest
     assert (manifest.kind, manifest.precision, manifest.compute) == ("gguf", "f16", "fp32")
@@ -78,7 +79,7 @@ def test_slabs_are_the_whole(sound):
 def test_any_name_will_do(sound, tmp_path):
     path = tmp_path / "model.bin"
     shutil.copyfile(sound.path, path)
-    assert Artifact.open(path).manifest.kind == "gguf"
+    assert open_artifact(path).manifest.kind == "gguf"
     assert means_gguf(path) and means_gguf(Path("nowhere.gguf")) and not means_gguf(tmp_path)
 
 
@@ -100,10 +101,10 @@ def test_data_are_hashed_once(sound, tmp_path, monkeypatch):
 
     monkeypatch.setattr(verified, "hash_file", counted)
     for options, count in (({}, 1), ({}, 1), ({"verify": True}, 2)):
-        Artifact.open(path, **options)
+        open_artifact(path, **options)
         assert len(hashed) == count
     os.utime(path, (1, 1))
-    Artifact.open(path)
+    open_artifact(path)
     assert len(hashed) == 3
 
 
@@ -119,7 +120,7 @@ def test_verify_trusts_no_memory(sound, tmp_path):
     path = copy(sound, tmp_path, flip)
     start = integrity.data_start(read_header(path))
     verified.remember({path: sound.header.values[integrity.DATA]}, start=start)
-    Artifact.open(path)
+    open_artifact(path)
     assert "its tensors were altered" in refusal(path, verify=True)
 
 
@@ -148,7 +149,7 @@ def test_what_another_tool_stored_anew_opens(sound, tmp_path):
         set_type(sound, data, "token_embd.weight", 30)
         data[-40] ^= 1
 
-    artifact = Artifact.open(copy(sound, tmp_path, store_anew))
+    artifact = open_artifact(copy(sound, tmp_path, store_anew))
     assert artifact.manifest.plan["embed_tokens.weight"].label == "bf16"
     assert not artifact.facts()["gguf"]["data_hash"]
 
@@ -257,7 +258,7 @@ def test_damage_anywhere_is_refused_or_harmless(sound, tmp_path, data):
 
     path = copy(sound, tmp_path, change)
     try:
-        opened = Artifact.open(path)
+        opened = open_artifact(path)
     except RequestError as error:
         assert "\n" not in str(error) and str(error).isprintable()
     else:

@@ -10,11 +10,12 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.reference import Reference
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine, Float
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 from tests.sessions import distance, ragged, random_tokens
@@ -65,7 +66,7 @@ def test_only_linears_of_one_scheme_are_one_op(tmp_path: Path) -> None:
     plan["layers.3.mlp_block.up_proj.weight"] = Affine(4, 64, symmetric=True)
     model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
     made = export_onnx(open_checkpoint(model), OnnxOptions(plan=plan), tmp_path / "mixed")
-    artifact = Artifact.open(made)
+    artifact = open_artifact(made)
     found = ops(artifact)
     assert found["QuantLinear3"] == 0
     assert found["QuantLinear2"] == RECURRENT + LAYERS + 1 - 3  # q with v; not in layers 0, 1, 3

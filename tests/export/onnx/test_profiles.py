@@ -16,6 +16,7 @@ from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import profiles, storage
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.sites import sites
 from tests.artifacts import export_random
@@ -36,7 +37,7 @@ ScatterElements ScatterND Shape Sigmoid Sin Sinh Slice Softmax Split Sqrt Squeez
 ThresholdedRelu Tile Transpose Unsqueeze Where
 """
 """What ONNX Runtime registers in core/providers/webgpu of ai.onnx. That each is there in
-onnxruntime-web, for the types used, is what tests/runtimes/test_web.py sees."""
+onnxruntime-web, for the types used, is what tests/runtimes/onnx/test_web.py sees."""
 
 
 def _ops(artifact: Artifact) -> set[tuple[str, str]]:
@@ -207,7 +208,7 @@ def test_weights_are_in_files_of_a_size(profile: str, small_files: int, tmp_path
     with open(artifact.path / "model.onnx.data.3", "r+b") as file:
         file.write(b"x")
     with pytest.raises(RequestError, match=r"model\.onnx\.data\.3 was altered"):
-        Artifact.open(artifact.path)
+        open_artifact(artifact.path)
 
 
 def test_a_tensor_that_fits_no_file_is_refused(small_files: int, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.native import DOMAIN, VERSION
+from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
 from tests.kernels.onnx.one_node import instruction_set_here, run_model
 from tests.kernels.onnx.quant_matrix import random_matrix

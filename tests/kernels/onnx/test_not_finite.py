@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from rgexport.export.native import DOMAIN, VERSION
 from rgexport.export.onnx.attention_ops import _ring_attention
 from rgexport.export.onnx.functions import function_of
 from rgexport.export.onnx.graph import OPSET
+from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.pointwise_ops import _norm, _soft_cap
 from rgexport.export.onnx.recurrent_ops import _shifted_products
 from tests.kernels.onnx.one_node import Arrays, Case, run_model

@@ -31,10 +31,10 @@ PROGRAM = f"""
 import json, sys
 import numpy as np
 import onnxruntime as ort
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.kernels.onnx.library import calls
-from rgexport.runtimes.ort import OrtSession
-session = OrtSession(Artifact.open(sys.argv[1]), threads=2)
+from rgexport.runtimes.onnx.session import OrtSession
+session = OrtSession(open_artifact(sys.argv[1]), threads=2)
 tokens = np.random.default_rng(7).integers(0, session.vocab_size, (1, sum({CHUNKS})))
 logits, start = [], 0
 for size in {CHUNKS}:

@@ -9,7 +9,7 @@ import pytest
 
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
-from rgexport.runtimes.engines import open_session
+from rgexport.runtimes.engine import open_session
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf, require_ggml
 from tests.models import make_config

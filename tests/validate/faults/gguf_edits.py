@@ -7,7 +7,7 @@ import numpy as np
 
 from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.gguf.naming import ARCHITECTURE
-from rgexport.hashing import hash_file
+from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import read_header
 
 Edit = Callable[[Path], None]

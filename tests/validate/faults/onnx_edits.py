@@ -8,10 +8,11 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from rgexport.export.artifact import record_files
-from rgexport.export.manifest import MODEL_FILE, write_manifest
+from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
+from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.griffin.ops import rope_frequencies
-from rgexport.runtimes.ort_observer import _show_gelu
+from rgexport.runtimes.onnx.observer import _show_gelu
 
 Edit = Callable[[onnx.ModelProto], None]
 Change = Callable[[np.ndarray], np.ndarray]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State
-from rgexport.runtimes.ort import OrtSession
+from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import parity
 from rgexport.validate.checks import Check
 from rgexport.validate.metrics import agreement, compare_logits
@@ -64,13 +64,13 @@ def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
-    opened = Artifact.open(artifact)
+    opened = open_artifact(artifact)
     return compare_with_file(OrtSession(opened), opened, reference)
 
 
 def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
     found = held(artifact, reference)
-    checks = file_checks(found, Artifact.open(artifact).manifest)
+    checks = file_checks(found, open_artifact(artifact).manifest)
     return [check.name for check in checks if not check.passed and check.kind not in KINDS]
 
 
@@ -88,7 +88,7 @@ def test_it_equals_what_all_logits_say(
     """The same from whole logits of both, that nothing was left out of."""
     original = open_checkpoint(checkpoint)
     model = Reference(original.config, original.weights)
-    session, rows = OrtSession(Artifact.open(clean(kind))), []
+    session, rows = OrtSession(open_artifact(clean(kind))), []
     for _, prompt, span in reference.spans():
         tokens = reference.tokens[span]
         hidden, _ = model.run(tokens[None])
@@ -153,7 +153,7 @@ def test_kl_is_known_as_such_where_all_logits_are(clean: Clean, reference: Refer
 
 def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
     """The margin is the tolerance's, from the variance that the file has of every position."""
-    artifact = Artifact.open(clean("int4"))
+    artifact = open_artifact(clean("int4"))
     found = held(clean("int4"), reference).agreement
     assert 0 < found.near_ties <= found.flips
     noise = tolerance(artifact.manifest).rms
@@ -165,7 +165,7 @@ def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> 
 def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
     clean: Clean, reference: ReferenceFile
 ) -> None:
-    manifest = Artifact.open(clean("int4")).manifest
+    manifest = open_artifact(clean("int4")).manifest
     found = held(clean("int4"), reference)
 
     def judged(limit: float) -> Check:
@@ -180,7 +180,7 @@ def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
 
 
 def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
-    opened = Artifact.open(artifact)
+    opened = open_artifact(artifact)
     before: dict[int, State] = {}
     found = compare_with_file(OrtSession(opened), opened, reference, before)
     assert set(before) == set(reference.header.watched)
@@ -278,7 +278,7 @@ def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
     asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
     reference = read_reference(capture(open_checkpoint(size="demo"), tmp_path / "r", **asked))
-    session = OrtSession(Artifact.open(demo_artifact))
+    session = OrtSession(open_artifact(demo_artifact))
     prompts = held(demo_artifact, reference).prompts
     assert {prompt.name for prompt in prompts} == {"p.txt 1", "p.txt 2", "p.txt 3"}
     for (index, _, span), prompt in zip(reference.spans(), prompts, strict=True):

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
-from rgexport.runtimes.tokenizer import Tokenizer, load_tokenizer
 from rgexport.validate.reference.prompts import TEXTS, choose_prompts
 from tests.validate.toys import VOCAB, character_tokenizer
 

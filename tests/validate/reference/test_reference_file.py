@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgexport.errors import RequestError
+from rgexport.files.hashing import FileRecord
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import from_array
-from rgexport.hashing import FileRecord
 from rgexport.validate.reference.capture import sketch_arrays
 from rgexport.validate.reference.condensed import CODES, Condensed, condense
 from rgexport.validate.reference.reference_file import (

@@ -1,0 +1,1 @@
+"""What people talk through: tokenizer, chat template, sampling, conversation."""

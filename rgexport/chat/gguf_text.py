@@ -1,0 +1,147 @@
+"""The vocabulary and the chat template in a GGUF file's metadata, as llama.cpp understands them."""
+
+import ctypes
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rgexport.chat.template import ChatTemplate
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.gguf.vocabulary import NORMAL, USER_DEFINED
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE
+from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
+
+TYPES_KEY, TEMPLATE_KEY = "tokenizer.ggml.token_type", "tokenizer.chat_template"
+
+UNKNOWN_SURFACE = " ⁇ ".encode()
+"""What SentencePiece writes for the unknown token."""
+
+
+def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
+    """Loads a GGUF file's vocabulary, without the weights.
+
+    llama.cpp takes any `</s>` for a control token that the file has a wrong type for. Gemma has
+    one, and it is HTML: as everywhere, it is text where the file says so.
+
+    Raises:
+        RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
+    """
+    vocabulary = Vocabulary(load_model(artifact.path, vocab_only=True))
+    types = artifact.header.values.get(TYPES_KEY)
+    if types is None or not vocabulary.understands_text:
+        raise RequestError(
+            f"{artifact.path} has no vocabulary, which text needs; put tokenizer.model into the "
+            "checkpoint's folder and export it again, or pass token ids (--ids)"
+        )
+    special = vocabulary.special()
+    overruled = {
+        piece: token for piece, token in special.items() if types[token] in (NORMAL, USER_DEFINED)
+    }
+    return Tokenizer(
+        vocab_size=vocabulary.size,
+        special={piece: token for piece, token in special.items() if piece not in overruled},
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        raw_encode=_matching(overruled, vocabulary.encode),
+        surface=vocabulary.surface,
+        unknown_id=special.get("<unk>"),
+    )
+
+
+def _matching(
+    pieces: dict[str, int], encode: Callable[[str], list[int]]
+) -> Callable[[str], list[int]]:
+    """`encode`, but `pieces` match wherever they stand, as user-defined ones do."""
+    pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
+
+    def matched(text: str) -> list[int]:
+        parts = enumerate(pattern.split(text))
+        found = [[pieces[part]] if i % 2 else encode(part) for i, part in parts if part]
+        return list(itertools.chain.from_iterable(found))
+
+    return matched
+
+
+def load_metadata_template(artifact: GgufArtifact) -> ChatTemplate:
+    """The chat template in a GGUF file's metadata, or Gemma's where it has none."""
+    source = artifact.header.values.get(TEMPLATE_KEY)
+    if not source:
+        return ChatTemplate(GEMMA_TEMPLATE, "built-in")
+    return ChatTemplate(str(source), f"{TEMPLATE_KEY} in {artifact.path.name}")
+
+
+class Vocabulary:
+    """llama.cpp's vocabulary; it keeps its model alive."""
+
+    def __init__(self, model: Handle) -> None:
+        llama = self._llama = bindings()
+        self._model = model
+        self._pointer = llama.llama_model_get_vocab(model.pointer)
+        self.size: int = llama.llama_vocab_n_tokens(self._pointer)
+        self.bos_id = _known(llama.llama_vocab_bos(self._pointer))
+        self.eos_id = _known(llama.llama_vocab_eos(self._pointer))
+        self._silent = {self.bos_id, self.eos_id, _known(llama.llama_vocab_pad(self._pointer))}
+
+    @property
+    def understands_text(self) -> bool:
+        """Whether the file had a vocabulary, not only its size."""
+        kind: int = self._llama.llama_vocab_type(self._pointer)
+        return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
+
+    def special(self) -> dict[str, int]:
+        """Literal → id of all tokens that no text contains unless it is asked for them."""
+        kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        return {
+            self._llama.llama_vocab_get_text(self._pointer, token).decode(): token
+            for token in range(self.size)
+            if self._llama.llama_vocab_get_attr(self._pointer, token) & kinds
+        }
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Ids of a text; literals of control tokens count as such with `parse_special` only."""
+        data = text.encode()
+        room = len(data) + 1  # no token is shorter than a byte, but there may be a space in front
+        ids = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(
+            self._pointer, data, len(data), ids, room, False, parse_special
+        )
+        return ids[:count]
+
+    def surface(self, token: int) -> bytes:
+        """The UTF-8 text of one piece; empty for those that begin, end and fill sequences."""
+        if not 0 <= token < self.size or token in self._silent:
+            return b""
+        unknown = self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        if self._llama.llama_vocab_get_attr(self._pointer, token) & unknown:
+            return UNKNOWN_SURFACE
+        return self._piece(token)
+
+    def _piece(self, token: int, room: int = 64) -> bytes:
+        buffer: Any = ctypes.create_string_buffer(room)
+        length: int = self._llama.llama_token_to_piece(self._pointer, token, buffer, room, 0, True)
+        return buffer.raw[:length] if length >= 0 else self._piece(token, -length)
+
+
+def _known(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+class GgufText:
+    """As `chat.artifact_text` asks."""
+
+    def tokenizer(self, artifact: Artifact) -> Tokenizer:
+        """See `ArtifactText`."""
+        assert isinstance(artifact, GgufArtifact)
+        return load_vocabulary(artifact)
+
+    def template(self, artifact: Artifact) -> ChatTemplate:
+        """See `ArtifactText`."""
+        assert isinstance(artifact, GgufArtifact)
+        return load_metadata_template(artifact)
+
+
+FORMAT = GgufText()

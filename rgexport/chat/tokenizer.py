@@ -1,0 +1,274 @@
+"""Text to token ids and back, with a line between text and markup that text cannot cross.
+
+Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here every
+literal of a special token that stands in *text* is cut in two before it is encoded, so that only
+a template can produce its id.
+"""
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from rgexport.errors import RequestError
+from rgexport.files.regular_file import read_regular
+from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.tokenizer_files import control_token_names
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CUT = "\ud800"
+"""Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
+
+MAX_BYTES = 256 << 20
+"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _surface(piece: str) -> bytes:
+    """The text of a SentencePiece piece, in UTF-8; a byte piece is that byte."""
+    byte = _BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary and the two directions through it.
+
+    `special` maps the literal of every special piece (control and turn pieces, `<mask>`,
+    `<unusedN>`) to its id. None of them ever comes out of `encode_text`, whatever the text.
+    """
+
+    vocab_size: int
+    special: Mapping[str, int]
+    bos_id: int | None
+    eos_id: int | None
+    raw_encode: Callable[[str], list[int]]
+    """The engine's own encoding, which may recognize special literals."""
+    surface: Callable[[int], bytes]
+    """The UTF-8 text of one piece, which may be part of a character; empty for control pieces."""
+    unknown_id: int | None = None
+    """What stands for text that no piece has: special, and yet it comes out of `encode_text`."""
+
+    def __post_init__(self) -> None:
+        """Refuses a vocabulary in which text and markup cannot be told apart.
+
+        Raises:
+            RequestError: a special piece of one character, which cannot be cut; or text that no
+                piece has would end a reply.
+        """
+        if short := [literal for literal in self.special if len(literal) < 2]:
+            raise RequestError(
+                f"the vocabulary has the special piece {short[0]!r}, which any text may hold; "
+                "copy the tokenizer again from the original checkpoint"
+            )
+        if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
+            raise RequestError(
+                f"the vocabulary has the id {self.unknown_id} for unknown text and for a control "
+                "token; copy the tokenizer again from the original checkpoint"
+            )
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The id of `<end_of_turn>`; None if this vocabulary has no turns."""
+        return self.special.get(END_OF_TURN)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a reply."""
+        return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
+
+    def literal(self, token: int | None) -> str:
+        """The literal of a special id, "" if it is none."""
+        return next((text for text, i in self.special.items() if i == token), "")
+
+    def cut(self, text: str) -> str:
+        """`text` with `CUT` inside each special literal and U+FFFD for lone surrogates."""
+        return self._opening.sub(rf"\1{CUT}", _SURROGATE.sub("\ufffd", text))
+
+    def encode_markup(self, rendered: str) -> list[int]:
+        """Ids of a text in which special literals count as such, unless `cut`."""
+        ids: list[int] = []
+        for index, part in enumerate(self._literals.split(rendered)):
+            if index % 2:
+                ids.append(self.special[part])
+            else:
+                for run in part.split(CUT):
+                    ids += self._encode_run(run)
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, as the engine encodes it, but never the id of a special piece."""
+        return self.encode_markup(self.cut(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control pieces and ids outside the vocabulary have none."""
+        return b"".join(map(self.surface, ids)).decode("utf-8", "replace")
+
+    def _encode_run(self, run: str) -> list[int]:
+        ids = self.raw_encode(run) if run else []
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        # A normalizer made a literal out of look-alikes; one character alone cannot be one.
+        return [token for character in run for token in self.raw_encode(character)]
+
+    @functools.cached_property
+    def _forbidden(self) -> frozenset[int]:
+        return frozenset(self.special.values()) - {self.unknown_id}
+
+    @functools.cached_property
+    def _alternatives(self) -> str:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+    @functools.cached_property
+    def _literals(self) -> re.Pattern[str]:
+        return re.compile(f"({self._alternatives})")
+
+    @functools.cached_property
+    def _opening(self) -> re.Pattern[str]:
+        """The first character of a literal; it consumes no more, so overlaps are found too."""
+        return re.compile(f"(?={self._alternatives})(.)", re.DOTALL)
+
+
+class StreamDecoder:
+    """Decodes one id at a time; a character whose bytes are incomplete is held back.
+
+    The pieces together are what `Tokenizer.decode` gives for all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._surface = tokenizer.surface
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that is complete with `token`, perhaps ""."""
+        return self._utf8.decode(self._surface(token))
+
+    def finish(self) -> str:
+        """What stands for bytes that never became a character, mostly ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or an artifact: tokenizer.model, else tokenizer.json.
+
+    Raises:
+        RequestError: there is neither, or it cannot be read.
+    """
+    for name, read in _READERS.items():
+        if (folder / name).is_file():
+            return _guarded(folder / name, read)(folder / name)
+    raise RequestError(
+        f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
+        "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
+    )
+
+
+def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, whose engine raises bare Exception and RuntimeError where its file leads it to."""
+
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except RequestError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(
+                f"{path} is not a readable tokenizer ({reason}); "
+                "copy it again from the original checkpoint"
+            ) from None
+
+    return guarded
+
+
+def _read_sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece
+
+    engine = sentencepiece.SentencePieceProcessor()
+    engine.LoadFromSerializedProto(read_regular(path, MAX_BYTES))
+    size = engine.GetPieceSize()
+    # User-defined pieces have the score 0; learned ones that look like markup have another.
+    special = {
+        engine.IdToPiece(i): i
+        for i in range(size)
+        if engine.IsControl(i)
+        or engine.IsUnknown(i)
+        or (engine.GetScore(i) == 0 and not engine.IsByte(i) and is_markup(engine.IdToPiece(i)))
+    }
+
+    def surface(token: int) -> bytes:
+        if not 0 <= token < size or engine.IsControl(token):
+            return b""
+        if engine.IsUnknown(token):
+            return " ⁇ ".encode()  # SentencePiece's unk_surface
+        return _surface(engine.IdToPiece(token))
+
+    def known(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    return Tokenizer(
+        size,
+        special,
+        known(engine.bos_id()),
+        known(engine.eos_id()),
+        _guarded(path, engine.EncodeAsIds),
+        surface,
+        known(engine.unk_id()),
+    )
+
+
+def _read_json(path: Path) -> Tokenizer:
+    import tokenizers
+
+    layout = json.loads(read_regular(path, MAX_BYTES))
+    if not layout["model"].get("byte_fallback"):
+        raise RequestError(
+            f"{path} is a {layout['model'].get('type')} tokenizer without byte fallback; "
+            "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
+        )
+    engine = tokenizers.Tokenizer.from_file(str(path))
+    engine.no_truncation()
+    engine.no_padding()
+    added = layout.get("added_tokens", [])
+    literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
+    pieces = engine.get_vocab(with_added_tokens=True)
+    special = {literal: pieces[literal] for literal in literals}
+    names = control_token_names(path.parent)
+    control = {special.get(names[key]) for key in ("bos_token", "eos_token", "pad_token")}
+
+    def surface(token: int) -> bytes:
+        piece = engine.id_to_token(token) if token >= 0 else None
+        return b"" if piece is None or token in control else _surface(piece)
+
+    def encode(text: str) -> list[int]:
+        # Runs of spaces are added tokens, which are matched before spaces become "▁": spelled
+        # so from the start, they are found, as SentencePiece finds them.
+        ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
+        return ids
+
+    size, unknown = engine.get_vocab_size(), layout["model"].get("unk_token")
+    if any(engine.id_to_token(token) is None for token in range(size)):
+        raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
+    return Tokenizer(
+        size,
+        special,
+        special.get(names["bos_token"]),
+        special.get(names["eos_token"]),
+        _guarded(path, encode),
+        surface,
+        None if unknown is None else engine.token_to_id(unknown),
+    )
+
+
+_READERS: dict[str, Callable[[Path], Tokenizer]] = {
+    "tokenizer.model": _read_sentencepiece,
+    "tokenizer.json": _read_json,
+}

@@ -1,0 +1,83 @@
+"""Core ML artifacts, as `export.format` asks."""
+
+from pathlib import Path
+from typing import Any
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.layouts import part_layouts
+from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import MODEL_FILE, PACKAGE
+from rgexport.export.format import CardText, Format, Layouts
+from rgexport.export.manifest import Manifest
+from rgexport.export.mil.describe import describe_package
+from rgexport.export.mil.package import means_package
+from rgexport.export.typed_json import Mismatch, label
+from rgexport.quantize.plan import COREML_PRECISIONS
+from rgexport.quantize.scheme import Scheme
+
+_RUN = """\
+`model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
+that share weights and states: `decode`, the default, takes one token and `prefill` takes
+{prefill_length}; what remains of a prompt goes through `decode`.
+
+Inputs: {inputs}.
+Outputs: {outputs}.
+The rest of a conversation is an `MLState`; Xcode shows what each feature is.
+
+    pip install 'rgexport[coreml]'
+    rgexport {verb}
+
+runs it on a Mac; elsewhere, and without that extra, an interpreter computes the same, slowly."""
+
+
+class CoreMLFormat(Format):
+    """A package with its manifest beside it."""
+
+    manifest = CoreMLManifest
+    precisions = COREML_PRECISIONS
+    entries = (PACKAGE,)
+    runs_on = f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project"
+
+    def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
+        """See `Format`."""
+        from rgexport.export.coreml.artifact import CoreMLArtifact  # reads programs, too
+
+        assert isinstance(manifest, CoreMLManifest)
+        return CoreMLArtifact(folder, manifest)
+
+    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+        """See `Format`."""
+        return part_layouts(shape, scheme)
+
+    def check_manifest(self, manifest: Manifest) -> None:
+        """See `Format`: the length of a chunk, and the hashes of all parts."""
+        assert isinstance(manifest, CoreMLManifest)
+        length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
+        if MODEL_FILE not in manifest.files:
+            raise Mismatch(f"files: there is no {MODEL_FILE}")
+        if length < 2:
+            raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
+        parts = {f"{name}.{part}" for name, t in manifest.tensors.items() for part in t.parts}
+        for blob in parts ^ hashes.keys():
+            raise Mismatch(f"coreml.blobs: {label(blob)} is not a part of a tensor, or has no hash")
+        for blob, digest in hashes.items():
+            if len(digest) != 64:
+                raise Mismatch(f"coreml.blobs.{blob}: not a hash")
+
+    def card(self, manifest: Manifest, verb: str) -> CardText:
+        """See `Format`."""
+        assert isinstance(manifest, CoreMLManifest)
+        inputs, outputs = (
+            ", ".join(f"`{value.name}`" for value in values)
+            for values in (manifest.io.inputs, manifest.io.outputs)
+        )
+        length = manifest.coreml.prefill_length
+        run = _RUN.format(verb=verb, prefill_length=length, inputs=inputs, outputs=outputs)
+        return CardText("Core ML", "soft cap", run)
+
+    def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
+        """See `Format`: any Core ML package."""
+        return describe_package(path, verify=verify) if means_package(path) else None
+
+
+FORMAT = CoreMLFormat()

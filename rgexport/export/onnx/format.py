@@ -1,0 +1,65 @@
+"""ONNX artifacts, as `export.format` asks."""
+
+from pathlib import Path
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.format import CardText, Format, Layouts
+from rgexport.export.manifest import Manifest
+from rgexport.export.onnx.artifact import OnnxArtifact
+from rgexport.export.onnx.layouts import part_layouts
+from rgexport.quantize.plan import PRECISIONS
+from rgexport.quantize.scheme import Scheme
+
+_DESKTOP = """\
+    pip install rgexport
+    rgexport {verb}
+
+`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
+`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
+new states."""
+_BROWSER = """\
+In a browser, with onnxruntime-web 1.30 or later, in which nothing has to be registered:
+
+    import * as ort from "onnxruntime-web/{profile}";
+    const session = await ort.InferenceSession.create("model.onnx", {{
+      executionProviders: ["{profile}"],
+      externalData: [{data}],
+    }});
+
+Its inputs are `input_ids` and `position_ids` [batch, tokens] and the states of {layers} layers, all
+zeros at first; its outputs are `logits` and the new states. On a desktop:
+
+    pip install rgexport
+    rgexport {verb}"""
+
+
+class OnnxFormat(Format):
+    """A graph with its weights in files beside it."""
+
+    precisions = PRECISIONS
+
+    def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
+        """See `Format`."""
+        return OnnxArtifact(folder, manifest)
+
+    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+        """See `Format`."""
+        return part_layouts(shape, scheme)
+
+    def card(self, manifest: Manifest, verb: str) -> CardText:
+        """See `Format`."""
+        engine, run = "ONNX Runtime", _DESKTOP
+        if manifest.profile != "cpu":
+            engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
+        files = ", ".join(f'"{name}"' for name in data_files(manifest))
+        facts = {"layers": manifest.config.num_layers, "profile": manifest.profile, "data": files}
+        return CardText(engine, "softmax", run.format(verb=verb, **facts))
+
+
+def data_files(manifest: Manifest) -> list[str]:
+    """The files that the weights lie in, in their order."""
+    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
+    return list(dict.fromkeys(part.file for part in parts))
+
+
+FORMAT = OnnxFormat()

@@ -1,0 +1,39 @@
+"""Opens artifacts of all formats."""
+
+from pathlib import Path
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.format import all_formats, format_of
+from rgexport.export.manifest import MANIFEST
+from rgexport.export.manifest_reader import is_artifact, read_manifest
+
+
+def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
+    """Opens an artifact and checks that its files are those that were exported.
+
+    Names, sizes and headers are always checked; hashes are computed where a file was not seen
+    before in this state (size, mtime, ctime), and of all files with `verify`.
+
+    Raises:
+        RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
+            altered or does not belong; the line names it.
+    """
+    place, formats = Path(path), all_formats()
+    for form in formats:
+        if form.owns(place):
+            return form.open_file(place, verify=verify)
+    entries = {MANIFEST, *(entry for form in formats for entry in form.entries)}
+    folder = place.parent if place.name in entries and is_artifact(place.parent) else place
+    manifest = read_manifest(folder)
+    artifact = format_of(manifest.kind).artifact(folder, manifest)
+    if complaints := artifact.complaints(verify):
+        raise RequestError(
+            f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
+        )
+    return artifact
+
+
+def means_artifact(path: Path) -> bool:
+    """Whether a path is meant to be an artifact, sound or not."""
+    return any(form.owns(path) for form in all_formats()) or is_artifact(path)

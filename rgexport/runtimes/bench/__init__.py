@@ -1,0 +1,1 @@
+"""Speed and memory of an artifact, beside what the machine can read."""

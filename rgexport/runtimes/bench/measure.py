@@ -1,0 +1,222 @@
+"""How fast an artifact runs: prompts, tokens, and both at a depth, beside the memory's read speed.
+
+What llama-bench measures, through the Session interface, so that every format is measured alike.
+The machine's read speed drifts within minutes. So all tests at all depths take turns, the memory is
+read between the timed pieces, and a row compares medians of the same minutes. What a token costs
+at one depth and at another was measured side by side.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.state import POSITION, State
+from rgexport.progress import note, task
+from rgexport.runtimes.bench.process_memory import peak_rss_bytes, rss_bytes
+from rgexport.runtimes.bench.request import MOST, PIECE, BenchRequest, Trial
+from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
+from rgexport.runtimes.bench.rows import Row
+from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.environment import cpu
+from rgexport.runtimes.session import Session
+
+__all__ = ["MOST", "BenchRequest", "Measuring", "Trial", "bench_artifact", "synthetic_state"]
+
+WARM_UP_SECONDS = 4.0
+"""Engines get their weights into huge pages in the background, for some two seconds."""
+SLICE_SECONDS = 1.0
+"""Steps for about so long stand between two readings of the memory."""
+PATIENCE_SECONDS = 60.0
+
+
+def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = None) -> list[Row]:
+    """Opens an artifact and measures it.
+
+    Raises:
+        RequestError: no sound artifact, or too little memory.
+    """
+    artifact = open_artifact(path)
+    began = time.perf_counter()
+    session = open_session(artifact, threads=threads)
+    took = time.perf_counter() - began
+    with roofline(session.info.threads) as read_speed:
+        return list(Measuring(session, request, read_speed, artifact.path, took).rows())
+
+
+@dataclass
+class _Cell:
+    """One test at one depth, and what its repetitions gave."""
+
+    trial: Trial
+    depth: int
+    state: Path
+    """The file of the state that every repetition starts from."""
+    rates: list[float] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    memory: list[int | None] = field(default_factory=list)
+    peak: int | None = None
+
+    @property
+    def token_seconds(self) -> float:
+        """The median over the repetitions."""
+        return 1 / median(self.rates)
+
+
+@dataclass
+class Measuring:
+    """A session under test. One conversation; every token is random, as in llama-bench."""
+
+    session: Session
+    request: BenchRequest
+    read_speed: ReadSpeed
+    artifact: Path
+    load_seconds: float
+    _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def rows(self) -> Iterator[Row]:
+        """Reaches the depths, each from the one below, then measures in rounds."""
+        self._warm_up()
+        with TemporaryDirectory(prefix="rgexport-bench-") as folder:
+            cells = self._cells(Path(folder))
+            self._measure(cells)
+        lowest: dict[Trial, _Cell] = {}
+        for cell in cells:
+            yield self._row(cell, lowest.setdefault(cell.trial, cell))
+
+    def _cells(self, folder: Path) -> list[_Cell]:
+        """The lowest depth first. States wait in files: memory is one of the things measured."""
+        self.session.reset()
+        state = self.session.get_state()
+        cells = []
+        for depth in sorted(set(self.request.depths)):
+            state = self.state_at(depth, state)
+            file = folder / f"{depth}.npz"
+            np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
+            cells += [_Cell(trial, depth, file) for trial in self.request.trials]
+        return cells
+
+    def _measure(self, cells: list[_Cell]) -> None:
+        rounds = self.request.repetitions
+        with task("Measuring", len(cells) * (rounds + 1), "repetitions") as advance:
+            for cell in cells:
+                self._run(cell, cell.trial.warm_up, [])
+                advance(1)
+            speed = self.read_speed()
+            for _ in range(rounds):
+                for cell in cells:
+                    cell.speeds.append(speed)
+                    took = self._run(cell, cell.trial.length, cell.speeds)
+                    cell.rates.append(cell.trial.length / took)
+                    cell.memory.append(rss_bytes())
+                    cell.peak = peak_rss_bytes()
+                    cell.speeds.append(speed := self.read_speed())
+                    advance(1)
+
+    def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
+        """Seconds of `length` tokens behind the cell's state."""
+        with np.load(cell.state) as state:
+            self.session.set_state(dict(state))
+        return {"pp": self._prompt, "tg": self._tokens}[cell.trial.kind](length, speeds)
+
+    def _row(self, cell: _Cell, lowest: _Cell) -> Row:
+        info, trial, rates = self.session.info, cell.trial, cell.rates
+        per_token = info.weight_bytes * trial.readings(info) / trial.length
+        rate, read_speed = mean(rates), median(cell.speeds)
+        memory = [size for size in cell.memory if size is not None]
+        return Row(
+            test=trial.name,
+            depth=cell.depth,
+            state="synthetic" if cell.depth and self.request.synthetic else "processed",
+            repetitions=len(rates),
+            tokens_per_second=rate,
+            deviation=stdev(rates) if len(rates) > 1 else 0.0,
+            median_tokens_per_second=median(rates),
+            time_ratio=cell.token_seconds / lowest.token_seconds,
+            bytes_per_token=per_token,
+            roofline_bytes_per_second=read_speed,
+            roofline_share=rate * per_token / read_speed,
+            rss_bytes=round(median(memory)) if memory else None,
+            peak_rss_bytes=cell.peak,
+            load_seconds=self.load_seconds,
+            artifact_bytes=_size(self.artifact),
+            artifact=self.artifact.resolve().name,
+            engine=info.engine,
+            engine_version=info.engine_version,
+            kernels=info.kernels,
+            threads=info.threads,
+            cpu=cpu(),
+        )
+
+    def _warm_up(self) -> None:
+        until = time.perf_counter() + WARM_UP_SECONDS
+        while time.perf_counter() < until:
+            if self.session.position[0] >= PIECE:
+                self.session.reset()
+            self.session.step(self._random(1)[0])
+
+    def _prompt(self, length: int, speeds: list[float]) -> float:
+        tokens = self._random(length).T
+        return seconds(lambda: self.session.prefill(tokens))
+
+    def _tokens(self, length: int, speeds: list[float]) -> float:
+        """Seconds of `length` steps; what the memory reads in between goes to `speeds`."""
+        total = since = 0.0
+        for token in self._random(length):
+            if since >= SLICE_SECONDS:
+                speeds.append(self.read_speed())
+                since = 0.0
+            began = time.perf_counter()
+            self.session.step(token)
+            took = time.perf_counter() - began
+            total, since = total + took, since + took
+        return total
+
+    def _random(self, length: int) -> np.ndarray:
+        return self._generator.integers(0, self.session.vocab_size, (length, 1))
+
+    def state_at(self, depth: int, state: State) -> State:
+        """The state after `depth` tokens, going on from `state`, which has seen no more."""
+        ahead = depth - int(state[POSITION][0])
+        if not ahead:
+            return state
+        if self.request.synthetic:
+            return synthetic_state(state, depth, self._generator)
+        self.session.set_state(state)
+        began, done = time.perf_counter(), 0
+        with task(f"Processing tokens up to depth {depth:,}", ahead, "tokens") as advance:
+            while done < ahead:
+                piece = min(PIECE, ahead - done)
+                self.session.prefill(self._random(piece).T)
+                advance(piece)
+                done += piece
+                if done == PIECE:
+                    _tell_patience((time.perf_counter() - began) / done * ahead)
+        return self.session.get_state()
+
+
+def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
+    """A state of random numbers that says that it has seen `depth` tokens.
+
+    What a step costs depends on shapes and on the position, not on the numbers.
+    """
+    made_up = {
+        name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
+        for name, array in like.items()
+    }
+    return made_up | {POSITION: np.full_like(like[POSITION], depth)}
+
+
+def _tell_patience(expected: float) -> None:
+    if expected > PATIENCE_SECONDS:
+        note(f"this takes about {expected / 60:.0f} minutes; --synthetic makes a state up instead")
+
+
+def _size(artifact: Path) -> int:
+    files = [artifact] if artifact.is_file() else artifact.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

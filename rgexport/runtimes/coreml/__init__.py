@@ -1,0 +1,1 @@
+"""Core ML on macOS, and an interpreter of the same programs elsewhere."""

@@ -1,0 +1,101 @@
+"""Executes a function of a package, in the precision that it declares.
+
+Values of dtype float16 are computed in float32 and rounded after every operation; products are
+accumulated in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.mil.elements import numpy_type
+from rgexport.export.mil.package import Package
+from rgexport.export.mil.program import TensorType
+from rgexport.runtimes.coreml.interpreter.translator import Translator, known_shape
+from rgexport.runtimes.coreml.interpreter.weights import Unsupported, WeightCache
+
+States = dict[str, np.ndarray]
+"""The state of one conversation: name → array, of the declared type."""
+
+
+class Interpreter:
+    """One function of a package, ready to run."""
+
+    def __init__(
+        self, package: Package, function: str, cache: WeightCache, also: Sequence[str] = ()
+    ):
+        """Translates a function; no large weight is read.
+
+        Args:
+            package: that the function is of.
+            function: its name.
+            cache: of the weights.
+            also: names of values that a run gives beside the outputs, where there are such.
+
+        Raises:
+            RequestError: an operation that is not in the table, or in a form that is not known
+                here; a blob that is not what the program says.
+        """
+        self._function = package.functions[function]
+        self._where = f"{package.path}: {function}"
+        translator = Translator(package, self._function, cache)
+        for operation in self._function.operations:
+            try:
+                translator.add(operation)
+            except (Unsupported, ValueError, TypeError, LookupError, ArithmeticError) as error:
+                raise RequestError(
+                    f"{self._where}: {operation.type} {operation.label} cannot be executed: {error}"
+                ) from None
+        self._start, self._slots = translator.slots.values, translator.slots.names
+        missing = [name for name in self._function.outputs if name not in self._slots]
+        if missing:
+            raise RequestError(f"{self._where}: nothing computes the output {missing[0]}")
+        shown = (name for name in also if name in self._slots)
+        self._results = tuple(dict.fromkeys((*self._function.outputs, *shown)))
+        self._steps = translator.finished(self._results)
+
+    @property
+    def states(self) -> dict[str, TensorType]:
+        """The states that it reads and writes."""
+        return self._function.states
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], states: States) -> dict[str, np.ndarray]:
+        """Runs once; `states` has new arrays afterwards, the old ones are unchanged.
+
+        Raises:
+            RequestError: an input of another shape, or an operation that fails.
+        """
+        values = list(self._start)
+        for name, type in self._function.inputs.items():
+            values[self._slots[name]] = self._input(name, inputs[name], type)
+        for name in self._function.states:
+            values[self._slots[name]] = states[name]
+        with np.errstate(all="ignore"):
+            self._run(values)
+        for name in self._function.states:
+            states[name] = values[self._slots[name]]
+        return {name: values[self._slots[name]] for name in self._results}
+
+    def _run(self, values: list[Any]) -> None:
+        for function, arguments, results, types, dead, operation in self._steps:
+            try:
+                found = function(*[values[slot] for slot in arguments])
+                if len(results) == 1:
+                    found = (found,)
+                for slot, value, (shape, dtype) in zip(results, found, types, strict=True):
+                    if value.dtype != dtype or (value.shape != shape and shape is not None):
+                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
+                    values[slot] = value
+            except (ValueError, IndexError, TypeError) as error:
+                raise RequestError(
+                    f"{self._where}: {operation.type} {operation.label} failed: {error}"
+                ) from None
+            for slot in dead:
+                values[slot] = None
+
+    def _input(self, name: str, array: np.ndarray, type: TensorType) -> np.ndarray:
+        if known_shape(type) not in (None, array.shape):
+            raise RequestError(f"{self._where}: input {name} is {array.shape}; expected {type}")
+        return np.ascontiguousarray(array, numpy_type(type.dtype))

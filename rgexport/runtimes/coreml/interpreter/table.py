@@ -1,0 +1,86 @@
+"""Operation → what computes it. What stands not here is refused when a program is opened."""
+
+import numpy as np
+
+from rgexport.runtimes.coreml.interpreter import pointwise, products, shaping
+from rgexport.runtimes.coreml.interpreter.call import Make, Op
+
+_ARITHMETIC: dict[str, Make] = {
+    "add": pointwise.binary(np.add),
+    "sub": pointwise.binary(np.subtract),
+    "mul": pointwise.binary(np.multiply),
+    "real_div": pointwise.binary(np.true_divide),
+    "floor_div": pointwise.binary(np.floor_divide),
+    "mod": pointwise.binary(np.mod),
+    "pow": pointwise.binary(np.power),
+    "maximum": pointwise.binary(np.maximum),
+    "minimum": pointwise.binary(np.minimum),
+    "equal": pointwise.binary(np.equal),
+    "not_equal": pointwise.binary(np.not_equal),
+    "less": pointwise.binary(np.less),
+    "less_equal": pointwise.binary(np.less_equal),
+    "greater": pointwise.binary(np.greater),
+    "greater_equal": pointwise.binary(np.greater_equal),
+    "logical_and": pointwise.binary(np.logical_and),
+    "logical_or": pointwise.binary(np.logical_or),
+    "logical_xor": pointwise.binary(np.logical_xor),
+    "logical_not": pointwise.unary(np.logical_not),
+    "abs": pointwise.unary(np.abs),
+    "sign": pointwise.unary(np.sign),
+    "square": pointwise.unary(np.square),
+    "sqrt": pointwise.unary(np.sqrt),
+    "floor": pointwise.unary(np.floor),
+    "ceil": pointwise.unary(np.ceil),
+    "round": pointwise.unary(np.round),
+    "exp": pointwise.rounded(np.exp),
+    "exp2": pointwise.rounded(np.exp2),
+    "cos": pointwise.rounded(np.cos),
+    "sin": pointwise.rounded(np.sin),
+    "tanh": pointwise.unary(np.tanh),
+    "sigmoid": pointwise.unary(pointwise.sigmoid),
+    "silu": pointwise.unary(pointwise.silu),
+    "softplus": pointwise.unary(pointwise.softplus),
+    "relu": pointwise.unary(lambda x: np.maximum(x, np.float32(0))),
+    "rsqrt": pointwise.with_epsilon(pointwise.rsqrt, 1e-12),
+    "inverse": pointwise.with_epsilon(np.reciprocal, 1e-4),
+    "log": pointwise.with_epsilon(np.log, 1e-45),
+    "gelu": pointwise.gelu,
+    "clip": pointwise.clip,
+    "softmax": pointwise.softmax,
+    "reduce_sum": pointwise.reduction(np.add.reduce),
+    "reduce_mean": pointwise.reduction(pointwise.mean),
+    "reduce_max": pointwise.reduction(np.maximum.reduce),
+    "reduce_min": pointwise.reduction(np.minimum.reduce),
+    "reduce_prod": pointwise.reduction(np.multiply.reduce),
+    "reduce_argmax": pointwise.argument_reduction(np.argmax),
+    "reduce_argmin": pointwise.argument_reduction(np.argmin),
+    "cumsum": pointwise.cumsum,
+    "linear": products.linear,
+    "matmul": products.matmul,
+}
+
+_MOVES: dict[str, Make] = {
+    "identity": shaping.identity,
+    "cast": pointwise.cast,
+    "select": pointwise.select,
+    "reshape": shaping.reshape,
+    "transpose": shaping.transpose,
+    "expand_dims": shaping.expand_dims,
+    "squeeze": shaping.squeeze,
+    "concat": shaping.concat,
+    "stack": shaping.stack,
+    "split": shaping.split,
+    "tile": shaping.tile,
+    "fill": shaping.fill,
+    "pad": shaping.pad,
+    "slice_by_index": shaping.slice_by_index,
+    "slice_update": shaping.slice_update,
+    "gather": shaping.gather,
+    "gather_along_axis": shaping.gather_along_axis,
+}
+
+OPS: dict[str, Op] = {
+    **{name: Op(make, arithmetic=True) for name, make in _ARITHMETIC.items()},
+    **{name: Op(make, arithmetic=False) for name, make in _MOVES.items()},
+}
+"""Beside these: `const`, `constexpr_*`, `read_state` and `write_state`, which compute nothing."""

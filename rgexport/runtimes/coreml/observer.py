@@ -1,0 +1,63 @@
+"""The values at the sites of a Core ML package, as the interpreter of its programs computes them.
+
+On macOS too: Core ML itself shows nothing but a function's outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.package import PACKAGE
+from rgexport.export.coreml.states import feature_name
+from rgexport.export.mil.package import Package, open_package
+from rgexport.griffin.sites import sites
+from rgexport.griffin.state import State
+from rgexport.runtimes.coreml.interpreter.interpreter import States
+from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+from rgexport.runtimes.coreml.session import CoreMLSession
+from rgexport.runtimes.observation import Observation, observed
+
+
+class CoreMLObserver:
+    """A package of which `prefill` takes a whole chunk, and `decode` a single token."""
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None):
+        """Translates the programs; `threads` is only reported, as by the session.
+
+        Raises:
+            RequestError: an operation that the interpreter does not know.
+        """
+        assert isinstance(artifact.manifest, CoreMLManifest)
+        self.lengths = (artifact.manifest.coreml.prefill_length, 1)
+        self._sites = {feature_name(site): site for site in sites(artifact.manifest.config)}
+        self._runner = _Kept(open_package(artifact.file(PACKAGE)), tuple(self._sites))
+        self._session = CoreMLSession(artifact, threads=threads, runner=self._runner)
+
+    def observe(self, tokens: np.ndarray, state: State) -> Observation:
+        """Takes tokens [T] from a canonical state of batch 1, in one call of a function."""
+        self._session.set_state(state)
+        self._session.prefill(tokens[None])
+        given = self._runner.take()
+        found = {site: given.pop(name) for name, site in self._sites.items() if name in given}
+        return observed(found, self._session.get_state())
+
+
+class _Kept(InterpreterRunner):
+    """Keeps what the last call gave until it is taken."""
+
+    def __init__(self, package: Package, also: Sequence[str]):
+        super().__init__(package, also=also)
+        self._given: dict[str, np.ndarray] = {}
+
+    def take(self) -> dict[str, np.ndarray]:
+        """Name → value, once."""
+        given, self._given = self._given, {}
+        return given
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: States
+    ) -> dict[str, np.ndarray]:
+        self._given = super().predict(function, inputs, state)
+        return self._given

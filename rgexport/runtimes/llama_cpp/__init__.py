@@ -1,0 +1,1 @@
+"""The llama.cpp that `rgexport llama-cpp build` makes."""

@@ -1,0 +1,183 @@
+"""A llama.cpp context of several sequences: tokens in, logits out, states in and out."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import State
+from rgexport.runtimes.llama_cpp.library import Handle, bindings, complaint, logged
+from rgexport.runtimes.llama_cpp.state import TYPES, Layout, pack, unpack
+
+LOGITS_BYTES = 64 << 20
+"""Of one call: llama.cpp reserves memory for as many as a call may ask for."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a context computes.
+
+    Attributes:
+        threads: processors that it uses.
+        ubatch: most tokens that go through the layers at once.
+        flash_attention: whether attention is one fused operation.
+        cache_type: dtype of keys and values.
+        watch: a `ggml_backend_sched_eval_callback` that is shown what is computed.
+    """
+
+    threads: int
+    ubatch: int
+    flash_attention: bool
+    cache_type: str
+    watch: Any = None
+
+
+class Context:
+    """The memory of `batch` sequences; it keeps its model alive.
+
+    Beside the cache of the window, llama.cpp keeps one for layers without a window. There are
+    none, but every token takes a cell of it, and nothing else is ever full: `room` is the number
+    of its cells per sequence. A state does not hold it, so `write` makes all of them free.
+
+    Attributes:
+        batch: number of sequences.
+        room: tokens that a sequence can take until its state is written anew.
+        chunk: most tokens of one sequence in one call.
+        rows: most logits of one sequence in one call.
+    """
+
+    def __init__(
+        self, model: Handle, config: GriffinConfig, settings: Settings, batch: int
+    ) -> None:
+        """Opens a context.
+
+        Raises:
+            RequestError: more sequences than llama.cpp can hold, or no memory for them.
+        """
+        self._llama = bindings()
+        most = self._llama.llama_max_parallel_sequences()
+        if not 1 <= batch <= most:
+            raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
+        parameters = _parameters(self._llama, config, settings, batch)
+        with logged():
+            pointer = self._llama.llama_init_from_model(model.pointer, parameters)
+            self._handle = Handle(pointer, self._llama.llama_free, keep=(model, settings))
+        if not pointer:
+            raise RequestError(f"llama.cpp cannot run this model: {complaint()}")
+        self._memory = self._llama.llama_get_memory(pointer)
+        self._vocab_size = config.vocab_size
+        self._sequences = np.arange(batch, dtype=np.int32)
+        self._layout = Layout(config, settings.cache_type, not settings.flash_attention, batch)
+        self.batch = batch
+        self.room: int = self._llama.llama_n_ctx_seq(pointer)
+        self.chunk: int = parameters.n_batch // batch
+        self.rows: int = parameters.n_outputs_max // batch
+
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> np.ndarray:
+        """Takes tokens [batch, T] behind `positions` [batch] tokens, T ≤ `chunk`.
+
+        Returns:
+            The last `wanted` logits, [batch, wanted, vocab]; `wanted` ≤ `rows`.
+
+        Raises:
+            RequestError: llama.cpp failed, and has said why.
+        """
+        with logged():
+            batch = self._batch(tokens, positions, wanted)
+            status = self._llama.llama_decode(self._handle.pointer, batch)
+        if status != 0:
+            raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
+        shape = len(tokens), wanted, self._vocab_size
+        if not wanted:
+            return np.empty(shape, np.float32)
+        logits = self._llama.llama_get_logits(self._handle.pointer)
+        return np.ctypeslib.as_array(logits, shape).copy()
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self._llama.llama_memory_clear(self._memory, True)
+
+    def read(self, sequence: int) -> State:
+        """The canonical state, without a batch axis, of a sequence that has seen a token.
+
+        Raises:
+            RequestError: llama.cpp lays it out otherwise than we know.
+        """
+        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        size = self._llama.llama_state_seq_get_size_ext(self._handle.pointer, sequence, flags)
+        buffer = (ctypes.c_uint8 * size)()
+        with logged():
+            done = self._llama.llama_state_seq_get_data_ext(
+                self._handle.pointer, buffer, size, sequence, flags
+            )
+        if not size or done != size:
+            raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
+        return unpack(bytes(buffer), self._layout)
+
+    def write(self, sequence: int, state: State) -> None:
+        """Has an empty sequence continue from a state that `read` could have given.
+
+        Raises:
+            RequestError: llama.cpp does not take it.
+        """
+        data = pack(state, self._layout)
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        with logged():
+            done = self._llama.llama_state_seq_set_data_ext(
+                self._handle.pointer, buffer, len(data), sequence, flags
+            )
+        if done != len(data):
+            raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
+
+    def close(self) -> None:
+        """Frees the context, which cannot be used any more."""
+        self._handle.close()
+
+    def _batch(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> Any:
+        """All tokens of the first sequence, then those of the next; it holds its arrays."""
+        batch, count = tokens.shape
+        addresses = self._sequences.ctypes.data + 4 * self._sequences.astype(np.uintp)
+        last = np.arange(count) >= count - wanted
+        columns = {
+            "token": tokens.astype(np.int32).reshape(-1),
+            "pos": (positions[:, None] + np.arange(count)).astype(np.int32).reshape(-1),
+            "n_seq_id": np.ones(batch * count, np.int32),
+            "seq_id": np.repeat(addresses, count),
+            "logits": np.tile(last, batch).astype(np.int8),
+        }
+        found = self._llama.llama_batch(n_tokens=batch * count)
+        for name, array in columns.items():
+            setattr(found, name, ctypes.cast(array.ctypes.data, type(getattr(found, name))))
+        found.arrays = columns
+        return found
+
+
+def _parameters(llama: Any, config: GriffinConfig, settings: Settings, batch: int) -> Any:
+    """What decides about memory and arithmetic; all else is as llama.cpp has it."""
+    parameters = llama.llama_context_default_params()
+    tokens = max(settings.ubatch, batch)
+    rows = min(tokens, LOGITS_BYTES // (4 * config.vocab_size))
+    values = {
+        "n_ctx": 2 * (config.window + 1 + settings.ubatch) * batch,
+        "n_batch": tokens,
+        "n_ubatch": settings.ubatch,
+        "n_seq_max": batch,
+        "n_outputs_max": max(rows, batch),
+        "n_threads": settings.threads,
+        "n_threads_batch": settings.threads,
+        "flash_attn_type": int(settings.flash_attention),
+        "type_k": TYPES[settings.cache_type],
+        "type_v": TYPES[settings.cache_type],
+        "swa_full": False,
+        "kv_unified": False,
+        "no_perf": True,
+    }
+    if settings.watch is not None:
+        values["cb_eval"] = settings.watch
+    for name, value in values.items():
+        setattr(parameters, name, value)
+    return parameters

@@ -1,0 +1,40 @@
+"""llama.cpp, as `runtimes.engine` asks."""
+
+from rgexport.export.artifact import Artifact
+from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.session import Session
+
+_LEAN_UBATCH = 64
+"""llama.cpp reserves scratch memory for as many tokens."""
+
+
+class LlamaCppEngine(Engine):
+    """Has to be built; see `kernels.llama_cpp`."""
+
+    def require(self) -> None:
+        """See `Engine`."""
+        from rgexport.runtimes.llama_cpp.library import bindings
+
+        bindings()
+
+    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
+        """See `Engine`."""
+        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+
+        return LlamaCppSession(artifact, threads=threads)
+
+    def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
+        """With `mmap`, weights that llama.cpp lays out anew would be there twice."""
+        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+
+        return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
+
+    def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
+        """See `Engine`."""
+        from rgexport.runtimes.llama_cpp.observer import LlamaCppObserver
+
+        return LlamaCppObserver(artifact, threads=threads)
+
+
+FORMAT = LlamaCppEngine()

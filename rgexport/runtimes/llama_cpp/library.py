@@ -1,0 +1,161 @@
+"""llama.cpp as llama-cpp-python brings it: found, kept quiet, its models and contexts freed."""
+
+import contextlib
+import functools
+import importlib
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rgexport import progress
+from rgexport.errors import NotInstalled, RequestError
+from rgexport.kernels.llama_cpp import port
+from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
+from rgexport.runtimes.onnx.huge_pages import huge_pages
+
+REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
+_UNKNOWN_ARCHITECTURE = "unknown model architecture"
+_ERROR, _CONTINUED = 4, 5
+"""Of `enum ggml_log_level` (ggml.h)."""
+
+
+@functools.cache
+def bindings() -> Any:
+    """The low-level bindings, `llama_cpp.llama_cpp`; llama.cpp's log goes to `-v` from here on.
+
+    Raises:
+        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is not of the release whose
+            structures and states we know.
+    """
+    try:
+        package = importlib.import_module("llama_cpp")
+        module = importlib.import_module("llama_cpp.llama_cpp")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "llama_cpp":
+            raise
+        raise NotInstalled(
+            f"a GGUF file takes {port.DISTRIBUTION}, which is missing; {REMEDY}"
+        ) from None
+    except (OSError, RuntimeError, AttributeError) as error:  # a library missing, broken, or old
+        raise NotInstalled(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
+    _require_known(package.__version__)
+    _log.receive_from(module)
+    module.llama_backend_init()
+    return module
+
+
+def _require_known(version: str) -> None:
+    if version.partition("+")[0] != port.RELEASE:
+        raise NotInstalled(
+            f"llama-cpp-python is {version}; this rgexport knows {port.RELEASE}: {REMEDY}"
+        )
+
+
+def version() -> str:
+    """Which llama.cpp this is, and whose."""
+    number = bindings().llama_version().decode()
+    package = importlib.import_module("llama_cpp").__version__
+    return f"{number} ({port.DISTRIBUTION} {package})"
+
+
+class _Log:
+    """Receives llama.cpp's log, which comes in pieces of lines."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.interrupted = False
+        self._level = 0
+        self._line = ""
+        self._callback: Any = None
+
+    def receive_from(self, module: Any) -> None:
+        """Has llama.cpp log here; the callback must live as long as the library."""
+        self._callback = module.llama_log_callback(self._receive)
+        module.llama_log_set(self._callback, None)
+
+    def _receive(self, level: int, text: bytes, _: Any) -> None:
+        try:
+            self._take(level, text.decode("utf-8", "replace"))
+        except KeyboardInterrupt:  # nothing may be raised into C: `logged` does it afterwards
+            self.interrupted = True
+        except Exception:
+            self._line = ""
+
+    def _take(self, level: int, text: str) -> None:
+        self._level = self._level if level == _CONTINUED else level
+        *lines, self._line = (self._line + text).split("\n")
+        for line in filter(None, map(str.strip, lines)):
+            progress.detail(f"llama.cpp: {line}")
+            if self._level == _ERROR:
+                self.errors.append(line)
+
+
+_log = _Log()
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[None]:
+    """Around a call of llama.cpp: forgets earlier errors, and raises an interrupt that it met."""
+    _log.errors.clear()
+    yield
+    if _log.interrupted:
+        _log.interrupted = False
+        raise KeyboardInterrupt
+
+
+def complaint() -> str:
+    """What llama.cpp called an error in the last `logged` call, without the function's name.
+
+    Of several lines the first, which is nearest to the cause.
+    """
+    first = next(iter(_log.errors), "it does not say why")
+    return first.split(": ", 1)[-1] if first.split(":")[0].isidentifier() else first
+
+
+class Handle:
+    """A C pointer, or none, that is freed when the handle is closed or goes away.
+
+    What is in `keep` is let go after it.
+    """
+
+    def __init__(self, pointer: Any, free: Callable[[Any], None], keep: Any = None) -> None:
+        self.pointer = pointer
+        self._keep = keep
+        self._finalizer = weakref.finalize(self, free, pointer) if pointer else None
+
+    def close(self) -> None:
+        """Frees the pointer, which must not be used any more."""
+        if self._finalizer:
+            self._finalizer()
+
+
+def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Handle:
+    """Loads a .gguf file: all of it, or its metadata and vocabulary.
+
+    Raises:
+        NotInstalled: llama.cpp is a stock one that does not know the architecture.
+        RequestError: it cannot load the file.
+    """
+    llama = bindings()
+    parameters = llama.llama_model_default_params()
+    parameters.vocab_only = vocab_only
+    parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
+    advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
+    with logged(), advised as advice:
+
+        def free(pointer: Any) -> None:
+            advice.stop()
+            llama.llama_model_free(pointer)
+
+        model = Handle(llama.llama_model_load_from_file(os.fsencode(path), parameters), free)
+    if model.pointer:
+        return model
+    reason = complaint()
+    if _UNKNOWN_ARCHITECTURE in reason:
+        raise NotInstalled(
+            f"the installed llama-cpp-python is a stock one, which cannot run {path} "
+            f"({reason}); {REMEDY}"
+        )
+    raise RequestError(f"llama.cpp cannot load {path}: {reason}")

@@ -1,0 +1,112 @@
+"""The values at the sites of a GGUF file: llama.cpp shows every tensor that it is asked for."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.state import State
+from rgexport.runtimes.llama_cpp.ggml_tensor import name_of, operation_of, read_floats
+from rgexport.runtimes.llama_cpp.library import bindings
+from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+from rgexport.runtimes.llama_cpp.sites import Tap, taps
+from rgexport.runtimes.observation import LENGTHS, Observation
+
+_GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
+_ATTENTION = "temporal_block.attention"
+
+
+class LlamaCppObserver:
+    """llama.cpp with the settings of a session, and its callback for evaluation.
+
+    What is computed in one operation cannot be seen: the GELU within its product. Attention is
+    as exact as the cached keys and values are, whatever the dtype of its result.
+    """
+
+    lengths = LENGTHS
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None):
+        """Loads the model.
+
+        Raises:
+            RequestError: no llama-cpp-python that knows RecurrentGemma, or it cannot load the
+                file.
+        """
+        self._watch = _Watch(taps(artifact.manifest.config))
+        callback = bindings().ggml_backend_sched_eval_callback(self._watch)
+        self._session = LlamaCppSession(artifact, threads=threads, watch=callback)
+
+    def observe(self, tokens: np.ndarray, state: State) -> Observation:
+        """Takes tokens [T] from a canonical state of batch 1, in one call of llama.cpp."""
+        self._session.set_state(state)
+        self._watch.begin()
+        self._session.prefill(tokens[None], len(tokens))
+        found = {s: array.reshape(len(tokens), -1) for s, array in self._watch.take().items()}
+        gates = {site for site in found if site.endswith(_GATES)}
+        after = self._session.get_state()
+        return Observation(
+            values={site: value for site, value in found.items() if site not in gates},
+            gates={site: found[site] for site in gates},
+            dtypes=_rounded(found, after),
+            state=after,
+        )
+
+
+def _rounded(found: Mapping[str, np.ndarray], state: State) -> dict[str, str]:
+    """The sites of attention to keys in float16."""
+    keys = {site: site.replace(_ATTENTION, "key") for site in found if site.endswith(_ATTENTION)}
+    dtypes = {site: state[key].dtype for site, key in keys.items()}
+    return {site: dtype.name for site, dtype in dtypes.items() if dtype != np.float32}
+
+
+class _Watch:
+    """llama.cpp's callback: asked about every tensor in turn, then shown those that it wants."""
+
+    def __init__(self, tapped: Mapping[str, Tap]):
+        self._named: dict[str, list[str]] = defaultdict(list)
+        self._behind: dict[str, dict[str, str]] = defaultdict(dict)
+        for site, tap in tapped.items():
+            if tap.then:
+                self._behind[tap.name][tap.then] = site
+            else:
+                self._named[tap.name].append(site)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what a call has shown, before the next one."""
+        self._found: dict[str, np.ndarray] = {}
+        self._seen: set[str] = set()
+        self._awaited: dict[str, str] = {}
+        self._sites: list[str] = []
+        self._failure: BaseException | None = None
+
+    def take(self) -> dict[str, np.ndarray]:
+        """Site → elements, float32 [T · n], once; raises what went wrong while llama.cpp ran."""
+        found, failure = self._found, self._failure
+        self.begin()
+        if failure is not None:
+            raise failure
+        return found
+
+    def __call__(self, tensor: int, ask: bool, _: Any) -> bool:
+        """Says whether it wants a tensor, or, shown it, whether to go on."""
+        try:
+            if ask:
+                self._sites = self._sites_of(tensor)
+                return bool(self._sites)
+            self._found |= dict.fromkeys(self._sites, read_floats(tensor))
+            return True
+        except BaseException as error:  # nothing may be raised into C
+            self._failure = self._failure or error
+            return False
+
+    def _sites_of(self, tensor: int) -> list[str]:
+        name, awaited = name_of(tensor), self._awaited.pop(operation_of(tensor), None)
+        sites = [] if awaited is None else [awaited]
+        if name in self._named and name not in self._seen:
+            self._seen.add(name)
+            self._awaited = dict(self._behind[name])
+            sites += self._named[name]
+        return sites

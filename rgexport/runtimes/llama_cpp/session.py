@@ -1,0 +1,212 @@
+"""llama.cpp behind the Session interface: the sequences of one context are the batch."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
+from rgexport.processors import usable_processors
+from rgexport.runtimes.llama_cpp.context import Context, Settings
+from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
+from rgexport.runtimes.sequences import checked_tokens, require_fitting
+from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.unchanged_files import UnchangedFiles
+
+UBATCH = 512
+"""Tokens that llama.cpp takes through the layers at once; its own default."""
+LAST_POSITION = 2**31 - 1
+"""llama.cpp counts positions in 32 bits."""
+
+_ALL_F32, _FLOATS = 0, (0, 1, 32)
+"""`LLAMA_FTYPE_ALL_F32`; that, `MOSTLY_F16` and `MOSTLY_BF16` (llama.h)."""
+
+
+class LlamaCppSession:
+    """A .gguf file in the llama.cpp of the installed llama-cpp-python.
+
+    Keys and values are kept in float32 where all weights are, otherwise in float16: its rounding,
+    1e-4 of the logits, is lost beside that of the weights. Flash attention, which saves a third
+    of the attention's time in a step, is used where weights are quantized: on a CPU it rounds
+    queries too and sums in float16 (2e-3 of the logits behind a full window).
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        ubatch: int = UBATCH,
+        flash_attention: bool | None = None,
+        cache_type: str | None = None,
+        mmap: bool = True,
+        watch: Any = None,
+    ):
+        """Loads the model.
+
+        Args:
+            artifact: a GGUF file.
+            threads: the processors that this process may use, by default.
+            ubatch: most tokens that go through the layers at once.
+            flash_attention: whether attention is one fused operation; None leaves it to us.
+            cache_type: `float32` or `float16` for keys and values; None leaves it to us.
+            mmap: whether weights may stay in the file's pages, where llama.cpp can use them so.
+            watch: a callback that llama.cpp shows what it computes, see `Settings`.
+
+        Raises:
+            RequestError: no llama-cpp-python that knows RecurrentGemma, or it cannot load the
+                file.
+        """
+        self._llama = bindings()
+        self._config = artifact.manifest.config
+        self._files = UnchangedFiles(artifact)
+        self._model = load_model(artifact.path, mmap=mmap)
+        self._require_vocabulary(artifact)
+        stored = self._llama.llama_model_ftype(self._model.pointer)
+        self._settings = Settings(
+            threads=threads or usable_processors(),
+            ubatch=ubatch,
+            flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
+            cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),
+            watch=watch,
+        )
+        self._context: Context | None = None
+        self.reset()
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this session runs."""
+        sizes = (np.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self._specs)
+        return SessionInfo(
+            engine="llama.cpp",
+            engine_version=version(),
+            threads=self._settings.threads,
+            activation_dtype="float32",
+            weight_bytes=self._llama.llama_model_size(self._model.pointer),
+            state_bytes=int(sum(sizes)),
+            prefill_chunk=self._settings.ubatch,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per token."""
+        return self._config.vocab_size
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen so far, [B] int64."""
+        return self._position.copy()
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
+        tokens = checked_tokens(tokens, len(self._position), self.vocab_size)
+        context, count = self._open, tokens.shape[1]
+        first = count - max(1, min(num_logits, count))
+        logits, start = [], 0
+        while start < count:
+            stop = min(start + context.chunk, max(first, start) + context.rows, count)
+            wanted = max(0, stop - max(first, start))
+            logits.append(self._decode(tokens[:, start:stop], wanted))
+            start = stop
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
+        return self.prefill(np.reshape(tokens, (-1, 1)))[:, 0]
+
+    def reset(self, batch: int = 1) -> None:
+        """Forgets everything; from now on `batch` conversations.
+
+        Raises:
+            RequestError: more than llama.cpp can hold, or no memory for them; or the file changed
+                under the session, and with it perhaps its weights.
+        """
+        self._files.require()
+        if self._context is None or self._context.batch != batch:
+            self._close_context()
+            self._context = Context(self._model, self._config, self._settings, batch)
+        self._open.clear()
+        self._position = np.zeros(batch, np.int64)
+        self._counted = 0
+
+    def get_state(self) -> State:
+        """A copy of the canonical state.
+
+        What llama.cpp holds is laid out anew from the copy: so the session goes on exactly, to
+        the last bit, as any session does that the copy is given to.
+        """
+        batch = len(self._position)
+        state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._specs}
+        state[POSITION] = self.position
+        for sequence in np.flatnonzero(self._position).tolist():
+            for name, array in self._open.read(sequence).items():
+                state[name][sequence] = array
+        self._fill(state)
+        return state
+
+    def set_state(self, state: State) -> None:
+        """Continues from a canonical state of any batch size, by any engine.
+
+        Raises:
+            RequestError: a name or shape that does not fit this model, or a position that
+                llama.cpp cannot count.
+        """
+        require_fitting(state, {spec.name: spec.shape for spec in self._specs})
+        furthest = int(state[POSITION].max(initial=0))
+        if furthest > LAST_POSITION:
+            raise RequestError(
+                f"the state has seen {furthest} tokens; llama.cpp counts to {LAST_POSITION}"
+            )
+        self._fill(state)
+
+    def close(self) -> None:
+        """Frees the context and the model; the session cannot be used any more."""
+        self._close_context()
+        self._model.close()
+
+    @property
+    def _specs(self) -> list[StateSpec]:
+        """The states as llama.cpp keeps them."""
+        return [
+            dataclasses.replace(spec, dtype="float32") if spec.name.endswith(".conv1d") else spec
+            for spec in state_specs(self._config, self._settings.cache_type)
+        ]
+
+    @property
+    def _open(self) -> Context:
+        if self._context is None:
+            raise ValueError("the session is closed")
+        return self._context
+
+    def _close_context(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        self._context = None
+
+    def _require_vocabulary(self, artifact: Artifact) -> None:
+        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
+        found = self._llama.llama_vocab_n_tokens(vocabulary)
+        if found != self._config.vocab_size:
+            raise RequestError(
+                f"{artifact.path} is damaged: its vocabulary has {found} tokens, its manifest "
+                f"says {self._config.vocab_size}; export it again"
+            )
+
+    def _decode(self, tokens: np.ndarray, wanted: int) -> np.ndarray:
+        """One call of llama.cpp, which never runs out of room: there is no last token."""
+        count = tokens.shape[1]
+        if self._counted + count > self._open.room:
+            self.get_state()  # lays it out anew, which makes room
+        logits = self._open.decode(tokens, self._position, wanted)
+        self._position += count
+        self._counted += count
+        return logits
+
+    def _fill(self, state: State) -> None:
+        """Continues from a state that fits, and forgets what was there."""
+        self.reset(len(state[POSITION]))
+        for sequence in np.flatnonzero(state[POSITION]).tolist():
+            self._open.write(sequence, {name: array[sequence] for name, array in state.items()})
+        self._position = np.array(state[POSITION], np.int64)

@@ -1,0 +1,1 @@
+"""ONNX Runtime, with the kernels of this project or its own."""

@@ -1,0 +1,37 @@
+"""ONNX Runtime, as `runtimes.engine` asks."""
+
+from collections.abc import Iterator
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.quantize.scheme import Float
+from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.session import Session
+
+
+class OnnxEngine(Engine):
+    """Comes with every install."""
+
+    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
+        """See `Engine`."""
+        from rgexport.runtimes.onnx.session import OrtSession
+
+        return OrtSession(artifact, threads=threads)
+
+    def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
+        """See `Engine`."""
+        from rgexport.runtimes.onnx.observer import OrtObserver
+
+        return OrtObserver(artifact, threads=threads)
+
+    def _held(self, manifest: Manifest) -> Iterator[int]:
+        """It has no products in float16 on a CPU, and makes such weights float32."""
+        names = (*manifest.tensors, EMBEDDING)
+        for name, size in zip(names, super()._held(manifest), strict=True):
+            scheme = manifest.tensors[name].scheme
+            yield 2 * size if scheme == Float("float16") else size
+
+
+FORMAT = OnnxEngine()

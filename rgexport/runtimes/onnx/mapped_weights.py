@@ -1,0 +1,96 @@
+"""The weights that native kernels read, mapped from their files in huge pages.
+
+An engine maps each tensor by itself, in pages of 4 kB: so a step spends a tenth of its time on
+address translation, and so does the first one on page faults. Here a file is mapped once, whole.
+Where the kernel keeps files in large folios (Linux 6.16 and ext4, XFS, btrfs), `MADV_HUGEPAGE` has
+it read ahead in huge pages; elsewhere that is ignored. Nothing is copied.
+"""
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from rgexport.export.onnx.model_file import ExternalTensor
+from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
+from rgexport.runtimes.onnx.mappings import advise
+
+_HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
+"""Advice of Linux."""
+_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8}
+"""What native kernels read: onnx.proto's number of a type → numpy's."""
+
+
+class MappedWeights:
+    """Some tensors of the files in a folder, where an engine can read them in place.
+
+    `values` are for `SessionOptions.add_initializer`, by name. ONNX Runtime keeps no more than
+    pointers to them: this object has to live as long as the session.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[ExternalTensor]):
+        """Maps the files; a tensor that does not lie in its file as it says is left out."""
+        self._folder = folder
+        self._files: dict[str, mmap.mmap] = {}
+        self._arrays: list[np.ndarray] = []
+        self._advice = BackgroundAdvice()
+        self.values: dict[str, ort.OrtValue] = {}
+        for tensor in tensors:
+            array = self._view(tensor)
+            if array is not None:
+                self._arrays.append(array)
+                self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+
+    def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
+        """Reads what lies in one huge page with tensors that the engine is going to read by itself.
+
+        By it they would be read without a map: in small pages, and the megabytes around them too.
+        """
+        for tensor in tensors:
+            array = self._view(tensor)
+            if array is not None:
+                start = array.ctypes.data
+                advise(start - start % mmap.PAGESIZE, start + array.nbytes, _POPULATE_READ)
+
+    def make_resident(self) -> None:
+        """Begins to read all of the files, in the background, if there is memory for them."""
+        room, size = available_bytes(), sum(map(len, self._files.values()))
+        if room is None or room > size:
+            files = tuple(self._files.values())
+            self._advice.start(map(_addresses, files), _populate, files)
+
+    def close(self) -> None:
+        """Ends what was begun in the background; maps go when nobody holds a tensor any more."""
+        self._advice.stop()
+
+    def _view(self, tensor: ExternalTensor) -> np.ndarray | None:
+        dtype, path = _DTYPES.get(tensor.data_type), self._folder / tensor.file
+        if dtype is None or path.parent != self._folder or not path.is_file():
+            return None
+        file = self._map(path)
+        count = int(np.prod(tensor.shape, dtype=np.int64))
+        end = tensor.offset + count * np.dtype(dtype).itemsize
+        if count == 0 or not 0 <= tensor.offset < end <= len(file):
+            return None
+        return np.frombuffer(file, dtype, count, tensor.offset).reshape(tensor.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path.name not in self._files:
+            with open(path, "rb") as file:
+                self._files[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            start, end = _addresses(self._files[path.name])
+            advise(start, end, _HUGEPAGE)
+        return self._files[path.name]
+
+
+def _addresses(file: mmap.mmap) -> tuple[int, int]:
+    """Where a map begins and ends in memory."""
+    start = np.frombuffer(file, np.uint8).ctypes.data
+    return start, start + len(file)
+
+
+def _populate(start: int, end: int) -> None:
+    _ = advise(start, end, _POPULATE_READ) or advise(start, end, _WILLNEED)

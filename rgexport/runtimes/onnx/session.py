@@ -1,0 +1,311 @@
+"""ONNX Runtime behind the Session interface; states are bound once and updated in place."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import ACTIVATIONS
+from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.native import STOCK, NativeOps, native_ops
+from rgexport.griffin.state import POSITION, State
+from rgexport.processors import usable_processors
+from rgexport.progress import warn
+from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
+from rgexport.runtimes.onnx.mapped_weights import MappedWeights
+from rgexport.runtimes.sequences import checked_tokens, require_fitting
+from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.unchanged_files import UnchangedFiles
+
+PREFILL_CHUNK = 512
+"""Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
+
+_ERRORS_ONLY = 3
+_NEEDED = {"webgpu": (1, 25)}
+"""Profile → the first ONNX Runtime that has all its ops on a processor, if pyproject has less."""
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Option of ONNX Runtime: where the file of weights of a graph lies that comes from memory."""
+
+
+class OrtSession:
+    """An ONNX artifact in ONNX Runtime on the CPU; where our kernels are built, they run its ops.
+
+    Every state has one buffer, bound as input and as output: the graph reads each state before it
+    writes (the exporter asserts that). Keys and values lie in rings, so a step copies none of them.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        graph: bytes | None = None,
+        native: bool = True,
+    ):
+        """Opens the model.
+
+        Args:
+            artifact: an ONNX artifact.
+            threads: the processors that this process may use, by default.
+            graph: a serialized model that runs instead of the artifact's, over its weights.
+            native: whether our kernels may run.
+
+        Raises:
+            RequestError: ONNX Runtime cannot open the model, or its files are no longer those that
+                the artifact was opened with.
+        """
+        self._manifest = artifact.manifest
+        self._threads = threads or usable_processors()
+        self._files = UnchangedFiles(artifact, MODEL_FILE)
+        self._session, self._kernels, self._weights, stop = _open(
+            artifact, self._threads, graph, native
+        )
+        # Also of a session that nobody closes: before its memory is freed.
+        self._stop_advice = weakref.finalize(self, stop)
+        self._require_states(artifact)
+        self._vocab = artifact.manifest.config.vocab_size
+        self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
+        self.reset()
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this session runs."""
+        tensors = self._manifest.tensors.values()
+        return SessionInfo(
+            engine="onnxruntime",
+            engine_version=ort.__version__,
+            threads=self._threads,
+            activation_dtype=ACTIVATIONS[self._manifest.compute],
+            weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
+            state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
+            prefill_chunk=PREFILL_CHUNK,
+            kernels=self._kernels,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per token."""
+        return self._vocab
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen so far, [B] int64."""
+        return self._position.copy()
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
+        tokens = checked_tokens(tokens, len(self._position), self._vocab)
+        count = tokens.shape[1]
+        first = count - max(1, min(num_logits, count))
+        logits = []
+        for start in range(0, count, PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            wanted = start + chunk.shape[1] - max(first, start)
+            result = self._run(chunk, max(1, wanted))
+            if wanted > 0:
+                logits.append(result)
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
+        column = np.reshape(tokens, (-1, 1))
+        self._step_ids[:] = checked_tokens(column, len(self._position), self._vocab)
+        self._step_positions[:, 0] = self._position
+        logits = self._run_for_logits(self._step_run, 1)
+        self._position += 1
+        return logits[:, 0]
+
+    def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Takes tokens [B, T] in one run that wants all logits; what these outputs were."""
+        ids = checked_tokens(tokens, len(self._position), self._vocab)
+        found = self._bind(ids, self._next(ids), ids.shape[1]).fetch(names)
+        self._position += ids.shape[1]
+        return found
+
+    def reset(self, batch: int = 1) -> None:
+        """Forgets everything; from now on `batch` conversations.
+
+        Raises:
+            RequestError: a file changed under the session, and with it perhaps its weights.
+        """
+        self._files.require()
+        specs = self._manifest.states
+        self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
+        self._position = np.zeros(batch, np.int64)
+        self._step_ids = np.zeros((batch, 1), np.int64)
+        self._step_positions = np.zeros((batch, 1), np.int64)
+        self._step_run = self._bind(self._step_ids, self._step_positions, 1)
+
+    def get_state(self) -> State:
+        """A copy of the canonical state."""
+        state = {
+            name: _rolled(array, -self._position) if name in self._rings else array.copy()
+            for name, array in self._states.items()
+        }
+        return state | {POSITION: self.position}
+
+    def set_state(self, state: State) -> None:
+        """Continues from a canonical state of any batch size.
+
+        Raises:
+            RequestError: a name or shape that does not fit this model.
+        """
+        require_fitting(state, {s.name: s.shape for s in self._manifest.states})
+        batch = len(state[POSITION])
+        if batch != len(self._position):
+            self.reset(batch)
+        self._position[:] = state[POSITION]
+        for name, buffer in self._states.items():
+            buffer[:] = _rolled(state[name], self._position) if name in self._rings else state[name]
+
+    def close(self) -> None:
+        """Frees the weights and the states; the session cannot be used any more."""
+        self._stop_advice()
+        del self._step_run, self._session, self._weights
+        self._states = {}
+
+    def _require_states(self, artifact: Artifact) -> None:
+        """The manifest is not hashed itself, so its names are held against the graph's."""
+        graph = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+        missing = [s.name for s in self._manifest.states if not {s.input, s.output} <= graph]
+        if missing:
+            raise RequestError(
+                f"{artifact.path} is damaged: the graph lacks the states {', '.join(missing[:3])} "
+                "as the manifest names them; export it again"
+            )
+
+    def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
+        """One run over a chunk [B, T]."""
+        logits = self._run_for_logits(self._bind(ids, self._next(ids), num_logits), num_logits)
+        self._position += ids.shape[1]
+        return logits
+
+    def _run_for_logits(self, run: "_Run", count: int) -> np.ndarray:
+        """The logits [B, count, vocab] of a run, in an array that nothing else writes to."""
+        logits = np.empty((len(self._position), count, self._vocab), np.float32)
+        run.bind(logits, None, "logits")
+        run.run()
+        return logits
+
+    def _next(self, ids: np.ndarray) -> np.ndarray:
+        """The positions of a chunk [B, T]."""
+        positions: np.ndarray = self._position[:, None] + np.arange(ids.shape[1])
+        return positions
+
+    def _bind(self, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
+        """All inputs, and the states as outputs too."""
+        run = _Run(self._session)
+        run.bind(np.ascontiguousarray(ids), "input_ids")
+        run.bind(positions, "position_ids")
+        run.bind(np.array(num_logits), "num_logits")
+        for record in self._manifest.states:
+            run.bind(self._states[record.name], record.input, record.output)
+        return run
+
+
+class _Run:
+    """Inputs and outputs bound to arrays, and the arrays: ONNX Runtime may keep only pointers."""
+
+    def __init__(self, session: ort.InferenceSession):
+        self._session, self._binding = session, session.io_binding()
+        self._arrays: dict[str | None, np.ndarray] = {}
+
+    def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
+        """Has the graph read input `source` from `array`, and write output `target` there.
+
+        Binding a name again replaces what was bound to it.
+        """
+        self._arrays[source or target] = array
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        if source:
+            self._binding.bind_ortvalue_input(source, value)
+        if target:
+            self._binding.bind_ortvalue_output(target, value)
+
+    def run(self) -> None:
+        """Runs the graph."""
+        self._session.run_with_iobinding(self._binding)
+
+    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Runs the graph; the outputs `names`, none of which is bound."""
+        for name in names:
+            self._binding.bind_output(name)
+        self.run()
+        found = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+
+
+def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Caches [B, window, D], each row turned by its own number of slots.
+
+    A ring has position p in slot p modulo the window; turned by -p, the oldest is in front.
+    """
+    return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
+
+
+def _open(
+    artifact: Artifact, threads: int, graph: bytes | None, native: bool
+) -> tuple[ort.InferenceSession, str, MappedWeights | None, Callable[[], None]]:
+    """The session, which kernels it runs, what lives as long, and what to call before both go."""
+    _require_version(artifact)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    # A pattern has a block for all tensors of a run, beside what the first run has left in the
+    # arena: 180 MB for prompts of a 2B, and no gain in time.
+    options.enable_mem_pattern = False
+    if graph is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
+    path = artifact.file(MODEL_FILE)
+    model = str(path) if graph is None else graph
+    kernels, weights = STOCK, None
+    if native:
+        ops = native_ops(path if graph is None else graph)
+        kernels = _register(options, ops)
+    if kernels != STOCK:
+        weights = MappedWeights(artifact.path, ops.weights)
+        weights.read_around(ops.small)
+        for name, value in weights.values.items():
+            options.add_initializer(name, value)
+    try:
+        with huge_pages() as advice:
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT raises a dozen pybind types without a common base.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
+    stops = [advice.stop]
+    if weights:
+        weights.make_resident()
+        stops.append(weights.close)
+    return session, kernels, weights, lambda: _call_all(stops)
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _require_version(artifact: Artifact) -> None:
+    """Refuses an ONNX Runtime whose own message would be about an op that it does not know."""
+    profile = artifact.manifest.profile
+    needed = _NEEDED.get(profile, (0, 0))
+    if tuple(map(int, ort.__version__.split(".")[:2])) < needed:
+        raise RequestError(
+            f"{artifact.path} is made for {profile}, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, needed))} or later; this is {ort.__version__}: update onnxruntime"
+        )
+
+
+def _register(options: ort.SessionOptions, native: NativeOps) -> str:
+    """Has a session use our kernels if there are any; which ones it will run."""
+    if native.library is None:
+        return native.kernels
+    try:
+        options.register_custom_ops_library(str(native.library))
+    except Exception as error:  # of another machine, or of an ONNX Runtime that it cannot use
+        warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
+        return STOCK
+    return native.kernels

@@ -1,0 +1,1 @@
+"""What the formats' engines may differ by."""

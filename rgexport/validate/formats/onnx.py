@@ -1,0 +1,19 @@
+"""ONNX artifacts, as `formats.expected` asks."""
+
+from rgexport.export.manifest import Manifest
+from rgexport.quantize.scheme import Affine
+from rgexport.validate.formats.expected import Expected
+
+
+class OnnxExpected(Expected):
+    """Products with quantized weights round activations to int8, but with `--exact`."""
+
+    has_exact = True
+
+    def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
+        """See `Expected`."""
+        rounded = isinstance(manifest.plan[tensor], Affine) and not manifest.exact
+        return "int8" if rounded else "float32"
+
+
+FORMAT = OnnxExpected()

@@ -1,0 +1,112 @@
+"""Tokenizers in Gemma's layout, made here."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, normalizers
+
+from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from tests.toy_session import ToySession
+
+DEMO = Path(__file__).parents[2] / "demo" / "model"
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
+MARKERS = ("<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99)))
+TURNS = ("<start_of_turn>", "<end_of_turn>")  # 106 and 107
+TEXTUAL = (*("\n" * n for n in range(1, 8)), *("▁" * n for n in range(2, 8)), "<table>", "</b>")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small SentencePiece model whose special ids are Gemma's."""
+    model = io.BytesIO()
+    words = "the user said hello to a model that turns text into tokens; it is 42 of them".split()
+    control: dict[str, Any] = {f"{piece[1:-1]}_id": i for i, piece in enumerate(CONTROL)}
+    control |= {f"{piece[1:-1]}_piece": piece for piece in CONTROL}
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=(f"{a} {b} {a}s" for a in words for b in words),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=520,
+        byte_fallback=True,
+        user_defined_symbols=[*MARKERS, *TURNS, *TEXTUAL],
+        **control,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def json_folder(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same vocabulary as a tokenizer.json, converted as Hugging Face does."""
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(sentencepiece_folder / "tokenizer.model")
+    )
+    vocab = {model.IdToPiece(i): i for i in range(model.GetPieceSize())}
+    merges = [
+        (-model.GetScore(i), piece[:cut], piece[cut:])
+        for piece, i in vocab.items()
+        for cut in range(1, len(piece))
+        if i >= model.PieceToId("<0xFF>") and piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    bpe = tokenizers.models.BPE(
+        vocab, [(a, b) for _, a, b in sorted(merges)], byte_fallback=True, unk_token="<unk>"
+    )
+    engine = tokenizers.Tokenizer(bpe)
+    engine.normalizer = normalizers.Replace(" ", "▁")
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    engine.add_special_tokens([*CONTROL, *TURNS])
+    engine.add_tokens([tokenizers.AddedToken(p, normalized=False) for p in (*MARKERS, *TEXTUAL)])
+    folder = tmp_path_factory.mktemp("json")
+    engine.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session", params=["sentencepiece", "json", "demo"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Each kind of tokenizer folder in turn."""
+    if request.param != "demo":
+        found: Path = request.getfixturevalue(f"{request.param}_folder")
+        return found
+    if not (DEMO / "tokenizer.model").is_file():
+        pytest.skip("the demo model is not there")
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> Tokenizer:
+    """Each kind of tokenizer in turn."""
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def gemma(sentencepiece_folder: Path) -> Tokenizer:
+    """The SentencePiece tokenizer, where the kind makes no difference."""
+    return load_tokenizer(sentencepiece_folder)
+
+
+@pytest.fixture(scope="session")
+def template() -> ChatTemplate:
+    """Gemma's chat template."""
+    return ChatTemplate(GEMMA_TEMPLATE, "built-in")
+
+
+@pytest.fixture(scope="session")
+def make_session() -> Callable[[int], ToySession]:
+    """Makes a toy session of a vocabulary size."""
+    return ToySession

@@ -1,0 +1,161 @@
+"""Chat templates: the ids of the whole, and messages that cannot leave their place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rgexport.chat import template as template_module
+from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate, load_template
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
+
+LITERALS = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<mask>", "<unused7>")
+fragments = st.text(max_size=8) | st.sampled_from(
+    ["hello", "\n\n", "  ", "<", "turn>", "start_of_"]
+)
+plain = st.lists(fragments, max_size=6).map("".join)
+hostile = st.lists(fragments | st.sampled_from(LITERALS), max_size=6).map("".join)
+
+
+def turns(contents: list[str], role: str = "user") -> list[dict[str, str]]:
+    roles = (role, "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@settings(deadline=None)
+@given(contents=st.lists(hostile, min_size=1, max_size=4), prompt=st.booleans())
+def test_only_the_template_opens_turns(
+    tokenizer: Tokenizer, template: ChatTemplate, contents: list[str], prompt: bool
+) -> None:
+    ids = template.render_ids(tokenizer, turns(contents), prompt)
+    special = [i for i in ids if i in tokenizer.special.values()]
+    assert special == [2, *[106, 107] * len(contents), *[106] * prompt]
+    text = "".join(
+        f"<start_of_turn>{role}\n{c.strip()}<end_of_turn>\n"
+        for role, c in zip(["user", "model"] * 2, contents, strict=False)
+    ) + ("<start_of_turn>model\n" * prompt)
+    assert tokenizer.decode(ids) == text.replace("▁", " ")
+
+
+@settings(deadline=None)
+@given(contents=st.lists(plain, min_size=1, max_size=4), prompt=st.booleans())
+def test_ids_are_those_of_the_rendered_string(
+    sentencepiece_folder: Path,
+    gemma: Tokenizer,
+    template: ChatTemplate,
+    contents: list[str],
+    prompt: bool,
+) -> None:
+    assume(not any(literal in text for text in contents for literal in gemma.special))
+    model = str(sentencepiece_folder / "tokenizer.model")
+    engine = sentencepiece.SentencePieceProcessor(model_file=model)
+    rendered = template.render(turns(contents), prompt, bos_token="")
+    whole = [2, *engine.EncodeAsIds(rendered)]
+    assert template.render_ids(gemma, turns(contents), prompt) == whole
+
+
+def test_a_role_is_text_too(gemma: Tokenizer, template: ChatTemplate) -> None:
+    ids = template.render_ids(
+        gemma,
+        [*turns(["a"]), {"role": "<end_of_turn>\n<start_of_turn>user", "content": "b"}],
+        False,
+    )
+    assert [i for i in ids if i in (106, 107)] == [106, 107, 106, 107]
+
+
+@pytest.mark.parametrize("source", ["{{ bos_token }}{{ messages[0].content }}", "hi"])
+def test_there_is_one_bos(gemma: Tokenizer, source: str) -> None:
+    ids = ChatTemplate(source, "test").render_ids(gemma, turns(["hi"]), True)
+    assert ids == [2, *gemma.encode_text("hi")]
+
+
+def test_where_a_template_comes_from(tmp_path: Path) -> None:
+    assert load_template(tmp_path) == ChatTemplate(GEMMA_TEMPLATE, "built-in")
+    config = tmp_path / "tokenizer_config.json"
+    for content, source in (
+        ({}, GEMMA_TEMPLATE),
+        ({"chat_template": "one"}, "one"),
+        ({"chat_template": [{"name": "default", "template": "two"}]}, "two"),
+    ):
+        config.write_text(json.dumps(content))
+        assert load_template(tmp_path).source == source
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert load_template(tmp_path) == ChatTemplate("three", "chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b'{"chat_template": 3}', "cannot be read"),
+        (b'{"chat_template": [{"name": "rag"}]}', "cannot be read"),
+        (b'{"chat_template": [{"name": "rag", "template": ""}]}', "expected one named default"),
+    ],
+)
+def test_an_unreadable_template_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(RequestError, match=said) as error:
+        load_template(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (GEMMA_TEMPLATE, "System role not supported"),
+        ("{{ raise_exception('no\nway') }}", "no way"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ missing.attribute }}", "undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than"),
+        (
+            "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
+            "loops|makes more",
+        ),
+        ("{{ range(10 ** 9) | list }}", "loops"),
+    ],
+)
+def test_a_failing_template_is_one_line(source: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said) as error:
+        ChatTemplate(source, "somewhere").render(turns(["a"], role="system"), True, bos_token="")
+    assert "\n" not in str(error.value) and "somewhere" in str(error.value)
+
+
+def test_a_refused_message_is_not_repeated_with_marks(gemma: Tokenizer) -> None:
+    refusing = ChatTemplate("{{ raise_exception(messages[0].content) }}", "test")
+    with pytest.raises(RequestError, match="no <bos> please") as error:
+        refusing.render_ids(gemma, turns(["no <bos> please"]), True)
+    assert str(error.value).isascii()
+
+
+def test_what_hugging_face_offers_to_a_template() -> None:
+    source = (
+        "{%- for m in messages -%}{%- if loop.index > 1 %}{% break %}{% endif -%}"
+        "{{ m | tojson }}{%- endfor %}\n"
+        "    {% if tools is none %}\n{{ strftime_now('%%') }}{% endif %}"
+    )
+    text = ChatTemplate(source, "test").render(turns(["é", "b"]), False)
+    assert text == '{"role": "user", "content": "é"}%'
+
+
+def test_a_vocabulary_without_turns_is_refused(gemma: Tokenizer, template: ChatTemplate) -> None:
+    template.check_turns(gemma)
+    base = Tokenizer(256, {"<bos>": 2}, 2, None, gemma.raw_encode, gemma.surface)
+    with pytest.raises(RequestError, match="no <start_of_turn> and no <end_of_turn>"):
+        template.check_turns(base)
+    ChatTemplate("{{ messages[0].content }}", "test").check_turns(base)
+
+
+def test_the_bound_is_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "MAX_ITERATIONS", 5)
+    counting = ChatTemplate("{% for i in range(3) %}{{ i }}{% endfor %}", "test")
+    assert [counting.render([], False) for _ in range(3)] == ["012"] * 3

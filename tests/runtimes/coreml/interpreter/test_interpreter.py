@@ -1,0 +1,223 @@
+"""How the interpreter runs programs, and what it refuses to open."""
+
+import copy
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("coremltools")
+
+from rgexport.errors import RequestError
+from rgexport.export.mil.program import Function, Immediate, Name, Operation, TensorType
+from tests.runtimes.coreml.interpreter.mil_programs import Blobs, immediate, main, opened, operation
+
+X = TensorType("float32", (1, 4))
+HALF = TensorType("float16", (1, 4))
+
+
+def write(state: str, data: str) -> Operation:
+    return operation("write_state", {"input": Name(state), "data": Name(data)}, {})
+
+
+def read(state: str, output: str, type: TensorType = HALF) -> Operation:
+    return operation("read_state", {"input": Name(state)}, {output: type})
+
+
+def add(x: str, y: str, output: str, type: TensorType = HALF) -> Operation:
+    return operation("add", {"x": Name(x), "y": Name(y)}, {output: type})
+
+
+def test_states_are_read_and_written_in_the_order_of_the_program() -> None:
+    program = [
+        read("s", "before"),
+        add("before", "x", "sum"),
+        write("s", "sum"),
+        read("s", "after"),
+        add("before", "after", "y"),
+    ]
+    run = opened(main(program, {"x": HALF}, ["y"], {"s": HALF}))
+    states = {"s": np.full((1, 4), 2, np.float16)}
+    kept = states["s"]
+    x = np.arange(4, dtype=np.float16)[None]
+    assert run({"x": x}, states)["y"].tolist() == [[4, 5, 6, 7]]
+    assert states["s"].tolist() == [[2, 3, 4, 5]]
+    assert kept.tolist() == [[2, 2, 2, 2]], "a state that somebody holds must not change"
+    assert run({"x": x}, states)["y"].tolist() == [[4, 7, 10, 13]]
+
+
+def test_every_float16_value_is_rounded() -> None:
+    """2048 + 1 + 1 is 2048 in float16, and 2050 if the sum between is not rounded."""
+    one = np.ones((1, 4), np.float16)
+    program = [add("x", "one", "a"), add("a", "one", "y")]
+    run = opened(main(program, {"x": HALF, "one": HALF}, ["y"]))
+    assert run({"x": one * 2048, "one": one}, {})["y"].tolist() == [[2048] * 4]
+
+
+def test_values_are_forgotten_after_their_last_use() -> None:
+    """A chain of a thousand sums of 1 MB each."""
+    type = TensorType("float32", (1 << 18,))
+    program = [add(f"v{i}", f"v{i}", f"v{i + 1}", type) for i in range(1000)]
+    run = opened(main(program, {"v0": type}, ["v1000"]))
+    tracemalloc.start()
+    run({"v0": np.zeros(type.shape, np.float32)}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_values_on_the_way_can_be_asked_for() -> None:
+    one = np.ones((1, 4), np.float16)
+    program = [add("x", "x", "a"), add("a", "x", "b"), add("b", "x", "y")]
+    run = opened(main(program, {"x": HALF}, ["y"]), also=["a", "y", "nothing"])
+    found = run({"x": one}, {})
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "y": [[4] * 4],
+        "a": [[2] * 4],
+    }
+
+
+def test_a_function_with_several_outputs() -> None:
+    outputs = {"a": TensorType("float32", (1, 2)), "b": TensorType("float32", (1, 2))}
+    program = [operation("split", {"x": Name("x")}, outputs, axis=1, num_splits=2)]
+    run = opened(main(program, {"x": X}, ["a", "b"]))
+    found = run({"x": np.arange(4, dtype=np.float32)[None]}, {})
+    assert found["a"].tolist() == [[0, 1]] and found["b"].tolist() == [[2, 3]]
+
+
+def test_a_large_constant_of_any_parameter(tmp_path: Path) -> None:
+    """Weights in files serve every operation, not only those that read them in slabs."""
+    blobs = Blobs(tmp_path)
+    array = np.random.default_rng(0).standard_normal((200, 200)).astype(np.float16)
+    value = blobs.add(array)
+    path = blobs.close()
+    const = Operation("const", "w", {}, (("w", value.type),), {"val": value})
+    x = np.ones((1, 200), np.float16)
+
+    def run(kind: str, given: dict[str, Any], rows: int, **constants: Any) -> np.ndarray:
+        last = operation(kind, given, {"y": TensorType("float16", (rows, 200))}, **constants)
+        function = main([const, last], {"x": TensorType("float16", (1, 200))}, ["y"])
+        return opened(function, weights=path)({"x": x}, {})["y"]
+
+    both = run("concat", {"values": [Name("x"), Name("w")]}, 201, axis=0)
+    np.testing.assert_array_equal(both, np.concatenate([x, array]))
+    product = run("matmul", {"x": Name("x"), "y": Name("w")}, 1)
+    expected = (x.astype(np.float32) @ array.astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(product, expected)
+
+
+def refused(operations: Sequence[Operation], outputs: Sequence[str] = ("y",), **more: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        opened(main(operations, {"x": X}, outputs, **more))
+    message = str(caught.value)
+    assert "\n" not in message and "made.mlpackage: main" in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["custom_layer", "conv", "while_loop", "constexpr_cast"])
+def test_an_unknown_operation_is_refused_on_opening(kind: str) -> None:
+    message = refused([operation(kind, {"x": Name("x")}, {"y": X})])
+    assert f"{kind} y cannot be executed: it is no operation" in message
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    """It may change what the operation does."""
+    program = [operation("tanh", {"x": Name("x")}, {"y": X}, slope=np.float32(2))]
+    assert "tanh y cannot be executed: it has the input slope" in refused(program)
+
+
+def test_parameters_in_attributes_are_not_taken_for_inputs() -> None:
+    """As operations of iOS 16 have them: they must not be run without them."""
+    values = {name: immediate(np.ones((1, 4), np.int8)) for name in ("quantized_data", "scale")}
+    old = Operation("constexpr_affine_dequantize", "y", {}, (("y", X),), values)
+    assert "constexpr_affine_dequantize y" in refused([old])
+    older = Operation("constexpr_lut_to_dense", "y", {}, (("y", X),), values)
+    assert "it has no input indices" in refused([older])
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ([operation("add", {"x": Name("x")}, {"y": X})], "add y cannot be executed: it has no"),
+        ([add("x", "z", "y", X)], "nothing computes z before it"),
+        ([add("x", "y", "y", X)], "nothing computes y before it"),
+        ([add("x", "x", "x", X)], "x is computed twice"),
+        ([read("s", "y", X)], "s is no state"),
+        ([write("x", "x")], "x is no state"),
+        ([add("x", "x", "z", X)], "nothing computes the output y"),
+        ([operation("cast", {"x": Name("x")}, {"y": X}, dtype="fp8")], "it casts to fp8"),
+        ([operation("gelu", {"x": Name("x")}, {"y": X}, mode="FAST")], "its mode is FAST"),
+        ([operation("softmax", {"x": Name("x"), "axis": Name("x")}, {"y": X})], "axis is computed"),
+        ([operation("transpose", {"x": Name("x")}, {"y": X})], "it has no input perm"),
+        ([operation("concat", {"values": ()}, {"y": X}, axis=0)], "it has no input values"),
+        ([operation("slice_by_index", {"x": Name("x")}, {"y": X}, begin=[0], end=[1])], "2 axes"),
+        ([operation("add", {"x": Name("x"), "y": Name("x")}, {})], "it has no output"),
+        ([Operation("const", "y", {}, (("y", X),))], "const y cannot be executed: it has no value"),
+        ([Operation("add", "y", {}, (("y", X),), {}, ((),))], "it has blocks of its own"),
+    ],
+)
+def test_what_cannot_be_executed(program: list[Operation], expected: str) -> None:
+    assert expected in refused(program)
+
+
+def test_another_shape_than_declared_is_noticed() -> None:
+    run = opened(main([add("x", "x", "y", TensorType("float32", (4,)))], {"x": X}, ["y"]))
+    with pytest.raises(RequestError, match=r"main: add y failed: it gave float32 \(1, 4\)"):
+        run({"x": np.zeros((1, 4), np.float32)}, {})
+
+
+def test_another_dtype_than_declared_is_noticed() -> None:
+    program = [operation("reshape", {"x": Name("x")}, {"y": HALF}, shape=[1, 4])]
+    run = opened(main(program, {"x": X}, ["y"]))
+    with pytest.raises(RequestError, match="reshape y failed: it gave float32"):
+        run({"x": np.zeros((1, 4), np.float32)}, {})
+
+
+def test_a_write_of_another_shape_is_noticed() -> None:
+    run = opened(main([write("s", "x")], {"x": X}, [], {"s": HALF}))
+    with pytest.raises(RequestError, match="write_state write_state failed: it gave float32"):
+        run({"x": np.zeros((1, 4), np.float32)}, {"s": np.zeros((1, 4), np.float16)})
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_an_index_outside_is_an_error(index: int) -> None:
+    """Core ML says that what it gives is undefined, so no program may rely on it."""
+    ids = TensorType("int32", (1,))
+    program = [operation("gather", {"indices": Name("ids")}, {"y": ids}, x=np.arange(4), axis=0)]
+    run = opened(main(program, {"ids": ids}, ["y"]))
+    with pytest.raises(RequestError, match="gather y failed: an index"):
+        run({"ids": np.array([index], np.int32)}, {})
+
+
+def test_inputs_of_another_shape() -> None:
+    run = opened(main([add("x", "x", "y", X)], {"x": X}, ["y"]))
+    with pytest.raises(RequestError, match=r"input x is \(2, 4\); expected float32 \[1, 4\]"):
+        run({"x": np.zeros((2, 4), np.float32)}, {})
+
+
+def test_a_weight_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    value = blobs.add(np.ones((200, 200), np.float32))
+    path = blobs.close()
+    const = Operation("const", "w", {}, (("w", value.type),), {"val": value})
+    type = TensorType("float32", (1, 200))
+    program = [const, operation("linear", {"x": Name("x"), "weight": Name("w")}, {"y": type})]
+    run = opened(main(program, {"x": type}, ["y"]), weights=path)
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(RequestError, match="too early"):
+        run({"x": np.ones((1, 200), np.float32)}, {})
+
+
+def test_a_program_is_not_changed_by_running_it() -> None:
+    constant = Immediate(X, np.ones((1, 4), np.float32))
+    program = [operation("add", {"x": Name("x"), "y": constant}, {"y": X})]
+    function: Function = main(program, {"x": X}, ["y"])
+    before = copy.deepcopy(constant.array)
+    run = opened(function)
+    for _ in range(2):
+        assert run({"x": np.ones((1, 4), np.float32)}, {})["y"].tolist() == [[2] * 4]
+    np.testing.assert_array_equal(constant.array, before)

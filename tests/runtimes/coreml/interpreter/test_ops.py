@@ -1,0 +1,448 @@
+"""Each operation of the interpreter's table against coremltools' own inference, or torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("coremltools")
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rgexport.export.mil.program import TensorType
+from rgexport.runtimes.coreml.interpreter.table import OPS
+from tests.runtimes.coreml.interpreter.mil_programs import compute, inferred
+
+Draw = Callable[[st.SearchStrategy], Any]
+Case = tuple[dict[str, Any], dict[str, Any]]
+"""Operands, and parameters given by value."""
+
+TOLERANCE = {"float16": 2**-9, "float32": 2**-19}
+"""coremltools computes float16 in float16; of ours, only the result is rounded."""
+
+SHAPES = hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)
+FLOATS = st.sampled_from(["float16", "float32"])
+NUMBERS = st.sampled_from(["float16", "float32", "int32"])
+
+
+def array(draw: Draw, dtype: str, shape: tuple[int, ...], low: float = -4, high: float = 4) -> Any:
+    """Whole numbers, or floats of which none is so small that an epsilon matters."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    if dtype == "bool":
+        return random.integers(0, 2, shape).astype(bool)
+    if dtype == "int32":
+        return random.integers(int(low), int(high) + 1, shape).astype(np.int32)
+    return random.uniform(low, high, shape).astype(dtype)
+
+
+def of_floats(low: float = -4, high: float = 4, dtypes: st.SearchStrategy = FLOATS) -> Any:
+    return lambda draw: ({"x": array(draw, draw(dtypes), draw(SHAPES), low, high)}, {})
+
+
+def pair(draw: Draw, dtype: str, low: float = -4, high: float = 4) -> dict[str, Any]:
+    """Two operands whose shapes can be broadcast."""
+    shapes = draw(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4))
+    x, y = shapes.input_shapes
+    assume(x and y)
+    return {"x": array(draw, dtype, x, low, high), "y": array(draw, dtype, y, low, high)}
+
+
+def of_pairs(dtypes: st.SearchStrategy = NUMBERS, low: float = -4) -> Any:
+    return lambda draw: (pair(draw, draw(dtypes), low), {})
+
+
+def axis(draw: Draw, rank: int) -> int:
+    return draw(st.integers(-rank, rank - 1))
+
+
+def axes(draw: Draw, rank: int) -> list[int]:
+    chosen = draw(st.lists(st.integers(0, rank - 1), min_size=1, max_size=rank, unique=True))
+    return [a - rank * draw(st.integers(0, 1)) for a in chosen]
+
+
+def x_of(draw: Draw, dtypes: st.SearchStrategy = NUMBERS) -> np.ndarray:
+    return array(draw, draw(dtypes), draw(SHAPES))
+
+
+def select(draw: Draw) -> Case:
+    shape, dtype = draw(SHAPES), draw(NUMBERS)
+    a, b = array(draw, dtype, shape), array(draw, dtype, shape)
+    return {"cond": array(draw, "bool", shape), "a": a, "b": b}, {}
+
+
+def softmax(draw: Draw) -> Case:
+    x = x_of(draw, FLOATS)
+    return {"x": x}, {"axis": axis(draw, x.ndim)}
+
+
+def reduction(draw: Draw) -> Case:
+    # no product of these overflows on its way
+    x = array(draw, draw(NUMBERS), draw(SHAPES), -1.3, 1.3)
+    return {"x": x}, {"axes": axes(draw, x.ndim), "keep_dims": draw(st.booleans())}
+
+
+def argument_reduction(draw: Draw) -> Case:
+    x = array(draw, "float32", draw(SHAPES))
+    return {"x": x}, {"axis": axis(draw, x.ndim), "keep_dims": draw(st.booleans())}
+
+
+def linear(draw: Draw) -> Case:
+    dtype = draw(FLOATS)
+    *lead, size, out = draw(hnp.array_shapes(min_dims=2, max_dims=4, max_side=5))
+    operands = {"x": array(draw, dtype, (*lead, size))}
+    constants = {"weight": array(draw, dtype, (out, size))}
+    if draw(st.booleans()):
+        constants["bias"] = array(draw, dtype, (out,))
+    return operands, constants
+
+
+def matmul(draw: Draw) -> Case:
+    dtype = draw(FLOATS)
+    batch = draw(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=2, max_side=3))
+    rows, inner, columns = draw(st.tuples(*[st.integers(1, 4)] * 3))
+    turn_x, turn_y = draw(st.booleans()), draw(st.booleans())
+    x_shape, y_shape = batch.input_shapes
+    x = array(draw, dtype, (*x_shape, *((inner, rows) if turn_x else (rows, inner))))
+    y = array(draw, dtype, (*y_shape, *((columns, inner) if turn_y else (inner, columns))))
+    return {"x": x, "y": y}, {"transpose_x": turn_x, "transpose_y": turn_y}
+
+
+def cast(draw: Draw) -> Case:
+    words = ["fp16", "fp32", "int32", "bool", "int8", "uint8"]
+    x = array(draw, draw(st.sampled_from(["float16", "float32", "int32", "bool"])), draw(SHAPES))
+    word = draw(st.sampled_from(words))
+    return {"x": np.abs(x) if word == "uint8" and x.dtype != bool else x}, {"dtype": word}
+
+
+def reshape(draw: Draw) -> Case:
+    x = x_of(draw)
+    shape = [int(n) for n in draw(st.permutations(x.shape))]
+    if draw(st.booleans()):
+        shape[draw(st.integers(0, len(shape) - 1))] = -1
+    return {"x": x}, {"shape": shape}
+
+
+def reshape_with_zeros(draw: Draw) -> Case:
+    x = x_of(draw)
+    shape = [1] * draw(st.integers(0, 1)) + [0] * draw(st.integers(1, x.ndim)) + [-1]
+    shape = [*([-1] if shape.count(0) < x.ndim else []), *[0] * shape.count(0)]
+    return {"x": x}, {"shape": shape}
+
+
+def transpose(draw: Draw) -> Case:
+    x = x_of(draw)
+    return {"x": x}, {"perm": draw(st.permutations(range(x.ndim)))}
+
+
+def expand_dims(draw: Draw) -> Case:
+    x = array(draw, "float32", draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=4)))
+    count = draw(st.integers(1, 2))
+    places = st.lists(
+        st.integers(0, x.ndim + count - 1), min_size=count, max_size=count, unique=True
+    )
+    return {"x": x}, {"axes": draw(places)}
+
+
+def squeeze(draw: Draw) -> Case:
+    ones = draw(st.lists(st.sampled_from([1, 1, 3]), min_size=2, max_size=4))
+    x = array(draw, draw(NUMBERS), (*ones, 2))
+    single = [i for i, n in enumerate(ones) if n == 1]
+    if not single or draw(st.booleans()):
+        return {"x": x}, {}
+    return {"x": x}, {"axes": draw(st.lists(st.sampled_from(single), min_size=1, unique=True))}
+
+
+def concat(draw: Draw) -> Case:
+    shape, dtype = draw(SHAPES), draw(NUMBERS)
+    at = axis(draw, len(shape))
+    values = []
+    for _ in range(draw(st.integers(1, 3))):
+        own = list(shape)
+        own[at] = draw(st.integers(1, 4))
+        values.append(array(draw, dtype, tuple(own)))
+    return {"values": values}, {"axis": at, "interleave": False}
+
+
+def stack(draw: Draw) -> Case:
+    shape, dtype = draw(SHAPES), draw(NUMBERS)
+    values = [array(draw, dtype, shape) for _ in range(draw(st.integers(1, 3)))]
+    return {"values": values}, {"axis": axis(draw, len(shape))}
+
+
+def split(draw: Draw) -> Case:
+    shape, at = list(draw(SHAPES)), 0
+    sizes = draw(st.lists(st.integers(1, 3), min_size=2, max_size=4))
+    at = axis(draw, len(shape))
+    if draw(st.booleans()):
+        shape[at] = sum(sizes)
+        return {"x": array(draw, "float32", tuple(shape))}, {"split_sizes": sizes, "axis": at}
+    shape[at] *= 3
+    return {"x": array(draw, "float16", tuple(shape))}, {"num_splits": 3, "axis": at}
+
+
+def tile(draw: Draw) -> Case:
+    x = x_of(draw)
+    return {"x": x}, {"reps": draw(st.tuples(*[st.integers(1, 3)] * x.ndim))}
+
+
+def fill(draw: Draw) -> Case:
+    value = draw(st.sampled_from([np.float32(1.5), np.float16(-2), np.int32(7), np.bool_(True)]))
+    return {"shape": np.array(draw(SHAPES), np.int32)}, {"value": value}
+
+
+def pad(draw: Draw) -> Case:
+    x = array(draw, draw(FLOATS), draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=3)))
+    mode = draw(st.sampled_from(["constant", "reflect", "replicate"]))
+    axes = draw(st.integers(1, x.ndim))
+    widths = draw(st.lists(st.integers(0, 2), min_size=2 * axes, max_size=2 * axes))
+    return {"x": x}, {"pad": widths, "mode": mode, "constant_val": x.dtype.type(2.5)}
+
+
+def bounds(draw: Draw, shape: tuple[int, ...], backwards: bool = True) -> dict[str, Any]:
+    """Slices that are not empty, some from the end, some with a step."""
+    begin, end, stride, begin_mask, end_mask, squeeze_mask = [], [], [], [], [], []
+    for n in shape:
+        low = draw(st.integers(0, n - 1))
+        high = draw(st.integers(low + 1, n))
+        from_end = draw(st.booleans())
+        begin.append(low - n if from_end else low)
+        end.append(high - n if from_end and high < n else high)
+        stride.append(draw(st.integers(1, 2)))
+        begin_mask.append(draw(st.booleans()))
+        end_mask.append(draw(st.booleans()))
+        squeeze_mask.append(backwards and draw(st.integers(0, 4)) == 0)
+    if all(squeeze_mask):
+        squeeze_mask[0] = False
+    masks = {"begin_mask": begin_mask, "end_mask": end_mask, "squeeze_mask": squeeze_mask}
+    return {"begin": begin, "end": end, "stride": stride, **masks}
+
+
+def slice_by_index(draw: Draw) -> Case:
+    x = x_of(draw)
+    given = bounds(draw, x.shape)
+    if draw(st.booleans()):
+        return {"x": x}, given
+    ends = {name: np.array(given.pop(name), np.int32) for name in ("begin", "end")}
+    return {"x": x, **ends}, given
+
+
+def slice_update(draw: Draw) -> Case:
+    x = array(draw, "float16", draw(SHAPES))
+    given = bounds(draw, x.shape, backwards=False)
+    types, values = inferred("slice_by_index", x=x, **given)
+    ends = {name: np.array(given.pop(name), np.int32) for name in ("begin", "end")}
+    update = array(draw, "float16", types[0].shape)
+    return {"x": x, "update": update, **ends}, given
+
+
+def gather(draw: Draw) -> Case:
+    x = x_of(draw)
+    batch = draw(st.integers(0, x.ndim - 1))
+    at = draw(st.integers(batch, x.ndim - 1))
+    shape = draw(hnp.array_shapes(min_dims=1, max_dims=2, max_side=3))
+    shape = (*x.shape[:batch], *shape)
+    indices = array(draw, "int32", shape, 0, x.shape[at] - 1)
+    if not batch:  # coremltools' inference takes no negative axis beside a batch
+        at -= x.ndim * draw(st.integers(0, 1))
+    return {"x": x, "indices": indices}, {"axis": at, "batch_dims": batch}
+
+
+def gather_along_axis(draw: Draw) -> Case:
+    x = x_of(draw)
+    at = axis(draw, x.ndim)
+    shape = list(x.shape)
+    shape[at] = draw(st.integers(1, 4))
+    indices = array(draw, "int32", tuple(shape), 0, x.shape[at] - 1)
+    return {"x": x, "indices": indices}, {"axis": at}
+
+
+def gelu(draw: Draw) -> Case:
+    modes = st.sampled_from(["EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION"])
+    return {"x": x_of(draw, FLOATS)}, {"mode": draw(modes)}
+
+
+def clip(draw: Draw) -> Case:
+    x = x_of(draw, FLOATS)
+    return {"x": x}, {"alpha": x.dtype.type(-1.5), "beta": x.dtype.type(0.5)}
+
+
+def with_epsilon(draw: Draw) -> Case:
+    x = array(draw, draw(FLOATS), draw(SHAPES), 0.1, 4)
+    return {"x": x}, {"epsilon": x.dtype.type(0.25)}
+
+
+def cumsum(draw: Draw) -> Case:
+    x = array(draw, draw(NUMBERS), draw(SHAPES))
+    return {"x": x}, {"axis": draw(st.integers(0, x.ndim - 1))}
+
+
+def powers(draw: Draw) -> Case:
+    return pair(draw, draw(FLOATS), 0.1), {}
+
+
+def divisions(draw: Draw) -> Case:
+    operands = pair(draw, draw(NUMBERS), 1, 5)
+    sign = draw(st.sampled_from([-1, 1]))
+    return operands | {"x": (operands["x"] * sign).astype(operands["x"].dtype)}, {}
+
+
+BOOLS = st.just("bool")
+CASES: dict[str, Callable[[Draw], Case]] = {
+    **dict.fromkeys(("add", "sub", "mul", "maximum", "minimum"), of_pairs()),
+    **dict.fromkeys(("equal", "not_equal", "less", "less_equal"), of_pairs()),
+    **dict.fromkeys(("greater", "greater_equal"), of_pairs()),
+    **dict.fromkeys(("logical_and", "logical_or", "logical_xor"), of_pairs(BOOLS)),
+    "logical_not": of_floats(dtypes=BOOLS),
+    **dict.fromkeys(("floor_div", "mod", "real_div"), divisions),
+    "pow": powers,
+    **dict.fromkeys(("abs", "sign", "square"), of_floats(dtypes=NUMBERS)),
+    **dict.fromkeys(("floor", "ceil", "round"), of_floats()),
+    **dict.fromkeys(("exp", "exp2", "cos", "sin", "tanh", "sigmoid"), of_floats()),
+    **dict.fromkeys(("softplus", "relu"), of_floats()),
+    "sqrt": of_floats(low=0),
+    **dict.fromkeys(("rsqrt", "inverse", "log"), with_epsilon),
+    "gelu": gelu,
+    "clip": clip,
+    "softmax": softmax,
+    **dict.fromkeys(
+        ("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), reduction
+    ),
+    **dict.fromkeys(("reduce_argmax", "reduce_argmin"), argument_reduction),
+    "cumsum": cumsum,
+    "linear": linear,
+    "matmul": matmul,
+    "identity": of_floats(dtypes=NUMBERS),
+    "cast": cast,
+    "select": select,
+    "reshape": reshape,
+    "transpose": transpose,
+    "expand_dims": expand_dims,
+    "squeeze": squeeze,
+    "concat": concat,
+    "stack": stack,
+    "split": split,
+    "tile": tile,
+    "fill": fill,
+    "pad": pad,
+    "slice_by_index": slice_by_index,
+    "slice_update": slice_update,
+    "gather": gather,
+    "gather_along_axis": gather_along_axis,
+}
+
+
+def test_every_operation_of_the_table_has_a_case() -> None:
+    assert CASES.keys() | {"silu"} == OPS.keys()
+
+
+@pytest.mark.parametrize("kind", CASES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_equals_coremltools(kind: str, data: st.DataObject) -> None:
+    compare(kind, *CASES[kind](data.draw))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_reshape_with_zeros_equals_coremltools(data: st.DataObject) -> None:
+    compare("reshape", *reshape_with_zeros(data.draw))
+
+
+@pytest.mark.parametrize("at", [0, -2])
+def test_interleaved_concat_equals_the_documentation(at: int) -> None:
+    """Which coremltools' own inference does not."""
+    values = [np.array([[1, 2], [3, 4], [5, 6]], np.int32), np.array([[7, 8], [9, 10], [11, 12]])]
+    outputs = [TensorType("int32", (6, 2))]
+    operands = {"values": [v.astype(np.int32) for v in values]}
+    (found,) = compute("concat", operands, outputs, axis=at, interleave=True)
+    assert found.tolist() == [[1, 2], [7, 8], [3, 4], [9, 10], [5, 6], [11, 12]]
+
+
+def compare(kind: str, operands: dict[str, Any], constants: dict[str, Any]) -> None:
+    outputs, expected = inferred(kind, **operands, **constants)
+    found = compute(kind, operands, outputs, **constants)
+    for array, type, value in zip(found, outputs, expected, strict=True):
+        assert value is not None, "coremltools infers no value"
+        assert (array.dtype.name, array.shape) == (type.dtype, type.shape)
+        wanted = np.asarray(value).astype(type.dtype).astype(np.float64).reshape(type.shape)
+        limit = TOLERANCE.get(type.dtype, 0)
+        scale = max(1.0, float(np.abs(wanted).max(initial=0)))
+        np.testing.assert_allclose(array.astype(np.float64), wanted, rtol=limit, atol=limit * scale)
+
+
+UNARY_IN_TORCH = {
+    "exp": torch.exp,
+    "cos": torch.cos,
+    "sin": torch.sin,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": torch.nn.functional.silu,
+    "softplus": torch.nn.functional.softplus,
+    "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "log": torch.log,
+    "rsqrt": torch.rsqrt,
+}
+
+
+@pytest.mark.parametrize("kind", UNARY_IN_TORCH)
+def test_float32_functions_are_accurate(kind: str) -> None:
+    """Against float64, at magnitudes from 1e-6 to 1e4, within 4 units in the last place."""
+    size = np.geomspace(1e-6, 80, 2001)
+    x = np.concatenate([size, -size]) if kind not in ("log", "rsqrt") else size
+    if kind in ("cos", "sin"):
+        x = x * 1e4  # positions times frequencies
+    x = x.astype(np.float32)
+    constants = {
+        "gelu": {"mode": "TANH_APPROXIMATION"},
+        **dict.fromkeys(("log", "rsqrt"), {"epsilon": np.float32(0)}),
+    }
+    (found,) = compute(kind, {"x": x}, [TensorType("float32", x.shape)], **constants.get(kind, {}))
+    expected = UNARY_IN_TORCH[kind](torch.from_numpy(x).double()).numpy()
+    relative = 4 * 2.0**-23
+    # gelu subtracts from 1 what is next to it; what is lost there is lost in every runtime
+    absolute = 2.0**-22 if kind in ("gelu", "cos", "sin") else 1e-37
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=relative, atol=absolute)
+
+
+def test_exp_is_rounded_correctly_next_to_one() -> None:
+    """There one unit is up to 1 % of 1 - a², of which the RG-LRU takes the root."""
+    x = -np.geomspace(1e-7, 1, 5000).astype(np.float32)
+    (found,) = compute("exp", {"x": x}, [TensorType("float32", x.shape)])
+    np.testing.assert_array_equal(found, np.exp(x.astype(np.float64)).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["add", "sub", "mul", "real_div"])
+def test_float16_is_rounded_once(kind: str) -> None:
+    random = np.random.default_rng(0)
+    x, y = random.uniform(0.5, 100, (2, 4000)).astype(np.float16)
+    (found,) = compute(kind, {"x": x, "y": y}, [TensorType("float16", x.shape)])
+    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "real_div": np.divide}[kind]
+    exact = function(x.astype(np.float64), y.astype(np.float64))
+    np.testing.assert_array_equal(found, exact.astype(np.float16))
+
+
+@pytest.mark.parametrize("kind", ["linear", "matmul"])
+def test_products_of_float16_are_accumulated_in_float32(kind: str) -> None:
+    """4096 halves of 2^-12 would vanish in a float16 sum behind the first 1."""
+    x = np.full((1, 4096), 2.0**-6, np.float16)
+    x[0, 0] = 1
+    other = {"weight": x} if kind == "linear" else {"y": np.ascontiguousarray(x.T)}
+    (found,) = compute(kind, {"x": x, **other}, [TensorType("float16", (1, 1))])
+    assert found.item() == np.float16(1 + 4095 * 2.0**-12)
+
+
+def test_sums_of_float16_are_accumulated_in_float32() -> None:
+    x = np.full((4097,), 1, np.float16)
+    (found,) = compute("reduce_sum", {"x": x}, [TensorType("float16", ())], keep_dims=False)
+    assert found.item() == 4096  # 4097 rounded; a float16 sum stops at 2048
+
+
+def test_overflow_is_infinite() -> None:
+    x = np.array([60000], np.float16)
+    (found,) = compute("add", {"x": x, "y": x}, [TensorType("float16", (1,))])
+    assert np.isinf(found).all()

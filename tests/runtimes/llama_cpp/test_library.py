@@ -1,0 +1,118 @@
+"""The library's errors in one line, and its memory."""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.runtimes.llama_cpp import library
+from rgexport.runtimes.llama_cpp.library import Handle, load_model
+from tests.artifacts import export_random_gguf
+from tests.llama_tools import needs_llama_cpp
+from tests.models import ODD_CONFIGS
+
+BUILD = "`rgexport llama-cpp build`"
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Lets the bindings be found anew, before and after."""
+    library.bindings.cache_clear()
+    yield
+    library.bindings.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(RequestError, match=f"takes llama-cpp-python, which is missing; {BUILD}"):
+        load_model(Path("x.gguf"))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no library"), RuntimeError("GLIBC"), AttributeError("symbol")]
+)
+def test_library_that_cannot_be_loaded(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(RequestError, match=f"cannot be loaded: .*; {BUILD}"):
+        load_model(Path("x.gguf"))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_another_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.SimpleNamespace(__version__="0.3.99")
+    monkeypatch.setattr(importlib, "import_module", lambda name: package)
+    with pytest.raises(RequestError, match=rf"is 0\.3\.99; this rgexport knows .*: {BUILD}"):
+        load_model(Path("x.gguf"))
+
+
+@needs_llama_cpp
+def test_stock_llama_cpp(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a stock one says of our files, this one says of those of an unknown architecture."""
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    foreign = tmp_path / "foreign.gguf"
+    foreign.write_bytes(artifact.path.read_bytes().replace(b"recurrentgemma", b"recurrentgemmb"))
+    capfd.readouterr()
+    with pytest.raises(RequestError, match="is a stock one, which cannot run .*foreign.gguf") as e:
+        load_model(foreign)
+    assert str(e.value).endswith(f"; {BUILD} installs the one that runs RecurrentGemma")
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda data: b"", "magic"),
+        (lambda data: data[:-9000], "not within the file bounds"),
+        (lambda data: data.replace(b"blk.1.ssm_a", b"blk.1.ssm_b"), "ssm_a"),
+    ],
+    ids=["empty", "truncated", "misnamed"],
+)
+def test_damaged_file(damage: Callable[[bytes], bytes], complaint: str, tmp_path: Path) -> None:
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(damage(artifact.path.read_bytes()))
+    with pytest.raises(RequestError, match="llama.cpp cannot load .*damaged.gguf: ") as error:
+        load_model(damaged)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_handles_free_once_and_in_order() -> None:
+    freed: list[str] = []
+    model = Handle("model", freed.append)
+    context = Handle("context", freed.append, keep=model)
+    del model
+    assert freed == []
+    context.close()
+    context.close()
+    assert freed == ["context"]
+    del context
+    assert freed == ["context", "model"]
+
+
+@needs_llama_cpp
+def test_an_interrupt_during_a_log_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes out behind the call into C, which it must not be raised into."""
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(library.progress, "detail", interrupt)
+        load_model(artifact.path)
+    assert capfd.readouterr() == ("", "")
+    load_model(artifact.path).close()

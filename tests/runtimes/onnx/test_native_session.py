@@ -1,0 +1,133 @@
+"""Sessions with and without native kernels: what they say that they run is what runs."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.cli import run
+from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.reference import Reference
+from rgexport.kernels.onnx.library import NO_NATIVE, calls
+from rgexport.runtimes.onnx import session as runtime
+from rgexport.runtimes.onnx.session import OrtSession
+from tests.sessions import distance, ragged
+
+TOKENS = np.arange(2, 60)[None]
+
+
+@pytest.fixture
+def artifact(demo_artifact: Path) -> Artifact:
+    return open_artifact(demo_artifact)
+
+
+def has_kernels(artifact: Artifact) -> bool:
+    return native_ops(artifact.file("model.onnx")).library is not None
+
+
+@pytest.fixture
+def native(artifact: Artifact) -> Artifact:
+    """An artifact that has native kernels here."""
+    if not has_kernels(artifact):
+        pytest.skip("no native kernels here: not built, or turned off")
+    return artifact
+
+
+def counted(session: OrtSession) -> int:
+    """Calls of native kernels while a session takes tokens."""
+    before = sum(calls().values())
+    session.prefill(TOKENS)
+    session.step(np.array([3]))
+    return sum(calls().values()) - before
+
+
+def test_native_kernels_run(native):
+    session = OrtSession(native)
+    assert session.info.kernels.startswith("native ") and counted(session) > 0
+    assert f", {session.info.kernels} kernels" in session.info.title
+
+
+def test_stock_on_demand(artifact):
+    """Beside a native session in the same process, too."""
+    other = OrtSession(artifact)
+    session = OrtSession(artifact, native=False)
+    assert session.info.kernels == "stock" and counted(session) == 0
+    assert distance(session.prefill(TOKENS, 9), other.prefill(TOKENS, 9)) < 1
+
+
+def test_as_near_to_the_twin_as_stock_kernels_are(native):
+    """On trained weights: both round activations to int8, each in its own way."""
+    tokens = np.random.default_rng(0).integers(2, native.manifest.config.vocab_size, (1, 90))
+    twin = Reference(native.manifest.config, native.weights)
+    expected = np.asarray(twin.logits(twin.run(tokens)[0]))
+    errors = {}
+    for own in (True, False):
+        session = OrtSession(native, native=own)
+        errors[own] = np.sqrt(np.mean((ragged(session, tokens, [60, 1]) - expected) ** 2))
+    assert errors[True] <= 1.5 * errors[False]
+
+
+def test_environment_turns_them_off(artifact, monkeypatch):
+    monkeypatch.setenv(NO_NATIVE, "1")
+    session = OrtSession(artifact)
+    assert session.info.kernels == "stock" and counted(session) == 0
+
+
+def test_library_of_another_machine(artifact, tmp_path, monkeypatch, capsys):
+    """It warns and goes on."""
+    file = tmp_path / "library.so"
+    file.write_bytes(b"\x7fELF of another machine")
+    there = NativeOps({"RgLruScan": 1}, ("RgLruScan",), file, "native avx2", "")
+    monkeypatch.setattr(runtime, "native_ops", lambda model: there)
+    session = OrtSession(artifact)
+    assert session.info.kernels == "stock"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "will be slower" in line and "library.so" in line
+    assert np.isfinite(session.step(np.array([3]))).all()
+
+
+COMMANDS = {
+    "generate": ["--ids", "2,3,4", "-n", "2"],
+    "bench": ["-p", "4", "-n", "2", "-r", "1", "-o", "json"],
+    "validate": ["--tokens", "40", "--bench"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_option_turns_them_off(command, demo_artifact, monkeypatch, capsys):
+    monkeypatch.setattr("rgexport.runtimes.bench.measure.WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr("rgexport.validate.speed.SECONDS", 0.0)
+    monkeypatch.delenv(NO_NATIVE, raising=False)
+    before = sum(calls().values())
+    assert run([command, str(demo_artifact), *COMMANDS[command], "--no-native"]) == 0
+    assert sum(calls().values()) == before and NO_NATIVE not in os.environ
+    shown = capsys.readouterr().out
+    assert command == "generate" or "stock" in shown
+
+
+def test_option_gives_the_variable_back(demo_artifact, monkeypatch, capsys):
+    monkeypatch.setenv(NO_NATIVE, "0")
+    asked = ["generate", str(demo_artifact), "--ids", "2,3", "-n", "1", "--no-native"]
+    assert run(asked) == 0 and os.environ[NO_NATIVE] == "0"
+    assert run([*asked, "--no-such-option"]) == 2 and os.environ[NO_NATIVE] == "0"
+
+
+def test_bench_says_which(native, monkeypatch, capsys):
+    monkeypatch.setattr("rgexport.runtimes.bench.measure.WARM_UP_SECONDS", 0.0)
+    before = sum(calls().values())
+    assert run(["bench", str(native.path), "-p", "4", "-n", "2", "-r", "1"]) == 0
+    kernels = native_ops(native.file("model.onnx")).kernels
+    assert f", {kernels} kernels, " in capsys.readouterr().out
+    assert sum(calls().values()) > before
+
+
+def test_export_checks_what_users_run(native, capsys, tmp_path):
+    target = tmp_path / "checked"
+    before = sum(calls().values())
+    assert run(["onnx", "--size", "demo", "--int8", "-o", str(target)]) == 0
+    kernels = native_ops(target / "model.onnx").kernels
+    assert f", {kernels} kernels" in capsys.readouterr().out
+    assert sum(calls().values()) > before

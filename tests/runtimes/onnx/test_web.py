@@ -1,0 +1,179 @@
+"""The same files in stock onnxruntime-web, with nothing registered and nothing converted.
+
+In Node with WASM, and in headless Chromium with WASM and with WebGPU, in software.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.onnx.storage import FileLimit
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.runtimes.onnx.session import OrtSession
+from tests.artifacts import export_random
+from tests.models import ODD_CONFIGS
+from tests.web.browser import DOCS, chromium, run_page
+
+WEB = Path(__file__).parents[2] / "web"
+SHARE = 1e-3
+"""Largest |Δlogit| allowed, as a share of the largest |logit|."""
+ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
+"""What of a WebGPU graph ONNX Runtime computes elsewhere, since it is about shapes and int64."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    """Node, with onnxruntime-web installed."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if not program or not npm:
+        pytest.skip("Node and npm are not installed")
+    if not (WEB / "node_modules").exists():
+        command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
+        try:
+            subprocess.run(command, cwd=WEB, capture_output=True, check=True, timeout=300)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            shutil.rmtree(WEB / "node_modules", ignore_errors=True)
+            said = (error.stderr or b"").decode(errors="replace").strip()
+            pytest.skip(f"onnxruntime-web cannot be installed: {said[:200] or error}")
+    return program
+
+
+@pytest.fixture(scope="module")
+def browser(node: str) -> None:
+    if not chromium():
+        pytest.skip("Chromium is not installed, such as Debian's chromium-headless-shell")
+
+
+def _native(artifact: Artifact, chunks: list[list[int]]) -> np.ndarray:
+    """The logits after each chunk, by ONNX Runtime on this machine's processor."""
+    session = OrtSession(artifact)
+    return np.concatenate([session.prefill(np.array([chunk]))[0] for chunk in chunks])
+
+
+def _check(found: list[list[float]], artifact: Artifact, chunks: list[list[int]]) -> None:
+    expected = _native(artifact, chunks)
+    assert np.abs(np.array(found) - expected).max() <= SHARE * np.abs(expected).max()
+
+
+def _chunks(vocabulary: int, *lengths: int) -> list[list[int]]:
+    random = np.random.default_rng(5)
+    return [random.integers(0, vocabulary, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "exact"),
+    [
+        ("wasm", "fp32", False),
+        ("wasm", "fp16", False),
+        ("wasm", "int8", False),
+        ("wasm", "int4", False),
+        ("cpu", "int8", True),  # at accuracy level 4, WASM does not round as others do
+        ("cpu", "int4", True),
+        ("cpu", "fp32", False),
+    ],
+)
+def test_runs_in_node(node: str, profile: str, precision: str, exact: bool, tmp_path: Path) -> None:
+    config = ODD_CONFIGS["narrow_lru"]
+    artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
+    chunks = _chunks(config.vocab_size, 1, 1, config.window + 2, config.window + 5)
+    asked = [node, "run.mjs", str(artifact.path), json.dumps(chunks)]
+    done = subprocess.run(asked, cwd=WEB, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _check(json.loads(done.stdout.splitlines()[-1]), artifact, chunks)
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision"),
+    [
+        ("wasm", "int8"),
+        ("webgpu", "int4"),
+        ("webgpu", "int8"),
+        ("webgpu", "fp32"),
+    ],
+)
+def test_odd_shapes_in_chromium(
+    browser: None, profile: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are no whole blocks, a ring that wraps around, and weights in many files."""
+    config = ODD_CONFIGS["not_by_32"]
+    files = FileLimit(filled=1 << 14, largest=1 << 20)
+    monkeypatch.setitem(PROFILES, profile, replace(PROFILES[profile], files=files))
+    artifact, _ = export_random(config, tmp_path, precision, profile=profile)
+    assert sum(name.startswith("model.onnx.data") for name in artifact.manifest.files) > 2
+    chunks = _chunks(config.vocab_size, 1, 1, config.window + 2, 3)
+    found = run_page(artifact.path, {"provider": profile, "chunks": chunks})
+    assert "error" not in found, found["error"]
+    _check(found["logits"], artifact, chunks)
+
+
+@pytest.mark.parametrize("profile", ["wasm", "webgpu"])
+def test_demo_in_chromium(browser: None, profile: str, tmp_path: Path) -> None:
+    artifact = _demo(profile, tmp_path)
+    chunks = _chunks(artifact.manifest.config.vocab_size, 3, 1)
+    found = run_page(artifact.path, {"provider": profile, "chunks": chunks})
+    assert "error" not in found, found["error"]
+    _check(found["logits"], artifact, chunks)
+
+
+def test_a_graphics_card_computes_all_but_shapes(browser: None, tmp_path: Path) -> None:
+    """ONNX Runtime tells where it places each node."""
+    artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4", profile="webgpu")
+    found = run_page(artifact.path, {"provider": "webgpu", "chunks": [], "verbose": True})
+    assert "error" not in found, found["error"]
+    placed: dict[str, Counter[str]] = {}
+    ops = Counter[str]()
+    for line in found["logs"]:
+        if provider := re.search(r"placed on \[(\w+)\]", line):
+            ops = placed.setdefault(provider[1], Counter())
+        elif node := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", line):
+            ops[node[1]] += 1
+    assert placed["WebGpuExecutionProvider"]["LinearAttention"] == 2
+    assert placed["CPUExecutionProvider"].keys() <= ON_A_PROCESSOR
+    assert placed["WebGpuExecutionProvider"].total() > 9 * placed["CPUExecutionProvider"].total()
+
+
+def test_the_example_in_the_documentation(browser: None, tmp_path: Path) -> None:
+    """The page itself, after somebody has clicked; it says the likeliest tokens."""
+    artifact = _demo("wasm", tmp_path)
+    page = (DOCS / "index.html").read_text()
+    page = page.replace('"./node_modules/onnxruntime-web/dist/', '"/ort/').replace('"./', '"/web/')
+    page += """<script type="module">
+        const waiting = setInterval(() => {
+          if (document.getElementById("go").disabled) return;
+          clearInterval(waiting);
+          document.getElementById("go").click();
+        }, 20);
+        setInterval(() => {
+          const said = document.getElementById("said").textContent.trim().split(" ");
+          if (said.length < 16) return;
+          fetch("/result", { method: "POST", body: JSON.stringify({ said: said.map(Number) }) });
+        }, 20);
+    </script>"""
+    found = run_page(artifact.path, {}, page=page)
+    assert "error" not in found, found["error"]
+    session, expected = OrtSession(artifact), []
+    logits = session.prefill(np.array([[2, 651, 603]]))[0]
+    for _ in found["said"]:
+        expected.append(int(logits[0].argmax()))
+        logits = session.step(np.array(expected[-1:]))
+    assert found["said"] == expected
+
+
+def _demo(profile: str, folder: Path) -> Artifact:
+    target = folder / "demo"
+    export_onnx(open_checkpoint(size="demo"), OnnxOptions(profile=profile), target)
+    return open_artifact(target)
