@@ -29,7 +29,7 @@ from rgexport.files.hashing import FileRecord
     ],
 )
 def test_precision(precision, int4, int8, word):
-    assert precision_word(precision, int4, int8) == word
+    assert precision_word(precision, int4, int8, "onnx") == word
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_precision(precision, int4, int8, word):
 )
 def test_precision_that_cannot_be(precision, int4, int8, complaint):
     with pytest.raises(RequestError, match=complaint):
-        precision_word(precision, int4, int8)
+        precision_word(precision, int4, int8, "onnx")
 
 
 def test_words_of_core_ml():

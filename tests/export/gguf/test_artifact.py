@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export import verified
-from rgexport.export.artifact import Artifact, means_gguf
+from rgexport.export.artifact import Artifact
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.gguf.format import FORMAT
 from rgexport.export.opening import open_artifact
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
@@ -80,7 +81,7 @@ def test_any_name_will_do(sound, tmp_path):
     path = tmp_path / "model.bin"
     shutil.copyfile(sound.path, path)
     assert open_artifact(path).manifest.kind == "gguf"
-    assert means_gguf(path) and means_gguf(Path("nowhere.gguf")) and not means_gguf(tmp_path)
+    assert FORMAT.owns(path) and FORMAT.owns(Path("nowhere.gguf")) and not FORMAT.owns(tmp_path)
 
 
 def test_demo_can_be_talked_to(demo_gguf):
