@@ -69,9 +69,9 @@ def _matching(
 def load_metadata_template(artifact: GgufArtifact) -> ChatTemplate:
     """The chat template in a GGUF file's metadata, or Gemma's where it has none."""
     source = artifact.header.values.get(TEMPLATE_KEY)
-    if not source:
+    if not source or not isinstance(source, str):
         return ChatTemplate(GEMMA_TEMPLATE, "built-in")
-    return ChatTemplate(str(source), f"{TEMPLATE_KEY} in {artifact.path.name}")
+    return ChatTemplate(source, f"{TEMPLATE_KEY} in {artifact.path.name}")
 
 
 class Vocabulary:

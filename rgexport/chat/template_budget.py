@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import GeneratorType
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -33,6 +33,7 @@ _WIDE_FORMAT = re.compile(r"\d{5}|\*|\{[^{}]*\{")
 """Widths of many digits, or that are taken from a value."""
 
 Texts = str | bytes | bytearray
+_Functions = FunctionType | BuiltinFunctionType | MethodType | type
 
 
 class Budget:
@@ -90,6 +91,8 @@ class Budget:
                 waiting += item
             elif isinstance(item, range):
                 total += _ITEM * len(item)
+            elif isinstance(item, _Functions):  # its text is ours, and never the same twice
+                raise TemplateError("it uses a function as a value")
             if total > self.left:
                 raise TemplateError(f"it makes more than {self._all} bytes of text and lists")
         return total

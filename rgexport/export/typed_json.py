@@ -111,13 +111,16 @@ def _scalar(kind: type, value: Any, place: str) -> Any:
 
 
 def _finite(value: Any, place: str) -> float:
-    """A number; Python's reader of JSON takes `NaN` and `1e999` too, which are none."""
+    """A number; Python's reader of JSON takes `NaN` and `1e999` too, which are none.
+
+    Nor is a whole number what was written if a float would have to round it.
+    """
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise Mismatch(f"{place} is {_show(value)}; expected a finite number")
+    if not math.isfinite(number) or number != value:
+        raise Mismatch(f"{place} is {_show(value)}; expected a finite number of double precision")
     return number
 
 

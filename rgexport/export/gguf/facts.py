@@ -25,10 +25,10 @@ def describe(header: GgufHeader, manifest: Manifest) -> dict[str, Any]:
             "version": header.version,
             "type": manifest.precision,
             "tensors": len(header.tensors),
-            "size_label": values.get("general.size_label"),
-            "license": values.get("general.license"),
-            "source": values.get("general.source.url"),
-            "importance_matrix": values.get("quantize.imatrix.file"),
+            "size_label": _of(str, values, "general.size_label"),
+            "license": _of(str, values, "general.license"),
+            "source": _of(str, values, "general.source.url"),
+            "importance_matrix": _of(str, values, "quantize.imatrix.file"),
             "data_hash": integrity.has_its_types(header),
             "runs_in": "the llama.cpp of `rgexport llama-cpp build`",
         },
@@ -41,7 +41,12 @@ def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "pieces": len(values["tokenizer.ggml.tokens"]),
         **{name: types[kind] for name, kind in _KINDS.items()},
-        **{f"{name}_id": values.get(f"tokenizer.ggml.{name}_token_id") for name in _IDS},
-        "adds_bos": values.get("tokenizer.ggml.add_bos_token"),
+        **{f"{name}_id": _of(int, values, f"tokenizer.ggml.{name}_token_id") for name in _IDS},
+        "adds_bos": _of(bool, values, "tokenizer.ggml.add_bos_token"),
         "chat_template": "tokenizer.chat_template" in values,
     }
+
+
+def _of(kind: type, values: dict[str, Any], key: str) -> Any:
+    """A value of the metadata; None where it is missing, or of another type."""
+    return value if isinstance(value := values.get(key), kind) else None
