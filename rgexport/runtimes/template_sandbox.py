@@ -27,7 +27,7 @@ def _tick(data: int) -> bool:
 
 
 def _concatenated(*parts: Any) -> str:
-    return "".join(map(str, map(budget().made, parts)))
+    return "".join(map(str, map(budget().text, parts)))
 
 
 def _built(value: Any) -> Any:
@@ -173,7 +173,7 @@ def _paid_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         given, values = list(args[:first]), [budget().listed(value) for value in args[first:]]
         everything = [*values, *kwargs.values()]
         budget().modest(everything[1:])
-        budget().made(values[0])
+        budget().text(values[0])
         check = _FILTERS.get(name)
         if check is not None:
             check(budget(), everything)
