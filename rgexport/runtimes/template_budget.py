@@ -98,7 +98,7 @@ class Budget:
                 total += _ITEM * len(item)
             elif isinstance(item, _Functions):  # its text is ours, and never the same twice
                 raise TemplateError("it uses a function as a value")
-            elif type(item).__repr__ is object.__repr__ and item is not value:  # nor is this one's
+            elif item is not value and _has_no_text(item):
                 raise TemplateError(f"it uses a {type(item).__name__} as text")
             if total > self.left:
                 raise TemplateError(f"it makes more than {self._all} bytes of text and lists")
@@ -151,6 +151,11 @@ class Budget:
         """Pays for items with a separator between them."""
         if isinstance(items, str | list | tuple):
             self.charge(len(items) * (sys.getsizeof(separator) + _ITEM) + self._measure(items))
+
+
+def _has_no_text(value: Any) -> bool:
+    """Whether all that there is to write of an object is where it lies in memory."""
+    return bool(type(value).__repr__ is object.__repr__)
 
 
 _current: ContextVar[Budget] = ContextVar("budget")
