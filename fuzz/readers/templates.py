@@ -171,7 +171,7 @@ def _agree(data: bytes, folder: Path, answer: tuple[str, str]) -> None:
         )
     except Exception as error:
         require(False, "transformers refuses the template", f"{error} of {source[:200]!r}")
-    if "strftime_now" in source or " at 0x" in text:
+    if "strftime_now" in source or " at 0x" in f"{text}{theirs}".lower():
         return  # a second may have passed; two objects have two addresses
     require(text == theirs, "another text than transformers renders", source[:200])
 
