@@ -163,15 +163,15 @@ def _read(data: bytes, folder: Path) -> tuple[str, str]:
 def _agree(data: bytes, folder: Path, answer: tuple[str, str]) -> None:
     """The text that transformers renders, which has no bounds of its own."""
     source, text = answer
+    if "10**" in source:
+        return  # transformers makes such a text before it knows whether anybody wants it
     try:
         theirs = _compile_jinja_template(source).render(
             messages=MESSAGES, tools=None, documents=None, add_generation_prompt=True, **TOKENS
         )
-    except MemoryError:  # it fills text to any width, if only to see whether that is a constant
-        return
     except Exception as error:
         require(False, "transformers refuses the template", f"{error} of {source[:200]!r}")
-    if "strftime_now" in source or " at 0x" in text:
+    if "strftime_now" in source or " at 0x" in f"{text}{theirs}".lower():
         return  # a second may have passed; two objects have two addresses
     require(text == theirs, "another text than transformers renders", source[:200])
 

@@ -66,6 +66,11 @@ class Budget:
             self.charge(self._measure(value))
         return value
 
+    def text(self, value: Any) -> Any:
+        """`value`, paid for as the text that it is made into now."""
+        self.charge(self._measure([value]))
+        return value
+
     def listed(self, value: Any) -> Any:
         """A generator as a list, paid for while it grows; anything else as it is."""
         if not isinstance(value, GeneratorType | map | filter | Iterator):
@@ -93,6 +98,8 @@ class Budget:
                 total += _ITEM * len(item)
             elif isinstance(item, _Functions):  # its text is ours, and never the same twice
                 raise TemplateError("it uses a function as a value")
+            elif item is not value and _has_no_text(item):
+                raise TemplateError(f"it uses a {type(item).__name__} as text")
             if total > self.left:
                 raise TemplateError(f"it makes more than {self._all} bytes of text and lists")
         return total
@@ -124,8 +131,7 @@ class Budget:
             if _WIDE_FORMAT.search(text):
                 raise TemplateError("it formats text to an absurd width")
             self.charge(len(text) * (MAX_INTEGER >> 8))
-        for value in values:
-            self.charge(self._measure(value))
+        self.charge(self._measure(list(values)))
 
     def modest(self, values: Iterable[Any]) -> None:
         """Refuses numbers that are widths or counts beyond reason."""
@@ -145,6 +151,11 @@ class Budget:
         """Pays for items with a separator between them."""
         if isinstance(items, str | list | tuple):
             self.charge(len(items) * (sys.getsizeof(separator) + _ITEM) + self._measure(items))
+
+
+def _has_no_text(value: Any) -> bool:
+    """Whether all that there is to write of an object is where it lies in memory."""
+    return bool(type(value).__repr__ is object.__repr__)
 
 
 _current: ContextVar[Budget] = ContextVar("budget")

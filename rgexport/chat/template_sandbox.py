@@ -21,24 +21,29 @@ _DROPPED_METHODS = {"translate", "maketrans", "striptags"}
 
 
 def _tick(data: int) -> bool:
-    """One round of a loop, one call of a macro or one comparison; `data` is text of its body."""
+    """One round of a loop or one call of a macro; `data` is text of its body."""
     budget().charge(data)
     return True
 
 
 def _concatenated(*parts: Any) -> str:
-    return "".join(map(str, map(budget().made, parts)))
+    return "".join(map(str, map(budget().text, parts)))
 
 
 def _built(value: Any) -> Any:
     return budget().made(value)
 
 
+def _compared(value: Any) -> Any:
+    budget().charge()
+    return value
+
+
 def _no_filler(*_: Any, **__: Any) -> str:
     raise TemplateError("it asks for filler text, which is another one each time")
 
 
-_OWN = {_tick, _concatenated, _built}
+_OWN = {_tick, _concatenated, _built, _compared}
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -51,6 +56,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_built
         )
         self.tick, self.concatenated, self.built = _tick, _concatenated, _built
+        self.compared = _compared
         for name in _DROPPED_FILTERS:
             del self.filters[name]
         self.globals["lipsum"] = _no_filler
@@ -173,7 +179,7 @@ def _paid_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         given, values = list(args[:first]), [budget().listed(value) for value in args[first:]]
         everything = [*values, *kwargs.values()]
         budget().modest(everything[1:])
-        budget().made(values[0])
+        budget().text(values[0])
         check = _FILTERS.get(name)
         if check is not None:
             check(budget(), everything)
@@ -210,8 +216,7 @@ class _Pricing(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         """Long texts take long to compare."""
         self.generic_visit(node)
-        tick = _call("tick", [nodes.Const(0)], node.lineno)
-        return nodes.CondExpr(tick, node, nodes.Const(False), lineno=node.lineno)
+        return _call("compared", [node], node.lineno)
 
     def _with_tick(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
