@@ -13,30 +13,16 @@ from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.file_rows import file_rows, transposed_rows
 from rgexport.griffin.inventory import FoundTensor
+from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import RowTensor
 from rgexport.griffin.torch_file import Located, locate_tensors
 
 NAMES: dict[str, str] = {
-    "temporal_pre_norm.scale": "temporal_pre_norm.weight",
-    "channel_pre_norm.scale": "channel_pre_norm.weight",
-    **{
-        f"recurrent_block.linear_{branch}.{kind}": f"temporal_block.linear_{branch}.{kind}"
-        for branch in ("x", "y", "out")
-        for kind in ("weight", "bias")
-    },
-    "recurrent_block.conv_1d.w": "temporal_block.conv_1d.weight",
-    "recurrent_block.conv_1d.b": "temporal_block.conv_1d.bias",
-    "recurrent_block.rg_lru.a_param": "temporal_block.rg_lru.recurrent_param",
-    "recurrent_block.rg_lru.input_gate.w": "temporal_block.rg_lru.input_gate_weight",
-    "recurrent_block.rg_lru.input_gate.b": "temporal_block.rg_lru.input_gate_bias",
-    "recurrent_block.rg_lru.a_gate.w": "temporal_block.rg_lru.recurrent_gate_weight",
-    "recurrent_block.rg_lru.a_gate.b": "temporal_block.rg_lru.recurrent_gate_bias",
-    **{f"attention_block.proj_{p}.weight": f"temporal_block.{p}_proj.weight" for p in "qkv"},
-    "attention_block.proj_final.weight": "temporal_block.o_proj.weight",
-    "attention_block.proj_final.bias": "temporal_block.o_proj.bias",
-    "mlp_block.ffw_down.weight": "mlp_block.down_proj.weight",
-    "mlp_block.ffw_down.bias": "mlp_block.down_proj.bias",
+    f"{op.deepmind}{tensor.deepmind}": f"{op.site}{tensor.end}"
+    for op in all_ops().values()
+    if op.deepmind
+    for tensor in op.tensors
 }
 """Within a block: DeepMind's name → canonical name, for tensors that map one to one."""
 

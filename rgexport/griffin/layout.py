@@ -4,13 +4,10 @@ Canonical names and shapes are Hugging Face's without the leading `model.`; line
 `[out, in]`. The head is the embedding (tied), so there is no `lm_head`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from rgexport.griffin.config import GriffinConfig
-
-Role = Literal["embedding", "linear", "bias", "gate", "conv", "norm", "a_param"]
+from rgexport.griffin.layer import Op, Role, layer_ops
 
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
 """Roles that may be stored in fewer than 16 bits.
@@ -29,65 +26,22 @@ class TensorSpec:
     role: Role
 
 
-def _mlp(c: GriffinConfig) -> dict[str, TensorSpec]:
-    return {
-        "mlp_block.gate_proj.weight": TensorSpec((c.mlp_width, c.width), "linear"),
-        "mlp_block.gate_proj.bias": TensorSpec((c.mlp_width,), "bias"),
-        "mlp_block.up_proj.weight": TensorSpec((c.mlp_width, c.width), "linear"),
-        "mlp_block.up_proj.bias": TensorSpec((c.mlp_width,), "bias"),
-        "mlp_block.down_proj.weight": TensorSpec((c.width, c.mlp_width), "linear"),
-        "mlp_block.down_proj.bias": TensorSpec((c.width,), "bias"),
-    }
-
-
-def _recurrent(c: GriffinConfig) -> dict[str, TensorSpec]:
-    block = c.lru_width // c.lru_heads
-    return {
-        "temporal_block.linear_y.weight": TensorSpec((c.lru_width, c.width), "linear"),
-        "temporal_block.linear_y.bias": TensorSpec((c.lru_width,), "bias"),
-        "temporal_block.linear_x.weight": TensorSpec((c.lru_width, c.width), "linear"),
-        "temporal_block.linear_x.bias": TensorSpec((c.lru_width,), "bias"),
-        "temporal_block.linear_out.weight": TensorSpec((c.width, c.lru_width), "linear"),
-        "temporal_block.linear_out.bias": TensorSpec((c.width,), "bias"),
-        "temporal_block.conv_1d.weight": TensorSpec((c.lru_width, 1, c.conv_width), "conv"),
-        "temporal_block.conv_1d.bias": TensorSpec((c.lru_width,), "bias"),
-        "temporal_block.rg_lru.recurrent_param": TensorSpec((c.lru_width,), "a_param"),
-        "temporal_block.rg_lru.input_gate_weight": TensorSpec((c.lru_heads, block, block), "gate"),
-        "temporal_block.rg_lru.input_gate_bias": TensorSpec((c.lru_heads, block), "gate"),
-        "temporal_block.rg_lru.recurrent_gate_weight": TensorSpec(
-            (c.lru_heads, block, block), "gate"
-        ),
-        "temporal_block.rg_lru.recurrent_gate_bias": TensorSpec((c.lru_heads, block), "gate"),
-    }
-
-
-def _attention(c: GriffinConfig) -> dict[str, TensorSpec]:
-    heads = c.num_heads * c.head_dim
-    return {
-        "temporal_block.q_proj.weight": TensorSpec((heads, c.width), "linear"),
-        "temporal_block.k_proj.weight": TensorSpec((c.head_dim, c.width), "linear"),
-        "temporal_block.v_proj.weight": TensorSpec((c.head_dim, c.width), "linear"),
-        "temporal_block.o_proj.weight": TensorSpec((c.width, heads), "linear"),
-        "temporal_block.o_proj.bias": TensorSpec((c.width,), "bias"),
-    }
-
-
-_TEMPORAL: dict[str, Callable[[GriffinConfig], dict[str, TensorSpec]]] = {
-    "recurrent": _recurrent,
-    "attention": _attention,
-}
+_STORED = "norm", "linear", "conv", "a_param", "gate"
+"""The order of a block's tensors in files, by the role of their op's weight."""
 
 
 def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:
-    """The tensors of layer `index`, in the order in which a step reads them."""
-    norm = TensorSpec((config.width,), "norm")
-    names = (
-        {"temporal_pre_norm.weight": norm}
-        | _TEMPORAL[config.block_types[index]](config)
-        | {"channel_pre_norm.weight": norm}
-        | _mlp(config)
-    )
-    return {f"layers.{index}.{name}": spec for name, spec in names.items()}
+    """The tensors of layer `index`, in the order in which files have them."""
+    blocks: dict[str, list[Op]] = {}
+    for op in layer_ops(config.block_types[index]):
+        if op.tensors:
+            blocks.setdefault(op.site.partition(".")[0], []).append(op)
+    return {
+        f"layers.{index}.{op.site}{tensor.end}": TensorSpec(tensor.shape(config), tensor.role)
+        for ops in blocks.values()
+        for op in sorted(ops, key=lambda op: _STORED.index(op.tensors[0].role))
+        for tensor in op.tensors
+    }
 
 
 def model_tensors(config: GriffinConfig) -> dict[str, TensorSpec]:

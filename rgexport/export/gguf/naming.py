@@ -11,7 +11,8 @@ import numpy as np
 
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors
+from rgexport.griffin.layer import Role, all_ops
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, TensorSpec, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
 
@@ -20,43 +21,22 @@ def _transposed(blocks: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks.swapaxes(1, 2))
 
 
-_GATE = Transform(_transposed, _transposed)
-_CONV = Transform(shape=lambda shape: (shape[0], shape[2]))
 _GATE_BIAS = Transform(shape=lambda shape: (shape[0] * shape[1],))
+_TRANSFORMS: dict[Role, Transform] = {
+    "norm": NORM,
+    "conv": Transform(shape=lambda shape: (shape[0], shape[2])),
+    "a_param": DECAY,
+    "gate": Transform(_transposed, _transposed),
+}
+"""Role → transform; all other tensors, and biases, lie in a file as they are."""
 
-_GLOBAL: dict[str, tuple[str, Transform]] = {
-    EMBEDDING: ("token_embd.weight", PLAIN),
-    "final_norm.weight": ("output_norm.weight", NORM),
+_GLOBAL = {EMBEDDING: "token_embd.weight", "final_norm.weight": "output_norm.weight"}
+_LAYER: dict[str, str] = {
+    f"{op.site}{tensor.end}": f"{op.gguf}{tensor.gguf}"
+    for op in all_ops().values()
+    for tensor in op.tensors
 }
-_LAYER: dict[str, tuple[str, Transform]] = {
-    "temporal_pre_norm.weight": ("attn_norm.weight", NORM),
-    "channel_pre_norm.weight": ("ffn_norm.weight", NORM),
-    "mlp_block.gate_proj.weight": ("ffn_gate.weight", PLAIN),
-    "mlp_block.gate_proj.bias": ("ffn_gate.bias", PLAIN),
-    "mlp_block.up_proj.weight": ("ffn_up.weight", PLAIN),
-    "mlp_block.up_proj.bias": ("ffn_up.bias", PLAIN),
-    "mlp_block.down_proj.weight": ("ffn_down.weight", PLAIN),
-    "mlp_block.down_proj.bias": ("ffn_down.bias", PLAIN),
-    "temporal_block.q_proj.weight": ("attn_q.weight", PLAIN),
-    "temporal_block.k_proj.weight": ("attn_k.weight", PLAIN),
-    "temporal_block.v_proj.weight": ("attn_v.weight", PLAIN),
-    "temporal_block.o_proj.weight": ("attn_output.weight", PLAIN),
-    "temporal_block.o_proj.bias": ("attn_output.bias", PLAIN),
-    "temporal_block.linear_x.weight": ("ssm_in.weight", PLAIN),
-    "temporal_block.linear_x.bias": ("ssm_in.bias", PLAIN),
-    "temporal_block.linear_y.weight": ("attn_gate.weight", PLAIN),
-    "temporal_block.linear_y.bias": ("attn_gate.bias", PLAIN),
-    "temporal_block.linear_out.weight": ("ssm_out.weight", PLAIN),
-    "temporal_block.linear_out.bias": ("ssm_out.bias", PLAIN),
-    "temporal_block.conv_1d.weight": ("ssm_conv1d.weight", _CONV),
-    "temporal_block.conv_1d.bias": ("ssm_conv1d.bias", PLAIN),
-    "temporal_block.rg_lru.recurrent_param": ("ssm_a", DECAY),
-    "temporal_block.rg_lru.input_gate_weight": ("rg_lru_input_gate.weight", _GATE),
-    "temporal_block.rg_lru.input_gate_bias": ("rg_lru_input_gate.bias", _GATE_BIAS),
-    "temporal_block.rg_lru.recurrent_gate_weight": ("rg_lru_a_gate.weight", _GATE),
-    "temporal_block.rg_lru.recurrent_gate_bias": ("rg_lru_a_gate.bias", _GATE_BIAS),
-}
-"""Canonical name within a layer → name within `blk.i.`, and the transform."""
+"""Canonical name within a layer → name within `blk.i.`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +55,7 @@ def file_tensors(config: GriffinConfig) -> list[FileTensor]:
     """All tensors in the file's order, which is llama.cpp's: globals, then by layer and name."""
     tensors = []
     for canonical, spec in model_tensors(config).items():
-        name, transform = _name(canonical)
+        name, transform = _name(canonical), _transform(spec)
         shape = _without_leading_ones(transform.shape(spec.shape))
         # ggml knows no matrix of one row: what it takes for a vector is never quantized.
         quantizable = spec.role in QUANTIZABLE and len(shape) > 1
@@ -83,12 +63,17 @@ def file_tensors(config: GriffinConfig) -> list[FileTensor]:
     return sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
 
 
-def _name(canonical: str) -> tuple[str, Transform]:
+def _name(canonical: str) -> str:
     if canonical in _GLOBAL:
         return _GLOBAL[canonical]
     _, index, local = canonical.split(".", 2)
-    name, transform = _LAYER[local]
-    return f"blk.{index}.{name}", transform
+    return f"blk.{index}.{_LAYER[local]}"
+
+
+def _transform(spec: TensorSpec) -> Transform:
+    if spec.role == "gate" and len(spec.shape) == 2:
+        return _GATE_BIAS
+    return _TRANSFORMS.get(spec.role, PLAIN)
 
 
 def _layer(name: str) -> int:

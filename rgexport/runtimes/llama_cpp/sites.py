@@ -1,12 +1,9 @@
-"""Where the sites are in the graph that llama.cpp builds for RecurrentGemma.
-
-Names come from `cb` in kernels/llama_cpp/recurrentgemma.cpp and, for projections and attention,
-in llama.cpp's own src/llama-graph.cpp (commit 0c1e570).
-"""
+"""Where the sites are in the graph that llama.cpp builds for RecurrentGemma."""
 
 from dataclasses import dataclass
 
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import all_ops
 from rgexport.griffin.sites import sites
 
 
@@ -29,32 +26,7 @@ _ONCE = {
     "lm_head": Tap("result_norm", "MUL_MAT"),
     "logits": Tap("result_output"),
 }
-_IN_LAYER = {
-    "temporal_pre_norm": Tap("attn_norm"),
-    "temporal_block.linear_y": Tap("linear_y"),
-    "temporal_block.linear_x": Tap("linear_x"),
-    "temporal_block.conv_1d": Tap("conv_output"),
-    "temporal_block.rg_lru.input_gate": Tap("rg_lru_input_gate"),
-    "temporal_block.rg_lru.recurrent_gate": Tap("rg_lru_a_gate"),
-    "temporal_block.rg_lru": Tap("rg_lru"),
-    "temporal_block.mul": Tap("recurrent_gated"),
-    "temporal_block.linear_out": Tap("linear_out"),
-    "temporal_block.q_proj": Tap("Qcur"),
-    "temporal_block.rope_q": Tap("Qcur", "ROPE"),
-    "temporal_block.k_proj": Tap("Kcur"),
-    "temporal_block.rope_k": Tap("Kcur", "ROPE"),
-    "temporal_block.v_proj": Tap("Vcur"),
-    "temporal_block.attention": Tap("kqv_out"),
-    "temporal_block.o_proj": Tap("kqv_out", "ADD"),
-    "temporal_residual": Tap("residual"),
-    "channel_pre_norm": Tap("ffn_norm"),
-    "mlp_block.gate_proj": Tap("ffn_gate"),
-    "mlp_block.up_proj": Tap("ffn_up"),
-    "mlp_block.mul": Tap("ffn_geglu"),
-    "mlp_block.down_proj": Tap("ffn_out"),
-    "channel_residual": Tap("l_out"),
-}
-"""Site within a layer → tensor. A GELU is computed together with its product."""
+_IN_LAYER = {site: op.graph for site, op in all_ops().items() if op.graph}
 
 
 def taps(config: GriffinConfig) -> dict[str, Tap]:
@@ -69,5 +41,7 @@ def taps(config: GriffinConfig) -> dict[str, Tap]:
 
 def _in_layer(site: str) -> Tap | None:
     _, index, name = site.split(".", 2)
-    tap = _IN_LAYER.get(name)
-    return None if tap is None else Tap(f"{tap.name}-{index}", tap.then)
+    if name not in _IN_LAYER:
+        return None
+    tensor, _, then = _IN_LAYER[name].partition("/")
+    return Tap(f"{tensor}-{index}", then)
