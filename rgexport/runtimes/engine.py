@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import cast
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
@@ -30,8 +31,8 @@ class Engine:
         return self.session(artifact, threads=threads)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        """See `open_observer`."""
-        raise NotImplementedError
+        """See `open_observer`; most engines do not show what they compute on the way."""
+        raise RequestError(f"what runs {artifact.manifest.kind} artifacts does not show its values")
 
     def memory_bytes(self, manifest: Manifest) -> int:
         """About what a lean session takes: all weights, and the embedding once more, as the head.

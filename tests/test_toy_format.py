@@ -1,0 +1,65 @@
+"""A format that lives in `tests` alone: every command takes it, as the registry says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.cli import run
+from rgexport.export.opening import open_artifact
+from rgexport.formats import FORMATS
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.runtimes.engine import open_session
+from tests.models import (
+    deepmind_logits,
+    deepmind_model,
+    make_config,
+    random_weights,
+    write_hugging_face,
+)
+from tests.toy_format import DATA, FLOORS, KIND, export_toy
+
+CONFIG = make_config("ra", width=32, heads=2, lru_width=48, vocab_size=300)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(FORMATS, KIND, FLOORS)
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    return export_toy(open_checkpoint(model), tmp_path / "toy")
+
+
+def test_commands_take_it(artifact, tmp_path, capsys):
+    assert open_artifact(artifact).manifest.check.status == "verified"
+    assert "for a toy" in (artifact / "README.md").read_text()
+    result = tmp_path / "result.json"
+    model = str(tmp_path / "model")
+    assert run(["validate", str(artifact), "-m", model, "--json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found["verdict"] == "PASS" and found["artifact"]["kind"] == KIND
+    assert found["sites"] is None and "does not show its values" in capsys.readouterr().err
+    assert run(["inspect", str(artifact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == KIND
+    assert run(["generate", str(artifact), "--ids", "2", "-n", "3", "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_it_computes_what_deepmind_computes(artifact):
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 20))
+    found = open_session(open_artifact(artifact)).prefill(tokens, 20)
+    expected = deepmind_logits(deepmind_model(CONFIG, random_weights(CONFIG)), tokens)
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_damage_is_told(artifact, capsys):
+    with open(artifact / DATA, "r+b") as file:
+        file.write(b"\1\2\3\4")
+    assert run(["inspect", str(artifact), "--verify"]) == 2
+    assert f"{DATA} was altered" in capsys.readouterr().err
+
+
+def test_without_the_registry_it_is_no_artifact(artifact, monkeypatch, capsys):
+    monkeypatch.delitem(FORMATS, KIND)
+    assert run(["inspect", str(artifact)]) == 2
+    assert "is not the manifest of an rgexport artifact" in capsys.readouterr().err
