@@ -10,12 +10,13 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
 from rgexport.export.format import CardText, Format, Layouts
 from rgexport.export.manifest import IoRecord, Manifest, StoredTensor
-from rgexport.export.storage import Places, encode_float, fill
+from rgexport.export.storage import Places, fill
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, zero_state
 from rgexport.quantize.affine import Parts
+from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Float, Scheme
 from rgexport.runtimes.engine import Engine
 from rgexport.runtimes.sequences import checked_tokens
@@ -122,4 +123,4 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def _encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
-    return encode_float(name, rows, "float32")
+    return encode(name, rows, stored.scheme)

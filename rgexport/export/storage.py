@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.processors import usable_processors
@@ -132,22 +131,6 @@ def _write_slab(
             file.seek(stored.row_offset(label, start))
             file.write(array.reshape(-1).view(np.uint8).data)
     return name, parts, rows.nbytes
-
-
-def encode_float(name: str, rows: np.ndarray, dtype: str) -> Parts:
-    """Rows in another float dtype.
-
-    Raises:
-        RequestError: a weight that the dtype cannot hold.
-    """
-    with np.errstate(over="ignore"):
-        stored = rows.astype(dtype)
-    if not np.isfinite(stored).all():
-        raise RequestError(
-            f"{name} holds {np.abs(rows).max():.4g}, more than {dtype} can: "
-            "store it in another precision"
-        )
-    return {"data": stored}
 
 
 def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:

@@ -10,6 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.quantize.algorithms import require_known
 from rgexport.quantize.scheme import (
     BLOCKS,
     Affine,
@@ -134,6 +135,8 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
 
 def _read_scheme(path: Path, name: str, fields: Any) -> Scheme:
     try:
-        return scheme_from_dict(fields)
+        scheme = scheme_from_dict(fields)
+        require_known(scheme)
+        return scheme
     except RequestError as error:
         raise RequestError(f"the plan {path}: {name}: {error}") from None

@@ -1,7 +1,8 @@
 """Storage schemes of one tensor, as data."""
 
 import dataclasses
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rgexport.errors import RequestError
@@ -24,6 +25,11 @@ class Float:
         return _FLOAT_BITS[self.dtype]
 
     @property
+    def algorithm(self) -> str:
+        """There is nothing to choose."""
+        return "cast"
+
+    @property
     def label(self) -> str:
         """For people: `float16`."""
         return self.dtype
@@ -42,7 +48,8 @@ class Affine:
     block: int | None
     symmetric: bool
     scale: FloatDtype = "float32"
-    algorithm: Literal["rtn"] = "rtn"
+    algorithm: str = field(default="rtn", compare=False)
+    """What chose the values, a key of `algorithms.ALGORITHMS`: not a part of the layout."""
     kind: Literal["affine"] = "affine"
 
     @property
@@ -66,7 +73,8 @@ class Palette:
     bits: Literal[4] = 4
     group: int = 16
     lut: FloatDtype = "float16"
-    algorithm: Literal["kmeans"] = "kmeans"
+    algorithm: str = field(default="kmeans", compare=False)
+    """See `Affine`."""
     kind: Literal["palette"] = "palette"
 
     @property
@@ -93,6 +101,11 @@ class Ggml:
         return TYPES[self.type].bits_per_weight
 
     @property
+    def algorithm(self) -> str:
+        """Ggml's own."""
+        return "ggml"
+
+    @property
     def label(self) -> str:
         """For people: `q4_k`."""
         return self.type
@@ -114,6 +127,7 @@ _KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
     "ggml": Ggml,
 }
 _SIZES = range(1, 1 << 31)
+_WORD = re.compile("[a-z0-9_-]{1,32}")
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "float": {"dtype": tuple(_FLOAT_BITS)},
     "affine": {
@@ -121,17 +135,17 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
         "block": (None, _SIZES),
         "symmetric": (False, True),
         "scale": tuple(_FLOAT_BITS),
-        "algorithm": ("rtn",),
+        "algorithm": (_WORD,),
     },
     "palette": {
         "bits": (4,),
         "group": (_SIZES,),
         "lut": tuple(_FLOAT_BITS),
-        "algorithm": ("kmeans",),
+        "algorithm": (_WORD,),
     },
     "ggml": {"type": tuple(TYPES)},
 }
-"""Kind → field → what it may be: a value, or a whole number in a range."""
+"""Kind → field → what it may be: a value, a whole number in a range, or a word of a pattern."""
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
@@ -170,10 +184,14 @@ def _matches(value: Any, allowed: Any) -> bool:
     # JSON's 32.0 and 1 equal 32 and true, but are not what may be stored.
     if isinstance(allowed, range):
         return type(value) is int and value in allowed
+    if isinstance(allowed, re.Pattern):
+        return isinstance(value, str) and bool(allowed.fullmatch(value))
     return type(value) is type(allowed) and value == allowed
 
 
 def _shown(allowed: Any) -> str:
     if isinstance(allowed, range):
         return "a whole number from 1 on"
+    if isinstance(allowed, re.Pattern):
+        return "a word"
     return "null" if allowed is None else str(allowed)

@@ -6,11 +6,9 @@ data differ from it by the top bit. The parts' shapes are those of `layouts`.
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import encode_float
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
-from rgexport.quantize import affine, palette
+from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.scheme import Affine, Palette
 
@@ -31,15 +29,10 @@ def encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
         RequestError: a weight that its scheme cannot hold.
     """
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
-    scheme, dtype = stored.scheme, stored.parts["data"].dtype
-    if not isinstance(scheme, Affine | Palette):
-        return encode_float(name, values, dtype)
-    try:
-        if isinstance(scheme, Palette):
-            return palette.encode(values, scheme)
-        return _with_sign(affine.encode(values, scheme), scheme, dtype)
-    except RequestError as error:
-        raise RequestError(f"{name}: {error}") from None
+    parts, scheme = algorithms.encode(name, values, stored.scheme), stored.scheme
+    if isinstance(scheme, Affine):
+        return _with_sign(parts, scheme, stored.parts["data"].dtype)
+    return parts
 
 
 def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-from rgexport.errors import RequestError
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import Value
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
@@ -21,9 +20,10 @@ from rgexport.export.gguf.options import Choice
 from rgexport.export.storage import SLAB_BYTES, in_order
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
-from rgexport.quantize.ggml_library import quantize_rows
+from rgexport.quantize.algorithms import Statistics, encode
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT
+from rgexport.quantize.scheme import Ggml
 
 
 def data_bytes(choice: Choice) -> int:
@@ -112,8 +112,9 @@ def _jobs(choice: Choice, weights: WeightSource) -> Iterator[_Job]:
     for tensor in choice.tensors:
         kind, source = choice.types[tensor.name], weights[tensor.canonical]
         importance = choice.importances.get(tensor.name)
+        statistics = None if importance is None else Statistics(importance)
         for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
-            yield partial(_encode, tensor, source, start, stop, kind, importance)
+            yield partial(_encode, tensor, source, start, stop, kind, statistics)
         yield partial(_pad, _tensor_bytes(tensor, kind))
 
 
@@ -127,12 +128,10 @@ def _encode(
     start: int,
     stop: int,
     kind: str,
-    importance: np.ndarray | None,
+    statistics: Statistics | None,
 ) -> tuple[bytes, int]:
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
-    try:
-        stored = quantize_rows(values.reshape(-1, tensor.shape[-1]), kind, importance)
-    except RequestError as error:
-        raise RequestError(f"{tensor.canonical}: {error}") from None
+    values = values.reshape(-1, tensor.shape[-1])
+    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"]
     return stored.tobytes(), rows.nbytes

@@ -11,10 +11,11 @@ from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.export.onnx.layouts import part_layouts
-from rgexport.export.storage import Places, aligned, encode_float, fill
+from rgexport.export.storage import Places, aligned, fill
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize import affine
-from rgexport.quantize.scheme import Affine, Plan
+from rgexport.quantize.affine import Parts
+from rgexport.quantize.algorithms import encode
+from rgexport.quantize.scheme import Plan
 
 _ALIGNMENT = 4096
 """Of every part: runtimes map the file, and a map starts at a page."""
@@ -86,8 +87,6 @@ def initializer(
     return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
 
 
-def _encode(name: str, rows: np.ndarray, tensor: StoredTensor) -> affine.Parts:
-    if isinstance(tensor.scheme, Affine):
-        parts = affine.encode(rows, tensor.scheme)
-        return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}
-    return encode_float(name, rows, tensor.parts["data"].dtype)
+def _encode(name: str, rows: np.ndarray, tensor: StoredTensor) -> Parts:
+    parts = encode(name, rows, tensor.scheme)
+    return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}

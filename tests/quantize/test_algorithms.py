@@ -1,0 +1,75 @@
+"""What fills a layout is found through one registry, and is no part of the layout."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.quantize import affine, algorithms
+from rgexport.quantize.algorithms import ALGORITHMS, Algorithm, Statistics, encode, require_known
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Palette,
+    scheme_from_dict,
+    scheme_to_dict,
+)
+
+INT4 = Affine(4, 32, symmetric=False)
+
+
+def test_what_a_float_cannot_hold_is_named():
+    rows = np.array([[1.0, 70_000.0]], np.float32)
+    assert encode("w", rows, Float("float32"))["data"][0, 1] == 70_000
+    with pytest.raises(RequestError, match="w: a weight of 7e.04 is more than float16 holds"):
+        encode("w", rows, Float("float16"))
+
+
+def test_every_layout_has_one():
+    layouts = {row.layout for row in ALGORITHMS.values()}
+    assert layouts == {Float, Affine, Palette, Ggml}
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An algorithm that makes all weights half as large, and wants to know of their inputs."""
+
+    def fill(rows: np.ndarray, scheme: Affine, statistics: Statistics | None) -> affine.Parts:
+        assert statistics is not None
+        return affine.encode(rows * statistics.importance, scheme)
+
+    row = Algorithm(Affine, fill, needs_statistics=True)
+    monkeypatch.setitem(algorithms.ALGORITHMS, "halves", row)
+
+
+def test_a_new_one_is_a_row(halves: None):
+    rows = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    scheme = replace(INT4, algorithm="halves")
+    known = Statistics(np.full(64, 0.5, np.float32))
+    found = affine.decode(encode("w", rows, scheme, known), scheme, 64)
+    expected = affine.decode(encode("w", rows / 2, INT4), INT4, 64)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(RequestError, match="w: halves needs statistics of its inputs"):
+        encode("w", rows, scheme)
+
+
+def test_it_is_provenance(halves: None):
+    scheme = replace(INT4, algorithm="halves")
+    assert scheme == INT4 and hash(scheme) == hash(INT4)
+    stored = scheme_to_dict(scheme)
+    assert stored["algorithm"] == "halves"
+    assert scheme_from_dict(stored).algorithm == "halves"
+
+
+def test_an_unknown_one_can_be_read_but_not_asked_for():
+    later = scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": "later-2"})
+    assert later == INT4
+    with pytest.raises(RequestError, match="algorithm = 'later-2'; expected rtn"):
+        require_known(later)
+    with pytest.raises(RequestError, match="algorithm = 'rtn'; expected kmeans"):
+        require_known(Palette(algorithm="rtn"))
+    for wrong in (3, "", "a b", "x" * 33):
+        with pytest.raises(RequestError, match="algorithm = "):
+            scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": wrong})
