@@ -33,10 +33,11 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.sizes import DEMO
 from rgexport.progress import note
 from rgexport.tables import Table, render
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.run import validate_artifact
 
 TOKENS = 300
 """The most that an artifact takes; random checkpoints get four windows."""
@@ -160,7 +161,9 @@ def _validate(
         suffix = ".gguf" if kind == "gguf" else ""
         target = export(checkpoint, Path(folder) / f"artifact{suffix}")
         model = str(checkpoint.path)
-        result = compare(target, model=model, reference=reference, max_tokens=TOKENS)
+        result = validate_artifact(
+            target, Request(model=model, reference=reference, max_tokens=TOKENS)
+        )
     shares: dict[str, float] = {}
     for check in result.checks:
         share, asked = check.value / (check.limit or 1), check.kind or check.name

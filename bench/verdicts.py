@@ -33,12 +33,13 @@ from rgexport.griffin.sizes import DEMO
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.tables import Table, render
-from rgexport.validate import parity
+from rgexport.validate import opening
 from rgexport.validate.checks import Check
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 
 TOKENS = 128
@@ -76,11 +77,11 @@ class Judges:
     def judge(self, wrong: str, artifact: str, path: Path) -> Iterator[Verdict]:
         """All ways of asking."""
         label = partial(Verdict, wrong, artifact)
-        with mock.patch.object(parity, "find_spec", return_value=None):
-            alone = compare(path, reference=self.reference, max_tokens=16)
+        with mock.patch.object(opening, "find_spec", return_value=None):
+            alone = validate_artifact(path, Request(reference=self.reference, max_tokens=16))
         assert alone.reference is not None
         yield label("reference", alone.verdict, *_deciding(alone.checks), alone.reference.kl.mean)
-        both = compare(path, model=str(self.sound.path), max_tokens=TOKENS)
+        both = validate_artifact(path, Request(model=str(self.sound.path), max_tokens=TOKENS))
         assert both.original is not None
         yield label("model", both.verdict, *_deciding(both.checks), both.original.kl.mean)
         record = self_check(self.sound, path)

@@ -475,15 +475,28 @@ def reference(
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @native_option
 @verbose
-def validate(artifacts: tuple[Path, ...], **request: Any) -> int:
+def validate(
+    artifacts: tuple[Path, ...],
+    model: str | None,
+    text: Path | None,
+    max_tokens: int | None,
+    device: str,
+    bisect: bool,
+    bench: bool,
+    **files: Any,
+) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
 
     Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS where a
     limit lies within the error bar of what it is for.
     """
+    from rgexport.validate.opening import Request
     from rgexport.validate.run import validate_artifacts
 
-    return validate_artifacts(artifacts, **request)
+    asked = Request(
+        model=model, text=text, max_tokens=max_tokens, device=device, bisect=bisect, bench=bench
+    )
+    return validate_artifacts(artifacts, asked, **files)
 
 
 @rgexport.group("llama-cpp")

@@ -17,6 +17,15 @@ length."""
 _RAGGED = 3, 1, 2
 
 
+SAME = {
+    "steps": "one by one as in a chunk",
+    "ragged": "in chunks of any lengths as in one",
+    "restored": "a saved state continues as the conversation did",
+    "reset": "a reset leaves nothing behind",
+}
+"""An equivalence → what it says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
     """So many tokens taken in two ways: their logits, and the states behind them if known."""

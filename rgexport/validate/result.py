@@ -21,6 +21,7 @@ from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.measure import Comparison
 from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.source import Original
 from rgexport.validate.speed import Speed
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
@@ -177,6 +178,19 @@ def _bits_per_weight(manifest: Manifest) -> float:
     parts = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
     weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     return 8 * sum(part.nbytes for part in parts) / weights
+
+
+def describe_source(made_from: str, original: Original | None) -> SourceInfo:
+    """What a result says of the original."""
+    if original is None:
+        return SourceInfo(made_from, found=False)
+    return SourceInfo(
+        made_from,
+        found=True,
+        path=str(original.checkpoint.path),
+        same_files=original.same_files,
+        config_differences=original.config_differences,
+    )
 
 
 def describe_text(text: Text, window: int) -> TextInfo:

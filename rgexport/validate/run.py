@@ -1,52 +1,78 @@
-"""`rgexport validate`: compares artifacts, writes the reports and tells the verdict."""
+"""`rgexport validate`: opens, runs, compares, judges and tells."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rgexport.export.opening import open_artifact
 from rgexport.validate.checks import parse_limits
-from rgexport.validate.parity import compare
+from rgexport.validate.comparing import compare_all
+from rgexport.validate.judging import judge
+from rgexport.validate.opening import Request, open_all
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
-from rgexport.validate.result import require_writable, write_json
+from rgexport.validate.result import Result, require_writable, write_json
+from rgexport.validate.running import run_all
 from rgexport.validate.teacher import SharedPasses
+
+PLAIN = Request()
+"""Nothing in particular was asked."""
+
+
+def validate_artifact(
+    path: Path, request: Request = PLAIN, passes: SharedPasses | None = None
+) -> Result:
+    """Compares an artifact with its twin and, where it can be found, with its original.
+
+    The references run first, one layer at a time; then the artifact's session opens, and when it
+    is gone, its ops are looked at. Where there is no torch, a reference file will do. `passes` are
+    those of originals that ran before, for other artifacts.
+
+    Raises:
+        RequestError: see `open_all` and `run_all`.
+    """
+    opened = open_all(path, request)
+    ran = run_all(opened, passes or SharedPasses())
+    return judge(opened, ran, compare_all(opened, ran))
 
 
 def validate_artifacts(
     artifacts: Sequence[Path],
+    request: Request = PLAIN,
     *,
     reference: Path | None = None,
     json_file: Path | None = None,
     html_file: Path | None = None,
     limits: Sequence[str] = (),
     allow_ambiguous: bool = False,
-    **options: Any,
 ) -> int:
     """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
 
     Args:
         artifacts: their paths; of several, one table is printed.
+        request: what to find out about each of them.
         reference: a reference file to compare with too; only with that where there is no torch.
         json_file: where the results go as JSON.
         html_file: where the page goes.
         limits: `NAME=VALUE`, instead of the limits in `thresholds`.
         allow_ambiguous: whether what can be neither affirmed nor denied will do.
-        options: see `compare`.
 
     Raises:
-        RequestError: see `compare`; or a file cannot be written.
+        RequestError: see `validate_artifact`; or a file cannot be written.
     """
     for file in (json_file, html_file):
         if file is not None:
             require_writable(file)
     for path in artifacts[1:]:
         open_artifact(path)  # what is wrong with a later one is told before the first one's work
-    options["limits"] = parse_limits(limits)
-    options["reference"] = None if reference is None else read_reference(reference)
+    request = replace(
+        request,
+        limits=parse_limits(limits),
+        reference=None if reference is None else read_reference(reference),
+    )
     passes = SharedPasses()
-    results = [compare(path, passes=passes, **options) for path in artifacts]
+    results = [validate_artifact(path, request, passes) for path in artifacts]
     if json_file is not None:
         write_json(results, json_file)
     if html_file is not None:

@@ -12,8 +12,9 @@ from rgexport.export.artifact import Artifact
 from rgexport.griffin.layout import model_tensors
 from rgexport.runtimes.coreml.session import CoreMLSession, Runner
 from rgexport.validate.measure import Measurement, measure
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.teacher import teach, torch_reference
 from rgexport.validate.text import random_text
 from tests.artifacts import export_random_coreml
@@ -51,7 +52,7 @@ def failed(result: Result) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_clean_packages_pass(kind: str, folder: Path) -> None:
     artifact = package(folder, kind)
-    result = compare(artifact.path, model=str(folder / "model"), max_tokens=100)
+    result = validate_artifact(artifact.path, Request(model=str(folder / "model"), max_tokens=100))
     assert failed(result) == [], result.checks
     assert (result.artifact.kind, result.engine.whole_chunks) == ("coreml", True)
     assert result.engine.chunk_logits == KINDS[kind].get("all_logits", False)
@@ -84,7 +85,7 @@ def test_weights_that_are_five_percent_too_large_are_named(
     weights[UP][rows] *= np.float32(1.05)
     write_hugging_face(CONFIG, weights, tmp_path / "model")
     wrong = package(tmp_path, kind)
-    result = compare(wrong.path, model=str(folder / "model"), max_tokens=30)
+    result = validate_artifact(wrong.path, Request(model=str(folder / "model"), max_tokens=30))
     assert {name.rpartition(".")[0] for name in failed(result)} == {f"weights.{UP}"}
 
 

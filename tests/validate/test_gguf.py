@@ -8,8 +8,9 @@ import pytest
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
 
@@ -27,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _validate(checkpoint: Path, target: Path, **options: object) -> Result:
     export_gguf(open_checkpoint(checkpoint), GgufOptions(**options), target)  # type: ignore[arg-type]
-    return compare(target, model=str(checkpoint))
+    return validate_artifact(target, Request(model=str(checkpoint)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +52,7 @@ def test_a_spoiled_layer_fails(checkpoint: Path, tmp_path: Path) -> None:
     weights[name] = (weights[name].astype(np.float32) * 1.05).astype(weights[name].dtype)
     other = write_hugging_face(CONFIG, weights, tmp_path / "other", dtype="bfloat16")
     target = export_gguf(open_checkpoint(other), GgufOptions(type="q8_0"), tmp_path / "m.gguf")
-    result = compare(target, model=str(checkpoint))
+    result = validate_artifact(target, Request(model=str(checkpoint)))
     failed = [check.name for check in result.checks if not check.passed]
     assert f"weights.{name}.projection" in failed
     assert not any(check.startswith("twin.") for check in failed)
@@ -64,7 +65,7 @@ def test_fewer_bits_cost_more(tmp_path: Path) -> None:
     for kind in ("f16", "q8_0", "q5_1", "q4_0"):
         target = tmp_path / f"{kind}.gguf"
         export_gguf(open_checkpoint(size="demo"), GgufOptions(type=kind, pure=True), target)
-        original = compare(target, max_tokens=400).original
+        original = validate_artifact(target, Request(max_tokens=400)).original
         assert original is not None
         costs.append(original.kl.mean)
     assert all(1.5 * fine < coarse for fine, coarse in zip(costs, costs[1:], strict=False)), costs

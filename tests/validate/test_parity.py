@@ -12,8 +12,9 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.text import random_text
 from tests.models import (
     deepmind_logits,
@@ -34,7 +35,7 @@ def failed(result: Result) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_clean_artifacts_pass(clean: Clean, checkpoint: Path, kind: str) -> None:
-    result = compare(clean(kind), model=str(checkpoint))
+    result = validate_artifact(clean(kind), Request(model=str(checkpoint)))
     assert failed(result) == [] and result.verdict == "PASS"
     assert result.source.found and result.source.same_files
     assert result.text.windows > 4
@@ -47,7 +48,9 @@ def test_clean_artifacts_pass(clean: Clean, checkpoint: Path, kind: str) -> None
 def test_precision_costs_what_it_should(clean: Clean, checkpoint: Path) -> None:
     cost = {}
     for kind in ("fp32", "fp16", "int8", "int4-exact"):
-        original = compare(clean(kind), model=str(checkpoint), max_tokens=40).original
+        original = validate_artifact(
+            clean(kind), Request(model=str(checkpoint), max_tokens=40)
+        ).original
         assert original is not None
         cost[kind] = original.kl.mean
     assert cost["fp32"] < 1e-9 < cost["fp16"] < 1e-5 < cost["int8"] < 1e-2 < cost["int4-exact"]
@@ -55,7 +58,7 @@ def test_precision_costs_what_it_should(clean: Clean, checkpoint: Path) -> None:
 
 def test_the_cost_equals_what_deepmind_says(clean: Clean, checkpoint: Path) -> None:
     """Artifact against DeepMind's own implementation, by another KL than ours."""
-    result = compare(clean("int4-exact"), model=str(checkpoint))
+    result = validate_artifact(clean("int4-exact"), Request(model=str(checkpoint)))
     tokens = random_text(CONFIG.vocab_size, result.text.tokens).tokens[None]
     arrays = {
         n: t.whole().astype(np.float32) for n, t in open_checkpoint(checkpoint).weights.items()
@@ -76,7 +79,9 @@ def test_a_scaled_float_weight_is_named(
     spoil: Spoil, checkpoint: Path, kind: str, gain: float
 ) -> None:
     name = "layers.1.mlp_block.up_proj.weight"
-    result = compare(spoil(kind, weight=(name, "data", gain)), model=str(checkpoint), max_tokens=40)
+    result = validate_artifact(
+        spoil(kind, weight=(name, "data", gain)), Request(model=str(checkpoint), max_tokens=40)
+    )
     assert f"weights.{name}.max_steps" in failed(result)
     assert "twin.logits" not in failed(result), "the twin has the same wrong weight"
 
@@ -85,7 +90,7 @@ def test_a_scaled_float_weight_is_named(
 @pytest.mark.parametrize("name", ["layers.2.temporal_block.q_proj.weight", "embed_tokens.weight"])
 def test_a_wrong_scale_is_named(spoil: Spoil, checkpoint: Path, kind: str, name: str) -> None:
     folder = spoil(kind, weight=(name, "scales", 1.02))
-    result = compare(folder, model=str(checkpoint), max_tokens=40)
+    result = validate_artifact(folder, Request(model=str(checkpoint), max_tokens=40))
     found = set(failed(result))
     assert {f"weights.{name}.max_steps", f"weights.{name}.projection"} <= found
     assert all(check.startswith(f"weights.{name}.") for check in found)
@@ -106,13 +111,13 @@ def test_a_wrong_scale_is_named(spoil: Spoil, checkpoint: Path, kind: str, name:
 def test_a_graph_that_computes_otherwise_than_its_manifest_says_fails(
     spoil: Spoil, kind: str, config: dict[str, Any]
 ) -> None:
-    result = compare(spoil(kind, config=config))
+    result = validate_artifact(spoil(kind, config=config))
     assert "twin.logits" in failed(result)
     assert result.verdict == "FAIL"
 
 
 def test_without_the_original_only_the_twin_is_compared(clean: Clean) -> None:
-    result = compare(clean("int4"))
+    result = validate_artifact(clean("int4"))
     assert result.verdict == "PASS"
     assert result.original is None and result.weights is None and not result.source.found
     assert result.source.made_from == "original"
@@ -121,7 +126,7 @@ def test_without_the_original_only_the_twin_is_compared(clean: Clean) -> None:
 def test_another_model_of_the_same_shape_is_told_and_judged(clean: Clean, tmp_path: Path) -> None:
     cousin = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300, window=20)
     folder = write_hugging_face(cousin, random_weights(cousin, seed=1), tmp_path / "cousin")
-    result = compare(clean("fp32"), model=str(folder), max_tokens=60)
+    result = validate_artifact(clean("fp32"), Request(model=str(folder), max_tokens=60))
     assert result.source.same_files is False
     assert result.source.config_differences == ("window: 16 → 20",)
     assert {"original.rms"} < set(failed(result))
@@ -132,7 +137,7 @@ def test_a_model_of_another_shape_is_refused(clean: Clean, tmp_path: Path) -> No
     other = make_config("rra", width=64, heads=4, lru_width=128, vocab_size=300)
     folder = write_hugging_face(other, random_weights(other), tmp_path / "other")
     with pytest.raises(RequestError, match=r"linear_y.weight has shape \[96, 64\]"):
-        compare(clean("fp32"), model=str(folder))
+        validate_artifact(clean("fp32"), Request(model=str(folder)))
 
 
 def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +151,9 @@ def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(builtins, "__import__", no_torch)
     with pytest.raises(RequestError, match=r"needs torch .* 'rgexport\[export\]'"):
-        compare(clean("fp32"))
+        validate_artifact(clean("fp32"))
 
 
 def test_an_unknown_device(clean: Clean) -> None:
     with pytest.raises(RequestError, match="torch cannot use the device 'abacus'"):
-        compare(clean("fp32"), device="abacus")
+        validate_artifact(clean("fp32"), Request(device="abacus"))

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.report.terminal import render
 from rgexport.validate.result import Result, require_writable, write_json
+from rgexport.validate.run import validate_artifact
 
 
 @pytest.fixture(scope="module")
 def result(clean: Callable[[str], Path], checkpoint: Path) -> Result:
-    return compare(clean("int4"), model=str(checkpoint), max_tokens=40)
+    return validate_artifact(clean("int4"), Request(model=str(checkpoint), max_tokens=40))
 
 
 def with_nan(result: Result) -> Result:
@@ -88,7 +89,7 @@ def test_the_size_and_the_bits_are_those_of_the_files(
     files = [file for file in clean("int4").iterdir() if file.name != "rgexport.json"]
     assert result.artifact.bytes == sum(file.stat().st_size for file in files)
     assert 4.5 < result.artifact.bits_per_weight < 8
-    assert compare(clean("fp32"), max_tokens=8).artifact.bits_per_weight == 32
+    assert validate_artifact(clean("fp32"), Request(max_tokens=8)).artifact.bits_per_weight == 32
 
 
 def test_the_report_says_when_there_was_no_original(result: Result) -> None:

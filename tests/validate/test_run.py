@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.validate.parity import compare
-from rgexport.validate.run import validate_artifacts
+from rgexport.validate.opening import Request
+from rgexport.validate.run import validate_artifact, validate_artifacts
 
 Clean = Callable[[str], Path]
 Spoil = Callable[..., Path]
@@ -16,7 +16,9 @@ def test_the_report_and_the_json(
     clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    code = validate_artifacts([clean("int8")], model=str(checkpoint), max_tokens=50, json_file=file)
+    code = validate_artifacts(
+        [clean("int8")], Request(model=str(checkpoint), max_tokens=50), json_file=file
+    )
     out, err = capsys.readouterr()
     assert code == 0 and out.startswith("PASS  ") and "KL mean" in out
     assert "Comparing" in err and "Comparing" not in out
@@ -40,7 +42,7 @@ def test_failure_is_exit_code_1(
 ) -> None:
     file = tmp_path / "result.json"
     folder = spoil("fp32", config={"soft_cap": 20.0})
-    assert validate_artifacts([folder], max_tokens=30, json_file=file) == 1
+    assert validate_artifacts([folder], Request(max_tokens=30), json_file=file) == 1
     out = capsys.readouterr().out
     assert out.startswith("FAIL  ") and "FAILED  twin.logits is " in out
     assert json.loads(file.read_text())["verdict"] == "FAIL"
@@ -56,22 +58,25 @@ def test_a_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None
 def test_what_cannot_be_told_is_exit_code_1_unless_it_is_allowed(
     clean: Clean, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"model": str(checkpoint), "max_tokens": 50}
-    original = compare(clean("int4"), **given).original  # type: ignore[arg-type]
+    given = Request(model=str(checkpoint), max_tokens=50)
+    original = validate_artifact(clean("int4"), given).original
     assert original is not None and original.kl.standard_error > 0
     limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
-    assert validate_artifacts([clean("int4")], limits=limits, **given) == 1
+    assert validate_artifacts([clean("int4")], given, limits=limits) == 1
     out = capsys.readouterr().out
     assert out.startswith("AMBIGUOUS  ") and "1 of " in out and "cannot be decided" in out
     assert "AMBIGUOUS  original.kl is " in out and " ± " in out
-    assert validate_artifacts([clean("int4")], limits=limits, allow_ambiguous=True, **given) == 0
+    assert validate_artifacts([clean("int4")], given, limits=limits, allow_ambiguous=True) == 0
     below = [f"original.kl={original.kl.mean / 2}"]
-    assert validate_artifacts([clean("int4")], limits=below, allow_ambiguous=True, **given) == 1
+    assert validate_artifacts([clean("int4")], given, limits=below, allow_ambiguous=True) == 1
     assert capsys.readouterr().out.count("FAILED  original.kl") == 1
 
 
 def test_a_limit_of_ones_own(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate_artifacts([clean("int8")], max_tokens=30, limits=["twin.logits=1e-9"]) == 1
+    assert (
+        validate_artifacts([clean("int8")], Request(max_tokens=30), limits=["twin.logits=1e-9"])
+        == 1
+    )
     assert "(asked for: activations are rounded" in capsys.readouterr().out
     with pytest.raises(RequestError, match="expected NAME=VALUE"):
         validate_artifacts([clean("int8")], limits=["kl=3"])

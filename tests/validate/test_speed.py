@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from rgexport.export.opening import open_artifact
-from rgexport.validate import parity, speed
+from rgexport.validate import speed
+from rgexport.validate.opening import Request
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.speed import Speed, measure_speed
 from tests.validate.toys import ToySession, WholeChunksSession
 
@@ -74,6 +76,6 @@ def test_an_artifact(clean: Callable[[str], Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(speed, "SECONDS", 0.05)
     found = measure_speed(open_artifact(clean("int4")))
     assert found.decode > 1 and found.prefill > 1 and found.prompt_tokens == 128
-    result = parity.compare(clean("int4"), max_tokens=12, bench=True)
+    result = validate_artifact(clean("int4"), Request(max_tokens=12, bench=True))
     assert result.speed is not None and result.speed.prompt_tokens == 128
-    assert parity.compare(clean("int4"), max_tokens=12).speed is None
+    assert validate_artifact(clean("int4"), Request(max_tokens=12)).speed is None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from rgexport.tables import Row, Table
-from rgexport.validate.demands import SAME
+from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
 from rgexport.validate.report.report_words import number, percent
 from rgexport.validate.result import Result

@@ -14,8 +14,9 @@ from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.validate.bisect.site_errors import layer_of
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from tests.models import Weights, make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rrar", width=96, heads=4, lru_width=64, mlp_width=128, vocab_size=300)
@@ -81,7 +82,9 @@ def copy(clean: Copy, tmp_path: Path) -> Copy:
 def judge(original: Path) -> Judge:
     """What `validate --bisect` says of an artifact, held against the sound checkpoint."""
     model, tokens = str(original), 3 * CONFIG.window
-    return lambda artifact: compare(artifact, model=model, max_tokens=tokens, bisect=True)
+    return lambda artifact: validate_artifact(
+        artifact, Request(model=model, max_tokens=tokens, bisect=True)
+    )
 
 
 def failed(result: Result) -> set[str]:

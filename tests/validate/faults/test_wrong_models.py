@@ -7,7 +7,6 @@ weights were altered. `bench.verdicts` asks the same of the demo, and of more fo
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,13 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.validate import parity
-from rgexport.validate.parity import compare
+from rgexport.validate import opening
+from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.llama_tools import needs_llama_cpp
 from tests.models import write_hugging_face
@@ -100,8 +100,12 @@ def wrong_model(original: Path) -> Callable[[str], Checkpoint]:
 @pytest.fixture
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """`validate --reference` as a machine without torch does it."""
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    return partial(compare, max_tokens=8)
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+
+    def judge(path: Path, reference: ReferenceFile) -> Result:
+        return validate_artifact(path, Request(reference=reference, max_tokens=8))
+
+    return judge
 
 
 def _factor(result: Result) -> float:
@@ -120,7 +124,7 @@ def test_a_reference_file_alone_tells_another_model(
     reference: ReferenceFile,
     without_torch: Callable[..., Result],
 ) -> None:
-    result = without_torch(export(kind, wrong_model(wrong)), reference=reference)
+    result = without_torch(export(kind, wrong_model(wrong)), reference)
     assert result.verdict == "FAIL" and result.twin is None
     assert _factor(result) > (3 if wrong in GROSS else 1.5)
 
@@ -130,7 +134,7 @@ def test_the_right_one_passes(
     kind: str, export: Export, original: Path, reference: ReferenceFile, without_torch: Callable
 ) -> None:
     path = export(kind, open_checkpoint(original))
-    result = without_torch(path, reference=reference)
+    result = without_torch(path, reference)
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
 
 
@@ -145,7 +149,9 @@ def test_altered_weights_are_told_in_every_way(
         path = tmp_path / f"spoiled-{index}{sound.suffix}"
         (shutil.copyfile if sound.is_file() else shutil.copytree)(sound, path)
         spoil(path)
-        result = compare(path, model=str(original), reference=reference, max_tokens=16)
+        result = validate_artifact(
+            path, Request(model=str(original), reference=reference, max_tokens=16)
+        )
         assert result.verdict == "FAIL"
         failed = [check for check in result.checks if check.outcome == "FAIL"]
         for place in ("weights", "reference"):
@@ -160,7 +166,7 @@ def test_the_model_and_the_self_check_tell_another_model(
     wrong: str, export: Export, wrong_model: Callable[[str], Checkpoint], original: Path
 ) -> None:
     path = export("onnx-int4", wrong_model(wrong))
-    result = compare(path, model=str(original), max_tokens=16)
+    result = validate_artifact(path, Request(model=str(original), max_tokens=16))
     assert result.verdict == "FAIL"
     assert _factor(result) > (3 if wrong in GROSS else 1.5)
     assert self_check(open_checkpoint(original), path).status == "unverified"

@@ -14,9 +14,10 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate import parity
+from rgexport.validate import opening
 from rgexport.validate.checks import Check
 from rgexport.validate.metrics import agreement, compare_logits
+from rgexport.validate.opening import Request
 from rgexport.validate.reference import reference_layout, stream_errors
 from rgexport.validate.reference.against import (
     AgainstFile,
@@ -209,8 +210,8 @@ def test_the_first_layer_that_leaves_is_named(
     folder = spoil("fp32", weight=(f"layers.{layer}.mlp_block.up_proj.weight", "data", 1.02))
     errors = look(folder, read_reference(file))
     assert [error.layer for error in errors if not error.passed] == list(range(layer, 3))
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    validate_artifacts([folder], reference=file, bisect=True)
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    validate_artifacts([folder], Request(bisect=True), reference=file)
     shown = capsys.readouterr().out
     assert f"layer {layer} is the first whose residual stream leaves" in shown
 
@@ -297,7 +298,12 @@ def test_validate_with_a_file(
 ) -> None:
     """Beside the twin, where there is torch."""
     target = tmp_path / "r.json"
-    assert validate_artifacts([clean("int4")], reference=file, json_file=target, max_tokens=20) == 0
+    assert (
+        validate_artifacts(
+            [clean("int4")], Request(max_tokens=20), reference=file, json_file=target
+        )
+        == 0
+    )
     found = json.loads(target.read_text())
     assert found["twin"] is not None and found["original"] is None
     assert found["reference"]["positions"] == sum(
@@ -311,7 +317,12 @@ def test_validate_with_a_file(
 
 def test_the_page_shows_it(clean: Clean, file: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.html"
-    assert validate_artifacts([clean("int4")], reference=file, html_file=target, max_tokens=20) == 0
+    assert (
+        validate_artifacts(
+            [clean("int4")], Request(max_tokens=20), reference=file, html_file=target
+        )
+        == 0
+    )
     page, positions = target.read_text("utf-8"), len(read_reference(file).tokens)
     assert "Against the reference file" in page and f"{positions:,} positions" in page
     assert page.count("reference.<wbr>rms") == 1
@@ -321,7 +332,7 @@ def test_a_failure_against_the_file_is_the_verdict(
     clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = another(tmp_path, seed=1).path
-    assert validate_artifacts([clean("fp32")], reference=path, max_tokens=20) == 1
+    assert validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=path) == 1
     shown = capsys.readouterr().out
     assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
     assert "it is of other weight files" in shown
@@ -334,7 +345,7 @@ def test_without_torch_the_file_is_enough(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
     target = tmp_path / "r.json"
     assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0
     found = json.loads(target.read_text())

@@ -12,7 +12,7 @@ import pytest
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.positions import Choice
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
@@ -23,6 +23,7 @@ from rgexport.validate.report.page_text import breakable, piece, visible
 from rgexport.validate.report.report_words import MOST_NAMED
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.speed import Speed
 from rgexport.validate.states import worst
 from tests.validate.test_result import with_nan
@@ -74,12 +75,9 @@ def result(
 ) -> Result:
     """All that there can be, but the speed is made up."""
     file = capture(open_checkpoint(checkpoint), tmp_path_factory.mktemp("page") / "r", device="cpu")
-    found = compare(
+    found = validate_artifact(
         clean("int4"),
-        model=str(checkpoint),
-        max_tokens=70,
-        bisect=True,
-        reference=read_reference(file),
+        Request(model=str(checkpoint), max_tokens=70, bisect=True, reference=read_reference(file)),
     )
     speed = Speed(decode=123.4, prefill=5678.9, prompt_tokens=128)
     suspects = [Suspect(layer=1, site="layers.1.temporal_block.rg_lru", evidence="for the test")]
@@ -88,7 +86,7 @@ def result(
 
 @pytest.fixture(scope="module")
 def alone(clean: Callable[[str], Path]) -> Result:
-    return compare(clean("fp32"), max_tokens=20)
+    return validate_artifact(clean("fp32"), Request(max_tokens=20))
 
 
 def without_torch(result: Result) -> Result:

@@ -6,9 +6,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.report.schema import as_text, result_schema
 from rgexport.validate.result import write_json
+from rgexport.validate.run import validate_artifact
 from tests.validate.test_result import with_nan
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "validate.schema.json"
@@ -24,8 +25,8 @@ def validator() -> jsonschema.Draft202012Validator:
 @pytest.fixture(scope="module")
 def written(clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: Any) -> list[Any]:
     """What is written of one result, of one without an original, of a broken one, and of two."""
-    whole = compare(clean("int4"), model=str(checkpoint), max_tokens=40)
-    alone = compare(clean("fp32"), max_tokens=12)
+    whole = validate_artifact(clean("int4"), Request(model=str(checkpoint), max_tokens=40))
+    alone = validate_artifact(clean("fp32"), Request(max_tokens=12))
     found = []
     for results in ([whole], [alone], [with_nan(whole)], [whole, alone]):
         file = tmp_path_factory.mktemp("schema") / "r.json"

@@ -9,13 +9,13 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate import teacher
-from rgexport.validate.parity import compare
+from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.report.overview import overview
 from rgexport.validate.report.page import render_page
 from rgexport.validate.report.terminal import render, render_several
-from rgexport.validate.run import validate_artifacts
+from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.speed import Speed
 
 Clean = Callable[[str], Path]
@@ -27,7 +27,7 @@ def test_artifacts_in_one_table(
     files: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
     kinds = ["fp32", "int8", "int4"]
     paths = [clean(kind) for kind in kinds]
-    assert validate_artifacts(paths, model=str(checkpoint), max_tokens=40, **files) == 0
+    assert validate_artifacts(paths, Request(model=str(checkpoint), max_tokens=40), **files) == 0
     out = capsys.readouterr().out
     assert out.startswith("PASS  all 3 pass")
     found = json.loads(files["json_file"].read_text("utf-8"))
@@ -42,8 +42,10 @@ def test_artifacts_in_one_table(
 def test_each_is_what_it_is_alone(clean: Clean, checkpoint: Path) -> None:
     passes = teacher.SharedPasses()
     for kind in ("fp16", "int4"):
-        alone = compare(clean(kind), model=str(checkpoint), max_tokens=30)
-        shared = compare(clean(kind), model=str(checkpoint), max_tokens=30, passes=passes)
+        alone = validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=30))
+        shared = validate_artifact(
+            clean(kind), Request(model=str(checkpoint), max_tokens=30), passes=passes
+        )
         assert shared.original == alone.original and shared.twin == alone.twin
 
 
@@ -60,9 +62,9 @@ def test_the_original_runs_once(
     monkeypatch.setattr(teacher, "teach", counted)
     passes = teacher.SharedPasses()
     for kind in ("fp32", "int4"):
-        compare(clean(kind), model=str(checkpoint), max_tokens=20, passes=passes)
+        validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=20), passes=passes)
     assert runs == ["Running the original"]
-    compare(clean("fp32"), model=str(checkpoint), max_tokens=21, passes=passes)
+    validate_artifact(clean("fp32"), Request(model=str(checkpoint), max_tokens=21), passes=passes)
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 
@@ -73,7 +75,7 @@ def test_one_failure_is_exit_code_1_and_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
-    assert validate_artifacts([clean("fp32"), bad], max_tokens=30, html_file=page) == 1
+    assert validate_artifacts([clean("fp32"), bad], Request(max_tokens=30), html_file=page) == 1
     out = capsys.readouterr().out
     assert out.startswith("FAIL  1 of 2 fail")
     before, _, after = out.partition("FAILED  twin.logits is ")
@@ -88,7 +90,7 @@ def test_a_broken_one_is_told_before_the_work(clean: Clean, tmp_path: Path, capf
 
 
 def test_without_an_original_its_columns_are_empty(clean: Clean) -> None:
-    result = compare(clean("int8"), max_tokens=12)
+    result = validate_artifact(clean("int8"), Request(max_tokens=12))
     table = overview([result])
     path, size, bits, *cost, verdict = next(iter(table.rows))
     assert path == str(clean("int8")) and size.endswith("B") and float(bits) > 8
@@ -97,7 +99,7 @@ def test_without_an_original_its_columns_are_empty(clean: Clean) -> None:
 
 
 def test_speeds_have_columns_if_they_were_measured(clean: Clean) -> None:
-    slow = compare(clean("int8"), max_tokens=12)
+    slow = validate_artifact(clean("int8"), Request(max_tokens=12))
     assert not [name for name in overview([slow]).header if "tokens/s" in name]
     fast = dataclasses.replace(slow, speed=Speed(decode=81.5, prefill=950.0, prompt_tokens=128))
     table = overview([slow, fast])
@@ -114,7 +116,9 @@ def test_where_there_is_no_original_a_reference_file_tells_the_cost(
     clean: Clean, checkpoint: Path, tmp_path: Path
 ) -> None:
     file = capture(open_checkpoint(checkpoint), tmp_path / "r", device="cpu")
-    result = compare(clean("int8"), max_tokens=12, reference=read_reference(file))
+    result = validate_artifact(
+        clean("int8"), Request(max_tokens=12, reference=read_reference(file))
+    )
     assert result.original is None and result.reference is not None
     row = dict(zip(overview([result]).header, next(iter(overview([result]).rows)), strict=True))
     kl = result.reference.kl

@@ -1,39 +1,65 @@
-"""All that is demanded of an artifact: which measured values are held against which limits."""
+"""Judges what was measured: which values are held against which limits."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from rgexport.export.manifest import Manifest
+from rgexport.runtimes.environment import environment
 from rgexport.validate import states, thresholds
 from rgexport.validate.bisect.sites import SiteReport
-from rgexport.validate.checks import SURE, Check
-from rgexport.validate.equivalences import Equivalence
+from rgexport.validate.bisect.suspects import Suspect, find_suspects
+from rgexport.validate.checks import SURE, Check, with_limits
+from rgexport.validate.comparing import Compared
+from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.measure import Comparison
+from rgexport.validate.opening import Opened
 from rgexport.validate.reference.against import file_checks
-from rgexport.validate.result import Result
+from rgexport.validate.result import Result, describe_artifact, describe_source, describe_text
+from rgexport.validate.running import Ran
 from rgexport.validate.states import Drift
 from rgexport.validate.thresholds import Tolerance
-from rgexport.validate.weights.weight_limits import weight_checks
-
-SAME = {
-    "steps": "one by one as in a chunk",
-    "ragged": "in chunks of any lengths as in one",
-    "restored": "a saved state continues as the conversation did",
-    "reset": "a reset leaves nothing behind",
-}
-"""An equivalence → what it says."""
+from rgexport.validate.weights.weight_limits import KINDS, weight_checks
 
 
-def demands(
-    manifest: Manifest, result: Result, *, counted: bool, limits: Mapping[str, float]
+def judge(opened: Opened, ran: Ran, compared: Compared) -> Result:
+    """All that was measured, with its checks and, if they were asked for, the suspects."""
+    manifest, request = opened.manifest, opened.request
+    twin, original = (*ran.measured.comparisons, None, None)[:2]
+    result = Result(
+        artifact=describe_artifact(opened.path, manifest),
+        source=describe_source(manifest.source.name, opened.original),
+        text=describe_text(opened.text, manifest.config.window),
+        engine=ran.info,
+        twin=twin,
+        original=original,
+        equivalences=ran.measured.equivalences,
+        sites=compared.sites,
+        weights=compared.weights,
+        layers=compared.layers,
+        suspects=None,
+        reference=compared.against_file,
+        speed=compared.speed,
+        tolerance=thresholds.tolerance(manifest),
+        checks=[],
+        environment=environment(),
+    )
+    checks = _checks(manifest, result, ran.measured.counted, request.limits)
+    result = replace(result, checks=list(with_limits(checks, request.limits)))
+    return replace(result, suspects=_suspects(result)) if request.bisect else result
+
+
+def _suspects(result: Result) -> list[Suspect]:
+    failed = [c for c in result.checks if c.kind in KINDS and not c.passed]
+    differences = [*result.source.config_differences]
+    if result.reference is not None:
+        differences += result.reference.config_differences
+    return find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
+
+
+def _checks(
+    manifest: Manifest, result: Result, counted: bool, limits: Mapping[str, float]
 ) -> Iterator[Check]:
-    """All checks of a result that has none yet.
-
-    Args:
-        manifest: the artifact's.
-        result: what was measured.
-        counted: whether its session counted every token.
-        limits: those that were asked for; some checks are made only then.
-    """
+    """Of a result that has none yet; `counted` says whether its session counted every token."""
     length = result.text.tokens
     if result.twin is not None:
         yield from twin_checks(manifest, result.twin, length)

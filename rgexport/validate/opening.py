@@ -1,0 +1,118 @@
+"""What is validated, and against what: everything is opened before anything is run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest
+from rgexport.export.opening import open_artifact
+from rgexport.progress import note, warn
+from rgexport.validate.reference.against import check_fits
+from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.source import Original, find_original
+from rgexport.validate.teacher import MakeReference, torch_reference
+from rgexport.validate.text import Text, choose_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody wants to know of an artifact.
+
+    Attributes:
+        model: the original, a folder or hub id; by default the demo, if it was made from that.
+        text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
+            the artifact has no tokenizer.
+        max_tokens: how many tokens of it; see `choose_text`.
+        device: where torch runs the references; `auto` is CUDA where there is one.
+        reference: what an original said, to compare with too.
+        limits: instead of those in `thresholds`, see `checks.NAMES`.
+        bisect: whether to measure each layer's cost, and to tell what is suspect.
+        bench: whether to measure the speed.
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    max_tokens: int | None = None
+    device: str = "auto"
+    reference: ReferenceFile | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    bisect: bool = False
+    bench: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An artifact, the text that it takes, and what it is compared with.
+
+    `make` makes references of weights; it is None where there is no torch. `original` is None
+    where nobody gave one.
+    """
+
+    path: Path
+    request: Request
+    artifact: Artifact
+    tokenizer: Tokenizer | None
+    text: Text
+    original: Original | None
+    make: MakeReference | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The artifact's."""
+        return self.artifact.manifest
+
+
+def open_all(path: Path, request: Request) -> Opened:
+    """Opens an artifact and all that it is compared with.
+
+    Raises:
+        RequestError: no sound artifact, neither torch nor a reference file, an original or a
+            reference that does not fit, or an unreadable text.
+    """
+    make = None
+    if request.reference is None or find_spec("torch") is not None:
+        make = torch_reference(request.device)
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    if request.reference is not None:
+        check_fits(request.reference, manifest)
+    tokenizer = open_tokenizer(artifact) if manifest.has_tokenizer else None
+    text = choose_text(
+        tokenizer,
+        vocab_size=manifest.config.vocab_size,
+        window=manifest.config.window,
+        file=request.text,
+        limit=request.max_tokens,
+    )
+    opened = Opened(
+        path=path,
+        request=request,
+        artifact=artifact,
+        tokenizer=tokenizer,
+        text=text,
+        original=None if make is None else find_original(manifest, request.model),
+        make=make,
+    )
+    _announce(opened)
+    return opened
+
+
+def _announce(opened: Opened) -> None:
+    original, text = opened.original, opened.text
+    note(f"Validating {opened.artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    if original is None and opened.request.reference is not None:
+        return
+    if original is None:
+        warn(
+            f"the original ({opened.manifest.source.name}) was not given, so the cost of "
+            "compression is not measured; pass it with -m"
+        )
+        return
+    if not original.same_files:
+        warn(f"{original.checkpoint.path} has other weight files than the artifact was made from")
+    for difference in original.config_differences:
+        warn(f"the configurations differ in {difference}")
