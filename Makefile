@@ -27,9 +27,10 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
 	@echo 'The same as a page to look at: out/demo-report.html'
 
+# The variable silences an advertisement of the theme's makers, not a warning about our pages.
 docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --strict --quiet
-	@echo 'The site: out/site/index.html'
+	@echo 'The site: out/site/index.html; with search: $(BIN)/python -m http.server -d out/site'
 
 pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
 	$(BIN)/python -m bench.pictures

@@ -59,62 +59,61 @@ def _machine(result: Result) -> str:
 
 def _decode(result: Result) -> Iterator[str]:
     yield (
-        f"Single tokens after {DEPTH:,} others, from a state of random numbers; llama.cpp's are "
-        "the first ones of a text. One token reads all weights and states once, so memory "
-        "bandwidth is the limit. The *shares* "
+        f"Tokens per second after {DEPTH:,} others, from a state of random numbers; llama.cpp's "
+        "are the first ones of a text."
+    )
+    header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
+    yield _table(header, [_rate_row(name, found, 2) for name, found in result["models"].items()])
+    yield (
+        "One token reads all weights and states once, so memory bandwidth is the limit. The shares "
         "compare the bytes that a model reads per second with the memory's read speed, which is "
         "measured between the turns in three ways, all in huge pages: by numpy, by "
         "`bench/read_speed.c` (C), and by the same program on the pages that hold the model's "
-        "weights (same pages). Bandwidth differs between pages, on virtual machines by 10 % and "
-        "more."
+        "weights (same pages). A column names the candidate and the way of reading. Bandwidth "
+        "differs between pages, on virtual machines by 10 % and more."
     )
     header = (
-        *("2B in", "weights", "native", "stock", "native / stock", "llama.cpp"),
-        *("native / llama.cpp", "share, numpy", "share, C", "share, same pages"),
-        *("stock's share, numpy", "memory"),
+        *("2B in", "weights", "native: numpy", "native: C", "native: same pages"),
+        *("stock: numpy", "memory", "size on disk"),
     )
-    yield _table(header, [_decode_row(name, found) for name, found in result["models"].items()])
+    yield _table(header, [_share_row(name, found) for name, found in result["models"].items()])
     yield _beside(result)
 
 
-def _decode_row(name: str, found: Result) -> tuple[str, ...]:
+def _share_row(name: str, found: Result) -> tuple[str, ...]:
     rates, native = _rates(found), found["facts"]["native"]
     size = native["weight_bytes"] + native["state_bytes"]
     reads = {kind: median(v for entry in found["rounds"] for v in entry[kind]) for kind in READS}
-    memory = max(entry["native"]["rss"] for entry in found["rounds"])
     return (
         STORAGES[name].label,
         _gigabytes(native["weight_bytes"]),
-        *(f"{rates[kernels]:.2f} tok/s" for kernels in ("native", "stock")),
-        f"{rates['native'] / rates['stock']:.2f}",
-        f"{rates['llama']:.2f} tok/s",
-        f"{rates['native'] / rates['llama']:.2f}",
         *(f"{rates['native'] * size / speed:.3f}" for speed in reads.values()),
         f"{rates['stock'] * size / reads['numpy']:.3f}",
-        f"{_gigabytes(memory)} for {_gigabytes(found['artifact_bytes'])}",
+        _gigabytes(max(entry["native"]["rss"] for entry in found["rounds"])),
+        _gigabytes(found["artifact_bytes"]),
     )
 
 
 def _prefill(result: Result) -> Iterator[str]:
     length = result["test"].removeprefix("pp")
-    yield f"A prompt of {length} tokens. llama.cpp processes it in one batch (`-ub 512`)."
-    header = (
-        *("2B in", "native", "stock", "native / stock"),
-        *("llama.cpp", "native / llama.cpp"),
+    yield (
+        f"Tokens per second of a prompt of {length} tokens. llama.cpp processes it in one batch "
+        "(`-ub 512`)."
     )
-    rows = []
-    for name, found in result["models"].items():
-        rates = _rates(found)
-        row = (
-            STORAGES[name].label,
-            *(f"{rates[kernels]:.1f} tok/s" for kernels in ("native", "stock")),
-            f"{rates['native'] / rates['stock']:.2f}",
-            f"{rates['llama']:.1f} tok/s",
-            f"{rates['native'] / rates['llama']:.2f}",
-        )
-        rows.append(row)
-    yield _table(header, rows)
+    header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
+    yield _table(header, [_rate_row(name, found, 1) for name, found in result["models"].items()])
     yield _beside(result)
+
+
+def _rate_row(name: str, found: Result, digits: int) -> tuple[str, ...]:
+    rates = _rates(found)
+    return (
+        STORAGES[name].label,
+        *(f"{rates[kernels]:.{digits}f}" for kernels in ("native", "stock")),
+        f"{rates['native'] / rates['stock']:.2f}",
+        f"{rates['llama']:.{digits}f}",
+        f"{rates['native'] / rates['llama']:.2f}",
+    )
 
 
 def _rates(found: Result) -> dict[str, float]:
