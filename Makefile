@@ -11,9 +11,11 @@ LLAMA_WHEEL := $(VENV)/.llama
 LLAMA_TOOLS := $(LLAMA)/.tools
 PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration.patch port.py build.py)
 NATIVE := $(VENV)/.native
+DOCS := $(VENV)/.docs
+MACHINE ?= here
 NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeLists.txt src/*))
 
-.PHONY: demo test fuzz native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo docs pictures test fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) --no-print-directory native
@@ -24,6 +26,14 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 	$(BIN)/rgexport reference --size demo -o $(REFERENCE) --force
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
 	@echo 'The same as a page to look at: out/demo-report.html'
+
+# The variable silences an advertisement of the theme's makers, not a warning about our pages.
+docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --strict --quiet
+	@echo 'The site: out/site/index.html; with search: $(BIN)/python -m http.server -d out/site'
+
+pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
+	$(BIN)/python -m bench.pictures
 
 test: native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(BIN)/python -m pytest -q
@@ -43,14 +53,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/onnx.md.
-	$(BIN)/python -m bench.onnx
+bench: native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/MACHINE/onnx.md.
+	$(BIN)/python -m bench.onnx --docs docs/$(MACHINE)
 
 bench-export: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
 	$(BIN)/python -m bench.run
 
-bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/llama_cpp.md.
-	$(BIN)/python -m bench.llama
+bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/MACHINE/llama_cpp.md.
+	$(BIN)/python -m bench.llama --docs docs/$(MACHINE)
 
 clean:
 	rm -f rgexport/kernels/onnx/librgexport_onnx.*
@@ -67,6 +77,10 @@ $(LLAMA_WHEEL): $(INSTALLED) $(PORT)
 
 $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA) --tools --no-install
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install -q --group docs
 	touch $@
 
 # --group needs pip 25.1 or later.

@@ -5,9 +5,9 @@
 Both are 2B, all Q4_0, with random weights. Stock `llama-bench`, built from the patched tree, times
 single tokens of each in turn; between the runs stands a measurement of the memory's read speed,
 which drifts. Then both are timed at depths down to 32,768 tokens. What was found goes to
-`out/bench/llama.json`, and from there to `docs/llama_cpp.md` and its plot. Nearly all of the time
-goes into reaching the depths; the states are kept, so that a second run on a quieter machine takes
-minutes.
+`out/bench/llama.json`, and from there to `llama_cpp.md` and its plot in the folder `--docs`.
+Nearly all of the time goes into reaching the depths; the states are kept, so that a second run on
+a quieter machine takes minutes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DEPTHS = "0,2048,4096,8192,16384,32768"
 PROCESSED = {"recurrent": "32768", "transformer": "16384"}
 """The most tokens that are processed; a deeper state is made by doubling one."""
 ANY_GGUF = "-m", "bench.any_gguf"
-DOCS = Path("docs")
+DOCS = Path("docs/here")
 RESULT = FOLDER / "llama.json"
 
 

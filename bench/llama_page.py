@@ -1,6 +1,6 @@
-"""From what `bench.llama` found to `docs/llama_cpp.md` and its plot.
+"""From the results of `bench.llama` to `docs/MACHINE/llama_cpp.md` and its plot.
 
-python -m bench.llama_page [FILE]
+python -m bench.llama_page FILE FOLDER
 """
 
 import json
@@ -30,6 +30,7 @@ def write_page(result: Result, docs: Path) -> None:
 def page(result: Result) -> str:
     """The page, in Markdown."""
     return TEXT.format(
+        cpu=result["environment"]["cpu"],
         machine=_machine(result),
         plot=PLOT,
         decode=_decode(result),
@@ -40,42 +41,42 @@ def page(result: Result) -> str:
     )
 
 
-TEXT = """# RecurrentGemma in llama.cpp: what a token costs
+TEXT = """# Speed in llama.cpp: {cpu}
 
-<!-- Written by `make bench-llama`; to change it, change bench/llama_page.py. -->
+<!-- Written by `make bench-llama MACHINE=…`; to change it, change bench/llama_page.py. -->
 
 {machine}
 
-Two models of about the same size with random weights, all matrices Q4_0: RecurrentGemma 2B as
-`rgexport gguf --type q4_0 --pure` writes it, and a transformer of Gemma 2B's shape. Speed does not
-depend on the weights. Both run in stock `llama-bench`, built from the patched tree, {tokens} tokens
-at a time; before and after each run the memory's read speed is measured, and a share compares
-medians of the same minutes.
+Two models of about the same size, with random weights and all matrices in Q4_0: RecurrentGemma 2B
+as `rgexport gguf --type q4_0 --pure` writes it, and a transformer of Gemma 2B's shape. Speed
+does not depend on the values of the weights. Both run in stock `llama-bench`, built from the
+patched tree, {tokens} tokens at a time. The memory's read speed is measured before and after each
+run; the shares compare medians of the same minutes.
 
-## One token after another
+## Decoding
 
 {decode}
 
-Medians of {rounds} rounds, in each of which all take turns. The last row is the same file through
-`rgexport bench`, beside the read speed that was measured there.
+The figures are medians of {rounds} rounds; in each, all candidates are timed once. The last row is
+the same file through `rgexport bench`, with the read speed that it measured itself.
 
-## After many tokens
+## Long contexts
 
-Tokens per second when so many others were processed before, the peak memory of the process, and how
-fast the memory was in those minutes. Both models run in the same library with llama-bench's
-settings, from states that `bench/any_gguf.py` reached once by processing random tokens; at a depth
-marked as doubled, the transformer has seen those of half the depth twice, since the cost of its
-prompt grows with the square of the length.
+Tokens per second after so many other tokens, the peak memory of the process, and the memory's read
+speed in those minutes. Both models run in the same library with llama-bench's settings, from states
+that `bench/any_gguf.py` computed once from random tokens. At a depth marked as *doubled*, the
+transformer's cache holds the tokens of half the depth twice, because processing a prompt of the
+full length would take too long.
 
 {depths}
 
-Here the weights of both lie in huge pages: at depth 0, RecurrentGemma reaches {even:.2f} of the
-shape's bytes per second.
+The weights of both lie in huge pages here. At depth 0, RecurrentGemma reads {even:.2f} times as
+many bytes per second as the transformer.
 
 ![tokens per second against depth]({plot})
 
-RecurrentGemma's state does not grow: beyond its window of 2,048 tokens, nothing does. The
-transformer reads all keys and values of all tokens again for each new one.
+RecurrentGemma's state does not grow beyond its window of 2,048 tokens. The transformer reads the
+keys and values of all earlier tokens again for each new one.
 """
 
 
@@ -85,7 +86,7 @@ def _machine(result: Result) -> str:
     busy = ", ".join(f"{load:.1f}" for load in result["load_average"])
     return (
         f"Measured on {found['cpu']}, {result['threads']} threads; {found['system']}; llama.cpp "
-        f"{build} with rgexport's patch; {versions}. Load of the machine at the start (1, 5, 15 "
+        f"{build} with rgexport's patch; {versions}. Load averages at the start (1, 5, 15 "
         f"minutes): {busy}."
     )
 
@@ -113,12 +114,16 @@ def _decode(result: Result) -> str:
         for name in NAMES
     ]
     rows.append(_session(rounds, small, flows["transformer"]))
-    header = "", "weights", "tokens/s", "bytes/s", "of huge pages", "of small pages", "of the shape"
+    header = (
+        *("", "weights", "tokens/s", "bytes/s", "share, huge pages", "share, 4 kB pages"),
+        "relative to the transformer",
+    )
     return f"""{_table(header, rows)}
 
-The shares are of the memory's read speed, {reads / 1e9:.1f} GB/s in huge pages and
-{small / 1e9:.1f} GB/s in pages of 4 kB, and of the bytes per second of Gemma 2B's shape. Stock
-llama.cpp's weights lie in pages of 4 kB; rgexport asks the kernel to move them into huge ones."""
+The shares compare a model's bytes per second with the memory's read speed:
+{reads / 1e9:.1f} GB/s in huge pages
+and {small / 1e9:.1f} GB/s in pages of 4 kB. Stock llama.cpp maps the weights in pages
+of 4 kB; `rgexport bench` asks the operating system to move them into huge pages."""
 
 
 def _median(rounds: Sequence[Result], kind: str) -> float:
@@ -154,7 +159,7 @@ def _depths(result: Result) -> str:
         )
         for entries in zip(*(result["depths"][name] for name in NAMES), strict=True)
     ]
-    kinds = "tokens/s", "memory", "the memory reads"
+    kinds = "tokens/s", "peak memory", "read speed"
     return _table(
         ("depth", *(f"{name}: {kind}" for kind in kinds for name in NAMES.values())), rows
     )
@@ -205,4 +210,4 @@ def plot(result: Result, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_page(json.loads(Path(sys.argv[1]).read_text()), Path("docs"))
+    write_page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

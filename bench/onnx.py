@@ -6,10 +6,9 @@ A random 2B in int4 and int8, with and without the native kernels, takes turns w
 `llama-bench` on a transformer of Gemma 2B's shape, all Q4_0; between the turns stand measurements
 of the memory's read speed, by numpy and by a C program. `op` is one quantized linear alone, beside
 oneDNN's int8 product through torch; `depth` is what a token costs after many others. Each part
-leaves what it found in `out/bench/onnx/`; the page `docs/onnx.md` is made of all that is there, or
-with `--docs docs/amx` that of another kind of machine. A machine is rarely left alone for long:
-models that were not asked for keep what an earlier run on the same machine with the same versions
-found.
+leaves what it found in `out/bench/onnx/`; the page `onnx.md` in the folder `--docs`, such as
+`docs/amx`, is made of all that is there. A machine is rarely left alone for long: models that were
+not asked for keep what an earlier run on the same machine with the same versions found.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from rgexport.progress import note
 from rgexport.runtimes.environment import environment
 
 RESULTS = FOLDER / "onnx"
-DOCS = Path("docs")
+DOCS = Path("docs/here")
 MEASURE: dict[str, Callable[[argparse.Namespace], Any]] = {
     "decode": lambda options: take_turns("tg", options.tokens, options),
     "prefill": lambda options: take_turns("pp", options.prompt, options),

@@ -1,4 +1,4 @@
-"""From what `bench.onnx` found to `docs/onnx.md`."""
+"""From the results of `bench.onnx` to a machine's page, `docs/MACHINE/onnx.md`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,15 +11,20 @@ from bench.run import DEPTH
 Result = dict[str, Any]
 READS = "numpy", "c", "weights"
 
-TEXT = """# The native kernels: what they gain
+TEXT = """# Speed of the ONNX kernels: {cpu}
 
-<!-- Written by `make bench`; to change it, change bench/onnx_page.py. -->
+<!-- Written by `make bench MACHINE=…`; to change it, change bench/onnx_page.py. -->
 
-An ONNX artifact of rgexport runs in stock ONNX Runtime. Where rgexport's own library of kernels is
-built, sessions register it, and the same file runs faster; `--no-native` leaves it out. Here both
-take turns, with each other and with what people would use instead. All are medians of rounds in
-which each has its turn, so that a machine that slows down does so for all of them. The models are
-of a 2B's shape with random weights: speed does not depend on them.
+An ONNX artifact runs in stock ONNX Runtime. Where the
+[native kernels](../onnx.md#native-kernels) are built, the same file runs faster; `--no-native`
+turns them off. This page compares the two with each other and with other engines.
+
+- **native** is ONNX Runtime with the native kernels, **stock** is ONNX Runtime alone.
+- **llama.cpp** runs a transformer of Gemma 2B's shape in Q4_0, since stock llama.cpp cannot run
+  RecurrentGemma.
+- All models have random weights; speed does not depend on their values.
+- In each round every candidate is timed once. The tables show medians over the rounds, so a machine
+  that slows down affects all candidates alike.
 
 {sections}"""
 
@@ -36,7 +41,8 @@ def page(results: dict[str, Result]) -> str:
         "\n\n".join([TITLES[part], *PARTS[part](found["found"]), _machine(found)])
         for part, found in results.items()
     )
-    return TEXT.format(sections="\n\n".join(sections)) + "\n"
+    cpu = next(iter(results.values()))["environment"]["cpu"]
+    return TEXT.format(cpu=cpu, sections="\n\n".join(sections)) + "\n"
 
 
 def _machine(result: Result) -> str:
@@ -46,66 +52,68 @@ def _machine(result: Result) -> str:
     busy = ", ".join(f"{load:.1f}" for load in result["load_average"])
     threads = result["found"].get("threads", found["cores"])
     return (
-        f"{found['cpu']}, {threads} threads; {found['system']}; {versions}. "
-        f"Load of the machine at the start (1, 5, 15 minutes): {busy}."
+        f"Measured on {found['cpu']}, {threads} threads; {found['system']}; {versions}. "
+        f"Load averages at the start (1, 5, 15 minutes): {busy}."
     )
 
 
 def _decode(result: Result) -> Iterator[str]:
     yield (
-        f"A token reads all weights and states once, behind {DEPTH:,} others, whose state is made "
-        "up (llama.cpp's begin a text). The shares are of the memory's read speed between the "
-        "turns, by numpy and by `bench/read_speed.c`, both in huge pages. Memory is not equally "
-        "fast everywhere, on virtual machines by a tenth and more, and who reads does not choose; "
-        "so the C program also reads the very weights, where they lie in memory."
+        f"Tokens per second after {DEPTH:,} others, from a state of random numbers; llama.cpp's "
+        "are the first ones of a text."
+    )
+    header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
+    yield _table(header, [_rate_row(name, found, 2) for name, found in result["models"].items()])
+    yield (
+        "One token reads all weights and states once, so memory bandwidth is the limit. The shares "
+        "compare the bytes that a model reads per second with the memory's read speed, which is "
+        "measured between the turns in three ways, all in huge pages: by numpy, by "
+        "`bench/read_speed.c` (C), and by the same program on the pages that hold the model's "
+        "weights (same pages). A column names the candidate and the way of reading. Bandwidth "
+        "differs between pages, on virtual machines by 10 % and more."
     )
     header = (
-        *("2B in", "weights", "native", "stock", "native / stock", "Gemma 2B's shape, llama.cpp"),
-        *("native / llama.cpp", "of numpy's reads", "of C's reads", "of C's, of the weights"),
-        *("stock, of numpy's", "memory"),
+        *("2B in", "weights", "native: numpy", "native: C", "native: same pages"),
+        *("stock: numpy", "memory", "size on disk"),
     )
-    yield _table(header, [_decode_row(name, found) for name, found in result["models"].items()])
+    yield _table(header, [_share_row(name, found) for name, found in result["models"].items()])
     yield _beside(result)
 
 
-def _decode_row(name: str, found: Result) -> tuple[str, ...]:
+def _share_row(name: str, found: Result) -> tuple[str, ...]:
     rates, native = _rates(found), found["facts"]["native"]
     size = native["weight_bytes"] + native["state_bytes"]
     reads = {kind: median(v for entry in found["rounds"] for v in entry[kind]) for kind in READS}
-    memory = max(entry["native"]["rss"] for entry in found["rounds"])
     return (
         STORAGES[name].label,
         _gigabytes(native["weight_bytes"]),
-        *(f"{rates[kernels]:.2f} tok/s" for kernels in ("native", "stock")),
-        f"{rates['native'] / rates['stock']:.2f}",
-        f"{rates['llama']:.2f} tok/s",
-        f"{rates['native'] / rates['llama']:.2f}",
         *(f"{rates['native'] * size / speed:.3f}" for speed in reads.values()),
         f"{rates['stock'] * size / reads['numpy']:.3f}",
-        f"{_gigabytes(memory)} for {_gigabytes(found['artifact_bytes'])}",
+        _gigabytes(max(entry["native"]["rss"] for entry in found["rounds"])),
+        _gigabytes(found["artifact_bytes"]),
     )
 
 
 def _prefill(result: Result) -> Iterator[str]:
     length = result["test"].removeprefix("pp")
-    yield f"A prompt of {length} tokens; llama.cpp takes it in one batch (`-ub 512`)."
-    header = (
-        *("2B in", "native", "stock", "native / stock"),
-        *("Gemma 2B's shape, llama.cpp", "native / llama.cpp"),
+    yield (
+        f"Tokens per second of a prompt of {length} tokens. llama.cpp processes it in one batch "
+        "(`-ub 512`)."
     )
-    rows = []
-    for name, found in result["models"].items():
-        rates = _rates(found)
-        row = (
-            STORAGES[name].label,
-            *(f"{rates[kernels]:.1f} tok/s" for kernels in ("native", "stock")),
-            f"{rates['native'] / rates['stock']:.2f}",
-            f"{rates['llama']:.1f} tok/s",
-            f"{rates['native'] / rates['llama']:.2f}",
-        )
-        rows.append(row)
-    yield _table(header, rows)
+    header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
+    yield _table(header, [_rate_row(name, found, 1) for name, found in result["models"].items()])
     yield _beside(result)
+
+
+def _rate_row(name: str, found: Result, digits: int) -> tuple[str, ...]:
+    rates = _rates(found)
+    return (
+        STORAGES[name].label,
+        *(f"{rates[kernels]:.{digits}f}" for kernels in ("native", "stock")),
+        f"{rates['native'] / rates['stock']:.2f}",
+        f"{rates['llama']:.{digits}f}",
+        f"{rates['native'] / rates['llama']:.2f}",
+    )
 
 
 def _rates(found: Result) -> dict[str, float]:
@@ -115,25 +123,25 @@ def _rates(found: Result) -> dict[str, float]:
 
 
 def _beside(result: Result) -> str:
-    """Which kernels, and which llama.cpp."""
+    """Which kernels and which llama.cpp were compared."""
     found = next(iter(result["models"].values()))
     llama = found["rounds"][0]["llama"]
     return (
-        f"Kernels: {found['facts']['native']['kernels']}, and those of "
+        f"Kernels: {found['facts']['native']['kernels']}; stock: "
         f"{found['facts']['stock']['engine']}. llama.cpp {llama['build_commit']}: "
-        f"{llama['model_type']}, {_gigabytes(llama['model_size'])}; {len(found['rounds'])} rounds."
+        f"{llama['model_type']}, {_gigabytes(llama['model_size'])}. {len(found['rounds'])} rounds."
     )
 
 
 def _op(result: Result) -> Iterator[str]:
     yield (
-        f"One quantized linear for {result['tokens']} tokens, in G op/s, beside the int8 product "
-        "that torch computes with oneDNN: int8 numbers into int32, without scales, its weight laid "
-        "out by rows or by columns, whichever is faster."
+        f"One quantized linear layer for {result['tokens']} tokens, in G op/s. The oneDNN column "
+        "is the plain int8 matrix product of torch (int8 inputs, int32 result, no scales), with "
+        "the weight laid out by rows or by columns, whichever is faster."
     )
     header = (
-        *("inputs × outputs", "oneDNN int8", "stored as", "native", "of oneDNN"),
-        *("of block 128", "stock", "native / stock"),
+        *("inputs × outputs", "oneDNN int8", "stored as", "native", "native / oneDNN"),
+        *("native / block 128", "stock", "native / stock"),
     )
     yield _table(header, [row for shape in result["shapes"] for row in _op_rows(shape)])
 
@@ -158,12 +166,12 @@ def _op_rows(shape: Result) -> Iterator[tuple[str, ...]]:
 
 def _depth(result: Result) -> Iterator[str]:
     yield (
-        "Single tokens after so many others, all depths in turns; the time is that of the median "
-        "repetition, as a multiple of the first row's. Up to the window, 2,048 tokens in a 2B, "
-        "attention has ever more to look at; behind it, nothing grows."
+        "Single tokens at several depths, that is, after so many other tokens; the depths take "
+        "turns. The time is that of the median repetition, relative to the first row. Attention "
+        "costs more up to its window (2,048 tokens in a 2B); from there on nothing grows."
     )
-    names = {"demo": "The demo, after tokens that were processed:"}
-    names["2b"] = f"A 2B in {result['label']}, behind a synthetic state of random numbers:"
+    names = {"demo": "The demo model, after tokens that it processed:"}
+    names["2b"] = f"A 2B in {result['label']}, starting from a state of random numbers:"
     for name, title in names.items():
         rows = [
             (
@@ -176,7 +184,7 @@ def _depth(result: Result) -> Iterator[str]:
             for row in result[name]
         ]
         yield title
-        yield _table(("depth", "tokens/s", "time", "memory", "of numpy's reads"), rows)
+        yield _table(("depth", "tokens/s", "relative time", "memory", "share, numpy"), rows)
         yield _far(result[name])
 
 
@@ -187,8 +195,8 @@ def _far(rows: Sequence[Result]) -> str:
     time = near["median_tokens_per_second"] / far["median_tokens_per_second"]
     growth = (far["rss_bytes"] - near["rss_bytes"]) / 1e6
     return (
-        f"At depth {far['depth']:,} a token takes {time:.3f} times as long as at 4,096, and the "
-        f"process holds {growth:+.1f} MB. Kernels: {far['kernels']}."
+        f"At depth {far['depth']:,} a token takes {time:.3f} times as long as at 4,096, and "
+        f"memory changes by {growth:+.1f} MB. Kernels: {far['kernels']}."
     )
 
 
@@ -208,8 +216,8 @@ PARTS: dict[str, Callable[[Result], Iterator[str]]] = {
     "depth": _depth,
 }
 TITLES = {
-    "decode": "## One token after another",
-    "prefill": "## A prompt",
-    "op": "## The op alone",
-    "depth": "## After many tokens",
+    "decode": "## Decoding",
+    "prefill": "## Prompt processing",
+    "op": "## The quantized linear layer alone",
+    "depth": "## Long contexts",
 }

@@ -1,0 +1,101 @@
+"""The pictures of README.md: a terminal and the report, made by running the demo.
+
+    python -m bench.pictures [--docs docs/pictures]
+
+Runs the commands of `SCENES` in a pseudo-terminal and writes what it shows at the end as
+`terminal.svg`; validates the demo and writes the top of its HTML report as `report.png`, which
+takes Chromium's `chromium-headless-shell`.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.terminal_theme import SVG_EXPORT_THEME
+from rich.text import Text
+
+from bench.run import START
+from bench.terminal import Scene, play
+
+COLUMNS = 96
+ROOT = Path(__file__).parents[1]
+DEMO = "demo-int4-onnx"
+VALIDATE = "validate", DEMO, "-m", "demo/model"
+SCENES = (
+    Scene(("onnx", "--size", "demo", "--int4")),
+    Scene(("chat", DEMO), typed=("Hello! How are you?", "/quit")),
+    Scene(VALIDATE, last_line="bits per byte: artifact"),
+)
+REPORT_SIZE = "1100,900"
+FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" \
+xmlns="http://www.w3.org/2000/svg">
+<!-- Written by `make pictures`. -->
+<style>
+.{unique_id}-matrix {{
+    font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+    font-size: {char_height}px; line-height: {line_height}px;
+}}
+.{unique_id}-title {{ font-size: 18px; font-family: sans-serif; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" />
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+"""As rich's own, without the font that it would fetch."""
+
+
+def main() -> None:
+    """Makes both pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--docs", type=Path, default=Path("docs/pictures"))
+    folder = parser.parse_args().docs
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as work:
+        (Path(work) / "demo").symlink_to(ROOT / "demo")  # a path that is the same everywhere
+        lines = [line for scene in SCENES for line in play(scene, Path(work), COLUMNS)]
+        (folder / "terminal.svg").write_text(terminal_svg(lines))
+        report_picture(Path(work), (folder / "report.png").absolute())
+
+
+def terminal_svg(lines: Sequence[Text]) -> str:
+    """A picture of a terminal window that shows these lines."""
+    with open("/dev/null", "w") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
+        for line in lines:
+            console.print(line, no_wrap=True, highlight=False)
+        return console.export_svg(
+            title="rgexport",
+            theme=SVG_EXPORT_THEME,
+            code_format=FORMAT,
+            unique_id="terminal",
+        )
+
+
+def report_picture(work: Path, target: Path) -> None:
+    """Validates the demo that lies in `work`, and has Chromium draw the top of its report."""
+    command = [sys.executable, "-c", START, *VALIDATE, "--html", "report.html"]
+    subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL, check=True)
+    browser = ["chromium-headless-shell", "--no-sandbox", "--hide-scrollbars"]
+    options = [f"--window-size={REPORT_SIZE}", f"--screenshot={target}"]
+    page = (work / "report.html").as_uri()
+    subprocess.run([*browser, *options, page], stderr=subprocess.DEVNULL, check=True)
+
+
+if __name__ == "__main__":
+    main()

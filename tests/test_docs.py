@@ -1,0 +1,110 @@
+"""README.md and the pages of docs/: links lead somewhere, and commands are commands."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from rgexport.cli import rgexport as command_line
+from tests.command_line import ROOT
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+"""What mkdocs does not look at; `make docs` checks the links of all others."""
+
+
+def text_of(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub and mkdocs both give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    return {slug(line.lstrip("#")) for line in text_of(path).splitlines() if line.startswith("#")}
+
+
+def links(path: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
+        if not target.startswith(("http://", "https://")):
+            yield target
+
+
+def commands(path: Path) -> Iterator[str]:
+    """Commands of rgexport in indented or fenced blocks, with continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", text_of(path))
+    for block, lines in groupby(text.splitlines(), lambda line: line.startswith(("    ", "$ "))):
+        for line in lines if block else ():
+            stripped = line.strip().removeprefix("$ ")
+            if stripped.startswith("rgexport "):
+                yield stripped
+
+
+EXAMPLES = [
+    pytest.param(line, id=f"{path.name}: {line}")
+    for path in [*OUTSIDE, *PAGES]
+    for line in commands(path)
+]
+
+
+def option_parser(line: str) -> tuple[click.Context, Any, list[str]]:
+    """The parser of the command that a line names, and its arguments."""
+    words = shlex.split(line, comments=True)[1:]
+    command: click.Command = command_line
+    context = click.Context(command)
+    while isinstance(command, click.Group):
+        name = words.pop(0)
+        found = command.get_command(context, name)
+        assert found is not None, f"{name} is no command"
+        command, context = found, click.Context(found)
+    return context, command.make_parser(context), words
+
+
+def test_readme_is_a_landing_page():
+    assert len(text_of(ROOT / "README.md").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in links(path):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{path.name} links to {target}"
+
+
+def test_there_are_examples_of_every_command():
+    shown = {param.values[0].split()[1] for param in EXAMPLES}
+    assert shown >= {"onnx", "coreml", "gguf", "llama-cpp", "chat", "validate", "reference"}
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_are_commands(line):
+    context, parser, words = option_parser(line)
+    values, _, _ = parser.parse_args(args=words)
+    for option in context.command.params:
+        if isinstance(option.type, click.Choice) and isinstance(values.get(option.name), str):
+            assert values[option.name] in option.type.choices
+
+
+def test_a_wrong_example_would_be_noticed():
+    _, parser, words = option_parser("rgexport onnx --int5")
+    with pytest.raises(click.NoSuchOption):
+        parser.parse_args(args=words)
+
+
+def test_command_page_lists_every_command():
+    page = text_of(ROOT / "docs/commands.md")
+    for name in command_line.commands:
+        assert f"(#rgexport-{name})" in page
+
+
+def test_quoted_anchors_are_those_of_mkdocs():
+    assert slug("Why `x-y` is, here") == "why-x-y-is-here"
