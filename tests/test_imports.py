@@ -39,7 +39,7 @@ CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set(), "coremltool
 EMITTERS = "export/onnx/", "export/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""
 
-APART_FROM_THE_EMITTER = "export/mil/", "runtimes/mil/"
+APART_FROM_THE_EMITTER = "export/mil/", "runtimes/coreml/interpreter/"
 """What reads packages back proves nothing about the emitter if it shares its code."""
 
 
