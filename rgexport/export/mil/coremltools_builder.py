@@ -6,6 +6,7 @@ nothing is computed, and a weight takes no memory. coremltools' loader of whole 
 """
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -70,7 +71,10 @@ def build(kind: str, operands: Operands) -> list[TensorType]:
         name: [variables.add(operand, name, taken[name].const) for operand in given]
         for name, given in operands.items()
     }
-    with tools.function(variables.inputs, opset_version=tools.target) as function:
+    with (
+        warnings.catch_warnings(action="ignore"),  # of numpy, about a slice without a step
+        tools.function(variables.inputs, opset_version=tools.target) as function,
+    ):
         arguments: dict[str, Any] = {}
         for name, values in bound.items():
             made = [function.inputs[v] if isinstance(v, str) else v.value for v in values]

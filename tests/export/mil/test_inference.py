@@ -142,7 +142,11 @@ MISFITS: dict[str, tuple[str, dict[str, tuple[Operand, ...]], str]] = {
     "dtype that no value has": ("exp", {"x": value("bfloat16", 2)}, "refuses it"),
     "no step": ("slice_by_index", SLICE | {"stride": fixed([1, 0])}, "which is nothing"),
     "concat": ("concat", {"values": X + value("float32", 3, 3), "axis": fixed(1)}, "refuses it"),
-    "concat, dtypes": ("concat", {"values": X + value("float16", 2, 3), "axis": fixed(0)}, ""),
+    "concat, dtypes": (
+        "concat",
+        {"values": X + value("float16", 2, 3), "axis": fixed(0)},
+        "refuses it",
+    ),
     "concat of nothing": ("concat", {"values": (), "axis": fixed(1)}, "no input values"),
     "gather": (
         "gather",
