@@ -55,12 +55,19 @@ def test_gguf(tmp_path):
 def test_core_ml_package(tmp_path):
     result = rgexport("coreml", "--size", "demo", "--int4", "--no-check", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    result = rgexport("inspect", "demo-int4-coreml", "--json", folder=tmp_path, before=BLOCK)
+    block = BLOCK.replace(', "coremltools"', "")
+    inspect = "inspect", "demo-int4-coreml", "--json", "--verify"
+    result = rgexport(*inspect, folder=tmp_path, before=block)
     assert json.loads(result.stdout)["precision"] == "int4", result.stderr
     asked = ["generate", "demo-int4-coreml", "-p", "Once upon a time", "-n", "8"]
-    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    result = rgexport(*asked, folder=tmp_path, before=block)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.strip()) > 8 and "new tokens" in result.stderr
+    for command in (inspect, asked, ("inspect", "demo-int4-coreml/model.mlpackage")):
+        result = rgexport(*command, folder=tmp_path, before=BLOCK)
+        assert result.returncode == 2 and not result.stdout
+        line = "Error: reading a Core ML package needs coremltools: pip install 'rgexport[coreml]'"
+        assert result.stderr.splitlines()[-1] == line and "Traceback" not in result.stderr
 
 
 def test_inspect_a_checkpoint(tmp_path):

@@ -13,11 +13,10 @@ from coremltools.proto import Model_pb2
 from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator, proto_mutator, small
 from fuzz.readers.shown import shown
-from fuzz.readers.target import Target, oracle, require
+from fuzz.readers.target import Target, require
 from fuzz.readers.weights import change_folder
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.describe import describe
-from rgexport.export.mil import schema
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import FileValue
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -113,7 +112,7 @@ def _file_values(package: Package) -> Iterable[FileValue]:
 
 
 def _agree(data: bytes, folder: Path, answer: tuple[Package, dict[str, Any], str]) -> None:
-    """What Apple's own schema reads of the file, and where its weights lie."""
+    """What the messages of the file say by themselves, and where its weights lie."""
     package, found, text = answer
     require(all(c.isprintable() or c == "\n" for c in text), "text that a terminal would obey")
     root = (folder / "model.mlpackage").resolve()
@@ -121,14 +120,9 @@ def _agree(data: bytes, folder: Path, answer: tuple[Package, dict[str, Any], str
     require(all(path.resolve().is_relative_to(root) for path in paths), "a file elsewhere")
     if found["problems"]:
         return
-    # The reader does not open messages that no model of ours has, such as the type of an image, and
-    # cannot know that one is damaged: Apple's schema gets what is left without them.
-    known = schema.Model.FromString(package.model.read_bytes())
-    known.DiscardUnknownFields()
-    content = known.SerializeToString()
-    theirs = oracle(lambda: Model_pb2.Model.FromString(content), "Apple's schema refuses the model")
+    theirs = Model_pb2.Model.FromString(package.model.read_bytes())
     functions = theirs.mlProgram.functions
-    require(set(functions) == set(package.functions), "other functions than Apple's schema has")
+    require(set(functions) == set(package.functions), "other functions than the file has")
     for name, function in package.functions.items():
         block = functions[name].block_specializations[functions[name].opset]
         kinds = [operation.type for operation in block.operations]

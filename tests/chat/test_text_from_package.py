@@ -12,7 +12,7 @@ from tests.command_line import rgexport
 PROMPT = "It is a truth universally acknowledged, that"
 BLOCK = """
 import sys
-for name in ("torch", "onnx", "onnx_ir", "coremltools", "jax", "safetensors", "recurrentgemma"):
+for name in ("torch", "onnx", "onnx_ir", "jax", "safetensors", "recurrentgemma"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
 
@@ -42,7 +42,7 @@ def test_it_says_what_the_onnx_model_says(
     assert len(said[0]) > 60
 
 
-def test_running_needs_numpy_alone(demo_package: Path, tmp_path: Path) -> None:
+def test_running_needs_no_torch(demo_package: Path, tmp_path: Path) -> None:
     asked = ["generate", demo_package, "-p", PROMPT, "-n", "8"]
     result = rgexport(*asked, folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.form_checks import check_form
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
+from rgexport.export.coreml.package import MODEL_FILE, PACKAGE, WEIGHT_FILE
 from rgexport.export.coreml.parts import decode
 from rgexport.export.coreml.states import Form, io_record, state_records
 from rgexport.export.manifest import MANIFEST
@@ -43,12 +43,18 @@ class CoreMLArtifact(Artifact):
         """The program is looked at before any hash, which could only say that it is another."""
         if missing := [name for name in self.manifest.files if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        wrong = [*self._wrong_structure(), *self._wrong_sizes()]
-        return _first(wrong or [*self._wrong_hashes(verify), *self._wrong_blobs(verify)])
+        path, claim = self.file(MODEL_FILE), self.manifest.claims[MODEL_FILE]
+        types = verify or not is_vouched(path, claim)
+        wrong = [*self._wrong_structure(types), *self._wrong_sizes()]
+        wrong = wrong or [*self._wrong_hashes(verify), *self._wrong_blobs(verify)]
+        if types and not wrong:
+            vouch(path, claim)
+        return _first(wrong)
 
-    def _wrong_structure(self) -> Iterator[str]:
+    def _wrong_structure(self, types: bool) -> Iterator[str]:
+        """`types` is expensive, and spared where the program was found to be sound before."""
         package = open_package(self.path / PACKAGE)
-        yield from check_package(package)
+        yield from check_package(package, types=types)
         yield from check_against(package, self.manifest.tensors)
         manifest, record = self.manifest, self.manifest.coreml
         shape = record.prefill_length, record.all_logits, record.recurrent_state

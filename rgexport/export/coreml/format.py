@@ -27,7 +27,7 @@ The rest of a conversation is an `MLState`; Xcode shows what each feature is.
     pip install 'rgexport[coreml]'
     rgexport {verb}
 
-runs it on a Mac; elsewhere, and without that extra, an interpreter computes the same, slowly."""
+runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
 class CoreMLFormat(Format):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.package import MODEL_FILE, WEIGHT_FILE
 from rgexport.export.coreml.states import RecurrentState
 from rgexport.export.manifest import Manifest
 
@@ -34,6 +34,7 @@ class CoreMLManifest(Manifest):
 
     @property
     def claims(self) -> dict[str, str]:
-        """Of the weights, by the hashes of all blobs."""
+        """Of the weights, by the hashes of all blobs, and of the program."""
         blobs = json.dumps(self.coreml.blobs, sort_keys=True)
-        return {WEIGHT_FILE: hashlib.sha256(blobs.encode()).hexdigest()}
+        weights = hashlib.sha256(blobs.encode()).hexdigest()
+        return {WEIGHT_FILE: weights, MODEL_FILE: self.files[MODEL_FILE].sha256}

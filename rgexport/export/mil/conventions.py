@@ -7,9 +7,9 @@ tensor's site; all functions share one copy; each state follows from itself.
 from collections.abc import Iterator, Mapping
 from math import prod
 
+from rgexport.export.mil.inference import OPERATIONS
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import FileValue, Function, Name, Operation, Value
-from rgexport.export.mil.shapes import RULES
 from rgexport.export.mil.state_checks import check_recurrences
 from rgexport.export.mil.typing_checks import CONST
 
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def check_conventions(package: Package, shapes: Shapes) -> Iterator[str]:
     """Complaints about a package of ours that holds the tensors of these names and shapes."""
     for function in package.functions.values():
-        yield from _without_rules(function)
+        yield from _foreign_operations(function)
         yield from check_recurrences(function)
         yield from _missing(function, shapes)
         yield from _misused(function, shapes)
@@ -76,9 +76,9 @@ def _blobs(name: str, operations: Operations) -> list[int]:
     return sorted(value.offset for value in values if isinstance(value, FileValue))
 
 
-def _without_rules(function: Function) -> Iterator[str]:
+def _foreign_operations(function: Function) -> Iterator[str]:
     for operation in function.walk():
-        if operation.type not in RULES and operation.type != CONST:
+        if operation.type not in OPERATIONS and operation.type != CONST:
             where = f"{function.name}: {operation.type} {operation.label}"
             yield f"{where}: rgexport makes no such operation"
 

@@ -1,13 +1,12 @@
 """From the protobuf messages to `program`'s dataclasses; believes no size before it is checked."""
 
-from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
-from google.protobuf.unknown_fields import UnknownFieldSet
 
-from rgexport.export.mil import schema
 from rgexport.export.mil.elements import numpy_type, unpack
+from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import (
     BITS,
     UNKNOWN,
@@ -49,8 +48,7 @@ def functions(program: Any) -> dict[str, Function]:
     Raises:
         Damaged: it contradicts itself.
     """
-    entries = _unique("the program", program.functions)
-    return {name: _function(name, message) for name, message in entries.items()}
+    return {name: _function(name, message) for name, message in _sorted(program.functions)}
 
 
 def description(message: Any) -> tuple[str, Description]:
@@ -67,20 +65,13 @@ def description(message: Any) -> tuple[str, Description]:
         author=metadata.author,
         license=metadata.license,
         version=metadata.versionString,
-        user_defined={entry.key: entry.value for entry in metadata.userDefined},
+        user_defined=dict(_sorted(metadata.userDefined)),
     )
 
 
-def _unique(where: str, entries: Iterable[Any]) -> dict[str, Any]:
-    """The entries of a map."""
-    found: dict[str, Any] = {}
-    for entry in entries:
-        if entry.key in found:
-            raise Damaged(f"{where} has {entry.key!r} twice")
-        if len(UnknownFieldSet(entry)):  # such an entry counts for some parsers and not for others
-            raise Damaged(f"{where} has an entry of another form, {entry.key!r}")
-        found[entry.key] = entry.value
-    return found
+def _sorted(entries: Any) -> list[tuple[str, Any]]:
+    """The entries of a map, which has no order of its own."""
+    return sorted(entries.items(), key=lambda entry: entry[0])
 
 
 def _interface(inputs: Any, outputs: Any, states: Any) -> Interface:
@@ -88,27 +79,27 @@ def _interface(inputs: Any, outputs: Any, states: Any) -> Interface:
 
 
 def _feature(message: Any) -> Feature:
-    kind = message.type.WhichOneof("choice")
+    kind = message.type.WhichOneof("Type")
     array = {
         "multiArrayType": message.type.multiArrayType,
         "stateType": message.type.stateType.arrayType,
     }.get(kind)
     if array is None:
         return Feature(message.name, None, message.shortDescription)
-    dtype = schema.ARRAY_TYPES.get(array.dataType)
+    dtype = _array_types().get(array.dataType)
     if dtype is None:
         raise Damaged(f"its description gives {message.name} the dtype {array.dataType}")
     return Feature(message.name, TensorType(dtype, tuple(array.shape)), message.shortDescription)
 
 
 def _function(name: str, message: Any) -> Function:
-    blocks = _unique(f"function {name}", message.block_specializations)
+    blocks = dict(_sorted(message.block_specializations))
     if message.opset not in blocks:
         raise Damaged(f"function {name} has nothing for its opset {message.opset!r}")
     inputs: dict[str, TensorType] = {}
     states: dict[str, TensorType] = {}
     for value in message.inputs:
-        stateful = value.type.WhichOneof("choice") == "stateType"
+        stateful = value.type.WhichOneof("type") == "stateType"
         kind = value.type.stateType.wrappedType if stateful else value.type
         if value.name in inputs or value.name in states:
             raise Damaged(f"function {name} has the input {value.name} twice")
@@ -129,7 +120,7 @@ def _operations(where: str, block: Any) -> tuple[Operation, ...]:
 
 
 def _operation(where: str, message: Any) -> Operation:
-    attributes = _unique(where, message.attributes)
+    attributes = dict(_sorted(message.attributes))
     name = _text(attributes.pop("name", None))
     here = f"{where}: {message.type} {name or ','.join(v.name for v in message.outputs)}"
     return Operation(
@@ -137,7 +128,7 @@ def _operation(where: str, message: Any) -> Operation:
         name=name,
         inputs={
             parameter: tuple(_binding(f"{here}, {parameter}", b) for b in argument.arguments)
-            for parameter, argument in _unique(here, message.inputs).items()
+            for parameter, argument in _sorted(message.inputs)
         },
         outputs=tuple((v.name, _type(f"{here}, {v.name}", v.type)) for v in message.outputs),
         attributes={key: _constant(f"{here}, {key}", value) for key, value in attributes.items()},
@@ -152,14 +143,14 @@ def _text(value: Any) -> str:
 
 
 def _binding(where: str, message: Any) -> Value:
-    if message.WhichOneof("choice") == "value":
+    if message.WhichOneof("binding") == "value":
         return _constant(where, message.value)
     return Name(message.name)
 
 
 def _constant(where: str, message: Any) -> Constant:
     kind = _type(where, message.type)
-    choice = message.WhichOneof("choice")
+    choice = message.WhichOneof("value")
     if choice == "blobFileValue":
         if kind.dtype not in BITS or UNKNOWN in kind.shape:
             raise Damaged(f"{where} is a {kind} in a weight file")
@@ -170,9 +161,9 @@ def _constant(where: str, message: Any) -> Constant:
 
 
 def _array(where: str, kind: TensorType, message: Any) -> np.ndarray:
-    if message.WhichOneof("choice") != "tensor":
+    if message.WhichOneof("value") != "tensor":
         return np.zeros(0)  # a list or a dictionary, of a classifier
-    field = message.tensor.WhichOneof("choice")
+    field = message.tensor.WhichOneof("value")
     values: Any = getattr(message.tensor, field).values if field else ()
     if kind.dtype not in BITS:
         elements = np.array(list(values), object)
@@ -192,13 +183,13 @@ def _array(where: str, kind: TensorType, message: Any) -> np.ndarray:
 
 
 def _type(where: str, message: Any) -> TensorType:
-    choice = message.WhichOneof("choice")
+    choice = message.WhichOneof("type")
     if choice != "tensorType":
         if choice not in _CONTAINERS:
             raise Damaged(f"{where} has no type")
         return TensorType(_CONTAINERS[choice], ())
     tensor = message.tensorType
-    dtype = schema.DATA_TYPES.get(tensor.dataType)
+    dtype = _data_types().get(tensor.dataType)
     if dtype is None:
         raise Damaged(f"{where} has the unknown dtype {tensor.dataType}")
     if tensor.rank != len(tensor.dimensions):
@@ -210,4 +201,19 @@ def _type(where: str, message: Any) -> TensorType:
 
 
 def _dimension(message: Any) -> int:
-    return message.constant.size if message.WhichOneof("choice") == "constant" else UNKNOWN
+    return message.constant.size if message.WhichOneof("dimension") == "constant" else UNKNOWN
+
+
+@cache
+def _data_types() -> dict[int, str]:
+    """MIL.proto's `DataType` → name."""
+    names = {number: name.lower() for name, number in messages("MIL").DataType.items()}
+    return {number: name for number, name in names.items() if name in {*BITS, "string"}}
+
+
+@cache
+def _array_types() -> dict[int, str]:
+    """FeatureTypes.proto's `ArrayDataType` → name."""
+    numbers = messages("FeatureTypes").ArrayFeatureType.ArrayDataType
+    names = {number: name.lower().replace("double", "float64") for name, number in numbers.items()}
+    return {number: name for number, name in names.items() if name in BITS}

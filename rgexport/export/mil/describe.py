@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.export.mil.bare import check_bare, is_ours
+from rgexport.export.mil.inference import OPERATIONS
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import FileValue, Function, TensorType
-from rgexport.export.mil.shapes import WITHOUT_RULE
+from rgexport.export.mil.typing_checks import CONST
 from rgexport.progress import amount
 from rgexport.tables import Row, Table
 
@@ -51,7 +52,7 @@ def describe_package(path: Path, *, verify: bool = False) -> dict[str, Any]:
             name: _function(function, package) for name, function in package.functions.items()
         },
         "weights": _weights(package),
-        "unchecked": sorted(_kinds(package) & WITHOUT_RULE),
+        "unchecked": sorted(_kinds(package) - OPERATIONS - {CONST}),
         "problems": check_bare(package, verify=verify),
         "files": sizes,
     }

@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError
 from rgexport.errors import RequestError
 from rgexport.export.mil import decoder
 from rgexport.export.mil.blob import Blob, BlobFile
+from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import Description, FileValue, Function
-from rgexport.export.mil.schema import Model
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.json_fields import read_json
 
@@ -138,6 +138,6 @@ def _parse(path: Path) -> Any:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return Model.FromString(content)
+        return messages("Model").Model.FromString(content)
     except DecodeError:
         raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None

@@ -15,19 +15,23 @@ ALIGNMENT = 32
 """Of the last axis of a state, so that the Neural Engine takes it."""
 
 
-def check_package(package: Package, *, alignment: int | None = ALIGNMENT) -> list[str]:
+def check_package(
+    package: Package, *, alignment: int | None = ALIGNMENT, types: bool = True
+) -> list[str]:
     """Complaints, each of one line that names the function, and the operation, state or tensor.
 
     Args:
         package: from anyone.
         alignment: what the last axes of states must be multiples of; None for any.
+        types: whether those of all operations are inferred, for which coremltools is loaded.
     """
-    return list(_complaints(package, alignment))
+    return list(_complaints(package, alignment, types))
 
 
-def _complaints(package: Package, alignment: int | None) -> Iterator[str]:
+def _complaints(package: Package, alignment: int | None, types: bool) -> Iterator[str]:
     for function in package.functions.values():
         yield from check_states(function, alignment)
-        yield from check_operations(function)
+        if types:
+            yield from check_operations(function)
     yield from check_interfaces(package)
     yield from check_weights(package)

@@ -1,9 +1,13 @@
 """Whether the operations of a function fit together: names, kinds, operands and types."""
 
 from collections.abc import Iterator
+from typing import Any
 
+from rgexport.export.mil.inference import MOST_KNOWN, exists, result_types
+from rgexport.export.mil.operand import Misfit, Operand
 from rgexport.export.mil.program import (
     UNKNOWN,
+    Constant,
     FileValue,
     Function,
     Immediate,
@@ -12,8 +16,6 @@ from rgexport.export.mil.program import (
     TensorType,
     Value,
 )
-from rgexport.export.mil.shapes import RULES, WITHOUT_RULE, Types, result_types
-from rgexport.export.mil.signatures import Misfit, Operand
 
 CONST = "const"
 CONSTANT_EXPRESSION = "constexpr_"
@@ -72,18 +74,18 @@ def _names(operation: Operation) -> Iterator[str]:
 
 def _unknown_kind(operation: Operation) -> Iterator[str]:
     for inner in (operation, *(op for block in operation.blocks for op in block)):
-        if inner.type != CONST and inner.type not in RULES and inner.type not in WITHOUT_RULE:
+        if not exists(inner.type):
             yield f"Core ML has no operation {inner.type!r}"
 
 
-def _result_types(operation: Operation, values: Values) -> Types:
+def _result_types(operation: Operation, values: Values) -> list[TensorType] | None:
     if operation.type == CONST:
         value = operation.attributes.get("val")
         if value is None:
             raise Misfit("it has no value")
         return [value.type]
     if operation.attributes and operation.type.startswith(CONSTANT_EXPRESSION):
-        return None  # as they were before iOS 18, for which there are no rules
+        return None  # as they were before iOS 18
     return result_types(
         operation.type,
         {
@@ -97,18 +99,24 @@ def _operand(value: Value, values: Values) -> Operand:
     match value:
         case Name(name):
             return values[name]
-        case Immediate(kind, array):
-            return Operand(kind, constant=True, array=array)
+        case Immediate(kind):
+            return Operand(kind, constant=True, known=_known(value))
         case FileValue(kind):
             return Operand(kind, constant=True)
 
 
 def _result(operation: Operation, kind: TensorType) -> Operand:
     if operation.type == CONST:
-        value = operation.attributes.get("val")
-        array = value.array if isinstance(value, Immediate) else None
-        return Operand(kind, constant=True, array=array)
+        known = _known(operation.attributes.get("val"))
+        return Operand(kind, constant=True, known=known)
     return Operand(kind, constant=operation.type.startswith(CONSTANT_EXPRESSION))
+
+
+def _known(value: Constant | None) -> tuple[Any, ...] | None:
+    """The elements of a small constant that stands in the program."""
+    if not isinstance(value, Immediate) or value.array.size > MOST_KNOWN:
+        return None
+    return tuple(value.array.reshape(-1).tolist())
 
 
 def _agree(declared: TensorType, computed: TensorType) -> bool:

@@ -261,13 +261,13 @@ def test_programs_that_contradict_themselves(copied: Path, name: str) -> None:
     assert expected in refused(copied)
 
 
-def test_a_function_twice(copied: Path) -> None:
-    """A map may hold a key twice on the wire; the later one would win silently."""
+def test_of_a_function_twice_the_later_one_counts(copied: Path) -> None:
+    """As protobuf has it, and so Core ML: a map may hold a key twice on the wire."""
     content = (copied / MODEL).read_bytes()
     again = Model_pb2.Model(mlProgram=MIL_pb2.Program())
-    again.mlProgram.functions["main"].opset = "CoreML8"
+    again.mlProgram.functions["main"].opset = "CoreML99"
     (copied / MODEL).write_bytes(content + again.SerializeToString())
-    assert "'main' twice" in refused(copied)
+    assert "has nothing for its opset 'CoreML99'" in refused(copied)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 64, b"\1\0\0\0\1\0\0\0" + b"\0" * 56, b"short"])

@@ -156,7 +156,7 @@ def save(path: Path, *functions: MilFunction) -> Path:
 
 
 def network(width: int) -> MilFunction:
-    """Convolutions, of which there are no rules; a state that two steps write; weights."""
+    """Convolutions, which rgexport does not make; a state that two steps write; weights."""
     generator = np.random.default_rng(width)
     kernel = generator.normal(size=(width, 3, 3, 3)).astype(np.float32)
     matrix = generator.normal(size=(7, width)).astype(np.float32)
@@ -181,7 +181,7 @@ def test_foreign_package(tmp_path, capsys):
     assert run(["inspect", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "mlpackage" and not found["made_by_rgexport"]
-    assert found["problems"] == [] and found["unchecked"] == ["conv"]
+    assert found["problems"] == [] and found["unchecked"] == ["conv", "relu"]
     (name,) = found["functions"]
     described = found["functions"][name]
     assert name == found["default_function"] == "main"
@@ -201,7 +201,7 @@ def test_foreign_package_as_text(tmp_path, capsys):
     assert run(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert "network: Core ML package, specification 9 (iOS 18 or later)" in text
-    assert "No problems. What these operations give was believed: conv." in text
+    assert "No problems. What these operations give was believed: conv, relu." in text
 
 
 def test_state_of_another_size_in_another_function(tmp_path):

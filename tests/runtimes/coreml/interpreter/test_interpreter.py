@@ -80,14 +80,6 @@ def test_values_on_the_way_can_be_asked_for() -> None:
     }
 
 
-def test_a_function_with_several_outputs() -> None:
-    outputs = {"a": TensorType("float32", (1, 2)), "b": TensorType("float32", (1, 2))}
-    program = [operation("split", {"x": Name("x")}, outputs, axis=1, num_splits=2)]
-    run = opened(main(program, {"x": X}, ["a", "b"]))
-    found = run({"x": np.arange(4, dtype=np.float32)[None]}, {})
-    assert found["a"].tolist() == [[0, 1]] and found["b"].tolist() == [[2, 3]]
-
-
 def test_a_large_constant_of_any_parameter(tmp_path: Path) -> None:
     """Weights in files serve every operation, not only those that read them in slabs."""
     blobs = Blobs(tmp_path)
@@ -117,7 +109,9 @@ def refused(operations: Sequence[Operation], outputs: Sequence[str] = ("y",), **
     return message
 
 
-@pytest.mark.parametrize("kind", ["custom_layer", "conv", "while_loop", "constexpr_cast"])
+@pytest.mark.parametrize(
+    "kind", ["custom_layer", "conv", "real_div", "while_loop", "constexpr_cast"]
+)
 def test_an_unknown_operation_is_refused_on_opening(kind: str) -> None:
     message = refused([operation(kind, {"x": Name("x")}, {"y": X})])
     assert f"{kind} y cannot be executed: it is no operation" in message
@@ -150,6 +144,15 @@ def test_parameters_in_attributes_are_not_taken_for_inputs() -> None:
         ([add("x", "x", "z", X)], "nothing computes the output y"),
         ([operation("cast", {"x": Name("x")}, {"y": X}, dtype="fp8")], "it casts to fp8"),
         ([operation("gelu", {"x": Name("x")}, {"y": X}, mode="FAST")], "its mode is FAST"),
+        ([operation("gelu", {"x": Name("x")}, {"y": X})], "its mode is EXACT"),
+        (
+            [operation("concat", {"values": [Name("x")]}, {"y": X}, axis=0, interleave=True)],
+            "it is interleaved",
+        ),
+        (
+            [operation("gather", {"x": Name("x")}, {"y": X}, indices=[[0]], axis=1, batch_dims=1)],
+            "its indices differ along other axes",
+        ),
         ([operation("softmax", {"x": Name("x"), "axis": Name("x")}, {"y": X})], "axis is computed"),
         ([operation("transpose", {"x": Name("x")}, {"y": X})], "it has no input perm"),
         ([operation("concat", {"values": ()}, {"y": X}, axis=0)], "it has no input values"),
