@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import State
-from rgexport.progress import note, warn
+from rgexport.progress import detail, expect_stages, group, note, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import give_back
@@ -94,8 +94,18 @@ def compare(
     )
     original = None if make is None else find_original(manifest, model)
     _announce(artifact, original, chosen, reference)
+    passes = passes or SharedPasses()
+    ran = original is not None and passes.has(original.checkpoint, chosen.tokens)
+    expect_stages(
+        1  # the artifact over the text
+        + (make is not None) * 2  # the dequantized reference, and the ops one by one
+        + (original is not None) * (3 if bisect else 2)  # its pass, its weights, and each layer
+        - ran
+        + (reference is not None) * (2 if bisect else 1)
+        + bench
+    )
 
-    taught = _teach(make, artifact, original, chosen.tokens, passes or SharedPasses())
+    taught = _teach(make, artifact, original, chosen.tokens, passes)
     table = None if original is None else _weight_errors(artifact, original)
     before: dict[int, State] | None = {} if bisect else None
     run = _run(artifact, chosen, tokenizer, taught, reference, before)
@@ -146,10 +156,13 @@ def _teach(
 ) -> list[Pass]:
     """The passes of the twin and, if there is one, of the original; none without torch."""
     if make is None:
-        note("torch is not installed, so the twin is left out: pip install 'rgexport[export]'")
+        note(
+            "torch is not installed, so the dequantized reference is left out: "
+            "pip install 'rgexport[export]'"
+        )
         return []
     config = artifact.manifest.config
-    twin = teach("Running the twin", make, config, artifact.weights, tokens)
+    twin = teach("Running the dequantized reference", make, config, artifact.weights, tokens)
     return [twin] if original is None else [twin, passes.teach(make, original.checkpoint, tokens)]
 
 
@@ -180,7 +193,8 @@ def _run(
     )
     held = None
     if reference is not None:
-        held = compare_with_file(session, artifact, reference, before)
+        with group("Comparing with the reference file"):
+            held = compare_with_file(session, artifact, reference, before)
     return _Run(session.info, measured, held)
 
 
@@ -232,7 +246,7 @@ def _layers(artifact: Artifact, original: Original, text: Text, device: str) -> 
 def _announce(
     artifact: Artifact, original: Original | None, text: Text, reference: ReferenceFile | None
 ) -> None:
-    note(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
     if original is None and reference is not None:
         return
     if original is None:
