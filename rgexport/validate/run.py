@@ -52,6 +52,7 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: who reads it may leave after a few lines, as `head` does.
-    print(render(results[0]) if len(results) == 1 else render_several(results))
+    one = len(results) == 1
+    print(render(results[0], html_file) if one else render_several(results, html_file))
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(result.verdict in enough for result in results) else 1
