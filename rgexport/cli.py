@@ -56,6 +56,7 @@ def _prepare_streams() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
+    progress.expect_stages(0)
     try:
         code = rgexport.main(arguments, "rgexport", standalone_mode=False)
         sys.stdout.flush()

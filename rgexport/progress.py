@@ -1,19 +1,27 @@
 """Progress and remarks for people, always on stderr: results alone go to stdout."""
 
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rgexport.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
-LINE_SECONDS = (2.0, 15.0)
-"""Where there is no terminal: least and most seconds between two lines of a task."""
+FIRST_LINE = 30.0
+"""Where no line can be rewritten: seconds after which a stage that still runs prints one."""
+LATER_LINES = 1.25
+"""The next one follows when it has taken so many times as long, but not within `FIRST_LINE`."""
+_BAR = range(8, 31)
+"""Columns that a bar may have; with less room there is none."""
 _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 Advance = Callable[[int], None]
@@ -48,62 +56,191 @@ def amount(value: float, unit: str = "bytes") -> str:
     return f"{value:.0f} bytes"
 
 
-def task(label: str, total: int, unit: str = "bytes") -> AbstractContextManager[Advance]:
-    """Shows how far a piece of work has come: a bar on a terminal, plain lines elsewhere.
+def duration(seconds: float) -> str:
+    """`0.4 s`, `27 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+@dataclass
+class _Stages:
+    """How many stages a command has, and how many of them have begun."""
+
+    total: int = 0
+    begun: int = 0
+
+    def next(self) -> str:
+        """`[2/4] `, or nothing where no more are expected."""
+        self.begun += 1
+        return f"[{self.begun}/{self.total}] " if self.begun <= self.total else ""
+
+
+@dataclass
+class Work:
+    """A piece of work that people see: how much of it is done, and since when it runs."""
+
+    label: str
+    total: int = 0
+    unit: str = ""
+    number: str | None = None
+    done: int = 0
+    began: float = field(default_factory=lambda: time.monotonic())
+
+    def line(self, columns: int | None = None, *, ended: bool = False) -> str:
+        """Label, size, time and time left, in one line of at most so many columns."""
+        words = self._ended() if ended or not self.total else self._running()
+        lines = [f"{self.title}: {told}" for told in words]
+        for line in lines:
+            if not columns or len(line) <= columns:
+                return line
+        end, room = f"…: {words[-1]}", columns or 0
+        return f"{self.title[: max(0, room - len(end))]}{end}"[:room]
+
+    @property
+    def title(self) -> str:
+        """The label behind its number."""
+        return f"{self.number or ''}{self.label}"
+
+    def _running(self) -> list[str]:
+        """How far it is, in ever fewer words."""
+        passed = time.monotonic() - self.began
+        share, size = f"{100 * self.done // self.total} %", amount(self.total, self.unit)
+        if not self.done:
+            return [f"{share} of {size}", share]
+        left = f"{duration(passed * (self.total - self.done) / self.done)} left"
+        return [f"{share} of {size}, {duration(passed)}, {left}", f"{share}, {left}"]
+
+    def _ended(self) -> list[str]:
+        passed = duration(time.monotonic() - self.began)
+        return [f"{amount(self.total, self.unit)}, {passed}", passed] if self.total else [passed]
+
+
+_stages = _Stages()
+_open: list[Work] = []
+"""What is under way, the outermost first."""
+_lock = threading.RLock()
+
+
+def expect_stages(total: int) -> None:
+    """Numbers the next `total` outermost tasks, as in `[2/4] Quantizing`; 0 ends a numbering."""
+    global _stages
+    _stages = _Stages(total)
+
+
+@contextmanager
+def group(label: str) -> Iterator[None]:
+    """Makes one stage of the tasks inside; nothing is shown where there are none."""
+    with _under_way(Work(label)) as work:
+        yield
+    if work.number is not None and not _open:
+        note(work.line(columns(), ended=True))
+
+
+@contextmanager
+def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
+    """Shows how far a piece of work has come, and leaves one line when it is done.
+
+    On a terminal that line moves; elsewhere, work that takes long tells so now and then. Of a
+    task inside another one, or inside a `group`, no line stays.
 
     Args:
         label: what is being done, such as `Quantizing`.
         total: how much there is to do, in `unit`.
         unit: `bytes`, or the plural of what is counted.
 
-    Returns:
-        A context manager that gives `advance(done)`, which any thread may call.
+    Yields:
+        `advance(done)`, which any thread may call.
     """
-    return (_bar if sys.stderr.isatty() else _lines)(label, total, unit)
+    with _under_way(Work(label, total, unit)) as work:
+        work.number = _number_of(work)
+        with (_bar if _can_rewrite_lines() else _lines)(work) as advance:
+            yield advance
+    if not _open:
+        note(work.line(columns(), ended=True))
 
 
 @contextmanager
-def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _under_way(work: Work) -> Iterator[Work]:
+    with _lock:
+        _open.append(work)
+    try:
+        yield work
+    finally:
+        with _lock:
+            _open.remove(work)
+
+
+def _number_of(work: Work) -> str:
+    """That of the outermost work, which gets it with its first task."""
+    with _lock:
+        outermost = _open[0]
+        if outermost.number is None:
+            outermost.number = _stages.next()
+        return outermost.number
+
+
+def columns() -> int | None:
+    """How wide the terminal is that remarks go to; None where they go elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    if "COLUMNS" in os.environ:
+        return shutil.get_terminal_size().columns
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def _can_rewrite_lines() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+@contextmanager
+def _lines(work: Work) -> Iterator[Advance]:
     lock = threading.Lock()
-    began = last = time.monotonic()
-    done = shown = 0
-    least, most = LINE_SECONDS
+    due = work.began + FIRST_LINE
 
     def advance(step: int) -> None:
-        nonlocal done, shown, last
+        nonlocal due
         with lock:
-            done += step
+            work.done += step
             now = time.monotonic()
-            tenth = done - shown >= total / 10
-            if done < total and now - last >= (least if tenth else most):
-                note(f"{label}: {100 * done // max(total, 1)} % of {amount(total, unit)}")
-                shown, last = done, now
+            if now >= due and work.done < work.total:
+                note(work.line(columns()))
+                due = max(now + FIRST_LINE, work.began + LATER_LINES * (now - work.began))
 
-    note(f"{label}: {amount(total, unit)}")
     yield advance
-    if (took := time.monotonic() - began) >= least:
-        note(f"{label}: done in {took:.1f} s")
 
 
-_display_lock = threading.Lock()
 _display: "Progress | None" = None
 """One live display for all bars: a task that runs inside another adds a line to it."""
 
 
 @contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(work: Work) -> Iterator[Advance]:
     with _shared_display() as display:
-        bar = display.add_task(label, total=total, amount=amount(total, unit))
+        bar = display.add_task(work.label, total=work.total, work=work)
+
+        def advance(step: int) -> None:
+            with _lock:
+                work.done += step
+            display.advance(bar, step)
+
         try:
-            yield lambda step: display.advance(bar, step)
+            yield advance
         finally:
-            display.stop_task(bar)
+            display.remove_task(bar)
 
 
 @contextmanager
 def _shared_display() -> "Iterator[Progress]":
     global _display
-    with _display_lock:
+    with _lock:
         owner = _display is None
         display = _display = _display or _new_display()
     if not owner:
@@ -118,23 +255,30 @@ def _shared_display() -> "Iterator[Progress]":
 
 def _new_display() -> "Progress":
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress, ProgressColumn, Task
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("of {task.fields[amount]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        redirect_stdout=False,
-    )
+    width = columns() or 80
+
+    class Line(ProgressColumn):
+        def render(self, task: Task) -> "Table":
+            return _bar_line(task.fields["work"], width - 1)
+
+    return Progress(Line(), console=Console(stderr=True), redirect_stdout=False, transient=True)
+
+
+def _bar_line(work: Work, width: int) -> "Table":
+    """A line that may have a bar between its label and its numbers."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+    text = work.line(width)
+    room = width - len(text) - 1
+    if work.total and room >= _BAR.start:
+        numbers = text.removeprefix(f"{work.title}: ")
+        bar = ProgressBar(work.total, work.done, width=min(room, _BAR.stop - 1))
+        line.add_row(Text(work.title), bar, Text(numbers))
+    else:
+        line.add_row(Text(text, no_wrap=True))
+    return line

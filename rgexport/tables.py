@@ -3,8 +3,10 @@
 import io
 import shutil
 import sys
-from collections.abc import Collection, Iterable
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rgexport.errors import printable
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = tuple[str, ...]
+_NAME, _GAP = 12, 3
+"""Columns that a broken name keeps, and those between two columns."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,54 @@ def render(parts: Iterable[str | Table]) -> str:
     """
     from rich.console import Console
 
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 110
+    terminal = sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if terminal else 110
     buffer = io.StringIO()
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
     for part in parts:
         if isinstance(part, str):
-            console.print(printable(part, kept="\n"), soft_wrap=True)
+            text = printable(part, kept="\n")
+            console.print(_wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
             _print_table(console, part)
     return buffer.getvalue()
 
 
+def _wrapped(text: str, columns: int) -> str:
+    """Lines broken between words; one that is too wide, such as a path, is left whole."""
+    wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join("\n".join(wrap(line)) for line in text.split("\n"))
+
+
 def _print_table(console: "Console", table: Table) -> None:
+    rows = [tuple(map(printable, row)) for row in table.rows]
+    console.print(_wrapped(printable(table.title), console.width), soft_wrap=True)
+    if _least_width(table.header, rows) <= console.width:
+        _print_grid(console, table, rows)
+    else:
+        _print_lists(console, table, rows)
+    console.print()
+
+
+def _least_width(header: Row, rows: Sequence[Row]) -> int:
+    """What a grid needs: its first column may be broken, the others may not."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
+
+
+def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:
+    """For narrow terminals: each row's cells below its name."""
+    for name, *cells in rows:
+        console.print(name, soft_wrap=True)
+        for label, cell in zip(table.header[1:], cells, strict=True):
+            if cell:
+                told, width = f"{printable(label)}: {cell}", console.width - 2
+                if len(told) > width:
+                    told = f"{printable(label)}:\n{cell}"
+                console.print(textwrap.indent(_wrapped(told, width), "  "))
+
+
+def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
@@ -57,8 +97,6 @@ def _print_table(console: "Console", table: Table) -> None:
             no_wrap=index > 0,
             overflow="fold",
         )
-    for row in table.rows:
-        grid.add_row(*(printable(cell) for cell in row))
-    console.print(printable(table.title))
+    for row in rows:
+        grid.add_row(*row)
     console.print(grid)
-    console.print()

@@ -1,8 +1,34 @@
 """What people see while they wait."""
 
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 
 from rgexport import progress
+from rgexport.progress import Work
+
+
+@pytest.fixture(autouse=True)
+def no_numbers():
+    progress.expect_stages(0)
+    yield
+    progress.expect_stages(0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves when `clock.now` does."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
 
 
 @pytest.mark.parametrize(
@@ -21,27 +47,111 @@ def test_amount(value, unit, text):
     assert progress.amount(value, unit) == text
 
 
-def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    now = iter(range(0, 1000, 2))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (2 * 3600 + 7 * 60 + 31, "2 h 07 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_short_stage_is_one_line(capsys, clock):
     with progress.task("Quantizing", 100, "rows") as advance:
         for _ in range(4):
-            advance(5)
-        advance(80)
+            advance(25)
+            clock.now += 2
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines() == [
-        "Quantizing: 100 rows",
-        "Quantizing: 10 % of 100 rows",
-        "Quantizing: 20 % of 100 rows",
-        "Quantizing: done in 12.0 s",
-    ]
+    assert (captured.out, captured.err) == ("", "Quantizing: 100 rows, 8.0 s\n")
+
+
+def test_a_long_stage_tells_ever_more_seldom_that_it_goes_on(capsys, clock):
+    with progress.task("Quantizing", 1000, "rows") as advance:
+        for _ in range(1000):
+            clock.now += 1
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Quantizing: 3 % of 1,000 rows, 30 s, 16 min 10 s left"
+    assert lines[-1] == "Quantizing: 1,000 rows, 16 min 40 s"
+    shares = [int(line.split()[1]) for line in lines[:-1]]
+    assert shares[:6] == [3, 6, 9, 12, 15, 18] and len(shares) == 13
 
 
 def test_no_end_after_a_failure(capsys):
     with pytest.raises(ValueError), progress.task("Quantizing", 0):
         raise ValueError
-    assert capsys.readouterr().err == "Quantizing: 0 bytes\n"
+    assert capsys.readouterr().err == ""
+    assert progress._open == []
+
+
+def test_stages_are_numbered_until_there_are_no_more(capsys, clock):
+    progress.expect_stages(2)
+    for label in ("Reading", "Quantizing", "Something else"):
+        with progress.task(label, 1, "steps"):
+            pass
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/2] Reading: 1 steps, 0.0 s",
+        "[2/2] Quantizing: 1 steps, 0.0 s",
+        "Something else: 1 steps, 0.0 s",
+    ]
+
+
+def test_what_runs_inside_is_no_stage_of_its_own(capsys, clock):
+    progress.expect_stages(2)
+    with progress.task("Outer", 2, "steps"), progress.task("Inner", 10):
+        clock.now += 3
+    with progress.group("Self-check"):
+        for label in ("Weights", "Tokens"):
+            with progress.task(label, 10) as advance:
+                clock.now += 31
+                advance(5)
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/2] Outer: 2 steps, 3.0 s",
+        "[2/2] Weights: 50 % of 10 bytes, 31 s, 31 s left",
+        "[2/2] Tokens: 50 % of 10 bytes, 31 s, 31 s left",
+        "[2/2] Self-check: 1 min 02 s",
+    ]
+
+
+def test_a_group_without_tasks_is_not_shown(capsys):
+    progress.expect_stages(1)
+    with progress.group("Self-check"):
+        pass
+    with progress.task("Next", 1, "steps"):
+        pass
+    assert capsys.readouterr().err.startswith("[1/1] Next")
+
+
+def test_any_thread_may_advance(capsys):
+    with progress.task("Quantizing", 8000, "rows") as advance:
+        threads = [
+            threading.Thread(target=lambda: [advance(1) for _ in range(1000)]) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert progress._open[0].done == 8000
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80])
+@pytest.mark.parametrize("label", ["Quantizing", "Running the dequantized reference"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_line_fits(clock, columns, label, ended):
+    work = Work(label, 1_512_000_000, "bytes", "[2/4] ", done=653_000_000)
+    clock.now += 12
+    line = work.line(columns, ended=ended)
+    assert len(line) <= columns and line.startswith("[2/4] ")
+    assert line.endswith("12 s" if ended else "16 s left")
+    if columns == 80:
+        numbers = "1.51 GB, 12 s" if ended else "43 % of 1.51 GB, 12 s, 16 s left"
+        assert line == f"[2/4] {label}: {numbers}"
 
 
 def test_bars_nest_on_a_terminal(capsys, monkeypatch):
@@ -53,8 +163,65 @@ def test_bars_nest_on_a_terminal(capsys, monkeypatch):
         outer(2)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "Outer" in captured.err and "Inner" in captured.err and "100%" in captured.err
+    assert "Outer" in captured.err and "Inner" in captured.err
+    assert captured.err.splitlines()[-1].rpartition("\r")[2].startswith("Outer: 2 steps, ")
     assert progress._display is None
+
+
+SHOW = """
+import time
+from rgexport import progress
+progress.expect_stages(1)
+with progress.task("Running the dequantized reference", 1 << 30) as advance:
+    for _ in range(4):
+        advance(1 << 28)
+        time.sleep(0.25)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
+@pytest.mark.parametrize(("term", "columns"), [("xterm", 40), ("xterm", 80), ("dumb", 40)])
+def test_on_a_terminal_each_stage_leaves_one_line(term, columns):
+    shown = on_terminal(SHOW, term, columns)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert all(len(line) <= columns for line in lines), lines
+    assert lines[-1].startswith("[1/1] Running the dequan") and lines[-1].endswith(" s")
+    assert ("\x1b" in shown) == (term != "dumb")
+    if term == "dumb":
+        assert len(lines) == 1
+    else:
+        assert any("50 %" in line for line in lines) and any("left" in line for line in lines)
+
+
+def on_terminal(program: str, term: str, columns: int) -> str:
+    """What a program prints on a pseudo-terminal."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    root = str(Path(__file__).parents[1])
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=variables | {"TERM": term, "PYTHONPATH": root},
+    ) as process:
+        os.close(theirs)
+        found = b""
+        try:
+            while part := os.read(ours, 1 << 16):
+                found += part
+        except OSError:  # how Linux tells that nobody writes any more
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    return found.decode()
 
 
 def test_warnings_say_so(capsys):

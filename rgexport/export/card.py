@@ -57,7 +57,7 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 | | |
 |---|---|
 | KL to the original, over {positions} tokens | {nats} |
-| largest difference from its twin, which has these weights | {share} of the largest logit |
+| largest difference from the reference with these weights | {share} of the largest logit |
 | verdict | {verdict} |"""
 
 

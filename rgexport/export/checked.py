@@ -57,7 +57,10 @@ class CheckRecord:
     @property
     def measured(self) -> str:
         """The two numbers."""
-        return f"KL to the original {self.nats}, {self.share} of the largest logit from its twin"
+        return (
+            f"KL to the original {self.nats}, {self.share} of the largest logit from the "
+            "dequantized reference"
+        )
 
     @property
     def nats(self) -> str:

@@ -22,7 +22,7 @@ from rgexport.files.page_cache import forget
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.progress import warn
+from rgexport.progress import expect_stages, group, warn
 
 _GRAPH_BYTES = 16 << 20
 """Upper bound of everything in the folder but the weights and the tokenizer."""
@@ -62,6 +62,7 @@ def export_folder(
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
     tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
     require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
+    expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
     with replace_folder(target, force=force, replaceable=is_artifact) as folder:
@@ -85,7 +86,7 @@ def _checked(folder: Path, manifest: Manifest, check: SelfCheck | None) -> Check
     if check is None:
         return NOT_ASKED_FOR
     write_manifest(folder, manifest)
-    with known_artifact(folder, manifest):
+    with known_artifact(folder, manifest), group("Self-check"):
         return check(folder)
 
 

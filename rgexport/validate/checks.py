@@ -104,6 +104,6 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             value = -1.0
         if not value >= 0:
-            raise RequestError(f"--limit {text}: expected a number of 0 or more behind {name}=")
+            raise RequestError(f"--limit {text}: expected a number of 0 or more after {name}=")
         found[name] = value
     return found

@@ -99,7 +99,7 @@ def _drift_check(drift: list[Drift], limit: Tolerance) -> Check:
         name="twin.states",
         value=states.worst(worst.states),
         limit=limit.at(worst.position).states,
-        reason=f"behind {worst.position} tokens; {limit.reason}",
+        reason=f"after {worst.position} tokens; {limit.reason}",
     )
 
 

@@ -10,7 +10,7 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
-from rgexport.progress import note, warn
+from rgexport.progress import detail, warn
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.source import Original, find_original
@@ -103,7 +103,7 @@ def open_all(path: Path, request: Request) -> Opened:
 
 def _announce(opened: Opened) -> None:
     original, text = opened.original, opened.text
-    note(f"Validating {opened.artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    detail(f"Validating {opened.artifact.path} on {len(text.tokens)} tokens ({text.name})")
     if original is None and opened.request.reference is not None:
         return
     if original is None:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.export.opening import open_artifact
+from rgexport.progress import expect_stages
 from rgexport.validate.checks import parse_limits
 from rgexport.validate.comparing import compare_all
 from rgexport.validate.judging import judge
-from rgexport.validate.opening import Request, open_all
+from rgexport.validate.opening import Opened, Request, open_all
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
@@ -32,9 +33,24 @@ def validate_artifact(
     Raises:
         RequestError: see `open_all` and `run_all`.
     """
-    opened = open_all(path, request)
-    ran = run_all(opened, passes or SharedPasses())
+    opened, passes = open_all(path, request), passes or SharedPasses()
+    expect_stages(_stages(opened, passes))
+    ran = run_all(opened, passes)
     return judge(opened, ran, compare_all(opened, ran))
+
+
+def _stages(opened: Opened, passes: SharedPasses) -> int:
+    """How many stages show their progress."""
+    request, original = opened.request, opened.original
+    count = 1 + request.bench  # the artifact over the text
+    if opened.make is not None:
+        count += 2  # the dequantized reference, and the ops one by one
+    if original is not None:
+        count += 3 if request.bisect else 2  # its pass, its weights, and each layer
+        count -= passes.has(original.checkpoint, opened.text.tokens)
+    if request.reference is not None:
+        count += 2 if request.bisect else 1
+    return count
 
 
 def validate_artifacts(
@@ -78,6 +94,7 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: who reads it may leave after a few lines, as `head` does.
-    print(render(results[0]) if len(results) == 1 else render_several(results))
+    one = len(results) == 1
+    print(render(results[0], html_file) if one else render_several(results, html_file))
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(result.verdict in enough for result in results) else 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rgexport.griffin.state import State
-from rgexport.progress import note
+from rgexport.progress import group, note
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import SessionInfo
@@ -51,10 +51,13 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
     """The passes of the twin and, if there is one, of the original; none without torch."""
     make, tokens = opened.make, opened.text.tokens
     if make is None:
-        note("torch is not installed, so the twin is left out: pip install 'rgexport[export]'")
+        note(
+            "torch is not installed, so the dequantized reference is left out: "
+            "pip install 'rgexport[export]'"
+        )
         return []
     weights = opened.artifact.weights
-    twin = teach("Running the twin", make, opened.manifest.config, weights, tokens)
+    twin = teach("Running the dequantized reference", make, opened.manifest.config, weights, tokens)
     if opened.original is None:
         return [twin]
     return [twin, passes.teach(make, opened.original.checkpoint, tokens)]
@@ -74,5 +77,6 @@ def _run_artifact(opened: Opened, taught: list[Pass]) -> Ran:
     against_file = None
     if (reference := opened.request.reference) is not None:
         kept = before if opened.request.bisect else None
-        against_file = compare_with_file(session, opened.artifact, reference, kept)
+        with group("Comparing with the reference file"):
+            against_file = compare_with_file(session, opened.artifact, reference, kept)
     return Ran(info=session.info, measured=measured, against_file=against_file, before=before)

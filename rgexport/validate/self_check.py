@@ -152,8 +152,8 @@ def _judged(
 _NAMED = 3
 """Complaints that are told one by one."""
 _WORDS = {
-    "twin.logits": "the largest difference from its twin, of the largest logit,",
-    "twin.rms": "the difference from its twin (rms, of the logits' spread)",
+    "twin.logits": "the largest difference from the dequantized reference, of the largest logit,",
+    "twin.rms": "the difference from the dequantized reference (RMS, of the logits' spread)",
     "original.rms": "the difference from the original (rms, of the logits' spread)",
 }
 

@@ -116,13 +116,21 @@ class SharedPasses:
 
     _done: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
 
+    def has(self, original: Checkpoint, tokens: np.ndarray) -> bool:
+        """Whether an original ran over tokens [T] before."""
+        return _key(original, tokens) in self._done
+
     def teach(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
         """Runs an original over tokens [T], unless it did that before."""
-        key = original.path, original.config, tokens.tobytes()
+        key = _key(original, tokens)
         if key not in self._done:
             config, weights = original.config, original.weights
             self._done[key] = teach("Running the original", make, config, weights, tokens)
         return self._done[key]
+
+
+def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
+    return original.path, original.config, tokens.tobytes()
 
 
 def torch_reference(device: str = "auto") -> MakeReference:

@@ -77,7 +77,7 @@ def test_closing_line_says_where_a_package_runs(made):
                 engine="toy 1",
             ),
             "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats, "
-            "0.4 % of the largest logit from its twin: verified.",
+            "0.4 % of the largest logit from the dequantized reference: verified.",
         ),
     ],
 )

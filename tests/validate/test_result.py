@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.validate.opening import Request
 from rgexport.validate.report.terminal import render
@@ -74,13 +75,47 @@ def test_the_report_begins_with_the_verdict_and_names_what_failed(result: Result
     assert any(line.startswith("FAILED  twin.logits is nan") for line in lines)
 
 
-def test_the_report_is_plain_text_of_limited_width(result: Result) -> None:
+def test_the_report_is_plain_text_of_limited_width(
+    result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "verbose", True)
     text = render(result)
     assert "\x1b" not in text
     table = [line for line in text.splitlines() if "   " in line]
     assert max(map(len, table)) <= 100
     for part in ("KL 99th percentile", "worst state", "rglru", "projection", "bit for bit"):
         assert part in text.replace("rg_lru", "rglru")
+
+
+def test_the_report_fits_a_screen(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = render(result).splitlines()
+    assert len(lines) <= 20
+    assert lines[-1] == "All numbers: -v, or --html FILE for a page."
+    assert render(result, tmp_path / "r.html").endswith(f"a page: {tmp_path / 'r.html'}\n")
+    cells = next(line.split() for line in lines if line.startswith("top-1 agreement"))
+    shares = [100 * side.agreement.top1 for side in (result.original, result.twin) if side]
+    assert [float(cell) for cell in cells[2::2]] == pytest.approx(shares, abs=0.006)
+    failed = with_nan(result)
+    assert f"rgexport validate {failed.artifact.path} --bisect" in render(failed).splitlines()[-1]
+    assert len(render(failed).splitlines()) <= 21
+    monkeypatch.setattr(progress, "verbose", True)
+    assert len(render(result).splitlines()) > 40
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80])
+def test_on_a_narrow_terminal_no_number_is_cut(
+    result: Result, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    short = dataclasses.replace(result.artifact, path="artifact")
+    source = dataclasses.replace(result.source, path="original")
+    shown = render(dataclasses.replace(result, artifact=short, source=source))
+    assert all(len(line.rstrip()) <= columns for line in shown.splitlines())
+    for side in (result.original, result.twin):
+        assert side is not None and f"{side.kl.mean:.3g} ± " in shown
 
 
 def test_the_size_and_the_bits_are_those_of_the_files(

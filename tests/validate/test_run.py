@@ -20,7 +20,7 @@ def test_the_report_and_the_json(
         [clean("int8")], Request(model=str(checkpoint), max_tokens=50), json_file=file
     )
     out, err = capsys.readouterr()
-    assert code == 0 and out.startswith("PASS  ") and "KL mean" in out
+    assert code == 0 and out.startswith("PASS  ") and "KL, nats per token" in out
     assert "Comparing" in err and "Comparing" not in out
     found = json.loads(file.read_text())
     assert found["schema_version"] == 1 and found["verdict"] == "PASS"

@@ -141,7 +141,10 @@ def break_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "graph": (drop_soft_cap, "the largest difference from its twin.* beyond 0.001"),
+    "graph": (
+        drop_soft_cap,
+        "the largest difference from the dequantized reference.* beyond 0.001",
+    ),
     "weights": (spoil_scales, "the difference from the original .* beyond"),
     "unusable": (break_graph, "ONNX Runtime .* cannot open model.onnx: .*NoSuchOperator"),
     "fails": (break_engine, "onnxruntime .* cannot run it: a fault of two lines"),
@@ -179,7 +182,7 @@ def test_wrong_gguf_files_are_marked_and_warned_of(model, monkeypatch, capsys):
         patch.setattr(metadata, "_architecture", faulty)
         code, found = export(model, "gguf", "--type", "f32")
     assert code == 1 and found.status == "unverified"
-    assert_matches("largest difference from its twin.* beyond 0.001", found.reason)
+    assert_matches("largest difference from the dequantized reference.* beyond 0.001", found.reason)
     capsys.readouterr()
     assert run(["generate", "out", "--ids", "2", "-n", "2"]) == 0
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Warning: ")]

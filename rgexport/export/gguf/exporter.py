@@ -16,7 +16,7 @@ from rgexport.export.verified import known_for_now, remember
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.progress import note, task, warn
+from rgexport.progress import expect_stages, group, note, task, warn
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import is_gguf, read_header
@@ -64,6 +64,7 @@ def export_gguf(
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
     require_free_disk(target.resolve().parent, data_bytes(choice) + _HEADER_BYTES)
+    expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(choice)]
@@ -73,7 +74,7 @@ def export_gguf(
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
         start = integrity.data_start(read_header(partial))
         if check is not None:
-            with known_for_now({partial: digest}, {}, start=start):
+            with known_for_now({partial: digest}, {}, start=start), group("Self-check"):
                 found = check(partial)
             write_mark(partial, found)
     remember({target: digest}, start=start)

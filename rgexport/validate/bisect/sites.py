@@ -62,8 +62,7 @@ def look_at_sites(
     make = torch_reference(device)
     state = with_loud_past(state)
     calls = _observe(artifact, state, tokens)
-    longest = max(len(taken) for taken, _ in calls)
-    with watched_layers(f"Comparing the sites of {longest} tokens", artifact.weights) as weights:
+    with watched_layers("Per-op check", artifact.weights) as weights:
         model = make(config, weights)
         errors = site_errors(model, artifact.manifest, config.window, state, calls)
     seen = {site for _, found in calls for site in (*found.values, *found.gates)}

@@ -89,7 +89,7 @@ def _from_sites(report: SiteReport | None) -> Iterator[_Finding]:
 
 def site_evidence(error: SiteError) -> str:
     """What is wrong at a site, in words."""
-    what = "" if error.state is None else f"the state {error.state} behind it: "
+    what = "" if error.state is None else f"the state {error.state} after it: "
     by_rms = error.rms / error.limit_rms >= error.median / error.limit_median
     measure, value = ("rms", error.rms) if by_rms else ("median", error.median)
     return (

@@ -23,7 +23,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import WeightSource
-from rgexport.progress import amount, note, task
+from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.reference.implementations import OWN, choose_implementation
 from rgexport.validate.reference.kept_logits import keep_logits
@@ -93,9 +93,10 @@ def capture(
         window=checkpoint.config.window,
         file=prompts,
     )
+    expect_stages(5 if tokenizer else 4)
     require_sound(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
-    note(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
+    detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
 
     model = make(checkpoint.config, checkpoint.weights)
     layout = choose_layout(lengths, model.config.vocab_size)
@@ -151,7 +152,7 @@ def _run(model: ReferenceModel, prompts: Sequence[Prompt], layout: Layout) -> _R
         advance(stop - start)
 
     total = int(ends[-1]) * config.num_layers
-    with task("Running the reference", total, "tokens through a layer each") as advance:
+    with task("Running the reference", total, "tokens through layers") as advance:
         found = model.run_each(texts, stops=layout.checkpoints, watch=watch)
     return _Run([hidden for hidden, _ in found], [states for _, states in found], activations)
 

@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 from rgexport.validate.measure import Comparison
 from rgexport.validate.report.chart import Chart, Limit, Series, decade_ticks, logarithmic_scale
 from rgexport.validate.report.picture_parts import all_ys, by_x, picture, sides, span, whole
-from rgexport.validate.report.report_words import number
+from rgexport.validate.report.report_words import LABELS, number
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
 
 _KINDS = {
-    "rg_lru": "original",
-    "key": "original dashed",
-    "conv1d": "twin",
-    "value": "twin dashed",
+    "rg_lru": "first",
+    "key": "first dashed",
+    "conv1d": "second",
+    "value": "second dashed",
 }
 """A kind of state → how its line is drawn."""
-_MEASURE = "behind so many tokens, relative to the largest value"
+_MEASURE = "after so many tokens, relative to the largest value"
 
 
 def drift_charts(r: Result) -> Iterator[Chart]:
@@ -25,13 +25,14 @@ def drift_charts(r: Result) -> Iterator[Chart]:
         yield drift_chart(r)
     if r.twin is not None and r.twin.drift:
         limit = Limit("limit", _state_limit(r).at)
-        yield from kinds_chart("Drift from the twin by kind", _with_end(r, r.twin), limit)
+        title = f"Drift from the {LABELS['twin']}, by kind of state"
+        yield from kinds_chart(title, _with_end(r, r.twin), limit)
 
 
 def drift_chart(r: Result) -> Chart:
-    """The worst state behind 64, 128, … tokens and behind the whole text."""
+    """The worst state after 64, 128, … tokens and after the whole text."""
     series = [
-        Series(kind, kind, [(d.position, worst(d.states)) for d in _with_end(r, side)])
+        Series(kind, LABELS[kind], [(d.position, worst(d.states)) for d in _with_end(r, side)])
         for kind, side in sides(r)
     ]
     limit = _state_limit(r)
@@ -39,7 +40,10 @@ def drift_chart(r: Result) -> Chart:
     told = (f"from the {one.label}'s {span(one.points, number)}" for one in series)
     said = f"Largest error of any state {_MEASURE}: {', '.join(told)}; "
     return _chart(
-        "Drift of the states", f"{said}the twin's limit is {at_end} at the end.", series, limit
+        "Drift of the states",
+        f"{said}the latter's limit is {at_end} at the end.",
+        series,
+        limit,
     )
 
 
@@ -71,7 +75,7 @@ def _chart(title: str, summary: str, series: list[Series], limit: Limit | None) 
 
 
 def _state_limit(r: Result) -> Limit:
-    return Limit("limit for the twin", lambda x: r.tolerance.at(round(x)).states)
+    return Limit(f"limit for the {LABELS['twin']}", lambda x: r.tolerance.at(round(x)).states)
 
 
 def _with_end(r: Result, side: Comparison) -> list[Drift]:

@@ -8,11 +8,11 @@ from rgexport.validate.reference.stream_errors import LayerError
 from rgexport.validate.states import worst
 from rgexport.validate.weights.sketch_errors import SketchError
 
-PROMPT = ("tokens", "KL mean", "first choice", "worst state", "greedy")
+PROMPT = ("tokens", "KL mean", "top-1", "worst state", "greedy")
 
 _LAYER = ("error", "limit", "worst at position")
 DRIFT = "Recurrent states inside the longest prompt"
-STREAM = "Residual stream behind each layer"
+STREAM = "Residual stream after each layer"
 _SKETCH = ("error", "projection", "noise", "worst row")
 _EXACT = 0.05
 """Noise below that is the sketch's own rounding."""
@@ -24,17 +24,14 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
     """What it was compared with, and how far the two are apart."""
     computed = ", ".join(f"{key} {value}" for key, value in found.computed.items())
     yield f"reference file: {found.path}, {found.model} ({computed})"
-    if not found.same_files:
-        yield "it is of other weight files than the artifact was made from"
-    for difference in found.config_differences:
-        yield f"the configurations differ in {difference}"
+    yield from reference_warnings(found)
     yield ""
     yield file_table(found)
     rows = ((prompt.name, *prompt_cells(prompt)) for prompt in found.prompts)
     yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
     if found.drift:
         drifted = [(f"{d.position:,} tokens", f"{worst(d.states):.3g}") for d in found.drift]
-        yield Table(DRIFT, ("behind", "worst"), drifted, ("worst",))
+        yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
     yield sketch_table(found)
     if found.layers:
         yield Table(STREAM, ("layer", *_LAYER), _layer_rows(found.layers), _LAYER)
@@ -43,6 +40,14 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
                 f"layer {first.layer} is the first whose residual stream leaves the reference's: "
                 f"{first.relative_rms:.3g}, limit {first.limit:g}"
             )
+
+
+def reference_warnings(found: AgainstFile) -> Iterator[str]:
+    """What makes the comparison one with another model."""
+    if not found.same_files:
+        yield "the reference file is of other weight files than the artifact was made from"
+    for difference in found.config_differences:
+        yield f"the configurations differ in {difference}"
 
 
 def _layer_rows(layers: Sequence[LayerError]) -> Iterator[Row]:
@@ -91,7 +96,7 @@ def _file_rows(found: AgainstFile) -> Iterator[Row]:
     full = f" ({found.full_positions} positions)"
     total, common = found.greedy
     yield f"max |Δlogit|{full}", f"{found.logits.max:.3g}"
-    yield f"rms Δlogit of their spread{full}", f"{found.logits.relative_rms:.3g}"
+    yield f"RMS logit error, of their spread{full}", f"{found.logits.relative_rms:.3g}"
     yield "KL mean (nats)", f"{bounded(kl.mean, low.mean, high.mean)} ± {kl.standard_error:.1g}"
     if found.full_positions < found.positions:
         exact = found.kl_full
@@ -100,9 +105,9 @@ def _file_rows(found: AgainstFile) -> Iterator[Row]:
     yield "KL 99th percentile", bounded(kl.p99, low.p99, high.p99)
     yield "KL max", f"{bounded(kl.max, low.max, high.max)} at {kl.worst_position}"
     yield "width of KL's interval, of itself", f"{found.kl_width:.1g}"
-    yield "same first choice", f"{100 * found.agreement.top1:.2f} %"
-    yield "same first five", f"{100 * found.agreement.top5:.2f} %"
-    yield "largest lead that flipped", f"{found.agreement.largest_flip_margin:.3g}"
+    yield "top-1 agreement", f"{100 * found.agreement.top1:.2f} %"
+    yield "top-5 agreement", f"{100 * found.agreement.top5:.2f} %"
+    yield "largest margin that flipped", f"{found.agreement.largest_flip_margin:.3g}"
     yield "worst state", f"{worst(found.states):.3g}"
     if likelihood := found.likelihood:
         yield "perplexity: reference", f"{likelihood.perplexity:.4g}"
@@ -113,7 +118,7 @@ def _file_rows(found: AgainstFile) -> Iterator[Row]:
         delta = f"{likelihood.delta:+.2g} ± {likelihood.delta_standard_error:.1g}"
         yield "Δ nats per token", delta
     if total:
-        yield "greedy text in common", f"{common} of {total} tokens"
+        yield "greedy tokens in common", f"{common} of {total} tokens"
 
 
 def prompt_cells(p: PromptResult) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from rgexport.validate.report.picture_parts import (
     whole,
     worst,
 )
-from rgexport.validate.report.report_words import number
+from rgexport.validate.report.report_words import LABELS, number
 from rgexport.validate.result import Result
 from rgexport.validate.weights.weight_errors import WeightError
 
@@ -34,18 +34,19 @@ def state_chart(r: Result) -> Chart:
     series = []
     for kind, side in sides(r):
         found = _by_layer((layer_of(s.name), s.relative_max) for s in side.states)
-        series.append(Series(kind, kind, [(x, worst(ys)) for x, ys in found.items()], dots=True))
+        points = [(x, worst(ys)) for x, ys in found.items()]
+        series.append(Series(kind, LABELS[kind], points, dots=True))
     limit = r.tolerance.at(r.text.tokens).states
     told = (f"from the {one.label}'s {span(one.points, number)}" for one in series)
     return picture(
         "Error of the states by layer",
         f"Largest error of each layer's states after the last token, relative to the largest "
-        f"value: {', '.join(told)}; the twin's limit is {number(limit)}.",
+        f"value: {', '.join(told)}; the latter's limit is {number(limit)}.",
         ("layer", "max |Δ| ÷ max"),
         series,
         logarithmic_scale(all_ys(series), limit),
         decade_ticks,
-        limit=Limit("limit for the twin", lambda x: limit),
+        limit=Limit(f"limit for the {LABELS['twin']}", lambda x: limit),
         rows=("layer", by_x(series, whole, number)),
     )
 
@@ -58,8 +59,8 @@ def weight_chart(weights: Sequence[WeightError]) -> Iterator[Chart]:
         return
     points = found.items()
     series = [
-        Series("original", "worst tensor", [(x, worst(ys)) for x, ys in points], True),
-        Series("twin", "root mean square", [(x, _rms(ys)) for x, ys in points], True),
+        Series("first", "worst tensor", [(x, worst(ys)) for x, ys in points], True),
+        Series("second", "root mean square", [(x, _rms(ys)) for x, ys in points], True),
     ]
     told = (f"{one.label}: {span(one.points, number)}" for one in series)
     yield picture(
@@ -79,7 +80,7 @@ def site_chart(report: SiteReport) -> Iterator[Chart]:
     states = _by_layer((e.layer, e.excess) for e in report.errors if e.state is not None)
     series = [
         Series(kind, label, [(x, worst(ys)) for x, ys in found.items()], dots=True)
-        for kind, label, found in (("original", "worst op", ops), ("twin", "worst state", states))
+        for kind, label, found in (("first", "worst op", ops), ("second", "worst state", states))
         if found
     ]
     if not series:

@@ -22,6 +22,7 @@ from rgexport.validate.report.page_bars import (
 from rgexport.validate.report.pictures import charts
 from rgexport.validate.report.report_tables import itself_table, logits_table, sides_of
 from rgexport.validate.report.report_words import (
+    LABELS,
     MOST_NAMED,
     counted_checks,
     not_passed,
@@ -106,11 +107,11 @@ class View:
     @property
     def reference(self) -> str:
         """What the worst positions are the worst against."""
-        return "twin" if self.result.original is None else "original"
+        return LABELS["twin" if self.result.original is None else "original"]
 
     @property
     def comparison(self) -> Comparison | None:
-        """With that."""
+        """With the original or, where there is none, with the dequantized reference."""
         return self.result.original or self.result.twin
 
     @property
@@ -145,7 +146,7 @@ class View:
     @property
     def costs(self) -> BarTable | None:
         """What each part costs."""
-        numbers = ("KL, nats", "same first choice")
+        numbers = ("KL, nats", "top-1 agreement")
         rows = cost_bars(self.result.layers or [])
         return BarTable(("part", *numbers), rows, numbers, "KL") if rows else None
 
@@ -153,7 +154,7 @@ class View:
     def suspects(self) -> Table | None:
         """What may explain a failure."""
         rows = [(suspect.site, suspect.evidence) for suspect in self.result.suspects or []]
-        return Table("Suspects", ("site", "evidence"), rows) if rows else None
+        return Table("Suspects", ("op", "evidence"), rows) if rows else None
 
     @property
     def file(self) -> Table | None:
@@ -201,7 +202,7 @@ def _cost(c: Comparison | AgainstFile) -> Iterator[str]:
     by = ", by the reference file" if isinstance(c, AgainstFile) else ""
     yield (
         f"Compression cost {number(c.kl.mean)} ± {c.kl.standard_error:.1g} nats of KL per token"
-        f"{by}; the first choice stayed the same at {percent(c.agreement.top1)} of the positions."
+        f"{by}; the most likely token is the same at {percent(c.agreement.top1)} of the positions."
     )
     if c.likelihood is not None:
         before, after = c.likelihood.perplexity, c.likelihood.perplexity_candidate

@@ -15,7 +15,7 @@ from rgexport.validate.report.chart import (
 from rgexport.validate.report.drift_pictures import drift_charts
 from rgexport.validate.report.layer_pictures import state_chart, weight_chart
 from rgexport.validate.report.picture_parts import all_ys, by_x, picture, sides, span, worst
-from rgexport.validate.report.report_words import number, percent
+from rgexport.validate.report.report_words import LABELS, number, percent
 from rgexport.validate.result import Result
 
 AGREEMENT_BLOCKS = 32
@@ -36,7 +36,8 @@ def charts(r: Result) -> Iterator[Chart]:
 def kl_chart(r: Result) -> Chart:
     """KL along the text."""
     series = [
-        Series(kind, kind, [(b.start, b.kl_mean) for b in side.blocks]) for kind, side in sides(r)
+        Series(kind, LABELS[kind], [(b.start, b.kl_mean) for b in side.blocks])
+        for kind, side in sides(r)
     ]
     told = (f"against the {one.label} {span(one.points, number)}" for one in series)
     return picture(
@@ -51,14 +52,16 @@ def kl_chart(r: Result) -> Chart:
 
 
 def agreement_chart(r: Result) -> Chart:
-    """The share of equal first choices along the text."""
+    """Top-1 agreement along the text."""
     blocks = [(kind, _merged(side.blocks)) for kind, side in sides(r)]
-    series = [Series(kind, kind, [(b.start, b.top1) for b in found]) for kind, found in blocks]
+    series = [
+        Series(kind, LABELS[kind], [(b.start, b.top1) for b in found]) for kind, found in blocks
+    ]
     told = (f"with the {one.label} {span(one.points, percent)}" for one in series)
     return picture(
-        "Same first choice by position",
-        f"Share of positions with the same first choice, {', '.join(told)}.",
-        ("position in the text", "same first choice"),
+        "Top-1 agreement by position",
+        f"Share of positions with the same most likely token, {', '.join(told)}.",
+        ("position in the text", "top-1 agreement"),
         series,
         share_scale(all_ys(series)),
         share_ticks,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from rgexport.tables import Row, Table
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
-from rgexport.validate.report.report_words import number, percent
+from rgexport.validate.report.report_words import LABELS, number, percent
 from rgexport.validate.result import Result
 from rgexport.validate.states import worst
 
@@ -26,7 +26,7 @@ def _delta(c: Comparison) -> str:
 _COMPARISON: dict[str, Callable[[Comparison], str]] = {
     "max |Δlogit|": lambda c: number(c.logits.max),
     "… of the largest logit": lambda c: number(c.logits.relative_max),
-    "rms Δlogit of their spread": lambda c: number(c.logits.relative_rms),
+    "RMS logit error, of their spread": lambda c: number(c.logits.relative_rms),
     "mean |Δlogit|": lambda c: number(c.logits.mean),
     "mean cosine of logits": lambda c: f"{c.logits.cosine:.6f}",
     "KL mean (nats)": lambda c: f"{number(c.kl.mean)} ± {c.kl.standard_error:.1g}",
@@ -34,12 +34,12 @@ _COMPARISON: dict[str, Callable[[Comparison], str]] = {
     "KL 95th percentile": lambda c: number(c.kl.p95),
     "KL 99th percentile": lambda c: number(c.kl.p99),
     "KL max": lambda c: f"{number(c.kl.max)} at {c.kl.worst_position}",
-    "same first choice": lambda c: percent(c.agreement.top1),
-    "same first five": lambda c: percent(c.agreement.top5),
-    "other first choices": lambda c: f"{c.agreement.flips}",
+    "top-1 agreement": lambda c: percent(c.agreement.top1),
+    "top-5 agreement": lambda c: percent(c.agreement.top5),
+    "top-1 flips": lambda c: f"{c.agreement.flips}",
     "… of them near ties": lambda c: f"{c.agreement.near_ties}",
-    "largest lead that flipped": lambda c: number(c.agreement.largest_flip_margin),
-    "greedy text in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
+    "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
+    "greedy tokens in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
     "worst state": lambda c: number(worst(c.states)),
     "perplexity: reference": _likelihood("perplexity"),
     "perplexity: artifact": _likelihood("perplexity_candidate"),
@@ -61,8 +61,8 @@ def logits_table(r: Result) -> Table:
 
 
 def drift_table(r: Result) -> Table:
-    """The worst state behind so many tokens, of each side."""
-    return _table("Worst state by position", "behind", r, _drift_rows(r))
+    """The worst state after so many tokens, of each side."""
+    return _table("Worst state by position", "after", r, _drift_rows(r))
 
 
 def itself_table(r: Result) -> Table:
@@ -72,7 +72,7 @@ def itself_table(r: Result) -> Table:
 
 
 def _table(title: str, first: str, r: Result, rows: Iterable[Row]) -> Table:
-    names = [name for name, _ in sides_of(r)]
+    names = [LABELS[name] for name, _ in sides_of(r)]
     return Table(title, (first, *names), list(rows), names)
 
 

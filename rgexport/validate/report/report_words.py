@@ -6,6 +6,8 @@ from rgexport.validate.checks import Check
 from rgexport.validate.result import Result
 from rgexport.validate.speed import Speed
 
+LABELS = {"twin": "dequantized reference", "original": "original"}
+"""What an artifact is compared with → what people read."""
 MOST_NAMED = 12
 """Checks that did not pass which are named below the verdict."""
 
@@ -24,7 +26,7 @@ def twin_words(r: Result) -> str:
     """What it is, or why it is not there."""
     if r.twin is None:
         return "left out, it takes torch (pip install 'rgexport[export]')"
-    return "the reference with the artifact's own weights"
+    return "the original's mathematics in float32, with the artifact's own weights"
 
 
 def source_words(r: Result) -> str:

@@ -21,10 +21,10 @@ def bisect_parts(
 ) -> Iterator[str | Table]:
     """What there is to show; suspects first."""
     if suspects:
-        header = ("layer", "site", "evidence")
+        header = ("layer", "op", "evidence")
         yield Table("Suspects", header, _suspect_rows(suspects))
     if report is not None:
-        yield Table(_sites_title(report), ("site", *_SITE), _site_rows(report), _SITE)
+        yield Table(_sites_title(report), ("op", *_SITE), _site_rows(report), _SITE)
     if costs:
         title = "Layers: KL to the original if only this one were stored so"
         yield Table(title, ("part", *_COST), _cost_rows(costs), _COST)
@@ -33,7 +33,7 @@ def bisect_parts(
 def _sites_title(report: SiteReport) -> str:
     unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
     counts = f"{len(report.beyond)} of {len(report.errors)} beyond the limit{unseen}"
-    return f"Sites: each op from the artifact's own inputs ({counts})"
+    return f"Per-op check: each op from the artifact's own inputs ({counts})"
 
 
 def _site_rows(report: SiteReport) -> Iterator[Row]:

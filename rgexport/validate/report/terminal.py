@@ -1,10 +1,13 @@
-"""The outcome of `validate` as text and tables for a terminal: the verdict first."""
+"""The outcome of `validate` for a terminal: verdict, cost and what failed; with `-v`, all of it."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from rgexport import tables
+from rgexport import progress, tables
+from rgexport.export.request import as_argument
+from rgexport.progress import amount
 from rgexport.tables import Row, Table
-from rgexport.validate.report.file_report import file_parts
+from rgexport.validate.report.file_report import file_parts, reference_warnings
 from rgexport.validate.report.overview import counted_verdicts, overview, verdict_of
 from rgexport.validate.report.report_tables import (
     drift_table,
@@ -23,6 +26,7 @@ from rgexport.validate.report.report_words import (
     twin_words,
 )
 from rgexport.validate.report.site_tables import bisect_parts
+from rgexport.validate.report.summary_table import summary_table
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError
 from rgexport.validate.weights.weight_errors import WeightError
@@ -33,17 +37,17 @@ MOST_SUSPECTS = 3
 """Of each artifact where there are several."""
 
 
-def render(result: Result) -> str:
-    """The whole report."""
-    return tables.render(_parts(result))
+def render(result: Result, page: Path | None = None) -> str:
+    """The report; `page` is where it was written as HTML."""
+    return tables.render((_everything if progress.verbose else _summary)(result, page))
 
 
-def render_several(results: Sequence[Result]) -> str:
+def render_several(results: Sequence[Result], page: Path | None = None) -> str:
     """All artifacts in one table, and below it what failed."""
-    return tables.render(_overview(results))
+    return tables.render(_overview(results, page))
 
 
-def _overview(results: Sequence[Result]) -> Iterator[str | Table]:
+def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Table]:
     yield f"{verdict_of(results)}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
@@ -51,7 +55,7 @@ def _overview(results: Sequence[Result]) -> Iterator[str | Table]:
             yield result.artifact.path
             yield from _failures(result)
             yield from _first_suspects(result)
-    yield _closing(results[0])
+    yield _environment(results[0]) if progress.verbose else _next_step(results, page)
 
 
 def _first_suspects(r: Result) -> Iterator[str]:
@@ -71,9 +75,34 @@ def _failures(r: Result) -> Iterator[str]:
         yield f"… and {len(more)} more"
 
 
-def _parts(r: Result) -> Iterator[str | Table]:
+def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
+    """What fits a screen; and what was asked for by `--bisect`."""
     yield _headline(r)
     yield from _failures(r)
+    yield from _facts(r)
+    if r.reference is not None:
+        yield from reference_warnings(r.reference)
+    if r.twin or r.original or r.reference:
+        yield summary_table(r)
+    if r.twin is not None:
+        yield _MEANING
+    if r.layers is not None or r.suspects:
+        yield ""
+        yield from bisect_parts(None, r.layers, r.suspects or ())
+    yield _next_step([r], page)
+
+
+_MEANING = (
+    "The dequantized reference has the artifact's own weights: the distance to it is the export's, "
+    "that to the original is what compression cost."
+)
+
+
+def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
+    yield _headline(r)
+    yield from _failures(r)
+    yield from _facts(r)
+    yield ""
     if sides_of(r):
         yield logits_table(r)
     yield itself_table(r)
@@ -87,20 +116,36 @@ def _parts(r: Result) -> Iterator[str | Table]:
     if r.weights is not None:
         header = ("tensor", "stored", *_WEIGHT)
         yield Table("Weights", header, _weight_rows(r.weights), _WEIGHT)
-    yield _closing(r)
+    yield _environment(r)
 
 
 def _headline(r: Result) -> str:
+    return f"{r.verdict}  {r.artifact.path}: {counted_checks(r)}"
+
+
+def _facts(r: Result) -> Iterator[str]:
+    """What was compared, on what and with what."""
     a, engine, text = r.artifact, r.engine, r.text
     cut = ", cut off" if text.truncated else ""
+    yield ""
+    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {a.bits_per_weight:.2f} bits per weight"
     speed = f"; {speed_words(r.speed)}" if r.speed else ""
-    return (
-        f"{r.verdict}  {a.path}: {counted_checks(r)}\n\n"
-        f"{a.name}, {a.numbers}; "
-        f"{engine.title}, {engine.threads} threads{speed}\n"
-        f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long\n"
-        f"twin: {twin_words(r)}; original: {source_words(r)}\n"
-    )
+    yield f"{engine.title}, {engine.threads} threads{speed}"
+    yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
+    yield f"original: {source_words(r)}"
+    if r.twin is None:
+        yield f"dequantized reference: {twin_words(r)}"
+
+
+def _next_step(results: Sequence[Result], page: Path | None) -> str:
+    """What tells more."""
+    failed = next((r for r in results if r.verdict != "PASS"), None)
+    if failed is not None and failed.suspects is None and failed.twin is not None:
+        artifact = as_argument(Path(failed.artifact.path))
+        return f"To find where it goes wrong: rgexport validate {artifact} --bisect"
+    if page is not None:
+        return f"All numbers as a page: {page}"
+    return "All numbers: -v, or --html FILE for a page."
 
 
 _STATE = ("max |Δ| / max", "norm")
@@ -128,6 +173,6 @@ def _weight_rows(errors: list[WeightError]) -> Iterator[Row]:
             yield f"{exact} tensors, bit for bit", scheme, "0", "1", "0", "0"
 
 
-def _closing(r: Result) -> str:
+def _environment(r: Result) -> str:
     env = r.environment
     return f"{env['cpu']}, {env['cores']} cores, {env['system']}; Python {env['python']}"

@@ -96,7 +96,7 @@ def sketch_errors(
     """
     total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
     with (
-        task("Comparing weights with the reference's", total) as advance,
+        task("Comparing weights with their sketches", total) as advance,
         ThreadPoolExecutor(THREADS) as pool,
     ):
 

@@ -70,7 +70,7 @@ def test_a_state_is_told():
     assert found == Suspect(
         layer=2,
         site=SCAN,
-        evidence="the state layers.2.rg_lru behind it: median error 1, 9 times its limit (1 token)",
+        evidence="the state layers.2.rg_lru after it: median error 1, 9 times its limit (1 token)",
     )
 
 
@@ -137,7 +137,7 @@ def test_tables():
     ]
     lines = render(bisect_parts(report, costs, find_suspects(report, [], []))).splitlines()
     text = "\n".join(" ".join(line.split()) for line in lines)
-    assert text.index("Suspects") < text.index("Sites") < text.index("Layers")
+    assert text.index("Suspects") < text.index("Per-op check") < text.index("Layers")
     assert "3 of 12 beyond the limit; 1 not shown by the engine" in text
     assert "layers.8.mlp_block.mul" in text and "layers.1.mlp_block.mul" not in text
     assert "layers.19 0.019 ± 0.0001 10.0 % 81.0 %" in text

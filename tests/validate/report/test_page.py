@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rgexport import progress
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
@@ -343,14 +344,15 @@ def test_a_reference_file_alone_makes_a_page(result: Result) -> None:
         assert f"{prompt.name} {prompt.tokens:,} {prompt.kl:.3g}" in text
 
 
-def test_the_streams_error_has_its_limit(result: Result) -> None:
+def test_the_streams_error_has_its_limit(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "verbose", True)
     assert result.reference is not None and result.reference.layers
     first = result.reference.layers[0]
     text = Page(render_page([result])).text
     assert f"the limit is {first.limit:.3g}" in text
     assert f"layer error 0 {first.relative_rms:.3g} 1 " in text
     said = render(result)
-    assert "Residual stream behind each layer" in said
+    assert "Residual stream after each layer" in said
     drift = result.reference.drift[0]
     assert re.search(rf"{drift.position} tokens +{worst(drift.states):.3g}\n", said)
 
