@@ -14,7 +14,7 @@ from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import json_mutator, small
 from fuzz.readers.target import Target, covers, oracle, require
 from fuzz.readers.weights import mutate_safetensors
-from rgexport.export.manifest import plain
+from rgexport.export.typed_json import plain
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import DTYPES, METADATA, ReferenceFile

@@ -11,16 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
+from rgexport.export.typed_json import plain
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import (
-    Affine,
-    Ggml,
-    Scheme,
-    scheme_to_dict,
-)
+from rgexport.quantize.scheme import Affine, Ggml, Scheme
 
 MANIFEST = "rgexport.json"
 COLUMNS = "columns"
@@ -204,14 +200,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, schemes and tuples as JSON has them."""
-    if isinstance(value, Scheme):
-        return scheme_to_dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

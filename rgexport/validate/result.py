@@ -12,6 +12,7 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
+from rgexport.export.typed_json import plain
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.sites import SiteReport
@@ -112,7 +113,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
         return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **fields}
@@ -197,13 +198,3 @@ def describe_text(text: Text, window: int) -> TextInfo:
     """The text's part of a result."""
     count = len(text.tokens)
     return TextInfo(text.name, count, count / window, text.bytes, text.truncated)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,13 +4,12 @@ What lies in the file does not depend on how its tensors are stored, so that ano
 store them otherwise without making it a lie.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rgexport.export.manifest import FORMAT_VERSION, Manifest, Source, plain
+from rgexport.export.manifest import FORMAT_VERSION, Manifest, Source
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.export.typed_json import Mismatch, Reader, parse, plain
 from rgexport.griffin.config import GriffinConfig
 
 KIND: Literal["gguf"] = "gguf"
@@ -40,10 +39,7 @@ def read_embedded(text: str) -> EmbeddedManifest:
     Raises:
         Mismatch: no JSON, another format version, or a value of the wrong type.
     """
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Mismatch(f"it is not JSON ({error})") from None
+    fields = parse(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
         raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")

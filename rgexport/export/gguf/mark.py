@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
-from rgexport.export.manifest import plain
-from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.export.typed_json import Mismatch, Reader, parse, plain
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 
 WIDTH = 1024
@@ -38,15 +37,10 @@ def read_mark(header: GgufHeader) -> CheckRecord:
     if text is None:
         return NOT_ASKED_FOR
     try:
-        record = Reader().read(CheckRecord, json.loads(text, parse_constant=_refuse))
-    except (ValueError, TypeError, RecursionError) as error:
+        record = Reader().read(CheckRecord, parse(text))
+    except Mismatch as error:
         raise Mismatch(f"{integrity.CHECK}: {error}") from None
     return record if integrity.has_its_types(header) else _STORED_ANEW
-
-
-def _refuse(word: str) -> None:
-    """JSON has no `NaN`, but Python's reader does."""
-    raise ValueError(f"{word} is no number")
 
 
 def write_mark(path: Path, record: CheckRecord) -> None:

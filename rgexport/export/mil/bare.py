@@ -9,7 +9,7 @@ from rgexport.export.mil.conventions import Shapes, check_conventions, check_sha
 from rgexport.export.mil.own_metadata import CONFIG, altered_blobs, read_digests
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.structure import ALIGNMENT, check_package
-from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.export.typed_json import Reader, parse
 from rgexport.export.verified import is_vouched, vouch
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
@@ -38,7 +38,7 @@ def check_bare(package: Package, *, verify: bool = False) -> list[str]:
 def _check_ours(package: Package) -> Iterator[str]:
     try:
         shapes = _shapes(package)
-    except (Mismatch, ValueError) as error:
+    except ValueError as error:
         yield f"its metadata are damaged: {CONFIG} is no configuration ({error})"
         return
     yield from check_conventions(package, shapes)
@@ -47,7 +47,7 @@ def _check_ours(package: Package) -> Iterator[str]:
 
 def _shapes(package: Package) -> Shapes:
     text = package.description.user_defined[CONFIG]
-    config = Reader().read(GriffinConfig, json.loads(text))
+    config = Reader().read(GriffinConfig, parse(text))
     check_config(config)
     return {name: spec.shape for name, spec in model_tensors(config).items()}
 

@@ -14,6 +14,7 @@ from rgexport.export.mil.blob import HEADER_BYTES
 from rgexport.export.mil.conventions import bound_constants, operation_name, operations_by_name
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import FileValue
+from rgexport.export.typed_json import parse
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
 
@@ -47,7 +48,7 @@ def read_digests(package: Package) -> dict[str, str]:
     """
     if DIGESTS not in package.description.user_defined:
         raise ValueError(f"there is no {DIGESTS}")
-    digests = json.loads(package.description.user_defined[DIGESTS])
+    digests = parse(package.description.user_defined[DIGESTS])
     if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
         raise ValueError(f"{DIGESTS} holds no hashes")
     return digests

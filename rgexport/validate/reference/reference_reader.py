@@ -1,6 +1,5 @@
 """Opens a reference file, and refuses what is damaged or contradicts itself."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, Reader
+from rgexport.export.typed_json import Mismatch, Reader, parse
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import model_tensors
@@ -72,7 +71,7 @@ def _read_header(path: Path) -> Header:
             f"{path} is no reference file; expected one that `rgexport reference` made"
         )
     try:
-        fields = json.loads(text)
+        fields = parse(text)
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version > FORMAT_VERSION:
             raise RequestError(
@@ -86,7 +85,7 @@ def _read_header(path: Path) -> Header:
             )
         header = Reader().read(Header, fields)
         _check_header(header)
-    except (Mismatch, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(path, str(error)) from None
     return header
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import plain
+from rgexport.export.typed_json import plain
 from rgexport.files.atomic import replace_file
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.validate.reference.reference_file import DTYPE_NAMES, METADATA, Header

@@ -48,6 +48,10 @@ def edit(change: Edit) -> Spoil:
     return rewrite
 
 
+def tell(key: str, text: str) -> Spoil:
+    return edit(lambda model: model.description.metadata.userDefined.update({key: text}))
+
+
 def block(model: Model, function: str) -> Block:
     found = model.mlProgram.functions[function]
     return found.block_specializations[found.opset]
@@ -464,9 +468,17 @@ DAMAGES: dict[str, Damage] = {
     "output not described": Damage(edit(undescribed_output), "output logits is not described"),
     "no prefill": Damage(edit(forget_prefill), "prefill: the description has this function"),
     "no configuration": Damage(
-        edit(lambda model: model.description.metadata.userDefined.update({"rgexport.config": "{"})),
+        tell("rgexport.config", "{"),
         "metadata are damaged: rgexport.config is not the configuration of the manifest",
         "metadata are damaged: rgexport.config is no configuration",
+    ),
+    "configuration without end": Damage(
+        tell("rgexport.config", "[" * 100_000),
+        "metadata are damaged: rgexport.config is not the configuration of the manifest",
+        "metadata are damaged: rgexport.config is no configuration",
+    ),
+    "hashes without end": Damage(
+        tell("rgexport.weights", "[" * 100_000), "metadata are damaged: it is not JSON"
     ),
     "no hashes": Damage(
         edit(lambda model: model.description.metadata.userDefined.pop("rgexport.weights")),
