@@ -7,8 +7,26 @@ import pytest
 
 from rgexport.cli import run
 from tests.llama_tools import llama_tools
+from tests.pairs import pairwise
 
 __all__ = ["llama_tools"]  # a fixture for all
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-product",
+        action="store_true",
+        help="every combination of a test's parameters, not only as many as hold every pair",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("whole_product"):
+        kept = pairwise(items)
+        left = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True, scope="session")
