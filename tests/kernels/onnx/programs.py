@@ -46,8 +46,11 @@ def native() -> Path:
 
 
 def _native(folder: Path, *sets: str) -> None:
-    build(folder, folder / "build")
-    kernels = {name: next(folder.rglob(f"quant_matmul_{name}.cpp.o")) for name in sets}
+    objects = ROOT / "build" / "native"  # of `make native`
+    build(folder, objects)
+    for path in objects.rglob("*.o"):
+        shutil.copy(path, folder)
+    kernels = {name: folder / f"quant_matmul_{name}.cpp.o" for name in sets}
     _build_driver(COMPILER, folder, kernels)
 
 
