@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 MINUTES ?= 10
 # One worker for each core; each takes about 1 GB.
 WORKERS ?= auto
-TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 10
+TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama

@@ -34,8 +34,7 @@ def built(
     """
     name = "-".join([make.__name__.strip("_"), *arguments])
     folder = FOLDER / f"{name}.{_digest([Path(inspect.getfile(make)), *sources], compiler)}"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with FileLock(FOLDER / f"{name}.lock"):
+    with one_at_a_time(name):
         if not folder.is_dir():
             for older in FOLDER.glob(f"{name}.*/"):
                 shutil.rmtree(older)
@@ -44,6 +43,12 @@ def built(
             make(new, *arguments)
             new.rename(folder)
     return folder
+
+
+def one_at_a_time(name: str) -> FileLock:
+    """What of several test processes one holds at a time."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FileLock(FOLDER / f"{name}.lock")
 
 
 def _digest(files: Iterable[Path], compiler: str) -> str:
