@@ -95,14 +95,6 @@ def test_counts_calls_from_two_sessions_at_once(worker):
     assert worker.submit(runs_at_once, case) == 8
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_threads_do_not_change_a_bit(worker, bits, tokens):
-    case = random_matrix(300, 500, bits, 32).case(activations(1, tokens, 300))
-    one, *others = (worker.run(case, threads=n)["y"] for n in (1, 2, 3))
-    assert all((y == one).all() for y in others)
-
-
 def runs_at_once(case) -> int:
     """Runs in the worker: how many of eight runs gave the same as a run alone."""
     from concurrent.futures import ThreadPoolExecutor
