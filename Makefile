@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINUTES ?= 10
+# One worker for each core; each takes about 1 GB.
+WORKERS ?= auto
+TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama
@@ -15,7 +18,7 @@ DOCS := $(VENV)/.docs
 MACHINE ?= here
 NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeLists.txt src/*))
 
-.PHONY: demo docs pictures test fuzz native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) --no-print-directory native
@@ -36,7 +39,10 @@ pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made b
 	$(BIN)/python -m bench.pictures
 
 test: native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
-	$(BIN)/python -m pytest -q
+	$(TESTS)
+
+test-all: native llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
+	$(TESTS) --whole-product
 
 fuzz: $(INSTALLED)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.
 	$(BIN)/python -m fuzz.ops --minutes $(MINUTES)

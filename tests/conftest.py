@@ -1,5 +1,6 @@
 """What every test needs."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +8,40 @@ import pytest
 
 from rgexport.cli import run
 from tests.llama_tools import llama_tools
+from tests.pairs import pairwise
 
 __all__ = ["llama_tools"]  # a fixture for all
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-product",
+        action="store_true",
+        help="every combination of a test's parameters, not only as many as hold every pair",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shares the processors among parallel test processes.
+
+    Engines start a thread for each processor that they may use, and those threads wait actively:
+    with twice as many threads as processors, everything takes several times as long.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
+        index, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+        own = sorted(os.sched_getaffinity(0))[index::count]
+        if own:
+            os.sched_setaffinity(0, own)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("whole_product"):
+        kept = pairwise(items)
+        left = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,10 @@
 """A process for each instruction set of this machine, kept for all tests of ops."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from rgexport.kernels.onnx import library
-from rgexport.kernels.onnx.build import build
 from tests.kernels.onnx.one_node import Worker
 
 HERE = library.kernels()
@@ -29,11 +27,3 @@ def stock() -> Iterator[Worker]:
     worker = Worker("stock")
     yield worker
     worker.close()
-
-
-@pytest.fixture(scope="session")
-def native_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The objects of a build of the library, by its own flags."""
-    folder = tmp_path_factory.mktemp("native")
-    build(folder / "out", folder / "build")
-    return sorted(folder.rglob("*.o"))

@@ -12,14 +12,24 @@ import pytest
 
 from rgexport.kernels.onnx import library
 from rgexport.kernels.onnx.build import BuildFailed, build
+from tests.built import COMPILER, built
 from tests.command_line import ROOT
+from tests.kernels.onnx import programs
 
-NO_COMPILER = {"CXX": "no-such-compiler"}
+NO_COMPILER = "no-such-compiler"
+PACKAGE = library.FOLDER.parents[1]
+OF_A_WHEEL = [
+    *programs.LIBRARY,
+    *(ROOT / name for name in ("pyproject.toml", "hatch_build.py")),
+    *sorted(PACKAGE.glob("*.py")),
+    *sorted(library.FOLDER.glob("*.py")),
+]
+"""What decides whether a wheel has a library that can be loaded."""
 
 
 def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", NO_COMPILER["CXX"])
-    with pytest.raises(BuildFailed, match="no-such-compiler"):
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    with pytest.raises(BuildFailed, match=NO_COMPILER):
         build(tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
@@ -43,22 +53,21 @@ def test_a_broken_source_leaves_the_library_that_is_there(monkeypatch, tmp_path)
     assert there.read_text() == "the one before"
 
 
-def wheel(folder: Path, more: dict[str, str]) -> Path:
+def wheel(folder: Path, compiler: str = COMPILER) -> None:
     """Builds a wheel of the project as pip does it for a user; without a network, skips."""
     asked = ["wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
     command = [sys.executable, "-m", "pip", *asked]
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    variables = os.environ | {"CXX": compiler}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if "Could not find a version" in done.stderr:
         pytest.skip(f"what builds the wheel is not to be had: {done.stderr.strip()[-200:]}")
     assert done.returncode == 0, done.stderr[-2000:]
-    (made,) = folder.glob("*.whl")
-    return made
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
 def test_a_wheel_has_the_library_and_its_platform(tmp_path):
-    made = wheel(tmp_path, {})
+    (made,) = built(wheel, OF_A_WHEEL).glob("*.whl")
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert made.name.endswith(f"-py3-none-{platform}.whl")
     inside = zipfile.ZipFile(made).namelist()
@@ -81,8 +90,9 @@ def test_a_wheel_has_the_library_and_its_platform(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_without_a_compiler_says_so(tmp_path):
-    made = wheel(tmp_path, NO_COMPILER)
+    wheel(tmp_path, NO_COMPILER)
+    (made,) = tmp_path.glob("*.whl")
     assert made.name.endswith("-py3-none-any.whl")
     inside = zipfile.ZipFile(made)
     assert not [name for name in inside.namelist() if name.endswith((".so", ".dylib", ".dll"))]
-    assert "no-such-compiler" in inside.read("rgexport/kernels/onnx/not-built.txt").decode()
+    assert NO_COMPILER in inside.read("rgexport/kernels/onnx/not-built.txt").decode()

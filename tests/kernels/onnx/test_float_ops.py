@@ -12,7 +12,7 @@ from tests.kernels.onnx.one_node import Arrays, Case
 
 SIZES = [(1, 1), (1, 3), (5, 1), (5, 3), (1, 127), (2, 130), (1, 513)]
 """Batch, tokens."""
-CHANNELS = [1, 7, 64, 250]
+CHANNELS = [1, 7, 64, 250, 600]
 
 
 @pytest.fixture(params=[False, True], ids=["apart", "in_place"])

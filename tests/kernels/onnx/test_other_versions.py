@@ -16,6 +16,7 @@ import pytest
 from rgexport.cli import run as rgexport
 from rgexport.kernels.onnx import library
 from tests.artifacts import export_random
+from tests.built import one_at_a_time
 from tests.command_line import ROOT
 from tests.models import ODD_CONFIGS
 from tests.sessions import distance
@@ -48,15 +49,20 @@ print(json.dumps([ort.__version__, sum(calls().values())]))
 def installed(version: str) -> Path:
     """The folder of a release, which pip fills if it is not there."""
     folder = ROOT / "out" / f"ort-{version}"
-    if not (folder / "onnxruntime").is_dir():
-        new = folder.with_name(f"{folder.name}.{os.getpid()}")
-        asked = ["install", "-q", "--no-deps", "--target", str(new), f"onnxruntime=={version}"]
-        done = subprocess.run([sys.executable, "-m", "pip", *asked], capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(new, ignore_errors=True)
-            pytest.skip(f"onnxruntime {version} cannot be installed: {done.stderr.strip()[-200:]}")
-        new.rename(folder)
+    with one_at_a_time(folder.name):
+        if not (folder / "onnxruntime").is_dir():
+            _install(version, folder)
     return folder
+
+
+def _install(version: str, folder: Path) -> None:
+    new = folder.with_name(f"{folder.name}.{os.getpid()}")
+    asked = ["install", "-q", "--no-deps", "--target", str(new), f"onnxruntime=={version}"]
+    done = subprocess.run([sys.executable, "-m", "pip", *asked], capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(new, ignore_errors=True)
+        pytest.skip(f"onnxruntime {version} cannot be installed: {done.stderr.strip()[-200:]}")
+    new.rename(folder)
 
 
 def run(artifact: Path, result: Path, native: bool, folder: Path | None) -> tuple[str, int]:

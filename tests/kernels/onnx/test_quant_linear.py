@@ -198,9 +198,11 @@ def test_the_body_is_several_stock_kernels(stock, count):
         assert (found[f"y{i}"] == bare).all()
 
 
-def test_threads_do_not_change_a_bit(worker):
-    x = activations(1, 2, 500)
-    case = together(x, [random_matrix(500, n, 4, 64, seed=n) for n in (900, 7, 300)])
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_do_not_change_a_bit(worker, bits, tokens):
+    x = activations(1, tokens, 500)
+    case = together(x, [random_matrix(500, n, bits, 64, seed=n) for n in (900, 7, 300)])
     one, *others = (worker.run(case, threads=n) for n in (1, 2, 3))
     assert all(np.array_equal(one[y], other[y]) for other in others for y in one)
 

@@ -1,16 +1,15 @@
 """The ways to read weights: all give the same bits, and the fastest one is found."""
 
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rgexport.kernels.onnx import library
-from rgexport.kernels.onnx.build import SOURCES
-from tests.kernels.onnx.compiler import COMPILER, needs_compiler
+from tests.kernels.onnx import programs
 from tests.kernels.onnx.one_node import Arrays, Case, model, open_model
-from tests.kernels.onnx.quant_driver import assert_products_right, build_driver
+from tests.kernels.onnx.programs import needs_compiler
+from tests.kernels.onnx.quant_driver import assert_products_right
 from tests.kernels.onnx.quant_matrix import random_matrix
 from tests.kernels.onnx.test_float_ops import positions, scan_case
 
@@ -43,19 +42,14 @@ def test_no_way_changes_a_bit(worker, op):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not HERE, reason="no native kernels")
-def test_products(native_objects, tmp_path):
-    objects = {path.name: path for path in native_objects}
-    kernels = {name: objects[f"quant_matmul_{name}.cpp.o"] for name in HERE}
-    assert_products_right([build_driver(COMPILER, tmp_path, kernels)])
+def test_products():
+    assert_products_right([programs.native() / programs.DRIVER])
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["thread", "undefined"])
-def test_the_fastest_is_found(tmp_path, sanitizer):
-    program, source = tmp_path / "fastest", Path(__file__).with_name("fastest_driver.cpp")
-    flags = "-std=c++17", "-Wall", "-Werror", "-O1", "-pthread", f"-fsanitize={sanitizer}"
-    command = [COMPILER, *flags, f"-I{SOURCES / 'src'}", source, "-o", program]
-    subprocess.run(command, check=True)
+def test_the_fastest_is_found(sanitizer):
+    program = programs.fastest(sanitizer) / "fastest"
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -10,26 +10,19 @@ from pathlib import Path
 import pytest
 
 from rgexport.kernels.onnx import library
-from rgexport.kernels.onnx.build import SOURCES, build
-from tests.kernels.onnx.compiler import COMPILER
+from tests.kernels.onnx import programs
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]
-FLAGS = "-std=c++17", "-O1", "-g1", "-fno-sanitize-recover=all", "-pthread"
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", params=["address", "undefined", "thread"])
-def program(request, tmp_path_factory) -> tuple[Path, Path]:
-    """The program, and the library for it. Two sanitizers at once would compile for minutes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    sanitized = build(folder, folder / "build", f"-DSANITIZE={request.param}")
-    made, source = folder / "sanitized_ops", HERE / "sanitized_ops.cpp"
-    flags = *FLAGS, f"-fsanitize={request.param}", f"-I{SOURCES / 'src'}"
-    subprocess.run([COMPILER, *flags, source, "-o", made, "-ldl"], check=True)
-    return made, sanitized
+def program(request) -> tuple[Path, Path]:
+    """The program, and the library for it."""
+    folder = programs.sanitized(request.param)
+    return folder / "sanitized_ops", folder / library.LIBRARY.name
 
 
 def ran(program: tuple[Path, Path], instruction_set: str, *arguments: str) -> list[list[str]]:

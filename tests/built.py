@@ -1,0 +1,64 @@
+"""Keeps what tests compile in `build/tests`: it is made again when what it is made of changes."""
+
+import hashlib
+import inspect
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from tests.command_line import ROOT
+
+FOLDER = ROOT / "build" / "tests"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
+_VARIABLES = "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"
+"""Of the environment, what CMake takes flags from."""
+
+
+def built(
+    make: Callable[..., None], sources: Iterable[Path], *arguments: str, compiler: str = COMPILER
+) -> Path:
+    """The folder that `make(folder, *arguments)` filled, now or in an earlier run.
+
+    Where two processes ask at once, one builds and the other waits.
+
+    Args:
+        make: compiles; its flags are in `arguments` and in its file.
+        sources: all files that are compiled or included.
+        arguments: for `make`.
+        compiler: the one that it calls.
+    """
+    name = "-".join([make.__name__.strip("_"), *arguments])
+    folder = FOLDER / f"{name}.{_digest([Path(inspect.getfile(make)), *sources], compiler)}"
+    with one_at_a_time(name):
+        if not folder.is_dir():
+            for older in FOLDER.glob(f"{name}.*/"):
+                shutil.rmtree(older)
+            new = FOLDER / f"{name}.new"
+            new.mkdir()
+            make(new, *arguments)
+            new.rename(folder)
+    return folder
+
+
+def one_at_a_time(name: str) -> FileLock:
+    """What of several test processes one holds at a time."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FileLock(FOLDER / f"{name}.lock")
+
+
+def _digest(files: Iterable[Path], compiler: str) -> str:
+    flags = [os.environ.get(name) for name in _VARIABLES]
+    digest = hashlib.sha256(f"{_version(compiler)}{flags}".encode())
+    for path in files:
+        digest.update(f"\0{path}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout

@@ -1,0 +1,129 @@
+"""What the tests of kernels compile: the library in several ways, and programs that call it.
+
+Each function fills a folder; `tests.built` keeps them.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.onnx import library
+from rgexport.kernels.onnx.build import SOURCES, build
+from tests.built import COMPILER, built
+from tests.command_line import ROOT
+
+HERE = Path(__file__).parent
+ORACLES = ROOT / "fuzz" / "ops"
+INCLUDED = SOURCES / "src"
+LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES / "build.py"]
+DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h"))]
+DRIVER = "quant_matmul_driver"
+
+ARM = "aarch64-linux-gnu"
+ARM_COMPILER = f"{ARM}-g++"
+ARM_SETS = "scalar", "neon", "i8mm"
+
+VECTORS = "-mfma", "-mgfni", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16"))
+TILES = "-mamx-tile", "-mamx-int8", "-mamx-bf16"
+EMULATED = "-include", str(HERE / "amx_emulated.h")
+SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+AMX: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "optimized": (("-O3",), EMULATED),
+    "sanitized": (SANITIZED, EMULATED),
+    "real": (("-O3",), TILES),
+}
+"""Flags for all, and those that give the tile instructions."""
+
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}")
+
+
+def native() -> Path:
+    """The library by its own flags, with its objects, and the driver with their kernels."""
+    return built(_native, [*LIBRARY, *DRIVERS], *library.kernels().instruction_sets)
+
+
+def _native(folder: Path, *sets: str) -> None:
+    objects = ROOT / "build" / "native"  # of `make native`
+    build(folder, objects)
+    for path in objects.rglob("*.o"):
+        shutil.copy(path, folder)
+    kernels = {name: folder / f"quant_matmul_{name}.cpp.o" for name in sets}
+    _build_driver(COMPILER, folder, kernels)
+
+
+def sanitized(sanitizer: str) -> Path:
+    """The library and `sanitized_ops`. Two sanitizers at once would compile for minutes."""
+    return built(_sanitized, [*LIBRARY, *DRIVERS], sanitizer)
+
+
+def _sanitized(folder: Path, sanitizer: str) -> None:
+    build(folder, folder / "build", f"-DSANITIZE={sanitizer}")
+    flags = "-O1", "-g1", "-fno-sanitize-recover=all", "-pthread", f"-fsanitize={sanitizer}"
+    _compile(COMPILER, *flags, HERE / "sanitized_ops.cpp", "-o", folder / "sanitized_ops", "-ldl")
+
+
+def arm() -> Path:
+    """The library for 64-bit Arm, the driver with its kernels, and `sanitized_ops`."""
+    return built(_arm, [*LIBRARY, *DRIVERS], compiler=ARM_COMPILER)
+
+
+def _arm(folder: Path) -> None:
+    system = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"
+    build(folder, folder / "build", *system, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}")
+    kernels = {name: next(folder.rglob(f"quant_matmul_{name}.cpp.o")) for name in ARM_SETS}
+    _build_driver(ARM_COMPILER, folder, kernels, ("-O2", "-static"))
+    program = "-o", folder / "sanitized_ops"
+    _compile(ARM_COMPILER, "-O1", "-pthread", HERE / "sanitized_ops.cpp", *program, "-ldl")
+
+
+def amx(kind: str) -> Path:
+    """The driver with the kernels for AMX and AVX-512, in one of the ways of `AMX`."""
+    return built(_amx, [*LIBRARY, *DRIVERS], kind)
+
+
+def _amx(folder: Path, kind: str) -> None:
+    flags, tiles = AMX[kind]
+    kernels = {name: folder / f"{name}.o" for name in ("avx512", "amx")}
+    for name, made in kernels.items():
+        more = *flags, *VECTORS, *(tiles if name == "amx" else ())
+        _compile(COMPILER, *more, "-c", INCLUDED / f"quant_matmul_{name}.cpp", "-o", made)
+    _build_driver(COMPILER, folder, kernels, flags)
+
+
+def judged() -> Path:
+    """The folder with `judged_ops`."""
+    return built(_judged, [*LIBRARY, *DRIVERS, *sorted(ORACLES.glob("*.[ch]*"))])
+
+
+def _judged(folder: Path) -> None:
+    flags = "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", f"-I{ORACLES}", f"-I{HERE}"
+    sources = HERE / "judged_ops.cpp", *sorted(ORACLES.glob("oracle_*.cpp"))
+    _compile(COMPILER, *flags, *sources, "-o", folder / "judged_ops", "-ldl")
+
+
+def fastest(sanitizer: str) -> Path:
+    """The folder with `fastest`."""
+    return built(_fastest, [*LIBRARY, *DRIVERS], sanitizer)
+
+
+def _fastest(folder: Path, sanitizer: str) -> None:
+    flags = "-Wall", "-Werror", "-O1", "-pthread", f"-fsanitize={sanitizer}"
+    _compile(COMPILER, *flags, HERE / "fastest_driver.cpp", "-o", folder / "fastest")
+
+
+def _build_driver(
+    compiler: str, folder: Path, kernels: Mapping[str, Path], flags: Sequence[str] = ("-O2",)
+) -> None:
+    """Links quant_matmul_driver.cpp with the object for each instruction set, such as "avx512"."""
+    rows = " ".join(f"X({name})" for name in kernels)
+    every = "-Wall", "-Wextra", f"-DEACH_SET(X)={rows}"
+    sources = HERE / f"{DRIVER}.cpp", INCLUDED / "cpu.cpp"
+    _compile(compiler, *every, *flags, *sources, *kernels.values(), "-o", folder / DRIVER)
+
+
+def _compile(compiler: str, *arguments: str | Path) -> None:
+    command = [compiler, "-std=c++17", f"-I{INCLUDED}", *arguments]
+    subprocess.run(command, check=True)

@@ -1,0 +1,71 @@
+"""What tests compile is kept as long as what it is made of stays the same."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from tests import built as module
+from tests.built import built
+
+MADE: list[Path] = []
+
+
+def make(folder: Path, *words: str) -> None:
+    sleep(0.01)
+    MADE.append(folder)
+    if "broken" in words:
+        raise ValueError
+    (folder / "it").write_text(" ".join(words))
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path, monkeypatch) -> Path:
+    """A source file; nothing has been made yet."""
+    MADE.clear()
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "built")
+    (tmp_path / "source.cpp").write_text("one")
+    return tmp_path / "source.cpp"
+
+
+def test_is_made_once(source):
+    assert (built(make, [source], "word") / "it").read_text() == "word"
+    built(make, [source], "word")
+    assert len(MADE) == 1
+
+
+def test_arguments_are_kept_apart(source):
+    folders = {built(make, [source], word) for word in ("one", "other", "one")}
+    assert len(folders) == len(MADE) == 2
+    assert {(folder / "it").read_text() for folder in folders} == {"one", "other"}
+
+
+def test_is_made_again_from_another_source(source):
+    before = built(make, [source])
+    source.write_text("two")
+    after = built(make, [source])
+    assert after != before and not before.exists() and (after / "it").exists()
+
+
+def test_is_made_again_with_other_flags(source, monkeypatch):
+    before = built(make, [source])
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    assert built(make, [source]) != before
+
+
+def test_is_made_again_by_another_compiler(source):
+    assert built(make, [source]) != built(make, [source], compiler="cmake")
+
+
+def test_what_failed_is_not_kept(source):
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            built(make, [source], "broken")
+    assert len(MADE) == 2
+
+
+def test_whoever_comes_second_waits(source):
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: built(make, [source]), range(4)))
+    assert len(folders) == len(MADE) == 1

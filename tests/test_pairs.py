@@ -1,0 +1,56 @@
+"""Fewer cases of a test still hold every pair of its values."""
+
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import pytest
+
+from tests.pairs import pairwise
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The part of pytest's that is read."""
+
+    _idlist: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    nodeid: str
+    callspec: CallSpec
+
+
+def cases(test: str, *sizes: int) -> list[Case]:
+    """The whole product of parameters with so many values."""
+    rows = product(*(map(str, range(size)) for size in sizes))
+    return [Case(f"{test}[{'-'.join(row)}]", CallSpec(row)) for row in rows]
+
+
+def pairs(of_cases: list[Case]) -> set[tuple]:
+    rows = (enumerate(case.callspec._idlist) for case in of_cases)
+    return {pair for row in rows for pair in combinations(row, 2)}
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 3, 2), (4, 2, 9, 4, 3), (1, 5, 4)])
+def test_every_pair_is_kept(sizes):
+    whole = cases("test", *sizes)
+    kept = pairwise(whole)
+    assert pairs(kept) == pairs(whole)
+    assert kept == [case for case in whole if case in set(kept)]
+    assert len(kept) < len(whole) or 1 in sizes
+
+
+def test_two_parameters_keep_their_product():
+    whole = [*cases("one", 7), *cases("two", 3, 4)]
+    assert pairwise(whole) == whole
+
+
+def test_tests_do_not_mix():
+    one, other = cases("one", 3, 3, 3), cases("other", 3, 3, 3)
+    assert pairwise([*one, *other]) == [*pairwise(one), *pairwise(other)]
+
+
+def test_cases_that_were_asked_for_by_name_all_run():
+    some = cases("test", 3, 3, 3)[5:9]
+    assert pairwise(some) == some
