@@ -135,7 +135,8 @@ def test_bytes_are_those_of_llama_quantize(kind, pure, tmp_path, llama_tools):
         folder = tmp_path / name
         folder.mkdir()
         full = export_random_gguf(config, folder)[0].path
-        ours = export_random_gguf(config, folder, kind, **({"pure": True} if pure else {}))[0]
+        asked = {"pure": True} if pure and kind not in ("f16", "bf16", "q8_0") else {}
+        ours = export_random_gguf(config, folder, kind, **asked)[0]
         theirs = folder / "theirs.gguf"
         flags = ["--pure"] if pure else []
         run_tool(llama_tools / "llama-quantize", *flags, full, theirs, kind.upper())
