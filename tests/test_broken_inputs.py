@@ -269,6 +269,14 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "unknown profile": ("onnx -m model --profile phone", "'phone'; expected .*cpu"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
     "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 32, 64, 128"),
+    "idle block size": (
+        "onnx -m model --precision fp32 --block-size 64",
+        "--block-size changes nothing in fp32 weights; expected it beside --int8 or --int4",
+    ),
+    "idle flags": (
+        "onnx -m model --precision fp16 --exact --asymmetric",
+        "--exact and --asymmetric change nothing in fp16",
+    ),
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
     "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
     "foreign plan": ("onnx -m model --plan model/config.json", "does not name the tensors"),
@@ -282,6 +290,14 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "coreml two precisions": ("coreml -m model --int4 --precision pal4", "contradict"),
     "coreml unknown compute": ("coreml -m model --compute int8", "'int8'; expected .*fp32"),
     "coreml block size": ("coreml -m model --int4 --block-size 48", "48; expected one of 32, 64"),
+    "coreml idle block size": (
+        "coreml -m model --block-size 64",
+        "--block-size changes nothing in fp16 weights",
+    ),
+    "coreml idle symmetry": (
+        "coreml -m model --precision pal4 --embedding-precision fp16 --symmetric",
+        "--symmetric changes nothing in pal4 and fp16 weights",
+    ),
     "coreml embedding": ("coreml -m model --embedding-precision x", "'x'; expected"),
     "coreml prefill": ("coreml -m model --prefill-length 1", "--prefill-length is 1; expected 2"),
     "coreml state": ("coreml -m model --recurrent-state ring", "'ring'; expected one of io, hilo"),
@@ -300,6 +316,11 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "gguf embedding": ("gguf -m model --embedding-precision x", "'x'; expected one of"),
     "gguf override": ("gguf -m model --type q4_0 --tensor-type a", "expected REGEX=TYPE"),
     "gguf idle override": ("gguf -m model --tensor-type a=q8_0", "changes nothing"),
+    "gguf idle pure": ("gguf -m model --pure", "--pure changes nothing in a file of type f16"),
+    "gguf idle imatrix": (
+        "gguf -m model --int8 --imatrix nowhere",
+        "--imatrix changes nothing in a file of type q8_0",
+    ),
     "gguf missing imatrix": ("gguf -m model --type q4_0 --imatrix nowhere", "nowhere"),
     "gguf foreign imatrix": (
         "gguf -m model --type q4_0 --imatrix model/config.json",
@@ -318,9 +339,11 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "unknown command": ("convert", "convert"),
     "option without value": ("onnx -m", "requires an argument"),
     "word as number": ("onnx -m model --block-size many", "'many'"),
-    "no artifact": ("generate model -p x", "is not an rgexport artifact"),
+    "no artifact": ("generate model -p x", "a checkpoint; .* rgexport onnx -m model --int4"),
     "missing artifact": ("chat nowhere", "there is no nowhere"),
-    "validate no artifact": ("validate model", "is not an rgexport artifact"),
+    "validate no artifact": ("validate model", "a checkpoint; .* rgexport onnx -m model --int4"),
+    "chat with a .pt": ("chat model.pt", "a checkpoint; .* rgexport onnx -m model.pt --int4"),
+    "validate a folder": ("validate folder", "folder is not an rgexport artifact: it has no"),
     "inspect nothing": ("inspect nowhere", "nowhere"),
     "inspect no model": ("inspect folder", "folder"),
     "random size": ("random --size 3b -o x", "'3b'; expected one of"),
@@ -336,6 +359,7 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").touch()
     (tmp_path / "text.gguf").write_text("Once upon a time")
+    (tmp_path / "model.pt").touch()
     arguments, complaint = BAD_REQUESTS[case]
     assert_matches(complaint, refused(arguments.split(), capsys))
 

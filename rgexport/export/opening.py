@@ -7,6 +7,8 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.format import all_formats, format_of
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
+from rgexport.export.request import as_argument
+from rgexport.griffin.checkpoint import means_checkpoint
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
@@ -25,6 +27,11 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
             return form.open_file(place, verify=verify)
     entries = {MANIFEST, *(entry for form in formats for entry in form.entries)}
     folder = place.parent if place.name in entries and is_artifact(place.parent) else place
+    if not is_artifact(folder) and means_checkpoint(folder):
+        raise RequestError(
+            f"{folder} is not an rgexport artifact but a checkpoint; export it first: "
+            f"rgexport onnx -m {as_argument(folder)} --int4"
+        )
     manifest = read_manifest(folder)
     artifact = format_of(manifest.kind).artifact(folder, manifest)
     if complaints := artifact.complaints(verify):

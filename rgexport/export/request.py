@@ -1,6 +1,7 @@
 """What a user asks an export for, and what the export answers."""
 
 import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rgexport.errors import RequestError
@@ -29,6 +30,34 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
     if word not in (None, *words):
         raise RequestError(f"--precision is {word!r}; expected one of {', '.join(words)}")
     return word
+
+
+_IN_BLOCKS = "int4", "int8"
+"""Precisions whose weights have scales, and are multiplied by activations in int8."""
+
+
+def require_blocks(words: Collection[str], options: Mapping[str, object]) -> None:
+    """Refuses options that change nothing where no weight is quantized in blocks.
+
+    Args:
+        words: the precisions of the linears and of the embedding.
+        options: flag → what was given; None and False were not.
+
+    Raises:
+        RequestError: one was given, and no precision has blocks.
+    """
+    given = [flag for flag, value in options.items() if value is not None and value is not False]
+    if given and not set(words) & set(_IN_BLOCKS):
+        raise RequestError(
+            f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing in "
+            f"{' and '.join(dict.fromkeys(words))} weights; expected it beside --int8 or --int4: "
+            "give one of those, or leave it out"
+        )
+
+
+def symmetry(symmetric: bool | None) -> dict[str, object]:
+    """The flag that was given for it, as `require_blocks` takes it."""
+    return {} if symmetric is None else {"--symmetric" if symmetric else "--asymmetric": True}
 
 
 def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:

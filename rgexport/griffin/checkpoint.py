@@ -91,6 +91,14 @@ def _check_request(
         raise RequestError(f"--soft-cap is {soft_cap:g}; expected at least 0 (0 means none)")
 
 
+def means_checkpoint(path: Path) -> bool:
+    """Whether a path is meant to be a checkpoint, sound or not."""
+    if not path.is_dir():
+        return path.is_file() and path.suffix in (".pt", ".safetensors")
+    names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
+    return any((path / name).exists() for name in names) or any(path.glob("*.pt"))
+
+
 def demo_folder() -> Path:
     """The bundled demo model: in the installed package, else in the repository.
 

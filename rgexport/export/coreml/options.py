@@ -6,6 +6,7 @@ from typing import get_args
 from rgexport.errors import RequestError
 from rgexport.export.coreml.states import Form, RecurrentState
 from rgexport.export.manifest import ACTIVATIONS
+from rgexport.export.request import require_blocks, symmetry
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.fitting import fitted, with_dtype
@@ -51,8 +52,8 @@ class CoreMLOptions:
 
         Raises:
             RequestError: a plan beside an option that it replaces, a plan for GGUF, a prefill
-                of fewer than two tokens, weights in more than is computed in, or an unknown
-                word or block size.
+                of fewer than two tokens, weights in more than is computed in, an unknown
+                word or block size, or an option that changes nothing.
         """
         given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
         if self.plan is not None and given:
@@ -69,6 +70,7 @@ class CoreMLOptions:
             raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
         for scheme in self._schemes():
             self._require_computable("weights are to be stored", scheme)
+        require_blocks(self._words(), {"--block-size": self.block_size} | symmetry(self.symmetric))
 
     @property
     def precision_word(self) -> str:
@@ -93,9 +95,6 @@ class CoreMLOptions:
 
         Raises:
             RequestError: the plan has weights in more than is computed in.
-
-        Raises:
-            RequestError: the plan has weights in more than is computed in.
         """
         plan = self.plan or make_plan(config, *self._schemes())
         tensors = model_tensors(config)
@@ -103,13 +102,16 @@ class CoreMLOptions:
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """The schemes of the linears and of the embedding, as asked for."""
-        word = self.precision or DEFAULT_PRECISION
-        embedding = self.embedding_precision or _EMBEDDINGS.get(word, word)
         linear, table = (
             choose_scheme(asked, self.block_size, self.symmetric, COREML_PRECISIONS)
-            for asked in (word, embedding)
+            for asked in self._words()
         )
         return linear, table
+
+    def _words(self) -> tuple[str, str]:
+        """The precisions of the linears and of the embedding, as asked for."""
+        word = self.precision or DEFAULT_PRECISION
+        return word, self.embedding_precision or _EMBEDDINGS.get(word, word)
 
     def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
         dtype, spec = _DTYPES[self.compute_word], tensors[name]

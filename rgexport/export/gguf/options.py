@@ -26,6 +26,8 @@ PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 """Precision word of the other formats → file type."""
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _FLOATS = {"float32": "f32", "float16": "f16"}
+_ONE_WAY = "f32", "f16", "bf16", "q8_0"
+"""File types that are no mix, and that importances do not change."""
 _BESIDE_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 
@@ -64,13 +66,25 @@ class GgufOptions:
         """Refuses a plan beside an option that it replaces, before anything is opened.
 
         Raises:
-            RequestError: see above; or an unknown word.
+            RequestError: see above; or an unknown word, or an option that changes nothing.
         """
         given = [name for name in _BESIDE_A_PLAN if getattr(self, name)]
         if self.plan is not None and given:
             words = ", ".join(name.replace("_", " ") for name in given)
             raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
         self._request()
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Refuses options of a mix, and of rounding, for a type that has neither."""
+        idle = {"--pure": self.pure, "--imatrix": self.imatrix}
+        given = [flag for flag, value in idle.items() if value]
+        if given and self.file_type.name in _ONE_WAY and self.embedding is None:
+            raise RequestError(
+                f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing in a "
+                f"file of type {self.file_type.name}, whose tensors are stored in one way; choose "
+                "a --type of fewer bits beside it, or leave it out"
+            )
 
     @property
     def file_type(self) -> FileType:

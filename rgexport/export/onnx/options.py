@@ -6,6 +6,7 @@ from typing import TypeGuard
 from rgexport.errors import RequestError
 from rgexport.export.manifest import ACTIVATIONS
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
+from rgexport.export.request import require_blocks, symmetry
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import num_blocks
@@ -41,7 +42,7 @@ class OnnxOptions:
 
         Raises:
             RequestError: a plan beside an option that it replaces, a plan for another
-                format, or an unknown compute word or profile.
+                format, an unknown compute word or profile, or an option that changes nothing.
         """
         if self.profile not in PROFILES:
             expected = ", ".join(PROFILES)
@@ -55,6 +56,10 @@ class OnnxOptions:
         if self.compute is not None and self.compute not in ACTIVATIONS:
             expected = ", ".join(ACTIVATIONS)
             raise RequestError(f"--compute is {self.compute!r}; expected one of {expected}")
+        require_blocks(
+            (self.precision_word, self.embedding_precision or self.precision_word),
+            {"--block-size": self.block_size, "--exact": self.exact} | symmetry(self.symmetric),
+        )
 
     @property
     def precision_word(self) -> str:

@@ -85,9 +85,13 @@ def test_biases_of_linears_follow_the_computation_and_all_else_is_float32(
 def test_every_plan_can_be_stored(name: str) -> None:
     words = [None, *COREML_PRECISIONS]
     shapes = {tensor: spec.shape for tensor, spec in model_tensors(ODD_CONFIGS[name]).items()}
-    for precision, embedding, symmetric in itertools.product(words, words, (True, False)):
+    for precision, embedding, asymmetric in itertools.product(words, words, (False, True)):
+        stored = {precision, embedding or {"int4": "int8", "pal4": "int8"}.get(str(precision))}
         options = CoreMLOptions(
-            precision=precision, symmetric=symmetric, embedding_precision=embedding, compute="fp32"
+            precision=precision,
+            symmetric=not asymmetric if stored & {"int4", "int8"} else None,
+            embedding_precision=embedding,
+            compute="fp32",
         )
         plan = options.resolve_plan(ODD_CONFIGS[name])
         parts = {tensor: part_layouts(shape, plan[tensor]) for tensor, shape in shapes.items()}
