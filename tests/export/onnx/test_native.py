@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from rgexport import cli_options
 from rgexport.cli import run
+from rgexport.commands import options as cli_options
 from rgexport.export.onnx import native
 from rgexport.export.onnx.native import NativeOps, native_ops, own_ops
 from rgexport.kernels.onnx import library as build

@@ -1,0 +1,241 @@
+"""Commands that make models: artifacts of a checkpoint, and synthetic checkpoints."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rgexport import progress
+from rgexport.commands.options import (
+    FOLDER,
+    check_option,
+    model_options,
+    output_options,
+    plan_option,
+    verbose,
+    width_options,
+)
+
+
+@click.command()
+@model_options
+@width_options
+@click.option(
+    "--profile",
+    metavar="cpu|wasm|webgpu",
+    default="cpu",
+    show_default=True,
+    help="What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
+)
+@click.option(
+    "--precision",
+    metavar="fp32|fp16|int8|int4",
+    help="Of weights. [default: fp32; wasm: int8; webgpu: int4]",
+)
+@click.option(
+    "--compute",
+    metavar="fp32|fp16",
+    help="Of activations. [default: fp32, or fp16 with fp16 weights]",
+)
+@click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
+@click.option("--block-size", type=int, help="32, 64 or 128. [default: 128]")
+@click.option("--symmetric/--asymmetric", default=None, help="[default: asymmetric for int4]")
+@click.option(
+    "--embedding-precision",
+    metavar="WORD",
+    help="Of the embedding, which is the head too. [default: as --precision]",
+)
+@plan_option
+@output_options
+@check_option
+@verbose
+def onnx(**request: Any) -> int:
+    """Exports a checkpoint to ONNX."""
+    from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+
+    return _export_folder("onnx", OnnxOptions, export_onnx, **request)
+
+
+@click.command()
+@model_options
+@width_options
+@click.option("--precision", metavar="fp32|fp16|int8|int4|pal4", help="[default: fp16]")
+@click.option(
+    "--compute",
+    metavar="fp32|fp16",
+    help="Of linears and attention. [default: fp16, or fp32 with fp32 weights]",
+)
+@click.option("--block-size", type=int, help="32, 64 or 128. [default: 32; int8: a row]")
+@click.option("--symmetric/--asymmetric", default=None, help="[default: symmetric]")
+@click.option(
+    "--embedding-precision",
+    metavar="WORD",
+    help="Of the embedding, which is the head too. [default: int8 for 4 bits, or as --precision]",
+)
+@plan_option
+@click.option("--prefill-length", type=int, default=128, show_default=True, help="Tokens a call.")
+@click.option("--all-logits", is_flag=True, help="Prefill gives those of every token.")
+@click.option(
+    "--recurrent-state",
+    metavar="io|hilo",
+    default="io",
+    show_default=True,
+    help="Goes in and out as float32, or is kept as two float16 states.",
+)
+@output_options
+@check_option
+@verbose
+def coreml(**request: Any) -> int:
+    """Exports a checkpoint to Core ML, for iOS 18 and macOS 15.
+
+    The package has two functions, decode for one token and prefill for many, that share weights
+    and states.
+    """
+    from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+
+    return _export_folder("coreml", CoreMLOptions, export_coreml, **request)
+
+
+def _export_folder(
+    kind: str,
+    options_of: Callable[..., Any],
+    export: Callable[..., Path],
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    int4: bool,
+    int8: bool,
+    precision: str | None,
+    plan: Path | None,
+    output: Path | None,
+    force: bool,
+    no_check: bool,
+    **options: Any,
+) -> int:
+    """What the commands that make a folder have in common; `options` are the format's own."""
+    from rgexport.export.manifest_reader import is_artifact
+    from rgexport.export.request import default_target, precision_word
+    from rgexport.files.atomic import check_target
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.quantize.plan import load_plan
+
+    options["precision"] = precision_word(precision, int4, int8, kind)
+    if output:
+        check_target(output, force=force, replaceable=is_artifact)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
+    asked = options_of(**options)
+    profile = options.get("profile", "cpu")
+    target = output or default_target(checkpoint.name, asked.precision_word, kind, profile)
+    check = _self_check(checkpoint, no_check)
+    return _close(export(checkpoint, asked, target, force=force, check=check))
+
+
+def _self_check(checkpoint: Any, no_check: bool) -> Callable[[Path], Any] | None:
+    """What an export ends with, unless it was declined."""
+    from rgexport.validate.self_check import self_check
+
+    return None if no_check else partial(self_check, checkpoint)
+
+
+def _close(target: Path) -> int:
+    """Tells what was made, and how its self-check ended: the exit code is 1 where badly."""
+    from rgexport.export.describe import as_text, describe
+    from rgexport.export.opening import open_artifact
+    from rgexport.export.request import check_line, closing_line
+
+    artifact = open_artifact(target)
+    progress.detail(as_text(describe(str(target))))
+    for line in filter(None, (check_line(artifact), closing_line(artifact))):
+        click.echo(line)
+    return 1 if artifact.manifest.check.status == "unverified" else 0
+
+
+@click.command()
+@model_options
+@click.option("--int4", is_flag=True, help="The best mix of 4 bits: --type q4_k_m.")
+@click.option("--int8", is_flag=True, help="Same as --type q8_0.")
+@click.option(
+    "--type",
+    "kind",
+    metavar="TYPE",
+    help="As llama-quantize names them, such as q4_0. [default: f16]",
+)
+@click.option(
+    "--precision", metavar="fp32|fp16|int8|int4", help="Instead, a word of the other formats."
+)
+@click.option("--pure", is_flag=True, help="No mix: that type for the embedding too.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    help="Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
+)
+@click.option(
+    "--embedding-precision",
+    "embedding",
+    metavar="TYPE",
+    help="Of the embedding, which is the head too. [default: as the mix has it]",
+)
+@click.option("--imatrix", type=FOLDER, help="Importances, made by llama-imatrix.")
+@plan_option
+@click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@check_option
+@verbose
+def gguf(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    int4: bool,
+    int8: bool,
+    kind: str | None,
+    precision: str | None,
+    plan: Path | None,
+    output: Path | None,
+    force: bool,
+    no_check: bool,
+    **options: Any,
+) -> int:
+    """Exports a checkpoint to GGUF, for llama.cpp.
+
+    The types: f32, f16, bf16, q8_0, q6_k, q5_1, q5_0, q5_k_m, q5_k_s, q4_1, q4_0, q4_k_m, q4_k_s,
+    q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
+    build` makes.
+    """
+    from rgexport.export.gguf.exporter import default_target, export_gguf, replaceable
+    from rgexport.export.gguf.options import GgufOptions, type_word
+    from rgexport.export.request import precision_word
+    from rgexport.files.atomic import check_file_target
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.quantize.plan import load_plan
+
+    options["type"] = type_word(kind, precision_word(precision, int4, int8, "gguf"))
+    if output:
+        check_file_target(output, force=force, replaceable=replaceable)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
+    asked = GgufOptions(**options)
+    target = output or default_target(checkpoint.name, asked.file_type.name)
+    check = _self_check(checkpoint, no_check)
+    return _close(export_gguf(checkpoint, asked, target, force=force, check=check))
+
+
+@click.command()
+@click.option("--size", required=True, metavar="2b|9b", help="The shape to imitate.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def random(size: str, seed: int, output: Path, force: bool) -> None:
+    """Writes a synthetic checkpoint of a real size, for measuring without the weights."""
+    from rgexport.export.request import as_argument
+    from rgexport.griffin.synthetic import write_random
+
+    write_random(size, output, seed=seed, force=force)
+    click.echo(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")

@@ -1,0 +1,46 @@
+"""Commands that make a llama.cpp which runs RecurrentGemma."""
+
+from pathlib import Path
+
+import click
+
+from rgexport.commands.options import (
+    FOLDER,
+    verbose,
+)
+
+
+@click.group("llama-cpp")
+def llama_cpp() -> None:
+    """Makes a llama.cpp that runs RecurrentGemma."""
+
+
+@llama_cpp.command()
+@click.argument("checkout", metavar="DIR", type=FOLDER)
+@verbose
+def patch(checkout: Path) -> None:
+    """Adds RecurrentGemma to a llama.cpp checkout."""
+    from rgexport.kernels.llama_cpp.patch import patch_checkout
+
+    changed = patch_checkout(checkout)
+    for path in changed:
+        click.echo(f"{checkout / path}")
+    done = "is patched" if changed else "is patched already"
+    click.echo(f"{checkout} {done}. Build it as usual: it runs RecurrentGemma.")
+
+
+@llama_cpp.command()
+@click.option(
+    "-o", "--output", type=FOLDER, default=Path("llama-cpp"), show_default=True, help="The folder."
+)
+@click.option("--no-install", is_flag=True, help="Only build the wheel.")
+@click.option("--tools", is_flag=True, help="Build llama-quantize, llama-server and others too.")
+@verbose
+def build(output: Path, no_install: bool, tools: bool) -> None:
+    """Builds llama-cpp-python with RecurrentGemma, and installs it.
+
+    The environment variable CMAKE_ARGS chooses what llama.cpp runs on, such as -DGGML_CUDA=on.
+    """
+    from rgexport.kernels.llama_cpp.build import build as build_wheel
+
+    click.echo(build_wheel(output, tools=tools, install=not no_install))

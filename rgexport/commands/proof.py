@@ -1,0 +1,120 @@
+"""Commands that tell what a file is, and whether it is right."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rgexport.commands.options import (
+    FOLDER,
+    SIZES,
+    model_options,
+    native_option,
+    verbose,
+)
+
+
+@click.command()
+@click.argument("thing", metavar="MODEL-or-ARTIFACT", required=False)
+@click.option(
+    "--size", metavar=SIZES, help="Instead: a released model (may download it), or the demo."
+)
+@click.option("--json", "to_json", is_flag=True, help="Stable, for programs.")
+@click.option("--verify", is_flag=True, help="Read every byte: values, or hashes.")
+@verbose
+def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) -> int:
+    """Shows what a checkpoint, an artifact or a .mlpackage holds, and all that is wrong with it.
+
+    The exit code is 1 where a checkpoint or a package has problems.
+    """
+    from rgexport.export.describe import as_json, as_text, describe
+
+    description = describe(thing, size=size, verify=verify)
+    click.echo((as_json if to_json else as_text)(description), nl=False)
+    return 1 if description.get("problems") else 0
+
+
+@click.command()
+@model_options
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@click.option(
+    "--impl",
+    type=click.Choice(["rgexport", "deepmind", "hf"]),
+    default="rgexport",
+    show_default=True,
+    help="Who computes: DeepMind's package, or Hugging Face's class, which has its own window.",
+)
+@click.option("--low-memory", is_flag=True, help="One layer's weights at a time, even if all fit.")
+@click.option("--prompts", type=FOLDER, help="Lines of text, or a JSON list. [default: built in]")
+@click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.reference]")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def reference(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    output: Path | None,
+    **request: Any,
+) -> None:
+    """Captures what the full-precision model says, to validate artifacts without it.
+
+    The file travels: `rgexport validate --reference` needs neither the model nor torch.
+    """
+    from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.validate.reference.capture import capture, closing_line
+
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    target = output or Path(f"{checkpoint.name}.reference")
+    click.echo(closing_line(capture(checkpoint, target, **request)))
+
+
+@click.command()
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=FOLDER)
+@click.option("--reference", type=FOLDER, help="Made by `rgexport reference`: needs no torch.")
+@click.option(
+    "-m",
+    "--model",
+    help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
+)
+@click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
+@click.option(
+    "--tokens", "max_tokens", type=click.IntRange(2), help="So many of it, such as 32768."
+)
+@click.option(
+    "--limit",
+    "limits",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Instead of a check's own limit, such as original.kl=0.05. Can be repeated.",
+)
+@click.option("--bisect", is_flag=True, help="Also rank the layers by cost, and name suspects.")
+@click.option("--bench", is_flag=True, help="Also measure tokens per second.")
+@click.option("--allow-ambiguous", is_flag=True, help="Exit code 0 also where it cannot be told.")
+@click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
+@click.option("--html", "html_file", type=FOLDER, help="Also write a page to look at.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@native_option
+@verbose
+def validate(
+    artifacts: tuple[Path, ...],
+    model: str | None,
+    text: Path | None,
+    max_tokens: int | None,
+    device: str,
+    bisect: bool,
+    bench: bool,
+    **files: Any,
+) -> int:
+    """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
+
+    Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS where a
+    limit lies within the error bar of what it is for.
+    """
+    from rgexport.validate.opening import Request
+    from rgexport.validate.run import validate_artifacts
+
+    asked = Request(
+        model=model, text=text, max_tokens=max_tokens, device=device, bisect=bisect, bench=bench
+    )
+    return validate_artifacts(artifacts, asked, **files)
