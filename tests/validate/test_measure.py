@@ -3,7 +3,7 @@ import pytest
 
 from rgexport.griffin.state import POSITION
 from rgexport.validate import measure as module
-from rgexport.validate.measure import measure, with_continuations
+from rgexport.validate.measure import measure, whole_chunks, with_continuations
 from tests.validate.toys import MEMORY, VOCAB, Fault, ToySession, WholeChunksSession, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
@@ -165,6 +165,12 @@ def test_a_text_is_taken_in_whole_chunks_where_these_give_all_logits() -> None:
     session = WholeChunksSession(chunk_logits=True)
     measure(session, np.resize(TOKENS, 1000), [toy_pass(np.resize(TOKENS, 1000))])
     assert session.chunks.count(64) == 928 // 64 + 1 + 3, "the text, and its last tokens again"
+
+
+def test_states_are_compared_only_where_no_chunk_of_fixed_length_is_cut() -> None:
+    positions = [63, 64, 100, 128]
+    assert whole_chunks(WholeChunksSession(chunk_logits=True), positions) == {64, 128}
+    assert whole_chunks(ToySession(), positions) == {*positions}
 
 
 def _wrong_logits(session: ToySession, logits: np.ndarray) -> np.ndarray:
