@@ -145,3 +145,26 @@ def test_states_that_the_manifest_misnames(field, copied):
     fields["states"][0][field] = "hilo" if field == "layout" else "elsewhere"
     (copied / MANIFEST).write_text(json.dumps(fields))
     assert "rgexport.json has other states" in complaint(copied)
+
+
+def test_types_are_inferred_until_they_were_found_to_be_right(copied, monkeypatch):
+    """It takes coremltools, which takes seconds to load."""
+    looked = []
+
+    def check(function):
+        looked.append(function.name)
+        return iter(())
+
+    monkeypatch.setattr("rgexport.export.mil.structure.check_operations", check)
+    for options, functions in (
+        ({}, ["decode", "prefill"]),
+        ({}, []),
+        ({"verify": True}, ["decode", "prefill"]),
+    ):
+        looked.clear()
+        open_artifact(copied, **options)
+        assert looked == functions
+    (copied / MODEL_FILE).touch()
+    looked.clear()
+    open_artifact(copied)
+    assert looked == ["decode", "prefill"]
