@@ -46,10 +46,10 @@ SHAPES = (2560, 7680), (7680, 2560), (2560, 2560)
 """Inputs and outputs of most of a 2B's matrices."""
 
 
-def make_missing(storages: list[Storage]) -> None:
-    """Makes the artifacts and the transformer where they are not there yet."""
+def make_missing(storages: list[Storage], *, transformer: bool = True) -> None:
+    """Makes the artifacts, and the transformer, where they are not there yet."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if not TRANSFORMER.exists():
+    if transformer and not TRANSFORMER.exists():
         write_gemma(TRANSFORMER)
     checkpoint = FOLDER / "2b-random"
     for storage in storages:

@@ -1,4 +1,8 @@
-"""Hashes of files, and a memory of those that were computed before."""
+"""Hashes of files, and a memory of those that were computed before.
+
+The memory makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`): a second
+less before each command, and nothing is read from the disk.
+"""
 
 import json
 import os

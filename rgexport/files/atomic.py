@@ -1,4 +1,8 @@
-"""Folders and files that appear complete or not at all."""
+"""Folders and files that appear complete or not at all.
+
+`renameat2` keeps that promise where a folder is replaced: with two renames there would be a moment
+without one (`tests/files/test_atomic.py`).
+"""
 
 import ctypes
 import errno

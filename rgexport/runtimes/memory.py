@@ -1,4 +1,8 @@
-"""The memory that a process may still take, and what it can give back."""
+"""The memory that a process may still take, and what it can give back.
+
+Without the reading of control groups, a self-check in a container would be begun beyond its limit,
+and killed instead of skipped (`tests/runtimes/test_memory_available.py`).
+"""
 
 import ctypes
 from contextlib import suppress

@@ -4,6 +4,10 @@ A decode step reads all weights once, and all states. In pages of 4 kB it spends
 on address translation. Engines do not ask the kernel for huge pages; afterwards anyone may, by
 `madvise(MADV_COLLAPSE)` (Linux 6.1), which copies 1.5 GB in some two seconds. It is advice: it
 never changes what is in memory, and where it fails nothing is lost but speed.
+
+A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
+(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/llama_cpp.md`). Ours read
+mapped files, and have little that could be moved.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""What of this process's memory is mapped where; on Linux, elsewhere nothing is told."""
+"""What of this process's memory is mapped where; on Linux, elsewhere nothing is told.
+
+Only `/proc/self/maps` says where an engine has put its weights, which `huge_pages` moves.
+"""
 
 import ctypes
 import sys
