@@ -5,12 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rgexport.cli import run
 from tests.llama_tools import llama_tools
 from tests.pairs import pairwise
 
 __all__ = ["llama_tools"]  # a fixture for all
+
+# On a busy machine every way of making inputs is slow.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
