@@ -23,6 +23,7 @@ from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from rgexport.validate.bisect.suspects import Suspect, find_suspects
 from rgexport.validate.checks import NO_LIMITS, with_limits
+from rgexport.validate.continuations import Continuation, continuations
 from rgexport.validate.demands import demands
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.positions import speller
@@ -132,6 +133,7 @@ def compare(
         tolerance=thresholds.tolerance(manifest),
         checks=[],
         environment=environment(),
+        continuations=run.continuations,
     )
     checks = demands(manifest, result, counted=measured.counted, limits=limits)
     result = replace(result, checks=list(with_limits(checks, limits)))
@@ -145,6 +147,7 @@ class _Run:
     info: SessionInfo
     measured: Measurement
     held: AgainstFile | None
+    continuations: list[Continuation] | None = None
 
 
 def _teach(
@@ -195,7 +198,10 @@ def _run(
     if reference is not None:
         with group("Comparing with the reference file"):
             held = compare_with_file(session, artifact, reference, before)
-    return _Run(session.info, measured, held)
+    written = None
+    if reference is not None and tokenizer is not None:
+        written = list(continuations(session, reference, speller(tokenizer)))
+    return _Run(session.info, measured, held, written)
 
 
 def _held(
