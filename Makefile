@@ -22,13 +22,12 @@ NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeL
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) --no-print-directory native
-	mkdir -p $(dir $(DEMO))
+	@mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 60 \
 		--temperature 0.7 --seed 2
 	$(BIN)/rgexport reference --size demo -o $(REFERENCE) --force
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
-	@echo 'The same as a page to look at: out/demo-report.html'
 
 # The variable silences an advertisement of the theme's makers, not a warning about our pages.
 docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error.

@@ -42,6 +42,7 @@ def judge(opened: Opened, ran: Ran, compared: Compared) -> Result:
         tolerance=thresholds.tolerance(manifest),
         checks=[],
         environment=environment(),
+        continuations=ran.continuations,
     )
     checks = _checks(manifest, result, ran.measured.counted, request.limits)
     result = replace(result, checks=list(with_limits(checks, request.limits)))

@@ -18,6 +18,7 @@ from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import Check, Outcome, verdict
+from rgexport.validate.continuations import Continuation
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.measure import Comparison
@@ -86,7 +87,8 @@ class Result:
 
     `twin` and `original` are None where there was no torch to run them, or no original; `sites`
     also where the engine does not show its values. `weights` and `layers` take the original;
-    `layers` and `suspects` are there if they were asked for.
+    `layers` and `suspects` are there if they were asked for, `continuations` where there are a
+    reference file and a tokenizer.
     """
 
     artifact: Subject
@@ -105,6 +107,7 @@ class Result:
     tolerance: Tolerance
     checks: list[Check]
     environment: dict[str, str | int]
+    continuations: list[Continuation] | None = None
 
     @property
     def verdict(self) -> Outcome:

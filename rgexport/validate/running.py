@@ -1,6 +1,6 @@
 """Runs what was opened: the references, one layer at a time, and then the artifact's session."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rgexport.griffin.state import State
 from rgexport.progress import group, note
@@ -8,6 +8,7 @@ from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import thresholds
+from rgexport.validate.continuations import Continuation, continuations
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.opening import Opened
 from rgexport.validate.positions import speller
@@ -19,13 +20,15 @@ from rgexport.validate.teacher import Pass, SharedPasses, teach
 class Ran:
     """What was measured while the artifact's session was open.
 
-    `against_file` is the comparison with the reference file; `before` has the session's states
+    `against_file` is the comparison with the reference file, and `continuations` are its prompts as
+    both went on with them; `before` has the session's states
     before some of the file's positions, for a look at each layer.
     """
 
     info: SessionInfo
     measured: Measurement
     against_file: AgainstFile | None
+    continuations: list[Continuation] | None
     before: dict[int, State]
 
 
@@ -37,14 +40,9 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     Raises:
         RequestError: the engine is missing or cannot open the artifact.
     """
-    taught = _run_references(opened, passes)
-    ran = _run_artifact(opened, taught)
-    return Ran(
-        info=ran.info,
-        measured=with_continuations(ran.measured, taught),
-        against_file=ran.against_file,
-        before=ran.before,
-    )
+    references = _run_references(opened, passes)
+    ran = _run_artifact(opened, references)
+    return replace(ran, measured=with_continuations(ran.measured, references))
 
 
 def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
@@ -63,20 +61,29 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
     return [twin, passes.teach(make, opened.original.checkpoint, tokens)]
 
 
-def _run_artifact(opened: Opened, taught: list[Pass]) -> Ran:
+def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
     give_back()
     session, before = open_session(opened.artifact), dict[int, State]()
+    spell = speller(opened.tokenizer) if opened.tokenizer else None
     measured = measure(
         session,
         opened.text.tokens,
-        taught,
+        references,
         text_bytes=opened.text.bytes,
         noise=thresholds.tolerance(opened.manifest).rms,
-        spell=speller(opened.tokenizer) if opened.tokenizer else None,
+        spell=spell,
     )
-    against_file = None
+    against_file, written = None, None
     if (reference := opened.request.reference) is not None:
         kept = before if opened.request.bisect else None
         with group("Comparing with the reference file"):
             against_file = compare_with_file(session, opened.artifact, reference, kept)
-    return Ran(info=session.info, measured=measured, against_file=against_file, before=before)
+        if spell is not None:
+            written = list(continuations(session, reference, spell))
+    return Ran(
+        info=session.info,
+        measured=measured,
+        against_file=against_file,
+        continuations=written,
+        before=before,
+    )

@@ -58,7 +58,7 @@ def test_the_sections_of_the_json(result: Result) -> None:
     assert sections == [
         *("schema_version", "verdict", "artifact", "source", "text", "engine", "twin"),
         *("original", "equivalences", "sites", "weights", "layers", "suspects", "reference"),
-        *("speed", "tolerance", "checks", "environment"),
+        *("speed", "tolerance", "checks", "environment", "continuations"),
     ]
     twin = result.to_dict()["twin"]
     assert list(twin) == [

@@ -26,6 +26,8 @@ class Series:
     label: str
     points: Sequence[Point]
     dots: bool = False
+    names: Sequence[str] = ()
+    """Of the dots, written beside them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Drawn:
     label: str
     path: str
     dots: Sequence[Point]
+    names: Sequence[tuple[Point, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def _draw_limit(limit: Limit, x_scale: Scale, y_scale: Scale) -> DrawnLimit | No
 def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> Drawn:
     places = [(x_scale(x), y_scale(y)) if math.isfinite(y) else None for x, y in series.points]
     if series.dots:
-        return Drawn(series.kind, series.label, "", [place for place in places if place])
+        dots = [place for place in places if place]
+        named = zip(places, series.names, strict=False)
+        names = [(place, name) for place, name in named if place]
+        return Drawn(series.kind, series.label, "", dots, names)
     return Drawn(series.kind, series.label, " ".join(_path(places)), [])
 
 

@@ -10,10 +10,10 @@ from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
 
 _KINDS = {
-    "rg_lru": "first",
-    "key": "first dashed",
-    "conv1d": "second",
-    "value": "second dashed",
+    "rg_lru": "plain",
+    "key": "plain dashed",
+    "conv1d": "pale",
+    "value": "pale dashed",
 }
 """A kind of state → how its line is drawn."""
 _MEASURE = "after so many tokens, relative to the largest value"

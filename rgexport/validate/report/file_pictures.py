@@ -20,7 +20,7 @@ def file_charts(found: AgainstFile) -> Iterator[Chart]:
 
 
 def _stream_chart(layers: Sequence[LayerError]) -> Chart:
-    series = [Series("first", "error", [(e.layer, e.relative_rms) for e in layers], dots=True)]
+    series = [Series("plain", "error", [(e.layer, e.relative_rms) for e in layers], dots=True)]
     limit = Limit("limit", lambda layer: layers[0].limit)
     return picture(
         STREAM,

@@ -59,8 +59,8 @@ def weight_chart(weights: Sequence[WeightError]) -> Iterator[Chart]:
         return
     points = found.items()
     series = [
-        Series("first", "worst tensor", [(x, worst(ys)) for x, ys in points], True),
-        Series("second", "root mean square", [(x, _rms(ys)) for x, ys in points], True),
+        Series("plain", "worst tensor", [(x, worst(ys)) for x, ys in points], True),
+        Series("pale", "root mean square", [(x, _rms(ys)) for x, ys in points], True),
     ]
     told = (f"{one.label}: {span(one.points, number)}" for one in series)
     yield picture(
@@ -80,7 +80,7 @@ def site_chart(report: SiteReport) -> Iterator[Chart]:
     states = _by_layer((e.layer, e.excess) for e in report.errors if e.state is not None)
     series = [
         Series(kind, label, [(x, worst(ys)) for x, ys in found.items()], dots=True)
-        for kind, label, found in (("first", "worst op", ops), ("second", "worst state", states))
+        for kind, label, found in (("plain", "worst op", ops), ("pale", "worst state", states))
         if found
     ]
     if not series:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rgexport.progress import amount
 from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.report import chart
+from rgexport.validate.report.cost_picture import cost_chart
 from rgexport.validate.report.overview import counted_verdicts, overview, verdict_of
 from rgexport.validate.report.page_text import breakable, piece, visible
 from rgexport.validate.report.page_view import View
@@ -48,6 +49,7 @@ def render_page(results: Sequence[Result]) -> str:
         verdict=verdict_of(results),
         counts=counted_verdicts(results),
         overview=overview(results),
+        costs=list(cost_chart(results)),
         plot=chart,
         environment=results[0].environment,
         rgexport=results[0].environment["rgexport"],

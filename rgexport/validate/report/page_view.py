@@ -32,6 +32,7 @@ from rgexport.validate.report.report_words import (
     speed_words,
     twin_words,
 )
+from rgexport.validate.report.tiles import Tile, tiles
 from rgexport.validate.result import Result
 
 _VERDICTS = {
@@ -39,6 +40,24 @@ _VERDICTS = {
     "AMBIGUOUS": "{}: the limit lies within the error bar.",
     "FAIL": "{}.",
 }
+
+
+SECTIONS = {
+    "compared": "What was compared",
+    "texts": "What both write",
+    "suspects": "Suspects",
+    "charts": "Where it differs",
+    "ops": "Per-op check",
+    "costs": "Layers by what their quantization costs",
+    "numbers": "All numbers",
+    "itself": "Against itself",
+    "file": "Against the reference file",
+    "weights": "Weights by role",
+    "worst": "The worst positions",
+    "checks": "Checks and their limits",
+    "files": "Files",
+}
+"""The end of a section's id → its title, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,28 @@ class View:
         if found is None:
             return "What compression cost was not measured: the original was not given (-m)."
         return " ".join(_cost(found))
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The numbers that matter most."""
+        return list(tiles(self.result))
+
+    @property
+    def contents(self) -> list[tuple[str, str]]:
+        """The end of each section's id, and its title."""
+        r = self.result
+        there = {
+            "texts": r.continuations,
+            "suspects": self.suspects,
+            "charts": self.charts,
+            "ops": self.ops,
+            "costs": self.costs,
+            "numbers": self.logits,
+            "file": self.file,
+            "weights": r.weights is not None,
+            "worst": self.comparison,
+        }
+        return [(key, title) for key, title in SECTIONS.items() if there.get(key, True)]
 
     @property
     def named(self) -> list[Check]:

@@ -67,9 +67,16 @@ def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
             "type": "object",
             "description": inspect.cleandoc(kind.__doc__ or ""),
             "properties": properties,
-            "required": list(properties),
+            "required": [name for name in properties if name not in _optional(kind)],
         }
     return {"$ref": f"#/$defs/{name}"}
+
+
+def _optional(kind: type) -> set[str]:
+    """Fields that earlier versions did not write; of a result, those that have a default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(kind) if kind is Result else ()
+    return {f.name for f in fields if f.default is not missing}
 
 
 def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:

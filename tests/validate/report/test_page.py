@@ -13,10 +13,12 @@ from rgexport import progress
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.continuations import Continuation
 from rgexport.validate.opening import Request
 from rgexport.validate.positions import Choice
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.report.cost_picture import cost_chart
 from rgexport.validate.report.drift_pictures import drift_chart, kinds_chart
 from rgexport.validate.report.page import render_page, write_html
 from rgexport.validate.report.page_bars import op_bars, role_bars, role_errors
@@ -278,6 +280,59 @@ def _luminance(colour: str) -> float:
     return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
+def test_five_tiles_have_the_numbers_that_matter(result: Result) -> None:
+    assert result.original is not None and result.twin is not None
+    page = Page(render_page([result]))
+    assert [path[-3:] for path in page.paths].count(("dl", "div", "dt")) >= 5
+    text = page.text[: page.text.index("How to read this")]
+    assert f"KL {result.original.kl.mean:.3g} ± " in text
+    assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in text
+    assert f"RMS logit error {result.twin.logits.relative_rms:.3g} " in text
+    assert f"{result.artifact.bits_per_weight:.2f} bits per weight" in text
+
+
+def test_the_contents_name_every_section(page: Page) -> None:
+    inside = ("nav", "ul", "li", "a")
+    links = [
+        (attributes["href"] or "")[1:]
+        for (_, attributes), path in zip(page.elements, page.paths, strict=True)
+        if path[-4:] == inside
+    ]
+    named = [section.get("aria-labelledby") or "" for section in page.named("section")]
+    assert links == [name for name in named if re.fullmatch(r"a\d+-[a-z]+", name)]
+
+
+def test_both_texts_stand_side_by_side(result: Result) -> None:
+    written = Continuation(
+        name="prose", prompt=HOSTILE, reference="the sea", artifact="the hill", tokens=16, common=1
+    )
+    found = dataclasses.replace(result, continuations=[written])
+    text = Page(render_page([found])).text
+    assert text.index("original the sea") < text.index("1 of 16 tokens in common the hill")
+    assert "What both write" not in Page(render_page([result])).text
+    assert "<script" not in render_page([found])
+
+
+def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result) -> None:
+    assert result.original is not None
+    small = dataclasses.replace(
+        result,
+        artifact=dataclasses.replace(result.artifact, path="out/small", bytes=5_000_000),
+        original=dataclasses.replace(
+            result.original, kl=dataclasses.replace(result.original.kl, mean=0.5)
+        ),
+    )
+    large = dataclasses.replace(
+        small, artifact=dataclasses.replace(small.artifact, path="out/large", bytes=9_000_000)
+    )
+    (chart,) = cost_chart([large, alone, small])
+    assert chart.rows == [["5.0", "0.5"], ["9.0", "0.5"]]
+    ((left, low), first), ((right, high), second) = chart.series[0].names
+    assert (first, second) == ("small", "large") and left < right and low == high
+    assert list(cost_chart([large, alone])) == []
+    assert "What compression costs, by size" in Page(render_page([large, small])).text
+
+
 def test_the_numbers_are_those_of_the_result(result: Result) -> None:
     assert result.original is not None
     assert result.twin is not None
@@ -302,8 +357,9 @@ def test_the_numbers_are_those_of_the_result(result: Result) -> None:
 def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
     plain = dataclasses.replace(result, reference=None, sites=None)
     lines = [c["class"] for c in Page(render_page([plain])).named("path") if "class" in c]
-    assert lines.count("line original") == lines.count("line twin") == 4
-    assert lines.count("line original dashed") == lines.count("line twin dashed") == 1
+    assert lines.count("line original") == lines.count("line twin") == 3
+    kinds = ("plain", "pale", "plain dashed", "pale dashed")
+    assert [lines.count(f"line {kind}") for kind in kinds] == [1, 1, 1, 1], "no side's colour"
     assert "line original" not in [c.get("class") for c in Page(render_page([alone])).named("path")]
     dots = Page(render_page([plain])).named("circle")
     assert len(dots) == 2 * 3, "states and weights of three layers"

@@ -1,0 +1,67 @@
+"""What a reference and an artifact write after the same prompt, side by side."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.runtimes.session import Session
+from rgexport.validate.positions import Spell
+from rgexport.validate.reference.reference_file import ReferenceFile
+
+SHOWN = 2
+"""Prompts, the first of a file that qualify."""
+LEAST_TOKENS, MOST_TOKENS = 16, 32
+"""Of a continuation: with fewer there is nothing to read, and more cost time."""
+MOST_PROMPT = 128
+"""Tokens of a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """Each model's own most likely tokens after a prompt; the first `common` are the same."""
+
+    name: str
+    prompt: str
+    reference: str
+    artifact: str
+    tokens: int
+    common: int
+
+
+def continuations(
+    session: Session, reference: ReferenceFile, spell: Spell
+) -> Iterator[Continuation]:
+    """Continues some prompts of a reference file, which has the reference's continuations.
+
+    Args:
+        session: the artifact's; it forgets what it was told before.
+        reference: the file.
+        spell: writes the text of ids.
+    """
+    chosen = [
+        (index, prompt.name, reference.tokens[span])
+        for index, prompt, span in reference.spans()
+        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
+    ]
+    for index, name, tokens in chosen[:SHOWN]:
+        theirs = reference.greedy(index)[:MOST_TOKENS]
+        ours = _continue(session, tokens, len(theirs))
+        yield Continuation(
+            name=name,
+            prompt=spell(tokens[1:].tolist()),  # without the token that begins every text
+            reference=spell(theirs.tolist()),
+            artifact=spell(ours.tolist()),
+            tokens=len(theirs),
+            common=int(np.cumprod(ours == theirs).sum()),
+        )
+
+
+def _continue(session: Session, tokens: np.ndarray, count: int) -> np.ndarray:
+    """The session's most likely tokens [count] after tokens [T]."""
+    session.reset()
+    logits = session.prefill(tokens[None])[0, -1]
+    found = [int(logits.argmax())]
+    while len(found) < count:
+        found.append(int(session.step(np.array(found[-1:], np.int64))[0].argmax()))
+    return np.array(found, np.int64)
