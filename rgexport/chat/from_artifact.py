@@ -41,13 +41,13 @@ def continue_prompt(
     artifact, stats = _open(path), GenerationStats()
     if prompt is None:
         start = _parse_ids(str(ids))
-        session = _told(open_session(artifact, threads=threads))
+        session = _with_remark(open_session(artifact, threads=threads))
         tokens = generate(session, start, sampler, max_new_tokens, (), stats)
         return (f"{token} " for token in tokens), stats
 
     tokenizer = open_tokenizer(artifact)
     start = prompt_ids(tokenizer, prompt)
-    session = _told(open_session(artifact, threads=threads))
+    session = _with_remark(open_session(artifact, threads=threads))
     tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
     return _decoded(tokens, StreamDecoder(tokenizer)), stats
 
@@ -65,7 +65,7 @@ def open_conversation(
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = _told(open_session(artifact, threads=threads))
+    session = _with_remark(open_session(artifact, threads=threads))
     return Conversation(session, tokenizer, template, sampler, max_new_tokens)
 
 
@@ -85,7 +85,7 @@ def _open(path: Path) -> Artifact:
     return artifact
 
 
-def _told(session: Session) -> Session:
+def _with_remark(session: Session) -> Session:
     """The session, after a remark on what it runs."""
     info = session.info
     detail(

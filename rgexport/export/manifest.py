@@ -163,7 +163,7 @@ class Manifest:
         return False
 
     @property
-    def claims(self) -> dict[str, str]:
+    def content_hashes(self) -> dict[str, str]:
         """File → a hash of all that the manifest says of what is in it."""
         return {}
 

@@ -23,7 +23,7 @@ _REMEMBERED = 2048
 _Key = tuple[int, int, int]
 """What tells that a file is the one that was hashed: size, mtime and ctime in ns."""
 _passing: dict[str, tuple[_Key, str]] = {}
-"""Entries for as long as a `known_for_now` lasts."""
+"""Entries for as long as a `trusted_within` lasts."""
 
 
 def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
@@ -61,8 +61,8 @@ def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
 
 
 @contextmanager
-def known_for_now(
-    hashes: Mapping[Path, str], claims: Mapping[Path, str], *, start: int = 0
+def trusted_within(
+    hashes: Mapping[Path, str], content_hashes: Mapping[Path, str], *, start: int = 0
 ) -> Iterator[None]:
     """While the block runs, files need no hashing; no trace of them is left in the memory.
 
@@ -70,25 +70,27 @@ def known_for_now(
 
     Args:
         hashes: as for `remember`.
-        claims: as for `vouch`, of each file.
+        content_hashes: as for `mark_sound`, of each file.
         start: as for `hash_files`.
     """
     _passing.update({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
-    _passing.update({_inside(path): (_key(path), claim) for path, claim in claims.items()})
+    _passing.update(
+        {_inside(path): (_key(path), content_hash) for path, content_hash in content_hashes.items()}
+    )
     try:
         yield
     finally:
         _passing.clear()
 
 
-def vouch(path: Path, claim: str) -> None:
-    """Notes that a file, in its present state, is inside as `claim`, a hash of it, says."""
-    _note({_inside(path): (_key(path), claim)})
+def mark_sound(path: Path, content_hash: str) -> None:
+    """Notes that a file, in its present state, is inside as `content_hash`, a hash of it, says."""
+    _note({_inside(path): (_key(path), content_hash)})
 
 
-def is_vouched(path: Path, claim: str) -> bool:
+def is_marked_sound(path: Path, content_hash: str) -> bool:
     """Whether that was noted."""
-    return (_load() | _passing).get(_inside(path)) == (_key(path), claim)
+    return (_load() | _passing).get(_inside(path)) == (_key(path), content_hash)
 
 
 def _note(entries: Mapping[str, tuple[_Key, str]]) -> None:

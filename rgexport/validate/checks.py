@@ -38,7 +38,7 @@ a site's. Those of KL are made only where a limit is asked for: see `thresholds.
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 """None that are asked for."""
-SURE = 2
+STANDARD_ERRORS = 2
 """Standard errors between a mean and what it surely does not exceed."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.runtimes.session import Session
-from rgexport.validate.positions import Spell
+from rgexport.validate.positions import TokenText
 from rgexport.validate.reference.reference_file import ReferenceFile
 
 SHOWN = 2
@@ -30,7 +30,7 @@ class Continuation:
 
 
 def continuations(
-    session: Session, reference: ReferenceFile, spell: Spell
+    session: Session, reference: ReferenceFile, spell: TokenText
 ) -> Iterator[Continuation]:
     """Continues some prompts of a reference file, which has the reference's continuations.
 

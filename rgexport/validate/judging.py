@@ -8,7 +8,7 @@ from rgexport.runtimes.environment import environment
 from rgexport.validate import states, thresholds
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect, find_suspects
-from rgexport.validate.checks import SURE, Check, with_limits
+from rgexport.validate.checks import STANDARD_ERRORS, Check, with_limits
 from rgexport.validate.comparing import Compared
 from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.measure import Comparison
@@ -147,7 +147,7 @@ def original_checks(
         yield Check(
             name="original.kl",
             value=kl.mean,
-            margin=SURE * kl.standard_error,
+            margin=STANDARD_ERRORS * kl.standard_error,
             limit=limits["original.kl"],
             reason="mean KL to the original, nats",
         )

@@ -20,13 +20,13 @@ from rgexport.validate.equivalences import (
 )
 from rgexport.validate.positions import (
     PositionBlock,
-    Spell,
+    TokenText,
     WorstPosition,
     WorstPositions,
     position_blocks,
 )
+from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
-from rgexport.validate.teacher import Pass
 
 LOGITS_BYTES = 96 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
@@ -78,7 +78,7 @@ def measure(
     *,
     text_bytes: int | None = None,
     noise: float = 0.0,
-    spell: Spell | None = None,
+    spell: TokenText | None = None,
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 

@@ -13,8 +13,8 @@ from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, warn
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.reference_pass import MakeReference, torch_reference
 from rgexport.validate.source import Original, find_original
-from rgexport.validate.teacher import MakeReference, torch_reference
 from rgexport.validate.text import Text, choose_text
 
 

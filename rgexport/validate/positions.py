@@ -18,7 +18,7 @@ CHOICES = 5
 CONTEXT = 24
 """Tokens of the text that are shown before a position's prediction."""
 
-Spell = Callable[[Sequence[int]], str]
+TokenText = Callable[[Sequence[int]], str]
 """The text of ids: special ones as their literals, parts of characters as `\\xf0`."""
 
 
@@ -75,7 +75,7 @@ def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
     ]
 
 
-def speller(tokenizer: Tokenizer) -> Spell:
+def token_text(tokenizer: Tokenizer) -> TokenText:
     """How a tokenizer writes ids."""
 
     def spell(ids: Sequence[int]) -> str:
@@ -90,7 +90,7 @@ class WorstPositions:
     """Collects the `WORST` positions with the largest KL while blocks of logits pass by."""
 
     tokens: np.ndarray
-    spell: Spell | None = None
+    spell: TokenText | None = None
     _found: list[WorstPosition] = field(default_factory=list)
 
     def see(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:

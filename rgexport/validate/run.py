@@ -11,11 +11,11 @@ from rgexport.validate.comparing import compare_all
 from rgexport.validate.judging import judge
 from rgexport.validate.opening import Opened, Request, open_all
 from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference_pass import SharedPasses
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
 from rgexport.validate.running import run_all
-from rgexport.validate.teacher import SharedPasses
 
 PLAIN = Request()
 """Nothing in particular was asked."""

@@ -11,9 +11,9 @@ from rgexport.validate import thresholds
 from rgexport.validate.continuations import Continuation, continuations
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.opening import Opened
-from rgexport.validate.positions import speller
+from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
-from rgexport.validate.teacher import Pass, SharedPasses, teach
+from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,18 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
         )
         return []
     weights = opened.artifact.weights
-    twin = teach("Running the dequantized reference", make, opened.manifest.config, weights, tokens)
+    twin = run_reference(
+        "Running the dequantized reference", make, opened.manifest.config, weights, tokens
+    )
     if opened.original is None:
         return [twin]
-    return [twin, passes.teach(make, opened.original.checkpoint, tokens)]
+    return [twin, passes.run_reference(make, opened.original.checkpoint, tokens)]
 
 
 def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
     give_back()
     session, before = open_session(opened.artifact), dict[int, State]()
-    spell = speller(opened.tokenizer) if opened.tokenizer else None
+    spell = token_text(opened.tokenizer) if opened.tokenizer else None
     measured = measure(
         session,
         opened.text.tokens,

@@ -23,9 +23,9 @@ from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
+from rgexport.validate.reference_pass import ReferenceModel, torch_reference
 from rgexport.validate.room import lack_of_room
 from rgexport.validate.schedule import Schedule, choose_schedule, choose_tokens
-from rgexport.validate.teacher import ReferenceModel, torch_reference
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 

@@ -13,9 +13,9 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.runtimes.coreml.session import CoreMLSession, Runner
 from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.opening import Request
+from rgexport.validate.reference_pass import run_reference, torch_reference
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
-from rgexport.validate.teacher import teach, torch_reference
 from rgexport.validate.text import random_text
 from tests.artifacts import export_random_coreml
 from tests.models import make_config, random_weights, write_hugging_face
@@ -115,7 +115,7 @@ class WrongPrefill:
 def _measured(artifact: Artifact, what: str | None) -> Measurement:
     tokens = random_text(CONFIG.vocab_size, 40).tokens
     weights = artifact.weights
-    twin = teach("Running the twin", torch_reference("cpu"), CONFIG, weights, tokens)
+    twin = run_reference("Running the twin", torch_reference("cpu"), CONFIG, weights, tokens)
     session = CoreMLSession(artifact)
     if what is not None:
         session = CoreMLSession(artifact, runner=WrongPrefill(session._runner, what))

@@ -16,7 +16,7 @@ from rgexport.validate.positions import (
     WORST,
     WorstPositions,
     position_blocks,
-    speller,
+    token_text,
 )
 from tests.validate.toys import VOCAB, ToySession, toy_pass
 
@@ -100,7 +100,7 @@ def test_the_text_around_a_position() -> None:
 def test_a_speller_shows_special_tokens_and_parts_of_characters() -> None:
     pieces = [b"", b"a ", "é".encode()[:1], "é".encode()[1:]]
     tokenizer = Tokenizer(4, {"<bos>": 0}, 0, None, lambda text: [], pieces.__getitem__)
-    spell = speller(tokenizer)
+    spell = token_text(tokenizer)
     assert spell([0, 1, 2, 3]) == "<bos>a é"
     assert spell([2]) == "\\xc3"
 

@@ -9,8 +9,8 @@ import numpy as np
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import SessionInfo
+from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
-from rgexport.validate.teacher import Pass
 
 VOCAB, WIDTH = 23, 8
 MEMORY = "layers.0.rg_lru"

@@ -16,7 +16,7 @@ from rgexport.export.manifest import MANIFEST
 from rgexport.export.mil.own_metadata import check_metadata
 from rgexport.export.mil.package import open_package
 from rgexport.export.mil.structure import check_against, check_package
-from rgexport.export.verified import is_vouched, vouch
+from rgexport.export.verified import is_marked_sound, mark_sound
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.affine import Parts
 
@@ -43,12 +43,12 @@ class CoreMLArtifact(Artifact):
         """The program is looked at before any hash, which could only say that it is another."""
         if missing := [name for name in self.manifest.files if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        path, claim = self.file(MODEL_FILE), self.manifest.claims[MODEL_FILE]
-        types = verify or not is_vouched(path, claim)
+        path, content_hash = self.file(MODEL_FILE), self.manifest.content_hashes[MODEL_FILE]
+        types = verify or not is_marked_sound(path, content_hash)
         wrong = [*self._wrong_structure(types), *self._wrong_sizes()]
         wrong = wrong or [*self._wrong_hashes(verify), *self._wrong_blobs(verify)]
         if types and not wrong:
-            vouch(path, claim)
+            mark_sound(path, content_hash)
         return _first(wrong)
 
     def _wrong_structure(self, types: bool) -> Iterator[str]:
@@ -70,13 +70,13 @@ class CoreMLArtifact(Artifact):
 
         They are looked at until they were found to be right: the file's hash may be known before.
         """
-        path, claim = self.file(WEIGHT_FILE), self.manifest.claims[WEIGHT_FILE]
-        if not anew and is_vouched(path, claim):
+        path, content_hash = self.file(WEIGHT_FILE), self.manifest.content_hashes[WEIGHT_FILE]
+        if not anew and is_marked_sound(path, content_hash):
             return
         wrong = [f"{blob} was altered (its hash differs)" for blob in self._altered_blobs()]
         yield from wrong
         if not wrong:
-            vouch(path, claim)
+            mark_sound(path, content_hash)
 
     def _altered_blobs(self) -> Iterator[str]:
         """`TENSOR.PART` of each blob that has another hash."""

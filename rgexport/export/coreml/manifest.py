@@ -33,7 +33,7 @@ class CoreMLManifest(Manifest):
     coreml: CoreMLRecord
 
     @property
-    def claims(self) -> dict[str, str]:
+    def content_hashes(self) -> dict[str, str]:
         """Of the weights, by the hashes of all blobs, and of the program."""
         blobs = json.dumps(self.coreml.blobs, sort_keys=True)
         weights = hashlib.sha256(blobs.encode()).hexdigest()

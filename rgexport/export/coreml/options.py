@@ -22,7 +22,7 @@ from rgexport.quantize.scheme import Float, FloatDtype, Ggml, Plan, Scheme
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "fp16", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
 """Precision of the linears → that of the embedding, where it is not the same."""
-_BESIDE_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
+_SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -55,7 +55,7 @@ class CoreMLOptions:
                 of fewer than two tokens, weights in more than is computed in, an unknown
                 word or block size, or an option that changes nothing.
         """
-        given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
+        given = [name for name in _SET_BY_A_PLAN if getattr(self, name) is not None]
         if self.plan is not None and given:
             words = ", ".join(name.replace("_", " ") for name in given)
             raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")

@@ -12,7 +12,7 @@ from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.gguf.writer import data_bytes, write_file
-from rgexport.export.verified import known_for_now, remember
+from rgexport.export.verified import remember, trusted_within
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -74,7 +74,7 @@ def export_gguf(
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
         start = integrity.data_start(read_header(partial))
         if check is not None:
-            with known_for_now({partial: digest}, {}, start=start), group("Self-check"):
+            with trusted_within({partial: digest}, {}, start=start), group("Self-check"):
                 found = check(partial)
             write_mark(partial, found)
     remember({target: digest}, start=start)

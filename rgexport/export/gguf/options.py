@@ -28,7 +28,7 @@ _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _FLOATS = {"float32": "f32", "float16": "f16"}
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 """File types that are no mix, and that importances do not change."""
-_BESIDE_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
+_SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GgufOptions:
         Raises:
             RequestError: see above; or an unknown word, or an option that changes nothing.
         """
-        given = [name for name in _BESIDE_A_PLAN if getattr(self, name)]
+        given = [name for name in _SET_BY_A_PLAN if getattr(self, name)]
         if self.plan is not None and given:
             words = ", ".join(name.replace("_", " ") for name in given)
             raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")

@@ -10,7 +10,7 @@ from rgexport.export.mil.own_metadata import CONFIG, altered_blobs, read_digests
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.structure import ALIGNMENT, check_package
 from rgexport.export.typed_json import Reader, parse
-from rgexport.export.verified import is_vouched, vouch
+from rgexport.export.verified import is_marked_sound, mark_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 
@@ -58,12 +58,12 @@ def _check_weights(package: Package, anew: bool) -> Iterator[str]:
     except ValueError as error:
         yield f"its metadata are damaged: {error}"
         return
-    claim = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    content_hash = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     paths = [file.path for file in package.blob_files.values()]
-    if not anew and all(is_vouched(path, claim) for path in paths):
+    if not anew and all(is_marked_sound(path, content_hash) for path in paths):
         return
     wrong = altered_blobs(package, digests)
     yield from (f"{name} was altered (its hash differs)" for name in wrong)
     if not wrong:
         for path in paths:
-            vouch(path, claim)
+            mark_sound(path, content_hash)

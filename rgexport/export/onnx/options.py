@@ -15,7 +15,7 @@ from rgexport.quantize.scheme import BLOCKS, Affine, Float, Ggml, Plan, Scheme
 
 DEFAULT_BLOCK = 128
 
-_BESIDE_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
+_SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class OnnxOptions:
         if self.profile not in PROFILES:
             expected = ", ".join(PROFILES)
             raise RequestError(f"--profile is {self.profile!r}; expected one of {expected}")
-        given = [name for name in _BESIDE_A_PLAN if getattr(self, name) is not None]
+        given = [name for name in _SET_BY_A_PLAN if getattr(self, name) is not None]
         if self.plan is not None and given:
             words = ", ".join(name.replace("_", " ") for name in given)
             raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")

@@ -7,7 +7,7 @@ import numpy as np
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tensor import WeightSource
 from rgexport.validate import metrics
-from rgexport.validate.teacher import torch_device, watched_layers
+from rgexport.validate.reference_pass import torch_device, watched_layers
 
 TOKENS = 48
 """The most that are taken: a 2B makes 29 sequences of them."""

@@ -14,7 +14,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.observation import Observation
 from rgexport.validate.bisect.site_limits import SiteLimit, scan_noise, site_limit, state_limit
-from rgexport.validate.teacher import ReferenceModel
+from rgexport.validate.reference_pass import ReferenceModel
 
 Argument = Callable[[int], np.ndarray]
 _STATES = {

@@ -12,7 +12,7 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.engine import open_observer
 from rgexport.runtimes.memory import give_back
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
-from rgexport.validate.teacher import torch_reference, watched_layers
+from rgexport.validate.reference_pass import torch_reference, watched_layers
 
 _MOST = 2.0**12
 """The largest value of a cache that is made louder; three times that is what all may add up to."""
@@ -60,7 +60,7 @@ def look_at_sites(
         RequestError: torch or something else is missing that looking into the model takes.
     """
     make = torch_reference(device)
-    state = with_loud_past(state)
+    state = with_large_state(state)
     calls = _observe(artifact, state, tokens)
     with watched_layers("Per-op check", artifact.weights) as weights:
         model = make(config, weights)
@@ -69,7 +69,7 @@ def look_at_sites(
     return site_report(errors, [site for site in sites(config) if site not in seen])
 
 
-def with_loud_past(state: State) -> State:
+def with_large_state(state: State) -> State:
     """A state in which the oldest values of the caches are larger, the older the larger.
 
     One key of 2,048 that is seen or not moves attention by 0.05 % to 2 %, which arithmetic in

@@ -12,7 +12,7 @@ from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
-from rgexport.validate.checks import NO_LIMITS, SURE, Check
+from rgexport.validate.checks import NO_LIMITS, STANDARD_ERRORS, Check
 from rgexport.validate.reference.against_prompt import PromptMeasured, measure_prompt
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.reference.stream_errors import LayerError, layer_errors, positions_to_look_at
@@ -223,7 +223,7 @@ def file_checks(
             name="reference.kl",
             value=kl,
             margin=max(kl - found.kl_low.mean, found.kl_high.mean - kl)
-            + SURE * found.kl.standard_error,
+            + STANDARD_ERRORS * found.kl.standard_error,
             limit=limits["reference.kl"],
             reason="mean KL to the reference file, nats",
         )

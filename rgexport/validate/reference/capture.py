@@ -39,7 +39,7 @@ from rgexport.validate.reference.reference_file import (
 )
 from rgexport.validate.reference.reference_layout import Layout, choose_layout
 from rgexport.validate.reference.reference_writer import is_reference, write_reference
-from rgexport.validate.teacher import ReferenceModel
+from rgexport.validate.reference_pass import ReferenceModel
 from rgexport.validate.weights.sketch import sketch
 
 GREEDY_TOKENS = 32

@@ -10,7 +10,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, note
 from rgexport.runtimes.memory import available_bytes
-from rgexport.validate.teacher import MakeReference, ReferenceModel, torch_device
+from rgexport.validate.reference_pass import MakeReference, ReferenceModel, torch_device
 
 OWN = "rgexport"
 ROOM = 1.25

@@ -11,7 +11,7 @@ from rgexport.progress import task
 from rgexport.validate.reference import condensed
 from rgexport.validate.reference.prompts import Prompt
 from rgexport.validate.reference.reference_layout import Layout
-from rgexport.validate.teacher import ReferenceModel
+from rgexport.validate.reference_pass import ReferenceModel
 
 BLOCK_BYTES = 128 << 20
 """Logits of a block of positions."""

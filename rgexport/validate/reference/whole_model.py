@@ -16,7 +16,7 @@ from rgexport.griffin.tensor import RowTensor
 
 
 class WholeModel(ABC):
-    """What such implementations have in common, as a `teacher.ReferenceModel`.
+    """What such implementations have in common, as a `reference_pass.ReferenceModel`.
 
     They take many tokens from the beginning of a text only; from a state on, one by one. So the
     states inside a text are those of runs that end there, each state as the package itself gives

@@ -13,7 +13,7 @@ _AS_GOOD_AS_ZERO = 2.0**-100
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class StepSizes:
     """What the error of the weights [rows, columns] of a slab is measured by.
 
     Attributes:
@@ -84,7 +84,7 @@ class Yardstick:
         return float((np.abs(error) / self.step).max(initial=0))
 
 
-def yardstick(name: str, w: np.ndarray, stored: StoredTensor) -> Yardstick:
+def step_sizes(name: str, w: np.ndarray, stored: StoredTensor) -> StepSizes:
     """The steps of the weights [rows, columns], from them and the way of storing alone.
 
     The rows are whole groups of `rows_together`.
@@ -96,9 +96,9 @@ def yardstick(name: str, w: np.ndarray, stored: StoredTensor) -> Yardstick:
         return _palette(w, scheme)
     for end, steps in ggml_steps.TRANSFORMED.items():
         if name.endswith(end):
-            return Yardstick(steps(w))
+            return StepSizes(steps(w))
     if isinstance(scheme, Float):
-        return Yardstick(_float_steps(w, *_FLOATS[scheme.dtype]))
+        return StepSizes(_float_steps(w, *_FLOATS[scheme.dtype]))
     return _ggml(w, scheme.type)
 
 
@@ -115,14 +115,14 @@ def shown_rounding(
         exact, counts = _affine_steps(stored_weights, stored.scheme)
         return np.square(exact, dtype=np.float64) @ (counts / 12), float((exact @ counts).sum())
     if isinstance(stored.scheme, Palette):
-        steps = Yardstick(_palette_gaps(stored_weights, stored.scheme))
+        steps = StepSizes(_palette_gaps(stored_weights, stored.scheme))
     else:
-        steps = yardstick(name, stored_weights, stored)
+        steps = step_sizes(name, stored_weights, stored)
     return steps.rounding(columns), steps.total(columns)
 
 
 def rows_together(scheme: Scheme) -> int:
-    """How many rows have one yardstick."""
+    """How many rows have one step_sizes."""
     return scheme.group if isinstance(scheme, Palette) else 1
 
 
@@ -146,14 +146,14 @@ def is_weighted(scheme: Scheme, weighted: bool) -> bool:
     return ggml_steps.BLOCKS[scheme.type].below < ggml_steps.BLOCKS["q8_0"].below
 
 
-def _ggml(w: np.ndarray, kind: str) -> Yardstick:
+def _ggml(w: np.ndarray, kind: str) -> StepSizes:
     blocks = ggml_steps.BLOCKS.get(kind)
     if blocks is None:
-        return Yardstick(_float_steps(w, *ggml_steps.FLOATS[kind]))
+        return StepSizes(_float_steps(w, *ggml_steps.FLOATS[kind]))
     step = ggml_steps.block_steps(w, blocks)
     limit = step * np.float32(blocks.below - 1) if blocks.clips else None
     own = ggml_steps.own_steps(w, blocks) if blocks.grouped else None
-    return Yardstick(step, own, limit, ggml_steps.block_grid(w, blocks))
+    return StepSizes(step, own, limit, ggml_steps.block_grid(w, blocks))
 
 
 _FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
@@ -166,7 +166,7 @@ def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
     return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
 
 
-def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
+def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
     """A block's range over the number of steps in it.
 
     Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
@@ -180,7 +180,7 @@ def _affine(w: np.ndarray, scheme: Affine) -> Yardstick:
         # the scale is rounded up, and its product with the integer to nearest
         step = _spread(exact + _spacing(exact), block, w)
         step = step + _spacing(np.abs(w) + step)
-    return Yardstick(step, limit=limit, grid=grid)
+    return StepSizes(step, limit=limit, grid=grid)
 
 
 def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +196,7 @@ def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray
     return np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO)), counts
 
 
-def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
+def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
     """Twice the rms error of even levels from the least to the largest weight of a group.
 
     With those, rounding is off by half a step of `max_steps`; the least squared error is less.
@@ -211,7 +211,7 @@ def _palette(w: np.ndarray, scheme: Palette) -> Yardstick:
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
     step = np.maximum(step, _AS_GOOD_AS_ZERO)
     # Half a step is an rms error here, and a step over √12 elsewhere.
-    return Yardstick(step, np.repeat(3**0.5 * step, scheme.group, axis=0), grouped=True)
+    return StepSizes(step, np.repeat(3**0.5 * step, scheme.group, axis=0), grouped=True)
 
 
 def _palette_gaps(stored_weights: np.ndarray, scheme: Palette) -> np.ndarray:

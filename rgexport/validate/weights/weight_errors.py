@@ -1,6 +1,6 @@
 """The weight table: how far each stored tensor is from the tensor it was made from.
 
-Beside the error's size, each scheme has a yardstick of its own: the *step*, the distance between
+Beside the error's size, each scheme has a step_sizes of its own: the *step*, the distance between
 two neighbouring values that the scheme can store at that place, computed here from the original
 weights and not from the artifact. Rounding to nearest is never off by more than half a step,
 whatever the weights are; a wrong scale is, where the noise of four bits would hide it in a norm.
@@ -24,7 +24,7 @@ from rgexport.validate.weights.steps import (
     is_searched,
     is_weighted,
     rows_together,
-    yardstick,
+    step_sizes,
 )
 
 _SLAB_BYTES = 1 << 20
@@ -128,7 +128,7 @@ def tensor_error(
             for t in (original, twin)
         )
         with np.errstate(invalid="ignore", over="ignore"):
-            error, measure = twin_w - w, yardstick(name, w, stored)
+            error, measure = twin_w - w, step_sizes(name, w, stored)
             steps = max_or_nan(steps, measure.largest(measure.without_clipping(error, w)))
             sums += _products(w, error, measure.beyond_rounding(error, w))
             noise, moved = measure.rounding(row_values).sum(), error.sum(dtype=np.float64)

@@ -312,7 +312,7 @@ def write_twice(package: Path) -> None:
     edit(lambda model: setattr(blob(weight(model, "prefill", UP)), "offset", place))(package)
 
 
-def claim(package: Path) -> None:
+def content_hash(package: Path) -> None:
     """Makes all hashes and sizes of the artifact's manifest fit what is there."""
     path = package.parent / "rgexport.json"
     manifest = json.loads(path.read_text())

@@ -22,7 +22,7 @@ from tests.export.mil.damage import (
     MODEL,
     UP,
     WEIGHTS,
-    claim,
+    content_hash,
     edit,
     exchange_bytes,
     swap_blobs,
@@ -78,7 +78,7 @@ def test_artifact_with_adapted_hashes_is_refused(case, package, capsys):
     damage = DAMAGES[case]
     damage.spoil(package)
     if (package / MODEL).exists() and (package / WEIGHTS).exists():
-        claim(package)
+        content_hash(package)
     for _ in range(2):
         code, text = complaint(capsys, "validate", package.parent)
         assert code == 2 and re.search(damage.adapted or damage.named, text), text
@@ -109,7 +109,7 @@ def test_altered_weights_are_named_until_they_are_mended(package, tmp_path, caps
 def test_hashes_of_weights_must_agree(package, capsys):
     """Those of the manifest may be made to fit the weights; the package has them, too."""
     exchange_bytes(package)
-    claim(package)
+    content_hash(package)
     path = package.parent / "rgexport.json"
     manifest = json.loads(path.read_text())
     names = [f"layers.{i}.mlp_block.up_proj.weight.data" for i in (0, 1)]

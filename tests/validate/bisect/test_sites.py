@@ -9,7 +9,7 @@ from rgexport.griffin.sites import sites
 from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Affine
 from rgexport.validate.bisect.site_errors import SiteError, layer_of, site_errors
-from rgexport.validate.bisect.sites import site_report, with_loud_past
+from rgexport.validate.bisect.sites import site_report, with_large_state
 from tests.models import make_config, random_weights, weight_source
 from tests.validate.bisect.observations import FLOAT32, manifest_of, observe, state_behind
 
@@ -151,7 +151,7 @@ def test_one_key_of_many_shows_where_the_oldest_are_loud():
     quiet = state_behind(config, source, tokens)
     narrow = dataclasses.replace(config, window=511)
     found = []
-    for state in (quiet, with_loud_past(quiet)):
+    for state in (quiet, with_large_state(quiet)):
         taken = {
             name: array[:, 1:] if array.ndim == 3 and array.shape[1] == 512 else array
             for name, array in state.items()

@@ -8,7 +8,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validate import teacher
+from rgexport.validate import reference_pass
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
@@ -40,7 +40,7 @@ def test_artifacts_in_one_table(
 
 
 def test_each_is_what_it_is_alone(clean: Clean, checkpoint: Path) -> None:
-    passes = teacher.SharedPasses()
+    passes = reference_pass.SharedPasses()
     for kind in ("fp16", "int4"):
         alone = validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=30))
         shared = validate_artifact(
@@ -53,14 +53,14 @@ def test_the_original_runs_once(
     clean: Clean, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
-    teach = teacher.teach
+    run_reference = reference_pass.run_reference
 
-    def counted(label: str, *args: Any) -> teacher.Pass:
+    def counted(label: str, *args: Any) -> reference_pass.Pass:
         runs.append(label)
-        return teach(label, *args)
+        return run_reference(label, *args)
 
-    monkeypatch.setattr(teacher, "teach", counted)
-    passes = teacher.SharedPasses()
+    monkeypatch.setattr(reference_pass, "run_reference", counted)
+    passes = reference_pass.SharedPasses()
     for kind in ("fp32", "int4"):
         validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=20), passes=passes)
     assert runs == ["Running the original"]

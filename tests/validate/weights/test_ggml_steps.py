@@ -1,4 +1,4 @@
-"""The yardstick of ggml's types: what ggml stores passes, a wrong scale does not."""
+"""The step_sizes of ggml's types: what ggml stores passes, a wrong scale does not."""
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@
 #include <limits>
 
 #include "floats.h"
-#include "upcoming.h"
+#include "next_weights.h"
 
 namespace rgexport {
 namespace {

@@ -89,7 +89,7 @@ class Fastest {
 };
 
 // Which runs of an op show how fast it reads its weights.
-class Telling {
+class TimedRuns {
  public:
   // The bytes of weights that a run reads, or 0 if its time tells nothing: the first run may wait for
   // a disk, few weights may lie in a cache, and several rows have more to compute.

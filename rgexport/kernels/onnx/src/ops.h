@@ -3,7 +3,7 @@
 
 #include "fastest.h"
 #include "op.h"
-#include "upcoming.h"
+#include "next_weights.h"
 
 namespace rgexport {
 
@@ -34,8 +34,8 @@ class QuantLinears {
  private:
   int matrices_;
   int64_t columns_, bits_, block_, rows_[kMost];
-  Upcoming upcoming_;
-  Telling telling_;
+  NextWeights next_weights_;
+  TimedRuns timed_runs_;
 };
 
 template <int kCount>
@@ -60,8 +60,8 @@ class RgLruScan {
   void run(Context&) const;
 
  private:
-  Upcoming upcoming_;
-  Telling telling_;
+  NextWeights next_weights_;
+  TimedRuns timed_runs_;
 };
 
 // q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, window, D], position_ids [B, T]

@@ -129,7 +129,7 @@ bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
 // while it rounds the activations, for itself: that takes less time than to wait for another.
 bool stream(Context& context, const QuantKernel& kernel, const Products& all, const float* x,
-            int64_t count, const Upcoming& upcoming) {
+            int64_t count, const NextWeights& upcoming) {
   const QuantMatrix& format = all.w[0];
   const int64_t row_bytes = format.row_bytes(), rows = all.rows();
   Span weights[QuantLinears::kMost];
@@ -138,7 +138,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
   const Rounded rounded(kernel, format, parts.parts() * count);
   if (!rounded) return false;
-  Upcoming::Next next = upcoming.begin(weights, all.matrices);
+  NextWeights::Next next = upcoming.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
@@ -250,9 +250,9 @@ void QuantLinears::run(Context& context) const {
 
   const float* rows = x.as<float>();
   const auto few = [&](int reading) {
-    return stream(context, quant_kernels().few[reading], all, rows, count, upcoming_);
+    return stream(context, quant_kernels().few[reading], all, rows, count, next_weights_);
   };
-  const int64_t amount = telling_.amount(all.rows() * all.w[0].row_bytes(), count);
+  const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), count);
   const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0]).run(amount, few)
                                                        : multiply(context, all, rows, count);
   if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);

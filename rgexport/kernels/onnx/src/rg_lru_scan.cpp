@@ -144,14 +144,14 @@ void RgLruScan::run(Context& context) const {
   }
 
   static Fastest<kStreams> streams;
-  streams.run(telling_.amount(2 * weights[0].size() * 4, rows), [&](int way) {
+  streams.run(timed_runs_.amount(2 * weights[0].size() * 4, rows), [&](int way) {
     const Layer layer = {x.dims[1], rows, block, channels,
                          x.as<float>(), decay.as<float>(), state.as<float>(),
                          {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
                           {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
                          positions.as<int64_t>(), h, present, floats().stream[way]};
     Ranges threads(heads * layer.parts_of_head(), 1, processors());
-    Upcoming::Next next = upcoming_.begin({{weights[0].data, weights[0].size() * 4}});
+    NextWeights::Next next = next_weights_.begin({{weights[0].data, weights[0].size() * 4}});
     context.parallel_for(threads.parts(), [&](size_t own) {
       const int64_t head = threads.first(own) / layer.parts_of_head();
       for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);

@@ -83,7 +83,7 @@ class Pass:
         return int(np.cumprod(same).sum())
 
 
-def teach(
+def run_reference(
     label: str,
     make: MakeReference,
     config: GriffinConfig,
@@ -120,12 +120,12 @@ class SharedPasses:
         """Whether an original ran over tokens [T] before."""
         return _key(original, tokens) in self._done
 
-    def teach(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
+    def run_reference(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
         """Runs an original over tokens [T], unless it did that before."""
         key = _key(original, tokens)
         if key not in self._done:
             config, weights = original.config, original.weights
-            self._done[key] = teach("Running the original", make, config, weights, tokens)
+            self._done[key] = run_reference("Running the original", make, config, weights, tokens)
         return self._done[key]
 
 

@@ -3,8 +3,8 @@ import pytest
 
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.tensor import WeightSource
-from rgexport.validate import teacher
-from rgexport.validate.teacher import teach, torch_reference
+from rgexport.validate import reference_pass
+from rgexport.validate.reference_pass import run_reference, torch_reference
 from tests.models import ODD_CONFIGS, random_weights, weight_source
 
 CONFIG = ODD_CONFIGS["irregular"]
@@ -17,7 +17,7 @@ def weights() -> WeightSource:
 
 
 def test_logits_of_blocks_are_those_of_one_pass(weights: WeightSource) -> None:
-    taught = teach("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
+    taught = run_reference("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
     reference = Reference(CONFIG, weights)
     hidden, state = reference.run(TOKENS[None])
     whole = reference.logits(hidden)[0]
@@ -39,8 +39,10 @@ def test_progress_counts_each_weight_once(
         def __exit__(self, *exc: object) -> None:
             pass
 
-    monkeypatch.setattr(teacher, "task", lambda label, total: asked.append(total) or Recorder())
-    taught = teach("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
+    monkeypatch.setattr(
+        reference_pass, "task", lambda label, total: asked.append(total) or Recorder()
+    )
+    taught = run_reference("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
     assert sum(done) == asked[0] > 0
     taught.logits(0, 5)
     assert sum(done) == asked[0], "the head is not part of the pass"

@@ -25,7 +25,7 @@ struct Span {
   int64_t bytes;
 };
 
-class Upcoming {
+class NextWeights {
   static constexpr int kSpans = 3;
   struct Weights {
     struct {
