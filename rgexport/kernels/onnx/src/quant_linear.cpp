@@ -129,7 +129,7 @@ bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const
 // Few rows: each thread streams through its own part of the weights. It fetches the first of them
 // while it rounds the activations, for itself: that takes less time than to wait for another.
 bool stream(Context& context, const QuantKernel& kernel, const Products& all, const float* x,
-            int64_t count, const NextWeights& upcoming) {
+            int64_t count, const NextWeights& next_weights) {
   const QuantMatrix& format = all.w[0];
   const int64_t row_bytes = format.row_bytes(), rows = all.rows();
   Span weights[QuantLinears::kMost];
@@ -138,7 +138,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
   const Rounded rounded(kernel, format, parts.parts() * count);
   if (!rounded) return false;
-  NextWeights::Next next = upcoming.begin(weights, all.matrices);
+  NextWeights::Next next = next_weights.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
