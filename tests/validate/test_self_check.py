@@ -31,7 +31,8 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize import affine
 from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate import room, schedule
+from rgexport.validate import room
+from rgexport.validate.formats import coreml as coreml_format
 from rgexport.validate.schedule import Schedule, choose_schedule
 from tests.artifacts import require_ggml
 from tests.command_line import ROOT, START, rgexport
@@ -269,7 +270,7 @@ def test_most_engines_take_a_prefill_and_a_few_steps(model):
 )
 def test_core_mls_schedules(options, largest, expected, model, monkeypatch):
     pytest.importorskip("coremltools")
-    monkeypatch.setattr(schedule, "SMALL_MODEL", largest)
+    monkeypatch.setattr(coreml_format, "SMALL_MODEL", largest)
     code, found = export(model, "coreml", "--prefill-length", "8", *options)
     assert choose_schedule(open_artifact("out").manifest) == expected
     assert code == 0 and found.status == "verified"
