@@ -87,7 +87,11 @@ def test_demo_speaks(demo_artifact, capsys):
 def test_demo_is_validated(demo_artifact, tmp_path, capsys):
     report = tmp_path / "report.json"
     assert run(["validate", str(demo_artifact), "--tokens", "64", "--json", str(report)]) == 0
-    assert capsys.readouterr().out.startswith("PASS")
+    shown = capsys.readouterr()
+    assert shown.out.startswith("PASS") and shown.out.endswith("for a page.\n")
+    assert len(shown.out.splitlines()) <= 20
+    stages = [line.split("]")[0] for line in shown.err.splitlines() if "left" not in line]
+    assert stages == [f"[{i}/5" for i in range(1, 6)]
     assert json.loads(report.read_text())["verdict"] == "PASS"
 
 

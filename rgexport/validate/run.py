@@ -95,6 +95,7 @@ def validate_artifacts(
         write_html(results, html_file)
     # Last: who reads it may leave after a few lines, as `head` does.
     one = len(results) == 1
-    print(render(results[0], html_file) if one else render_several(results, html_file))
+    text = render(results[0], html_file) if one else render_several(results, html_file)
+    print(text, end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(result.verdict in enough for result in results) else 1
