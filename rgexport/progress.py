@@ -98,7 +98,7 @@ class Work:
         for line in lines:
             if not columns or len(line) <= columns:
                 return line
-        end, room = f"…: {words[-1]}", columns or 0
+        end, room = f"...: {words[-1]}", columns or 0  # any terminal has dots
         return f"{self.title[: max(0, room - len(end))]}{end}"[:room]
 
     @property
