@@ -16,9 +16,9 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.describe import describe
 from tests.artifacts import export_random_coreml
-from tests.export.mil.damage import (
+from tests.export.mil.damage import DAMAGES
+from tests.export.mil.package_edits import (
     BLOCKWISE,
-    DAMAGES,
     MODEL,
     UP,
     WEIGHTS,

@@ -13,7 +13,7 @@ from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.mil.own_metadata import CONFIG, write_config
 from rgexport.griffin.config import GriffinConfig
-from tests.export.mil.damage import block, edit, in_both, name_of
+from tests.export.mil.package_edits import block, edit, in_both, name_of
 
 FLOAT16, FLOAT32 = 10, 11
 """Numbers of `DataType` in MIL.proto."""

@@ -10,7 +10,7 @@ pytest.importorskip("coremltools")
 
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
-from tests.export.mil.damage import drop_write
+from tests.export.mil.package_edits import drop_write
 from tests.validate.faults.conftest import CONFIG, EXPORTS, Copy, Judge, require_named
 from tests.validate.faults.mil_edits import (
     Change,

@@ -3,7 +3,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 
 from rgexport import progress
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.opening import Request
-from rgexport.validate.positions import Choice
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.report.cost_picture import cost_chart
@@ -29,47 +26,15 @@ from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.speed import Speed
 from rgexport.validate.states import worst
+from tests.validate.report.changed_results import (
+    HOSTILE,
+    ambiguous,
+    hostile,
+    with_site_beyond,
+    without_torch,
+)
+from tests.validate.report.parsed_page import Page
 from tests.validate.test_result import with_nan
-
-VOID = {"meta", "link", "wbr", "path", "rect", "circle"}
-HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""
-
-
-class Page(HTMLParser):
-    """Reads a page as a tree that must be balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.paths: list[tuple[str, ...]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.paths.append((*self.open, tag))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-        if tag in ("td", "th", "dt", "dd", "li", "p"):
-            self.texts.append(" ")
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        """All text, runs of spaces as one."""
-        return " ".join("".join(self.texts).split())
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -92,30 +57,6 @@ def alone(clean: Callable[[str], Path]) -> Result:
     return validate_artifact(clean("fp32"), Request(max_tokens=20))
 
 
-def without_torch(result: Result) -> Result:
-    """What a reference file alone tells."""
-    source = dataclasses.replace(result.source, found=False, path=None)
-    assert result.reference is not None
-    file = dataclasses.replace(result.reference, layers=None)
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("twin", "original", "sites", "weights", "layers", "suspects", "speed")
-    )
-    return dataclasses.replace(result, source=source, reference=file, **nothing)
-
-
-def ambiguous(result: Result) -> Result:
-    first = dataclasses.replace(result.checks[0], value=0.25, margin=0.04, limit=0.27)
-    return dataclasses.replace(result, checks=[first, *result.checks[1:]])
-
-
-def with_site_beyond(result: Result) -> Result:
-    assert result.sites is not None
-    errors = list(result.sites.errors)
-    place = next(i for i, e in enumerate(errors) if e.layer == 1 and e.op == "rg_lru_scan")
-    errors[place] = dataclasses.replace(errors[place], rms=0.5, excess=7.25)
-    return dataclasses.replace(result, sites=site_report(errors))
-
-
 @pytest.fixture(
     scope="module", params=["one", "failed", "ambiguous", "alone", "no torch", "sites", "several"]
 )
@@ -130,45 +71,6 @@ def page(request: pytest.FixtureRequest, result: Result, alone: Result) -> Page:
         "several": [result, alone, with_nan(result), without_torch(result), ambiguous(result)],
     }
     return Page(render_page(results[request.param]))
-
-
-def hostile(result: Result) -> Result:
-    """Markup in all that comes from outside."""
-    assert result.original is not None and result.sites and result.reference and result.layers
-    site = dataclasses.replace(result.sites.errors[0], site=HOSTILE, op=HOSTILE, excess=9.0)
-    prompt = dataclasses.replace(result.reference.prompts[0], name=HOSTILE)
-    choice = Choice(token=3, probability=0.5, text=HOSTILE)
-    place = dataclasses.replace(
-        result.original.worst[0],
-        context=HOSTILE,
-        next_text=HOSTILE,
-        reference=[choice],
-        candidate=[choice],
-    )
-    return dataclasses.replace(
-        result,
-        artifact=dataclasses.replace(
-            result.artifact, name=HOSTILE, path=HOSTILE, files={HOSTILE: "0" * 64}
-        ),
-        source=dataclasses.replace(
-            result.source, path=HOSTILE, config_differences=(f"window: {HOSTILE}",)
-        ),
-        text=dataclasses.replace(result.text, name=HOSTILE),
-        original=dataclasses.replace(result.original, worst=[place]),
-        checks=[dataclasses.replace(result.checks[0], name=HOSTILE, reason=HOSTILE)],
-        sites=site_report([site]),
-        layers=[dataclasses.replace(result.layers[0], part=HOSTILE)],
-        suspects=[Suspect(layer=None, site=HOSTILE, evidence=HOSTILE)],
-        reference=dataclasses.replace(
-            result.reference,
-            path=HOSTILE,
-            model=HOSTILE,
-            prompts=[prompt],
-            computed={HOSTILE: HOSTILE},
-            config_differences=(HOSTILE,),
-        ),
-        environment={**result.environment, "cpu": HOSTILE},
-    )
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:

@@ -1,0 +1,181 @@
+"""Ways to break a checkpoint, each with what the complaint must say."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.griffin.safetensors_writer import write_weights
+from tests.models import (
+    make_config,
+    random_weights,
+    weight_source,
+    write_deepmind,
+    write_hugging_face,
+)
+
+CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+WEIGHTS = random_weights(CONFIG)
+LINEAR = "layers.0.mlp_block.gate_proj.weight"
+NORM = "layers.1.channel_pre_norm.weight"
+
+
+def save(folder: Path, *, without: str = "", shards: bool = False, **changed: np.ndarray) -> None:
+    weights = {name: array for name, array in WEIGHTS.items() if name != without}
+    limit = 20_000 if shards else 1 << 30
+    write_hugging_face(CONFIG, weights | changed, folder, shard_bytes=limit)
+
+
+def spoiled(value: float) -> np.ndarray:
+    array = WEIGHTS[LINEAR].copy()
+    array[3, 5] = value
+    return array
+
+
+def edit_config(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        save(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        save(folder)
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+    return rewrite
+
+
+def then(make: Callable[[Path], object], spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        make(folder)
+        spoil(folder)
+
+    return both
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        path = next(folder.glob(name))
+        os.truncate(path, path.stat().st_size - 10)
+
+    return cut
+
+
+def put(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def sharded(folder: Path) -> None:
+    save(folder, shards=True)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def with_head(folder: Path) -> None:
+    head = WEIGHTS["embed_tokens.weight"].copy()
+    head[1, 1] += 1
+    save(folder)
+    write_weights(folder, weight_source(WEIGHTS | {"lm_head.weight": head}))
+    path = folder / "model.safetensors"  # where a head stands beside `model.`, not below it
+    path.write_bytes(
+        path.read_bytes().replace(b'"model.lm_head.weight"', b'      "lm_head.weight"')
+    )
+
+
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated file": (then(save, truncate("model.safetensors")), "model.safetensors"),
+    "truncated shard": (then(sharded, truncate("*-00002-*")), "00002-of"),
+    "missing shard": (then(sharded, remove("*-00002-*")), "00002-of"),
+    "index is no JSON": (then(sharded, put("model.safetensors.index.json", b"{")), "index.json"),
+    "text as weights": (then(save, put("model.safetensors", b"hello " * 99)), "model.safetensors"),
+    "empty weights": (then(save, put("model.safetensors", b"")), "model.safetensors"),
+    "huge header": (
+        then(save, put("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}" * 99)),
+        "model.safetensors",
+    ),
+    "offsets outside": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(data_offsets=[0, 1 << 50])),
+        "gate_proj",
+    ),
+    "offsets of another size": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(data_offsets=[0, 4])),
+        "gate_proj",
+    ),
+    "negative shape": (
+        edit_header(lambda h: h[f"model.{LINEAR}"].update(shape=[-48, -32])),
+        "gate_proj",
+    ),
+    "unknown dtype": (edit_header(lambda h: h[f"model.{LINEAR}"].update(dtype="I32")), "gate_proj"),
+    "name that a terminal obeys": (
+        edit_header(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
+        r"tensor \?\[2J\?\]0;x\? has",
+    ),
+    "name without an end": (edit_header(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
+    "missing tensor": (lambda f: save(f, without=LINEAR), f"missing: .*{LINEAR}"),
+    "unexpected tensor": (lambda f: save(f, extra=np.ones((2, 2), np.float32)), "extra"),
+    "wrong shape": (lambda f: save(f, **{NORM: np.ones(7, np.float32)}), "channel_pre_norm"),
+    "NaN": (lambda f: save(f, **{LINEAR: spoiled(np.nan)}), "NaN/Inf: .*gate_proj.*row 3"),
+    "infinity": (lambda f: save(f, **{LINEAR: spoiled(-np.inf)}), "NaN/Inf: .*gate_proj"),
+    "untied head": (with_head, "lm_head.weight differs from"),
+    "all at once": (
+        lambda f: save(f, without=NORM, more=np.ones(1, np.float32), **{LINEAR: spoiled(np.nan)}),
+        f"3 problems.*(?=.*more)(?=.*{LINEAR})(?=.*{NORM})",
+    ),
+    "no config": (then(save, remove("config.json")), "config.json"),
+    "config is no JSON": (then(save, put("config.json", b"{'a': 1}")), "config.json is not JSON"),
+    "config of another model": (edit_config(model_type="llama"), "llama"),
+    "config of another size": (edit_config(hidden_size=40), "wrong shape"),
+    "negative size": (edit_config(hidden_size=-32), "hidden_size is -32"),
+    "size is a word": (edit_config(num_attention_heads="two"), "num_attention_heads is 'two'"),
+    "unknown block": (edit_config(block_types=["recurrent", "mamba"]), "mamba"),
+    "empty folder": (lambda folder: None, "model"),
+    "config alone": (then(save, remove("model.safetensors")), "model"),
+}
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+def pickle_with_code(folder: Path) -> None:
+    write_deepmind(WEIGHTS, folder)
+    source, target = folder / "model.pt", folder / "bad.zip"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            data = pickle.dumps(Bomb()) if item.filename.endswith("data.pkl") else old.read(item)
+            new.writestr(item.filename, data)
+    target.replace(source)
+
+
+BROKEN_PT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickle with code": (pickle_with_code, "model.pt"),
+    "bare pickle with code": (put("model.pt", pickle.dumps(Bomb())), "model.pt"),
+    "text": (put("model.pt", b"weights\n" * 99), "model.pt"),
+    "empty": (put("model.pt", b""), "model.pt"),
+    "truncated": (then(lambda f: write_deepmind(WEIGHTS, f), truncate("model.pt")), "model.pt"),
+    "missing tensor": (
+        lambda f: write_deepmind({n: w for n, w in WEIGHTS.items() if n != LINEAR}, f),
+        "ffw_up|gate_proj|missing",
+    ),
+}
