@@ -22,7 +22,7 @@ from rgexport.export import verified
 from rgexport.export.checked import CheckRecord
 from rgexport.export.gguf import metadata
 from rgexport.export.manifest import MANIFEST
-from rgexport.export.onnx import lowering, storage
+from rgexport.export.onnx import lowering
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import LoweringProfile
@@ -123,7 +123,7 @@ def spoil_scales(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = encode(rows, scheme)
         return parts | {"scales": parts["scales"] * np.float32(40)}
 
-    monkeypatch.setattr(storage.affine, "encode", faulty)
+    monkeypatch.setattr(affine, "encode", faulty)
 
 
 def break_graph(monkeypatch: pytest.MonkeyPatch) -> None:

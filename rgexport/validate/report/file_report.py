@@ -35,11 +35,18 @@ def file_parts(found: AgainstFile) -> Iterator[str | Table]:
     yield sketch_table(found)
     if found.layers:
         yield Table(STREAM, ("layer", *_LAYER), _layer_rows(found.layers), _LAYER)
-        if first := next((error for error in found.layers if not error.passed), None):
+        yield from first_layer(found)
+
+
+def first_layer(found: AgainstFile) -> Iterator[str]:
+    """The layer in which the artifact begins to differ, if there is one and it was looked for."""
+    for error in found.layers or ():
+        if not error.passed:
             yield (
-                f"layer {first.layer} is the first whose residual stream leaves the reference's: "
-                f"{first.relative_rms:.3g}, limit {first.limit:g}"
+                f"layer {error.layer} is the first whose residual stream leaves the reference's: "
+                f"{error.relative_rms:.3g}, limit {error.limit:g}"
             )
+            return
 
 
 def reference_warnings(found: AgainstFile) -> Iterator[str]:

@@ -7,7 +7,7 @@ from rgexport import progress, tables
 from rgexport.export.request import as_argument
 from rgexport.progress import amount
 from rgexport.tables import Row, Table
-from rgexport.validate.report.file_report import file_parts, reference_warnings
+from rgexport.validate.report.file_report import file_parts, first_layer, reference_warnings
 from rgexport.validate.report.overview import counted_verdicts, overview, verdict_of
 from rgexport.validate.report.report_tables import (
     drift_table,
@@ -89,6 +89,8 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
     if r.layers is not None or r.suspects:
         yield ""
         yield from bisect_parts(None, r.layers, r.suspects or ())
+    if r.reference is not None:
+        yield from first_layer(r.reference)
     yield _next_step([r], page)
 
 

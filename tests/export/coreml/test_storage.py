@@ -129,5 +129,5 @@ def test_what_is_decoded_is_what_was_folded(weights, tmp_path):
 @pytest.mark.parametrize("name", ["a.weight", "b.weight", "e.weight", "f.weight"])
 def test_a_weight_beyond_float16_is_named(name, weights, tmp_path):
     weights[name][3, 5] = 3e6
-    with pytest.raises(RequestError, match=f"^{name}.*3e.06, more than float16|{name}: weights of"):
+    with pytest.raises(RequestError, match=f"^{name}: (a weight|weights) of .* more than float16"):
         written(weights, tmp_path)

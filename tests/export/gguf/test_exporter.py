@@ -234,7 +234,7 @@ def test_printed_plan_exports_the_same(model, capsys):
 
 def test_killed_export_leaves_nothing_that_the_next_does_not_remove(tmp_path):
     slow = (
-        "import time, rgexport.export.gguf.writer as w; q = w.quantize_rows\n"
+        "import time, rgexport.quantize.algorithms as w; q = w.quantize_rows\n"
         "w.quantize_rows = lambda *a: time.sleep(0.2) or q(*a)"
     )
     asked = ["gguf", "--size", "demo", "-o", "out.gguf"]

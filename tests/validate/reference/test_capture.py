@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 
-from rgexport import cli
+from rgexport.commands import proof
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -158,7 +158,7 @@ def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
     assert rgexport(*asked, "--impl", "mlx", folder=tmp_path).returncode == 2
     made = rgexport(*asked, "--low-memory", folder=tmp_path)
     assert made.returncode == 0 and made.stdout.startswith("r is complete")
-    impl = next(option for option in cli.reference.params if option.name == "impl")
+    impl = next(option for option in proof.reference.params if option.name == "impl")
     assert isinstance(impl.type, click.Choice)
     assert tuple(impl.type.choices) == implementations.NAMES
 
