@@ -148,7 +148,8 @@ def _close(target: Path) -> int:
     from rgexport.export.request import check_line, closing_line
 
     artifact = open_artifact(target)
-    progress.detail(as_text(describe(str(target))))
+    if progress.verbose:
+        progress.detail(as_text(describe(str(target))))
     for line in filter(None, (check_line(artifact), closing_line(artifact))):
         click.echo(line)
     return 1 if artifact.manifest.check.status == "unverified" else 0

@@ -9,8 +9,6 @@ from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import MODEL_FILE, PACKAGE
 from rgexport.export.format import CardText, Format, Layouts
 from rgexport.export.manifest import Manifest
-from rgexport.export.mil.describe import describe_package
-from rgexport.export.mil.package import means_package
 from rgexport.export.typed_json import Mismatch, label
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.quantize.scheme import Scheme
@@ -77,6 +75,9 @@ class CoreMLFormat(Format):
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
         """See `Format`: any Core ML package."""
+        from rgexport.export.mil.describe import describe_package  # reads programs, too
+        from rgexport.export.mil.package import means_package
+
         return describe_package(path, verify=verify) if means_package(path) else None
 
 
