@@ -8,7 +8,7 @@ import numpy as np
 from rgexport.chat.folder_text import FolderText
 from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
-from rgexport.export.format import CardText, Format, Layouts
+from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import IoRecord, Manifest, StoredTensor
 from rgexport.export.storage import Places, fill
 from rgexport.griffin.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from rgexport.validate.self_check import self_check
 KIND, DATA = "toy", "toy.data"
 
 
-class ToyFormat(Format):
+class ToyFormat(FolderFormat):
     """What it stores and how it opens."""
 
     precisions = ("fp32",)

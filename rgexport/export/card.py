@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from rgexport.export.checked import CheckRecord
-from rgexport.export.format import format_of
+from rgexport.export.format import folder_format
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
@@ -95,7 +95,9 @@ def card(manifest: Manifest) -> str:
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
     verb = "chat ." if tuned else 'generate . -p "The meaning of life is"'
-    text = format_of(manifest.kind).card(manifest, verb)
+    form = folder_format(manifest.kind)
+    assert form, "only folders have a card"
+    text = form.card(manifest, verb)
     return _TEMPLATE.format(
         **config.to_dict(),
         name=manifest.name,

@@ -1,5 +1,6 @@
 """What a format of artifacts has to say on this floor: what it stores, how it opens, its card."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,39 +31,50 @@ class CardText:
 
 
 class Format:
-    """A format whose artifacts are folders with an `rgexport.json`, unless it says otherwise."""
+    """What all formats have."""
 
     manifest: type[Manifest] = Manifest
-    in_one_file: bool = False
-    """Whether an artifact is a single file, and no folder."""
     precisions: Collection[str] = ()
     """Words for how weights are stored."""
-    entries: Collection[str] = ()
-    """Files or folders of an artifact that may be given in its place."""
     runs_on: str = ""
     """Where an artifact runs, as `It runs …` goes on, if that has to be said."""
     hash_name: str = "sha256"
     """What the hash of a file in the manifest is of."""
 
-    def owns(self, path: Path) -> bool:
-        """Whether a path is that of an artifact that is a single file of this format."""
-        return False
+    def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
+        """Describes a model of this format that is no artifact of ours; None of anything else."""
+        return None
 
-    def open_file(self, path: Path, *, verify: bool) -> Artifact:
+
+class FileFormat(Format, ABC):
+    """A format whose artifacts are single files."""
+
+    @abstractmethod
+    def owns(self, path: Path) -> bool:
+        """Whether a path is meant to be such a file."""
+
+    @abstractmethod
+    def open(self, path: Path, *, verify: bool) -> Artifact:
         """Opens what `owns` says yes to; see `opening.open_artifact`."""
-        raise NotImplementedError
+
+
+class FolderFormat(Format, ABC):
+    """A format whose artifacts are folders with an `rgexport.json`."""
+
+    entries: Collection[str] = ()
+    """Files or folders of an artifact that may be given in its place."""
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
         """The artifact in a folder, whose files have not been looked at."""
         return Artifact(folder, manifest)
 
+    @abstractmethod
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         """The parts of a tensor of `shape` that is stored by `scheme`.
 
         Raises:
             RequestError: the format does not have that scheme, or not for that shape.
         """
-        raise NotImplementedError
 
     def check_manifest(self, manifest: Manifest) -> None:
         """Looks at what only manifests of this format have.
@@ -70,19 +82,22 @@ class Format:
         Raises:
             Mismatch: they contradict themselves.
         """
+        return  # most have nothing of their own
 
+    @abstractmethod
     def card(self, manifest: Manifest, verb: str) -> CardText:
         """What the card says; `verb` is the command that lets the artifact speak."""
-        raise NotImplementedError
-
-    def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        """Describes a model of this format that is no artifact of ours; None of anything else."""
-        return None
 
 
 def format_of(kind: str) -> Format:
     """The format of a kind of artifact."""
     return cast(Format, format_on("export", kind))
+
+
+def folder_format(kind: str) -> FolderFormat | None:
+    """The format of a kind of artifact that is a folder; None of any other word."""
+    form = format_of(kind) if kind in FORMATS else None
+    return form if isinstance(form, FolderFormat) else None
 
 
 def all_formats() -> list[Format]:

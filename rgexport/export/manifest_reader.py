@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.format import Format, format_of
+from rgexport.export.format import FolderFormat, folder_format
 from rgexport.export.manifest import (
     ACTIVATIONS,
     FORMAT_VERSION,
@@ -15,7 +15,6 @@ from rgexport.export.manifest import (
     StoredTensor,
 )
 from rgexport.export.typed_json import Mismatch, Reader, label
-from rgexport.formats import FORMATS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
@@ -34,8 +33,8 @@ def read_manifest(folder: Path) -> Manifest:
     fields = _load(path)
     version = fields.get("format_version")
     kind = fields.get("kind")
-    form = format_of(kind) if isinstance(kind, str) and kind in FORMATS else None
-    if form is None or form.in_one_file or type(version) is not int:
+    form = folder_format(kind) if isinstance(kind, str) else None
+    if form is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
     if version != FORMAT_VERSION:
         raise RequestError(
@@ -63,7 +62,7 @@ def _load(path: Path) -> dict[str, Any]:
     return read_json(path).values
 
 
-def _check(manifest: Manifest, form: Format) -> None:
+def _check(manifest: Manifest, form: FolderFormat) -> None:
     """What the types alone do not say.
 
     Raises:
@@ -115,7 +114,7 @@ def check_config(config: GriffinConfig) -> None:
     _require(rotated, f"config.rope_dims is {config.rope_dims}, of {config.head_dim}")
 
 
-def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: Format) -> None:
+def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
     """The parts must be those of the scheme, and lie inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
     quantized = isinstance(stored.scheme, Affine | Palette)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import all_formats, format_of
+from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.request import as_argument
@@ -23,9 +23,10 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     """
     place, formats = Path(path), all_formats()
     for form in formats:
-        if form.owns(place):
-            return form.open_file(place, verify=verify)
-    entries = {MANIFEST, *(entry for form in formats for entry in form.entries)}
+        if isinstance(form, FileFormat) and form.owns(place):
+            return form.open(place, verify=verify)
+    folders = [form for form in formats if isinstance(form, FolderFormat)]
+    entries = {MANIFEST, *(entry for form in folders for entry in form.entries)}
     folder = place.parent if place.name in entries and is_artifact(place.parent) else place
     if not is_artifact(folder) and means_checkpoint(folder):
         raise RequestError(
@@ -33,7 +34,9 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
             f"rgexport onnx -m {as_argument(folder)} --int4"
         )
     manifest = read_manifest(folder)
-    artifact = format_of(manifest.kind).artifact(folder, manifest)
+    found = folder_format(manifest.kind)
+    assert found, "a manifest of another kind was refused"
+    artifact = found.artifact(folder, manifest)
     if complaints := artifact.complaints(verify):
         raise RequestError(
             f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
@@ -43,4 +46,5 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
 
 def means_artifact(path: Path) -> bool:
     """Whether a path is meant to be an artifact, sound or not."""
-    return any(form.owns(path) for form in all_formats()) or is_artifact(path)
+    files = (form for form in all_formats() if isinstance(form, FileFormat))
+    return any(form.owns(path) for form in files) or is_artifact(path)

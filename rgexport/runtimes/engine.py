@@ -1,5 +1,6 @@
 """What runs a kind of artifact: what a format has to say on this floor."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,7 +13,7 @@ from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
 
-class Engine:
+class Engine(ABC):
     """Opens artifacts of one kind; libraries are loaded when they are needed."""
 
     def require(self) -> None:
@@ -21,10 +22,11 @@ class Engine:
         Raises:
             NotInstalled: it is not.
         """
+        return  # most come with every install
 
+    @abstractmethod
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         """See `open_session`."""
-        raise NotImplementedError
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         """The same, where opening takes least memory."""

@@ -7,7 +7,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.layouts import part_layouts
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import MODEL_FILE, PACKAGE
-from rgexport.export.format import CardText, Format, Layouts
+from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
 from rgexport.export.typed_json import Mismatch, label
 from rgexport.quantize.plan import COREML_PRECISIONS
@@ -28,7 +28,7 @@ The rest of a conversation is an `MLState`; Xcode shows what each feature is.
 runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
-class CoreMLFormat(Format):
+class CoreMLFormat(FolderFormat):
     """A package with its manifest beside it."""
 
     manifest = CoreMLManifest
@@ -37,18 +37,18 @@ class CoreMLFormat(Format):
     runs_on = f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project"
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """See `Format`."""
+        """See `FolderFormat`."""
         from rgexport.export.coreml.artifact import CoreMLArtifact  # reads programs, too
 
         assert isinstance(manifest, CoreMLManifest)
         return CoreMLArtifact(folder, manifest)
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """See `Format`."""
+        """See `FolderFormat`."""
         return part_layouts(shape, scheme)
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """See `Format`: the length of a chunk, and the hashes of all parts."""
+        """See `FolderFormat`: the length of a chunk, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
         if MODEL_FILE not in manifest.files:
@@ -63,7 +63,7 @@ class CoreMLFormat(Format):
                 raise Mismatch(f"coreml.blobs.{blob}: not a hash")
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """See `Format`."""
+        """See `FolderFormat`."""
         assert isinstance(manifest, CoreMLManifest)
         inputs, outputs = (
             ", ".join(f"`{value.name}`" for value in values)

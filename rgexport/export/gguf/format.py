@@ -3,17 +3,16 @@
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import Format
+from rgexport.export.format import FileFormat
 from rgexport.export.gguf.manifest import GgufManifest
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
 
 
-class GgufFormat(Format):
+class GgufFormat(FileFormat):
     """One file, with a manifest in its metadata; it has no card."""
 
     manifest = GgufManifest
-    in_one_file = True
     precisions = PRECISIONS
     runs_on = (
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "
@@ -22,11 +21,11 @@ class GgufFormat(Format):
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
-        """See `Format`: by a file's first bytes or, if it is none, by its name."""
+        """See `FileFormat`: by a file's first bytes or, if it is none, by its name."""
         return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
 
-    def open_file(self, path: Path, *, verify: bool) -> Artifact:
-        """See `Format`."""
+    def open(self, path: Path, *, verify: bool) -> Artifact:
+        """See `FileFormat`."""
         from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
 
         return open_gguf(path, verify=verify)

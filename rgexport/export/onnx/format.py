@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, Format, Layouts
+from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import OnnxArtifact
 from rgexport.export.onnx.layouts import part_layouts
@@ -33,21 +33,21 @@ zeros at first; its outputs are `logits` and the new states. On a desktop:
     rgexport {verb}"""
 
 
-class OnnxFormat(Format):
+class OnnxFormat(FolderFormat):
     """A graph with its weights in files beside it."""
 
     precisions = PRECISIONS
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """See `Format`."""
+        """See `FolderFormat`."""
         return OnnxArtifact(folder, manifest)
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """See `Format`."""
+        """See `FolderFormat`."""
         return part_layouts(shape, scheme)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """See `Format`."""
+        """See `FolderFormat`."""
         engine, run = "ONNX Runtime", _DESKTOP
         if manifest.profile != "cpu":
             engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
