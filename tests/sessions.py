@@ -1,7 +1,9 @@
 """What the tests of all engines do with a session."""
 
 import numpy as np
+import pytest
 
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.runtimes.session import Session
 
@@ -26,3 +28,17 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, as a share of the largest expected value."""
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def check_refusals(session: Session) -> None:
+    """What every session of the model `ODD_CONFIGS["regular"]` refuses."""
+    with pytest.raises(RequestError, match="256 is outside of the vocabulary"):
+        session.prefill(np.array([[3, 256]]))
+    with pytest.raises(RequestError, match=r"expected \[1, T\]"):
+        session.prefill(np.zeros((2, 3), np.int64))
+    state = session.get_state()
+    del state["layers.0.rg_lru"]
+    with pytest.raises(RequestError, match="layers.0.rg_lru is missing"):
+        session.set_state(state)
+    with pytest.raises(RequestError, match="layers.0.conv1d has shape"):
+        session.set_state(session.get_state() | {"layers.0.conv1d": np.zeros((1, 2, 64))})

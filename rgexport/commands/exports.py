@@ -14,6 +14,7 @@ from rgexport.commands.options import (
     model_options,
     output_options,
     plan_option,
+    storing_options,
     verbose,
     width_options,
 )
@@ -40,13 +41,7 @@ from rgexport.commands.options import (
     help="Of activations. [default: fp32, or fp16 with fp16 weights]",
 )
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
-@click.option("--block-size", type=int, help="32, 64 or 128. [default: 128]")
-@click.option("--symmetric/--asymmetric", default=None, help="[default: asymmetric for int4]")
-@click.option(
-    "--embedding-precision",
-    metavar="WORD",
-    help="Of the embedding, which is the head too. [default: as --precision]",
-)
+@storing_options(block="128", symmetry="asymmetric for int4", embedding="as --precision")
 @plan_option
 @output_options
 @check_option
@@ -67,12 +62,10 @@ def onnx(**request: Any) -> int:
     metavar="fp32|fp16",
     help="Of linears and attention. [default: fp16, or fp32 with fp32 weights]",
 )
-@click.option("--block-size", type=int, help="32, 64 or 128. [default: 32; int8: a row]")
-@click.option("--symmetric/--asymmetric", default=None, help="[default: symmetric]")
-@click.option(
-    "--embedding-precision",
-    metavar="WORD",
-    help="Of the embedding, which is the head too. [default: int8 for 4 bits, or as --precision]",
+@storing_options(
+    block="32; int8: a row",
+    symmetry="symmetric",
+    embedding="int8 for 4 bits, or as --precision",
 )
 @plan_option
 @click.option("--prefill-length", type=int, default=128, show_default=True, help="Tokens a call.")

@@ -87,3 +87,16 @@ sampling_options = _options(
     click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
     native_option,
 )
+
+
+def storing_options(block: str, symmetry: str, embedding: str) -> Callable[[_Command], _Command]:
+    """How quantized weights are stored; the arguments say what a format's defaults are."""
+    return _options(
+        click.option("--block-size", type=int, help=f"32, 64 or 128. [default: {block}]"),
+        click.option("--symmetric/--asymmetric", default=None, help=f"[default: {symmetry}]"),
+        click.option(
+            "--embedding-precision",
+            metavar="WORD",
+            help=f"Of the embedding, which is the head too. [default: {embedding}]",
+        ),
+    )

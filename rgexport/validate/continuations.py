@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.runtimes.session import Session
+from rgexport.validate.greedy import most_likely
 from rgexport.validate.positions import TokenText
 from rgexport.validate.reference.reference_file import ReferenceFile
 
@@ -46,7 +47,8 @@ def continuations(
     ]
     for index, name, tokens in chosen[:SHOWN]:
         theirs = reference.greedy(index)[:MOST_TOKENS]
-        ours = _continue(session, tokens, len(theirs))
+        session.reset()
+        ours = most_likely(session, session.prefill(tokens[None])[0, -1], len(theirs))
         yield Continuation(
             name=name,
             prompt=spell(tokens[1:].tolist()),  # without the token that begins every text
@@ -55,13 +57,3 @@ def continuations(
             tokens=len(theirs),
             common=int(np.cumprod(ours == theirs).sum()),
         )
-
-
-def _continue(session: Session, tokens: np.ndarray, count: int) -> np.ndarray:
-    """The session's most likely tokens [count] after tokens [T]."""
-    session.reset()
-    logits = session.prefill(tokens[None])[0, -1]
-    found = [int(logits.argmax())]
-    while len(found) < count:
-        found.append(int(session.step(np.array(found[-1:], np.int64))[0].argmax()))
-    return np.array(found, np.int64)

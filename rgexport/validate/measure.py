@@ -18,6 +18,7 @@ from rgexport.validate.equivalences import (
     equivalences,
     taken_again,
 )
+from rgexport.validate.greedy import most_likely
 from rgexport.validate.positions import (
     PositionBlock,
     TokenText,
@@ -118,7 +119,7 @@ def measure(
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
     chunk = Chunk(logits, session.get_state())
-    chosen = _continuation(session, logits[-1])
+    chosen = most_likely(session, logits[-1], GREEDY_TOKENS)
     same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
     same["reset"] = after_reset(session, tokens[: len(head)], head)
     return Measurement(
@@ -182,14 +183,6 @@ class _Side:
             blocks=position_blocks(rows),
             worst=self._worst.ranking(),
         )
-
-
-def _continuation(session: Session, logits: np.ndarray) -> np.ndarray:
-    """The most likely tokens behind the session's state, whose last logits [vocab] are given."""
-    chosen = [int(logits.argmax())]
-    while len(chosen) < GREEDY_TOKENS:
-        chosen.append(int(session.step(np.array(chosen[-1:]))[0].argmax()))
-    return np.array(chosen, np.int64)
 
 
 def _block_size(session: Session) -> int:

@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("coremltools")
 
-from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
 from rgexport.export.mil.package import open_package
@@ -23,7 +22,7 @@ from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, export_random_coreml
 from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
 from tests.runtimes.deepmind_step import deepmind_step
-from tests.sessions import distance, ragged, random_tokens
+from tests.sessions import check_refusals, distance, ragged, random_tokens
 
 FP32, FP16, TWIN, SAME = 2e-5, 3e-2, 2e-5, 1e-5
 """Largest |Δlogit| allowed, as a share of the largest |logit|."""
@@ -247,13 +246,4 @@ def test_info(tmp_path: Path) -> None:
 def test_wrong_requests(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     session = CoreMLSession(export_random_coreml(config, tmp_path)[0])
-    with pytest.raises(RequestError, match="256 is outside of the vocabulary"):
-        session.prefill(np.array([[3, 256]]))
-    with pytest.raises(RequestError, match=r"expected \[1, T\]"):
-        session.prefill(np.zeros((2, 3), np.int64))
-    state = session.get_state()
-    del state["layers.0.rg_lru"]
-    with pytest.raises(RequestError, match="layers.0.rg_lru is missing"):
-        session.set_state(state)
-    with pytest.raises(RequestError, match="layers.0.conv1d has shape"):
-        session.set_state(session.get_state() | {"layers.0.conv1d": np.zeros((1, 2, 64))})
+    check_refusals(session)

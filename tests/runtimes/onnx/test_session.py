@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 
-from rgexport.errors import RequestError
 from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
@@ -25,7 +24,7 @@ from tests.models import (
     weight_source,
 )
 from tests.runtimes.deepmind_step import deepmind_step
-from tests.sessions import distance, ragged, random_tokens
+from tests.sessions import check_refusals, distance, ragged, random_tokens
 
 FP32, FP16, TWIN, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
 """Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
@@ -221,13 +220,4 @@ def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
 def test_wrong_requests(tmp_path: Path) -> None:
     config = ODD_CONFIGS["regular"]
     session = OrtSession(export_random(config, tmp_path)[0])
-    with pytest.raises(RequestError, match="256 is outside of the vocabulary"):
-        session.prefill(np.array([[3, 256]]))
-    with pytest.raises(RequestError, match=r"expected \[1, T\]"):
-        session.prefill(np.zeros((2, 3), np.int64))
-    state = session.get_state()
-    del state["layers.0.rg_lru"]
-    with pytest.raises(RequestError, match="layers.0.rg_lru is missing"):
-        session.set_state(state)
-    with pytest.raises(RequestError, match="layers.0.conv1d has shape"):
-        session.set_state(session.get_state() | {"layers.0.conv1d": np.zeros((1, 2, 64))})
+    check_refusals(session)
