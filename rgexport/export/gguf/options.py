@@ -76,10 +76,11 @@ class GgufOptions:
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
-        """Refuses options of a mix, and of rounding, for a type that has neither."""
+        """Refuses options of a mix, and of rounding, where no tensor is of a type that has them."""
         idle = {"--pure": self.pure, "--imatrix": self.imatrix}
         given = [flag for flag, value in idle.items() if value]
-        if given and self.file_type.name in _ONE_WAY and self.embedding is None:
+        others = self.embedding is not None or self.tensor_types
+        if given and self.file_type.name in _ONE_WAY and not others:
             raise RequestError(
                 f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing in a "
                 f"file of type {self.file_type.name}, whose tensors are stored in one way; choose "

@@ -86,6 +86,16 @@ def test_nothing_stands_beside_a_plan(beside, word):
         GgufOptions(plan=plan, **beside)
 
 
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+@pytest.mark.parametrize("idle", [{"pure": True}, {"imatrix": Path("x")}], ids=str)
+def test_what_changes_nothing_is_refused_unless_some_tensor_differs(type, idle):
+    with pytest.raises(RequestError, match="changes nothing in a file of type"):
+        GgufOptions(type=type, **idle)
+    GgufOptions(type="q8_0", tensor_types=("ffn_down=q4_k",), **idle)
+    GgufOptions(type=type, embedding="q4_k", **idle)
+    GgufOptions(type="q4_0", **idle)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
