@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,51 @@ from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 
-def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
-    """Compares an artifact with its twin and with the checkpoint that it was made from.
+@dataclass(frozen=True)
+class _Opened:
+    """What is checked, on what, and against what."""
 
-    Its weights are compared with the checkpoint's, too: a few tokens' logits in four bits are as
-    near to those of another model. The references run first, one layer at a time, and are gone
-    when the engine opens the artifact: beside the engine's memory it takes no more than a layer
-    and a few rows of logits.
+    artifact: Artifact
+    checkpoint: Checkpoint
+    schedule: Schedule
+    tokens: np.ndarray
+    references: tuple[ReferenceModel, ReferenceModel]
+    """With the artifact's weights, dequantized, and with the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Logits of the last tokens, float32 [positions, vocab]."""
+
+    dequantized: np.ndarray
+    original: np.ndarray
+    artifact: np.ndarray
+    engine: str
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The artifact's logits beside both references', as rows of `metrics.ROWS`; and its weights."""
+
+    dequantized: np.ndarray
+    original: np.ndarray
+    weights: list[WeightError]
+
+
+def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
+    """Compares an artifact with its dequantized reference, and with its checkpoint.
+
+    Like `validate`, it opens, runs, compares and judges. Weights are compared with the
+    checkpoint's, too: a few tokens' logits in four bits are as near to those of another model.
+    The references run one layer at a time and are gone when the engine opens the artifact, so
+    beside the engine's memory it takes no more than a layer and a few rows of logits.
     """
     try:
-        return _checked(open_artifact(path), checkpoint)
+        if lack := _lack(artifact := open_artifact(path)):
+            return skipped(lack)
+        opened = _open(artifact, checkpoint)
+        ran = _run(opened)
+        return _judge(opened, ran.engine, _compare(opened, ran))
     except NotInstalled as error:
         return skipped(_without(path, error))
     except MemoryError:
@@ -48,23 +84,61 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
         return CheckRecord(status="unverified", reason=_without(path, error))
 
 
-def _checked(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
-    manifest = artifact.manifest
-    engine_of(manifest.kind).require()
+def _lack(artifact: Artifact) -> str | None:
+    """Why there is too little memory or disk for a check; None where there is enough."""
+    engine_of(artifact.manifest.kind).require()
+    return lack_of_room(artifact.manifest)
+
+
+def _open(artifact: Artifact, checkpoint: Checkpoint) -> _Opened:
     make = torch_reference("cpu")
-    if lack := lack_of_room(manifest):
-        return skipped(lack)
-    schedule = choose_schedule(manifest)
-    tokens = choose_tokens(artifact, schedule.tokens)
-    table = weight_errors(
-        checkpoint.weights, artifact.weights, manifest.tensors, weighted=manifest.weighted
+    schedule = choose_schedule(artifact.manifest)
+    return _Opened(
+        artifact,
+        checkpoint,
+        schedule,
+        choose_tokens(artifact, schedule.tokens),
+        (
+            make(artifact.manifest.config, artifact.weights),
+            make(checkpoint.config, checkpoint.weights),
+        ),
     )
-    models = (manifest.config, artifact.weights), (checkpoint.config, checkpoint.weights)
-    references = _references([make(*model) for model in models], tokens, schedule.positions)
-    found, engine = _candidate(artifact, tokens, schedule)
-    twin, original = (_rows(reference, found, tokens) for reference in references)
-    wrong = _first(_complaints(manifest, table, twin, original))
-    return _judged(wrong, schedule, engine, twin, original)
+
+
+def _run(opened: _Opened) -> _Ran:
+    tokens, schedule = opened.tokens, opened.schedule
+    dequantized, original = _references(opened.references, tokens, schedule.positions)
+    return _Ran(dequantized, original, *_candidate(opened.artifact, tokens, schedule))
+
+
+def _compare(opened: _Opened, ran: _Ran) -> _Compared:
+    next_tokens = np.append(opened.tokens[1:], -1)[-len(ran.artifact) :]
+    manifest = opened.artifact.manifest
+    return _Compared(
+        metrics.compare_logits(ran.dequantized, ran.artifact, next_tokens),
+        metrics.compare_logits(ran.original, ran.artifact, next_tokens),
+        weight_errors(
+            opened.checkpoint.weights,
+            opened.artifact.weights,
+            manifest.tensors,
+            weighted=manifest.weighted,
+        ),
+    )
+
+
+def _judge(opened: _Opened, engine: str, compared: _Compared) -> CheckRecord:
+    wrong = _first(_complaints(opened.artifact.manifest, compared))
+    kl = metrics.kl_summary(compared.original)
+    return CheckRecord(
+        status="unverified" if wrong else "verified",
+        reason=wrong,
+        tokens=opened.schedule.tokens,
+        positions=opened.schedule.positions,
+        kl=_number(kl.mean),
+        kl_standard_error=_number(kl.standard_error),
+        relative_max=_number(metrics.logit_error(compared.dequantized).relative_max),
+        engine=engine,
+    )
 
 
 def _references(
@@ -127,28 +201,6 @@ def _forced(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndar
     return np.concatenate(logits)
 
 
-def _rows(reference: np.ndarray, found: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    next_tokens = np.append(tokens[1:], -1)[-len(found) :]
-    return metrics.compare_logits(reference, found, next_tokens)
-
-
-def _judged(
-    wrong: str, schedule: Schedule, engine: str, twin: np.ndarray, original: np.ndarray
-) -> CheckRecord:
-    """The verdict on rows of `metrics.ROWS` against both references."""
-    kl, error = metrics.kl_summary(original), metrics.logit_error(twin)
-    return CheckRecord(
-        status="unverified" if wrong else "verified",
-        reason=wrong,
-        tokens=schedule.tokens,
-        positions=schedule.positions,
-        kl=_number(kl.mean),
-        kl_standard_error=_number(kl.standard_error),
-        relative_max=_number(error.relative_max),
-        engine=engine,
-    )
-
-
 _NAMED = 3
 """Complaints that are told one by one."""
 _WORDS = {
@@ -158,17 +210,15 @@ _WORDS = {
 }
 
 
-def _complaints(
-    manifest: Manifest, table: Sequence[WeightError], twin: np.ndarray, original: np.ndarray
-) -> Iterator[str]:
-    """What is beyond its limit, by the thresholds of `validate`; rows are of `metrics.ROWS`."""
-    limit, error = thresholds.tolerance(manifest), metrics.logit_error(twin)
+def _complaints(manifest: Manifest, compared: _Compared) -> Iterator[str]:
+    """What is beyond its limit, by the thresholds of `validate`."""
+    limit, error = thresholds.tolerance(manifest), metrics.logit_error(compared.dequantized)
     logits = (
         Check(name="twin.logits", value=error.relative_max, limit=limit.logits, reason=""),
         Check(name="twin.rms", value=error.relative_rms, limit=limit.rms, reason=""),
-        thresholds.original_rms(manifest, metrics.logit_error(original)),
+        thresholds.original_rms(manifest, metrics.logit_error(compared.original)),
     )
-    for check in (*logits, *weight_checks(table)):
+    for check in (*logits, *weight_checks(compared.weights)):
         if check.outcome == "FAIL":
             what = _WORDS.get(check.name, f"{check.name} ({check.reason})")
             yield f"{what} is {check.value:.3g}, beyond {check.limit:.3g}"
