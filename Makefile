@@ -7,6 +7,7 @@ MINUTES ?= 10
 # One worker for each core; each takes about 1 GB.
 WORKERS ?= auto
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
+DEV := $(VENV)/.dev
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama
@@ -36,13 +37,13 @@ docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error
 pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
 	$(BIN)/python -m bench.pictures
 
-test: native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
+test: $(DEV) native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(TESTS)
 
-test-all: native llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
+test-all: $(DEV) native llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
 	$(TESTS) --whole-product
 
-fuzz: $(INSTALLED)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.
+fuzz: $(DEV)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.
 	$(BIN)/python -m fuzz.ops --minutes $(MINUTES)
 	$(BIN)/python -m fuzz.readers --minutes $(MINUTES)
 
@@ -52,15 +53,15 @@ llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
 
 llama-tools: $(LLAMA_TOOLS)  ## llama-quantize, llama-perplexity and others, in out/llama/bin.
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/MACHINE/onnx.md.
+bench: $(DEV) native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/MACHINE/onnx.md.
 	$(BIN)/python -m bench.onnx --docs docs/$(MACHINE)
 
-bench-export: $(INSTALLED)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
+bench-export: $(DEV)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
 	$(BIN)/python -m bench.run
 
 bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/MACHINE/llama_cpp.md.
@@ -75,7 +76,7 @@ $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
 	$(BIN)/python -m rgexport.kernels.onnx.build --build-folder build/native
 	touch $@
 
-$(LLAMA_WHEEL): $(INSTALLED) $(PORT)
+$(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)
 	touch $@
 
@@ -83,13 +84,18 @@ $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA) --tools --no-install
 	touch $@
 
-$(DOCS): $(INSTALLED)
+$(DOCS): $(DEV)
 	$(BIN)/python -m pip install -q --group docs
 	touch $@
 
-# --group needs pip 25.1 or later.
+# What the demo needs; --group, below, needs pip 25.1 or later.
 $(INSTALLED): pyproject.toml hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q -e '.[export]'
+	touch $@
+
+# What tests, lint and benchmarks need beyond that.
+$(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -q -e '.[export,coreml]' --group dev
 	touch $@
