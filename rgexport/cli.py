@@ -82,7 +82,7 @@ def _fail(message: str) -> int:
 @verbose
 @click.pass_context
 def rgexport(context: click.Context) -> None:
-    """Makes RecurrentGemma run on small devices, and proves that it still computes the same."""
+    """Exports RecurrentGemma to ONNX, Core ML and GGUF, and checks the result."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

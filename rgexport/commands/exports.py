@@ -33,12 +33,12 @@ from rgexport.commands.options import (
 @click.option(
     "--precision",
     metavar="fp32|fp16|int8|int4",
-    help="Of weights. [default: fp32; wasm: int8; webgpu: int4]",
+    help="Precision of the weights. [default: fp32; wasm: int8; webgpu: int4]",
 )
 @click.option(
     "--compute",
     metavar="fp32|fp16",
-    help="Of activations. [default: fp32, or fp16 with fp16 weights]",
+    help="Type of the activations. [default: fp32, or fp16 with fp16 weights]",
 )
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
 @storing_options(block="128", symmetry="asymmetric for int4", embedding="as --precision")
@@ -56,26 +56,32 @@ def onnx(**request: Any) -> int:
 @click.command()
 @model_options
 @width_options
-@click.option("--precision", metavar="fp32|fp16|int8|int4|pal4", help="[default: fp16]")
+@click.option(
+    "--precision",
+    metavar="fp32|fp16|int8|int4|pal4",
+    help="Precision of the weights. [default: fp16]",
+)
 @click.option(
     "--compute",
     metavar="fp32|fp16",
-    help="Of linears and attention. [default: fp16, or fp32 with fp32 weights]",
+    help="Type of linear layers and attention. [default: fp16, or fp32 with fp32 weights]",
 )
 @storing_options(
-    block="32; int8: a row",
+    block="32; int8: one scale per row",
     symmetry="symmetric",
     embedding="int8 for 4 bits, or as --precision",
 )
 @plan_option
-@click.option("--prefill-length", type=int, default=128, show_default=True, help="Tokens a call.")
-@click.option("--all-logits", is_flag=True, help="Prefill gives those of every token.")
+@click.option(
+    "--prefill-length", type=int, default=128, show_default=True, help="Tokens per call of prefill."
+)
+@click.option("--all-logits", is_flag=True, help="Prefill returns the logits of every token.")
 @click.option(
     "--recurrent-state",
     metavar="io|hilo",
     default="io",
     show_default=True,
-    help="Goes in and out as float32, or is kept as two float16 states.",
+    help="io: a float32 input and output; hilo: two float16 states.",
 )
 @output_options
 @check_option
@@ -158,9 +164,7 @@ def _close(target: Path) -> int:
     metavar="TYPE",
     help="As llama-quantize names them, such as q4_0. [default: f16]",
 )
-@click.option(
-    "--precision", metavar="fp32|fp16|int8|int4", help="Instead, a word of the other formats."
-)
+@click.option("--precision", metavar="fp32|fp16|int8|int4", help="Instead of --type.")
 @click.option("--pure", is_flag=True, help="No mix: that type for the embedding too.")
 @click.option(
     "--tensor-type",
@@ -173,12 +177,12 @@ def _close(target: Path) -> int:
     "--embedding-precision",
     "embedding",
     metavar="TYPE",
-    help="Of the embedding, which is the head too. [default: as the mix has it]",
+    help="Type of the embedding (also the output head). [default: as the mix has it]",
 )
-@click.option("--imatrix", type=FOLDER, help="Importances, made by llama-imatrix.")
+@click.option("--imatrix", type=FOLDER, help="An importance matrix, made by llama-imatrix.")
 @plan_option
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
-@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
 @check_option
 @verbose
 def gguf(
@@ -224,10 +228,10 @@ def gguf(
 @click.option("--size", required=True, metavar="2b|9b", help="The shape to imitate.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder to make.")
-@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
 @verbose
 def random(size: str, seed: int, output: Path, force: bool) -> None:
-    """Writes a synthetic checkpoint of a real size, for measuring without the weights."""
+    """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
     from rgexport.export.request import as_argument
     from rgexport.griffin.synthetic import write_random
 

@@ -4,10 +4,7 @@ from pathlib import Path
 
 import click
 
-from rgexport.commands.options import (
-    FOLDER,
-    verbose,
-)
+from rgexport.commands.options import FOLDER, verbose
 
 
 @click.group("llama-cpp")
@@ -39,7 +36,8 @@ def patch(checkout: Path) -> None:
 def build(output: Path, no_install: bool, tools: bool) -> None:
     """Builds llama-cpp-python with RecurrentGemma, and installs it.
 
-    The environment variable CMAKE_ARGS chooses what llama.cpp runs on, such as -DGGML_CUDA=on.
+    It needs a C++ compiler and takes some minutes. The environment variable CMAKE_ARGS chooses
+    what llama.cpp runs on, such as -DGGML_CUDA=on.
     """
     from rgexport.kernels.llama_cpp.build import build as build_wheel
 

@@ -65,24 +65,31 @@ model_options = _options(
     click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
 )
 output_options = _options(
-    click.option("-o", "--output", type=FOLDER, help="The folder to make."),
-    click.option("--force", is_flag=True, help="Replace an earlier one."),
+    click.option(
+        "-o", "--output", type=FOLDER, help="The folder. [default: ./MODEL-PRECISION-FORMAT]"
+    ),
+    click.option("--force", is_flag=True, help="Replace an existing output."),
 )
 width_options = _options(
     click.option("--int4", is_flag=True, help="Same as --precision int4."),
     click.option("--int8", is_flag=True, help="Same as --precision int8."),
 )
-check_option = click.option(
-    "--no-check", is_flag=True, help="Do not run the artifact at the end, to see that it is right."
-)
+check_option = click.option("--no-check", is_flag=True, help="Skip the self-check of the artifact.")
 plan_option = click.option(
-    "--plan", type=FOLDER, help="JSON: tensor to scheme, as `inspect --json` prints."
+    "--plan",
+    type=FOLDER,
+    help="A JSON file with the storage of every tensor, as `inspect --json` prints it.",
 )
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
-    click.option("--top-k", type=int, default=0, help="Among the k likeliest tokens only."),
-    click.option("--top-p", type=float, default=1.0, help="Among the likeliest of this share."),
+    click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens."),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Sample from the most likely tokens that sum to p.",
+    ),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
     click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
     native_option,
@@ -97,6 +104,6 @@ def storing_options(block: str, symmetry: str, embedding: str) -> Callable[[_Com
         click.option(
             "--embedding-precision",
             metavar="WORD",
-            help=f"Of the embedding, which is the head too. [default: {embedding}]",
+            help=f"Precision of the embedding (also the output head). [default: {embedding}]",
         ),
     )

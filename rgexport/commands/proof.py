@@ -19,7 +19,7 @@ from rgexport.commands.options import (
 @click.option(
     "--size", metavar=SIZES, help="Instead: a released model (may download it), or the demo."
 )
-@click.option("--json", "to_json", is_flag=True, help="Stable, for programs.")
+@click.option("--json", "to_json", is_flag=True, help="Print JSON.")
 @click.option("--verify", is_flag=True, help="Read every byte: values, or hashes.")
 @verbose
 def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) -> int:
@@ -42,9 +42,11 @@ def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) ->
     type=click.Choice(["rgexport", "deepmind", "hf"]),
     default="rgexport",
     show_default=True,
-    help="Who computes: DeepMind's package, or Hugging Face's class, which has its own window.",
+    help="What computes the reference: rgexport, DeepMind's package, or Hugging Face's class.",
 )
-@click.option("--low-memory", is_flag=True, help="One layer's weights at a time, even if all fit.")
+@click.option(
+    "--low-memory", is_flag=True, help="Hold one layer's weights at a time, even if all fit."
+)
 @click.option("--prompts", type=FOLDER, help="Lines of text, or a JSON list. [default: built in]")
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.reference]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
@@ -57,9 +59,9 @@ def reference(
     output: Path | None,
     **request: Any,
 ) -> None:
-    """Captures what the full-precision model says, to validate artifacts without it.
+    """Captures what the full-precision model computes, to validate artifacts without it.
 
-    The file travels: `rgexport validate --reference` needs neither the model nor torch.
+    With the file, `rgexport validate --reference` needs neither the model nor torch.
     """
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.validate.reference.capture import capture, closing_line
@@ -79,20 +81,22 @@ def reference(
 )
 @click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
 @click.option(
-    "--tokens", "max_tokens", type=click.IntRange(2), help="So many of it, such as 32768."
+    "--tokens", "max_tokens", type=click.IntRange(2), help="How many of its tokens, such as 32768."
 )
 @click.option(
     "--limit",
     "limits",
     metavar="NAME=VALUE",
     multiple=True,
-    help="Instead of a check's own limit, such as original.kl=0.05. Can be repeated.",
+    help="Another limit for a check, such as original.kl=0.05. Can be repeated.",
 )
 @click.option("--bisect", is_flag=True, help="Also rank the layers by cost, and name suspects.")
 @click.option("--bench", is_flag=True, help="Also measure tokens per second.")
-@click.option("--allow-ambiguous", is_flag=True, help="Exit code 0 also where it cannot be told.")
+@click.option(
+    "--allow-ambiguous", is_flag=True, help="Exit code 0 also if the verdict is AMBIGUOUS."
+)
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
-@click.option("--html", "html_file", type=FOLDER, help="Also write a page to look at.")
+@click.option("--html", "html_file", type=FOLDER, help="Also write an HTML report.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @native_option
 @verbose
@@ -108,8 +112,8 @@ def validate(
 ) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
 
-    Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS where a
-    limit lies within the error bar of what it is for.
+    Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS if a
+    limit lies within the error margin of the measured value.
     """
     from rgexport.validate.opening import Request
     from rgexport.validate.run import validate_artifacts

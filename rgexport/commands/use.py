@@ -39,7 +39,7 @@ def generate(artifact: Path, **request: Any) -> None:
 @sampling_options
 @verbose
 def chat(artifact: Path, **request: Any) -> None:
-    """Talks with an instruction-tuned model."""
+    """Chats with an instruction-tuned model."""
     from rgexport.chat.from_artifact import open_conversation
     from rgexport.chat.terminal import chat_loop
 
@@ -58,10 +58,22 @@ def _sampler(request: dict[str, Any]) -> Any:
 @click.command()
 @click.argument("artifact", type=FOLDER)
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Lengths of prompts.")
-@click.option("-n", "--n-gen", default="128", show_default=True, help="Tokens to generate.")
-@click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens in the state before.")
+@click.option(
+    "-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate."
+)
+@click.option(
+    "-d",
+    "--n-depth",
+    default="0",
+    show_default=True,
+    help="Tokens processed before the measurement.",
+)
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--synthetic", is_flag=True, help="Make up the state at a depth: quick, same cost.")
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Fill the state with random values instead: quick, same cost per token.",
+)
 @click.option("-t", "--threads", type=click.IntRange(1), help="[default: one per core]")
 @click.option(
     "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
