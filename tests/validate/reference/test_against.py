@@ -29,7 +29,7 @@ from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.reference.stream_errors import LayerError, positions_to_look_at
-from rgexport.validate.report.file_report import bounded
+from rgexport.validate.report.result_tables import bounded
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.weight_limits import KINDS, sketch_checks

@@ -12,8 +12,8 @@ from rgexport.validate import reference_pass
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.report.overview import overview
 from rgexport.validate.report.page import render_page
+from rgexport.validate.report.result_tables import overview
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.speed import Speed
