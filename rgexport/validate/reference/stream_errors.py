@@ -1,4 +1,4 @@
-"""How far the residual stream behind each layer is from a reference file's."""
+"""The error of the residual stream after each layer, against a reference file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from rgexport.runtimes.engine import open_observer
 from rgexport.validate.reference.reference_file import ReferenceFile
 
 STATE_BYTES = 256 << 20
-"""The artifact's states before the positions that are looked at: 7 of a 2B, in float32."""
+"""Budget for the artifact's states before the compared positions: 7 of a 2B, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """The residual stream behind one layer: ‖Δ‖ / ‖reference‖ over some positions.
+    """The residual stream after one layer: ‖Δ‖ / ‖reference‖ over some positions.
 
-    All that came before has its share: the layer to blame is the first beyond its limit, or where
-    the error has grown most. `worst_position` is where it is largest.
+    It includes the errors of all layers before. So the layer to blame is the first beyond its
+    limit, or the one where the error grows most. `worst_position` is where it is largest.
     """
 
     layer: int
@@ -35,7 +35,7 @@ class LayerError:
 
 
 def positions_to_look_at(reference: ReferenceFile, state: State) -> tuple[int, ...]:
-    """As many of the watched positions as there is room for states as large as this one."""
+    """As many of the watched positions as have room for a state of this size each."""
     size = sum(array.nbytes for array in state.values())
     watched = reference.header.watched
     count = min(len(watched), max(1, STATE_BYTES // size))
@@ -46,16 +46,16 @@ def positions_to_look_at(reference: ReferenceFile, state: State) -> tuple[int, .
 def layer_errors(
     artifact: Artifact, reference: ReferenceFile, before: Mapping[int, State], limit: float
 ) -> list[LayerError]:
-    """Looks into an artifact in its own engine, one token at each position.
+    """Observes an artifact in its own engine, one token at each position.
 
     Args:
-        artifact: whose session is gone: the model is loaded once more.
+        artifact: loaded once more; its session should be closed.
         reference: the file.
-        before: position → the artifact's own canonical state before it; some of the watched ones.
+        before: watched position → the artifact's canonical state before it.
         limit: of each layer's error.
 
     Raises:
-        RequestError: something is missing that looking into the model takes.
+        RequestError: the engine cannot show values inside the model.
     """
     observer = open_observer(artifact)
     deltas, sizes = [], []
@@ -76,7 +76,7 @@ def layer_errors(
 def _summaries(
     deltas: np.ndarray, sizes: np.ndarray, positions: tuple[int, ...], limit: float
 ) -> list[LayerError]:
-    """Sums of squares [positions, layers] of the errors and of the reference, layer by layer."""
+    """From sums of squares [positions, layers] of the errors and of the reference."""
     shares = np.sqrt(deltas / np.where(sizes, sizes, 1))
     worst = np.nan_to_num(shares, nan=np.inf).argmax(0).tolist()
     totals = np.sqrt(deltas.sum(0) / np.where(sizes.sum(0), sizes.sum(0), 1)).tolist()
