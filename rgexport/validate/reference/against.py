@@ -11,17 +11,19 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.state import State
 from rgexport.progress import task
+from rgexport.runtimes.engine import open_observer
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import NO_LIMITS, STANDARD_ERRORS, Check
 from rgexport.validate.reference.against_prompt import PromptMeasured, measure_prompt
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
-from rgexport.validate.reference.stream_errors import LayerError, layer_errors, positions_to_look_at
 from rgexport.validate.source import config_differences
 from rgexport.validate.states import Drift, StateError, worst
 from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
+STATE_BYTES = 256 << 20
+"""Budget for the artifact's states before watched positions: 7 of a 2B, in float32."""
 SHAPES = (
     "vocab_size",
     "width",
@@ -53,6 +55,25 @@ class PromptResult:
     worst_state: float
     greedy_tokens: int
     greedy_common: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """The residual stream after one layer: ‖Δ‖ / ‖reference‖ over some positions.
+
+    It includes the errors of all layers before. So the layer to blame is the first beyond its
+    limit, or the one where the error grows most. `worst_position` is where it is largest.
+    """
+
+    layer: int
+    relative_rms: float
+    worst_position: int
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """False also for NaN."""
+        return self.relative_rms <= self.limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +196,56 @@ def with_layers(
     reference: ReferenceFile,
     before: Mapping[int, State],
 ) -> AgainstFile:
-    """The same with `layers`; `before` is what `compare_with_file` filled in.
+    """The same with `layers`: observes the artifact in its engine, a token at each position.
+
+    Args:
+        found: the comparison.
+        artifact: loaded once more; its session should be closed.
+        reference: the file.
+        before: watched position → the artifact's canonical state before it, from
+            `compare_with_file`.
 
     Raises:
-        RequestError: see `stream_errors.layer_errors`.
+        RequestError: the engine cannot show values inside the model.
     """
+    observer = open_observer(artifact)
+    deltas, sizes = [], []
+    with task("Looking at the layers", len(before), "positions") as advance:
+        for position, state in before.items():
+            expected = reference.activations(reference.header.watched.index(position))
+            token = reference.tokens[position : position + 1]
+            values = observer.observe(token, state).values
+            stream = [values[f"layers.{i}.channel_residual"][-1] for i in range(len(expected))]
+            with np.errstate(invalid="ignore", over="ignore"):
+                delta = np.asarray(stream, np.float64) - expected
+                deltas.append(np.square(delta).sum(1))
+            sizes.append(np.square(expected, dtype=np.float64).sum(1))
+            advance(1)
     limit = thresholds.original_rms(artifact.manifest, found.logits).limit
-    return replace(found, layers=layer_errors(artifact, reference, before, limit))
+    layers = _layer_errors(np.array(deltas), np.array(sizes), tuple(before), limit)
+    return replace(found, layers=layers)
+
+
+def _layer_errors(
+    deltas: np.ndarray, sizes: np.ndarray, positions: tuple[int, ...], limit: float
+) -> list[LayerError]:
+    """From sums of squares [positions, layers] of the errors and of the reference."""
+    shares = np.sqrt(deltas / np.where(sizes, sizes, 1))
+    worst = np.nan_to_num(shares, nan=np.inf).argmax(0).tolist()
+    totals = np.sqrt(deltas.sum(0) / np.where(sizes.sum(0), sizes.sum(0), 1)).tolist()
+    return [
+        LayerError(layer=i, relative_rms=total, worst_position=positions[place], limit=limit)
+        for i, (total, place) in enumerate(zip(totals, worst, strict=True))
+    ]
+
+
+def positions_to_look_at(reference: ReferenceFile, state: State) -> tuple[int, ...]:
+    """As many of the watched positions as have room for a state of this size each."""
+    size = sum(array.nbytes for array in state.values())
+    watched = reference.header.watched
+    count = min(len(watched), max(1, STATE_BYTES // size))
+    places = np.linspace(0, len(watched) - 1, count).round().astype(int)
+    return tuple(watched[place] for place in places.tolist())
 
 
 def _measure_all(

@@ -100,14 +100,12 @@ def capture(
     require_sound(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
     detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
-
     model = make(checkpoint.config, checkpoint.weights)
     layout = choose_layout(lengths, model.config.vocab_size)
     run = _run(model, chosen, layout)
     arrays = {"tokens": np.concatenate([prompt.tokens for prompt in chosen])}
     arrays |= keep_logits(model, chosen, run.hidden, layout)
-    stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
-    greedy = _continue(model, run, stop_ids) if tokenizer else [[] for _ in chosen]
+    greedy = _continue(model, run, tokenizer.stop_ids) if tokenizer else [[] for _ in chosen]
     header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
     arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
     arrays |= _state_arrays(header, run.states)

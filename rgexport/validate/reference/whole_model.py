@@ -67,15 +67,12 @@ class WholeModel(ABC):
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Tensor, list[State]]]:
-        """Takes one text after another; see `griffin.reference.Reference.run_each`.
+        """Takes one text of batch 1 after another, each from its beginning.
 
-        Raises:
-            ValueError: a text of batch 2 or more, or one that does not begin at position 0.
+        See `griffin.reference.Reference.run_each`.
         """
         found = []
         for place, (tokens, state) in enumerate(texts):
-            if len(tokens) != 1 or state[POSITION].any():
-                raise ValueError("only texts of batch 1, from its beginning")
             inside = stops[place] if stops else ()
             states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
             with self._watched(watch, place) if watch else nullcontext():

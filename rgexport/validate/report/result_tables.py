@@ -12,8 +12,7 @@ from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
-from rgexport.validate.reference.against import AgainstFile, PromptResult
-from rgexport.validate.reference.stream_errors import LayerError
+from rgexport.validate.reference.against import AgainstFile, LayerError, PromptResult
 from rgexport.validate.report.words import LABELS, mean_kl, number, percent, rate
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst

@@ -18,17 +18,18 @@ from rgexport.validate import opening
 from rgexport.validate.checks import Check
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
-from rgexport.validate.reference import kept_logits, stream_errors
+from rgexport.validate.reference import against, kept_logits
 from rgexport.validate.reference.against import (
     AgainstFile,
+    LayerError,
     compare_with_file,
     file_checks,
+    positions_to_look_at,
     with_layers,
 )
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.reference.stream_errors import LayerError, positions_to_look_at
 from rgexport.validate.report.result_tables import bounded
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.weights.weight_limits import KINDS, sketch_checks
@@ -211,10 +212,10 @@ def test_few_states_are_kept_where_they_are_large(
     reference = read_reference(file)
     state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
     assert positions_to_look_at(reference, state) == watched
-    monkeypatch.setattr(stream_errors, "STATE_BYTES", 399)
+    monkeypatch.setattr(against, "STATE_BYTES", 399)
     found = positions_to_look_at(reference, state)
     assert len(found) == 3 and {found[0], found[-1]} == {watched[0], watched[-1]}
-    monkeypatch.setattr(stream_errors, "STATE_BYTES", 1)
+    monkeypatch.setattr(against, "STATE_BYTES", 1)
     assert positions_to_look_at(reference, state) == watched[:1]
 
 

@@ -101,13 +101,6 @@ def test_it_shows_what_is_on_the_way(name: str) -> None:
             assert_same_state(one, other)
 
 
-def test_texts_from_a_state_have_no_pass_of_their_own() -> None:
-    model, own = make("deepmind", ODD_CONFIGS["regular"])
-    _, state = own.run(tokens_of(own.config, 1, 4))
-    with pytest.raises(ValueError, match="from its beginning"):
-        model.run_each([(tokens_of(own.config, 1, 4), state)])
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -136,10 +129,3 @@ def test_another_transformers_is_refused(version: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(hugging_face_model.transformers, "__version__", version)
     with pytest.raises(RequestError, match=f"found {version}: pip install"):
         make("hf", ODD_CONFIGS["regular"])
-
-
-def test_hugging_face_s_window_is_told() -> None:
-    model, _ = make("hf", ODD_CONFIGS["regular"])
-    assert model.config.window == ODD_CONFIGS["regular"].window - 1
-    assert model.describe()["implementation"].startswith("transformers ")
-    assert model.describe()["dtype"] == "float32"
