@@ -66,7 +66,7 @@ class Chart:
     """Of the axes, x first."""
     series: Sequence[Series]
     y: Axis
-    column: str
+    column: str = "layer"
     """What x is called in the table."""
     show_x: Show = "{:,.0f}".format
     show_y: Show = number

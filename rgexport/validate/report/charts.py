@@ -21,14 +21,14 @@ from rgexport.validate.report.chart import (
     logarithmic_axis,
     share_axis,
 )
-from rgexport.validate.report.result_tables import DRIFT, STREAM, sides_of
+from rgexport.validate.report.result_tables import DRIFT, STREAM, cost_of, sides_of
 from rgexport.validate.report.words import LABELS, number, percent
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
 from rgexport.validate.weights.weight_errors import WeightError
 
 AGREEMENT_BLOCKS = 32
-"""A share needs more positions than a mean of KL before it says something."""
+"""At most so many points: a share needs more positions than a mean of KL to be meaningful."""
 _MOST_NAME = 26
 _STATE_LINES = {
     "rg_lru": "plain",
@@ -49,8 +49,7 @@ def charts(r: Result) -> Iterator[Chart]:
             yield drift_chart(r)
         if r.twin is not None and r.twin.drift:
             title = f"Drift from the {LABELS['twin']}, by kind of state"
-            limit = _state_limit(r, [d.position for d in _with_end(r, r.twin)], "limit")
-            yield from kinds_chart(title, _with_end(r, r.twin), limit)
+            yield from kinds_chart(title, _with_end(r, r.twin), _state_limit(r, "limit"))
         if any(side.states for _, side in sides):
             yield _layer_state_chart(r)
     yield from _weight_chart(r.weights or [])
@@ -60,7 +59,7 @@ def _kl_chart(r: Result) -> Chart:
     series = _lines(r, lambda side: [(b.start, b.kl_mean) for b in side.blocks])
     return Chart(
         title="KL by position",
-        summary=f"Mean KL per block of positions, {_told('against the {} {}', series)}.",
+        summary=f"Mean KL per block of positions, {_ranges('against the {} {}', series)}.",
         labels=("position in the text", "KL, nats"),
         series=series,
         y=logarithmic_axis(_ys(series)),
@@ -71,10 +70,10 @@ def _kl_chart(r: Result) -> Chart:
 
 def _agreement_chart(r: Result) -> Chart:
     series = _lines(r, lambda side: list(_agreement(side.blocks)))
-    told = _told("with the {} {}", series, percent)
+    ranges = _ranges("with the {} {}", series, percent)
     return Chart(
         title="Top-1 agreement by position",
-        summary=f"Share of positions with the same most likely token, {told}.",
+        summary=f"Share of positions with the same most likely token, {ranges}.",
         labels=("position in the text", "top-1 agreement"),
         series=series,
         y=share_axis(_ys(series)),
@@ -96,12 +95,11 @@ def _agreement(blocks: Sequence[PositionBlock]) -> Iterator[Point]:
 def drift_chart(r: Result) -> Chart:
     """The worst state after 64, 128, … tokens and after the whole text."""
     series = _lines(r, lambda side: [(d.position, worst(d.states)) for d in _with_end(r, side)])
-    xs = sorted({x for one in series for x, _ in one.points})
-    limit = _state_limit(r, xs, f"limit for the {LABELS['twin']}")
-    told = _told("from the {}'s {}", series)
+    limit = _state_limit(r, f"limit for the {LABELS['twin']}")
+    ranges = _ranges("from the {}'s {}", series)
     return _drift_chart(
         "Drift of the states",
-        f"Largest error of any state {_STATE_MEASURE}: {told}; the latter's limit is "
+        f"Largest error of any state {_STATE_MEASURE}: {ranges}; the latter's limit is "
         f"{number(limit.points[-1][1])} at the end.",
         series,
         limit,
@@ -116,7 +114,7 @@ def kinds_chart(title: str, drift: Sequence[Drift], limit: Series | None = None)
         if _of_kind(drift[0], kind)
     ]
     if series:
-        summary = f"Largest error {_STATE_MEASURE}: {_told('{} {}', series)}."
+        summary = f"Largest error {_STATE_MEASURE}: {_ranges('{} {}', series)}."
         yield _drift_chart(title, summary, series, limit)
 
 
@@ -133,9 +131,10 @@ def _drift_chart(title: str, summary: str, series: list[Series], limit: Series |
     )
 
 
-def _state_limit(r: Result, xs: Iterable[float], label: str) -> Series:
-    """What the dequantized reference's states must stay below; it grows with the tokens."""
-    return Series("limit", label, [(x, r.tolerance.at(round(x)).states) for x in xs])
+def _state_limit(r: Result, label: str) -> Series:
+    """The limit of the error against the dequantized reference; it grows with the tokens."""
+    positions = [drift.position for drift in _with_end(r, sides_of(r)[0][1])]
+    return Series("limit", label, [(x, r.tolerance.at(x).states) for x in positions])
 
 
 def _with_end(r: Result, side: Comparison) -> list[Drift]:
@@ -151,12 +150,12 @@ def _layer_state_chart(r: Result) -> Chart:
         return _worst_by_layer((layer_of(s.name), s.relative_max) for s in side.states)
 
     series = _lines(r, errors, dots=True)
-    told = _told("from the {}'s {}", series)
+    ranges = _ranges("from the {}'s {}", series)
     limit = r.tolerance.at(r.text.tokens).states
     return _layer_chart(
         "Error of the states by layer",
         "Largest error of each layer's states after the last token, relative to the largest "
-        f"value: {told}; the latter's limit is {number(limit)}.",
+        f"value: {ranges}; the latter's limit is {number(limit)}.",
         "max |Δ| ÷ max",
         series,
         Series("limit", f"limit for the {LABELS['twin']}", [(0, limit)]),
@@ -175,11 +174,10 @@ def _weight_chart(weights: Sequence[WeightError]) -> Iterator[Chart]:
     ]
     yield Chart(
         title="Error of the weights by layer",
-        summary=f"Relative error of the rounded tensors, {_told('{}: {}', series, joint='; ')}.",
+        summary=f"Relative error of the rounded tensors, {_ranges('{}: {}', series, joint='; ')}.",
         labels=("layer", "‖W−Ŵ‖ ÷ ‖W‖"),
         series=series,
         y=linear_axis(_ys(series)),
-        column="layer",
     )
 
 
@@ -191,12 +189,12 @@ def site_charts(report: SiteReport) -> Iterator[Chart]:
     series = [Series(kind, label, points, dots=True) for kind, label, points in found if points]
     if not series:
         return
-    told = _told("{}: {}", series, joint="; ")
+    ranges = _ranges("{}: {}", series, joint="; ")
     if outside := [error.excess for error in report.errors if error.layer is None]:
-        told += f"; outside the layers: up to {number(float(np.max(outside)))}"
+        ranges += f"; outside the layers: up to {number(float(np.max(outside)))}"
     yield _layer_chart(
         "Error of each layer's own ops",
-        f"Error in units of its limit, {told}. Up to 1 it is rounding.",
+        f"Error in units of its limit, {ranges}. Up to 1 it is rounding.",
         "error ÷ limit",
         series,
         Series("limit", "limit", [(0, 1.0)]),
@@ -230,7 +228,6 @@ def _layer_chart(
         series=series,
         y=logarithmic_axis(_ys(series), limit.points[0][1]),
         limit=limit,
-        column="layer",
     )
 
 
@@ -239,16 +236,16 @@ def cost_charts(results: Sequence[Result]) -> Iterator[Chart]:
     found = sorted(
         (r.artifact.bytes / 1e6, cost.kl.mean, PurePath(r.artifact.path).name)
         for r in results
-        if (cost := r.original or r.reference) is not None and math.isfinite(cost.kl.mean)
+        if (cost := cost_of(r)) is not None and math.isfinite(cost.kl.mean)
     )
     if len(found) < 2:
         return
     names = [name if len(name) <= _MOST_NAME else f"{name[:_MOST_NAME]}…" for *_, name in found]
     points = [(size, kl) for size, kl, _ in found]
-    told = "; ".join(f"{name}: {size:,.0f} MB, {number(kl)}" for size, kl, name in found)
+    costs = "; ".join(f"{name}: {size:,.0f} MB, {number(kl)}" for size, kl, name in found)
     yield Chart(
         title="What compression costs, by size",
-        summary=f"Mean KL in nats per token against the size of the files. {told}.",
+        summary=f"Mean KL in nats per token against the size of the files. {costs}.",
         labels=("size, MB", "KL, nats per token"),
         series=[Series("original", "KL to the original", points, dots=True, names=names)],
         y=logarithmic_axis([kl for _, kl in points]),
@@ -269,7 +266,7 @@ def _ys(series: Sequence[Series]) -> list[float]:
     return [y for one in series for _, y in one.points]
 
 
-def _told(words: str, series: Sequence[Series], show: Show = number, joint: str = ", ") -> str:
+def _ranges(words: str, series: Sequence[Series], show: Show = number, joint: str = ", ") -> str:
     """The label and the range of each series, in `words`."""
     return joint.join(words.format(one.label, _range(one.points, show)) for one in series)
 

@@ -143,8 +143,8 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
             yield "perplexity", f"{more:+.2g} %", from_to, "original"
     if r.twin is not None:
         limit = r.tolerance.at(r.text.tokens).rms
-        told = f"to the dequantized reference, limit {number(limit)}"
-        yield "RMS logit error", number(r.twin.logits.relative_rms), told, "twin"
+        against = f"to the dequantized reference, limit {number(limit)}"
+        yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
 
 
 def _suspects(suspects: Sequence[Suspect]) -> Table | None:

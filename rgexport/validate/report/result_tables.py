@@ -109,9 +109,9 @@ def logits_table(r: Result) -> Table:
     """All that was measured, a column for each of `sides_of`."""
     sides = sides_of(r)
     rows = [(name, *(show(side) for _, side in sides)) for name, show in _COMPARISON.items()]
-    told = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
-    names = dict.fromkeys(name for one in told for name in one)
-    rows += [(name, *(one.get(name, "") for one in told)) for name in names]
+    known = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
+    names = dict.fromkeys(name for one in known for name in one)
+    rows += [(name, *(one.get(name, "") for one in known)) for name in names]
     columns = [LABELS[name] for name, _ in sides]
     return Table("Logits", ("measured", *columns), rows, columns)
 

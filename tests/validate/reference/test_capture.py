@@ -42,7 +42,7 @@ def truth(small: Checkpoint, tokens: np.ndarray) -> tuple[np.ndarray, dict[str, 
 
 
 @pytest.mark.parametrize("limit", [kept_logits.LOGITS_BYTES, 60_000, 20_000])
-def test_the_file_says_what_the_reference_says(
+def test_the_file_holds_what_the_reference_computes(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setattr(kept_logits, "LOGITS_BYTES", limit)
@@ -77,7 +77,7 @@ def test_the_file_says_what_the_reference_says(
             assert np.allclose(again[name], array, atol=1e-5), name
 
 
-def test_the_file_says_what_is_behind_each_layer(small: Checkpoint, tmp_path: Path) -> None:
+def test_the_file_holds_the_stream_after_each_layer(small: Checkpoint, tmp_path: Path) -> None:
     found = read_reference(capture(small, tmp_path / "r", device="cpu"))
     model = Reference(small.config, small.weights)
     assert len(found.header.watched) == kept_logits.WATCHED
@@ -142,7 +142,7 @@ def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
     assert tuple(impl.type.choices) == implementations.NAMES
 
 
-def test_weights_stay_only_where_they_fit(
+def test_weights_stay_in_memory_only_where_they_fit(
     small: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, weights = small.config, small.weights
@@ -191,7 +191,7 @@ def test_all_prompts_read_each_weight_once(small: Checkpoint, keep: bool) -> Non
 
 
 def spied(weights: WeightSource, reads: list[str]) -> WeightSource:
-    """The same weights, whose names are noted whenever rows are read."""
+    """The same weights; each read appends a name."""
 
     def watch(name: str, tensor: RowTensor) -> RowTensor:
         def read(start: int, stop: int) -> np.ndarray:
@@ -250,7 +250,7 @@ def test_how_positions_are_stored() -> None:
     assert set(many.full % 3) == {2}
 
 
-def test_where_a_model_is_watched() -> None:
+def test_which_positions_are_watched() -> None:
     layout = choose_layout([100] * 10 + [4600], 256_000)
     assert len(layout.watched) == 16 and {99, 999, 5599} <= set(layout.watched.tolist())
     assert (layout.watched[11:] > 1000).all()
@@ -263,15 +263,13 @@ def test_where_a_model_is_watched() -> None:
     assert one.full.tolist() == one.watched.tolist() == [0] and one.checkpoints == [[]]
 
 
-def test_nothing_is_written_for_a_device_that_is_not_there(
-    small: Checkpoint, tmp_path: Path
-) -> None:
+def test_nothing_is_written_for_a_missing_device(small: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="device"):
         capture(small, tmp_path / "r", device="no such device")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_is_something_else(small: Checkpoint, tmp_path: Path) -> None:
+def test_another_kind_of_file_is_not_replaced(small: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "r").write_text("words")
     with pytest.raises(RequestError, match="something else"):
         capture(small, tmp_path / "r", force=True)

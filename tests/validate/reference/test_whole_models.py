@@ -17,7 +17,7 @@ IMPLEMENTATIONS = "deepmind", "hf"
 
 
 def make(name: str, config: GriffinConfig) -> tuple[WholeModel, Reference]:
-    """One of them, and the project's own that computes the same."""
+    """One of them, and the project's own for the same configuration."""
     source = weight_source(random_weights(config))
     model: Any
     if name == "hf":
@@ -79,7 +79,7 @@ def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_it_shows_what_is_on_the_way(name: str) -> None:
+def test_watch_and_stops_see_the_same(name: str) -> None:
     model, own = make(name, ODD_CONFIGS["regular"])
     texts = [(tokens_of(own.config, 1, n), zero_state(own.config, 1)) for n in (1, 50)]
     seen: dict[str, dict[tuple[int, int], np.ndarray]] = {"theirs": {}, "ours": {}}

@@ -39,7 +39,7 @@ from tests.validate.test_result import with_nan
 def result(
     clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Result:
-    """All that there can be, but the speed is made up."""
+    """With everything there can be; speed and suspects are invented."""
     file = capture(open_checkpoint(checkpoint), tmp_path_factory.mktemp("page") / "r", device="cpu")
     found = validate_artifact(
         clean("int4"),
@@ -119,7 +119,7 @@ def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
     assert "the original was not given (-m)" in Page(render_page([alone])).text
 
 
-def test_what_cannot_be_decided_has_its_margin_and_its_colour(result: Result) -> None:
+def test_an_ambiguous_check_has_its_margin_and_its_colour(result: Result) -> None:
     page = Page(render_page([ambiguous(result)]))
     assert f"1 of {len(result.checks)} checks cannot be decided" in page.text
     assert "twin.logits is 0.25 ± 0.04, limit 0.27" in page.text
@@ -143,13 +143,13 @@ def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None
     assert f"… and {len(failed) + 1 - MOST_NAMED} more\n" in text
 
 
-def test_of_several_the_suspects_of_those_that_did_not_pass_are_named(result: Result) -> None:
+def test_suspects_are_named_of_artifacts_that_did_not_pass(result: Result) -> None:
     line = "SUSPECT  layers.1.temporal_block.rg_lru: for the test"
     assert render_several([result, with_nan(result)]).count(line) == 1
 
 
 @pytest.mark.parametrize(("scheme", "ground"), [("light", 0), ("dark", 1)])
-def test_words_can_be_read_on_their_ground(scheme: str, ground: int, alone: Result) -> None:
+def test_colours_have_enough_contrast(scheme: str, ground: int, alone: Result) -> None:
     style = render_page([alone])
     colours = [dict(re.findall(r"--(\w+): (#[0-9a-f]+);", part)) for part in style.split("@media")]
     found = colours[ground]
@@ -300,7 +300,7 @@ def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> No
     assert "beyond its limit is" not in Page(render_page([result])).text
 
 
-def test_of_each_op_the_worst_is_shown(result: Result) -> None:
+def test_the_worst_op_of_each_kind_is_shown(result: Result) -> None:
     assert result.sites is not None
     bars = op_bars(result.sites.errors)
     assert bars.shares == sorted(bars.shares, reverse=True) and bars.shares[0] <= 1
@@ -319,7 +319,7 @@ def test_layers_are_ranked_by_their_cost(result: Result) -> None:
     assert places == sorted(places)
 
 
-def test_what_is_not_finite_is_a_gap_and_is_told(result: Result) -> None:
+def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(result: Result) -> None:
     assert result.twin is not None
     blocks = [dataclasses.replace(b, kl_mean=math.nan) for b in result.twin.blocks[5:7]]
     blocks = [*result.twin.blocks[:5], *blocks, *result.twin.blocks[7:]]
@@ -353,7 +353,7 @@ def test_markup_from_outside_stays_text(result: Result) -> None:
         ("\x7f\x85", "␡⟨U+0085⟩"),
     ],
 )
-def test_what_is_invisible_gets_a_mark(text: str, shown: str) -> None:
+def test_invisible_characters_get_a_mark(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
@@ -380,7 +380,7 @@ def test_weights_by_role(result: Result) -> None:
     assert ups[2:] == ("3", f"{rms:.3g}", f"{max(errors):.3g}")
 
 
-def test_a_path_that_is_no_text_is_written(result: Result, tmp_path: Path) -> None:
+def test_a_path_that_is_not_unicode_is_written(result: Result, tmp_path: Path) -> None:
     odd: dict[str, Any] = {"path": "mod\udce8le"}
     renamed = dataclasses.replace(result, artifact=dataclasses.replace(result.artifact, **odd))
     write_html([renamed], tmp_path / "r.html")
