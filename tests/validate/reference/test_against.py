@@ -30,7 +30,6 @@ from rgexport.validate.reference.against import (
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.report.result_tables import bounded
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.weights.weight_limits import KINDS, sketch_checks
 from tests.models import random_weights, write_hugging_face
@@ -339,8 +338,3 @@ def test_without_torch_the_file_is_enough(
     captured = capsys.readouterr()
     assert "dequantized reference is left out" in captured.err
     assert "dequantized reference: left out" in captured.out
-
-
-def test_numbers_are_shown_with_what_is_known_of_them() -> None:
-    assert bounded(0.01234, 0.012341, 0.012339) == "0.0123"
-    assert bounded(1e-6, 9e-7, 2e-6) == "1e-06 (9e-07 … 2e-06)"

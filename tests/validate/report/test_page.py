@@ -18,6 +18,7 @@ from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.report.charts import cost_charts, drift_chart, kinds_chart
 from rgexport.validate.report.page import breakable, piece, render_page, visible, write_html
 from rgexport.validate.report.page_view import op_bars, role_bars
+from rgexport.validate.report.result_tables import bounded
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.report.words import MOST_NAMED
 from rgexport.validate.result import Result
@@ -27,6 +28,7 @@ from rgexport.validate.states import worst
 from tests.validate.report.changed_results import (
     HOSTILE,
     ambiguous,
+    changed,
     hostile,
     with_site_beyond,
     without_torch,
@@ -194,12 +196,9 @@ def test_both_texts_stand_side_by_side(result: Result) -> None:
 
 def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result) -> None:
     assert result.original is not None
-    kl = dataclasses.replace(result.original.kl, mean=0.5)
-    costly = dataclasses.replace(result, original=dataclasses.replace(result.original, kl=kl))
+    costs: dict[str, Any] = {"original.kl.mean": 0.5}
     small, large = (
-        dataclasses.replace(
-            costly, artifact=dataclasses.replace(result.artifact, path=f"out/{name}", bytes=size)
-        )
+        changed(result, costs | {"artifact.path": f"out/{name}", "artifact.bytes": size})
         for name, size in (("small", 5_000_000), ("large", 9_000_000))
     )
     (chart,) = cost_charts([large, alone, small])
@@ -247,8 +246,7 @@ def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
 
 def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result: Result) -> None:
     assert result.twin is not None and [d.position for d in result.twin.drift] == [64]
-    steep = dataclasses.replace(result, text=dataclasses.replace(result.text, tokens=1 << 20))
-    chart = drift_chart(steep)
+    chart = drift_chart(changed(result, {"text.tokens": 1 << 20}))
     heights = [float(y) for y in chart.limit_path.split()[1::2]]
     assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1]
     assert [label for _, label in chart.x.ticks][:2] == ["64", "512"]
@@ -323,8 +321,7 @@ def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(result: Result) -> N
     assert result.twin is not None
     blocks = [dataclasses.replace(b, kl_mean=math.nan) for b in result.twin.blocks[5:7]]
     blocks = [*result.twin.blocks[:5], *blocks, *result.twin.blocks[7:]]
-    broken = dataclasses.replace(result, twin=dataclasses.replace(result.twin, blocks=blocks))
-    page = Page(render_page([broken]))
+    page = Page(render_page([changed(result, {"twin.blocks": blocks})]))
     assert "2 of 70 not finite" in page.text
     (line,) = [p["d"] for p in page.named("path") if p.get("class") == "line twin"][:1]
     assert line is not None and line.count("M") == 2 and "nan" not in line
@@ -381,7 +378,10 @@ def test_weights_by_role(result: Result) -> None:
 
 
 def test_a_path_that_is_not_unicode_is_written(result: Result, tmp_path: Path) -> None:
-    odd: dict[str, Any] = {"path": "mod\udce8le"}
-    renamed = dataclasses.replace(result, artifact=dataclasses.replace(result.artifact, **odd))
-    write_html([renamed], tmp_path / "r.html")
+    write_html([changed(result, {"artifact.path": "mod\udce8le"})], tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_bounds_are_shown_where_they_differ() -> None:
+    assert bounded(0.01234, 0.012341, 0.012339) == "0.0123"
+    assert bounded(1e-6, 9e-7, 2e-6) == "1e-06 (9e-07 … 2e-06)"
