@@ -32,6 +32,7 @@ from rgexport.validate.report.words import (
     not_passed,
     number,
     percent,
+    plus_minus,
     source_words,
     speed_words,
 )
@@ -187,7 +188,7 @@ def _cost_bars(costs: Sequence[LayerCost]) -> BarTable | None:
     """What each part costs, the most expensive one first."""
     ranked = sorted(costs, key=lambda cost: -cost.kl)
     numbers = ("KL, nats", "top-1 agreement")
-    rows = [(c.part, f"{number(c.kl)} ± {c.standard_error:.1g}", percent(c.top1)) for c in ranked]
+    rows = [(c.part, plus_minus(c.kl, c.standard_error), percent(c.top1)) for c in ranked]
     shares = _of_largest([cost.kl for cost in ranked])
     return BarTable(("part", *numbers), numbers, "KL", rows, shares) if rows else None
 

@@ -1,6 +1,6 @@
 """The tables of a result, for the terminal and the page."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rgexport.progress import amount
@@ -13,7 +13,7 @@ from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
 from rgexport.validate.reference.against import AgainstFile, LayerError, PromptResult
-from rgexport.validate.report.words import LABELS, mean_kl, number, percent, rate
+from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
 from rgexport.validate.weights.sketch_errors import SketchError
@@ -27,12 +27,7 @@ PROMPT = ("tokens", "KL mean", "top-1", "worst state", "greedy")
 """Columns of `prompt_cells`."""
 DRIFT = "Recurrent states inside the longest prompt"
 STREAM = "Residual stream after each layer"
-_STATE = ("max |Δ| / max", "norm")
-_WEIGHT = ("error", "projection", "noise", "max steps")
-_LAYER = ("error", "limit", "worst at position")
-_SITE = ("tokens", "rms", "median", "of its limit")
-_COST = ("KL", "share", "top-1")
-_SKETCH = ("error", "projection", "noise", "worst row")
+_TENSOR = ("error", "projection", "noise")
 _EXACT = 0.05
 """Noise below that is the sketch's own rounding."""
 
@@ -49,6 +44,11 @@ def sides_of(r: Result) -> list[tuple[str, Comparison]]:
 def cost_of(r: Result) -> Compared | None:
     """What tells the cost of compression: the original or, without one, a reference file."""
     return r.original or r.reference
+
+
+def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
+    """Columns of names, followed by columns of numbers."""
+    return Table(title, (*names, *numbers), list(rows), numbers)
 
 
 def _first(rows: Sequence[Row], most: int = WORST, words: str = "better ones") -> Iterator[Row]:
@@ -81,7 +81,7 @@ def summary_table(r: Result) -> Table:
     found = {name: side for name, side in sides.items() if side is not None}
     cells = {name: [show(c) for c in found.values()] for name, show in _SUMMARY.items()}
     rows = [(name, *row) for name, row in cells.items() if any(row)]
-    return Table("", ("compared with", *found), rows, tuple(found))
+    return _table("", ("compared with",), tuple(found), rows)
 
 
 _COMPARISON: dict[str, Callable[[Comparison], str]] = {
@@ -112,8 +112,7 @@ def logits_table(r: Result) -> Table:
     known = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
     names = dict.fromkeys(name for one in known for name in one)
     rows += [(name, *(one.get(name, "") for one in known)) for name in names]
-    columns = [LABELS[name] for name, _ in sides]
-    return Table("Logits", ("measured", *columns), rows, columns)
+    return _table("Logits", ("measured",), tuple(LABELS[name] for name, _ in sides), rows)
 
 
 def _likelihood_rows(found: Likelihood | None) -> Iterator[tuple[str, str]]:
@@ -133,7 +132,7 @@ def state_table(errors: Sequence[StateError]) -> Table:
         (e.name, number(e.relative_max), number(e.relative_norm))
         for e in sorted(errors, key=lambda e: -e.relative_max)
     ]
-    return Table("States", ("state", *_STATE), list(_first(rows)), _STATE)
+    return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
 
 
 def drift_table(r: Result) -> Table:
@@ -146,24 +145,23 @@ def drift_table(r: Result) -> Table:
         (f"{at:,} tokens", *(number(worst(one[at])) if at in one else "" for one in found))
         for at in found[0]
     ]
-    columns = [LABELS[name] for name, _ in sides_of(r)]
-    return Table("Worst state by position", ("after", *columns), rows, columns)
+    columns = tuple(LABELS[name] for name, _ in sides_of(r))
+    return _table("Worst state by position", ("after",), columns, rows)
 
 
 def itself_table(r: Result) -> Table:
     """The same tokens taken in another way."""
-    names = ("tokens", "logits", "states")
     rows = []
     for name, found in r.equivalences.items():
         state = number(worst(found.states)) if found.states else ""
         rows.append((SAME[name], f"{found.tokens}", number(found.logits.relative_max), state))
-    return Table("Against itself", ("the same …", *names), rows, names)
+    return _table("Against itself", ("the same …",), ("tokens", "logits", "states"), rows)
 
 
 def file_table(found: AgainstFile) -> Table:
     """What was measured against a reference file, over all prompts."""
     title = f"Against the reference file ({found.positions:,} positions)"
-    return Table(title, ("measured", "value"), list(_file_rows(found)), ("value",))
+    return _table(title, ("measured",), ("value",), _file_rows(found))
 
 
 def _file_rows(found: AgainstFile) -> Iterator[Row]:
@@ -217,7 +215,7 @@ def sketch_table(found: AgainstFile) -> Table:
         words="as they were",
     )
     title = "Weights, by the reference file's sketches"
-    return Table(title, ("tensor", "stored", *_SKETCH), list(rows), _SKETCH)
+    return _table(title, ("tensor", "stored"), (*_TENSOR, "worst row"), rows)
 
 
 def _rows_by_scheme(
@@ -250,7 +248,7 @@ def weight_table(errors: Sequence[WeightError]) -> Table:
         last=lambda e: e.max_steps,
         words="bit for bit",
     )
-    return Table("Weights", ("tensor", "stored", *_WEIGHT), list(rows), _WEIGHT)
+    return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
 
 
 def layer_table(layers: Sequence[LayerError]) -> Table:
@@ -259,7 +257,7 @@ def layer_table(layers: Sequence[LayerError]) -> Table:
         (f"{e.layer}", number(e.relative_rms), number(e.limit), f"{e.worst_position:,}")
         for e in sorted(layers, key=lambda e: (e.passed, -e.relative_rms))
     ]
-    return Table(STREAM, ("layer", *_LAYER), list(_first(rows)), _LAYER)
+    return _table(STREAM, ("layer",), ("error", "limit", "worst at position"), _first(rows))
 
 
 def bisect_tables(
@@ -289,7 +287,7 @@ def _site_table(report: SiteReport) -> Table:
     )
     rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
     rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
-    return Table(title, ("op", *_SITE), rows, _SITE)
+    return _table(title, ("op",), ("tokens", "rms", "median", "of its limit"), rows)
 
 
 def _site_row(e: SiteError) -> Row:
@@ -304,13 +302,13 @@ def _cost_table(costs: Sequence[LayerCost]) -> Table:
     most = len(ranked) if len(ranked) <= 2 * WORST + 2 else 2 * WORST
     rows = []
     for c in ranked[:most]:
-        kl = f"{number(c.kl)} ± {c.standard_error:.1g}"
+        kl = plus_minus(c.kl, c.standard_error)
         rows.append((c.part, kl, f"{100 * c.kl / total:.1f} %", f"{100 * c.top1:.1f} %"))
     if rest := ranked[most:]:
         share = f"{100 * sum(cost.kl for cost in rest) / total:.1f} %"
         rows.append((f"… and {len(rest)} better ones", "", share, ""))
     title = "Layers: KL to the original if only this one were stored so"
-    return Table(title, ("part", *_COST), rows, _COST)
+    return _table(title, ("part",), ("KL", "share", "top-1"), rows)
 
 
 def overview(results: Sequence[Result]) -> Table:

@@ -28,9 +28,14 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else number(value)
 
 
+def plus_minus(value: float, error: float) -> str:
+    """A value and its standard error or margin."""
+    return f"{number(value)} ± {error:.1g}"
+
+
 def mean_kl(kl: KL) -> str:
     """The mean and its standard error."""
-    return f"{number(kl.mean)} ± {kl.standard_error:.1g}"
+    return plus_minus(kl.mean, kl.standard_error)
 
 
 def counted_checks(r: Result) -> str:
@@ -71,8 +76,7 @@ def check_words(check: Check) -> str:
 
 def value_words(check: Check) -> str:
     """Its value and its margin."""
-    margin = f" ± {check.margin:.1g}" if check.margin else ""
-    return f"{number(check.value)}{margin}"
+    return plus_minus(check.value, check.margin) if check.margin else number(check.value)
 
 
 def dequantized_words(r: Result) -> str:

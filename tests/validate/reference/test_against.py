@@ -146,7 +146,7 @@ def test_states_are_compared_at_the_end_and_on_the_way(
 
 def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
     found = held(clean("int4"), reference).agreement
-    assert 0 < found.near_ties <= found.flips
+    assert found.flips / 2 < found.near_ties <= found.flips
     assert found.largest_flip_margin > 0
     exact = held(clean("fp32"), reference).agreement
     assert exact.flips == exact.near_ties
