@@ -1,6 +1,7 @@
 """DeepMind's own implementation, the torch part of the `recurrentgemma` package, as a reference."""
 
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import numpy as np
@@ -18,7 +19,6 @@ from rgexport.validate.reference.whole_model import (
     WholeModel,
     check_supported,
     in_float32,
-    to_numpy,
 )
 
 
@@ -44,7 +44,9 @@ class DeepMindModel(WholeModel):
         _, cache = self._model(
             tokens, positions, self._cache(state) if start else None, return_logits=False
         )
-        return self._model.final_norm(self._stream), self._state(cache, start + tokens.shape[1])
+        stop = start + tokens.shape[1]
+        hidden = self._model.final_norm(self._stream)
+        return hidden, self._canonical(stop, self._states(cache, stop))
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits = self._model.embedder.decode(hidden)
@@ -60,34 +62,27 @@ class DeepMindModel(WholeModel):
         Everything is copied, because the package writes into its caches.
         """
         count = state[POSITION].astype(np.int32)
-        cache = {}
-        for index, kind in enumerate(self.config.block_types):
-            names = self._state_names(index)
-            first, second = (state[name].astype(np.float32) for name in names)
+        turn = int(count[0]) % self.config.window
+        cache: dict[str, RecurrentBlockCache | AttentionBlockCache] = {}
+        for index, kind, first, second in self._layer_states(state):
             if kind == "attention":
-                turn = int(count[0]) % self.config.window
-                keys, values = (
-                    self._tensor(np.roll(a, turn, 1))[:, :, None] for a in (first, second)
-                )
-                found = AttentionBlockCache(keys, values, self._tensor(count.copy()))
+                keys, values = (part.roll(turn, 1)[:, :, None] for part in (first, second))
+                position = torch.from_numpy(count.copy()).to(first.device)
+                cache[f"blocks.{index}"] = AttentionBlockCache(keys, values, position)
             else:
-                found = RecurrentBlockCache(self._tensor(first), self._tensor(second))
-            cache[f"blocks.{index}"] = found
+                cache[f"blocks.{index}"] = RecurrentBlockCache(first, second)
         return cache
 
-    def _state(
+    def _states(
         self, cache: dict[str, RecurrentBlockCache | AttentionBlockCache], count: int
-    ) -> State:
-        state: State = {POSITION: np.array([count], np.int64)}
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        turn = -(count % self.config.window)
         for index in range(self.config.num_layers):
-            names = self._state_names(index)
             found = cache[f"blocks.{index}"]
-            first, second = to_numpy(found[0]), to_numpy(found[1])
+            first, second = found[0], found[1]
             if isinstance(found, AttentionBlockCache):
-                turn = count % self.config.window
-                first, second = (np.roll(a[:, :, 0], -turn, 1) for a in (first, second))
-            state |= dict(zip(names, (first, second), strict=True))
-        return state
+                first, second = (part[:, :, 0].roll(turn, 1) for part in (first, second))
+            yield first, second
 
 
 def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:

@@ -7,9 +7,9 @@ written against transformers 5.24.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from rgexport.validate.reference.whole_model import (
     WholeModel,
     check_supported,
     in_float32,
-    to_numpy,
 )
 
 VERSIONS = (5, 24), (6, 0)
@@ -56,7 +55,7 @@ class HuggingFaceModel(WholeModel):
             cache=cache,
             use_cache=True,
         )
-        return found.last_hidden_state, self._state(cache, stop)
+        return found.last_hidden_state, self._canonical(stop, self._states(cache))
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden)
@@ -66,10 +65,8 @@ class HuggingFaceModel(WholeModel):
     def _set(self, state: State, filled: int) -> DynamicCache:
         """Sets the recurrent states of the modules; returns a cache of the last `filled` keys."""
         cache = DynamicCache(config=self._model.config)
-        for index, kind in enumerate(self.config.block_types):
+        for index, kind, first, second in self._layer_states(state):
             block: Any = self._model.model.layers[index].temporal_block
-            names = self._state_names(index)
-            first, second = (self._tensor(state[name].astype(np.float32)) for name in names)
             if kind == "recurrent":
                 block.rg_lru.recurrent_states = first
                 block.conv1d_state = second.transpose(1, 2)
@@ -77,18 +74,14 @@ class HuggingFaceModel(WholeModel):
                 cache.update(first[:, None, -filled:], second[:, None, -filled:], index)
         return cache
 
-    def _state(self, cache: DynamicCache, count: int) -> State:
-        state: State = {POSITION: np.array([count], np.int64)}
+    def _states(self, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
         for index, kind in enumerate(self.config.block_types):
             block: Any = self._model.model.layers[index].temporal_block
             if kind == "recurrent":
-                found = [block.rg_lru.recurrent_states, block.conv1d_state.transpose(1, 2)]
+                yield block.rg_lru.recurrent_states, block.conv1d_state.transpose(1, 2)
             else:
                 kept = cache.layers[index]
-                found = [self._window(part[:, 0]) for part in (kept.keys, kept.values)]
-            names = self._state_names(index)
-            state |= {name: to_numpy(part) for name, part in zip(names, found, strict=True)}
-        return state
+                yield self._window(kept.keys[:, 0]), self._window(kept.values[:, 0])
 
     def _window(self, kept: Tensor) -> Tensor:
         """Keys or values [1, n, D], zero-padded at the front to the window."""

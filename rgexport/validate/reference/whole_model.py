@@ -1,7 +1,7 @@
 """Base of references that another package computes: the whole model in memory, in float32."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -95,11 +95,22 @@ class WholeModel(ABC):
             hidden.append(after)
         return torch.cat(hidden, 1), state
 
-    def _state_names(self, layer: int) -> list[str]:
-        return [spec.name for spec in layer_states(self.config, layer, "float32")]
+    def _layer_states(self, state: State) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+        """Index and kind of each layer, and copies of its two states in float32."""
+        for index, kind in enumerate(self.config.block_types):
+            first, second = (
+                torch.from_numpy(state[spec.name].astype(np.float32)).to(self._device)
+                for spec in layer_states(self.config, index, "float32")
+            )
+            yield index, kind, first, second
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _canonical(self, count: int, found: Iterable[tuple[Tensor, Tensor]]) -> State:
+        """The state after `count` tokens from the two states of each layer."""
+        state: State = {POSITION: np.array([count], np.int64)}
+        for index, parts in enumerate(found):
+            for spec, part in zip(layer_states(self.config, index, "float32"), parts, strict=True):
+                state[spec.name] = to_numpy(part)
+        return state
 
     @contextmanager
     def _watched(self, watch: Watch, place: int) -> Iterator[None]:
