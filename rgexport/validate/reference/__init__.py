@@ -1,1 +1,1 @@
-"""What the full-precision model says, captured into a file, and artifacts against it."""
+"""Reference files: what the full model computes, captured, and artifacts compared with it."""

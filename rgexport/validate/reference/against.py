@@ -1,7 +1,8 @@
-"""An artifact against a reference file: the cost of compression, measured without torch."""
+"""Compares an artifact with a reference file: the cost of compression, measured without torch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -10,17 +11,19 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.state import State
 from rgexport.progress import task
+from rgexport.runtimes.engine import open_observer
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import NO_LIMITS, STANDARD_ERRORS, Check
 from rgexport.validate.reference.against_prompt import PromptMeasured, measure_prompt
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
-from rgexport.validate.reference.stream_errors import LayerError, layer_errors, positions_to_look_at
 from rgexport.validate.source import config_differences
 from rgexport.validate.states import Drift, StateError, worst
 from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
+STATE_BYTES = 256 << 20
+"""Budget for the artifact's states before watched positions: 7 of a 2B, in float32."""
 SHAPES = (
     "vocab_size",
     "width",
@@ -32,15 +35,15 @@ SHAPES = (
     "block_types",
     "conv_width",
 )
-"""Fields of a configuration that an artifact must share with a reference."""
+"""Fields of the configuration that an artifact and its reference must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt; the mean KL is about `kl`, and surely between the other two.
+    """One prompt; the mean KL is about `kl`, and surely from `kl_low` to `kl_high`.
 
-    `greedy_common` of the reference's `greedy_tokens` are the artifact's own first choices, up to
-    the first one that is not.
+    `greedy_common` counts the tokens of the reference's continuation, of `greedy_tokens`, that the
+    artifact chooses too, up to the first that it does not.
     """
 
     name: str
@@ -55,17 +58,36 @@ class PromptResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """The residual stream after one layer: ‖Δ‖ / ‖reference‖ over some positions.
+
+    It includes the errors of all layers before. So the layer to blame is the first beyond its
+    limit, or the one where the error grows most. `worst_position` is where it is largest.
+    """
+
+    layer: int
+    relative_rms: float
+    worst_position: int
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """False also for NaN."""
+        return self.relative_rms <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
 class AgainstFile:
     """The artifact against a reference file, over all its prompts.
 
-    KL at each position is about `kl` and surely between `kl_low` and `kl_high`, all the same where
-    the file has all logits (see `condensed.KLBounds`); `kl_width` is the width of the mean's
-    interval against the mean. `logits` and `kl_full` are of those `full_positions` alone, all else
-    of all positions. Where the artifact's first choice is not among the tokens whose logits the
-    file has, what it lacks to the reference's may be more than `largest_flip_margin` counts.
-    `states` are those behind the prompts, each of the prompt where it is worst; `drift` the
-    recurrent ones inside the longest prompt. `weights` are the artifact's against the file's
-    sketches of the reference's. `layers` is there if the artifact was looked into.
+    KL at each position is about `kl` and surely from `kl_low` to `kl_high`; all three are the same
+    where the file has all logits (see `condensed.KLBounds`). `kl_width` is the width of the mean's
+    interval relative to the mean. `logits` and `kl_full` are of the `full_positions` only, all else
+    is of all positions. Where the artifact's first choice is not among the tokens whose logits the
+    file has, `largest_flip_margin` counts less than the reference prefers its own by. `states` are
+    those after the prompts, each of the prompt where it is worst; `drift` has the recurrent ones
+    inside the longest prompt. `weights` compares the artifact's with the file's sketches. `layers`
+    is there if the layers were compared one by one.
     """
 
     path: str
@@ -92,18 +114,16 @@ class AgainstFile:
 
     @property
     def greedy(self) -> tuple[int, int]:
-        """Tokens of the reference's continuations, and those that the artifact shares."""
-        return (
-            sum(prompt.greedy_tokens for prompt in self.prompts),
-            sum(prompt.greedy_common for prompt in self.prompts),
-        )
+        """Tokens of the reference's continuations, and how many the artifact shares."""
+        found = [(prompt.greedy_tokens, prompt.greedy_common) for prompt in self.prompts]
+        return sum(tokens for tokens, _ in found), sum(common for _, common in found)
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
-    """Makes sure that the two have the same shapes.
+    """Refuses a reference of a model of another shape.
 
     Raises:
-        RequestError: they have not.
+        RequestError: a field of `SHAPES` differs.
     """
     ours, theirs = manifest.config, reference.header.config
     for name in SHAPES:
@@ -121,14 +141,14 @@ def compare_with_file(
     reference: ReferenceFile,
     before: dict[int, State] | None = None,
 ) -> AgainstFile:
-    """Teacher-forces a session with all prompts; logits exist for one block of positions.
+    """Teacher-forces a session with all prompts; logits exist for a block of positions at a time.
 
     Args:
         session: the artifact's.
-        artifact: whose weights are compared, too.
+        artifact: whose weights are compared too.
         reference: the file.
-        before: where it is given, it gets the session's own canonical states before some of the
-            file's watched positions, for `stream_errors.layer_errors`.
+        before: if given, it is filled with the session's canonical states before some of the
+            file's watched positions, for `with_layers`.
 
     Raises:
         RequestError: see `check_fits`.
@@ -176,13 +196,56 @@ def with_layers(
     reference: ReferenceFile,
     before: Mapping[int, State],
 ) -> AgainstFile:
-    """The same with `layers`; `before` is what `compare_with_file` gave.
+    """The same with `layers`: observes the artifact in its engine, a token at each position.
+
+    Args:
+        found: the comparison.
+        artifact: loaded once more; its session should be closed.
+        reference: the file.
+        before: watched position → the artifact's canonical state before it, from
+            `compare_with_file`.
 
     Raises:
-        RequestError: see `stream_errors.layer_errors`.
+        RequestError: the engine cannot show values inside the model.
     """
+    observer = open_observer(artifact)
+    deltas, sizes = [], []
+    with task("Looking at the layers", len(before), "positions") as advance:
+        for position, state in before.items():
+            expected = reference.activations(reference.header.watched.index(position))
+            token = reference.tokens[position : position + 1]
+            values = observer.observe(token, state).values
+            stream = [values[f"layers.{i}.channel_residual"][-1] for i in range(len(expected))]
+            with np.errstate(invalid="ignore", over="ignore"):
+                delta = np.asarray(stream, np.float64) - expected
+                deltas.append(np.square(delta).sum(1))
+            sizes.append(np.square(expected, dtype=np.float64).sum(1))
+            advance(1)
     limit = thresholds.original_rms(artifact.manifest, found.logits).limit
-    return replace(found, layers=layer_errors(artifact, reference, before, limit))
+    layers = _layer_errors(np.array(deltas), np.array(sizes), tuple(before), limit)
+    return replace(found, layers=layers)
+
+
+def _layer_errors(
+    deltas: np.ndarray, sizes: np.ndarray, positions: tuple[int, ...], limit: float
+) -> list[LayerError]:
+    """From sums of squares [positions, layers] of the errors and of the reference."""
+    shares = np.sqrt(deltas / np.where(sizes, sizes, 1))
+    worst = np.nan_to_num(shares, nan=np.inf).argmax(0).tolist()
+    totals = np.sqrt(deltas.sum(0) / np.where(sizes.sum(0), sizes.sum(0), 1)).tolist()
+    return [
+        LayerError(layer=i, relative_rms=total, worst_position=positions[place], limit=limit)
+        for i, (total, place) in enumerate(zip(totals, worst, strict=True))
+    ]
+
+
+def positions_to_look_at(reference: ReferenceFile, state: State) -> tuple[int, ...]:
+    """As many of the watched positions as have room for a state of this size each."""
+    size = sum(array.nbytes for array in state.values())
+    watched = reference.header.watched
+    count = min(len(watched), max(1, STATE_BYTES // size))
+    places = np.linspace(0, len(watched) - 1, count).round().astype(int)
+    return tuple(watched[place] for place in places.tolist())
 
 
 def _measure_all(
@@ -195,7 +258,7 @@ def _measure_all(
     with task("Comparing with the reference file", total, "tokens") as advance:
         for index, prompt, span in reference.spans():
             keep = [place - span.start for place in wanted if span.start <= place < span.stop]
-            found = measure_prompt(session, reference, index, prompt, span, keep)
+            found = measure_prompt(session, reference, index, span, keep)
             if before is not None:
                 before |= {span.start + count: state for count, state in found.before.items()}
             measured.append(found)
@@ -212,9 +275,9 @@ def _kl_summary(kl: np.ndarray) -> metrics.KL:
 def file_checks(
     found: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
 ) -> Iterator[Check]:
-    """What is demanded of an artifact that was compared with a reference file.
+    """Compares what was measured against a reference file with its limits.
 
-    KL is, where a limit was asked for. It is known as well as its interval and its error tell.
+    KL has one only where `limits` has. Its margin covers its interval and its standard error.
     """
     yield thresholds.original_rms(manifest, found.logits, "reference.rms")
     if "reference.kl" in limits:
@@ -237,17 +300,17 @@ def file_checks(
 
 
 def _bytes(prompts: tuple[PromptRecord, ...]) -> int | None:
-    """Of all texts together, where all are known."""
+    """Of all texts together; None where one is unknown."""
     known = [prompt.bytes for prompt in prompts if prompt.bytes is not None]
     return sum(known) if len(known) == len(prompts) else None
 
 
 def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
-    """Of each state, the prompt where it is worst."""
+    """Each state's error on the prompt where it is worst; NaN is worst of all."""
     found: dict[str, StateError] = {}
-    for error in (error for errors in prompts for error in errors):
-        best = found.get(error.name)
-        if best is None or not error.relative_max <= best.relative_max:
+    for error in chain.from_iterable(prompts):
+        other = found.get(error.name)
+        if other is None or not error.relative_max <= other.relative_max:
             found[error.name] = error
     return list(found.values())
 

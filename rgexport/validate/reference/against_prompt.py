@@ -10,17 +10,22 @@ from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
 from rgexport.validate.measure import blocks, whole_chunks
 from rgexport.validate.reference.condensed import KLBounds, kl_bounds, lead, log_sum_exp
-from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
+from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.states import Drift, StateError, state_errors
 
 
 @dataclass(frozen=True)
 class PromptMeasured:
-    """What was measured on one prompt of T tokens.
+    """What was measured on a prompt of T tokens.
 
-    rows: [T] of `metrics.ROWS`; bounds: of KL, [T, 3]; finite: [T], whether all logits are;
-    states: behind its end; drift: those at its checkpoints; before: the artifact's own canonical
-    states behind so many tokens, where they were asked for.
+    Attributes:
+        rows: [T] of `metrics.ROWS`.
+        bounds: of KL, [T, 3]; see `condensed.KLBounds`.
+        finite: [T], whether all logits are finite.
+        states: errors after the prompt.
+        drift: errors at its checkpoints.
+        greedy_common: tokens of the reference's continuation that the artifact chooses too.
+        before: count of tokens → the artifact's canonical state after them, where it was asked for.
     """
 
     rows: np.ndarray
@@ -36,7 +41,6 @@ def measure_prompt(
     session: Session,
     reference: ReferenceFile,
     index: int,
-    prompt: PromptRecord,
     span: slice,
     keep: Collection[int] = (),
 ) -> PromptMeasured:
@@ -46,12 +50,13 @@ def measure_prompt(
         session: the artifact's.
         reference: the file.
         index: the prompt's.
-        prompt: its record.
-        span: its place among the positions.
-        keep: counts of tokens behind which the artifact's own state is wanted.
+        span: its positions.
+        keep: counts of tokens after which the artifact's state is wanted.
     """
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
-    positions = _Positions(reference, tokens, span.start)
+    following = [*tokens[1:].tolist(), -1]
+    rows, bounds = np.zeros(len(tokens), metrics.ROWS), np.zeros((len(tokens), 3))
+    finite = np.zeros(len(tokens), bool)
     drift: list[Drift] = []
     before: dict[int, State] = {}
     logits = np.empty((1, 0))
@@ -60,16 +65,18 @@ def measure_prompt(
         before[0] = session.get_state()
     for start, stop in blocks(session, {len(tokens), *keep} | whole_chunks(session, inside)):
         logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        positions.see(start, logits)
+        finite[start:stop] = np.isfinite(logits).all(1)
+        for i, candidate in enumerate(logits, start):
+            rows[i], bounds[i] = _compare(reference, span.start + i, candidate, following[i])
         if stop in keep:
             before[stop] = session.get_state()
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
             drift.append(Drift(position=stop, states=errors))
     return PromptMeasured(
-        rows=positions.rows,
-        bounds=positions.bounds,
-        finite=positions.finite,
+        rows=rows,
+        bounds=bounds,
+        finite=finite,
         states=state_errors(reference.state(index), session.get_state()),
         drift=drift,
         greedy_common=_common(session, logits[-1], reference.greedy(index)),
@@ -77,34 +84,21 @@ def measure_prompt(
     )
 
 
-class _Positions:
-    """What is measured at each position; see `PromptMeasured`."""
-
-    def __init__(self, reference: ReferenceFile, tokens: np.ndarray, first: int):
-        self._reference, self._first = reference, first
-        self._following = [*tokens[1:].tolist(), -1]
-        self.rows = np.zeros(len(tokens), metrics.ROWS)
-        self.bounds = np.zeros((len(tokens), 3))
-        self.finite = np.zeros(len(tokens), bool)
-
-    def see(self, start: int, logits: np.ndarray) -> None:
-        """The artifact's logits [n, vocab] of the prompt's positions from `start` on."""
-        for place, candidate in enumerate(logits, start):
-            self.finite[place] = np.isfinite(candidate).all()
-            position, following = self._first + place, self._following[place]
-            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-                found = _compare(self._reference, position, candidate, following)
-            self.rows[place], self.bounds[place] = found
-
-
 def _compare(
     reference: ReferenceFile, position: int, candidate: np.ndarray, following: int
 ) -> tuple[np.void, KLBounds]:
-    """One position's row and the bounds of its KL."""
+    """One position's row and the bounds of its KL; `following` is the next token or -1."""
     if reference.is_full(position):
         full = reference.full_logits(position)[None]
         row = metrics.compare_logits(full, candidate[None], np.array([following]))[0]
         return row, KLBounds(row["kl"], row["kl"], row["kl"])
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return _compare_condensed(reference, position, candidate, following)
+
+
+def _compare_condensed(
+    reference: ReferenceFile, position: int, candidate: np.ndarray, following: int
+) -> tuple[np.void, KLBounds]:
     found = reference.condensed(position)
     row = np.zeros(1, metrics.ROWS)[0]
     bounds = kl_bounds(found, candidate)
@@ -124,7 +118,7 @@ def _compare(
 
 
 def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """How many of the expected tokens [n] the session chooses, one after another."""
+    """How many of the expected tokens [n] the session chooses, up to the first that it does not."""
     for count, token in enumerate(expected.tolist()):
         if int(logits.argmax()) != token:
             return count

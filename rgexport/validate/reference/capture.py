@@ -1,8 +1,8 @@
-"""`rgexport reference`: what the full-precision model says to some prompts, as one file.
+"""`rgexport reference`: captures what the full-precision model computes for some prompts.
 
 All prompts go through one layer before the next one is read, and logits exist for one block of
-positions at a time: memory is that of a layer and of a block, whatever the texts' length. Where
-the whole model fits, its layers stay, for the sake of the greedy continuations.
+positions at a time, so memory is that of a layer and a block, whatever the prompts' length. Where
+the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -26,20 +26,21 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.kept_logits import keep_logits
-from rgexport.validate.reference.prompts import Prompt, choose_prompts
+from rgexport.validate.reference.kept_logits import Layout, choose_layout, keep_logits
+from rgexport.validate.reference.prompts import choose_prompts
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
     checkpoint_name,
     checkpoint_specs,
+    is_reference,
     sketch_name,
     state_name,
     stored_shape,
+    write_reference,
 )
-from rgexport.validate.reference.reference_layout import Layout, choose_layout
-from rgexport.validate.reference.reference_writer import is_reference, write_reference
 from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.text import Text
 from rgexport.validate.weights.sketch import sketch
 
 GREEDY_TOKENS = 32
@@ -47,10 +48,12 @@ GREEDY_TOKENS = 32
 
 @dataclass(frozen=True)
 class _Run:
-    """What the model made of the prompts.
+    """What the model computed.
 
-    hidden: of each, [1, T, width] of the model's own kind; states: of each, those behind its
-    checkpoints and its end; activations: [watched positions, layers, width].
+    Attributes:
+        hidden: of each prompt, [1, T, width] of the model's own array type.
+        states: of each prompt, those after its checkpoints and its end.
+        activations: [watched positions, layers, width].
     """
 
     hidden: list[Any]
@@ -68,7 +71,7 @@ def capture(
     low_memory: bool = False,
     force: bool = False,
 ) -> Path:
-    """Captures a reference into the file `target`, which appears when it is complete.
+    """Captures a reference into the file `target`, which appears once it is complete.
 
     Args:
         checkpoint: the model.
@@ -97,14 +100,12 @@ def capture(
     require_sound(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
     detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
-
     model = make(checkpoint.config, checkpoint.weights)
     layout = choose_layout(lengths, model.config.vocab_size)
     run = _run(model, chosen, layout)
     arrays = {"tokens": np.concatenate([prompt.tokens for prompt in chosen])}
     arrays |= keep_logits(model, chosen, run.hidden, layout)
-    stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
-    greedy = _continue(model, run, stop_ids) if tokenizer else [[] for _ in chosen]
+    greedy = _continue(model, run, tokenizer.stop_ids) if tokenizer else [[] for _ in chosen]
     header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
     arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
     arrays |= _state_arrays(header, run.states)
@@ -114,7 +115,7 @@ def capture(
 
 
 def closing_line(target: Path) -> str:
-    """Where the file is and what to do with it."""
+    """What the command prints."""
     size = amount(target.stat().st_size)
     return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
 
@@ -138,8 +139,7 @@ def _header(
     )
 
 
-def _run(model: ReferenceModel, prompts: Sequence[Prompt], layout: Layout) -> _Run:
-    """All prompts through the model."""
+def _run(model: ReferenceModel, prompts: Sequence[Text], layout: Layout) -> _Run:
     config = model.config
     texts = [(prompt.tokens[None], zero_state(config, 1)) for prompt in prompts]
     ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
@@ -158,7 +158,7 @@ def _run(model: ReferenceModel, prompts: Sequence[Prompt], layout: Layout) -> _R
 
 
 def _continue(model: ReferenceModel, run: _Run, stop_ids: Collection[int]) -> list[list[int]]:
-    """The most likely continuation of each prompt, all in one batch; a stop id ends one."""
+    """The greedy continuation of each prompt, all in one batch; a stop id ends it."""
     ends = [states[-1] for states in run.states]
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(hidden[:, -1:])[0, -1].argmax()) for hidden in run.hidden]
@@ -175,7 +175,7 @@ def _continue(model: ReferenceModel, run: _Run, stop_ids: Collection[int]) -> li
 
 
 def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str, np.ndarray]:
-    """The states behind each prompt, and those behind its checkpoints."""
+    """The states after each prompt, and after its checkpoints."""
     arrays = {}
     for index, (prompt, (*inside, end)) in enumerate(zip(header.prompts, states, strict=True)):
         for spec in state_specs(header.config):
@@ -200,7 +200,7 @@ def sketch_arrays(config: GriffinConfig, weights: WeightSource) -> dict[str, np.
 
 
 def _records(
-    prompts: Sequence[Prompt], layout: Layout, greedy: Sequence[list[int]]
+    prompts: Sequence[Text], layout: Layout, greedy: Sequence[list[int]]
 ) -> Iterator[PromptRecord]:
     start = 0
     for prompt, ids, inside in zip(prompts, greedy, layout.checkpoints, strict=True):

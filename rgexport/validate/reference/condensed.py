@@ -1,10 +1,10 @@
-"""A reference's distribution at one position in a few kilobytes, and what it still tells exactly.
+"""The reference's distribution at one position in a few kilobytes, and bounds of KL from it.
 
-Kept are the most likely tokens with their logits, the log-sum-exp of all, and of the others, the
-*tail*, sums that are exact, and perhaps a code for each token that says between which bounds its
-probability lies. Of KL(reference ‖ candidate) = Σ p log p - Σ p log q, only Σ p log q over the
-tail is unknown then; it is a linear function of p, whose largest and smallest value under those
-bounds and the tail's mass follow from a sort (a fractional knapsack).
+Kept are the most likely tokens with their logits and the log-sum-exp of all. Of the other tokens,
+the *tail*, exact sums are kept and, unless `CODES` says 0 bits, a code for each token that bounds
+its probability. Of KL(reference ‖ candidate) = Σ p log p - Σ p log q, only Σ p log q over the tail
+is then unknown. It is linear in p, so its largest and smallest value under those bounds and the
+tail's mass follow from a sort (a fractional knapsack).
 """
 
 from dataclasses import dataclass
@@ -15,36 +15,36 @@ import numpy as np
 LEAST, MOST = 16, 4096
 """Tokens that are kept with their logits, at least and at most."""
 RELATIVE_WIDTH = 1e-3
-"""Of the interval that KL lies in, against KL."""
+"""Wanted width of KL's interval, relative to KL, …"""
 TYPICAL_DELTA = 0.1
-"""Rms of the Δlogits for which the interval shall be as narrow as that: KL = 0.1² / 2 = 0.005
-nats, what 4 bits cost. Smaller errors give smaller intervals, but wider ones against KL."""
+"""… for Δlogits of this rms: KL = 0.1² / 2 = 0.005 nats, what 4 bits cost. Smaller Δlogits give
+intervals that are narrower, but wider relative to KL."""
 
 CODES: dict[int, np.dtype | None] = {0: None, 8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
 """Bits of a tail's codes → dtype."""
 _NEGLIGIBLE = 16
-"""Share of a tail's mass whose tokens all get the code 0, times the square of the number of codes:
-so they widen the interval about as much as the codes do."""
+"""Times 1 / codes², the share of the tail's mass whose tokens get the code 0: they then widen the
+interval about as much as the codes do."""
 _SLACK = 1e-11
-"""Rounding of the bounds' logarithms."""
+"""Rounding error of the bounds' logarithms."""
 _ROUNDING = 1e-12
-"""That of sums over a vocabulary, in nats."""
+"""Rounding error of sums over a vocabulary, in nats."""
 
 
 @dataclass(frozen=True)
 class Tail:
     """All tokens but the kept ones.
 
-    A token with code c has a log p in (`floor` + (c - 1) `step`, `floor` + c `step`], one with
-    code 0 a log p up to `floor`; without codes, that is all of them.
+    The log p of a token with code c lies in (`floor` + (c - 1) `step`, `floor` + c `step`], that of
+    a token with code 0 at `floor` or below. Without codes, all tokens have code 0.
 
     Attributes:
         mass: Σ p.
-        offset: Σ p (log p - a), a being the middle of a code's bounds, or `floor` for code 0.
-        moved: Σ (p - p̂) (log p - a), p̂ being what the middles alone make of p.
+        offset: Σ p (log p - a), where a is the middle of the code's bounds, or `floor` for code 0.
+        moved: Σ (p - p̂) (log p - a), where p̂ is the estimate of p by the middles alone.
         floor: natural logarithm of a probability.
         step: of the codes.
-        codes: [vocab], those of kept tokens mean nothing; None: all are 0.
+        codes: [vocab], meaningless for kept tokens; None: all are 0.
     """
 
     mass: float
@@ -57,7 +57,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class Condensed:
-    """One position: kept ids [k], most likely first, their logits [k] float32, and the rest."""
+    """One position: kept ids [k], most likely first, their logits [k] float32, and the tail."""
 
     ids: np.ndarray
     logits: np.ndarray
@@ -72,19 +72,17 @@ def log_sum_exp(logits: np.ndarray) -> float:
 
 
 def condense(logits: np.ndarray, bits: int, most: int = MOST) -> Condensed:
-    """Keeps as many of the logits [vocab] float32 as `RELATIVE_WIDTH` takes, at most `most`.
+    """Keeps as many of the logits [vocab] float32 as `RELATIVE_WIDTH` needs, at most `most`.
 
-    `bits`, a key of `CODES`, says how finely the tail is coded.
+    `bits`, a key of `CODES`, is the size of the tail's codes.
     """
     order = _most_likely(logits, most)
-    if (least := min(LEAST, len(order))) == len(order):
-        return _keep(logits, order, bits)
     delta = np.random.default_rng(0).normal(0, TYPICAL_DELTA, len(logits))
     typical = logits + delta
     best = _keep(logits, order, bits)
     if not _is_narrow(kl_bounds(best, typical)):
         return best
-    count = least
+    count = LEAST
     while count < len(order):
         found = _keep(logits, order[:count], bits)
         if _is_narrow(kl_bounds(found, typical)):
@@ -140,14 +138,14 @@ def _middles(floor: float, step: float, codes: np.ndarray) -> np.ndarray:
 
 
 def _likely(mass: float, middles: np.ndarray) -> np.ndarray:
-    """What the middles alone make of p."""
+    """The estimate of p by the middles alone, of the tail's mass."""
     p = np.exp(middles)
     likely: np.ndarray = p * (mass / p.sum())
     return likely
 
 
 def lead(position: Condensed, token: int) -> float:
-    """By how much the reference's first choice is ahead of `token`, in logits: at least so much."""
+    """Lower bound of the reference's logit of its first choice minus that of `token`."""
     kept = np.flatnonzero(position.ids == token)
     if len(kept):
         other = float(position.logits[kept[0]])
@@ -161,9 +159,8 @@ def lead(position: Condensed, token: int) -> float:
 class KLBounds(NamedTuple):
     """KL(reference ‖ candidate) in nats: surely from `low` to `high`, most likely near `best`.
 
-    That takes the tail's tokens to be as likely as the middles of their codes' bounds say, as far
-    as they differ from the candidate's; without codes, as likely among themselves as the candidate
-    has them.
+    `best` estimates the tail's probabilities by the middles of the codes' bounds; without codes, it
+    takes them in the candidate's proportions.
     """
 
     low: float
@@ -186,7 +183,7 @@ def kl_bounds(position: Condensed, candidate: np.ndarray) -> KLBounds:
     log_q = log_q[rest]
     codes = None if tail.codes is None else tail.codes[rest]
     least, greatest = _extremes(tail, codes, log_q)
-    # of all distributions of that mass, the candidate's own is the nearest to it
+    # KL over the tail is smallest where the reference has the candidate's own proportions.
     nearest = tail.mass * (np.log(tail.mass) - log_sum_exp(log_q))
     low = max(known + max(tail.offset - greatest, nearest) - _ROUNDING, 0.0)
     high = max(known + tail.offset - least + _ROUNDING, low)
@@ -195,7 +192,7 @@ def kl_bounds(position: Condensed, candidate: np.ndarray) -> KLBounds:
 
 
 def _expected(tail: Tail, codes: np.ndarray, log_q: np.ndarray) -> float:
-    """The likely Σ p (log q - a): exact but for Σ (p - p̂) (log q - log p)."""
+    """Estimates Σ p (log q - a); the error is Σ (p - p̂) (log q - log p)."""
     middles = _middles(tail.floor, tail.step, codes)
     return float(_likely(tail.mass, middles) @ (log_q - middles)) + tail.moved
 
@@ -219,6 +216,6 @@ def _extremes(tail: Tail, codes: np.ndarray | None, log_q: np.ndarray) -> tuple[
 
 
 def _fill(gain: np.ndarray, room: np.ndarray, amount: float) -> float:
-    """Σ of gains, taking `amount` from the first on, of each no more than there is room for."""
+    """Σ of gains for `amount` of mass, filled from the first on up to each one's room."""
     taken = np.diff(np.minimum(np.cumsum(room), amount), prepend=0.0)
     return float(taken @ gain)

@@ -1,7 +1,7 @@
-"""DeepMind's own implementation, the `recurrentgemma` package's torch half, as a reference."""
+"""DeepMind's own implementation, the torch part of the `recurrentgemma` package, as a reference."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import numpy as np
@@ -11,15 +11,15 @@ from recurrentgemma.torch import Griffin
 from recurrentgemma.torch.modules import AttentionBlockCache, RecurrentBlockCache
 from torch import Tensor, nn
 
-from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.deepmind import BRANCHES, CONV, GLOBAL_NAMES, NAMES, UP, UP_BIAS
-from rgexport.griffin.state import POSITION, State, layer_states
+from rgexport.griffin.state import POSITION, State
 from rgexport.griffin.tensor import WeightSource
-from rgexport.validate.reference.whole_model import WholeModel, in_float32, to_numpy
-
-Read = Callable[[str], Tensor]
-"""Name of a tensor of a layer → the tensor."""
+from rgexport.validate.reference.whole_model import (
+    WholeModel,
+    check_supported,
+    in_float32,
+)
 
 
 class DeepMindModel(WholeModel):
@@ -40,11 +40,13 @@ class DeepMindModel(WholeModel):
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         start = int(state[POSITION][0])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        # Its own logits would be those of all tokens at once.
+        # The package's logits would be those of all tokens at once.
         _, cache = self._model(
             tokens, positions, self._cache(state) if start else None, return_logits=False
         )
-        return self._model.final_norm(self._stream), self._state(cache, start + tokens.shape[1])
+        stop = start + tokens.shape[1]
+        hidden = self._model.final_norm(self._stream)
+        return hidden, self._canonical(stop, self._states(cache, stop))
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits = self._model.embedder.decode(hidden)
@@ -55,43 +57,36 @@ class DeepMindModel(WholeModel):
         self._stream = output[0]
 
     def _cache(self, state: State) -> dict[str, RecurrentBlockCache | AttentionBlockCache]:
-        """Its cache from a canonical state; a token's key lies at its position modulo the window.
+        """The package's cache from a canonical state; keys lie at their positions modulo window.
 
-        Everything is copied: the package writes into its caches.
+        Everything is copied, because the package writes into its caches.
         """
         count = state[POSITION].astype(np.int32)
-        cache = {}
-        for index, kind in enumerate(self.config.block_types):
-            names = [spec.name for spec in layer_states(self.config, index, "float32")]
-            first, second = (state[name].astype(np.float32) for name in names)
+        turn = int(count[0]) % self.config.window
+        cache: dict[str, RecurrentBlockCache | AttentionBlockCache] = {}
+        for index, kind, first, second in self._layer_states(state):
             if kind == "attention":
-                turn = int(count[0]) % self.config.window
-                keys, values = (
-                    self._tensor(np.roll(a, turn, 1))[:, :, None] for a in (first, second)
-                )
-                found = AttentionBlockCache(keys, values, self._tensor(count.copy()))
+                keys, values = (part.roll(turn, 1)[:, :, None] for part in (first, second))
+                position = torch.from_numpy(count.copy()).to(first.device)
+                cache[f"blocks.{index}"] = AttentionBlockCache(keys, values, position)
             else:
-                found = RecurrentBlockCache(self._tensor(first), self._tensor(second))
-            cache[f"blocks.{index}"] = found
+                cache[f"blocks.{index}"] = RecurrentBlockCache(first, second)
         return cache
 
-    def _state(
+    def _states(
         self, cache: dict[str, RecurrentBlockCache | AttentionBlockCache], count: int
-    ) -> State:
-        state: State = {POSITION: np.array([count], np.int64)}
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        turn = -(count % self.config.window)
         for index in range(self.config.num_layers):
-            names = [spec.name for spec in layer_states(self.config, index, "float32")]
             found = cache[f"blocks.{index}"]
-            first, second = to_numpy(found[0]), to_numpy(found[1])
+            first, second = found[0], found[1]
             if isinstance(found, AttentionBlockCache):
-                turn = count % self.config.window
-                first, second = (np.roll(a[:, :, 0], -turn, 1) for a in (first, second))
-            state |= dict(zip(names, (first, second), strict=True))
-        return state
+                first, second = (part[:, :, 0].roll(turn, 1) for part in (first, second))
+            yield first, second
 
 
 def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:
-    _check_fits(config)
+    _check_supported(config)
     types = common.TemporalBlockType
     theirs = common.GriffinConfig(
         vocab_size=config.vocab_size,
@@ -110,10 +105,10 @@ def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:
     return model.eval()
 
 
-def _check_fits(config: GriffinConfig) -> None:
+def _check_supported(config: GriffinConfig) -> None:
     """The package has one number of heads, and constants where `config` has fields."""
     scale = sqrt_embedding_scale(config.width)
-    rules = {
+    only = {
         "lru_heads": config.num_heads,
         "head_dim": config.width // config.num_heads,
         "rope_dims": config.head_dim // 2,
@@ -122,40 +117,25 @@ def _check_fits(config: GriffinConfig) -> None:
         "conv_width": 4,
         "embedding_scale": 1.0 if config.embedding_scale == 1.0 else scale,
     }
-    for name, expected in rules.items():
-        if (found := getattr(config, name)) != expected:
-            raise RequestError(
-                f"DeepMind's package cannot run this model: its {name} is {found}, there it can "
-                f"only be {expected}; leave out --impl deepmind"
-            )
+    rules = {name: (getattr(config, name) == value, value) for name, value in only.items()}
+    check_supported("DeepMind's package", "deepmind", config, rules)
 
 
 def _tensor(name: str, weights: WeightSource, device: str) -> Tensor:
-    """One of DeepMind's tensors from the canonical ones."""
+    """One of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
     if name in GLOBAL_NAMES:
         return in_float32(weights[GLOBAL_NAMES[name]], device)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None:
-        raise ValueError(f"recurrentgemma has a tensor {name}, which is not known here")
+        raise ValueError(f"recurrentgemma has an unknown tensor {name}")
     prefix, local = f"layers.{match[1]}.", match[2]
 
     def read(canonical: str) -> Tensor:
         return in_float32(weights[prefix + canonical], device)
 
-    return _TURNED[local](read) if local in _TURNED else read(NAMES[local])
-
-
-def _up(read: Read) -> Tensor:
-    return torch.stack([read(f"{branch}.weight").T for branch in BRANCHES])
-
-
-def _up_bias(read: Read) -> Tensor:
-    return torch.stack([read(f"{branch}.bias") for branch in BRANCHES])[:, None, None]
-
-
-def _conv(read: Read) -> Tensor:
-    return read(NAMES[CONV])[:, 0].T.contiguous()
-
-
-_TURNED: dict[str, Callable[[Read], Tensor]] = {UP: _up, UP_BIAS: _up_bias, CONV: _conv}
-"""Tensors that are not stored as the canonical ones; see `griffin.deepmind`."""
+    if local in (UP, UP_BIAS):
+        kind = "weight" if local == UP else "bias"
+        both = torch.stack([read(f"{branch}.{kind}") for branch in BRANCHES])
+        return both.mT.contiguous() if local == UP else both[:, None, None]
+    found = read(NAMES[local])
+    return found[:, 0].T.contiguous() if local == CONV else found

@@ -1,15 +1,15 @@
 """Hugging Face's `RecurrentGemmaForCausalLM` as a reference.
 
-It differs from DeepMind's: its window counts the token itself, so a token sees one key less. That
-is told by the configuration that it gives, whose window is one less than the checkpoint's. Its
-recurrent states live on its modules; here they are set before each call. Where and how is not
-public: this is written against transformers 5.24.
+Its window counts the token itself, so a token sees one key less than in DeepMind's code. Therefore
+`HuggingFaceModel.config` has a window that is one less than the checkpoint's. The recurrent states
+are attributes of its modules, which are set here before each call. They are not public: this is
+written against transformers 5.24.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.huggingface_config import to_hugging_face
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.state import POSITION, State, layer_states
+from rgexport.griffin.state import POSITION, State
 from rgexport.griffin.tensor import WeightSource
-from rgexport.validate.reference.whole_model import WholeModel, in_float32, to_numpy
+from rgexport.validate.reference.whole_model import (
+    WholeModel,
+    check_supported,
+    in_float32,
+)
 
 VERSIONS = (5, 24), (6, 0)
-"""Of transformers, from the first until before the second."""
+"""Of transformers: the first supported one, and the first that is not."""
 
 
 class HuggingFaceModel(WholeModel):
@@ -51,7 +55,7 @@ class HuggingFaceModel(WholeModel):
             cache=cache,
             use_cache=True,
         )
-        return found.last_hidden_state, self._state(cache, stop)
+        return found.last_hidden_state, self._canonical(stop, self._states(cache))
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden)
@@ -59,12 +63,10 @@ class HuggingFaceModel(WholeModel):
         return torch.tanh(logits / cap) * cap
 
     def _set(self, state: State, filled: int) -> DynamicCache:
-        """Puts the recurrent states onto the modules, and the last `filled` keys into a cache."""
+        """Sets the recurrent states of the modules; returns a cache of the last `filled` keys."""
         cache = DynamicCache(config=self._model.config)
-        for index, kind in enumerate(self.config.block_types):
+        for index, kind, first, second in self._layer_states(state):
             block: Any = self._model.model.layers[index].temporal_block
-            names = [spec.name for spec in layer_states(self.config, index, "float32")]
-            first, second = (self._tensor(state[name].astype(np.float32)) for name in names)
             if kind == "recurrent":
                 block.rg_lru.recurrent_states = first
                 block.conv1d_state = second.transpose(1, 2)
@@ -72,27 +74,23 @@ class HuggingFaceModel(WholeModel):
                 cache.update(first[:, None, -filled:], second[:, None, -filled:], index)
         return cache
 
-    def _state(self, cache: DynamicCache, count: int) -> State:
-        state: State = {POSITION: np.array([count], np.int64)}
+    def _states(self, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
         for index, kind in enumerate(self.config.block_types):
             block: Any = self._model.model.layers[index].temporal_block
             if kind == "recurrent":
-                found = [block.rg_lru.recurrent_states, block.conv1d_state.transpose(1, 2)]
+                yield block.rg_lru.recurrent_states, block.conv1d_state.transpose(1, 2)
             else:
                 kept = cache.layers[index]
-                found = [self._window(part[:, 0]) for part in (kept.keys, kept.values)]
-            names = [spec.name for spec in layer_states(self.config, index, "float32")]
-            state |= {name: to_numpy(part) for name, part in zip(names, found, strict=True)}
-        return state
+                yield self._window(kept.keys[:, 0]), self._window(kept.values[:, 0])
 
     def _window(self, kept: Tensor) -> Tensor:
-        """Keys or values [1, n, D] behind as many zeros as are missing."""
+        """Keys or values [1, n, D], zero-padded at the front to the window."""
         return nn.functional.pad(kept, (0, 0, self.config.window - kept.shape[1], 0))
 
 
 def _load(config: GriffinConfig, weights: WeightSource, device: str) -> RecurrentGemmaForCausalLM:
     _check_version()
-    _check_fits(config)
+    _check_supported(config)
     theirs = RecurrentGemmaConfig(**to_hugging_face(config, "block_types"))
     state = {f"model.{name}": in_float32(weights[name], device) for name in model_tensors(config)}
     transformers.logging.disable_progress_bar()
@@ -122,20 +120,12 @@ def _check_version() -> None:
         )
 
 
-def _check_fits(config: GriffinConfig) -> None:
-    """What the class takes from its configuration is less than that can say."""
+def _check_supported(config: GriffinConfig) -> None:
+    scale = sqrt_embedding_scale(config.width)
     rules = {
         "head_dim": (config.head_dim == config.width // config.num_heads, "width / num_heads"),
         "soft_cap": (config.soft_cap > 0, "more than 0"),
-        "embedding_scale": (
-            config.embedding_scale == sqrt_embedding_scale(config.width),
-            "the square root of the width",
-        ),
+        "embedding_scale": (config.embedding_scale == scale, scale),
         "window": (config.window > 1, "more than 1"),
     }
-    for name, (holds, expected) in rules.items():
-        if not holds:
-            raise RequestError(
-                f"Hugging Face's class cannot run this model: its {name} is "
-                f"{getattr(config, name)}, expected {expected}; leave out --impl hf"
-            )
+    check_supported("Hugging Face's class", "hf", config, rules)

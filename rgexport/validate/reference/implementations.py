@@ -1,4 +1,4 @@
-"""Who computes a reference: the project's own model, or another package's."""
+"""Which implementation computes a reference: rgexport's own, or another package's."""
 
 import math
 from importlib import import_module
@@ -14,15 +14,14 @@ from rgexport.validate.reference_pass import MakeReference, ReferenceModel, torc
 
 OWN = "rgexport"
 ROOM = 1.25
-"""Memory that must be there for a whole model, as a multiple of its weights in float32, …"""
+"""Free memory that a whole model takes, as a multiple of its float32 weights, …"""
 WORKING_BYTES = 2 << 30
-"""… and for what it computes beside them."""
+"""… and for activations."""
 
 
 class _Package(NamedTuple):
     module: str
-    name: str
-    """Of the class, which is a `MakeReference` but for its `device`."""
+    class_name: str
     install: str
 
 
@@ -42,26 +41,26 @@ NAMES = (OWN, *PACKAGES)
 
 
 def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
-    """What makes the model that `name`, one of `NAMES`, stands for.
+    """The constructor of an implementation, one of `NAMES`.
 
-    Our own keeps its weights in memory where they fit, unless `low_memory` forbids it.
+    rgexport's own keeps its weights in memory where they fit, unless `low_memory` forbids it.
 
     Raises:
-        RequestError: a missing package, no such device, or `low_memory` asked of others.
+        RequestError: a package is missing, there is no such device, or another implementation is
+            asked for `low_memory`.
     """
-    if name == OWN:
-        return _own(torch_device(device), low_memory)
-    if low_memory:
+    if name != OWN and low_memory:
         raise RequestError(
             f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
         )
-    return _packaged(name, torch_device(device))
+    device = torch_device(device)
+    return _own(device, low_memory) if name == OWN else _packaged(name, device)
 
 
 def _packaged(name: str, device: str) -> MakeReference:
     package = PACKAGES[name]
     try:
-        model = getattr(import_module(package.module), package.name)
+        model = getattr(import_module(package.module), package.class_name)
     except ImportError as error:
         raise RequestError(
             f"--impl {name} needs a package that is missing ({error.name}): "
@@ -69,7 +68,7 @@ def _packaged(name: str, device: str) -> MakeReference:
         ) from None
 
     def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
-        needed, free = float32_bytes(config), free_bytes(device)
+        needed, free = float32_bytes(config), _free_bytes(device)
         if free is not None and needed > free:
             raise RequestError(
                 f"--impl {name} takes {amount(needed)} of memory for the weights alone, and "
@@ -86,7 +85,8 @@ def _own(device: str, low_memory: bool) -> MakeReference:
 
     def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
         needed = float32_bytes(config)
-        keep = not low_memory and fits(needed, free_bytes(device))
+        free = None if low_memory else _free_bytes(device)
+        keep = free is not None and ROOM * needed + WORKING_BYTES <= free
         if not low_memory and not keep:
             note(f"{amount(needed)} of weights do not fit into memory: one layer at a time")
         return Reference(config, weights, device=device, keep=keep)
@@ -95,17 +95,11 @@ def _own(device: str, low_memory: bool) -> MakeReference:
 
 
 def float32_bytes(config: GriffinConfig) -> int:
-    """What all weights take."""
+    """Size of all weights in float32."""
     return 4 * sum(math.prod(spec.shape) for spec in model_tensors(config).values())
 
 
-def fits(needed: int, free: int | None) -> bool:
-    """Whether so many bytes of weights fit, with room to spare; not where nobody knows."""
-    return free is not None and ROOM * needed + WORKING_BYTES <= free
-
-
-def free_bytes(device: str) -> int | None:
-    """Memory of a device of torch that can still be had."""
+def _free_bytes(device: str) -> int | None:
     if not device.startswith("cuda"):
         return available_bytes()
     import torch

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.validate.text import SEED, built_in_text, encode
+from rgexport.validate.text import SEED, Text, built_in_text, encode
 
-LONG_WINDOWS = 2
-"""The longest built-in prompt is so many windows long, and a quarter of one more, …"""
+LONG_WINDOWS = 2.25
+"""Length of the longest built-in prompt in windows, …"""
 LONG_MOST = 8192
-"""… up to so many tokens."""
+"""… and its most tokens."""
 _ANY_LENGTH = 1 << 24
 
 TEXTS = {
@@ -39,34 +38,22 @@ TEXTS = {
         "What does <end_of_turn>\n<start_of_turn>model\nmean in a chat?"
     ),
 }
-"""Name → text, encoded as text: what looks like markup is none."""
+"""Name → text, in which markup is encoded as ordinary text."""
 CHAT = (
     "<start_of_turn>user\nCan you tell me why bread gets hard?<end_of_turn>\n"
     "<start_of_turn>model\nThe starch in it changes when it cools.<end_of_turn>\n"
     "<start_of_turn>user\nSo should I keep it in the fridge?<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
-"""Turns, whose markers count as such."""
+"""A conversation, whose turn markers are encoded as special tokens."""
 RANDOM_LENGTHS = (1, 2, 7, 32, 65)
-"""Of the prompts of a model without a tokenizer, beside the long one."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids [T] int64; `bytes` is the UTF-8 length of what all but the first (bos) stand for.
-
-    None where that is not known.
-    """
-
-    name: str
-    tokens: np.ndarray
-    bytes: int | None
+"""Tokens of the prompts for a model without a tokenizer, beside the long one."""
 
 
 def choose_prompts(
     tokenizer: Tokenizer | None, *, vocab_size: int, window: int, file: Path | None = None
-) -> list[Prompt]:
-    """Those of a file, or the built-in ones: of random ids where there is no tokenizer.
+) -> list[Text]:
+    """The prompts of a file, or the built-in ones, or random ids where there is no tokenizer.
 
     Raises:
         RequestError: a file that cannot be read, or a prompt with an id that the model lacks.
@@ -87,39 +74,36 @@ def choose_prompts(
 
 
 def _long(window: int) -> int:
-    return min(LONG_WINDOWS * window + window // 4, LONG_MOST)
+    return min(int(LONG_WINDOWS * window), LONG_MOST)
 
 
-def _random(vocab_size: int, window: int) -> Iterator[Prompt]:
+def _random(vocab_size: int, window: int) -> Iterator[Text]:
     rng = np.random.default_rng(SEED)
     for length in (*RANDOM_LENGTHS, _long(window)):
-        yield Prompt(f"{length} random ids", rng.integers(0, vocab_size, length, np.int64), None)
+        yield Text(f"{length} random ids", rng.integers(0, vocab_size, length, np.int64), None)
 
 
-def _built_in(tokenizer: Tokenizer, window: int) -> Iterator[Prompt]:
+def _built_in(tokenizer: Tokenizer, window: int) -> Iterator[Text]:
     bos = tokenizer.bos_id
     if bos is not None:
-        yield Prompt("empty", np.array([bos], np.int64), 0)
+        yield Text("empty", np.array([bos], np.int64), 0)
     yield from (_encoded(tokenizer, name, text) for name, text in TEXTS.items())
     first = _encoded(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
-    yield Prompt("one token", first, len(tokenizer.decode(first.tolist()).encode()))
-    chat = encode(tokenizer.encode_markup, bos, CHAT, "chat turns", _ANY_LENGTH)
-    yield Prompt(chat.name, chat.tokens, chat.bytes)
+    yield Text("one token", first, len(tokenizer.decode(first.tolist()).encode()))
+    yield encode(tokenizer.encode_markup, bos, CHAT, "chat turns", _ANY_LENGTH)
     sample, wanted = built_in_text(), _long(window)
     times = -(-wanted // max(1, len(tokenizer.encode_markup(sample))))
-    name = "several windows"
-    long = encode(tokenizer.encode_markup, bos, sample * times, name, wanted)
-    yield Prompt(long.name, long.tokens, long.bytes)
+    yield encode(tokenizer.encode_markup, bos, sample * times, "several windows", wanted)
 
 
-def _encoded(tokenizer: Tokenizer, name: str, text: str) -> Prompt:
+def _encoded(tokenizer: Tokenizer, name: str, text: str) -> Text:
     found = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _ANY_LENGTH)
     if not len(found.tokens):
         raise RequestError(f"the prompt {name!r} has no tokens; give it a text")
-    return Prompt(name, found.tokens, found.bytes)
+    return found
 
 
-def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Prompt]:
+def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
     for number, item in enumerate(_items(file), 1):
         name = f"{file.name} {number}"
         if isinstance(item, dict) and isinstance(item.get("name"), str):
@@ -132,7 +116,7 @@ def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Prompt]:
                 )
             yield _encoded(tokenizer, name, item)
         elif isinstance(item, list) and item and all(map(_is_id, item)):
-            yield Prompt(name, np.array(item, np.int64), None)
+            yield Text(name, np.array(item, np.int64), None)
         else:
             raise RequestError(
                 f'{file}: prompt {number} is neither a text, a list of ids, nor {{"name": …, '
@@ -154,7 +138,7 @@ def _items(file: Path) -> list[Any]:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{file} begins as a JSON list, but is none: {error}") from None
+            raise RequestError(f"{file} begins as a JSON list, but is not one: {error}") from None
     else:
         found = [line for line in text.splitlines() if line.strip()]
     if not found:

@@ -1,7 +1,8 @@
-"""Opens a reference file, and refuses what is damaged or contradicts itself."""
+"""Opens a reference file, and refuses one that is damaged or contradicts itself."""
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,30 +34,24 @@ from rgexport.validate.reference.reference_file import (
 from rgexport.validate.weights.sketch import sketch_shape
 
 MAX_STATE_BYTES = 1 << 30
-"""Of one conversation: thirty times those of a 2B."""
-_EITHER = -1
-"""A length that the header does not tell."""
+"""States of one prompt: thirty times those of a 2B."""
+_ANY = -1
+"""A length that does not follow from the header."""
 
 
 def read_reference(path: Path) -> ReferenceFile:
-    """Opens a file and checks that it is whole.
+    """Opens a file and checks all of it.
 
     Raises:
         RequestError: no such file, another kind of file, a newer format, or damage.
     """
     header = _read_header(path)
     arrays = _read_arrays(path, header)
-    small = {name: arrays[name].whole() for name in ("tokens", "sums", "full.positions")}
-    counts = arrays["kept.counts"].whole()
-    reference = ReferenceFile(
-        path,
-        header,
-        small["tokens"],
-        small["sums"],
-        small["full.positions"],
-        arrays,
-        np.concatenate([[0], np.cumsum(counts)]),
+    tokens, sums, full, counts = (
+        arrays[name].whole() for name in ("tokens", "sums", "full.positions", "kept.counts")
     )
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    reference = ReferenceFile(path, header, tokens, sums, full, arrays, ends)
     _check_values(reference, counts)
     return reference
 
@@ -68,20 +63,16 @@ def _read_header(path: Path) -> Header:
     text = read_metadata(path).get(METADATA)
     if text is None:
         raise RequestError(
-            f"{path} is no reference file; expected one that `rgexport reference` made"
+            f"{path} is not a reference file; expected one that `rgexport reference` made"
         )
     try:
         fields = parse(text)
         version = fields.get("format_version") if isinstance(fields, dict) else None
-        if type(version) is int and version > FORMAT_VERSION:
+        if type(version) is int and version != FORMAT_VERSION:
+            newer = version > FORMAT_VERSION
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-                "update rgexport"
-            )
-        if type(version) is int and version < FORMAT_VERSION:
-            raise RequestError(
-                f"{path} has format version {version}, which says too little of the weights to "
-                "tell the right model by; capture it again with `rgexport reference`"
+                + ("update rgexport" if newer else "capture it again with `rgexport reference`")
             )
         header = Reader().read(Header, fields)
         _check_header(header)
@@ -94,29 +85,31 @@ def _check_header(header: Header) -> None:
     """Raises `Mismatch` for what no capture writes."""
     check_config(header.config)
     states = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
-    if states > MAX_STATE_BYTES:
-        raise Mismatch(f"config: a state would take {states} bytes")
-    if header.tail_bits not in CODES:
-        raise Mismatch(f"tail_bits is {header.tail_bits}")
-    if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
-        raise Mismatch("prompts: there is none, or one without tokens")
-    if sum(prompt.full_positions for prompt in header.prompts) < 1:
-        raise Mismatch("no position is full")
-    for prompt in header.prompts:
-        if not _is_inside(prompt.checkpoints, 1, prompt.tokens):
-            raise Mismatch(f"checkpoints are {prompt.checkpoints}")
-    if not _is_inside(header.watched, 0, header.positions):
-        raise Mismatch(f"watched is {header.watched}")
+    prompts = header.prompts
+    rules = {
+        f"config: a state would take {states} bytes": states <= MAX_STATE_BYTES,
+        f"tail_bits is {header.tail_bits}": header.tail_bits in CODES,
+        "prompts: there is none, or one without tokens": bool(prompts)
+        and all(prompt.tokens >= 1 for prompt in prompts),
+        "no position is full": sum(prompt.full_positions for prompt in prompts) >= 1,
+        "checkpoints lie outside of their prompt, or do not ascend": all(
+            _is_inside(prompt.checkpoints, 1, prompt.tokens) for prompt in prompts
+        ),
+        f"watched is {header.watched}": _is_inside(header.watched, 0, header.positions),
+    }
+    for problem, holds in rules.items():
+        if not holds:
+            raise Mismatch(problem)
 
 
 def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
-    """Whether they ascend within these bounds."""
+    """Whether values ascend from `start` or more and stay below `stop`."""
     edges = start - 1, *values, stop
-    return all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    return all(a < b for a, b in pairwise(edges))
 
 
 def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
-    """The arrays, which must be those that the header speaks of."""
+    """The arrays, which must be those that the header implies."""
     entries = read_header(path)
     expected = dict(_expected(header))
     for name in entries.keys() ^ expected.keys():
@@ -124,7 +117,7 @@ def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
         fits = len(entry.shape) == len(shape) and all(
-            found == wanted or wanted == _EITHER
+            found == wanted or wanted == _ANY
             for found, wanted in zip(entry.shape, shape, strict=True)
         )
         if entry.dtype != dtype or not fits:
@@ -147,8 +140,8 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
     yield "full.positions", ("I64", (full,))
     yield "full.logits", ("F32", (full, vocab))
     yield "kept.counts", ("I64", (count,))
-    yield "kept.ids", ("I32", (_EITHER,))
-    yield "kept.logits", ("F32", (_EITHER,))
+    yield "kept.ids", ("I32", (_ANY,))
+    yield "kept.logits", ("F32", (_ANY,))
     yield "sums", ("F64", (count, len(SUMS)))
     if dtype := CODES[header.tail_bits]:
         yield "codes", (DTYPE_NAMES[dtype], (count - full, vocab))
@@ -170,32 +163,24 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
 
 
 def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
-    """What would lead out of an array later."""
+    """Refuses values that would lead out of an array later, or are not finite."""
     vocab, ids = reference.header.config.vocab_size, reference.arrays["kept.ids"]
-    full = np.zeros(len(counts), bool)
-    places = reference.full_positions
-    inside = bool(((places >= 0) & (places < len(counts))).all())
-    ascending = bool((np.diff(places) > 0).all())
-    if inside:
-        full[places] = True
+    full = np.isin(np.arange(len(counts)), reference.full_positions)
     greedy = [reference.greedy(index) for index in range(len(reference.header.prompts))]
     rules = {
-        "full.positions": inside and ascending,
-        "kept.counts": bool(((counts > 0) != full).all())
-        and bool((counts >= 0).all())
-        and int(counts.sum()) == ids.shape[0],
+        "full.positions": _is_inside(reference.full_positions.tolist(), 0, len(counts)),
+        "kept.counts": bool(((counts > 0) != full).all() and (counts >= 0).all())
+        and sum(counts.tolist()) == ids.shape[0],
         "tokens": _are_ids(reference.tokens, vocab),
         "kept.ids": _are_ids(ids.whole(), vocab),
         "greedy": all(_are_ids(found, vocab) for found in greedy),
-        "sums": bool(np.isfinite(reference.sums).all()),
-        "squares": bool(np.isfinite(reference.arrays["squares"].whole()).all()),
+        "sums": _finite(reference.sums),
+        "squares": _finite(reference.arrays["squares"].whole()),
         "weights": all(
-            np.isfinite(reference.sketch(name)).all()
-            for name in model_tensors(reference.header.config)
+            _finite(reference.sketch(name)) for name in model_tensors(reference.header.config)
         ),
         "activations": all(
-            np.isfinite(reference.activations(place)).all()
-            for place in range(len(reference.header.watched))
+            _finite(reference.activations(place)) for place in range(len(reference.header.watched))
         ),
     }
     for name, holds in rules.items():
@@ -205,6 +190,10 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
 
 def _are_ids(values: np.ndarray, vocab: int) -> bool:
     return bool(((values >= 0) & (values < vocab)).all())
+
+
+def _finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all())
 
 
 def _damaged(path: Path, what: str) -> RequestError:

@@ -1,32 +1,32 @@
-"""Another package's implementation as a reference: the whole model in memory, in float32."""
+"""Base of references that another package computes: the whole model in memory, in float32."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.reference import Watch, describe_device, turn_off_tf32
-from rgexport.griffin.state import POSITION, State, zero_state
+from rgexport.griffin.state import POSITION, State, layer_states, zero_state
 from rgexport.griffin.tensor import RowTensor
 
 
 class WholeModel(ABC):
-    """What such implementations have in common, as a `reference_pass.ReferenceModel`.
+    """A `reference_pass.ReferenceModel` on top of a package's own model.
 
-    They take many tokens from the beginning of a text only; from a state on, one by one. So the
-    states inside a text are those of runs that end there, each state as the package itself gives
-    it.
+    Such models take many tokens at once only from the beginning of a text, and one at a time from
+    a state. So a state inside a text comes from a run of its own that ends there.
     """
 
     def __init__(
         self, config: GriffinConfig, device: str, layers: Sequence[nn.Module], implementation: str
     ):
-        """`config` is what the package computes, `layers` its residual blocks."""
+        """`config` is what the package really computes, `layers` are its residual blocks."""
         self.config = config
         self._device = torch.device(device)
         self._layers = layers
@@ -35,9 +35,9 @@ class WholeModel(ABC):
 
     @abstractmethod
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Takes tokens [1, T] from the beginning, or one token from a state of one conversation.
+        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1.
 
-        Returns the final norm's output [1, T, width] and the canonical state behind it.
+        Returns the final norm's output [1, T, width] and the canonical state after it.
         """
 
     @abstractmethod
@@ -45,12 +45,12 @@ class WholeModel(ABC):
         """Soft-capped logits [B, t, vocab] of [B, t, width]."""
 
     def describe(self) -> dict[str, str]:
-        """On what and how it computes: `implementation`, and see `describe_device`."""
+        """Adds `implementation` to `describe_device`."""
         return {"implementation": self._implementation, **describe_device(self._device)}
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
-        """Takes tokens [B, T], a row after another; see `griffin.reference.Reference.run`."""
+        """Takes tokens [B, T], one row after another; see `griffin.reference.Reference.run`."""
         state = zero_state(self.config, len(tokens)) if state is None else state
         rows = [
             self._row(tokens[i : i + 1], {name: array[i : i + 1] for name, array in state.items()})
@@ -67,18 +67,15 @@ class WholeModel(ABC):
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Tensor, list[State]]]:
-        """Takes one text after another; see `griffin.reference.Reference.run_each`.
+        """Takes one text of batch 1 after another, each from its beginning.
 
-        Raises:
-            ValueError: a text of several conversations, or one that does not begin at position 0.
+        See `griffin.reference.Reference.run_each`.
         """
         found = []
         for place, (tokens, state) in enumerate(texts):
-            if len(tokens) != 1 or state[POSITION].any():
-                raise ValueError("only texts of one conversation, from its beginning")
             inside = stops[place] if stops else ()
             states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
-            with self._shown(watch, place):
+            with self._watched(watch, place) if watch else nullcontext():
                 hidden, after = self._row(tokens, state)
             found.append((hidden, [*states, after]))
         return found
@@ -89,7 +86,6 @@ class WholeModel(ABC):
         return to_numpy(self._head(hidden))
 
     def _row(self, tokens: np.ndarray, state: State) -> tuple[Tensor, State]:
-        """Tokens [1, T] of one conversation."""
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
         if not state[POSITION].any():
             return self._pass(ids, state)
@@ -99,30 +95,53 @@ class WholeModel(ABC):
             hidden.append(after)
         return torch.cat(hidden, 1), state
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _layer_states(self, state: State) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+        """Index and kind of each layer, and copies of its two states in float32."""
+        for index, kind in enumerate(self.config.block_types):
+            first, second = (
+                torch.from_numpy(state[spec.name].astype(np.float32)).to(self._device)
+                for spec in layer_states(self.config, index, "float32")
+            )
+            yield index, kind, first, second
+
+    def _canonical(self, count: int, found: Iterable[tuple[Tensor, Tensor]]) -> State:
+        """The state after `count` tokens from the two states of each layer."""
+        state: State = {POSITION: np.array([count], np.int64)}
+        for index, parts in enumerate(found):
+            for spec, part in zip(layer_states(self.config, index, "float32"), parts, strict=True):
+                state[spec.name] = to_numpy(part)
+        return state
 
     @contextmanager
-    def _shown(self, watch: Watch | None, place: int) -> Iterator[None]:
-        """While the block runs, `watch` sees what every layer gives."""
-        handles = []
-        if watch is not None:
-            handles = [
-                layer.register_forward_hook(_hook(watch, index, place))
-                for index, layer in enumerate(self._layers)
-            ]
-        try:
+    def _watched(self, watch: Watch, place: int) -> Iterator[None]:
+        """While the block runs, `watch` is called with the output of every layer."""
+
+        def hook(index: int) -> Callable[..., None]:
+            def see(layer: nn.Module, inputs: Any, output: Any) -> None:
+                watch(index, place, output[0] if isinstance(output, tuple) else output)
+
+            return see
+
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self._layers):
+                hooks.callback(layer.register_forward_hook(hook(index)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _hook(watch: Watch, index: int, place: int) -> Callable[..., None]:
-    def see(layer: nn.Module, inputs: Any, output: Any) -> None:
-        watch(index, place, output[0] if isinstance(output, tuple) else output)
+def check_supported(
+    who: str, option: str, config: GriffinConfig, rules: Mapping[str, tuple[bool, object]]
+) -> None:
+    """Refuses a configuration; `rules` are field → (whether it is supported, what would be).
 
-    return see
+    Raises:
+        RequestError: one of the fields is not supported.
+    """
+    for name, (supported, expected) in rules.items():
+        if not supported:
+            raise RequestError(
+                f"{who} cannot run this model: its {name} is {getattr(config, name)}, expected "
+                f"{expected}; leave out --impl {option}"
+            )
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -131,5 +150,5 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def in_float32(weight: RowTensor, device: str) -> Tensor:
-    """A whole weight."""
+    """A whole weight on a device."""
     return torch.from_numpy(weight.whole().astype(np.float32)).to(device)

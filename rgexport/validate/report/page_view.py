@@ -1,48 +1,51 @@
-"""One artifact's result as the templates of a page want it."""
+"""What the page's templates show of one artifact."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rgexport.tables import Table
+from rgexport.progress import amount
+from rgexport.tables import Row, Table
+from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
-from rgexport.validate.checks import Check
-from rgexport.validate.measure import Comparison
-from rgexport.validate.reference.against import AgainstFile
-from rgexport.validate.report.chart import Chart
-from rgexport.validate.report.file_pictures import file_charts
-from rgexport.validate.report.file_report import PROMPT, file_table, sketch_table
-from rgexport.validate.report.layer_pictures import site_chart
-from rgexport.validate.report.page_bars import (
-    Bar,
-    cost_bars,
-    op_bars,
-    prompt_bars,
-    role_bars,
+from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.reference.against import AgainstFile, PromptResult
+from rgexport.validate.report.charts import charts, file_charts, rms, site_charts
+from rgexport.validate.report.result_tables import (
+    PROMPT,
+    Compared,
+    cost_of,
+    file_table,
+    itself_table,
+    logits_table,
+    prompt_cells,
+    sides_of,
+    sketch_table,
 )
-from rgexport.validate.report.pictures import charts
-from rgexport.validate.report.report_tables import itself_table, logits_table, sides_of
-from rgexport.validate.report.report_words import (
+from rgexport.validate.report.words import (
     LABELS,
     MOST_NAMED,
     counted_checks,
+    dequantized_words,
+    mean_kl,
     not_passed,
     number,
     percent,
+    plus_minus,
     source_words,
     speed_words,
-    twin_words,
 )
-from rgexport.validate.report.tiles import Tile, tiles
 from rgexport.validate.result import Result
+from rgexport.validate.weights.weight_errors import WeightError
 
+_LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
     "PASS": "It computes what it should: all {} checks passed.",
     "AMBIGUOUS": "{}: the limit lies within the error bar.",
     "FAIL": "{}.",
 }
-
-
-SECTIONS = {
+_SECTIONS = {
     "compared": "What was compared",
     "texts": "What both write",
     "suspects": "Suspects",
@@ -62,189 +65,158 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class BarTable:
-    """A table whose rows have a bar; columns in `numbers` are set flush right."""
+    """A table with a bar in each row.
 
-    header: tuple[str, ...]
-    rows: list[Bar]
-    numbers: tuple[str, ...]
+    Attributes:
+        header: the columns but the bar.
+        numbers: columns that are set flush right.
+        bar: what the bars show.
+        rows: as in `Table`.
+        shares: the lengths of the bars, 1 being the whole length; beyond that they turn red.
+    """
+
+    header: Row
+    numbers: Row
     bar: str
-    """What the bars show."""
+    rows: Sequence[Row]
+    shares: list[float]
 
 
-@dataclass(frozen=True)
-class View:
-    """One artifact; `anchor` begins the ids of its elements."""
-
-    anchor: str
-    result: Result
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        r = self.result
-        said = len(r.checks) if r.verdict == "PASS" else counted_checks(r)
-        return _VERDICTS[r.verdict].format(said)
-
-    @property
-    def cost(self) -> str:
-        """What compression cost, in words."""
-        found = self.result.original or self.result.reference
-        if found is None:
-            return "What compression cost was not measured: the original was not given (-m)."
-        return " ".join(_cost(found))
-
-    @property
-    def tiles(self) -> list[Tile]:
-        """The numbers that matter most."""
-        return list(tiles(self.result))
-
-    @property
-    def contents(self) -> list[tuple[str, str]]:
-        """The end of each section's id, and its title."""
-        r = self.result
-        there = {
-            "texts": r.continuations,
-            "suspects": self.suspects,
-            "charts": self.charts,
-            "ops": self.ops,
-            "costs": self.costs,
-            "numbers": self.logits,
-            "file": self.file,
-            "weights": r.weights is not None,
-            "worst": self.comparison,
-        }
-        return [(key, title) for key, title in SECTIONS.items() if there.get(key, True)]
-
-    @property
-    def named(self) -> list[Check]:
-        """Checks that did not pass, as many as are named at the top."""
-        return not_passed(self.result)[:MOST_NAMED]
-
-    @property
-    def unnamed(self) -> int:
-        """How many more there are."""
-        return len(not_passed(self.result)[MOST_NAMED:])
-
-    @property
-    def first_beyond(self) -> SiteError | None:
-        """The first op that leaves the reference, if one does."""
-        return None if self.result.sites is None else self.result.sites.first
-
-    @property
-    def twin(self) -> str:
-        """The twin, in words."""
-        return twin_words(self.result)
-
-    @property
-    def source(self) -> str:
-        """The original, in words."""
-        return source_words(self.result)
-
-    @property
-    def speed(self) -> str:
-        """In words; empty if it was not measured."""
-        return speed_words(self.result.speed) if self.result.speed else ""
-
-    @property
-    def reference(self) -> str:
-        """What the worst positions are the worst against."""
-        return LABELS["twin" if self.result.original is None else "original"]
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """With the original or, where there is none, with the dequantized reference."""
-        return self.result.original or self.result.twin
-
-    @property
-    def logits(self) -> Table | None:
-        """All that was measured, if there was a reference to run."""
-        return logits_table(self.result) if sides_of(self.result) else None
-
-    @property
-    def itself(self) -> Table:
-        """The artifact against itself."""
-        return itself_table(self.result)
-
-    @property
-    def charts(self) -> list[Chart]:
-        """All that can be drawn along the text and by layer."""
-        return list(charts(self.result))
-
-    @property
-    def site_charts(self) -> list[Chart]:
-        """Of the ops by layer, if they were looked at."""
-        return [] if self.result.sites is None else list(site_chart(self.result.sites))
-
-    @property
-    def ops(self) -> BarTable | None:
-        """The worst op of each kind."""
-        if self.result.sites is None:
-            return None
-        header = ("op", "of its limit", "where it is worst", "tokens", "rms", "median")
-        rows = op_bars(self.result.sites.errors)
-        return BarTable(header, rows, (header[1], *header[3:]), "share of the limit")
-
-    @property
-    def costs(self) -> BarTable | None:
-        """What each part costs."""
-        numbers = ("KL, nats", "top-1 agreement")
-        rows = cost_bars(self.result.layers or [])
-        return BarTable(("part", *numbers), rows, numbers, "KL") if rows else None
-
-    @property
-    def suspects(self) -> Table | None:
-        """What may explain a failure."""
-        rows = [(suspect.site, suspect.evidence) for suspect in self.result.suspects or []]
-        return Table("Suspects", ("op", "evidence"), rows) if rows else None
-
-    @property
-    def file(self) -> Table | None:
-        """What a reference file told, if one was given."""
-        found = self.result.reference
-        return None if found is None else file_table(found)
-
-    @property
-    def sketches(self) -> Table | None:
-        """What its sketches told of the weights."""
-        found = self.result.reference
-        return None if found is None else sketch_table(found)
-
-    @property
-    def prompts(self) -> BarTable | None:
-        """The same prompt by prompt."""
-        found = self.result.reference
-        if found is None:
-            return None
-        return BarTable(("prompt", *PROMPT), prompt_bars(found.prompts), PROMPT, "mean KL")
-
-    @property
-    def file_charts(self) -> list[Chart]:
-        """What can be drawn of it."""
-        found = self.result.reference
-        return [] if found is None else list(file_charts(found))
-
-    @property
-    def roles(self) -> BarTable | None:
-        """The weight table by role, without what was stored as it was."""
-        rounded = [error for error in self.result.weights or [] if error.max_steps != 0]
-        numbers = ("tensors", "rms error", "worst")
-        rows = role_bars(rounded)
-        return (
-            BarTable(("role", "stored as", *numbers), rows, numbers, "rms error") if rows else None
-        )
-
-    @property
-    def exact_tensors(self) -> int:
-        """How many were stored as they were."""
-        return sum(error.max_steps == 0 for error in self.result.weights or [])
+def view(anchor: str, r: Result) -> dict[str, Any]:
+    """The variables of `artifact.html.j2`; `anchor` begins the ids of its elements."""
+    count = len(r.checks) if r.verdict == "PASS" else counted_checks(r)
+    named, file, sites = not_passed(r), r.reference, r.sites
+    compared = r.original or r.twin
+    found: dict[str, Any] = {
+        "anchor": anchor,
+        "result": r,
+        "verdict": _VERDICTS[r.verdict].format(count),
+        "cost": " ".join(_cost(cost_of(r))),
+        "named": named[:MOST_NAMED],
+        "unnamed": len(named[MOST_NAMED:]),
+        "first_beyond": None if sites is None else sites.first,
+        "tiles": list(_tiles(r)),
+        "speed": speed_words(r),
+        "dequantized": dequantized_words(r),
+        "source": source_words(r),
+        "suspects": _suspects(r.suspects or []),
+        "charts": list(charts(r)),
+        "ops": None if sites is None else op_bars(sites.errors),
+        "site_charts": [] if sites is None else list(site_charts(sites)),
+        "costs": _cost_bars(r.layers or []),
+        "numbers": logits_table(r) if sides_of(r) else None,
+        "itself": itself_table(r),
+        "file": None if file is None else _file_view(file),
+        "weights": None if r.weights is None else _weights_view(r.weights),
+        "worst": None if compared is None else compared.worst,
+        "worst_against": LABELS["twin" if r.original is None else "original"],
+    }
+    there = found | {"texts": r.continuations, "compared": r, "checks": r, "files": r}
+    return found | {"contents": [(key, name) for key, name in _SECTIONS.items() if there[key]]}
 
 
-def _cost(c: Comparison | AgainstFile) -> Iterator[str]:
+def _cost(c: Compared | None) -> Iterator[str]:
+    if c is None:
+        yield "What compression cost was not measured: the original was not given (-m)."
+        return
     by = ", by the reference file" if isinstance(c, AgainstFile) else ""
     yield (
-        f"Compression cost {number(c.kl.mean)} ± {c.kl.standard_error:.1g} nats of KL per token"
-        f"{by}; the most likely token is the same at {percent(c.agreement.top1)} of the positions."
+        f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; the most likely token is the "
+        f"same at {percent(c.agreement.top1)} of the positions."
     )
     if c.likelihood is not None:
         before, after = c.likelihood.perplexity, c.likelihood.perplexity_candidate
         yield f"Perplexity went from {before:.4g} to {after:.4g}."
+
+
+def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
+    """Label, value, explanation, and the CSS class of what it was measured against."""
+    stored = f"{r.artifact.bits_per_weight:.2f} bits per weight"
+    yield "size", amount(r.artifact.bytes), stored, ""
+    if cost := cost_of(r):
+        error = f"± {cost.kl.standard_error:.1g} nats per token, to the original"
+        yield "KL", number(cost.kl.mean), error, "original"
+        same = "positions with the original's most likely token"
+        yield "top-1 agreement", percent(cost.agreement.top1), same, "original"
+        if found := cost.likelihood:
+            from_to = f"from {found.perplexity:.4g} to {found.perplexity_candidate:.4g}"
+            more = 100 * (found.perplexity_candidate / found.perplexity - 1)
+            yield "perplexity", f"{more:+.2g} %", from_to, "original"
+    if r.twin is not None:
+        limit = r.tolerance.at(r.text.tokens).rms
+        against = f"to the dequantized reference, limit {number(limit)}"
+        yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
+
+
+def _suspects(suspects: Sequence[Suspect]) -> Table | None:
+    rows = [(suspect.site, suspect.evidence) for suspect in suspects]
+    return Table("Suspects", ("op", "evidence"), rows) if rows else None
+
+
+def _file_view(found: AgainstFile) -> dict[str, Any]:
+    return {
+        "table": file_table(found),
+        "sketches": sketch_table(found),
+        "prompts": _prompt_bars(found.prompts),
+        "charts": list(file_charts(found)),
+    }
+
+
+def _weights_view(weights: Sequence[WeightError]) -> dict[str, Any]:
+    rounded = [error for error in weights if error.max_steps != 0]
+    return {"roles": role_bars(rounded), "exact": len(weights) - len(rounded)}
+
+
+def op_bars(errors: Sequence[SiteError]) -> BarTable:
+    """The worst op and state of each kind."""
+    worst: dict[str, SiteError] = {}
+    for error in errors:
+        kind = error.op if error.state is None else f"state {error.state.rpartition('.')[2]}"
+        if kind not in worst or worst[kind].excess < error.excess:
+            worst[kind] = error
+    ranked = sorted(worst.items(), key=lambda item: -item[1].excess)
+    rows = [
+        (kind, number(e.excess), e.state or e.site, str(e.length), number(e.rms), number(e.median))
+        for kind, e in ranked
+    ]
+    header = ("op", "of its limit", "where it is worst", "tokens", "rms", "median")
+    numbers = (header[1], *header[3:])
+    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
+
+
+def _cost_bars(costs: Sequence[LayerCost]) -> BarTable | None:
+    """What each part costs, the most expensive one first."""
+    ranked = sorted(costs, key=lambda cost: -cost.kl)
+    numbers = ("KL, nats", "top-1 agreement")
+    rows = [(c.part, plus_minus(c.kl, c.standard_error), percent(c.top1)) for c in ranked]
+    shares = _of_largest([cost.kl for cost in ranked])
+    return BarTable(("part", *numbers), numbers, "KL", rows, shares) if rows else None
+
+
+def _prompt_bars(prompts: Sequence[PromptResult]) -> BarTable:
+    rows = [(prompt.name, *prompt_cells(prompt)) for prompt in prompts]
+    shares = _of_largest([prompt.kl for prompt in prompts])
+    return BarTable(("prompt", *PROMPT), PROMPT, "mean KL", rows, shares)
+
+
+def role_bars(weights: Sequence[WeightError]) -> BarTable | None:
+    """Tensors that play one role in all layers and are stored in one way, the worst first."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for error in weights:
+        role = _LAYER.sub("", error.name).removesuffix(".weight")
+        groups.setdefault((role, error.scheme), []).append(error.relative_error)
+    ranked = sorted(groups.items(), key=lambda item: -rms(item[1]))
+    numbers = ("tensors", "rms error", "worst")
+    rows = [
+        (*names, str(len(errors)), number(rms(errors)), number(max(errors)))
+        for names, errors in ranked
+    ]
+    shares = _of_largest([rms(errors) for _, errors in ranked])
+    header = ("role", "stored as", *numbers)
+    return BarTable(header, numbers, "rms error", rows, shares) if rows else None
+
+
+def _of_largest(values: Sequence[float]) -> list[float]:
+    """Shares of the largest value; 0 for NaN."""
+    largest = max((value for value in values if value == value), default=0) or 1
+    return [value / largest if value == value else 0.0 for value in values]

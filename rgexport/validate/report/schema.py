@@ -1,4 +1,4 @@
-"""The JSON schema of what `validate --json` writes, made from the classes that are written.
+"""The JSON schema of `validate --json`, made from the dataclasses that are written.
 
 `python -m rgexport.validate.report.schema > docs/validate.schema.json` publishes it.
 """
@@ -20,24 +20,18 @@ _PLAIN: dict[type, dict[str, Any]] = {
     float: {"type": ["number", "null"], "description": "null where it is not finite"},
     types.NoneType: {"type": "null"},
 }
-_HEAD: dict[str, Any] = {
-    "schema_version": {"const": SCHEMA_VERSION},
-    "verdict": {"enum": list(typing.get_args(Outcome))},
-}
-_BESIDES: dict[type, dict[str, Any]] = {
-    Result: _HEAD,
-    Check: {
-        "outcome": {"enum": list(typing.get_args(Outcome))},
-        "passed": {"type": "boolean"},
-    },
+_OUTCOME = {"enum": list(typing.get_args(Outcome))}
+_ADDED: dict[type, dict[str, Any]] = {
+    Result: {"schema_version": {"const": SCHEMA_VERSION}, "verdict": _OUTCOME},
+    Check: {"outcome": _OUTCOME, "passed": {"type": "boolean"}},
 }
 """What `Result.to_dict` adds to the fields of a class."""
 
 
 def result_schema() -> dict[str, Any]:
-    """The schema: one result, or a list where several artifacts were compared.
+    """One result, or a list where several artifacts were compared.
 
-    Objects may have more fields than it names: later versions add some.
+    Objects may have more fields than the schema names, since later versions add some.
     """
     definitions: dict[str, Any] = {}
     one = _reference(Result, definitions)
@@ -50,19 +44,18 @@ def result_schema() -> dict[str, Any]:
 
 
 def as_text() -> str:
-    """The schema as a file has it."""
+    """The text of the schema's file, without the last newline."""
     return json.dumps(result_schema(), indent=1, ensure_ascii=False)
 
 
 def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Refers to a dataclass, and describes it among the definitions."""
+    """A reference to a dataclass, whose definition is added if it is missing."""
     name = kind.__name__
     if name not in definitions:
-        definitions[name] = {}  # in case that it holds one of its own kind
         hints = typing.get_type_hints(kind)
-        fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-        properties = {key: _describe(hint, definitions) for key, hint in fields.items()}
-        properties = _BESIDES.get(kind, {}) | properties
+        properties = _ADDED.get(kind, {}) | {
+            f.name: _describe(hints[f.name], definitions) for f in dataclasses.fields(kind)
+        }
         definitions[name] = {
             "type": "object",
             "description": inspect.cleandoc(kind.__doc__ or ""),
@@ -73,14 +66,12 @@ def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optional(kind: type) -> set[str]:
-    """Fields that earlier versions did not write; of a result, those that have a default."""
-    missing = dataclasses.MISSING
+    """Fields of a result that earlier versions did not write: those with a default."""
     fields = dataclasses.fields(kind) if kind is Result else ()
-    return {f.name for f in fields if f.default is not missing}
+    return {f.name for f in fields if f.default is not dataclasses.MISSING}
 
 
 def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field."""
     if hint in _PLAIN:
         return _PLAIN[hint]
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -6,35 +6,47 @@ from pathlib import Path
 from rgexport import progress, tables
 from rgexport.export.request import as_argument
 from rgexport.progress import amount
-from rgexport.tables import Row, Table
-from rgexport.validate.report.file_report import file_parts, first_layer, reference_warnings
-from rgexport.validate.report.overview import counted_verdicts, overview, verdict_of
-from rgexport.validate.report.report_tables import (
+from rgexport.tables import Table
+from rgexport.validate.checks import verdict
+from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.report.result_tables import (
+    DRIFT,
+    PROMPT,
+    bisect_tables,
     drift_table,
+    file_table,
     itself_table,
+    layer_table,
     logits_table,
+    overview,
+    prompt_cells,
     sides_of,
+    sketch_table,
+    state_table,
+    summary_table,
+    weight_table,
 )
-from rgexport.validate.report.report_words import (
+from rgexport.validate.report.words import (
     MOST_NAMED,
     check_words,
     counted_checks,
+    counted_verdicts,
+    dequantized_words,
     not_passed,
     number,
     source_words,
     speed_words,
-    twin_words,
 )
-from rgexport.validate.report.site_tables import bisect_parts
-from rgexport.validate.report.summary_table import summary_table
 from rgexport.validate.result import Result
-from rgexport.validate.states import StateError
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.states import worst
 
-WORST = 5
-"""Rows of the tables of weights and states."""
 MOST_SUSPECTS = 3
 """Of each artifact where there are several."""
+_WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
+_MEANING = (
+    "The dequantized reference has the artifact's own weights: the distance to it is the export's, "
+    "that to the original is what compression cost."
+)
 
 
 def render(result: Result, page: Path | None = None) -> str:
@@ -43,31 +55,76 @@ def render(result: Result, page: Path | None = None) -> str:
 
 
 def render_several(results: Sequence[Result], page: Path | None = None) -> str:
-    """All artifacts in one table, and below it what failed."""
+    """All artifacts in one table, followed by what failed."""
     return tables.render(_overview(results, page))
 
 
 def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Table]:
-    yield f"{verdict_of(results)}  {counted_verdicts(results)}\n"
+    worst_of_all = verdict(check for result in results for check in result.checks)
+    yield f"{worst_of_all}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
         if result.verdict != "PASS":
             yield result.artifact.path
             yield from _failures(result)
-            yield from _first_suspects(result)
+            for suspect in (result.suspects or [])[:MOST_SUSPECTS]:
+                yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
     yield _environment(results[0]) if progress.verbose else _next_step(results, page)
 
 
-def _first_suspects(r: Result) -> Iterator[str]:
-    for suspect in (r.suspects or [])[:MOST_SUSPECTS]:
-        yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
+def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
+    """What fits a screen, and what was asked for by `--bisect`."""
+    yield from _head(r)
+    if r.reference is not None:
+        yield from _warnings(r.reference)
+    if r.twin or r.original or r.reference:
+        yield summary_table(r)
+    if r.twin is not None:
+        yield _MEANING
+    if r.layers is not None or r.suspects:
+        yield ""
+        yield from bisect_tables(None, r.layers, r.suspects or ())
+    if r.reference is not None:
+        yield from _first_layer(r.reference)
+    yield _next_step([r], page)
 
 
-_WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
+def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
+    yield from _head(r)
+    yield ""
+    if sides_of(r):
+        yield logits_table(r)
+    yield itself_table(r)
+    if r.twin is not None:
+        yield state_table(r.twin.states)
+    if any(side.drift for _, side in sides_of(r)):
+        yield drift_table(r)
+    yield from bisect_tables(r.sites, r.layers, r.suspects or ())
+    if r.reference is not None:
+        yield from _file_parts(r.reference)
+    if r.weights is not None:
+        yield weight_table(r.weights)
+    yield _environment(r)
+
+
+def _head(r: Result) -> Iterator[str]:
+    """The verdict, what failed, and what was compared with what."""
+    a, engine, text = r.artifact, r.engine, r.text
+    yield f"{r.verdict}  {a.path}: {counted_checks(r)}"
+    yield from _failures(r)
+    cut = ", cut off" if text.truncated else ""
+    speed = f"; {speed_words(r)}" if r.speed else ""
+    yield ""
+    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {a.bits_per_weight:.2f} bits per weight"
+    yield f"{engine.title}, {engine.threads} threads{speed}"
+    yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
+    yield f"original: {source_words(r)}"
+    if r.twin is None:
+        yield f"dequantized reference: {dequantized_words(r)}"
 
 
 def _failures(r: Result) -> Iterator[str]:
-    """Of each check that did not pass, one line; the failed ones first."""
+    """A line for each check that did not pass, the failed ones first."""
     found = not_passed(r)
     for check in found[:MOST_NAMED]:
         yield f"{_WORDS[check.outcome]}  {check.name} is {check_words(check)} ({check.reason})"
@@ -75,72 +132,43 @@ def _failures(r: Result) -> Iterator[str]:
         yield f"… and {len(more)} more"
 
 
-def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
-    """What fits a screen; and what was asked for by `--bisect`."""
-    yield _headline(r)
-    yield from _failures(r)
-    yield from _facts(r)
-    if r.reference is not None:
-        yield from reference_warnings(r.reference)
-    if r.twin or r.original or r.reference:
-        yield summary_table(r)
-    if r.twin is not None:
-        yield _MEANING
-    if r.layers is not None or r.suspects:
-        yield ""
-        yield from bisect_parts(None, r.layers, r.suspects or ())
-    if r.reference is not None:
-        yield from first_layer(r.reference)
-    yield _next_step([r], page)
-
-
-_MEANING = (
-    "The dequantized reference has the artifact's own weights: the distance to it is the export's, "
-    "that to the original is what compression cost."
-)
-
-
-def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
-    yield _headline(r)
-    yield from _failures(r)
-    yield from _facts(r)
+def _file_parts(found: AgainstFile) -> Iterator[str | Table]:
+    computed = ", ".join(f"{key} {value}" for key, value in found.computed.items())
+    yield f"reference file: {found.path}, {found.model} ({computed})"
+    yield from _warnings(found)
     yield ""
-    if sides_of(r):
-        yield logits_table(r)
-    yield itself_table(r)
-    if r.twin is not None:
-        yield Table("States", ("state", *_STATE), _state_rows(r.twin.states), _STATE)
-    if any(side.drift for _, side in sides_of(r)):
-        yield drift_table(r)
-    yield from bisect_parts(r.sites, r.layers, r.suspects or ())
-    if r.reference is not None:
-        yield from file_parts(r.reference)
-    if r.weights is not None:
-        header = ("tensor", "stored", *_WEIGHT)
-        yield Table("Weights", header, _weight_rows(r.weights), _WEIGHT)
-    yield _environment(r)
+    yield file_table(found)
+    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in found.prompts)
+    yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
+    if found.drift:
+        drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in found.drift]
+        yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
+    yield sketch_table(found)
+    if found.layers:
+        yield layer_table(found.layers)
+        yield from _first_layer(found)
 
 
-def _headline(r: Result) -> str:
-    return f"{r.verdict}  {r.artifact.path}: {counted_checks(r)}"
+def _warnings(found: AgainstFile) -> Iterator[str]:
+    """Why the reference file may be of another model."""
+    if not found.same_files:
+        yield "the reference file is of other weight files than the artifact was made from"
+    for difference in found.config_differences:
+        yield f"the configurations differ in {difference}"
 
 
-def _facts(r: Result) -> Iterator[str]:
-    """What was compared, on what and with what."""
-    a, engine, text = r.artifact, r.engine, r.text
-    cut = ", cut off" if text.truncated else ""
-    yield ""
-    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {a.bits_per_weight:.2f} bits per weight"
-    speed = f"; {speed_words(r.speed)}" if r.speed else ""
-    yield f"{engine.title}, {engine.threads} threads{speed}"
-    yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
-    yield f"original: {source_words(r)}"
-    if r.twin is None:
-        yield f"dequantized reference: {twin_words(r)}"
+def _first_layer(found: AgainstFile) -> Iterator[str]:
+    """The first layer beyond its limit, if there is one."""
+    for error in found.layers or ():
+        if not error.passed:
+            yield (
+                f"layer {error.layer} is the first whose residual stream leaves the reference's: "
+                f"{number(error.relative_rms)}, limit {error.limit:g}"
+            )
+            return
 
 
 def _next_step(results: Sequence[Result], page: Path | None) -> str:
-    """What tells more."""
     failed = next((r for r in results if r.verdict != "PASS"), None)
     if failed is not None and failed.suspects is None and failed.twin is not None:
         artifact = as_argument(Path(failed.artifact.path))
@@ -148,31 +176,6 @@ def _next_step(results: Sequence[Result], page: Path | None) -> str:
     if page is not None:
         return f"All numbers as a page: {page}"
     return "All numbers: -v, or --html FILE for a page."
-
-
-_STATE = ("max |Δ| / max", "norm")
-_WEIGHT = ("error", "projection", "noise", "max steps")
-
-
-def _state_rows(errors: list[StateError]) -> Iterator[Row]:
-    for e in sorted(errors, key=lambda e: -e.relative_max)[:WORST]:
-        yield e.name, number(e.relative_max), number(e.relative_norm)
-    if len(errors) > WORST:
-        yield f"… and {len(errors) - WORST} better ones", "", ""
-
-
-def _weight_rows(errors: list[WeightError]) -> Iterator[Row]:
-    """The worst of each scheme, and one line for what was stored as it was."""
-    for scheme in dict.fromkeys(e.scheme for e in errors):
-        group = [e for e in errors if e.scheme == scheme]
-        inexact = sorted((e for e in group if e.max_steps != 0), key=lambda e: -e.relative_error)
-        for e in inexact[:WORST]:
-            numbers = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
-            yield (e.name, e.scheme, *numbers, number(e.max_steps))
-        if len(inexact) > WORST:
-            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", "", ""
-        if exact := len(group) - len(inexact):
-            yield f"{exact} tensors, bit for bit", scheme, "0", "1", "0", "0"
 
 
 def _environment(r: Result) -> str:

@@ -10,7 +10,7 @@ from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import CONFIG_SITES, Suspect, find_suspects
 from rgexport.validate.checks import Check
-from rgexport.validate.report.site_tables import bisect_parts
+from rgexport.validate.report.result_tables import bisect_tables
 from tests.models import make_config
 
 SCAN = "layers.2.temporal_block.rg_lru"
@@ -135,7 +135,7 @@ def test_tables():
         LayerCost(part=f"layers.{i}", kl=i * 1e-3, standard_error=1e-4, top1=1 - i / 100)
         for i in range(20)
     ]
-    lines = render(bisect_parts(report, costs, find_suspects(report, [], []))).splitlines()
+    lines = render(bisect_tables(report, costs, find_suspects(report, [], []))).splitlines()
     text = "\n".join(" ".join(line.split()) for line in lines)
     assert text.index("Suspects") < text.index("Per-op check") < text.index("Layers")
     assert "3 of 12 beyond the limit; 1 not shown by the engine" in text
@@ -145,11 +145,11 @@ def test_tables():
 
 
 def test_tables_of_nothing():
-    assert list(bisect_parts(None, None, [])) == []
+    assert list(bisect_tables(None, None, [])) == []
 
 
 def test_many_rows_are_cut():
     report = site_report([error(f"layers.{i}.mlp_block.mul", 2) for i in range(40)])
-    text = render(bisect_parts(report, None, find_suspects(report, [], [])))
+    text = render(bisect_tables(report, None, find_suspects(report, [], [])))
     assert "… and 10 more beyond the limit" in text
     assert "… and 10 more" in text

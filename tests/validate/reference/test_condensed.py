@@ -54,7 +54,7 @@ def test_kl_lies_in_its_interval(pair: tuple[np.ndarray, np.ndarray], bits: int,
 def test_the_bounds_hold_for_another_order_of_the_tail(
     pair: tuple[np.ndarray, np.ndarray], order: list[int]
 ) -> None:
-    """Without codes the tail's order is unknown: whatever it is, the interval holds it."""
+    """Without codes the tail's order is unknown, so the interval holds for any order."""
     reference, candidate = pair
     condensed = condense(reference, 0, LEAST)
     rest = np.delete(np.arange(len(reference)), condensed.ids)
@@ -94,7 +94,7 @@ def test_the_best_guess_is_good_for_small_errors_too(bits: int, rel: float) -> N
     assert kl_bounds(condense(reference, bits), candidate).best == pytest.approx(truth, rel=rel)
 
 
-def test_what_is_peaked_takes_few_tokens_and_what_is_flat_many() -> None:
+def test_a_peaked_distribution_keeps_few_tokens_and_a_flat_one_many() -> None:
     peaked, flat = (draw(3, 8192, spread, 0)[0] for spread in (9.0, 0.5))
     few, many = (condense(logits, 0, 2048) for logits in (peaked, flat))
     assert LEAST <= len(few.ids) < len(many.ids) == 2048
@@ -118,7 +118,7 @@ def test_kept_tokens_are_the_most_likely_ones() -> None:
 
 
 @pytest.mark.parametrize("bits", sorted(CODES))
-def test_logits_that_are_no_numbers_give_none(bits: int) -> None:
+def test_logits_that_are_not_finite_give_nan(bits: int) -> None:
     reference, candidate = draw(6, 100, 2.0, 0.1)
     candidate[50] = np.nan
     assert all(np.isnan(value) for value in kl_bounds(condense(reference, bits), candidate))
@@ -126,13 +126,13 @@ def test_logits_that_are_no_numbers_give_none(bits: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(random_pairs, st.sampled_from(sorted(CODES)), st.integers(0, 16))
-def test_a_lead_is_at_least_what_is_told(
+def test_a_lead_is_at_least_its_lower_bound(
     pair: tuple[np.ndarray, np.ndarray], bits: int, token: int
 ) -> None:
     reference, _ = pair
     kept = condense(reference, bits, LEAST)
     truth = float(reference.max()) - float(reference[token])
-    told = lead(kept, token)
-    assert 0 <= told <= truth + 1e-5 * (1 + np.abs(reference).max())
+    bound = lead(kept, token)
+    assert 0 <= bound <= truth + 1e-5 * (1 + np.abs(reference).max())
     if token in kept.ids or (bits == 16 and kept.tail.codes[token]):  # type: ignore[index]
-        assert told == pytest.approx(truth, abs=1e-2)
+        assert bound == pytest.approx(truth, abs=1e-2)

@@ -79,8 +79,8 @@ def test_a_json_list(tmp_path: Path) -> None:
         ("[[-1]]", "prompt 1 is neither"),
         (f"[[{10**30}]]", "prompt 1 is neither"),
         ("[[99]]", "has the id 99"),
-        ("['x'", "is none"),
-        ("[" * 100_000, "is none"),
+        ("['x'", "is not one"),
+        ("[" * 100_000, "is not one"),
     ],
 )
 def test_a_file_that_is_no_list_of_prompts(tmp_path: Path, text: str, line: str) -> None:

@@ -10,177 +10,94 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgexport.errors import RequestError
-from rgexport.files.hashing import FileRecord
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.safetensors_file import read_metadata
-from rgexport.griffin.state import state_specs
-from rgexport.griffin.tensor import from_array
-from rgexport.validate.reference.capture import sketch_arrays
-from rgexport.validate.reference.condensed import CODES, Condensed, condense
+from rgexport.validate import states
+from rgexport.validate.reference import kept_logits
+from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import (
     FORMAT_VERSION,
     METADATA,
     SUMS,
     Header,
-    PromptRecord,
-    checkpoint_name,
-    checkpoint_specs,
-    state_name,
-    stored_shape,
+    is_reference,
+    write_reference,
 )
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.reference.reference_writer import is_reference, write_reference
-from tests.models import make_config, random_weights
+from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
-LENGTHS, FULL, WATCHED, CHECKPOINTS = (3, 20), (2, 22), (2, 12, 22), (8, 16)
+Content = tuple[Header, dict[str, np.ndarray]]
 
 
-def logits() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(sum(LENGTHS), 64)).astype(np.float32)
-
-
-def activations() -> np.ndarray:
-    shape = len(WATCHED), CONFIG.num_layers, CONFIG.width
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
-def condensed(position: int, bits: int) -> Condensed:
-    return condense(logits()[position], bits, 20)
-
-
-def content(bits: int) -> tuple[Header, dict[str, np.ndarray]]:
-    """A small file; its position 2 and 22 are full."""
-    rest = [i for i in range(sum(LENGTHS)) if i not in FULL]
-    kept = {i: condensed(i, bits) for i in rest}
-    sums = np.zeros((sum(LENGTHS), len(SUMS)))
-    for i, c in kept.items():
-        t = c.tail
-        sums[i] = c.log_sum_exp, 1.5, 0.7, t.mass, t.offset, t.moved, t.floor, t.step
-    arrays = {
-        "tokens": np.arange(sum(LENGTHS)),
-        "full.positions": np.array(FULL),
-        "full.logits": logits()[list(FULL)],
-        "kept.counts": np.array([len(kept[i].ids) if i in kept else 0 for i in range(23)]),
-        "kept.ids": np.concatenate([c.ids for c in kept.values()]).astype(np.int32),
-        "kept.logits": np.concatenate([c.logits for c in kept.values()]),
-        "sums": sums,
-        "greedy.1": np.array([5, 6]),
-        "activations": activations(),
-        **sketch_arrays(
-            CONFIG, {name: from_array(w) for name, w in random_weights(CONFIG).items()}
-        ),
-    }
-    if bits:
-        arrays["codes"] = np.stack([c.tail.codes for c in kept.values()])  # type: ignore[misc]
-    for index, length in enumerate(LENGTHS):
-        for spec in state_specs(CONFIG):
-            shape = stored_shape(spec, length)
-            arrays[state_name(index, spec)] = np.full(shape, index + 1, np.float32)
-    for spec in checkpoint_specs(CONFIG):
-        values = [np.full(spec.shape, n, np.float32) for n in CHECKPOINTS]
-        arrays[checkpoint_name(1, spec)] = np.stack(values)
-    prompts = tuple(
-        PromptRecord(f"p{i}", n, None, 1, 2 * i, {"KL": "an interval"}, CHECKPOINTS if i else ())
-        for i, n in enumerate(LENGTHS)
-    )
-    header = Header(
-        model="small",
-        config=CONFIG,
-        files={"model.safetensors": FileRecord("0" * 64, 1)},
-        computed={"device": "cpu"},
-        environment={"cores": 2},
-        tail_bits=bits,
-        prompts=prompts,
-        watched=WATCHED,
-    )
-    return header, arrays
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """Prompts of 3 and 20 tokens: positions 2 and 22 are full, the others have 8-bit codes."""
+    folder = tmp_path_factory.mktemp("captured")
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), folder / "model")
+    (folder / "p").write_text(json.dumps([[0, 1, 2], list(range(3, 23))]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_logits, "LOGITS_BYTES", 5000)
+        patch.setattr(kept_logits, "FULL", 2)
+        patch.setattr(kept_logits, "WATCHED", 3)
+        patch.setattr(states, "FIRST_CHECKPOINT", 8)
+        asked: dict[str, Any] = {"prompts": folder / "p", "device": "cpu"}
+        found = read_reference(capture(open_checkpoint(model), folder / "r", **asked))
+    assert found.full_positions.tolist() == [2, 22] and found.header.tail_bits == 8
+    assert found.header.watched == (2, 3, 22)
+    short, long = found.header.prompts
+    assert (short.checkpoints, long.checkpoints) == ((), (8, 16))
+    long = dataclasses.replace(long, greedy_tokens=2)
+    header = dataclasses.replace(found.header, prompts=(short, long))
+    return header, load_file(folder / "r") | {"greedy.1": np.array([5, 6])}
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def content(captured: Content) -> Content:
+    header, arrays = captured
+    return header, dict(arrays)
+
+
+@pytest.fixture
+def file(tmp_path: Path, content: Content) -> Path:
     path = tmp_path / "small.reference"
-    write_reference(path, *content(16))
+    write_reference(path, *content)
     return path
 
 
-@pytest.mark.parametrize("bits", sorted(CODES))
-def test_it_reads_back_what_was_written(tmp_path: Path, bits: int) -> None:
-    path = tmp_path / "r"
-    header, arrays = content(bits)
-    write_reference(path, header, arrays)
-    found = read_reference(path)
-    digest = found.header.data_sha256
-    assert found.header == dataclasses.replace(header, data_sha256=digest)
-    assert [(i, p.name, s.start, s.stop) for i, p, s in found.spans()] == [
-        (0, "p0", 0, 3),
-        (1, "p1", 3, 23),
-    ]
-    for position in range(23):
-        assert found.is_full(position) == (position in FULL)
-        if position in FULL:
-            assert np.array_equal(found.full_logits(position), logits()[position])
-            continue
-        ours, theirs = condensed(position, bits), found.condensed(position)
-        assert np.array_equal(ours.ids, theirs.ids)
-        assert np.array_equal(ours.logits, theirs.logits)
-        assert ours.log_sum_exp == theirs.log_sum_exp
-        assert dataclasses.replace(ours.tail, codes=None) == dataclasses.replace(
-            theirs.tail, codes=None
-        )
-        if bits:
-            assert np.array_equal(ours.tail.codes, theirs.tail.codes)  # type: ignore[arg-type]
+def test_it_is_a_safetensors_file_that_reads_back(file: Path, content: Content) -> None:
+    header, arrays = content
+    found, again = read_reference(file), load_file(file)
+    assert found.header == dataclasses.replace(header, data_sha256=found.header.data_sha256)
     assert found.greedy(0).tolist() == [] and found.greedy(1).tolist() == [5, 6]
-
-
-def test_a_state_has_zeros_in_front_of_a_short_prompt(file: Path) -> None:
-    found = read_reference(file)
-    short, long = found.state(0), found.state(1)
-    assert short["layers.1.key"].shape == long["layers.1.key"].shape == (1, 8, 16)
-    assert short["layers.1.key"][0, :, 0].tolist() == [0] * 5 + [1] * 3
-    assert (long["layers.1.key"] == 2).all()
-    assert short["position"].tolist() == [3]
-
-
-def test_there_is_what_a_layer_gave_and_what_it_knew_on_the_way(file: Path) -> None:
-    found = read_reference(file)
-    assert found.header.watched == WATCHED
-    for place, expected in enumerate(activations()):
-        assert np.array_equal(found.activations(place), expected)
-    assert found.checkpoints(0) == {}
-    inside = found.checkpoints(1)
-    assert list(inside) == list(CHECKPOINTS)
-    for count, state in inside.items():
-        assert state.keys() == {"layers.0.rg_lru", "layers.0.conv1d"}
-        assert state["layers.0.conv1d"].shape == (1, 3, 32)
-        assert all((array == count).all() for array in state.values())
-
-
-def test_others_can_read_it(file: Path) -> None:
-    arrays = load_file(file)
-    assert np.array_equal(arrays["full.logits"], logits()[list(FULL)])
+    assert arrays.keys() == again.keys()
+    assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
     assert json.loads(read_metadata(file)[METADATA])["format_version"] == FORMAT_VERSION
 
 
-def test_only_a_reference_is_replaced(file: Path, tmp_path: Path) -> None:
+def test_only_a_reference_is_replaced(file: Path, content: Content, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_file({"x": np.zeros(1, np.float32)}, other)
     assert is_reference(file) and not is_reference(other)
     with pytest.raises(RequestError, match="--force"):
-        write_reference(file, *content(0))
-    write_reference(file, *content(0), force=True)
-    assert read_reference(file).header.tail_bits == 0
+        write_reference(file, *content)
+    header, arrays = content
+    write_reference(file, dataclasses.replace(header, model="other"), arrays, force=True)
+    assert read_reference(file).header.model == "other"
     with pytest.raises(RequestError, match="something else"):
-        write_reference(other, *content(0), force=True)
+        write_reference(other, *content, force=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "small.reference"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RequestError, match="no space left"):
-        write_reference(tmp_path / "r", *content(0))
+        write_reference(tmp_path / "r", *content)
     assert not list(tmp_path.iterdir())
 
 
@@ -240,8 +157,10 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
         ("checkpoints.1.layers.1.key", np.zeros((2, 8, 16), np.float32)),
     ],
 )
-def test_values_that_cannot_be(tmp_path: Path, array: str, values: np.ndarray | None) -> None:
-    header, arrays = content(8)
+def test_impossible_values(
+    tmp_path: Path, content: Content, array: str, values: np.ndarray | None
+) -> None:
+    header, arrays = content
     if array == "kept.ids":
         values = arrays[array] + 60
     if values is None:
@@ -267,36 +186,33 @@ def test_values_that_cannot_be(tmp_path: Path, array: str, values: np.ndarray | 
         ({"watched": (-1, 12, 22)}, "is damaged: watched is"),
         ({"watched": ()}, "is damaged: activations is unknown"),
         ({"config": dataclasses.replace(CONFIG, window=0)}, "is damaged: config.window"),
+        *(
+            ({"checkpoints": points}, "is damaged: checkpoints")
+            for points in [(0, 8), (16, 8), (8, 20), (8, 16, 17), (1 << 62, 1 << 63)]
+        ),
+        ({"full_positions": 0}, "is damaged: no position is full"),
     ],
 )
-def test_a_header_that_cannot_be(tmp_path: Path, change: dict[str, Any], line: str) -> None:
-    header, arrays = content(0)
+def test_an_impossible_header(
+    tmp_path: Path, content: Content, change: dict[str, Any], line: str
+) -> None:
+    """Changes a field of the header, or else of all prompts."""
+    header, arrays = content
+    if not change.keys() <= vars(header).keys():
+        prompts = tuple(dataclasses.replace(prompt, **change) for prompt in header.prompts)
+        change = {"prompts": prompts}
     write_reference(tmp_path / "r", dataclasses.replace(header, **change), arrays)
-    with pytest.raises(RequestError, match=line):
-        read_reference(tmp_path / "r")
-
-
-@pytest.mark.parametrize("points", [(0, 8), (16, 8), (8, 20), (8, 16, 17), (1 << 62, 1 << 63)])
-def test_checkpoints_that_cannot_be(tmp_path: Path, points: tuple[int, ...]) -> None:
-    header, arrays = content(0)
-    first, second = header.prompts
-    prompts = first, dataclasses.replace(second, checkpoints=points)
-    write_reference(tmp_path / "r", dataclasses.replace(header, prompts=prompts), arrays)
-    with pytest.raises(RequestError, match="is damaged: checkpoints") as raised:
+    with pytest.raises(RequestError, match=line) as raised:
         read_reference(tmp_path / "r")
     assert "\n" not in str(raised.value)
 
 
-def test_one_position_is_full_at_least(tmp_path: Path) -> None:
-    header, arrays = content(0)
-    prompts = tuple(dataclasses.replace(prompt, full_positions=0) for prompt in header.prompts)
-    write_reference(tmp_path / "r", dataclasses.replace(header, prompts=prompts), arrays)
-    with pytest.raises(RequestError, match="is damaged: no position is full"):
-        read_reference(tmp_path / "r")
-
-
-def test_what_is_no_reference(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "other")
-    for name, line in (("other", "no reference file"), ("no", "no such file"), (".", "a folder")):
+    for name, line in (
+        ("other", "not a reference file"),
+        ("no", "no such file"),
+        (".", "a folder"),
+    ):
         with pytest.raises(RequestError, match=line):
             read_reference(tmp_path / name)

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = "deepmind", "hf"
 
 
 def make(name: str, config: GriffinConfig) -> tuple[WholeModel, Reference]:
-    """One of them, and the project's own that computes the same."""
+    """One of them, and the project's own for the same configuration."""
     source = weight_source(random_weights(config))
     model: Any
     if name == "hf":
@@ -79,7 +79,7 @@ def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_it_shows_what_is_on_the_way(name: str) -> None:
+def test_watch_and_stops_see_the_same(name: str) -> None:
     model, own = make(name, ODD_CONFIGS["regular"])
     texts = [(tokens_of(own.config, 1, n), zero_state(own.config, 1)) for n in (1, 50)]
     seen: dict[str, dict[tuple[int, int], np.ndarray]] = {"theirs": {}, "ours": {}}
@@ -99,13 +99,6 @@ def test_it_shows_what_is_on_the_way(name: str) -> None:
         assert len(theirs) == len(ours)
         for one, other in zip(ours, theirs, strict=True):
             assert_same_state(one, other)
-
-
-def test_texts_from_a_state_have_no_pass_of_their_own() -> None:
-    model, own = make("deepmind", ODD_CONFIGS["regular"])
-    _, state = own.run(tokens_of(own.config, 1, 4))
-    with pytest.raises(ValueError, match="from its beginning"):
-        model.run_each([(tokens_of(own.config, 1, 4), state)])
 
 
 @pytest.mark.parametrize(
@@ -136,10 +129,3 @@ def test_another_transformers_is_refused(version: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(hugging_face_model.transformers, "__version__", version)
     with pytest.raises(RequestError, match=f"found {version}: pip install"):
         make("hf", ODD_CONFIGS["regular"])
-
-
-def test_hugging_face_s_window_is_told() -> None:
-    model, _ = make("hf", ODD_CONFIGS["regular"])
-    assert model.config.window == ODD_CONFIGS["regular"].window - 1
-    assert model.describe()["implementation"].startswith("transformers ")
-    assert model.describe()["dtype"] == "float32"

@@ -15,13 +15,12 @@ from rgexport.validate.continuations import Continuation
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.report.cost_picture import cost_chart
-from rgexport.validate.report.drift_pictures import drift_chart, kinds_chart
-from rgexport.validate.report.page import render_page, write_html
-from rgexport.validate.report.page_bars import op_bars, role_bars, role_errors
-from rgexport.validate.report.page_text import breakable, piece, visible
-from rgexport.validate.report.report_words import MOST_NAMED
+from rgexport.validate.report.charts import cost_charts, drift_chart, kinds_chart
+from rgexport.validate.report.page import breakable, piece, render_page, visible, write_html
+from rgexport.validate.report.page_view import op_bars, role_bars
+from rgexport.validate.report.result_tables import bounded
 from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.report.words import MOST_NAMED
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.speed import Speed
@@ -29,6 +28,7 @@ from rgexport.validate.states import worst
 from tests.validate.report.changed_results import (
     HOSTILE,
     ambiguous,
+    changed,
     hostile,
     with_site_beyond,
     without_torch,
@@ -41,7 +41,7 @@ from tests.validate.test_result import with_nan
 def result(
     clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Result:
-    """All that there can be, but the speed is made up."""
+    """With everything there can be; speed and suspects are invented."""
     file = capture(open_checkpoint(checkpoint), tmp_path_factory.mktemp("page") / "r", device="cpu")
     found = validate_artifact(
         clean("int4"),
@@ -73,7 +73,7 @@ def page(request: pytest.FixtureRequest, result: Result, alone: Result) -> Page:
     return Page(render_page(results[request.param]))
 
 
-def test_the_page_needs_nothing_else(page: Page) -> None:
+def test_the_page_needs_nothing_else_and_fits_every_screen(page: Page) -> None:
     tags = Counter(tag for tag, _ in page.elements)
     assert not tags.keys() & {"script", "img", "iframe", "object", "form", "base", "image", "use"}
     for tag, attributes in page.elements:
@@ -83,19 +83,14 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
             assert value is None or value.startswith("#") or (tag, value) == ("link", "data:,")
     policies = [m["content"] for m in page.named("meta") if "http-equiv" in m]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
-    style = page.texts[page.texts.index(next(t for t in page.texts if ":root" in t))]
-    assert "url(" not in style and "@import" not in style
-
-
-def test_the_page_is_for_every_screen(page: Page) -> None:
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named(
-        "meta"
-    )
     style = next(text for text in page.texts if ":root" in text)
+    assert "url(" not in style and "@import" not in style
     assert "prefers-color-scheme: dark" in style and "max-width: 40rem" in style
+    width = {"name": "viewport", "content": "width=device-width, initial-scale=1"}
+    assert width in page.named("meta")
 
 
-def test_what_cannot_be_seen_is_told(page: Page) -> None:
+def test_a_screen_reader_finds_its_way(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes in page.elements:
@@ -109,9 +104,6 @@ def test_what_cannot_be_seen_is_told(page: Page) -> None:
     assert all(th.get("scope") in ("col", "row") for th in page.named("th"))
     assert len(page.named("table")) == len(page.named("thead")) == len(page.named("tbody"))
     assert page.named("html") == [{"lang": "en"}]
-
-
-def test_headings_begin_with_one_and_skip_no_level(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
@@ -129,16 +121,14 @@ def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
     assert "the original was not given (-m)" in Page(render_page([alone])).text
 
 
-def test_what_cannot_be_decided_has_its_margin_and_its_colour(result: Result) -> None:
+def test_an_ambiguous_check_has_its_margin_and_its_colour(result: Result) -> None:
     page = Page(render_page([ambiguous(result)]))
     assert f"1 of {len(result.checks)} checks cannot be decided" in page.text
     assert "twin.logits is 0.25 ± 0.04, limit 0.27" in page.text
     classes = [attributes.get("class") for _, attributes in page.elements]
     assert "verdict ambiguous" in classes and "unsure" in classes
-    assert "verdict ambiguous" in [
-        attributes.get("class")
-        for _, attributes in Page(render_page([result, ambiguous(result)])).elements
-    ]
+    several = render_page([result, ambiguous(result)])
+    assert several.index('class="verdict ambiguous"') < several.index("artifacts compared")
 
 
 def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None:
@@ -155,13 +145,13 @@ def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None
     assert f"… and {len(failed) + 1 - MOST_NAMED} more\n" in text
 
 
-def test_of_several_the_suspects_of_those_that_did_not_pass_are_named(result: Result) -> None:
+def test_suspects_are_named_of_artifacts_that_did_not_pass(result: Result) -> None:
     line = "SUSPECT  layers.1.temporal_block.rg_lru: for the test"
     assert render_several([result, with_nan(result)]).count(line) == 1
 
 
 @pytest.mark.parametrize(("scheme", "ground"), [("light", 0), ("dark", 1)])
-def test_words_can_be_read_on_their_ground(scheme: str, ground: int, alone: Result) -> None:
+def test_colours_have_enough_contrast(scheme: str, ground: int, alone: Result) -> None:
     style = render_page([alone])
     colours = [dict(re.findall(r"--(\w+): (#[0-9a-f]+);", part)) for part in style.split("@media")]
     found = colours[ground]
@@ -170,27 +160,16 @@ def test_words_can_be_read_on_their_ground(scheme: str, ground: int, alone: Resu
 
 
 def _contrast(one: str, other: str) -> float:
-    """WCAG's ratio."""
-    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    """WCAG's ratio of two colours #rrggbb or #rgb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        shares = [value / 255 for value in bytes.fromhex(digits)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
-    shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
-    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def test_five_tiles_have_the_numbers_that_matter(result: Result) -> None:
-    assert result.original is not None and result.twin is not None
-    page = Page(render_page([result]))
-    assert [path[-3:] for path in page.paths].count(("dl", "div", "dt")) >= 5
-    text = page.text[: page.text.index("How to read this")]
-    assert f"KL {result.original.kl.mean:.3g} ± " in text
-    assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in text
-    assert f"RMS logit error {result.twin.logits.relative_rms:.3g} " in text
-    assert f"{result.artifact.bits_per_weight:.2f} bits per weight" in text
 
 
 def test_the_contents_name_every_section(page: Page) -> None:
@@ -217,28 +196,26 @@ def test_both_texts_stand_side_by_side(result: Result) -> None:
 
 def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result) -> None:
     assert result.original is not None
-    small = dataclasses.replace(
-        result,
-        artifact=dataclasses.replace(result.artifact, path="out/small", bytes=5_000_000),
-        original=dataclasses.replace(
-            result.original, kl=dataclasses.replace(result.original.kl, mean=0.5)
-        ),
+    costs: dict[str, Any] = {"original.kl.mean": 0.5}
+    small, large = (
+        changed(result, costs | {"artifact.path": f"out/{name}", "artifact.bytes": size})
+        for name, size in (("small", 5_000_000), ("large", 9_000_000))
     )
-    large = dataclasses.replace(
-        small, artifact=dataclasses.replace(small.artifact, path="out/large", bytes=9_000_000)
-    )
-    (chart,) = cost_chart([large, alone, small])
+    (chart,) = cost_charts([large, alone, small])
     assert chart.rows == [["5.0", "0.5"], ["9.0", "0.5"]]
-    ((left, low), first), ((right, high), second) = chart.series[0].names
-    assert (first, second) == ("small", "large") and left < right and low == high
-    assert list(cost_chart([large, alone])) == []
+    assert chart.series[0].names == ["small", "large"]
+    assert list(cost_charts([large, alone])) == []
     assert "What compression costs, by size" in Page(render_page([large, small])).text
 
 
 def test_the_numbers_are_those_of_the_result(result: Result) -> None:
-    assert result.original is not None
-    assert result.twin is not None
+    assert result.original is not None and result.twin is not None
     text = Page(render_page([result])).text
+    tiles = text[: text.index("How to read this")]
+    assert f"KL {result.original.kl.mean:.3g} ± " in tiles
+    assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in tiles
+    assert f"RMS logit error {result.twin.logits.relative_rms:.3g} " in tiles
+    assert f"{result.artifact.bits_per_weight:.2f} bits per weight" in tiles
     assert f"KL mean (nats) {result.twin.kl.mean:.3g} ±" in text
     assert "123 tokens/s one by one, 5,679 of a prompt of 128" in text
     for check in result.checks:
@@ -269,21 +246,17 @@ def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
 
 def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result: Result) -> None:
     assert result.twin is not None and [d.position for d in result.twin.drift] == [64]
-    steep = dataclasses.replace(result, text=dataclasses.replace(result.text, tokens=1 << 20))
-    chart = drift_chart(steep)
-    assert chart.limit is not None
-    path = [float(y) for y in chart.limit.path[1:].split()[1::2]]
-    assert path == sorted(path, reverse=True) and path[0] > path[-1] == chart.limit.end
-    assert [label for _, label in chart.x_ticks][:2] == ["64", "512"]
+    chart = drift_chart(changed(result, {"text.tokens": 1 << 20}))
+    heights = [float(y) for y in chart.limit_path.split()[1::2]]
+    assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1]
+    assert [label for _, label in chart.x.ticks][:2] == ["64", "512"]
     assert [row[0] for row in chart.rows] == ["64", "1,048,576"]
-    text = Page(render_page([result])).text
-    assert "Drift of the states" in text
 
 
 def test_kinds_of_states_drift_apart(result: Result) -> None:
     assert result.twin is not None
     (chart,) = kinds_chart("title", result.twin.drift)
-    assert chart.header == ("tokens", "rg_lru", "key", "conv1d", "value")
+    assert [one.label for one in chart.series] == ["rg_lru", "key", "conv1d", "value"]
     (row,) = chart.rows
     of_keys = [s for s in result.twin.drift[0].states if s.name.endswith(".key")]
     assert row[2] == f"{worst(of_keys):.3g}" and chart.limit is None
@@ -325,14 +298,14 @@ def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> No
     assert "beyond its limit is" not in Page(render_page([result])).text
 
 
-def test_of_each_op_the_worst_is_shown(result: Result) -> None:
+def test_the_worst_op_of_each_kind_is_shown(result: Result) -> None:
     assert result.sites is not None
     bars = op_bars(result.sites.errors)
-    shares = [bar.share for bar in bars]
-    assert shares == sorted(shares, reverse=True) and not any(bar.beyond for bar in bars)
+    assert bars.shares == sorted(bars.shares, reverse=True) and bars.shares[0] <= 1
     worst = result.sites.worst(1)[0]
-    assert bars[0].cells[:2] == (f"{worst.excess:.3g}", worst.state or worst.site)
-    assert {"linear", "rg_lru_scan", "state rg_lru", "state key"} <= {bar.name for bar in bars}
+    assert bars.rows[0][1:3] == (f"{worst.excess:.3g}", worst.state or worst.site)
+    names = {row[0] for row in bars.rows}
+    assert {"linear", "rg_lru_scan", "state rg_lru", "state key"} <= names
 
 
 def test_layers_are_ranked_by_their_cost(result: Result) -> None:
@@ -344,12 +317,11 @@ def test_layers_are_ranked_by_their_cost(result: Result) -> None:
     assert places == sorted(places)
 
 
-def test_what_is_not_finite_is_a_gap_and_is_told(result: Result) -> None:
+def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(result: Result) -> None:
     assert result.twin is not None
     blocks = [dataclasses.replace(b, kl_mean=math.nan) for b in result.twin.blocks[5:7]]
     blocks = [*result.twin.blocks[:5], *blocks, *result.twin.blocks[7:]]
-    broken = dataclasses.replace(result, twin=dataclasses.replace(result.twin, blocks=blocks))
-    page = Page(render_page([broken]))
+    page = Page(render_page([changed(result, {"twin.blocks": blocks})]))
     assert "2 of 70 not finite" in page.text
     (line,) = [p["d"] for p in page.named("path") if p.get("class") == "line twin"][:1]
     assert line is not None and line.count("M") == 2 and "nan" not in line
@@ -363,9 +335,6 @@ def test_markup_from_outside_stays_text(result: Result) -> None:
     assert spoiled.text.count("onerror='alert(2)'>{{") >= 20
     assert "49" not in re.findall(r"onerror='alert\(2\)'>(\S+)", spoiled.text)
     assert len(Page(render_page([hostile(result)] * 2)).named("article")) == 2
-
-
-def test_a_tokenizers_hostile_pieces(result: Result) -> None:
     shown = render_page([hostile(result)])
     assert "<script" not in shown and "&lt;/script&gt;&lt;script&gt;" in shown
 
@@ -381,7 +350,7 @@ def test_a_tokenizers_hostile_pieces(result: Result) -> None:
         ("\x7f\x85", "␡⟨U+0085⟩"),
     ],
 )
-def test_what_is_invisible_gets_a_mark(text: str, shown: str) -> None:
+def test_invisible_characters_get_a_mark(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
@@ -399,19 +368,20 @@ def test_long_names_may_be_broken() -> None:
 
 def test_weights_by_role(result: Result) -> None:
     assert result.weights is not None
-    roles = role_errors(result.weights)
-    assert sum(role.tensors for role in roles) == len(result.weights)
-    ups = next(role for role in roles if role.role == "mlp_block.up_proj")
-    errors = [e.relative_error for e in result.weights if e.name.endswith("up_proj.weight")]
-    assert ups.tensors == 3 and ups.worst == max(errors)
-    assert ups.rms == pytest.approx((sum(e * e for e in errors) / 3) ** 0.5)
     bars = role_bars(result.weights)
-    assert bars[0].share == 1 and roles[0].rms == max(role.rms for role in roles)
-    assert [bar.name for bar in bars] == [role.role for role in roles]
+    assert bars is not None and bars.shares[0] == 1
+    assert sum(int(tensors) for _, _, tensors, *_ in bars.rows) == len(result.weights)
+    ups = next(row for row in bars.rows if row[0] == "mlp_block.up_proj")
+    errors = [e.relative_error for e in result.weights if e.name.endswith("up_proj.weight")]
+    rms = (sum(e * e for e in errors) / 3) ** 0.5
+    assert ups[2:] == ("3", f"{rms:.3g}", f"{max(errors):.3g}")
 
 
-def test_a_path_that_is_no_text_is_written(result: Result, tmp_path: Path) -> None:
-    odd: dict[str, Any] = {"path": "mod\udce8le"}
-    renamed = dataclasses.replace(result, artifact=dataclasses.replace(result.artifact, **odd))
-    write_html([renamed], tmp_path / "r.html")
+def test_a_path_that_is_not_unicode_is_written(result: Result, tmp_path: Path) -> None:
+    write_html([changed(result, {"artifact.path": "mod\udce8le"})], tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_bounds_are_shown_where_they_differ() -> None:
+    assert bounded(0.01234, 0.012341, 0.012339) == "0.0123"
+    assert bounded(1e-6, 9e-7, 2e-6) == "1e-06 (9e-07 … 2e-06)"

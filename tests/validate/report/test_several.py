@@ -12,8 +12,8 @@ from rgexport.validate import reference_pass
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.report.overview import overview
 from rgexport.validate.report.page import render_page
+from rgexport.validate.report.result_tables import overview
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.speed import Speed
@@ -39,17 +39,7 @@ def test_artifacts_in_one_table(
     assert page.index("Side by side") < page.index('id="a1"') < page.index('id="a3"')
 
 
-def test_each_is_what_it_is_alone(clean: Clean, checkpoint: Path) -> None:
-    passes = reference_pass.SharedPasses()
-    for kind in ("fp16", "int4"):
-        alone = validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=30))
-        shared = validate_artifact(
-            clean(kind), Request(model=str(checkpoint), max_tokens=30), passes=passes
-        )
-        assert shared.original == alone.original and shared.twin == alone.twin
-
-
-def test_the_original_runs_once(
+def test_the_original_runs_once_and_the_results_are_the_same(
     clean: Clean, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
@@ -59,12 +49,14 @@ def test_the_original_runs_once(
         runs.append(label)
         return run_reference(label, *args)
 
+    request, passes = Request(model=str(checkpoint), max_tokens=20), reference_pass.SharedPasses()
+    alone = validate_artifact(clean("int4"), request)
     monkeypatch.setattr(reference_pass, "run_reference", counted)
-    passes = reference_pass.SharedPasses()
-    for kind in ("fp32", "int4"):
-        validate_artifact(clean(kind), Request(model=str(checkpoint), max_tokens=20), passes=passes)
+    shared = [validate_artifact(clean(kind), request, passes) for kind in ("fp32", "int4")][1]
+    assert shared.original == alone.original and shared.twin == alone.twin
     assert runs == ["Running the original"]
-    validate_artifact(clean("fp32"), Request(model=str(checkpoint), max_tokens=21), passes=passes)
+    longer = dataclasses.replace(request, max_tokens=21)
+    validate_artifact(clean("fp32"), longer, passes)
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 

@@ -1,0 +1,346 @@
+"""The tables of a result, for the terminal and the page."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rgexport.progress import amount
+from rgexport.tables import Row, Table
+from rgexport.validate.bisect.layer_costs import LayerCost
+from rgexport.validate.bisect.site_errors import SiteError
+from rgexport.validate.bisect.sites import SiteReport
+from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.equivalences import SAME
+from rgexport.validate.measure import Comparison
+from rgexport.validate.metrics import Likelihood
+from rgexport.validate.reference.against import AgainstFile, LayerError, PromptResult
+from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
+from rgexport.validate.result import Result
+from rgexport.validate.states import StateError, worst
+from rgexport.validate.weights.sketch_errors import SketchError
+from rgexport.validate.weights.weight_errors import WeightError
+
+WORST = 5
+"""Rows of tables that show only the worst ones."""
+MOST = 30
+"""Ops beyond their limits, and suspects, that are shown."""
+PROMPT = ("tokens", "KL mean", "top-1", "worst state", "greedy")
+"""Columns of `prompt_cells`."""
+DRIFT = "Recurrent states inside the longest prompt"
+STREAM = "Residual stream after each layer"
+_TENSOR = ("error", "projection", "noise")
+_EXACT = 0.05
+"""Noise below that is the sketch's own rounding."""
+
+Compared = Comparison | AgainstFile
+E = TypeVar("E", bound=SketchError | WeightError)
+
+
+def sides_of(r: Result) -> list[tuple[str, Comparison]]:
+    """The comparisons with models, by their fields' names."""
+    sides = ("twin", r.twin), ("original", r.original)
+    return [(name, side) for name, side in sides if side is not None]
+
+
+def cost_of(r: Result) -> Compared | None:
+    """What tells the cost of compression: the original or, without one, a reference file."""
+    return r.original or r.reference
+
+
+def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
+    """Columns of names, followed by columns of numbers."""
+    return Table(title, (*names, *numbers), list(rows), numbers)
+
+
+def _first(rows: Sequence[Row], most: int = WORST, words: str = "better ones") -> Iterator[Row]:
+    yield from rows[:most]
+    if len(rows) > most:
+        yield f"… and {len(rows) - most} {words}", *[""] * (len(rows[0]) - 1)
+
+
+def _perplexity(c: Compared) -> str:
+    found = c.likelihood
+    return "" if found is None else f"{found.perplexity:.4g} → {found.perplexity_candidate:.4g}"
+
+
+_SUMMARY: dict[str, Callable[[Compared], str]] = {
+    "KL, nats per token": lambda c: mean_kl(c.kl),
+    "top-1 agreement": lambda c: percent(c.agreement.top1),
+    "RMS logit error": lambda c: number(c.logits.relative_rms),
+    "worst state error": lambda c: number(worst(c.states)),
+    "perplexity": _perplexity,
+}
+
+
+def summary_table(r: Result) -> Table:
+    """The numbers that matter most, a column for each comparison; the cost comes first."""
+    sides = {
+        LABELS["original"]: r.original,
+        "reference file": r.reference,
+        LABELS["twin"]: r.twin,
+    }
+    found = {name: side for name, side in sides.items() if side is not None}
+    cells = {name: [show(c) for c in found.values()] for name, show in _SUMMARY.items()}
+    rows = [(name, *row) for name, row in cells.items() if any(row)]
+    return _table("", ("compared with",), tuple(found), rows)
+
+
+_COMPARISON: dict[str, Callable[[Comparison], str]] = {
+    "max |Δlogit|": lambda c: number(c.logits.max),
+    "… of the largest logit": lambda c: number(c.logits.relative_max),
+    "RMS logit error, of their spread": lambda c: number(c.logits.relative_rms),
+    "mean |Δlogit|": lambda c: number(c.logits.mean),
+    "mean cosine of logits": lambda c: f"{c.logits.cosine:.6f}",
+    "KL mean (nats)": lambda c: mean_kl(c.kl),
+    "KL median": lambda c: number(c.kl.median),
+    "KL 95th percentile": lambda c: number(c.kl.p95),
+    "KL 99th percentile": lambda c: number(c.kl.p99),
+    "KL max": lambda c: f"{number(c.kl.max)} at {c.kl.worst_position}",
+    "top-1 agreement": lambda c: percent(c.agreement.top1),
+    "top-5 agreement": lambda c: percent(c.agreement.top5),
+    "top-1 flips": lambda c: f"{c.agreement.flips}",
+    "… of them near ties": lambda c: f"{c.agreement.near_ties}",
+    "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
+    "greedy tokens in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
+    "worst state": lambda c: number(worst(c.states)),
+}
+
+
+def logits_table(r: Result) -> Table:
+    """All that was measured, a column for each of `sides_of`."""
+    sides = sides_of(r)
+    rows = [(name, *(show(side) for _, side in sides)) for name, show in _COMPARISON.items()]
+    known = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
+    names = dict.fromkeys(name for one in known for name in one)
+    rows += [(name, *(one.get(name, "") for one in known)) for name in names]
+    return _table("Logits", ("measured",), tuple(LABELS[name] for name, _ in sides), rows)
+
+
+def _likelihood_rows(found: Likelihood | None) -> Iterator[tuple[str, str]]:
+    if found is None:
+        return
+    yield "perplexity: reference", f"{found.perplexity:.4g}"
+    yield "perplexity: artifact", f"{found.perplexity_candidate:.4g}"
+    if found.bits_per_byte is not None and found.bits_per_byte_candidate is not None:
+        yield "bits per byte: reference", f"{found.bits_per_byte:.4g}"
+        yield "bits per byte: artifact", f"{found.bits_per_byte_candidate:.4g}"
+    yield "Δ nats per token", f"{found.delta:+.2g} ± {found.delta_standard_error:.1g}"
+
+
+def state_table(errors: Sequence[StateError]) -> Table:
+    """The states after the last token, against the dequantized reference's."""
+    rows = [
+        (e.name, number(e.relative_max), number(e.relative_norm))
+        for e in sorted(errors, key=lambda e: -e.relative_max)
+    ]
+    return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
+
+
+def drift_table(r: Result) -> Table:
+    """The worst state after so many tokens, a column for each of `sides_of`."""
+    found = [
+        {drift.position: drift.states for drift in side.drift} | {r.text.tokens: side.states}
+        for _, side in sides_of(r)
+    ]
+    rows = [
+        (f"{at:,} tokens", *(number(worst(one[at])) if at in one else "" for one in found))
+        for at in found[0]
+    ]
+    columns = tuple(LABELS[name] for name, _ in sides_of(r))
+    return _table("Worst state by position", ("after",), columns, rows)
+
+
+def itself_table(r: Result) -> Table:
+    """The same tokens taken in another way."""
+    rows = []
+    for name, found in r.equivalences.items():
+        state = number(worst(found.states)) if found.states else ""
+        rows.append((SAME[name], f"{found.tokens}", number(found.logits.relative_max), state))
+    return _table("Against itself", ("the same …",), ("tokens", "logits", "states"), rows)
+
+
+def file_table(found: AgainstFile) -> Table:
+    """What was measured against a reference file, over all prompts."""
+    title = f"Against the reference file ({found.positions:,} positions)"
+    return _table(title, ("measured",), ("value",), _file_rows(found))
+
+
+def _file_rows(found: AgainstFile) -> Iterator[Row]:
+    kl, low, high = found.kl, found.kl_low, found.kl_high
+    full = f" ({found.full_positions} positions)"
+    mean = bounded(kl.mean, low.mean, high.mean)
+    yield f"max |Δlogit|{full}", number(found.logits.max)
+    yield f"RMS logit error, of their spread{full}", number(found.logits.relative_rms)
+    yield "KL mean (nats)", f"{mean} ± {kl.standard_error:.1g}"
+    if found.full_positions < found.positions:
+        yield f"KL mean{full}", mean_kl(found.kl_full)
+    yield "KL median", bounded(kl.median, low.median, high.median)
+    yield "KL 99th percentile", bounded(kl.p99, low.p99, high.p99)
+    yield "KL max", f"{bounded(kl.max, low.max, high.max)} at {kl.worst_position}"
+    yield "width of KL's interval, of itself", f"{found.kl_width:.1g}"
+    yield "top-1 agreement", percent(found.agreement.top1)
+    yield "top-5 agreement", percent(found.agreement.top5)
+    yield "largest margin that flipped", number(found.agreement.largest_flip_margin)
+    yield "worst state", number(worst(found.states))
+    yield from _likelihood_rows(found.likelihood)
+    total, common = found.greedy
+    if total:
+        yield "greedy tokens in common", f"{common} of {total} tokens"
+
+
+def bounded(best: float, low: float, high: float) -> str:
+    """`0.0123`, and its bounds where their first three digits differ."""
+    short = number(best)
+    same = number(low) == short == number(high)
+    return short if same else f"{short} ({number(low)} … {number(high)})"
+
+
+def prompt_cells(p: PromptResult) -> Row:
+    """The columns `PROMPT`."""
+    return (
+        f"{p.tokens:,}",
+        bounded(p.kl, p.kl_low, p.kl_high),
+        percent(p.top1),
+        number(p.worst_state),
+        f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
+    )
+
+
+def sketch_table(found: AgainstFile) -> Table:
+    """The stored weights against the reference file's sketches of the original's."""
+    rows = _rows_by_scheme(
+        found.weights,
+        exact=lambda e: e.noise < _EXACT,
+        rank=lambda e: e.noise,
+        last=lambda e: e.worst_row,
+        words="as they were",
+    )
+    title = "Weights, by the reference file's sketches"
+    return _table(title, ("tensor", "stored"), (*_TENSOR, "worst row"), rows)
+
+
+def _rows_by_scheme(
+    errors: Sequence[E],
+    *,
+    exact: Callable[[E], bool],
+    rank: Callable[[E], float],
+    last: Callable[[E], float],
+    words: str,
+) -> Iterator[Row]:
+    """Of each scheme, the tensors that rank worst, and how many are stored exactly."""
+    for scheme in dict.fromkeys(e.scheme for e in errors):
+        group = [e for e in errors if e.scheme == scheme]
+        inexact = sorted((e for e in group if not exact(e)), key=lambda e: -rank(e))
+        for e in inexact[:WORST]:
+            noise = number(e.noise), number(last(e))
+            yield e.name, scheme, number(e.relative_error), f"{e.projection:.5f}", *noise
+        if len(inexact) > WORST:
+            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", "", ""
+        if count := len(group) - len(inexact):
+            yield f"{count} tensors, {words}", scheme, "0", "1", "0", "0"
+
+
+def weight_table(errors: Sequence[WeightError]) -> Table:
+    """The stored weights against the original's."""
+    rows = _rows_by_scheme(
+        errors,
+        exact=lambda e: e.max_steps == 0,
+        rank=lambda e: e.relative_error,
+        last=lambda e: e.max_steps,
+        words="bit for bit",
+    )
+    return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
+
+
+def layer_table(layers: Sequence[LayerError]) -> Table:
+    """The residual stream against a reference file's; those beyond their limit first."""
+    rows = [
+        (f"{e.layer}", number(e.relative_rms), number(e.limit), f"{e.worst_position:,}")
+        for e in sorted(layers, key=lambda e: (e.passed, -e.relative_rms))
+    ]
+    return _table(STREAM, ("layer",), ("error", "limit", "worst at position"), _first(rows))
+
+
+def bisect_tables(
+    report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
+) -> Iterator[Table]:
+    """Suspects, ops and layers, as far as there are any."""
+    if suspects:
+        rows = [
+            ("" if s.layer is None else str(s.layer), s.site, s.evidence) for s in suspects[:MOST]
+        ]
+        if len(suspects) > MOST:
+            rows.append(("", f"… and {len(suspects) - MOST} more", ""))
+        yield Table("Suspects", ("layer", "op", "evidence"), rows)
+    if report is not None:
+        yield _site_table(report)
+    if costs:
+        yield _cost_table(costs)
+
+
+def _site_table(report: SiteReport) -> Table:
+    beyond, unseen = report.beyond, ""
+    if report.unseen:
+        unseen = f"; {len(report.unseen)} not shown by the engine"
+    title = (
+        "Per-op check: each op from the artifact's own inputs "
+        f"({len(beyond)} of {len(report.errors)} beyond the limit{unseen})"
+    )
+    rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
+    rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
+    return _table(title, ("op",), ("tokens", "rms", "median", "of its limit"), rows)
+
+
+def _site_row(e: SiteError) -> Row:
+    where = e.site if e.state is None else f"state {e.state}"
+    return where, str(e.length), number(e.rms), number(e.median), number(e.excess)
+
+
+def _cost_table(costs: Sequence[LayerCost]) -> Table:
+    """All parts of a small model, the most expensive ones of a large one."""
+    total = sum(cost.kl for cost in costs) or 1
+    ranked = sorted(costs, key=lambda cost: -cost.kl)
+    most = len(ranked) if len(ranked) <= 2 * WORST + 2 else 2 * WORST
+    rows = []
+    for c in ranked[:most]:
+        kl = plus_minus(c.kl, c.standard_error)
+        rows.append((c.part, kl, f"{100 * c.kl / total:.1f} %", f"{100 * c.top1:.1f} %"))
+    if rest := ranked[most:]:
+        share = f"{100 * sum(cost.kl for cost in rest) / total:.1f} %"
+        rows.append((f"… and {len(rest)} better ones", "", share, ""))
+    title = "Layers: KL to the original if only this one were stored so"
+    return _table(title, ("part",), ("KL", "share", "top-1"), rows)
+
+
+def overview(results: Sequence[Result]) -> Table:
+    """Several artifacts, a row each; speeds are there if they were measured."""
+    names = [
+        name
+        for name, show in _OVERVIEW.items()
+        if name not in _OPTIONAL or any(show(result) for result in results)
+    ]
+    rows = [tuple(_OVERVIEW[name](result) for name in names) for result in results]
+    return Table("Artifacts", tuple(names), rows, names[1:-1])
+
+
+def _of_cost(show: Callable[[Compared], str]) -> Callable[[Result], str]:
+    return lambda r: "" if (found := cost_of(r)) is None else show(found)
+
+
+def _perplexity_change(c: Compared) -> str:
+    found = c.likelihood
+    return "" if found is None else f"{found.perplexity_candidate - found.perplexity:+.3g}"
+
+
+_OVERVIEW: dict[str, Callable[[Result], str]] = {
+    "artifact": lambda r: r.artifact.path,
+    "size": lambda r: amount(r.artifact.bytes),
+    "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
+    "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
+    "Δperplexity": _of_cost(_perplexity_change),
+    "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
+    "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),
+    "prompt/s": lambda r: "" if r.speed is None else rate(r.speed.prefill),
+    "verdict": lambda r: r.verdict,
+}
+"""Column → a result's cell; bits are per weight."""
+_OPTIONAL = "tokens/s", "prompt/s"

@@ -1,0 +1,106 @@
+"""Numbers and sentences that the terminal and the page share."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rgexport.validate.checks import Check
+from rgexport.validate.metrics import KL
+from rgexport.validate.result import Result
+
+LABELS = {"twin": "dequantized reference", "original": "original"}
+"""Field of `Result` → what people read."""
+MOST_NAMED = 12
+"""Checks that are named below the verdict."""
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """Of a share in [0, 1]."""
+    return f"{100 * value:.2f} %"
+
+
+def rate(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else number(value)
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A value and its standard error or margin."""
+    return f"{number(value)} ± {error:.1g}"
+
+
+def mean_kl(kl: KL) -> str:
+    """The mean and its standard error."""
+    return plus_minus(kl.mean, kl.standard_error)
+
+
+def counted_checks(r: Result) -> str:
+    """Such as `2 of 19 checks failed`."""
+    counts = Counter(check.outcome for check in r.checks)
+    if counts["FAIL"]:
+        return f"{counts['FAIL']} of {len(r.checks)} checks failed"
+    if counts["AMBIGUOUS"]:
+        return f"{counts['AMBIGUOUS']} of {len(r.checks)} checks cannot be decided"
+    return "every check passed"
+
+
+def counted_verdicts(results: Sequence[Result]) -> str:
+    """Such as `1 of 3 fails, 2 are ambiguous`."""
+    counts = Counter(result.verdict for result in results)
+    if counts["PASS"] == len(results):
+        return f"all {len(results)} pass"
+    failed, unsure = counts["FAIL"], counts["AMBIGUOUS"]
+    words = []
+    if failed:
+        words.append(f"{failed} of {len(results)} {'fails' if failed == 1 else 'fail'}")
+    if unsure:
+        of = "" if failed else f" of {len(results)}"
+        words.append(f"{unsure}{of} {'is' if unsure == 1 else 'are'} ambiguous")
+    return ", ".join(words)
+
+
+def not_passed(r: Result) -> list[Check]:
+    """The checks that failed, followed by the ambiguous ones."""
+    found = [check for check in r.checks if not check.passed]
+    return sorted(found, key=lambda check: check.outcome != "FAIL")
+
+
+def check_words(check: Check) -> str:
+    """Its value and its limit."""
+    return f"{value_words(check)}, limit {number(check.limit)}"
+
+
+def value_words(check: Check) -> str:
+    """Its value and its margin."""
+    return plus_minus(check.value, check.margin) if check.margin else number(check.value)
+
+
+def dequantized_words(r: Result) -> str:
+    """What the dequantized reference is, or why it is missing."""
+    if r.twin is None:
+        return "left out, it takes torch (pip install 'rgexport[export]')"
+    return "the original's mathematics in float32, with the artifact's own weights"
+
+
+def source_words(r: Result) -> str:
+    """Which original it was compared with."""
+    if not r.source.found and r.reference is not None:
+        return f"{r.source.made_from}, as the reference file has it"
+    if not r.source.found:
+        return f"{r.source.made_from}, not given (-m), so the cost is not measured"
+    other = "" if r.source.same_files else ", other files than the artifact was made from"
+    return f"{r.source.path}{other}"
+
+
+def speed_words(r: Result) -> str:
+    """Tokens per second; empty if they were not measured."""
+    if r.speed is None:
+        return ""
+    return (
+        f"{rate(r.speed.decode)} tokens/s one by one, "
+        f"{rate(r.speed.prefill)} of a prompt of {r.speed.prompt_tokens}"
+    )
