@@ -23,9 +23,10 @@ from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
+from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.reference_pass import ReferenceModel, torch_reference
 from rgexport.validate.room import lack_of_room
-from rgexport.validate.schedule import Schedule, choose_schedule, choose_tokens
+from rgexport.validate.text import first_tokens
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
@@ -54,8 +55,8 @@ def _checked(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     make = torch_reference("cpu")
     if lack := lack_of_room(manifest):
         return skipped(lack)
-    schedule = choose_schedule(manifest)
-    tokens = choose_tokens(artifact, schedule.tokens)
+    schedule = expected_of(manifest.kind).schedule(manifest)
+    tokens = first_tokens(artifact, schedule.tokens)
     table = weight_errors(
         checkpoint.weights, artifact.weights, manifest.tensors, weighted=manifest.weighted
     )

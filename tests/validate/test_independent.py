@@ -42,7 +42,7 @@ def report(artifact: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokens(report: dict[str, Any]) -> np.ndarray:
-    """The ids [T] by the engine that made the vocabulary, behind a bos."""
+    """The ids [T] by the engine that made the vocabulary, after a bos."""
     engine = SentencePieceProcessor(model_file=str(demo_folder() / "tokenizer.model"))
     text = TEXT.read_bytes()[: report["text"]["bytes"]].decode()
     return np.array([engine.bos_id(), *engine.encode(text)])

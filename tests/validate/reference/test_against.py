@@ -15,7 +15,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import opening
-from rgexport.validate.checks import Check
+from rgexport.validate.checks import TENSOR_CHECKS, Check
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
 from rgexport.validate.reference import reference_layout, stream_errors
@@ -32,7 +32,7 @@ from rgexport.validate.reference.stream_errors import LayerError, positions_to_l
 from rgexport.validate.report.file_report import bounded
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.thresholds import tolerance
-from rgexport.validate.weights.weight_limits import KINDS, sketch_checks
+from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
@@ -72,7 +72,7 @@ def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
 def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
     found = held(artifact, reference)
     checks = file_checks(found, open_artifact(artifact).manifest)
-    return [check.name for check in checks if not check.passed and check.kind not in KINDS]
+    return [check.name for check in checks if not check.passed and check.kind not in TENSOR_CHECKS]
 
 
 def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:
