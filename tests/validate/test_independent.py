@@ -81,7 +81,7 @@ def test_kl(report: dict[str, Any], log_probabilities: Pair) -> None:
     assert 1e-3 < expected["mean"] < 0.5, "four bits cost something, and the model still speaks"
 
 
-def test_a_reference_file_knows_it_in_an_interval(
+def test_a_reference_file_bounds_the_kl(
     artifact: Path, tokens: np.ndarray, log_probabilities: Pair
 ) -> None:
     """The same text as the one prompt of a file, which leaves out what is unlikely."""

@@ -84,7 +84,7 @@ def test_the_quantiles(printed: str, ours: np.ndarray, name: str, quantile: floa
 
 
 @needs_llama_cpp
-def test_the_same_first_choice(printed: str, ours: np.ndarray) -> None:
+def test_top1_agreement(printed: str, ours: np.ndarray) -> None:
     """A tie in 16 bits may be broken otherwise at one position."""
     percent, error = _number(printed, "Same top p")
     found = metrics.agreement(ours)

@@ -111,9 +111,7 @@ def test_the_greedy_text_in_common() -> None:
 
 @pytest.mark.parametrize("chunk_logits", [True, False])
 @pytest.mark.parametrize("length", [1, 5, 64, 71, 72, 100, 300])
-def test_a_chunk_of_fixed_length_is_taken_whatever_the_text(
-    length: int, chunk_logits: bool
-) -> None:
+def test_a_chunk_of_fixed_length_is_taken_for_any_text(length: int, chunk_logits: bool) -> None:
     tokens = np.resize(TOKENS, length)
     session = WholeChunksSession(chunk_logits=chunk_logits)
     found = measure(session, tokens, [toy_pass(tokens)])

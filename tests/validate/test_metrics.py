@@ -66,7 +66,7 @@ def test_a_shift_of_all_logits_is_an_error_but_no_divergence() -> None:
     cuts=st.lists(st.integers(0, 40), max_size=5),
     block=st.integers(1, 500),
 )
-def test_any_cutting_gives_the_same_rows(n: int, vocab: int, cuts: list[int], block: int) -> None:
+def test_rows_do_not_depend_on_the_blocks(n: int, vocab: int, cuts: list[int], block: int) -> None:
     reference, candidate = draw(n, vocab)
     after = next_of(n, vocab)
     whole = metrics.compare_logits(reference, candidate, after)
@@ -130,7 +130,7 @@ def test_values_that_are_not_finite_are_counted_and_spoil_the_summary(bad: float
     assert not np.isfinite(error.relative_max) and not np.isfinite(error.relative_rms)
 
 
-def test_relative_rms_is_one_where_the_candidate_knows_nothing() -> None:
+def test_relative_rms_of_constant_logits_is_one() -> None:
     reference, _ = draw(30, 400)
     reference -= reference.mean(1, keepdims=True)
     rows = metrics.compare_logits(reference, np.zeros_like(reference), next_of(30, 400))

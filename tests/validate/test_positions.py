@@ -46,7 +46,7 @@ def test_blocks_cover_the_text_once(length: int, seed: int) -> None:
 
 @settings(deadline=None)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=5))
-def test_any_cutting_finds_the_same_worst_positions(length: int, cuts: list[int]) -> None:
+def test_worst_positions_do_not_depend_on_the_blocks(length: int, cuts: list[int]) -> None:
     rng = np.random.default_rng(length)
     kl, tokens = rng.permutation(length) / 7, rng.integers(0, 9, length)
     a, b = rng.normal(size=(2, length, 9))
@@ -78,7 +78,7 @@ def test_nothing_of_the_vocabularys_size_is_kept() -> None:
     assert kept < logits.nbytes / 4
 
 
-def test_what_is_not_a_number_is_the_worst() -> None:
+def test_nan_is_the_worst_position() -> None:
     kl = np.array([3, math.nan, 9, math.inf, *range(20)], np.float64)
     worst = WorstPositions(np.arange(24))
     worst.see(0, kl, np.zeros((24, 5)), np.full((24, 5), math.nan))

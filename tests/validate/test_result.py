@@ -137,7 +137,7 @@ def test_json_in_an_artifact_would_damage_it(clean: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
-def test_json_of_a_path_that_is_no_text(result: Result, tmp_path: Path) -> None:
+def test_json_of_a_path_that_is_not_unicode(result: Result, tmp_path: Path) -> None:
     path = os.fsdecode(b"mod\xe8le")
     renamed = dataclasses.replace(result.artifact, path=path)
     write_json([dataclasses.replace(result, artifact=renamed)], tmp_path / "r.json")

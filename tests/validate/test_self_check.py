@@ -190,7 +190,7 @@ def test_wrong_gguf_files_are_marked_and_warned_of(model, monkeypatch, capsys):
     assert len(warnings) == 1 and "unverified, since the largest difference" in warnings[0]
 
 
-def test_numbers_that_are_none_are_told(model, monkeypatch, capsys):
+def test_numbers_that_are_not_finite_are_reported(model, monkeypatch, capsys):
     """A graph that gives NaN: the manifest stays JSON."""
 
     def faulty(emitter: Any, node: Any) -> Any:
@@ -242,7 +242,7 @@ def test_memory_that_is_enough(available, model, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_float16_takes_the_room_of_float32(precision, checkpoint, tmp_path, monkeypatch):
+def test_float16_takes_the_memory_of_float32(precision, checkpoint, tmp_path, monkeypatch):
     """ONNX Runtime widens it; the embedding is there twice in any precision."""
     monkeypatch.setattr(room, "_references", lambda config: 0)
     options = OnnxOptions(precision=precision)

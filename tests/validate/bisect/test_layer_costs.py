@@ -31,7 +31,7 @@ def logits(weights: dict[str, np.ndarray]) -> np.ndarray:
     return model.logits(model.run(TEXT[None, :TOKENS])[0])[0]
 
 
-def test_the_parts_are_what_a_model_with_one_part_of_the_other_gives():
+def test_a_cost_is_that_of_a_model_with_one_part_replaced():
     costs = layer_costs(
         CONFIG, weight_source(WEIGHTS), weight_source(rounded()), TEXT, device="cpu"
     )

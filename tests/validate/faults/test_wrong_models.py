@@ -73,7 +73,7 @@ def _factor(result: Result) -> float:
 
 @pytest.mark.parametrize("kind", map(case, ("onnx-int4", "onnx-int8", "coreml-int4", "gguf-int4")))
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_a_reference_file_alone_tells_another_model(
+def test_a_reference_file_alone_finds_another_model(
     kind: str,
     wrong: str,
     wrong_model: Callable[[str], Path],
@@ -95,7 +95,7 @@ def test_the_right_one_passes(
 
 
 @pytest.mark.parametrize("kind", map(case, QUANTIZED))
-def test_altered_weights_are_told_in_every_way(
+def test_altered_weights_are_found_in_every_way(
     kind: str, original: Path, reference: ReferenceFile, tmp_path: Path
 ) -> None:
     """And the tensor is named."""
@@ -117,7 +117,7 @@ def test_altered_weights_are_told_in_every_way(
 
 
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_the_model_and_the_self_check_tell_another_model(
+def test_the_original_and_the_self_check_find_another_model(
     wrong: str, wrong_model: Callable[[str], Path], original: Path
 ) -> None:
     path = export_once("onnx-int4", wrong_model(wrong))
