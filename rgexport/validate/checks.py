@@ -1,5 +1,6 @@
-"""What is demanded of an artifact, and the verdict: one measured value against one limit each."""
+"""Checks, each of a measured value and its limit, and the verdict that follows from them."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -9,6 +10,17 @@ from rgexport.errors import RequestError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]
 
+TENSOR_CHECKS = (
+    "reference.noise",
+    "reference.row",
+    "reference.shift",
+    "reference.projection",
+    "weights.max_steps",
+    "weights.noise",
+    "weights.shift",
+    "weights.projection",
+)
+"""Kinds of checks that are made of single tensors; the tensor's name is in the check's name."""
 NAMES = (
     "twin.logits",
     "twin.rms",
@@ -23,30 +35,22 @@ NAMES = (
     "reference.rms",
     "reference.kl",
     "reference.finite",
-    "reference.noise",
-    "reference.row",
-    "reference.shift",
-    "reference.projection",
-    "weights.max_steps",
-    "weights.noise",
-    "weights.shift",
-    "weights.projection",
+    *TENSOR_CHECKS,
     "sites",
 )
-"""What a limit can be set for: a check, or all those whose names have it in front of a tensor's or
-a site's. Those of KL are made only where a limit is asked for: see `thresholds.ORIGINAL_RMS`."""
+"""What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a
+limit is asked for: see `thresholds.ORIGINAL_RMS`."""
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
-"""None that are asked for."""
 STANDARD_ERRORS = 2
-"""Standard errors between a mean and what it surely does not exceed."""
+"""The margin of a mean, in standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One measured value, known to ± `margin`, and its limit (inclusive).
 
-    `kind` is what a limit is asked for by, one of `NAMES`; as the name, where it is left empty.
+    `kind` is one of `NAMES`, by which users set the limit; empty where it is the name itself.
     """
 
     name: str
@@ -58,19 +62,25 @@ class Check:
 
     @property
     def outcome(self) -> Outcome:
-        """AMBIGUOUS where the limit lies within the margin; a NaN has failed."""
+        """AMBIGUOUS where the limit lies within the margin; FAIL for NaN."""
         if self.value + self.margin <= self.limit:
             return "PASS"
         return "AMBIGUOUS" if self.value - self.margin <= self.limit else "FAIL"
 
     @property
+    def excess(self) -> float:
+        """The value in units of its limit; infinite for NaN, and where the limit is 0."""
+        excess = self.value / self.limit if self.limit else math.inf
+        return math.inf if math.isnan(excess) else excess
+
+    @property
     def passed(self) -> bool:
-        """Whether the value is surely within its limit; false also for NaN."""
+        """Whether the outcome is PASS."""
         return self.outcome == "PASS"
 
 
 def verdict(checks: Iterable[Check]) -> Outcome:
-    """The worst outcome."""
+    """The worst outcome; PASS without checks."""
     found = {check.outcome for check in checks}
     if "FAIL" in found:
         return "FAIL"
@@ -78,7 +88,7 @@ def verdict(checks: Iterable[Check]) -> Outcome:
 
 
 def with_limits(checks: Iterable[Check], limits: Mapping[str, float]) -> Iterator[Check]:
-    """The checks, with the limits that were asked for."""
+    """The checks, with the limits that the user set instead of their own."""
     for check in checks:
         kind = check.kind or check.name
         if kind in limits:
@@ -87,10 +97,10 @@ def with_limits(checks: Iterable[Check], limits: Mapping[str, float]) -> Iterato
 
 
 def parse_limits(texts: Iterable[str]) -> dict[str, float]:
-    """What `--limit NAME=VALUE` asks for.
+    """Reads the values of `--limit NAME=VALUE`.
 
     Raises:
-        RequestError: an unknown name, or a value that is no number of 0 or more.
+        RequestError: an unknown name, or a value that is not a number of 0 or more.
     """
     found = {}
     for text in texts:

@@ -1,50 +1,55 @@
-"""Compares what can be compared without the artifact's session: weights, ops, layers."""
-
-from dataclasses import dataclass
+"""Compares what needs no session of the artifact: weights, ops, layers."""
 
 from rgexport.errors import RequestError
 from rgexport.progress import note
+from rgexport.runtimes.environment import environment
 from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from rgexport.validate.opening import Opened
 from rgexport.validate.reference.against import AgainstFile, with_layers
+from rgexport.validate.result import Result, TextInfo, describe_artifact, describe_source
 from rgexport.validate.running import Ran
-from rgexport.validate.speed import Speed, measure_speed
+from rgexport.validate.speed import measure_speed
+from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """All that is None was not asked for, or takes torch, the original or another engine."""
-
-    weights: list[WeightError] | None
-    sites: SiteReport | None
-    layers: list[LayerCost] | None
-    against_file: AgainstFile | None
-    speed: Speed | None
-
-
-def compare_all(opened: Opened, ran: Ran) -> Compared:
-    """Compares the artifact with its references, part by part."""
-    return Compared(
+def compare_all(opened: Opened, ran: Ran) -> Result:
+    """Compares the artifact with its references, part by part; the result has no checks yet."""
+    manifest, text, tokens = opened.manifest, opened.text, len(opened.text.tokens)
+    windows = tokens / manifest.config.window
+    dequantized, original = (*ran.measured.comparisons, None, None)[:2]
+    return Result(
+        artifact=describe_artifact(opened.path, manifest),
+        source=describe_source(manifest.source.name, opened.original),
+        text=TextInfo(text.name, tokens, windows, text.bytes, text.truncated),
+        engine=ran.info,
+        twin=dequantized,
+        original=original,
+        equivalences=ran.measured.equivalences,
         weights=_weights(opened),
         sites=_sites(opened, ran),
         layers=_layers(opened),
-        against_file=_against_file(opened, ran),
+        suspects=None,
+        reference=_against_file(opened, ran),
         speed=measure_speed(opened.artifact) if opened.request.bench else None,
+        tolerance=tolerance(manifest),
+        checks=[],
+        environment=environment(),
+        continuations=ran.continuations,
     )
 
 
 def _weights(opened: Opened) -> list[WeightError] | None:
     if opened.original is None:
         return None
-    manifest, original = opened.manifest, opened.original.checkpoint.weights
-    stored = opened.artifact.weights
+    original, stored = opened.original.checkpoint.weights, opened.artifact.weights
+    manifest = opened.manifest
     return weight_errors(original, stored, manifest.tensors, weighted=manifest.weighted)
 
 
 def _sites(opened: Opened, ran: Ran) -> SiteReport | None:
-    """Every op, from the state behind the text; None where the engine shows none."""
+    """Every op, from the state after the text; None where the engine shows none."""
     if opened.make is None:
         return None
     original, text = opened.original, opened.text
@@ -53,7 +58,7 @@ def _sites(opened: Opened, ran: Ran) -> SiteReport | None:
     try:
         return look_at_sites(opened.artifact, config, state, text.tokens, device)
     except RequestError as error:
-        note(f"the ops were not looked at one by one: {error}")
+        note(f"the ops were not compared one by one: {error}")
         return None
 
 
@@ -66,12 +71,12 @@ def _layers(opened: Opened) -> list[LayerCost] | None:
 
 
 def _against_file(opened: Opened, ran: Ran) -> AgainstFile | None:
-    """What the reference file told, with its layers where the states before them were kept."""
+    """The comparison with the reference file, with its layers if `--bisect` asks for them."""
     reference, found = opened.request.reference, ran.against_file
     if reference is None or found is None or not opened.request.bisect:
         return found
     try:
         return with_layers(found, opened.artifact, reference, ran.before)
     except RequestError as error:
-        note(f"the layers were not looked at one by one: {error}")
+        note(f"the layers were not compared one by one: {error}")
         return found

@@ -1,4 +1,4 @@
-"""What a reference and an artifact write after the same prompt, side by side."""
+"""Greedy continuations: a session's own, and beside them what a reference file has."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.runtimes.session import Session
-from rgexport.validate.greedy import most_likely
 from rgexport.validate.positions import TokenText
 from rgexport.validate.reference.reference_file import ReferenceFile
 
 SHOWN = 2
-"""Prompts, the first of a file that qualify."""
+"""Prompts that are continued: the first of a file that qualify."""
 LEAST_TOKENS, MOST_TOKENS = 16, 32
-"""Of a continuation: with fewer there is nothing to read, and more cost time."""
+"""Length of a continuation: fewer are not worth reading, more cost time."""
 MOST_PROMPT = 128
 """Tokens of a prompt."""
 
@@ -36,7 +35,7 @@ def continuations(
     """Continues some prompts of a reference file, which has the reference's continuations.
 
     Args:
-        session: the artifact's; it forgets what it was told before.
+        session: the artifact's; its state is reset.
         reference: the file.
         spell: writes the text of ids.
     """
@@ -48,7 +47,7 @@ def continuations(
     for index, name, tokens in chosen[:SHOWN]:
         theirs = reference.greedy(index)[:MOST_TOKENS]
         session.reset()
-        ours = most_likely(session, session.prefill(tokens[None])[0, -1], len(theirs))
+        ours = greedy_tokens(session, session.prefill(tokens[None])[0, -1], len(theirs))
         yield Continuation(
             name=name,
             prompt=spell(tokens[1:].tolist()),  # without the token that begins every text
@@ -57,3 +56,11 @@ def continuations(
             tokens=len(theirs),
             common=int(np.cumprod(ours == theirs).sum()),
         )
+
+
+def greedy_tokens(session: Session, logits: np.ndarray, count: int) -> np.ndarray:
+    """The most likely tokens [count] after the session's state, whose last logits are [vocab]."""
+    chosen = [int(logits.argmax())]
+    while len(chosen) < count:
+        chosen.append(int(session.step(np.array(chosen[-1:], np.int64))[0].argmax()))
+    return np.array(chosen, np.int64)

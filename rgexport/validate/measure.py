@@ -1,4 +1,4 @@
-"""Runs an artifact and its references over one text, side by side, and measures."""
+"""Runs an artifact over one text and compares it with the references' passes over the same text."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
+from rgexport.validate.continuations import greedy_tokens
 from rgexport.validate.equivalences import (
     STEPS,
     Chunk,
@@ -18,7 +19,6 @@ from rgexport.validate.equivalences import (
     equivalences,
     taken_again,
 )
-from rgexport.validate.greedy import most_likely
 from rgexport.validate.positions import (
     PositionBlock,
     TokenText,
@@ -33,14 +33,14 @@ LOGITS_BYTES = 96 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
 GREEDY_TOKENS = 16
-"""Of the artifact's own continuation of the text."""
+"""Length of the artifact's own continuation of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The artifact against one reference, over the whole text.
 
-    `states` are those behind its end, `drift` those on the way. Of the artifact's own most likely
+    `states` are those after its end, `drift` those on the way. Of the artifact's own greedy
     continuation, of `greedy_tokens`, the reference's has the first `greedy_common` too; see
     `with_continuations`.
     """
@@ -59,10 +59,14 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """All that was measured by running: a comparison for each reference, and with itself.
+    """All that was measured by running the artifact.
 
-    `counted` says whether the session counted every token; `state` is that behind the text, and
-    `chosen` its most likely continuation, [n] token ids.
+    Attributes:
+        comparisons: with each reference.
+        equivalences: with itself.
+        counted: whether the session counted every token.
+        state: the session's, after the text.
+        chosen: its greedy continuation, [n] token ids.
     """
 
     comparisons: list[Comparison]
@@ -86,15 +90,15 @@ def measure(
     The session takes the tokens in chunks and carries its state from one to the next, so what
     is compared is what a long conversation computes. Logits exist for one block at a time.
 
-    Where a chunk has a fixed length, or gives one row of logits, it is the steps that are compared
-    with the references there, and a chunk with the steps.
+    Where a chunk has a fixed length, or gives one row of logits, the text is taken in steps, and
+    `equivalences` compares a chunk with the steps.
 
     Args:
         session: the artifact's.
         tokens: [T].
         references: passes over the same tokens; there may be none.
         text_bytes: the length of what the tokens stand for, in UTF-8.
-        noise: what makes a near tie; see `metrics.agreement`.
+        noise: the tolerated error of logits, which makes a near tie; see `metrics.agreement`.
         spell: writes the text of the worst positions.
     """
     sides = [_Side(reference, WorstPositions(tokens, spell)) for reference in references]
@@ -110,16 +114,11 @@ def measure(
                 before = session.get_state()
             logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
             head = logits[:STEPS].copy() if start == 0 else head
-            for side in sides:
-                side.see(start, logits, following[start:stop])
-            if sides and stop in sides[0].reference.drift:
-                state = recent(session.get_state())
-                for side in sides:
-                    side.see_state(stop, state)
+            _compare(sides, session, start, logits, following[start:stop])
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
     chunk = Chunk(logits, session.get_state())
-    chosen = most_likely(session, logits[-1], GREEDY_TOKENS)
+    chosen = greedy_tokens(session, logits[-1], GREEDY_TOKENS)
     same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
     same["reset"] = after_reset(session, tokens[: len(head)], head)
     return Measurement(
@@ -132,9 +131,9 @@ def measure(
 
 
 def with_continuations(measured: Measurement, references: Sequence[Pass]) -> Measurement:
-    """Tells how far the references would have gone on as the artifact did.
+    """Adds how far the references' greedy continuations agree with the artifact's.
 
-    Apart from `measure`, since it takes a pass through all layers: the session may be gone by then.
+    Not done in `measure`: it takes a pass through all layers, for which the session may be closed.
     """
     chosen = measured.chosen
     comparisons = [
@@ -149,7 +148,7 @@ def with_continuations(measured: Measurement, references: Sequence[Pass]) -> Mea
 
 
 class _Side:
-    """What is collected of one reference while the text passes by."""
+    """What is collected for one reference on the way through the text."""
 
     def __init__(self, reference: Pass, worst: WorstPositions):
         self.reference = reference
@@ -158,18 +157,18 @@ class _Side:
         self._drift: list[Drift] = []
 
     def see(self, start: int, logits: np.ndarray, following: np.ndarray) -> None:
-        """The artifact's logits [n, vocab] of the positions from `start` on."""
+        """Takes the artifact's logits [n, vocab] of the positions from `start` on."""
         expected = self.reference.logits(start, start + len(logits))
         self._rows.append(metrics.compare_logits(expected, logits, following))
         self._worst.see(start, self._rows[-1]["kl"], expected, logits)
 
     def see_state(self, position: int, state: State) -> None:
-        """The artifact's state behind so many tokens."""
+        """Takes the artifact's state after `position` tokens."""
         errors = state_errors(self.reference.drift[position], state)
         self._drift.append(Drift(position=position, states=errors))
 
     def summary(self, state: State, text_bytes: int | None, noise: float) -> Comparison:
-        """All of it, with the artifact's state behind the text."""
+        """The comparison; `state` is the artifact's after the text."""
         rows = np.concatenate(self._rows)
         return Comparison(
             logits=metrics.logit_error(rows),
@@ -181,19 +180,36 @@ class _Side:
             greedy_tokens=0,
             greedy_common=0,
             blocks=position_blocks(rows),
-            worst=self._worst.ranking(),
+            worst=self._worst.found,
         )
 
 
+def _compare(
+    sides: Sequence[_Side],
+    session: Session,
+    start: int,
+    logits: np.ndarray,
+    following: np.ndarray,
+) -> None:
+    """Compares a block's logits, and the state after it where the references kept theirs."""
+    stop = start + len(logits)
+    for side in sides:
+        side.see(start, logits, following)
+    if sides and stop in sides[0].reference.drift:
+        state = recent(session.get_state())
+        for side in sides:
+            side.see_state(stop, state)
+
+
 def _block_size(session: Session) -> int:
-    """Positions whose logits fit into the memory meant for them; whole chunks where it can be."""
+    """Positions whose logits fit into `LOGITS_BYTES`; whole chunks where they are that short."""
     size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
     chunk = session.info.prefill_chunk
     return size - size % chunk if session.info.whole_chunks and size > chunk else size
 
 
 def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
-    """The positions that cut no chunk in two, where chunks are whole ones; else all."""
+    """The positions between chunks, where these have a fixed length; else all positions."""
     whole = session.info.prefill_chunk if session.info.whole_chunks else 1
     return {position for position in positions if position % whole == 0}
 

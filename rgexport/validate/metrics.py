@@ -1,8 +1,8 @@
 """How far one model's logits are from another's, position by position.
 
 Every position is reduced to one row of numbers as soon as its logits exist, so nothing of size
-positions × vocabulary is kept. The reductions are float64; means, quantiles and standard errors
-are taken over the rows at the end, so they do not depend on how the positions were cut.
+positions × vocabulary is kept. The reductions are float64. Means, quantiles and standard errors
+are taken over the rows at the end, so they do not depend on the size of blocks.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ ROWS = np.dtype(
         ("square_delta", np.float64),  # mean Δlogit²
         ("max_logit", np.float64),  # max |logit| of the reference
         ("variance", np.float64),  # of the reference's logits
-        ("cosine", np.float64),  # of the angle between both rows of logits
+        ("cosine", np.float64),  # similarity of both rows of logits
         ("kl", np.float64),  # KL(reference ‖ candidate), nats
         ("top1", np.bool_),  # the same most likely token
-        ("top5", np.float64),  # share of the reference's five most likely among the candidate's
-        ("flip_margin", np.float64),  # reference: its first choice's lead over the candidate's
+        ("top5", np.float64),  # share of the reference's five likeliest among the candidate's
+        ("flip_margin", np.float64),  # reference: logit of its top-1 minus that of the candidate's
         ("has_next", np.bool_),  # the text goes on after this position
         ("nll", np.float64),  # of the next token under the reference, nats; 0 without one
         ("nll_candidate", np.float64),
@@ -29,7 +29,7 @@ ROWS = np.dtype(
 """One row per position."""
 
 _BLOCK_VALUES = 1 << 16
-"""Logits per float64 block: its temporaries of half a megabyte stay in cache."""
+"""Logits per float64 block, whose temporaries of half a megabyte stay in cache."""
 
 
 def compare_logits(
@@ -38,8 +38,8 @@ def compare_logits(
     """Compares logits [n, vocab] (any float dtype) of the same n positions.
 
     Args:
-        reference: logits of the model that is right.
-        candidate: logits of the model in question.
+        reference: the reference's logits.
+        candidate: those of the model in question.
         next_tokens: [n], the token that follows each position, or -1 where the text ends.
 
     Returns:
@@ -73,7 +73,7 @@ def _compare_block(
     out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
     out["max_logit"] = np.abs(ref).max(1)
     out["variance"] = ref.var(1)
-    out["cosine"] = _cosine(ref, cand)
+    out["cosine"] = _row_cosine(ref, cand)
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
     out["top5"] = _top_overlap(ref, cand, 5)
@@ -83,8 +83,8 @@ def _compare_block(
     out["nll_candidate"] = np.where(known, log_q - cand[each, token], 0)
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of two rows of zeros, 1."""
+def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarity of each pair of rows; 1 where both are zero."""
     ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((a, b), (a, a), (b, b)))
     norms = np.sqrt(aa * bb)
     return np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
@@ -106,10 +106,10 @@ def _top_overlap(reference: np.ndarray, candidate: np.ndarray, k: int) -> np.nda
 class LogitError:
     """|Δlogit| over all positions and tokens.
 
-    `relative_max` is against the largest |logit|; `relative_rms` is the root of the mean square
-    against the spread of the reference's logits around their mean at each position: 1 where
-    the candidate knows nothing, whatever the logits' size. `cosine` is the mean over the
-    positions, `lowest_cosine` that of the worst one.
+    `relative_max` is relative to the largest |logit|; `relative_rms` is the rms relative to the
+    standard deviation of the reference's logits at each position: 1 for constant logits, whatever
+    the reference's size. `cosine` is the mean over the positions, `lowest_cosine` that of the worst
+    one.
     """
 
     max: float
@@ -144,10 +144,10 @@ class KL:
 class Agreement:
     """Shares in [0, 1].
 
-    `largest_flip_margin`: the most by which the reference preferred its own first choice to the
-    candidate's where the two differ; a small one means that only near ties flipped. Of the
-    `flips`, positions where the two differ, `near_ties` were closer than noise of the tolerated
-    size moves them apart; see `agreement`.
+    `flips` are the positions where the two models' most likely tokens differ. `near_ties` of them
+    are no more than the tolerated noise explains; see `agreement`. `largest_flip_margin` is the
+    largest lead, in logits, of the reference's choice over the candidate's; a small one means that
+    only near ties flipped.
     """
 
     top1: float
@@ -177,7 +177,7 @@ class Likelihood:
 
 
 def logit_error(rows: np.ndarray) -> LogitError:
-    """The summary of `max_delta` and `mean_delta`."""
+    """Summarizes all fields of |Δlogit|, and the cosine."""
     largest = float(rows["max_logit"].max())
     worst = float(rows["max_delta"].max())
     square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean())
@@ -198,7 +198,7 @@ def logit_error(rows: np.ndarray) -> LogitError:
 
 
 def kl_summary(rows: np.ndarray) -> KL:
-    """The summary of `kl`."""
+    """Summarizes `kl`."""
     kl = rows["kl"]
     median, p95, p99 = (float(x) for x in np.quantile(kl, (0.5, 0.95, 0.99)))
     return KL(
@@ -213,13 +213,13 @@ def kl_summary(rows: np.ndarray) -> KL:
 
 
 def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
-    """The summary of `top1`, `top5` and `flip_margin`.
+    """Summarizes `top1`, `top5` and `flip_margin`.
 
     Args:
         rows: of dtype `ROWS`.
-        noise: the tolerated error of a logit, rms, in units of the spread of the reference's
-            logits at its position. The difference of two has √2 times as much: what the reference
-            prefers by no more than that is a near tie.
+        noise: the tolerated rms error of a logit, relative to the standard deviation of the
+            reference's logits at its position. The difference of two logits has √2 times as much:
+            a flip of no larger margin is a near tie.
     """
     flipped = rows[~rows["top1"]]
     margins = np.sqrt(2 * flipped["variance"]) * noise
@@ -233,7 +233,7 @@ def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
 
 
 def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
-    """The summary of `nll`, or None where no position has a next token."""
+    """Summarizes `nll`; None where no position has a next token."""
     known = rows[rows["has_next"]]
     if not len(known):
         return None

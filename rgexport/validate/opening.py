@@ -1,4 +1,4 @@
-"""What is validated, and against what: everything is opened before anything is run."""
+"""Opens an artifact and everything that it is compared with, before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,17 +20,18 @@ from rgexport.validate.text import Text, choose_text
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What somebody wants to know of an artifact.
+    """What a user asks about an artifact.
 
     Attributes:
-        model: the original, a folder or hub id; by default the demo, if it was made from that.
+        model: the original, a folder or hub id; by default the demo or a model in the hub's cache,
+            if the artifact was made from that.
         text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
             the artifact has no tokenizer.
         max_tokens: how many tokens of it; see `choose_text`.
         device: where torch runs the references; `auto` is CUDA where there is one.
-        reference: what an original said, to compare with too.
+        reference: a reference file to compare with too.
         limits: instead of those in `thresholds`, see `checks.NAMES`.
-        bisect: whether to measure each layer's cost, and to tell what is suspect.
+        bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
     """
 
@@ -48,8 +49,8 @@ class Request:
 class Opened:
     """An artifact, the text that it takes, and what it is compared with.
 
-    `make` makes references of weights; it is None where there is no torch. `original` is None
-    where nobody gave one.
+    `make` makes references from weights; it is None where there is no torch. `original` is None
+    where there is none, or no torch to run it.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class Opened:
 
 
 def open_all(path: Path, request: Request) -> Opened:
-    """Opens an artifact and all that it is compared with.
+    """Opens an artifact and everything that it is compared with.
 
     Raises:
         RequestError: no sound artifact, neither torch nor a reference file, an original or a
@@ -88,30 +89,27 @@ def open_all(path: Path, request: Request) -> Opened:
         file=request.text,
         limit=request.max_tokens,
     )
-    opened = Opened(
+    detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    original = None if make is None else find_original(manifest, request.model)
+    if original is not None:
+        _warn_of_differences(original)
+    elif request.reference is None:
+        warn(
+            f"the original ({manifest.source.name}) was not given, so the cost of "
+            "compression is not measured; pass it with -m"
+        )
+    return Opened(
         path=path,
         request=request,
         artifact=artifact,
         tokenizer=tokenizer,
         text=text,
-        original=None if make is None else find_original(manifest, request.model),
+        original=original,
         make=make,
     )
-    _announce(opened)
-    return opened
 
 
-def _announce(opened: Opened) -> None:
-    original, text = opened.original, opened.text
-    detail(f"Validating {opened.artifact.path} on {len(text.tokens)} tokens ({text.name})")
-    if original is None and opened.request.reference is not None:
-        return
-    if original is None:
-        warn(
-            f"the original ({opened.manifest.source.name}) was not given, so the cost of "
-            "compression is not measured; pass it with -m"
-        )
-        return
+def _warn_of_differences(original: Original) -> None:
     if not original.same_files:
         warn(f"{original.checkpoint.path} has other weight files than the artifact was made from")
     for difference in original.config_differences:

@@ -1,18 +1,19 @@
 """Where in a text two models differ: means over blocks of positions, and the worst positions.
 
-Both are of a fixed size, however long the text and however large the vocabulary.
+Both have a fixed size, however long the text and however large the vocabulary.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 
 BLOCKS = 128
-"""At most so many blocks, of one length within a position."""
+"""The most blocks; their lengths differ by one position at most."""
 WORST = 10
 CHOICES = 5
 CONTEXT = 24
@@ -44,9 +45,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstPosition:
-    """A position with a large KL, and what both models expect behind it, likeliest first.
+    """A position with a large KL, and what both models expect after it, likeliest first.
 
-    `next_token` is what the text goes on with, None at its end; `context` are the last tokens up
+    `next_token` follows in the text, None at its end; `context` is the text of the last tokens up
     to the position itself.
     """
 
@@ -62,7 +63,6 @@ class WorstPosition:
 def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
     """Cuts rows of `metrics.ROWS` into at most `BLOCKS` blocks."""
     count = min(BLOCKS, len(rows))
-    edges = [len(rows) * index // count for index in range(count + 1)]
     return [
         PositionBlock(
             start=start,
@@ -71,7 +71,7 @@ def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
             kl_max=float(rows["kl"][start:stop].max()),
             top1=float(rows["top1"][start:stop].mean()),
         )
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in pairwise(len(rows) * index // count for index in range(count + 1))
     ]
 
 
@@ -87,26 +87,23 @@ def token_text(tokenizer: Tokenizer) -> TokenText:
 
 @dataclass
 class WorstPositions:
-    """Collects the `WORST` positions with the largest KL while blocks of logits pass by."""
+    """Collects the `WORST` positions with the largest KL in `found`, the worst first."""
 
     tokens: np.ndarray
     spell: TokenText | None = None
-    _found: list[WorstPosition] = field(default_factory=list)
+    found: list[WorstPosition] = field(default_factory=list)
 
     def see(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Takes the positions from `start` on: kl [n], and logits [n, vocab] of both models."""
-        for index in np.argsort(-_rank(kl), kind="stable")[:WORST].tolist():
-            if len(self._found) == WORST and _rank(kl[index]) <= _rank(self._found[-1].kl):
+        ranks = np.nan_to_num(kl, nan=math.inf, posinf=math.inf)  # NaN is worse than any number
+        for index in np.argsort(-ranks, kind="stable")[:WORST].tolist():
+            if len(self.found) == WORST and ranks[index] <= _rank(self.found[-1]):
                 return
-            self._found.append(
+            self.found.append(
                 self._describe(start + index, kl[index], reference[index], candidate[index])
             )
-            self._found.sort(key=lambda found: (-_rank(found.kl), found.position))
-            del self._found[WORST:]
-
-    def ranking(self) -> list[WorstPosition]:
-        """The worst first."""
-        return list(self._found)
+            self.found.sort(key=lambda place: (-_rank(place), place.position))
+            del self.found[WORST:]
 
     def _describe(
         self, position: int, kl: float, reference: np.ndarray, candidate: np.ndarray
@@ -135,6 +132,5 @@ class WorstPositions:
         return None if self.spell is None else self.spell(ids)
 
 
-def _rank(kl: np.ndarray | float) -> np.ndarray:
-    """What is not a number is worse than any number."""
-    return np.nan_to_num(np.asarray(kl, np.float64), nan=math.inf, posinf=math.inf)
+def _rank(place: WorstPosition) -> float:
+    return math.inf if math.isnan(place.kl) else place.kl

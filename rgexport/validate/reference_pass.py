@@ -1,4 +1,4 @@
-"""A reference's teacher-forced pass over a text, kept as hidden states: logits come on demand."""
+"""A reference's teacher-forced pass over a text, kept as hidden states; logits come on demand."""
 
 import dataclasses
 import functools
@@ -25,11 +25,11 @@ class ReferenceModel(Protocol):
 
     @property
     def config(self) -> GriffinConfig:
-        """What it computes."""
+        """The model's configuration."""
         ...
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]:
-        """Tokens [B, T] → hidden states [B, T, width] of its own kind, and the final state."""
+        """Tokens [B, T] → hidden states [B, T, width], an array of its own type, and the state."""
         ...
 
     def run_each(
@@ -43,7 +43,7 @@ class ReferenceModel(Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """On what and how it computes."""
+        """Device, dtype and implementation, for reports."""
         ...
 
     def logits(self, hidden: Any) -> np.ndarray:
@@ -58,7 +58,7 @@ MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states behind so many tokens on the way, as `states.recent` leaves them.
+    `drift` has the states after some numbers of tokens, reduced by `states.recent`.
     """
 
     model: ReferenceModel
@@ -71,9 +71,9 @@ class Pass:
         return self.model.logits(self.hidden[:, start:stop])[0]
 
     def choices_in_common(self, chosen: np.ndarray) -> int:
-        """How many of the tokens [n] behind the text are the model's own first choices too.
+        """How many of the tokens [n] after the text the model would choose, until one differs.
 
-        Up to the first that is not, so one more pass, over all of them at once, will do.
+        It takes one more pass, over all of them at once.
         """
         logits = [self.logits(self.hidden.shape[1] - 1, self.hidden.shape[1])]
         if len(chosen) > 1:
@@ -101,9 +101,9 @@ def run_reference(
 
 @contextmanager
 def watched_layers(label: str, weights: WeightSource) -> Iterator[WeightSource]:
-    """The same weights; while the block runs, it is shown how many have been read.
+    """The same weights; while the block runs, progress shows how much of them has been read.
 
-    The embedding does not count: only some of its rows are.
+    The embedding does not count, since only some of its rows are read.
     """
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
@@ -112,7 +112,7 @@ def watched_layers(label: str, weights: WeightSource) -> Iterator[WeightSource]:
 
 @dataclass
 class SharedPasses:
-    """The originals' passes: one run serves all artifacts that are held against it."""
+    """Passes of originals, each of which serves all artifacts that are compared with it."""
 
     _done: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""The outcome of `validate`: what was measured, what was demanded of it, and the verdict."""
+"""The outcome of `validate`: what was measured, the checks, and the verdict."""
 
 import dataclasses
 import json
@@ -25,7 +25,6 @@ from rgexport.validate.measure import Comparison
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.source import Original
 from rgexport.validate.speed import Speed
-from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.weight_errors import WeightError
 
@@ -35,7 +34,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Subject:
-    """The artifact in question."""
+    """The artifact that was validated."""
 
     path: str
     name: str
@@ -50,11 +49,11 @@ class Subject:
     bytes: int
     """Of all files."""
     bits_per_weight: float
-    """As stored, with what the quantization adds to them."""
+    """With scales, zero points and tables."""
 
     @property
     def numbers(self) -> str:
-        """How it stores and computes; `exact` is worth a word where there is another way."""
+        """Precision and compute, for people; `exact` where the format has both."""
         exact = ", exact" if self.exact and expected_of(self.kind).has_exact else ""
         return arithmetic(self.precision, self.compute, self.rounds_activations) + exact
 
@@ -83,12 +82,12 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything that `validate` has to say; `to_dict` is its stable JSON.
+    """Everything that `validate` found; `to_dict` is its stable JSON.
 
-    `twin` and `original` are None where there was no torch to run them, or no original; `sites`
-    also where the engine does not show its values. `weights` and `layers` take the original;
-    `layers` and `suspects` are there if they were asked for, `continuations` where there are a
-    reference file and a tokenizer.
+    `twin` is the comparison with the dequantized reference. It is None without torch, `original`
+    also without an original, and `sites` where the engine does not show its values. `weights` and
+    `layers` need the original; `layers` and `suspects` are there if they were asked for, and
+    `continuations` if there are a reference file and a tokenizer.
     """
 
     artifact: Subject
@@ -123,7 +122,7 @@ class Result:
 
 
 def require_writable(path: Path) -> None:
-    """Refuses early what `write_text` would refuse at the end.
+    """Refuses a path before the work that `write_text` would refuse after it.
 
     Raises:
         RequestError: the folder is missing, read-only or in an artifact, which one more file
@@ -150,7 +149,7 @@ def write_json(results: Sequence[Result], path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8; of a path that is no text, the odd bytes become escapes, as JSON has them.
+    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes.
 
     Raises:
         RequestError: the file cannot be written.
@@ -195,9 +194,3 @@ def describe_source(made_from: str, original: Original | None) -> SourceInfo:
         same_files=original.same_files,
         config_differences=original.config_differences,
     )
-
-
-def describe_text(text: Text, window: int) -> TextInfo:
-    """The text's part of a result."""
-    count = len(text.tokens)
-    return TextInfo(text.name, count, count / window, text.bytes, text.truncated)

@@ -10,11 +10,11 @@ from rgexport.runtimes.engine import engine_of
 from rgexport.runtimes.memory import available_bytes
 
 _REST = 384 << 20
-"""Scratch memory, a few rows of logits, and libraries that are loaded for the check."""
+"""Temporaries, a few rows of logits, and libraries that are loaded for the check."""
 
 
 def lack_of_room(manifest: Manifest) -> str | None:
-    """What to say where memory is short; None where there is enough or nobody can tell."""
+    """A sentence if memory is short; None where there is enough or the system does not say."""
     needed, available = needed_bytes(manifest), available_bytes()
     if available is None or needed <= available:
         return None
@@ -22,7 +22,7 @@ def lack_of_room(manifest: Manifest) -> str | None:
 
 
 def needed_bytes(manifest: Manifest) -> int:
-    """What a self-check takes beside what the process has: of the references or of the engine.
+    """What a self-check takes in addition: the references or the engine, whichever is more.
 
     Measured, without `_REST`: references 0.9 GB each at 2B; ONNX Runtime 1.9 GB for a 2B in int4.
     """
@@ -31,6 +31,6 @@ def needed_bytes(manifest: Manifest) -> int:
 
 
 def _references(config: GriffinConfig) -> int:
-    """Two of them, each with the weights of a layer, and of the next, in float32."""
+    """Two references, each with the weights of a layer, and of the next, in float32."""
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
     return 4 * max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)

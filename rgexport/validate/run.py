@@ -1,4 +1,4 @@
-"""`rgexport validate`: opens, runs, compares, judges and tells."""
+"""`rgexport validate`: opens, runs, compares, judges and reports."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,26 +17,68 @@ from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
 from rgexport.validate.running import run_all
 
-PLAIN = Request()
-"""Nothing in particular was asked."""
+DEFAULTS = Request()
+
+
+def validate_artifacts(
+    artifacts: Sequence[Path],
+    request: Request = DEFAULTS,
+    *,
+    reference: Path | None = None,
+    json_file: Path | None = None,
+    html_file: Path | None = None,
+    limits: Sequence[str] = (),
+    allow_ambiguous: bool = False,
+) -> int:
+    """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
+
+    Args:
+        artifacts: their paths; several are shown in one table.
+        request: what to find out about each of them.
+        reference: a reference file to compare with too, or alone where there is no torch.
+        json_file: where the results go as JSON.
+        html_file: where the page goes.
+        limits: `NAME=VALUE`, instead of the limits in `thresholds`.
+        allow_ambiguous: whether AMBIGUOUS passes.
+
+    Raises:
+        RequestError: see `validate_artifact`; or a file cannot be written.
+    """
+    for file in (json_file, html_file):
+        if file is not None:
+            require_writable(file)
+    for path in artifacts[1:]:
+        open_artifact(path)  # refuses a wrong one before the first one's work
+    request = replace(
+        request,
+        limits=parse_limits(limits),
+        reference=None if reference is None else read_reference(reference),
+    )
+    passes = SharedPasses()
+    results = [validate_artifact(path, request, passes) for path in artifacts]
+    _report(results, json_file, html_file)
+    enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
+    return 0 if all(result.verdict in enough for result in results) else 1
 
 
 def validate_artifact(
-    path: Path, request: Request = PLAIN, passes: SharedPasses | None = None
+    path: Path, request: Request = DEFAULTS, passes: SharedPasses | None = None
 ) -> Result:
-    """Compares an artifact with its twin and, where it can be found, with its original.
+    """Compares an artifact with its dequantized reference and, where it is found, its original.
 
-    The references run first, one layer at a time; then the artifact's session opens, and when it
-    is gone, its ops are looked at. Where there is no torch, a reference file will do. `passes` are
-    those of originals that ran before, for other artifacts.
+    The references run first, one layer at a time. Then the artifact's session opens, and when it
+    is closed, the ops are compared one by one. Where there is no torch, a reference file will do.
+    `passes` are those of originals that ran before, for other artifacts.
 
     Raises:
         RequestError: see `open_all` and `run_all`.
     """
-    opened, passes = open_all(path, request), passes or SharedPasses()
+    passes = passes or SharedPasses()
+    opened = open_all(path, request)
     expect_stages(_stages(opened, passes))
     ran = run_all(opened, passes)
-    return judge(opened, ran, compare_all(opened, ran))
+    result = compare_all(opened, ran)
+    return judge(opened, ran, result)
 
 
 def _stages(opened: Opened, passes: SharedPasses) -> int:
@@ -53,49 +95,11 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     return count
 
 
-def validate_artifacts(
-    artifacts: Sequence[Path],
-    request: Request = PLAIN,
-    *,
-    reference: Path | None = None,
-    json_file: Path | None = None,
-    html_file: Path | None = None,
-    limits: Sequence[str] = (),
-    allow_ambiguous: bool = False,
-) -> int:
-    """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
-
-    Args:
-        artifacts: their paths; of several, one table is printed.
-        request: what to find out about each of them.
-        reference: a reference file to compare with too; only with that where there is no torch.
-        json_file: where the results go as JSON.
-        html_file: where the page goes.
-        limits: `NAME=VALUE`, instead of the limits in `thresholds`.
-        allow_ambiguous: whether what can be neither affirmed nor denied will do.
-
-    Raises:
-        RequestError: see `validate_artifact`; or a file cannot be written.
-    """
-    for file in (json_file, html_file):
-        if file is not None:
-            require_writable(file)
-    for path in artifacts[1:]:
-        open_artifact(path)  # what is wrong with a later one is told before the first one's work
-    request = replace(
-        request,
-        limits=parse_limits(limits),
-        reference=None if reference is None else read_reference(reference),
-    )
-    passes = SharedPasses()
-    results = [validate_artifact(path, request, passes) for path in artifacts]
+def _report(results: list[Result], json_file: Path | None, html_file: Path | None) -> None:
     if json_file is not None:
         write_json(results, json_file)
     if html_file is not None:
         write_html(results, html_file)
     # Last: who reads it may leave after a few lines, as `head` does.
     one = len(results) == 1
-    text = render(results[0], html_file) if one else render_several(results, html_file)
-    print(text, end="")
-    enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
-    return 0 if all(result.verdict in enough for result in results) else 1
+    print(render(results[0], html_file) if one else render_several(results, html_file), end="")

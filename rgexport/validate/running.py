@@ -1,18 +1,19 @@
 """Runs what was opened: the references, one layer at a time, and then the artifact's session."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rgexport.griffin.state import State
 from rgexport.progress import group, note
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.memory import give_back
-from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import thresholds
 from rgexport.validate.continuations import Continuation, continuations
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.opening import Opened
-from rgexport.validate.positions import token_text
+from rgexport.validate.positions import TokenText, token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
+from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 
 
@@ -20,16 +21,19 @@ from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 class Ran:
     """What was measured while the artifact's session was open.
 
-    `against_file` is the comparison with the reference file, and `continuations` are its prompts as
-    both went on with them; `before` has the session's states
-    before some of the file's positions, for a look at each layer.
+    Attributes:
+        info: what ran the artifact.
+        measured: over the text.
+        against_file: the comparison with the reference file.
+        continuations: of the file's prompts.
+        before: the session's states before some of the file's positions, to compare each layer.
     """
 
     info: SessionInfo
     measured: Measurement
-    against_file: AgainstFile | None
-    continuations: list[Continuation] | None
-    before: dict[int, State]
+    against_file: AgainstFile | None = None
+    continuations: list[Continuation] | None = None
+    before: dict[int, State] = field(default_factory=dict)
 
 
 def run_all(opened: Opened, passes: SharedPasses) -> Ran:
@@ -46,7 +50,7 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
 
 
 def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
-    """The passes of the twin and, if there is one, of the original; none without torch."""
+    """The dequantized reference and, if there is one, the original; none without torch."""
     make, tokens = opened.make, opened.text.tokens
     if make is None:
         note(
@@ -54,18 +58,17 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
             "pip install 'rgexport[export]'"
         )
         return []
-    weights = opened.artifact.weights
-    twin = run_reference(
-        "Running the dequantized reference", make, opened.manifest.config, weights, tokens
-    )
-    if opened.original is None:
-        return [twin]
-    return [twin, passes.run_reference(make, opened.original.checkpoint, tokens)]
+    weights, config = opened.artifact.weights, opened.manifest.config
+    label = "Running the dequantized reference"
+    references = [run_reference(label, make, config, weights, tokens)]
+    if opened.original is not None:
+        references.append(passes.run_reference(make, opened.original.checkpoint, tokens))
+    return references
 
 
 def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
     give_back()
-    session, before = open_session(opened.artifact), dict[int, State]()
+    session = open_session(opened.artifact)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     measured = measure(
         session,
@@ -75,17 +78,18 @@ def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
         noise=thresholds.tolerance(opened.manifest).rms,
         spell=spell,
     )
-    against_file, written = None, None
-    if (reference := opened.request.reference) is not None:
-        kept = before if opened.request.bisect else None
-        with group("Comparing with the reference file"):
-            against_file = compare_with_file(session, opened.artifact, reference, kept)
-        if spell is not None:
-            written = list(continuations(session, reference, spell))
-    return Ran(
-        info=session.info,
-        measured=measured,
-        against_file=against_file,
-        continuations=written,
-        before=before,
-    )
+    ran = Ran(info=session.info, measured=measured)
+    if opened.request.reference is None:
+        return ran
+    return _with_file(ran, opened, session, opened.request.reference, spell)
+
+
+def _with_file(
+    ran: Ran, opened: Opened, session: Session, reference: ReferenceFile, spell: TokenText | None
+) -> Ran:
+    before: dict[int, State] = {}
+    kept = before if opened.request.bisect else None
+    with group("Comparing with the reference file"):
+        against_file = compare_with_file(session, opened.artifact, reference, kept)
+    written = None if spell is None else list(continuations(session, reference, spell))
+    return replace(ran, against_file=against_file, continuations=written, before=before)

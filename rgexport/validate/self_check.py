@@ -24,9 +24,10 @@ from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
+from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.reference_pass import ReferenceModel, torch_reference
 from rgexport.validate.room import lack_of_room
-from rgexport.validate.schedule import Schedule, choose_schedule, choose_tokens
+from rgexport.validate.text import first_tokens
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
@@ -92,12 +93,12 @@ def _lack(artifact: Artifact) -> str | None:
 
 def _open(artifact: Artifact, checkpoint: Checkpoint) -> _Opened:
     make = torch_reference("cpu")
-    schedule = choose_schedule(artifact.manifest)
+    schedule = expected_of(artifact.manifest.kind).schedule(artifact.manifest)
     return _Opened(
         artifact,
         checkpoint,
         schedule,
-        choose_tokens(artifact, schedule.tokens),
+        first_tokens(artifact, schedule.tokens),
         (
             make(artifact.manifest.config, artifact.weights),
             make(checkpoint.config, checkpoint.weights),

@@ -20,7 +20,7 @@ class Original:
     """A checkpoint to compare with, and how it relates to the artifact.
 
     same_files: whether its weight files are those that the artifact was made from.
-    config_differences: what its configuration has otherwise, as `field: artifact's → its own`.
+    config_differences: see the function.
     """
 
     checkpoint: Checkpoint
@@ -31,8 +31,8 @@ class Original:
 def find_original(manifest: Manifest, model: str | None) -> Original | None:
     """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
-    Any model of the same shape will do where it is asked for by name: what differs is told and
-    left to the logits. What is found without being asked for must be the very same files.
+    A `model` that the user names may be any of the same shape: differences are reported, and the
+    logits are compared. One that is found by its name must be the very same files.
 
     Raises:
         RequestError: `model` cannot be opened, is damaged, or has other shapes.
@@ -54,7 +54,7 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
 
 
 def _open(model: str, manifest: Manifest) -> Checkpoint:
-    """A DeepMind file states neither window nor soft cap: there the artifact's are taken."""
+    """Opens it; a DeepMind file has neither window nor soft cap, so it gets the artifact's."""
     checkpoint = open_checkpoint(model)
     if checkpoint.layout != "deepmind":
         return checkpoint
@@ -63,7 +63,7 @@ def _open(model: str, manifest: Manifest) -> Checkpoint:
 
 
 def _open_by_name(name: str) -> Checkpoint | None:
-    """What is on this machine under the name of an artifact's source."""
+    """What this machine has under the name of an artifact's source."""
     ids = {size.hub_id.rpartition("/")[2]: size.hub_id for size in SIZES.values()}
     try:
         if name == DEMO:
@@ -75,7 +75,7 @@ def _open_by_name(name: str) -> Checkpoint | None:
 
 
 def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:
-    """By names and sizes first: hashing takes its time."""
+    """Compares names and sizes first, since hashing takes long."""
     expected = manifest.source.files
     sizes = {path.name: path.stat().st_size for path in files}
     if sizes != {name: record.size for name, record in expected.items()}:
@@ -85,7 +85,7 @@ def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:
 
 
 def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
-    """What is not the same, as `field: ours → theirs`."""
+    """The fields that differ, as `field: ours → theirs`."""
     names = [field.name for field in dataclasses.fields(ours)]
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)

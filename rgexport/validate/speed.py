@@ -1,4 +1,4 @@
-"""How fast an artifact runs, in a few seconds: enough to compare; `rgexport bench` tells more."""
+"""How fast an artifact runs, in a few seconds; `rgexport bench` measures more closely."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,11 @@ from rgexport.export.artifact import Artifact
 from rgexport.progress import task
 from rgexport.runtimes.bench.roofline import seconds
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.session import Session
 
 PROMPT = 128
-"""Tokens of a prompt, of an engine that takes chunks of any length."""
+"""Tokens of a prompt, for an engine that takes chunks of any length."""
 SECONDS = 2.0
-"""Of each of the three parts: the first one warms up, as engines get huge pages meanwhile."""
+"""Length of each of the three parts. The first one warms up: engines get huge pages meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,54 +33,38 @@ class Speed:
 
 
 def measure_speed(artifact: Artifact) -> Speed:
-    """Measures in a session of its own, which is closed at the end.
-
-    However slow the engine is, it takes two tokens and one prompt.
+    """Measures random tokens in a session of its own: at least two steps and one prompt.
 
     Raises:
         RequestError: the engine is missing or cannot open the model.
     """
-    session = open_session(artifact)
+    session, generator = open_session(artifact), np.random.default_rng(0)
+    length = session.info.prefill_chunk if session.info.whole_chunks else PROMPT
+
+    def step() -> None:
+        session.step(generator.integers(0, session.vocab_size, 1))
+
+    def prompt() -> None:
+        session.reset()
+        session.prefill(generator.integers(0, session.vocab_size, (1, length)))
+
     try:
         with task("Measuring the speed", 3, "parts") as advance:
-            measuring = _Measuring(session)
-            measuring.calls(measuring.step)
+            _median_seconds(step)
             advance(1)
             session.reset()
-            step = median(measuring.calls(measuring.step))
+            decode = 1 / _median_seconds(step)
             advance(1)
-            prompt = median(measuring.calls(measuring.prompt))
+            prefill = length / _median_seconds(prompt)
             advance(1)
     finally:
         session.close()
-    length = measuring.length
-    return Speed(decode=1 / step, prefill=length / prompt, prompt_tokens=length)
+    return Speed(decode=decode, prefill=prefill, prompt_tokens=length)
 
 
-class _Measuring:
-    """A session that takes random tokens."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._generator = np.random.default_rng(0)
-        info = session.info
-        self.length = info.prefill_chunk if info.whole_chunks else PROMPT
-
-    def step(self) -> None:
-        """Takes one token."""
-        self._session.step(self._random(1)[0])
-
-    def prompt(self) -> None:
-        """Takes a prompt from the beginning."""
-        self._session.reset()
-        self._session.prefill(self._random(self.length))
-
-    def calls(self, run: Callable[[], None]) -> list[float]:
-        """Seconds of each call: at least one, and as many as there is time for."""
-        took = [seconds(run)]
-        while sum(took) < SECONDS:
-            took.append(seconds(run))
-        return took
-
-    def _random(self, count: int) -> np.ndarray:
-        return self._generator.integers(0, self._session.vocab_size, (1, count))
+def _median_seconds(run: Callable[[], None]) -> float:
+    """The median of at least one call, and of as many as there is time for."""
+    took = [seconds(run)]
+    while sum(took) < SECONDS:
+        took.append(seconds(run))
+    return median(took)

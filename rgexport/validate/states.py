@@ -1,6 +1,7 @@
 """How far one canonical state is from another."""
 
 from dataclasses import dataclass
+from itertools import count, takewhile
 
 import numpy as np
 
@@ -15,7 +16,7 @@ RECENT = 64
 class StateError:
     """One state tensor: max |Δ| / max |reference| and ‖Δ‖ / ‖reference‖, in float64.
 
-    Where the reference is all zeros, the absolute values.
+    Where the reference is all zeros, max |Δ| and ‖Δ‖.
     """
 
     name: str
@@ -25,16 +26,16 @@ class StateError:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """The states behind so many tokens of a text, but of the caches only what is `recent`."""
+    """The states after `position` tokens of a text; of caches only what `recent` keeps."""
 
     position: int
     states: list[StateError]
 
 
 def state_errors(reference: State, candidate: State) -> list[StateError]:
-    """Compares all tensors but the position, in the reference's order.
+    """Compares all tensors except the position, in the reference's order.
 
-    A tensor of another shape is left out: a reference with another window has such.
+    Tensors of other shapes, as a reference with another window has, are left out.
     """
     return [
         _error(name, array, candidate[name])
@@ -53,12 +54,8 @@ def recent(state: State) -> State:
 
 def checkpoints(length: int) -> list[int]:
     """Positions inside a text of so many tokens where states are compared: 64, 128, 256, …"""
-    found = []
-    position = FIRST_CHECKPOINT
-    while position < length:
-        found.append(position)
-        position *= 2
-    return found
+    doubled = (FIRST_CHECKPOINT << n for n in count())
+    return list(takewhile(lambda position: position < length, doubled))
 
 
 def worst(errors: list[StateError]) -> float:

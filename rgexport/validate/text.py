@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
 
 MAX_TOKENS = 4096
 """Default limit: two windows of a 2B."""
 PAST_WINDOW = 128
-"""The built-in text goes on for at least this many tokens behind the window's edge."""
+"""The built-in text goes on for at least this many tokens after the first window."""
 SEED = 20240411
 _LONGEST_TOKEN = 32
 """Characters per token, at most, when a long file is cut before it is encoded."""
@@ -24,8 +26,7 @@ _LONGEST_TOKEN = 32
 class Text:
     """Token ids [T] int64 to be taken in one pass, and where they come from.
 
-    `bytes` is the UTF-8 length of what the ids but the first (bos) stand for, None for random
-    ids.
+    `bytes` is the UTF-8 length of the text after the bos, None for random ids.
     """
 
     name: str
@@ -44,8 +45,8 @@ def choose_text(
 ) -> Text:
     """The given file, or the built-in text, or random ids where there is no tokenizer.
 
-    A file is cut at `limit` tokens, by default at `MAX_TOKENS`; the others have as many as that,
-    by default some windows full.
+    A file is cut at `limit` tokens, by default at `MAX_TOKENS`. The others have `limit` tokens, by
+    default more than a window.
 
     Raises:
         RequestError: a file that cannot be read, is empty or cannot be encoded, or a limit that
@@ -73,8 +74,20 @@ def choose_text(
     return text
 
 
+def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
+    """The built-in text's first tokens, [count] int64, or random ones; repeated if need be."""
+    manifest = artifact.manifest
+    text = choose_text(
+        open_tokenizer(artifact) if manifest.has_tokenizer else None,
+        vocab_size=manifest.config.vocab_size,
+        window=manifest.config.window,
+        limit=count,
+    )
+    return np.resize(text.tokens, count)
+
+
 def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int | None) -> Text:
-    """The built-in text, repeated if need be; its turn markers count as such."""
+    """The built-in text, repeated if need be; its turn markers become control tokens."""
     text, encoder = built_in_text(), tokenizer.encode_markup
     once = len(encoder(text))
     wanted = limit or window + PAST_WINDOW
@@ -97,7 +110,7 @@ def random_text(vocab_size: int, length: int) -> Text:
 def encode(
     encoder: Callable[[str], list[int]], bos_id: int | None, text: str, name: str, limit: int
 ) -> Text:
-    """The text behind a bos, cut at a character so that it has at most `limit` tokens."""
+    """A bos and the text, cut after a character so that there are at most `limit` tokens."""
     start = [] if bos_id is None else [bos_id]
 
     def tokens_of(characters: int) -> int:

@@ -1,9 +1,9 @@
-"""What counts as equal: the tolerances, with their reasons, and the checks that apply them.
+"""The tolerances, with their reasons.
 
-Two questions are kept apart. *Is the export right?* The artifact against its twin, the reference
-that holds exactly the artifact's weights: only arithmetic may differ, so the tolerances are those
+Two questions are kept apart. *Is the export right?* The artifact against its dequantized reference,
+which holds exactly the artifact's weights: only arithmetic may differ, so the tolerances are those
 of the arithmetic. *What did compression cost?* The artifact against the original: the numbers
-are reported, and only a ruin fails. Logits are judged by sizes without a unit, because the same
+are reported, and only a ruined model fails. Logits are judged by relative errors, because the same
 relative error means another KL for a model with larger logits.
 """
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.quantize.scheme import Affine, Float, Palette
-from rgexport.validate.checks import Check as Check
+from rgexport.validate.checks import Check
 from rgexport.validate.metrics import LogitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far an artifact may be from its twin.
+    """How far an artifact may be from its dequantized reference.
 
     logits: max |Δlogit| / max |logit|; rms: `LogitError.relative_rms`; states: max |Δ| /
     max |state| of each state tensor. `logits` and `states` also bound an artifact against itself:
     steps against prefill, and so on. They are of the worst of thousands of values, and where two
-    scores of a lively attention are nearly equal, one position alone may be off: so they have
-    twice the room that `rms` has. What is smaller than that, the sites show.
+    large scores of attention are nearly equal, a single position may be off: so they are twice as
+    wide as `rms`. The per-op check finds smaller faults.
     """
 
     logits: float
@@ -33,7 +33,7 @@ class Tolerance:
     reason: str
 
     def at(self, position: int) -> "Tolerance":
-        """The same behind so many tokens."""
+        """The same after so many tokens."""
         more = PER_POSITION * position
         return replace(
             self, logits=self.logits + more, rms=self.rms + more, states=self.states + more
@@ -69,7 +69,7 @@ INT8 = Tolerance(
     reason="activations are rounded to int8 per block at every quantized linear",
 )
 
-TWIN: dict[tuple[str, bool], Tolerance] = {
+DEQUANTIZED: dict[tuple[str, bool], Tolerance] = {
     ("fp32", False): FLOAT32,
     ("fp16", False): FLOAT16,
     ("fp32", True): INT8,
@@ -78,7 +78,7 @@ TWIN: dict[tuple[str, bool], Tolerance] = {
 """(compute, activations in int8) → tolerance.
 
 float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits
-behind all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of
+after all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of
 exp(2 log a) is 0.3 % of 1 - a², and no two libraries agree on it. Core ML's pairs of float16
 states hold 22 bits of 24, which is less than that.
 
@@ -90,18 +90,18 @@ error of max |x| / 440. A normal block of 128 has max |x| = 2.8 rms, so each lin
 that are off by 0.6 %; with outliers more, up to √128 / 440 = 2.6 %. The errors are independent
 and do not shrink on their way: about four linears follow one another in a layer, √(4 · 26) ·
 0.6 % = 6 % for a 2B and 12 % where there are outliers. A flipped rounding makes a step differ
-from a prefill by as much. So this mode cannot show faults smaller than that: the weight table
-does for weights, and an artifact made with `--exact` for the graph.
+from a prefill by as much. So the logits of this mode cannot show smaller faults: the weight table
+shows those of weights, and an artifact made with `--exact` those of the graph.
 """
 
 ORIGINAL_RMS = {"float32": 0.0, "float16": 5e-2, "int8": 0.35, "int4": 1.1, "int2": 1.3}
-"""Coarsest storage → `relative_rms` against the original that only a broken export exceeds, beside
-what the twin is allowed: float32 weights are the original's own.
+"""Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
-A candidate that knows nothing has 1, one that says something else 1.4. Measured on lively random
-models: int8 up to 0.2, int4 up to 0.9. So few bits hide much here: that weights are the right ones
-is for the checks of `weights.weight_limits` to tell. Against a reference file, it is taken over the
-positions that have all logits: the prompts' last ones, and others between.
+The tolerance of the arithmetic comes on top; float32 weights are the original's own. Constant
+logits have 1, those of an unrelated model 1.4. Measured on random models with large logits: int8 up
+to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weights are the right
+ones is checked in `weights.weight_limits`. Against a reference file, it is taken over the positions
+that have all logits: the prompts' last ones, and others between.
 """
 _GGML_STORAGE = {
     "f32": "float32",
@@ -111,24 +111,24 @@ _GGML_STORAGE = {
     "q3_k": "int2",
     "q2_k": "int2",
 }
-"""ggml type → its like above; all other types have four to six bits."""
+"""ggml type → key of `ORIGINAL_RMS`; int4 for all others, which have four to six bits."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:
-    """The tolerance of an artifact against its twin."""
+    """The tolerance of an artifact against its dequantized reference."""
     found: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
     return found
 
 
 def original_rms(manifest: Manifest, logits: LogitError, name: str = "original.rms") -> Check:
-    """Holds an artifact's logits against the original's: has it been ruined?"""
+    """The check of an artifact's logits against the original's: is it ruined?"""
     storage = coarsest(manifest)
     return Check(
         name=name,
         value=logits.relative_rms,
         margin=2 * logits.rms_standard_error,
         limit=ORIGINAL_RMS[storage] + tolerance(manifest).rms,
-        reason=f"more than {storage} weights cost, unless the export is broken",
+        reason=f"{storage} weights cost less, unless the export is broken",
     )
 
 

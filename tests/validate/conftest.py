@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rgexport.export.artifact import record_files
-from rgexport.export.manifest import Manifest, StoredPart, write_manifest
+from rgexport.export.manifest import Manifest, write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
@@ -57,25 +57,31 @@ def spoil(clean: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         config: dict[str, Any] | None = None,
         weight: tuple[str, str, float] | None = None,
     ) -> Path:
-        folder = tmp_path / "spoiled"
-        shutil.copytree(clean(kind), folder)
-        manifest = read_manifest(folder)
+        folder = Path(shutil.copytree(clean(kind), tmp_path / "spoiled"))
         if weight is not None:
             name, part, gain = weight
-            _scale(folder, manifest.tensors[name].parts[part], gain)
+            change_data(folder, name, part, lambda values: values * np.asarray(gain, values.dtype))
+        manifest = read_manifest(folder)
         changed = dataclasses.replace(manifest.config, **(config or {}))
-        _write(folder, dataclasses.replace(manifest, config=changed))
+        claim(folder, dataclasses.replace(manifest, config=changed))
         return folder
 
     return copy
 
 
-def _scale(folder: Path, part: StoredPart, gain: float) -> None:
-    path = folder / part.file
-    values = np.memmap(path, part.dtype, "r+", offset=part.offset, shape=part.shape)
-    values[:] = values * np.asarray(gain, part.dtype)
+def change_data(
+    folder: Path, tensor: str, part: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Changes a stored part of a tensor in the data file, in place."""
+    stored = read_manifest(folder).tensors[tensor].parts[part]
+    place = folder / stored.file
+    values = np.memmap(place, stored.dtype, "r+", offset=stored.offset, shape=stored.shape)
+    values[:] = change(values.copy())
     values.flush()
+    claim(folder)
 
 
-def _write(folder: Path, manifest: Manifest) -> None:
+def claim(folder: Path, manifest: Manifest | None = None) -> None:
+    """Writes the manifest, with the hashes and sizes of the files that are there."""
+    manifest = manifest or read_manifest(folder)
     write_manifest(folder, manifest.with_files(record_files(folder)))

@@ -29,6 +29,12 @@ def test_the_outcome_of_a_check(value: float, margin: float, outcome: Outcome) -
     assert found.outcome == outcome and found.passed is (outcome == "PASS")
 
 
+def test_excess_is_in_units_of_the_limit() -> None:
+    """And infinite where there is nothing to compare, so that it can be sorted by."""
+    assert check(3, limit=2).excess == 1.5
+    assert check(math.nan).excess == check(1, limit=0).excess == math.inf
+
+
 def test_the_verdict_is_the_worst_outcome() -> None:
     good, unsure, bad = check(0), check(1, 0.5), check(2)
     assert verdict([]) == verdict([good]) == "PASS"
@@ -36,7 +42,7 @@ def test_the_verdict_is_the_worst_outcome() -> None:
     assert verdict([unsure, bad, good]) == "FAIL"
 
 
-def test_limits_that_are_asked_for() -> None:
+def test_limits_that_users_set() -> None:
     limits = parse_limits(["steps=3", "twin.rms=0", "steps=2e-1"])
     assert limits == {"steps": 0.2, "twin.rms": 0}
     one, two, three = with_limits(

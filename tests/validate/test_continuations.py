@@ -39,7 +39,7 @@ def spell(ids: Any) -> str:
     return " ".join(map(str, ids))
 
 
-def test_each_goes_on_by_its_own_choices() -> None:
+def test_each_model_continues_greedily() -> None:
     tokens = np.array([1, 5, 7, 2])
     reference = file_of(0, [("a", tokens, 20)])
     (same,) = continuations(ToySession(0), reference, spell)
@@ -53,7 +53,7 @@ def test_each_goes_on_by_its_own_choices() -> None:
     assert other.common < 20 and pairs[other.common][0] != pairs[other.common][1]
 
 
-def test_what_is_too_short_to_be_read_is_left_out() -> None:
+def test_short_continuations_are_left_out() -> None:
     tokens = np.array([1, 5])
     prompts = [("short", tokens, LEAST_TOKENS - 1), ("empty", tokens[:1], 32)]
     prompts += [(f"p{i}", tokens, 32) for i in range(SHOWN + 1)]

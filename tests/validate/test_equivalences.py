@@ -63,7 +63,7 @@ def test_a_reset_that_leaves_something() -> None:
     assert wrong(found(Clinging())) == {"reset"}
 
 
-def test_the_whole_chunk_of_the_ragged_ones_is_none_of_the_text_s() -> None:
+def test_ragged_chunks_hold_a_whole_chunk_at_another_offset() -> None:
     session = WholeChunksSession(chunk_logits=True)
     found(session)
     assert (3, 64) in {

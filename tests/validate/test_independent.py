@@ -42,7 +42,7 @@ def report(artifact: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokens(report: dict[str, Any]) -> np.ndarray:
-    """The ids [T] by the engine that made the vocabulary, behind a bos."""
+    """The ids [T] by the engine that made the vocabulary, after a bos."""
     engine = SentencePieceProcessor(model_file=str(demo_folder() / "tokenizer.model"))
     text = TEXT.read_bytes()[: report["text"]["bytes"]].decode()
     return np.array([engine.bos_id(), *engine.encode(text)])
@@ -81,7 +81,7 @@ def test_kl(report: dict[str, Any], log_probabilities: Pair) -> None:
     assert 1e-3 < expected["mean"] < 0.5, "four bits cost something, and the model still speaks"
 
 
-def test_a_reference_file_knows_it_in_an_interval(
+def test_a_reference_file_bounds_the_kl(
     artifact: Path, tokens: np.ndarray, log_probabilities: Pair
 ) -> None:
     """The same text as the one prompt of a file, which leaves out what is unlikely."""

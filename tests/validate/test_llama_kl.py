@@ -17,7 +17,7 @@ from tests.llama_tools import needs_llama_cpp, run_tool
 TEXT = Path(__file__).with_name("unseen.txt")
 PIECE = 128
 WANTED = PIECE // 2 - 1
-"""Positions of a piece that are judged: its second half, as far as the piece goes on."""
+"""Positions of a piece that are compared: its second half, except the last one."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def told(llama_tools: Path, files: dict[str, Path]) -> str:
-    """What it prints of the second file against the logits of the first."""
+def printed(llama_tools: Path, files: dict[str, Path]) -> str:
+    """What llama-perplexity prints about the second file against the logits of the first."""
     tool, logits = llama_tools / "llama-perplexity", files["f32"].with_suffix(".kld")
     common = "-c", str(PIECE), "-t", "1", "-fa", "off", "--kl-divergence-base", logits
     run_tool(tool, "-m", files["f32"], "-f", TEXT, *common)
@@ -41,7 +41,7 @@ def told(llama_tools: Path, files: dict[str, Path]) -> str:
 
 @pytest.fixture(scope="module")
 def ours(files: dict[str, Path]) -> np.ndarray:
-    """Our rows; it reads pieces, each behind a <bos> instead of its first token."""
+    """Our rows; llama-perplexity reads pieces, each with a <bos> instead of its first token."""
     vocabulary = Vocabulary(load_model(files["f32"], vocab_only=True))
     sessions = [
         LlamaCppSession(open_artifact(path), threads=1, flash_attention=False)
@@ -58,17 +58,17 @@ def ours(files: dict[str, Path]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _number(told: str, name: str) -> tuple[float, float]:
+def _number(printed: str, name: str) -> tuple[float, float]:
     """A figure and its error bar, 0 where there is none."""
-    match = re.search(rf"^{name} *: +([\d.]+)(?:%? ± +([\d.]+))?", told, re.MULTILINE)
-    assert match, told
+    match = re.search(rf"^{name} *: +([\d.]+)(?:%? ± +([\d.]+))?", printed, re.MULTILINE)
+    assert match, printed
     return float(match[1]), float(match[2] or 0)
 
 
 @needs_llama_cpp
-def test_the_mean_and_its_error_bar(told: str, ours: np.ndarray) -> None:
+def test_the_mean_and_its_error_bar(printed: str, ours: np.ndarray) -> None:
     """It stores logits in 16 bits, of which a part in a hundred of a KL may be lost."""
-    (mean, error), found = _number(told, "Mean    KLD"), metrics.kl_summary(ours)
+    (mean, error), found = _number(printed, "Mean    KLD"), metrics.kl_summary(ours)
     assert abs(found.mean - mean) <= min(error, 0.01 * mean)
     assert found.standard_error == pytest.approx(error, rel=0.02)
     assert 0.005 < mean < 0.1
@@ -79,22 +79,22 @@ def test_the_mean_and_its_error_bar(told: str, ours: np.ndarray) -> None:
     ("name", "quantile"),
     [("Median  KLD", 0.5), ("95.0%   KLD", 0.95), ("99.0%   KLD", 0.99), ("Maximum KLD", 1.0)],
 )
-def test_the_quantiles(told: str, ours: np.ndarray, name: str, quantile: float) -> None:
-    assert np.quantile(ours["kl"], quantile) == pytest.approx(_number(told, name)[0], rel=0.02)
+def test_the_quantiles(printed: str, ours: np.ndarray, name: str, quantile: float) -> None:
+    assert np.quantile(ours["kl"], quantile) == pytest.approx(_number(printed, name)[0], rel=0.02)
 
 
 @needs_llama_cpp
-def test_the_same_first_choice(told: str, ours: np.ndarray) -> None:
+def test_top1_agreement(printed: str, ours: np.ndarray) -> None:
     """A tie in 16 bits may be broken otherwise at one position."""
-    percent, error = _number(told, "Same top p")
+    percent, error = _number(printed, "Same top p")
     found = metrics.agreement(ours)
     assert abs(100 * found.top1 - percent) <= min(error, 100 / len(ours) + 1e-3)
 
 
 @needs_llama_cpp
-def test_the_perplexity(told: str, ours: np.ndarray) -> None:
+def test_the_perplexity(printed: str, ours: np.ndarray) -> None:
     """Only of the second file: of the first, its 16 bits cut off what is very unlikely."""
-    perplexity, error = _number(told, r"Mean PPL\(Q\)")
+    perplexity, error = _number(printed, r"Mean PPL\(Q\)")
     found = metrics.likelihood(ours, None)
     assert found is not None
     assert found.perplexity_candidate == pytest.approx(perplexity, rel=2e-3)

@@ -9,20 +9,17 @@ from tests.validate.toys import MEMORY, VOCAB, Fault, ToySession, WholeChunksSes
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
 
 
-def test_a_right_session_differs_in_nothing() -> None:
-    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS)], text_bytes=50)
-    for comparison in (found.comparisons[0], found.comparisons[1]):
-        assert comparison is not None
-        assert comparison.logits.relative_max < 1e-6
-        assert comparison.kl.max < 1e-10
-        assert comparison.agreement.top1 == 1
-        assert comparison.likelihood is not None
-        assert comparison.likelihood.tokens == 99
-        assert [s.name for s in comparison.states] == [MEMORY]
-        assert comparison.states[0].relative_max < 1e-6
-    assert found.counted
-    assert found.equivalences["steps"].tokens == 8
-    assert found.equivalences["steps"].logits.relative_max < 1e-6
+def test_a_right_session_differs_from_another_model_only() -> None:
+    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)])
+    right, wrong = found.comparisons
+    assert right.logits.relative_max < 1e-6
+    assert right.kl.max < 1e-10 and wrong.kl.mean > 0.1
+    assert right.agreement.top1 == 1 and wrong.agreement.top1 < 0.9
+    assert right.likelihood is not None and right.likelihood.tokens == 99
+    assert [s.name for s in right.states] == [MEMORY]
+    assert right.states[0].relative_max < 1e-6 and wrong.states[0].relative_max > 0.1
+    assert found.counted and found.state[POSITION].tolist() == [len(TOKENS)]
+    assert np.allclose(found.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
 
 
 def test_likelihood_is_that_of_the_next_token() -> None:
@@ -56,23 +53,6 @@ def test_blocks_cover_the_text_once(
     assert found.comparisons[0].logits.relative_max < 1e-6
 
 
-def test_the_original_is_compared_apart() -> None:
-    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)])
-    assert found.comparisons[1] is not None
-    assert found.comparisons[0].kl.mean < 1e-10
-    assert found.comparisons[1].kl.mean > 0.1
-    assert found.comparisons[1].states[0].relative_max > 0.1
-
-
-def test_wrong_logits_are_seen() -> None:
-    def late(session: ToySession, logits: np.ndarray) -> np.ndarray:
-        return np.roll(logits, 1, axis=1)
-
-    found = measure(ToySession(fault=late), TOKENS, [toy_pass(TOKENS)])
-    assert found.comparisons[0].logits.relative_rms > 0.5
-    assert found.comparisons[0].agreement.top1 < 0.9
-
-
 def test_a_state_that_is_lost_between_chunks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(session: ToySession, logits: np.ndarray) -> np.ndarray:
         session.h[:] = 0
@@ -83,15 +63,6 @@ def test_a_state_that_is_lost_between_chunks_is_seen(monkeypatch: pytest.MonkeyP
     assert found.comparisons[0].logits.relative_max > 0.1
     assert found.comparisons[0].states[0].relative_max == 1
     assert found.equivalences["steps"].logits.relative_max > 0.1
-
-
-def test_steps_that_differ_from_the_chunk_are_seen() -> None:
-    def wrong_step(session: ToySession, logits: np.ndarray) -> np.ndarray:
-        return logits + (session.chunks[-1] == 1)
-
-    found = measure(ToySession(fault=wrong_step), TOKENS, [toy_pass(TOKENS)])
-    assert found.comparisons[0].logits.relative_max < 1e-6
-    assert found.equivalences["steps"].logits.max == pytest.approx(1, rel=1e-5)
 
 
 def test_a_position_that_is_not_counted_is_seen() -> None:
@@ -110,13 +81,6 @@ def test_nan_in_the_logits_reaches_the_result() -> None:
     found = measure(ToySession(fault=broken), TOKENS, [toy_pass(TOKENS)])
     assert found.comparisons[0].logits.non_finite_positions == len(TOKENS)
     assert np.isnan(found.comparisons[0].logits.relative_max)
-
-
-def test_the_state_behind_the_text_is_given() -> None:
-    found = measure(ToySession(), TOKENS, [])
-    assert found.comparisons == []
-    assert found.state[POSITION].tolist() == [len(TOKENS)]
-    assert np.allclose(found.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
 
 
 def test_states_are_compared_along_the_text() -> None:
@@ -147,9 +111,7 @@ def test_the_greedy_text_in_common() -> None:
 
 @pytest.mark.parametrize("chunk_logits", [True, False])
 @pytest.mark.parametrize("length", [1, 5, 64, 71, 72, 100, 300])
-def test_a_chunk_of_fixed_length_is_taken_whatever_the_text(
-    length: int, chunk_logits: bool
-) -> None:
+def test_a_chunk_of_fixed_length_is_taken_for_any_text(length: int, chunk_logits: bool) -> None:
     tokens = np.resize(TOKENS, length)
     session = WholeChunksSession(chunk_logits=chunk_logits)
     found = measure(session, tokens, [toy_pass(tokens)])

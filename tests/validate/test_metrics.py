@@ -41,16 +41,6 @@ def test_rows_equal_a_textbook_computation() -> None:
     assert not rows["has_next"][-1] and rows["nll"][-1] == 0
 
 
-def test_kl_equals_torch() -> None:
-    reference, candidate = draw(20, 5000, noise=1.0)
-    ours = metrics.compare_logits(reference, candidate, next_of(20, 5000))["kl"]
-    log_p, log_q = (
-        torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (reference, candidate)
-    )
-    theirs = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
-
-
 def test_equal_logits_differ_in_nothing() -> None:
     reference, _ = draw(8, 50)
     rows = metrics.compare_logits(reference, reference, next_of(8, 50))
@@ -76,7 +66,7 @@ def test_a_shift_of_all_logits_is_an_error_but_no_divergence() -> None:
     cuts=st.lists(st.integers(0, 40), max_size=5),
     block=st.integers(1, 500),
 )
-def test_any_cutting_gives_the_same_rows(n: int, vocab: int, cuts: list[int], block: int) -> None:
+def test_rows_do_not_depend_on_the_blocks(n: int, vocab: int, cuts: list[int], block: int) -> None:
     reference, candidate = draw(n, vocab)
     after = next_of(n, vocab)
     whole = metrics.compare_logits(reference, candidate, after)
@@ -140,7 +130,7 @@ def test_values_that_are_not_finite_are_counted_and_spoil_the_summary(bad: float
     assert not np.isfinite(error.relative_max) and not np.isfinite(error.relative_rms)
 
 
-def test_relative_rms_is_one_where_the_candidate_knows_nothing() -> None:
+def test_relative_rms_of_constant_logits_is_one() -> None:
     reference, _ = draw(30, 400)
     reference -= reference.mean(1, keepdims=True)
     rows = metrics.compare_logits(reference, np.zeros_like(reference), next_of(30, 400))

@@ -4,21 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
-from rgexport.validate.text import random_text
 from tests.models import (
-    deepmind_logits,
-    deepmind_model,
     make_config,
     random_weights,
     write_hugging_face,
@@ -56,74 +49,23 @@ def test_precision_costs_what_it_should(clean: Clean, checkpoint: Path) -> None:
     assert cost["fp32"] < 1e-9 < cost["fp16"] < 1e-5 < cost["int8"] < 1e-2 < cost["int4-exact"]
 
 
-def test_the_cost_equals_what_deepmind_says(clean: Clean, checkpoint: Path) -> None:
-    """Artifact against DeepMind's own implementation, by another KL than ours."""
-    result = validate_artifact(clean("int4-exact"), Request(model=str(checkpoint)))
-    tokens = random_text(CONFIG.vocab_size, result.text.tokens).tokens[None]
-    arrays = {
-        n: t.whole().astype(np.float32) for n, t in open_checkpoint(checkpoint).weights.items()
-    }
-    truth = deepmind_logits(deepmind_model(CONFIG, arrays), tokens)[0].astype(np.float64)
-    session = OrtSession(open_artifact(clean("int4-exact")))
-    ours = session.prefill(tokens, tokens.shape[1])[0].astype(np.float64)
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (truth, ours))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
-    assert result.original is not None
-    assert result.original.kl.mean == pytest.approx(kl.mean(), rel=1e-4)
-    assert result.original.logits.max == pytest.approx(np.abs(truth - ours).max(), rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["fp32", "fp16"])
-@pytest.mark.parametrize("gain", [1.02, 0.98])
-def test_a_scaled_float_weight_is_named(
-    spoil: Spoil, checkpoint: Path, kind: str, gain: float
-) -> None:
-    name = "layers.1.mlp_block.up_proj.weight"
-    result = validate_artifact(
-        spoil(kind, weight=(name, "data", gain)), Request(model=str(checkpoint), max_tokens=40)
-    )
-    assert f"weights.{name}.max_steps" in failed(result)
-    assert "twin.logits" not in failed(result), "the twin has the same wrong weight"
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4-exact"])
-@pytest.mark.parametrize("name", ["layers.2.temporal_block.q_proj.weight", "embed_tokens.weight"])
-def test_a_wrong_scale_is_named(spoil: Spoil, checkpoint: Path, kind: str, name: str) -> None:
-    folder = spoil(kind, weight=(name, "scales", 1.02))
-    result = validate_artifact(folder, Request(model=str(checkpoint), max_tokens=40))
-    found = set(failed(result))
-    assert {f"weights.{name}.max_steps", f"weights.{name}.projection"} <= found
-    assert all(check.startswith(f"weights.{name}.") for check in found)
-
-
-@pytest.mark.parametrize("kind", ["fp32", "int4-exact"])
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"embedding_scale": 8.016},
-        {"soft_cap": 0.0},
-        {"soft_cap": 25.0},
-        {"rope_dims": 16},
-        {"rope_theta": 20_000.0},
-        {"rms_eps": 1e-2},
-    ],
+    "config", [{"soft_cap": 25.0}, {"rope_theta": 20_000.0}, {"rms_eps": 1e-2}]
 )
-def test_a_graph_that_computes_otherwise_than_its_manifest_says_fails(
-    spoil: Spoil, kind: str, config: dict[str, Any]
-) -> None:
-    result = validate_artifact(spoil(kind, config=config))
+def test_a_graph_that_differs_from_its_manifest_fails(spoil: Spoil, config: dict[str, Any]) -> None:
+    result = validate_artifact(spoil("fp32", config=config))
     assert "twin.logits" in failed(result)
     assert result.verdict == "FAIL"
 
 
-def test_without_the_original_only_the_twin_is_compared(clean: Clean) -> None:
+def test_without_the_original(clean: Clean) -> None:
     result = validate_artifact(clean("int4"))
     assert result.verdict == "PASS"
     assert result.original is None and result.weights is None and not result.source.found
     assert result.source.made_from == "original"
 
 
-def test_another_model_of_the_same_shape_is_told_and_judged(clean: Clean, tmp_path: Path) -> None:
+def test_another_model_of_the_same_shape_is_compared(clean: Clean, tmp_path: Path) -> None:
     cousin = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300, window=20)
     folder = write_hugging_face(cousin, random_weights(cousin, seed=1), tmp_path / "cousin")
     result = validate_artifact(clean("fp32"), Request(model=str(folder), max_tokens=60))

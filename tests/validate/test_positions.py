@@ -46,7 +46,7 @@ def test_blocks_cover_the_text_once(length: int, seed: int) -> None:
 
 @settings(deadline=None)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=5))
-def test_any_cutting_finds_the_same_worst_positions(length: int, cuts: list[int]) -> None:
+def test_worst_positions_do_not_depend_on_the_blocks(length: int, cuts: list[int]) -> None:
     rng = np.random.default_rng(length)
     kl, tokens = rng.permutation(length) / 7, rng.integers(0, 9, length)
     a, b = rng.normal(size=(2, length, 9))
@@ -54,7 +54,7 @@ def test_any_cutting_finds_the_same_worst_positions(length: int, cuts: list[int]
     bounds = sorted({0, length, *(min(cut, length) for cut in cuts)})
     for start, stop in zip(bounds, bounds[1:], strict=False):
         worst.see(start, kl[start:stop], a[start:stop], b[start:stop])
-    found = worst.ranking()
+    found = worst.found
     assert [place.position for place in found] == np.argsort(-kl)[:WORST].tolist()
     for place in found:
         assert place.kl == kl[place.position]
@@ -74,23 +74,23 @@ def test_nothing_of_the_vocabularys_size_is_kept() -> None:
         worst.see(start, np.arange(start, start + 10, dtype=np.float64), logits, logits + 1)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert [place.position for place in worst.ranking()] == list(range(399, 389, -1))
+    assert [place.position for place in worst.found] == list(range(399, 389, -1))
     assert kept < logits.nbytes / 4
 
 
-def test_what_is_not_a_number_is_the_worst() -> None:
+def test_nan_is_the_worst_position() -> None:
     kl = np.array([3, math.nan, 9, math.inf, *range(20)], np.float64)
     worst = WorstPositions(np.arange(24))
     worst.see(0, kl, np.zeros((24, 5)), np.full((24, 5), math.nan))
-    assert [place.position for place in worst.ranking()[:3]] == [1, 3, 23]
-    assert math.isnan(worst.ranking()[0].candidate[0].probability)
+    assert [place.position for place in worst.found[:3]] == [1, 3, 23]
+    assert math.isnan(worst.found[0].candidate[0].probability)
 
 
 def test_the_text_around_a_position() -> None:
     tokens = np.arange(40)
     worst = WorstPositions(tokens, lambda ids: " ".join(map(str, ids)))
     worst.see(38, np.array([1.0, 0.5]), np.zeros((2, 3)), np.zeros((2, 3)))
-    inside, last = worst.ranking()
+    inside, last = worst.found
     assert inside.context == " ".join(map(str, range(39 - CONTEXT, 39)))
     assert (inside.next_token, inside.next_text) == (39, "39")
     assert (last.next_token, last.next_text) == (None, None)

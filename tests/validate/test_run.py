@@ -55,7 +55,7 @@ def test_a_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None
                 validate_artifacts([clean("fp32")], **{option: file})
 
 
-def test_what_cannot_be_told_is_exit_code_1_unless_it_is_allowed(
+def test_ambiguous_is_exit_code_1_unless_it_is_allowed(
     clean: Clean, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = Request(model=str(checkpoint), max_tokens=50)
@@ -72,7 +72,7 @@ def test_what_cannot_be_told_is_exit_code_1_unless_it_is_allowed(
     assert capsys.readouterr().out.count("FAILED  original.kl") == 1
 
 
-def test_a_limit_of_ones_own(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_that_a_user_sets(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         validate_artifacts([clean("int8")], Request(max_tokens=30), limits=["twin.logits=1e-9"])
         == 1

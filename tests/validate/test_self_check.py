@@ -33,7 +33,7 @@ from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import room
 from rgexport.validate.formats import coreml as coreml_format
-from rgexport.validate.schedule import Schedule, choose_schedule
+from rgexport.validate.formats.expected import Schedule, expected_of
 from tests.artifacts import require_ggml
 from tests.command_line import ROOT, START, rgexport
 from tests.llama_tools import needs_llama_cpp
@@ -190,7 +190,7 @@ def test_wrong_gguf_files_are_marked_and_warned_of(model, monkeypatch, capsys):
     assert len(warnings) == 1 and "unverified, since the largest difference" in warnings[0]
 
 
-def test_numbers_that_are_none_are_told(model, monkeypatch, capsys):
+def test_numbers_that_are_not_finite_are_reported(model, monkeypatch, capsys):
     """A graph that gives NaN: the manifest stays JSON."""
 
     def faulty(emitter: Any, node: Any) -> Any:
@@ -242,7 +242,7 @@ def test_memory_that_is_enough(available, model, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_float16_takes_the_room_of_float32(precision, checkpoint, tmp_path, monkeypatch):
+def test_float16_takes_the_memory_of_float32(precision, checkpoint, tmp_path, monkeypatch):
     """ONNX Runtime widens it; the embedding is there twice in any precision."""
     monkeypatch.setattr(room, "_references", lambda config: 0)
     options = OnnxOptions(precision=precision)
@@ -255,9 +255,14 @@ def test_float16_takes_the_room_of_float32(precision, checkpoint, tmp_path, monk
 # Which tokens.
 
 
+def schedule_of(path: str) -> Schedule:
+    manifest = open_artifact(path).manifest
+    return expected_of(manifest.kind).schedule(manifest)
+
+
 def test_most_engines_take_a_prefill_and_a_few_steps(model):
     export(model, "onnx", "--no-check")
-    assert choose_schedule(open_artifact("out").manifest) == Schedule(28, 28, 4)
+    assert schedule_of("out") == Schedule(28, 28, 4)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +277,7 @@ def test_core_mls_schedules(options, largest, expected, model, monkeypatch):
     pytest.importorskip("coremltools")
     monkeypatch.setattr(coreml_format, "SMALL_MODEL", largest)
     code, found = export(model, "coreml", "--prefill-length", "8", *options)
-    assert choose_schedule(open_artifact("out").manifest) == expected
+    assert schedule_of("out") == expected
     assert code == 0 and found.status == "verified"
     assert (found.tokens, found.positions) == (expected.tokens, expected.positions)
 

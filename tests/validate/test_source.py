@@ -42,7 +42,7 @@ def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(
     assert found is not None and found.config_differences == ()
 
 
-def test_nothing_is_guessed(manifest: Manifest) -> None:
+def test_no_original_is_guessed(manifest: Manifest) -> None:
     assert find_original(manifest, None) is None
 
 

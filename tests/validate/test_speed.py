@@ -62,7 +62,7 @@ def test_a_slow_engine_takes_two_tokens_and_a_chunk(monkeypatch: pytest.MonkeyPa
     assert found == Speed(decode=1 / 20, prefill=1 / 20, prompt_tokens=64)
 
 
-def test_a_session_is_closed_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_is_closed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(session: ToySession, logits: object) -> None:
         raise RuntimeError("the engine broke")
 

@@ -1,4 +1,4 @@
-"""A model of two lines, as a session and as a reference, and a tokenizer of characters."""
+"""A recurrent toy model, as a session and as a reference, and a tokenizer of characters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Toy:
         self.head = rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)
 
     def hidden(self, tokens: np.ndarray, h: np.ndarray) -> np.ndarray:
-        """Tokens [B, T] behind the state h [B, W] → [B, T, W]."""
+        """Tokens [B, T] after the state h [B, W] → [B, T, W]."""
         found = []
         for token in tokens.T:
             h = np.float32(0.7) * h + self.embedding[token]
@@ -86,7 +86,7 @@ class ToySession(Toy):
 
 
 class WholeChunksSession(ToySession):
-    """One that has a program for a token and one for 64, of which the latter may be wrong.
+    """A session with one program for a token and one for 64 tokens, which may be wrong.
 
     `chunk_fault` spoils what that one gives; `chunk_logits` as in `SessionInfo`.
     """

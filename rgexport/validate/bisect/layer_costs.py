@@ -1,4 +1,4 @@
-"""What each part of a model costs at the end, if it alone were stored as the artifact has it."""
+"""What each part of a model costs in KL, if it alone were stored as the artifact has it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from rgexport.validate import metrics
 from rgexport.validate.reference_pass import torch_device, watched_layers
 
 TOKENS = 48
-"""The most that are taken: a 2B makes 29 sequences of them."""
+"""The most that are taken: a 2B has 29 variants, each of which runs over them."""
 _LOGITS_BYTES = 256 << 20
 """Logits of all variants that exist at a time."""
 
@@ -23,7 +23,7 @@ class LayerCost:
         part: `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`.
         kl: mean KL(original ‖ variant) in nats.
         standard_error: the mean's, positions taken as independent.
-        top1: share of positions with the same first choice.
+        top1: top-1 agreement, in [0, 1].
     """
 
     part: str
@@ -35,7 +35,7 @@ class LayerCost:
 def layer_costs(
     config: GriffinConfig,
     original: WeightSource,
-    twin: WeightSource,
+    dequantized: WeightSource,
     tokens: np.ndarray,
     device: str,
 ) -> list[LayerCost]:
@@ -44,7 +44,7 @@ def layer_costs(
     Args:
         config: the original's.
         original: its weights.
-        twin: the artifact's.
+        dequantized: the artifact's.
         tokens: [T], of which the first `TOKENS` are taken.
         device: where torch runs the model.
 
@@ -55,7 +55,7 @@ def layer_costs(
     from rgexport.griffin.variants import Variants  # torch
 
     with watched_layers("Measuring what each layer costs", original) as watched:
-        model = Variants(config, watched, twin, device=device)
+        model = Variants(config, watched, dequantized, device=device)
         hidden = model.run_all(tokens[:TOKENS])
     row_bytes = 4 * config.vocab_size * len(hidden)
     step = max(1, _LOGITS_BYTES // row_bytes)

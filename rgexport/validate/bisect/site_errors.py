@@ -1,8 +1,8 @@
 """Local errors: each op of an artifact against the reference's, given the artifact's own inputs.
 
 The reference takes the tokens that the artifact took, from the same state. Each of its ops is
-compared with what the artifact has at that site, and the artifact's value takes its place: so no
-op inherits what was wrong before it.
+compared with the artifact's value at that site, and the artifact's value is passed on. So no op
+inherits the errors of the ops before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _STATES = {
     "rg_lru_scan": ("rg_lru",),
     "local_attention": ("key", "value"),
 }
-"""Op → the states of its layer that are its further results."""
+"""Op → the states of its layer that it returns after its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class SiteError:
         state: the canonical name of the state that was compared; None for the op's value.
         length: number of tokens of the call.
         rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
-        median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; of the RG-LRU, that of the
-            half of the channels that forget faster, since the others show how exp was rounded.
+        median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; for the RG-LRU, of the half
+            of the channels that forget faster, since the others show how exp was rounded.
         limit_rms: the most that `rms` may be.
         limit_median: the most that `median` may be.
         excess: the larger one of both in units of its limit; infinite where the artifact has
@@ -57,12 +57,12 @@ class SiteError:
 
     @property
     def passed(self) -> bool:
-        """Whether it is no more than rounding."""
+        """Whether both errors are within their limits."""
         return self.excess <= 1
 
 
 Call = tuple[np.ndarray, Observation]
-"""Tokens [T] that an artifact took in one call, and what it had at its sites."""
+"""Tokens [T] that an artifact took in one call, and its values at the sites."""
 
 
 def site_errors(
@@ -71,15 +71,15 @@ def site_errors(
     """Compares what an artifact computed with the reference, op by op.
 
     Args:
-        model: the reference: what should be computed, with the artifact's weights. All calls go
-            through one layer before the next is read.
+        model: the reference, with the artifact's weights. All calls go through one layer before
+            the next is read.
         manifest: of the artifact; the limits follow from it.
         window: the reference's.
         before: the canonical state of batch 1 that every call started from.
         calls: of unequal lengths.
 
     Returns:
-        For each call, one error for each site and state that was found, in the order of
+        For each call, the error of each site and state that the artifact shows, in the order of
         computation.
     """
     from rgexport.griffin.substitution import substituted  # torch
@@ -103,7 +103,7 @@ def site_errors(
     for (_, found), (hidden, _), comparison in zip(
         calls, passes, comparisons.values(), strict=True
     ):
-        # Of the head, an artifact may have the last tokens only.
+        # An artifact may have the head's values for the last tokens only.
         if rows := max(len(found.values.get(site, ())) for site in ("lm_head", "logits")):
             with substituted(comparison.look):
                 model.logits(hidden[:, -rows:])
@@ -112,20 +112,19 @@ def site_errors(
 
 def _fitted(state: State, window: int) -> State:
     """A state whose caches hold `window` keys: without the oldest ones, or zeros before them."""
+
+    def resized(cache: np.ndarray) -> np.ndarray:
+        missing = max(0, window - cache.shape[1])
+        return np.pad(cache[:, -window:], ((0, 0), (missing, 0), (0, 0)))
+
     return {
-        name: _resized(array, window) if name.endswith((".key", ".value")) else array
+        name: resized(array) if name.endswith((".key", ".value")) else array
         for name, array in state.items()
     }
 
 
-def _resized(cache: np.ndarray, window: int) -> np.ndarray:
-    """[B, slots, head_dim] → [B, window, head_dim]."""
-    surplus = cache.shape[1] - window
-    return np.pad(cache[:, max(0, surplus) :], ((0, 0), (max(0, -surplus), 0), (0, 0)))
-
-
 class _Comparison:
-    """Compares while the reference runs; of each channel of each site it keeps two sums."""
+    """Compares while the reference runs; keeps two sums for each channel of each site."""
 
     def __init__(self, found: Observation, manifest: Manifest, start: int, length: int):
         self._found, self._manifest = found, manifest
@@ -150,25 +149,25 @@ class _Comparison:
         return other
 
     def errors(self) -> list[SiteError]:
-        """Of all that was compared."""
+        """One for each site and state that was compared."""
         return [self._error(*key, np.concatenate(sums, 1)) for key, sums in self._sums.items()]
 
     def _value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
-        """Compares the op's value [1, T, n]; returns what takes its place."""
+        """Compares the op's value [1, T, n]; returns what is passed on instead of it."""
         key = site, op, None
         if site in self._found.gates:
             self._compare(key, _sigmoid(value), self._found.gates[site])
         if site not in self._found.values:
             return None
-        # A site of the head comes in slabs, and may have the last tokens only.
+        # The head's values come in slabs, and may be those of the last tokens only.
         start = sum(part.shape[1] for part in self._sums.get(key, ()))
         other = self._found.values[site][:, start : start + value.shape[2]]
         rows = value[0, -len(other) :]
         self._compare(key, rows, other)
-        together = value.copy()
-        # What is not finite is told here and not handed on: it would spoil all that follows.
-        together[0, -len(other) :] = np.where(np.isfinite(other), other, rows)
-        return together
+        passed_on = value.copy()
+        # Values that are not finite count here but are not passed on: all that follows would fail.
+        passed_on[0, -len(other) :] = np.where(np.isfinite(other), other, rows)
+        return passed_on
 
     def _compare(
         self, key: tuple[str, str, str | None], expected: np.ndarray, value: np.ndarray
@@ -181,9 +180,9 @@ class _Comparison:
     def _error(self, site: str, op: str, state: str | None, squares: np.ndarray) -> SiteError:
         delta, norm = squares
         noise = self._noise.get(site, np.zeros(len(norm)))
-        steady = ~(noise > np.median(noise))  # all of them where there is none, or a NaN
+        steady = ~(noise > np.median(noise))  # all channels where there is no noise, or a NaN
         limit = self._limit(site, op, state)
-        limit += SiteLimit(_ratio(noise**2 * norm, norm), float(np.median(noise[steady])))
+        limit = limit.plus(_ratio(noise**2 * norm, norm), float(np.median(noise[steady])))
         with np.errstate(invalid="ignore"):
             rms = _ratio(delta, norm)
             ratios = delta[steady] / np.where(norm == 0, 1, norm)[steady]
@@ -215,7 +214,7 @@ def layer_of(site: str) -> int | None:
 
 
 def _ratio(squares: np.ndarray, norms: np.ndarray) -> float:
-    """The root of the ratio of both sums; of the first one where there is nothing to divide by."""
+    """√(Σ squares / Σ norms); √(Σ squares) where all norms are 0."""
     return float(np.sqrt(squares.sum() / (norms.sum() or 1)))
 
 

@@ -1,9 +1,9 @@
 """How far one op of an artifact may be from the reference's, given the same inputs.
 
 Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
-for a layer in front and one behind. Two numbers are limited: the rms over all values, and the
-median over the channels of each channel's own, where a fault in every channel shows that the rms
-of a few delicate ones would hide. See `sites.SiteError`.
+in every layer. Two numbers are limited: the rms over all values, and the median over the channels
+of each channel's own. The median shows a fault of every channel where a few ill-conditioned ones
+make the rms large. See `site_errors.SiteError`.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,10 @@ class SiteLimit:
     rms: float
     median: float
 
-    def __add__(self, other: "SiteLimit") -> "SiteLimit":
-        return SiteLimit(self.rms + other.rms, self.median + other.median)
+    def plus(self, rms: float, median: float) -> "SiteLimit":
+        """Wider limits."""
+        return SiteLimit(self.rms + rms, self.median + median)
 
-
-EXACT = SiteLimit(0, 0)
 
 FLOAT32: dict[str, SiteLimit] = {
     "embedding": SiteLimit(1e-6, 1e-6),
@@ -53,20 +52,15 @@ GELU of a value below -3 is 1 + tanh of nearly -1: its last bits are lost, and a
 as inexact. Such values do not count in the rms, but they may be most channels of a sparse layer.
 
 The scan itself is no worse than the roundings of its tokens, 2⁻²⁴ · √32 = 3e-7, and of sigmoids;
-what its decays add is `scan_noise`. Gates that it takes in float16 show as 1e-5.
+`scan_noise` has what its decays add. Gates in float16 show as 1e-5.
 """
 
-ROUNDED: dict[str, SiteLimit] = {
-    "float32": EXACT,
-    "float16": SiteLimit(2e-3, 2e-3),
-    "bfloat16": SiteLimit(1.5e-2, 1.5e-2),
-    "int8": SiteLimit(0.1, 0.1),
-}
-"""What an op rounds its values to → what that adds.
+ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
+"""What an op rounds its values to → what that adds to both limits.
 
-float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean. The result is rounded, and what
-the op has on its way; and where an engine hands on what it had before the rounding, an input is
-not the one that it shows. Ten times the mean.
+float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean. The result is rounded, and so
+are the op's intermediate values; and where an engine passes on the value before the rounding, an
+input is not the one that it shows. Ten times the mean.
 
 bfloat16: eight times as much, at a linear's inputs.
 
@@ -75,48 +69,50 @@ int8: a linear's inputs, too. The rms error of a block is max |x| / 440. For nor
 440 = 1.3 % and √256 / 440 = 3.6 %. The result may be a third of what its terms add up to at random.
 """
 
-HALF: dict[str, SiteLimit] = {
-    **dict.fromkeys(("embedding", "rms_norm", "block_diagonal_linear", "rg_lru_scan"), EXACT),
-    "soft_cap": SiteLimit(5e-4, 5e-4),
+HALF = {
+    "embedding": 0.0,
+    "rms_norm": 0.0,
+    "block_diagonal_linear": 0.0,
+    "rg_lru_scan": 0.0,
+    "soft_cap": 5e-4,
 }
-"""Op → what it adds that activations are float16; `ROUNDED` for all others.
+"""Op → what float16 activations add to its limits; `ROUNDED` for all other ops.
 
-The first ones are float32 in every artifact, and so are their inputs. The soft cap is, but takes
+The first four are float32 in every artifact, and so are their inputs. The soft cap is, but takes
 logits that may have been rounded in between: by 2⁻¹¹ at most.
 """
 
-HALF_ATTENTION = SiteLimit(1e-2, 1e-2)
-"""What it adds to attention that its scores (Core ML) or its keys and queries (GGUF) are float16.
+HALF_ATTENTION = 1e-2
+"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16.
 
 A score is a sum of head_dim products, each off by up to 2⁻¹¹ of itself, and a weight of the softmax
 is off by as much as its score: 30 · 2⁻¹¹ = 1.5 % if all errors had one sign, a tenth of that as
 they have not.
 """
 ANGLE = 2.0**-23
-"""Per token of position: the rounding of a frequency and of an angle, in radians.
+"""Added per token of position: the rounding of a frequency and of an angle, in radians.
 
 A rotation by another angle moves a pair by as much of its length; at position 4096, 5e-4.
 """
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of the value of an op of `griffin.ops`.
+    """The limit of the value of an op of `griffin.ops`; `position` is that of the last token.
 
-    What counts is what the manifest promises, not the dtype that a value has: a gate in float16
-    is a fault. `position` is that of the last token.
+    It follows from what the manifest promises, not from the dtype of a value: a gate in float16 is
+    a fault.
     """
-    expected, limit = expected_of(manifest.kind), FLOAT32.get(op, FLOAT32_SUMS)
+    expected, more = expected_of(manifest.kind), 0.0
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
-        limit += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
+        more += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
     if manifest.compute == "fp16":
-        limit += HALF.get(op, ROUNDED["float16"])
+        more += HALF.get(op, ROUNDED["float16"])
     if op == "rope":
-        limit += SiteLimit(position * ANGLE, position * ANGLE)
+        more += position * ANGLE
     if op == "local_attention" and expected.attends_in_half(manifest):
-        sums = expected.half_sums(manifest)
-        limit += HALF_ATTENTION + SiteLimit(sums, sums)
-    return limit
+        more += HALF_ATTENTION + expected.half_sums(manifest)
+    return FLOAT32.get(op, FLOAT32_SUMS).plus(more, more)
 
 
 def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
@@ -136,11 +132,12 @@ def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
 
 
 def state_limit(manifest: Manifest, state: str) -> SiteLimit:
-    """The limit of a canonical state behind the tokens.
+    """The limit of a canonical state after the tokens.
 
     All but the RG-LRU's are copies of values at sites, rounded to what the artifact keeps.
     """
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
     half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)
-    return FLOAT32_SUMS + ROUNDED["float16" if half else "float32"]
+    more = ROUNDED["float16" if half else "float32"]
+    return FLOAT32_SUMS.plus(more, more)

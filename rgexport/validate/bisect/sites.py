@@ -1,4 +1,4 @@
-"""Looks at every op of an artifact by itself: where does it first leave the reference?"""
+"""The per-op check: compares every op of an artifact by itself with the reference's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
 from rgexport.validate.reference_pass import torch_reference, watched_layers
 
 _MOST = 2.0**12
-"""The largest value of a cache that is made louder; three times that is what all may add up to."""
+"""The largest amplified value of a cache; all of them add up to three times that at most."""
 _FADING = 2 / 3
-"""How loud each of them is beside the next older one."""
+"""The gain of each of them beside that of the next older one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,16 @@ class SiteReport:
         return sorted(self.errors, key=lambda error: -error.excess)[:count]
 
 
+def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> SiteReport:
+    """The report on errors that are in the order of `SiteReport.errors`."""
+    first = next((error for error in errors if not error.passed), None)
+    return SiteReport(errors=list(errors), first=first, unseen=list(unseen))
+
+
 def look_at_sites(
     artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray, device: str
 ) -> SiteReport:
-    """Looks into an artifact in its own engine, at each number of tokens that is another program.
+    """Compares all ops in the artifact's own engine, in each of the engine's programs.
 
     Args:
         artifact: it and its weights.
@@ -69,31 +75,25 @@ def look_at_sites(
     return site_report(errors, [site for site in sites(config) if site not in seen])
 
 
-def with_large_state(state: State) -> State:
-    """A state in which the oldest values of the caches are larger, the older the larger.
-
-    One key of 2,048 that is seen or not moves attention by 0.05 % to 2 %, which arithmetic in
-    float16 hides. The oldest value becomes a quarter as loud as the window if all have one sign, so
-    that its key is 15 % of the result; the next one two thirds of that, for the token that does not
-    see the oldest any more, and so on. Sums stay below what float16 can hold.
-    """
-    loud = {name: array.copy() for name, array in state.items() if name.endswith(".value")}
-    for values in loud.values():
-        highest = min(values.shape[1] / 4, _MOST / max(np.abs(values).max(), 1))
-        gains = highest * _FADING ** np.arange(values.shape[1])
-        values *= np.maximum(gains, 1).astype(values.dtype)[:, None]
-    return state | loud
-
-
 def _observe(artifact: Artifact, state: State, tokens: np.ndarray) -> list[Call]:
-    """What the artifact has at its sites; the engine is gone afterwards."""
+    """The artifact's values at its sites; the engine is gone afterwards."""
     give_back()
     observer = open_observer(artifact)
     texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
     return [(text, observer.observe(text, state)) for text in texts]
 
 
-def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> SiteReport:
-    """The report on errors that are in order."""
-    first = next((error for error in errors if not error.passed), None)
-    return SiteReport(errors=list(errors), first=first, unseen=list(unseen))
+def with_large_state(state: State) -> State:
+    """A state in which the oldest values of the caches are amplified, the older the more.
+
+    One key of 2,048 that is seen or not moves attention by 0.05 % to 2 %, which arithmetic in
+    float16 hides. The oldest value becomes a quarter as large as the whole window's if all have one
+    sign, so that its key is 15 % of the result. The next one gets two thirds of that, for the token
+    that does not see the oldest any more, and so on. Sums stay below what float16 can hold.
+    """
+    amplified = {name: array.copy() for name, array in state.items() if name.endswith(".value")}
+    for values in amplified.values():
+        highest = min(values.shape[1] / 4, _MOST / max(np.abs(values).max(), 1))
+        gains = highest * _FADING ** np.arange(values.shape[1])
+        values *= np.maximum(gains, 1).astype(values.dtype)[:, None]
+    return state | amplified

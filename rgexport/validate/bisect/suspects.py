@@ -1,8 +1,9 @@
-"""What points where: the sites, the weights and the configuration that look wrong, together."""
+"""Suspects: the sites that wrong ops, wrong weights and a wrong configuration point to."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.sites import SiteReport
@@ -16,12 +17,12 @@ CONFIG_SITES: dict[str, tuple[str, ...]] = {
     "rope_theta": ("temporal_block.rope_q", "temporal_block.rope_k"),
     "rms_eps": ("temporal_pre_norm", "channel_pre_norm", "final_norm"),
 }
-"""Field of the configuration → the sites that it decides about, in every layer that has them.
+"""Field of the configuration → the sites that depend on it, in every layer that has them.
 
-The others are shapes: a model in which they differ cannot be compared.
+The other fields are shapes: models in which they differ cannot be compared.
 """
 _PART = re.compile(r"[._](weight|bias|recurrent_param)$")
-"""What a tensor's name has behind the site that uses it."""
+"""What follows the site in the name of a tensor that it uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +34,19 @@ class Suspect:
     evidence: str
 
 
-@dataclass
-class _Trace:
-    """All that points to one site; `strength` is in units of a limit."""
+@dataclass(frozen=True)
+class _Finding:
+    """One thing that points to a site; `strength` is in units of a limit."""
 
     site: str
-    evidence: list[str] = field(default_factory=list)
-    strength: float = 0.0
-
-    def add(self, evidence: str, strength: float) -> None:
-        self.evidence.append(evidence)
-        self.strength = max(self.strength, strength)
+    evidence: str
+    strength: float
 
 
 def find_suspects(
     report: SiteReport | None, failed: Sequence[Check], config_differences: Sequence[str]
 ) -> list[Suspect]:
-    """Puts together what may explain that an artifact is not what it should be.
+    """What may explain that an artifact is not what it should be.
 
     Args:
         report: the sites, where they could be looked at.
@@ -60,35 +57,41 @@ def find_suspects(
         The strongest first: what several findings point to, then by how far they are beyond
         their limits. Empty if nothing is beyond one and the configurations agree.
     """
-    traces: dict[str, _Trace] = {}
-    findings = [*_from_sites(report), *_from_weights(failed)]
-    beyond = [] if report is None else [error.site for error in report.beyond]
-    findings += _from_config(config_differences, beyond)
-    for site, evidence, strength in findings:
-        traces.setdefault(site, _Trace(site)).add(evidence, strength)
-    ranked = sorted(traces.values(), key=lambda trace: (-len(trace.evidence), -trace.strength))
+    beyond = [] if report is None else report.beyond
+    by_site: dict[str, list[_Finding]] = defaultdict(list)
+    for finding in (
+        *_from_sites(beyond),
+        *_from_weights(failed),
+        *_from_config(config_differences, beyond),
+    ):
+        by_site[finding.site].append(finding)
+    ranked = sorted(by_site.values(), key=_weight, reverse=True)
     return [
-        Suspect(layer=layer_of(trace.site), site=trace.site, evidence="; ".join(trace.evidence))
-        for trace in ranked
+        Suspect(
+            layer=layer_of(found[0].site),
+            site=found[0].site,
+            evidence="; ".join(finding.evidence for finding in found),
+        )
+        for found in ranked
     ]
 
 
-_Finding = tuple[str, str, float]
-"""A site, what was found there, and how strong that is."""
+def _weight(found: list[_Finding]) -> tuple[int, float]:
+    return len(found), max(finding.strength for finding in found)
 
 
-def _from_sites(report: SiteReport | None) -> Iterator[_Finding]:
-    """The first one of each layer."""
-    layers: set[int | str] = set()
-    for error in [] if report is None else report.beyond:
+def _from_sites(beyond: Sequence[SiteError]) -> Iterator[_Finding]:
+    """The first error of each layer, and of each site outside the layers."""
+    seen: set[int | str] = set()
+    for error in beyond:
         place = error.site if error.layer is None else error.layer
-        if place not in layers:
-            layers.add(place)
-            yield error.site, site_evidence(error), error.excess
+        if place not in seen:
+            seen.add(place)
+            yield _Finding(error.site, site_evidence(error), error.excess)
 
 
 def site_evidence(error: SiteError) -> str:
-    """What is wrong at a site, in words."""
+    """A sentence for people."""
     what = "" if error.state is None else f"the state {error.state} after it: "
     by_rms = error.rms / error.limit_rms >= error.median / error.limit_median
     measure, value = ("rms", error.rms) if by_rms else ("median", error.median)
@@ -101,14 +104,15 @@ def site_evidence(error: SiteError) -> str:
 def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:
     for check in failed:
         tensor, _, measure = check.name.partition(".")[2].rpartition(".")
-        found = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
-        yield _PART.sub("", tensor), found, check.value / check.limit
+        evidence = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
+        yield _Finding(_PART.sub("", tensor), evidence, check.excess)
 
 
-def _from_config(differences: Sequence[str], beyond: Sequence[str]) -> Iterator[_Finding]:
+def _from_config(differences: Sequence[str], beyond: Sequence[SiteError]) -> Iterator[_Finding]:
     """For each field, its sites that are beyond their limits; their common names if none is."""
+    sites = dict.fromkeys(error.site for error in beyond)
     for difference in differences:
         for kind in CONFIG_SITES.get(difference.partition(":")[0], ()):
-            sites = dict.fromkeys(site for site in beyond if f".{site}".endswith(f".{kind}"))
-            for site in sites or (kind,):
-                yield site, f"the configurations differ in {difference}", 1.0
+            named = [site for site in sites if f".{site}".endswith(f".{kind}")]
+            for site in named or [kind]:
+                yield _Finding(site, f"the configurations differ in {difference}", 1.0)

@@ -1,17 +1,16 @@
-"""Core ML packages, as `formats.expected` asks."""
+"""What is expected of Core ML packages."""
 
 from math import prod
 
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.manifest import Manifest
-from rgexport.validate.formats.expected import TOKENS, Expected
-from rgexport.validate.schedule import Schedule
+from rgexport.validate.formats.expected import TOKENS, Expected, Schedule
 from rgexport.validate.thresholds import Tolerance
 
 SMALL_MODEL = 100_000_000
 """Parameters up to which the interpreter needs less than half a second a token."""
 LARGE_STEPS = 2
-"""Single tokens of a larger model behind a chunk: 12 s a token at 2B."""
+"""Single tokens that a larger model takes after a chunk: 12 s a token at 2B."""
 
 _FLOAT16 = Tolerance(
     logits=6e-2,
@@ -19,11 +18,12 @@ _FLOAT16 = Tolerance(
     states=6e-2,
     reason="activations are rounded to 11 bits between the operations, scores of attention too",
 )
-"""For Core ML packages, whose activations are never int8.
+"""For packages that compute in float16.
 
-Beside what `TWIN` says of float16, a score s moves by up to s · 2⁻¹¹, and a weight of the softmax
-by as much of itself. With scores of 30, as lively random models have them, that is 1.5 % of the
-weight. Measured on random models of odd shapes, of the largest logit: 0.1 % to 1.9 %.
+In addition to what `DEQUANTIZED` says of float16, a score s moves by up to s · 2⁻¹¹, and a weight
+of the softmax by as much of itself. With scores of 30, as in random models with large logits, that
+is 1.5 % of the weight. Measured on random models of odd shapes, of the largest logit: 0.1 % to
+1.9 %.
 """
 
 
@@ -39,11 +39,7 @@ class CoreMLExpected(Expected):
         return manifest.compute == "fp16"
 
     def schedule(self, manifest: Manifest) -> Schedule:
-        """See `Expected`.
-
-        A prefill takes a whole chunk, and may give the logits of its last token only: the others
-        that are compared are steps.
-        """
+        """A whole chunk, which may give only the logits of its last token, and then steps."""
         assert isinstance(manifest, CoreMLManifest)
         length = manifest.coreml.prefill_length
         parameters = sum(prod(stored.shape) for stored in manifest.tensors.values())

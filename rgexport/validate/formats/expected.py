@@ -1,46 +1,62 @@
-"""What is expected of a format's artifacts: what a format has to say on this floor."""
+"""What is expected of a format's artifacts, and the defaults for a format with nothing special."""
 
+from dataclasses import dataclass
 from typing import cast
 
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
-from rgexport.validate.schedule import Schedule
-from rgexport.validate.thresholds import TWIN, Tolerance
+from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
 TOKENS, STEPS = 32, 4
-"""All that a self-check takes, and how many of them one by one."""
+"""Tokens that a self-check takes, and how many of them one by one."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A prefill of `chunk` tokens, of whose last `rows` logits are wanted, and `steps` more."""
+
+    chunk: int
+    rows: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that are taken."""
+        return self.chunk + self.steps
+
+    @property
+    def positions(self) -> int:
+        """The last positions, whose logits are compared."""
+        return self.rows + self.steps
 
 
 class Expected:
-    """A format whose engine computes in the dtype of its activations, with nothing special."""
+    """A format whose engine computes in the dtype of its activations."""
 
     has_exact = False
-    """Whether there is an `--exact`, and another way."""
+    """Whether the format can be exported with `--exact` and without."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        """How far an artifact may be from its twin."""
-        return TWIN[manifest.compute, manifest.rounds_activations]
+        """How far an artifact may be from its dequantized reference."""
+        return DEQUANTIZED[manifest.compute, manifest.rounds_activations]
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        """What a linear rounds its inputs to for the sake of this weight.
-
-        A key of `bisect.site_limits.ROUNDED`.
-        """
+        """What a linear with this weight rounds its inputs to, a key of `site_limits.ROUNDED`."""
         return "float32"
 
     def attends_in_half(self, manifest: Manifest) -> bool:
-        """Whether scores of attention, or keys and values, are float16."""
+        """Whether attention's scores, or keys and values, are float16."""
         return False
 
     def half_sums(self, manifest: Manifest) -> float:
-        """What attention may be off because values are added up in float16."""
+        """Relative error of attention's result because values are added up in float16."""
         return 0.0
 
     def schedule(self, manifest: Manifest) -> Schedule:
-        """Which tokens a self-check has an artifact take: few, but by both of an engine's paths."""
+        """Which tokens a self-check takes: few, but through both of an engine's programs."""
         return Schedule(TOKENS - STEPS, TOKENS - STEPS, STEPS)
 
 
 def expected_of(kind: str) -> Expected:
-    """What is expected of a kind of artifact."""
+    """What is expected of artifacts of a kind."""
     return cast(Expected, format_on("validate", kind))

@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp, as `formats.expected` asks."""
+"""What is expected of GGUF files in llama.cpp."""
 
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Ggml
@@ -12,12 +12,12 @@ _BFLOAT16 = Tolerance(
     reason="activations are rounded to 8 bits at every linear",
 )
 _TOLERANCES: dict[str, Tolerance] = {"f32": FLOAT32, "f16": FLOAT16, "bf16": _BFLOAT16}
-"""Type of a GGUF file's tensor → tolerance; of the types, the one that rounds most counts.
+"""Type of a GGUF file's tensor → tolerance, INT8 for all others; the largest of a file counts.
 
 llama.cpp converts activations to what a type is multiplied with: float16 and bfloat16 to
 themselves, every quantized type to int8 (q8_0: blocks of 32; q8_k: blocks of 256). All else is
-float32, but keys and values: they are float16 where any weight is not float32, and its rounding
-is lost beside that of the activations.
+float32, except keys and values: they are float16 where any weight is not float32, and their
+rounding is negligible beside that of the activations.
 
 bfloat16: half a unit is 2⁻⁹, eight times that of float16 tensors' activations, at four linears a
 layer: √(4 · 38) · 2⁻⁹ / √3 = 1.4 % for the deepest model. Blocks of 32 in int8 have max |x| =
@@ -31,11 +31,11 @@ _INPUTS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """Type of a tensor → what its inputs are rounded to before the product; int8 for all others."""
 
 HALF_SUMS = 2.0**-10
-"""Times the root of the window: what it adds that llama.cpp adds up the values in float16.
+"""Times √window: the relative error of attention because llama.cpp adds up values in float16.
 
-Each addition is off by 2⁻¹² / √3 of the sum so far, and the sum of values that cancel one another
-is larger on the way: 2.3e-3 and some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048,
-where it was 2e-2.
+Each addition is off by 2⁻¹² / √3 of the sum so far, and where values cancel one another, partial
+sums are larger than the result. That makes 2.3e-3 and some for 256 keys, where 4e-3 was measured,
+and 6.5e-3 for 2048, where it was 2e-2.
 """
 
 
@@ -43,7 +43,7 @@ class GgufExpected(Expected):
     """llama.cpp converts the inputs of a product to what the weight's type is multiplied with."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        """See `Expected`: of the types, the one that rounds most counts."""
+        """The largest of all types in the file."""
         kinds = {scheme.type for scheme in manifest.plan.values() if isinstance(scheme, Ggml)}
         return max((_TOLERANCES.get(kind, INT8) for kind in kinds), key=lambda found: found.logits)
 
@@ -54,7 +54,7 @@ class GgufExpected(Expected):
         return _INPUTS.get(scheme.type, "int8")
 
     def attends_in_half(self, manifest: Manifest) -> bool:
-        """See `Expected`: keys and values are float16 where any weight is not float32."""
+        """Keys and values are float16 where any weight is not float32."""
         return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
 
     def half_sums(self, manifest: Manifest) -> float:

@@ -1,4 +1,4 @@
-"""ONNX artifacts, as `formats.expected` asks."""
+"""What is expected of ONNX artifacts."""
 
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Affine
@@ -6,7 +6,7 @@ from rgexport.validate.formats.expected import Expected
 
 
 class OnnxExpected(Expected):
-    """Products with quantized weights round activations to int8, but with `--exact`."""
+    """Products with quantized weights round activations to int8, except with `--exact`."""
 
     has_exact = True
 

@@ -1,7 +1,7 @@
 """The distance between neighbouring values of ggml's tensor types, from the weights alone.
 
-Scales and minimums are float16 there, and their rounding moves every value of a block: it is
-part of the step.
+Scales and minimums are float16 there. Their rounding moves every value of a block, so it is part of
+the step.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NEGLIGIBLE = np.float32(2.0**-100)
+"""No integer step is taken for smaller than this: such weights may be stored as zeros."""
 _HALF = 2.0**-11
 """Largest relative error of rounding to float16, and `_LEAST` the largest absolute one."""
 _LEAST = 2.0**-25
-_NEGLIGIBLE = np.float32(2.0**-100)
-"""No step is smaller than this: such weights may be stored as zeros."""
-_LEAST_SCALE = 1 / 32
+_LEAST_SCALE = np.float32(1 / 32)
 """Of the largest scale in a group: half the distance of scales that have 4 bits (q2_k)."""
-
-FLOATS = {"f32": (23, 2.0**-126), "f16": (10, 2.0**-24), "bf16": (7, 2.0**-126)}
-"""Type → digits behind the point, smallest step."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class Blocks:
             levels lie around 0; else steps from the least weight (or 0) to the largest.
         asymmetric: whether levels begin at the least weight.
         clips: whether the other side has one level less.
-        grouped: weights whose steps are multiples of one number, which keeps the small steps
-            from being exact: the largest step of the group counts for all of it. These types
-            choose their steps for the least squared error; 0 where there is no such thing.
+        grouped: weights whose steps are multiples of one number, so that small steps are not
+            exact: the largest step of the group counts for all of it. These types choose their
+            steps for the least squared error. 0 for the other types.
     """
 
     size: int
@@ -63,15 +60,24 @@ def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
     exact, base = _exact_steps(w, blocks)
     # half a step, and what the rounding of scale and minimum adds to it, twice
     moved = blocks.below * np.maximum(exact * _HALF, _LEAST) + np.maximum(base * _HALF, _LEAST)
-    step = np.maximum(exact + 2 * moved, _NEGLIGIBLE).astype(np.float32)
+    step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
     if blocks.grouped:
-        per = blocks.grouped // blocks.size
-        step = np.repeat(step.reshape(len(w), -1, per).max(2), per, axis=1)
+        step = _largest_of_group(step, blocks)
     return np.repeat(step, blocks.size, axis=1)
 
 
+def own_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """The step of each weight's own block in a grouped type, as rounding to nearest has it.
+
+    Scales are multiples of a fraction of the group's largest one, so none is much smaller.
+    """
+    own, _ = _exact_steps(w, blocks)
+    least = np.maximum(_largest_of_group(own, blocks) * _LEAST_SCALE, NEGLIGIBLE)
+    return np.repeat(np.maximum(own, least), blocks.size, axis=1)
+
+
 def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Of each block: its range over its number of steps, and the magnitude of its minimum."""
+    """For each block: its range over its number of steps, and the magnitude of its minimum."""
     parts = w.reshape(len(w), -1, blocks.size)
     low, high = parts.min(2), parts.max(2)
     if not blocks.asymmetric:
@@ -81,30 +87,21 @@ def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]
     return (high - least) / np.float32(blocks.below), np.abs(least)
 
 
-def own_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
-    """The step of each weight's own block, as rounding to nearest would have it.
-
-    In a group, scales are multiples of a fraction of the largest one: none is much smaller.
-    """
-    own = _exact_steps(w, blocks)[0]
-    if blocks.grouped:
-        per = blocks.grouped // blocks.size
-        groups = own.reshape(len(w), -1, per)
-        least = groups.max(2, keepdims=True) * np.float32(_LEAST_SCALE)
-        own = np.maximum(groups, least).reshape(own.shape)
-    return np.repeat(np.maximum(own, _NEGLIGIBLE), blocks.size, axis=1)
+def _largest_of_group(steps: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """The largest step in the group of each block, [rows, blocks]."""
+    per_group = blocks.grouped // blocks.size
+    return np.repeat(steps.reshape(len(steps), -1, per_group).max(2), per_group, axis=1)
 
 
 def block_grid(w: np.ndarray, blocks: Blocks) -> np.ndarray | None:
-    """The distance of levels at each of the weights, but for the rounding of scales.
+    """The distance of levels at each of the weights, before scales are rounded.
 
-    None where they do not lie around 0, or are chosen for the least squared error.
+    None where levels do not lie around 0, or are chosen for the least squared error.
     """
     if blocks.asymmetric or blocks.grouped:
         return None
-    largest = np.abs(w.reshape(len(w), -1, blocks.size)).max(2)
-    grid = np.maximum(largest / np.float32(blocks.below), _NEGLIGIBLE)
-    return np.repeat(grid, blocks.size, axis=1)
+    exact, _ = _exact_steps(w, blocks)
+    return np.repeat(np.maximum(exact, NEGLIGIBLE), blocks.size, axis=1)
 
 
 def norm_steps(w: np.ndarray) -> np.ndarray:
@@ -117,7 +114,7 @@ def decay_steps(w: np.ndarray) -> np.ndarray:
     wide = w.astype(np.float64)
     softplus = np.logaddexp(0, wide)
     moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
-    return np.maximum(moved + np.spacing(np.abs(w)), _NEGLIGIBLE).astype(np.float32)
+    return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
 
 
 TRANSFORMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {

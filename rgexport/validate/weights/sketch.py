@@ -1,4 +1,4 @@
-"""A sketch of a tensor: what an artifact's weights can be judged by where the model is not there.
+"""A sketch of a tensor, by which an artifact's weights can be judged without the original model.
 
 The rows of a tensor are projected onto a few directions. Products with random signs keep lengths
 (Johnson and Lindenstrauss; Achlioptas 2003): the mean of (p·e)² over the directions p is ‖e‖², with
@@ -15,9 +15,9 @@ import numpy as np
 from rgexport.griffin.tensor import RowTensor, slab_bounds
 
 DIRECTIONS = 3
-"""Random directions, at least: nine in ten rows of an embedding that are other rows are noticed."""
+"""The fewest random directions: they show nine in ten exchanged rows of an embedding."""
 PRODUCTS = 1024
-"""Random products of a tensor, at least: the size of its error is known to 2.2 %."""
+"""The fewest random products of a tensor: they give the size of its error to 2.2 %."""
 SLAB_BYTES = 1 << 18
 """Float32 bytes that are projected at a time: they and their float64 stay in cache."""
 _SEED = 20240411
@@ -29,8 +29,8 @@ class SketchShape:
 
     Attributes:
         rows: of the matrix.
-        columns: of it.
-        directions: random ones; 0 where the rows are kept as they are, being as short.
+        columns: of the matrix.
+        directions: random ones; 0 where the rows are so short that they are kept as they are.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class SketchShape:
 
     @property
     def width(self) -> int:
-        """Numbers that are kept of a row: its sum and its products, or all of it."""
+        """Numbers that are kept of a row: its sum and its products, or the row itself."""
         return 1 + self.directions if self.directions else self.columns
 
     def project(self, rows: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ class SketchShape:
         return sketch[:, 0] if self.directions else sketch.sum(1)
 
     def squares(self, sketch: np.ndarray) -> np.ndarray:
-        """The rows' squared lengths, [n], from their sketch: estimates, or as they are."""
+        """The rows' squared lengths, [n], from their sketch: estimates where it is of products."""
         if not self.directions:
             return np.square(sketch).sum(1)
         return np.asarray(np.square(sketch[:, 1:]).mean(1))

@@ -1,21 +1,20 @@
 """An artifact's weights against sketches of those that they were made from.
 
-What is asked is what the weight table asks (see `weight_errors`), but for the single weight: the
-levels that an artifact stores show its steps, and rounding to nearest on them makes an error of a
-known size. Other weights are further away, however alike their logits are.
+This asks what the weight table asks (see `weight_errors`), except of single weights. The levels
+that an artifact stores show its steps, and rounding to nearest on them makes an error of a known
+size. Other weights are further away, however alike their logits are.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import task
+from rgexport.progress import Advance
+from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.sketch import SLAB_BYTES, SketchShape, sketch_shape, square_sum
 from rgexport.validate.weights.steps import (
     is_quantized,
@@ -23,33 +22,25 @@ from rgexport.validate.weights.steps import (
     rows_together,
     shown_rounding,
 )
-from rgexport.validate.weights.weight_errors import THREADS, ratio
+from rgexport.validate.weights.weight_errors import of_each_tensor, ratio
 
 _KEPT = 2.0**-22
 """Relative error of a number in a sketch: float32, and four times as much for sums."""
 
 
-class Sketches(Protocol):
-    """What is needed of `reference_file.ReferenceFile`."""
-
-    def sketch(self, name: str) -> np.ndarray:
-        """Of a tensor, [rows, width] float32."""
-        ...
-
-    def square(self, name: str) -> float:
-        """Σ W² of a tensor."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class SketchError:
-    """What a sketch of W tells of the stored Ŵ.
+    """How far the stored Ŵ is from W, as estimated from a sketch of W.
 
-    relative_error, projection, noise, shift: as in `weight_errors.WeightError`; expected_error:
-    the relative error that rounding to nearest makes; worst_row: the noise of the row where it is
-    largest. Each row is known from so many `directions`; where that is None, as it is.
-    evenness: the number of rows that would make up the expected error if all had the same share,
-    and largest_share that of the row that has most of it; weighted: as there.
+    `relative_error`, `projection`, `noise`, `shift` and `weighted` are as in
+    `weight_errors.WeightError`.
+
+    Attributes:
+        directions: products that are known of each row; None where the row itself is.
+        expected_error: the relative error that rounding to nearest makes.
+        worst_row: the noise of the row where it is largest.
+        evenness: how many rows of equal shares would make up the expected error.
+        largest_share: the share of the row that has most of it.
     """
 
     name: str
@@ -80,8 +71,8 @@ class SketchError:
 
 
 def sketch_errors(
-    sketches: Sketches,
-    stored_weights: WeightSource,
+    reference: ReferenceFile,
+    dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
     *,
     weighted: bool = False,
@@ -89,78 +80,45 @@ def sketch_errors(
     """Compares all `tensors` of an artifact, two at a time, in slabs.
 
     Args:
-        sketches: of the weights that the artifact should have been made from.
-        stored_weights: the artifact's, dequantized.
+        reference: has sketches of the weights that the artifact should have been made from.
+        dequantized: the artifact's own.
         tensors: how each of them is stored.
-        weighted: whether an importance matrix had a say.
+        weighted: whether the artifact was made with an importance matrix.
     """
-    total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
-    with (
-        task("Comparing weights with their sketches", total) as advance,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
 
-        def measure(name: str) -> SketchError:
-            found = _sums(name, sketches.sketch(name), stored_weights[name], tensors[name], advance)
-            return found.summary(name, tensors[name], sketches.square(name), weighted)
+    def measure(name: str, advance: Advance) -> SketchError:
+        stored = tensors[name]
+        found = _sums(name, reference.sketch(name), dequantized[name], stored, advance)
+        return _summary(name, stored, found, reference.square(name), weighted)
 
-        return list(pool.map(measure, tensors))
+    return of_each_tensor("Comparing weights with their sketches", tensors, measure)
 
 
 @dataclass
 class _Sums:
-    """What is added up over the rows of a tensor."""
+    """Sums over the rows of a tensor, and maxima."""
 
     error: float = 0.0
     expected: float = 0.0
+    expected_square: float = 0.0
     moved: float = 0.0
     steps: float = 0.0
     square: float = 0.0
     worst_row: float = 0.0
-    expected_square: float = 0.0
     most_expected: float = 0.0
-
-    def summary(
-        self, name: str, stored: StoredTensor, original: float, weighted: bool
-    ) -> SketchError:
-        """All of it; `original` is Σ W²."""
-        shape = sketch_shape(stored.shape)
-        # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
-        along = (self.square - original - self.error) / 2
-        return SketchError(
-            name=name,
-            scheme=stored.scheme.label,
-            quantized=is_quantized(stored.scheme),
-            rows=shape.rows,
-            columns=shape.columns,
-            directions=shape.directions or None,
-            relative_error=ratio(self.error, original) ** 0.5,
-            expected_error=ratio(self.expected, original) ** 0.5,
-            projection=1 + ratio(along, original),
-            noise=ratio(self.error, self.expected),
-            shift=ratio(self.moved, self.steps),
-            worst_row=self.worst_row,
-            evenness=ratio(self.expected**2, self.expected_square),
-            largest_share=ratio(self.most_expected, self.expected),
-            weighted=is_weighted(stored.scheme, weighted),
-        )
 
 
 def _sums(
-    name: str,
-    sketch: np.ndarray,
-    weights: RowTensor,
-    stored: StoredTensor,
-    advance: Callable[[int], None],
+    name: str, sketch: np.ndarray, weights: RowTensor, stored: StoredTensor, advance: Advance
 ) -> _Sums:
     shape, total, first = sketch_shape(stored.shape), _Sums(), 0
     for rows in _slabs(weights, shape, rows_together(stored.scheme)):
-        expected_sketch = sketch[first : first + len(rows)].astype(np.float64)
+        original = sketch[first : first + len(rows)].astype(np.float64)
         first += len(rows)
         with np.errstate(invalid="ignore", over="ignore"):
-            delta = shape.project(rows) - expected_sketch
+            delta = shape.project(rows) - original
             error, (rounding, steps) = shape.squares(delta), shown_rounding(name, rows, stored)
-            expected = rounding + shape.squares(expected_sketch * _KEPT)
+            expected = rounding + shape.squares(original * _KEPT)
             shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
             total.worst_row = float(np.maximum(total.worst_row, shares.max()))
         total.error += float(error.sum())
@@ -180,3 +138,29 @@ def _slabs(weights: RowTensor, shape: SketchShape, together: int) -> Iterator[np
     for start, stop in slab_bounds(weights.shape[0], row_bytes, SLAB_BYTES, together):
         rows = weights.read(start, stop).astype(np.float32, copy=False)
         yield rows.reshape(-1, shape.columns)
+
+
+def _summary(
+    name: str, stored: StoredTensor, found: _Sums, original: float, weighted: bool
+) -> SketchError:
+    """`original` is Σ W²."""
+    shape, scheme = sketch_shape(stored.shape), stored.scheme
+    # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
+    along = (found.square - original - found.error) / 2
+    return SketchError(
+        name=name,
+        scheme=scheme.label,
+        quantized=is_quantized(scheme),
+        rows=shape.rows,
+        columns=shape.columns,
+        directions=shape.directions or None,
+        relative_error=ratio(found.error, original) ** 0.5,
+        expected_error=ratio(found.expected, original) ** 0.5,
+        projection=1 + ratio(along, original),
+        noise=ratio(found.error, found.expected),
+        shift=ratio(found.moved, found.steps),
+        worst_row=found.worst_row,
+        evenness=ratio(found.expected**2, found.expected_square),
+        largest_share=ratio(found.most_expected, found.expected),
+        weighted=is_weighted(scheme, weighted),
+    )

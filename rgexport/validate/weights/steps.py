@@ -5,11 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
 from rgexport.validate.weights import ggml_steps
+from rgexport.validate.weights.ggml_steps import BLOCKS, NEGLIGIBLE
 
-_AS_GOOD_AS_ZERO = 2.0**-100
-"""No integer step is taken for smaller than this: such weights may be stored as zeros."""
+_FLOATS = {
+    "float32": (23, 2.0**-126),
+    "f32": (23, 2.0**-126),
+    "float16": (10, 2.0**-24),
+    "f16": (10, 2.0**-24),
+    "bf16": (7, 2.0**-126),
+}
+"""dtype or ggml type → binary digits after the point, smallest step."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,13 @@ class StepSizes:
     Attributes:
         step: at each weight; where rows are `grouped`, of each group, [groups, 1].
         own: the distance of levels in a weight's own block, at each weight, or of each row,
-            [rows, 1], where `step` is only a bound of it; else None.
+            [rows, 1]; None where it is `step`, which may be only an upper bound of it.
         limit: the magnitude, at each weight, beyond which it may be stored as the outermost
             level; None where no level is missing.
-        grid: the distance of levels at each weight, without what the rounding of scales adds to
-            it; None where 0 is no level, or levels are chosen for the least squared error.
-        grouped: rows share their values, which are chosen for the least squared error: no weight
-            by itself need be near to one of them, but the whole group is.
+        grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
+            level, or levels are chosen for the least squared error.
+        grouped: rows share their values, which are chosen for the least squared error. A single
+            weight need not be near to one of them, but the whole group is.
     """
 
     step: np.ndarray
@@ -35,20 +42,19 @@ class StepSizes:
     grouped: bool = False
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The error against what the outermost levels allow.
+        """The error less what comes from values beyond the outermost levels.
 
-        Some schemes have one level less on one side, so a value beyond it may be stored as that
-        level. Which side that is, is the encoder's choice: the smaller error counts.
+        Some schemes have one level less on one side. Which side that is, is the encoder's choice,
+        so the smaller error counts.
         """
         if self.limit is None:
             return error
-        beyond = w - np.clip(w, -self.limit, self.limit)
-        return np.where(np.abs(error + beyond) < np.abs(error), error + beyond, error)
+        return _smaller(error, error + (w - np.clip(w, -self.limit, self.limit)))
 
     def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The error against that of rounding to nearest, clipped or not: which, the encoder chose.
+        """The error less that of rounding to nearest, clipped or not, whichever the encoder chose.
 
-        Rounding is no noise where a block has one weight so large that most others are nearer to
+        Rounding is biased where a block has one weight so large that most others are nearer to
         zero than to the first level.
         """
         if self.grid is None:
@@ -57,8 +63,7 @@ class StepSizes:
         rest = error - (nearest - w)
         if self.limit is None:
             return rest
-        clipped = error - (np.clip(nearest, -self.limit, self.limit) - w)
-        return np.where(np.abs(clipped) < np.abs(rest), clipped, rest)
+        return _smaller(rest, error - (np.clip(nearest, -self.limit, self.limit) - w))
 
     def rounding(self, columns: int) -> np.ndarray:
         """Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
@@ -97,67 +102,63 @@ def step_sizes(name: str, w: np.ndarray, stored: StoredTensor) -> StepSizes:
     for end, steps in ggml_steps.TRANSFORMED.items():
         if name.endswith(end):
             return StepSizes(steps(w))
-    if isinstance(scheme, Float):
-        return StepSizes(_float_steps(w, *_FLOATS[scheme.dtype]))
-    return _ggml(w, scheme.type)
+    if scheme.label in _FLOATS:
+        return StepSizes(_float_steps(w, *_FLOATS[scheme.label]))
+    blocks = BLOCKS[scheme.label]
+    step = ggml_steps.block_steps(w, blocks)
+    return StepSizes(
+        step,
+        own=ggml_steps.own_steps(w, blocks) if blocks.grouped else None,
+        limit=step * np.float32(blocks.below - 1) if blocks.clips else None,
+        grid=ggml_steps.block_grid(w, blocks),
+    )
 
 
 def shown_rounding(
-    name: str, stored_weights: np.ndarray, stored: StoredTensor
+    name: str, dequantized: np.ndarray, stored: StoredTensor
 ) -> tuple[np.ndarray, float]:
-    """Σ step²/12 of each row, and Σ step, of the steps that an artifact's weights themselves show.
+    """Σ step²/12 of each row, and Σ step, from an artifact's weights [rows, columns] alone.
 
-    Without those that they were made from: where levels are even, the outermost ones of a block
-    tell their distance.
+    The original weights are not needed: where levels are even, the outermost ones of a block tell
+    their distance.
     """
-    columns = stored_weights.shape[1]
+    columns = dequantized.shape[1]
     if isinstance(stored.scheme, Affine):
-        exact, counts = _affine_steps(stored_weights, stored.scheme)
+        exact, counts = _affine_steps(dequantized, stored.scheme)
         return np.square(exact, dtype=np.float64) @ (counts / 12), float((exact @ counts).sum())
     if isinstance(stored.scheme, Palette):
-        steps = StepSizes(_palette_gaps(stored_weights, stored.scheme))
+        steps = StepSizes(_palette_gaps(dequantized, stored.scheme))
     else:
-        steps = step_sizes(name, stored_weights, stored)
+        steps = step_sizes(name, dequantized, stored)
     return steps.rounding(columns), steps.total(columns)
 
 
 def rows_together(scheme: Scheme) -> int:
-    """How many rows have one step_sizes."""
+    """How many rows share their steps."""
     return scheme.group if isinstance(scheme, Palette) else 1
 
 
 def is_quantized(scheme: Scheme) -> bool:
     """Whether weights are stored as integers or indices, and not as floats."""
-    return not isinstance(scheme, Float) and scheme.label not in ggml_steps.FLOATS
+    return scheme.label not in _FLOATS
 
 
 def is_searched(scheme: Scheme, weighted: bool) -> bool:
     """Whether levels are chosen for the least squared error, not for each weight."""
-    if not isinstance(scheme, Ggml):
-        return isinstance(scheme, Palette)
-    blocks = ggml_steps.BLOCKS.get(scheme.type)
-    return blocks is not None and (blocks.grouped > 0 or is_weighted(scheme, weighted))
+    if isinstance(scheme, Ggml) and scheme.type in BLOCKS:
+        return BLOCKS[scheme.type].grouped > 0 or is_weighted(scheme, weighted)
+    return isinstance(scheme, Palette)
 
 
 def is_weighted(scheme: Scheme, weighted: bool) -> bool:
-    """Whether some weights count more than others, where a file has an importance matrix."""
-    if not (weighted and isinstance(scheme, Ggml) and is_quantized(scheme)):
+    """Whether an importance matrix, where a file has one, counts for this type; not for q8_0."""
+    if not (weighted and isinstance(scheme, Ggml) and scheme.type in BLOCKS):
         return False
-    return ggml_steps.BLOCKS[scheme.type].below < ggml_steps.BLOCKS["q8_0"].below
+    return BLOCKS[scheme.type].below < BLOCKS["q8_0"].below
 
 
-def _ggml(w: np.ndarray, kind: str) -> StepSizes:
-    blocks = ggml_steps.BLOCKS.get(kind)
-    if blocks is None:
-        return StepSizes(_float_steps(w, *ggml_steps.FLOATS[kind]))
-    step = ggml_steps.block_steps(w, blocks)
-    limit = step * np.float32(blocks.below - 1) if blocks.clips else None
-    own = ggml_steps.own_steps(w, blocks) if blocks.grouped else None
-    return StepSizes(step, own, limit, ggml_steps.block_grid(w, blocks))
-
-
-_FLOATS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24)}
-"""dtype → digits behind the point, smallest step."""
+def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(b) < np.abs(a), b, a)
 
 
 def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
@@ -193,7 +194,7 @@ def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray
     else:
         exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
     counts = np.diff(starts, append=w.shape[1]).astype(np.float64)
-    return np.maximum(exact, np.float32(_AS_GOOD_AS_ZERO)), counts
+    return np.maximum(exact, NEGLIGIBLE), counts
 
 
 def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
@@ -203,25 +204,25 @@ def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
     """
     groups = w.reshape(len(w) // scheme.group, -1).astype(np.float64)
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-    even = np.maximum((high - low) / (2**scheme.bits - 1), _AS_GOOD_AS_ZERO)
+    even = np.maximum((high - low) / (2**scheme.bits - 1), NEGLIGIBLE)
     error = groups - low
     error -= np.rint(error / even) * even
     largest = np.maximum(high, -low)
     rounded = _spacing(largest) if scheme.lut == "float16" else largest * 2.0**-23
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
-    step = np.maximum(step, _AS_GOOD_AS_ZERO)
+    step = np.maximum(step, NEGLIGIBLE)
     # Half a step is an rms error here, and a step over √12 elsewhere.
     return StepSizes(step, np.repeat(3**0.5 * step, scheme.group, axis=0), grouped=True)
 
 
-def _palette_gaps(stored_weights: np.ndarray, scheme: Palette) -> np.ndarray:
+def _palette_gaps(dequantized: np.ndarray, scheme: Palette) -> np.ndarray:
     """At each weight, half the distance between the neighbours of its level on both sides."""
-    gaps = np.empty_like(stored_weights)
+    gaps = np.empty_like(dequantized)
     for start in range(0, len(gaps), scheme.group):
-        group = stored_weights[start : start + scheme.group]
+        group = dequantized[start : start + scheme.group]
         levels = np.unique(group)
         if len(levels) < 2:
-            levels = np.append(levels, levels + np.float32(_AS_GOOD_AS_ZERO))
+            levels = np.append(levels, levels + NEGLIGIBLE)
         gaps[start : start + scheme.group] = np.gradient(levels)[np.searchsorted(levels, group)]
     return gaps
 

@@ -1,23 +1,23 @@
 """The weight table: how far each stored tensor is from the tensor it was made from.
 
-Beside the error's size, each scheme has a step_sizes of its own: the *step*, the distance between
-two neighbouring values that the scheme can store at that place, computed here from the original
-weights and not from the artifact. Rounding to nearest is never off by more than half a step,
-whatever the weights are; a wrong scale is, where the noise of four bits would hide it in a norm.
+Each scheme has a *step* of its own: the distance between two neighbouring values that it can store
+at that place, computed here from the original weights and not from the artifact. Rounding to
+nearest is never off by more than half a step, whatever the weights are. A wrong scale is, even
+where the noise of four bits would hide it in a norm.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import task
+from rgexport.progress import Advance, task
 from rgexport.quantize.scheme import Palette
 from rgexport.validate.weights.steps import (
     is_quantized,
@@ -29,25 +29,33 @@ from rgexport.validate.weights.steps import (
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
-THREADS = 2
-"""That compare weights."""
+_THREADS = 2
 _PIECE = 1 << 14
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightError:
-    """W is the original, Ŵ the stored tensor, both as float32.
+    """The original tensor W against the stored Ŵ, both as float32.
 
-    relative_error: ‖W−Ŵ‖/‖W‖; projection: ⟨W,Ŵ⟩/⟨W,W⟩, 1 for unbiased rounding, 1.02 where
-    every scale is 2 % too large; clipping: the part of `projection - 1` that comes from rounding
-    to nearest on the levels of the scheme, and from values beyond the outermost level of their
-    block; max_steps: max |W−Ŵ| in steps, clipping apart; noise: ‖W−Ŵ‖² in units of what rounding
-    to nearest makes of it, step²/12 for each weight: 1, whatever they are; shift: the sum of
-    Ŵ−W in units of that of the steps: 0;
-    weighted: whether an importance matrix says which weights may be further off;
-    searched: whether the levels of a block were chosen for the least squared error, so that some
-    weights clip and all are a little too small; grouped: whether groups of rows share their
-    levels, and max_steps is the largest root mean square of W−Ŵ in one of them.
+    Attributes:
+        name: of the tensor.
+        scheme: its label.
+        quantized: whether it is stored as integers or indices.
+        values: weights in all.
+        relative_error: ‖W−Ŵ‖/‖W‖.
+        projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
+        clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
+            the scheme, and from values beyond the outermost level of their block.
+        max_steps: max |W−Ŵ| in steps, without what clipping adds.
+        noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
+        shift: Σ(Ŵ−W) in units of Σ step: about 0.
+        weighted: whether an importance matrix says which weights may be further off.
+        searched: whether levels were chosen for the least squared error, so that some weights clip
+            and all are a little too small.
+        grouped: whether groups of rows share their levels; `max_steps` is then the largest root
+            mean square of W−Ŵ in one of them.
     """
 
     name: str
@@ -67,7 +75,7 @@ class WeightError:
 
 def weight_errors(
     original: WeightSource,
-    twin: WeightSource,
+    dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
     *,
     weighted: bool = False,
@@ -76,23 +84,25 @@ def weight_errors(
 
     Args:
         original: the weights that the artifact was made from.
-        twin: the artifact's weights, dequantized.
+        dequantized: the artifact's own.
         tensors: how each of them is stored; all must be in both sources, in the same shape.
-        weighted: whether an importance matrix had a say.
+        weighted: whether the artifact was made with an importance matrix.
     """
+
+    def measure(name: str, advance: Advance) -> WeightError:
+        stored = tensors[name]
+        return _tensor_error(name, original[name], dequantized[name], stored, weighted, advance)
+
+    return of_each_tensor("Comparing weights", tensors, measure)
+
+
+def of_each_tensor(
+    label: str, tensors: Mapping[str, StoredTensor], measure: Callable[[str, Advance], Found]
+) -> list[Found]:
+    """What `measure` gives for each name, two at a time; it reports float32 bytes as progress."""
     total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
-    with task("Comparing weights", total) as advance, ThreadPoolExecutor(THREADS) as pool:
-
-        def measure(name: str) -> WeightError:
-            found = tensor_error(name, original[name], twin[name], tensors[name], advance)
-            scheme = tensors[name].scheme
-            return dataclasses.replace(
-                found,
-                weighted=is_weighted(scheme, weighted),
-                searched=is_searched(scheme, weighted),
-            )
-
-        return list(pool.map(measure, tensors))
+    with task(label, total) as advance, ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda name: measure(name, advance), tensors))
 
 
 def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) -> None:
@@ -111,48 +121,55 @@ def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) ->
             )
 
 
-def tensor_error(
+def _tensor_error(
     name: str,
     original: RowTensor,
-    twin: RowTensor,
+    dequantized: RowTensor,
     stored: StoredTensor,
-    advance: Callable[[int], None] = lambda done: None,
+    weighted: bool,
+    advance: Advance,
 ) -> WeightError:
     """Compares two tensors of one shape in row slabs; the sums are float64."""
-    row_values = math.prod(stored.shape[1:])
-    sums, steps, levels = np.zeros(4), 0.0, np.zeros(3)
-    together = rows_together(stored.scheme)
-    for start, stop in slab_bounds(stored.shape[0], 4 * row_values, _SLAB_BYTES, together):
-        w, twin_w = (
-            t.read(start, stop).astype(np.float32, copy=False).reshape(stop - start, row_values)
-            for t in (original, twin)
-        )
+    max_steps, products, levels = 0.0, np.zeros(4), np.zeros(3)
+    for w, found in _slabs(original, dequantized, stored):
         with np.errstate(invalid="ignore", over="ignore"):
-            error, measure = twin_w - w, step_sizes(name, w, stored)
-            steps = max_or_nan(steps, measure.largest(measure.without_clipping(error, w)))
-            sums += _products(w, error, measure.beyond_rounding(error, w))
-            noise, moved = measure.rounding(row_values).sum(), error.sum(dtype=np.float64)
-            levels += noise, moved, measure.total(row_values)
+            error, steps = found - w, step_sizes(name, w, stored)
+            largest = steps.largest(steps.without_clipping(error, w))
+            max_steps = float(np.maximum(max_steps, largest))  # NaN if one of them is
+            products += _products(w, error, steps.beyond_rounding(error, w))
+            noise, moved = steps.rounding(w.shape[1]).sum(), error.sum(dtype=np.float64)
+            levels += noise, moved, steps.total(w.shape[1])
         advance(w.nbytes)
-    square, along, along_rounding, error_square = sums.tolist()
+    square, along, along_rounding, error_square = products.tolist()
+    noise, moved, total = levels.tolist()
+    scheme = stored.scheme
     return WeightError(
         name=name,
-        scheme=stored.scheme.label,
-        quantized=is_quantized(stored.scheme),
+        scheme=scheme.label,
+        quantized=is_quantized(scheme),
         values=math.prod(stored.shape),
         relative_error=ratio(error_square, square) ** 0.5,
         projection=1 + ratio(along, square),
         clipping=ratio(along - along_rounding, square),
-        max_steps=steps,
-        noise=ratio(error_square, float(levels[0])),
-        shift=ratio(float(levels[1]), float(levels[2])),
-        grouped=isinstance(stored.scheme, Palette),
+        max_steps=max_steps,
+        noise=ratio(error_square, noise),
+        shift=ratio(moved, total),
+        weighted=is_weighted(scheme, weighted),
+        searched=is_searched(scheme, weighted),
+        grouped=isinstance(scheme, Palette),
     )
 
 
-def max_or_nan(a: float, b: float) -> float:
-    """The larger one; NaN where one is NaN, so that no fault hides behind a comparison."""
-    return float(np.maximum(a, b))
+def _slabs(
+    original: RowTensor, dequantized: RowTensor, stored: StoredTensor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of both, [n, values of a row] float32."""
+    columns = math.prod(stored.shape[1:])
+    together = rows_together(stored.scheme)
+    for start, stop in slab_bounds(stored.shape[0], 4 * columns, _SLAB_BYTES, together):
+        both = (tensor.read(start, stop) for tensor in (original, dequantized))
+        w, found = (x.astype(np.float32, copy=False).reshape(-1, columns) for x in both)
+        yield w, found
 
 
 def ratio(part: float, whole: float) -> float:

@@ -31,7 +31,7 @@ def logits(weights: dict[str, np.ndarray]) -> np.ndarray:
     return model.logits(model.run(TEXT[None, :TOKENS])[0])[0]
 
 
-def test_the_parts_are_what_a_model_with_one_part_of_the_other_gives():
+def test_a_cost_is_that_of_a_model_with_one_part_replaced():
     costs = layer_costs(
         CONFIG, weight_source(WEIGHTS), weight_source(rounded()), TEXT, device="cpu"
     )
@@ -46,19 +46,18 @@ def test_the_parts_are_what_a_model_with_one_part_of_the_other_gives():
 
 
 def test_parts_that_are_the_same_cost_nothing():
-    twin = weight_source(rounded("layers.1"))
-    costs = layer_costs(CONFIG, weight_source(WEIGHTS), twin, TEXT[:7], device="cpu")
+    stored = weight_source(rounded("layers.1"))
+    costs = layer_costs(CONFIG, weight_source(WEIGHTS), stored, TEXT[:7], device="cpu")
     assert [cost.part for cost in costs if cost.kl > 1e-9] == ["layers.1"]
     assert {cost.top1 for cost in costs if cost.part != "layers.1"} == {1.0}
 
 
 def test_logits_come_in_blocks(monkeypatch):
-    weights, twin = weight_source(WEIGHTS), weight_source(rounded())
-    whole = layer_costs(CONFIG, weights, twin, TEXT, device="cpu")
+    both = weight_source(WEIGHTS), weight_source(rounded())
+    whole = layer_costs(CONFIG, *both, TEXT, device="cpu")
     monkeypatch.setattr("rgexport.validate.bisect.layer_costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
-    assert [c.kl for c in layer_costs(CONFIG, weights, twin, TEXT, device="cpu")] == pytest.approx(
-        [c.kl for c in whole], rel=1e-5
-    )
+    cut = layer_costs(CONFIG, *both, TEXT, device="cpu")
+    assert [cost.kl for cost in cut] == pytest.approx([cost.kl for cost in whole], rel=1e-5)
 
 
 def test_one_layer_of_both_is_read_at_a_time():
@@ -74,8 +73,8 @@ def test_one_layer_of_both_is_read_at_a_time():
             for name, array in weights.items()
         }
 
-    original, twin = watched("original", WEIGHTS), watched("twin", rounded())
-    layer_costs(CONFIG, original, twin, TEXT, device="cpu")
+    original, stored = watched("original", WEIGHTS), watched("stored", rounded())
+    layer_costs(CONFIG, original, stored, TEXT, device="cpu")
     layers = [name.split(".")[1] for name in read if ".layers." not in name and "layers" in name]
     assert layers == sorted(layers)
     counts = {name: read.count(name) for name in read if EMBEDDING not in name}

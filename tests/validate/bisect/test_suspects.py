@@ -64,7 +64,7 @@ def test_the_first_of_each_layer_and_what_is_in_none():
     assert found[0].evidence == "rms error 0.001, 20 times its limit (32 tokens)"
 
 
-def test_a_state_is_told():
+def test_evidence_of_a_state():
     state = error(SCAN, 9, state="layers.2.rg_lru", length=1, median=1.0, limit_median=0.01)
     (found,) = find_suspects(site_report([state]), [], [])
     assert found == Suspect(
@@ -113,7 +113,7 @@ def test_a_configuration_that_differs_points_to_the_sites_beyond():
     assert all("window: 2047 → 2048" in s.evidence for s in found)
 
 
-def test_a_configuration_that_differs_without_a_look():
+def test_a_configuration_that_differs_without_a_site_report():
     found = find_suspects(None, [], ["rope_theta: 1.0 → 2.0", "vocab_size: 7 → 8"])
     assert [(s.layer, s.site) for s in found] == [
         (None, "temporal_block.rope_q"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
@@ -17,34 +18,46 @@ from rgexport.validate.bisect.site_errors import layer_of
 from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
+from tests.llama_tools import needs_llama_cpp
 from tests.models import Weights, make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rrar", width=96, heads=4, lru_width=64, mlp_width=128, vocab_size=300)
 """The embedding scale is 9.8125; √96 = 9.798 is as far from it as 50.596 from 50.5."""
-EXPORTS: dict[str, Callable[[Checkpoint, Path], Path]] = {
-    "onnx-fp32": lambda c, t: export_onnx(c, OnnxOptions(precision="fp32"), t),
-    "onnx-int4": lambda c, t: export_onnx(c, OnnxOptions(precision="int4", block_size=32), t),
-    "gguf-fp32": lambda c, t: export_gguf(c, GgufOptions(type="f32"), t),
-    "gguf-int4": lambda c, t: export_gguf(c, GgufOptions(type="q4_0"), t),
-    "coreml-fp32": lambda c, t: export_coreml(c, _coreml("fp32"), t),
-    "coreml-int4": lambda c, t: export_coreml(c, _coreml("int4"), t),
-}
-"""Format and precision → how a checkpoint is exported."""
+ONNX, GGUF, COREML = (
+    {f"onnx-{word}": word for word in ("fp32", "fp16", "int8", "int4")},
+    {"gguf-fp32": "f32", "gguf-fp16": "f16", "gguf-int8": "q8_0", "gguf-int4": "q4_0"},
+    {f"coreml-{word}": word for word in ("fp32", "fp16", "int8", "int4")},
+)
+KINDS = [*ONNX, *GGUF, *COREML]
+"""Formats and precisions; with int8 and int4, activations are int8 in ONNX and GGUF."""
+
+
+def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
+    """Exports a checkpoint in one of `KINDS`."""
+    if kind in ONNX:
+        block = 32 if kind == "onnx-int4" else None
+        return export_onnx(checkpoint, OnnxOptions(precision=ONNX[kind], block_size=block), target)
+    if kind in GGUF:
+        options = GgufOptions(type=GGUF[kind], pure=kind == "gguf-int4")
+        return export_gguf(checkpoint, options, target)
+    coreml = CoreMLOptions(precision=COREML[kind], prefill_length=8)
+    return export_coreml(checkpoint, coreml, target)
+
+
+def case(kind: str, *rest: object) -> ParameterSet:
+    """Parameters of a test, which is skipped where there is no engine for their kind."""
+    return pytest.param(kind, *rest, marks=[needs_llama_cpp] if kind in GGUF else [])
 
 
 def sound_weights() -> Weights:
     """Random ones; with this embedding logits are up to 27, as large as a trained model's."""
-    weights = random_weights(CONFIG)
+    weights = random_weights(CONFIG, slowest=1e-5)
     weights["embed_tokens.weight"] *= 4
     return weights
 
 
 Copy = Callable[[str], Path]
 Judge = Callable[[Path], Result]
-
-
-def _coreml(precision: str) -> CoreMLOptions:
-    return CoreMLOptions(precision=precision, prefill_length=8)
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +70,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clean(original: Path) -> Copy:
     """The sound artifact of a kind, exported once."""
+    return lambda kind: export_once(kind, original)
 
-    def export(kind: str) -> Path:
-        target = original.parent / kind
-        return target if target.exists() else EXPORTS[kind](open_checkpoint(original), target)
 
-    return export
+def export_once(kind: str, model: Path) -> Path:
+    """The artifact of a checkpoint, beside it."""
+    target = model.with_name(f"{model.name}-{kind}")
+    return target if target.exists() else export(kind, open_checkpoint(model), target)
 
 
 @pytest.fixture
@@ -80,7 +94,7 @@ def copy(clean: Copy, tmp_path: Path) -> Copy:
 
 @pytest.fixture(scope="session")
 def judge(original: Path) -> Judge:
-    """What `validate --bisect` says of an artifact, held against the sound checkpoint."""
+    """The result of `validate --bisect` with the sound checkpoint as the original."""
     model, tokens = str(original), 3 * CONFIG.window
     return lambda artifact: validate_artifact(
         artifact, Request(model=model, max_tokens=tokens, bisect=True)

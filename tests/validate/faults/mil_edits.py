@@ -7,13 +7,12 @@ from pathlib import Path
 from coremltools.proto.MIL_pb2 import Operation
 from coremltools.proto.Model_pb2 import Model
 
-from rgexport.export.artifact import record_files
 from rgexport.export.coreml.package import PACKAGE
-from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.mil.own_metadata import CONFIG, write_config
 from rgexport.griffin.config import GriffinConfig
 from tests.export.mil.package_edits import block, edit, in_both, name_of
+from tests.validate.conftest import claim
 
 FLOAT16, FLOAT32 = 10, 11
 """Numbers of `DataType` in MIL.proto."""
@@ -101,14 +100,13 @@ def _dtype(operation: Operation) -> int:
 def spoil(artifact: Path, change: Change) -> None:
     """Edits the program of an artifact's package; its hashes are made to fit."""
     edit(change)(artifact / PACKAGE)
-    write_manifest(artifact, read_manifest(artifact).with_files(record_files(artifact)))
+    claim(artifact)
 
 
 def claim_config(artifact: Path, config: GriffinConfig) -> None:
     """Makes an artifact say that it was made for another configuration than it was."""
-    told = write_config(config)
-    edit(lambda model: model.description.metadata.userDefined.update({CONFIG: told}))(
+    text = write_config(config)
+    edit(lambda model: model.description.metadata.userDefined.update({CONFIG: text}))(
         artifact / PACKAGE
     )
-    manifest = dataclasses.replace(read_manifest(artifact), config=config)
-    write_manifest(artifact, manifest.with_files(record_files(artifact)))
+    claim(artifact, dataclasses.replace(read_manifest(artifact), config=config))

@@ -7,16 +7,12 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
-from rgexport.export.artifact import record_files
-from rgexport.export.manifest import write_manifest
-from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.griffin.ops import rope_frequencies
 from rgexport.runtimes.onnx.observer import _show_gelu
+from tests.validate.conftest import claim
 
 Edit = Callable[[onnx.ModelProto], None]
-Change = Callable[[np.ndarray], np.ndarray]
-"""Gives other values for a tensor's."""
 
 
 def producer(model: onnx.ModelProto, value: str) -> NodeProto:
@@ -92,7 +88,7 @@ def in_half(value: str) -> Edit:
     def edit(model: onnx.ModelProto) -> None:
         node = producer(model, value)
         node.output[:] = [f"{value}/exact" if name == value else name for name in node.output]
-        _insert(model, _there_and_back(f"{value}/exact", value), behind=node)
+        _insert(model, _there_and_back(f"{value}/exact", value), after=node)
 
     return edit
 
@@ -105,7 +101,7 @@ def reads_half(result: str) -> Edit:
         value = node.input[0]
         node.input[0] = f"{result}/back"
         casts = _there_and_back(value, f"{result}/back")
-        _insert(model, casts, behind=producer(model, value))
+        _insert(model, casts, after=producer(model, value))
 
     return edit
 
@@ -118,8 +114,8 @@ def _there_and_back(value: str, result: str) -> list[NodeProto]:
     ]
 
 
-def _insert(model: onnx.ModelProto, nodes: list[NodeProto], behind: NodeProto) -> None:
-    place = list(model.graph.node).index(behind) + 1
+def _insert(model: onnx.ModelProto, nodes: list[NodeProto], after: NodeProto) -> None:
+    place = list(model.graph.node).index(after) + 1
     for node in reversed(nodes):
         model.graph.node.insert(place, node)
 
@@ -153,19 +149,3 @@ def spoil(artifact: Path, edit: Edit) -> None:
     edit(model)
     onnx.save(model, artifact / MODEL_FILE)
     claim(artifact)
-
-
-def change_data(artifact: Path, tensor: str, part: str, change: Change) -> None:
-    """Changes a stored part of a tensor in the data file, in place."""
-    stored = read_manifest(artifact).tensors[tensor].parts[part]
-    place = artifact / stored.file
-    values = np.memmap(place, stored.dtype, "r+", offset=stored.offset, shape=stored.shape)
-    values[:] = change(values.copy())
-    values.flush()
-    claim(artifact)
-
-
-def claim(artifact: Path) -> None:
-    """Makes the hashes and sizes in an artifact's manifest fit what is there."""
-    manifest = read_manifest(artifact)
-    write_manifest(artifact, manifest.with_files(record_files(artifact)))

@@ -1,6 +1,6 @@
 """Faults planted in GGUF files: each fails, and its layer and site are named.
 
-Their graph is llama.cpp's: it can be made wrong by what the file tells it.
+Their graph is llama.cpp's, so only the file's metadata can make it wrong.
 """
 
 import pytest
@@ -47,12 +47,6 @@ DATA: dict[str, tuple[Edit, str, str]] = {
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_sound_one_passes(clean: Copy, judge: Judge, precision: str) -> None:
-    result = judge(clean(f"gguf-{precision}"))
-    assert (result.verdict, result.suspects) == ("PASS", [])
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize("fault", METADATA)
 def test_wrong_metadata(copy: Copy, judge: Judge, fault: str, precision: str) -> None:
     edit, site = METADATA[fault]
@@ -67,7 +61,7 @@ def test_wrong_metadata(copy: Copy, judge: Judge, fault: str, precision: str) ->
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize("fault", DATA)
 def test_wrong_data(copy: Copy, judge: Judge, fault: str, precision: str) -> None:
-    """The twin has the same weights: only the table tells."""
+    """The dequantized reference has the same weights: only the weight table shows the fault."""
     edit, site, tensor = DATA[fault]
     artifact = copy(f"gguf-{precision}")
     edit(artifact)

@@ -4,15 +4,15 @@ With int4 weights activations are int8, whose noise hides most of them in the lo
 """
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from tests.validate.conftest import change_data
 from tests.validate.faults.conftest import CONFIG, Copy, Judge, failed, require_named
 from tests.validate.faults.onnx_edits import (
-    Change,
     Edit,
-    change_data,
     flat,
     in_half,
     not_written,
@@ -57,12 +57,6 @@ GRAPH: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_sound_one_passes(clean: Copy, judge: Judge, precision: str) -> None:
-    result = judge(clean(f"onnx-{precision}"))
-    assert (result.verdict, result.suspects) == ("PASS", [])
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_flat_one_passes(copy: Copy, judge: Judge, precision: str) -> None:
     artifact = copy(f"onnx-{precision}")
     spoil(artifact, flat())
@@ -93,7 +87,7 @@ def _larger(values: np.ndarray) -> np.ndarray:
 
 
 UP, GATE = "layers.1.mlp_block.up_proj.weight", f"layers.3.{LRU}.recurrent_gate_weight"
-DATA: dict[str, tuple[str, str, str, Change]] = {
+DATA: dict[str, tuple[str, str, str, Callable[[np.ndarray], np.ndarray]]] = {
     "a weight times 1.02": ("fp32", UP, "data", _larger),
     "a weight's scales times 1.02": ("int4", UP, "scales", _larger),
     "the embedding's scales times 1.02": ("int4", "embed_tokens.weight", "scales", _larger),
@@ -105,7 +99,7 @@ DATA: dict[str, tuple[str, str, str, Change]] = {
 
 @pytest.mark.parametrize("fault", DATA)
 def test_wrong_data(copy: Copy, judge: Judge, fault: str) -> None:
-    """The twin has the same weights: only the table tells."""
+    """The dequantized reference has the same weights: only the weight table shows the fault."""
     precision, tensor, part, change = DATA[fault]
     artifact = copy(f"onnx-{precision}")
     change_data(artifact, tensor, part, change)

@@ -13,13 +13,7 @@ import numpy as np
 import pytest
 
 from bench.wrong_models import SPOILED, WRONG_WEIGHTS, matrix_of
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.options import GgufOptions
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
-from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate import opening
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
@@ -28,49 +22,12 @@ from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
-from tests.llama_tools import needs_llama_cpp
 from tests.models import write_hugging_face
-from tests.validate.faults.conftest import CONFIG, sound_weights
+from tests.validate.faults.conftest import CONFIG, KINDS, case, export_once, sound_weights
 
-KINDS: dict[str, Callable[[Checkpoint, Path], Path]] = {
-    "onnx-int4": lambda c, t: export_onnx(c, OnnxOptions(precision="int4"), t),
-    "onnx-int8": lambda c, t: export_onnx(c, OnnxOptions(precision="int8"), t),
-    "coreml-int4": lambda c, t: export_coreml(c, _coreml("int4"), t),
-    "coreml-int8": lambda c, t: export_coreml(c, _coreml("int8"), t),
-    "gguf-q4_0": lambda c, t: export_gguf(c, GgufOptions(type="q4_0", pure=True), t),
-    "gguf-q8_0": lambda c, t: export_gguf(c, GgufOptions(type="q8_0"), t),
-}
-"""Format and precision → how a checkpoint is exported, as users do it: with int8 activations."""
-
-
-def of_kinds(*kinds: str) -> pytest.MarkDecorator:
-    """Runs a test with each of them that this machine has an engine for."""
-    marks = {kind: [needs_llama_cpp] if kind.startswith("gguf") else [] for kind in kinds}
-    params = [pytest.param(kind, marks=found) for kind, found in marks.items()]
-    return pytest.mark.parametrize("kind", params)
-
-
+QUANTIZED = [kind for kind in KINDS if "int" in kind]
 GROSS = [name for name in WRONG_WEIGHTS if "times" not in name and "one tensor" not in name]
 """Those whose KL is above 1."""
-
-
-def _coreml(precision: str) -> CoreMLOptions:
-    return CoreMLOptions(precision=precision, prefill_length=8)
-
-
-Export = Callable[[str, Checkpoint], Path]
-
-
-@pytest.fixture(scope="session")
-def export() -> Export:
-    """An artifact of a checkpoint, beside it; exported once."""
-
-    def make(kind: str, checkpoint: Checkpoint) -> Path:
-        suffix = ".gguf" if kind.startswith("gguf") else ""
-        target = checkpoint.path.with_name(f"{checkpoint.path.name}-{kind}{suffix}")
-        return target if target.exists() else KINDS[kind](checkpoint, target)
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -83,16 +40,16 @@ def reference(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Refer
 
 
 @pytest.fixture(scope="session")
-def wrong_model(original: Path) -> Callable[[str], Checkpoint]:
-    """A wrong model as a checkpoint, written once."""
+def wrong_model(original: Path) -> Callable[[str], Path]:
+    """A wrong model's folder, written once."""
 
-    def make(wrong: str) -> Checkpoint:
+    def make(wrong: str) -> Path:
         folder = original.parent / f"wrong-{list(WRONG_WEIGHTS).index(wrong)}"
         if not folder.exists():
             weights = sound_weights()
             changed = WRONG_WEIGHTS[wrong](CONFIG, weights)
             write_hugging_face(CONFIG, weights | changed, folder, dtype="bfloat16")
-        return open_checkpoint(folder)
+        return folder
 
     return make
 
@@ -114,37 +71,35 @@ def _factor(result: Result) -> float:
     return max(check.value / check.limit if check.limit else 1.0 for check in failed)
 
 
-@of_kinds("onnx-int4", "onnx-int8", "coreml-int4", "gguf-q4_0")
+@pytest.mark.parametrize("kind", map(case, ("onnx-int4", "onnx-int8", "coreml-int4", "gguf-int4")))
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_a_reference_file_alone_tells_another_model(
+def test_a_reference_file_alone_finds_another_model(
     kind: str,
     wrong: str,
-    export: Export,
-    wrong_model: Callable[[str], Checkpoint],
+    wrong_model: Callable[[str], Path],
     reference: ReferenceFile,
     without_torch: Callable[..., Result],
 ) -> None:
-    result = without_torch(export(kind, wrong_model(wrong)), reference)
+    result = without_torch(export_once(kind, wrong_model(wrong)), reference)
     assert result.verdict == "FAIL" and result.twin is None
     assert _factor(result) > (3 if wrong in GROSS else 1.5)
 
 
-@of_kinds(*KINDS)
+@pytest.mark.parametrize("kind", map(case, QUANTIZED))
 def test_the_right_one_passes(
-    kind: str, export: Export, original: Path, reference: ReferenceFile, without_torch: Callable
+    kind: str, original: Path, reference: ReferenceFile, without_torch: Callable
 ) -> None:
-    path = export(kind, open_checkpoint(original))
+    path = export_once(kind, original)
     result = without_torch(path, reference)
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
 
 
-@of_kinds(*KINDS)
-def test_altered_weights_are_told_in_every_way(
-    kind: str, export: Export, original: Path, reference: ReferenceFile, tmp_path: Path
+@pytest.mark.parametrize("kind", map(case, QUANTIZED))
+def test_altered_weights_are_found_in_every_way(
+    kind: str, original: Path, reference: ReferenceFile, tmp_path: Path
 ) -> None:
     """And the tensor is named."""
-    checkpoint = open_checkpoint(original)
-    sound = export(kind, checkpoint)
+    checkpoint, sound = open_checkpoint(original), export_once(kind, original)
     for index, spoil in enumerate(SPOILED.values()):
         path = tmp_path / f"spoiled-{index}{sound.suffix}"
         (shutil.copyfile if sound.is_file() else shutil.copytree)(sound, path)
@@ -162,10 +117,10 @@ def test_altered_weights_are_told_in_every_way(
 
 
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_the_model_and_the_self_check_tell_another_model(
-    wrong: str, export: Export, wrong_model: Callable[[str], Checkpoint], original: Path
+def test_the_original_and_the_self_check_find_another_model(
+    wrong: str, wrong_model: Callable[[str], Path], original: Path
 ) -> None:
-    path = export("onnx-int4", wrong_model(wrong))
+    path = export_once("onnx-int4", wrong_model(wrong))
     result = validate_artifact(path, Request(model=str(original), max_tokens=16))
     assert result.verdict == "FAIL"
     assert _factor(result) > (3 if wrong in GROSS else 1.5)

@@ -15,7 +15,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import opening
-from rgexport.validate.checks import Check
+from rgexport.validate.checks import TENSOR_CHECKS, Check
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
 from rgexport.validate.reference import against, kept_logits
@@ -31,7 +31,7 @@ from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.run import validate_artifacts
-from rgexport.validate.weights.weight_limits import KINDS, sketch_checks
+from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
@@ -71,7 +71,7 @@ def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
 def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
     found = held(artifact, reference)
     checks = file_checks(found, open_artifact(artifact).manifest)
-    return [check.name for check in checks if not check.passed and check.kind not in KINDS]
+    return [check.name for check in checks if not check.passed and check.kind not in TENSOR_CHECKS]
 
 
 def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:

@@ -1,0 +1,65 @@
+"""Weights of many distributions, how a scheme stores them, and how the weight table judges that."""
+
+from collections.abc import Callable
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+
+from rgexport.export.manifest import StoredTensor
+from rgexport.griffin.tensor import from_array
+from rgexport.quantize import affine, palette
+from rgexport.quantize.ggml_library import quantize_rows
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
+from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.weight_limits import weight_checks
+
+KINDS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+    "normal": lambda rng, s: rng.normal(size=s),
+    "uniform": lambda rng, s: rng.uniform(-1, 1, s),
+    "heavy": lambda rng, s: rng.standard_t(3, s),
+    "zeros": lambda rng, s: np.zeros(s),
+    "loud columns": lambda rng, s: rng.normal(size=s) * np.where(np.arange(s[1]) % 64, 1, 20),
+    "rows of all sizes": lambda rng, s: rng.normal(size=s) * np.exp(rng.normal(size=(s[0], 1))),
+    "columns of all sizes": lambda rng, s: rng.normal(size=s) * np.exp(rng.normal(size=(1, s[1]))),
+    "two values": lambda rng, s: rng.choice([-0.25, 0.25], s),
+    "positive": lambda rng, s: rng.uniform(0.5, 0.6, s),
+    "all large": lambda rng, s: rng.choice([-1, 1], s) * rng.uniform(0.9, 1, s),
+}
+
+
+def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0) -> np.ndarray:
+    """Weights [rows, columns] float32 of a distribution."""
+    rng = np.random.default_rng([seed, *shape])
+    return (size * KINDS[kind](rng, shape)).astype(np.float32)
+
+
+def store(
+    w: np.ndarray, scheme: Scheme, gain: float = 1.0, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """Ŵ, with all scales or tables multiplied by `gain`."""
+    if isinstance(scheme, Affine):
+        parts = affine.encode(w, scheme)
+        parts["scales"] = (parts["scales"] * np.float32(gain)).astype(scheme.scale)
+        return affine.decode(parts, scheme, w.shape[1])
+    if isinstance(scheme, Palette):
+        parts = palette.encode(w, scheme)
+        parts["lut"] = (parts["lut"] * np.float32(gain)).astype(scheme.lut)
+        return palette.decode(parts, scheme, w.shape[1])
+    if isinstance(scheme, Ggml):
+        kind = GGMLQuantizationType(TYPES[scheme.type].value)
+        return gain * quants.dequantize(quantize_rows(w, scheme.type, importance), kind)
+    return (w * np.float32(gain)).astype(scheme.dtype).astype(np.float32)
+
+
+def error_of(
+    w: np.ndarray, dequantized: np.ndarray, scheme: Scheme, *, name: str = "w", weighted=False
+) -> WeightError:
+    """The row of the weight table for W and Ŵ."""
+    tensors = {name: StoredTensor(w.shape, scheme, {})}
+    sources = ({name: from_array(array)} for array in (w, dequantized))
+    return weight_errors(*sources, tensors, weighted=weighted)[0]
+
+
+def passes(error: WeightError) -> bool:
+    return all(check.passed for check in weight_checks([error]))
