@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.command_line import rgexport
+from tests.models import ODD_CONFIGS, random_weights, write_deepmind
 
 BLOCK = """
 import sys
@@ -72,6 +73,13 @@ def test_core_ml_package(tmp_path):
 
 def test_inspect_a_checkpoint(tmp_path):
     result = rgexport("inspect", "--size", "demo", folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert "No problems" in result.stdout
+
+
+def test_inspect_a_pt_file(tmp_path):
+    write_deepmind(random_weights(ODD_CONFIGS["regular"]), tmp_path)
+    result = rgexport("inspect", "model.pt", "--verify", folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
     assert "No problems" in result.stdout
 
