@@ -10,8 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from rgexport.errors import RequestError
-from rgexport.quantize.ggml_file_types import FileType
-from rgexport.quantize.ggml_types import TYPES, find_type
+from rgexport.quantize.ggml_types import TYPES, FileType, find_type
 
 EMBEDDING = "token_embd.weight"
 

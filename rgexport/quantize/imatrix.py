@@ -13,9 +13,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import require_regular
-from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_mix import EMBEDDING
-from rgexport.quantize.gguf_header import GgufHeader, GgufTensor, is_gguf, read_header
+from rgexport.quantize.gguf_header import (
+    Cursor,
+    GgufHeader,
+    GgufTensor,
+    is_gguf,
+    read_header,
+)
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""

@@ -4,8 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.quantize.ggml_file_types import FILE_TYPES, INT_WORDS, find_file_type
-from rgexport.quantize.ggml_types import BY_VALUE, TYPES, GgmlType, find_type
+from rgexport.quantize.ggml_types import (
+    BY_VALUE,
+    FILE_TYPES,
+    INT_WORDS,
+    TYPES,
+    GgmlType,
+    find_file_type,
+    find_type,
+)
 from rgexport.quantize.scheme import Ggml, scheme_from_dict, scheme_to_dict
 
 kinds = st.sampled_from(list(TYPES.values()))
