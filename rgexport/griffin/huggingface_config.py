@@ -9,7 +9,7 @@ from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_sca
 from rgexport.griffin.json_fields import Fields, read_json
 
 MAX_LAYERS = 512
-"""Far more than any model has; a wrong config must not fill the memory with names of tensors."""
+"""Far more than any model has: a wrong config must not fill the memory with names of tensors."""
 
 BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
@@ -24,8 +24,8 @@ def read_config(
 ) -> GriffinConfig:
     """The configuration in a `config.json`, in any dialect that the hub or transformers writes.
 
-    A missing field means what transformers' RecurrentGemmaConfig makes of it. `window` and
-    `soft_cap` stand in for fields that the file does not state.
+    Defaults are those of transformers' RecurrentGemmaConfig; `window` and `soft_cap` are used where
+    the file does not state these fields.
 
     Raises:
         RequestError: a field is wrong, contradicts another, or asks for something that no
@@ -66,7 +66,7 @@ def read_config(
 
 
 def _attention(fields: Fields, width: int, heads: int, used: bool) -> tuple[int, int, float]:
-    """Head dimension, rotated dimensions and base of RoPE; any will do where there is none."""
+    """Head dimension, rotated dimensions and base of RoPE; unchecked if no layer uses them."""
     theta, rotary = _rope(fields)
     head_dim = fields.integer("head_dim", max(1, width // heads))
     rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6

@@ -1,4 +1,4 @@
-"""Compares the tensors that a checkpoint holds with those that its model needs."""
+"""Compares the tensors of a checkpoint with those that its model needs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a JSON object that somebody else wrote."""
+"""Strict JSON, and typed access to the fields of an object."""
 
 import json
 import math
@@ -33,12 +33,12 @@ def read_json(path: Path) -> "Fields":
 
 
 def strict_json(text: bytes) -> Any:
-    """JSON as its standard has it: UTF-8, no key twice, no NaN, no half of a surrogate pair.
+    """Parses JSON in UTF-8; refuses duplicate keys, NaN, infinity and lone surrogates.
 
-    Python's own reader takes all of these, and so reads other things than other readers do.
+    Python's reader accepts all of these, and other readers would see something else.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: it is not strict JSON.
         RecursionError: it is nested too deeply.
     """
     value = json.loads(
@@ -49,7 +49,7 @@ def strict_json(text: bytes) -> Any:
         parse_int=_whole,
     )
     if b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped surrogate has no UTF-8
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
     return value
 
 
@@ -66,7 +66,7 @@ def _finite(word: str) -> float:
 
 
 def _whole(word: str) -> int:
-    _finite(word)  # others read a number of so many digits as a float
+    _finite(word)  # other readers turn large integers into floats
     return int(word)
 
 

@@ -28,7 +28,7 @@ class GgmlType:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights share a scale."""
+        """Whether it has scales that several weights share."""
         return self.block > 1
 
     def fits(self, columns: int) -> bool:
@@ -78,7 +78,7 @@ class FileType:
     value: int
     """The number of `enum llama_ftype` (llama.h)."""
     default: str
-    """The tensor type that the mix starts from."""
+    """The type of all tensors for which `ggml_mix` has no other."""
 
 
 _ROWS = (
@@ -105,7 +105,7 @@ _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _BY_NAME = {row.name: row for row in _ROWS}
 
 FILE_TYPES: dict[str, FileType] = _BY_NAME | {a: _BY_NAME[name] for a, name in _ALIASES.items()}
-"""Word, as llama-quantize knows it in lower case → file type; an alias has its target's name."""
+"""llama-quantize's word in lower case → file type; an alias gives the type that it stands for."""
 
 INT_WORDS = {"int8": "q8_0", "int4": "q4_k_m"}
 """`--int8` and `--int4` → the best file type of so many bits."""

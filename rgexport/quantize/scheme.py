@@ -1,4 +1,4 @@
-"""Storage schemes of one tensor, as data."""
+"""Storage schemes: how one tensor is stored."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ _FLOAT_BITS = {"float32": 32.0, "float16": 16.0}
 
 @dataclass(frozen=True)
 class Float:
-    """Stored as it is, in `dtype`."""
+    """Floats in `dtype`."""
 
     dtype: FloatDtype
     kind: Literal["float"] = "float"
@@ -26,7 +26,7 @@ class Float:
 
     @property
     def algorithm(self) -> str:
-        """There is nothing to choose."""
+        """A cast."""
         return "cast"
 
     @property
@@ -40,8 +40,8 @@ class Affine:
     """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
     `w ≈ (q - zero_point) * scale`, with q unsigned; a symmetric scheme has the zero point
-    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. Where
-    scales are float16, the product is rounded to float16 too, as it is where it is computed.
+    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. If scales
+    are float16, the product is rounded to float16 too, as engines do.
     """
 
     bits: Literal[4, 8]
@@ -49,7 +49,7 @@ class Affine:
     symmetric: bool
     scale: FloatDtype = "float32"
     algorithm: str = field(default="rtn", compare=False)
-    """What chose the values, a key of `algorithms.ALGORITHMS`: not a part of the layout."""
+    """What chose the values, a key of `algorithms.ALGORITHMS`; not part of the layout."""
     kind: Literal["affine"] = "affine"
 
     @property
@@ -90,7 +90,7 @@ class Palette:
 
 @dataclass(frozen=True)
 class Ggml:
-    """One of ggml's tensor types, by its name in `ggml_types.TYPES`; only GGUF files have it."""
+    """One of ggml's tensor types (`ggml_types.TYPES`), only for GGUF files."""
 
     type: str
     kind: Literal["ggml"] = "ggml"
@@ -102,7 +102,7 @@ class Ggml:
 
     @property
     def algorithm(self) -> str:
-        """Ggml's own."""
+        """The quantizer of ggml."""
         return "ggml"
 
     @property
@@ -118,7 +118,7 @@ Plan = dict[str, Scheme]
 BLOCKS = (32, 64, 128)
 """Block sizes that a user may ask for."""
 INT8_ROWS = Affine(8, None, symmetric=True)
-"""A scale per row, whatever its length: the only int8 that integer matrix products can take."""
+"""One scale per row, the only int8 that integer matrix products can take."""
 
 _KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
     "float": Float,
@@ -145,11 +145,11 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "ggml": {"type": tuple(TYPES)},
 }
-"""Kind → field → what it may be: a value, a whole number in a range, or a word of a pattern."""
+"""Kind → field → allowed values, ranges of integers, or patterns of words."""
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """As plain JSON."""
+    """The fields of `scheme`, as JSON."""
     return asdict(scheme)
 
 

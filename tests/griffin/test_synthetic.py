@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from rgexport.errors import RequestError
-from rgexport.griffin import synthetic, synthetic_tokenizer
+from rgexport.griffin import checkpoint, synthetic
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
@@ -159,7 +159,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     for name in ("special_tokens_map.json", "generation_config.json"):
         (folder / name).write_text("{}")
-    monkeypatch.setattr(synthetic_tokenizer, "_demo_folder", lambda: folder)
+    monkeypatch.setattr(synthetic, "demo_folder", lambda: folder)
     return folder
 
 
@@ -185,7 +185,8 @@ def test_no_tokenizer_where_none_fits(
     tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_random(make_config("r", width=32, heads=2, vocab_size=64), tmp_path / "small")
-    monkeypatch.setattr(synthetic_tokenizer, "_demo_folder", lambda: None)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "no" / "demo" / "here"))
+    monkeypatch.setattr(synthetic, "demo_folder", checkpoint.demo_folder)
     write_random(CONFIG, tmp_path / "none")
     for folder in ("small", "none"):
         assert open_checkpoint(tmp_path / folder).tokenizer_files == ()
