@@ -103,9 +103,7 @@ def _check_kind(fields: Fields) -> None:
 
 def _block_types(fields: Fields) -> tuple[BlockType, ...]:
     """The type of each layer: the pattern, repeated over the layers."""
-    layers = fields.integer("num_hidden_layers", 26)
-    if layers > MAX_LAYERS:
-        raise fields.wrong("num_hidden_layers", f"at most {MAX_LAYERS}")
+    layers = fields.integer("num_hidden_layers", 26, maximum=MAX_LAYERS)
     stated = [name for name in ("block_types", "_block_types") if name in fields]
     patterns = {fields.words(name, BLOCK_TYPES) for name in stated}
     if len(patterns) > 1:
@@ -125,7 +123,7 @@ def _rope(fields: Fields) -> tuple[float, float]:
         for name in ("rope_theta", "partial_rotary_factor"):
             if name not in rope:
                 continue
-            value = rope.number(name)
+            value = rope.number(name, None)
             if found.setdefault(name, value) != value:
                 raise rope.wrong(name, f"{found[name]:g}, as stated elsewhere in the file")
     theta, rotary = found.get("rope_theta", 10_000.0), found.get("partial_rotary_factor", 0.5)

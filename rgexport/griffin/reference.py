@@ -1,6 +1,6 @@
 """The reference in torch: the step model with real weights, one layer at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,14 +223,9 @@ def describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
-    """Cuts `count` tokens at the stops, and what is long between them."""
-    return list(_cut([*stops, count]))
-
-
-def _cut(stops: Sequence[int]) -> Iterator[_Piece]:
-    start = 0
-    for stop in stops:
-        for first in range(start, stop, _PIECE):
-            last = min(first + _PIECE, stop)
-            yield _Piece(first, last, last == stop)
-        start = stop
+    """Cuts `count` tokens at the stops, and after every `_PIECE` tokens between them."""
+    return [
+        _Piece(first, min(first + _PIECE, stop), first + _PIECE >= stop)
+        for start, stop in zip([0, *stops], [*stops, count], strict=True)
+        for first in range(start, stop, _PIECE)
+    ]

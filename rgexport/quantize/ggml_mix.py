@@ -84,8 +84,19 @@ def choose_types(
     """
     quantizable = [tensor for tensor in tensors if tensor.quantizable]
     _refuse_idle_overrides(request, quantizable)
-    mix = _Mix(request, quantizable, gqa, has_imatrix)
-    chosen = {tensor.name: mix.type_of(tensor) for tensor in quantizable}
+    counts, seen = Counter(_site(tensor.name) for tensor in quantizable), Counter[str]()
+    chosen: dict[str, str] = {}
+    for tensor in quantizable:
+        name, columns, site = tensor.name, tensor.shape[-1], _site(tensor.name)
+        kind = _requested(name, request)
+        if kind is None and name == EMBEDDING:
+            kind = _mixed_embedding(request.file_type.default, columns)
+        elif kind is None:
+            kind = _mixed(
+                name, request.file_type, _Place(seen[site], counts[site], gqa, has_imatrix)
+            )
+            seen[site] += 1
+        chosen[name] = _fitting(kind, columns)
     if not has_imatrix:
         require_importances(chosen, request.file_type, available=())
     return {tensor.name: chosen.get(tensor.name, "f32") for tensor in tensors}
@@ -196,42 +207,24 @@ _FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q
 """For rows that are not a multiple of 256; f16 if they are not a multiple of 32 either."""
 
 
-class _Mix:
-    """Decides tensor by tensor; the decision depends on how many of the site came before."""
+def _requested(name: str, request: TypeRequest) -> str | None:
+    """The type that the request names for a tensor; None if the mix decides."""
+    if name == EMBEDDING and request.token_embedding_type is not None:
+        return request.token_embedding_type
+    found = (kind for pattern, kind in request.overrides if re.search(pattern, name))
+    default = request.file_type.default
+    fixed = request.pure or not TYPES[default].is_quantized
+    return next(found, default if fixed else None)
 
-    def __init__(
-        self, request: TypeRequest, tensors: Sequence[GgmlTensor], gqa: int, has_imatrix: bool
-    ) -> None:
-        self._request = request
-        self._default = request.file_type.default
-        self._gqa, self._has_imatrix = gqa, has_imatrix
-        self._counts = Counter(_site(tensor.name) for tensor in tensors)
-        self._seen: Counter[str] = Counter()
 
-    def type_of(self, tensor: GgmlTensor) -> str:
-        columns = tensor.shape[-1]
-        embedding = self._request.token_embedding_type
-        if tensor.name == EMBEDDING and embedding is not None:
-            return _fitting(embedding, columns)
-        if not TYPES[self._default].is_quantized:
-            return self._default
-        for pattern, kind in self._request.overrides:
-            if re.search(pattern, tensor.name):
-                return _fitting(kind, columns)
-        if self._request.pure:
-            return _fitting(self._default, columns)
-        return _fitting(self._mixed(tensor.name, columns), columns)
+def _mixed(name: str, file_type: FileType, at: _Place) -> str:
+    rules = _MIXES.get(_site(name), {}).get(file_type.name, ())
+    return next((kind for holds, kind in rules if holds(at)), file_type.default)
 
-    def _mixed(self, name: str, columns: int) -> str:
-        if name == EMBEDDING:
-            # It is also the head, for which llama-quantize takes Q6_K or better.
-            fits = TYPES[self._default].fits(columns)
-            return "q8_0" if self._default == "q8_0" or not fits else "q6_k"
-        site = _site(name)
-        at = _Place(self._seen[site], self._counts[site], self._gqa, self._has_imatrix)
-        self._seen[site] += 1
-        rules = _MIXES.get(site, {}).get(self._request.file_type.name, ())
-        return next((kind for holds, kind in rules if holds(at)), self._default)
+
+def _mixed_embedding(default: str, columns: int) -> str:
+    """It is also the head, for which llama-quantize takes Q6_K or better."""
+    return "q8_0" if default == "q8_0" or not TYPES[default].fits(columns) else "q6_k"
 
 
 def _site(name: str) -> str:

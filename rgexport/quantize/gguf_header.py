@@ -98,7 +98,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         size = require_regular(path)
         with path.open("rb") as file:
-            return _read(_Header(path, file, size, MAX_HEADER_BYTES))
+            return _read(Cursor(path, file, size, MAX_HEADER_BYTES))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -164,63 +164,51 @@ class Cursor:
         return RequestError(f"{self.path} is damaged: {what}; copy or download it again")
 
 
-class _Header(Cursor):
-    """Reads the values that GGUF consists of."""
-
-    def u32(self) -> int:
-        return self.integer(4)
-
-    def u64(self) -> int:
-        return self.integer(8)
-
-    def string(self) -> str:
-        return self.text(self.u64())
-
-    def name(self) -> str:
-        length = self.u64()
-        if length > _MAX_NAME:
-            raise self.damaged(f"a name in its header is {length} bytes long")
-        name = self.text(length)
-        if not name.isprintable():
-            raise self.damaged(f"its header has the name {name!r}")
-        return name
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self._array(self.u32(), self.u64())
-        return self._numbers(kind, 1)[0].item()
-
-    def _array(self, kind: int, count: int) -> Any:
-        if kind != _STRING:
-            return self._numbers(kind, count)
-        self.require(8 * count)
-        return [self.string() for _ in range(count)]
-
-    def _numbers(self, kind: int, count: int) -> np.ndarray:
-        if kind not in _NUMBERS:
-            raise self.damaged(f"its header has a value of the unknown type {kind}")
-        return self.array(_NUMBERS[kind], count)
-
-
-def _read(cursor: _Header) -> GgufHeader:
+def _read(cursor: Cursor) -> GgufHeader:
     version = _read_version(cursor)
-    num_tensors, num_values = cursor.u64(), cursor.u64()
+    num_tensors, num_values = cursor.integer(8), cursor.integer(8)
     values: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
     for _ in range(num_values):
-        key, start = cursor.name(), cursor.at
+        key, start = _name(cursor), cursor.at
         if key in values:
             raise cursor.damaged(f"its header has {key} twice")
-        values[key] = cursor.value(cursor.u32())
+        values[key] = _value(cursor, cursor.integer(4))
         spans[key] = start, cursor.at
     infos = [_read_info(cursor) for _ in range(num_tensors)]
     tensors = _place(cursor, infos, _alignment(cursor, values))
     return GgufHeader(cursor.path, version, values, spans, tensors)
 
 
-def _read_version(cursor: _Header) -> int:
+def _name(cursor: Cursor) -> str:
+    length = cursor.integer(8)
+    if length > _MAX_NAME:
+        raise cursor.damaged(f"a name in its header is {length} bytes long")
+    name = cursor.text(length)
+    if not name.isprintable():
+        raise cursor.damaged(f"its header has the name {name!r}")
+    return name
+
+
+def _value(cursor: Cursor, kind: int) -> Any:
+    if kind == _STRING:
+        return cursor.text(cursor.integer(8))
+    if kind != _ARRAY:
+        return _numbers(cursor, kind, 1)[0].item()
+    kind, count = cursor.integer(4), cursor.integer(8)
+    if kind != _STRING:
+        return _numbers(cursor, kind, count)
+    cursor.require(8 * count)
+    return [cursor.text(cursor.integer(8)) for _ in range(count)]
+
+
+def _numbers(cursor: Cursor, kind: int, count: int) -> np.ndarray:
+    if kind not in _NUMBERS:
+        raise cursor.damaged(f"its header has a value of the unknown type {kind}")
+    return cursor.array(_NUMBERS[kind], count)
+
+
+def _read_version(cursor: Cursor) -> int:
     start = cursor.take(min(cursor.size, 8))
     if len(start) < 8 or not start.startswith(MAGIC):
         raise RequestError(
@@ -235,7 +223,7 @@ def _read_version(cursor: _Header) -> int:
     return version
 
 
-def _alignment(cursor: _Header, values: dict[str, Any]) -> int:
+def _alignment(cursor: Cursor, values: dict[str, Any]) -> int:
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.damaged(f"general.alignment is {alignment!r}, not a power of two")
@@ -245,13 +233,13 @@ def _alignment(cursor: _Header, values: dict[str, Any]) -> int:
 _Info = tuple[str, tuple[int, ...], GgmlType, int]
 
 
-def _read_info(cursor: _Header) -> _Info:
+def _read_info(cursor: Cursor) -> _Info:
     """Name, shape, type and offset in the data of one tensor."""
-    name, count = cursor.name(), cursor.u32()
+    name, count = _name(cursor), cursor.integer(4)
     if not 1 <= count <= _MAX_DIMENSIONS:
         raise cursor.damaged(f"tensor {name} has {count} dimensions")
-    shape = tuple(cursor.u64() for _ in range(count))[::-1]
-    number, offset = cursor.u32(), cursor.u64()
+    shape = tuple(cursor.integer(8) for _ in range(count))[::-1]
+    number, offset = cursor.integer(4), cursor.integer(8)
     if number not in BY_VALUE:
         known = ", ".join(kind.name for kind in BY_VALUE.values())
         raise RequestError(
@@ -263,7 +251,7 @@ def _read_info(cursor: _Header) -> _Info:
     return name, shape, kind, offset
 
 
-def _place(cursor: _Header, infos: list[_Info], alignment: int) -> dict[str, GgufTensor]:
+def _place(cursor: Cursor, infos: list[_Info], alignment: int) -> dict[str, GgufTensor]:
     """The tensors, which must follow each other without gaps up to the end of the file."""
     data = _align(cursor.at, alignment)
     end, tensors = data, dict[str, GgufTensor]()
