@@ -225,18 +225,10 @@ def test_files_that_are_no_state_dict(tmp_path: Path, state: dict[str, torch.Ten
             open_checkpoint(save(tmp_path, content))
 
 
-@pytest.mark.parametrize(
-    ("drop", "message"),
-    [
-        ("blocks.1.attention_block", "blocks.1 has no temporal block"),
-        ("blocks.1.", "blocks.1 has no temporal block"),
-    ],
-)
-def test_a_layer_without_a_kind(
-    tmp_path: Path, state: dict[str, torch.Tensor], drop: str, message: str
-) -> None:
+@pytest.mark.parametrize("drop", ["blocks.1.attention_block", "blocks.1."])
+def test_a_layer_without_a_kind(tmp_path: Path, state: dict[str, torch.Tensor], drop: str) -> None:
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(drop)}
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match="blocks.1 has no temporal block"):
         open_checkpoint(save(tmp_path, rest))
 
 

@@ -85,11 +85,6 @@ def test_embeddings_differ_and_give_sane_logits() -> None:
     assert (hidden @ embedding.T).std() == pytest.approx(1, abs=0.1)
 
 
-def test_norms_and_biases_are_small() -> None:
-    assert values("final_norm.weight").std() == pytest.approx(0.05, rel=0.2)
-    assert values("layers.0.mlp_block.up_proj.bias").std() == pytest.approx(0.02, rel=0.2)
-
-
 def test_decays_come_near_to_one() -> None:
     config = make_config("r", width=2048, heads=2)
     param = values("layers.0.temporal_block.rg_lru.recurrent_param", config)
@@ -190,14 +185,3 @@ def test_no_tokenizer_where_none_fits(
     write_random(CONFIG, tmp_path / "none")
     for folder in ("small", "none"):
         assert open_checkpoint(tmp_path / folder).tokenizer_files == ()
-
-
-def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(synthetic, "write_weights", fail)
-    with pytest.raises(KeyboardInterrupt):
-        write_random(CONFIG, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
-    assert not list(tmp_path.glob("*partial*"))

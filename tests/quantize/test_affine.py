@@ -59,16 +59,6 @@ def test_rows_stand_for_themselves(
         np.testing.assert_array_equal(part, np.concatenate([p[name] for p in pieces]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_what_was_quantized_once_stays_as_it_is(scheme: Affine) -> None:
-    weights = np.random.default_rng(0).standard_normal((40, 200)).astype(np.float32)
-    once = affine.decode(affine.encode(weights, scheme), scheme, 200)
-    twice = affine.decode(affine.encode(once, scheme), scheme, 200)
-    # An asymmetric range may shrink by a level when its zero point was rounded.
-    steps = np.abs(affine.encode(weights, scheme)["scales"]).max()
-    np.testing.assert_allclose(twice, once, atol=(1e-6 if scheme.symmetric else 0.51 * steps))
-
-
 @pytest.mark.parametrize(
     ("bits", "expected"), [(4, (0.07, 0.13)), (8, (0.004, 0.009))], ids=["int4", "int8"]
 )

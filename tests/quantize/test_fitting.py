@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, largest_divisor, with_dtype
+from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, with_dtype
 from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 
 affines = st.builds(
@@ -70,17 +70,6 @@ def test_what_fits_stays(asked: Scheme, shape: tuple[int, int]) -> None:
 )
 def test_examples(asked: Affine, columns: int, expected: Affine) -> None:
     assert fitted(asked, (7, columns)) == expected
-
-
-def test_floats_fit_every_shape() -> None:
-    assert fitted(Float("float16"), (3, 1, 4)) == Float("float16")
-
-
-@given(st.integers(1, 2000), st.integers(1, 100))
-def test_largest_divisor(number: int, limit: int) -> None:
-    found = largest_divisor(number, limit)
-    assert number % found == 0 and 1 <= found <= limit
-    assert all(number % other for other in range(found + 1, min(number, limit) + 1))
 
 
 def test_the_dtype_of_scales_and_tables() -> None:

@@ -198,22 +198,6 @@ def test_a_truncated_file_of_the_older_format_is_refused(tmp_path: Path) -> None
             read_imatrix(path)
 
 
-@each_example
-@given(st.data())
-def test_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(GOOD)
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "imatrix.dat"
-    path.write_bytes(content)
-    try:
-        values = read_imatrix(path).entries.values()
-    except RequestError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(np.isfinite(array).all() for array in values)
-
-
 def test_what_is_far_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     with path.open("wb") as file:

@@ -60,14 +60,6 @@ def test_groups_stand_for_themselves(case: tuple[np.ndarray, Palette], data: st.
         np.testing.assert_array_equal(part, np.concatenate([piece[name] for piece in pieces]))
 
 
-@settings(deadline=None)
-@given(matrices())
-def test_what_was_palettized_once_stays_as_it_is(case: tuple[np.ndarray, Palette]) -> None:
-    rows, scheme = case
-    once = stored(rows, scheme)
-    np.testing.assert_array_equal(stored(once, scheme), once)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tables_are_rounded_before_values_are_chosen(dtype: FloatDtype) -> None:
     rows = np.random.default_rng(0).normal(size=(32, 300)).astype(np.float32)
