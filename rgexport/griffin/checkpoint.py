@@ -180,17 +180,18 @@ def _open_hugging_face(
     config = read_config(folder / huggingface.CONFIG, window, soft_cap)
     found, index_problems, files = huggingface.read_tensors(folder)
     head = found.pop(huggingface.HEAD, None)
-    inventory = take_inventory(config, found)
-    problems = [*index_problems, *inventory.problems]
-    if head is not None and not _fits_embedding(head, config):
+    weights, problems = take_inventory(config, found)
+    problems = [*index_problems, *problems]
+    fits = isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
+    if head is not None and not fits:
         problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
     return Checkpoint(
         name=name,
         path=folder,
         layout="hugging-face",
         config=config,
-        weights=inventory.weights,
-        head=head if isinstance(head, RowTensor) and _fits_embedding(head, config) else None,
+        weights=weights,
+        head=head if isinstance(head, RowTensor) and fits else None,
         problems=tuple(problems),
         weight_files=files,
         tokenizer_files=find_tokenizer_files(folder),
@@ -198,22 +199,18 @@ def _open_hugging_face(
     )
 
 
-def _fits_embedding(head: RowTensor | str, config: GriffinConfig) -> bool:
-    return isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
-
-
 def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
     found = deepmind.read_tensors(path)
     config = deepmind.infer_config(path, found, window, soft_cap)
-    inventory = take_inventory(config, deepmind.canonical(found))
+    weights, problems = take_inventory(config, deepmind.canonical(found))
     return Checkpoint(
         name=name,
         path=path,
         layout="deepmind",
         config=config,
-        weights=inventory.weights,
+        weights=weights,
         head=None,
-        problems=inventory.problems,
+        problems=tuple(problems),
         weight_files=(path,),
         tokenizer_files=find_tokenizer_files(path.parent),
         instruction_tuned=_instruction_tuned(name, path.parent),

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from rgexport.errors import RequestError
 from rgexport.quantize.ggml_types import TYPES
@@ -18,16 +18,12 @@ class Float:
 
     dtype: FloatDtype
     kind: Literal["float"] = "float"
+    algorithm: ClassVar[str] = "cast"
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight."""
         return _FLOAT_BITS[self.dtype]
-
-    @property
-    def algorithm(self) -> str:
-        """A cast."""
-        return "cast"
 
     @property
     def label(self) -> str:
@@ -94,16 +90,12 @@ class Ggml:
 
     type: str
     kind: Literal["ggml"] = "ggml"
+    algorithm: ClassVar[str] = "ggml"
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, scales and minimums included."""
         return TYPES[self.type].bits_per_weight
-
-    @property
-    def algorithm(self) -> str:
-        """The quantizer of ggml."""
-        return "ggml"
 
     @property
     def label(self) -> str:
@@ -120,32 +112,16 @@ BLOCKS = (32, 64, 128)
 INT8_ROWS = Affine(8, None, symmetric=True)
 """One scale per row, the only int8 that integer matrix products can take."""
 
-_KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
-    "float": Float,
-    "affine": Affine,
-    "palette": Palette,
-    "ggml": Ggml,
-}
+_KINDS = {scheme.kind: scheme for scheme in (Float, Affine, Palette, Ggml)}
 _SIZES = range(1, 1 << 31)
-_WORD = re.compile("[a-z0-9_-]{1,32}")
-_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "float": {"dtype": tuple(_FLOAT_BITS)},
-    "affine": {
-        "bits": (4, 8),
-        "block": (None, _SIZES),
-        "symmetric": (False, True),
-        "scale": tuple(_FLOAT_BITS),
-        "algorithm": (_WORD,),
-    },
-    "palette": {
-        "bits": (4,),
-        "group": (_SIZES,),
-        "lut": tuple(_FLOAT_BITS),
-        "algorithm": (_WORD,),
-    },
-    "ggml": {"type": tuple(TYPES)},
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "block": (None, _SIZES),
+    "symmetric": (False, True),
+    "group": (_SIZES,),
+    "algorithm": (re.compile("[a-z0-9_-]{1,32}"),),
+    "type": tuple(TYPES),
 }
-"""Kind → field → allowed values, ranges of integers, or patterns of words."""
+"""Field → allowed values, ranges of integers, or patterns of words; other fields are literals."""
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
@@ -165,8 +141,9 @@ def scheme_from_dict(fields: Any) -> Scheme:
             f"a scheme has kind {kind!r}; expected one of {', '.join(sorted(_KINDS))}"
         )
     rest = {key: value for key, value in fields.items() if key != "kind"}
+    hints = get_type_hints(_KINDS[kind])
     for key, value in rest.items():
-        allowed = _ALLOWED[kind].get(key, ())
+        allowed = (_ALLOWED.get(key) or get_args(hints[key])) if key in hints else ()
         if not any(_matches(value, one) for one in allowed):
             expected = ", ".join(map(_shown, allowed)) or "no such field"
             raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
