@@ -3,18 +3,16 @@
 import json
 import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from rgexport.griffin.safetensors_writer import write_weights
 from tests.models import (
+    edit_header,
     make_config,
     random_weights,
-    weight_source,
     write_deepmind,
     write_hugging_face,
 )
@@ -46,26 +44,16 @@ def edit_config(**fields: object) -> Callable[[Path], None]:
     return change
 
 
-def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        save(folder)
-        path = folder / "model.safetensors"
-        data = path.read_bytes()
-        size = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8 : 8 + size])
-        change(header)
-        text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-
-    return rewrite
-
-
 def then(make: Callable[[Path], object], spoil: Callable[[Path], object]) -> Callable[[Path], None]:
     def both(folder: Path) -> None:
         make(folder)
         spoil(folder)
 
     return both
+
+
+def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    return then(save, lambda folder: edit_header(folder, change))
 
 
 def truncate(name: str) -> Callable[[Path], None]:
@@ -89,28 +77,20 @@ def sharded(folder: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
 
 
-def with_head(folder: Path) -> None:
-    head = WEIGHTS["embed_tokens.weight"].copy()
-    head[1, 1] += 1
-    save(folder)
-    write_weights(folder, weight_source(WEIGHTS | {"lm_head.weight": head}))
-    path = folder / "model.safetensors"  # where a head stands beside `model.`, not below it
-    path.write_bytes(
-        path.read_bytes().replace(b'"model.lm_head.weight"', b'      "lm_head.weight"')
-    )
-
-
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated file": (then(save, truncate("model.safetensors")), "model.safetensors"),
     "missing shard": (then(sharded, remove("*-00002-*")), "00002-of"),
     "index is no JSON": (then(sharded, put("model.safetensors.index.json", b"{")), "index.json"),
     "text as weights": (then(save, put("model.safetensors", b"hello " * 99)), "model.safetensors"),
     "name that a terminal obeys": (
-        edit_header(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
+        edited(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
         r"tensor \?\[2J\?\]0;x\? has",
     ),
-    "name without an end": (edit_header(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
-    "untied head": (with_head, "lm_head.weight differs from"),
+    "name without an end": (edited(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
+    "untied head": (
+        lambda f: write_hugging_face(CONFIG, WEIGHTS, f, head=WEIGHTS["embed_tokens.weight"] + 1),
+        "lm_head.weight differs from",
+    ),
     "all at once": (
         lambda f: save(f, without=NORM, more=np.ones(1, np.float32), **{LINEAR: spoiled(np.nan)}),
         f"3 problems.*(?=.*more)(?=.*{LINEAR})(?=.*{NORM})",

@@ -14,10 +14,10 @@ from rgexport.griffin import checkpoint as module
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.huggingface import INDEX, SINGLE
 from rgexport.griffin.safetensors_writer import write_weights
-from rgexport.griffin.tensor import from_array
 from tests.models import (
     ODD_CONFIGS,
     Weights,
+    edit_header,
     random_weights,
     weight_source,
     write_deepmind,
@@ -55,10 +55,7 @@ def test_opens_a_folder(tmp_path: Path, weights: Weights, shard_bytes: int, dial
 
 def test_names_may_lack_the_prefix(tmp_path: Path, weights: Weights) -> None:
     folder = write_hugging_face(CONFIG, weights, tmp_path)
-    content = (folder / SINGLE).read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + length].replace(b'"model.', b'"').ljust(length)
-    (folder / SINGLE).write_bytes(content[:8] + header + content[8 + length :])
+    edit_header(folder, lambda h: [h.update({n.removeprefix("model."): h.pop(n)}) for n in [*h]])
     assert open_checkpoint(folder).problems == ()
 
 
@@ -69,14 +66,8 @@ def test_all_problems_are_listed(tmp_path: Path, weights: Weights) -> None:
     broken["layers.1.mlp_block.up_proj.bias"] = np.zeros(95, np.float32)
     broken["layers.9.extra"] = np.zeros(1, np.float32)
     write_weights(folder, weight_source(broken))
-    content = (folder / SINGLE).read_bytes()
-    norm = f'"model.final_norm.weight":{{"dtype":"F32","shape":[{CONFIG.width}]'
-    half = norm.replace("F32", "I16").replace(f"[{CONFIG.width}]", f"[2,{CONFIG.width}]")
-    length = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + length].replace(norm.encode(), half.encode())
-    (folder / SINGLE).write_bytes(
-        len(header).to_bytes(8, "little") + header + content[8 + length :]
-    )
+    half = {"dtype": "I16", "shape": [2, CONFIG.width]}
+    edit_header(folder, lambda h: h["model.final_norm.weight"].update(half))
     assert open_checkpoint(folder).problems == (
         "missing: layers.0.temporal_pre_norm.weight",
         "wrong shape: layers.1.mlp_block.up_proj.bias is [95] (expected [96])",
@@ -86,14 +77,9 @@ def test_all_problems_are_listed(tmp_path: Path, weights: Weights) -> None:
 
 
 def test_a_saved_head_is_set_apart(tmp_path: Path, weights: Weights) -> None:
-    folder = write_hugging_face(CONFIG, weights, tmp_path)
     head = weights["embed_tokens.weight"]
     for array, problems in ((head, ()), (head[:-1], ("wrong shape: lm_head.weight",))):
-        write_weights(folder, weight_source(weights) | {"lm_head.weight": from_array(array)})
-        content = (folder / SINGLE).read_bytes()
-        plain = content.replace(b'"model.lm_head.weight"', b'"lm_head.weight"      ')
-        (folder / SINGLE).write_bytes(plain)
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(write_hugging_face(CONFIG, weights, tmp_path, head=array))
         assert "lm_head.weight" not in checkpoint.weights
         assert [p.partition(" does")[0] for p in checkpoint.problems] == list(problems)
         assert (checkpoint.head is None) == bool(problems)
