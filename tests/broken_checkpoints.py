@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint, each with what the complaint must say."""
+"""Broken checkpoints, each with a pattern of its error message."""
 
 import json
 import os

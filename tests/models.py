@@ -39,7 +39,7 @@ def make_config(
 ) -> GriffinConfig:
     """A configuration such as DeepMind's code allows (one number of heads, conv width 4).
 
-    `blocks` is a word of `r` and `a`. A `head_dim` of its own leaves what the oracle can run.
+    `blocks` is a word of `r` and `a`. DeepMind's code cannot run a `head_dim` of its own.
     """
     head_dim = head_dim or width // heads
     return GriffinConfig(
@@ -72,11 +72,11 @@ ODD_CONFIGS: dict[str, GriffinConfig] = {
     "irregular": make_config("raar", width=64, heads=8, window=24),
     "one_head": make_config("rarra", width=48, heads=1, lru_width=64, soft_cap=5.0),
 }
-"""Shapes that an implementation of RecurrentGemma alone would get wrong; the oracle runs all."""
+"""Shapes that differ from RecurrentGemma's in some relation; DeepMind's code runs them all."""
 
 
 def random_weights(config: GriffinConfig, seed: int = 0, slowest: float = 1e-4) -> Weights:
-    """Lively weights: no norm, bias or decay that an error could hide behind.
+    """Random weights; norms, biases and decays are large enough for an error in them to show.
 
     With an open gate the decays are from 0.9 to 1 - `slowest`.
     """

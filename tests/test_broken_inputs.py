@@ -1,10 +1,9 @@
-"""Whatever is wrong with a request: one clear line, exit code 2, and nothing left behind."""
+"""Wrong requests end in one line and exit code 2, and leave nothing behind."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,6 @@ from tests.models import (
     random_weights,
     write_hugging_face,
 )
-
-Arrange = Callable[[Path], list[str]]
-"""Makes the broken thing in an empty folder, which is the working directory; gives arguments."""
 
 
 def make_sound(folder: Path, *command: str) -> Path:

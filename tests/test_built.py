@@ -1,4 +1,4 @@
-"""What tests compile is kept as long as what it is made of stays the same."""
+"""What tests compile is cached as long as its sources, flags and compiler are the same."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,14 +44,14 @@ def test_is_made_again_from_other_sources_or_flags(source, monkeypatch):
     assert built(make, [source]) != after != built(make, [source], compiler="cmake")
 
 
-def test_what_failed_is_not_kept(source):
+def test_a_failed_build_is_not_kept(source):
     for _ in range(2):
         with pytest.raises(ValueError):
             built(make, [source], "broken")
     assert len(MADE) == 2
 
 
-def test_whoever_comes_second_waits(source):
+def test_a_second_builder_waits(source):
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: built(make, [source]), range(4)))
     assert len(folders) == len(MADE) == 1

@@ -1,4 +1,4 @@
-"""What the command line promises beside its commands: exit codes, streams, and a quick start."""
+"""The command line as a whole: exit codes, streams, and a quick start."""
 
 import html
 import json
@@ -56,7 +56,7 @@ def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, caps
     assert len(ids) == 4 and all(0 <= int(token) < 64 for token in ids)
 
 
-def test_demo_speaks(demo_artifact, capsys):
+def test_demo_generates_text(demo_artifact, capsys):
     def text(*options: str) -> str:
         capsys.readouterr()
         assert run(["generate", str(demo_artifact), "-p", "The ship", "-n", "12", *options]) == 0
@@ -78,7 +78,7 @@ def test_demo_is_validated(demo_artifact, tmp_path, capsys):
     assert json.loads(report.read_text())["verdict"] == "PASS"
 
 
-def test_the_demos_page_shows_the_text_of_its_worst_positions(demo_artifact, tmp_path, capsys):
+def test_the_report_shows_the_text_of_the_worst_positions(demo_artifact, tmp_path, capsys):
     page, report = tmp_path / "report.html", tmp_path / "report.json"
     asked = ["validate", str(demo_artifact), "--tokens", "64", "--html", str(page)]
     assert run([*asked, "--json", str(report)]) == 0
@@ -207,7 +207,7 @@ def test_closed_streams(demo_artifact, tmp_path, command, closed):
     assert {path: path.read_bytes() for path in demo_artifact.iterdir()} == before
 
 
-def test_output_that_cannot_hold_the_text(tmp_path):
+def test_output_encoding_that_lacks_characters(tmp_path):
     write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "模型")
     strict = {"PYTHONIOENCODING": "latin-1:strict"}
     result = rgexport("inspect", "模型", folder=tmp_path, environment=strict)
@@ -224,7 +224,7 @@ def test_report_in_ascii(demo_artifact, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
-def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):
+def test_names_that_are_not_utf8(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"mod\xe8le")
     write_hugging_face(CONFIG, random_weights(CONFIG), Path(name))
@@ -233,7 +233,7 @@ def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):
     assert "mod\ufffdle" in capsys.readouterr().out
 
 
-def test_reader_that_leaves_is_no_error(demo_artifact, tmp_path):
+def test_a_closed_pipe_is_no_error(demo_artifact, tmp_path):
     program = [sys.executable, "-c", START, "generate", str(demo_artifact), "-p", "A", "-n", "400"]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Fewer cases of a test still hold every pair of its values."""
+"""The cases that are kept hold every pair of values."""
 
 from dataclasses import dataclass
 from itertools import combinations, product

@@ -140,7 +140,7 @@ def test_refused_before_any_work(tmp_path, kind, make, force, complaint):
 
 
 @pytest.mark.parametrize("target", [".", "../..", "link", "/"])
-def test_the_folder_one_stands_in_is_refused(tmp_path, monkeypatch, target):
+def test_the_current_folder_is_refused(tmp_path, monkeypatch, target):
     inside = tmp_path / "out" / "inside"
     inside.mkdir(parents=True)
     (inside / "link").symlink_to(tmp_path / "out")
@@ -213,7 +213,7 @@ def test_parent_must_be_a_folder(tmp_path, below):
 
 
 @each_kind
-def test_what_came_meanwhile_is_kept(tmp_path, kind):
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path, kind):
     with (
         pytest.raises(RequestError, match="out exists and (holds|is) something else"),
         replacing(tmp_path / "out", kind, force=True) as partial,

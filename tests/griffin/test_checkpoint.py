@@ -127,7 +127,7 @@ def test_links_such_as_the_hub_cache_has_are_followed(tmp_path: Path, weights: W
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
-def test_a_name_that_is_no_text_is_made_one(tmp_path: Path, weights: Weights) -> None:
+def test_a_name_that_is_not_utf8(tmp_path: Path, weights: Weights) -> None:
     folder = write_hugging_face(CONFIG, weights, tmp_path / os.fsdecode(b"mod\xe8le"))
     assert open_checkpoint(folder).name == "mod\ufffdle"
     file = write_deepmind(weights, folder).rename(folder / os.fsdecode(b"\xe8.pt"))

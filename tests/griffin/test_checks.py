@@ -82,7 +82,7 @@ def test_a_head_of_another_dtype_is_compared_by_value(tmp_path: Path, weights: W
     assert check_checkpoint(open_checkpoint(tmp_path)).problems == ()
 
 
-def test_everything_is_said_at_once(tmp_path: Path, weights: Weights) -> None:
+def test_one_message_names_all_problems(tmp_path: Path, weights: Weights) -> None:
     weights[LINEAR][0, 0] = np.nan
     del weights[NORM]
     weights["layers.0.extra"] = np.zeros(3, np.float32)

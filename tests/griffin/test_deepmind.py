@@ -129,7 +129,7 @@ def test_reads_all_dtypes_in_their_own(
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_both_layouts_of_a_model_are_one(tmp_path: Path, name: str) -> None:
+def test_both_layouts_give_the_same_model(tmp_path: Path, name: str) -> None:
     config, weights = ODD_CONFIGS[name], random_weights(ODD_CONFIGS[name])
     theirs = open_checkpoint(
         write_deepmind(weights, tmp_path / "pt"), window=config.window, soft_cap=config.soft_cap
@@ -144,7 +144,7 @@ def test_both_layouts_of_a_model_are_one(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 200, 1000])
-def test_slabs_make_up_the_whole(
+def test_slabs_add_up_to_the_tensor(
     tmp_path: Path, state: dict[str, torch.Tensor], limit: int
 ) -> None:
     weights = open_checkpoint(save(tmp_path, state)).weights

@@ -38,7 +38,7 @@ def test_cuda_scans_equal_a_loop(tokens):
     assert (scan._triton_scan() is not None) == (find_spec("triton") is not None)
 
 
-def test_where_triton_does_not_run(monkeypatch, capsys):
+def test_without_triton_torch_operations_are_used(monkeypatch, capsys):
     """Here without a GPU, or without the package: torch's operations are what is left."""
     if torch.cuda.is_available():
         monkeypatch.setitem(sys.modules, "rgexport.griffin.triton_scan", None)

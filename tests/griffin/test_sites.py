@@ -8,6 +8,6 @@ from tests.models import ODD_CONFIGS
 
 
 @pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
-def test_they_are_those_of_the_step_model_in_its_order(name: str) -> None:
+def test_sites_are_those_of_the_step_model(name: str) -> None:
     config = ODD_CONFIGS[name]
     assert sites(config) == tuple(node.site for node in trace(config).nodes)

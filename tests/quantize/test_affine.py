@@ -49,9 +49,7 @@ def test_parts_have_the_declared_layout(weights: np.ndarray, scheme: Affine) -> 
 
 
 @given(rows, st.sampled_from(SCHEMES + HALVES), st.data())
-def test_rows_stand_for_themselves(
-    weights: np.ndarray, scheme: Affine, data: st.DataObject
-) -> None:
+def test_rows_are_independent(weights: np.ndarray, scheme: Affine, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(weights)))
     whole = affine.encode(weights, scheme)
     pieces = [affine.encode(weights[s], scheme) for s in (np.s_[:cut], np.s_[cut:])]

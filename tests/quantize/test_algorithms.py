@@ -27,11 +27,11 @@ def test_what_a_float_cannot_hold_is_named():
         encode("w", rows, Float("float16"))
 
 
-def test_every_layout_has_one():
+def test_every_layout_has_an_algorithm():
     assert {layout for layout, _ in ALGORITHMS.values()} == {Float, Affine, Palette, Ggml}
 
 
-def test_a_new_one_is_a_row_and_no_part_of_the_layout(monkeypatch: pytest.MonkeyPatch):
+def test_an_algorithm_is_a_row_and_no_part_of_the_layout(monkeypatch: pytest.MonkeyPatch):
     def fill(rows: np.ndarray, scheme: Affine, importance: Importance) -> affine.Parts:
         return affine.encode(rows * importance, scheme)
 
@@ -45,7 +45,7 @@ def test_a_new_one_is_a_row_and_no_part_of_the_layout(monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(found, expected)
 
 
-def test_an_unknown_one_can_be_read_but_not_asked_for():
+def test_an_unknown_algorithm_can_be_read_but_not_requested():
     later = scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": "later-2"})
     assert later == INT4
     with pytest.raises(RequestError, match="algorithm = 'later-2'; expected rtn"):

@@ -49,7 +49,7 @@ def test_groups_divide_rows(asked: Palette, shape: tuple[int, int]) -> None:
 
 
 @given(st.one_of(affines, palettes, st.just(Float("float16"))), shapes)
-def test_what_fits_stays(asked: Scheme, shape: tuple[int, int]) -> None:
+def test_a_fitted_scheme_stays_the_same(asked: Scheme, shape: tuple[int, int]) -> None:
     once = fitted(asked, shape)
     assert fitted(once, shape) == once
 

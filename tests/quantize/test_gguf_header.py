@@ -154,7 +154,7 @@ def test_forged_headers_are_refused_in_one_line(case: str, tmp_path: Path) -> No
     refusal(path, content)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.gguf"):
         assert not is_gguf(path)
         with pytest.raises(RequestError, match="cannot be read"):

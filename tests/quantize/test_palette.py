@@ -51,7 +51,7 @@ def test_every_weight_is_the_nearest_value_of_its_group(case: tuple[np.ndarray, 
 
 @settings(deadline=None)
 @given(matrices(), st.data())
-def test_groups_stand_for_themselves(case: tuple[np.ndarray, Palette], data: st.DataObject) -> None:
+def test_groups_are_independent(case: tuple[np.ndarray, Palette], data: st.DataObject) -> None:
     rows, scheme = case
     cut = data.draw(st.integers(1, len(rows) // scheme.group)) * scheme.group
     whole = palette.encode(rows, scheme)
