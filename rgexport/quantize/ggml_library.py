@@ -66,12 +66,8 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
         weights = np.ascontiguousarray(rows[part], np.float32)
         return _quantize_chunk(library, TYPES[kind], weights, importance, out[part])
 
-    chunks = [*slab_bounds(count, 4 * columns, CHUNK_BYTES)]
-    if len(chunks) > 1:
-        with ThreadPoolExecutor(usable_processors()) as pool:
-            sound = [*pool.map(quantize, chunks)]
-    else:
-        sound = [*map(quantize, chunks)]
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        sound = [*pool.map(quantize, slab_bounds(count, 4 * columns, CHUNK_BYTES))]
     if not all(sound):
         raise _out_of_range(rows, kind)
     return out
