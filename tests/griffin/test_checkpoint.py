@@ -1,4 +1,4 @@
-"""Opening checkpoints: where they may lie, what they are called, and what is wrong with them."""
+"""Opening checkpoints: places, names and problems."""
 
 import json
 import os

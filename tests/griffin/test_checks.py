@@ -1,4 +1,4 @@
-"""The deep check finds what headers do not show, and says it all at once."""
+"""Problems that only the values show, and hashes of files."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""DeepMind's .pt files: the state dict of its own class is the oracle for names and shapes."""
+"""DeepMind's .pt files, compared with the state dict of DeepMind's own class."""
 
 import math
 import pickle

@@ -83,7 +83,7 @@ def test_reads_the_metadata(tmp_path: Path) -> None:
 def test_metadata_that_is_no_object_of_texts(
     tmp_path: Path, value: object, read: Callable[[Path], object]
 ) -> None:
-    """No part of such a file is read, as the reference implementation has it."""
+    """As in the reference implementation, the whole file is refused."""
     path = file_with(tmp_path / "a", {"__metadata__": value, "a": tensor()}, bytes(8))
     with pytest.raises(RequestError, match="__metadata__ is no object of texts"):
         read(path)

@@ -1,4 +1,4 @@
-"""What fills a layout is found through one registry, and is no part of the layout."""
+"""The registry of algorithms; an algorithm is no part of a scheme's layout."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The types of tensors, against llama-quantize: what it printed once, and what it prints now."""
+"""The types of tensors, compared with output of llama-quantize, recorded and live."""
 
 import random
 import re

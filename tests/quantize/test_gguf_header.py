@@ -1,4 +1,4 @@
-"""The header reader, against files that gguf-py wrote and files that nobody should write."""
+"""The header reader, with files of gguf-py and with forged ones."""
 
 import struct
 from pathlib import Path
