@@ -1,5 +1,6 @@
 """Artifacts of small random models, made by the exporter."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.ggml_library import load_library
 from tests.models import Weights, random_weights, write_hugging_face
 
+Made = tuple[Artifact, Weights]
+
 
 def export_random(
     config: GriffinConfig,
@@ -27,12 +30,10 @@ def export_random(
     *,
     slowest: float = 1e-4,
     **options: Any,
-) -> tuple[Artifact, Weights]:
+) -> Made:
     """Exports a random model of shape `config`; returns the artifact and the original weights."""
-    model, weights = _random_model(config, folder, slowest)
     asked = OnnxOptions(precision=precision, **options)
-    target = _target(folder, precision, options)
-    return open_artifact(export_onnx(open_checkpoint(model), asked, target)), weights
+    return _made(config, _target(folder, precision, options), slowest, export_onnx, asked)
 
 
 def export_random_coreml(
@@ -42,43 +43,37 @@ def export_random_coreml(
     *,
     slowest: float = 1e-4,
     **options: Any,
-) -> tuple[Artifact, Weights]:
+) -> Made:
     """The same as a Core ML package."""
     pytest.importorskip("coremltools")
-    model, weights = _random_model(config, folder, slowest)
     asked = CoreMLOptions(precision=precision, **options)
     target = _target(folder, f"{precision}-coreml", options)
-    if not target.exists():
-        export_coreml(open_checkpoint(model), asked, target)
-    return open_artifact(target), weights
+    return _made(config, target, slowest, export_coreml, asked)
 
 
 def export_random_gguf(
-    config: GriffinConfig,
-    folder: Path,
-    type: str = "f32",
-    *,
-    slowest: float = 1e-4,
-    **options: Any,
-) -> tuple[Artifact, Weights]:
+    config: GriffinConfig, folder: Path, type: str = "f32", *, slowest: float = 1e-4, **options: Any
+) -> Made:
     """The same as a GGUF file of a file type such as `q4_0`."""
-    model, weights = _random_model(config, folder, slowest)
+    asked = GgufOptions(type=type, **options)
     target = folder / "-".join([f"{type}.gguf", *options])
-    if not target.exists():
-        export_gguf(open_checkpoint(model), GgufOptions(type=type, **options), target)
-    return open_artifact(target), weights
-
-
-def _random_model(config: GriffinConfig, folder: Path, slowest: float) -> tuple[Path, Weights]:
-    weights = random_weights(config, slowest=slowest)
-    model = folder / "model"
-    if not model.exists():
-        write_hugging_face(config, weights, model)
-    return model, weights
+    return _made(config, target, slowest, export_gguf, asked)
 
 
 def _target(folder: Path, precision: str, options: dict[str, Any]) -> Path:
     return folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
+
+
+def _made(
+    config: GriffinConfig, target: Path, slowest: float, export: Callable[..., Path], asked: Any
+) -> Made:
+    weights = random_weights(config, slowest=slowest)
+    model = target.parent / "model"
+    if not model.exists():
+        write_hugging_face(config, weights, model)
+    if not target.exists():
+        export(open_checkpoint(model), asked, target)
+    return open_artifact(target), weights
 
 
 def require_ggml() -> None:

@@ -1,4 +1,4 @@
-"""Keeps what tests compile in `build/tests`: it is made again when what it is made of changes."""
+"""Caches what tests compile in `build/tests`, until its sources, flags or compiler change."""
 
 import hashlib
 import inspect
@@ -16,7 +16,7 @@ from tests.command_line import ROOT
 FOLDER = ROOT / "build" / "tests"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
 _VARIABLES = "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"
-"""Of the environment, what CMake takes flags from."""
+"""Environment variables that CMake takes flags from."""
 
 
 def built(
@@ -24,13 +24,13 @@ def built(
 ) -> Path:
     """The folder that `make(folder, *arguments)` filled, now or in an earlier run.
 
-    Where two processes ask at once, one builds and the other waits.
+    If two processes call it at once, one builds and the other waits.
 
     Args:
-        make: compiles; its flags are in `arguments` and in its file.
+        make: compiles; a change of the file that defines it counts, too.
         sources: all files that are compiled or included.
         arguments: for `make`.
-        compiler: the one that it calls.
+        compiler: the one that `make` calls.
     """
     name = "-".join([make.__name__.strip("_"), *arguments])
     folder = FOLDER / f"{name}.{_digest([Path(inspect.getfile(make)), *sources], compiler)}"
@@ -46,7 +46,7 @@ def built(
 
 
 def one_at_a_time(name: str) -> FileLock:
-    """What of several test processes one holds at a time."""
+    """A lock between test processes."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     return FileLock(FOLDER / f"{name}.lock")
 

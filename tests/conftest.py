@@ -1,4 +1,4 @@
-"""What every test needs."""
+"""Options, fixtures and the choice of cases for all tests."""
 
 import os
 from collections.abc import Iterator
@@ -27,10 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Shares the processors among parallel test processes.
+    """Gives each parallel test process its own processors.
 
-    Engines start a thread for each processor that they may use, and those threads wait actively:
-    with twice as many threads as processors, everything takes several times as long.
+    Engines start a busy thread for each processor that they may use: with twice as many threads as
+    processors, everything takes several times as long.
     """
     worker = getattr(config, "workerinput", None)
     if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the memory of verified files out of the user's own."""
+    """Keeps the hashes of verified files out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RGEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,7 +1,9 @@
 """Small Griffin models of odd shapes, their weights, and DeepMind's implementation as oracle."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from recurrentgemma.torch import Griffin
 
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.deepmind import GLOBAL_NAMES, NAMES
+from rgexport.griffin.huggingface import HEAD, SINGLE
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import TensorSpec, model_tensors
 from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
@@ -36,7 +39,7 @@ def make_config(
 ) -> GriffinConfig:
     """A configuration such as DeepMind's code allows (one number of heads, conv width 4).
 
-    `blocks` is a word of `r` and `a`. A `head_dim` of its own leaves what the oracle can run.
+    `blocks` is a word of `r` and `a`. DeepMind's code cannot run a `head_dim` of its own.
     """
     head_dim = head_dim or width // heads
     return GriffinConfig(
@@ -69,11 +72,11 @@ ODD_CONFIGS: dict[str, GriffinConfig] = {
     "irregular": make_config("raar", width=64, heads=8, window=24),
     "one_head": make_config("rarra", width=48, heads=1, lru_width=64, soft_cap=5.0),
 }
-"""Shapes that an implementation of RecurrentGemma alone would get wrong; the oracle runs all."""
+"""Shapes that differ from RecurrentGemma's in some relation; DeepMind's code runs them all."""
 
 
 def random_weights(config: GriffinConfig, seed: int = 0, slowest: float = 1e-4) -> Weights:
-    """Lively weights: no norm, bias or decay that an error could hide behind.
+    """Random weights; norms, biases and decays are large enough for an error in them to show.
 
     With an open gate the decays are from 0.9 to 1 - `slowest`.
     """
@@ -146,13 +149,32 @@ def write_hugging_face(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     dialect: Dialect = "block_types",
+    head: np.ndarray | None = None,
 ) -> Path:
-    """Writes the model in Hugging Face's layout, without a tokenizer; returns `folder`."""
+    """Writes the model in Hugging Face's layout, without a tokenizer; returns `folder`.
+
+    `head` is saved too, in its own dtype.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hugging_face(config, dialect)))
     stored = {name: array.astype(DTYPES[dtype]) for name, array in weights.items()}
+    if head is not None:
+        stored[HEAD] = head
     write_weights(folder, weight_source(stored), shard_bytes=shard_bytes)
+    if head is not None:
+        edit_header(folder, lambda h: h.update({HEAD: h.pop(f"model.{HEAD}")}))
     return folder
+
+
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Lets `change` edit the header of a model's safetensors file."""
+    path = folder / SINGLE
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def write_deepmind(weights: Weights, folder: Path, *, dtype: str = "float32") -> Path:

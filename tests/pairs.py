@@ -1,7 +1,7 @@
-"""Of a test with three or more parameters, runs as many cases as hold every pair of their values.
+"""Of a test with three or more parameters, runs only as many cases as cover all pairs of values.
 
-A fault mostly shows with one value, or with two of them together; all pairs take a tenth of the
-cases of the whole product. Parameters of fixtures count, too. `--whole-product` runs everything.
+Most faults show with one value or with a pair of them; all pairs take a tenth of the cases of the
+whole product. Parameters of fixtures count, too. `--whole-product` runs everything.
 """
 
 from collections import defaultdict

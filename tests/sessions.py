@@ -1,4 +1,4 @@
-"""What the tests of all engines do with a session."""
+"""Helpers for the tests of all engines."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def random_tokens(config: GriffinConfig, batch: int, length: int) -> np.ndarray:
 
 
 def ragged(session: Session, tokens: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """All logits, taking chunks of the given sizes in turn."""
+    """All logits, from chunks of the given sizes in turn."""
     logits: list[np.ndarray] = []
     start = 0
     while start < tokens.shape[1]:
@@ -31,7 +31,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def check_refusals(session: Session) -> None:
-    """What every session of the model `ODD_CONFIGS["regular"]` refuses."""
+    """Refusals of every session, for the model `ODD_CONFIGS["regular"]`."""
     with pytest.raises(RequestError, match="256 is outside of the vocabulary"):
         session.prefill(np.array([[3, 256]]))
     with pytest.raises(RequestError, match=r"expected \[1, T\]"):

@@ -1,6 +1,6 @@
-"""The house of the design: each floor imports only from floors below, and the core needs no torch.
+"""Each floor imports only from the floors before it, and the core needs no torch.
 
-Checked on the syntax trees, so that an import that hides in a function counts too.
+Checked on the syntax trees, so that imports inside functions count, too.
 """
 
 import ast
@@ -16,7 +16,7 @@ PACKAGE = Path(rgexport.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = "griffin kernels quantize export runtimes chat validate commands cli".split()
 APART = {"kernels", "quantize"}
-"""They stand side by side on one floor: neither imports the other."""
+"""These share a floor: neither imports the other."""
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
 }
@@ -40,7 +40,7 @@ EMITTERS = "export/onnx/", "export/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""
 
 APART_FROM_THE_EMITTER = "export/mil/", "runtimes/coreml/interpreter/"
-"""What reads packages back proves nothing about the emitter if it shares its code."""
+"""These check the emitter, so they must not share its code."""
 
 
 def name_of(module: Path) -> str:

@@ -1,4 +1,4 @@
-"""Fewer cases of a test still hold every pair of its values."""
+"""The cases that are kept hold every pair of values."""
 
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -41,16 +41,8 @@ def test_every_pair_is_kept(sizes):
     assert len(kept) < len(whole) or 1 in sizes
 
 
-def test_two_parameters_keep_their_product():
-    whole = [*cases("one", 7), *cases("two", 3, 4)]
-    assert pairwise(whole) == whole
-
-
-def test_tests_do_not_mix():
-    one, other = cases("one", 3, 3, 3), cases("other", 3, 3, 3)
+def test_other_cases_all_run():
+    """Those of two parameters, of several tests, and those that were asked for by name."""
+    one, other, two = cases("one", 3, 3, 3), cases("other", 3, 3, 3), cases("two", 3, 4)
+    assert pairwise(two) == two and pairwise(one[5:9]) == one[5:9]
     assert pairwise([*one, *other]) == [*pairwise(one), *pairwise(other)]
-
-
-def test_cases_that_were_asked_for_by_name_all_run():
-    some = cases("test", 3, 3, 3)[5:9]
-    assert pairwise(some) == some

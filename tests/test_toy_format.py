@@ -1,4 +1,4 @@
-"""A format that lives in `tests` alone: every command takes it, as the registry says."""
+"""A format that only the registry knows: every command works with it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A format that the package knows nothing of: float32 weights in one file, run by the reference."""
+"""A complete format outside of the package: float32 weights in one file, run by the reference."""
 
 from pathlib import Path
 from typing import Any

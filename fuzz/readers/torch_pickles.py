@@ -1,6 +1,7 @@
 """DeepMind's `.pt` files: where their tensors lie, without anything of them being run."""
 
 import io
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -38,7 +39,7 @@ def _read(data: bytes, folder: Path) -> dict[str, Located | str]:
 def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
     """Names, shapes, dtypes and bytes as torch has them after a real load."""
     content = oracle(
-        lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), "torch refuses"
+        lambda: torch.load(_rewritten(data), map_location="cpu", weights_only=True), "torch refuses"
     )
     theirs = dict(_flatten(content))
     require(theirs.keys() == found.keys(), "other names than torch has")
@@ -54,6 +55,21 @@ def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
             content = other.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             stored = data[tensor.offset : tensor.offset + size]
             require(content == stored, "other bytes than torch has", name)
+
+
+def _rewritten(data: bytes) -> io.BytesIO:
+    """The records that are read, in an archive that is otherwise as torch writes it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        (pickled,) = (i for i in archive.infolist() if i.filename.endswith("/data.pkl"))
+        name = pickled.filename.removesuffix("/data.pkl")
+        kept = [i for i in archive.infolist() if i.filename.startswith(f"{name}/data/")]
+        for info in kept:
+            info.CRC = None  # type: ignore[assignment]  # neither reader looks at it
+        records = {info.filename: archive.read(info) for info in (*kept, pickled)}
+    records |= {f"{name}/version": b"3\n", f"{name}/byteorder": b"little"}
+    return io.BytesIO(
+        pickle_mutator.zip_of([(n, c, zipfile.ZIP_STORED) for n, c in records.items()])
+    )
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

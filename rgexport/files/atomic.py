@@ -1,7 +1,7 @@
 """Folders and files that appear complete or not at all.
 
-`renameat2` keeps that promise where a folder is replaced: with two renames there would be a moment
-without one (`tests/files/test_atomic.py`).
+A folder is replaced by `renameat2`: with two renames there would be a moment without one
+(`tests/files/test_atomic.py`).
 """
 
 import ctypes
@@ -21,51 +21,48 @@ from filelock import FileLock, Timeout
 from rgexport.errors import RequestError
 from rgexport.progress import amount, warn
 
+Replaceable = Callable[[Path], bool]
+"""Says whether an existing target is of a kind that `--force` may replace."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
 @contextmanager
-def replace_folder(
-    target: Path, *, force: bool, replaceable: Callable[[Path], bool]
-) -> Iterator[Path]:
+def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
     """Gives a temporary folder beside `target` that becomes `target` when the block ends well.
 
-    Any exception removes it. A process that is killed leaves a folder `.NAME.partial-…` behind,
-    which the next run with the same target removes. A kernel lock, released even by a kill,
-    keeps two runs from writing one target.
+    Any exception removes it. A process that is killed leaves a folder `.NAME.partial-…`, which the
+    next run with the same target removes. A kernel lock, released even by a kill, keeps two runs
+    from writing one target.
 
     Args:
         target: the folder to make; its parent must exist.
         force: whether an existing target may be replaced.
-        replaceable: says whether an existing folder is of a kind that `force` may replace;
-            an empty one always is.
+        replaceable: whether it is of a kind that may be; an empty folder always is.
 
     Raises:
-        RequestError: the target exists and may not be replaced, is in use as a folder to stand
-            in or as a mount point, its parent is missing or not writable, another run is writing
-            it, or the disk is full.
+        RequestError: see `check_target`; or the parent is not writable, another run is writing the
+            target, or the disk is full.
     """
     check = partial(check_target, target, force=force, replaceable=replaceable)
-    with _replaced(target, check) as folder:
-        folder.mkdir()
-        yield folder
+    with _replaced(target, check) as new:
+        new.mkdir()
+        yield new
 
 
 @contextmanager
-def replace_file(
-    target: Path, *, force: bool, replaceable: Callable[[Path], bool]
-) -> Iterator[Path]:
-    """As `replace_folder`, for a file that the block writes and has on the disk when it ends."""
+def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
+    """As `replace_folder`, for a file that the block writes."""
     check = partial(check_file_target, target, force=force, replaceable=replaceable)
-    with _replaced(target, check) as file:
-        yield file
+    with _replaced(target, check) as new:
+        yield new
 
 
 @contextmanager
 def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
     real = _check_place(target)
-    with _one_line(target), _locked(target, real):
+    with _locked(target, real):
         _remove_stale(real)
         check()
         new = real.with_name(f".{real.name}.partial-{secrets.token_hex(4)}")
@@ -73,40 +70,43 @@ def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
             yield new
             check()
             _move(new, real)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise RequestError(
+                f"no space left while writing {target}; free some or choose another disk"
+            ) from error
         finally:
             _remove(new)
 
 
-def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
     """Refuses a target that `replace_folder` would refuse, before any work is done.
 
     Raises:
-        RequestError: see `replace_folder`.
+        RequestError: it is a file, or a folder that may not be replaced; it holds the current
+            folder, is a mount point, or has no parent.
     """
-    real = _check_place(target)
-    if not os.path.lexists(real):
-        return
-    if not target.is_dir():
-        raise RequestError(f"{target} exists and is a file; pass another -o")
-    may_replace = not any(target.iterdir()) or replaceable(target)
-    _require_leave(target, may_replace, force, "holds")
+    if os.path.lexists(_check_place(target)):
+        if not target.is_dir():
+            raise RequestError(f"{target} exists and is a file; pass another -o")
+        may_replace = not any(target.iterdir()) or replaceable(target)
+        _check_replaceable(target, may_replace, force, "holds")
 
 
-def check_file_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
     """Refuses a target that `replace_file` would refuse, before any work is done.
 
     Raises:
-        RequestError: it is a folder, or a file that may not be replaced; see `replace_folder`.
+        RequestError: it is a folder, or a file that may not be replaced, or has no parent.
     """
-    real = _check_place(target)
-    if not os.path.lexists(real):
-        return
-    if target.is_dir():
-        raise RequestError(f"{target} exists and is a folder; pass a file with -o")
-    _require_leave(target, replaceable(target), force, "is")
+    if os.path.lexists(_check_place(target)):
+        if target.is_dir():
+            raise RequestError(f"{target} exists and is a folder; pass a file with -o")
+        _check_replaceable(target, replaceable(target), force, "is")
 
 
-def _require_leave(target: Path, may_replace: bool, force: bool, verb: str) -> None:
+def _check_replaceable(target: Path, may_replace: bool, force: bool, verb: str) -> None:
     if not may_replace:
         raise RequestError(
             f"{target} exists and {verb} something else than what would be written there; "
@@ -117,7 +117,7 @@ def _require_leave(target: Path, may_replace: bool, force: bool, verb: str) -> N
 
 
 def _check_place(target: Path) -> Path:
-    """Refuses a place where no folder can appear, whatever is there; gives its real path."""
+    """The target's real path; refuses one where nothing can be put, whatever is there."""
     real = Path(os.path.realpath(target))
     if Path.cwd().is_relative_to(real):
         raise RequestError(
@@ -148,26 +148,6 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _one_line(target: Path) -> Iterator[None]:
-    """Tells what the system refused, where it is about the target, as a RequestError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise RequestError(
-                f"no space left while writing {target}; free some or choose another disk"
-            ) from error
-        if error.filename and _is_about(os.path.realpath(os.fsdecode(error.filename)), target):
-            raise RequestError(f"cannot write {target}: {error.strerror}") from error
-        raise
-
-
-def _is_about(path: str, target: Path) -> bool:
-    real = Path(os.path.realpath(target))
-    return path.startswith((str(real), str(real.with_name(f".{real.name}."))))
-
-
-@contextmanager
 def _locked(target: Path, real: Path) -> Iterator[None]:
     path = real.with_name(f".{real.name}.lock")
     lock = FileLock(path, timeout=0)
@@ -177,10 +157,12 @@ def _locked(target: Path, real: Path) -> Iterator[None]:
         raise RequestError(
             f"another run is writing {target}; wait for it, or pass another -o"
         ) from None
+    except OSError as error:
+        raise RequestError(f"cannot write {target}: {error.strerror}") from error
     try:
         yield
     finally:
-        # Removed while held: whoever opened it meanwhile sees that it has no name any more.
+        # Removed while it is held: whoever has opened it meanwhile sees that it has no name.
         path.unlink(missing_ok=True)
         lock.release()
 
@@ -194,26 +176,20 @@ def _remove_stale(target: Path) -> None:
 
 
 def _remove(entry: Path) -> None:
-    """Removes a file, or a folder, read-only or not; warns where it cannot."""
-    if not entry.is_dir():
-        with suppress(OSError):
+    """Removes a file or a folder, read-only or not; warns where it cannot."""
+    with suppress(OSError):
+        if entry.is_dir():
+            for folder, _, _ in os.walk(entry):
+                os.chmod(folder, 0o700)  # what is in a read-only folder cannot be removed
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
             entry.unlink(missing_ok=True)
-    else:
-        _remove_folder(entry)
     if os.path.lexists(entry):
         warn(f"{entry} cannot be removed; remove it yourself")
 
 
-def _remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for path, _, _ in os.walk(folder):  # what is left: removing takes leave to write in a folder
-        with suppress(OSError):
-            os.chmod(path, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _move(new: Path, target: Path) -> None:
-    """Renames; if the target is a folder, `new` holds the old one afterwards or is gone."""
+    """Renames; where the target is a folder, `new` is the old one afterwards, or is gone."""
     if not target.is_dir():  # a rename replaces a file in one step
         new.replace(target)
     elif not _exchange(new, target):
@@ -224,7 +200,7 @@ def _move(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step where the system can; says whether it did."""
+    """Swaps two folders in one step; False where the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)

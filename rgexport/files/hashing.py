@@ -23,7 +23,7 @@ def hash_file(
     start: int = 0,
     length: int | None = None,
 ) -> FileRecord:
-    """Hashes a file from byte `start` on, all or `length` bytes; tells `advance` of those read."""
+    """Hashes `length` bytes of a file from byte `start`, or all; reports progress to `advance`."""
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

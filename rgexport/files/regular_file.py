@@ -1,4 +1,4 @@
-"""Looks at what a path leads to before it is opened: a pipe would wait, and a device never ends."""
+"""Refuses pipes and devices before they are opened: reading them could block or never end."""
 
 import stat
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from rgexport.errors import RequestError
 
 MAX_SETTINGS_BYTES = 8 << 20
-"""Of a file of settings, which is read whole: far above what any of them needs (a manifest: 2 MB).
-As objects, JSON takes up to twenty times its size."""
+"""The largest file of settings that is read: far above what any needs (a manifest has 2 MB). Parsed
+JSON takes up to twenty times its size."""
 
 
 def require_regular(path: Path) -> int:
@@ -25,7 +25,7 @@ def require_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
-    """The content of a file that is read whole.
+    """The content of a small file.
 
     Raises:
         RequestError: it is a folder, a pipe or a device, or has more than `most` bytes.

@@ -1,4 +1,4 @@
-"""The chat template that lies beside a checkpoint, as text."""
+"""Reads the chat template of a model folder."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, whatever its layout and wherever it lies."""
+"""Opens a checkpoint of either layout, from a folder, a file or the hub."""
 
 import os
 import re
@@ -38,11 +38,11 @@ class Checkpoint:
     head: RowTensor | None
     """`lm_head.weight`, where it was saved too; it must equal the embedding."""
     problems: tuple[str, ...]
-    """What the headers show to be wrong, each as `kind: details`."""
+    """What is wrong according to the headers, each as `kind: details`."""
     weight_files: tuple[Path, ...]
     tokenizer_files: tuple[Path, ...]
     instruction_tuned: bool | None
-    """Whether it was tuned for chat: by its name or by its chat template; None if neither tells."""
+    """Whether it was tuned for chat, by its name or its chat template; None if unknown."""
 
 
 def open_checkpoint(
@@ -92,7 +92,7 @@ def _check_request(
 
 
 def means_checkpoint(path: Path) -> bool:
-    """Whether a path is meant to be a checkpoint, sound or not."""
+    """Whether a path looks like a checkpoint, valid or not."""
     if not path.is_dir():
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
@@ -142,12 +142,11 @@ def _find_model(model: str) -> tuple[str, Path]:
 
 
 def _display_name(path: Path) -> str:
-    """A word that can be written as text, even if the path cannot."""
-    return os.fsencode(_telling_part(path)).decode("utf-8", "replace")
+    """The model's name by its path; bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(_path_name(path.resolve())).decode("utf-8", "replace")
 
 
-def _telling_part(path: Path) -> str:
-    path = path.resolve()
+def _path_name(path: Path) -> str:
     for part in reversed(path.parts):  # a snapshot in the hub's cache is named by a hash
         if match := _HUB_CACHE.fullmatch(part):
             return match["name"]
@@ -180,19 +179,19 @@ def _open_hugging_face(
         raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
     config = read_config(folder / huggingface.CONFIG, window, soft_cap)
     found, index_problems, files = huggingface.read_tensors(folder)
-    huggingface.check_branches(folder, config, found)
     head = found.pop(huggingface.HEAD, None)
-    inventory = take_inventory(config, found)
-    problems = [*index_problems, *inventory.problems]
-    if head is not None and not _fits_embedding(head, config):
+    weights, problems = take_inventory(config, found)
+    problems = [*index_problems, *problems]
+    fits = isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
+    if head is not None and not fits:
         problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
     return Checkpoint(
         name=name,
         path=folder,
         layout="hugging-face",
         config=config,
-        weights=inventory.weights,
-        head=head if isinstance(head, RowTensor) and _fits_embedding(head, config) else None,
+        weights=weights,
+        head=head if isinstance(head, RowTensor) and fits else None,
         problems=tuple(problems),
         weight_files=files,
         tokenizer_files=find_tokenizer_files(folder),
@@ -200,22 +199,18 @@ def _open_hugging_face(
     )
 
 
-def _fits_embedding(head: RowTensor | str, config: GriffinConfig) -> bool:
-    return isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
-
-
 def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
     found = deepmind.read_tensors(path)
     config = deepmind.infer_config(path, found, window, soft_cap)
-    inventory = take_inventory(config, deepmind.canonical(found))
+    weights, problems = take_inventory(config, deepmind.canonical(found))
     return Checkpoint(
         name=name,
         path=path,
         layout="deepmind",
         config=config,
-        weights=inventory.weights,
+        weights=weights,
         head=None,
-        problems=inventory.problems,
+        problems=tuple(problems),
         weight_files=(path,),
         tokenizer_files=find_tokenizer_files(path.parent),
         instruction_tuned=_instruction_tuned(name, path.parent),
@@ -223,7 +218,7 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
 
 
 def _instruction_tuned(name: str, folder: Path) -> bool | None:
-    """A released model's name tells; otherwise a chat template does."""
+    """By the name of a released model, otherwise by whether there is a chat template."""
     word = name.removeprefix("recurrentgemma-")
     if word.endswith("-it"):
         return True

@@ -1,9 +1,8 @@
-"""Reads every byte of a checkpoint once or twice: are the values sound, and what are the hashes?"""
+"""Checks all values of a checkpoint, and hashes its weight files."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.progress import Advance, task
 
 SLAB_BYTES = 4 << 20
-"""Small enough that the passes over a slab find it in the processor's cache."""
+"""Small enough to stay in the processor's cache between the passes over a slab."""
 THREADS = 2
 """Hashing is bound by the processor, and reads by memory: more threads gain little."""
 
@@ -57,16 +56,25 @@ def require_sound(checkpoint: Checkpoint) -> FileHashes:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
-    """Looks at all values (finite? head equal to the embedding?) and hashes the weight files.
+    """Checks that values are finite and the head equals the embedding; hashes the weight files.
 
     Raises:
-        RequestError: a file cannot be read any more.
+        RequestError: a file cannot be read.
     """
+    try:
+        return _check(checkpoint)
+    except OSError as error:
+        raise RequestError(
+            f"{error.filename or checkpoint.path} cannot be read: {error.strerror}"
+        ) from None
+
+
+def _check(checkpoint: Checkpoint) -> CheckReport:
     files, head = checkpoint.weight_files, checkpoint.head
-    work = sum(_size(path) for path in files)
+    work = sum(path.stat().st_size for path in files)
     work += sum(t.nbytes for t in checkpoint.weights.values()) + (head.nbytes if head else 0)
     with task("Checking the weights", work) as advance, ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda path: _hash(path, advance), files)
+        digests = pool.map(lambda path: hash_file(path, advance), files)
         scans = pool.map(
             lambda name: _scan(name, checkpoint.weights[name], advance), checkpoint.weights
         )
@@ -76,22 +84,8 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
     return CheckReport((*checkpoint.problems, *found), hashes)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _hash(path: Path, advance: Advance) -> FileRecord:
-    try:
-        return hash_file(path, advance)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _scan(name: str, tensor: RowTensor, advance: Advance) -> str | None:
-    """The problem of a tensor that holds values which are not finite."""
+    """The problem of a tensor with values that are not finite, if there are any."""
     count, first = 0, 0
     is_bad = _finder(tensor.dtype)
     for start, rows in tensor.slabs(SLAB_BYTES):
@@ -106,9 +100,9 @@ def _scan(name: str, tensor: RowTensor, advance: Advance) -> str | None:
 
 
 def _finder(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
-    """A function that gives the mask of NaNs and infinities, or None where there are none.
+    """A function that returns the mask of NaNs and infinities, or None if there are none.
 
-    On bits, because numpy has no fast test for bfloat16.
+    It compares bits, because numpy has no fast test for bfloat16.
     """
     integer, mask, infinity = _EXPONENTS[dtype]
     scratch: np.ndarray = np.empty(0, integer)
@@ -127,7 +121,7 @@ def _finder(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
 
 
 def _compare_head(checkpoint: Checkpoint, advance: Advance) -> str | None:
-    """The problem of a saved head that is not the embedding."""
+    """The problem of a saved head that differs from the embedding, if it does."""
     head, embedding = checkpoint.head, checkpoint.weights.get(EMBEDDING)
     if head is None or embedding is None:
         return None

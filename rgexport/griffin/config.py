@@ -15,7 +15,7 @@ RG_LRU_C = -8.0
 
 @dataclass(frozen=True, kw_only=True)
 class GriffinConfig:
-    """Everything that the step model needs to know beside the weights.
+    """All sizes and constants of the step model.
 
     Names follow the paper (arXiv 2402.19427): `mlp_width` is the width of *one* branch of the
     gated MLP, `window` the number of keys *before* the query that it sees (window + 1 with

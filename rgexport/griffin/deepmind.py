@@ -1,12 +1,13 @@
 """Reads DeepMind's `.pt` checkpoints: names, orientation and the shape of the model.
 
-The files carry no configuration. Shapes give what they can; the window, the soft cap and RoPE
-are those of the released models unless told otherwise (`recurrentgemma.common.Preset`).
+The files hold no configuration. Sizes follow from the shapes; the window, the soft cap and RoPE are
+those of the released models (`recurrentgemma.common.Preset`), unless a user gives others.
 """
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rgexport.errors import RequestError
@@ -15,7 +16,7 @@ from rgexport.griffin.file_rows import file_rows, transposed_rows
 from rgexport.griffin.inventory import FoundTensor
 from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.tensor import RowTensor
+from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.griffin.torch_file import Located, locate_tensors
 
 NAMES: dict[str, str] = {
@@ -46,6 +47,8 @@ def canonical(stored: Stored) -> dict[str, FoundTensor]:
     """Canonical name → tensor of canonical shape; names that are unknown stay as they are."""
     found: dict[str, FoundTensor] = {}
     for name, tensor in stored.items():
+        if isinstance(tensor, Located) and tensor.dtype not in DTYPES.values():
+            tensor = tensor.dtype.name
         found |= _convert(name, tensor)
     return found
 
@@ -66,40 +69,36 @@ def _convert(name: str, tensor: Located | str) -> dict[str, FoundTensor]:
 def _rows(tensor: Located | str) -> FoundTensor:
     if isinstance(tensor, str):
         return tensor
-    dtype = tensor.numpy_dtype
-    if dtype is None:
-        return tensor.dtype
-    return file_rows(tensor.path, tensor.shape, dtype, tensor.offset)
+    return file_rows(tensor.path, tensor.shape, tensor.dtype, tensor.offset)
 
 
-def _split_up(tensor: Located | str) -> tuple[FoundTensor, FoundTensor]:
+def _transposed(tensor: Located) -> RowTensor:
+    height, width = tensor.shape
+    return transposed_rows(tensor.path, (height, width), tensor.dtype, tensor.offset)
+
+
+def _split_up(tensor: Located | str) -> list[FoundTensor]:
     """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
-    if isinstance(tensor, str) or tensor.numpy_dtype is None:
-        return (_rows(tensor),) * 2
-    path, dtype, shape = tensor.path, tensor.numpy_dtype, tensor.shape
-    step = math.prod(shape[1:]) * dtype.itemsize
-    first, second = tensor.offset, tensor.offset + step
-    if len(shape) == 3 and shape[0] == 2:
-        matrix = (shape[1], shape[2])
-        return (
-            transposed_rows(path, matrix, dtype, first),
-            transposed_rows(path, matrix, dtype, second),
-        )
-    if len(shape) == 4 and shape[:3] == (2, 1, 1):
-        return file_rows(path, shape[3:], dtype, first), file_rows(path, shape[3:], dtype, second)
-    return (_rows(tensor),) * 2  # the inventory reports its shape
+    if isinstance(tensor, str) or tensor.shape[:1] != (2,):
+        return [_rows(tensor)] * 2  # the inventory reports its shape
+    shape = tensor.shape[1:]
+    step = math.prod(shape) * tensor.dtype.itemsize
+    offsets = tensor.offset, tensor.offset + step
+    if len(shape) == 2:
+        return [_transposed(replace(tensor, shape=shape, offset=offset)) for offset in offsets]
+    if len(shape) == 3 and shape[:2] == (1, 1):
+        return [_rows(replace(tensor, shape=shape[2:], offset=offset)) for offset in offsets]
+    return [_rows(tensor)] * 2
 
 
 def _conv(tensor: Located | str) -> FoundTensor:
     """`conv_1d.w` [K, W] → [W, 1, K]."""
-    if isinstance(tensor, str) or tensor.numpy_dtype is None or len(tensor.shape) != 2:
+    if isinstance(tensor, str) or len(tensor.shape) != 2:
         return _rows(tensor)
     taps, width = tensor.shape
-    matrix = transposed_rows(tensor.path, (taps, width), tensor.numpy_dtype, tensor.offset)
+    matrix = _transposed(tensor)
     return RowTensor(
-        (width, 1, taps),
-        matrix.dtype,
-        lambda start, stop: matrix.read(start, stop)[:, None],
+        (width, 1, taps), matrix.dtype, lambda start, stop: matrix.read(start, stop)[:, None]
     )
 
 

@@ -1,9 +1,9 @@
-"""Tensors that lie in a file, as they are or transposed, read in row slabs.
+"""Tensors in a file, as stored or transposed, read in slabs of rows.
 
 Files are read, not mapped: mapped pages count as resident memory, and a file that is truncated
-while it is mapped kills the process. Reading a file of 2.9 GB in slabs so has a peak of 0.16 GB;
-`safe_open` of safetensors, which maps it, has 2.9 GB and takes twice as long. Files are opened for
-each slab, so there is no handle to keep, and any thread may read.
+while it is mapped kills the process. Reading a file of 2.9 GB in slabs takes 0.16 GB of memory at
+most; with `safe_open` of safetensors, which maps it, 2.9 GB and twice the time. A file is opened
+for each slab, so that any thread may read.
 """
 
 import math
@@ -19,7 +19,7 @@ TRANSPOSE_BYTES = 4 << 20
 
 
 def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> RowTensor:
-    """A row-major tensor that lies at `offset` of a file."""
+    """A row-major tensor at byte `offset` of a file."""
     row = math.prod(shape[1:]) * dtype.itemsize
 
     def read(start: int, stop: int) -> np.ndarray:

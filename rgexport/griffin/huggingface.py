@@ -1,15 +1,12 @@
 """Reads the weights of a model folder in Hugging Face's layout."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.inventory import FoundTensor
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
-from rgexport.griffin.tensor import RowTensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -32,7 +29,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if not weight_map:
         raise RequestError(f"{index.where} has no weight_map")
     for name, file in weight_map.items():
-        # A shard lies in the folder itself; anything else could read files that are not ours.
+        # A path could lead to any file of the user.
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
             raise RequestError(
                 f"{index.where} maps tensor {name} to {file!r}; expected a file name in the folder"
@@ -53,9 +50,9 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...], tuple[Path, ...]]:
-    """The tensors of a folder under canonical names, problems of its index, its weight files.
+    """The tensors of a folder by canonical names, problems of its index, its weight files.
 
-    The head, if it was saved too, goes by `lm_head.weight`.
+    A saved head has the name `lm_head.weight`.
     """
     files, weight_map = find_shards(folder)
     found: dict[str, FoundTensor] = {}
@@ -64,7 +61,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
         for name, entry in read_header(path).items():
             canonical = name.removeprefix(PREFIX)
             if weight_map is not None and weight_map.get(name) != path.name:
-                problems.append(f"unexpected: {name} in {path.name}, where {INDEX} has it not")
+                problems.append(
+                    f"unexpected: {name} in {path.name}, where {INDEX} does not place it"
+                )
             elif canonical in found:
                 problems.append(f"unexpected: {name}, a second {canonical}")
             else:
@@ -77,18 +76,3 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
 
 def _tensor(entry: Entry) -> FoundTensor:
     return entry.rows() if entry.dtype in FLOATS else entry.dtype
-
-
-def check_branches(folder: Path, config: GriffinConfig, found: Mapping[str, FoundTensor]) -> None:
-    """Says it plainly where `intermediate_size` is meant as the width of one branch.
-
-    Raises:
-        RequestError: the MLP's branches are twice as wide as the configuration says.
-    """
-    gate = found.get("layers.0.mlp_block.gate_proj.weight")
-    if isinstance(gate, RowTensor) and gate.shape == (2 * config.mlp_width, config.width):
-        size = 2 * config.mlp_width
-        raise RequestError(
-            f"{folder / CONFIG}: intermediate_size is {size}, so branches of {config.mlp_width}, "
-            f"but the weights have branches of {size}; expected intermediate_size {2 * size}"
-        )

@@ -9,7 +9,7 @@ from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_sca
 from rgexport.griffin.json_fields import Fields, read_json
 
 MAX_LAYERS = 512
-"""Far more than any model has; a wrong config must not fill the memory with names of tensors."""
+"""Far more than any model has: a wrong config must not fill the memory with names of tensors."""
 
 BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
@@ -24,8 +24,8 @@ def read_config(
 ) -> GriffinConfig:
     """The configuration in a `config.json`, in any dialect that the hub or transformers writes.
 
-    A missing field means what transformers' RecurrentGemmaConfig makes of it. `window` and
-    `soft_cap` stand in for fields that the file does not state.
+    Defaults are those of transformers' RecurrentGemmaConfig; `window` and `soft_cap` are used where
+    the file does not state these fields.
 
     Raises:
         RequestError: a field is wrong, contradicts another, or asks for something that no
@@ -66,7 +66,7 @@ def read_config(
 
 
 def _attention(fields: Fields, width: int, heads: int, used: bool) -> tuple[int, int, float]:
-    """Head dimension, rotated dimensions and base of RoPE; any will do where there is none."""
+    """Head dimension, rotated dimensions and base of RoPE; unchecked if no layer uses them."""
     theta, rotary = _rope(fields)
     head_dim = fields.integer("head_dim", max(1, width // heads))
     rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
@@ -103,9 +103,7 @@ def _check_kind(fields: Fields) -> None:
 
 def _block_types(fields: Fields) -> tuple[BlockType, ...]:
     """The type of each layer: the pattern, repeated over the layers."""
-    layers = fields.integer("num_hidden_layers", 26)
-    if layers > MAX_LAYERS:
-        raise fields.wrong("num_hidden_layers", f"at most {MAX_LAYERS}")
+    layers = fields.integer("num_hidden_layers", 26, maximum=MAX_LAYERS)
     stated = [name for name in ("block_types", "_block_types") if name in fields]
     patterns = {fields.words(name, BLOCK_TYPES) for name in stated}
     if len(patterns) > 1:
@@ -125,7 +123,7 @@ def _rope(fields: Fields) -> tuple[float, float]:
         for name in ("rope_theta", "partial_rotary_factor"):
             if name not in rope:
                 continue
-            value = rope.number(name)
+            value = rope.number(name, None)
             if found.setdefault(name, value) != value:
                 raise rope.wrong(name, f"{found[name]:g}, as stated elsewhere in the file")
     theta, rotary = found.get("rope_theta", 10_000.0), found.get("partial_rotary_factor", 0.5)

@@ -1,7 +1,6 @@
-"""Compares the tensors that a checkpoint holds with those that its model needs."""
+"""Compares the tensors of a checkpoint with those that its model needs."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
@@ -11,19 +10,13 @@ FoundTensor = RowTensor | str
 """A readable tensor, or the name of the dtype that makes it unreadable."""
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """The usable tensors of a checkpoint, and what is wrong with the rest.
+def take_inventory(
+    config: GriffinConfig, found: Mapping[str, FoundTensor]
+) -> tuple[dict[str, RowTensor], list[str]]:
+    """Sorts `found` (canonical names) into usable tensors and problems.
 
     A problem reads `kind: details`; the kinds are missing, unexpected, wrong shape, wrong dtype.
     """
-
-    weights: dict[str, RowTensor]
-    problems: tuple[str, ...]
-
-
-def take_inventory(config: GriffinConfig, found: Mapping[str, FoundTensor]) -> Inventory:
-    """Sorts `found` (canonical names) into usable tensors and problems."""
     needed = model_tensors(config)
     weights: dict[str, RowTensor] = {}
     problems = []
@@ -40,7 +33,7 @@ def take_inventory(config: GriffinConfig, found: Mapping[str, FoundTensor]) -> I
         else:
             weights[name] = tensor
     problems += [f"unexpected: {name}" for name in found if name not in needed]
-    return Inventory(weights, tuple(problems))
+    return weights, problems
 
 
 def summarize(problems: Iterable[str], limit: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a JSON object that somebody else wrote."""
+"""Strict JSON, and typed access to the fields of an object."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 
 MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
-_REQUIRED = object()
 _Word = TypeVar("_Word", bound=str)
 
 
@@ -33,12 +32,12 @@ def read_json(path: Path) -> "Fields":
 
 
 def strict_json(text: bytes) -> Any:
-    """JSON as its standard has it: UTF-8, no key twice, no NaN, no half of a surrogate pair.
+    """Parses JSON in UTF-8; refuses duplicate keys, NaN, infinity and lone surrogates.
 
-    Python's own reader takes all of these, and so reads other things than other readers do.
+    Python's reader accepts all of these, and other readers would see something else.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: it is not strict JSON.
         RecursionError: it is nested too deeply.
     """
     value = json.loads(
@@ -49,7 +48,7 @@ def strict_json(text: bytes) -> Any:
         parse_int=_whole,
     )
     if b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped surrogate has no UTF-8
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
     return value
 
 
@@ -66,7 +65,7 @@ def _finite(word: str) -> float:
 
 
 def _whole(word: str) -> int:
-    _finite(word)  # others read a number of so many digits as a float
+    _finite(word)  # other readers turn large integers into floats
     return int(word)
 
 
@@ -85,25 +84,27 @@ class Fields:
         """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
-        """A whole number from `minimum` to `MAX_INTEGER`."""
+    def integer(
+        self, name: str, default: Any, *, minimum: int = 1, maximum: int = MAX_INTEGER
+    ) -> int:
+        """A whole number in a range; `2560.0` is one."""
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not minimum <= value <= MAX_INTEGER:
-            raise self.wrong(name, f"a whole number from {minimum} to {MAX_INTEGER}")
+        if not whole or not minimum <= value <= maximum:
+            raise self.wrong(name, f"a whole number from {minimum} to {maximum}")
         return int(value)
 
-    def number(self, name: str, default: Any = _REQUIRED, *, zero: bool = False) -> float:
-        """A number above 0 (0 too if `zero`) that is not absurdly large."""
+    def number(self, name: str, default: Any, *, zero: bool = False) -> float:
+        """A number above 0 (or 0 if `zero`) and at most `MAX_NUMBER`."""
         value = self._get(name, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value <= MAX_NUMBER or (value == 0 and not zero):
             raise self.wrong(name, f"a number {'of at least' if zero else 'above'} 0")
         return float(value)
 
-    def boolean(self, name: str, default: Any = _REQUIRED) -> bool:
+    def boolean(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -112,7 +113,7 @@ class Fields:
 
     def words(self, name: str, allowed: tuple[_Word, ...]) -> tuple[_Word, ...]:
         """A non-empty list of words out of `allowed`."""
-        value = self._get(name, _REQUIRED)
+        value = self._get(name, None)
         good = isinstance(value, list) and value and all(word in allowed for word in value)
         if not good:
             raise self.wrong(name, f"a list of {' and '.join(repr(word) for word in allowed)}")
@@ -139,8 +140,4 @@ class Fields:
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise RequestError(f"{self.where} has no {name}")
-        return default
+        return default if value is None else value

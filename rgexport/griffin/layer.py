@@ -1,9 +1,8 @@
-"""A layer, op by op: where each op's tensors are found, under every name that somebody gives them.
+"""The ops of a layer, and the names of their tensors in every format.
 
-This table is all that there is to say of a layer's names. Canonical tensors (`layout`), sites
-(`sites`), DeepMind's checkpoints (`deepmind`), GGUF files (`export.gguf.naming`) and the graph that
-llama.cpp builds (`runtimes.llama_cpp.sites`) are derived from it. Hugging Face's names are the
-canonical ones behind `model.`.
+Canonical tensors (`layout`), sites (`sites`), and the names in DeepMind's checkpoints (`deepmind`),
+GGUF files (`export.gguf.naming`) and llama.cpp's graph (`runtimes.llama_cpp.sites`) are all derived
+from this table. Hugging Face's names are the canonical ones with the prefix `model.`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of an op: what its name ends in, its role, and its shape in a model."""
+    """A tensor of an op: the ends of its canonical, DeepMind's and GGUF's names, role and shape."""
 
     end: str
     deepmind: str
@@ -33,15 +32,15 @@ class Op:
     """One op of a layer.
 
     Attributes:
-        site: its canonical name within the layer, which its tensors' names begin with.
+        site: its canonical name within the layer; its tensors' names begin with it.
         tensors: those that it reads.
-        deepmind: what DeepMind's names of them begin with, within the block; empty where a file
-            has them otherwise.
-        gguf: what GGUF's names of them begin with, behind `blk.{i}.`.
-        graph: the tensor of llama.cpp's graph that has its result (`cb` in
+        deepmind: the beginning of their names in DeepMind's files, after `blocks.{i}.`; empty
+            where the tensors do not map one to one.
+        gguf: the beginning of their names in GGUF files, after `blk.{i}.`.
+        graph: the tensor of llama.cpp's graph that holds the result (`cb` in
             kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp, commit
-            0c1e570); `a/OP` is the first result of an operation OP behind the tensor `a`. Empty
-            where it is computed together with the next op.
+            0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`. Empty
+            where the op is computed together with the next one.
     """
 
     site: str
@@ -117,7 +116,7 @@ _TEMPORAL: dict[BlockType, tuple[Op, ...]] = {
 """The ops of temporal blocks, in the order of a step; sites without `temporal_block.`."""
 
 _MLP = (
-    Op("gate_proj", _INTO_MLP, "", "ffn_gate", "ffn_gate"),  # DeepMind's ffw_up has both
+    Op("gate_proj", _INTO_MLP, "", "ffn_gate", "ffn_gate"),  # DeepMind's ffw_up holds both
     Op("gelu"),
     Op("up_proj", _INTO_MLP, "", "ffn_up", "ffn_up"),
     Op("mul", graph="ffn_geglu"),
@@ -126,7 +125,7 @@ _MLP = (
 
 
 def layer_ops(kind: BlockType) -> Iterator[Op]:
-    """The ops of a layer of a kind, in the order in which a step computes them."""
+    """The ops of a layer, in the order in which a step computes them."""
     yield Op("temporal_pre_norm", _NORM, "temporal_pre_norm", "attn_norm", "attn_norm")
     yield from (_inside("temporal_block", op) for op in _TEMPORAL[kind])
     yield Op("temporal_residual", graph="residual")

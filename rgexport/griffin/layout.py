@@ -12,7 +12,7 @@ from rgexport.griffin.layer import Op, Role, layer_ops
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
 """Roles that may be stored in fewer than 16 bits.
 
-All others stay float32 in every format, but for the biases of linears, which may be float16.
+All others stay float32 in every format, except that the biases of linears may be float16.
 """
 
 EMBEDDING = "embed_tokens.weight"

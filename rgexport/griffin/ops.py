@@ -42,11 +42,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
 
 
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
-
-
 @_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
     """`x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
@@ -64,20 +59,10 @@ def gelu(x: Tensor, site: str) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-@gelu.register_fake
-def _(x: Tensor, site: str) -> Tensor:
-    return torch.empty_like(x)
-
-
 @_op("add")
 def add(x: Tensor, y: Tensor, site: str) -> Tensor:
     """`x + y` on the residual stream, float32."""
     return x.float() + y.float()
-
-
-@add.register_fake
-def _(x: Tensor, y: Tensor, site: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 @_op("mul")
@@ -119,11 +104,6 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor, site: str) ->
     return y.flatten(-2)
 
 
-@block_diagonal_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
-
-
 @_op("rg_lru_scan")
 def rg_lru_scan(
     x: Tensor,
@@ -137,14 +117,14 @@ def rg_lru_scan(
     """The RG-LRU (arXiv 2402.19427, eq. 1–4), from its gates' pre-activations on.
 
     x, input_gate, recurrence_gate [B, T, R], a_param [R], position_ids [B, T], state [B, R]
-    → h [B, T, R] and the next state, float32. At position 0 the past is forgotten and the
+    → h [B, T, R] and the next state, float32. At position 0 the state is ignored and the
     input is not normalized.
     """
     log_a = RG_LRU_C * torch.sigmoid(recurrence_gate) * F.softplus(a_param.float())
     first = (position_ids == 0).unsqueeze(-1)
     a = torch.where(first, 0.0, torch.exp(log_a))
-    # Rounded as recurrentgemma rounds it. expm1 would be nearer to the real number where a is
-    # next to 1, and by that up to 1e-3 of the logits away from the model as it was trained.
+    # As recurrentgemma computes it. expm1 would be more exact where a is close to 1, but would
+    # move the logits by up to 1e-3 from the model as it was trained.
     scale = torch.where(first, 1.0, torch.sqrt(1 - torch.exp(2 * log_a)))
     h = linear_scan(a, x * torch.sigmoid(input_gate) * scale, state)
     return h, h[:, -1].clone()
@@ -152,13 +132,7 @@ def rg_lru_scan(
 
 @rg_lru_scan.register_fake
 def _(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    position_ids: Tensor,
-    state: Tensor,
-    site: str,
+    x: Tensor, i: Tensor, r: Tensor, a: Tensor, positions: Tensor, state: Tensor, site: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(state)
 
@@ -182,11 +156,6 @@ def rope(
     first, second, rest = heads.split([dims // 2, dims // 2, head_dim - dims], dim=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
-
-
-@rope.register_fake
-def _(x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str) -> Tensor:
-    return torch.empty_like(x)
 
 
 @_op("local_attention")
@@ -226,13 +195,7 @@ def local_attention(
 
 @local_attention.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    position_ids: Tensor,
-    site: str,
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
 
@@ -256,6 +219,15 @@ def soft_cap(x: Tensor, cap: float, site: str) -> Tensor:
     return torch.tanh(x / cap) * cap if cap else x
 
 
-@soft_cap.register_fake
-def _(x: Tensor, cap: float, site: str) -> Tensor:
+def _as_first(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _as_first_in_float32(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x, dtype=torch.float32)
+
+
+for _operation in gelu, rope:
+    _operation.register_fake(_as_first)
+for _operation in rms_norm, add, block_diagonal_linear, soft_cap:
+    _operation.register_fake(_as_first_in_float32)

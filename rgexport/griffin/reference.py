@@ -1,6 +1,6 @@
-"""The project's own torch reference: the step model with real weights, one layer at a time."""
+"""The reference in torch: the step model with real weights, one layer at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +16,19 @@ from rgexport.griffin.step import Layer, RMSNorm
 from rgexport.griffin.tensor import RowTensor, WeightSource
 
 _PIECE = 2048
-"""Tokens that go through a layer at once: the widest values on the way are of so many."""
+"""Tokens that go through a layer at once, which bounds the memory of its activations."""
 
 _HEAD_BYTES = 16 << 20
-"""Of the embedding, as it is stored, at once, when it is the head: an engine may be open beside."""
+"""Bytes of the stored embedding that are read at once for the head."""
 
 Watch = Callable[[int, int, Tensor], None]
-"""Gets a layer's index, a text's, and the residual stream [B, T, width] float32 behind it."""
+"""Takes the index of a layer, that of a text, and the residual stream [B, T, width] float32 after
+the layer."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens from `start` until before `stop`; the state behind them may be wanted."""
+    """Tokens from `start` up to `stop`; `kept` if the state after them is wanted."""
 
     start: int
     stop: int
@@ -35,7 +36,7 @@ class _Piece:
 
 
 class Reference:
-    """A model in float32 that holds the weights of one layer at a time, unless it is to keep them.
+    """A model in float32 that holds the weights of one layer at a time.
 
     All tokens of a teacher-forced text go through one layer before the next one is read, so a
     9B runs in the memory of one of its layers, and each weight is read once per text.
@@ -51,7 +52,7 @@ class Reference:
     ):
         """`device` is anything that torch knows; on CUDA, TF32 is turned off for the process.
 
-        With `keep`, what has been read stays in memory, where the whole model fits in float32.
+        With `keep`, all weights stay in memory in float32 once they are read.
         """
         self.config = config
         self._weights = weights
@@ -80,19 +81,19 @@ class Reference:
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Tensor, list[State]]]:
-        """As `run`, for several tokens of unequal length and their states: through one layer each.
+        """As `run`, for several texts, which may differ in length; every weight is read once.
 
-        Every weight is read once. A text goes through a layer in pieces, so that what a layer
-        needs on its way does not grow with the text.
+        A text goes through a layer in pieces, so that the memory for activations does not grow
+        with its length.
 
         Args:
             texts: tokens [B, T] and the canonical state before them.
-            stops: of each text, counts of tokens, ascending and below T, behind which the state
+            stops: for each text, numbers of tokens, ascending and below T, after which the state
                 is wanted too.
-            watch: is shown the residual stream behind each layer.
+            watch: called with the residual stream after each layer.
 
         Returns:
-            Of each text, the final norm's output, and the states behind the stops and the end.
+            For each text, the final norm's output, and the states after the stops and the end.
         """
         pieces = [
             _pieces(tokens.shape[1], stops[place] if stops else ())
@@ -135,7 +136,7 @@ class Reference:
                 next(kept).update({n: t.cpu().numpy() for n, t in zip(names, after, strict=True)})
 
     def describe(self) -> dict[str, str]:
-        """On what and how it computes: `implementation`, and see `describe_device`."""
+        """`implementation`, and what `describe_device` says."""
         return {"implementation": f"rgexport {__version__}", **describe_device(self._device)}
 
     @torch.inference_mode()
@@ -204,13 +205,13 @@ class Reference:
 
 
 def turn_off_tf32(device: torch.device) -> None:
-    """Has CUDA compute float32 in float32, from now on in this process."""
+    """Makes CUDA compute float32 exactly, from now on in this process."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """On what torch computes: `device`, `dtype`, `tf32`, `torch`."""
+    """What torch computes on: `device`, `dtype`, `tf32`, `torch`."""
     cuda = device.type == "cuda"
     tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return {
@@ -222,14 +223,9 @@ def describe_device(device: torch.device) -> dict[str, str]:
 
 
 def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
-    """Cuts `count` tokens at the stops, and what is long between them."""
-    return list(_cut([*stops, count]))
-
-
-def _cut(stops: Sequence[int]) -> Iterator[_Piece]:
-    start = 0
-    for stop in stops:
-        for first in range(start, stop, _PIECE):
-            last = min(first + _PIECE, stop)
-            yield _Piece(first, last, last == stop)
-        start = stop
+    """Cuts `count` tokens at the stops, and after every `_PIECE` tokens between them."""
+    return [
+        _Piece(first, min(first + _PIECE, stop), first + _PIECE >= stop)
+        for start, stop in zip([0, *stops], [*stops, count], strict=True)
+        for first in range(start, stop, _PIECE)
+    ]

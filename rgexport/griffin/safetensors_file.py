@@ -1,10 +1,10 @@
-"""Reads one safetensors file: the header with suspicion, the tensors in rows.
+"""Reads a safetensors file: a strictly checked header, and tensors in slabs of rows.
 
 Format: 8 bytes little-endian header length, a JSON header
 `{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
 
-Why not `safetensors.safe_open(…).get_slice(…)`: of two tensors with one name it drops one, it waits
-for a pipe, and it maps the file (see `file_rows`).
+Why not `safetensors.safe_open(…).get_slice(…)`: it drops one of two tensors with the same name,
+blocks on a pipe, and maps the file (see `file_rows`).
 """
 
 import reprlib
@@ -21,8 +21,8 @@ from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.tensor import DTYPES, RowTensor
 
 MAX_HEADER_BYTES = 16 << 20
-"""A hundred times that of a 9B; as objects, JSON takes up to twenty times its size. The limit of
-the reference implementation is 100 MB."""
+"""A hundred times the header of a 9B; parsed JSON takes up to twenty times its size. The reference
+implementation allows 100 MB."""
 
 MAX_RANK = 16
 """Axes of a tensor: no model has more than four."""
@@ -76,16 +76,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a file's header holds beside its tensors.
+    """The `__metadata__` of a file: texts by name.
 
     Raises:
-        RequestError: the file is no safetensors file, or has something else there.
+        RequestError: the file is no safetensors file, or its metadata are not texts.
     """
     return _parse(path, _read_text(path)[0])[1]
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
-    """The header as it stands in the file, and the file's size."""
+    """The header's bytes, and the file's size."""
     try:
         size = require_regular(path)
         with path.open("rb") as file:
@@ -118,9 +118,9 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the header says of each tensor, and the metadata.
+    """The header's entry for each tensor, and the metadata.
 
-    As strict as the reference implementation, so that no two readers see different tensors.
+    As strict as the reference implementation, so that both see the same tensors.
     """
     try:
         header = strict_json(text)
@@ -140,7 +140,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """`value` when it is a list of sizes."""
+    """`value` if it is a list of sizes."""
     return value if isinstance(value, list) and all(map(_is_size, value)) else None
 
 
@@ -169,7 +169,7 @@ def _entry(path: Path, name: str, fields: Any, data: int) -> tuple[str, Entry]:
 
 
 def _nbytes(shape: list[int], item_bits: int) -> int | None:
-    """The bytes of a tensor; None of one that no array can be, even where an axis is empty."""
+    """The bytes of a tensor; None if it has too many axes or elements, or ends within a byte."""
     if len(shape) > MAX_RANK:
         return None
     bits = item_bits
@@ -185,7 +185,7 @@ def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size
     expected = data
     for name, entry in entries:
         if entry.offset != expected:
-            what = "overlaps" if entry.offset < expected else "leaves a gap behind"
+            what = "overlaps" if entry.offset < expected else "leaves a gap after"
             raise RequestError(f"{path} is damaged: tensor {name} {what} the tensor before it")
         expected += entry.nbytes
     if expected != size:

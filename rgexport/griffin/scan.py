@@ -9,13 +9,13 @@ from torch import Tensor
 from rgexport.progress import detail
 
 _CHUNK = {"cpu": 16, "cuda": 256}
-"""Tokens combined in one log-depth pass; a CPU gains nothing from the extra work of long ones."""
+"""Tokens in one parallel scan; on a CPU, longer chunks cost more than they gain."""
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
 
-    On CUDA it is one Triton kernel, where that runs.
+    On CUDA it is one Triton kernel, if Triton is available.
     """
     if b.is_cuda and (kernel := _triton_scan()):
         return kernel(a, b, h0)
@@ -24,7 +24,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 @cache
 def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The Triton kernel if it runs here: it needs a package, and that needs a C compiler."""
+    """The Triton kernel if it runs here: it needs the package, which needs a C compiler."""
     try:
         from rgexport.griffin.triton_scan import scan
 
@@ -37,11 +37,10 @@ def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """The same, of torch's own operations.
+    """`linear_scan` in torch operations.
 
-    Time is cut into chunks. Within a chunk the recurrence is a Hillis-Steele prefix scan of
-    log2(chunk) elementwise passes over all tokens; chunks follow one another, so that memory
-    stays a small multiple of the input.
+    Within a chunk of tokens it is a Hillis-Steele prefix scan of log2(chunk) elementwise passes;
+    chunks follow one another, so that memory stays a small multiple of the input.
     """
     h = torch.empty_like(b)
     chunk = _CHUNK.get(b.device.type, 256)
@@ -54,7 +53,7 @@ def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 
 def _prefix_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of `a` and states from zero, each over the tokens up to and including its own."""
+    """For each token, the product of `a` up to it and the state from a zero start."""
     shift = 1
     while shift < b.shape[1]:
         b = torch.cat([b[:, :shift], torch.addcmul(b[:, shift:], a[:, shift:], b[:, :-shift])], 1)

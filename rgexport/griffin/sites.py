@@ -1,14 +1,14 @@
-"""The sites of a model: the stable name of every op of its step, without torch.
+"""The sites of a model: stable names of the ops of its step.
 
-Emitters carry them into the names of their values, so what one engine computes at a site can be
-held against what another computes there.
+Emitters use them in the names of their values, so that the results of two engines can be compared
+op by op.
 """
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer import layer_ops
 
 HEAD_SITES = ("last_tokens", "final_norm", "lm_head", "logits")
-"""Of those last tokens alone whose logits are wanted."""
+"""These compute only the last tokens, whose logits are requested."""
 
 
 def sites(config: GriffinConfig) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 
 DEMO = "demo"
-"""The word for the bundled model."""
+"""The bundled model."""
 
 
 def _released(layers: int, width: int, heads: int) -> GriffinConfig:

@@ -1,4 +1,4 @@
-"""The state contract: what a conversation is, whichever engine holds it.
+"""The canonical state of a conversation, which every engine can give and take.
 
 | name | shape | dtype |
 |---|---|---|

@@ -1,8 +1,8 @@
 """The step model: T ≥ 1 tokens and the states in, logits and the states out.
 
-One `torch.nn.Module` over the op set. Traced with fake weights it is the program that every
-emitter lowers; with real weights it is the project's own torch reference. Parameter names are
-the canonical tensor names of `griffin.layout`; math: arXiv 2402.19427, numerics: DeepMind's
+One `torch.nn.Module` over the op set. Traced with fake weights it is the program that emitters
+lower; with real weights it is the reference (`griffin.reference`). Parameter names are canonical
+tensor names (`griffin.layout`). Mathematics: arXiv 2402.19427; numerics: DeepMind's
 `recurrentgemma.torch` in float32.
 """
 

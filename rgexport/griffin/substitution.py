@@ -1,4 +1,4 @@
-"""Looks at every op of the reference while it runs, and puts other values in place of its own."""
+"""Observes every op of the reference while it runs, and can replace its result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,25 +9,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Argument = Callable[[int], np.ndarray]
-"""Gives the tensor that is the op's argument of a number."""
+"""Index of an argument of the op → that tensor."""
 Look = Callable[[str, str, Argument, tuple[np.ndarray, ...]], np.ndarray | None]
-"""Is shown a site, its op (`linear`, see `griffin.ops`), what the op takes and its results
-[B, T, n] …; gives what takes the place of the first one, in its shape, or None."""
+"""Takes a site, its op (`linear`, see `griffin.ops`), the op's arguments and its results; returns
+what replaces the first result, in its shape [B, T, n], or None."""
 
 
 @contextmanager
 def substituted(look: Look) -> Iterator[None]:
-    """While the block runs, `look` sees each op of the Griffin op set in the order of computation.
+    """Calls `look` after each op of the Griffin op set while the block runs.
 
-    What it gives is what the following ops take. The head goes through its table in slabs, so its
-    sites are seen once for each.
+    The following ops take what it returns. The head reads its table in slabs, and its sites are
+    seen once for each.
     """
     with _Substitution(look):
         yield
 
 
 class _Substitution(TorchDispatchMode):
-    """Sees custom ops whole, below autograd, so also in inference mode."""
+    """Works below autograd, so also in inference mode, and sees custom ops as one."""
 
     def __init__(self, look: Look):
         super().__init__()

@@ -1,12 +1,13 @@
 """A random checkpoint with the statistics of a trained one, for measuring without real weights.
 
 Drawing the 2.7 G normals of a 2B would take minutes. Instead there is one pool of about a
-million normals, and each row of a large tensor is a window of it at a random place. Rows differ,
-each is normal, and quantizers and engines see what they would see in earnest.
+million normals, and each row of a large tensor is a window of it at a random place. Rows differ
+and each is normal, as quantizers and engines would see in trained weights.
 """
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from rgexport.errors import RequestError
 from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface import CONFIG
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import Role, TensorSpec, model_tensors
 from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
 from rgexport.griffin.sizes import SIZES
-from rgexport.griffin.synthetic_tokenizer import write_tokenizer
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 
 POOL = 1 << 20
@@ -31,7 +32,7 @@ OUTLIERS, OUTLIER_GAIN = 0.002, 6.0
 SLOWEST, FASTEST = 1e-5, 0.1
 """The least and the largest 1 - a of the RG-LRU with an open gate; a spans 0.9 … 0.99999."""
 MARK = "rgexport_random"
-"""The field of `config.json` that tells a random checkpoint: only such may be overwritten."""
+"""The field of `config.json` that marks a random checkpoint: only those may be overwritten."""
 
 
 def write_random(
@@ -56,7 +57,7 @@ def write_random(
     Raises:
         RequestError: an unknown size or dtype, a target that exists, or no space.
     """
-    config, word = (_size(model), model) if isinstance(model, str) else (model, "")
+    config, word = (_released(model), model) if isinstance(model, str) else (model, "")
     if dtype not in DTYPES:
         raise RequestError(f"the dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     count = sum(math.prod(spec.shape) for spec in model_tensors(config).values())
@@ -65,12 +66,12 @@ def write_random(
     fields = to_hugging_face(config, dialect) | {"torch_dtype": dtype, MARK: {"seed": seed}}
     with replace_folder(target, force=force, replaceable=_is_random) as folder:
         (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        write_tokenizer(folder, config.vocab_size, chat=word.endswith("-it"))
+        _write_tokenizer(folder, config.vocab_size, chat=word.endswith("-it"))
         weights = random_weights(config, seed=seed, dtype=dtype)
         write_weights(folder, weights, shard_bytes=shard_bytes)
 
 
-def _size(word: str) -> GriffinConfig:
+def _released(word: str) -> GriffinConfig:
     if word not in SIZES:
         raise RequestError(f"the size is {word!r}; expected one of {', '.join(SIZES)}")
     return SIZES[word].config
@@ -83,10 +84,39 @@ def _is_random(folder: Path) -> bool:
         return False
 
 
+def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
+    """Writes the demo's tokenizer, grown to `vocab_size`, if the demo is there and can serve.
+
+    The demo's pieces keep their ids, which are Gemma's. No merge leads to the pieces that are
+    added, so no text is encoded to them. Without `chat` there is no chat template.
+    """
+    try:
+        demo = demo_folder()
+    except RequestError:
+        return
+    # slow to import, and generated without type information
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString((demo / "tokenizer.model").read_bytes())
+    if len(model.pieces) > vocab_size:
+        return
+    last = min(piece.score for piece in model.pieces)
+    for index in range(len(model.pieces), vocab_size):
+        model.pieces.add(piece=f"▁w{index}", score=last - index)
+    model.trainer_spec.vocab_size = vocab_size
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = json.loads((demo / "tokenizer_config.json").read_bytes())
+    if not chat:
+        settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(demo / name, folder / name)
+
+
 def random_weights(
     config: GriffinConfig, *, seed: int = 0, dtype: str = "bfloat16"
 ) -> WeightSource:
-    """Random weights, made when they are read; rows do not depend on how they are read."""
+    """Random weights, made when they are read; slabs of any size give the same rows."""
     tensors = model_tensors(config)
     longest = max(spec.shape[-1] for spec in tensors.values())
     draw = _Draw(seed, DTYPES[dtype], POOL + longest)
@@ -116,7 +146,7 @@ class _Draw:
         """Rows from the pool, scaled so that unit inputs give unit outputs."""
         columns = spec.shape[-1]
         count, inner = math.prod(spec.shape[:-1]), math.prod(spec.shape[1:-1])
-        # No two rows alike: equal rows of the embedding would tie for the largest logit.
+        # Without repeats: equal rows of the embedding would tie for the largest logit.
         places = rng.choice(POOL, count, replace=count > POOL)
         windows = sliding_window_view(self._pool(columns**-0.5), columns)
         loud = self._loud_columns(spec, rng)
@@ -156,4 +186,4 @@ _SMALL: dict[Role, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]]
     "conv": _normal(0.5),  # four taps of 1/2 keep the variance
     "a_param": _a_param,
 }
-"""Roles whose tensors are drawn whole; the others come out of the pool."""
+"""Roles whose tensors are drawn whole; the others are windows of the pool."""

@@ -1,4 +1,4 @@
-"""A tensor that is read in row slabs and never stands whole in memory."""
+"""Tensors that are read in slabs of rows, so that none has to be whole in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A lazily read tensor of shape `shape`; `read(start, stop)` gives rows of its first axis.
+    """A lazily read tensor; `read(start, stop)` returns rows of its first axis.
 
     `read` returns an array of shape `[stop - start, *shape[1:]]` in `dtype` that the caller owns.
     """
@@ -65,5 +65,5 @@ def slab_bounds(
 
 
 def from_array(array: np.ndarray) -> RowTensor:
-    """A tensor that is in memory already."""
+    """A tensor that is in memory."""
     return RowTensor(array.shape, array.dtype, lambda start, stop: array[start:stop].copy())

@@ -1,4 +1,4 @@
-"""The files beside the weights that say how text becomes tokens."""
+"""The tokenizer's files in a model folder."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from rgexport.files.regular_file import read_regular
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-"""Either is enough."""
+"""The vocabulary; one of them is enough."""
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
 
 
 def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Those that a folder has."""
+    """The tokenizer's files that are in a folder."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
@@ -28,7 +28,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def control_token_names(folder: Path) -> dict[str, str]:
-    """What tokenizer_config.json calls the control tokens; Gemma's names without it.
+    """The control tokens by tokenizer_config.json, or Gemma's where it names none.
 
     The keys are `bos_token`, `eos_token` and `pad_token`.
     """

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS, _CHANNELS = 64, 32
-"""Of one tile. With 2,560 channels, 80 tiles of a sequence are worked on side by side."""
+"""The size of a tile. With 2,560 channels, 80 tiles of a sequence are computed in parallel."""
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
@@ -22,16 +22,16 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 @triton.jit
 def _then(a, b, next_a, next_b):  # type: ignore[no-untyped-def]  # Triton has types of its own
-    """One stretch of time after another: both are `h → a · h + b`."""
+    """Composes `h → a · h + b` with the next step of the same form."""
     return a * next_a, b * next_a + next_b
 
 
 @triton.jit
 def _scan(a, b, h0, h, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A sequence's CHANNELS channels, TOKENS tokens at a time.
+    """CHANNELS channels of one sequence, TOKENS tokens at a time.
 
-    Within a tile it is a parallel scan; the state is carried from tile to tile. Past the end, a is
-    1 and b is 0, which leaves the state as it is.
+    Each tile is a parallel scan; the state is carried from tile to tile. After the last token, a is
+    1 and b is 0, which keeps the state.
     """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

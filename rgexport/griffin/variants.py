@@ -1,4 +1,4 @@
-"""A model and its variants, each of which has one part of another model's weights."""
+"""Variants of a model that each take one part from another model's weights."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ from rgexport.griffin.tensor import WeightSource
 
 
 class Variants(Reference):
-    """For each part of a model, the model with another's weights in that part alone.
+    """A model, and for each of its parts the variant with another model's weights in that part.
 
-    All go through the layers together: up to its own part, a variant is the model itself, so the
-    batch grows from layer to layer. One layer of one of both models is in memory at a time.
+    All go through the layers together. Before its part, a variant equals the model, so the batch
+    grows from layer to layer. One layer of one of the two models is in memory at a time.
     """
 
     def __init__(
         self, config: GriffinConfig, weights: WeightSource, other: WeightSource, *, device: str
     ):
-        """`weights` are the model's; a part of `other` takes the place of its own."""
+        """`weights` are the model's; `other` are those that replace a part."""
         super().__init__(config, weights, device=device)
         self._other = Reference(config, other, device=device)
         layers = (f"layers.{i}" for i in range(config.num_layers))
@@ -52,7 +52,7 @@ class Variants(Reference):
     def _take(self, layer: Layer, index: int, hidden: Tensor) -> Tensor:
         """[B, T, width] → the same, from the state before the first token."""
         batch, length = hidden.shape[:2]
-        # Nothing is before the first token, so a window as long as the text sees as much.
+        # There are no keys before the first token: a window as long as the text is enough.
         window = min(self.config.window, length)
         specs = layer_states(dataclasses.replace(self.config, window=window), index, "float32")
         first, second = (hidden.new_zeros(batch, *spec.shape) for spec in specs)

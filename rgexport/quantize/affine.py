@@ -9,8 +9,8 @@ stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row
 | `scales` | blocks float32 or float16 | |
 | `zero_points` | ceil(blocks · bits / 8) bytes | asymmetric only, low nibble first |
 
-Scales are rounded to float16 before the integers are chosen, so that these fit what is stored,
-and away from zero, so that no weight comes to lie beyond the last level.
+Scales are rounded to float16 before the integers are chosen, and away from zero, so that no weight
+is beyond the last level.
 """
 
 import numpy as np
@@ -49,10 +49,10 @@ def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
 
 
 def encode(rows: np.ndarray, scheme: Affine) -> Parts:
-    """Quantizes rows [n, K] of any float dtype; each row stands for itself.
+    """Quantizes rows [n, K] of any float dtype, each independently of the others.
 
     Raises:
-        RequestError: a weight that float16 scales cannot reach.
+        RequestError: a weight is too large for float16 scales.
     """
     count, columns = rows.shape
     blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
@@ -95,9 +95,8 @@ def decode(parts: Parts, scheme: Affine, columns: int) -> np.ndarray:
 def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
     """Scales [n, blocks] and the fixed zero point, for weights [n, blocks, block].
 
-    The extreme of a block lands on the one level that a two's-complement range has more on one
-    side (its scale is negative where that extreme is positive), as in ggml's q4_0: 16 levels
-    are used instead of 15.
+    As in ggml's q4_0, the extreme of a block gets the level -2**(bits - 1), with a negative scale
+    where the extreme is positive: so 16 levels are used instead of 15.
     """
     high, low = weights.max(-1), weights.min(-1)
     extreme = np.where(high > -low, high, low)
@@ -107,7 +106,7 @@ def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, 
 
 
 def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and integer zero points of a range that holds zero and both extremes."""
+    """Scales and integer zero points of a range that contains zero and both extremes."""
     high, low = np.maximum(weights.max(-1), 0), np.minimum(weights.min(-1), 0)
     levels = 2**scheme.bits - 1
     scales = _storable((high - low) / np.float32(levels), scheme.scale, levels)
@@ -115,12 +114,10 @@ def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray,
 
 
 def _storable(scales: np.ndarray, dtype: FloatDtype, levels: int) -> np.ndarray:
-    """Scales that `dtype` has, as float32.
-
-    A block of zeros gets the scale 1, so that its reciprocal is finite.
+    """Scales rounded to `dtype`, as float32; 1 for a block of zeros.
 
     Raises:
-        RequestError: `levels` steps of a scale are more than `dtype` has.
+        RequestError: `levels` steps of a scale are more than `dtype` can hold.
     """
     if dtype == "float16":
         scales = _away_from_zero(scales)
@@ -135,7 +132,7 @@ def _storable(scales: np.ndarray, dtype: FloatDtype, levels: int) -> np.ndarray:
 
 
 def _away_from_zero(scales: np.ndarray) -> np.ndarray:
-    """The next float16 of no smaller magnitude; below 2⁻²⁴ it is that, and only zero stays zero."""
+    """Rounds to float16, away from zero: at least to 2⁻²⁴, except for zero itself."""
     with np.errstate(over="ignore"):
         near = scales.astype(np.float16)
     away = np.nextafter(near, np.copysign(np.float16(np.inf), near))

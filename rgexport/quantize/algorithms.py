@@ -1,12 +1,10 @@
 """The registry of algorithms: what chooses the values of a tensor, for each way to store it.
 
 A scheme says how a tensor is laid out. An algorithm fills that layout: it chooses scales, zero
-points and levels. A new one is a function and a row of `ALGORITHMS`; who reads, runs or compares
-the tensor sees only the layout.
+points and levels. Code that reads, runs or compares the tensor sees only the layout.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,67 +15,38 @@ from rgexport.quantize.affine import Parts
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
 
-
-@dataclass(frozen=True)
-class Statistics:
-    """What is known of the inputs that a matrix is multiplied with.
-
-    Attributes:
-        importance: float32 [columns], by which the squared error of each column counts, such as
-            the mean of its squared inputs.
-    """
-
-    importance: np.ndarray
+Importance = np.ndarray | None
+"""float32 [columns]: the weight of each column's squared error, such as the mean square of its
+inputs; None where nothing is known of them."""
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """A way to fill a layout.
-
-    Attributes:
-        layout: the type of scheme that it fills.
-        encode: rows [n, K] of any float dtype, the scheme, and statistics of the inputs if there
-            are some → parts; raises RequestError for a weight that the scheme cannot hold.
-        needs_statistics: whether it can do nothing without them.
-    """
-
-    layout: type[Scheme]
-    encode: Callable[[np.ndarray, Any, Statistics | None], Parts]
-    needs_statistics: bool = False
-
-
-def encode(
-    name: str, rows: np.ndarray, scheme: Scheme, statistics: Statistics | None = None
-) -> Parts:
-    """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
+def encode(name: str, rows: np.ndarray, scheme: Scheme, importance: Importance = None) -> Parts:
+    """Rows [n, K] of the tensor `name` as `scheme` stores them, by the algorithm that it names.
 
     Raises:
-        RequestError: a weight that the scheme cannot hold, or missing statistics.
+        RequestError: a weight that the scheme cannot hold.
     """
-    chosen = ALGORITHMS[scheme.algorithm]
-    if chosen.needs_statistics and statistics is None:
-        raise RequestError(f"{name}: {scheme.algorithm} needs statistics of its inputs")
+    _, fill = ALGORITHMS[scheme.algorithm]
     try:
-        return chosen.encode(rows, scheme, statistics)
+        return fill(rows, scheme, importance)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
 
 
 def require_known(scheme: Scheme) -> None:
-    """Refuses a scheme that names an algorithm which is not here, or is for another layout.
+    """Refuses a scheme whose algorithm is unknown, or is for another layout.
 
     Raises:
-        RequestError: it does.
+        RequestError: it is refused.
     """
-    found = ALGORITHMS.get(scheme.algorithm)
-    if found is None or not isinstance(scheme, found.layout):
-        fitting = [word for word, row in ALGORITHMS.items() if isinstance(scheme, row.layout)]
+    fitting = [word for word, (layout, _) in ALGORITHMS.items() if isinstance(scheme, layout)]
+    if scheme.algorithm not in fitting:
         raise RequestError(
             f"a scheme has algorithm = {scheme.algorithm!r}; expected {', '.join(fitting)}"
         )
 
 
-def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
+def _cast(rows: np.ndarray, scheme: Float, _: Importance) -> Parts:
     with np.errstate(over="ignore"):
         stored = rows.astype(scheme.dtype)
     if not np.isfinite(stored).all():
@@ -88,15 +57,18 @@ def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
     return {"data": stored}
 
 
-def _ggml(rows: np.ndarray, scheme: Ggml, statistics: Statistics | None) -> Parts:
-    importance = None if statistics is None else statistics.importance
+def _ggml(rows: np.ndarray, scheme: Ggml, importance: Importance) -> Parts:
     return {"data": quantize_rows(rows, scheme.type, importance)}
 
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "cast": Algorithm(Float, _cast),
-    "rtn": Algorithm(Affine, lambda rows, scheme, _: affine.encode(rows, scheme)),
-    "kmeans": Algorithm(Palette, lambda rows, scheme, _: palette.encode(rows, scheme)),
-    "ggml": Algorithm(Ggml, _ggml),
+ALGORITHMS: dict[str, tuple[type[Scheme], Callable[[np.ndarray, Any, Importance], Parts]]] = {
+    "cast": (Float, _cast),
+    "rtn": (Affine, lambda rows, scheme, _: affine.encode(rows, scheme)),
+    "kmeans": (Palette, lambda rows, scheme, _: palette.encode(rows, scheme)),
+    "ggml": (Ggml, _ggml),
 }
-"""Word → algorithm. `rtn` rounds to nearest; `ggml` is what llama-quantize does for a type."""
+"""Word → the type of scheme that the algorithm fills, and the algorithm.
+
+`rtn` rounds to nearest; `ggml` is what llama-quantize does for a type. An algorithm raises
+RequestError for a weight that the scheme cannot hold.
+"""

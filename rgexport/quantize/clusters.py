@@ -2,9 +2,9 @@
 
 Clusters of a line are intervals, so a clustering is a choice of cuts between sorted values. The
 best cuts at some hundred places are found exactly, by dynamic programming (as in Wang and Song,
-Ckmeans.1d.dp, 2011); from there Lloyd's iterations move them freely. With few different values
-all cuts are tried, so the result is optimal. With many it is the optimum of a grid, refined: no
-random start, and none of the poor local optima that one ends in.
+Ckmeans.1d.dp, 2011), and then refined by Lloyd's iterations. With few different values all cuts are
+tried, so the result is optimal. With many it starts from the optimum of a grid, which avoids the
+poor local optima of random starts.
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ import numpy as np
 _QUANTILES = 80
 """Cells of the grid between quantiles, which are denser towards both ends."""
 _EVEN = 60
-"""Cells of equal width, a multiple of 30: so the cuts of 16 even levels, from the least to the
-largest value, are among those tried, and no result is worse than such levels."""
+"""Cells of equal width. A multiple of 30, so that the cuts of 16 even levels from the least to the
+largest value are among those tried, and no result is worse than such levels."""
 _ENDS = 12
 """Cells of one value at each end: outliers may deserve a cluster of their own."""
 _ROUNDS = 20
@@ -22,8 +22,7 @@ _ROUNDS = 20
 def centers(values: np.ndarray, count: int) -> np.ndarray:
     """`count` numbers, float64 ascending, with a small sum of squared distances to `values` [n].
 
-    Up to `count` different values are given as they are, and the largest of them once more where
-    there are fewer.
+    Up to `count` different values are returned as they are; fewer are padded with the largest.
     """
     ordered = np.sort(values).astype(np.float64)
     changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
@@ -37,7 +36,7 @@ def centers(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _places(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
-    """Indices where a cut may lie, ascending, with 0 and n; `changes` are all that make sense."""
+    """Indices where a cut may be, ascending, with 0 and n; `changes` is where values change."""
     last = len(ordered)
     if len(changes) > _QUANTILES + _EVEN + 2 * _ENDS:
         shares = (1 - np.cos(np.linspace(0, np.pi, _QUANTILES + 1)[1:-1])) / 2
@@ -49,7 +48,7 @@ def _places(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
 
 
 def _best_cuts(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """`count + 1` of the places, with 0 and n, between which the squared error is least."""
+    """`count + 1` of the places, with 0 and n, that give the least squared error."""
     errors = _interval_errors(ordered, sums, places)
     least, choices = errors[:, 0], []
     for _ in range(count - 1):
@@ -63,9 +62,9 @@ def _best_cuts(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray, count:
 
 
 def _interval_errors(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Squared error around their mean of the values from place i to place j, at [j, i].
+    """At [j, i], the squared error of the values from place i to place j around their mean.
 
-    An empty interval has none; one that ends before it begins is infinitely bad.
+    Zero for an empty interval, infinite for one that ends before it begins.
     """
     squares = np.add.reduceat(ordered * ordered, places[:-1])
     squares = np.concatenate([[0.0], np.cumsum(squares)])
@@ -75,7 +74,7 @@ def _interval_errors(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray) 
 
 
 def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """Means between cuts, after some rounds of cutting midway between neighbouring means."""
+    """Means between cuts, after rounds of moving each cut midway between its two means."""
     means = _means(ordered, sums, cuts)
     for _ in range(_ROUNDS):
         inner = np.searchsorted(ordered, (means[1:] + means[:-1]) / 2)
@@ -87,7 +86,7 @@ def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarra
 
 
 def _means(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The mean between each two cuts; of nothing, the value that would come next."""
+    """The mean between each two cuts; for an empty interval, the value that follows."""
     counts = np.diff(cuts)
     next_values = ordered[np.minimum(cuts[:-1], len(ordered) - 1)]
     return np.where(counts > 0, np.diff(sums[cuts]) / np.maximum(counts, 1), next_values)

@@ -1,4 +1,4 @@
-"""Schemes made to fit a matrix, where nothing may be padded.
+"""Adapts schemes to the shape of a matrix, for formats without padding.
 
 Core ML wants blocks that divide a row and groups that divide the rows, and packs two 4-bit
 values to a byte.
@@ -9,13 +9,13 @@ from dataclasses import replace
 from rgexport.quantize.scheme import Affine, FloatDtype, Palette, Scheme
 
 SMALLEST_BLOCK = 8
-"""A scale for fewer weights than these costs more than it is worth."""
+"""Smaller blocks cost more in scales than they gain."""
 
 
 def fitted(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
-    """The scheme nearest to `scheme` that stores a matrix [N, K] without padding.
+    """The scheme closest to `scheme` that stores a matrix [N, K] without padding.
 
-    Rows of an odd number of weights are not packed: they are stored in 8 bits.
+    Rows of an odd number of weights are stored in 8 bits.
     """
     if isinstance(scheme, Affine | Palette):
         rows, columns = shape
@@ -28,9 +28,9 @@ def fitted(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
 
 
 def fitting_block(columns: int, scheme: Affine) -> int | None:
-    """The largest block that divides a row and is not larger than the scheme's; None: the row.
+    """The largest divisor of a row up to the scheme's block; None means the whole row.
 
-    Zero points of 4 bits are packed too, so there must be an even number of blocks of them.
+    4-bit zero points are packed too, so they need an even number of blocks.
     """
     if scheme.bits == 4 and not scheme.symmetric:
         half = columns // 2
@@ -46,7 +46,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def with_dtype(scheme: Scheme, dtype: FloatDtype) -> Scheme:
-    """The scheme whose scales or tables are of `dtype`."""
+    """The scheme with scales or tables in `dtype`."""
     if isinstance(scheme, Affine):
         return replace(scheme, scale=dtype)
     return replace(scheme, lut=dtype) if isinstance(scheme, Palette) else scheme

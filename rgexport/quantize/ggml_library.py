@@ -1,7 +1,7 @@
-"""Rows in ggml's tensor types, by ggml's own quantizer: the library that llama-cpp-python brings.
+"""Quantizes rows to ggml's tensor types, with the ggml library of llama-cpp-python.
 
-`ggml_quantize_chunk` is public (ggml.h), but the library is not ours to version: what we take
-from it is checked when it is loaded.
+`ggml_quantize_chunk` is public (ggml.h), but any version can be installed: its types are checked
+when it is loaded.
 """
 
 import ctypes
@@ -32,26 +32,25 @@ FILE_NAME = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(
 _REMEDY = "install it with `rgexport llama-cpp build`, or pip install 'rgexport[gguf]'"
 
 _FLOATS: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-"""Rounded to nearest even by numpy as by ggml; these take no library."""
+"""These need no library: numpy rounds to nearest even, as ggml does."""
 
 
 def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """Stores rows as llama-quantize does, byte for byte; many rows on all cores.
+    """Stores rows as llama-quantize does, byte for byte, on all cores.
 
-    Any thread may call it, and others go on meanwhile.
+    It can be called from any thread, and releases the GIL.
 
     Args:
         rows: [n, columns], finite, of any float dtype.
         kind: a name of `ggml_types.TYPES` whose blocks fit the columns.
         importance: float32 [columns], the weight of each column's error; types of 8 bits and
-            more take no notice.
+            more ignore it.
 
     Returns:
         uint8 [n, row_bytes].
 
     Raises:
-        RequestError: there is no library, it is not the one that we know, or the type cannot
-            hold a value.
+        RequestError: the library is missing or has other types, or the type cannot hold a value.
     """
     if kind in _FLOATS:
         return _converted(rows, kind)
@@ -67,12 +66,8 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
         weights = np.ascontiguousarray(rows[part], np.float32)
         return _quantize_chunk(library, TYPES[kind], weights, importance, out[part])
 
-    chunks = [*slab_bounds(count, 4 * columns, CHUNK_BYTES)]
-    if len(chunks) > 1:
-        with ThreadPoolExecutor(usable_processors()) as pool:
-            sound = [*pool.map(quantize, chunks)]
-    else:
-        sound = [*map(quantize, chunks)]
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        sound = [*pool.map(quantize, slab_bounds(count, 4 * columns, CHUNK_BYTES))]
     if not all(sound):
         raise _out_of_range(rows, kind)
     return out
@@ -85,7 +80,7 @@ def _quantize_chunk(
     importance: np.ndarray | None,
     out: np.ndarray,
 ) -> bool:
-    """Fills `out`; says whether all its scales are finite. ctypes lets other threads run."""
+    """Fills `out`; returns whether all its scales are finite. ctypes releases the GIL."""
     where = None if importance is None else importance.ctypes.data
     library.ggml_quantize_chunk(
         kind.value, weights.ctypes.data, out.ctypes.data, 0, *weights.shape, where
@@ -109,10 +104,10 @@ def _out_of_range(rows: np.ndarray, kind: str) -> RequestError:
 
 
 def load_library() -> ctypes.CDLL:
-    """The library, checked and ready to be called from any thread.
+    """The checked library, which any thread may call.
 
     Raises:
-        RequestError: it is not installed, cannot be loaded, or has other types than we know.
+        RequestError: it is not installed, cannot be loaded, or has other types than `TYPES`.
     """
     return _load(find_library())
 
@@ -131,7 +126,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def find_library() -> Path:
-    """Where the ggml of the installed llama-cpp-python is; does not import that.
+    """The path of the ggml library of llama-cpp-python, which is not imported.
 
     Raises:
         RequestError: it is not installed, or has no such library.
@@ -175,7 +170,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _require_known_types(library: ctypes.CDLL, path: Path) -> None:
-    """Refuses a library whose types are not those of our table, naming the first that drifted."""
+    """Refuses a library whose types differ from `TYPES`, naming the first that does."""
     for kind in TYPES.values():
         found = (
             (library.ggml_type_name(kind.value) or b"nothing").decode().lower(),

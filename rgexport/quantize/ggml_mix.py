@@ -1,7 +1,7 @@
-"""Which tensor of a GGUF file gets which type.
+"""Chooses the type of each tensor of a GGUF file, as llama-quantize does.
 
-The decisions are llama-quantize's (`llama_tensor_get_type` in llama-quant.cpp), as far as they
-can apply to this architecture: no experts, no fused attention, a head tied to the embedding.
+From `llama_tensor_get_type` in llama-quant.cpp, as far as it applies to this architecture: no
+experts, no fused attention, a head tied to the embedding.
 """
 
 import re
@@ -10,8 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from rgexport.errors import RequestError
-from rgexport.quantize.ggml_file_types import FileType
-from rgexport.quantize.ggml_types import TYPES, find_type
+from rgexport.quantize.ggml_types import TYPES, FileType, find_type
 
 EMBEDDING = "token_embd.weight"
 
@@ -29,9 +28,9 @@ class GgmlTensor:
 class TypeRequest:
     """What a user asks for.
 
-    `pure` gives every tensor the file type's default, `overrides` are (regex, tensor type), of
-    which the first that is found in a name counts, and `token_embedding_type` is the type of the
-    embedding (and so of the head), whatever else is said.
+    `pure` gives every tensor the file type's default. `overrides` are (regex, tensor type); the
+    first that is found in a name counts. `token_embedding_type`, the type of the embedding and the
+    head, has precedence over both.
     """
 
     file_type: FileType
@@ -74,19 +73,30 @@ def choose_types(
     """Tensor name → tensor type.
 
     Args:
-        tensors: in the order of the file, in which llama-quantize counts them too.
+        tensors: in the order of the file, which the choice depends on.
         request: what the user asks for.
-        gqa: query heads per key head of the *first* layer, 0 where that is recurrent.
+        gqa: query heads per key head of the *first* layer, 0 if that is recurrent.
         has_imatrix: whether there is an importance matrix.
 
     Raises:
-        RequestError: an override that no quantizable tensor matches, or a type that takes an
-            importance matrix where there is none.
+        RequestError: an override matches no quantizable tensor, or a type needs an importance
+            matrix and there is none.
     """
     quantizable = [tensor for tensor in tensors if tensor.quantizable]
     _refuse_idle_overrides(request, quantizable)
-    mix = _Mix(request, quantizable, gqa, has_imatrix)
-    chosen = {tensor.name: mix.type_of(tensor) for tensor in quantizable}
+    counts, seen = Counter(_site(tensor.name) for tensor in quantizable), Counter[str]()
+    chosen: dict[str, str] = {}
+    for tensor in quantizable:
+        name, columns, site = tensor.name, tensor.shape[-1], _site(tensor.name)
+        kind = _requested(name, request)
+        if kind is None and name == EMBEDDING:
+            kind = _mixed_embedding(request.file_type.default, columns)
+        elif kind is None:
+            kind = _mixed(
+                name, request.file_type, _Place(seen[site], counts[site], gqa, has_imatrix)
+            )
+            seen[site] += 1
+        chosen[name] = _fitting(kind, columns)
     if not has_imatrix:
         require_importances(chosen, request.file_type, available=())
     return {tensor.name: chosen.get(tensor.name, "f32") for tensor in tensors}
@@ -99,11 +109,11 @@ def require_importances(
 
     Args:
         types: tensor name → tensor type.
-        file_type: of which the types are the mix.
+        file_type: the file type that the types were chosen for.
         available: the names of the tensors that an importance matrix covers.
 
     Raises:
-        RequestError: it should cover one more.
+        RequestError: a tensor needs importances and is not covered.
     """
     for name, kind in types.items():
         takes_them = file_type.name == "q2_k_s" and kind == "q2_k" and name != EMBEDDING
@@ -125,7 +135,7 @@ def _refuse_idle_overrides(request: TypeRequest, tensors: Sequence[GgmlTensor]) 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor stands among those of its site that the mix decides about."""
+    """The position of a tensor among those of its site that the mix decides on."""
 
     index: int
     count: int
@@ -159,8 +169,8 @@ def _grouped(at: _Place) -> bool:
     return at.gqa >= 4
 
 
-def _guarded(at: _Place) -> bool:
-    """The importances of the first ffn_down can drive types without a minimum crazy."""
+def _first_with_imatrix(at: _Place) -> bool:
+    """Importances of the first ffn_down can make types without a minimum very inexact."""
     return at.has_imatrix and _first_part(8)(at)
 
 
@@ -187,52 +197,34 @@ _MIXES: dict[str, dict[str, tuple[tuple[_Condition, str], ...]]] = {
         "q4_k_s": ((_first_part(8), "q5_k"),),
         "q4_k_m": ((_more_bits, "q6_k"),),
         "q5_k_m": ((_more_bits, "q6_k"),),
-        "q4_0": ((_guarded, "q4_1"),),
-        "q5_0": ((_guarded, "q5_1"),),
+        "q4_0": ((_first_with_imatrix, "q4_1"),),
+        "q5_0": ((_first_with_imatrix, "q5_1"),),
     },
 }
 """Site → file type → the first condition that holds gives the type; else it is the default."""
 
 _FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""For rows that are no whole number of blocks of 256; where 32 does not fit either: f16."""
+"""For rows that are not a multiple of 256; f16 if they are not a multiple of 32 either."""
 
 
-class _Mix:
-    """Decides tensor by tensor, and counts those of each site as it goes."""
+def _requested(name: str, request: TypeRequest) -> str | None:
+    """The type that the request names for a tensor; None if the mix decides."""
+    if name == EMBEDDING and request.token_embedding_type is not None:
+        return request.token_embedding_type
+    found = (kind for pattern, kind in request.overrides if re.search(pattern, name))
+    default = request.file_type.default
+    fixed = request.pure or not TYPES[default].is_quantized
+    return next(found, default if fixed else None)
 
-    def __init__(
-        self, request: TypeRequest, tensors: Sequence[GgmlTensor], gqa: int, has_imatrix: bool
-    ) -> None:
-        self._request = request
-        self._default = request.file_type.default
-        self._gqa, self._has_imatrix = gqa, has_imatrix
-        self._counts = Counter(_site(tensor.name) for tensor in tensors)
-        self._seen: Counter[str] = Counter()
 
-    def type_of(self, tensor: GgmlTensor) -> str:
-        columns = tensor.shape[-1]
-        embedding = self._request.token_embedding_type
-        if tensor.name == EMBEDDING and embedding is not None:
-            return _fitting(embedding, columns)
-        if not TYPES[self._default].is_quantized:
-            return self._default
-        for pattern, kind in self._request.overrides:
-            if re.search(pattern, tensor.name):
-                return _fitting(kind, columns)
-        if self._request.pure:
-            return _fitting(self._default, columns)
-        return _fitting(self._mixed(tensor.name, columns), columns)
+def _mixed(name: str, file_type: FileType, at: _Place) -> str:
+    rules = _MIXES.get(_site(name), {}).get(file_type.name, ())
+    return next((kind for holds, kind in rules if holds(at)), file_type.default)
 
-    def _mixed(self, name: str, columns: int) -> str:
-        if name == EMBEDDING:
-            # It is the head too, which llama-quantize spares: Q6_K or better.
-            fits = TYPES[self._default].fits(columns)
-            return "q8_0" if self._default == "q8_0" or not fits else "q6_k"
-        site = _site(name)
-        at = _Place(self._seen[site], self._counts[site], self._gqa, self._has_imatrix)
-        self._seen[site] += 1
-        rules = _MIXES.get(site, {}).get(self._request.file_type.name, ())
-        return next((kind for holds, kind in rules if holds(at)), self._default)
+
+def _mixed_embedding(default: str, columns: int) -> str:
+    """It is also the head, for which llama-quantize takes Q6_K or better."""
+    return "q8_0" if default == "q8_0" or not TYPES[default].fits(columns) else "q6_k"
 
 
 def _site(name: str) -> str:
@@ -241,6 +233,6 @@ def _site(name: str) -> str:
 
 
 def _fitting(kind: str, columns: int) -> str:
-    """`kind`, or what takes its place where its blocks do not fit the rows."""
+    """`kind`, or its fallback if its blocks do not fit the rows."""
     fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
     return next(other for other in fallbacks if TYPES[other].fits(columns))

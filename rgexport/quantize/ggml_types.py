@@ -1,8 +1,14 @@
-"""The ggml tensor types that are written, as data (ggml.h, ggml-common.h)."""
+"""ggml's tensor types that are written (ggml.h, ggml-common.h), and llama-quantize's file types.
+
+A file type is a word for how most tensors of a GGUF file are stored.
+"""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rgexport.errors import RequestError
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class GgmlType:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights share a scale."""
+        """Whether it has scales that several weights share."""
         return self.block > 1
 
     def fits(self, columns: int) -> bool:
@@ -64,15 +70,66 @@ BY_VALUE: dict[int, GgmlType] = {row.value: row for row in TYPES.values()}
 """The number in a file → type."""
 
 
+@dataclass(frozen=True)
+class FileType:
+    """What `general.file_type` says of a file."""
+
+    name: str
+    value: int
+    """The number of `enum llama_ftype` (llama.h)."""
+    default: str
+    """The type of all tensors for which `ggml_mix` has no other."""
+
+
+_ROWS = (
+    FileType("f32", 0, "f32"),
+    FileType("f16", 1, "f16"),
+    FileType("bf16", 32, "bf16"),
+    FileType("q8_0", 7, "q8_0"),
+    FileType("q6_k", 18, "q6_k"),
+    FileType("q5_1", 9, "q5_1"),
+    FileType("q5_0", 8, "q5_0"),
+    FileType("q5_k_m", 17, "q5_k"),
+    FileType("q5_k_s", 16, "q5_k"),
+    FileType("q4_1", 3, "q4_1"),
+    FileType("q4_0", 2, "q4_0"),
+    FileType("q4_k_m", 15, "q4_k"),
+    FileType("q4_k_s", 14, "q4_k"),
+    FileType("q3_k_l", 13, "q3_k"),
+    FileType("q3_k_m", 12, "q3_k"),
+    FileType("q3_k_s", 11, "q3_k"),
+    FileType("q2_k", 10, "q2_k"),
+    FileType("q2_k_s", 21, "q2_k"),
+)
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+_BY_NAME = {row.name: row for row in _ROWS}
+
+FILE_TYPES: dict[str, FileType] = _BY_NAME | {a: _BY_NAME[name] for a, name in _ALIASES.items()}
+"""llama-quantize's word in lower case → file type; an alias gives the type that it stands for."""
+
+INT_WORDS = {"int8": "q8_0", "int4": "q4_k_m"}
+"""`--int8` and `--int4` → the best file type of so many bits."""
+
+
 def find_type(word: str) -> GgmlType:
     """The tensor type that a user names, in any case.
 
     Raises:
         RequestError: an unknown type.
     """
-    try:
-        return TYPES[word.lower()]
-    except KeyError:
-        raise RequestError(
-            f"unknown tensor type {word!r}; expected one of {', '.join(TYPES)}"
-        ) from None
+    return _find(TYPES, word, "tensor type")
+
+
+def find_file_type(word: str) -> FileType:
+    """The file type that a user names, in any case.
+
+    Raises:
+        RequestError: an unknown type.
+    """
+    return _find(FILE_TYPES, word, "type")
+
+
+def _find(table: dict[str, _Row], word: str, what: str) -> _Row:
+    if word.lower() not in table:
+        raise RequestError(f"unknown {what} {word!r}; expected one of {', '.join(table)}")
+    return table[word.lower()]

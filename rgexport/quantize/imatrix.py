@@ -1,8 +1,8 @@
-"""Reads an importance matrix, as llama-imatrix writes it and llama-quantize understands it.
+"""Reads an importance matrix of llama-imatrix, as llama-quantize does.
 
-It holds, for each weight tensor, the mean square of every input column over some text. There are
-two formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and an older
-one without a magic number (common/imatrix-loader.cpp).
+For each weight tensor it has the mean square of every input column over some text. There are two
+formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and an older one
+without a magic number (common/imatrix-loader.cpp).
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import require_regular
-from rgexport.quantize.cursor import Cursor
 from rgexport.quantize.ggml_mix import EMBEDDING
-from rgexport.quantize.gguf_header import GgufHeader, GgufTensor, is_gguf, read_header
+from rgexport.quantize.gguf_header import (
+    Cursor,
+    GgufHeader,
+    GgufTensor,
+    is_gguf,
+    read_header,
+)
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""
@@ -28,7 +33,7 @@ _DATASETS, _CHUNKS, _CHUNK_SIZE = (
 )
 _FLOAT = np.dtype("<f4")
 _METADATA_BYTES = 127
-"""Of a string that llama-quantize copies into the metadata."""
+"""The most that llama-quantize copies of a string into the metadata."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,20 @@ class Imatrix:
     entries: dict[str, np.ndarray]
     """ggml tensor name → float32 [columns], finite and not negative."""
     dataset: str | None
-    """What text they come from."""
+    """The name of the text that they were computed from."""
     chunks: int
-    """How many pieces of it; 0 if unknown."""
+    """The number of pieces of that text; 0 if unknown."""
 
     def importance(self, name: str, columns: int) -> np.ndarray | None:
-        """The importances of a tensor's columns, or None where the matrix has none.
+        """The importances of a tensor's columns, or None if the matrix has none.
 
         Raises:
-            RequestError: it has them for another number of columns.
+            RequestError: the tensor has another number of columns.
         """
         found = self.entries.get(name)
         if found is None or len(found) == columns:
             return found
-        if name == EMBEDDING:  # its entry may be of the ids that it was looked up with
+        if name == EMBEDDING:  # llama-imatrix may have recorded the token ids as its inputs
             return None
         raise RequestError(
             f"{self.path} has {len(found)} importances for {name}, which has {columns} columns: "
@@ -60,7 +65,7 @@ class Imatrix:
         )
 
     def require_any_of(self, names: Iterable[str]) -> None:
-        """Refuses a matrix that was made for something else.
+        """Refuses a matrix of another model.
 
         Raises:
             RequestError: it has none of the tensors.
@@ -72,7 +77,7 @@ class Imatrix:
             )
 
     def metadata(self) -> dict[str, str | int]:
-        """What llama-quantize tells of it in `quantize.imatrix.*`, in its order."""
+        """The keys `quantize.imatrix.*` that llama-quantize writes, in its order."""
         told: dict[str, str | int | None] = {
             "quantize.imatrix.file": _shortened(str(self.path)),
             "quantize.imatrix.dataset": None if self.dataset is None else _shortened(self.dataset),
@@ -126,7 +131,7 @@ def _from_gguf(header: GgufHeader) -> Imatrix:
 
 
 def _mean_squares(header: GgufHeader, name: str) -> np.ndarray:
-    """Sums over counts, of which a tensor has one for each matrix in it; 1 where nothing came."""
+    """Sums divided by counts, one count for each matrix of the tensor; 1 where a count is 0."""
     sums, counts = (_floats(header, name + suffix) for suffix in (_SUMS, _COUNTS))
     if len(sums) % len(counts) or not np.isfinite(counts).all():
         raise RequestError(

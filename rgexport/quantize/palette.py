@@ -31,10 +31,10 @@ def part_layouts(
 
 
 def encode(rows: np.ndarray, scheme: Palette) -> Parts:
-    """Quantizes rows [n, K] of any float dtype, n whole groups; each group stands for itself.
+    """Quantizes rows [n, K] of any float dtype, in whole groups that are independent.
 
     Raises:
-        RequestError: a weight that the table's dtype cannot hold.
+        RequestError: a weight is too large for the table's dtype.
     """
     groups = rows.astype(np.float32).reshape(len(rows) // scheme.group, -1)
     with np.errstate(over="ignore"):
@@ -50,7 +50,7 @@ def encode(rows: np.ndarray, scheme: Palette) -> Parts:
 
 
 def decode(parts: Parts, scheme: Palette, columns: int) -> np.ndarray:
-    """Rows [n, columns] float32 from rows of the parts, n whole groups."""
+    """Rows [n, columns] float32 from rows of the parts, in whole groups."""
     lut = parts["lut"].astype(np.float32)
     indices = unpack(parts["data"], scheme.bits)[:, :columns].reshape(len(lut), -1)
     rows = np.take_along_axis(lut, indices.astype(np.intp), axis=1)
@@ -58,9 +58,9 @@ def decode(parts: Parts, scheme: Palette, columns: int) -> np.ndarray:
 
 
 def _nearest(groups: np.ndarray, lut: np.ndarray) -> np.ndarray:
-    """The index of the nearest value for each weight [groups, n]; tables ascend.
+    """The index of the nearest value for each weight [groups, n], in ascending tables.
 
-    One comparison per border: 15 of them are faster than a search by halves.
+    15 comparisons are faster than a binary search.
     """
     borders = lut[:, :-1] + (lut[:, 1:] - lut[:, :-1]) / 2
     indices = np.zeros(groups.shape, np.uint8)

@@ -1,4 +1,4 @@
-"""The quantization plan: which tensor is stored how."""
+"""The quantization plan: how each tensor is stored."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ PRECISIONS: dict[str, Scheme] = {
     "int8": Affine(8, 128, symmetric=True),
     "int4": Affine(4, 128, symmetric=False),
 }
-"""Precision word → scheme of the linears and the embedding, before block and symmetry."""
+"""Precision → scheme of the linears and the embedding, before options for block and symmetry."""
 COREML_PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
     "fp16": Float("float16"),
@@ -37,12 +37,12 @@ COREML_PRECISIONS: dict[str, Scheme] = {
     "int4": Affine(4, 32, symmetric=True),
     "pal4": Palette(),
 }
-"""The same for Core ML, before fitting and dtype."""
+"""The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
 _FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
-"""What a tensor that is never quantized may be stored as."""
+"""For tensors that are never quantized."""
 _BIAS: tuple[Scheme, ...] = (*_FULL, Float("float16"))
-"""What the bias of a linear may be stored as."""
+"""For the biases of linears."""
 
 
 def choose_scheme(
@@ -51,7 +51,7 @@ def choose_scheme(
     symmetric: bool | None = None,
     words: Mapping[str, Scheme] = PRECISIONS,
 ) -> Scheme:
-    """The scheme behind a precision word; None leaves the word's own default.
+    """The scheme of a precision; None leaves its default.
 
     Raises:
         RequestError: an unknown word, or a block size that is not 32, 64 or 128.
@@ -82,13 +82,13 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
 
 
 def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
-    """Whether the tensor `name` is added to the result of a linear."""
+    """Whether the tensor `name` is the bias of a linear."""
     weight = tensors.get(name.removesuffix("bias") + "weight")
     return name.endswith(".bias") and weight is not None and weight.role == "linear"
 
 
 def precision_of(plan: Plan) -> str:
-    """The word for a plan: that of the tensor in the fewest bits."""
+    """The precision of a plan: that of the tensor with the fewest bits."""
     scheme = min(plan.values(), key=lambda scheme: scheme.bits_per_weight)
     if isinstance(scheme, Affine):
         return f"int{scheme.bits}"
@@ -103,8 +103,8 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     """A plan from a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
     Raises:
-        RequestError: not JSON, a tensor that is missing or unknown, or one of the float32-only
-            tensors in another scheme.
+        RequestError: it is not JSON, a tensor is missing or unknown, or one that must be float32
+            has another scheme.
     """
     try:
         entries = json.loads(read_regular(path).decode())

@@ -1,9 +1,9 @@
-"""Storage schemes of one tensor, as data."""
+"""Storage schemes: how one tensor is stored."""
 
 import dataclasses
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from rgexport.errors import RequestError
 from rgexport.quantize.ggml_types import TYPES
@@ -14,20 +14,16 @@ _FLOAT_BITS = {"float32": 32.0, "float16": 16.0}
 
 @dataclass(frozen=True)
 class Float:
-    """Stored as it is, in `dtype`."""
+    """Floats in `dtype`."""
 
     dtype: FloatDtype
     kind: Literal["float"] = "float"
+    algorithm: ClassVar[str] = "cast"
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight."""
         return _FLOAT_BITS[self.dtype]
-
-    @property
-    def algorithm(self) -> str:
-        """There is nothing to choose."""
-        return "cast"
 
     @property
     def label(self) -> str:
@@ -40,8 +36,8 @@ class Affine:
     """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
     `w ≈ (q - zero_point) * scale`, with q unsigned; a symmetric scheme has the zero point
-    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. Where
-    scales are float16, the product is rounded to float16 too, as it is where it is computed.
+    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. If scales
+    are float16, the product is rounded to float16 too, as engines do.
     """
 
     bits: Literal[4, 8]
@@ -49,7 +45,7 @@ class Affine:
     symmetric: bool
     scale: FloatDtype = "float32"
     algorithm: str = field(default="rtn", compare=False)
-    """What chose the values, a key of `algorithms.ALGORITHMS`: not a part of the layout."""
+    """What chose the values, a key of `algorithms.ALGORITHMS`; not part of the layout."""
     kind: Literal["affine"] = "affine"
 
     @property
@@ -90,20 +86,16 @@ class Palette:
 
 @dataclass(frozen=True)
 class Ggml:
-    """One of ggml's tensor types, by its name in `ggml_types.TYPES`; only GGUF files have it."""
+    """One of ggml's tensor types (`ggml_types.TYPES`), only for GGUF files."""
 
     type: str
     kind: Literal["ggml"] = "ggml"
+    algorithm: ClassVar[str] = "ggml"
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, scales and minimums included."""
         return TYPES[self.type].bits_per_weight
-
-    @property
-    def algorithm(self) -> str:
-        """Ggml's own."""
-        return "ggml"
 
     @property
     def label(self) -> str:
@@ -118,38 +110,22 @@ Plan = dict[str, Scheme]
 BLOCKS = (32, 64, 128)
 """Block sizes that a user may ask for."""
 INT8_ROWS = Affine(8, None, symmetric=True)
-"""A scale per row, whatever its length: the only int8 that integer matrix products can take."""
+"""One scale per row, the only int8 that integer matrix products can take."""
 
-_KINDS: dict[str, type[Float] | type[Affine] | type[Palette] | type[Ggml]] = {
-    "float": Float,
-    "affine": Affine,
-    "palette": Palette,
-    "ggml": Ggml,
-}
+_KINDS = {scheme.kind: scheme for scheme in (Float, Affine, Palette, Ggml)}
 _SIZES = range(1, 1 << 31)
-_WORD = re.compile("[a-z0-9_-]{1,32}")
-_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "float": {"dtype": tuple(_FLOAT_BITS)},
-    "affine": {
-        "bits": (4, 8),
-        "block": (None, _SIZES),
-        "symmetric": (False, True),
-        "scale": tuple(_FLOAT_BITS),
-        "algorithm": (_WORD,),
-    },
-    "palette": {
-        "bits": (4,),
-        "group": (_SIZES,),
-        "lut": tuple(_FLOAT_BITS),
-        "algorithm": (_WORD,),
-    },
-    "ggml": {"type": tuple(TYPES)},
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "block": (None, _SIZES),
+    "symmetric": (False, True),
+    "group": (_SIZES,),
+    "algorithm": (re.compile("[a-z0-9_-]{1,32}"),),
+    "type": tuple(TYPES),
 }
-"""Kind → field → what it may be: a value, a whole number in a range, or a word of a pattern."""
+"""Field → allowed values, ranges of integers, or patterns of words; other fields are literals."""
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """As plain JSON."""
+    """The fields of `scheme`, as JSON."""
     return asdict(scheme)
 
 
@@ -165,8 +141,9 @@ def scheme_from_dict(fields: Any) -> Scheme:
             f"a scheme has kind {kind!r}; expected one of {', '.join(sorted(_KINDS))}"
         )
     rest = {key: value for key, value in fields.items() if key != "kind"}
+    hints = get_type_hints(_KINDS[kind])
     for key, value in rest.items():
-        allowed = _ALLOWED[kind].get(key, ())
+        allowed = (_ALLOWED.get(key) or get_args(hints[key])) if key in hints else ()
         if not any(_matches(value, one) for one in allowed):
             expected = ", ".join(map(_shown, allowed)) or "no such field"
             raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")

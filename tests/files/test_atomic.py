@@ -1,4 +1,4 @@
-"""Folders appear complete or not at all, whatever happens meanwhile."""
+"""Folders and files appear complete or not at all, whatever happens meanwhile."""
 
 import errno
 import os
@@ -13,57 +13,82 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.files import atomic
-from rgexport.files.atomic import check_target, replace_folder, require_free_disk
+from rgexport.files.atomic import (
+    check_file_target,
+    check_target,
+    replace_file,
+    replace_folder,
+    require_free_disk,
+)
+
+KINDS = {"folder": (replace_folder, check_target), "file": (replace_file, check_file_target)}
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def is_ours(folder: Path) -> bool:
-    return (folder / "ours").exists()
+def content(target: Path) -> Path:
+    """The file in a folder of ours, or the file itself."""
+    return target / "ours" if target.is_dir() else target
 
 
-def write(target: Path, text: str = "new", *, force: bool = False) -> None:
-    with replace_folder(target, force=force, replaceable=is_ours) as partial:
-        assert partial.parent == target.parent
-        (partial / "ours").write_text(text)
+def is_ours(target: Path) -> bool:
+    return content(target).is_file() and content(target).read_text().startswith("ours")
+
+
+def replacing(target: Path, kind: str = "folder", *, force: bool = False):
+    return KINDS[kind][0](target, force=force, replaceable=is_ours)
+
+
+def write(target: Path, text: str = "ours", kind: str = "folder", *, force: bool = False) -> None:
+    with replacing(target, kind, force=force) as partial:
+        assert partial.parent == target.parent and partial.exists() == (kind == "folder")
+        content(partial).write_text(text)
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_appears_complete(tmp_path):
-    write(tmp_path / "out")
-    assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["ours"]
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~current_umask()
+@each_kind
+def test_appears_complete(tmp_path, kind):
+    write(tmp_path / "out", kind=kind)
+    assert entries(tmp_path) == ["out"] and content(tmp_path / "out").read_text() == "ours"
+    os.umask(mask := os.umask(0))
+    most = 0o777 if kind == "folder" else 0o666
+    assert (tmp_path / "out").stat().st_mode & 0o777 == most & ~mask
 
 
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@each_kind
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", [False, True])
-def test_failure_leaves_nothing(tmp_path, error, existing):
+def test_failure_leaves_nothing(tmp_path, kind, error, existing):
     target = tmp_path / "out"
     if existing:
-        write(target, "old")
-    with pytest.raises(error), replace_folder(target, force=True, replaceable=is_ours) as partial:
-        (partial / "ours").write_text("half")
+        write(target, "ours, old", kind)
+    with pytest.raises(error), replacing(target, kind, force=True) as partial:
+        content(partial).write_text("half")
         raise error
     assert entries(tmp_path) == (["out"] if existing else [])
-    assert not existing or (target / "ours").read_text() == "old"
+    assert not existing or content(target).read_text() == "ours, old"
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_force_replaces_its_own_kind(tmp_path, monkeypatch, exchange):
+@pytest.mark.parametrize(
+    ("kind", "exchange"), [("folder", True), ("folder", False), ("file", True)]
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_force_replaces_its_own_kind(tmp_path, monkeypatch, kind, exchange, link):
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-    write(tmp_path / "out", "old")
-    (tmp_path / "out" / "left").touch()
-    write(tmp_path / "out", force=True)
-    assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["ours"]
-    assert (tmp_path / "out" / "ours").read_text() == "new"
+    real = target = tmp_path / "out"
+    write(real, "ours, old", kind)
+    if link:
+        target = tmp_path / "link"
+        target.symlink_to("out")
+    if kind == "folder":
+        (real / "left").touch()
+    write(target, "ours, new", kind, force=True)
+    assert entries(tmp_path) == (["link", "out"] if link else ["out"])
+    assert target.is_symlink() == link and content(real).read_text() == "ours, new"
+    assert kind == "file" or entries(real) == ["ours"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders in one step")
@@ -75,10 +100,10 @@ def test_there_is_a_folder_at_every_moment(tmp_path, monkeypatch):
         rename(*names)
         found.append((target / "ours").exists())
 
-    write(target, "old")
+    write(target, "ours, old")
     monkeypatch.setattr(os, "rename", watched)
     write(target, force=True)
-    assert all(found) and (target / "ours").read_text() == "new"
+    assert all(found) and (target / "ours").read_text() == "ours"
 
 
 def make_foreign(target: Path) -> None:
@@ -92,35 +117,37 @@ def make_link_to_foreign(target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "force", "complaint"),
+    ("kind", "make", "force", "complaint"),
     [
-        (Path.mkdir, False, "out exists; pass --force"),
-        (write, False, "out exists; pass --force"),
-        (Path.touch, True, "out exists and is a file"),
-        (make_foreign, True, "holds something else"),
-        (make_link_to_foreign, True, "holds something else"),
+        ("folder", Path.mkdir, False, "out exists; pass --force"),
+        ("folder", write, False, "out exists; pass --force"),
+        ("folder", Path.touch, True, "out exists and is a file"),
+        ("folder", make_foreign, True, "holds something else"),
+        ("folder", make_link_to_foreign, True, "holds something else"),
+        ("file", lambda target: write(target, kind="file"), False, "out exists; pass --force"),
+        ("file", Path.touch, True, "out exists and is something else"),
+        ("file", Path.mkdir, True, "out exists and is a folder"),
     ],
 )
-def test_refused_before_any_work(tmp_path, make, force, complaint):
+def test_refused_before_any_work(tmp_path, kind, make, force, complaint):
     make(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RequestError, match=complaint):
-        check_target(tmp_path / "out", force=force, replaceable=is_ours)
+        KINDS[kind][1](tmp_path / "out", force=force, replaceable=is_ours)
     with pytest.raises(RequestError, match=complaint):
-        write(tmp_path / "out", force=force)
+        write(tmp_path / "out", kind=kind, force=force)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("target", [".", "..", "../..", "link", "/"])
-def test_the_folder_one_stands_in_is_refused(tmp_path, monkeypatch, target):
+@pytest.mark.parametrize("target", [".", "../..", "link", "/"])
+def test_the_current_folder_is_refused(tmp_path, monkeypatch, target):
     inside = tmp_path / "out" / "inside"
     inside.mkdir(parents=True)
     (inside / "link").symlink_to(tmp_path / "out")
     monkeypatch.chdir(inside)
     before = sorted(tmp_path.rglob("*"))
-    for refuse in (check_target, lambda *a, **o: replace_folder(*a, **o).__enter__()):
-        with pytest.raises(RequestError, match="it is the current folder or holds it"):
-            refuse(Path(target), force=True, replaceable=lambda _: True)
+    with pytest.raises(RequestError, match="it is the current folder or holds it"):
+        write(Path(target), force=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -152,29 +179,29 @@ def test_force_replaces_what_is_read_only(unprivileged, monkeypatch, capsys, exc
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     target = unprivileged / "out"
-    write(target, "old")
+    write(target, "ours, old")
     (target / "below").mkdir()
     (target / "below" / "file").touch()
     for path in (target / "below" / "file", target / "below", target):
         path.chmod(0o444 if path.is_file() else 0o555)
     write(target, force=True)
-    assert entries(unprivileged) == ["out"] and (target / "ours").read_text() == "new"
+    assert entries(unprivileged) == ["out"] and (target / "ours").read_text() == "ours"
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere permissions work otherwise")
+def test_read_only_parent(unprivileged):
+    unprivileged.chmod(0o555)
+    with pytest.raises(RequestError, match="cannot write .*out: Permission denied"):
+        write(unprivileged / "out")
+
+
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "out", "old")
+    write(tmp_path / "out")
     monkeypatch.setattr(atomic.shutil, "rmtree", lambda folder, ignore_errors: None)
     write(tmp_path / "out", force=True)
     left = next(tmp_path.glob(".out.partial-*"))
     assert capsys.readouterr().err == f"Warning: {left} cannot be removed; remove it yourself\n"
-
-
-def test_force_takes_an_empty_folder_and_follows_a_link(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to("empty")
-    write(tmp_path / "link", force=True)
-    assert (tmp_path / "link").is_symlink() and entries(tmp_path / "empty") == ["ours"]
 
 
 @pytest.mark.parametrize("below", ["missing/out", "file/out"])
@@ -185,13 +212,15 @@ def test_parent_must_be_a_folder(tmp_path, below):
     assert entries(tmp_path) == ["file"]
 
 
-def test_target_that_appears_meanwhile_is_kept(tmp_path):
+@each_kind
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path, kind):
     with (
-        pytest.raises(RequestError, match="out exists"),
-        replace_folder(tmp_path / "out", force=False, replaceable=is_ours),
+        pytest.raises(RequestError, match="out exists and (holds|is) something else"),
+        replacing(tmp_path / "out", kind, force=True) as partial,
     ):
-        make_foreign(tmp_path / "out")
-    assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["thesis.tex"]
+        content(partial).write_text("ours")
+        make_foreign(tmp_path / "out") if kind == "folder" else (tmp_path / "out").touch()
+    assert entries(tmp_path) == ["out"] and not is_ours(tmp_path / "out")
 
 
 def test_strange_names(tmp_path):
@@ -202,19 +231,21 @@ def test_strange_names(tmp_path):
 
 
 WRITER = """
-    import sys, time
+    import sys
     from pathlib import Path
-    from rgexport.files.atomic import replace_folder
-    with replace_folder(Path(sys.argv[1]), force=True, replaceable=lambda _: True) as partial:
-        (partial / "ours").write_text("half")
+    from tests.files.test_atomic import content, replacing
+    with replacing(Path(sys.argv[1]), sys.argv[2], force=True) as partial:
+        content(partial).write_text("half")
         print("writing", flush=True)
         sys.stdin.read()
+        content(partial).write_text("ours, whole")
 """
 
 
-def start_writer(target: Path) -> subprocess.Popen[str]:
+def start_writer(target: Path, kind: str = "folder") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WRITER), str(target)],
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(target), kind],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -223,17 +254,15 @@ def start_writer(target: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_kill_leaves_the_target_and_the_next_run_cleans_up(tmp_path, existing):
+@each_kind
+def test_kill_leaves_the_target_and_the_next_run_cleans_up(tmp_path, kind):
     target = tmp_path / "out"
-    if existing:
-        write(target, "old")
-    with start_writer(target) as writer:
+    write(target, "ours, old", kind)
+    with start_writer(target, kind) as writer:
         writer.send_signal(signal.SIGKILL)
-    assert target.exists() == existing and len(entries(tmp_path)) == 2 + existing
-    assert not existing or (target / "ours").read_text() == "old"
-    write(target, force=existing)
-    assert entries(tmp_path) == ["out"] and (target / "ours").read_text() == "new"
+    assert content(target).read_text() == "ours, old" and len(entries(tmp_path)) == 3
+    write(target, "ours, new", kind, force=True)
+    assert entries(tmp_path) == ["out"] and content(target).read_text() == "ours, new"
 
 
 def test_two_writers_of_one_target(tmp_path):
@@ -244,7 +273,8 @@ def test_two_writers_of_one_target(tmp_path):
         write(tmp_path / "other")
         writer.communicate(input="")
     assert writer.returncode == 0
-    assert entries(tmp_path) == ["other", "out"] and (target / "ours").read_text() == "half"
+    assert entries(tmp_path) == ["other", "out"]
+    assert content(target).read_text() == "ours, whole"
 
 
 def test_neighbour_with_a_similar_name_is_not_swept(tmp_path):
@@ -258,48 +288,18 @@ def test_neighbour_with_a_similar_name_is_not_swept(tmp_path):
 def test_full_disk_is_one_line(tmp_path, code):
     with (
         pytest.raises(RequestError, match="no space left while writing .*out"),
-        replace_folder(tmp_path / "out", force=False, replaceable=is_ours),
+        replacing(tmp_path / "out"),
     ):
         raise OSError(code, os.strerror(code))
     assert entries(tmp_path) == []
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root on Linux can mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_really_full_disk(tiny_disk):
-    with (
-        pytest.raises(RequestError, match="no space left while writing"),
-        replace_folder(tiny_disk / "out", force=False, replaceable=is_ours) as partial,
-    ):
-        (partial / "big").write_bytes(bytes(1 << 20))
-    assert entries(tiny_disk) == []
-    with pytest.raises(RequestError, match="not enough space .* 1.00 MB needed, 65.5 kB free"):
-        require_free_disk(tiny_disk / "not" / "there", 10**6)
-
-
-def test_read_only_parent(tiny_disk):
-    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
-    with pytest.raises(RequestError, match="cannot write .*out: Read-only file system"):
-        write(tiny_disk / "out")
-
-
 def test_other_system_errors_pass(tmp_path):
-    with (
-        pytest.raises(FileNotFoundError, match="elsewhere"),
-        replace_folder(tmp_path / "out", force=False, replaceable=is_ours),
-    ):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), replacing(tmp_path / "out"):
         open("/elsewhere")
 
 
-def test_enough_space(tmp_path):
+def test_free_space(tmp_path):
     require_free_disk(tmp_path, 1)
+    with pytest.raises(RequestError, match="not enough space .* needed, .* free"):
+        require_free_disk(tmp_path / "not" / "there", 1 << 60)

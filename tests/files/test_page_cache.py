@@ -1,4 +1,4 @@
-"""Dropping what memory holds of a file."""
+"""Eviction of files from the page cache."""
 
 import os
 

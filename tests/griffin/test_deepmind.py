@@ -1,4 +1,4 @@
-"""DeepMind's .pt files: the state dict of its own class is the oracle for names and shapes."""
+"""DeepMind's .pt files, compared with the state dict of DeepMind's own class."""
 
 import math
 import pickle
@@ -13,11 +13,10 @@ from recurrentgemma import common
 from recurrentgemma.torch import Griffin
 
 from rgexport.errors import RequestError
-from rgexport.griffin import torch_file
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.tensor import DTYPES, RowTensor
-from rgexport.griffin.torch_file import Located, locate_tensors
+from rgexport.griffin.torch_file import locate_tensors
 from tests.models import ODD_CONFIGS, random_weights, write_deepmind, write_hugging_face
 
 RECURRENT, ATTENTION = common.TemporalBlockType.RECURRENT, common.TemporalBlockType.ATTENTION
@@ -130,7 +129,7 @@ def test_reads_all_dtypes_in_their_own(
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_both_layouts_of_a_model_are_one(tmp_path: Path, name: str) -> None:
+def test_both_layouts_give_the_same_model(tmp_path: Path, name: str) -> None:
     config, weights = ODD_CONFIGS[name], random_weights(ODD_CONFIGS[name])
     theirs = open_checkpoint(
         write_deepmind(weights, tmp_path / "pt"), window=config.window, soft_cap=config.soft_cap
@@ -145,7 +144,7 @@ def test_both_layouts_of_a_model_are_one(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 200, 1000])
-def test_slabs_make_up_the_whole(
+def test_slabs_add_up_to_the_tensor(
     tmp_path: Path, state: dict[str, torch.Tensor], limit: int
 ) -> None:
     weights = open_checkpoint(save(tmp_path, state)).weights
@@ -226,18 +225,10 @@ def test_files_that_are_no_state_dict(tmp_path: Path, state: dict[str, torch.Ten
             open_checkpoint(save(tmp_path, content))
 
 
-@pytest.mark.parametrize(
-    ("drop", "message"),
-    [
-        ("blocks.1.attention_block", "blocks.1 has no temporal block"),
-        ("blocks.1.", "blocks.1 has no temporal block"),
-    ],
-)
-def test_a_layer_without_a_kind(
-    tmp_path: Path, state: dict[str, torch.Tensor], drop: str, message: str
-) -> None:
+@pytest.mark.parametrize("drop", ["blocks.1.attention_block", "blocks.1."])
+def test_a_layer_without_a_kind(tmp_path: Path, state: dict[str, torch.Tensor], drop: str) -> None:
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(drop)}
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match="blocks.1 has no temporal block"):
         open_checkpoint(save(tmp_path, rest))
 
 
@@ -249,8 +240,7 @@ def test_damaged_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         "is not a torch checkpoint": b"Call me Ishmael.",
         "legacy format": legacy,
         "legacy format ": pickle.dumps({"a": 1}),
-        "is damaged: .*unknown": whole.replace(b"ctorch._utils", b"\xfftorch._utils"),
-        "torch._utilz.* could run code": whole.replace(b"torch._utils", b"torch._utilz"),
+        "is damaged: Bad CRC": whole.replace(b"ctorch._utils", b"\xfftorch._utils"),
     }
     for message, content in cases.items():
         (tmp_path / "model.pt").write_bytes(content)
@@ -259,58 +249,26 @@ def test_damaged_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_compressed_archive_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    path = save(tmp_path, state)
-    target = tmp_path / "packed.pt"
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as packed:
-        for name in source.namelist():
-            packed.writestr(name, source.read(name), zipfile.ZIP_DEFLATED)
-    with pytest.raises(RequestError, match="is compressed"):
-        open_checkpoint(target)
+PICKLE = "model/data.pkl"
+REWRITTEN: dict[str, tuple[int, tuple[bytes, bytes], str]] = {
+    "other function": (zipfile.ZIP_STORED, (b"torch._utils", b"torch._utilz"), "could run code"),
+    "unknown opcode": (zipfile.ZIP_STORED, (b"ctorch", b"\xfftorch"), "or holds more than tensors"),
+    "compressed": (zipfile.ZIP_DEFLATED, (b"", b""), "is compressed"),
+    # the count of a storage of 16 bytes
+    "storage too small": (zipfile.ZIP_STORED, (b"K\4tq", b"K\2tq"), "record 0 of 16 bytes is said"),
+    "storage too large": (zipfile.ZIP_STORED, (b"K\4tq", b"K\6tq"), "record 0 of 16 bytes is said"),
+    "tensor too large": (zipfile.ZIP_STORED, (b"K\4\x85", b"K\6\x85"), "tensor a does not lie in"),
+}
 
 
-@pytest.mark.parametrize("stated", [2, 6])
-def test_a_storage_stated_of_another_size_than_its_record_is_refused(
-    tmp_path: Path, stated: int
-) -> None:
-    """A fake storage that is stated as too small grows with its tensor."""
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_rewritten_files(tmp_path: Path, case: str) -> None:
+    how, (old, new), message = REWRITTEN[case]
     path, target = save(tmp_path, {"a": torch.arange(4.0)}), tmp_path / "other.pt"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as other:
         for name in source.namelist():
             content = source.read(name)
-            assert not name.endswith(".pkl") or b"K\4tq" in content
-            other.writestr(name, content.replace(b"K\4tq", b"K%ctq" % stated, 1))
-    with pytest.raises(RequestError, match=f"/data/0 has 16 bytes; expected {4 * stated},"):
+            assert name != PICKLE or old in content
+            other.writestr(name, content.replace(old, new, 1) if name == PICKLE else content, how)
+    with pytest.raises(RequestError, match=message):
         locate_tensors(target)
-
-
-def test_canary_torch_still_tells_where_storages_lie(tmp_path: Path) -> None:
-    """`_checkpoint_offset` is private: if this fails, torch has changed it."""
-    values = torch.arange(10.0)
-    path = save(tmp_path, {"a": values, "b": values[4:]})
-    found = locate_tensors(path)
-    content = path.read_bytes()
-    for name, wanted in (("a", values), ("b", values[4:])):
-        place = found[name]
-        assert isinstance(place, Located)
-        data = np.frombuffer(content, np.float32, wanted.numel(), place.offset)
-        np.testing.assert_array_equal(data, wanted.numpy())
-
-
-def test_a_torch_that_tells_no_offsets_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save(tmp_path, {"a": torch.zeros(3)})
-    for wrong in (-1, 64):
-        monkeypatch.setattr(torch_file, "_storage_offset", lambda tensor, wrong=wrong: wrong)
-        with pytest.raises(RequestError, match="no longer tells where"):
-            locate_tensors(path)
-
-
-def test_without_torch_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save(tmp_path, {"a": torch.zeros(3)})
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(RequestError, match="pip install 'rgexport\\[export\\]'"):
-        locate_tensors(path)

@@ -132,7 +132,7 @@ def test_an_incomplete_snapshot_is_completed(cache: Path, monkeypatch: pytest.Mo
     assert [options["revision"] for options in asked] == [COMMIT]
 
 
-def test_only_what_is_needed_is_ever_asked_for() -> None:
+def test_only_the_needed_files_are_requested() -> None:
     wanted = ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.model"]
     unwanted = ["2b.pt", "pytorch_model.bin", "modeling.py", "x.gguf", "consolidated.safetensors"]
 

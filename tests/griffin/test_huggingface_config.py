@@ -129,7 +129,7 @@ def test_one_field(tmp_path: Path, change: dict[str, Any], field: str, value: ob
         ({"vocab_size": 0}, "vocab_size is 0; expected a whole number from 1"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"intermediate_size": 15361}, "intermediate_size is 15361; expected an even number"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; expected at most"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; expected .* from 1 to 512"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"_block_types": []}, "_block_types is \\[\\]; expected a list"),
         ({"_block_types": "recurrent"}, "_block_types is 'recurrent'; expected a list"),
@@ -164,7 +164,9 @@ def test_wrong_fields(tmp_path: Path, change: dict[str, Any], message: str) -> N
         ("attention", {"lru_width": 2561}),
     ],
 )
-def test_what_no_layer_uses_may_be_odd(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
+def test_sizes_that_no_layer_uses_are_not_checked(
+    tmp_path: Path, kind: str, change: dict[str, Any]
+) -> None:
     assert read(tmp_path, HUB_2B | change | {"_block_types": [kind]}).num_layers == 26
     with pytest.raises(RequestError):
         read(tmp_path, HUB_2B | change)
@@ -174,7 +176,7 @@ def test_what_no_layer_uses_may_be_odd(tmp_path: Path, kind: str, change: dict[s
     ("text", "message"),
     [("[1, 2]", "holds list"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON")],
 )
-def test_what_is_no_object(tmp_path: Path, text: str, message: str) -> None:
+def test_config_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read(tmp_path, text)
 
@@ -205,7 +207,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str, dialect: Any) -
 
 
 @given(st.lists(st.sampled_from(["recurrent", "attention"]), min_size=1, max_size=12))
-def test_the_pattern_gives_the_layers_back(types: Any) -> None:
+def test_the_pattern_repeats_to_the_layers(types: Any) -> None:
     pattern = block_pattern(tuple(types))
     assert list((pattern * len(types))[: len(types)]) == types
     assert len(pattern) <= len(types)

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING's "How to add an op" names: a place that was forgotten is told here."""
+"""Checks the places that CONTRIBUTING's "How to add an op" lists."""
 
 import re
 from importlib.resources import files
@@ -25,6 +25,12 @@ FROM_LLAMA_CPP = {"Qcur", "Kcur", "Vcur", "kqv_out"}
 def test_each_op_of_the_step_has_a_row():
     local = {site.split(".", 2)[2] for site in sites(CONFIG) if site.startswith("layers.")}
     assert local == all_ops().keys()
+
+
+@pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
+def test_sites_are_those_of_the_step_model_in_its_order(name):
+    config = ODD_CONFIGS[name]
+    assert sites(config) == tuple(node.site for node in trace(config).nodes)
 
 
 @pytest.mark.parametrize("table", [ONNX, COREML], ids=["onnx", "coreml"])

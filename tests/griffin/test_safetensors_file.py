@@ -74,6 +74,8 @@ def test_reads_the_metadata(tmp_path: Path) -> None:
     assert list(read_header(path)) == ["x"]
     path.write_bytes(save({"x": np.zeros(2, np.float32)}))
     assert read_metadata(path) == {}
+    file_with(path, {"__metadata__": None, "a": tensor()}, bytes(8))
+    assert read_metadata(path) == {} and list(read_header(path)) == ["a"]
 
 
 @pytest.mark.parametrize("value", [3, "words", {"a": 1}])
@@ -81,15 +83,10 @@ def test_reads_the_metadata(tmp_path: Path) -> None:
 def test_metadata_that_is_no_object_of_texts(
     tmp_path: Path, value: object, read: Callable[[Path], object]
 ) -> None:
-    """No part of such a file is read, as the reference implementation has it."""
+    """As in the reference implementation, the whole file is refused."""
     path = file_with(tmp_path / "a", {"__metadata__": value, "a": tensor()}, bytes(8))
     with pytest.raises(RequestError, match="__metadata__ is no object of texts"):
         read(path)
-
-
-def test_metadata_may_be_null(tmp_path: Path) -> None:
-    path = file_with(tmp_path / "a", {"__metadata__": None, "a": tensor()}, bytes(8))
-    assert read_metadata(path) == {} and list(read_header(path)) == ["a"]
 
 
 BROKEN: dict[str, tuple[Header | bytes, bytes, str]] = {
@@ -135,23 +132,6 @@ def test_recognizes_other_files(tmp_path: Path, content: bytes, message: str) ->
     path.write_bytes(content)
     with pytest.raises(RequestError, match=message):
         read_header(path)
-
-
-@settings(deadline=None, max_examples=200)
-@given(position=st.integers(0, 400), byte=st.integers(0, 255), length=st.integers(0, 600))
-def test_a_damaged_byte_or_end_never_crashes(
-    tmp_path_factory: pytest.TempPathFactory, position: int, byte: int, length: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
-    content = bytearray(save({f"t{i}": np.zeros((3, 4), np.float32) for i in range(4)}))
-    content[position % len(content)] = byte
-    path.write_bytes(content[:length] if length < len(content) else content)
-    try:
-        entries = read_header(path)
-    except RequestError:
-        return
-    size = path.stat().st_size
-    assert all(0 <= e.offset <= e.offset + e.nbytes <= size for e in entries.values())
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The recurrence: torch's operations, and the Triton kernel wherever it can be run or compiled."""
+"""The recurrence, in torch operations and as a Triton kernel."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_scan_equals_a_loop(tokens):
 @needs_cuda
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_cuda_scans_equal_a_loop(tokens):
-    """Channels fill no tile; the kernel is the one that the reference takes, if there is Triton."""
+    """The channels are no multiple of a tile; `linear_scan` takes the kernel if there is Triton."""
     inputs = scan_inputs(tokens, channels=45)
     on_gpu = [tensor.cuda() for tensor in inputs]
     for found in (linear_scan(*on_gpu), chunked_scan(*on_gpu)):
@@ -38,8 +38,8 @@ def test_cuda_scans_equal_a_loop(tokens):
     assert (scan._triton_scan() is not None) == (find_spec("triton") is not None)
 
 
-def test_where_triton_does_not_run(monkeypatch, capsys):
-    """Here without a GPU, or without the package: torch's operations are what is left."""
+def test_without_triton_torch_operations_are_used(monkeypatch, capsys):
+    """There is no GPU here, or the package is hidden."""
     if torch.cuda.is_available():
         monkeypatch.setitem(sys.modules, "rgexport.griffin.triton_scan", None)
     scan._triton_scan.cache_clear()
@@ -77,7 +77,7 @@ for capability in 75, 80, 90:
 @needs_triton
 @pytest.mark.parametrize(("program", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
 def test_triton_kernel_without_a_gpu(program, interpret, tmp_path):
-    """Triton's interpreter runs it; its compiler makes machine code for GPUs that are not here."""
+    """Triton's interpreter runs it, and its compiler makes machine code for several GPUs."""
     own = {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run(
         [sys.executable, "-c", program],

@@ -33,7 +33,7 @@ def test_every_op_is_seen_in_the_order_of_computation():
     assert shapes["logits"] == ("soft_cap", [(1, 11, 60)])
 
 
-def test_looking_changes_nothing_and_ends_with_the_block():
+def test_observing_changes_nothing_and_ends_with_the_block():
     seen: list[str] = []
     expected = reference().run(TOKENS)[0]
     with substituted(lambda site, *_: seen.append(site)):
@@ -43,7 +43,7 @@ def test_looking_changes_nothing_and_ends_with_the_block():
     assert len(seen) == count > 0
 
 
-def test_what_is_put_in_place_goes_on():
+def test_later_ops_take_the_replaced_result():
     gate = "layers.0.temporal_block.rg_lru.input_gate"
     closed = np.full((1, 11, 48), -np.inf, np.float32)
     taken: dict[str, np.ndarray] = {}
@@ -59,7 +59,7 @@ def test_what_is_put_in_place_goes_on():
     assert not taken["h"].any() and not state["layers.0.rg_lru"].any()
 
 
-def test_further_results_stay():
+def test_other_results_of_the_op_are_kept():
     conv = "layers.0.temporal_block.conv_1d"
     expected = reference().run(TOKENS)[1]["layers.0.conv1d"]
 

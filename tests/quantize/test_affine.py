@@ -49,24 +49,12 @@ def test_parts_have_the_declared_layout(weights: np.ndarray, scheme: Affine) -> 
 
 
 @given(rows, st.sampled_from(SCHEMES + HALVES), st.data())
-def test_rows_stand_for_themselves(
-    weights: np.ndarray, scheme: Affine, data: st.DataObject
-) -> None:
+def test_rows_are_independent(weights: np.ndarray, scheme: Affine, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(weights)))
     whole = affine.encode(weights, scheme)
     pieces = [affine.encode(weights[s], scheme) for s in (np.s_[:cut], np.s_[cut:])]
     for name, part in whole.items():
         np.testing.assert_array_equal(part, np.concatenate([p[name] for p in pieces]))
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_what_was_quantized_once_stays_as_it_is(scheme: Affine) -> None:
-    weights = np.random.default_rng(0).standard_normal((40, 200)).astype(np.float32)
-    once = affine.decode(affine.encode(weights, scheme), scheme, 200)
-    twice = affine.decode(affine.encode(once, scheme), scheme, 200)
-    # An asymmetric range may shrink by a level when its zero point was rounded.
-    steps = np.abs(affine.encode(weights, scheme)["scales"]).max()
-    np.testing.assert_allclose(twice, once, atol=(1e-6 if scheme.symmetric else 0.51 * steps))
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,3 @@ def test_a_normal_distribution_gets_the_levels_of_max() -> None:
     np.testing.assert_allclose(found, published, rtol=0, atol=0.06)
     error, theirs = squared_error(x, found), squared_error(x, published)
     assert 0.995 * theirs < error < theirs, "a sample has a better optimum than its distribution"
-
-
-def test_the_order_of_the_values_does_not_matter() -> None:
-    x = sample("heavy", 5000, 1)
-    np.testing.assert_array_equal(centers(x, 16), centers(x[::-1].copy(), 16))

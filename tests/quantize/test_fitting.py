@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, largest_divisor, with_dtype
+from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, with_dtype
 from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 
 affines = st.builds(
@@ -49,7 +49,7 @@ def test_groups_divide_rows(asked: Palette, shape: tuple[int, int]) -> None:
 
 
 @given(st.one_of(affines, palettes, st.just(Float("float16"))), shapes)
-def test_what_fits_stays(asked: Scheme, shape: tuple[int, int]) -> None:
+def test_a_fitted_scheme_stays_the_same(asked: Scheme, shape: tuple[int, int]) -> None:
     once = fitted(asked, shape)
     assert fitted(once, shape) == once
 
@@ -70,17 +70,6 @@ def test_what_fits_stays(asked: Scheme, shape: tuple[int, int]) -> None:
 )
 def test_examples(asked: Affine, columns: int, expected: Affine) -> None:
     assert fitted(asked, (7, columns)) == expected
-
-
-def test_floats_fit_every_shape() -> None:
-    assert fitted(Float("float16"), (3, 1, 4)) == Float("float16")
-
-
-@given(st.integers(1, 2000), st.integers(1, 100))
-def test_largest_divisor(number: int, limit: int) -> None:
-    found = largest_divisor(number, limit)
-    assert number % found == 0 and 1 <= found <= limit
-    assert all(number % other for other in range(found + 1, min(number, limit) + 1))
 
 
 def test_the_dtype_of_scales_and_tables() -> None:

@@ -88,18 +88,6 @@ def test_plain_types_are_those_of_gguf_py(
     np.testing.assert_array_equal(quantize_rows(weights, name), theirs)
 
 
-@given(
-    hnp.arrays(np.float32, (2, 32), elements=st.floats(-65000, 65000, width=32)),
-    st.sampled_from(FLOATS),
-)
-def test_floats_are_rounded_as_ggml_rounds_them(
-    library: ctypes.CDLL, weights: np.ndarray, kind: GgmlType
-) -> None:
-    np.testing.assert_array_equal(
-        quantize_rows(weights, kind.name), in_one_call(library, weights, kind)
-    )
-
-
 def test_floats_of_all_exponents_are_rounded_as_ggml_rounds_them(library: ctypes.CDLL) -> None:
     patterns = np.arange(1 << 16, dtype=np.uint32) << 16
     for low in (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):

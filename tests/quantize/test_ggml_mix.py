@@ -1,4 +1,4 @@
-"""The types of tensors, against llama-quantize: what it printed once, and what it prints now."""
+"""The types of tensors, compared with output of llama-quantize, recorded and live."""
 
 import random
 import re
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.quantize.ggml_file_types import FILE_TYPES, find_file_type
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
     TypeRequest,
@@ -17,7 +16,7 @@ from rgexport.quantize.ggml_mix import (
     parse_override,
     require_importances,
 )
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.ggml_types import FILE_TYPES, TYPES, find_file_type
 from tests.llama_tools import run_tool
 from tests.quantize.ggml_files import tensors_of, write_f32, write_imatrix
 

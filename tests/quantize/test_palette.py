@@ -51,21 +51,13 @@ def test_every_weight_is_the_nearest_value_of_its_group(case: tuple[np.ndarray, 
 
 @settings(deadline=None)
 @given(matrices(), st.data())
-def test_groups_stand_for_themselves(case: tuple[np.ndarray, Palette], data: st.DataObject) -> None:
+def test_groups_are_independent(case: tuple[np.ndarray, Palette], data: st.DataObject) -> None:
     rows, scheme = case
     cut = data.draw(st.integers(1, len(rows) // scheme.group)) * scheme.group
     whole = palette.encode(rows, scheme)
     pieces = [palette.encode(part, scheme) for part in (rows[:cut], rows[cut:]) if len(part)]
     for name, part in whole.items():
         np.testing.assert_array_equal(part, np.concatenate([piece[name] for piece in pieces]))
-
-
-@settings(deadline=None)
-@given(matrices())
-def test_what_was_palettized_once_stays_as_it_is(case: tuple[np.ndarray, Palette]) -> None:
-    rows, scheme = case
-    once = stored(rows, scheme)
-    np.testing.assert_array_equal(stored(once, scheme), once)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,8 +26,7 @@ from rgexport.export.verified import hash_files, hash_new_files
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize import affine
-from rgexport.quantize.ggml_file_types import FILE_TYPES
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 from rgexport.quantize.scheme import Ggml
 

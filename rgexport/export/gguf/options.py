@@ -9,7 +9,6 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.ggml_file_types import FILE_TYPES, INT_WORDS, FileType, find_file_type
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
     TypeRequest,
@@ -17,7 +16,14 @@ from rgexport.quantize.ggml_mix import (
     parse_override,
     require_importances,
 )
-from rgexport.quantize.ggml_types import TYPES, find_type
+from rgexport.quantize.ggml_types import (
+    FILE_TYPES,
+    INT_WORDS,
+    TYPES,
+    FileType,
+    find_file_type,
+    find_type,
+)
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
 from rgexport.quantize.scheme import Float, Ggml, Plan, Scheme
 

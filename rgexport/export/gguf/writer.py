@@ -20,7 +20,7 @@ from rgexport.export.gguf.options import Choice
 from rgexport.export.storage import SLAB_BYTES, in_order
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
-from rgexport.quantize.algorithms import Statistics, encode
+from rgexport.quantize.algorithms import Importance, encode
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT
 from rgexport.quantize.scheme import Ggml
@@ -112,9 +112,8 @@ def _jobs(choice: Choice, weights: WeightSource) -> Iterator[_Job]:
     for tensor in choice.tensors:
         kind, source = choice.types[tensor.name], weights[tensor.canonical]
         importance = choice.importances.get(tensor.name)
-        statistics = None if importance is None else Statistics(importance)
         for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
-            yield partial(_encode, tensor, source, start, stop, kind, statistics)
+            yield partial(_encode, tensor, source, start, stop, kind, importance)
         yield partial(_pad, _tensor_bytes(tensor, kind))
 
 
@@ -128,10 +127,10 @@ def _encode(
     start: int,
     stop: int,
     kind: str,
-    statistics: Statistics | None,
+    importance: Importance,
 ) -> tuple[bytes, int]:
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
-    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"]
+    stored = encode(tensor.canonical, values, Ggml(kind), importance)["data"]
     return stored.tobytes(), rows.nbytes

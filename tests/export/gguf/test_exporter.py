@@ -19,8 +19,7 @@ from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.quantize.ggml_file_types import FILE_TYPES
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.command_line import ROOT, START
