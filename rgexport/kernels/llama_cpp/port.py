@@ -34,7 +34,7 @@ def model_source() -> str:
 
 @cache
 def registration() -> dict[str, tuple[Hunk, ...]]:
-    """What is changed in files that llama.cpp has already: path in its tree to hunks."""
+    """What is changed in files that llama.cpp has already: path in its tree → hunks."""
     return parse(_REGISTRATION.read_text("utf-8"))
 
 

@@ -70,10 +70,11 @@ def apply_port(archive: Path, tree: Path) -> None:
     and the compiler sees only what differs between them.
     """
     originals = read_files(archive, [*port.registration(), _VERSION_FILE])
-    wanted = {
-        f"{LLAMA_CPP}/{path}": unified_diff.apply(hunks, originals[path])
-        for path, hunks in port.registration().items()
-    }
+    wanted = {}
+    for path, hunks in port.registration().items():
+        patched = unified_diff.apply(hunks, originals[path])
+        assert patched is not None, f"the patch of {path} does not fit the pinned release"
+        wanted[f"{LLAMA_CPP}/{path}"] = patched
     wanted[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
     wanted[_VERSION_FILE] = _with_version(originals[_VERSION_FILE])
     for path, text in wanted.items():
