@@ -12,8 +12,7 @@ from typing import Any
 from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.llama_cpp import port
-from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
-from rgexport.runtimes.onnx.huge_pages import huge_pages
+from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = "unknown model architecture"
