@@ -2,20 +2,59 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rgexport.export.artifact import Artifact
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import all_ops
+from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.llama_cpp.ggml_tensor import name_of, operation_of, read_floats
 from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.llama_cpp.sites import Tap, taps
 from rgexport.runtimes.observation import LENGTHS, Observation
 
 _GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
 _ATTENTION = "temporal_block.attention"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor of the graph that llama.cpp builds.
+
+    Attributes:
+        name: of the first such tensor; in a layer, with the layer's index.
+        then: if given, the tap is the first result of this operation after that tensor.
+    """
+
+    name: str
+    then: str = ""
+
+
+_ONCE = {
+    "embed_tokens": Tap("embd"),
+    "final_norm": Tap("result_norm"),
+    "lm_head": Tap("result_norm", "MUL_MAT"),
+    "logits": Tap("result_output"),
+}
+
+
+def taps(config: GriffinConfig) -> dict[str, Tap]:
+    """Site → tensor, for all sites that the graph of `config` has."""
+    in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
+    found = {}
+    for site in sites(config):
+        if site in _ONCE:
+            found[site] = _ONCE[site]
+        elif site.startswith("layers."):
+            _, index, name = site.split(".", 2)
+            if name in in_layer:
+                tensor, _, then = in_layer[name].partition("/")
+                found[site] = Tap(f"{tensor}-{index}", then)
+    return found
 
 
 class LlamaCppObserver:

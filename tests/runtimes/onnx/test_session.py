@@ -181,7 +181,7 @@ import numpy as np
 from pathlib import Path
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import PREFILL_CHUNK, OrtSession
-from rgexport.runtimes.bench.process_memory import rss_bytes
+from rgexport.runtimes.memory import rss_bytes
 session = OrtSession(open_artifact(Path(sys.argv[1])))
 for chunks in (1, 1, 3):
     session.prefill(np.ones((1, chunks * PREFILL_CHUNK), np.int64))
