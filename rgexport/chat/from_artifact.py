@@ -28,8 +28,8 @@ def continue_prompt(
     """Opens an artifact and continues a text, or ids such as `2,651,603`.
 
     Returns:
-        The pieces of what follows (of ids: ids, with no stop among them), and the figures that
-        are complete after the last piece.
+        The pieces of the continuation, and figures that are complete after the last piece. After
+        ids, the pieces are ids too, and no token ends the continuation early.
 
     Raises:
         RequestError: no sound artifact, no tokenizer where it takes one, or not exactly one of
@@ -41,13 +41,13 @@ def continue_prompt(
     artifact, stats = _open(path), GenerationStats()
     if prompt is None:
         start = _parse_ids(str(ids))
-        session = _with_remark(open_session(artifact, threads=threads))
+        session = _open_session(artifact, threads)
         tokens = generate(session, start, sampler, max_new_tokens, (), stats)
         return (f"{token} " for token in tokens), stats
 
     tokenizer = open_tokenizer(artifact)
     start = prompt_ids(tokenizer, prompt)
-    session = _with_remark(open_session(artifact, threads=threads))
+    session = _open_session(artifact, threads)
     tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
     return _decoded(tokens, StreamDecoder(tokenizer)), stats
 
@@ -65,12 +65,12 @@ def open_conversation(
     template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = _with_remark(open_session(artifact, threads=threads))
+    session = _open_session(artifact, threads)
     return Conversation(session, tokenizer, template, sampler, max_new_tokens)
 
 
 def summary(stats: GenerationStats) -> str:
-    """What a generation took, in one line."""
+    """The speed of a generation, in one line."""
     return (
         f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
         f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
@@ -78,15 +78,15 @@ def summary(stats: GenerationStats) -> str:
 
 
 def _open(path: Path) -> Artifact:
-    """Opens an artifact; warns where the self-check of its export found it wrong."""
+    """Opens an artifact; warns if the self-check of its export failed."""
     artifact = open_artifact(path)
     if (found := artifact.manifest.check).status == "unverified":
         warn(f"what {path} says may be wrong. {found.sentence}")
     return artifact
 
 
-def _with_remark(session: Session) -> Session:
-    """The session, after a remark on what it runs."""
+def _open_session(artifact: Artifact, threads: int | None) -> Session:
+    session = open_session(artifact, threads=threads)
     info = session.info
     detail(
         f"{info.title}, {info.threads} threads; one step reads "

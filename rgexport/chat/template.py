@@ -30,8 +30,8 @@ class ChatTemplate:
     ) -> list[int]:
         """The ids of a conversation, starting with one BOS if the vocabulary has it.
 
-        Special literals count where the template writes them. Inside a message they are text.
-        Everything else is encoded as the rendered string is, across the messages' edges.
+        Special literals that the template writes become their ids; inside a message they are text.
+        All else is encoded as one string, across the edges of messages.
 
         Raises:
             RequestError: the template refuses these messages or is broken.
@@ -75,10 +75,10 @@ class ChatTemplate:
         return text
 
     def check_turns(self, tokenizer: Tokenizer) -> None:
-        """Refuses a vocabulary in which this template's turn tokens would be plain text.
+        """Refuses a vocabulary that lacks the turn tokens which this template writes.
 
         Raises:
-            RequestError: the template writes turn tokens that the vocabulary lacks.
+            RequestError: they would become plain text.
         """
         used = [token for token in (START_OF_TURN, END_OF_TURN) if token in self.source]
         missing = [token for token in used if token not in tokenizer.special]

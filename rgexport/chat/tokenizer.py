@@ -1,8 +1,8 @@
-"""Text to token ids and back, with a line between text and markup that text cannot cross.
+"""Text to token ids and back; text can never produce the ids of markup.
 
-Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here every
-literal of a special token that stands in *text* is cut in two before it is encoded, so that only
-a template can produce its id.
+Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here each
+literal of a special token in *text* is cut in two before it is encoded, so that only a template can
+produce its id.
 """
 
 import codecs
@@ -23,10 +23,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CUT = "\ud800"
-"""Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
+"""Marks the place of a cut: a lone surrogate, which no encodable text contains."""
 
 MAX_BYTES = 256 << 20
-"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
+"""Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -54,18 +54,18 @@ class Tokenizer:
     surface: Callable[[int], bytes]
     """The UTF-8 text of one piece, which may be part of a character; empty for control pieces."""
     unknown_id: int | None = None
-    """What stands for text that no piece has: special, and yet it comes out of `encode_text`."""
+    """The id of text that no piece covers: special, but `encode_text` may return it."""
 
     def __post_init__(self) -> None:
         """Refuses a vocabulary in which text and markup cannot be told apart.
 
         Raises:
-            RequestError: a special piece of one character, which cannot be cut; or text that no
-                piece has would end a reply.
+            RequestError: a special piece has one character, so it cannot be cut; or unknown text
+                would end a reply.
         """
         if short := [literal for literal in self.special if len(literal) < 2]:
             raise RequestError(
-                f"the vocabulary has the special piece {short[0]!r}, which any text may hold; "
+                f"the vocabulary has the special piece {short[0]!r}, which any text may contain; "
                 "copy the tokenizer again from the original checkpoint"
             )
         if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
@@ -89,11 +89,11 @@ class Tokenizer:
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:
-        """`text` with `CUT` inside each special literal and U+FFFD for lone surrogates."""
+        """`text` with `CUT` in each special literal, and U+FFFD for lone surrogates."""
         return self._opening.sub(rf"\1{CUT}", _SURROGATE.sub("\ufffd", text))
 
     def encode_markup(self, rendered: str) -> list[int]:
-        """Ids of a text in which special literals count as such, unless `cut`."""
+        """Ids of a text whose special literals become their ids, unless they are cut."""
         ids: list[int] = []
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:
@@ -104,7 +104,7 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, as the engine encodes it, but never the id of a special piece."""
+        """Ids of plain text as the engine encodes it, but never the id of a special piece."""
         return self.encode_markup(self.cut(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,7 +115,7 @@ class Tokenizer:
         ids = self.raw_encode(run) if run else []
         if self._forbidden.isdisjoint(ids):
             return ids
-        # A normalizer made a literal out of look-alikes; one character alone cannot be one.
+        # A normalizer made a literal out of look-alikes. A single character cannot become one.
         return [token for character in run for token in self.raw_encode(character)]
 
     @functools.cached_property
@@ -133,7 +133,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _opening(self) -> re.Pattern[str]:
-        """The first character of a literal; it consumes no more, so overlaps are found too."""
+        """Matches only the first character of a literal, so that overlapping ones are found."""
         return re.compile(f"(?={self._alternatives})(.)", re.DOTALL)
 
 
@@ -152,7 +152,7 @@ class StreamDecoder:
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
-        """What stands for bytes that never became a character, mostly ""."""
+        """U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -172,7 +172,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, whose engine raises bare Exception and RuntimeError where its file leads it to."""
+    """`call`, with a RequestError for whatever an engine raises because of its file."""
 
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -195,7 +195,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     engine = sentencepiece.SentencePieceProcessor()
     engine.LoadFromSerializedProto(read_regular(path, MAX_BYTES))
     size = engine.GetPieceSize()
-    # User-defined pieces have the score 0; learned ones that look like markup have another.
+    # User-defined pieces have the score 0; learned pieces that look like markup do not.
     special = {
         engine.IdToPiece(i): i
         for i in range(size)
@@ -249,8 +249,8 @@ def _read_json(path: Path) -> Tokenizer:
         return b"" if piece is None or token in control else _surface(piece)
 
     def encode(text: str) -> list[int]:
-        # Runs of spaces are added tokens, which are matched before spaces become "▁": spelled
-        # so from the start, they are found, as SentencePiece finds them.
+        # Runs of spaces are added tokens, which are matched before spaces become "▁". So spaces
+        # are replaced first; then they match as in SentencePiece.
         ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
