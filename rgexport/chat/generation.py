@@ -18,8 +18,6 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    """From the start of the prefill to the first token."""
     new_tokens: int = 0
     steps: int = 0
     """Calls of `Session.step`: one fewer than the tokens that were sampled."""
@@ -80,9 +78,7 @@ def decode(
     A token is fed to the session when the next one is asked for, so the last one yielded is
     not in the state unless a stop id ended the sequence.
     """
-    started = time.perf_counter()
     token = sampler(logits)
-    stats.first_token_seconds = stats.prefill_seconds + time.perf_counter() - started
     for left in reversed(range(max_new_tokens)):
         if token in stop_ids:
             return

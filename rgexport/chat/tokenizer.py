@@ -6,21 +6,18 @@ produce its id.
 """
 
 import codecs
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 CUT = "\ud800"
 """Marks the place of a cut: a lone surrogate, which no encodable text contains."""
@@ -164,29 +161,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     for name, read in _READERS.items():
         if (folder / name).is_file():
-            return _guarded(folder / name, read)(folder / name)
+            with _guarded(folder / name):
+                return read(folder / name)
     raise RequestError(
         f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
         "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
     )
 
 
-def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, with a RequestError for whatever an engine raises because of its file."""
-
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return call(*args, **kwargs)
-        except RequestError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RequestError(
-                f"{path} is not a readable tokenizer ({reason}); "
-                "copy it again from the original checkpoint"
-            ) from None
-
-    return guarded
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Raises a RequestError for whatever an engine raises because of its file."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"{path} is not a readable tokenizer ({reason}); "
+            "copy it again from the original checkpoint"
+        ) from None
 
 
 def _read_sentencepiece(path: Path) -> Tokenizer:
@@ -219,7 +214,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
         special,
         known(engine.bos_id()),
         known(engine.eos_id()),
-        _guarded(path, engine.EncodeAsIds),
+        _guarded(path)(engine.EncodeAsIds),
         surface,
         known(engine.unk_id()),
     )
@@ -248,6 +243,7 @@ def _read_json(path: Path) -> Tokenizer:
         piece = engine.id_to_token(token) if token >= 0 else None
         return b"" if piece is None or token in control else _surface(piece)
 
+    @_guarded(path)
     def encode(text: str) -> list[int]:
         # Runs of spaces are added tokens, which are matched before spaces become "▁". So spaces
         # are replaced first; then they match as in SentencePiece.
@@ -262,7 +258,7 @@ def _read_json(path: Path) -> Tokenizer:
         special,
         special.get(names["bos_token"]),
         special.get(names["eos_token"]),
-        _guarded(path, encode),
+        encode,
         surface,
         None if unknown is None else engine.token_to_id(unknown),
     )
