@@ -1,9 +1,8 @@
 """How fast an artifact runs: prompts, tokens, and both at a depth, beside the memory's read speed.
 
-What llama-bench measures, through the Session interface, so that every format is measured alike.
-The machine's read speed drifts within minutes. So all tests at all depths take turns, the memory is
-read between the timed pieces, and a row compares medians of the same minutes. What a token costs
-at one depth and at another was measured side by side.
+It measures what llama-bench measures, through the Session interface, so that all formats are
+measured alike. The machine's read speed drifts within minutes. So tests at all depths take turns,
+the memory is read between the timed pieces, and a row compares medians of the same minutes.
 """
 
 import re
@@ -31,11 +30,11 @@ from rgexport.runtimes.session import Session, SessionInfo
 MOST = 1 << 24
 """The largest length or depth."""
 PIECE = 512
-"""Tokens of a prompt at a time, on the way to a depth and for warming up."""
+"""Tokens per prefill, on the way to a depth and for warming up."""
 WARM_UP_SECONDS = 4.0
-"""Engines get their weights into huge pages in the background, for some two seconds."""
+"""Longer than the background work of an engine, which moves weights to huge pages for about 2 s."""
 SLICE_SECONDS = 1.0
-"""Steps for about so long stand between two readings of the memory."""
+"""About how long steps run between two readings of the memory."""
 PATIENCE_SECONDS = 60.0
 
 
@@ -53,11 +52,11 @@ class Trial:
 
     @property
     def warm_up(self) -> int:
-        """A length after which an engine has allocated what it needs."""
+        """The length of a first run, in which the engine allocates its memory."""
         return min(self.length, PIECE) if self.kind == "pp" else 1
 
     def readings(self, info: SessionInfo) -> int:
-        """How often the engine reads all weights."""
+        """How many times the engine reads all weights."""
         if self.kind != "pp":
             return self.length
         chunks, rest = divmod(self.length, info.prefill_chunk)
@@ -66,7 +65,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure; each depth with each prompt length and each number of tokens."""
+    """What to measure: each prompt length and each number of tokens, at each depth."""
 
     prompts: tuple[int, ...] = (512,)
     tokens: tuple[int, ...] = (128,)
@@ -76,20 +75,20 @@ class BenchRequest:
     """Whether a depth is a state of random numbers instead of tokens that were processed."""
 
     def __post_init__(self) -> None:
-        """Lengths of 0 stand for none.
+        """Checks that there is something to measure; lengths of 0 are left out.
 
         Raises:
-            RequestError: nothing to measure.
+            RequestError: all lengths are 0.
         """
         if not any((*self.prompts, *self.tokens)):
             raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        """A request whose lists are texts such as `128,512`.
+        """A request from lists as text, such as `128,512`.
 
         Raises:
-            RequestError: a text that is no list of lengths, or nothing to measure.
+            RequestError: a text is no list of lengths, or all lengths are 0.
         """
         return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
 
@@ -114,7 +113,7 @@ def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = N
     """Opens an artifact and measures it.
 
     Raises:
-        RequestError: no sound artifact, or too little memory.
+        RequestError: the artifact is not valid, or there is too little memory.
     """
     artifact = open_artifact(path)
     began = time.perf_counter()
@@ -126,7 +125,7 @@ def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = N
 
 @dataclass
 class _Cell:
-    """One test at one depth, and what its repetitions gave."""
+    """One test at one depth, and the results of its repetitions."""
 
     trial: Trial
     depth: int
@@ -139,13 +138,13 @@ class _Cell:
 
     @property
     def token_seconds(self) -> float:
-        """The median over the repetitions."""
+        """Seconds per token, the median over the repetitions."""
         return 1 / median(self.rates)
 
 
 @dataclass
 class Measuring:
-    """A session under test. One conversation; every token is random, as in llama-bench."""
+    """Measures a session with one conversation of random tokens, as llama-bench does."""
 
     session: Session
     request: BenchRequest
@@ -155,7 +154,7 @@ class Measuring:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[Row]:
-        """Reaches the depths, each from the one below, then measures in rounds."""
+        """Processes tokens up to each depth, then measures in rounds."""
         self._warm_up()
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
             cells = self._cells(Path(folder))
@@ -165,7 +164,7 @@ class Measuring:
             yield self._row(cell, lowest.setdefault(cell.trial, cell))
 
     def _cells(self, folder: Path) -> list[_Cell]:
-        """The lowest depth first. States wait in files: memory is one of the things measured."""
+        """The lowest depth first. States are kept in files, because memory is measured too."""
         self.session.reset()
         state = self.session.get_state()
         cells = []
@@ -194,7 +193,7 @@ class Measuring:
                     advance(1)
 
     def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
-        """Seconds of `length` tokens behind the cell's state."""
+        """Seconds for `length` tokens after the cell's state."""
         with np.load(cell.state) as state:
             self.session.set_state(dict(state))
         return {"pp": self._prompt, "tg": self._tokens}[cell.trial.kind](length, speeds)
@@ -240,7 +239,7 @@ class Measuring:
         return seconds(lambda: self.session.prefill(tokens))
 
     def _tokens(self, length: int, speeds: list[float]) -> float:
-        """Seconds of `length` steps; what the memory reads in between goes to `speeds`."""
+        """Seconds for `length` steps; adds read speeds that are measured in between to `speeds`."""
         total = since = 0.0
         for token in self._random(length):
             if since >= SLICE_SECONDS:
@@ -256,7 +255,7 @@ class Measuring:
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
     def state_at(self, depth: int, state: State) -> State:
-        """The state after `depth` tokens, going on from `state`, which has seen no more."""
+        """The state after `depth` tokens, continuing from `state`, which has seen no more."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
             return state
@@ -271,14 +270,14 @@ class Measuring:
                 advance(piece)
                 done += piece
                 if done == PIECE:
-                    _tell_patience((time.perf_counter() - began) / done * ahead)
+                    _announce_duration((time.perf_counter() - began) / done * ahead)
         return self.session.get_state()
 
 
 def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
-    """A state of random numbers that says that it has seen `depth` tokens.
+    """A state of random numbers at the position `depth`.
 
-    What a step costs depends on shapes and on the position, not on the numbers.
+    The cost of a step depends on shapes and on the position, not on the numbers.
     """
     made_up = {
         name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
@@ -287,9 +286,11 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
     return made_up | {POSITION: np.full_like(like[POSITION], depth)}
 
 
-def _tell_patience(expected: float) -> None:
+def _announce_duration(expected: float) -> None:
     if expected > PATIENCE_SECONDS:
-        note(f"this takes about {expected / 60:.0f} minutes; --synthetic makes a state up instead")
+        note(
+            f"this takes about {expected / 60:.0f} minutes; --synthetic uses a random state instead"
+        )
 
 
 def _size(artifact: Path) -> int:

@@ -77,7 +77,7 @@ def unpack(data: bytes, layout: Layout) -> State:
     """The canonical state of one sequence that has seen at least one token, without a batch axis.
 
     Raises:
-        RequestError: llama.cpp lays out states otherwise than we know.
+        RequestError: llama.cpp's layout is not the one that we know.
     """
     found, window = _checked(data, layout), layout.config.window
     positions = found["cells"]["position"][0]

@@ -74,3 +74,19 @@ def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(
         patch.setattr(llama_cpp_observer, "read_floats", fail)
         observer.observe(tokens[:1], state)
     assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}
+
+
+@pytest.mark.parametrize(("contiguous", "size"), [(True, 12), (False, 24)])
+def test_other_types_and_gaps_are_refused(
+    contiguous: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {
+        "ggml_get_name": b"half",
+        "ggml_nelements": 6,
+        "ggml_nbytes": size,
+        "ggml_is_contiguous": contiguous,
+    }
+    fakes = {name: lambda tensor, value=value: value for name, value in found.items()}
+    monkeypatch.setattr(llama_cpp_observer, "_functions", lambda: fakes)
+    with pytest.raises(RequestError, match=f"half has 6 elements in {size} bytes; expected float"):
+        llama_cpp_observer.read_floats(1)
