@@ -68,7 +68,7 @@ def test_flash_attention_is_near_deepmind(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_only"])
 def test_state_travels(name: str, flash_attention: bool, tmp_path: Path) -> None:
-    """Saved before and behind the window's edge, it is continued to the last bit."""
+    """Saved before and after a full window, it is continued to the last bit."""
     config = ODD_CONFIGS[name]
     artifact, _ = export_random_gguf(config, tmp_path)
     tokens = random_tokens(config, 3, 3 * config.window)
