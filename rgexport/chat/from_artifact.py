@@ -7,7 +7,7 @@ from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.generation import GenerationStats, generate, prompt_ids
 from rgexport.chat.sampling import Sampler
-from rgexport.chat.tokenizer import StreamDecoder
+from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
@@ -39,17 +39,14 @@ def continue_prompt(
         found = "neither" if prompt is None else "both"
         raise RequestError(f"generate takes either --prompt or --ids; {found} was given")
     artifact, stats = _open(path), GenerationStats()
-    if prompt is None:
-        start = _parse_ids(str(ids))
-        session = _open_session(artifact, threads)
-        tokens = generate(session, start, sampler, max_new_tokens, (), stats)
-        return (f"{token} " for token in tokens), stats
-
-    tokenizer = open_tokenizer(artifact)
-    start = prompt_ids(tokenizer, prompt)
+    tokenizer = None if prompt is None else open_tokenizer(artifact)
+    if tokenizer is None:
+        start, stop_ids = _parse_ids(str(ids)), frozenset[int]()
+    else:
+        start, stop_ids = prompt_ids(tokenizer, str(prompt)), tokenizer.stop_ids
     session = _open_session(artifact, threads)
-    tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
-    return _decoded(tokens, StreamDecoder(tokenizer)), stats
+    tokens = generate(session, start, sampler, max_new_tokens, stop_ids, stats)
+    return (_decoded(tokens, tokenizer) if tokenizer else (f"{t} " for t in tokens)), stats
 
 
 def open_conversation(
@@ -62,7 +59,6 @@ def open_conversation(
     """
     artifact = _open(path)
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
-    template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
     session = _open_session(artifact, threads)
@@ -95,7 +91,8 @@ def _open_session(artifact: Artifact, threads: int | None) -> Session:
     return session
 
 
-def _decoded(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
+def _decoded(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    decoder = StreamDecoder(tokenizer)
     for token in tokens:
         yield decoder.add(token)
     yield decoder.finish()

@@ -94,7 +94,7 @@ def test_handles_free_once_and_in_order() -> None:
 def test_an_interrupt_during_a_log_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes out behind the call into C, which it must not be raised into."""
+    """It is raised after the call into C, which cannot pass it on."""
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
 
     def interrupt(text: str) -> None:
