@@ -35,6 +35,7 @@ MAX_INDENT = 16
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 
+_Generators = GeneratorType | map | filter
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
@@ -65,7 +66,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Compiles a template.
 
         Raises:
-            TemplateError: it is none, or far too long.
+            TemplateError: its syntax is wrong, or it is too long.
         """
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
@@ -77,7 +78,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Takes a step and `size` bytes from the budget.
 
         Raises:
-            TemplateError: there is not so much left, or no time.
+            TemplateError: the budget or the time is used up.
         """
         self._left -= _STEP + size
         if self._left < 0:
@@ -94,7 +95,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """`value`, which becomes text now.
 
         Raises:
-            TemplateError: all that there is to write is an address in memory.
+            TemplateError: its text would be an address in memory.
         """
         if _has_no_text(value):
             raise TemplateError(f"it writes a {type(value).__name__}")
@@ -142,6 +143,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             subject, *rest = args[first:]
             if _has_no_text(subject):
                 raise TemplateError(f"it uses a {type(subject).__name__} as text")
+            if name == "replace" and kwargs:
+                raise TemplateError("it names an argument of replace")
             self._charge_expansion(name, subject, *rest, *kwargs.values())
             return self.made(call(*args, **kwargs))
 
@@ -153,7 +156,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             case "replace" if len(rest) > 1:
                 self.charge(str(subject).count(str(rest[0])) * self._size(str(rest[1])))
             case "join" if hasattr(subject, "__len__"):
-                self.charge(len(subject) * self._size(str(rest[0]) if rest else ""))
+                separator = max((self._size(str(value)) for value in rest), default=0)
+                self.charge(len(subject) * separator)
             case "split" | "rsplit" if rest and isinstance(rest[0], str) and rest[0]:
                 self.charge(_ITEM * subject.count(rest[0]))
             case "split" | "rsplit" | "splitlines" | "list" if isinstance(subject, str):
@@ -247,7 +251,7 @@ def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
 
 def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
     """The values, with a list for each generator."""
-    return tuple(list(v) if isinstance(v, GeneratorType | map | filter) else v for v in values)
+    return tuple(list(v) if isinstance(v, _Generators) else v for v in values)
 
 
 def _unstable(*_: Any, **__: Any) -> NoReturn:
@@ -255,7 +259,8 @@ def _unstable(*_: Any, **__: Any) -> NoReturn:
 
 
 def _has_no_text(value: Any) -> bool:
-    """Whether all that there is to write of an object is its address in memory."""
+    """Whether the text of an object would be its address in memory."""
     if isinstance(value, Undefined):
         return False
-    return callable(value) or type(value).__repr__ is object.__repr__
+    has_address = type(value).__repr__ is object.__repr__
+    return has_address or callable(value) or isinstance(value, _Generators)

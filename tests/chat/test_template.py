@@ -126,6 +126,8 @@ def test_an_unreadable_template_is_one_line(tmp_path: Path, content: bytes, said
         ("{{ 'a'.center(9) }}", "unsafe"),
         ("{{ 'a' | center(9) }}", "No filter named 'center'"),
         ("{{ [range] }}", "a function as a value"),
+        ("{{ messages | map('upper') }}", "writes a generator"),
+        ("{{ 'a' | replace(new='b', old='') }}", "names an argument"),
         ("{{ messages | map('upper') | list ~ range }}", "writes a"),
     ],
 )
@@ -160,8 +162,21 @@ def test_a_vocabulary_without_turns_is_refused(gemma: Tokenizer, template: ChatT
     ChatTemplate("{{ messages[0].content }}", "test").check_turns(base)
 
 
-def test_copies_of_a_text_are_charged() -> None:
-    source = "{% set a = 'a' * 100000 %}" + "{% set b = a[1:] %}" * 200
+@pytest.mark.parametrize(
+    "copies",
+    [
+        "{% set b = a[1:] %}" * 200,
+        "{{ a | replace('', a) }}",
+        "{{ a.replace('', a) }}",
+        "{{ a | join(a) }}",
+        "{{ a | list | join(d=a) }}",
+        "{{ a.join(a) }}",
+        "{% set b = (a ~ 'b').split('a') %}",
+        "{% set b = a | list %}",
+    ],
+)
+def test_copies_of_a_text_are_charged(copies: str) -> None:
+    source = "{% set a = 'a' * 290000 %}" + copies
     with pytest.raises(RequestError, match="makes more than"):
         ChatTemplate(source, "test").render([], False)
 
