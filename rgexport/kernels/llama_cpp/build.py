@@ -11,7 +11,6 @@ import shutil
 import sys
 import venv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,36 +56,14 @@ _WHEEL_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Built:
-    """The results of a build.
-
-    Attributes:
-        wheel: the patched `llama-cpp-python`.
-        tools: the folder with llama.cpp's programs, if they were asked for.
-        installed: whether the wheel has been installed in this environment.
-    """
-
-    wheel: Path
-    tools: Path | None
-    installed: bool
-
-    def __str__(self) -> str:
-        """The paths, and the next command."""
-        tools = f"{self.tools} holds {', '.join(TOOLS)}.\n" if self.tools else ""
-        if self.installed:
-            return (
-                f"{tools}{self.wheel} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
-            )
-        install = f"pip install {shlex.quote(str(self.wheel))}"
-        return f"{tools}{self.wheel} is complete. Install it: {install}"
-
-
-def build(folder: Path, *, tools: bool = False, install: bool = True) -> Built:
+def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
     """Builds the patched wheel in `folder`, and installs it in this environment.
 
     The environment variable `CMAKE_ARGS` adds options, as it does for `llama-cpp-python`:
     `-DGGML_CUDA=on`. The next build in the same `folder` is faster.
+
+    Returns:
+        What was made where, and the next command.
 
     Raises:
         RequestError: a step failed, with a hint at the log; there is no pip; or another build runs
@@ -102,7 +79,11 @@ def build(folder: Path, *, tools: bool = False, install: bool = True) -> Built:
             wheel = workshop.run(tools=tools, install=install)
     except Timeout:
         raise RequestError(f"another build is running in {folder}; wait for it") from None
-    return Built(folder / wheel, folder / _TOOLS_FOLDER if tools else None, install)
+    gathered = f"{folder / _TOOLS_FOLDER} holds {', '.join(TOOLS)}.\n" if tools else ""
+    made = folder / wheel
+    if install:
+        return f"{gathered}{made} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
+    return f"{gathered}{made} is complete. Install it: pip install {shlex.quote(str(made))}"
 
 
 class _Workshop:

@@ -67,10 +67,10 @@ def kernels() -> Kernels:
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)
-    here = (level for i, level in _levels(loaded) if loaded.rgexport_level_is_here(i))
+    here = (level for i, level in _names(loaded.rgexport_level) if loaded.rgexport_level_is_here(i))
     return Kernels(
         instruction_set=loaded.rgexport_instruction_set().decode(),
-        ops=tuple(name for _, name in _ops(loaded)),
+        ops=tuple(name for _, name in _names(loaded.rgexport_op)),
         instruction_sets=tuple(here),
     )
 
@@ -80,7 +80,7 @@ def calls() -> dict[str, int]:
     loaded = _usable()
     if isinstance(loaded, str):
         return {}
-    return {name: loaded.rgexport_calls(i) for i, name in _ops(loaded)}
+    return {name: loaded.rgexport_calls(i) for i, name in _names(loaded.rgexport_op)}
 
 
 def _usable() -> ctypes.CDLL | str:
@@ -115,21 +115,12 @@ def _load(path: Path) -> ctypes.CDLL | str:
 
 def _require_known_set(loaded: ctypes.CDLL) -> None:
     word = os.environ.get(CPU, "")
-    known = [name for _, name in _levels(loaded)]
+    known = [name for _, name in _names(loaded.rgexport_level)]
     if word and word not in known:
         raise RequestError(
             f"{CPU} names no instruction set of this architecture: {word!r}; "
             f"expected one of {', '.join(known)}, or nothing for the best one here"
         )
-
-
-def _levels(loaded: ctypes.CDLL) -> Iterator[tuple[int, str]]:
-    """All instruction sets of this architecture, the least first."""
-    return _names(loaded.rgexport_level)
-
-
-def _ops(loaded: ctypes.CDLL) -> Iterator[tuple[int, str]]:
-    return _names(loaded.rgexport_op)
 
 
 def _names(function: Callable[[int], bytes | None]) -> Iterator[tuple[int, str]]:

@@ -196,7 +196,10 @@ class Measuring:
         """Seconds for `length` tokens after the cell's state."""
         with np.load(cell.state) as state:
             self.session.set_state(dict(state))
-        return {"pp": self._prompt, "tg": self._tokens}[cell.trial.kind](length, speeds)
+        if cell.trial.kind == "pp":
+            tokens = self._random(length).T
+            return seconds(lambda: self.session.prefill(tokens))
+        return self._steps(length, speeds)
 
     def _row(self, cell: _Cell, lowest: _Cell) -> Row:
         info, trial, rates = self.session.info, cell.trial, cell.rates
@@ -234,11 +237,7 @@ class Measuring:
                 self.session.reset()
             self.session.step(self._random(1)[0])
 
-    def _prompt(self, length: int, speeds: list[float]) -> float:
-        tokens = self._random(length).T
-        return seconds(lambda: self.session.prefill(tokens))
-
-    def _tokens(self, length: int, speeds: list[float]) -> float:
+    def _steps(self, length: int, speeds: list[float]) -> float:
         """Seconds for `length` steps; adds read speeds that are measured in between to `speeds`."""
         total = since = 0.0
         for token in self._random(length):
