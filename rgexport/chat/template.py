@@ -69,7 +69,7 @@ class ChatTemplate:
                     **tokens,
                 )
             )
-        except Exception as error:  # a template can raise whatever Python can
+        except Exception as error:  # a template can raise any exception
             reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
             raise RequestError(f"chat template ({self.origin}): {reason}") from None
         return text

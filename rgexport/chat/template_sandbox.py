@@ -244,7 +244,7 @@ class _Charging(NodeTransformer):
 
 
 def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
-    """A call of a method of the sandbox, whatever names a template has taken."""
+    """A call of a method of the sandbox, which no name in a template can shadow."""
     function = nodes.EnvironmentAttribute(name, lineno=line)
     return nodes.Call(function, arguments, [], None, None, lineno=line)
 

@@ -39,7 +39,7 @@ class Tokenizer:
     """A vocabulary and the two directions through it.
 
     `special` maps the literal of every special piece (control and turn pieces, `<mask>`,
-    `<unusedN>`) to its id. None of them ever comes out of `encode_text`, whatever the text.
+    `<unusedN>`) to its id. `encode_text` never returns one of these ids.
     """
 
     vocab_size: int
@@ -54,7 +54,7 @@ class Tokenizer:
     """The id of text that no piece covers: special, but `encode_text` may return it."""
 
     def __post_init__(self) -> None:
-        """Refuses a vocabulary in which text and markup cannot be told apart.
+        """Refuses a vocabulary in which text could produce the ids of markup.
 
         Raises:
             RequestError: a special piece has one character, so it cannot be cut; or unknown text
@@ -171,7 +171,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def _guarded(path: Path) -> Iterator[None]:
-    """Raises a RequestError for whatever an engine raises because of its file."""
+    """Turns any error that an engine raises because of its file into a RequestError."""
     try:
         yield
     except RequestError:

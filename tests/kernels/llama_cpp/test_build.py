@@ -1,4 +1,4 @@
-"""The build: from the right source, in whole steps, and what it made where it has run."""
+"""The build: its source and its steps, and its results where it has run."""
 
 import email
 import subprocess

@@ -1,4 +1,4 @@
-"""The port in a checkout: all of it, where it belongs, or nothing."""
+"""Patching a checkout: all of it or nothing."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(folder: Path) -> str:
-    """The one line that refuses to patch, after which nothing has changed."""
+    """The message of a refusal; checks that no file has changed."""
     before = contents(folder)
     with pytest.raises(RequestError) as error:
         patch_checkout(folder)

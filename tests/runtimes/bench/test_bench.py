@@ -1,4 +1,4 @@
-"""Measuring: the arithmetic on a session that takes known times, and the real thing on the demo."""
+"""Measuring: the arithmetic with a session that takes known times, and real runs of the demo."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What llama.cpp computes at the sites against the step model, and how it names it."""
+"""llama.cpp's values at the sites against the step model, and its names for them."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _SHAPES = ["wide_lru", "not_by_32", "hawk", "attention_tail", "attention_only"]
 
 
 def _shown(config: GriffinConfig) -> set[str]:
-    """All sites but the GELUs and the choice of the last tokens: a canary for llama.cpp's names."""
+    """All sites but the GELUs and the last tokens: it fails if llama.cpp renames a tensor."""
     return {site for site in sites(config) if not site.endswith((".gelu", "last_tokens"))}
 
 

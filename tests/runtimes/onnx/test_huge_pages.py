@@ -115,7 +115,7 @@ def test_stop_waits_for_no_more_than_a_piece() -> None:
 
 
 def test_maps_live_as_long_as_advice_is_given_about_them(tmp_path, monkeypatch):
-    """Also when nobody holds the weights, and nobody has called `close`."""
+    """Also when the weights were dropped without `close`."""
     (tmp_path / "weights").write_bytes(bytes(8 << 20))
     slow = Slow()
     monkeypatch.setattr(mapped_weights, "_populate", slow)

@@ -1,4 +1,4 @@
-"""Sessions with and without native kernels: what they say that they run is what runs."""
+"""Sessions with and without native kernels run the kernels that they report."""
 
 import os
 from pathlib import Path
