@@ -28,6 +28,7 @@ BYTES = 16 << 20
 """What a rendering may make, beside `PER_BYTE` for each byte of its messages."""
 PER_BYTE = 64
 SECONDS = 5.0
+"""Processor time of a rendering."""
 MAX_BITS = 1 << 12
 """Bits of a whole number."""
 MAX_INDENT = 16
@@ -60,7 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= functions | {"cycler": _unstable, "lipsum": _unstable}
         self._left = self._all = sys.maxsize
         self._left = self._all = BYTES + PER_BYTE * self._size(messages)
-        self._deadline = time.monotonic() + SECONDS
+        self._deadline = time.thread_time() + SECONDS
 
     def template(self, source: str) -> Any:
         """Compiles a template.
@@ -83,7 +84,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._left -= _STEP + size
         if self._left < 0:
             raise self._too_much()
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise TemplateError(f"it runs longer than {SECONDS:g} s")
 
     def made(self, value: Any) -> Any:
