@@ -27,7 +27,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.files import page_cache
 from rgexport.progress import note
 from rgexport.runtimes.onnx import session
-from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
+from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx.session import OrtSession
 
 ROUNDS, STEPS = 7, 24

@@ -21,8 +21,8 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
 from rgexport.runtimes.bench.measure import synthetic_state
-from rgexport.runtimes.bench.process_memory import rss_bytes
 from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.memory import rss_bytes
 from rgexport.runtimes.session import Session
 
 WARM_UP_SECONDS = 3.0

@@ -1,7 +1,7 @@
-"""The one error type that a user sees, and how text of somebody's file is shown to them."""
+"""The one error type that a user sees, and how untrusted text is shown."""
 
 MOST_SHOWN = 900
-"""Characters of a message; more of it is cut out of its middle."""
+"""Characters of a message; a longer one loses its middle."""
 
 
 class RequestError(Exception):
@@ -13,18 +13,18 @@ class RequestError(Exception):
 
 
 class NotInstalled(RequestError):
-    """What would run or compute it is not on this machine, or not in a form that can."""
+    """A program or package that the request needs is missing, or is unsuitable."""
 
 
 def printable(text: str, kept: str = "") -> str:
-    """`text` with `?` for what a terminal would obey instead of showing, but for `kept`."""
+    """`text` with `?` for control characters, except those in `kept`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else "?" for c in text)
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of bounded length, whatever a file has put into it."""
+    """`text` as one printable line of bounded length."""
     line = printable(" ".join(text.split()))
     if len(line) <= MOST_SHOWN:
         return line

@@ -12,13 +12,13 @@ FORMATS: dict[str, dict[str, Any]] = {
     "onnx": {
         "export": "rgexport.export.onnx.format",
         "runtimes": "rgexport.runtimes.onnx.engine",
-        "chat": "rgexport.chat.folder_text",
+        "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.onnx",
     },
     "coreml": {
         "export": "rgexport.export.coreml.format",
         "runtimes": "rgexport.runtimes.coreml.engine",
-        "chat": "rgexport.chat.folder_text",
+        "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.coreml",
     },
     "gguf": {

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FIRST_LINE = 30.0
-"""Where no line can be rewritten: seconds after which a stage that still runs prints one."""
+"""Seconds after which a running stage prints a line, where no line can be rewritten."""
 LATER_LINES = 1.25
-"""The next one follows when it has taken so many times as long, but not within `FIRST_LINE`."""
+"""The next line follows when the stage has run so many times longer, and `FIRST_LINE` later."""
 _BAR = range(8, 31)
 """Columns that a bar may have; with less room there is none."""
 _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -31,12 +31,12 @@ verbose = False
 
 
 def note(text: str) -> None:
-    """Prints a remark, without what a terminal would obey."""
+    """Prints a remark, without control characters."""
     print(printable(text, kept="\n\t"), file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
-    """Prints a remark for those who asked for detail."""
+    """Prints a remark if `-v` was given."""
     if verbose:
         note(text)
 
@@ -68,21 +68,8 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class _Stages:
-    """How many stages a command has, and how many of them have begun."""
-
-    total: int = 0
-    begun: int = 0
-
-    def next(self) -> str:
-        """`[2/4] `, or nothing where no more are expected."""
-        self.begun += 1
-        return f"[{self.begun}/{self.total}] " if self.begun <= self.total else ""
-
-
-@dataclass
 class Work:
-    """A piece of work that people see: how much of it is done, and since when it runs."""
+    """A piece of work that is shown: how much of it is done, and since when it runs."""
 
     label: str
     total: int = 0
@@ -91,23 +78,23 @@ class Work:
     done: int = 0
     began: float = field(default_factory=lambda: time.monotonic())
 
-    def line(self, columns: int | None = None, *, ended: bool = False) -> str:
-        """Label, size, time and time left, in one line of at most so many columns."""
-        words = self._ended() if ended or not self.total else self._running()
-        lines = [f"{self.title}: {told}" for told in words]
-        for line in lines:
-            if not columns or len(line) <= columns:
-                return line
-        end, room = f"...: {words[-1]}", columns or 0  # any terminal has dots
-        return f"{self.title[: max(0, room - len(end))]}{end}"[:room]
-
     @property
     def title(self) -> str:
-        """The label behind its number."""
+        """The label after its number."""
         return f"{self.number or ''}{self.label}"
 
+    def line(self, columns: int | None = None, *, ended: bool = False) -> str:
+        """Label, size, time and time left, in one line of at most so many columns."""
+        texts = self._ended() if ended or not self.total else self._running()
+        for text in texts:
+            line = f"{self.title}: {text}"
+            if not columns or len(line) <= columns:
+                return line
+        end, room = f"...: {texts[-1]}", columns or 0  # any terminal has dots
+        return f"{self.title[: max(0, room - len(end))]}{end}"[:room]
+
     def _running(self) -> list[str]:
-        """How far it is, in ever fewer words."""
+        """How far it is: a long text, and a short one."""
         passed = time.monotonic() - self.began
         share, size = f"{100 * self.done // self.total} %", amount(self.total, self.unit)
         if not self.done:
@@ -120,33 +107,34 @@ class Work:
         return [f"{amount(self.total, self.unit)}, {passed}", passed] if self.total else [passed]
 
 
-_stages = _Stages()
+_numbers: Iterator[str] = iter(())
+"""The numbers of the stages that have not begun."""
 _open: list[Work] = []
 """What is under way, the outermost first."""
-_lock = threading.RLock()
+_lock = threading.Lock()
+_display: "Progress | None" = None
+"""One live display for all bars: a task that runs inside another adds a line to it."""
 
 
 def expect_stages(total: int) -> None:
     """Numbers the next `total` outermost tasks, as in `[2/4] Quantizing`; 0 ends a numbering."""
-    global _stages
-    _stages = _Stages(total)
+    global _numbers
+    _numbers = iter([f"[{number}/{total}] " for number in range(1, total + 1)])
 
 
 @contextmanager
 def group(label: str) -> Iterator[None]:
     """Makes one stage of the tasks inside; nothing is shown where there are none."""
-    with _under_way(Work(label)) as work:
+    with _under_way(Work(label)):
         yield
-    if work.number is not None and not _open:
-        note(work.line(columns(), ended=True))
 
 
 @contextmanager
 def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
     """Shows how far a piece of work has come, and leaves one line when it is done.
 
-    On a terminal that line moves; elsewhere, work that takes long tells so now and then. Of a
-    task inside another one, or inside a `group`, no line stays.
+    On a terminal a bar moves; elsewhere, long work prints a line now and then. A task inside
+    another one, or inside a `group`, leaves no line.
 
     Args:
         label: what is being done, such as `Quantizing`.
@@ -156,44 +144,34 @@ def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
     Yields:
         `advance(done)`, which any thread may call.
     """
-    with _under_way(Work(label, total, unit)) as work:
-        work.number = _number_of(work)
+    work = Work(label, total, unit)
+    with _under_way(work):
+        if _open[0].number is None:
+            _open[0].number = next(_numbers, "")
+        work.number = _open[0].number
         with (_bar if _can_rewrite_lines() else _lines)(work) as advance:
             yield advance
-    if not _open:
-        note(work.line(columns(), ended=True))
 
 
 @contextmanager
-def _under_way(work: Work) -> Iterator[Work]:
-    with _lock:
-        _open.append(work)
+def _under_way(work: Work) -> Iterator[None]:
+    _open.append(work)
     try:
-        yield work
+        yield
     finally:
-        with _lock:
-            _open.remove(work)
-
-
-def _number_of(work: Work) -> str:
-    """That of the outermost work, which gets it with its first task."""
-    with _lock:
-        outermost = _open[0]
-        if outermost.number is None:
-            outermost.number = _stages.next()
-        return outermost.number
+        _open.remove(work)
+    if not _open and work.number is not None:  # a group without tasks has no number
+        note(work.line(columns(), ended=True))
 
 
 def columns() -> int | None:
     """How wide the terminal is that remarks go to; None where they go elsewhere."""
     if not sys.stderr.isatty():
         return None
-    if "COLUMNS" in os.environ:
-        return shutil.get_terminal_size().columns
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return shutil.get_terminal_size().columns
+    with suppress(OSError, ValueError):
+        if "COLUMNS" not in os.environ:
+            return os.get_terminal_size(sys.stderr.fileno()).columns
+    return shutil.get_terminal_size().columns
 
 
 def _can_rewrite_lines() -> bool:
@@ -202,12 +180,11 @@ def _can_rewrite_lines() -> bool:
 
 @contextmanager
 def _lines(work: Work) -> Iterator[Advance]:
-    lock = threading.Lock()
     due = work.began + FIRST_LINE
 
     def advance(step: int) -> None:
         nonlocal due
-        with lock:
+        with _lock:
             work.done += step
             now = time.monotonic()
             if now >= due and work.done < work.total:
@@ -217,40 +194,25 @@ def _lines(work: Work) -> Iterator[Advance]:
     yield advance
 
 
-_display: "Progress | None" = None
-"""One live display for all bars: a task that runs inside another adds a line to it."""
-
-
 @contextmanager
 def _bar(work: Work) -> Iterator[Advance]:
-    with _shared_display() as display:
-        bar = display.add_task(work.label, total=work.total, work=work)
-
-        def advance(step: int) -> None:
-            with _lock:
-                work.done += step
-            display.advance(bar, step)
-
-        try:
-            yield advance
-        finally:
-            display.remove_task(bar)
-
-
-@contextmanager
-def _shared_display() -> "Iterator[Progress]":
     global _display
-    with _lock:
-        owner = _display is None
-        display = _display = _display or _new_display()
-    if not owner:
-        yield display
-        return
+    display = _display = _display or _new_display()
+    bar = display.add_task(work.label, total=work.total, work=work)
+    display.start()
+
+    def advance(step: int) -> None:
+        with _lock:
+            work.done += step
+        display.advance(bar, step)
+
     try:
-        with display:
-            yield display
+        yield advance
     finally:
-        _display = None
+        display.remove_task(bar)
+        if not display.tasks:
+            display.stop()
+            _display = None
 
 
 def _new_display() -> "Progress":
@@ -267,7 +229,7 @@ def _new_display() -> "Progress":
 
 
 def _bar_line(work: Work, width: int) -> "Table":
-    """A line that may have a bar between its label and its numbers."""
+    """A line with a bar between its label and its numbers, if there is room for one."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Row = tuple[str, ...]
 _NAME, _GAP = 12, 3
-"""Columns that a broken name keeps, and those between two columns."""
+"""Least width of the column of names, which may be broken; space between two columns."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Table:
 def render(parts: Iterable[str | Table]) -> str:
     """Lines and tables one below another, as wide as the terminal (110 columns elsewhere).
 
-    What a terminal would obey is not among them, whatever names a file has.
+    Control characters, which names from a file may hold, are replaced.
     """
     from rich.console import Console
 
@@ -66,7 +66,7 @@ def _print_table(console: "Console", table: Table) -> None:
 
 
 def _least_width(header: Row, rows: Sequence[Row]) -> int:
-    """What a grid needs: its first column may be broken, the others may not."""
+    """The least width of a grid, whose first column may be broken."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
 
@@ -77,10 +77,10 @@ def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:
         console.print(name, soft_wrap=True)
         for label, cell in zip(table.header[1:], cells, strict=True):
             if cell:
-                told, width = f"{printable(label)}: {cell}", console.width - 2
-                if len(told) > width:
-                    told = f"{printable(label)}:\n{cell}"
-                console.print(textwrap.indent(_wrapped(told, width), "  "))
+                text, width = f"{printable(label)}: {cell}", console.width - 2
+                if len(text) > width:
+                    text = f"{printable(label)}:\n{cell}"
+                console.print(textwrap.indent(_wrapped(text, width), "  "))
 
 
 def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
@@ -90,7 +90,7 @@ def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
     grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.show_header = any(table.header)
     for index, name in enumerate(table.header):
-        # Where there is no room, it is names that are broken, not numbers that are cut.
+        # Where there is no room, names are broken; numbers are never cut.
         grid.add_column(
             printable(name),
             justify="right" if name in table.numbers else "left",

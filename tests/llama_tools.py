@@ -1,11 +1,10 @@
 """llama.cpp's own programs, built from the patched tree: `make llama-tools` puts them there."""
 
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-
-from rgexport.kernels.llama_cpp.port import installed
 
 FOLDER = Path(__file__).parents[1] / "out" / "llama" / "bin"
 
@@ -35,7 +34,15 @@ def run_tool(
     return run_tool(tool, *arguments, timeout=timeout, ending=ending, tries=tries - 1)
 
 
+def installed_version() -> str:
+    """The version of the installed llama-cpp-python; empty where there is none."""
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return ""
+
+
 needs_llama_cpp = pytest.mark.skipif(
-    not (found := installed()) or not found.runs_recurrentgemma,
+    "+rgexport." not in installed_version(),
     reason="there is no llama.cpp with RecurrentGemma: make llama",
 )

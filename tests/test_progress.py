@@ -1,4 +1,4 @@
-"""What people see while they wait."""
+"""Progress on a terminal and elsewhere."""
 
 import os
 import re

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.chat.folder_text import FolderText
+from rgexport.chat.artifact_text import ArtifactText
 from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
 from rgexport.export.format import CardText, FolderFormat, Layouts
@@ -84,7 +84,7 @@ class ToyEngine(Engine):
 FLOORS: dict[str, Any] = {
     "export": ToyFormat(),
     "runtimes": ToyEngine(),
-    "chat": FolderText(),
+    "chat": ArtifactText(),
     "validate": Expected(),
 }
 

@@ -1,23 +1,26 @@
-"""What reads and writes the text of an artifact: what a format has to say on this floor."""
+"""Where the artifacts of a format keep their tokenizer and their chat template."""
 
-from typing import Protocol, cast
+from typing import cast
 
-from rgexport.chat.template import ChatTemplate
-from rgexport.chat.tokenizer import Tokenizer
+from rgexport.chat.template import ChatTemplate, load_template
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.formats import format_on
 
 
-class ArtifactText(Protocol):
-    """Where artifacts of a kind keep their tokenizer and their chat template."""
+class ArtifactText:
+    """Reads both from the artifact's folder, which holds copies of the checkpoint's files."""
 
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
         """See `open_tokenizer`."""
-        ...
+        return load_tokenizer(artifact.path)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
         """See `open_template`."""
-        ...
+        return load_template(artifact.path)
+
+
+FORMAT = ArtifactText()
 
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:

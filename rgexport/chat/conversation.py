@@ -1,4 +1,4 @@
-"""A conversation whose state is always what one prefill of its template would leave."""
+"""A conversation, whose state always equals that of one prefill of its rendered template."""
 
 import contextlib
 from collections.abc import Generator, Iterator
@@ -25,10 +25,10 @@ class _Snapshot:
 class Conversation:
     """Turns of a user and a model over one session, which it resets and then owns.
 
-    The tokens of a reply need not be the ones that its text encodes to: the template may trim
-    it, and a model can spell a word in pieces that the tokenizer would not choose. So after each
-    reply the conversation is rendered as a whole, and where the state has gone another way it
-    returns to a snapshot (states have a fixed size) and reads the rendered reply from there.
+    The tokens of a reply may differ from those that its text encodes to: the template may trim it,
+    and a model can spell a word in pieces that the tokenizer would not choose. So after each reply
+    the whole conversation is rendered. Where the state differs from that, it returns to a snapshot
+    (states have a fixed size) and prefills the rendered reply from there.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was said."""
+        """Starts an empty conversation."""
         self.session.reset()
         self.messages: list[Message] = []
         self.stats = GenerationStats()
         self.ids: list[int] = []
-        """The ids that the session's state holds."""
-        # The start, the end of the last turn and, while a reply is made, the end of its prompt.
+        """The tokens that the session's state has seen."""
+        # The start, the end of the last turn and, during a reply, the end of its prompt.
         self._snapshots = [_Snapshot([], self.session.get_state())]
 
     @property
@@ -70,9 +70,8 @@ class Conversation:
     def send(self, text: str) -> Generator[str, None, None]:
         """Yields the reply to `text`, one piece (perhaps "") per token.
 
-        Closing the iterator ends the reply there; what was said of it is part of the
-        conversation. When an error or a KeyboardInterrupt comes out of it, the turn has not
-        taken place.
+        Closing the iterator ends the reply there; the part that was yielded stays in the
+        conversation. An error or a KeyboardInterrupt undoes the turn.
 
         Raises:
             RequestError: the template refuses the conversation.
@@ -84,13 +83,13 @@ class Conversation:
             self.stats = GenerationStats()
             logits = self._advance(prompt, self.stats)
             self._snapshots = [*self._snapshots, _Snapshot(prompt, self.session.get_state())]
-            # The reader may close us at any piece; a turn that has begun is always completed.
+            # The reader may close this generator at any piece; the turn is completed anyway.
             with contextlib.suppress(GeneratorExit):
                 yield from self._reply(logits, reply)
             self.ids = (prompt + reply)[: int(self.session.position[0])]
             self._complete(messages, self.tokenizer.decode(reply))
         except BaseException:
-            # The engine may have been stopped between two tokens: its state is not to be trusted.
+            # The engine may have been stopped within a step: its state may be inconsistent.
             self._restore(settled)
             raise
 
@@ -107,7 +106,7 @@ class Conversation:
             yield rest
 
     def _complete(self, messages: list[Message], reply: str) -> None:
-        """Brings the state to the end of the model's turn, whatever ended the reply."""
+        """Advances the state to the end of the model's turn."""
         messages = [*messages, {"role": "assistant", "content": reply}]
         ids = self.template.render_ids(self.tokenizer, messages, add_generation_prompt=False)
         self._advance(ids, GenerationStats())
@@ -115,8 +114,8 @@ class Conversation:
         self.messages = messages
 
     def _advance(self, ids: list[int], stats: GenerationStats) -> np.ndarray:
-        """Brings the state to `ids`, feeding at least one of them; logits [vocab] of the last."""
-        shared = _shared_length(self.ids, ids[:-1])
+        """Advances the state to `ids`, feeding at least one; logits [vocab] of the last."""
+        shared = _common_prefix(self.ids, ids[:-1])
         if shared < len(self.ids):
             self._restore([s for s in self._snapshots if len(s.ids) <= shared])
         logits = prefill(self.session, ids[len(self.ids) :], stats)
@@ -124,13 +123,12 @@ class Conversation:
         return logits
 
     def _restore(self, snapshots: list[_Snapshot]) -> None:
-        """Keeps these snapshots and returns to the last of them."""
+        """Drops other snapshots and returns to the last of these."""
         self._snapshots = snapshots
         self.session.set_state(snapshots[-1].state)
         self.ids = snapshots[-1].ids
 
 
-def _shared_length(left: list[int], right: list[int]) -> int:
-    """Length of the common prefix."""
+def _common_prefix(left: list[int], right: list[int]) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -7,7 +7,7 @@ from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.generation import GenerationStats, generate, prompt_ids
 from rgexport.chat.sampling import Sampler
-from rgexport.chat.tokenizer import StreamDecoder
+from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
@@ -28,8 +28,8 @@ def continue_prompt(
     """Opens an artifact and continues a text, or ids such as `2,651,603`.
 
     Returns:
-        The pieces of what follows (of ids: ids, with no stop among them), and the figures that
-        are complete after the last piece.
+        The pieces of the continuation, and figures that are complete after the last piece. After
+        ids, the pieces are ids too, and no token ends the continuation early.
 
     Raises:
         RequestError: no sound artifact, no tokenizer where it takes one, or not exactly one of
@@ -39,17 +39,14 @@ def continue_prompt(
         found = "neither" if prompt is None else "both"
         raise RequestError(f"generate takes either --prompt or --ids; {found} was given")
     artifact, stats = _open(path), GenerationStats()
-    if prompt is None:
-        start = _parse_ids(str(ids))
-        session = _with_remark(open_session(artifact, threads=threads))
-        tokens = generate(session, start, sampler, max_new_tokens, (), stats)
-        return (f"{token} " for token in tokens), stats
-
-    tokenizer = open_tokenizer(artifact)
-    start = prompt_ids(tokenizer, prompt)
-    session = _with_remark(open_session(artifact, threads=threads))
-    tokens = generate(session, start, sampler, max_new_tokens, tokenizer.stop_ids, stats)
-    return _decoded(tokens, StreamDecoder(tokenizer)), stats
+    tokenizer = None if prompt is None else open_tokenizer(artifact)
+    if tokenizer is None:
+        start, stop_ids = _parse_ids(str(ids)), frozenset[int]()
+    else:
+        start, stop_ids = prompt_ids(tokenizer, str(prompt)), tokenizer.stop_ids
+    session = _open_session(artifact, threads)
+    tokens = generate(session, start, sampler, max_new_tokens, stop_ids, stats)
+    return (_decoded(tokens, tokenizer) if tokenizer else (f"{t} " for t in tokens)), stats
 
 
 def open_conversation(
@@ -62,15 +59,14 @@ def open_conversation(
     """
     artifact = _open(path)
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
-    template.check_turns(tokenizer)
     if artifact.manifest.instruction_tuned is False:
         warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = _with_remark(open_session(artifact, threads=threads))
+    session = _open_session(artifact, threads)
     return Conversation(session, tokenizer, template, sampler, max_new_tokens)
 
 
 def summary(stats: GenerationStats) -> str:
-    """What a generation took, in one line."""
+    """The speed of a generation, in one line."""
     return (
         f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
         f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
@@ -78,15 +74,15 @@ def summary(stats: GenerationStats) -> str:
 
 
 def _open(path: Path) -> Artifact:
-    """Opens an artifact; warns where the self-check of its export found it wrong."""
+    """Opens an artifact; warns if the self-check of its export failed."""
     artifact = open_artifact(path)
     if (found := artifact.manifest.check).status == "unverified":
         warn(f"what {path} says may be wrong. {found.sentence}")
     return artifact
 
 
-def _with_remark(session: Session) -> Session:
-    """The session, after a remark on what it runs."""
+def _open_session(artifact: Artifact, threads: int | None) -> Session:
+    session = open_session(artifact, threads=threads)
     info = session.info
     detail(
         f"{info.title}, {info.threads} threads; one step reads "
@@ -95,7 +91,8 @@ def _with_remark(session: Session) -> Session:
     return session
 
 
-def _decoded(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
+def _decoded(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    decoder = StreamDecoder(tokenizer)
     for token in tokens:
         yield decoder.add(token)
     yield decoder.finish()

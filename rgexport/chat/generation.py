@@ -14,15 +14,13 @@ from rgexport.runtimes.session import Session
 
 @dataclass
 class GenerationStats:
-    """What one generation took; seconds do not count the time that the reader of it spends."""
+    """The costs of one generation; seconds exclude the time that its consumer takes."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    """From the start of the prefill to the first token."""
     new_tokens: int = 0
     steps: int = 0
-    """Calls of `Session.step`: one fewer than the tokens that were chosen."""
+    """Calls of `Session.step`: one fewer than the tokens that were sampled."""
     decode_seconds: float = 0.0
 
     @property
@@ -40,7 +38,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a plain prompt: BOS, if the vocabulary has it, and the text.
 
     Raises:
-        RequestError: nothing to start from.
+        RequestError: there are none.
     """
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids += tokenizer.encode_text(text)
@@ -80,9 +78,7 @@ def decode(
     A token is fed to the session when the next one is asked for, so the last one yielded is
     not in the state unless a stop id ended the sequence.
     """
-    started = time.perf_counter()
     token = sampler(logits)
-    stats.first_token_seconds = stats.prefill_seconds + time.perf_counter() - started
     for left in reversed(range(max_new_tokens)):
         if token in stop_ids:
             return
@@ -105,7 +101,7 @@ def generate(
 ) -> Iterator[int]:
     """Yields the tokens that follow `prompt_ids` in a session of one conversation.
 
-    The session goes on from where it is: `reset` it for a new text. `stats` is filled on the way.
+    The session continues from its state: `reset` it for a new text. `stats` is filled meanwhile.
     """
     stats = stats or GenerationStats()
     logits = prefill(session, prompt_ids, stats)

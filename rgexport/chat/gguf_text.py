@@ -1,4 +1,4 @@
-"""The vocabulary and the chat template in a GGUF file's metadata, as llama.cpp understands them."""
+"""The vocabulary and the chat template in a GGUF file's metadata, as llama.cpp reads them."""
 
 import ctypes
 import itertools
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rgexport.chat.artifact_text import ArtifactText
 from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
@@ -24,8 +25,8 @@ UNKNOWN_SURFACE = " ⁇ ".encode()
 def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
     """Loads a GGUF file's vocabulary, without the weights.
 
-    llama.cpp takes any `</s>` for a control token that the file has a wrong type for. Gemma has
-    one, and it is HTML: as everywhere, it is text where the file says so.
+    llama.cpp treats any `</s>` as a control token, whatever type the file gives it. Gemma's `</s>`
+    is the HTML tag, so here the file's type counts, as in all other formats.
 
     Raises:
         RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
@@ -55,7 +56,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
 def _matching(
     pieces: dict[str, int], encode: Callable[[str], list[int]]
 ) -> Callable[[str], list[int]]:
-    """`encode`, but `pieces` match wherever they stand, as user-defined ones do."""
+    """`encode`, but `pieces` match anywhere in a text, as user-defined ones do."""
     pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
 
     def matched(text: str) -> list[int]:
@@ -64,14 +65,6 @@ def _matching(
         return list(itertools.chain.from_iterable(found))
 
     return matched
-
-
-def load_metadata_template(artifact: GgufArtifact) -> ChatTemplate:
-    """The chat template in a GGUF file's metadata, or Gemma's where it has none."""
-    source = artifact.header.values.get(TEMPLATE_KEY)
-    if not source or not isinstance(source, str):
-        return ChatTemplate(GEMMA_TEMPLATE, "built-in")
-    return ChatTemplate(source, f"{TEMPLATE_KEY} in {artifact.path.name}")
 
 
 class Vocabulary:
@@ -93,7 +86,7 @@ class Vocabulary:
         return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
 
     def special(self) -> dict[str, int]:
-        """Literal → id of all tokens that no text contains unless it is asked for them."""
+        """Literal → id of the control tokens and the unknown token."""
         kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
         return {
             self._llama.llama_vocab_get_text(self._pointer, token).decode(): token
@@ -102,7 +95,7 @@ class Vocabulary:
         }
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of a text; literals of control tokens count as such with `parse_special` only."""
+        """Ids of a text; literals of control tokens match only with `parse_special`."""
         data = text.encode()
         room = len(data) + 1  # no token is shorter than a byte, but there may be a space in front
         ids = (ctypes.c_int32 * room)()
@@ -112,7 +105,7 @@ class Vocabulary:
         return ids[:count]
 
     def surface(self, token: int) -> bytes:
-        """The UTF-8 text of one piece; empty for those that begin, end and fill sequences."""
+        """The UTF-8 text of one piece; empty for BOS, EOS and padding."""
         if not 0 <= token < self.size or token in self._silent:
             return b""
         unknown = self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -130,18 +123,21 @@ def _known(token: int) -> int | None:
     return token if token >= 0 else None
 
 
-class GgufText:
-    """As `chat.artifact_text` asks."""
+class GgufText(ArtifactText):
+    """For GGUF files."""
 
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
-        """See `ArtifactText`."""
+        """See `load_vocabulary`."""
         assert isinstance(artifact, GgufArtifact)
         return load_vocabulary(artifact)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
-        """See `ArtifactText`."""
+        """The chat template in the file's metadata, or Gemma's where it has none."""
         assert isinstance(artifact, GgufArtifact)
-        return load_metadata_template(artifact)
+        source = artifact.header.values.get(TEMPLATE_KEY)
+        if not source or not isinstance(source, str):
+            return ChatTemplate(GEMMA_TEMPLATE, "built-in")
+        return ChatTemplate(source, f"{TEMPLATE_KEY} in {artifact.path.name}")
 
 
 FORMAT = GgufText()

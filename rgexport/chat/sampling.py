@@ -16,7 +16,7 @@ class Sampler:
     the same tokens from the same logits.
 
     Raises:
-        RequestError: an option outside its range.
+        RequestError: an option is outside its range.
     """
 
     temperature: float = 0.0
@@ -40,7 +40,7 @@ class Sampler:
         """The next token for logits [vocab].
 
         Raises:
-            RequestError: the logits are not numbers.
+            RequestError: the logits are NaN or infinite.
         """
         if not np.isfinite(logits.max()):
             raise RequestError(
@@ -62,8 +62,8 @@ class Sampler:
             logits = logits[tokens]
         else:
             tokens = np.arange(len(logits))
-        # In place: at a vocabulary of 256,000, new arrays take longer than what is computed. And
-        # subtracted before the division: a tiny temperature must not overflow.
+        # In place: with a vocabulary of 256,000, allocating takes longer than computing.
+        # The best is subtracted before the division, so that a tiny temperature cannot overflow.
         weights = logits.astype(np.float64)
         weights -= best
         weights /= self.temperature
@@ -84,7 +84,7 @@ class Sampler:
 
     def _top_p(self, probabilities: np.ndarray) -> np.ndarray:
         """Indices of the fewest probabilities whose sum reaches `top_p`."""
-        # All that are smaller than this hold less than 1 - top_p together: no need to sort them.
+        # All smaller ones sum to less than 1 - top_p: they need not be sorted.
         least = (1 - self.top_p) / len(probabilities)
         likely = np.flatnonzero(probabilities >= least)
         order = likely[_descending(probabilities[likely])]

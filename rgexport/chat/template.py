@@ -1,16 +1,13 @@
 """Chat templates: from messages to the ids that a model was tuned on."""
 
 import datetime
-import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 
-from rgexport.chat.template_budget import rendering
 from rgexport.chat.template_sandbox import Sandbox
 from rgexport.chat.tokenizer import CUT, Tokenizer
 from rgexport.errors import RequestError
@@ -19,12 +16,6 @@ from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
 
 Message = Mapping[str, str]
 """`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""
-
-# A template comes with a download: it must not be able to fill the memory or run for ever.
-MAX_RENDERED = 1 << 22
-"""Characters that a template may write."""
-MAX_ITERATIONS = 1 << 20
-"""Numbers that all `range` calls of one rendering may yield together."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +30,8 @@ class ChatTemplate:
     ) -> list[int]:
         """The ids of a conversation, starting with one BOS if the vocabulary has it.
 
-        Special literals count where the template writes them. Inside a message they are text.
-        Everything else is encoded as the rendered string is, across the messages' edges.
+        Special literals that the template writes become their ids; inside a message they are text.
+        All else is encoded as one string, across the edges of messages.
 
         Raises:
             RequestError: the template refuses these messages or is broken.
@@ -65,26 +56,29 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses these messages, is broken, or writes too much.
         """
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            with rendering(messages):
-                chunks = _compile(self.source).generate(
+            text: str = (
+                Sandbox(messages, **functions)
+                .template(self.source)
+                .render(
                     messages=messages,
                     add_generation_prompt=add_generation_prompt,
-                    range=_bounded_range(),
                     tools=None,
                     documents=None,
                     **tokens,
                 )
-                return _join_bounded(chunks)
-        except Exception as error:  # a template can raise whatever Python can
+            )
+        except Exception as error:  # a template can raise any exception
             reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
             raise RequestError(f"chat template ({self.origin}): {reason}") from None
+        return text
 
     def check_turns(self, tokenizer: Tokenizer) -> None:
-        """Refuses a vocabulary in which this template's turn tokens would be plain text.
+        """Refuses a vocabulary that lacks the turn tokens which this template writes.
 
         Raises:
-            RequestError: the template writes turn tokens that the vocabulary lacks.
+            RequestError: they would become plain text.
         """
         used = [token for token in (START_OF_TURN, END_OF_TURN) if token in self.source]
         missing = [token for token in used if token not in tokenizer.special]
@@ -104,46 +98,9 @@ def load_template(folder: Path) -> ChatTemplate:
     return ChatTemplate(*(read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")))
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    # The functions are those that Hugging Face gives a template.
-    environment = Sandbox()
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.bound()
-    template: jinja2.Template = environment.template(source)
-    return template
-
-
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
 def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
-
-
-def _bounded_range() -> Any:
-    """A `range` for one rendering whose calls share MAX_ITERATIONS."""
-    left = MAX_ITERATIONS
-
-    def bounded(*bounds: int) -> range:
-        nonlocal left
-        numbers = range(*bounds)
-        left -= len(numbers)
-        if left < 0:
-            raise jinja2.TemplateError(f"its loops run more than {MAX_ITERATIONS} times")
-        return numbers
-
-    return bounded
-
-
-def _join_bounded(chunks: Iterator[str]) -> str:
-    parts, length = [], 0
-    for chunk in chunks:
-        parts.append(chunk)
-        length += len(chunk)
-        if length > MAX_RENDERED:
-            raise jinja2.TemplateError(f"it writes more than {MAX_RENDERED} characters")
-    return "".join(parts)

@@ -1,232 +1,267 @@
-"""Jinja's sandbox for chat templates, in which every operation is paid for (`template_budget`)."""
+"""A sandbox for chat templates: bounds what a template may make, and how long it may run.
+
+A template is a program that comes with a download. Few operations are enough to fill any memory
+(`'a' * 10**10`, a list that holds another one twice, thirty times over) or to run for ever. So
+only filters and methods are offered whose result is about as large as their input. And each result
+is charged to a budget, by the size of the text that it could become: the result of what multiplies
+sizes (`*`, replace, join, split, loops) before it is made.
+"""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, MappingView, Sequence
+from types import GeneratorType
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, Undefined, nodes
 from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
-
-from rgexport.chat.template_budget import Budget, Texts, budget
 
 MAX_SOURCE = 1 << 18
 """Characters of a template: ten times the longest that is known."""
+BYTES = 16 << 20
+"""What a rendering may make, beside `PER_BYTE` for each byte of its messages."""
+PER_BYTE = 64
+SECONDS = 5.0
+"""Processor time of a rendering."""
+MAX_BITS = 1 << 12
+"""Bits of a whole number."""
+MAX_INDENT = 16
+"""Spaces of `tojson(indent=...)`."""
+_STEP, _ITEM = 16, 64
+"""Bytes charged for an operation, and for an item of a list."""
 
-_DROPPED_FILTERS = ("urlize", "wordwrap", "striptags", "xmlattr", "pprint", "random")
-"""Slow on long texts, or never the same twice; no template of messages needs them."""
-_DROPPED_METHODS = {"translate", "maketrans", "striptags"}
-
-
-def _tick(data: int) -> bool:
-    """One round of a loop or one call of a macro; `data` is text of its body."""
-    budget().charge(data)
-    return True
-
-
-def _concatenated(*parts: Any) -> str:
-    return "".join(map(str, map(budget().text, parts)))
-
-
-def _built(value: Any) -> Any:
-    return budget().made(value)
-
-
-def _compared(value: Any) -> Any:
-    budget().charge()
-    return value
-
-
-def _no_filler(*_: Any, **__: Any) -> str:
-    raise TemplateError("it asks for filler text, which is another one each time")
-
-
-_OWN = {_tick, _concatenated, _built, _compared}
+_Generators = GeneratorType | map | filter
+_FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
+length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
+title trim unique upper""".split()
+_TEXT_METHODS = """capitalize casefold count endswith find index isalnum isalpha isdigit islower
+isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rpartition
+rsplit rstrip split splitlines startswith strip title upper""".split()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """What chat templates run in; options and extensions are those that Hugging Face has."""
+    """What one rendering runs in; options and extensions are those that Hugging Face has."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self) -> None:
+    def __init__(self, messages: Sequence[Mapping[str, str]], **functions: Any) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_built
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=self.written
         )
-        self.tick, self.concatenated, self.built = _tick, _concatenated, _built
-        self.compared = _compared
-        for name in _DROPPED_FILTERS:
-            del self.filters[name]
-        self.globals["lipsum"] = _no_filler
-        tests: dict[str, Any] = dict(self.tests)
-        self.tests = {name: _paid_test(test) for name, test in tests.items()}
-
-    def bound(self) -> None:
-        """Puts a price on all filters, those included that were added."""
-        self.filters = {name: _paid_filter(name, call) for name, call in self.filters.items()}
+        filters: dict[str, Callable[..., Any]] = {name: self.filters[name] for name in _FILTERS}
+        filters["tojson"] = self._to_json
+        self.filters = {name: self._charged(name, call) for name, call in filters.items()}
+        del self.tests["in"]  # `select('in', ...)` would scan a list for each item of a list
+        self.globals |= functions | {"cycler": _unstable, "lipsum": _unstable}
+        self._left = self._all = sys.maxsize
+        self._left = self._all = BYTES + PER_BYTE * self._size(messages)
+        self._deadline = time.thread_time() + SECONDS
 
     def template(self, source: str) -> Any:
-        """Compiles a template; where it loops, joins and compares, it pays.
+        """Compiles a template.
 
         Raises:
-            TemplateError: it is none, or far too long.
+            TemplateError: its syntax is wrong, or it is too long.
         """
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
-        tree = _Pricing().visit(self.parse(source))
+        tree = _Charging().visit(self.parse(source))
         tree.set_environment(self)
-        code = self.compile(tree)
-        return self.template_class.from_code(self, code, self.make_globals(None))
+        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def charge(self, size: int = 0) -> None:
+        """Takes a step and `size` bytes from the budget.
+
+        Raises:
+            TemplateError: the budget or the time is used up.
+        """
+        self._left -= _STEP + size
+        if self._left < 0:
+            raise self._too_much()
+        if time.thread_time() > self._deadline:
+            raise TemplateError(f"it runs longer than {SECONDS:g} s")
+
+    def made(self, value: Any) -> Any:
+        """`value`, after it was charged."""
+        self.charge(self._size(value))
+        return value
+
+    def written(self, value: Any) -> Any:
+        """`value`, which becomes text now.
+
+        Raises:
+            TemplateError: its text would be an address in memory.
+        """
+        if _has_no_text(value):
+            raise TemplateError(f"it writes a {type(value).__name__}")
+        return self.made(value)
+
+    def concatenated(self, *parts: Any) -> str:
+        """`a ~ b`."""
+        return "".join(str(self.written(part)) for part in parts)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Not what makes much out of little in one step."""
-        return attr not in _DROPPED_METHODS and super().is_safe_attribute(obj, attr, value)
+        """Allows the methods of text whose results are bounded."""
+        if isinstance(obj, str) and attr not in _TEXT_METHODS:
+            return False
+        return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Measures the result, before it is made where it may be large."""
-        check = _BINARY.get(operator)
-        if check is not None:
-            check(budget(), left, right)
-        return budget().made(super().call_binop(context, operator, left, right))
+        """Charges the result, that of `*` beforehand; there is no `**`, and no `%` of text."""
+        if operator == "**" or (operator == "%" and isinstance(left, str)):
+            raise TemplateError(f"it uses {operator}, which is not allowed here")
+        if operator == "*":
+            for value, count in ((left, right), (right, left)):
+                if isinstance(count, int) and not isinstance(value, int | float):
+                    self.charge(max(count, 0) * self._size(value))
+        return self.made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same for functions and methods."""
-        if obj in _OWN if isinstance(obj, _FUNCTION) else False:
+        """Charges what a function or method returns."""
+        owner = getattr(obj, "__self__", None)
+        if owner is self:  # one of the calls that `_Charging` has inserted
             return obj(*args)
-        method = getattr(obj, "__wrapped__", obj)  # `str.format` comes wrapped
-        owner = getattr(method, "__self__", None)
-        if isinstance(owner, _BUILT_IN):
-            values = [*args, *kwargs.values()]
-            budget().modest(values)
-            check = _METHODS.get(method.__name__)
-            if check is not None:
-                check(budget(), owner, values)
-        return budget().made(super().call(context, obj, *args, **kwargs))
+        if isinstance(owner, str):
+            args = _listed(args)
+            given = [*args, *kwargs.values()]
+            subject, rest = (given[0], [owner]) if obj.__name__ == "join" else (owner, given)
+            self._charge_expansion(obj.__name__, subject, *rest)
+        return self.made(super().call(context, obj, *args, **kwargs))
+
+    def _charged(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose result is charged."""
+        first = int(hasattr(call, "jinja_pass_arg"))  # then the context comes before the input
+
+        @functools.wraps(call)
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            args = _listed(args)
+            subject, *rest = args[first:]
+            if _has_no_text(subject):
+                raise TemplateError(f"it uses a {type(subject).__name__} as text")
+            if name == "replace" and kwargs:
+                raise TemplateError("it names an argument of replace")
+            self._charge_expansion(name, subject, *rest, *kwargs.values())
+            return self.made(call(*args, **kwargs))
+
+        return charged
+
+    def _charge_expansion(self, name: str, subject: Any, *rest: Any) -> None:
+        """Charges what a filter or method may make of its input, where that is much more."""
+        match name:
+            case "replace" if len(rest) > 1:
+                self.charge(str(subject).count(str(rest[0])) * self._size(str(rest[1])))
+            case "join" if hasattr(subject, "__len__"):
+                separator = max((self._size(str(value)) for value in rest), default=0)
+                self.charge(len(subject) * separator)
+            case "split" | "rsplit" if rest and isinstance(rest[0], str) and rest[0]:
+                self.charge(_ITEM * subject.count(rest[0]))
+            case "split" | "rsplit" | "splitlines" | "list" if isinstance(subject, str):
+                self.charge(_ITEM * len(subject))
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """Hugging Face's filter, with a bounded indent and no other separators."""
+        if separators is not None or not (indent is None or 0 <= indent <= MAX_INDENT):
+            raise TemplateError(f"tojson takes an indent of 0 to {MAX_INDENT}, and no separators")
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+        parts = []
+        for part in encoder.iterencode(value):
+            self.charge(len(part))
+            parts.append(part)
+        return "".join(parts)
+
+    def _size(self, value: Any) -> int:
+        """Bytes of the text that a value could become; what it holds twice counts twice."""
+        total, waiting = 0, [value]
+        while waiting:
+            item = waiting.pop()
+            total += sys.getsizeof(item) if isinstance(item, str) else _ITEM
+            if isinstance(item, Namespace):
+                item = object.__getattribute__(item, "_Namespace__attrs")
+            if isinstance(item, Mapping):
+                waiting += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set | frozenset | MappingView):
+                waiting += item  # type: ignore[arg-type]
+            elif isinstance(item, range):
+                total += _ITEM * len(item)
+            elif isinstance(item, int) and item.bit_length() > MAX_BITS:
+                raise TemplateError("it makes a number that is too large")
+            elif item is not value and _has_no_text(item):
+                raise TemplateError(f"it uses a {type(item).__name__} as a value")
+            if total > self._left:
+                raise self._too_much()
+        return total
+
+    def _too_much(self) -> TemplateError:
+        return TemplateError(f"it makes more than {self._all} bytes of text and lists")
 
 
-_FUNCTION = type(_tick)
-_BUILT_IN = (str, bytes, int, float, list, tuple, dict)
+class _Charging(NodeTransformer):
+    """Inserts calls of the sandbox's methods into a template's tree."""
 
-_BINARY: dict[str, Callable[[Budget, Any, Any], None]] = {
-    "*": Budget.repeated,
-    "**": Budget.power,
-    "%": lambda b, left, right: b.formatted(left, [right]) if isinstance(left, Texts) else None,
-}
-
-
-def _split(b: Budget, owner: Any, values: list[Any]) -> None:
-    pieces = owner.count(values[0]) if values and type(values[0]) is type(owner) else len(owner)
-    b.charge(64 * pieces + len(owner))
-
-
-_METHODS: dict[str, Callable[[Budget, Any, list[Any]], None]] = {
-    "replace": lambda b, owner, values: b.replaced(owner, *values[:2]),
-    "join": lambda b, owner, values: b.joined(b.listed(values[0]) if values else (), owner),
-    "format": lambda b, owner, values: b.formatted(owner, values),
-    "format_map": lambda b, owner, values: b.formatted(owner, values),
-    "expandtabs": lambda b, owner, values: b.charge(owner.count("\t") * max([8, *values])),
-    **dict.fromkeys(("split", "rsplit", "splitlines"), _split),
-}
-"""What is checked before a method is called with these values."""
-
-
-def _paid_test(test: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(test)
-    def paid(*args: Any, **kwargs: Any) -> Any:
-        budget().charge()
-        return test(*args, **kwargs)
-
-    return paid
-
-
-def _sum(b: Budget, values: list[Any]) -> None:
-    if not all(isinstance(value, int | float | str | None) for value in values[1:]):
-        raise TemplateError("it adds up what are no numbers")
-
-
-_FILTERS: dict[str, Callable[[Budget, list[Any]], None]] = {
-    "replace": lambda b, values: b.replaced(*values[:3]) if len(values) > 2 else None,
-    "join": lambda b, values: b.joined(values[0], values[1] if len(values) > 1 else ""),
-    "format": lambda b, values: b.formatted(values[0], values[1:]),
-    "indent": lambda b, values: b.charge(_lines(values[0]) * _width(values[1:])),
-    "tojson": lambda b, values: b.charge(_lines(values[0]) * _width(values[1:])),
-    "sum": _sum,
-}
-"""What is checked before a filter is called: its input comes first."""
-
-
-def _lines(value: Any) -> int:
-    return value.count("\n") + 1 if isinstance(value, str) else 64
-
-
-def _width(values: list[Any]) -> int:
-    sizes = [value if type(value) is int else len(value) for value in values if _has_size(value)]
-    return max([4, *sizes])
-
-
-def _has_size(value: Any) -> bool:
-    return type(value) in (int, str)
-
-
-def _paid_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Filters that get the context or the environment have it as their first argument."""
-    first = int(hasattr(call, "jinja_pass_arg"))
-
-    @functools.wraps(call)
-    def paid(*args: Any, **kwargs: Any) -> Any:
-        given, values = list(args[:first]), [budget().listed(value) for value in args[first:]]
-        everything = [*values, *kwargs.values()]
-        budget().modest(everything[1:])
-        budget().text(values[0])
-        check = _FILTERS.get(name)
-        if check is not None:
-            check(budget(), everything)
-        return budget().made(call(*given, *values, **kwargs))
-
-    return paid
-
-
-class _Pricing(NodeTransformer):
-    """Puts calls that pay into a template's tree."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        """Each round pays, also for the text in it."""
-        return self._with_tick(node)
+    def visit_For(self, node: Any) -> nodes.Node:
+        """Charges each round of a loop, and the constant text in it."""
+        self.generic_visit(node)
+        text = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
+        charge = _call("charge", [nodes.Const(text)], node.lineno)
+        node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
+        return node
 
     visit_Macro = visit_CallBlock = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """`a ~ b`."""
+        """Charges the parts of `a ~ b`."""
         self.generic_visit(node)
         return _call("concatenated", node.nodes, node.lineno)
 
-    def visit_List(self, node: nodes.Expr) -> nodes.Node:
-        """A literal may hold one value many times."""
+    def visit_List(self, node: Any) -> nodes.Node:
+        """Charges a literal, which may hold one value many times."""
         self.generic_visit(node)
-        return _call("built", [node], node.lineno)
+        return _call("made", [node], node.lineno)
 
-    visit_Dict = visit_List
+    visit_Dict = visit_Compare = visit_List  # long texts take long to compare
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        """The same, where it is no target of an assignment."""
+        """Charges a tuple that is no target of an assignment."""
         return self.visit_List(node) if node.ctx == "load" else node
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """Long texts take long to compare."""
-        self.generic_visit(node)
-        return _call("compared", [node], node.lineno)
-
-    def _with_tick(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        data = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
-        tick = _call("tick", [nodes.Const(data)], node.lineno)
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-        return node
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        """Charges a slice, which is a copy."""
+        if isinstance(node.arg, nodes.Slice):
+            return self.visit_List(node)
+        return self.generic_visit(node)
 
 
 def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
-    """A call of one of the environment's own functions, whatever names a template has taken."""
+    """A call of a method of the sandbox, which no name in a template can shadow."""
     function = nodes.EnvironmentAttribute(name, lineno=line)
     return nodes.Call(function, arguments, [], None, None, lineno=line)
+
+
+def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values, with a list for each generator."""
+    return tuple(list(v) if isinstance(v, _Generators) else v for v in values)
+
+
+def _unstable(*_: Any, **__: Any) -> NoReturn:
+    raise TemplateError("it asks for text that is another one each time")
+
+
+def _has_no_text(value: Any) -> bool:
+    """Whether the text of an object would be its address in memory."""
+    if isinstance(value, Undefined):
+        return False
+    has_address = type(value).__repr__ is object.__repr__
+    return has_address or callable(value) or isinstance(value, _Generators)

@@ -15,27 +15,28 @@ PROMPT = "> "
 HELP = "Ctrl-C stops a reply, Ctrl-D or /quit ends, /reset starts a new conversation."
 
 
-class _Quit(Exception):
-    """The user has had enough."""
-
-
 def chat_loop(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
-    On a terminal there is a prompt and Ctrl-C stops the reply after its next token; a second
-    one does not wait for that, and drops the turn if the engine was at work. A pipe gives the
-    replies alone, each ended by a newline. Blank lines are skipped.
+    A terminal shows a prompt, and Ctrl-C stops the reply after its next token; a second Ctrl-C
+    stops at once, and drops the turn if the engine was computing. With a pipe, only the replies are
+    written, each ended by a newline. Blank lines are skipped.
 
     Raises:
         RequestError: a message that cannot be rendered, or input that is not UTF-8.
     """
     interactive = lines.isatty()
-    with contextlib.suppress(_Quit):
-        while (line := _read_line(lines, output, interactive)) is not None:
-            message = line.strip()
-            if message in _COMMANDS:
-                _COMMANDS[message](conversation, output)
-            elif message:
+    while (line := _read_line(lines, output, interactive)) is not None:
+        match line.strip():
+            case "/quit" | "/exit":
+                return
+            case "/reset":
+                conversation.reset()
+            case "/help":
+                output.write(f"{HELP}\n")
+            case "":
+                pass
+            case _:
                 _answer(conversation, line, output)
 
 
@@ -56,9 +57,9 @@ def _answer(conversation: Conversation, message: str, output: TextIO) -> None:
 
 @contextlib.contextmanager
 def _interruption() -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C was pressed, instead of raising in the middle of a step.
+    """Yields a function that says whether Ctrl-C was pressed; the first one raises nothing.
 
-    A second one raises KeyboardInterrupt as usual. Only the main thread can listen for it.
+    A second Ctrl-C raises KeyboardInterrupt as usual. Only the main thread can handle signals.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -78,7 +79,7 @@ def _interruption() -> Iterator[Callable[[], bool]]:
 
 
 def _read_line(lines: TextIO, output: TextIO, interactive: bool) -> str | None:
-    """The next line without its end, None after the last; Ctrl-C at the prompt clears it."""
+    """The next line without its end, None after the last; Ctrl-C at the prompt clears the line."""
     while True:
         try:
             return _prompted_line(lines, output) if interactive else _plain_line(lines)
@@ -108,23 +109,3 @@ def _plain_line(lines: TextIO) -> str:
     if not line:
         raise EOFError
     return line.removesuffix("\n")
-
-
-def _quit(conversation: Conversation, output: TextIO) -> None:
-    raise _Quit
-
-
-def _reset(conversation: Conversation, output: TextIO) -> None:
-    conversation.reset()
-
-
-def _help(conversation: Conversation, output: TextIO) -> None:
-    output.write(f"{HELP}\n")
-
-
-_COMMANDS: dict[str, Callable[[Conversation, TextIO], None]] = {
-    "/quit": _quit,
-    "/exit": _quit,
-    "/reset": _reset,
-    "/help": _help,
-}

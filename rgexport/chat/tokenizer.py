@@ -1,32 +1,29 @@
-"""Text to token ids and back, with a line between text and markup that text cannot cross.
+"""Text to token ids and back; text can never produce the ids of markup.
 
-Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here every
-literal of a special token that stands in *text* is cut in two before it is encoded, so that only
-a template can produce its id.
+Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here each
+literal of a special token in *text* is cut in two before it is encoded, so that only a template can
+produce its id.
 """
 
 import codecs
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.tokenizer_files import control_token_names
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 CUT = "\ud800"
-"""Marks where a literal is cut: a lone surrogate, which no encodable text contains."""
+"""Marks the place of a cut: a lone surrogate, which no encodable text contains."""
 
 MAX_BYTES = 256 << 20
-"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
+"""Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -42,7 +39,7 @@ class Tokenizer:
     """A vocabulary and the two directions through it.
 
     `special` maps the literal of every special piece (control and turn pieces, `<mask>`,
-    `<unusedN>`) to its id. None of them ever comes out of `encode_text`, whatever the text.
+    `<unusedN>`) to its id. `encode_text` never returns one of these ids.
     """
 
     vocab_size: int
@@ -54,18 +51,18 @@ class Tokenizer:
     surface: Callable[[int], bytes]
     """The UTF-8 text of one piece, which may be part of a character; empty for control pieces."""
     unknown_id: int | None = None
-    """What stands for text that no piece has: special, and yet it comes out of `encode_text`."""
+    """The id of text that no piece covers: special, but `encode_text` may return it."""
 
     def __post_init__(self) -> None:
-        """Refuses a vocabulary in which text and markup cannot be told apart.
+        """Refuses a vocabulary in which text could produce the ids of markup.
 
         Raises:
-            RequestError: a special piece of one character, which cannot be cut; or text that no
-                piece has would end a reply.
+            RequestError: a special piece has one character, so it cannot be cut; or unknown text
+                would end a reply.
         """
         if short := [literal for literal in self.special if len(literal) < 2]:
             raise RequestError(
-                f"the vocabulary has the special piece {short[0]!r}, which any text may hold; "
+                f"the vocabulary has the special piece {short[0]!r}, which any text may contain; "
                 "copy the tokenizer again from the original checkpoint"
             )
         if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
@@ -89,11 +86,11 @@ class Tokenizer:
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:
-        """`text` with `CUT` inside each special literal and U+FFFD for lone surrogates."""
+        """`text` with `CUT` in each special literal, and U+FFFD for lone surrogates."""
         return self._opening.sub(rf"\1{CUT}", _SURROGATE.sub("\ufffd", text))
 
     def encode_markup(self, rendered: str) -> list[int]:
-        """Ids of a text in which special literals count as such, unless `cut`."""
+        """Ids of a text whose special literals become their ids, unless they are cut."""
         ids: list[int] = []
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:
@@ -104,7 +101,7 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, as the engine encodes it, but never the id of a special piece."""
+        """Ids of plain text as the engine encodes it, but never the id of a special piece."""
         return self.encode_markup(self.cut(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,7 +112,7 @@ class Tokenizer:
         ids = self.raw_encode(run) if run else []
         if self._forbidden.isdisjoint(ids):
             return ids
-        # A normalizer made a literal out of look-alikes; one character alone cannot be one.
+        # A normalizer made a literal out of look-alikes. A single character cannot become one.
         return [token for character in run for token in self.raw_encode(character)]
 
     @functools.cached_property
@@ -133,7 +130,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _opening(self) -> re.Pattern[str]:
-        """The first character of a literal; it consumes no more, so overlaps are found too."""
+        """Matches only the first character of a literal, so that overlapping ones are found."""
         return re.compile(f"(?={self._alternatives})(.)", re.DOTALL)
 
 
@@ -152,7 +149,7 @@ class StreamDecoder:
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
-        """What stands for bytes that never became a character, mostly ""."""
+        """U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -164,29 +161,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     for name, read in _READERS.items():
         if (folder / name).is_file():
-            return _guarded(folder / name, read)(folder / name)
+            with _guarded(folder / name):
+                return read(folder / name)
     raise RequestError(
         f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
         "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
     )
 
 
-def _guarded(path: Path, call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, whose engine raises bare Exception and RuntimeError where its file leads it to."""
-
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return call(*args, **kwargs)
-        except RequestError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RequestError(
-                f"{path} is not a readable tokenizer ({reason}); "
-                "copy it again from the original checkpoint"
-            ) from None
-
-    return guarded
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Turns any error that an engine raises because of its file into a RequestError."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"{path} is not a readable tokenizer ({reason}); "
+            "copy it again from the original checkpoint"
+        ) from None
 
 
 def _read_sentencepiece(path: Path) -> Tokenizer:
@@ -195,7 +190,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     engine = sentencepiece.SentencePieceProcessor()
     engine.LoadFromSerializedProto(read_regular(path, MAX_BYTES))
     size = engine.GetPieceSize()
-    # User-defined pieces have the score 0; learned ones that look like markup have another.
+    # User-defined pieces have the score 0; learned pieces that look like markup do not.
     special = {
         engine.IdToPiece(i): i
         for i in range(size)
@@ -219,7 +214,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
         special,
         known(engine.bos_id()),
         known(engine.eos_id()),
-        _guarded(path, engine.EncodeAsIds),
+        _guarded(path)(engine.EncodeAsIds),
         surface,
         known(engine.unk_id()),
     )
@@ -248,9 +243,10 @@ def _read_json(path: Path) -> Tokenizer:
         piece = engine.id_to_token(token) if token >= 0 else None
         return b"" if piece is None or token in control else _surface(piece)
 
+    @_guarded(path)
     def encode(text: str) -> list[int]:
-        # Runs of spaces are added tokens, which are matched before spaces become "▁": spelled
-        # so from the start, they are found, as SentencePiece finds them.
+        # Runs of spaces are added tokens, which are matched before spaces become "▁". So spaces
+        # are replaced first; then they match as in SentencePiece.
         ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
@@ -262,7 +258,7 @@ def _read_json(path: Path) -> Tokenizer:
         special,
         special.get(names["bos_token"]),
         special.get(names["eos_token"]),
-        _guarded(path, encode),
+        encode,
         surface,
         None if unknown is None else engine.token_to_id(unknown),
     )

@@ -1,4 +1,4 @@
-"""What runs a kind of artifact: what a format has to say on this floor."""
+"""Opening sessions and observers: each format has an engine that runs its artifacts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from rgexport.runtimes.session import Session
 
 
 class Engine(ABC):
-    """Opens artifacts of one kind; libraries are loaded when they are needed."""
+    """Opens artifacts of one kind; its library is loaded when it is needed."""
 
     def require(self) -> None:
-        """Looks whether the engine is there, before there is something for it to open.
+        """Checks that the engine is installed, before there is an artifact to open.
 
         Raises:
             NotInstalled: it is not.
@@ -29,15 +29,17 @@ class Engine(ABC):
         """See `open_session`."""
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """The same, where opening takes least memory."""
+        """As `session`, with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        """See `open_observer`; most engines do not show what they compute on the way."""
-        raise RequestError(f"what runs {artifact.manifest.kind} artifacts does not show its values")
+        """See `open_observer`; by default, an engine shows no intermediate values."""
+        raise RequestError(
+            f"the engine of {artifact.manifest.kind} artifacts does not show its values"
+        )
 
     def memory_bytes(self, manifest: Manifest) -> int:
-        """About what a lean session takes: all weights, and the embedding once more, as the head.
+        """About what a lean session takes: all weights, and the embedding again, as the head.
 
         Measured: 0.98 to 1.03 times that for 150 million weights in ONNX Runtime, 0.85 to 1.1
         times in llama.cpp.
@@ -55,7 +57,7 @@ def engine_of(kind: str) -> Engine:
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
-    """A session in the artifact's own engine; a lean one takes as little memory as it can.
+    """A session in the engine of the artifact's format; a lean one takes the least memory.
 
     Raises:
         RequestError: the engine is missing or cannot open the model.
@@ -65,10 +67,10 @@ def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool =
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:
-    """An observer in the artifact's own engine; it holds the model once more, beside a session.
+    """An observer in the engine of the artifact's format, with a model of its own in memory.
 
     Raises:
-        RequestError: the engine, or a package that looking into the model takes, is missing; or
-            it cannot open the model.
+        RequestError: the engine or a package that observing needs is missing, or the engine cannot
+            open the model.
     """
     return engine_of(artifact.manifest.kind).observer(artifact, threads=threads)

@@ -1,4 +1,4 @@
-"""Where a measurement was made."""
+"""The machine and the software of a measurement."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -10,11 +10,11 @@ from rgexport.processors import usable_processors
 _PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
 _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
-"""What decides how fast int4 and int8 are computed, by Linux' names."""
+"""The instructions that decide how fast int4 and int8 are computed, by Linux's names."""
 
 
 def environment() -> dict[str, str | int]:
-    """CPU, cores that this process may use, system, and versions of what computes."""
+    """CPU, cores that this process may use, system, and versions of the packages that compute."""
     facts: dict[str, str | int] = {
         "cpu": cpu(),
         "cores": usable_processors(),
@@ -26,7 +26,7 @@ def environment() -> dict[str, str | int]:
 
 
 def cpu() -> str:
-    """The processor's name and its features for small integers, as far as the system tells."""
+    """The processor's name and its instructions for small integers, as far as they are known."""
     facts = _cpuinfo()
     flags = facts.get("flags", facts.get("Features", "")).split()
     name = facts.get("model name") or platform.processor() or platform.machine()
@@ -35,7 +35,7 @@ def cpu() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux tells of the first processor."""
+    """Linux's description of the first processor."""
     if not _CPUINFO.is_file():
         return {}
     first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]

@@ -1,21 +1,51 @@
-"""The memory that a process may still take, and what it can give back.
+"""The memory that this process holds, what it may still take, and what it can give back.
 
-Without the reading of control groups, a self-check in a container would be begun beyond its limit,
-and killed instead of skipped (`tests/runtimes/test_memory_available.py`).
+Control groups are read, because a self-check that exceeds a container's limit would be killed
+instead of skipped (`tests/runtimes/test_memory.py`).
 """
 
 import ctypes
+import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from resource import struct_rusage
 
 _MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_bytes() -> int | None:
-    """What can be had without swapping; None where the system does not tell (only Linux does).
+def rss_bytes() -> int | None:
+    """What this process holds now; None where it is unknown (it is known on Linux only)."""
+    try:
+        pages = int(_STATM.read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
-    A container's limit counts, but not what the kernel would give back: files in its cache.
+
+def peak_rss_bytes() -> int | None:
+    """The most that this process has held; None on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    return peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def peak_bytes(usage: "struct_rusage") -> int:
+    """The most that a process has held, whose unit depends on the system."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_bytes() -> int | None:
+    """What can be had without swapping; None where it is unknown (it is known on Linux only).
+
+    A container's limit counts. Files in the kernel's cache do not count as used.
     """
     system = _fields(_MEMINFO).get("MemAvailable:")
     if system is None:
@@ -25,13 +55,13 @@ def available_bytes() -> int | None:
 
 
 def give_back() -> None:
-    """Gives back what was freed, before something large follows: glibc keeps it for later use."""
+    """Returns freed memory to the system, which glibc would keep for later use."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, or none
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _left_in_container() -> int | None:
-    """By control groups, version 2; None where there is no limit."""
+    """What control groups (version 2) leave; None where there is no limit."""
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return None
@@ -47,7 +77,7 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """`name number …` lines; nothing where there is no such file."""
+    """The numbers in lines such as `name 12 kB`; none where there is no such file."""
     try:
         pairs = (line.split()[:2] for line in file.read_text().splitlines())
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

@@ -1,4 +1,4 @@
-"""What an artifact computes on the way: the values at the sites of the step model."""
+"""The intermediate values of an artifact, at the sites of the step model."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ import numpy as np
 from rgexport.griffin.state import State
 
 LENGTHS = (32, 1)
-"""Of an engine that takes any number of tokens in one call: a short chunk, and a single token."""
+"""`Observer.lengths` of an engine that takes any number of tokens in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +16,12 @@ class Observation:
     """One call of an engine on tokens [T] of one conversation.
 
     Attributes:
-        values: site → what its op gave, float32 [T, n], whatever dtype it was computed in; a site
-            that the engine has not (a fused one) is missing. Those of `HEAD_SITES` may be of the
-            last token alone, [1, n].
-        gates: sites of the RG-LRU's gates where the engine has them behind the sigmoid only.
+        values: site → result of its op, converted to float32 [T, n]. Sites that the engine fuses
+            away are missing. Those of `HEAD_SITES` may be of the last token alone, [1, n].
+        gates: the same for the gates of the RG-LRU, where the engine has them only after the
+            sigmoid.
         dtypes: site → the dtype that the value was computed in, where it is not float32.
-        state: the canonical state of batch 1 behind the tokens.
+        state: the canonical state of batch 1 after the tokens.
     """
 
     values: dict[str, np.ndarray]
@@ -35,9 +35,9 @@ class Observer(Protocol):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Numbers of tokens of one call that are worth a look, each another program or path.
+        """Numbers of tokens per call that take different code paths, the longest first.
 
-        Such as a chunk and a single token; the longest first.
+        Such as a chunk and a single token.
         """
         ...
 
@@ -47,11 +47,11 @@ class Observer(Protocol):
 
 
 def observed(found: dict[str, np.ndarray], state: State) -> Observation:
-    """An observation of values as an engine has them, of one conversation.
+    """Makes an observation of one conversation.
 
     Args:
-        found: site → [1, T, n] in the engine's dtype; it is emptied, as there may be a lot.
-        state: the canonical state behind the tokens.
+        found: site → [1, T, n] in the engine's dtype; it is emptied, to save memory.
+        state: the canonical state after the tokens.
     """
     dtypes = {site: a.dtype.name for site, a in found.items() if a.dtype != np.float32}
     values = {}

@@ -1,4 +1,4 @@
-"""What every engine demands of the tokens and states that it is given."""
+"""Checks of tokens and states that all engines share."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,7 +12,7 @@ def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarra
     """Token ids as int64 [batch, T].
 
     Raises:
-        RequestError: another shape, or an id that the model does not have.
+        RequestError: the shape is another, or an id is outside of the vocabulary.
     """
     tokens = np.asarray(tokens, np.int64)
     if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
@@ -31,7 +31,7 @@ def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None
         shapes: name → shape without the batch axis, of all tensors but the position.
 
     Raises:
-        RequestError: a name or shape that does not fit.
+        RequestError: a name or shape does not fit.
     """
     complaints = list(_misfits(state, {**shapes, POSITION: ()}))
     if complaints:

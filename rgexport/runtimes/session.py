@@ -21,17 +21,17 @@ class SessionInfo:
     state_bytes: int
     """Bytes of state of one sequence."""
     prefill_chunk: int
-    """Most tokens of a prefill that share one reading of the weights."""
+    """Most tokens of a prefill for which the weights are read once."""
     chunk_logits: bool = True
-    """Whether a chunk gives the logits of all its tokens; if not, those are taken one by one."""
+    """Whether a chunk can return the logits of all its tokens; if not, it takes single steps."""
     whole_chunks: bool = False
-    """Whether tokens that do not fill a chunk are taken one by one."""
+    """Whether tokens that do not fill a chunk are taken in single steps."""
     kernels: str = "stock"
-    """`native` and an instruction set where ours run, `stock` where all are the engine's own."""
+    """`native` and an instruction set where our kernels run, `stock` where only the engine's do."""
 
     @property
     def title(self) -> str:
-        """Engine, version and kernels, for people."""
+        """Engine, version and kernels, as text."""
         return f"{self.engine} {self.engine_version}, {self.kernels} kernels"
 
 
@@ -68,7 +68,7 @@ class Session(Protocol):
         ...
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations."""
+        """Clears the state, and sets the number of conversations."""
         ...
 
     def get_state(self) -> State:
@@ -79,10 +79,10 @@ class Session(Protocol):
         """Continues from a canonical state, of any batch size, by any engine.
 
         Raises:
-            RequestError: a name or shape that does not fit this model; dtypes are converted.
+            RequestError: a name or shape does not fit this model; dtypes are converted.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of the artifact's files and memory; the session cannot be used any more."""
+        """Frees the artifact's files and memory; the session cannot be used any more."""
         ...

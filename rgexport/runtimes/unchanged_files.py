@@ -1,7 +1,7 @@
-"""A session's files, which it may have mapped: whether they are still those that it opened.
+"""Whether the files of a session, which it may have mapped, are still those that it opened.
 
-What is written into a mapped file is in the session's weights at once, and reading behind the end
-of one that was cut ends the process: no program can ask before each read. This asks whenever a
+What is written into a mapped file changes the session's weights at once, and reading past the end
+of one that was cut ends the process. No program can check before each read; this checks whenever a
 conversation begins.
 """
 
@@ -9,9 +9,6 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-
-_Stamp = tuple[int, int, int]
-"""Inode, size, and mtime in ns."""
 
 
 class UnchangedFiles:
@@ -24,13 +21,13 @@ class UnchangedFiles:
             RequestError: one has another size than when the artifact was opened.
         """
         whole = artifact.path.is_file()  # a GGUF file is its own folder
-        self._stamps: dict[Path, _Stamp] = {}
+        self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         for name, record in artifact.manifest.files.items():
             path = artifact.path if whole else artifact.file(name)
-            if name.startswith(prefix) and path.exists():  # an engine itself says what it lacks
-                self._stamps[path] = stamp = _stamp(path)
-                if stamp[1] != record.size:
-                    raise _changed(path, f"{record.size} bytes became {stamp[1]}")
+            if name.startswith(prefix) and path.exists():  # the engine says what is missing
+                self._stamps[path] = _stamp(path)
+                if path.stat().st_size != record.size:
+                    raise _changed(path)
 
     def require(self) -> None:
         """Compares them with what was noted.
@@ -39,23 +36,18 @@ class UnchangedFiles:
             RequestError: one was written to, cut, replaced or removed.
         """
         for path, before in self._stamps.items():
-            now = _stamp(path)
-            if now != before:
-                what = "another file took its place"
-                if now[0] == before[0]:
-                    what = "it was written to"
-                if now[1] != before[1]:
-                    what = f"{before[1]} bytes became {now[1]}"
-                raise _changed(path, what)
+            if _stamp(path) != before:
+                raise _changed(path)
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of the last change; None if it cannot be found."""
     try:
         stat = path.stat()
-    except OSError as error:
-        raise _changed(path, error.strerror or "it cannot be found") from None
+    except OSError:
+        return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _changed(path: Path, what: str) -> RequestError:
-    return RequestError(f"{path} changed while it was open ({what}); open the artifact anew")
+def _changed(path: Path) -> RequestError:
+    return RequestError(f"{path} changed while it was open; open the artifact again")

@@ -46,7 +46,6 @@ def test_stats_count_what_was_done(make_session: MakeSession) -> None:
     for _ in generate(make_session(50), [2, 3, 4], Sampler(), 5, (), stats):
         pass
     assert (stats.prompt_tokens, stats.new_tokens, stats.steps) == (3, 5, 4)
-    assert 0 < stats.prefill_seconds <= stats.first_token_seconds
     assert stats.prefill_rate == 3 / stats.prefill_seconds
     assert stats.decode_rate == 4 / stats.decode_seconds
 

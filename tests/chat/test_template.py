@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rgexport.chat import template as template_module
+from rgexport.chat import template_sandbox
 from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
@@ -118,10 +118,18 @@ def test_an_unreadable_template_is_one_line(tmp_path: Path, content: bytes, said
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than"),
         (
-            "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
-            "loops|makes more",
+            "{% for a in range(9999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
+            "more than",
         ),
-        ("{{ range(10 ** 9) | list }}", "loops"),
+        ("{{ range(1000000000) | list }}", "Range too big"),
+        ("{{ 2 ** 9 }}", r"uses \*\*"),
+        ("{{ '%9999d' % 1 }}", "uses %"),
+        ("{{ 'a'.center(9) }}", "unsafe"),
+        ("{{ 'a' | center(9) }}", "No filter named 'center'"),
+        ("{{ [range] }}", "a function as a value"),
+        ("{{ messages | map('upper') }}", "writes a generator"),
+        ("{{ 'a' | replace(new='b', old='') }}", "names an argument"),
+        ("{{ messages | map('upper') | list ~ range }}", "writes a"),
     ],
 )
 def test_a_failing_template_is_one_line(source: str, said: str) -> None:
@@ -155,7 +163,42 @@ def test_a_vocabulary_without_turns_is_refused(gemma: Tokenizer, template: ChatT
     ChatTemplate("{{ messages[0].content }}", "test").check_turns(base)
 
 
-def test_the_bound_is_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "MAX_ITERATIONS", 5)
-    counting = ChatTemplate("{% for i in range(3) %}{{ i }}{% endfor %}", "test")
-    assert [counting.render([], False) for _ in range(3)] == ["012"] * 3
+@pytest.mark.parametrize(
+    "copies",
+    [
+        "{% set b = a[1:] %}" * 200,
+        "{{ a | replace('', a) }}",
+        "{{ a.replace('', a) }}",
+        "{{ a | join(a) }}",
+        "{{ a | list | join(d=a) }}",
+        "{{ a.join(a) }}",
+        "{% set b = (a ~ 'b').split('a') %}",
+        "{% set b = a | list %}",
+    ],
+)
+def test_copies_of_a_text_are_charged(copies: str) -> None:
+    source = "{% set a = 'a' * 290000 %}" + copies
+    with pytest.raises(RequestError, match="makes more than"):
+        ChatTemplate(source, "test").render([], False)
+
+
+def test_the_budget_is_for_each_rendering() -> None:
+    template = ChatTemplate("{% for i in range(99999) %}{{ i }}{% endfor %}", "test")
+    assert len({template.render([], False) for _ in range(3)}) == 1
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.0)
+    with pytest.raises(RequestError, match="runs longer than 0 s"):
+        ChatTemplate("{% for i in range(99) %}{% endfor %}", "test").render([], False)
+
+
+def test_long_conversations_have_room() -> None:
+    """What they take grows with what the user has typed."""
+    source = (
+        "{% for m in messages %}{% if loop.index0 < messages | length %}"
+        "{{ m.role }}: {{ m.content.split('b')[-1] | trim }} {{ m | tojson(indent=2) }}{% endif %}"
+        "{% endfor %}"
+    )
+    text = ChatTemplate(source, "test").render(turns(["ab " * 1000] * 200), False)
+    assert text.count('"content"') == 200

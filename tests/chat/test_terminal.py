@@ -89,20 +89,16 @@ def test_ctrl_c_at_the_prompt_clears_the_line(conversation: Conversation) -> Non
     assert output.getvalue() == f"{PROMPT}\n{HELP}\n{PROMPT}hello\n{PROMPT}\n"
 
 
-def test_ctrl_c_stops_the_reply_and_keeps_it(conversation: Conversation) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_between_tokens_stops_the_reply_and_keeps_it(
+    conversation: Conversation, times: int
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    output = Screen("hel", times=1)
+    output = Screen("hel", times)
     chat_loop(conversation, io.StringIO("hi\n"), output)
     assert output.getvalue() == "hel\n"
     assert said(conversation) == ["hi", "hel"]
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_ctrl_c_twice_between_tokens_keeps_the_reply(conversation: Conversation) -> None:
-    output = Screen("hel", times=2)
-    chat_loop(conversation, io.StringIO("hi\n"), output)
-    assert output.getvalue() == "hel\n"
-    assert said(conversation) == ["hi", "hel"]
 
 
 def test_ctrl_c_twice_in_a_step_drops_the_turn(conversation: Conversation) -> None:

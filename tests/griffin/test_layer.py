@@ -14,7 +14,7 @@ from rgexport.griffin.deepmind import BRANCHES, NAMES
 from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.sites import HEAD_SITES, sites
-from rgexport.runtimes.llama_cpp.sites import taps
+from rgexport.runtimes.llama_cpp.observer import taps
 from tests.models import ODD_CONFIGS, deepmind_model, random_weights
 
 CONFIG = ODD_CONFIGS["regular"]

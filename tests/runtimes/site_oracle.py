@@ -1,4 +1,4 @@
-"""What the step model gives at every site, and what the tests of all observers demand."""
+"""The values of the step model at every site, and the checks of all observers."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class _Sites(TorchDispatchMode):
 def expected_values(
     artifact: Artifact, tokens: np.ndarray, state: State
 ) -> tuple[dict[str, np.ndarray], State]:
-    """Site → value [T, n] of the twin for tokens [T], and the state behind them."""
+    """Site → value [T, n] of the dequantized reference for tokens [T], and the state after them."""
     reference = Reference(artifact.manifest.config, artifact.weights)
     kept = _Sites()
     with torch.inference_mode(), kept:
@@ -46,7 +46,7 @@ def expected_values(
 
 
 def begun(session: Session, config: GriffinConfig) -> tuple[State, np.ndarray]:
-    """A state behind the edge of the window, and tokens [64] that go on."""
+    """A state after more than a window, and tokens [64] that follow."""
     tokens = random_tokens(config, 1, 2 * config.window + 5 + 64)
     session.prefill(tokens[:, :-64])
     return session.get_state(), tokens[0, -64:]
@@ -55,7 +55,7 @@ def begun(session: Session, config: GriffinConfig) -> tuple[State, np.ndarray]:
 def check_observer(
     artifact: Artifact, session: Session, observer: Observer, needed: set[str]
 ) -> list[Observation]:
-    """Observes a call of every length from one state, and holds all values against the twin's."""
+    """Observes calls of every length; compares their values with the dequantized reference's."""
     state, tokens = begun(session, artifact.manifest.config)
     observations = []
     for length in observer.lengths:

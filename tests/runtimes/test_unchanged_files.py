@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +43,7 @@ def _replaced(path: Path) -> None:
     beside.replace(path)
 
 
-CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "written to": (_written_to, "it was written to"),
-    "cut": (_cut, r"\d+ bytes became \d+"),
-    "replaced": (_replaced, "another file took its place"),
-    "removed": (Path.unlink, "No such file"),
-}
+CHANGES = {"written to": _written_to, "cut": _cut, "replaced": _replaced, "removed": Path.unlink}
 
 
 @pytest.fixture(
@@ -75,10 +69,9 @@ def test_noticed_at_a_reset(artifact, change):
     session = open_session(artifact)
     session.prefill(TOKENS)
     session.reset()
-    change_it, word = CHANGES[change]
     path = artifact.path / WEIGHTS[artifact.manifest.kind]
-    change_it(path)
-    with pytest.raises(RequestError, match=f"^{path} changed while it was open .*{word}.*anew$"):
+    CHANGES[change](path)
+    with pytest.raises(RequestError, match=f"^{path} changed while it was open; open .* again$"):
         session.reset()
     session.close()
 
@@ -86,11 +79,11 @@ def test_noticed_at_a_reset(artifact, change):
 def test_noticed_when_a_session_opens(artifact):
     path = artifact.path / WEIGHTS[artifact.manifest.kind]
     _cut(path)
-    with pytest.raises(RequestError, match=f"{path} changed .*bytes became"):
+    with pytest.raises(RequestError, match=f"{path} changed while it was open"):
         open_session(artifact)
 
 
-def test_other_files_of_a_folder_are_nobody_s_business(artifact):
+def test_other_files_of_a_folder_may_change(artifact):
     """They were read when the artifact was opened."""
     if artifact.path.is_file():
         pytest.skip("it is one file")

@@ -1,9 +1,8 @@
 """A patched `llama-cpp-python` wheel, and llama.cpp's own tools, from one build.
 
-CMake builds llama.cpp itself in a folder that is kept, so that a change of the port costs seconds.
-The wheel then takes in the libraries as they are (`LLAMA_BUILD=OFF`, the bindings' own way of
-saying so): the bindings' build would also compile the code that only the tools share, and could
-not share its objects with them.
+CMake builds llama.cpp in a folder that is kept, so that a change of the port costs seconds. The
+wheel then includes the built libraries (the bindings' option `LLAMA_BUILD=OFF`): the bindings' own
+build would also compile code that only the tools use, and could not share its objects with them.
 """
 
 import os
@@ -12,7 +11,6 @@ import shutil
 import sys
 import venv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +35,7 @@ _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
-    # Libraries find each other where they lie together: in the wheel as in the tools' folder.
+    # Libraries find each other in their own folder: in the wheel and beside the tools.
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": _ORIGIN,
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # a wheel holds no links, only copies
@@ -50,47 +48,25 @@ _OPTIONS = {
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",  # it would be downloaded
 }
-"""Of llama.cpp's build; what is not named stays as llama.cpp has it, such as `GGML_NATIVE`."""
+"""Options of llama.cpp's build; all others keep llama.cpp's defaults, such as `GGML_NATIVE`."""
 
 _WHEEL_OPTIONS = (
     *("-C", "cmake.define.LLAMA_BUILD=OFF"),
-    *("-C", "sdist.include=llama_cpp/lib/*"),  # what the tree's .gitignore names stays out else
+    *("-C", "sdist.include=llama_cpp/lib/*"),  # .gitignore would exclude it
 )
 
 
-@dataclass(frozen=True)
-class Built:
-    """What a build has made.
-
-    Attributes:
-        wheel: the patched `llama-cpp-python`.
-        tools: the folder with llama.cpp's programs, if they were asked for.
-        installed: whether the wheel has been installed in this environment.
-    """
-
-    wheel: Path
-    tools: Path | None
-    installed: bool
-
-    def __str__(self) -> str:
-        """Where things are, and what to type next."""
-        tools = f"{self.tools} holds {', '.join(TOOLS)}.\n" if self.tools else ""
-        if self.installed:
-            return (
-                f"{tools}{self.wheel} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
-            )
-        install = f"pip install {shlex.quote(str(self.wheel))}"
-        return f"{tools}{self.wheel} is complete. Install it: {install}"
-
-
-def build(folder: Path, *, tools: bool = False, install: bool = True) -> Built:
+def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
     """Builds the patched wheel in `folder`, and installs it in this environment.
 
     The environment variable `CMAKE_ARGS` adds options, as it does for `llama-cpp-python`:
-    `-DGGML_CUDA=on`. What `folder` holds afterwards makes the next build quick.
+    `-DGGML_CUDA=on`. The next build in the same `folder` is faster.
+
+    Returns:
+        What was made where, and the next command.
 
     Raises:
-        RequestError: a step failed, and the log says why; there is no pip; or another build runs
+        RequestError: a step failed, with a hint at the log; there is no pip; or another build runs
             in `folder`.
     """
     if find_spec("pip") is None:
@@ -103,11 +79,15 @@ def build(folder: Path, *, tools: bool = False, install: bool = True) -> Built:
             wheel = workshop.run(tools=tools, install=install)
     except Timeout:
         raise RequestError(f"another build is running in {folder}; wait for it") from None
-    return Built(folder / wheel, folder / _TOOLS_FOLDER if tools else None, install)
+    gathered = f"{folder / _TOOLS_FOLDER} holds {', '.join(TOOLS)}.\n" if tools else ""
+    made = folder / wheel
+    if install:
+        return f"{gathered}{made} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
+    return f"{gathered}{made} is complete. Install it: pip install {shlex.quote(str(made))}"
 
 
 class _Workshop:
-    """The folder of a build, and its steps."""
+    """A build in a folder, step by step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,11 +99,11 @@ class _Workshop:
     def _variables(self) -> dict[str, str]:
         scripts = self.environment / ("Scripts" if os.name == "nt" else "bin")
         path = os.pathsep.join([str(scripts), os.environ.get("PATH", os.defpath)])
-        # llama.cpp asks git for its commit, and would be told that of a repository around `folder`.
+        # llama.cpp asks git for its commit, and would get that of a repository around `folder`.
         return os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(self.folder)}
 
     def run(self, *, tools: bool, install: bool) -> str:
-        """Takes every step, and gives the wheel's name."""
+        """Runs all steps; returns the wheel's name."""
         self._make_environment()
         archive = sources.fetch(self.folder, self._pip_inside)
         sources.unpack(archive, self.tree)
@@ -146,9 +126,9 @@ class _Workshop:
         self._pip("--python", str(self.environment), *arguments)
 
     def _make_environment(self) -> None:
-        """Makes the environment of the build's own tools, as pip makes one for each wheel.
+        """Makes a virtual environment for the build's own tools, as pip does for each wheel.
 
-        It is kept, for CMake compiles all anew if it finds itself in another place.
+        It is kept, because CMake compiles everything again if its own path changes.
         """
         complete = self.environment / ".complete"
         made_of = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
@@ -162,7 +142,7 @@ class _Workshop:
         options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
         asked = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         places = ["-G", "Ninja", "-S", str(self.tree / sources.LLAMA_CPP), "-B", str(self.objects)]
-        # Fresh: an option of an earlier build must not stay on. What was compiled stays.
+        # `--fresh` drops the options of an earlier build, and keeps compiled objects.
         self.commands.run(["cmake", "--fresh", *places, *options, *asked], "cmake")
 
     def _compile(self, label: str, targets: Sequence[str]) -> None:
@@ -189,7 +169,7 @@ class _Workshop:
         return sorted(path for path in found if path.suffix in _SUFFIXES)
 
     def _install(self, wheel: Path) -> None:
-        """Replaces whatever llama.cpp is there, adds what it depends on, and tries to load it."""
+        """Replaces an installed llama.cpp, adds its dependencies, and loads it once as a test."""
         self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         self._pip("install", "-q", str(wheel))
         trial = [sys.executable, "-P", "-c", "import llama_cpp"]

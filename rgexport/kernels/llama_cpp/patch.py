@@ -1,10 +1,7 @@
-"""The port, put into a llama.cpp tree: all of it or nothing."""
+"""Adds the port to a llama.cpp checkout: all of it, or nothing."""
 
-import os
-import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from rgexport.errors import RequestError
@@ -14,7 +11,7 @@ _CHECKOUT_MARK = Path("include/llama.h")
 
 
 def patch_checkout(folder: Path) -> list[str]:
-    """Patches a llama.cpp checkout, and leaves alone what is patched already.
+    """Patches a llama.cpp checkout; files that are patched already are left alone.
 
     Returns:
         The files that were written, as paths in `folder`; none if all were patched already.
@@ -35,24 +32,15 @@ def patch_checkout(folder: Path) -> list[str]:
 
 
 def _patched(folder: Path, path: str) -> str:
-    hunks = port.registration()[path]
     text = _read(folder / path)
-    if text is None:
-        raise RequestError(f"{folder / path} is missing: {_drifted()}")
-    with suppress(unified_diff.Mismatch):
-        unified_diff.apply([hunk.reversed() for hunk in hunks], text)
-        return text
-    try:
-        return unified_diff.apply(hunks, text)
-    except unified_diff.Mismatch as mismatch:
-        raise RequestError(f"{folder / path} has drifted ({mismatch}): {_drifted()}") from mismatch
-
-
-def _drifted() -> str:
-    return (
-        f"the port is made for llama.cpp {port.COMMIT[:7]}, in {port.DISTRIBUTION} {port.RELEASE}; "
-        "check out a commit near that one. Nothing was changed"
-    )
+    patched = None if text is None else unified_diff.apply(port.registration()[path], text)
+    if patched is None:
+        raise RequestError(
+            f"{folder / path} {'is missing' if text is None else 'has drifted'}: the port is made "
+            f"for llama.cpp {port.COMMIT[:7]}, in {port.DISTRIBUTION} {port.RELEASE}; check out a "
+            "commit near that one. Nothing was changed"
+        )
+    return patched
 
 
 def _model_file(folder: Path) -> str:
@@ -76,35 +64,15 @@ def _read(path: Path) -> str | None:
 
 
 def _write_all(texts: Mapping[Path, str]) -> None:
-    """Writes every file or none: first beside their places, then into them, or all back."""
-    real = {Path(os.path.realpath(path)): text for path, text in texts.items()}
-    before = {path: _read(path) for path in real}
-    token = secrets.token_hex(4)
-    staged = {path: path.with_name(f".{path.name}.partial-{token}") for path in real}
-    moved = []
+    """Writes all files beside their places, then moves them there."""
+    staged = {path: path.with_name(f".{path.name}.partial") for path in texts}
     try:
         for path, partial in staged.items():
-            _write(partial, real[path])
-            if before[path] is not None:
+            partial.write_bytes(texts[path].encode("utf-8", "surrogateescape"))
+            if path.exists():
                 shutil.copymode(path, partial)
         for path, partial in staged.items():
-            moved.append(path)
             partial.replace(path)
-    except BaseException:
-        for path in moved:
-            _restore(path, before[path])
-        raise
     finally:
         for partial in staged.values():
             partial.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_bytes(text.encode("utf-8", "surrogateescape"))
-
-
-def _restore(path: Path, text: str | None) -> None:
-    if text is None:
-        path.unlink(missing_ok=True)
-    else:
-        _write(path, text)

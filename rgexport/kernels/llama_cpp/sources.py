@@ -23,13 +23,13 @@ Pip = Callable[..., None]
 
 
 def fetch(folder: Path, pip: Pip) -> Path:
-    """Gives the release's archive in `folder`; pip gets it there, from the user's own index.
+    """The release's archive in `folder`; pip downloads it, from the user's own index.
 
     Raises:
-        RequestError: what pip found is not the pinned release.
+        RequestError: pip did not find the pinned release.
     """
     archive = folder / ARCHIVE
-    if archive.is_file() and _sha256(archive) == port.SHA256:
+    if archive.is_file() and hash_file(archive).sha256 == port.SHA256:
         return archive
     progress.note(f"Downloading the source of {port.DISTRIBUTION} {port.RELEASE}")
     with TemporaryDirectory(dir=folder, prefix=".download-") as name:
@@ -39,23 +39,19 @@ def fetch(folder: Path, pip: Pip) -> Path:
         options = "--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"
         pip("download", *options, "-r", str(wanted), "-d", name)
         found = Path(name) / ARCHIVE
-        if not found.is_file() or _sha256(found) != port.SHA256:
+        if not found.is_file():
             raise RequestError(f"pip gave no {ARCHIVE} with the SHA-256 {port.SHA256}")
         found.replace(archive)
     return archive
 
 
-def _sha256(path: Path) -> str:
-    return hash_file(path).sha256
-
-
 def unpack(archive: Path, tree: Path) -> None:
-    """Unpacks the archive, less its git history, into `tree`, unless that is there already."""
+    """Unpacks the archive without its git history into `tree`, unless that exists."""
     if tree.is_dir():
         return
     with replace_folder(tree, force=False, replaceable=lambda _: False) as partial:
         with tarfile.open(archive) as source:
-            # Pythons before 3.11.4 lack the filter; the archive's hash is known anyway.
+            # Python before 3.11.4 lacks the filter; the archive's hash was checked anyway.
             source.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
             for member in source:
                 inner = PurePosixPath(member.name).parts[1:]
@@ -64,16 +60,17 @@ def unpack(archive: Path, tree: Path) -> None:
 
 
 def apply_port(archive: Path, tree: Path) -> None:
-    """Brings `tree` to the state of the port, and writes no file that is as it should be.
+    """Applies the port to `tree`, and writes only the files that change.
 
-    Each patched file is made anew from the archive's, so that a later port replaces an earlier one
-    and the compiler sees only what differs between them.
+    Each patched file is made from the archive's, so that a later port replaces an earlier one and
+    only what differs between them is compiled again.
     """
     originals = read_files(archive, [*port.registration(), _VERSION_FILE])
-    wanted = {
-        f"{LLAMA_CPP}/{path}": unified_diff.apply(hunks, originals[path])
-        for path, hunks in port.registration().items()
-    }
+    wanted = {}
+    for path, hunks in port.registration().items():
+        patched = unified_diff.apply(hunks, originals[path])
+        assert patched is not None, f"the patch of {path} does not fit the pinned release"
+        wanted[f"{LLAMA_CPP}/{path}"] = patched
     wanted[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
     wanted[_VERSION_FILE] = _with_version(originals[_VERSION_FILE])
     for path, text in wanted.items():
@@ -83,7 +80,7 @@ def apply_port(archive: Path, tree: Path) -> None:
 
 
 def read_files(archive: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Reads files of the archive: of llama.cpp, or of the bindings' package."""
+    """Reads files of llama.cpp, or the bindings' version file, from the archive."""
     names = {f"{ROOT}/{_place(path)}": path for path in paths}
     found: dict[str, str] = {}
     with tarfile.open(archive) as source:

@@ -1,7 +1,7 @@
 """Builds the library of kernels with CMake: when the package is installed, and by `make native`.
 
-Only the standard library is imported, and nothing of this package: the build hook loads this file
-where nothing is installed yet.
+It imports only the standard library, because the build hook loads this file before anything is
+installed.
 """
 
 import argparse
@@ -19,22 +19,22 @@ _LINES_OF_AN_ERROR = 20
 
 
 class BuildFailed(Exception):
-    """The library cannot be built here; says why."""
+    """The library cannot be built; with the reason."""
 
 
 def build(target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles the library and puts it into a folder, whole or not at all.
+    """Compiles the library and moves it into a folder.
 
     Args:
         target: the folder for the library.
-        build_folder: where objects are kept, so that a second build takes less; or nowhere.
+        build_folder: for objects, which make a second build faster; temporary by default.
         options: for CMake, such as `-DSANITIZE=ON`.
 
     Returns:
         The library.
 
     Raises:
-        BuildFailed: there is no CMake, no build program, no C++17 compiler, or it fails.
+        BuildFailed: CMake, a build program or a C++17 compiler is missing, or fails.
     """
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
@@ -42,18 +42,10 @@ def build(target: Path, build_folder: Path | None = None, *options: str) -> Path
     cmake = program("cmake")
     if cmake is None:
         raise BuildFailed("CMake is not installed")
-    configure: tuple[str | Path, ...] = (
-        cmake,
-        "-S",
-        SOURCES,
-        "-B",
-        build_folder,
-        *_generator(),
-        *options,
-    )
+    configure = cmake, "-S", SOURCES, "-B", build_folder, *_generator(), *options
     try:
         _run(*configure)
-    except BuildFailed:  # another generator than the last time's, or a tree that has moved
+    except BuildFailed:  # the folder was configured with another generator or path
         shutil.rmtree(build_folder, ignore_errors=True)
         _run(*configure)
     _run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
@@ -64,7 +56,7 @@ def build(target: Path, build_folder: Path | None = None, *options: str) -> Path
 
 
 def _generator() -> list[str]:
-    """What runs the compiler: Ninja, or Make, or what CMake knows of Windows."""
+    """CMake's options for Ninja if it is installed; else Make, or CMake's default on Windows."""
     ninja = program("ninja")
     if ninja is not None:
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -74,9 +66,9 @@ def _generator() -> list[str]:
 
 
 def program(name: str) -> str | None:
-    """A program of this environment, or of the system, that runs.
+    """A program of this environment or the system that can run.
 
-    Where pip builds apart from an environment, scripts of that environment are there but broken.
+    In pip's isolated builds, scripts of the outer environment exist but are broken.
     """
     places = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
     found = (shutil.which(name, path=place) for place in places if place)
@@ -90,7 +82,7 @@ def _runs(path: str) -> bool:
         return False
 
 
-def _run(*command: str | Path) -> None:
+def _run(*command: object) -> None:
     arguments = [str(argument) for argument in command]
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
@@ -102,7 +94,7 @@ def _run(*command: str | Path) -> None:
 
 
 def _replace(built: Path, target: Path) -> Path:
-    """Puts a file in the place of another, which processes may have loaded."""
+    """Replaces a file that other processes may have loaded."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.copyfile(built, new)

@@ -1,7 +1,7 @@
-"""The library of kernels: where it is, what it can do here, how often it ran.
+"""The library of kernels: its path, what it can run on this machine, and how often it ran.
 
-It is loaded with `ctypes`, which gives the same copy in memory as ONNX Runtime's
-`register_custom_ops_library` does: so its counters are those of the sessions of this process.
+`ctypes` loads the same copy into memory as ONNX Runtime's `register_custom_ops_library`, so its
+counters are those of the sessions of this process.
 """
 
 import ctypes
@@ -16,26 +16,26 @@ from pathlib import Path
 from rgexport.errors import RequestError
 
 NO_NATIVE = "RGEXPORT_NO_NATIVE"
-"""The environment variable that turns the kernels off: with any value but "" and "0"."""
+"""The environment variable that turns the kernels off, with any value but "" and "0"."""
 CPU = "RGEXPORT_CPU"
-"""The environment variable that names the best instruction set that may be used; read once."""
+"""The environment variable that limits the instruction set; the library reads it once."""
 
 FOLDER = Path(__file__).parent
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY = FOLDER / f"librgexport_onnx{_SUFFIX}"
 NOT_BUILT = FOLDER / "not-built.txt"
-"""Why the installation has no library, if it has none."""
+"""The file that says why an installation has no library."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs on this machine.
+    """The kernels of this machine.
 
     Attributes:
-        instruction_set: whose kernels run: one of `instruction_sets`; empty where none do.
+        instruction_set: the one in use, of `instruction_sets`; empty if there are no kernels.
         ops: the ops of the domain `ai.rgexport` that have a kernel.
-        instruction_sets: those that this processor has, from the least to the most.
-        reason: why there are no kernels; empty where there are some.
+        instruction_sets: those that this processor supports, the least first.
+        reason: why there are no kernels; empty if there are some.
     """
 
     instruction_set: str = ""
@@ -45,7 +45,7 @@ class Kernels:
 
 
 def turned_off() -> bool:
-    """Whether the environment says that no kernel of ours may run."""
+    """Whether the environment turns our kernels off."""
     return os.environ.get(NO_NATIVE, "") not in ("", "0")
 
 
@@ -53,34 +53,34 @@ def library() -> Path | None:
     """The shared library to register with ONNX Runtime, if it works here and is not turned off.
 
     Raises:
-        RequestError: RGEXPORT_CPU is no word for an instruction set of this architecture.
+        RequestError: RGEXPORT_CPU names no instruction set of this architecture.
     """
     return LIBRARY if isinstance(_usable(), ctypes.CDLL) else None
 
 
 def kernels() -> Kernels:
-    """Which kernels there are, and on which instruction set they run; or why there are none.
+    """The kernels and their instruction set, or why there are none.
 
     Raises:
-        RequestError: RGEXPORT_CPU is no word for an instruction set of this architecture.
+        RequestError: RGEXPORT_CPU names no instruction set of this architecture.
     """
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)
-    here = (level for i, level in _levels(loaded) if loaded.rgexport_level_is_here(i))
+    here = (level for i, level in _names(loaded.rgexport_level) if loaded.rgexport_level_is_here(i))
     return Kernels(
         instruction_set=loaded.rgexport_instruction_set().decode(),
-        ops=tuple(name for _, name in _ops(loaded)),
+        ops=tuple(name for _, name in _names(loaded.rgexport_op)),
         instruction_sets=tuple(here),
     )
 
 
 def calls() -> dict[str, int]:
-    """How often each op has run in this process; empty where there are no kernels."""
+    """How often each op has run in this process; empty if there are no kernels."""
     loaded = _usable()
     if isinstance(loaded, str):
         return {}
-    return {name: loaded.rgexport_calls(i) for i, name in _ops(loaded)}
+    return {name: loaded.rgexport_calls(i) for i, name in _names(loaded.rgexport_op)}
 
 
 def _usable() -> ctypes.CDLL | str:
@@ -93,13 +93,13 @@ def _usable() -> ctypes.CDLL | str:
         return "they are not built; run `python -m rgexport.kernels.onnx.build`"
     loaded = _load(LIBRARY)
     if isinstance(loaded, ctypes.CDLL):
-        _require_known_word(loaded)
+        _require_known_set(loaded)
     return loaded
 
 
 @cache
 def _load(path: Path) -> ctypes.CDLL | str:
-    """The loaded library, with the types of its functions; or what the system says of it."""
+    """The library with the types of its functions, or the reason why it cannot be loaded."""
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.rgexport_instruction_set.restype = ctypes.c_char_p
@@ -113,9 +113,9 @@ def _load(path: Path) -> ctypes.CDLL | str:
     return loaded
 
 
-def _require_known_word(loaded: ctypes.CDLL) -> None:
+def _require_known_set(loaded: ctypes.CDLL) -> None:
     word = os.environ.get(CPU, "")
-    known = [name for _, name in _levels(loaded)]
+    known = [name for _, name in _names(loaded.rgexport_level)]
     if word and word not in known:
         raise RequestError(
             f"{CPU} names no instruction set of this architecture: {word!r}; "
@@ -123,17 +123,8 @@ def _require_known_word(loaded: ctypes.CDLL) -> None:
         )
 
 
-def _levels(loaded: ctypes.CDLL) -> Iterator[tuple[int, str]]:
-    """All instruction sets of this architecture, from the least to the most."""
-    return _names(loaded.rgexport_level)
-
-
-def _ops(loaded: ctypes.CDLL) -> Iterator[tuple[int, str]]:
-    return _names(loaded.rgexport_op)
-
-
 def _names(function: Callable[[int], bytes | None]) -> Iterator[tuple[int, str]]:
-    """What a function of an index says, until it says nothing."""
+    """The names that a function of an index returns, up to the first null."""
     for index in count():
         name = function(index)
         if name is None:

@@ -1,45 +1,119 @@
 """How fast an artifact runs: prompts, tokens, and both at a depth, beside the memory's read speed.
 
-What llama-bench measures, through the Session interface, so that every format is measured alike.
-The machine's read speed drifts within minutes. So all tests at all depths take turns, the memory is
-read between the timed pieces, and a row compares medians of the same minutes. What a token costs
-at one depth and at another was measured side by side.
+It measures what llama-bench measures, through the Session interface, so that all formats are
+measured alike. The machine's read speed drifts within minutes. So tests at all depths take turns,
+the memory is read between the timed pieces, and a row compares medians of the same minutes.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
-from rgexport.runtimes.bench.process_memory import peak_rss_bytes, rss_bytes
-from rgexport.runtimes.bench.request import MOST, PIECE, BenchRequest, Trial
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
 from rgexport.runtimes.bench.rows import Row
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import cpu
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.memory import peak_rss_bytes, rss_bytes
+from rgexport.runtimes.session import Session, SessionInfo
 
-__all__ = ["MOST", "BenchRequest", "Measuring", "Trial", "bench_artifact", "synthetic_state"]
-
+MOST = 1 << 24
+"""The largest length or depth."""
+PIECE = 512
+"""Tokens per prefill, on the way to a depth and for warming up."""
 WARM_UP_SECONDS = 4.0
-"""Engines get their weights into huge pages in the background, for some two seconds."""
+"""Longer than the background work of an engine, which moves weights to huge pages for about 2 s."""
 SLICE_SECONDS = 1.0
-"""Steps for about so long stand between two readings of the memory."""
+"""About how long steps run between two readings of the memory."""
 PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt of `length` tokens (`pp`), or as many tokens one by one (`tg`)."""
+
+    kind: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        """As llama-bench writes it: `pp512`."""
+        return f"{self.kind}{self.length}"
+
+    @property
+    def warm_up(self) -> int:
+        """The length of a first run, in which the engine allocates its memory."""
+        return min(self.length, PIECE) if self.kind == "pp" else 1
+
+    def readings(self, info: SessionInfo) -> int:
+        """How many times the engine reads all weights."""
+        if self.kind != "pp":
+            return self.length
+        chunks, rest = divmod(self.length, info.prefill_chunk)
+        return chunks + (rest if info.whole_chunks else min(rest, 1))
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure: each prompt length and each number of tokens, at each depth."""
+
+    prompts: tuple[int, ...] = (512,)
+    tokens: tuple[int, ...] = (128,)
+    depths: tuple[int, ...] = (0,)
+    repetitions: int = 5
+    synthetic: bool = False
+    """Whether a depth is a state of random numbers instead of tokens that were processed."""
+
+    def __post_init__(self) -> None:
+        """Checks that there is something to measure; lengths of 0 are left out.
+
+        Raises:
+            RequestError: all lengths are 0.
+        """
+        if not any((*self.prompts, *self.tokens)):
+            raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
+
+    @classmethod
+    def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
+        """A request from lists as text, such as `128,512`.
+
+        Raises:
+            RequestError: a text is no list of lengths, or all lengths are 0.
+        """
+        return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Prompts first, in the order asked for."""
+        prompts = [Trial("pp", length) for length in self.prompts if length]
+        return prompts + [Trial("tg", length) for length in self.tokens if length]
+
+
+def _lengths(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of a list, each once."""
+    words = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,8}", word) and int(word) <= MOST for word in words):
+        raise RequestError(
+            f"{option} is {text!r}; expected numbers from 0 to {MOST}, such as 512 or 128,512"
+        )
+    return tuple(dict.fromkeys(map(int, words)))
 
 
 def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = None) -> list[Row]:
     """Opens an artifact and measures it.
 
     Raises:
-        RequestError: no sound artifact, or too little memory.
+        RequestError: the artifact is not valid, or there is too little memory.
     """
     artifact = open_artifact(path)
     began = time.perf_counter()
@@ -51,7 +125,7 @@ def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = N
 
 @dataclass
 class _Cell:
-    """One test at one depth, and what its repetitions gave."""
+    """One test at one depth, and the results of its repetitions."""
 
     trial: Trial
     depth: int
@@ -64,13 +138,13 @@ class _Cell:
 
     @property
     def token_seconds(self) -> float:
-        """The median over the repetitions."""
+        """Seconds per token, the median over the repetitions."""
         return 1 / median(self.rates)
 
 
 @dataclass
 class Measuring:
-    """A session under test. One conversation; every token is random, as in llama-bench."""
+    """Measures a session with one conversation of random tokens, as llama-bench does."""
 
     session: Session
     request: BenchRequest
@@ -80,7 +154,7 @@ class Measuring:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[Row]:
-        """Reaches the depths, each from the one below, then measures in rounds."""
+        """Processes tokens up to each depth, then measures in rounds."""
         self._warm_up()
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
             cells = self._cells(Path(folder))
@@ -90,7 +164,7 @@ class Measuring:
             yield self._row(cell, lowest.setdefault(cell.trial, cell))
 
     def _cells(self, folder: Path) -> list[_Cell]:
-        """The lowest depth first. States wait in files: memory is one of the things measured."""
+        """The lowest depth first. States are kept in files, because memory is measured too."""
         self.session.reset()
         state = self.session.get_state()
         cells = []
@@ -119,10 +193,13 @@ class Measuring:
                     advance(1)
 
     def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
-        """Seconds of `length` tokens behind the cell's state."""
+        """Seconds for `length` tokens after the cell's state."""
         with np.load(cell.state) as state:
             self.session.set_state(dict(state))
-        return {"pp": self._prompt, "tg": self._tokens}[cell.trial.kind](length, speeds)
+        if cell.trial.kind == "pp":
+            tokens = self._random(length).T
+            return seconds(lambda: self.session.prefill(tokens))
+        return self._steps(length, speeds)
 
     def _row(self, cell: _Cell, lowest: _Cell) -> Row:
         info, trial, rates = self.session.info, cell.trial, cell.rates
@@ -160,12 +237,8 @@ class Measuring:
                 self.session.reset()
             self.session.step(self._random(1)[0])
 
-    def _prompt(self, length: int, speeds: list[float]) -> float:
-        tokens = self._random(length).T
-        return seconds(lambda: self.session.prefill(tokens))
-
-    def _tokens(self, length: int, speeds: list[float]) -> float:
-        """Seconds of `length` steps; what the memory reads in between goes to `speeds`."""
+    def _steps(self, length: int, speeds: list[float]) -> float:
+        """Seconds for `length` steps; adds read speeds that are measured in between to `speeds`."""
         total = since = 0.0
         for token in self._random(length):
             if since >= SLICE_SECONDS:
@@ -181,7 +254,7 @@ class Measuring:
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
     def state_at(self, depth: int, state: State) -> State:
-        """The state after `depth` tokens, going on from `state`, which has seen no more."""
+        """The state after `depth` tokens, continuing from `state`, which has seen no more."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
             return state
@@ -196,14 +269,14 @@ class Measuring:
                 advance(piece)
                 done += piece
                 if done == PIECE:
-                    _tell_patience((time.perf_counter() - began) / done * ahead)
+                    _announce_duration((time.perf_counter() - began) / done * ahead)
         return self.session.get_state()
 
 
 def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
-    """A state of random numbers that says that it has seen `depth` tokens.
+    """A state of random numbers at the position `depth`.
 
-    What a step costs depends on shapes and on the position, not on the numbers.
+    The cost of a step depends on shapes and on the position, not on the numbers.
     """
     made_up = {
         name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
@@ -212,9 +285,11 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
     return made_up | {POSITION: np.full_like(like[POSITION], depth)}
 
 
-def _tell_patience(expected: float) -> None:
+def _announce_duration(expected: float) -> None:
     if expected > PATIENCE_SECONDS:
-        note(f"this takes about {expected / 60:.0f} minutes; --synthetic makes a state up instead")
+        note(
+            f"this takes about {expected / 60:.0f} minutes; --synthetic uses a random state instead"
+        )
 
 
 def _size(artifact: Path) -> int:

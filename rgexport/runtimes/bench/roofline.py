@@ -1,8 +1,8 @@
-"""How fast this machine reads memory: what a decode step, which reads all weights, cannot beat.
+"""How fast this machine reads memory: the limit of a decode step, which reads all weights.
 
-numpy keeps large arrays in huge pages where it can; memory in pages of 4 kB, as a plain C program
-gets it, reads slower, and would make the shares look as much better. The memory that is read
-belongs to a process of its own, so that it does not count in the peak of the one that measures.
+numpy keeps large arrays in huge pages where it can. Memory in pages of 4 kB, as a plain C program
+gets it, is read more slowly, and would overstate the shares of the bandwidth. The memory is read in
+another process, so that it does not count in the peak of the process that measures.
 """
 
 import mmap
@@ -24,17 +24,17 @@ READ_BYTES = 1 << 30
 _PASSES = 3
 
 ReadSpeed = Callable[[], float]
-"""Measures now; returns bytes per second."""
+"""Measures, and returns bytes per second."""
 
 
 @contextmanager
 def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> Iterator[ReadSpeed]:
-    """Gives a function that measures how fast `threads` threads together read `nbytes`.
+    """Yields a function that measures how fast `threads` threads together read `nbytes`.
 
-    One call takes about a tenth of a second. `huge` pages are what numpy asks for by itself.
+    One call takes about a tenth of a second. numpy asks for `huge` pages by default.
 
     Raises:
-        RequestError: there is not so much memory.
+        RequestError: there is too little memory.
     """
     pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (threads, nbytes, huge))
 
@@ -62,12 +62,12 @@ class Reader:
             (np.empty if huge else _small_pages)(part, np.uint64) for _ in range(threads)
         ]
         for array in self._parts:
-            array.fill(1)  # so that each page is real
+            array.fill(1)  # so that each page is allocated
         self._pool = ThreadPoolExecutor(threads)
         self._nbytes = sum(part.nbytes for part in self._parts)
 
     def read_speed(self, passes: int = _PASSES) -> float:
-        """Bytes per second of the fastest of a few readings."""
+        """Bytes per second of the fastest pass."""
         return self._nbytes / min(seconds(self._read) for _ in range(passes))
 
     def _read(self) -> None:
@@ -75,7 +75,7 @@ class Reader:
 
 
 def _small_pages(length: int, dtype: type[np.generic]) -> np.ndarray:
-    """An array for which nothing was asked of the kernel."""
+    """An array for which no huge pages were asked."""
     return np.frombuffer(mmap.mmap(-1, length * np.dtype(dtype).itemsize), dtype)
 
 
@@ -83,7 +83,7 @@ _readers: list[Reader] = []
 
 
 def _prepare(threads: int, nbytes: int, huge: bool) -> None:
-    """Runs in the process that reads; an interruption is for its parent to handle."""
+    """Initializes the process that reads; only its parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _readers[:] = [Reader(threads, nbytes, huge)]
 

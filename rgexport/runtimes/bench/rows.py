@@ -1,4 +1,4 @@
-"""What `rgexport bench` gives, and how it is written: one row for each test at each depth."""
+"""The results of `rgexport bench`, one row for each test at each depth, and their formats."""
 
 import csv
 import io
@@ -17,33 +17,33 @@ class Row:
     test: str
     depth: int
     state: str
-    """How the depth came about: `processed` tokens, or a `synthetic` state."""
+    """How the depth was reached: by `processed` tokens, or with a `synthetic` state."""
     repetitions: int
     tokens_per_second: float
     """The mean over the repetitions."""
     deviation: float
-    """Their standard deviation, 0 of one."""
+    """The standard deviation over the repetitions; 0 for one."""
     median_tokens_per_second: float
     time_ratio: float
-    """The median time of a token, as a multiple of that in the same test at the lowest depth."""
+    """The median time of a token, relative to the same test at the lowest depth."""
     bytes_per_token: float
-    """Weights read per token; a chunk of a prompt shares one reading."""
+    """Bytes of weights read per token; they are read once for each chunk of a prompt."""
     roofline_bytes_per_second: float
-    """The memory's read speed, the median of measurements between the timed pieces."""
+    """The memory's read speed: the median of measurements between the timed pieces."""
     roofline_share: float
     """tokens_per_second * bytes_per_token / roofline_bytes_per_second."""
     rss_bytes: int | None
-    """The memory of the process when a repetition ends, their median."""
+    """The memory of the process at the end of a repetition: the median."""
     peak_rss_bytes: int | None
     """The most memory of the process so far, opening included."""
     load_seconds: float
-    """To open the session."""
+    """Time to open the session."""
     artifact_bytes: int
     artifact: str
     engine: str
     engine_version: str
     kernels: str
-    """`native` and an instruction set where ours ran, `stock` where all were the engine's own."""
+    """See `SessionInfo.kernels`."""
     threads: int
     cpu: str
 
@@ -74,7 +74,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The same for a document."""
+    """The same in Markdown."""
     columns = _columns(rows)
     lines = [tuple(columns), ("---", *["---:"] * (len(columns) - 1))]
     lines += [tuple(cell(row) for cell in columns.values()) for row in rows]
@@ -84,7 +84,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def _titles(row: Row) -> tuple[str, str, str]:
-    """What was measured, and where."""
+    """The artifact, the engine, and the machine."""
     size, engine = amount(row.artifact_bytes), f"{row.engine} {row.engine_version}"
     kernels = f"{row.kernels} kernels"
     return (
@@ -109,14 +109,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "memory": lambda row: _memory(row.rss_bytes),
     "peak": lambda row: _memory(row.peak_rss_bytes),
 }
-"""What people want to see of a row, in few columns.
+"""The columns of the tables for people.
 
-`time` is that of a token, beside that at the lowest depth; `weights` what it reads of them, `reads`
-the memory's speed, and `share` how much of that the weights took."""
+`time` is the time of a token relative to that at the lowest depth, `weights` what a token reads of
+them, `reads` the memory's read speed, and `share` how much of that speed the weights take."""
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """Without the comparison of depths where there is but one."""
+    """The columns, without the comparison of depths if there is only one depth."""
     several = len({row.depth for row in rows}) > 1
     return {name: cell for name, cell in COLUMNS.items() if several or name != "time"}
 
@@ -127,4 +127,4 @@ WRITERS: dict[str, Callable[[Sequence[Row]], str]] = {
     "json": as_json,
     "csv": as_csv,
 }
-"""The word after `-o` → the text."""
+"""The argument of `-o` → the writer."""

@@ -13,7 +13,7 @@ from rgexport.runtimes.llama_cpp.library import Handle, bindings, complaint, log
 from rgexport.runtimes.llama_cpp.state import TYPES, Layout, pack, unpack
 
 LOGITS_BYTES = 64 << 20
-"""Of one call: llama.cpp reserves memory for as many as a call may ask for."""
+"""Most logits of one call: llama.cpp reserves memory for as many as a call may ask for."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
         ubatch: most tokens that go through the layers at once.
         flash_attention: whether attention is one fused operation.
         cache_type: dtype of keys and values.
-        watch: a `ggml_backend_sched_eval_callback` that is shown what is computed.
+        watch: a `ggml_backend_sched_eval_callback` that sees each tensor that is computed.
     """
 
     threads: int
@@ -38,13 +38,14 @@ class Settings:
 class Context:
     """The memory of `batch` sequences; it keeps its model alive.
 
-    Beside the cache of the window, llama.cpp keeps one for layers without a window. There are
-    none, but every token takes a cell of it, and nothing else is ever full: `room` is the number
-    of its cells per sequence. A state does not hold it, so `write` makes all of them free.
+    Beside the cache of the window, llama.cpp keeps one for layers without a window. There are no
+    such layers, but every token takes a cell of it, and only this cache can become full: `room` is
+    the number of its cells per sequence. A saved state does not include it, so `write` frees all
+    of its cells.
 
     Attributes:
         batch: number of sequences.
-        room: tokens that a sequence can take until its state is written anew.
+        room: tokens that a sequence can take until its state must be written again.
         chunk: most tokens of one sequence in one call.
         rows: most logits of one sequence in one call.
     """
@@ -55,7 +56,7 @@ class Context:
         """Opens a context.
 
         Raises:
-            RequestError: more sequences than llama.cpp can hold, or no memory for them.
+            RequestError: too many sequences for llama.cpp, or too little memory.
         """
         self._llama = bindings()
         most = self._llama.llama_max_parallel_sequences()
@@ -77,13 +78,13 @@ class Context:
         self.rows: int = parameters.n_outputs_max // batch
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> np.ndarray:
-        """Takes tokens [batch, T] behind `positions` [batch] tokens, T ≤ `chunk`.
+        """Takes tokens [batch, T], T ≤ `chunk`, of sequences that have seen `positions` [batch].
 
         Returns:
             The last `wanted` logits, [batch, wanted, vocab]; `wanted` ≤ `rows`.
 
         Raises:
-            RequestError: llama.cpp failed, and has said why.
+            RequestError: llama.cpp failed; with its reason.
         """
         with logged():
             batch = self._batch(tokens, positions, wanted)
@@ -104,7 +105,7 @@ class Context:
         """The canonical state, without a batch axis, of a sequence that has seen a token.
 
         Raises:
-            RequestError: llama.cpp lays it out otherwise than we know.
+            RequestError: llama.cpp's layout is not the one that we know.
         """
         flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         size = self._llama.llama_state_seq_get_size_ext(self._handle.pointer, sequence, flags)
@@ -118,7 +119,7 @@ class Context:
         return unpack(bytes(buffer), self._layout)
 
     def write(self, sequence: int, state: State) -> None:
-        """Has an empty sequence continue from a state that `read` could have given.
+        """Sets an empty sequence to a state as `read` returns it.
 
         Raises:
             RequestError: llama.cpp does not take it.
@@ -138,7 +139,7 @@ class Context:
         self._handle.close()
 
     def _batch(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> Any:
-        """All tokens of the first sequence, then those of the next; it holds its arrays."""
+        """All tokens of the first sequence, then those of the next; it keeps its arrays alive."""
         batch, count = tokens.shape
         addresses = self._sequences.ctypes.data + 4 * self._sequences.astype(np.uintp)
         last = np.arange(count) >= count - wanted
@@ -157,7 +158,7 @@ class Context:
 
 
 def _parameters(llama: Any, config: GriffinConfig, settings: Settings, batch: int) -> Any:
-    """What decides about memory and arithmetic; all else is as llama.cpp has it."""
+    """The parameters of memory and arithmetic; all others keep llama.cpp's defaults."""
     parameters = llama.llama_context_default_params()
     tokens = max(settings.ubatch, batch)
     rows = min(tokens, LOGITS_BYTES // (4 * config.vocab_size))

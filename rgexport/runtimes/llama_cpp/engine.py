@@ -1,4 +1,4 @@
-"""llama.cpp, as `runtimes.engine` asks."""
+"""The engine of GGUF files."""
 
 from rgexport.export.artifact import Artifact
 from rgexport.runtimes.engine import Engine
@@ -6,11 +6,11 @@ from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
 _LEAN_UBATCH = 64
-"""llama.cpp reserves scratch memory for as many tokens."""
+"""Most tokens of one call, for which llama.cpp reserves scratch memory."""
 
 
 class LlamaCppEngine(Engine):
-    """Has to be built; see `kernels.llama_cpp`."""
+    """llama.cpp, which must be built; see `kernels.llama_cpp`."""
 
     def require(self) -> None:
         """See `Engine`."""
@@ -25,7 +25,7 @@ class LlamaCppEngine(Engine):
         return LlamaCppSession(artifact, threads=threads)
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """With `mmap`, weights that llama.cpp lays out anew would be there twice."""
+        """Without `mmap`, with which memory would hold repacked weights twice."""
         from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)

@@ -1,4 +1,4 @@
-"""llama.cpp as llama-cpp-python brings it: found, kept quiet, its models and contexts freed."""
+"""The llama.cpp of llama-cpp-python: loading it, its log, and its models."""
 
 import contextlib
 import functools
@@ -12,8 +12,7 @@ from typing import Any
 from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.llama_cpp import port
-from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
-from rgexport.runtimes.onnx.huge_pages import huge_pages
+from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = "unknown model architecture"
@@ -26,8 +25,8 @@ def bindings() -> Any:
     """The low-level bindings, `llama_cpp.llama_cpp`; llama.cpp's log goes to `-v` from here on.
 
     Raises:
-        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is not of the release whose
-            structures and states we know.
+        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is another release than the
+            one whose structures and states we know.
     """
     try:
         package = importlib.import_module("llama_cpp")
@@ -54,14 +53,14 @@ def _require_known(version: str) -> None:
 
 
 def version() -> str:
-    """Which llama.cpp this is, and whose."""
+    """The versions of llama.cpp and of llama-cpp-python."""
     number = bindings().llama_version().decode()
     package = importlib.import_module("llama_cpp").__version__
     return f"{number} ({port.DISTRIBUTION} {package})"
 
 
 class _Log:
-    """Receives llama.cpp's log, which comes in pieces of lines."""
+    """Receives llama.cpp's log, which arrives in pieces of lines."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -71,14 +70,14 @@ class _Log:
         self._callback: Any = None
 
     def receive_from(self, module: Any) -> None:
-        """Has llama.cpp log here; the callback must live as long as the library."""
+        """Makes llama.cpp log here; the callback must live as long as the library."""
         self._callback = module.llama_log_callback(self._receive)
         module.llama_log_set(self._callback, None)
 
     def _receive(self, level: int, text: bytes, _: Any) -> None:
         try:
             self._take(level, text.decode("utf-8", "replace"))
-        except KeyboardInterrupt:  # nothing may be raised into C: `logged` does it afterwards
+        except KeyboardInterrupt:  # C cannot pass it on: `logged` raises it afterwards
             self.interrupted = True
         except Exception:
             self._line = ""
@@ -97,7 +96,7 @@ _log = _Log()
 
 @contextlib.contextmanager
 def logged() -> Iterator[None]:
-    """Around a call of llama.cpp: forgets earlier errors, and raises an interrupt that it met."""
+    """For a call of llama.cpp: clears earlier errors, and raises a Ctrl-C that came meanwhile."""
     _log.errors.clear()
     yield
     if _log.interrupted:
@@ -106,18 +105,18 @@ def logged() -> Iterator[None]:
 
 
 def complaint() -> str:
-    """What llama.cpp called an error in the last `logged` call, without the function's name.
+    """The first error that llama.cpp logged in the last `logged` call, without the function's name.
 
-    Of several lines the first, which is nearest to the cause.
+    The first line is nearest to the cause.
     """
     first = next(iter(_log.errors), "it does not say why")
     return first.split(": ", 1)[-1] if first.split(":")[0].isidentifier() else first
 
 
 class Handle:
-    """A C pointer, or none, that is freed when the handle is closed or goes away.
+    """A C pointer, or none, that is freed when the handle is closed or collected.
 
-    What is in `keep` is let go after it.
+    The handle keeps `keep` alive until then.
     """
 
     def __init__(self, pointer: Any, free: Callable[[Any], None], keep: Any = None) -> None:
@@ -135,7 +134,7 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
     """Loads a .gguf file: all of it, or its metadata and vocabulary.
 
     Raises:
-        NotInstalled: llama.cpp is a stock one that does not know the architecture.
+        NotInstalled: it is a stock llama.cpp, which does not know the architecture.
         RequestError: it cannot load the file.
     """
     llama = bindings()

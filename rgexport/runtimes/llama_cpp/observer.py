@@ -1,28 +1,81 @@
-"""The values at the sites of a GGUF file: llama.cpp shows every tensor that it is asked for."""
+"""The values at the sites of a GGUF file: llama.cpp passes each tensor to a callback."""
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import all_ops
+from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.llama_cpp.ggml_tensor import name_of, operation_of, read_floats
+from rgexport.quantize.ggml_library import load_library
 from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.llama_cpp.sites import Tap, taps
 from rgexport.runtimes.observation import LENGTHS, Observation
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "ggml_get_name": (ctypes.c_char_p, (_POINTER,)),
+    "ggml_op_desc": (ctypes.c_char_p, (_POINTER,)),
+    "ggml_nelements": (ctypes.c_int64, (_POINTER,)),
+    "ggml_nbytes": (_SIZE, (_POINTER,)),
+    "ggml_is_contiguous": (ctypes.c_bool, (_POINTER,)),
+    "ggml_backend_tensor_get": (None, (_POINTER, _POINTER, _SIZE, _SIZE)),
+}
+"""Functions of ggml.h and ggml-backend.h → result and arguments. A tensor pointer is an integer."""
 
 _GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
 _ATTENTION = "temporal_block.attention"
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A tensor of the graph that llama.cpp builds.
+
+    Attributes:
+        name: of the first such tensor; in a layer, with the layer's index.
+        then: if given, the tap is the first result of this operation after that tensor.
+    """
+
+    name: str
+    then: str = ""
+
+
+_ONCE = {
+    "embed_tokens": Tap("embd"),
+    "final_norm": Tap("result_norm"),
+    "lm_head": Tap("result_norm", "MUL_MAT"),
+    "logits": Tap("result_output"),
+}
+
+
+def taps(config: GriffinConfig) -> dict[str, Tap]:
+    """Site → tensor, for all sites that the graph of `config` has."""
+    in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
+    found = {}
+    for site in sites(config):
+        if site in _ONCE:
+            found[site] = _ONCE[site]
+        elif site.startswith("layers."):
+            _, index, name = site.split(".", 2)
+            if name in in_layer:
+                tensor, _, then = in_layer[name].partition("/")
+                found[site] = Tap(f"{tensor}-{index}", then)
+    return found
+
+
 class LlamaCppObserver:
     """llama.cpp with the settings of a session, and its callback for evaluation.
 
-    What is computed in one operation cannot be seen: the GELU within its product. Attention is
-    as exact as the cached keys and values are, whatever the dtype of its result.
+    The GELU is part of a fused operation and cannot be seen. Attention has the precision of the
+    cached keys and values, whatever the dtype of its result.
     """
 
     lengths = LENGTHS
@@ -31,8 +84,8 @@ class LlamaCppObserver:
         """Loads the model.
 
         Raises:
-            RequestError: no llama-cpp-python that knows RecurrentGemma, or it cannot load the
-                file.
+            RequestError: there is no llama-cpp-python that knows RecurrentGemma, or it cannot load
+                the file.
         """
         self._watch = _Watch(taps(artifact.manifest.config))
         callback = bindings().ggml_backend_sched_eval_callback(self._watch)
@@ -55,27 +108,27 @@ class LlamaCppObserver:
 
 
 def _rounded(found: Mapping[str, np.ndarray], state: State) -> dict[str, str]:
-    """The sites of attention to keys in float16."""
+    """The attention sites whose keys are float16, with that dtype."""
     keys = {site: site.replace(_ATTENTION, "key") for site in found if site.endswith(_ATTENTION)}
     dtypes = {site: state[key].dtype for site, key in keys.items()}
     return {site: dtype.name for site, dtype in dtypes.items() if dtype != np.float32}
 
 
 class _Watch:
-    """llama.cpp's callback: asked about every tensor in turn, then shown those that it wants."""
+    """llama.cpp's callback: asked about every tensor in turn, and shown those that it wants."""
 
     def __init__(self, tapped: Mapping[str, Tap]):
         self._named: dict[str, list[str]] = defaultdict(list)
-        self._behind: dict[str, dict[str, str]] = defaultdict(dict)
+        self._after: dict[str, dict[str, str]] = defaultdict(dict)
         for site, tap in tapped.items():
             if tap.then:
-                self._behind[tap.name][tap.then] = site
+                self._after[tap.name][tap.then] = site
             else:
                 self._named[tap.name].append(site)
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what a call has shown, before the next one."""
+        """Clears the results of a call, before the next one."""
         self._found: dict[str, np.ndarray] = {}
         self._seen: set[str] = set()
         self._awaited: dict[str, str] = {}
@@ -83,7 +136,7 @@ class _Watch:
         self._failure: BaseException | None = None
 
     def take(self) -> dict[str, np.ndarray]:
-        """Site → elements, float32 [T · n], once; raises what went wrong while llama.cpp ran."""
+        """Site → elements, float32 [T · n]; raises an error that occurred in the callback."""
         found, failure = self._found, self._failure
         self.begin()
         if failure is not None:
@@ -91,22 +144,60 @@ class _Watch:
         return found
 
     def __call__(self, tensor: int, ask: bool, _: Any) -> bool:
-        """Says whether it wants a tensor, or, shown it, whether to go on."""
+        """Returns whether it wants a tensor, or, with the tensor, whether to continue."""
         try:
             if ask:
                 self._sites = self._sites_of(tensor)
                 return bool(self._sites)
             self._found |= dict.fromkeys(self._sites, read_floats(tensor))
             return True
-        except BaseException as error:  # nothing may be raised into C
+        except BaseException as error:  # C cannot pass it on
             self._failure = self._failure or error
             return False
 
     def _sites_of(self, tensor: int) -> list[str]:
-        name, awaited = name_of(tensor), self._awaited.pop(operation_of(tensor), None)
+        name, awaited = _name_of(tensor), self._awaited.pop(_operation_of(tensor), None)
         sites = [] if awaited is None else [awaited]
         if name in self._named and name not in self._seen:
             self._seen.add(name)
-            self._awaited = dict(self._behind[name])
+            self._awaited = dict(self._after[name])
             sites += self._named[name]
         return sites
+
+
+def _name_of(tensor: int) -> str:
+    """Its name in the graph, such as `attn_norm-3`."""
+    return str(_functions()["ggml_get_name"](tensor).decode())
+
+
+def _operation_of(tensor: int) -> str:
+    """The operation that computes it, such as `MUL_MAT`."""
+    return str(_functions()["ggml_op_desc"](tensor).decode())
+
+
+def read_floats(tensor: int) -> np.ndarray:
+    """A copy of its elements, float32 [n] with the innermost axis last, from any device.
+
+    Raises:
+        RequestError: it has gaps, or another type.
+    """
+    functions = _functions()
+    count, size = functions["ggml_nelements"](tensor), functions["ggml_nbytes"](tensor)
+    if not functions["ggml_is_contiguous"](tensor) or size != 4 * count:
+        raise RequestError(
+            f"llama.cpp's {_name_of(tensor)} has {count} elements in {size} bytes; expected "
+            "float32 without gaps: install the llama.cpp that `rgexport llama-cpp build` makes"
+        )
+    values = np.empty(count, np.float32)
+    functions["ggml_backend_tensor_get"](tensor, values.ctypes.data, 0, size)
+    return values
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    """The functions in the library that llama-cpp-python has loaded."""
+    library = load_library()
+    found = {name: getattr(library, name) for name in _FUNCTIONS}
+    for name, (result, arguments) in _FUNCTIONS.items():
+        found[name].restype, found[name].argtypes = result, arguments
+    return found

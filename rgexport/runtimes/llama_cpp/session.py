@@ -16,7 +16,7 @@ from rgexport.runtimes.session import SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 UBATCH = 512
-"""Tokens that llama.cpp takes through the layers at once; its own default."""
+"""Most tokens that go through the layers at once; llama.cpp's own default."""
 LAST_POSITION = 2**31 - 1
 """llama.cpp counts positions in 32 bits."""
 
@@ -27,10 +27,10 @@ _ALL_F32, _FLOATS = 0, (0, 1, 32)
 class LlamaCppSession:
     """A .gguf file in the llama.cpp of the installed llama-cpp-python.
 
-    Keys and values are kept in float32 where all weights are, otherwise in float16: its rounding,
-    1e-4 of the logits, is lost beside that of the weights. Flash attention, which saves a third
-    of the attention's time in a step, is used where weights are quantized: on a CPU it rounds
-    queries too and sums in float16 (2e-3 of the logits behind a full window).
+    Keys and values are float32 if all weights are, otherwise float16, whose rounding (1e-4 of the
+    logits) is small beside that of the weights. Flash attention, which saves a third of the
+    attention's time in a step, is used if weights are quantized: on a CPU it rounds queries too
+    and sums in float16 (2e-3 of the logits after a full window).
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class LlamaCppSession:
             artifact: a GGUF file.
             threads: the processors that this process may use, by default.
             ubatch: most tokens that go through the layers at once.
-            flash_attention: whether attention is one fused operation; None leaves it to us.
-            cache_type: `float32` or `float16` for keys and values; None leaves it to us.
-            mmap: whether weights may stay in the file's pages, where llama.cpp can use them so.
-            watch: a callback that llama.cpp shows what it computes, see `Settings`.
+            flash_attention: whether attention is one fused operation; by default see above.
+            cache_type: `float32` or `float16` for keys and values; by default see above.
+            mmap: whether weights stay in the file's pages, where llama.cpp can use them so.
+            watch: see `Settings`.
 
         Raises:
-            RequestError: no llama-cpp-python that knows RecurrentGemma, or it cannot load the
-                file.
+            RequestError: there is no llama-cpp-python that knows RecurrentGemma, or it cannot load
+                the file.
         """
         self._llama = bindings()
         self._config = artifact.manifest.config
@@ -117,11 +117,11 @@ class LlamaCppSession:
         return self.prefill(np.reshape(tokens, (-1, 1)))[:, 0]
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations.
+        """Clears the state, and sets the number of conversations.
 
         Raises:
-            RequestError: more than llama.cpp can hold, or no memory for them; or the file changed
-                under the session, and with it perhaps its weights.
+            RequestError: too many for llama.cpp, or too little memory; or the file has changed, and
+                perhaps the session's weights with it.
         """
         self._files.require()
         if self._context is None or self._context.batch != batch:
@@ -134,8 +134,8 @@ class LlamaCppSession:
     def get_state(self) -> State:
         """A copy of the canonical state.
 
-        What llama.cpp holds is laid out anew from the copy: so the session goes on exactly, to
-        the last bit, as any session does that the copy is given to.
+        llama.cpp's own memory is then written from the copy, so that this session continues to the
+        last bit like any other session that gets the copy.
         """
         batch = len(self._position)
         state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._specs}
@@ -150,8 +150,8 @@ class LlamaCppSession:
         """Continues from a canonical state of any batch size, by any engine.
 
         Raises:
-            RequestError: a name or shape that does not fit this model, or a position that
-                llama.cpp cannot count.
+            RequestError: a name or shape does not fit this model, or a position is too large for
+                llama.cpp.
         """
         require_fitting(state, {spec.name: spec.shape for spec in self._specs})
         furthest = int(state[POSITION].max(initial=0))
@@ -195,17 +195,17 @@ class LlamaCppSession:
             )
 
     def _decode(self, tokens: np.ndarray, wanted: int) -> np.ndarray:
-        """One call of llama.cpp, which never runs out of room: there is no last token."""
+        """One call of llama.cpp, after making room in its context if needed."""
         count = tokens.shape[1]
         if self._counted + count > self._open.room:
-            self.get_state()  # lays it out anew, which makes room
+            self.get_state()  # writes the state again, which makes room
         logits = self._open.decode(tokens, self._position, wanted)
         self._position += count
         self._counted += count
         return logits
 
     def _fill(self, state: State) -> None:
-        """Continues from a state that fits, and forgets what was there."""
+        """Replaces the state by one that fits."""
         self.reset(len(state[POSITION]))
         for sequence in np.flatnonzero(state[POSITION]).tolist():
             self._open.write(sequence, {name: array[sequence] for name, array in state.items()})

@@ -1,4 +1,4 @@
-"""ONNX Runtime, as `runtimes.engine` asks."""
+"""The engine of ONNX artifacts."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from rgexport.runtimes.session import Session
 
 
 class OnnxEngine(Engine):
-    """Comes with every install."""
+    """ONNX Runtime, which comes with every install."""
 
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         """See `Engine`."""
@@ -27,7 +27,7 @@ class OnnxEngine(Engine):
         return OrtObserver(artifact, threads=threads)
 
     def _held(self, manifest: Manifest) -> Iterator[int]:
-        """It has no products in float16 on a CPU, and makes such weights float32."""
+        """On a CPU it converts float16 weights to float32."""
         names = (*manifest.tensors, EMBEDDING)
         for name, size in zip(names, super()._held(manifest), strict=True):
             scheme = manifest.tensors[name].scheme

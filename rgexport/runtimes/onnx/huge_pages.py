@@ -1,50 +1,93 @@
-"""Memory in huge pages, on Linux: large allocations are moved there, small ones laid together.
+"""Weights and states in huge pages, on Linux.
 
-A decode step reads all weights once, and all states. In pages of 4 kB it spends a tenth of its time
-on address translation. Engines do not ask the kernel for huge pages; afterwards anyone may, by
-`madvise(MADV_COLLAPSE)` (Linux 6.1), which copies 1.5 GB in some two seconds. It is advice: it
-never changes what is in memory, and where it fails nothing is lost but speed.
+A decode step reads all weights and states once. In pages of 4 kB it spends a tenth of its time on
+address translation. Engines do not ask the kernel for huge pages; afterwards anyone may, by
+`madvise(MADV_COLLAPSE)` (Linux 6.1), which copies 1.5 GB in about two seconds. It is advice: it
+never changes what is in memory, and where it fails only speed is lost.
 
 A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
-(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/llama_cpp.md`). Ours read
-mapped files, and have little that could be moved.
+(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/llama_cpp.md`). Our kernels
+read mapped files (`mapped_weights.py`), and have little that could be moved.
 """
 
+import ctypes
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
 from rgexport.export.storage import aligned
-from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
-from rgexport.runtimes.onnx.mappings import Mapping, advise, mappings
+
+Area = tuple[int, int]
+"""The first address of some memory, and the first after it."""
 
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE_PAGE = 2 << 20
 _LEAST = 8 << 20
 """Smaller mappings are not worth a system call."""
+_PIECE = 16 << 20
+"""Bytes of one call: others that map memory, and `stop`, wait for it."""
 _CACHE_LINE = 64
+_MAPS = Path("/proc/self/maps")
+
+
+class BackgroundAdvice:
+    """A thread that advises the kernel about memory; it must end before the memory is freed."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(
+        self, areas: Iterable[Area], give: Callable[[int, int], object], owner: object = None
+    ) -> None:
+        """Calls `give(start, end)` for pieces of the areas; `owner` is kept alive meanwhile."""
+        arguments = list(areas), give, self._stopped, owner
+        self._thread = threading.Thread(target=_give_all, args=arguments, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits for the current piece; afterwards the memory may be freed."""
+        self._stopped.set()
+        # The thread itself may be the one that lets the last reference to a session go.
+        if self._thread and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+
+
+def _give_all(
+    areas: list[Area], give: Callable[[int, int], object], stopped: threading.Event, owner: object
+) -> None:
+    """Holds no reference to the `BackgroundAdvice`, which may be collected while this runs."""
+    for start, end in areas:
+        for at in range(start, end, _PIECE):
+            if stopped.is_set():
+                return
+            give(at, min(at + _PIECE, end))
+    del owner
 
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
     """Begins to collapse the private memory that was mapped inside the block when it ends.
 
-    Who frees that memory has to stop what this gives before.
+    The advice must be stopped before that memory is freed.
     """
-    advice, before = BackgroundAdvice(), set(_anonymous())
+    advice, before = BackgroundAdvice(), _large_mappings()
     yield advice
-    mapped = [mapping for mapping in _anonymous() if mapping not in before]
-    if mapped:
+    if mapped := sorted(_large_mappings() - before):
         advice.start(_whole_pages(mapped), _collapse)
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
     """Zeros of these shapes and dtypes, by name, as parts of one array.
 
-    numpy asks for huge pages from 4 MB on, and a 2B's rings have 2 MB each. Each part begins at a
+    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Each part begins at a
     cache line, so that no vector that is loaded lies in two.
     """
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
@@ -57,18 +100,35 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
     }
 
 
-def _anonymous() -> Iterator[Mapping]:
-    """The large writable mappings without a file."""
-    for mapping in mappings():
-        large = mapping.end - mapping.start >= _LEAST
-        if mapping.access == "rw-p" and not mapping.file and large:
-            yield mapping
+def advise(start: int, end: int, advice: int) -> bool:
+    """Calls `madvise` on whole pages, with a number of Linux's; whether the kernel took the advice.
+
+    Other systems take none, nor does a C library without that function.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, TypeError, AttributeError):
+        return False
+    return call(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0
 
 
-def _whole_pages(found: list[Mapping]) -> Iterator[tuple[int, int]]:
-    for mapping in found:
-        first = -(-mapping.start // _HUGE_PAGE) * _HUGE_PAGE
-        last = mapping.end // _HUGE_PAGE * _HUGE_PAGE
+def _large_mappings() -> set[Area]:
+    """The large writable mappings without a file; none where the system does not list them."""
+    found = set()
+    with suppress(OSError):
+        for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+            addresses, access, _, _, inode, *_ = line.split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            if access == "rw-p" and inode == "0" and end - start >= _LEAST:
+                found.add((start, end))
+    return found
+
+
+def _whole_pages(areas: Iterable[Area]) -> Iterator[Area]:
+    for start, end in areas:
+        first, last = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
         if first < last:
             yield first, last
 

@@ -1,7 +1,7 @@
 """The weights that native kernels read, mapped from their files in huge pages.
 
-An engine maps each tensor by itself, in pages of 4 kB: so a step spends a tenth of its time on
-address translation, and so does the first one on page faults. Here a file is mapped once, whole.
+An engine maps each tensor by itself, in pages of 4 kB. Then a step spends a tenth of its time on
+address translation, and the first one more on page faults. Here each file is mapped once, whole.
 Where the kernel keeps files in large folios (Linux 6.16 and ext4, XFS, btrfs), `MADV_HUGEPAGE` has
 it read ahead in huge pages; elsewhere that is ignored. Nothing is copied.
 """
@@ -15,24 +15,23 @@ import onnxruntime as ort
 
 from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.runtimes.memory import available_bytes
-from rgexport.runtimes.onnx.background_advice import BackgroundAdvice
-from rgexport.runtimes.onnx.mappings import advise
+from rgexport.runtimes.onnx.huge_pages import Area, BackgroundAdvice, advise
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8}
-"""What native kernels read: onnx.proto's number of a type → numpy's."""
+"""The types that native kernels read: onnx.proto's number → numpy's type."""
 
 
 class MappedWeights:
-    """Some tensors of the files in a folder, where an engine can read them in place.
+    """Tensors in the files of a folder, which an engine can read in place.
 
-    `values` are for `SessionOptions.add_initializer`, by name. ONNX Runtime keeps no more than
-    pointers to them: this object has to live as long as the session.
+    `values` are for `SessionOptions.add_initializer`, by name. ONNX Runtime keeps only pointers to
+    them: this object must live as long as the session.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[ExternalTensor]):
-        """Maps the files; a tensor that does not lie in its file as it says is left out."""
+        """Maps the files; a tensor that does not fit into its file is left out."""
         self._folder = folder
         self._files: dict[str, mmap.mmap] = {}
         self._arrays: list[np.ndarray] = []
@@ -45,9 +44,9 @@ class MappedWeights:
                 self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
 
     def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
-        """Reads what lies in one huge page with tensors that the engine is going to read by itself.
+        """Reads the huge pages that hold tensors which the engine is going to read by itself.
 
-        By it they would be read without a map: in small pages, and the megabytes around them too.
+        The engine reads without a map: in small pages, and the megabytes around them too.
         """
         for tensor in tensors:
             array = self._view(tensor)
@@ -56,14 +55,14 @@ class MappedWeights:
                 advise(start - start % mmap.PAGESIZE, start + array.nbytes, _POPULATE_READ)
 
     def make_resident(self) -> None:
-        """Begins to read all of the files, in the background, if there is memory for them."""
+        """Begins to read the files in the background, if there is memory for them."""
         room, size = available_bytes(), sum(map(len, self._files.values()))
         if room is None or room > size:
             files = tuple(self._files.values())
             self._advice.start(map(_addresses, files), _populate, files)
 
     def close(self) -> None:
-        """Ends what was begun in the background; maps go when nobody holds a tensor any more."""
+        """Ends the reading in the background; a map is freed with the last tensor in it."""
         self._advice.stop()
 
     def _view(self, tensor: ExternalTensor) -> np.ndarray | None:
@@ -86,8 +85,7 @@ class MappedWeights:
         return self._files[path.name]
 
 
-def _addresses(file: mmap.mmap) -> tuple[int, int]:
-    """Where a map begins and ends in memory."""
+def _addresses(file: mmap.mmap) -> Area:
     start = np.frombuffer(file, np.uint8).ctypes.data
     return start, start + len(file)
 

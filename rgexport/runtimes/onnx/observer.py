@@ -1,4 +1,4 @@
-"""The values at the sites of an ONNX artifact: they become outputs of its graph, in memory."""
+"""The values at the sites of an ONNX artifact: a copy of its graph has them as outputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from rgexport.runtimes.onnx.session import OrtSession
 class OrtObserver:
     """ONNX Runtime over the artifact's own weights, which stay in their file.
 
-    Nothing is fused across a site here, for what is fused cannot be seen. In float16 this changes
-    last bits: ONNX Runtime leaves out a rounding that lies between two fused ops.
+    As every site is an output, nothing is fused across one. In float16 this changes last bits: ONNX
+    Runtime omits the rounding between two fused ops.
     """
 
     lengths = LENGTHS
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None):
-        """Opens the graph, with every value at a site as an output.
+        """Opens the graph with its sites as outputs.
 
         Raises:
             RequestError: `onnx` is missing, or ONNX Runtime cannot open the model.
@@ -42,9 +42,9 @@ class OrtObserver:
 
 
 def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]:
-    """A model without its weights that gives the values `wanted` too, and those that it has.
+    """A model without its weights that also returns the values of `wanted` sites, and their names.
 
-    The emitter names the value of a site after it; two sites that are one value have one name.
+    Values are named after their sites. Sites whose op was merged into another one are missing.
 
     Raises:
         RequestError: the package `onnx` is missing.
@@ -55,7 +55,7 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
         if error.name != "onnx":
             raise
         raise RequestError(
-            "looking into an ONNX artifact needs onnx: pip install 'rgexport[export]'"
+            "observing an ONNX artifact needs onnx: pip install 'rgexport[export]'"
         ) from None
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -71,10 +71,7 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
 
 
 def _show_gelu(model: Any) -> None:
-    """Puts the body of each GeluMul in its place, so that what gelu gives can be seen.
-
-    It has the name of its site, which stands beside the product's.
-    """
+    """Replaces each GeluMul by its body, in which the result of gelu has the name of its site."""
     bodies = {function.name: function for function in model.functions}
     nodes = list(model.graph.node)
     del model.graph.node[:]

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import onnxruntime as ort
@@ -25,16 +26,16 @@ PREFILL_CHUNK = 512
 
 _ERRORS_ONLY = 3
 _NEEDED = {"webgpu": (1, 25)}
-"""Profile → the first ONNX Runtime that has all its ops on a processor, if pyproject has less."""
+"""Profile → the first ONNX Runtime with all its ops on a CPU, if pyproject allows older ones."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Option of ONNX Runtime: where the file of weights of a graph lies that comes from memory."""
+"""Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
 
 
 class OrtSession:
-    """An ONNX artifact in ONNX Runtime on the CPU; where our kernels are built, they run its ops.
+    """An ONNX artifact in ONNX Runtime on the CPU, with our kernels where they are built.
 
-    Every state has one buffer, bound as input and as output: the graph reads each state before it
-    writes (the exporter asserts that). Keys and values lie in rings, so a step copies none of them.
+    Each state has one buffer, bound as input and as output: the graph reads a state before it
+    writes it (the exporter asserts that). Keys and values are rings, so a step copies none of them.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class OrtSession:
         Args:
             artifact: an ONNX artifact.
             threads: the processors that this process may use, by default.
-            graph: a serialized model that runs instead of the artifact's, over its weights.
+            graph: a serialized model that runs instead of the artifact's, with its weights.
             native: whether our kernels may run.
 
         Raises:
-            RequestError: ONNX Runtime cannot open the model, or its files are no longer those that
-                the artifact was opened with.
+            RequestError: ONNX Runtime cannot open the model, or a file has changed since the
+                artifact was opened.
         """
         self._manifest = artifact.manifest
         self._threads = threads or usable_processors()
@@ -63,7 +64,7 @@ class OrtSession:
         self._session, self._kernels, self._weights, stop = _open(
             artifact, self._threads, graph, native
         )
-        # Also of a session that nobody closes: before its memory is freed.
+        # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
@@ -119,17 +120,17 @@ class OrtSession:
         return logits[:, 0]
 
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Takes tokens [B, T] in one run that wants all logits; what these outputs were."""
+        """Takes tokens [B, T] in one run with all logits; returns the outputs `names`."""
         ids = checked_tokens(tokens, len(self._position), self._vocab)
         found = self._bind(ids, self._next(ids), ids.shape[1]).fetch(names)
         self._position += ids.shape[1]
         return found
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations.
+        """Clears the state, and sets the number of conversations.
 
         Raises:
-            RequestError: a file changed under the session, and with it perhaps its weights.
+            RequestError: a file of the session has changed, and perhaps its weights with it.
         """
         self._files.require()
         specs = self._manifest.states
@@ -151,7 +152,7 @@ class OrtSession:
         """Continues from a canonical state of any batch size.
 
         Raises:
-            RequestError: a name or shape that does not fit this model.
+            RequestError: a name or shape does not fit this model.
         """
         require_fitting(state, {s.name: s.shape for s in self._manifest.states})
         batch = len(state[POSITION])
@@ -168,7 +169,7 @@ class OrtSession:
         self._states = {}
 
     def _require_states(self, artifact: Artifact) -> None:
-        """The manifest is not hashed itself, so its names are held against the graph's."""
+        """Checks the manifest's names against the graph: the manifest itself has no hash."""
         graph = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
         missing = [s.name for s in self._manifest.states if not {s.input, s.output} <= graph]
         if missing:
@@ -184,7 +185,7 @@ class OrtSession:
         return logits
 
     def _run_for_logits(self, run: "_Run", count: int) -> np.ndarray:
-        """The logits [B, count, vocab] of a run, in an array that nothing else writes to."""
+        """The logits [B, count, vocab] of a run, in a new array."""
         logits = np.empty((len(self._position), count, self._vocab), np.float32)
         run.bind(logits, None, "logits")
         run.run()
@@ -196,7 +197,7 @@ class OrtSession:
         return positions
 
     def _bind(self, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
-        """All inputs, and the states as outputs too."""
+        """Binds all inputs, and the states as outputs too."""
         run = _Run(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
@@ -207,14 +208,14 @@ class OrtSession:
 
 
 class _Run:
-    """Inputs and outputs bound to arrays, and the arrays: ONNX Runtime may keep only pointers."""
+    """Inputs and outputs bound to arrays, which are kept: ONNX Runtime may keep only pointers."""
 
     def __init__(self, session: ort.InferenceSession):
         self._session, self._binding = session, session.io_binding()
         self._arrays: dict[str | None, np.ndarray] = {}
 
     def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
-        """Has the graph read input `source` from `array`, and write output `target` there.
+        """Binds `array` as the input `source`, and as the output `target`.
 
         Binding a name again replaces what was bound to it.
         """
@@ -239,9 +240,9 @@ class _Run:
 
 
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Caches [B, window, D], each row turned by its own number of slots.
+    """Caches [B, window, D], each row rotated by its own number of slots.
 
-    A ring has position p in slot p modulo the window; turned by -p, the oldest is in front.
+    A ring has position p in slot p modulo the window; rotated by -p, the oldest is in front.
     """
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
@@ -249,13 +250,13 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
 ) -> tuple[ort.InferenceSession, str, MappedWeights | None, Callable[[], None]]:
-    """The session, which kernels it runs, what lives as long, and what to call before both go."""
+    """The session, its kernels, its mapped weights, and what to call before both are freed."""
     _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
-    # A pattern has a block for all tensors of a run, beside what the first run has left in the
-    # arena: 180 MB for prompts of a 2B, and no gain in time.
+    # A memory pattern takes a block for all tensors of a run, beside the arena of the first run:
+    # 180 MB for prompts of a 2B, without a gain in time.
     options.enable_mem_pattern = False
     if graph is not None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
@@ -276,20 +277,16 @@ def _open(
     except Exception as error:  # ORT raises a dozen pybind types without a common base.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
-    stops = [advice.stop]
+    stack = ExitStack()
+    stack.callback(advice.stop)
     if weights:
         weights.make_resident()
-        stops.append(weights.close)
-    return session, kernels, weights, lambda: _call_all(stops)
-
-
-def _call_all(functions: Sequence[Callable[[], None]]) -> None:
-    for function in functions:
-        function()
+        stack.callback(weights.close)
+    return session, kernels, weights, stack.close
 
 
 def _require_version(artifact: Artifact) -> None:
-    """Refuses an ONNX Runtime whose own message would be about an op that it does not know."""
+    """Refuses an ONNX Runtime that lacks ops of the artifact's profile."""
     profile = artifact.manifest.profile
     needed = _NEEDED.get(profile, (0, 0))
     if tuple(map(int, ort.__version__.split(".")[:2])) < needed:
@@ -300,12 +297,12 @@ def _require_version(artifact: Artifact) -> None:
 
 
 def _register(options: ort.SessionOptions, native: NativeOps) -> str:
-    """Has a session use our kernels if there are any; which ones it will run."""
+    """Registers our kernels, if there are any; says which kernels the session will run."""
     if native.library is None:
         return native.kernels
     try:
         options.register_custom_ops_library(str(native.library))
-    except Exception as error:  # of another machine, or of an ONNX Runtime that it cannot use
+    except Exception as error:  # built for another machine or another ONNX Runtime
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
         return STOCK
     return native.kernels

@@ -1,10 +1,9 @@
-"""The build: from the right source, in whole steps, and what it made where it has run."""
+"""The build: its source and its steps, and its results where it has run."""
 
 import email
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from rgexport.kernels.llama_cpp import port, sources
 from rgexport.kernels.llama_cpp.build import TOOLS
 from rgexport.kernels.llama_cpp.command import Commands
 from tests.command_line import rgexport
-from tests.llama_tools import run_tool
+from tests.llama_tools import installed_version, needs_llama_cpp, run_tool
 
 
 def python(program: str) -> list[str]:
@@ -37,7 +36,7 @@ def test_a_command_that_fails_says_why_and_where(tmp_path):
     with pytest.raises(RequestError) as error:
         Commands(tmp_path / "log", {}).run(python(program), "the compiler", "Building")
     assert str(error.value) == (
-        f"the compiler failed: error: no such thing (all that it said is in {tmp_path / 'log'})"
+        f"the compiler failed: error: no such thing (its output is in {tmp_path / 'log'})"
     )
     program = "print('CMake Error at here (project):'); print(); print('  No compiler.'); exit(1)"
     with pytest.raises(RequestError, match=r"cmake failed: Error at here .*: No compiler. \("):
@@ -65,23 +64,18 @@ def test_one_build_at_a_time(tmp_path, capsys):
     )
 
 
-def test_another_archive_is_not_taken(tmp_path):
+def test_an_archive_is_downloaded_unless_it_is_there(archive, tmp_path):
+    asked = []
+
     def pip(*arguments: str) -> None:
-        pins = Path(arguments[arguments.index("-r") + 1]).read_text()
-        assert pins == f"llama-cpp-python=={port.RELEASE} --hash=sha256:{port.SHA256}\n"
-        (Path(arguments[-1]) / sources.ARCHIVE).write_bytes(b"something else")
+        asked.append(Path(arguments[arguments.index("-r") + 1]).read_text())
 
     (tmp_path / sources.ARCHIVE).write_bytes(b"cut off")
-    with pytest.raises(RequestError, match=port.SHA256):
+    with pytest.raises(RequestError, match=f"pip gave no {sources.ARCHIVE}"):
         sources.fetch(tmp_path, pip)
     assert [path.name for path in tmp_path.iterdir()] == [sources.ARCHIVE]
-
-
-def test_an_archive_that_is_there_is_not_downloaded_again(archive):
-    def pip(*arguments: str) -> None:
-        raise AssertionError(arguments)
-
-    assert sources.fetch(archive.parent, pip) == archive
+    assert asked == [f"llama-cpp-python=={port.RELEASE} --hash=sha256:{port.SHA256}\n"]
+    assert sources.fetch(archive.parent, pip) == archive and len(asked) == 1
 
 
 def test_a_later_port_rewrites_only_what_it_changes(archive, tmp_path, monkeypatch):
@@ -119,13 +113,9 @@ def test_the_wheel_holds_the_patched_library(archive):
     assert not any("common" in name for name in libraries)
 
 
+@needs_llama_cpp
 def test_the_installed_library_is_the_port():
-    try:
-        version("llama-cpp-python")
-    except PackageNotFoundError:
-        pytest.skip("llama-cpp-python is not installed: make llama")
-    found = port.installed()
-    assert found and found.is_current and found.runs_recurrentgemma, found
+    assert installed_version() == port.port_version()
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -1,4 +1,4 @@
-"""Stock tools of the patched tree do their work on our files: the demo model in f32."""
+"""llama.cpp's own tools, built from the patched tree, on the demo model in f32."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from tests.models import deepmind_logits, deepmind_model
 
 SAMPLE = Path(rgexport.validate.__file__).with_name("sample.txt").read_text("utf-8")
 TEXT = SAMPLE.partition("<start_of_turn>")[0].rstrip("\n")
-"""The tools take a typed turn token for text, as they should, where SentencePiece does not."""
+"""Without turn tokens, which the tools rightly read as text, and SentencePiece does not."""
 CHUNK = 512
 EXACT = "-fa", "off", "-ctk", "f32", "-ctv", "f32"
 """Attention and its cache in float32."""
@@ -73,7 +73,7 @@ def test_perplexity_is_deepminds(llama_tools, demo, text, deepmind_perplexity, o
     asked = "--no-escape", "-m", demo, "-f", text, "-c", CHUNK, "-b", CHUNK, "-ub", 64, "-t", 1
     printed = run_tool(llama_tools / "llama-perplexity", *asked, *options)
     found = {int(n): float(value) for n, value in re.findall(r"\[(\d+)\]([\d.]+),", printed)}
-    # The program may leave before its log has written the last of them.
+    # The program may exit before its log has written the last of them.
     assert len(found) >= len(deepmind_perplexity) - 1 > 1, printed
     for count, value in found.items():
         assert value == pytest.approx(deepmind_perplexity[count - 1], rel=tolerance)

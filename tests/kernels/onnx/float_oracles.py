@@ -1,4 +1,4 @@
-"""The ops on float32, in float64 and token by token: slow, and nothing of our own code."""
+"""The float32 ops in float64, token by token, without any of our code."""
 
 import numpy as np
 
@@ -46,8 +46,7 @@ def causal_conv1d(x, weight, bias, state) -> Arrays:
 def local_attention(q, k, v, past_key, past_value, position_ids, heads) -> Arrays:
     """Every query sees its own key and those of the `window` positions before.
 
-    The key of position p lies in slot p modulo window of the ring; slots without a position hold
-    anything.
+    The ring has the key of position p in slot p modulo window; other slots are undefined.
     """
     batch, tokens, dim = k.shape
     window = past_key.shape[1]
@@ -89,7 +88,7 @@ def rms_norm(x, weight, eps) -> Arrays:
 
 
 def soft_cap(x, cap) -> Arrays:
-    """Nothing is larger than the cap."""
+    """Limits values to the cap, by tanh."""
     return {"y": cap * np.tanh(x.astype(np.float64) / cap)}
 
 

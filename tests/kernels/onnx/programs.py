@@ -1,6 +1,6 @@
-"""What the tests of kernels compile: the library in several ways, and programs that call it.
+"""The libraries and programs that the tests of kernels compile.
 
-Each function fills a folder; `tests.built` keeps them.
+Each function returns a folder, which `tests.built` keeps.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""The library is built when the package is installed; where it cannot be, the rest is."""
+"""The library is built when the package is installed; without a compiler, the rest is installed."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ OF_A_WHEEL = [
     *sorted(PACKAGE.glob("*.py")),
     *sorted(library.FOLDER.glob("*.py")),
 ]
-"""What decides whether a wheel has a library that can be loaded."""
+"""The files that decide whether a wheel has a library that can be loaded."""
 
 
 def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""What library.py says of the built library, and what the environment makes of it."""
+"""The built library through library.py, and the variables that control it."""
 
 import os
 import re

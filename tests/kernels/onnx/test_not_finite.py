@@ -1,7 +1,7 @@
-"""What is no number, or infinite, comes out as the bodies of the functions give it.
+"""NaN and infinities: the kernels return what the bodies of the functions return.
 
-Of the products with rounded activations, the body's kernel (MatMulNBits at accuracy level 4) gives
-NaN for a row with something infinite, and launders NaN: there ours is what float arithmetic gives.
+For products with rounded activations, the body's kernel (MatMulNBits at accuracy level 4) returns
+NaN for a row with an infinity, but numbers for a row with NaN: there ours follow float arithmetic.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ BAD = [np.nan, -np.nan, np.inf, -np.inf]
 
 
 def class_of(y: np.ndarray) -> np.ndarray:
-    """0 for a number, and the infinities and NaN as themselves, in a form that can be compared."""
+    """0 for finite numbers, ±1 for infinities, 2 for NaN."""
     return np.where(np.isnan(y), 2.0, np.where(np.isinf(y), np.sign(y), 0.0))
 
 
@@ -45,7 +45,7 @@ BODIES = {
 
 
 def body_of(case: Case) -> Arrays:
-    """What the body of an op's function gives, made for the shapes of the case."""
+    """The result of the body of an op's function, made for the shapes of the case."""
     arrays = list(case.given.values())
     names = [f"input.{i}" for i in range(len(arrays))]
     numbers = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.int64): ir.DataType.INT64}
@@ -117,7 +117,7 @@ def test_every_matrix_of_several_sees_it(worker, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_numbers_without_an_inverse_are_small(worker, tokens):
-    """127 divided by them is infinite, and would have made any code of them."""
+    """127 divided by them is infinite, which would give wrong codes."""
     for size in (1e-45, 1e-40, 1e-38, 1e-36):
         x = np.full((1, tokens, 64), size, np.float32)
         found = worker.run(random_matrix(64, 40, 8, 32).case(x))["y"]
@@ -128,7 +128,7 @@ def test_numbers_without_an_inverse_are_small(worker, tokens):
 @pytest.mark.parametrize(("tokens", "start"), [(1, 0), (1, 40), (12, 0), (12, 40), (40, 25)])
 @pytest.mark.parametrize("name", ["q", "k", "v", "past_key", "past_value"])
 def test_attention(worker, name, tokens, start, bad):
-    """Also what a query does not see: minus infinity is added to its score, and 0 · NaN is NaN."""
+    """Masked keys count too: minus infinity is added to their scores, and 0 · NaN is NaN."""
     case = attention_case(2, tokens, 3, 8, 16, positions(2, tokens, start), False)
     for at in (0, case.inputs[name].shape[1] - 1):
         if start == 0 and name.startswith("past"):
@@ -141,7 +141,7 @@ def test_attention(worker, name, tokens, start, bad):
 
 
 def test_attention_to_infinite_keys(worker):
-    """An infinite key of an earlier step is of no account where a kernel saw it weigh nothing."""
+    """A kernel may skip an infinite key of an earlier step whose weight is 0."""
     case = attention_case(1, 3, 1, 4, 8, positions(1, 3, 30), False)
     case.inputs["past_key"][0, 2] = np.inf
     found, body = worker.run(case), body_of(case)
@@ -208,7 +208,7 @@ def test_no_token_leaves_the_states(worker, batch, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
 def test_attention_where_every_score_is_minus_infinity(worker, tokens):
-    """Nothing is weighed then: not even what a query does not see."""
+    """All scores of a query are minus infinity, those of masked keys too."""
     case = attention_case(1, tokens, 3, 1, 10, positions(1, tokens, 11), False)
     for name in ("k", "past_key"):
         case.inputs[name][:] = np.abs(case.inputs[name]) + 1
@@ -220,7 +220,7 @@ def test_attention_where_every_score_is_minus_infinity(worker, tokens):
 
 
 def test_scores_below_any_that_a_mask_has(worker):
-    """All keys of a query may weigh nothing next to one, and one is always seen."""
+    """Scores of visible keys may be lower than those of a mask."""
     case = attention_case(1, 5, 1, 4, 8, positions(1, 5, 30), False)
     case.inputs["q"][:] = 1e18
     for name in ("k", "past_key"):

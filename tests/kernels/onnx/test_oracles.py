@@ -1,4 +1,4 @@
-"""The oracles of the fuzzer agree with the library, and with no answer that is wrong."""
+"""The fuzzer's oracles accept the library's answers, and reject wrong ones."""
 
 import os
 import subprocess

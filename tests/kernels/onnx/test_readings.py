@@ -1,4 +1,4 @@
-"""The ways to read weights: all give the same bits, and the fastest one is found."""
+"""The ways to read weights: all give the same bits, and the fastest one is chosen."""
 
 import subprocess
 
@@ -21,11 +21,11 @@ LARGE: dict[str, Case] = {
     ),
     "RgLruScan": scan_case(1, 1, 4, 256, positions(1, 1, 7)),
 }
-"""Ops whose weights are so many that the ways take turns."""
+"""Ops with enough weights for the ways to be compared."""
 
 
 def different_results(serialized: bytes, fed: Arrays, runs: int) -> int:
-    """So many, of one session that runs so often."""
+    """How many different results a session gives in `runs` runs."""
     session = open_model(serialized)
     results = (session.run(None, fed) for _ in range(runs))
     return len({b"".join(array.tobytes() for array in result) for result in results})

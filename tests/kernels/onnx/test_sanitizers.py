@@ -1,6 +1,6 @@
 """All ops under the address, undefined-behaviour and thread sanitizers, on every set here.
 
-They run what is easily got wrong, and refuse what a broken model file may ask of them.
+They run difficult inputs, and refuse those that a broken model file may contain.
 """
 
 import os
@@ -26,7 +26,7 @@ def program(request) -> tuple[Path, Path]:
 
 
 def ran(program: tuple[Path, Path], instruction_set: str, *arguments: str) -> list[list[str]]:
-    """The words of each line that the program prints, which nothing may stop."""
+    """The words of each line that the program prints; it must not fail."""
     # GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
     more = {library.CPU: instruction_set, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
     command = [*program, *arguments]

@@ -1,4 +1,4 @@
-"""The port under llama.cpp's own interface: what programs do with it that our sessions do not."""
+"""The port under llama.cpp's own interface: uses that our sessions do not make of it."""
 
 import ctypes
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What llama.cpp computes at the sites against the step model, and how it names it."""
+"""llama.cpp's values at the sites against the step model, and its names for them."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _SHAPES = ["wide_lru", "not_by_32", "hawk", "attention_tail", "attention_only"]
 
 
 def _shown(config: GriffinConfig) -> set[str]:
-    """All sites but the GELUs and the choice of the last tokens: a canary for llama.cpp's names."""
+    """All sites but the GELUs and the last tokens: it fails if llama.cpp renames a tensor."""
     return {site for site in sites(config) if not site.endswith((".gelu", "last_tokens"))}
 
 
@@ -74,3 +74,19 @@ def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(
         patch.setattr(llama_cpp_observer, "read_floats", fail)
         observer.observe(tokens[:1], state)
     assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}
+
+
+@pytest.mark.parametrize(("contiguous", "size"), [(True, 12), (False, 24)])
+def test_other_types_and_gaps_are_refused(
+    contiguous: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {
+        "ggml_get_name": b"half",
+        "ggml_nelements": 6,
+        "ggml_nbytes": size,
+        "ggml_is_contiguous": contiguous,
+    }
+    fakes = {name: lambda tensor, value=value: value for name, value in found.items()}
+    monkeypatch.setattr(llama_cpp_observer, "_functions", lambda: fakes)
+    with pytest.raises(RequestError, match=f"half has 6 elements in {size} bytes; expected float"):
+        llama_cpp_observer.read_floats(1)

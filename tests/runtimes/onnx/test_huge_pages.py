@@ -1,16 +1,29 @@
+"""Memory in huge pages, and the thread that asks for them."""
+
+import gc
 import mmap
 import re
+import sys
 import threading
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
+from rgexport.export.onnx.model_file import ExternalTensor
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.onnx import huge_pages as module
+from rgexport.runtimes.onnx import mapped_weights
+from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice, huge_pages, zeros_together
+from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 
-SIZE = 64 << 20
+SIZE, PIECE = 64 << 20, 16 << 20
+LONG = [(0, 1000 * PIECE)]
 SHAPES = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
 
 needs_huge_pages = pytest.mark.skipif(
@@ -24,30 +37,16 @@ def _huge_bytes() -> int:
     return 1024 * int(re.search(r"AnonHugePages:\s+(\d+)", rollup)[1])
 
 
-def _join(before: set[threading.Thread]) -> None:
-    """Waits for the threads that a block has started."""
-    for thread in set(threading.enumerate()) - before:
-        thread.join(20)
-
-
-def test_contents_stay() -> None:
-    threads = set(threading.enumerate())
-    with huge_pages():
-        array = np.random.default_rng(0).integers(0, 2**63, SIZE // 8)
-    expected = array.copy()
-    _join(threads)
-    np.testing.assert_array_equal(array, expected)
-
-
 @needs_huge_pages
 def test_memory_of_the_block_is_collapsed() -> None:
     before, threads = _huge_bytes(), set(threading.enumerate())
     with huge_pages():
         region = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.write(b"x" * SIZE)
-    _join(threads)
+        region.write(b"xyz" * (SIZE // 3))
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(20)
     gained = _huge_bytes() - before
-    assert region[:: SIZE // 7] == b"x" * 8
+    assert region[: SIZE // 3 * 3] == b"xyz" * (SIZE // 3)
     if gained == 0:
         pytest.skip("this kernel refuses to collapse")
     assert gained >= SIZE // 2
@@ -76,3 +75,102 @@ def test_arrays_together_are_in_huge_pages() -> None:
     if gained == 0:
         pytest.skip("this kernel gives no huge pages")
     assert gained >= SIZE // 2
+
+
+class Slow:
+    """Advice that takes until it is released; counts what was given."""
+
+    def __init__(self) -> None:
+        self.begun, self.release, self.given = threading.Event(), threading.Event(), 0
+
+    def __call__(self, start: int, end: int) -> None:
+        self.given += 1
+        self.begun.set()
+        assert self.release.wait(20)
+
+
+def test_pieces_are_all_of_the_memory() -> None:
+    given: list[tuple[int, int]] = []
+    advice = BackgroundAdvice()
+    advice.start([(5, PIECE + 7), (100, 100)], lambda start, end: given.append((start, end)))
+    assert advice._thread
+    advice._thread.join()
+    advice.stop()
+    assert given == [(5, PIECE + 5), (PIECE + 5, PIECE + 7)]
+
+
+def test_stop_waits_for_no_more_than_a_piece() -> None:
+    slow, advice = Slow(), BackgroundAdvice()
+    advice.start(LONG, slow)
+    assert slow.begun.wait(20)
+    stopping = threading.Thread(target=advice.stop)
+    stopping.start()
+    assert stopping.is_alive() and slow.given == 1
+    while not advice._stopped.is_set():
+        pass
+    slow.release.set()
+    stopping.join(20)
+    assert not stopping.is_alive() and slow.given == 1
+    advice.stop()  # again
+
+
+def test_maps_live_as_long_as_advice_is_given_about_them(tmp_path, monkeypatch):
+    """Also when the weights were dropped without `close`."""
+    (tmp_path / "weights").write_bytes(bytes(8 << 20))
+    slow = Slow()
+    monkeypatch.setattr(mapped_weights, "_populate", slow)
+    weights = MappedWeights(tmp_path, [ExternalTensor("t", 2, (8 << 20,), "weights", 0)])
+    maps = weakref.ref(next(iter(weights._files.values())))
+    weights.make_resident()
+    assert slow.begun.wait(20)
+    del weights
+    gc.collect()
+    assert isinstance(maps(), mmap.mmap)
+    slow.release.set()
+    for thread in _advising():
+        thread.join(20)
+    assert maps() is None
+
+
+def _advising() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.endswith("(_give_all)")]
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_a_session_ends_its_threads(demo_artifact, monkeypatch, close):
+    slow = Slow()
+    monkeypatch.setattr(mapped_weights, "_populate", slow)
+    monkeypatch.setattr(module, "_collapse", slow)
+    monkeypatch.setattr(module, "_whole_pages", lambda found: iter(LONG))
+    session = open_session(open_artifact(demo_artifact))
+    slow.release.set()
+    if close:
+        session.close()
+    else:
+        del session
+        gc.collect()
+    assert _advising() == []
+
+
+def _no_library(name: object) -> object:
+    raise TypeError("bad argument type for built-in operation")  # as on Windows
+
+
+@pytest.mark.parametrize(
+    ("system", "ctypes"),
+    [
+        ("darwin", None),
+        ("linux", SimpleNamespace(CDLL=_no_library)),
+        ("linux", SimpleNamespace(CDLL=lambda name: object())),
+    ],
+    ids=["another system", "no C library", "not in the C library"],
+)
+def test_where_no_advice_is_taken(monkeypatch, system, ctypes):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(module, "ctypes", ctypes)
+    assert not module.advise(0, mmap.PAGESIZE, 14)
+
+
+def test_where_mappings_are_not_listed(monkeypatch):
+    monkeypatch.setattr(module, "_MAPS", Path("/nowhere"))
+    assert module._large_mappings() == set()

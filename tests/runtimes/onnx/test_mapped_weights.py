@@ -1,4 +1,4 @@
-"""Weights are mapped once, where they lie, and become resident."""
+"""Weights are mapped once, and become resident."""
 
 import mmap
 import re

@@ -1,4 +1,4 @@
-"""What ONNX Runtime computes at the sites against the step model."""
+"""ONNX Runtime's values at the sites against the step model."""
 
 import sys
 from pathlib import Path
@@ -53,13 +53,13 @@ def test_rounded_values_say_their_dtype(precision: str, halves: bool, tmp_path: 
     session.set_state(state)
     session.prefill(tokens[None, :1])
     for name, array in session.get_state().items():
-        # Ops that nobody looks between are one: without roundings to float16 between them, or with
-        # other last bits of float32, by which an activation may be rounded to another int8 number.
+        # A session fuses ops that an observer cannot: without roundings to float16 between them, or
+        # with other last bits of float32, which may round an activation to another int8 number.
         assert distance(found.state[name], array) <= 1e-2
 
 
 def test_the_weights_are_read_where_they_lie(tmp_path: Path) -> None:
-    """What is loaded is the graph alone: without the file of weights it is nothing."""
+    """Only the graph is loaded: without the file of weights it cannot be opened."""
     artifact, _ = export_random(ODD_CONFIGS["regular"], tmp_path)
     graph, names = observed_graph(artifact.file(MODEL_FILE), sites(artifact.manifest.config))
     assert len(names) > 40 and len(graph) < artifact.file(DATA_FILE).stat().st_size / 2

@@ -47,7 +47,7 @@ def test_equals_deepmind(name: str, profile: str, precision: str, tmp_path: Path
 
 @pytest.mark.parametrize("profile", ["wasm", "webgpu"])
 def test_position_zero_forgets_the_state(profile: str, tmp_path: Path) -> None:
-    """The recurrent state, whatever it is: the decay is 0 there, and not its logarithm small."""
+    """Any recurrent state: the decay is exactly 0 there, not only small."""
     config = ODD_CONFIGS["hawk"]
     artifact, _ = export_random(config, tmp_path, "int8", profile=profile)
     tokens = random_tokens(config, 1, 9)

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions against DeepMind's implementation and against the twin."""
+"""ONNX Runtime sessions against DeepMind's implementation and the dequantized reference."""
 
 import itertools
 import subprocess
@@ -26,7 +26,7 @@ from tests.models import (
 from tests.runtimes.deepmind_step import deepmind_step
 from tests.sessions import check_refusals, distance, ragged, random_tokens
 
-FP32, FP16, TWIN, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
+FP32, FP16, EXACT, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
 """Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
 differ in the last float32 bit, which may be rounded to different int8 numbers."""
 
@@ -62,7 +62,7 @@ def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["narrow_lru", "not_by_32", "not_by_128"])
-def test_exact_artifact_equals_its_twin(
+def test_exact_artifact_equals_its_dequantized_reference(
     name: str, precision: str, symmetric: bool, block: int, tmp_path: Path
 ) -> None:
     config = ODD_CONFIGS[name]
@@ -70,11 +70,11 @@ def test_exact_artifact_equals_its_twin(
         config, tmp_path, precision, symmetric=symmetric, block_size=block, exact=True
     )
     tokens = random_tokens(config, 2, 2 * config.window + 5)
-    twin = Reference(config, artifact.weights)
-    hidden, state = twin.run(tokens)
+    dequantized = Reference(config, artifact.weights)
+    hidden, state = dequantized.run(tokens)
     session = OrtSession(artifact)
     session.reset(2)
-    assert distance(ragged(session, tokens, [9, 1]), twin.logits(hidden)) <= TWIN
+    assert distance(ragged(session, tokens, [9, 1]), dequantized.logits(hidden)) <= EXACT
     for name, array in session.get_state().items():
         np.testing.assert_allclose(array, state[name], rtol=1e-3, atol=1e-4)
 
@@ -181,7 +181,7 @@ import numpy as np
 from pathlib import Path
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import PREFILL_CHUNK, OrtSession
-from rgexport.runtimes.bench.process_memory import rss_bytes
+from rgexport.runtimes.memory import rss_bytes
 session = OrtSession(open_artifact(Path(sys.argv[1])))
 for chunks in (1, 1, 3):
     session.prefill(np.ones((1, chunks * PREFILL_CHUNK), np.int64))

@@ -1,4 +1,4 @@
-"""The same files in stock onnxruntime-web, with nothing registered and nothing converted.
+"""The same files in stock onnxruntime-web, without our kernels and without conversion.
 
 In Node with WASM, and in headless Chromium with WASM and with WebGPU, in software.
 """
@@ -31,7 +31,7 @@ WEB = Path(__file__).parents[2] / "web"
 SHARE = 1e-3
 """Largest |Δlogit| allowed, as a share of the largest |logit|."""
 ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
-"""What of a WebGPU graph ONNX Runtime computes elsewhere, since it is about shapes and int64."""
+"""The ops of a WebGPU graph that ONNX Runtime runs on the CPU, as they handle shapes and int64."""
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def test_demo_in_chromium(browser: None, profile: str, tmp_path: Path) -> None:
 
 
 def test_a_graphics_card_computes_all_but_shapes(browser: None, tmp_path: Path) -> None:
-    """ONNX Runtime tells where it places each node."""
+    """By ONNX Runtime's log of where it places each node."""
     artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4", profile="webgpu")
     found = run_page(artifact.path, {"provider": "webgpu", "chunks": [], "verbose": True})
     assert "error" not in found, found["error"]
@@ -153,7 +153,7 @@ def test_a_graphics_card_computes_all_but_shapes(browser: None, tmp_path: Path) 
 
 
 def test_the_example_in_the_documentation(browser: None, tmp_path: Path) -> None:
-    """The page itself, after somebody has clicked; it says the likeliest tokens."""
+    """The page itself, after a click: it shows the most likely tokens."""
     artifact = _demo("wasm", tmp_path)
     page = (DOCS / "index.html").read_text()
     page = page.replace('"./node_modules/onnxruntime-web/dist/', '"/ort/').replace('"./', '"/web/')

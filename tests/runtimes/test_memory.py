@@ -1,3 +1,5 @@
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +41,10 @@ def test_giving_back_leaves_what_is_in_use() -> None:
     memory.give_back()
     assert psutil.Process().memory_info().rss <= before
     assert kept.sum() == (1 << 20) * ((1 << 20) - 1) // 2
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes(system: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    monkeypatch.setattr(sys, "platform", system)
+    assert memory.peak_bytes(usage) == unit * usage.ru_maxrss > 0

@@ -1,0 +1,69 @@
+"""`generate` and `chat` on each kind of artifact, through the command line."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from rgexport.cli import run
+from tests.artifacts import export_random_gguf
+from tests.command_line import rgexport
+from tests.llama_tools import needs_llama_cpp
+from tests.models import ODD_CONFIGS
+
+PROMPT = "It is a truth universally acknowledged, that"
+BLOCK = """
+import sys
+for name in ("torch", "onnx", "onnx_ir", "jax", "safetensors", "recurrentgemma"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+"""
+EXPORTS = {
+    "onnx": ["onnx", "--precision", "fp32"],
+    "gguf": ["gguf", "--type", "f32"],
+    "coreml": ["coreml", "--precision", "fp32", "--prefill-length", "4"],
+}
+KINDS = [
+    pytest.param("gguf", marks=needs_llama_cpp),
+    pytest.param("coreml", marks=pytest.mark.skipif(not find_spec("coremltools"), reason="none")),
+]
+
+
+def export(kind: str, folder: Path) -> Path:
+    target = folder / ("demo.gguf" if kind == "gguf" else kind)
+    assert run([*EXPORTS[kind], "--size", "demo", "--no-check", "-o", str(target)]) == 0
+    return target
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in float32, in each format that is not ONNX."""
+    return export(request.param, tmp_path_factory.mktemp("demo"))
+
+
+def test_it_says_what_the_onnx_model_says(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for path in (artifact, export("onnx", tmp_path)):
+        capsys.readouterr()
+        assert run(["generate", str(path), "-p", PROMPT, "-n", "40", "--threads", "1"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert len(said[0]) > 60
+
+
+def test_chat_needs_no_torch(artifact: Path, tmp_path: Path) -> None:
+    asked = ["chat", artifact, "-n", "8", "--threads", "1"]
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK, text="Hello!\n<end_of_turn>\n")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 2
+
+
+@needs_llama_cpp
+def test_ids_without_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    assert run(["generate", str(artifact.path), "--ids", "3,4,5", "-n", "4"]) == 0
+    assert len(capsys.readouterr().out.split()) == 4
+    assert run(["generate", str(artifact.path), "-p", PROMPT]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error")]
+    assert "has no vocabulary" in line
