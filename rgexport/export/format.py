@@ -33,7 +33,6 @@ class CardText:
 class Format:
     """What all formats have."""
 
-    manifest: type[Manifest] = Manifest
     precisions: Collection[str] = ()
     """Words for how weights are stored."""
     runs_on: str = ""
@@ -61,6 +60,7 @@ class FileFormat(Format, ABC):
 class FolderFormat(Format, ABC):
     """A format whose artifacts are folders with an `rgexport.json`."""
 
+    manifest: type[Manifest] = Manifest
     entries: Collection[str] = ()
     """Files or folders of an artifact that may be given in its place."""
 

@@ -14,12 +14,12 @@ from rgexport.export.manifest import (
     Manifest,
     StoredTensor,
 )
-from rgexport.export.typed_json import Mismatch, Reader, label
+from rgexport.export.typed_json import Mismatch, label, read
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
+from rgexport.quantize.scheme import Affine, Ggml, Palette
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -42,7 +42,7 @@ def read_manifest(folder: Path) -> Manifest:
             + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
         )
     try:
-        manifest = Reader({Scheme: scheme_from_dict}).read(form.manifest, fields)
+        manifest = read(form.manifest, fields)
         _check(manifest, form)
     except (Mismatch, RequestError) as error:
         raise RequestError(f"{path} is damaged: {error}") from None

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from gguf import GGUFValueType as Kind
 
-from rgexport.export.checked import NOT_ASKED_FOR, SelfCheck
+from rgexport.export.checked import SelfCheck
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.mark import mark_text, write_mark
 from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
@@ -24,17 +23,12 @@ from rgexport.quantize.gguf_header import is_gguf, read_header
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
 _HEADER_BYTES = 32 << 20
-"""Upper bound of what stands before the data: a vocabulary of 256k takes 7 MB."""
+"""Upper bound of what precedes the data: a vocabulary of 256k takes 7 MB."""
 
 
 def default_target(model: str, file_type: str) -> Path:
-    """Where a file goes without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
+    """The file that is written without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
     return Path(f"{model}-{file_type.upper()}.gguf")
-
-
-def replaceable(file: Path) -> bool:
-    """Whether `--force` may replace `file`: another GGUF file, nothing else."""
-    return is_gguf(file)
 
 
 def export_gguf(
@@ -55,11 +49,11 @@ def export_gguf(
             cannot be written, too little disk, an option that does not fit, or no ggml to
             quantize with.
     """
-    check_file_target(target, force=force, replaceable=replaceable)
+    check_file_target(target, force=force, replaceable=is_gguf)
     choice = options.choose(checkpoint.config)
     _announce(choice)
     if any(TYPES[kind].is_quantized for kind in choice.types.values()):
-        load_library()  # or nothing is begun
+        load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
@@ -69,20 +63,20 @@ def export_gguf(
 
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(choice)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-    with replace_file(target, force=force, replaceable=replaceable) as partial:
+    with replace_file(target, force=force, replaceable=is_gguf) as partial:
         with task("Writing the weights", total) as advance:
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
         start = integrity.data_start(read_header(partial))
         if check is not None:
             with trusted_within({partial: digest}, {}, start=start), group("Self-check"):
                 found = check(partial)
-            write_mark(partial, found)
+            integrity.write_check(partial, found)
     remember({target: digest}, start=start)
     return target
 
 
 def _announce(choice: Choice) -> None:
-    """Tells of tensors whose rows are no whole number of blocks."""
+    """Says which tensors get another type because their rows are no whole number of blocks."""
     wanted = choice.file_type.default
     fallen = [
         tensor.name
@@ -97,12 +91,11 @@ def _announce(choice: Choice) -> None:
 
 
 def _values_of_types(choice: Choice) -> Iterator[Value]:
-    """What differs from type to type, as llama-quantize appends it: last."""
+    """The values that depend on the types: last, where llama-quantize appends them."""
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
-    for key, digest in integrity.placeholders(types).items():
-        yield Value(key, digest, Kind.STRING)
-    yield Value(integrity.CHECK, mark_text(NOT_ASKED_FOR), Kind.STRING)
+    for key, text in integrity.placeholders(types).items():
+        yield Value(key, text, Kind.STRING)
     yield Value("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
     yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
-    for key, told in (choice.imatrix.metadata() if choice.imatrix else {}).items():
-        yield Value(key, told, Kind.STRING if isinstance(told, str) else Kind.UINT32)
+    for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
+        yield Value(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)

@@ -1,7 +1,4 @@
-"""Writes a GGUF file as a stream: the header, then every tensor slab by slab.
-
-The header is gguf-py's; it is told of the tensors without ever seeing one.
-"""
+"""Writes a GGUF file as a stream: the header with gguf-py, then every tensor slab by slab."""
 
 import hashlib
 import math
@@ -17,7 +14,7 @@ from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import Value
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice
-from rgexport.export.storage import SLAB_BYTES, in_order
+from rgexport.export.storage import SLAB_BYTES, aligned, in_order
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
 from rgexport.quantize.algorithms import Statistics, encode
@@ -28,17 +25,13 @@ from rgexport.quantize.scheme import Ggml
 
 def data_bytes(choice: Choice) -> int:
     """Bytes of the tensors' data in the file, padding included."""
-    sizes = [_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors]
-    return sum(size + _padding(size) for size in sizes)
+    sizes = (_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors)
+    return sum(aligned(size, ALIGNMENT) for size in sizes)
 
 
 def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
     *lead, columns = tensor.shape
     return math.prod(lead) * TYPES[kind].row_bytes(columns)
-
-
-def _padding(size: int) -> int:
-    return -size % ALIGNMENT
 
 
 def write_file(
@@ -48,16 +41,14 @@ def write_file(
     weights: WeightSource,
     advance: Advance = lambda done: None,
 ) -> str:
-    """Writes the file and has it on the disk when it returns; gives the hash of the data.
-
-    Memory is bounded by a few slabs of a MB, whatever the model's size.
+    """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data.
 
     Args:
-        path: the file; one that is there is overwritten.
+        path: overwritten if it exists.
         values: all metadata, with the hashes of `integrity.placeholders`.
-        choice: what is written, and how.
+        choice: the tensors and their types.
         weights: by canonical name.
-        advance: is told of the source bytes that are done.
+        advance: called with the number of source bytes done.
 
     Raises:
         RequestError: a weight that its type cannot hold, or no ggml to quantize with.
@@ -67,7 +58,7 @@ def write_file(
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
-        file.write(bytes(_padding(file.tell())))
+        file.write(bytes(-file.tell() % ALIGNMENT))
         for stored, source_bytes in in_order(_jobs(choice, weights)):
             file.write(stored)
             digest.update(stored)
@@ -85,7 +76,7 @@ def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
         writer.add_tensor_info(
             tensor.name,
             tensor.shape,
-            np.dtype(np.float32),  # `raw_dtype` is what counts
+            np.dtype(np.float32),  # ignored: there is a `raw_dtype`
             _tensor_bytes(tensor, kind),
             raw_dtype=GGMLQuantizationType(TYPES[kind].value),
         )
@@ -104,22 +95,14 @@ def _add(writer: GGUFWriter, value: Value) -> None:
         writer.add_key_value(value.key, value.value, value.kind)
 
 
-_Job = Callable[[], tuple[bytes, int]]
-
-
-def _jobs(choice: Choice, weights: WeightSource) -> Iterator[_Job]:
-    """What makes the data, in order; each job gives its bytes and how many it read."""
+def _jobs(choice: Choice, weights: WeightSource) -> Iterator[Callable[[], tuple[bytes, int]]]:
+    """Jobs that make the slabs of the data, in order; see `_encode`."""
     for tensor in choice.tensors:
         kind, source = choice.types[tensor.name], weights[tensor.canonical]
         importance = choice.importances.get(tensor.name)
         statistics = None if importance is None else Statistics(importance)
         for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
             yield partial(_encode, tensor, source, start, stop, kind, statistics)
-        yield partial(_pad, _tensor_bytes(tensor, kind))
-
-
-def _pad(size: int) -> tuple[bytes, int]:
-    return bytes(_padding(size)), 0
 
 
 def _encode(
@@ -130,8 +113,10 @@ def _encode(
     kind: str,
     statistics: Statistics | None,
 ) -> tuple[bytes, int]:
+    """Rows as stored, with the padding after the last one; and how many bytes were read."""
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
-    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"]
-    return stored.tobytes(), rows.nbytes
+    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"].tobytes()
+    last = stop == source.shape[0]
+    return stored + bytes(-_tensor_bytes(tensor, kind) % ALIGNMENT * last), rows.nbytes

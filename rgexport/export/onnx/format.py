@@ -5,8 +5,7 @@ from pathlib import Path
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import OnnxArtifact
-from rgexport.export.onnx.layouts import part_layouts
+from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 

@@ -8,9 +8,8 @@ import onnx_ir as ir
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.onnx.artifact import DATA_FILE
+from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
-from rgexport.export.onnx.layouts import part_layouts
 from rgexport.export.storage import Places, aligned, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.affine import Parts

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from rgexport.cli import run
 from rgexport.commands import options as cli_options
 from rgexport.export.onnx import native
-from rgexport.export.onnx.native import NativeOps, native_ops, own_ops
+from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.kernels.onnx import library as build
 from rgexport.kernels.onnx.library import Kernels
 
@@ -42,16 +42,17 @@ STANDARD = (("", "Add"), ("com.microsoft", "MatMulNBits"), ("ai.rgexport.other",
 
 def test_ops_of_our_domain_are_counted():
     linear = ("ai.rgexport", "QuantLinear")
-    assert own_ops(model(linear, *STANDARD, OURS, OURS)) == {"QuantLinear": 1, "RgLruScan": 2}
-    assert own_ops(model(*STANDARD)) == {}
+    found = native_ops(model(linear, *STANDARD, OURS, OURS))
+    assert found.ops == {"QuantLinear": 1, "RgLruScan": 2}
+    assert native_ops(model(*STANDARD)).ops == {}
 
 
 def test_damaged_files_raise_nothing():
     whole = model(OURS, *STANDARD, OURS)
     for end in range(0, len(whole), 7):
-        assert sum(own_ops(whole[:end]).values()) <= 2
+        assert sum(native_ops(whole[:end]).ops.values()) <= 2
     for at in range(0, len(whole), 11):
-        own_ops(whole[:at] + b"\xff" + whole[at + 1 :])
+        native_ops(whole[:at] + b"\xff" + whole[at + 1 :])
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_reading_takes_no_onnx(demo_artifact):
 import sys
 sys.modules["onnx"] = sys.modules["onnx_ir"] = None
 from pathlib import Path
-from rgexport.export.onnx.native import own_ops
-print(own_ops(Path({str(demo_artifact)!r}, "model.onnx").read_bytes())["RgLruScan"])
+from rgexport.export.onnx.native import native_ops
+print(native_ops(Path({str(demo_artifact)!r}, "model.onnx")).ops["RgLruScan"])
 """
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
     assert int(shown) > 0

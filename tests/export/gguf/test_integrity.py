@@ -14,7 +14,6 @@ from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import open_gguf
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.mark import WIDTH, mark_text, write_mark
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
@@ -53,7 +52,7 @@ def test_nothing_else_depends_on_it(checked, tmp_path):
     plain = tmp_path / "plain.gguf"
     export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(type="f16"), plain)
     assert open_gguf(plain).manifest.check == NOT_ASKED_FOR
-    write_mark(plain, FOUND)
+    integrity.write_check(plain, FOUND)
     assert plain.read_bytes() == checked.read_bytes()
 
 
@@ -92,8 +91,11 @@ def test_a_check_that_raises_leaves_what_was(checked, tmp_path):
 @pytest.mark.parametrize("length", [0, 1, 300, 5000])
 def test_any_reason_fits(letter, length, checked):
     record = skipped(letter * length)
-    assert len(mark_text(record)) == WIDTH and mark_text(record).isascii()
-    write_mark(checked, record)
+    assert (
+        len(integrity.check_text(record)) == integrity.CHECK_WIDTH
+        and integrity.check_text(record).isascii()
+    )
+    integrity.write_check(checked, record)
     found = open_gguf(checked).manifest.check
     shown = found.reason.removesuffix("...")
     assert record.reason.startswith(shown) and len(shown) >= min(length, 40)
@@ -102,7 +104,7 @@ def test_any_reason_fits(letter, length, checked):
 
 def test_a_file_without_one_was_not_checked(checked, monkeypatch):
     monkeypatch.setattr(integrity, "CHECK", "rgexport.no_such_key")
-    monkeypatch.setattr(integrity, "_OTHERS", {*integrity._OTHERS, "rgexport.check"})
+    monkeypatch.setattr(integrity, "_NOT_HASHED", {*integrity._NOT_HASHED, "rgexport.check"})
     assert open_gguf(checked).manifest.check == NOT_ASKED_FOR
 
 
@@ -112,8 +114,8 @@ def test_a_file_without_one_was_not_checked(checked, monkeypatch):
 def test_a_mark_that_cannot_be_read(text, checked):
     _, stop = read_header(checked).spans[integrity.CHECK]
     with checked.open("r+b") as file:
-        file.seek(stop - WIDTH)
-        file.write(text.ljust(WIDTH).encode())
+        file.seek(stop - integrity.CHECK_WIDTH)
+        file.write(text.ljust(integrity.CHECK_WIDTH).encode())
     with pytest.raises(RequestError, match=r"is damaged: .*rgexport\.check"):
         open_gguf(checked)
 
@@ -136,6 +138,6 @@ def test_what_llama_quantize_copies(kind, counts, checked, tmp_path, llama_tools
     require_ggml()
     theirs = tmp_path / "theirs.gguf"
     run_tool(llama_tools / "llama-quantize", checked, theirs, kind)
-    assert mark_text(FOUND) == read_header(theirs).values[integrity.CHECK]
+    assert integrity.check_text(FOUND) == read_header(theirs).values[integrity.CHECK]
     found = open_gguf(theirs).manifest.check
     assert found == (FOUND if counts else skipped("another tool stored its tensors anew"))
