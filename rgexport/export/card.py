@@ -19,7 +19,7 @@ _TEMPLATE = """\
 
 {what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
 are computed as {compute}; norms, the RG-LRU with its gates and its state, and the {float32} are
-float32 always.
+always float32.
 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|
@@ -63,7 +63,7 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 
 @dataclass(frozen=True)
 class Share:
-    """The tensors of one role that are stored in one way."""
+    """The tensors of one role that are stored by one scheme."""
 
     role: str
     scheme: str
@@ -73,7 +73,7 @@ class Share:
 
 
 def shares(manifest: Manifest) -> Iterator[Share]:
-    """What each role and scheme takes, in the order of the model."""
+    """The shares of each role and scheme, in the order of the model."""
     specs = model_tensors(manifest.config)
     groups: dict[tuple[str, str], list[str]] = {}
     for name, spec in specs.items():
@@ -85,7 +85,7 @@ def shares(manifest: Manifest) -> Iterator[Share]:
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Writes the card into the artifact's folder."""
+    """Writes the card to the artifact's folder."""
     (folder / CARD).write_text(card(manifest), "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The key-value pairs of a GGUF file, all but those that depend on its type and its bytes."""
+"""The metadata of a GGUF file, except the values that depend on its type and its data."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ from rgexport.griffin.layout import model_tensors
 
 MANIFEST_KEY = "rgexport.manifest"
 CONTEXT_LENGTH = 1 << 20
-"""A state of fixed size knows no longest text; llama.cpp's converter gives Mamba as much."""
+"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """One key-value pair; the kind is of the items where `value` is a list."""
+    """One key-value pair; where `value` is a list, `kind` is that of its items."""
 
     key: str
     value: Any
@@ -40,7 +40,7 @@ class Value:
 def metadata(
     checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
 ) -> list[Value]:
-    """All pairs, in the file's order; they are the same for every type of the file."""
+    """All pairs, in the file's order; they do not depend on the file's type."""
     return [
         *_general(checkpoint),
         *_architecture(checkpoint.config),
@@ -66,7 +66,7 @@ def _general(checkpoint: Checkpoint) -> Iterator[Value]:
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Licence and source."""
+    """Licence and source, as far as they are known."""
     origin = origin_of(checkpoint)
     page = f"https://huggingface.co/{origin.hub_id}"
     source: dict[str, str | None] = (
@@ -147,7 +147,7 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
 
 
 def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
-    """The checkpoint's own, or Gemma's for a model that was tuned for it but came without."""
+    """The checkpoint's template, or Gemma's for an instruction-tuned model without one."""
     if found := read_chat_template(folder_of(checkpoint)):
         return found[0]
     has_turns = vocabulary.end_of_turn_id is not None

@@ -33,7 +33,7 @@ zeros at first; its outputs are `logits` and the new states. On a desktop:
 
 
 class OnnxFormat(FolderFormat):
-    """A graph with its weights in files beside it."""
+    """A graph, with its weights in files beside it."""
 
     precisions = PRECISIONS
 

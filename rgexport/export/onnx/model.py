@@ -1,6 +1,5 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
-from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
@@ -8,7 +7,6 @@ from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
 from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
-from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
@@ -29,12 +27,12 @@ _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "key": ("key", "ring"),
     "value": ("value", "ring"),
 }
-"""Canonical state → its name in Hugging Face's and onnxruntime-genai's hybrid models, and how the
-graph stores it."""
+"""Canonical state → its name in the hybrid models of Hugging Face and onnxruntime-genai, and its
+layout in the graph."""
 
 
 def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    """The states of a program with the names that carry them in and out of the graph."""
+    """The states of a program with the names of their inputs and outputs in the graph."""
     records = []
     for name, (value, _) in program.states.items():
         _, layer, kind = name.split(".")
@@ -62,7 +60,7 @@ def io_record(program: StepProgram) -> IoRecord:
 def build_model(
     program: StepProgram, storage: Storage, profile: LoweringProfile, *, exact: bool
 ) -> ir.Model:
-    """The model for a profile; its initializers point into the files that `storage` lays out."""
+    """The model for a profile; its initializers point into the files of `storage`."""
     level = _EXACT if exact else profile.accuracy_level
     emitter = Emitter(storage.tensors, level, native=profile.functions)
     states = list(zip(state_records(program), program.states.values(), strict=True))
@@ -109,7 +107,7 @@ def build_model(
 
 
 def _inline(model: ir.Model) -> None:
-    """Puts the bodies of our functions where they are called; results keep their names."""
+    """Inlines our functions; the names of the graph's outputs stay."""
     names = [value.name for value in model.graph.outputs]
     InlinePass()(model)
     for value, name in zip(model.graph.outputs, names, strict=True):
@@ -118,19 +116,15 @@ def _inline(model: ir.Model) -> None:
     del model.graph.opset_imports[DOMAIN]
 
 
-def save_model(model: ir.Model, folder: Path) -> None:
-    """Writes the graph; the weights are in the data file."""
-    ir.save(model, folder / MODEL_FILE)
-
-
 def _input(value: Value, name: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
 
 
 def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> None:
-    """Runtimes write a state into the buffer that it was read from: all readers must come first.
+    """Asserts that all readers of an old state run before the node that writes the new one.
 
-    So each reader is the node that writes, or one that the writing node waits for.
+    Runtimes write a state into the buffer that it was read from. So each reader must be the writing
+    node, or one whose results it needs.
     """
     for before, after in states:
         writer = after.producer()
@@ -140,7 +134,7 @@ def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> Non
 
 
 def _ancestors(node: ir.Node | None) -> set[ir.Node]:
-    """The node and all that it waits for."""
+    """The node and all nodes whose results it needs."""
     found: set[ir.Node] = set()
     waiting = [node]
     while waiting:
