@@ -1,7 +1,6 @@
 """An opened artifact: its files checked, its weights dequantized."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.storage import aligned
-from rgexport.export.verified import hash_files, hash_new_files, remember, trusted_within
+from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize import affine
@@ -126,16 +125,8 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 
 
 def remember_verified(folder: Path, manifest: Manifest) -> None:
-    """Saves the first opening of an artifact from hashing what the exporter has just hashed."""
-    remember(*_hashes(folder, manifest))
-
-
-def known_artifact(folder: Path, manifest: Manifest) -> AbstractContextManager[None]:
-    """As `remember_verified`, only while a block runs, for an artifact not yet in its place."""
-    return trusted_within(*_hashes(folder, manifest))
-
-
-def _hashes(folder: Path, manifest: Manifest) -> tuple[dict[Path, str], dict[Path, str]]:
-    """Path → hash of the file, and path → hash of its content, where the manifest has one."""
-    files = {folder / name: record.sha256 for name, record in manifest.files.items()}
-    return files, {folder / name: digest for name, digest in manifest.content_hashes.items()}
+    """Saves the next opening of an artifact from hashing what the exporter has just hashed."""
+    remember(
+        {folder / name: record.sha256 for name, record in manifest.files.items()},
+        {folder / name: digest for name, digest in manifest.content_hashes.items()},
+    )

@@ -7,9 +7,9 @@ less before each command, and nothing is read from the disk.
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rgexport import progress
@@ -23,8 +23,6 @@ _MAX_ENTRIES = 2048
 _Key = tuple[int, int, int]
 """The state of a file: size, mtime and ctime in ns."""
 _Entries = dict[str, tuple[_Key, str]]
-_temporary: _Entries = {}
-"""Entries that `trusted_within` adds while its block runs."""
 
 
 def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
@@ -41,7 +39,7 @@ def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     """As `hash_files`, but reads only files that are not in the cache in their present state."""
     keys = {path: _key(path) for path in paths}
-    known, names = _load() | _temporary, {path: _name(path, start) for path in keys}
+    known, names = _load(), {path: _name(path, start) for path in keys}
     hashes = {
         path: known[name][1]
         for path, name in names.items()
@@ -65,22 +63,10 @@ def remember(
         contents: file → a hash of what was found to be right in it, see `mark_sound`.
         start: see above.
     """
-    _add(_entries(hashes, contents or {}, start))
-
-
-@contextmanager
-def trusted_within(
-    hashes: Mapping[Path, str], contents: Mapping[Path, str] | None = None, *, start: int = 0
-) -> Iterator[None]:
-    """As `remember`, in this process and only while the block runs, by one thread at a time.
-
-    For files that are complete but not yet in their place.
-    """
-    _temporary.update(_entries(hashes, contents or {}, start))
-    try:
-        yield
-    finally:
-        _temporary.clear()
+    entries = {_name(path, start): (_key(path), digest) for path, digest in hashes.items()}
+    for path, digest in (contents or {}).items():
+        entries[_content_name(path)] = _key(path), digest
+    _add(entries)
 
 
 def mark_sound(path: Path, content_hash: str) -> None:
@@ -90,12 +76,7 @@ def mark_sound(path: Path, content_hash: str) -> None:
 
 def is_marked_sound(path: Path, content_hash: str) -> bool:
     """Whether `mark_sound` was called so for the file in its present state."""
-    return (_load() | _temporary).get(_content_name(path)) == (_key(path), content_hash)
-
-
-def _entries(hashes: Mapping[Path, str], contents: Mapping[Path, str], start: int) -> _Entries:
-    found = {_name(path, start): (_key(path), digest) for path, digest in hashes.items()}
-    return found | {_content_name(path): (_key(path), found) for path, found in contents.items()}
+    return _load().get(_content_name(path)) == (_key(path), content_hash)
 
 
 def _add(entries: _Entries) -> None:

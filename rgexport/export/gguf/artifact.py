@@ -129,12 +129,16 @@ def _require_ours(header: GgufHeader) -> None:
     for key in integrity.HASHES:
         if not isinstance(values.get(key), str):
             raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
-    tokens: Any = values.get(_TOKENS)
-    types: Any = values.get(_TOKEN_TYPES)
+    _require_vocabulary(header)
+
+
+def _require_vocabulary(header: GgufHeader) -> None:
+    tokens: Any = header.values.get(_TOKENS)
+    types: Any = header.values.get(_TOKEN_TYPES)
     if tokens is not None or types is not None:
         lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
         if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):
-            raise _damaged(path, "its lists of tokens and of their types do not match")
+            raise _damaged(header.path, "its lists of tokens and of their types do not match")
 
 
 def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:

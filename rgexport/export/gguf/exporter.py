@@ -11,7 +11,7 @@ from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.gguf.writer import data_bytes, write_file
-from rgexport.export.verified import remember, trusted_within
+from rgexport.export.verified import remember
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -68,7 +68,8 @@ def export_gguf(
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
         start = integrity.data_start(read_header(partial))
         if check is not None:
-            with trusted_within({partial: digest}, start=start), group("Self-check"):
+            remember({partial: digest}, start=start)
+            with group("Self-check"):
                 found = check(partial)
             integrity.write_check(partial, found)
     remember({target: digest}, start=start)

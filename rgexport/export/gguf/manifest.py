@@ -5,11 +5,11 @@ tool quantizes the file.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from rgexport.export.manifest import FORMAT_VERSION, Manifest, Source
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, parse, plain, read
+from rgexport.export.typed_json import Mismatch, parse, read
 from rgexport.griffin.config import GriffinConfig
 
 
@@ -24,11 +24,6 @@ class EmbeddedManifest:
     source: Source
     config: GriffinConfig
     instruction_tuned: bool | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
-        fields: dict[str, Any] = plain(self)
-        return fields
 
 
 def read_embedded(text: str) -> EmbeddedManifest:

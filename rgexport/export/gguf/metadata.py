@@ -17,6 +17,7 @@ from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
 from rgexport.export.origin import folder_of, origin_of
+from rgexport.export.typed_json import plain
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
@@ -45,7 +46,7 @@ def metadata(
         *_general(checkpoint),
         *_architecture(checkpoint.config),
         *_tokenizer(checkpoint, vocabulary),
-        Value(MANIFEST_KEY, json.dumps(_manifest(checkpoint, hashes)), Kind.STRING),
+        Value(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
 
@@ -68,21 +69,15 @@ def _general(checkpoint: Checkpoint) -> Iterator[Value]:
 def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Licence and source, as far as they are known."""
     origin = origin_of(checkpoint)
-    page = f"https://huggingface.co/{origin.hub_id}"
-    source: dict[str, str | None] = (
-        {"source.url": page, "source.huggingface.repository": origin.hub_id}
-        if origin.hub_id
-        else {}
-    )
-    if not origin.released:
-        return {"license": origin.licence, **source}
-    return {
+    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
+    released = {
         "organization": "Google",
         "license": origin.licence,
         "license.name": "Gemma Terms of Use",
         "license.link": "https://ai.google.dev/gemma/terms",
-        **source,
     }
+    terms = released if origin.released else {"license": origin.licence}
+    return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}
 
 
 def _architecture(c: GriffinConfig) -> Iterator[Value]:
@@ -154,7 +149,7 @@ def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None
     return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None
 
 
-def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
     tools = {name: version(name) for name in ("gguf", "numpy")}
     return EmbeddedManifest(
         name=checkpoint.name,
@@ -162,4 +157,4 @@ def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> dict[str, Any]:
         source=Source(checkpoint.layout, checkpoint.name, hashes),
         config=checkpoint.config,
         instruction_tuned=checkpoint.instruction_tuned,
-    ).to_dict()
+    )

@@ -178,36 +178,29 @@ def _read_json(path: Path) -> _Found:
             f"{path} is a {model.get('type')} tokenizer without byte fallback; "
             "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
         )
-    added: list[dict[str, Any]] = layout.get("added_tokens", [])
-    names = control_token_names(path.parent)
-    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
     known = engine.get_vocab(with_added_tokens=True)
-    by_id = {index: piece for piece, index in known.items()}
-    if sorted(by_id) != list(range(len(known))):
+    if sorted(known.values()) != list(range(len(known))):
         raise RequestError(
             f"{path} has gaps between its token ids, or one id twice; put tokenizer.model beside it"
         )
-    scores = _merge_scores(model["merges"])
-    unknown = model.get("unk_token")
-
-    def piece(index: int) -> _Piece:
-        text = by_id[index]
-        if text == unknown:
-            return text, 0.0, UNKNOWN
-        if _BYTE_PIECE.fullmatch(text):
-            return text, 0.0, BYTE
-        if text in kinds:
-            return text, 0.0, kinds[text]
-        return text, scores.get(text, -float(len(scores))), NORMAL
-
-    index_of = {text: index for index, text in by_id.items()}
+    names, unknown = control_token_names(path.parent), model.get("unk_token")
     ids = {
-        "bos_id": index_of.get(names["bos_token"]),
-        "eos_id": index_of.get(names["eos_token"]),
-        "unknown_id": index_of.get(unknown) if unknown else None,
-        "padding_id": index_of.get(names["pad_token"]),
+        "bos_id": known.get(names["bos_token"]),
+        "eos_id": known.get(names["eos_token"]),
+        "unknown_id": known.get(unknown) if unknown else None,
+        "padding_id": known.get(names["pad_token"]),
     }
-    return [piece(index) for index in range(len(by_id))], ids, _prepends_space(layout)
+    kinds = {
+        token["content"]: _kind_of_added(token, names) for token in layout.get("added_tokens", [])
+    }
+    kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)} | {unknown: UNKNOWN}
+    scores = _merge_scores(model["merges"])
+    lowest = -float(len(scores))
+    pieces = [
+        (text, 0.0, kinds[text]) if text in kinds else (text, scores.get(text, lowest), NORMAL)
+        for text in sorted(known, key=lambda text: known[text])
+    ]
+    return pieces, ids, _prepends_space(layout)
 
 
 def _kind_of_added(token: dict[str, Any], names: dict[str, str]) -> int:

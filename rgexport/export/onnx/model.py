@@ -1,5 +1,6 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
-from rgexport.export.onnx.lowering import lower
+from rgexport.export.onnx.lowering import Lowering, lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.onnx.storage import Storage
@@ -63,35 +64,9 @@ def build_model(
     """The model for a profile; its initializers point into the files of `storage`."""
     level = _EXACT if exact else profile.accuracy_level
     emitter = Emitter(storage.tensors, level, native=profile.functions)
-    states = list(zip(state_records(program), program.states.values(), strict=True))
-
-    count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
-    emitter.values[program.num_logits.name] = count
-    inputs = []
-    for value in (program.input_ids, program.position_ids):
-        emitter.values[value.name] = _input(value, value.name)
-        inputs.append(emitter.values[value.name])
-    for record, (before, _) in states:
-        emitter.values[before.name] = _input(before, record.input)
-        inputs.append(emitter.values[before.name])
-
     if profile.functions:
         program = fused(program, storage.tensors, rounded=level == QUANT_LINEAR_LEVEL)
-    for node in program.nodes:
-        lower(emitter, node, profile.lowerings)
-    outputs = [emitter.values[program.logits.name]]
-    for record, (_, after) in states:
-        outputs.append(emitter.values[after.name])
-        outputs[-1].name = record.output
-
-    graph = ir.Graph(
-        [*inputs, count],
-        outputs,
-        nodes=emitter.nodes,
-        initializers=list(emitter.initializers.values()),
-        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
-        name="griffin_step",
-    )
+    graph = _build_graph(program, emitter, profile.lowerings)
     model = ir.Model(
         graph,
         ir_version=_IR_VERSION,
@@ -104,6 +79,37 @@ def build_model(
     profile.require_allowed(model)
     _require_reads_before_writes(list(zip(graph.inputs[2:-1], graph.outputs[1:], strict=True)))
     return model
+
+
+def _build_graph(
+    program: StepProgram, emitter: Emitter, lowerings: Mapping[str, Lowering]
+) -> ir.Graph:
+    states = list(zip(state_records(program), program.states.values(), strict=True))
+    count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
+    emitter.values[program.num_logits.name] = count
+    inputs = []
+    for value in (program.input_ids, program.position_ids):
+        emitter.values[value.name] = _input(value, value.name)
+        inputs.append(emitter.values[value.name])
+    for record, (before, _) in states:
+        emitter.values[before.name] = _input(before, record.input)
+        inputs.append(emitter.values[before.name])
+
+    for node in program.nodes:
+        lower(emitter, node, lowerings)
+    outputs = [emitter.values[program.logits.name]]
+    for record, (_, after) in states:
+        outputs.append(emitter.values[after.name])
+        outputs[-1].name = record.output
+
+    return ir.Graph(
+        [*inputs, count],
+        outputs,
+        nodes=emitter.nodes,
+        initializers=list(emitter.initializers.values()),
+        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
+        name="griffin_step",
+    )
 
 
 def _inline(model: ir.Model) -> None:
