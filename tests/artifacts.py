@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from rgexport.errors import RequestError
@@ -79,6 +80,11 @@ def _random_model(config: GriffinConfig, folder: Path, slowest: float) -> tuple[
 
 def _target(folder: Path, precision: str, options: dict[str, Any]) -> Path:
     return folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
+
+
+def load_graph(artifact: Artifact) -> onnx.ModelProto:
+    """The graph of an ONNX artifact, without its weights."""
+    return onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
 
 
 def require_ggml() -> None:

@@ -190,9 +190,8 @@ def _read_json(path: Path) -> _Found:
         "unknown_id": known.get(unknown) if unknown else None,
         "padding_id": known.get(names["pad_token"]),
     }
-    kinds = {
-        token["content"]: _kind_of_added(token, names) for token in layout.get("added_tokens", [])
-    }
+    added = layout.get("added_tokens", [])
+    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
     kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)} | {unknown: UNKNOWN}
     scores = _merge_scores(model["merges"])
     lowest = -float(len(scores))

@@ -1,23 +1,18 @@
 """The ONNX file: valid, plain, tied, and named as other engines expect it."""
 
-import json
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
 
-from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.model import _require_reads_before_writes
-from tests.artifacts import export_random
+from rgexport.quantize.scheme import Float
+from tests.artifacts import export_random, load_graph
 from tests.models import ODD_CONFIGS
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-
-
-def _graph(artifact: Artifact) -> onnx.ModelProto:
-    return onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -31,7 +26,7 @@ def test_file_passes_the_checker_and_shape_inference(
 
 
 def test_only_known_domains_are_used(tmp_path: Path) -> None:
-    model = _graph(export_random(ODD_CONFIGS["regular"], tmp_path, "int4")[0])
+    model = load_graph(export_random(ODD_CONFIGS["regular"], tmp_path, "int4")[0])
     by_domain: dict[str, set[str]] = {}
     for node in model.graph.node:
         by_domain.setdefault(node.domain, set()).add(node.op_type)
@@ -46,7 +41,7 @@ def test_only_known_domains_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_embedding_and_head_are_the_same_bytes(name: str, precision: str, tmp_path: Path) -> None:
     artifact, _ = export_random(ODD_CONFIGS[name], tmp_path, precision, block_size=32)
-    model = _graph(artifact)
+    model = load_graph(artifact)
     places = {
         t.name: [e.value for e in t.external_data if e.key in ("offset", "length")]
         for t in model.graph.initializer
@@ -63,7 +58,7 @@ def test_embedding_and_head_are_the_same_bytes(name: str, precision: str, tmp_pa
 
 def test_names_are_those_of_hybrid_models_elsewhere(tmp_path: Path) -> None:
     artifact, _ = export_random(ODD_CONFIGS["irregular"], tmp_path)
-    model = _graph(artifact)
+    model = load_graph(artifact)
     inputs = [value.name for value in model.graph.input]
     assert inputs[:2] == ["input_ids", "position_ids"]
     assert {"past_key_values.0.recurrent_state", "past_key_values.0.conv_state"} <= {*inputs}
@@ -77,14 +72,13 @@ def test_names_are_those_of_hybrid_models_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_delicate_tensors_stay_float32(precision: str, tmp_path: Path) -> None:
+def test_norms_convolutions_and_gates_stay_float32(precision: str, tmp_path: Path) -> None:
     artifact, _ = export_random(ODD_CONFIGS["regular"], tmp_path, precision)
-    manifest = json.loads((artifact.path / "rgexport.json").read_text())
-    for name, scheme in manifest["plan"].items():
+    for name, scheme in artifact.manifest.plan.items():
         if any(word in name for word in ("norm", "conv_1d", "rg_lru", "bias")):
-            assert scheme == {"kind": "float", "dtype": "float32"}, name
+            assert scheme == Float("float32"), name
         else:
-            assert (scheme["kind"] == "affine") == precision.startswith("int"), name
+            assert (scheme.kind == "affine") == precision.startswith("int"), name
 
 
 def test_a_state_that_may_be_overwritten_too_early_is_refused() -> None:
