@@ -3,8 +3,6 @@
 import itertools
 import re
 import shutil
-import struct
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from tests.models import make_config
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
 
 NUMBERS = itertools.count()
-"""No two files of one name: within a tick of the clock they would pass for the same."""
+"""No two files have one name: within a tick of the clock they would count as the same."""
 
 
 @pytest.fixture(scope="module")
@@ -74,86 +72,53 @@ def test_any_name_will_do(sound, tmp_path):
     assert FORMAT.owns(path) and FORMAT.owns(Path("nowhere.gguf")) and not FORMAT.owns(tmp_path)
 
 
-def test_exporter_spares_the_first_hashing(tmp_path, monkeypatch):
+def test_the_exporter_saves_the_first_hashing(tmp_path, monkeypatch):
     monkeypatch.setattr(verified, "hash_file", None)
     export_random_gguf(CONFIG, tmp_path, "f32")  # opens it
 
 
-def test_verify_trusts_no_memory(sound, tmp_path):
-    def flip(data: bytearray) -> None:
-        data[-40] ^= 1
-
-    path = copy(sound, tmp_path, flip)
+def test_verify_does_not_use_the_cache(sound, tmp_path):
+    path = copy(sound, tmp_path, lambda data: flip(sound, data))
     start = integrity.data_start(read_header(path))
     verified.remember({path: sound.header.values[integrity.DATA]}, start=start)
     open_artifact(path)
     assert "its tensors were altered" in refusal(path, verify=True)
 
 
-def span(artifact: GgufArtifact, key: str) -> slice:
-    return slice(*artifact.header.spans[key])
-
-
-# Damage, each with its line.
-
-
 def overwrite(key: str, text: bytes) -> Callable[[GgufArtifact, bytearray], None]:
     def change(artifact: GgufArtifact, data: bytearray) -> None:
-        end = span(artifact, key).stop
+        end = artifact.header.spans[key][1]
         data[end - len(text) : end] = text
 
     return change
 
 
-def at(offset: int, form: str, *values: int) -> Callable[[GgufArtifact, bytearray], None]:
-    return lambda artifact, data: struct.pack_into(form, data, offset, *values)
+def flip(artifact: GgufArtifact, data: bytearray) -> None:
+    data[-40] ^= 1
 
 
-def cut(length: int) -> Callable[[GgufArtifact, bytearray], None]:
-    def change(artifact: GgufArtifact, data: bytearray) -> None:
-        del data[length:]
-
-    return change
+def rename(artifact: GgufArtifact, data: bytearray) -> None:
+    data[data.index(b"output_norm.weight")] = ord("x")
 
 
-HUGE = 1 << 63
 DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
-    "empty": (cut(0), "is not a GGUF file"),
-    "magic": (at(0, "4s", b"GGML"), "is not a GGUF file"),
-    "version": (at(4, "<I", 4), "version 4; expected version 3"),
-    "big-endian": (at(4, ">I", 3), "big-endian"),
-    "many tensors": (at(8, "<Q", HUGE), "damaged"),
-    "many values": (at(16, "<Q", HUGE), "damaged"),
-    "long key": (at(24, "<Q", HUGE), "damaged"),
-    "long text": (at(24 + 8 + 20 + 4, "<Q", HUGE), "truncated or damaged"),
-    "within the header": (cut(1000), "truncated or damaged"),
-    "within the data": (cut(-100), "is truncated"),
-    "one byte": (cut(-33), "is truncated"),
-    "garbage behind": (lambda a, d: d.extend(b"x" * 64), "is damaged: it has"),
-    "data": (lambda a, d: d.__setitem__(-40, d[-40] ^ 1), "its tensors were altered"),
+    "truncated": (lambda a, d: d.__delitem__(slice(-33, None)), "is truncated"),
+    "data": (flip, "its tensors were altered"),
     "name": (overwrite("general.name", b"m"), "its metadata were altered"),
     "data hash": (overwrite(integrity.DATA, b"0"), "its tensors were altered|other types"),
     "metadata hash": (overwrite(integrity.METADATA, b"x"), "its metadata were altered"),
     "types hash": (overwrite(integrity.TYPES, b"x"), "other types of tensors"),
     "file type": (overwrite(integrity.FILE_TYPE, b"\xff"), "the file type .*expected"),
     "architecture": (overwrite("general.architecture", b"x"), "'?recurrentgemmx'?; expected"),
-    "tensor name": (
-        lambda a, d: d.__setitem__(d.index(b"output_norm.weight"), ord("x")),
-        "xutput_norm.weight|output_norm.weight",
-    ),
+    "tensor name": (rename, "xutput_norm.weight|output_norm.weight"),
 }
+"""Damage that the header's reader does not see, and what is said of it."""
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_named(sound, tmp_path, case):
     change, complaint = DAMAGE[case]
-    path = copy(sound, tmp_path, lambda data: change(sound, data))
-    tracemalloc.start()
-    try:
-        line = refusal(path)
-        assert tracemalloc.get_traced_memory()[1] < 32 << 20
-    finally:
-        tracemalloc.stop()
+    line = refusal(copy(sound, tmp_path, lambda data: change(sound, data)))
     assert re.search(complaint, line), line
 
 
