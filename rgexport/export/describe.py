@@ -184,7 +184,9 @@ def _closing(d: Description) -> str:
     if d["kind"] == "checkpoint":
         return _CLOSING["checkpoint", d["all_values_checked"]]
     if "gguf" in d and not d["gguf"]["data_hash"]:
-        return "Another tool stored its tensors anew, so there is no hash to check them with."
+        return (
+            "Another tool stored its tensors in other types: there is no hash to check them with."
+        )
     return _CLOSING["artifact", d["all_hashes_verified"]]
 
 

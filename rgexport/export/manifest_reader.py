@@ -107,11 +107,16 @@ def check_config(config: GriffinConfig) -> None:
         elif type(value) is float:
             least = 0 if name in ("soft_cap", "rms_eps") else 1e-30
             _require(least <= value <= MAX_NUMBER, f"config.{name} is {value}")
-    _require(config.block_types, "config.block_types has no layer")
-    whole = "recurrent" not in config.block_types or not config.lru_width % config.lru_heads
-    _require(whole, f"config.lru_heads is {config.lru_heads}, no divisor of {config.lru_width}")
-    rotated = config.rope_dims <= config.head_dim or "attention" not in config.block_types
-    _require(rotated, f"config.rope_dims is {config.rope_dims}, of {config.head_dim}")
+    _require(config.block_types, "config.block_types is empty; expected one for each layer")
+    heads, width, rotated = config.lru_heads, config.lru_width, config.rope_dims
+    _require(
+        "recurrent" not in config.block_types or width % heads == 0,
+        f"config.lru_heads is {heads}; expected a divisor of lru_width, {width}",
+    )
+    _require(
+        "attention" not in config.block_types or rotated <= config.head_dim,
+        f"config.rope_dims is {rotated}; expected at most head_dim, {config.head_dim}",
+    )
 
 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:

@@ -42,7 +42,7 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     artifact = found.artifact(folder, manifest)
     if complaints := artifact.complaints(verify):
         raise RequestError(
-            f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
+            f"{folder} is damaged: {'; '.join(complaints)}; restore it or export it again"
         )
     return artifact
 

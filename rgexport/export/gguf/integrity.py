@@ -95,7 +95,7 @@ def read_check(header: GgufHeader) -> CheckRecord:
     except Mismatch as error:
         raise Mismatch(f"{CHECK}: {error}") from None
     if not has_original_types(header):
-        return skipped("another tool stored its tensors anew")
+        return skipped("another tool stored its tensors in other types")
     return record
 
 

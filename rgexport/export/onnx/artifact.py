@@ -1,4 +1,4 @@
-"""An ONNX artifact: its files, the parts of its tensors, and what `inspect` tells of it."""
+"""An ONNX artifact: its files, the parts of its tensors, and its facts for `inspect`."""
 
 from typing import Any
 

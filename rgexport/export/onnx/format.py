@@ -50,13 +50,13 @@ class OnnxFormat(FolderFormat):
         engine, run = "ONNX Runtime", _DESKTOP
         if manifest.profile != "cpu":
             engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
-        files = ", ".join(f'"{name}"' for name in data_files(manifest))
+        files = ", ".join(f'"{name}"' for name in _data_files(manifest))
         facts = {"layers": manifest.config.num_layers, "profile": manifest.profile, "data": files}
         return CardText(engine, "softmax", run.format(verb=verb, **facts))
 
 
-def data_files(manifest: Manifest) -> list[str]:
-    """The files that the weights lie in, in their order."""
+def _data_files(manifest: Manifest) -> list[str]:
+    """The files of the weights, in order."""
     parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
     return list(dict.fromkeys(part.file for part in parts))
 

@@ -42,7 +42,7 @@ class ModelNode:
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer whose bytes lie in a file beside the model."""
+    """An initializer whose bytes are in a file beside the model."""
 
     name: str
     data_type: int
@@ -92,7 +92,7 @@ def _external(tensor: Any) -> ExternalTensor:
 
 
 def _lies_inside(location: str) -> bool:
-    """Whether a file lies in the model's folder; the engine refuses a model of other files."""
+    """Whether a file is in the model's folder; the engine refuses models with other files."""
     path = PurePosixPath(location)
     plain = location.isprintable() and not set(location) & set("\\:") and path.parts
     return bool(plain) and not path.is_absolute() and ".." not in path.parts

@@ -37,7 +37,7 @@ class NativeOps:
     reason: str
     """Why it is `stock`; empty otherwise."""
     weights: tuple[ExternalTensor, ...] = ()
-    """External tensors that kernels read where they lie: the engine does not repack them."""
+    """External tensors that kernels read in place: the engine does not repack them."""
     small: tuple[ExternalTensor, ...] = ()
     """External tensors that the engine reads by itself, to fold constants."""
 
