@@ -1,7 +1,7 @@
 """The model card of an artifact: its README.md."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,16 +72,31 @@ class Share:
     bytes: int
 
 
-def shares(manifest: Manifest) -> Iterator[Share]:
+def shares(manifest: Manifest) -> list[Share]:
     """The shares of each role and scheme, in the order of the model."""
     specs = model_tensors(manifest.config)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, spec in specs.items():
-        groups.setdefault((spec.role, manifest.plan[name].label), []).append(name)
-    for (role, scheme), names in groups.items():
-        parts = [part for name in names for part in manifest.tensors[name].parts.values()]
-        weights = sum(prod(specs[name].shape) for name in names)
-        yield Share(role, scheme, len(names), weights, sum(part.nbytes for part in parts))
+    return group_shares(
+        Share(
+            spec.role,
+            manifest.plan[name].label,
+            1,
+            prod(spec.shape),
+            sum(part.nbytes for part in manifest.tensors[name].parts.values()),
+        )
+        for name, spec in specs.items()
+    )
+
+
+def group_shares(tensors: Iterable[Share]) -> list[Share]:
+    """Adds up the shares of one tensor each, by role and scheme."""
+    totals: dict[tuple[str, str], Counter[str]] = {}
+    for one in tensors:
+        total = totals.setdefault((one.role, one.scheme), Counter())
+        total.update(tensors=one.tensors, weights=one.weights, bytes=one.bytes)
+    return [
+        Share(*key, total["tensors"], total["weights"], total["bytes"])
+        for key, total in totals.items()
+    ]
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:

@@ -1,7 +1,6 @@
 """What `rgexport inspect` says about a checkpoint or an artifact, as data and as text."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from math import prod
@@ -10,7 +9,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.card import shares
+from rgexport.export.card import Share, group_shares, shares
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
 from rgexport.export.manifest import arithmetic
@@ -104,11 +103,11 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
 
 def _stored(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     specs = model_tensors(checkpoint.config)
-    totals: dict[tuple[str, str], Counter[str]] = {}
-    for name, tensor in checkpoint.weights.items():
-        total = totals.setdefault((specs[name].role, tensor.dtype.name), Counter())
-        total.update(tensors=1, weights=prod(tensor.shape), bytes=tensor.nbytes)
-    return [{"role": role, "scheme": dtype, **total} for (role, dtype), total in totals.items()]
+    tensors = (
+        Share(specs[name].role, tensor.dtype.name, 1, prod(tensor.shape), tensor.nbytes)
+        for name, tensor in checkpoint.weights.items()
+    )
+    return [asdict(share) for share in group_shares(tensors)]
 
 
 def _parameters(weights: WeightSource) -> int:

@@ -54,7 +54,6 @@ class _Reader:
     def __init__(self, exported: ExportedProgram):
         self._exported = exported
         self._values: dict[torch.fx.Node, Value] = {}
-        self._symbols: dict[str, str] = {}
 
     def program(self, config: GriffinConfig, activation: str) -> StepProgram:
         graph, signature = self._exported.graph, self._exported.graph_signature
@@ -111,16 +110,13 @@ class _Reader:
 
     def _declare(self, node: torch.fx.Node, name: str) -> Value:
         fake: Any = node.meta["val"]
-        shape = tuple(self._dim(size) for size in fake.shape)
+        shape = tuple(map(_dim, fake.shape))
         value = Value(name, shape, str(fake.dtype).removeprefix("torch."))
         self._values[node] = value
         return value
 
-    def _dim(self, size: Any) -> Dim:
-        if isinstance(size, int):
-            return size
-        symbol = str(size)
-        if symbol not in self._symbols:
-            hint = size.node.hint if size.node.has_hint() else None
-            self._symbols[symbol] = "num_logits" if hint is None else _DYNAMIC[hint]
-        return self._symbols[symbol]
+
+def _dim(size: Any) -> Dim:
+    if isinstance(size, int):
+        return size
+    return _DYNAMIC[size.node.hint] if size.node.has_hint() else "num_logits"

@@ -30,8 +30,6 @@ class Transform:
     store: _Values = _same
     restore: _Values = _same
     shape: Callable[[Shape], Shape] = lambda shape: shape
-    exact: bool = True
-    """Whether `restore` undoes `store` bit by bit."""
 
 
 def _decay(a_param: np.ndarray) -> np.ndarray:
@@ -48,5 +46,5 @@ def _a_param(decay: np.ndarray) -> np.ndarray:
 
 
 PLAIN = Transform()
-NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1), exact=False)
-DECAY = Transform(_decay, _a_param, exact=False)
+NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1))
+DECAY = Transform(_decay, _a_param)

@@ -15,11 +15,10 @@ from gguf import GGMLQuantizationType, quants
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.manifest import EmbeddedManifest, GgufManifest, read_embedded
-from rgexport.export.gguf.metadata import MANIFEST_KEY
+from rgexport.export.gguf.metadata import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.gguf.vocabulary import BYTE, CONTROL, USER_DEFINED
-from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor
+from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.typed_json import Mismatch
 from rgexport.export.verified import hash_files, hash_new_files
 from rgexport.files.hashing import FileRecord
@@ -32,6 +31,31 @@ from rgexport.quantize.scheme import Ggml
 
 _FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
 _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufManifest(Manifest):
+    """The whole manifest; `precision` is the word of the file's type, such as `q4_k_m`.
+
+    `states` and `io` are empty: llama.cpp builds the graph. The one record in `files` has the
+    hash of the tensors' data, since no file can hold its own.
+    """
+
+    kind: str = "gguf"
+    pieces: int
+    """Tokens of the vocabulary in the file; 0 where there is none."""
+    imatrix: bool
+    """Whether an importance matrix was used."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file has a vocabulary."""
+        return self.pieces > 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether an importance matrix was used."""
+        return self.imatrix
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,34 @@
-"""From a checkpoint to a GGUF file, in one pass."""
+"""From a checkpoint to a GGUF file: the header with gguf-py, then every tensor slab by slab."""
 
-from collections.abc import Iterator
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
 from rgexport.export.checked import SelfCheck
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.metadata import Value, metadata
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.export.gguf.writer import data_bytes, write_file
+from rgexport.export.storage import SLAB_BYTES, aligned, in_order
 from rgexport.export.verified import remember
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.progress import expect_stages, group, note, task, warn
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.progress import Advance, expect_stages, group, note, task, warn
+from rgexport.quantize.algorithms import Statistics, encode
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.gguf_header import is_gguf, read_header
+from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
+from rgexport.quantize.scheme import Ggml
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
@@ -57,21 +67,21 @@ def export_gguf(
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
-    require_free_disk(target.resolve().parent, data_bytes(choice) + _HEADER_BYTES)
+    require_free_disk(target.resolve().parent, _data_bytes(choice) + _HEADER_BYTES)
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(choice)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-    with replace_file(target, force=force, replaceable=is_gguf) as partial:
+    with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
         with task("Writing the weights", total) as advance:
-            digest = write_file(partial, values, choice, checkpoint.weights, advance)
-        start = integrity.data_start(read_header(partial))
+            digest = _write_file(unfinished, values, choice, checkpoint.weights, advance)
+        start = integrity.data_start(read_header(unfinished))
         if check is not None:
-            remember({partial: digest}, start=start)
+            remember({unfinished: digest}, start=start)
             with group("Self-check"):
-                found = check(partial)
-            integrity.write_check(partial, found)
+                found = check(unfinished)
+            integrity.write_check(unfinished, found)
     remember({target: digest}, start=start)
     return target
 
@@ -100,3 +110,86 @@ def _values_of_types(choice: Choice) -> Iterator[Value]:
     yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
     for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
         yield Value(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
+
+
+def _data_bytes(choice: Choice) -> int:
+    """Bytes of the tensors' data in the file, padding included."""
+    sizes = (_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors)
+    return sum(aligned(size, ALIGNMENT) for size in sizes)
+
+
+def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
+    *lead, columns = tensor.shape
+    return math.prod(lead) * TYPES[kind].row_bytes(columns)
+
+
+def _write_file(
+    path: Path, values: Iterable[Value], choice: Choice, weights: WeightSource, advance: Advance
+) -> str:
+    """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
+    _write_header(path, values, choice)
+    digest = hashlib.sha256()
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        for stored, source_bytes in in_order(_jobs(choice, weights)):
+            file.write(stored)
+            digest.update(stored)
+            advance(source_bytes)
+    integrity.seal(path, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
+    writer = GGUFWriter(path, ARCHITECTURE)
+    for value in values:
+        _add(writer, value)
+    for tensor in choice.tensors:
+        kind = choice.types[tensor.name]
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # ignored: there is a `raw_dtype`
+            _tensor_bytes(tensor, kind),
+            raw_dtype=GGMLQuantizationType(TYPES[kind].value),
+        )
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, value: Value) -> None:
+    if isinstance(value.value, list):
+        writer.add_key_value(value.key, value.value, Kind.ARRAY, sub_type=value.kind)
+    else:
+        writer.add_key_value(value.key, value.value, value.kind)
+
+
+def _jobs(choice: Choice, weights: WeightSource) -> Iterator[Callable[[], tuple[bytes, int]]]:
+    """Jobs that make the slabs of the data, in order; see `_encode`."""
+    for tensor in choice.tensors:
+        kind, source = choice.types[tensor.name], weights[tensor.canonical]
+        importance = choice.importances.get(tensor.name)
+        statistics = None if importance is None else Statistics(importance)
+        for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
+            yield partial(_encode, tensor, source, start, stop, kind, statistics)
+
+
+def _encode(
+    tensor: FileTensor,
+    source: RowTensor,
+    start: int,
+    stop: int,
+    kind: str,
+    statistics: Statistics | None,
+) -> tuple[bytes, int]:
+    """Rows as stored, with the padding after the last one; and how many bytes were read."""
+    rows = source.read(start, stop)
+    values = tensor.transform.store(rows.astype(np.float32, copy=False))
+    values = values.reshape(-1, tensor.shape[-1])
+    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"].tobytes()
+    last = stop == source.shape[0]
+    return stored + bytes(-_tensor_bytes(tensor, kind) % ALIGNMENT * last), rows.nbytes

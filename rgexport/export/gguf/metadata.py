@@ -6,18 +6,18 @@ import math
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 from gguf import GGUFValueType as Kind
 
 from rgexport import __version__
-from rgexport.export.gguf.manifest import EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
-from rgexport.export.manifest import Source
+from rgexport.export.manifest import FORMAT_VERSION, Source
+from rgexport.export.manifest_reader import check_config
 from rgexport.export.origin import folder_of, origin_of
-from rgexport.export.typed_json import plain
+from rgexport.export.typed_json import Mismatch, parse, plain, read
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
@@ -147,6 +147,38 @@ def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None
         return found[0]
     has_turns = vocabulary.end_of_turn_id is not None
     return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddedManifest:
+    """The half of a manifest that is in the metadata; the other half is read from the header.
+
+    It does not depend on how tensors are stored, so it stays true when another tool quantizes the
+    file. The fields are those of `Manifest`.
+    """
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["gguf"] = "gguf"
+    name: str
+    created_with: dict[str, str]
+    source: Source
+    config: GriffinConfig
+    instruction_tuned: bool | None
+
+
+def read_embedded(text: str) -> EmbeddedManifest:
+    """Reads and checks an embedded manifest.
+
+    Raises:
+        Mismatch: no JSON, another format version, or a value of the wrong type.
+    """
+    fields = parse(text)
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
+    embedded = read(EmbeddedManifest, fields)
+    check_config(embedded.config)
+    return embedded
 
 
 def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:

@@ -70,7 +70,7 @@ def test_every_shape_and_type(name, kind, tmp_path):
 def test_slabs_make_no_difference(tmp_path, monkeypatch):
     require_ggml()
     whole = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")[0].path.read_bytes()
-    monkeypatch.setattr("rgexport.export.gguf.writer.SLAB_BYTES", 5000)
+    monkeypatch.setattr("rgexport.export.gguf.exporter.SLAB_BYTES", 5000)
     model = open_checkpoint(tmp_path / "model")
     target = export_gguf(model, GgufOptions(type="q4_k_m"), tmp_path / "slabs.gguf")
     assert target.read_bytes() == whole
