@@ -72,18 +72,11 @@ def test_files_have_no_other_ops(profile: str, precision: str, exact: bool, tmp_
         assert ("com.microsoft", "LinearAttention") in found
     assert ("MatMulInteger" in names) is ((profile, precision, exact) == ("wasm", "int8", False))
     assert not {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"} & {name for _, name in found}
-    assert bool(model.functions) is (profile == "cpu")
+    own = {name for domain, name in found if domain == DOMAIN}
+    assert own == {function.name for function in model.functions}
     assert artifact.manifest.profile == profile
     rounded = not exact if profile == "cpu" else "MatMulInteger" in names
     assert artifact.manifest.exact is not rounded
-
-
-@pytest.mark.parametrize("precision", PRECISIONS[1:])
-@pytest.mark.parametrize("profile", WEB)
-@pytest.mark.parametrize("name", ["not_by_32", "attention_only"])
-def test_files_pass_the_checker(name: str, profile: str, precision: str, tmp_path: Path) -> None:
-    artifact, _ = export_random(ODD_CONFIGS[name], tmp_path, precision, profile=profile)
-    onnx.checker.check_model(str(artifact.path / "model.onnx"))
 
 
 def test_inspect_names_the_profile(tmp_path: Path) -> None:
