@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from rgexport.errors import RequestError
@@ -74,6 +75,11 @@ def _made(
     if not target.exists():
         export(open_checkpoint(model), asked, target)
     return open_artifact(target), weights
+
+
+def load_graph(artifact: Artifact) -> onnx.ModelProto:
+    """The graph of an ONNX artifact, without its weights."""
+    return onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
 
 
 def require_ggml() -> None:

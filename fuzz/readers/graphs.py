@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from fuzz.readers import folders, proto_mutator
 from fuzz.readers.target import Target, require
 from rgexport.export.onnx.model_file import ModelFile, read_model
-from rgexport.export.onnx.native import native_ops, own_ops
+from rgexport.export.onnx.native import native_ops
 
 MODEL = "model.onnx"
 
@@ -48,7 +48,6 @@ def _mutate(data: bytes, random: Random) -> bytes:
 def _read(data: bytes, folder: Path) -> ModelFile:
     folders.place(folders.pack({MODEL: folders.Entry(data)}), folder)
     native_ops(folder / MODEL)
-    own_ops(data)
     return read_model(data)
 
 
@@ -56,7 +55,7 @@ def _agree(data: bytes, folder: Path, found: ModelFile) -> None:
     """The nodes and tensors that the package onnx reads, where it can read the file."""
     try:
         model = onnx.load_model(io.BytesIO(data), load_external_data=False)
-    except Exception:  # of a damaged file there is what stands before the damage
+    except Exception:  # a damaged file, of which nothing is read
         return
     nodes = [(n.op_type, n.domain, tuple(n.input)) for n in model.graph.node]
     read = [(n.op, n.domain, n.inputs) for n in found.nodes]

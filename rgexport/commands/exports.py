@@ -206,16 +206,17 @@ def gguf(
     q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
     build` makes.
     """
-    from rgexport.export.gguf.exporter import default_target, export_gguf, replaceable
+    from rgexport.export.gguf.exporter import default_target, export_gguf
     from rgexport.export.gguf.options import GgufOptions, type_word
     from rgexport.export.request import precision_word
     from rgexport.files.atomic import check_file_target
     from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.quantize.gguf_header import is_gguf
     from rgexport.quantize.plan import load_plan
 
     options["type"] = type_word(kind, precision_word(precision, int4, int8, "gguf"))
     if output:
-        check_file_target(output, force=force, replaceable=replaceable)
+        check_file_target(output, force=force, replaceable=is_gguf)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     options["plan"] = load_plan(plan, checkpoint.config) if plan else None
     asked = GgufOptions(**options)

@@ -1,7 +1,6 @@
-"""An artifact that is opened: checked files, and its weights dequantized."""
+"""An opened artifact: its files checked, its weights dequantized."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.storage import aligned
-from rgexport.export.verified import (
-    hash_files,
-    hash_new_files,
-    mark_sound,
-    remember,
-    trusted_within,
-)
+from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize import affine
@@ -34,11 +27,11 @@ class Artifact:
     manifest: Manifest
 
     def file(self, name: str) -> Path:
-        """Where the file `name` of the manifest lies."""
+        """The path of the file `name` of the manifest."""
         return self.path / name
 
     def tensor(self, name: str) -> RowTensor:
-        """The weight `name`, dequantized: float32, of its canonical shape, read in slabs.
+        """The weight `name`, dequantized to float32 in its canonical shape, read in slabs.
 
         Raises:
             RequestError: the artifact has no such weight.
@@ -52,11 +45,11 @@ class Artifact:
 
     @property
     def weights(self) -> WeightSource:
-        """All weights: with these, the reference is the artifact's twin."""
+        """All weights, dequantized."""
         return {name: self.tensor(name) for name in self.manifest.tensors}
 
     def facts(self) -> dict[str, Any]:
-        """What there is to tell beside the manifest, as plain JSON."""
+        """Facts for `rgexport inspect` that are not in the manifest, as plain JSON."""
         return {}
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -69,7 +62,7 @@ class Artifact:
         return rows.reshape(stop - start, *stored.shape[1:])
 
     def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
-        """Rows of the tensor `name`, float32 [rows, columns], from the same rows of its parts."""
+        """Rows of the tensor `name`, float32 [rows, columns], from those rows of its parts."""
         scheme = self.manifest.tensors[name].scheme
         if isinstance(scheme, Affine):
             rows = parts if COLUMNS not in parts else {"data": parts[COLUMNS], **parts}
@@ -88,7 +81,7 @@ class Artifact:
         return items.reshape((end - offset) // part.row_bytes, -1)
 
     def _columns(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
-        """Columns of a part, as rows."""
+        """Columns `start` to `stop` of a part, transposed to rows."""
         path = self.file(part.file)
         try:
             mapped = np.memmap(path, part.dtype, "r", part.offset, part.shape)
@@ -97,7 +90,7 @@ class Artifact:
         return np.ascontiguousarray(mapped[:, start:stop].T)
 
     def complaints(self, verify: bool) -> list[str]:
-        """What is wrong with the files, the cheapest checks first."""
+        """What is wrong with the files: sizes first, and hashes only if the sizes are right."""
         return list(self._wrong_sizes()) or list(self._wrong_hashes(verify))
 
     def _wrong_sizes(self) -> Iterator[str]:
@@ -119,31 +112,21 @@ class Artifact:
 
 def files_of(folder: Path) -> set[str]:
     """Relative names of the files in `folder`, without the manifest and hidden ones."""
-    names = {p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()}
-    return {n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)} - {
-        MANIFEST
-    }
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {path.as_posix() for path in shown} - {MANIFEST}
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
-    """Hashes and sizes of files in `folder`, for its manifest; of all where none are named."""
+    """Hashes and sizes of the named files in `folder`, or of all, for its manifest."""
     paths = {name: folder / name for name in sorted(files_of(folder) if names is None else names)}
     hashes = hash_files(paths.values())
     return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
 
 
 def remember_verified(folder: Path, manifest: Manifest) -> None:
-    """Spares the first opening of an artifact, just written to `folder`, the hashing.
-
-    Only for the exporter, which has computed the hashes from what it wrote.
-    """
-    remember({folder / name: record.sha256 for name, record in manifest.files.items()})
-    for name, content_hash in manifest.content_hashes.items():
-        mark_sound(folder / name, content_hash)
-
-
-def known_artifact(folder: Path, manifest: Manifest) -> AbstractContextManager[None]:
-    """The same for as long as a block runs, of an artifact that is not yet in its place."""
-    hashes = {folder / name: record.sha256 for name, record in manifest.files.items()}
-    contents = {folder / name: digest for name, digest in manifest.content_hashes.items()}
-    return trusted_within(hashes, contents)
+    """Saves the next opening of an artifact from hashing what the exporter has just hashed."""
+    remember(
+        {folder / name: record.sha256 for name, record in manifest.files.items()},
+        {folder / name: digest for name, digest in manifest.content_hashes.items()},
+    )

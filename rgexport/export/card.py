@@ -1,7 +1,7 @@
 """The model card of an artifact: its README.md."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ _TEMPLATE = """\
 
 {what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
 are computed as {compute}; norms, the RG-LRU with its gates and its state, and the {float32} are
-float32 always.
+always float32.
 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|
@@ -63,7 +63,7 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 
 @dataclass(frozen=True)
 class Share:
-    """The tensors of one role that are stored in one way."""
+    """The tensors of one role that are stored by one scheme."""
 
     role: str
     scheme: str
@@ -72,20 +72,35 @@ class Share:
     bytes: int
 
 
-def shares(manifest: Manifest) -> Iterator[Share]:
-    """What each role and scheme takes, in the order of the model."""
+def shares(manifest: Manifest) -> list[Share]:
+    """The shares of each role and scheme, in the order of the model."""
     specs = model_tensors(manifest.config)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, spec in specs.items():
-        groups.setdefault((spec.role, manifest.plan[name].label), []).append(name)
-    for (role, scheme), names in groups.items():
-        parts = [part for name in names for part in manifest.tensors[name].parts.values()]
-        weights = sum(prod(specs[name].shape) for name in names)
-        yield Share(role, scheme, len(names), weights, sum(part.nbytes for part in parts))
+    return group_shares(
+        Share(
+            spec.role,
+            manifest.plan[name].label,
+            1,
+            prod(spec.shape),
+            sum(part.nbytes for part in manifest.tensors[name].parts.values()),
+        )
+        for name, spec in specs.items()
+    )
+
+
+def group_shares(tensors: Iterable[Share]) -> list[Share]:
+    """Adds up the shares of one tensor each, by role and scheme."""
+    totals: dict[tuple[str, str], Counter[str]] = {}
+    for one in tensors:
+        total = totals.setdefault((one.role, one.scheme), Counter())
+        total.update(tensors=one.tensors, weights=one.weights, bytes=one.bytes)
+    return [
+        Share(*key, total["tensors"], total["weights"], total["bytes"])
+        for key, total in totals.items()
+    ]
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Writes the card into the artifact's folder."""
+    """Writes the card to the artifact's folder."""
     (folder / CARD).write_text(card(manifest), "utf-8")
 
 

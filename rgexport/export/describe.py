@@ -1,7 +1,6 @@
-"""What `rgexport inspect` tells about a checkpoint or an artifact, as data and as text."""
+"""What `rgexport inspect` says about a checkpoint or an artifact, as data and as text."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from math import prod
@@ -10,7 +9,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.card import shares
+from rgexport.export.card import Share, group_shares, shares
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
 from rgexport.export.manifest import arithmetic
@@ -26,13 +25,13 @@ from rgexport.progress import amount
 from rgexport.tables import Row, Table, render
 
 Description = dict[str, Any]
-"""Plain JSON. `kind` is `checkpoint` or the artifact's; names of fields stay as they are."""
+"""Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""
 
 
 def describe(thing: str | None, *, size: str | None = None, verify: bool = False) -> Description:
     """Describes the artifact, Core ML package or checkpoint `thing`, or the checkpoint of a size.
 
-    With `verify` every byte is read: hashes of an artifact, values of a checkpoint.
+    `verify` reads every byte: the hashes of an artifact, the values of a checkpoint.
 
     Raises:
         RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
@@ -104,11 +103,11 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
 
 def _stored(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     specs = model_tensors(checkpoint.config)
-    totals: dict[tuple[str, str], Counter[str]] = {}
-    for name, tensor in checkpoint.weights.items():
-        total = totals.setdefault((specs[name].role, tensor.dtype.name), Counter())
-        total.update(tensors=1, weights=prod(tensor.shape), bytes=tensor.nbytes)
-    return [{"role": role, "scheme": dtype, **total} for (role, dtype), total in totals.items()]
+    tensors = (
+        Share(specs[name].role, tensor.dtype.name, 1, prod(tensor.shape), tensor.nbytes)
+        for name, tensor in checkpoint.weights.items()
+    )
+    return [asdict(share) for share in group_shares(tensors)]
 
 
 def _parameters(weights: WeightSource) -> int:
@@ -126,13 +125,13 @@ def as_text(description: Description) -> str:
     return render(parts(description))
 
 
-_STORED = ("role", "as", "tensors", "weights", "size", "bits/weight")
-_NUMBERS = _STORED[2:]
+_NUMBERS = ("tensors", "weights", "size", "bits/weight")
+"""Columns that are aligned to the right."""
 
 
 def _parts(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
-    yield Table("Stored", _STORED, map(_stored_row, d["stored"]), _NUMBERS)
+    yield Table("Stored", ("role", "as", *_NUMBERS), map(_stored_row, d["stored"]), _NUMBERS)
     yield Table("Configuration", ("", ""), _config_rows(d["config"]))
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):
@@ -155,8 +154,9 @@ def _headline(d: Description) -> str:
     if d["kind"] == "checkpoint":
         how = f"checkpoint ({d['layout']})"
     else:
+        profile = "" if d["profile"] in (None, "cpu") else f" ({d['profile']})"
         numbers = arithmetic(d["precision"], d["compute"], d["rounds_activations"])
-        how = f"{_kind(d)} artifact, {numbers}"
+        how = f"{d['kind']}{profile} artifact, {numbers}"
     facts = (
         f"{d['name']}: {how}",
         f"{d['parameters']:,} parameters",
@@ -166,12 +166,6 @@ def _headline(d: Description) -> str:
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
-
-
-def _kind(d: Description) -> str:
-    """What a person needs to know of the format: `onnx`, or `onnx (webgpu)`."""
-    profile = d.get("profile")
-    return d["kind"] if profile in (None, "cpu") else f"{d['kind']} ({profile})"
 
 
 def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, int]) -> str:
@@ -184,22 +178,24 @@ def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, 
 
 
 def _closing(d: Description) -> str:
-    if d["kind"] != "checkpoint":
-        if "gguf" in d and not d["gguf"]["data_hash"]:
-            return "Another tool stored its tensors anew, so there is no hash to check them with."
-        return (
-            "All hashes were verified."
-            if d["all_hashes_verified"]
-            else "Sizes are right; hashes were verified when each file was first seen "
-            "(--verify does it again)."
-        )
-    if d["problems"]:
+    if d.get("problems"):
         return "\n".join(f"Problem: {problem}" for problem in d["problems"])
-    return (
-        "No problems: every value was looked at."
-        if d["all_values_checked"]
-        else "No problems in the headers (--verify looks at every value)."
-    )
+    if d["kind"] == "checkpoint":
+        return _CLOSING["checkpoint", d["all_values_checked"]]
+    if "gguf" in d and not d["gguf"]["data_hash"]:
+        return (
+            "Another tool stored its tensors in other types: there is no hash to check them with."
+        )
+    return _CLOSING["artifact", d["all_hashes_verified"]]
+
+
+_CLOSING = {
+    ("checkpoint", True): "No problems: every value was checked.",
+    ("checkpoint", False): "No problems in the headers (--verify checks every value).",
+    ("artifact", True): "All hashes were verified.",
+    ("artifact", False): "Sizes are right; hashes were verified when each file was first seen "
+    "(--verify does it again).",
+}
 
 
 def _stored_row(share: dict[str, Any]) -> Row:
@@ -214,18 +210,15 @@ def _config_rows(config: dict[str, Any]) -> Iterator[Row]:
         yield name, text
 
 
-_YES_NO = {True: "yes", False: "no"}
-
-
 def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
     for name, fact in facts.items():
         if fact is not None:
-            text = _YES_NO[fact] if isinstance(fact, bool) else str(fact)
+            text = ("no", "yes")[fact] if isinstance(fact, bool) else str(fact)
             yield name.replace("_", " "), text
 
 
 def _state_rows(d: Description) -> Iterator[Row]:
-    """One row per kind of state: layers differ in nothing but their number."""
+    """One row for all layers with the same state."""
     layers: dict[Row, list[str]] = {}
     for state in d["states"]:
         _, index, kind = state["name"].split(".")

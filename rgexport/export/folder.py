@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport import __version__
-from rgexport.export.artifact import (
-    known_artifact,
-    record_files,
-    remember_verified,
-)
+from rgexport.export.artifact import record_files, remember_verified
 from rgexport.export.card import CARD, write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
 from rgexport.export.manifest import Manifest, Source, write_manifest
@@ -86,7 +82,8 @@ def _checked(folder: Path, manifest: Manifest, check: SelfCheck | None) -> Check
     if check is None:
         return NOT_ASKED_FOR
     write_manifest(folder, manifest)
-    with known_artifact(folder, manifest), group("Self-check"):
+    remember_verified(folder, manifest)
+    with group("Self-check"):
         return check(folder)
 
 

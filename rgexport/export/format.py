@@ -1,4 +1,4 @@
-"""What a format of artifacts has to say on this floor: what it stores, how it opens, its card."""
+"""What a format of artifacts defines in this layer: what it stores, how it opens, its card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from rgexport.formats import FORMATS, format_on
 from rgexport.quantize.scheme import Scheme
 
 Layouts = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Part name → dtype and shape."""
+"""Part of a tensor → dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CardText:
 
     Attributes:
         engine: what runs the artifact.
-        float32: what is computed in float32, whatever the precision.
+        float32: what is always computed in float32.
         run: how to run it, as Markdown.
     """
 
@@ -31,18 +31,17 @@ class CardText:
 
 
 class Format:
-    """What all formats have."""
+    """What all formats define."""
 
-    manifest: type[Manifest] = Manifest
     precisions: Collection[str] = ()
-    """Words for how weights are stored."""
+    """Words of `--precision`."""
     runs_on: str = ""
-    """Where an artifact runs, as `It runs …` goes on, if that has to be said."""
+    """The end of the sentence `It runs …`, printed after an export; empty for none."""
     hash_name: str = "sha256"
-    """What the hash of a file in the manifest is of."""
+    """The field of `inspect --json` that has the hash of a file."""
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        """Describes a model of this format that is no artifact of ours; None of anything else."""
+        """Describes a model of this format that rgexport did not export; None if it is none."""
         return None
 
 
@@ -55,17 +54,18 @@ class FileFormat(Format, ABC):
 
     @abstractmethod
     def open(self, path: Path, *, verify: bool) -> Artifact:
-        """Opens what `owns` says yes to; see `opening.open_artifact`."""
+        """Opens a path that `owns` accepts; see `opening.open_artifact`."""
 
 
 class FolderFormat(Format, ABC):
     """A format whose artifacts are folders with an `rgexport.json`."""
 
+    manifest: type[Manifest] = Manifest
     entries: Collection[str] = ()
-    """Files or folders of an artifact that may be given in its place."""
+    """Files or folders of an artifact that a user may name instead of its folder."""
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """The artifact in a folder, whose files have not been looked at."""
+        """The artifact in a folder, its files not yet checked."""
         return Artifact(folder, manifest)
 
     @abstractmethod
@@ -77,16 +77,16 @@ class FolderFormat(Format, ABC):
         """
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Looks at what only manifests of this format have.
+        """Checks the fields that only manifests of this format have.
 
         Raises:
-            Mismatch: they contradict themselves.
+            Mismatch: a field is wrong.
         """
-        return  # most have nothing of their own
+        return  # most formats have none
 
     @abstractmethod
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """What the card says; `verb` is the command that lets the artifact speak."""
+        """What the card says; `verb` is the command to try: `chat .` or `generate . -p …`."""
 
 
 def format_of(kind: str) -> Format:
@@ -95,11 +95,11 @@ def format_of(kind: str) -> Format:
 
 
 def folder_format(kind: str) -> FolderFormat | None:
-    """The format of a kind of artifact that is a folder; None of any other word."""
+    """The format of a kind of artifact that is a folder; None for any other word."""
     form = format_of(kind) if kind in FORMATS else None
     return form if isinstance(form, FolderFormat) else None
 
 
 def all_formats() -> list[Format]:
-    """All that are registered."""
+    """All registered formats."""
     return [format_of(kind) for kind in FORMATS]

@@ -1,4 +1,4 @@
-"""The manifest of an artifact, `rgexport.json`: what the folder holds and how it was made."""
+"""The manifest of an artifact, `rgexport.json`: its files and tensors, and how it was made."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from rgexport.quantize.scheme import Affine, Ggml, Scheme
 
 MANIFEST = "rgexport.json"
 COLUMNS = "columns"
-"""A part of a matrix that is stored [in, out]: a row of the matrix is a column of it."""
+"""The part of a matrix whose data are stored transposed, [in, out]."""
 FORMAT_VERSION = 1
 Profile = Literal["cpu", "wasm", "webgpu"]
 """What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
@@ -30,10 +30,10 @@ ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a part of a tensor lies: row-major, `shape` in items of `dtype`.
+    """The place of a part of a tensor: row-major, `shape` in items of `dtype`.
 
-    A float tensor and one in a ggml type have one part, `data`; `quantize.affine` and `.palette`
-    say what the parts of a quantized one are.
+    A float tensor and one in a ggml type have one part, `data`; for the parts of the other schemes
+    see `quantize.affine` and `quantize.palette`.
     """
 
     file: str
@@ -62,12 +62,12 @@ class StoredTensor:
 
     @property
     def rows_together(self) -> int:
-        """How many rows share something, as those of a palette do, and are read as one."""
+        """How many rows share stored data, such as a palette, and are read together."""
         by_row = (part for label, part in self.parts.items() if label != COLUMNS)
         return max(map(self._rows_per_row, by_row))
 
     def row_offset(self, label: str, row: int) -> int:
-        """Where in its file the part `label`, which is not `COLUMNS`, of a row begins."""
+        """The offset in its file of a row of the part `label`, which must not be `COLUMNS`."""
         part = self.parts[label]
         return part.offset + row // self._rows_per_row(part) * part.row_bytes
 
@@ -77,12 +77,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StateRecord:
-    """A canonical state and the graph's input and output that carry it (shape without batch).
+    """A canonical state, and the graph's input and output for it; `shape` is without batch.
 
-    In a `ring`, position p lies in slot p modulo the window; `canonical` is oldest first. A `row`
-    is one of a matrix that has one for each recurrent layer. A `pair` is two float16 states that
-    `input` and `output` name, the second one being what the first one's rounding left over, times
-    2048; `hilo` is a row of such a pair.
+    Layouts: `canonical` is oldest first. In a `ring`, position p is in slot p modulo the window.
+    A `row` is one of a matrix with a row for each recurrent layer. A `pair` is two float16 states,
+    named by `input` and `output`; the second is the rounding error of the first, times 2048.
+    `hilo` is a row of such a pair.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about an artifact; a runtime needs nothing else but the files listed here."""
+    """Everything about an artifact that a runtime needs besides the files listed here."""
 
     format_version: int = FORMAT_VERSION
     kind: str = "onnx"
@@ -146,7 +146,7 @@ class Manifest:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the artifact understands text, not only token ids."""
+        """Whether the artifact has a tokenizer; without, it takes token ids only."""
         return any(name in TOKENIZERS for name in self.files)
 
     @property
@@ -155,24 +155,24 @@ class Manifest:
 
         llama.cpp's always do.
         """
-        return not self.exact and any(_meets_int8(scheme) for scheme in self.plan.values())
+        return not self.exact and any(map(_rounds_activations, self.plan.values()))
 
     @property
     def weighted(self) -> bool:
-        """Whether an importance matrix had a say in how weights were rounded."""
+        """Whether an importance matrix was used to round the weights."""
         return False
 
     @property
     def content_hashes(self) -> dict[str, str]:
-        """File → a hash of all that the manifest says of what is in it."""
+        """File → a hash of what the manifest says of its content, for formats that check it."""
         return {}
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
-        """This manifest of other files."""
+        """This manifest with other files."""
         return dataclasses.replace(self, files=files)
 
     def with_check(self, check: CheckRecord) -> "Manifest":
-        """This manifest after a self-check."""
+        """This manifest with the outcome of a self-check."""
         return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,19 +182,19 @@ class Manifest:
 
 
 def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
-    """For people: how an artifact stores and computes."""
+    """One phrase for how an artifact stores weights and computes."""
     rounded = " (int8 in products)" if rounds_activations else ""
     return f"{precision} weights, {compute} activations{rounded}"
 
 
-def _meets_int8(scheme: Scheme) -> bool:
+def _rounds_activations(scheme: Scheme) -> bool:
     if isinstance(scheme, Ggml):
         return TYPES[scheme.type].is_quantized
     return isinstance(scheme, Affine)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `rgexport.json` into `folder` and has it on the disk when it returns."""
+    """Writes and syncs `rgexport.json` in `folder`."""
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest.to_dict(), file, indent=1)
         file.write("\n")

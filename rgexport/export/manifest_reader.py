@@ -1,7 +1,6 @@
-"""Reads `rgexport.json` and refuses what contradicts itself."""
+"""Reads and checks the manifest of an artifact folder."""
 
 import reprlib
-from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,12 +13,12 @@ from rgexport.export.manifest import (
     Manifest,
     StoredTensor,
 )
-from rgexport.export.typed_json import Mismatch, Reader, label
+from rgexport.export.typed_json import Mismatch, label, read
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, scheme_from_dict
+from rgexport.quantize.scheme import Affine, Ggml, Palette
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -42,7 +41,7 @@ def read_manifest(folder: Path) -> Manifest:
             + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
         )
     try:
-        manifest = Reader({Scheme: scheme_from_dict}).read(form.manifest, fields)
+        manifest = read(form.manifest, fields)
         _check(manifest, form)
     except (Mismatch, RequestError) as error:
         raise RequestError(f"{path} is damaged: {error}") from None
@@ -50,7 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether `folder` is an artifact, by its manifest's presence."""
+    """Whether `folder` has a manifest."""
     return (folder / MANIFEST).is_file()
 
 
@@ -63,7 +62,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest, form: FolderFormat) -> None:
-    """What the types alone do not say.
+    """Checks what the types do not say.
 
     Raises:
         Mismatch: an unsafe file name, a part outside its file, or a tensor that the
@@ -74,8 +73,9 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
         _require(
             record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
         )
-    _require_word("precision", manifest.precision, form.precisions)
-    _require_word("compute", manifest.compute, ACTIVATIONS)
+    for field, words in (("precision", form.precisions), ("compute", ACTIVATIONS)):
+        word = getattr(manifest, field)
+        _require(word in words, f"{field} is {word!r}; expected {' or '.join(words)}")
     check_config(manifest.config)
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
     found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
@@ -96,7 +96,7 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
 
 
 def check_config(config: GriffinConfig) -> None:
-    """What the types alone do not say about a configuration.
+    """Checks what the types do not say about a configuration.
 
     Raises:
         Mismatch: a size that is not positive, or sizes that do not fit one another.
@@ -107,15 +107,20 @@ def check_config(config: GriffinConfig) -> None:
         elif type(value) is float:
             least = 0 if name in ("soft_cap", "rms_eps") else 1e-30
             _require(least <= value <= MAX_NUMBER, f"config.{name} is {value}")
-    _require(config.block_types, "config.block_types has no layer")
-    whole = "recurrent" not in config.block_types or not config.lru_width % config.lru_heads
-    _require(whole, f"config.lru_heads is {config.lru_heads}, no divisor of {config.lru_width}")
-    rotated = config.rope_dims <= config.head_dim or "attention" not in config.block_types
-    _require(rotated, f"config.rope_dims is {config.rope_dims}, of {config.head_dim}")
+    _require(config.block_types, "config.block_types is empty; expected one for each layer")
+    heads, width, rotated = config.lru_heads, config.lru_width, config.rope_dims
+    _require(
+        "recurrent" not in config.block_types or width % heads == 0,
+        f"config.lru_heads is {heads}; expected a divisor of lru_width, {width}",
+    )
+    _require(
+        "attention" not in config.block_types or rotated <= config.head_dim,
+        f"config.rope_dims is {rotated}; expected at most head_dim, {config.head_dim}",
+    )
 
 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
-    """The parts must be those of the scheme, and lie inside their files."""
+    """The parts must be those of the scheme, and inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
     quantized = isinstance(stored.scheme, Affine | Palette)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
@@ -135,10 +140,6 @@ def _is_safe(name: str) -> bool:
     path = PurePosixPath(name)
     plain = name.isprintable() and name not in ("", MANIFEST) and not set(name) & set("\\:\0")
     return plain and str(path) == name and not path.is_absolute() and ".." not in path.parts
-
-
-def _require_word(place: str, word: str, words: Collection[str]) -> None:
-    _require(word in words, f"{place} is {word!r}; expected {' or '.join(words)}")
 
 
 def _require(condition: object, complaint: str) -> None:

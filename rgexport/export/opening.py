@@ -17,15 +17,18 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     Names, sizes and headers are always checked; hashes are computed where a file was not seen
     before in this state (size, mtime, ctime), and of all files with `verify`.
 
+    Args:
+        path: the artifact, or a file or package in its folder.
+        verify: see above.
+
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
-            altered or does not belong; the line names it.
+            altered or not listed; the line names it.
     """
-    place, formats = Path(path), all_formats()
-    for form in formats:
-        if isinstance(form, FileFormat) and form.owns(place):
-            return form.open(place, verify=verify)
-    folders = [form for form in formats if isinstance(form, FolderFormat)]
+    place = Path(path)
+    if form := _file_format(place):
+        return form.open(place, verify=verify)
+    folders = (form for form in all_formats() if isinstance(form, FolderFormat))
     entries = {MANIFEST, *(entry for form in folders for entry in form.entries)}
     folder = place.parent if place.name in entries and is_artifact(place.parent) else place
     if not is_artifact(folder) and means_checkpoint(folder):
@@ -39,12 +42,16 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     artifact = found.artifact(folder, manifest)
     if complaints := artifact.complaints(verify):
         raise RequestError(
-            f"{folder} is damaged: {'; '.join(complaints)}; mend that or export it again"
+            f"{folder} is damaged: {'; '.join(complaints)}; restore it or export it again"
         )
     return artifact
 
 
 def means_artifact(path: Path) -> bool:
     """Whether a path is meant to be an artifact, sound or not."""
+    return _file_format(path) is not None or is_artifact(path)
+
+
+def _file_format(path: Path) -> FileFormat | None:
     files = (form for form in all_formats() if isinstance(form, FileFormat))
-    return any(form.owns(path) for form in files) or is_artifact(path)
+    return next((form for form in files if form.owns(path)), None)

@@ -1,4 +1,4 @@
-"""Who made a checkpoint and on which terms, as far as its place, name and model card tell."""
+"""Who made a checkpoint and its licence, as far as its path, name and model card tell."""
 
 import re
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ _PREFIX = "recurrentgemma"
 
 @dataclass(frozen=True)
 class Origin:
-    """Words as the hub has them, such as `google/recurrentgemma-2b` and `gemma`."""
+    """The hub's words, such as `google/recurrentgemma-2b` and `gemma`; None if unknown."""
 
     hub_id: str | None
     licence: str | None
 
     @property
     def released(self) -> bool:
-        """Whether it is one of Google's own models."""
+        """Whether it is one of Google's released models."""
         return self.hub_id in _RELEASED
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """What can be told of a checkpoint."""
+    """The origin of a checkpoint."""
     hub_id = _hub_id(checkpoint)
     if hub_id in _RELEASED:
         return Origin(hub_id, "gemma")
@@ -35,7 +35,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
-    """The folder that the checkpoint is, or lies in."""
+    """The folder of a checkpoint, which is a folder or a file."""
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
@@ -43,14 +43,14 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
     for part in reversed(checkpoint.path.parts):
         if match := _HUB_CACHE.fullmatch(part):
             return f"{match['owner']}/{match['name']}"
-    # A copy of a hub's folder keeps its name; DeepMind's own files are called 2b-it.pt.
+    # A copy of a folder of the hub keeps its name; DeepMind's own files are called 2b-it.pt.
     prefix = "" if checkpoint.name.startswith(_PREFIX) else f"{_PREFIX}-"
     name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
     return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
 
 
 def _licence(card: Path) -> str | None:
-    """What the YAML head of a model card says."""
+    """The `license` in the YAML header of a model card."""
     try:
         with card.open(encoding="utf-8", errors="replace") as file:
             head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))

@@ -1,4 +1,4 @@
-"""The step program: what the trace leaves behind and every emitter lowers. Plain data."""
+"""The step program: the result of the trace, which every emitter lowers. Plain data."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ Dim = int | str
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the program. `name` is the site that makes it (`site.1` for a second result)."""
+    """A tensor of the program, named after the site that makes it (`site.1`: its second result)."""
 
     name: str
     shape: tuple[Dim, ...]
     dtype: str
 
     def size(self, axis: int) -> int:
-        """A fixed size."""
+        """The size of an axis, which must be fixed."""
         size = self.shape[axis]
         assert isinstance(size, int), f"axis {axis} of {self.name} is {size}"
         return size
@@ -33,7 +33,7 @@ class Node:
 
     @property
     def tensors(self) -> list[Value]:
-        """The inputs that are there."""
+        """The inputs without optional ones that are absent."""
         return [value for value in self.inputs if value is not None]
 
 

@@ -1,20 +1,20 @@
 """What a user asks an export for, and what the export answers."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
 from rgexport.progress import amount
+from rgexport.quantize.scheme import Ggml, Plan
 
 
 def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:
-    """The precision that `--precision`, `--int4` and `--int8` name together, if any.
-
-    `kind` is that of the artifact, which says what words there are.
+    """The precision that `--precision`, `--int4` and `--int8` name, if any, for a kind of artifact.
 
     Raises:
         RequestError: they contradict each other, or the word is unknown.
@@ -26,51 +26,96 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
         given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
         raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
     word = named.pop() if named else None
-    words = format_of(kind).precisions
-    if word not in (None, *words):
-        raise RequestError(f"--precision is {word!r}; expected one of {', '.join(words)}")
+    if word:
+        require_word("--precision", word, format_of(kind).precisions)
     return word
 
 
-_IN_BLOCKS = "int4", "int8"
-"""Precisions whose weights have scales, and are multiplied by activations in int8."""
+def require_word(flag: str, word: str, words: Iterable[str]) -> None:
+    """Refuses an unknown word of an option.
+
+    Raises:
+        RequestError: it is none of `words`.
+    """
+    if word not in words:
+        raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
 
 
-def require_blocks(words: Collection[str], options: Mapping[str, object]) -> None:
-    """Refuses options that change nothing where no weight is quantized in blocks.
+def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
+    """Refuses options that a plan replaces.
+
+    Args:
+        options: a dataclass with a `plan`.
+        names: its fields that say for all tensors what a plan says for each.
+
+    Raises:
+        RequestError: there is a plan, and one of these fields is not its default.
+    """
+    given = [name for name in names if getattr(options, name) != getattr(type(options), name)]
+    if options.plan is not None and given:
+        words = ", ".join(name.replace("_", " ") for name in given)
+        raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+
+
+def refuse_ggml(plan: Plan | None) -> None:
+    """Refuses a plan for GGUF.
+
+    Raises:
+        RequestError: it stores a tensor in a ggml type.
+    """
+    for name, scheme in (plan or {}).items():
+        if isinstance(scheme, Ggml):
+            raise RequestError(
+                f"the plan stores {name} as {scheme.label}, which only GGUF files have"
+            )
+
+
+def refuse_idle(options: Mapping[str, object], where: str) -> None:
+    """Refuses options that change nothing.
+
+    Args:
+        options: flag → its value; None, False and empty values were not given.
+        where: goes on after `changes nothing in`, and says what to do.
+
+    Raises:
+        RequestError: one was given.
+    """
+    if given := [flag for flag, value in options.items() if value]:
+        change = "changes" if len(given) == 1 else "change"
+        raise RequestError(f"{' and '.join(given)} {change} nothing in {where}")
+
+
+def require_blocks(
+    words: Collection[str], block: int | None, symmetric: bool | None, exact: bool = False
+) -> None:
+    """Refuses the options of quantized weights where none is quantized in blocks.
 
     Args:
         words: the precisions of the linears and of the embedding.
-        options: flag → what was given; None and False were not.
+        block: `--block-size`.
+        symmetric: `--symmetric` or `--asymmetric`.
+        exact: `--exact`.
 
     Raises:
         RequestError: one was given, and no precision has blocks.
     """
-    given = [flag for flag, value in options.items() if value is not None and value is not False]
-    if given and not set(words) & set(_IN_BLOCKS):
-        raise RequestError(
-            f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing in "
+    if {"int4", "int8"}.isdisjoint(words):
+        flag = "--symmetric" if symmetric else "--asymmetric"
+        refuse_idle(
+            {"--block-size": block is not None, "--exact": exact, flag: symmetric is not None},
             f"{' and '.join(dict.fromkeys(words))} weights; expected it beside --int8 or --int4: "
-            "give one of those, or leave it out"
+            "give one of those, or leave it out",
         )
 
 
-def symmetry(symmetric: bool | None) -> dict[str, object]:
-    """The flag that was given for it, as `require_blocks` takes it."""
-    return {} if symmetric is None else {"--symmetric" if symmetric else "--asymmetric": True}
-
-
 def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
-    """Where an artifact goes without `-o`, such as `./recurrentgemma-2b-int4-onnx`.
-
-    One that is lowered for something else than a processor ends in the word for that.
-    """
+    """The folder that is written without `-o`, such as `./recurrentgemma-2b-int4-onnx`."""
     words = [model, precision, kind, *([] if profile == "cpu" else [profile])]
     return Path("-".join(words))
 
 
 def as_argument(path: Path) -> str:
-    """A path as one types it in a shell."""
+    """A path, quoted for a shell."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
@@ -78,13 +123,13 @@ def as_argument(path: Path) -> str:
 def closing_line(artifact: Artifact) -> str:
     """Where an artifact is, and what to type next."""
     size = amount(sum(record.size for record in artifact.manifest.files.values()))
-    return " ".join(
-        (f"{artifact.path} is complete ({size}).", *_engine(artifact), _next_step(artifact))
-    )
+    place = format_of(artifact.manifest.kind).runs_on
+    engine = f"It runs {place}. " if place else ""
+    return f"{artifact.path} is complete ({size}). {engine}{_next_step(artifact)}"
 
 
 def check_line(artifact: Artifact) -> str | None:
-    """How its self-check ended, and what may be done about it; None where nobody wanted one."""
+    """How the self-check ended, and what to do about it; None where none was asked for."""
     found = artifact.manifest.check
     if found == NOT_ASKED_FOR:
         return None
@@ -95,12 +140,7 @@ def check_line(artifact: Artifact) -> str | None:
 
 
 _ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
-"""Status of a self-check → what `validate` is good for then."""
-
-
-def _engine(artifact: Artifact) -> list[str]:
-    place = format_of(artifact.manifest.kind).runs_on
-    return [f"It runs {place}."] if place else []
+"""Status of a self-check → why to run `validate`."""
 
 
 def _next_step(artifact: Artifact) -> str:

@@ -1,7 +1,7 @@
-"""Where each weight lies in a data file, and the writer that fills it: what the formats share.
+"""The layout of weights in data files, and the writer that fills them.
 
-The layout is known before the first weight is read. The writer then streams: a slab is read,
-encoded and written at its own offset, several slabs at a time.
+The layout is known before the first weight is read. The writer then streams: each slab is read,
+encoded and written at its own offset, several at a time.
 """
 
 from collections import deque
@@ -22,30 +22,31 @@ from rgexport.quantize.affine import Parts
 from rgexport.quantize.scheme import Plan, Scheme
 
 SLAB_BYTES = 1 << 20
-"""Of source weights; its float32 form fits the L2 cache, which makes encoding 2x faster."""
-_WIDER = 4
+"""Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
+_COLUMN_SLABS = 4
+"""Slabs of what is stored by columns are larger: they are written in runs of a few bytes."""
 _WORKERS = min(8, usable_processors())
 _IN_FLIGHT = 3 * _WORKERS
-"""Slabs that are in the making, or wait for their turn."""
+"""Slabs that are being made, or wait to be taken in order."""
 
 Shape = tuple[int, ...]
 Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
-"""Shape and scheme of a tensor → part name → dtype and shape."""
+"""From shape and scheme of a tensor to part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, StoredTensor], Parts]
-"""A tensor's name, rows of it as the checkpoint has them, and how it is stored → its parts."""
+"""From name, rows in the checkpoint's dtype and stored form of a tensor to these rows' parts."""
 _Result = TypeVar("_Result")
 
 
 def aligned(size: int, alignment: int) -> int:
-    """The first multiple of `alignment` from `size` on."""
+    """`size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
 @dataclass
 class Places:
-    """Hands out places in a data file, one after another; `size` is what is taken so far.
+    """Assigns places in a data file, one after another; `size` is what is taken so far.
 
-    Every part begins at a multiple of `alignment`, after `header` bytes of its own.
+    Every part begins `header` bytes after a multiple of `alignment`.
     """
 
     file: str
@@ -81,7 +82,7 @@ def fill(
 ) -> None:
     """Writes every weight to its place in the files in `folder`, which exist and have their sizes.
 
-    `written` is told of every slab of a tensor in order, though several are in the making.
+    `written` is called for each slab with the tensor's name and the parts, in order.
 
     Raises:
         RequestError: a weight that its scheme cannot hold.
@@ -102,8 +103,7 @@ def fill(
 
 
 def _slab_bytes(stored: StoredTensor) -> int:
-    """A slab of what is stored by columns is written a few bytes at a time: it is larger."""
-    return SLAB_BYTES * (_WIDER if COLUMNS in stored.parts else 1)
+    return SLAB_BYTES * (_COLUMN_SLABS if COLUMNS in stored.parts else 1)
 
 
 def _write_slab(
@@ -115,7 +115,7 @@ def _write_slab(
     start: int,
     stop: int,
 ) -> tuple[str, Parts, int]:
-    """Encodes and writes rows `start` to `stop`; gives them, and the bytes that were read."""
+    """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read."""
     rows = source.read(start, stop)
     parts = {
         label: np.ascontiguousarray(array) for label, array in encode(name, rows, stored).items()
@@ -126,7 +126,7 @@ def _write_slab(
             mapped = np.memmap(folder / part.file, part.dtype, "r+", part.offset, part.shape)
             mapped[:, start:stop] = array.T
             continue
-        # A file handle of its own, since `pwrite` does not exist everywhere.
+        # Each thread opens the file itself: `pwrite` does not exist on Windows.
         with open(folder / part.file, "r+b") as file:
             file.seek(stored.row_offset(label, start))
             file.write(array.reshape(-1).view(np.uint8).data)
@@ -134,10 +134,7 @@ def _write_slab(
 
 
 def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:
-    """Results of jobs that run on several threads, in their order.
-
-    Only a few are in the making or wait to be taken, so that memory stays bounded.
-    """
+    """Results of jobs, in order; few of them run at a time, each on its thread."""
     pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(_WORKERS) as pool:
         for job in jobs:

@@ -1,4 +1,4 @@
-"""Traces the step model with fake weights into a step program."""
+"""Traces the step model, with fake weights, into a step program."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import LayerState, StepModel
 
 _DYNAMIC: dict[int, str] = {2: "batch", 3: "tokens"}
-"""The sizes that the example inputs have in their dynamic axes."""
+"""Size of a dynamic axis in the example inputs → its name."""
 
 
 def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
     """Traces a model of shape `config`; `activation` is "float32" or "float16".
 
-    No weight is allocated: a 2B takes 3 s and a few hundred MB, most of it torch itself.
+    Allocates no weights: a 2B takes 3 s and a few hundred MB, most of it torch itself.
     """
     dtype = getattr(torch, activation)
     with FakeTensorMode():
@@ -49,12 +49,11 @@ def _example(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 
 class _Reader:
-    """Reads an exported program into plain data."""
+    """Converts an exported program into plain data."""
 
     def __init__(self, exported: ExportedProgram):
         self._exported = exported
         self._values: dict[torch.fx.Node, Value] = {}
-        self._symbols: dict[str, str] = {}
 
     def program(self, config: GriffinConfig, activation: str) -> StepProgram:
         graph, signature = self._exported.graph, self._exported.graph_signature
@@ -80,7 +79,7 @@ class _Reader:
         return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
 
     def _nodes(self, graph: torch.fx.Graph) -> "list[Node]":
-        """The op set's nodes; shape guards that the tracer adds are no part of the program."""
+        """The nodes of the op set, without the shape guards that the tracer adds."""
         nodes = []
         for node in graph.nodes:
             namespace = getattr(node.target, "namespace", None)
@@ -111,16 +110,13 @@ class _Reader:
 
     def _declare(self, node: torch.fx.Node, name: str) -> Value:
         fake: Any = node.meta["val"]
-        shape = tuple(self._dim(size) for size in fake.shape)
+        shape = tuple(map(_dim, fake.shape))
         value = Value(name, shape, str(fake.dtype).removeprefix("torch."))
         self._values[node] = value
         return value
 
-    def _dim(self, size: Any) -> Dim:
-        if isinstance(size, int):
-            return size
-        symbol = str(size)
-        if symbol not in self._symbols:
-            hint = size.node.hint if size.node.has_hint() else None
-            self._symbols[symbol] = "num_logits" if hint is None else _DYNAMIC[hint]
-        return self._symbols[symbol]
+
+def _dim(size: Any) -> Dim:
+    if isinstance(size, int):
+        return size
+    return _DYNAMIC[size.node.hint] if size.node.has_hint() else "num_logits"

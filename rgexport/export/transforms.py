@@ -1,7 +1,7 @@
-"""What is done to the values of a weight before it is stored, and how it is undone.
+"""Transforms of weights before they are stored, and their inverses.
 
-What a graph would compute again for every token is computed once: norms are stored with their 1,
-the RG-LRU's parameter as the factor of its gate.
+What a graph would compute again for every token is computed once: norms are stored as 1 + w, the
+RG-LRU's parameter as the factor of its gate, -8 softplus(a_param).
 """
 
 from collections.abc import Callable
@@ -21,34 +21,30 @@ def _same(rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """Between rows as a checkpoint has them and as the file has them; float32 on both sides.
+    """Maps rows of a checkpoint to rows of the file; both are float32.
 
-    `store` and `restore` take and give rows of the canonical shape; `shape` is what the file
-    says that the shape is, of the same values in the same order.
+    `store` and `restore` take and return rows of the canonical shape; `shape` maps the canonical
+    shape to the one in the file, of the same values in the same order.
     """
 
     store: _Values = _same
     restore: _Values = _same
     shape: Callable[[Shape], Shape] = lambda shape: shape
-    exact: bool = True
-    """Whether `restore` undoes `store` to the last bit."""
 
 
 def _decay(a_param: np.ndarray) -> np.ndarray:
-    """-8 softplus(p), in float64 and rounded once."""
+    """-8 softplus(a_param), computed in float64."""
     p = a_param.astype(np.float64)
     softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
     return (RG_LRU_C * softplus).astype(np.float32)
 
 
 def _a_param(decay: np.ndarray) -> np.ndarray:
-    """The inverse of softplus is log(exp(s) - 1) = s + log(1 - exp(-s))."""
+    """The inverse of softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
     softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
     return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
 
 
 PLAIN = Transform()
-NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1), exact=False)
-"""1 + w."""
-DECAY = Transform(_decay, _a_param, exact=False)
-"""-8 softplus(p)."""
+NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1))
+DECAY = Transform(_decay, _a_param)

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON and back: read strictly, with complaints that name the place.
+"""Dataclasses as JSON and back, read strictly: a complaint names the place.
 
 Why this is no library: msgspec names no key of an object (`$.tensors[...].shape`), nor what it
 found, takes NaN and rounds whole numbers. pydantic and cattrs go on after the first mistake: 8 MB
@@ -12,10 +12,10 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from rgexport.errors import RequestError
+from rgexport.quantize.scheme import Scheme, scheme_from_dict
 
 T = TypeVar("T")
 
@@ -23,127 +23,111 @@ _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 
 class Mismatch(ValueError):
-    """JSON that is not what a type says; the message names the place."""
+    """JSON that a type does not allow; the message names the place."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Builds typed values from parsed JSON.
+def read(kind: type[T], value: Any) -> T:
+    """Builds a `kind` from parsed JSON.
 
-    Types may be made of str, int, float, bool, None, Any, Literal, list, tuple[X, ...],
-    dict[str, X], unions of these and dataclasses. Keys that a dataclass has no field for are
-    ignored, so that a newer writer may add some.
+    A type may be made of str, int, float, bool, None, Any, Scheme, Literal, list, tuple[X, ...],
+    dict[str, X], unions of these and dataclasses. Keys that are no field of a dataclass are
+    ignored, so that a newer version may add some.
+
+    Raises:
+        Mismatch: a missing field or a value of another type, with its place, such as
+            `states[3].shape`.
     """
+    return typing.cast(T, _read(kind, value, ""))
 
-    special: Mapping[Any, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
-    """Types that are read by a function of their own, which raises RequestError."""
 
-    def read(self, kind: type[T], value: Any, place: str = "") -> T:
-        """Builds a `kind`.
-
-        Raises:
-            Mismatch: a missing field or a value of another type, with its place, such as
-                `states[3].shape`.
-        """
-        return typing.cast(T, self._read(kind, value, place))
-
-    def _read(self, kind: Any, value: Any, place: str) -> Any:
-        if kind in self.special:
-            return self._special(kind, value, place)
-        if kind in _NAMES:
-            return _scalar(kind, value, place)
-        reader = _BY_ORIGIN.get(typing.get_origin(kind))
-        if reader is not None:
-            return reader(self, typing.get_args(kind), value, place)
-        return value if kind is Any else self._dataclass(kind, value, place)
-
-    def _special(self, kind: Any, value: Any, place: str) -> Any:
-        try:
-            return self.special[kind](value)
-        except RequestError as error:
-            raise Mismatch(f"{place}: {error}") from None
-
-    def _list(self, kinds: tuple[Any, ...], value: Any, place: str) -> list[Any]:
-        if not isinstance(value, list):
-            raise Mismatch(f"{place} is {_show(value)}; expected a list")
-        return [self._read(kinds[0], item, f"{place}[{i}]") for i, item in enumerate(value)]
-
-    def _tuple(self, kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
-        return tuple(self._list(kinds, value, place))
-
-    def _dict(self, kinds: tuple[Any, ...], value: Any, place: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise Mismatch(f"{place} is {_show(value)}; expected an object")
-        return {
-            key: self._read(kinds[1], item, f"{place}.{label(key)}") for key, item in value.items()
-        }
-
-    def _literal(self, choices: tuple[Any, ...], value: Any, place: str) -> Any:
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            expected = " or ".join(str(choice) for choice in choices)
-            raise Mismatch(f"{place} is {_show(value)}; expected {expected}")
+def _read(kind: Any, value: Any, place: str) -> Any:
+    if kind == Scheme:
+        return _scheme(value, place)
+    if kind in _NAMES:
+        return _scalar(kind, value, place)
+    if kind is Any:
         return value
-
-    def _union(self, kinds: tuple[Any, ...], value: Any, place: str) -> Any:
-        if value is None and type(None) in kinds:
-            return None
-        wanted = [kind for kind in kinds if kind is not type(None)]
-        fitting = next((kind for kind in wanted if type(value) is kind), wanted[0])
-        return self._read(fitting, value, place)
-
-    def _dataclass(self, kind: Any, value: Any, place: str) -> Any:
-        if not isinstance(value, dict):
-            raise Mismatch(f"{place or 'it'} is {_show(value)}; expected an object")
-        hints = _hints(kind)
-        fields = {}
-        for field in dataclasses.fields(kind):
-            there = f"{place}.{field.name}" if place else field.name
-            if field.name in value:
-                fields[field.name] = self._read(hints[field.name], value[field.name], there)
-            elif field.default is dataclasses.MISSING:
-                raise Mismatch(f"{there} is missing")
-        return kind(**fields)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return _literal(inner, value, place)
+    if origin in (Union, types.UnionType):
+        return _union(inner, value, place)
+    if origin in (list, tuple):
+        _require(isinstance(value, list), place, value, "a list")
+        return origin(_read(inner[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    _require(isinstance(value, dict), place or "it", value, "an object")
+    if origin is dict:
+        return {key: _read(inner[1], item, f"{place}.{label(key)}") for key, item in value.items()}
+    return _dataclass(kind, value, place)
 
 
-_hints = functools.lru_cache(typing.get_type_hints)
+def _scheme(value: Any, place: str) -> Scheme:
+    try:
+        return scheme_from_dict(value)
+    except RequestError as error:
+        raise Mismatch(f"{place}: {error}") from None
 
 
 def _scalar(kind: type, value: Any, place: str) -> Any:
     if kind is float and type(value) in (int, float):
         return _finite(value, place)
-    if type(value) is not kind:
-        raise Mismatch(f"{place} is {_show(value)}; expected {_NAMES[kind]}")
+    _require(type(value) is kind, place, value, _NAMES[kind])
     return value
 
 
 def _finite(value: Any, place: str) -> float:
-    """A number; Python's reader of JSON takes `NaN` and `1e999` too, which are none.
+    """A finite float; an integer that a float would round is refused.
 
-    Nor is a whole number what was written if a float would have to round it.
+    Python's JSON reader also takes `NaN` and `1e999`.
     """
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or number != value:
-        raise Mismatch(f"{place} is {_show(value)}; expected a finite number of double precision")
+    exact = math.isfinite(number) and number == value
+    _require(exact, place, value, "a finite number of double precision")
     return number
 
 
-_BY_ORIGIN: dict[Any, Callable[[Reader, tuple[Any, ...], Any, str], Any]] = {
-    Literal: Reader._literal,
-    list: Reader._list,
-    tuple: Reader._tuple,
-    dict: Reader._dict,
-    Union: Reader._union,
-    types.UnionType: Reader._union,
-}
+def _literal(choices: tuple[Any, ...], value: Any, place: str) -> Any:
+    known = any(value == choice and type(value) is type(choice) for choice in choices)
+    _require(known, place, value, " or ".join(map(str, choices)))
+    return value
+
+
+def _union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    wanted = [kind for kind in kinds if kind is not type(None)]
+    fitting = next((kind for kind in wanted if type(value) is kind), wanted[0])
+    return _read(fitting, value, place)
+
+
+def _dataclass(kind: Any, value: dict[str, Any], place: str) -> Any:
+    hints, fields = _hints(kind), {}
+    for field in dataclasses.fields(kind):
+        there = f"{place}.{field.name}" if place else field.name
+        if field.name in value:
+            fields[field.name] = _read(hints[field.name], value[field.name], there)
+        elif field.default is dataclasses.MISSING:
+            raise Mismatch(f"{there} is missing")
+    return kind(**fields)
+
+
+_hints = functools.lru_cache(typing.get_type_hints)
+
+
+def _require(condition: bool, place: str, value: Any, expected: str) -> None:
+    if not condition:
+        shown = reprlib.repr(value)
+        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+        raise Mismatch(f"{place} is {shown}; expected {expected}")
 
 
 def parse(text: Any) -> Any:
-    """JSON that stands as a text in another file.
+    """JSON that is a text in another file.
 
-    Not `strict_json`: what ours writes of a path that is no UTF-8 has halves of surrogate pairs.
+    Not `strict_json`: a path that is not UTF-8 is written with halves of surrogate pairs.
 
     Raises:
         Mismatch: it is no text, or no JSON.
@@ -166,10 +150,5 @@ def plain(value: Any) -> Any:
 
 
 def label(key: str) -> str:
-    """A key of somebody's JSON in a message: on one line, whatever it holds."""
+    """A key of a JSON object as a message shows it: on one line."""
     return key if key.isprintable() else repr(key)
-
-
-def _show(value: Any) -> str:
-    text = reprlib.repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

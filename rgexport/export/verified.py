@@ -1,53 +1,51 @@
-"""Hashes of files, and a memory of those that were computed before.
+"""SHA-256 of files, and a cache of hashes that were computed before.
 
-The memory makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`): a second
+The cache makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`): a second
 less before each command, and nothing is read from the disk.
 """
 
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rgexport import progress
 from rgexport.files.hashing import hash_file
 
 _LONG = 4 << 30
-"""Bytes from which hashing is worth a progress bar: some two seconds."""
-_REMEMBERED = 2048
-"""Files that the memory holds at most; the longest unseen are forgotten first."""
+"""Bytes from which hashing shows a progress bar: it takes some two seconds."""
+_MAX_ENTRIES = 2048
+"""Entries of the cache; the oldest are dropped first."""
 
 _Key = tuple[int, int, int]
-"""What tells that a file is the one that was hashed: size, mtime and ctime in ns."""
-_passing: dict[str, tuple[_Key, str]] = {}
-"""Entries for as long as a `trusted_within` lasts."""
+"""The state of a file: size, mtime and ctime in ns."""
+_Entries = dict[str, tuple[_Key, str]]
 
 
 def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
-    """SHA-256 of each file from byte `start` on, in hexadecimal; large ones show their progress."""
+    """SHA-256 of each file from byte `start` on, in hexadecimal; large files show progress."""
     files = list(paths)
     total = sum(path.stat().st_size for path in files)
-    shown = progress.task("Checking hashes", total) if total >= _LONG else nullcontext(_silent)
+    silent = nullcontext(lambda done: None)
+    shown = progress.task("Checking hashes", total) if total >= _LONG else silent
     with shown as advance, ThreadPoolExecutor() as pool:
         records = pool.map(lambda path: hash_file(path, advance, start), files)
         return {path: record.sha256 for path, record in zip(files, records, strict=True)}
 
 
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
-    """As `hash_files`, but reads only files that were not seen before in their present state."""
+    """As `hash_files`, but reads only files that are not in the cache in their present state."""
     keys = {path: _key(path) for path in paths}
-    known = _load() | _passing
-    names = {path: _name(path, start) for path in keys}
+    known, names = _load(), {path: _name(path, start) for path in keys}
     hashes = {
         path: known[name][1]
         for path, name in names.items()
         if name in known and known[name][0] == keys[path]
     }
-    missing = keys.keys() - hashes.keys()
-    if missing:
+    if missing := keys.keys() - hashes.keys():
         found = hash_files(missing, start=start)
         hashes |= found
         unchanged = {path: digest for path, digest in found.items() if _key(path) == keys[path]}
@@ -55,65 +53,48 @@ def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     return hashes
 
 
-def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
-    """Notes hashes that the caller has just computed. Failure to do so is harmless."""
-    _note({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
-
-
-@contextmanager
-def trusted_within(
-    hashes: Mapping[Path, str], content_hashes: Mapping[Path, str], *, start: int = 0
-) -> Iterator[None]:
-    """While the block runs, files need no hashing; no trace of them is left in the memory.
-
-    For files that are complete but not yet in their place, by one thread at a time.
+def remember(
+    hashes: Mapping[Path, str], contents: Mapping[Path, str] | None = None, *, start: int = 0
+) -> None:
+    """Adds to the cache what the caller has just computed; a cache that cannot be written is left.
 
     Args:
-        hashes: as for `remember`.
-        content_hashes: as for `mark_sound`, of each file.
-        start: as for `hash_files`.
+        hashes: file → its hash from byte `start` on.
+        contents: file → a hash of what was found to be right in it, see `mark_sound`.
+        start: see above.
     """
-    _passing.update({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
-    _passing.update(
-        {_inside(path): (_key(path), content_hash) for path, content_hash in content_hashes.items()}
-    )
-    try:
-        yield
-    finally:
-        _passing.clear()
+    entries = {_name(path, start): (_key(path), digest) for path, digest in hashes.items()}
+    for path, digest in (contents or {}).items():
+        entries[_content_name(path)] = _key(path), digest
+    _add(entries)
 
 
 def mark_sound(path: Path, content_hash: str) -> None:
-    """Notes that a file, in its present state, is inside as `content_hash`, a hash of it, says."""
-    _note({_inside(path): (_key(path), content_hash)})
+    """Adds to the cache that a file, in its present state, has the content of this hash."""
+    remember({}, {path: content_hash})
 
 
 def is_marked_sound(path: Path, content_hash: str) -> bool:
-    """Whether that was noted."""
-    return (_load() | _passing).get(_inside(path)) == (_key(path), content_hash)
+    """Whether `mark_sound` was called so for the file in its present state."""
+    return _load().get(_content_name(path)) == (_key(path), content_hash)
 
 
-def _note(entries: Mapping[str, tuple[_Key, str]]) -> None:
+def _add(entries: _Entries) -> None:
     known = _load()
-    for name, entry in entries.items():
-        known.pop(name, None)
-        known[name] = entry
-    newest = dict(list(known.items())[-_REMEMBERED:])
-    partial = _memory().with_suffix(f".{secrets.token_hex(4)}")
+    for name in entries:
+        known.pop(name, None)  # so that it becomes the newest
+    newest = dict(list((known | entries).items())[-_MAX_ENTRIES:])
+    partial = _cache_file().with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(json.dumps(newest), "utf-8")
-            partial.replace(_memory())
+            partial.replace(_cache_file())
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _silent(_: int) -> None:
-    """Progress that nobody needs to see."""
-
-
-def _memory() -> Path:
+def _cache_file() -> Path:
     folder = os.environ.get("RGEXPORT_CACHE")
     if not folder:
         from platformdirs import user_cache_dir
@@ -122,10 +103,10 @@ def _memory() -> Path:
     return Path(folder) / "verified.json"
 
 
-def _load() -> dict[str, tuple[_Key, str]]:
-    """The memory; an unreadable one counts as empty."""
+def _load() -> _Entries:
+    """The cache; one that cannot be read counts as empty."""
     try:
-        entries = json.loads(_memory().read_text("utf-8"))
+        entries = json.loads(_cache_file().read_text("utf-8"))
         return {name: (tuple(key), str(digest)) for name, (key, digest) in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
@@ -135,7 +116,7 @@ def _name(path: Path, start: int) -> str:
     return os.path.realpath(path) + (f"@{start}" if start else "")
 
 
-def _inside(path: Path) -> str:
+def _content_name(path: Path) -> str:
     return os.path.realpath(path) + "@inside"
 
 

@@ -5,22 +5,21 @@ record `NAME/data/KEY` for each storage. In the pickle, nested dictionaries hold
 `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; a storage is
 the persistent id `("storage", type, KEY, device, count)`.
 
-Python's own unpickler reads the pickle, with the opcodes that such files need, and with functions
-of ours in place of torch's: the pickle can call nothing else.
+Nothing is unpickled: `pickletools` takes the stream apart, and the opcodes that such files need
+build plain data, with functions of ours in place of torch's.
 
 Why not `torch.load(path, mmap=True, weights_only=True)`: mapped pages count as memory of the
 process (779 MB after reading a file of 805 MB in slabs), it believes a storage's stated size, and
 nested tuples as a key keep it busy for ever.
 """
 
-import io
 import math
-import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -78,7 +77,7 @@ def locate_tensors(path: Path) -> dict[str, Located | str]:
         raise
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (KeyError, pickle.UnpicklingError):  # an opcode or a record that is not known
+    except KeyError:  # an opcode or a record that is not known
         raise RequestError(
             f"{path} is damaged, or holds more than tensors; expected a plain state dictionary"
         ) from None
@@ -124,7 +123,7 @@ def _read(path: Path, file: BinaryIO, size: int) -> Any:
                     places[record.filename.removeprefix(prefix)] = file.tell(), record.file_size
         if any(start + length > size for start, length in places.values()):
             raise ValueError("a record in it ends after the file")
-        return _Unpickler(path, archive.read(info), places).load()
+        return _Reader(path, places).read(archive.read(info))
 
 
 def _not_zip(path: Path, file: BinaryIO) -> RequestError:
@@ -185,43 +184,61 @@ _GLOBALS: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
 }
 """All that a pickle may name."""
+_FUNCTIONS = _OrderedDict, _tensor, _parameter
 
 
-class _Unpickler(pickle._Unpickler):
-    """Reads a state dictionary.
+class _Reader:
+    """Builds what a pickle describes, of plain data; it calls nothing but `_FUNCTIONS`."""
 
-    It is the unpickler that is written in Python: the one in C takes gigabytes for one large index
-    of its memo, and its opcodes are fixed.
-    """
-
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE),
-            *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-            *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
-            *(pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE),
-            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINUNICODE, pickle.BINFLOAT),
-            *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINPERSID),
-        )
-    }
-
-    def __init__(self, path: Path, stream: bytes, places: Places) -> None:
-        super().__init__(io.BytesIO(stream))
+    def __init__(self, path: Path, places: Places) -> None:
         self._path, self._places = path, places
         self._storages: dict[str, _Storage] = {}
+        self._memo: dict[int, Any] = {}
+        self._marks: list[int] = []
+        self.stack: list[Any] = []
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (full := f"{module}.{name}") in _GLOBALS:
-            return _GLOBALS[full]
-        raise RequestError(
-            f"{self._path} holds Python objects other than tensors ({full}), which could run "
-            "code; expected a plain state dictionary"
-        )
+    def read(self, stream: bytes) -> Any:
+        """What the opcodes leave on the stack.
 
-    def persistent_load(self, stated: Any) -> _Storage:
+        Raises:
+            RequestError: an object of a type that is not known.
+            ValueError, LookupError, TypeError: the stream is damaged, or has an unknown opcode.
+        """
+        for opcode, argument, _ in pickletools.genops(stream):
+            _OPCODES[opcode.name](self, argument)
+        (content,) = self.stack
+        return content
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self, count: int) -> list[Any]:
+        """The last `count` values, in their order."""
+        return [self.stack.pop() for _ in range(count)][::-1]
+
+    def mark(self) -> None:
+        self._marks.append(len(self.stack))
+
+    def pop_marked(self) -> list[Any]:
+        """The values since the last mark."""
+        return self.pop(len(self.stack) - self._marks.pop())
+
+    def put(self, index: int) -> None:
+        self._memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.push(self._memo[index])
+
+    def push_global(self, name: str) -> None:
+        name = name.replace(" ", ".")
+        if name not in _GLOBALS:
+            raise RequestError(
+                f"{self._path} holds Python objects other than tensors ({name}), which could run "
+                "code; expected a plain state dictionary"
+            )
+        self.push(_GLOBALS[name])
+
+    def push_storage(self, stated: Any) -> None:
         word, dtype, key, _, count = stated
         if word != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
             raise ValueError("a storage in it has no type, or no record")
@@ -231,21 +248,19 @@ class _Unpickler(pickle._Unpickler):
         storage = _Storage(dtype, count, offset)
         if self._storages.setdefault(key, storage) != storage:
             raise ValueError(f"its record {key} has two types")
-        return storage
+        self.push(storage)
 
-    def load_build(self) -> None:
-        """Ignores the attributes of a dictionary (`_metadata`); nothing else has any."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], _OrderedDict):
-            raise ValueError("it sets attributes of something that has none")
+    def call(self, function: Any, arguments: Any) -> None:
+        if not any(function is known for known in _FUNCTIONS):
+            raise TypeError(f"it calls a {type(function).__name__}")
+        self.push(function(*arguments))
 
-    def load_setitem(self) -> None:
-        self._set([self.stack.pop(-2), self.stack.pop()])
+    def extend(self, values: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise TypeError("it appends to something that is no list")
+        self.stack[-1].extend(values)
 
-    def load_setitems(self) -> None:
-        self._set(self.pop_mark())
-
-    def _set(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         """Adds keys and values in turn; a key of nested tuples could take for ever to hash."""
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -253,11 +268,42 @@ class _Unpickler(pickle._Unpickler):
                 raise ValueError(f"it has a name of type {type(key).__name__}")
             target[key] = value
 
-    dispatch |= {
-        pickle.BUILD[0]: load_build,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-    }
+    def skip_attributes(self) -> None:
+        """Drops the attributes of a dictionary (`_metadata`); nothing else has any."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _OrderedDict):
+            raise ValueError("it sets attributes of something that has none")
+
+
+_OPCODES: dict[str, Callable[[_Reader, Any], None]] = {
+    "PROTO": lambda reader, _: None,
+    "STOP": lambda reader, _: None,
+    "MARK": lambda reader, _: reader.mark(),
+    "BUILD": lambda reader, _: reader.skip_attributes(),
+    "GLOBAL": _Reader.push_global,
+    "BINPERSID": lambda reader, _: reader.push_storage(*reader.pop(1)),
+    "REDUCE": lambda reader, _: reader.call(*reader.pop(2)),
+    "NONE": lambda reader, _: reader.push(None),
+    "NEWTRUE": lambda reader, _: reader.push(True),
+    "NEWFALSE": lambda reader, _: reader.push(False),
+    "EMPTY_DICT": lambda reader, _: reader.push({}),
+    "EMPTY_LIST": lambda reader, _: reader.push([]),
+    "EMPTY_TUPLE": lambda reader, _: reader.push(()),
+    "TUPLE1": lambda reader, _: reader.push(tuple(reader.pop(1))),
+    "TUPLE2": lambda reader, _: reader.push(tuple(reader.pop(2))),
+    "TUPLE3": lambda reader, _: reader.push(tuple(reader.pop(3))),
+    "TUPLE": lambda reader, _: reader.push(tuple(reader.pop_marked())),
+    "APPEND": lambda reader, _: reader.extend(reader.pop(1)),
+    "APPENDS": lambda reader, _: reader.extend(reader.pop_marked()),
+    "SETITEM": lambda reader, _: reader.set_items(reader.pop(2)),
+    "SETITEMS": lambda reader, _: reader.set_items(reader.pop_marked()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Reader.put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Reader.get),
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _Reader.push
+    ),
+}
+"""The opcodes that state dictionaries need, by `pickletools`' names."""
 
 
 def _locate_all(path: Path, content: Any) -> dict[str, Located | str]:

@@ -5,6 +5,7 @@ points and levels. Code that reads, runs or compares the tensor sees only the la
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,48 @@ from rgexport.quantize.affine import Parts
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
 
-Importance = np.ndarray | None
-"""float32 [columns]: the weight of each column's squared error, such as the mean square of its
-inputs; None where nothing is known of them."""
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of a matrix's inputs.
+
+    Attributes:
+        importance: float32 [columns], the weight of each column's squared error, such as the mean
+            square of its inputs.
+    """
+
+    importance: np.ndarray
 
 
-def encode(name: str, rows: np.ndarray, scheme: Scheme, importance: Importance = None) -> Parts:
-    """Rows [n, K] of the tensor `name` as `scheme` stores them, by the algorithm that it names.
+@dataclass(frozen=True)
+class Algorithm:
+    """Fills a layout.
+
+    Attributes:
+        layout: the type of scheme that it fills.
+        encode: rows [n, K] of any float dtype, the scheme, and statistics or None → parts; raises
+            RequestError for a weight that the scheme cannot hold.
+        needs_statistics: whether it cannot do without statistics.
+    """
+
+    layout: type[Scheme]
+    encode: Callable[[np.ndarray, Any, Statistics | None], Parts]
+    needs_statistics: bool = False
+
+
+def encode(
+    name: str, rows: np.ndarray, scheme: Scheme, statistics: Statistics | None = None
+) -> Parts:
+    """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
 
     Raises:
-        RequestError: a weight that the scheme cannot hold.
+        RequestError: a weight that the scheme cannot hold, or missing statistics.
     """
-    _, fill = ALGORITHMS[scheme.algorithm]
+    chosen = ALGORITHMS[scheme.algorithm]
+    if chosen.needs_statistics and statistics is None:
+        raise RequestError(f"{name}: {scheme.algorithm} needs statistics of its inputs")
     try:
-        return fill(rows, scheme, importance)
+        return chosen.encode(rows, scheme, statistics)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
 
@@ -39,14 +68,15 @@ def require_known(scheme: Scheme) -> None:
     Raises:
         RequestError: it is refused.
     """
-    fitting = [word for word, (layout, _) in ALGORITHMS.items() if isinstance(scheme, layout)]
-    if scheme.algorithm not in fitting:
+    found = ALGORITHMS.get(scheme.algorithm)
+    if found is None or not isinstance(scheme, found.layout):
+        fitting = [word for word, row in ALGORITHMS.items() if isinstance(scheme, row.layout)]
         raise RequestError(
             f"a scheme has algorithm = {scheme.algorithm!r}; expected {', '.join(fitting)}"
         )
 
 
-def _cast(rows: np.ndarray, scheme: Float, _: Importance) -> Parts:
+def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
     with np.errstate(over="ignore"):
         stored = rows.astype(scheme.dtype)
     if not np.isfinite(stored).all():
@@ -57,18 +87,15 @@ def _cast(rows: np.ndarray, scheme: Float, _: Importance) -> Parts:
     return {"data": stored}
 
 
-def _ggml(rows: np.ndarray, scheme: Ggml, importance: Importance) -> Parts:
+def _ggml(rows: np.ndarray, scheme: Ggml, statistics: Statistics | None) -> Parts:
+    importance = None if statistics is None else statistics.importance
     return {"data": quantize_rows(rows, scheme.type, importance)}
 
 
-ALGORITHMS: dict[str, tuple[type[Scheme], Callable[[np.ndarray, Any, Importance], Parts]]] = {
-    "cast": (Float, _cast),
-    "rtn": (Affine, lambda rows, scheme, _: affine.encode(rows, scheme)),
-    "kmeans": (Palette, lambda rows, scheme, _: palette.encode(rows, scheme)),
-    "ggml": (Ggml, _ggml),
+ALGORITHMS: dict[str, Algorithm] = {
+    "cast": Algorithm(Float, _cast),
+    "rtn": Algorithm(Affine, lambda rows, scheme, _: affine.encode(rows, scheme)),
+    "kmeans": Algorithm(Palette, lambda rows, scheme, _: palette.encode(rows, scheme)),
+    "ggml": Algorithm(Ggml, _ggml),
 }
-"""Word → the type of scheme that the algorithm fills, and the algorithm.
-
-`rtn` rounds to nearest; `ggml` is what llama-quantize does for a type. An algorithm raises
-RequestError for a weight that the scheme cannot hold.
-"""
+"""Word → algorithm. `rtn` rounds to nearest; `ggml` is what llama-quantize does for a type."""

@@ -68,7 +68,7 @@ def link_elsewhere(path: Path) -> None:
         (lambda path: path.rename(path.with_suffix(".old")), "is missing; .*old does not belong"),
     ],
 )
-def test_harm_is_named(made, name, harm, complaint):
+def test_damage_is_named(made, name, harm, complaint):
     open_artifact(made.folder)
     harm(made.folder / name)
     with pytest.raises(RequestError, match=f"artifact is damaged: {name} {complaint}") as caught:
@@ -104,13 +104,13 @@ def test_files_are_hashed_once(made, monkeypatch):
     assert len(hashed) == 5
 
 
-def test_exporter_spares_the_first_hashing(made, monkeypatch):
+def test_the_exporter_saves_the_first_hashing(made, monkeypatch):
     remember_verified(made.folder, made.manifest)
     monkeypatch.setattr(verified, "hash_file", None)
     assert open_artifact(made.folder).manifest == made.manifest
 
 
-def test_verify_trusts_no_memory(made):
+def test_verify_does_not_use_the_cache(made):
     path = made.folder / "model.onnx.data"
     flip(path)
     remember_verified(made.folder, made.manifest)
@@ -120,15 +120,15 @@ def test_verify_trusts_no_memory(made):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
-def test_damaged_memory_is_no_harm(made, tmp_path, content):
-    memory = tmp_path / "cache" / "verified.json"
-    memory.parent.mkdir(exist_ok=True)
-    memory.write_bytes(content)
+def test_a_damaged_cache_counts_as_empty(made, tmp_path, content):
+    cache = tmp_path / "cache" / "verified.json"
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_bytes(content)
     open_artifact(made.folder)
-    assert len(json.loads(memory.read_text())) >= 2
+    assert len(json.loads(cache.read_text())) >= 2
 
 
-def test_memory_that_cannot_be_written_is_no_harm(made, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_left(made, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "file" / "below"))
     open_artifact(made.folder)

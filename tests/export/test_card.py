@@ -43,15 +43,11 @@ def test_card_of_a_core_ml_package(tmp_path):
     assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text
 
 
-def test_card_of_what_was_not_checked(made):
+def test_card_says_how_the_check_ended(made):
     assert "## Checked\n\nNot checked: it was not asked for.\n" in card(made.manifest)
-
-
-def test_card_of_what_was_found_wrong(made):
     found = CheckRecord(status="unverified", reason="it is not right", engine="toy 1")
-    assert "## Checked\n\nChecked: unverified, since it is not right.\n" in card(
-        made.manifest.with_check(found)
-    )
+    text = card(made.manifest.with_check(found))
+    assert "## Checked\n\nChecked: unverified, since it is not right.\n" in text
     numbers = dataclasses.replace(
         found, tokens=32, positions=30, kl=0.5, kl_standard_error=0.01, relative_max=0.25
     )

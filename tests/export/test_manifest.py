@@ -1,6 +1,5 @@
 """What is refused when a manifest is read."""
 
-import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -34,19 +33,10 @@ def test_self_check_comes_back(made):
     assert read_manifest(made.folder).check == found
 
 
-def test_a_manifest_without_one_was_not_checked(made):
-    rewrite(made, lambda fields: fields.pop("check"))
-    assert read_manifest(made.folder).check == NOT_ASKED_FOR
-
-
-def test_a_manifest_without_a_profile_is_for_processors(made):
-    rewrite(made, lambda fields: fields.pop("profile"))
-    assert read_manifest(made.folder).profile == "cpu"
-
-
-def test_unknown_fields_are_ignored(made):
-    rewrite(made, lambda fields: fields.update(measured_on="a phone"))
+def test_fields_may_be_missing_or_unknown(made):
+    rewrite(made, lambda fields: (fields.pop("check"), fields.pop("profile"), fields.update(x=1)))
     assert read_manifest(made.folder) == made.manifest
+    assert made.manifest.check == NOT_ASKED_FOR and made.manifest.profile == "cpu"
 
 
 def rewrite(made, change: Callable[[Fields], Any]) -> None:
@@ -120,18 +110,11 @@ def test_not_a_manifest(made, text):
         read_manifest(made.folder)
 
 
-def test_fields_stay_apart(made):
-    fields = made.manifest.to_dict()
-    before = copy.deepcopy(fields)
-    fields["config"]["width"] = 1
-    assert made.manifest.to_dict() == before
-
-
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_whatever_stands_in_it_is_accepted_or_refused(made, data):
+def test_any_json_is_accepted_or_refused(made, data):
     fields = made.manifest.to_dict()
     place: Any = fields
     while isinstance(place, dict | list) and place:

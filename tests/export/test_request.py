@@ -32,50 +32,35 @@ def test_precision(precision, int4, int8, word):
     assert precision_word(precision, int4, int8, "onnx") == word
 
 
-@pytest.mark.parametrize(
-    ("precision", "int4", "int8", "complaint"),
-    [
-        (None, True, True, "--int4 and --int8 contradict"),
-        ("fp32", True, False, "--int4 and --precision fp32 contradict"),
-        ("q4", False, False, "--precision is 'q4'; expected one of fp32, fp16, int8, int4"),
-    ],
-)
-def test_precision_that_cannot_be(precision, int4, int8, complaint):
-    with pytest.raises(RequestError, match=complaint):
-        precision_word(precision, int4, int8, "onnx")
-
-
-def test_words_of_core_ml():
+def test_words_are_those_of_the_format():
     assert precision_word("pal4", False, False, "coreml") == "pal4"
     with pytest.raises(RequestError, match="'pal4'; expected one of fp32, fp16, int8, int4$"):
         precision_word("pal4", False, False, "onnx")
 
 
-def test_closing_line_says_where_a_package_runs(made):
-    manifest = dataclasses.replace(made.manifest, kind="coreml")
-    line = closing_line(Artifact(Path("out"), manifest))
-    assert "It runs on iOS 18 and macOS 15: model.mlpackage goes into an Xcode project." in line
+CHECKED = CheckRecord(
+    status="verified",
+    tokens=130,
+    positions=3,
+    kl=0.01234,
+    kl_standard_error=0.00123,
+    relative_max=0.004,
+    engine="toy 1",
+)
 
 
 @pytest.mark.parametrize(
     ("found", "line"),
     [
         (NOT_ASKED_FOR, None),
-        (skipped("no room"), "Not checked: no room. Do it later: rgexport validate out"),
+        # A manifest may be from anybody: its texts are shown on one line.
+        (skipped("a\x1bb\nc"), "Not checked: a?b?c. Do it later: rgexport validate out"),
         (
             CheckRecord(status="unverified", reason="so"),
             "Checked: unverified, since so. Look closer: rgexport validate out",
         ),
         (
-            CheckRecord(
-                status="verified",
-                tokens=130,
-                positions=3,
-                kl=0.01234,
-                kl_standard_error=0.00123,
-                relative_max=0.004,
-                engine="toy 1",
-            ),
+            CHECKED,
             "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats, "
             "0.4 % of the largest logit from the dequantized reference: verified.",
         ),
@@ -83,12 +68,6 @@ def test_closing_line_says_where_a_package_runs(made):
 )
 def test_check_line(made, found, line):
     assert check_line(Artifact(Path("out"), made.manifest.with_check(found))) == line
-
-
-def test_somebodys_reason_is_one_line(made):
-    """A manifest may be anybody's."""
-    artifact = Artifact(Path("out"), made.manifest.with_check(skipped("a\x1b[2Jb\nc")))
-    assert str(check_line(artifact)).startswith("Not checked: a?[2Jb?c. ")
 
 
 def test_default_target():
@@ -108,6 +87,11 @@ TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
         ({"files": TOKENIZER, "instruction_tuned": True}, "Talk to it: rgexport chat out"),
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
         (
+            {"kind": "coreml"},
+            "It runs on iOS 18 and macOS 15: model.mlpackage goes into an Xcode project. It has no "
+            "tokenizer; try: rgexport generate out --ids 2",
+        ),
+        (
             {"files": TOKENIZER, "name": "recurrentgemma-9b"},
             '-p "The meaning of life is" (a base model; to chat, export --size 9b-it)',
         ),
@@ -121,14 +105,7 @@ def test_closing_line(made, change, advice):
 
 @pytest.mark.parametrize(
     ("path", "typed"),
-    [
-        ("out", "out"),
-        ("my model", "'my model'"),
-        ("/a b/c", "'/a b/c'"),
-        ("-out", "./-out"),
-        ("-my out", "'./-my out'"),
-        ("$HOME", "'$HOME'"),
-    ],
+    [("out", "out"), ("/a b/c", "'/a b/c'"), ("-my out", "'./-my out'"), ("$HOME", "'$HOME'")],
 )
 def test_paths_can_be_pasted(made, path, typed):
     assert as_argument(Path(path)) == typed

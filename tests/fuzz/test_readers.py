@@ -13,7 +13,7 @@ from fuzz.readers.targets import TARGETS, load_target
 
 FOUND = Path(__file__).parents[1] / "fuzz_findings"
 """One folder for each target. An input says by its name what is wrong with it; `accepted_…` is read
-all the same, without harm: of a damaged ONNX model what stands before the damage, for instance."""
+all the same, without harm: a damaged ONNX model, for instance, which ONNX Runtime refuses."""
 ROOT = Path(__file__).parents[2]
 
 

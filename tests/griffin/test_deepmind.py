@@ -252,7 +252,7 @@ def test_damaged_files(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
 PICKLE = "model/data.pkl"
 REWRITTEN: dict[str, tuple[int, tuple[bytes, bytes], str]] = {
     "other function": (zipfile.ZIP_STORED, (b"torch._utils", b"torch._utilz"), "could run code"),
-    "unknown opcode": (zipfile.ZIP_STORED, (b"ctorch", b"\xfftorch"), "or holds more than tensors"),
+    "unknown opcode": (zipfile.ZIP_STORED, (b"ctorch", b"\xfftorch"), "opcode .* unknown"),
     "compressed": (zipfile.ZIP_DEFLATED, (b"", b""), "is compressed"),
     # the count of a storage of 16 bytes
     "storage too small": (zipfile.ZIP_STORED, (b"K\4tq", b"K\2tq"), "record 0 of 16 bytes is said"),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.quantize import affine
-from rgexport.quantize.algorithms import ALGORITHMS, Importance, encode, require_known
+from rgexport.quantize import affine, algorithms
+from rgexport.quantize.algorithms import ALGORITHMS, Algorithm, Statistics, encode, require_known
 from rgexport.quantize.scheme import (
     Affine,
     Float,
@@ -28,21 +28,39 @@ def test_what_a_float_cannot_hold_is_named():
 
 
 def test_every_layout_has_an_algorithm():
-    assert {layout for layout, _ in ALGORITHMS.values()} == {Float, Affine, Palette, Ggml}
+    layouts = {row.layout for row in ALGORITHMS.values()}
+    assert layouts == {Float, Affine, Palette, Ggml}
 
 
-def test_an_algorithm_is_a_row_and_no_part_of_the_layout(monkeypatch: pytest.MonkeyPatch):
-    def fill(rows: np.ndarray, scheme: Affine, importance: Importance) -> affine.Parts:
-        return affine.encode(rows * importance, scheme)
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An algorithm that needs statistics and makes all weights half as large."""
 
-    monkeypatch.setitem(ALGORITHMS, "halves", (Affine, fill))
+    def fill(rows: np.ndarray, scheme: Affine, statistics: Statistics | None) -> affine.Parts:
+        assert statistics is not None
+        return affine.encode(rows * statistics.importance, scheme)
+
+    row = Algorithm(Affine, fill, needs_statistics=True)
+    monkeypatch.setitem(algorithms.ALGORITHMS, "halves", row)
+
+
+def test_a_new_algorithm_is_a_row(halves: None):
     rows = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     scheme = replace(INT4, algorithm="halves")
-    assert scheme == INT4 and hash(scheme) == hash(INT4)
-    assert scheme_from_dict(scheme_to_dict(scheme)).algorithm == "halves"
-    found = affine.decode(encode("w", rows, scheme, np.full(64, 0.5, np.float32)), scheme, 64)
+    known = Statistics(np.full(64, 0.5, np.float32))
+    found = affine.decode(encode("w", rows, scheme, known), scheme, 64)
     expected = affine.decode(encode("w", rows / 2, INT4), INT4, 64)
     np.testing.assert_array_equal(found, expected)
+    with pytest.raises(RequestError, match="w: halves needs statistics of its inputs"):
+        encode("w", rows, scheme)
+
+
+def test_an_algorithm_is_provenance(halves: None):
+    scheme = replace(INT4, algorithm="halves")
+    assert scheme == INT4 and hash(scheme) == hash(INT4)
+    stored = scheme_to_dict(scheme)
+    assert stored["algorithm"] == "halves"
+    assert scheme_from_dict(stored).algorithm == "halves"
 
 
 def test_an_unknown_algorithm_can_be_read_but_not_requested():

@@ -6,7 +6,12 @@ from typing import get_args
 from rgexport.errors import RequestError
 from rgexport.export.coreml.states import Form, RecurrentState
 from rgexport.export.manifest import ACTIVATIONS
-from rgexport.export.request import require_blocks, symmetry
+from rgexport.export.request import (
+    refuse_beside_plan,
+    refuse_ggml,
+    require_blocks,
+    require_word,
+)
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.fitting import fitted, with_dtype
@@ -17,7 +22,7 @@ from rgexport.quantize.plan import (
     make_plan,
     precision_of,
 )
-from rgexport.quantize.scheme import Float, FloatDtype, Ggml, Plan, Scheme
+from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "fp16", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
@@ -55,22 +60,15 @@ class CoreMLOptions:
                 of fewer than two tokens, weights in more than is computed in, an unknown
                 word or block size, or an option that changes nothing.
         """
-        given = [name for name in _SET_BY_A_PLAN if getattr(self, name) is not None]
-        if self.plan is not None and given:
-            words = ", ".join(name.replace("_", " ") for name in given)
-            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
-        for name, scheme in (self.plan or {}).items():
-            if isinstance(scheme, Ggml):
-                raise RequestError(
-                    f"the plan stores {name} as {scheme.label}, which only GGUF files have"
-                )
-        _require_word("--compute", self.compute_word, tuple(ACTIVATIONS))
-        _require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
+        refuse_beside_plan(self, _SET_BY_A_PLAN)
+        refuse_ggml(self.plan)
+        require_word("--compute", self.compute_word, ACTIVATIONS)
+        require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
         if self.prefill_length < 2:
             raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
         for scheme in self._schemes():
             self._require_computable("weights are to be stored", scheme)
-        require_blocks(self._words(), {"--block-size": self.block_size} | symmetry(self.symmetric))
+        require_blocks(self._words(), self.block_size, self.symmetric)
 
     @property
     def precision_word(self) -> str:
@@ -127,8 +125,3 @@ class CoreMLOptions:
                 f"{what} as float32, but products in fp16 take fp16 weights; take --compute fp32 "
                 "or another precision"
             )
-
-
-def _require_word(option: str, word: str, words: tuple[str, ...]) -> None:
-    if word not in words:
-        raise RequestError(f"{option} is {word!r}; expected one of {', '.join(words)}")

@@ -1,8 +1,9 @@
-"""A GGUF file that is opened: a checked header, and its weights dequantized.
+"""An opened GGUF file: a checked header, and its weights dequantized.
 
-Rows are dequantized by gguf-py, which knows nothing of the library that quantized them.
+Rows are dequantized by gguf-py, which shares no code with the library that quantized them.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,14 +14,11 @@ from gguf import GGMLQuantizationType, quants
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.checked import CheckRecord
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.facts import describe
-from rgexport.export.gguf.manifest import EmbeddedManifest, GgufManifest, read_embedded
-from rgexport.export.gguf.mark import read_mark
-from rgexport.export.gguf.metadata import MANIFEST_KEY
+from rgexport.export.gguf.metadata import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
-from rgexport.export.manifest import IoRecord, StoredPart, StoredTensor
+from rgexport.export.gguf.vocabulary import BYTE, CONTROL, USER_DEFINED
+from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.typed_json import Mismatch
 from rgexport.export.verified import hash_files, hash_new_files
 from rgexport.files.hashing import FileRecord
@@ -30,24 +28,68 @@ from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 from rgexport.quantize.scheme import Ggml
 
-_WORDS = {row.value: row.name for row in FILE_TYPES.values()}
+_FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
+_TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufManifest(Manifest):
+    """The whole manifest; `precision` is the word of the file's type, such as `q4_k_m`.
+
+    `states` and `io` are empty: llama.cpp builds the graph. The one record in `files` has the
+    hash of the tensors' data, since no file can hold its own.
+    """
+
+    kind: str = "gguf"
+    pieces: int
+    """Tokens of the vocabulary in the file; 0 where there is none."""
+    imatrix: bool
+    """Whether an importance matrix was used."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file has a vocabulary."""
+        return self.pieces > 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether an importance matrix was used."""
+        return self.imatrix
 
 
 @dataclass(frozen=True)
 class GgufArtifact(Artifact):
-    """A GGUF file of a Griffin model; `header` has its metadata."""
+    """A GGUF file of a Griffin model."""
 
     header: GgufHeader
     tensors: dict[str, FileTensor]
     """By canonical name."""
 
     def file(self, name: str) -> Path:
-        """The file itself: there is no other."""
+        """The GGUF file."""
         return self.path
 
     def facts(self) -> dict[str, Any]:
-        """Bits per weight, the tokenizer, and what the metadata tell; as plain JSON."""
-        return describe(self.header, self.manifest)
+        """Bits per weight, facts of the metadata, and the tokenizer."""
+        values, tensors = self.header.values, self.header.tensors.values()
+        gguf = {
+            "architecture": values["general.architecture"],
+            "version": self.header.version,
+            "type": self.manifest.precision,
+            "tensors": len(tensors),
+            "size_label": _value(str, values, "general.size_label"),
+            "license": _value(str, values, "general.license"),
+            "source": _value(str, values, "general.source.url"),
+            "importance_matrix": _value(str, values, "quantize.imatrix.file"),
+            "data_hash": integrity.has_original_types(self.header),
+            "runs_in": "the llama.cpp of `rgexport llama-cpp build`",
+        }
+        weights = sum(prod(tensor.shape) for tensor in tensors)
+        return {
+            "bits_per_weight": 8 * sum(tensor.nbytes for tensor in tensors) / weights,
+            "gguf": gguf,
+            "tokenizer": _tokenizer_facts(values) if self.manifest.has_tokenizer else None,
+        }
 
     def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
         stored, transform = self.manifest.tensors[name], self.tensors[name].transform
@@ -58,12 +100,12 @@ class GgufArtifact(Artifact):
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
     """Opens a file that `rgexport gguf` made, or that another tool quantized from one.
 
-    The header and the metadata's hash are always checked; the data's where the file was not seen
-    before in this state, and with `verify`.
+    The header and the metadata's hash are always checked; the data's hash where the file was not
+    seen before in this state, and with `verify`.
 
     Raises:
-        RequestError: no such file, no GGUF, one of another model or maker, a part of a split
-            one, or a damaged one.
+        RequestError: no such file, not GGUF, another model, not made by rgexport, a part of a
+            split file, or damaged.
     """
     if not path.exists():
         raise RequestError(f"there is no {path}")
@@ -102,20 +144,24 @@ def _require_ours(header: GgufHeader) -> None:
             f"{path} was not made by rgexport (it has no {MANIFEST_KEY}); make one from the "
             "checkpoint with `rgexport gguf`"
         )
-    if not isinstance(found := values.get(integrity.FILE_TYPE), int) or found not in _WORDS:
+    if not isinstance(found := values.get(integrity.FILE_TYPE), int) or found not in _FILE_TYPES:
         raise RequestError(
             f"{path} has the file type {_shown(found)}; expected that "
-            f"of one of {', '.join(_WORDS.values())}"
+            f"of one of {', '.join(_FILE_TYPES.values())}"
         )
     for key in integrity.HASHES:
         if not isinstance(values.get(key), str):
             raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
-    tokens: Any = values.get("tokenizer.ggml.tokens")
-    types: Any = values.get("tokenizer.ggml.token_type")
+    _require_vocabulary(header)
+
+
+def _require_vocabulary(header: GgufHeader) -> None:
+    tokens: Any = header.values.get(_TOKENS)
+    types: Any = header.values.get(_TOKEN_TYPES)
     if tokens is not None or types is not None:
         lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
         if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):
-            raise _damaged(path, "its tokens have no types, or its types no tokens")
+            raise _damaged(header.path, "its lists of tokens and of their types do not match")
 
 
 def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:
@@ -131,14 +177,17 @@ def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None
 
 
 def _check_data(header: GgufHeader, anew: bool) -> str:
-    """The hash of the data, after a look at whether it may be that."""
+    """The hash of the data, compared with the one in the metadata.
+
+    Where another tool stored the tensors in other types, there is none to compare with.
+    """
     path, start = header.path, integrity.data_start(header)
     digest = (hash_files if anew else hash_new_files)([path], start=start)[path]
-    same_types = integrity.has_its_types(header)
+    same_types = integrity.has_original_types(header)
     same_data = header.values.get(integrity.DATA) == digest
     if same_types and not same_data:
         raise _damaged(path, "its tensors were altered (the hash of the data differs)")
-    if same_data and not same_types:  # otherwise another tool stored them in other types
+    if same_data and not same_types:
         raise _damaged(path, "it states other types of tensors than the data have")
     return digest
 
@@ -146,6 +195,10 @@ def _check_data(header: GgufHeader, anew: bool) -> str:
 def _manifest(
     header: GgufHeader, embedded: EmbeddedManifest, tensors: dict[str, FileTensor], digest: str
 ) -> GgufManifest:
+    try:
+        check = integrity.read_check(header)
+    except Mismatch as error:
+        raise _damaged(header.path, str(error)) from None
     name = header.path.name
     stored = {
         canonical: _stored(name, tensors[canonical], header)
@@ -156,7 +209,7 @@ def _manifest(
         created_with=embedded.created_with,
         source=embedded.source,
         config=embedded.config,
-        precision=_WORDS[header.values[integrity.FILE_TYPE]],
+        precision=_FILE_TYPES[header.values[integrity.FILE_TYPE]],
         compute="fp32",
         exact=False,
         plan={canonical: tensor.scheme for canonical, tensor in stored.items()},
@@ -165,17 +218,10 @@ def _manifest(
         io=IoRecord((), ()),
         instruction_tuned=embedded.instruction_tuned,
         files={name: FileRecord(digest, header.path.stat().st_size)},
-        check=_read_check(header),
-        pieces=len(header.values.get("tokenizer.ggml.tokens", ())),
+        check=check,
+        pieces=len(header.values.get(_TOKENS, ())),
         imatrix="quantize.imatrix.file" in header.values,
     )
-
-
-def _read_check(header: GgufHeader) -> CheckRecord:
-    try:
-        return read_mark(header)
-    except Mismatch as error:
-        raise _damaged(header.path, str(error)) from None
 
 
 def _stored(file: str, tensor: FileTensor, header: GgufHeader) -> StoredTensor:
@@ -199,10 +245,29 @@ def _damaged(path: Path, what: str) -> RequestError:
 
 
 def _shown(value: Any) -> str:
-    """Somebody's value on one line, and not too much of it."""
+    """A value on one line, cut to 60 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _dims(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
+
+
+def _tokenizer_facts(values: dict[str, Any]) -> dict[str, Any]:
+    types = Counter(values[_TOKEN_TYPES].tolist())
+    ids = ("bos", "eos", "unknown", "padding", "eot")
+    return {
+        "pieces": len(values[_TOKENS]),
+        "control": types[CONTROL],
+        "user_defined": types[USER_DEFINED],
+        "bytes": types[BYTE],
+        **{f"{name}_id": _value(int, values, f"tokenizer.ggml.{name}_token_id") for name in ids},
+        "adds_bos": _value(bool, values, "tokenizer.ggml.add_bos_token"),
+        "chat_template": "tokenizer.chat_template" in values,
+    }
+
+
+def _value(kind: type, values: dict[str, Any], key: str) -> Any:
+    """A value of the metadata; None where it is missing or of another type."""
+    return value if isinstance(value := values.get(key), kind) else None

@@ -1,40 +1,44 @@
-"""From a checkpoint to a GGUF file, in one pass."""
+"""From a checkpoint to a GGUF file: the header with gguf-py, then every tensor slab by slab."""
 
-from collections.abc import Iterator
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
-from rgexport.export.checked import NOT_ASKED_FOR, SelfCheck
+from rgexport.export.checked import SelfCheck
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.mark import mark_text, write_mark
 from rgexport.export.gguf.metadata import Value, metadata
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.export.gguf.writer import data_bytes, write_file
-from rgexport.export.verified import remember, trusted_within
+from rgexport.export.storage import SLAB_BYTES, aligned, in_order
+from rgexport.export.verified import remember
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.progress import expect_stages, group, note, task, warn
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.progress import Advance, expect_stages, group, note, task, warn
+from rgexport.quantize.algorithms import Statistics, encode
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.gguf_header import is_gguf, read_header
+from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
+from rgexport.quantize.scheme import Ggml
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
 _HEADER_BYTES = 32 << 20
-"""Upper bound of what stands before the data: a vocabulary of 256k takes 7 MB."""
+"""Upper bound of what precedes the data: a vocabulary of 256k takes 7 MB."""
 
 
 def default_target(model: str, file_type: str) -> Path:
-    """Where a file goes without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
+    """The file that is written without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
     return Path(f"{model}-{file_type.upper()}.gguf")
-
-
-def replaceable(file: Path) -> bool:
-    """Whether `--force` may replace `file`: another GGUF file, nothing else."""
-    return is_gguf(file)
 
 
 def export_gguf(
@@ -55,34 +59,35 @@ def export_gguf(
             cannot be written, too little disk, an option that does not fit, or no ggml to
             quantize with.
     """
-    check_file_target(target, force=force, replaceable=replaceable)
+    check_file_target(target, force=force, replaceable=is_gguf)
     choice = options.choose(checkpoint.config)
     _announce(choice)
     if any(TYPES[kind].is_quantized for kind in choice.types.values()):
-        load_library()  # or nothing is begun
+        load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
-    require_free_disk(target.resolve().parent, data_bytes(choice) + _HEADER_BYTES)
+    require_free_disk(target.resolve().parent, _data_bytes(choice) + _HEADER_BYTES)
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(choice)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-    with replace_file(target, force=force, replaceable=replaceable) as partial:
+    with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
         with task("Writing the weights", total) as advance:
-            digest = write_file(partial, values, choice, checkpoint.weights, advance)
-        start = integrity.data_start(read_header(partial))
+            digest = _write_file(unfinished, values, choice, checkpoint.weights, advance)
+        start = integrity.data_start(read_header(unfinished))
         if check is not None:
-            with trusted_within({partial: digest}, {}, start=start), group("Self-check"):
-                found = check(partial)
-            write_mark(partial, found)
+            remember({unfinished: digest}, start=start)
+            with group("Self-check"):
+                found = check(unfinished)
+            integrity.write_check(unfinished, found)
     remember({target: digest}, start=start)
     return target
 
 
 def _announce(choice: Choice) -> None:
-    """Tells of tensors whose rows are no whole number of blocks."""
+    """Says which tensors get another type because their rows are no whole number of blocks."""
     wanted = choice.file_type.default
     fallen = [
         tensor.name
@@ -97,12 +102,94 @@ def _announce(choice: Choice) -> None:
 
 
 def _values_of_types(choice: Choice) -> Iterator[Value]:
-    """What differs from type to type, as llama-quantize appends it: last."""
+    """The values that depend on the types: last, where llama-quantize appends them."""
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
-    for key, digest in integrity.placeholders(types).items():
-        yield Value(key, digest, Kind.STRING)
-    yield Value(integrity.CHECK, mark_text(NOT_ASKED_FOR), Kind.STRING)
+    for key, text in integrity.placeholders(types).items():
+        yield Value(key, text, Kind.STRING)
     yield Value("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
     yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
-    for key, told in (choice.imatrix.metadata() if choice.imatrix else {}).items():
-        yield Value(key, told, Kind.STRING if isinstance(told, str) else Kind.UINT32)
+    for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
+        yield Value(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
+
+
+def _data_bytes(choice: Choice) -> int:
+    """Bytes of the tensors' data in the file, padding included."""
+    sizes = (_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors)
+    return sum(aligned(size, ALIGNMENT) for size in sizes)
+
+
+def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
+    *lead, columns = tensor.shape
+    return math.prod(lead) * TYPES[kind].row_bytes(columns)
+
+
+def _write_file(
+    path: Path, values: Iterable[Value], choice: Choice, weights: WeightSource, advance: Advance
+) -> str:
+    """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
+    _write_header(path, values, choice)
+    digest = hashlib.sha256()
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        for stored, source_bytes in in_order(_jobs(choice, weights)):
+            file.write(stored)
+            digest.update(stored)
+            advance(source_bytes)
+    integrity.seal(path, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
+    writer = GGUFWriter(path, ARCHITECTURE)
+    for value in values:
+        _add(writer, value)
+    for tensor in choice.tensors:
+        kind = choice.types[tensor.name]
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # ignored: there is a `raw_dtype`
+            _tensor_bytes(tensor, kind),
+            raw_dtype=GGMLQuantizationType(TYPES[kind].value),
+        )
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, value: Value) -> None:
+    if isinstance(value.value, list):
+        writer.add_key_value(value.key, value.value, Kind.ARRAY, sub_type=value.kind)
+    else:
+        writer.add_key_value(value.key, value.value, value.kind)
+
+
+def _jobs(choice: Choice, weights: WeightSource) -> Iterator[Callable[[], tuple[bytes, int]]]:
+    """Jobs that make the slabs of the data, in order; see `_encode`."""
+    for tensor in choice.tensors:
+        kind, source = choice.types[tensor.name], weights[tensor.canonical]
+        importance = choice.importances.get(tensor.name)
+        statistics = None if importance is None else Statistics(importance)
+        for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
+            yield partial(_encode, tensor, source, start, stop, kind, statistics)
+
+
+def _encode(
+    tensor: FileTensor,
+    source: RowTensor,
+    start: int,
+    stop: int,
+    kind: str,
+    statistics: Statistics | None,
+) -> tuple[bytes, int]:
+    """Rows as stored, with the padding after the last one; and how many bytes were read."""
+    rows = source.read(start, stop)
+    values = tensor.transform.store(rows.astype(np.float32, copy=False))
+    values = values.reshape(-1, tensor.shape[-1])
+    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"].tobytes()
+    last = stop == source.shape[0]
+    return stored + bytes(-_tensor_bytes(tensor, kind) % ALIGNMENT * last), rows.nbytes

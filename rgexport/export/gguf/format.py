@@ -4,7 +4,6 @@ from pathlib import Path
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import FileFormat
-from rgexport.export.gguf.manifest import GgufManifest
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
 
@@ -12,7 +11,6 @@ from rgexport.quantize.plan import PRECISIONS
 class GgufFormat(FileFormat):
     """One file, with a manifest in its metadata; it has no card."""
 
-    manifest = GgufManifest
     precisions = PRECISIONS
     runs_on = (
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "
@@ -21,7 +19,7 @@ class GgufFormat(FileFormat):
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
-        """See `FileFormat`: by a file's first bytes or, if it is none, by its name."""
+        """By the file's first bytes or, where there is no file, by its name."""
         return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
 
     def open(self, path: Path, *, verify: bool) -> Artifact:

@@ -1,4 +1,4 @@
-"""The key-value pairs of a GGUF file, all but those that depend on its type and its bytes."""
+"""The metadata of a GGUF file, except the values that depend on its type and its data."""
 
 import dataclasses
 import json
@@ -6,17 +6,18 @@ import math
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 from gguf import GGUFValueType as Kind
 
 from rgexport import __version__
-from rgexport.export.gguf.manifest import EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
-from rgexport.export.manifest import Source
+from rgexport.export.manifest import FORMAT_VERSION, Source
+from rgexport.export.manifest_reader import check_config
 from rgexport.export.origin import folder_of, origin_of
+from rgexport.export.typed_json import Mismatch, parse, plain, read
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
@@ -25,12 +26,12 @@ from rgexport.griffin.layout import model_tensors
 
 MANIFEST_KEY = "rgexport.manifest"
 CONTEXT_LENGTH = 1 << 20
-"""A state of fixed size knows no longest text; llama.cpp's converter gives Mamba as much."""
+"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """One key-value pair; the kind is of the items where `value` is a list."""
+    """One key-value pair; where `value` is a list, `kind` is that of its items."""
 
     key: str
     value: Any
@@ -40,12 +41,12 @@ class Value:
 def metadata(
     checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
 ) -> list[Value]:
-    """All pairs, in the file's order; they are the same for every type of the file."""
+    """All pairs, in the file's order; they do not depend on the file's type."""
     return [
         *_general(checkpoint),
         *_architecture(checkpoint.config),
         *_tokenizer(checkpoint, vocabulary),
-        Value(MANIFEST_KEY, json.dumps(_manifest(checkpoint, hashes)), Kind.STRING),
+        Value(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
 
@@ -66,23 +67,17 @@ def _general(checkpoint: Checkpoint) -> Iterator[Value]:
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Licence and source."""
+    """Licence and source, as far as they are known."""
     origin = origin_of(checkpoint)
-    page = f"https://huggingface.co/{origin.hub_id}"
-    source: dict[str, str | None] = (
-        {"source.url": page, "source.huggingface.repository": origin.hub_id}
-        if origin.hub_id
-        else {}
-    )
-    if not origin.released:
-        return {"license": origin.licence, **source}
-    return {
+    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
+    released = {
         "organization": "Google",
         "license": origin.licence,
         "license.name": "Gemma Terms of Use",
         "license.link": "https://ai.google.dev/gemma/terms",
-        **source,
     }
+    terms = released if origin.released else {"license": origin.licence}
+    return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}
 
 
 def _architecture(c: GriffinConfig) -> Iterator[Value]:
@@ -147,14 +142,46 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
 
 
 def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
-    """The checkpoint's own, or Gemma's for a model that was tuned for it but came without."""
+    """The checkpoint's template, or Gemma's for an instruction-tuned model without one."""
     if found := read_chat_template(folder_of(checkpoint)):
         return found[0]
     has_turns = vocabulary.end_of_turn_id is not None
     return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None
 
 
-def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddedManifest:
+    """The half of a manifest that is in the metadata; the other half is read from the header.
+
+    It does not depend on how tensors are stored, so it stays true when another tool quantizes the
+    file. The fields are those of `Manifest`.
+    """
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["gguf"] = "gguf"
+    name: str
+    created_with: dict[str, str]
+    source: Source
+    config: GriffinConfig
+    instruction_tuned: bool | None
+
+
+def read_embedded(text: str) -> EmbeddedManifest:
+    """Reads and checks an embedded manifest.
+
+    Raises:
+        Mismatch: no JSON, another format version, or a value of the wrong type.
+    """
+    fields = parse(text)
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
+    embedded = read(EmbeddedManifest, fields)
+    check_config(embedded.config)
+    return embedded
+
+
+def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
     tools = {name: version(name) for name in ("gguf", "numpy")}
     return EmbeddedManifest(
         name=checkpoint.name,
@@ -162,4 +189,4 @@ def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> dict[str, Any]:
         source=Source(checkpoint.layout, checkpoint.name, hashes),
         config=checkpoint.config,
         instruction_tuned=checkpoint.instruction_tuned,
-    ).to_dict()
+    )

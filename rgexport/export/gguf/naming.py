@@ -1,7 +1,7 @@
-"""The tensors of a Griffin model in a GGUF file: names, shapes, and what is done to their values.
+"""The tensors of a Griffin model in a GGUF file: names, shapes, and transforms of their values.
 
-Names follow llama.cpp's for other hybrids. Beside what `transforms` computes once, the gates'
-blocks are transposed, because ggml multiplies by rows.
+Names follow llama.cpp's for other hybrid models. In addition to `export.transforms`, the blocks of
+the gates are transposed, because ggml multiplies by rows.
 """
 
 import re
@@ -28,7 +28,7 @@ _TRANSFORMS: dict[Role, Transform] = {
     "a_param": DECAY,
     "gate": Transform(_transposed, _transposed),
 }
-"""Role → transform; all other tensors, and biases, lie in a file as they are."""
+"""Role → transform; other tensors, and biases of linears, are stored unchanged."""
 
 _GLOBAL = {EMBEDDING: "token_embd.weight", "final_norm.weight": "output_norm.weight"}
 _LAYER: dict[str, str] = {
@@ -36,12 +36,12 @@ _LAYER: dict[str, str] = {
     for op in all_ops().values()
     for tensor in op.tensors
 }
-"""Canonical name within a layer → name within `blk.i.`."""
+"""Canonical name without `layers.i.` → name without `blk.i.`."""
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of the file; shapes as numpy has them (ggml's `ne` is the reverse)."""
+    """A tensor of the file; shapes are in numpy's order (ggml's `ne` is the reverse)."""
 
     canonical: str
     name: str
@@ -57,7 +57,7 @@ def file_tensors(config: GriffinConfig) -> list[FileTensor]:
     for canonical, spec in model_tensors(config).items():
         name, transform = _name(canonical), _transform(spec)
         shape = _without_leading_ones(transform.shape(spec.shape))
-        # ggml knows no matrix of one row: what it takes for a vector is never quantized.
+        # To ggml a matrix of one row is a vector, which is never quantized.
         quantizable = spec.role in QUANTIZABLE and len(shape) > 1
         tensors.append(FileTensor(canonical, name, spec.shape, shape, quantizable, transform))
     return sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
@@ -82,7 +82,7 @@ def _layer(name: str) -> int:
 
 
 def _without_leading_ones(shape: Shape) -> Shape:
-    """Its outermost dimensions of 1 are none to ggml."""
+    """The dimensions that ggml counts."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

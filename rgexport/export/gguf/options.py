@@ -1,4 +1,4 @@
-"""What a user can ask of a GGUF export, and which type each tensor gets for it."""
+"""What a user can ask of a GGUF export, and which type each tensor gets."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
+from rgexport.export.request import refuse_beside_plan, refuse_idle
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
@@ -39,7 +40,7 @@ _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 @dataclass(frozen=True)
 class Choice:
-    """What is decided for a model; names are those in the file.
+    """The types of a model's tensors, by their names in the file.
 
     types: name → ggml type; importances: name → float32 [columns], where there are some.
     """
@@ -53,12 +54,12 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """How weights are stored; None leaves the choice to us.
+    """How weights are stored; None stands for a default.
 
-    type: a file type of llama-quantize, such as `q4_k_m`; `pure`: no mix, that type everywhere;
-    tensor_types: `REGEX=TYPE`, which the names in the file are searched for; embedding: the type
+    type: a file type of llama-quantize, such as `q4_k_m`; pure: no mix, that type everywhere;
+    tensor_types: each `REGEX=TYPE`, searched for in the names in the file; embedding: the type
     of the embedding, which is the head too; imatrix: a file of llama-imatrix; plan: says for
-    every tensor what these say for all.
+    each tensor what these say for all.
     """
 
     type: str | None = None
@@ -69,33 +70,25 @@ class GgufOptions:
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a plan beside an option that it replaces, before anything is opened.
+        """Refuses contradictions before anything is opened.
 
         Raises:
-            RequestError: see above; or an unknown word, or an option that changes nothing.
+            RequestError: a plan beside an option that it replaces, an unknown word, or an option
+                that changes nothing.
         """
-        given = [name for name in _SET_BY_A_PLAN if getattr(self, name)]
-        if self.plan is not None and given:
-            words = ", ".join(name.replace("_", " ") for name in given)
-            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+        refuse_beside_plan(self, _SET_BY_A_PLAN)
         self._request()
-        self._refuse_idle()
-
-    def _refuse_idle(self) -> None:
-        """Refuses options of a mix, and of rounding, where no tensor is of a type that has them."""
-        idle = {"--pure": self.pure, "--imatrix": self.imatrix}
-        given = [flag for flag, value in idle.items() if value]
         others = self.embedding is not None or self.tensor_types
-        if given and self.file_type.name in _ONE_WAY and not others:
-            raise RequestError(
-                f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing in a "
-                f"file of type {self.file_type.name}, whose tensors are stored in one way; choose "
-                "a --type of fewer bits beside it, or leave it out"
+        if self.file_type.name in _ONE_WAY and not others:
+            refuse_idle(
+                {"--pure": self.pure, "--imatrix": self.imatrix},
+                f"a file of type {self.file_type.name}, whose tensors are stored in one way; "
+                "choose a --type of fewer bits beside it, or leave it out",
             )
 
     @property
     def file_type(self) -> FileType:
-        """The type that the file says it has: that of most weights, where there is a plan."""
+        """The type in the file's metadata: with a plan, that of most tensors."""
         if self.plan is not None:
             return _file_type_of(self.plan)
         return find_file_type(self.type or DEFAULT_TYPE)
@@ -147,7 +140,7 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Those of the tensors that are quantized.
+    """Name → importances of the tensors that are quantized.
 
     Raises:
         RequestError: the importance matrix was made for another model.
@@ -180,7 +173,7 @@ def _ggml_type(scheme: Scheme) -> str | None:
 
 
 def _file_type_of(plan: Plan) -> FileType:
-    """The file type whose mix starts from the type of most tensors that are not float32."""
+    """The file type whose default is the type of most tensors that are not float32."""
     kinds = Counter(kind for scheme in plan.values() if (kind := _ggml_type(scheme)) is not None)
     fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
     most = (fewer or Counter(["f32"])).most_common(1)[0][0]

@@ -1,9 +1,9 @@
-"""A checkpoint's vocabulary as llama.cpp has it: pieces, scores and types by token id.
+"""A checkpoint's vocabulary in llama.cpp's form: pieces, scores and types by token id.
 
-llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. User-defined pieces match in
-any text there; only CONTROL tokens stay out of it unless a caller asks for them
-(`parse_special`). So turn tokens and other markup become CONTROL, while HTML tags and runs of
-line breaks and tabs, which are text, stay user-defined.
+llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. It finds user-defined pieces in
+any text, but CONTROL tokens only if the caller asks for them (`parse_special`). So turn tokens and
+other markup become CONTROL, while HTML tags and runs of line breaks and tabs, which are text, stay
+user-defined.
 """
 
 import json
@@ -22,9 +22,9 @@ from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.progress import warn
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces: SentencePiece's numbers, and llama.cpp's."""
+"""Types of pieces, with the same numbers in SentencePiece and llama.cpp."""
 MAX_BYTES = 256 << 20
-"""Of a vocabulary: Gemma's has 4 MB, or 33 as JSON."""
+"""Of a tokenizer file: Gemma's has 4 MB, or 33 as JSON."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _RUN = re.compile("▁▁+")
 _PADDING_SCORE = -10_000.0
@@ -56,11 +56,11 @@ _Piece = tuple[str, float, int]
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
-    """The vocabulary in a checkpoint's tokenizer.model, else tokenizer.json, if it has one.
+    """The vocabulary in a checkpoint's tokenizer.model, else tokenizer.json, if there is one.
 
     Raises:
-        RequestError: it cannot be read, is of a kind that llama.cpp would cut text otherwise
-            with, or has more tokens than the embedding has rows.
+        RequestError: it cannot be read, llama.cpp would split text differently, or it has more
+            tokens than the embedding has rows.
     """
     import sentencepiece  # slow to load
 
@@ -71,12 +71,12 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
     path = paths[name]
     try:
         vocabulary = _make(path, vocab_size, *_READERS[name](path))
-        if path.name == "tokenizer.model":  # SentencePiece refuses more than a protobuf parser
+        if name == "tokenizer.model":  # SentencePiece refuses more than a protobuf parser
             sentencepiece.SentencePieceProcessor(model_file=str(path))
         return vocabulary
     except RequestError:
         raise
-    except Exception as error:  # protobuf and JSON of any content
+    except Exception as error:  # of protobuf, JSON, and tokenizers
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
             f"{path} is not a readable tokenizer ({reason}); "
@@ -115,11 +115,11 @@ def _make(
 
 
 def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
-    """Pieces as llama.cpp cuts text by them as SentencePiece does.
+    """The pieces with which llama.cpp splits text as SentencePiece does.
 
-    Runs of spaces become NORMAL: no merge has a higher score than 0, and of equal ones the
+    Runs of spaces become NORMAL with score 0: no merge has a higher one, and of equal ones the
     leftmost comes first, so the longest runs are found, whether spaces or "▁" were typed. Where
-    a learned piece has a run in it they stay as they are, to match in raw text.
+    a learned piece contains a run they stay user-defined, to match in raw text.
     """
     run_is_learned = any(kind == NORMAL and _RUN.search(text) for text, _, kind in pieces)
     for text, score, kind in pieces:
@@ -150,7 +150,7 @@ def _read_sentencepiece(path: Path) -> _Found:
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         warn(
             f"{path} normalizes text ({normalizer.name or 'whitespace'}), which llama.cpp does "
-            "not: some texts will be cut otherwise there"
+            "not: it will split some texts differently"
         )
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     ids = {
@@ -166,7 +166,7 @@ def _read_sentencepiece(path: Path) -> _Found:
 
 
 def _read_json(path: Path) -> _Found:
-    """A conversion by Hugging Face: merges are in the order of the scores of what they make."""
+    """Reads Hugging Face's conversion, whose merges are sorted by the scores of their results."""
     import tokenizers
 
     content = read_regular(path, MAX_BYTES)
@@ -178,36 +178,28 @@ def _read_json(path: Path) -> _Found:
             f"{path} is a {model.get('type')} tokenizer without byte fallback; "
             "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
         )
-    added: list[dict[str, Any]] = layout.get("added_tokens", [])
-    names = control_token_names(path.parent)
-    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
     known = engine.get_vocab(with_added_tokens=True)
-    by_id = {index: piece for piece, index in known.items()}
-    if sorted(by_id) != list(range(len(known))):
+    if sorted(known.values()) != list(range(len(known))):
         raise RequestError(
             f"{path} has gaps between its token ids, or one id twice; put tokenizer.model beside it"
         )
-    scores = _merge_scores(model["merges"])
-    unknown = model.get("unk_token")
-
-    def piece(index: int) -> _Piece:
-        text = by_id[index]
-        if text == unknown:
-            return text, 0.0, UNKNOWN
-        if _BYTE_PIECE.fullmatch(text):
-            return text, 0.0, BYTE
-        if text in kinds:
-            return text, 0.0, kinds[text]
-        return text, scores.get(text, -float(len(scores))), NORMAL
-
-    index_of = {text: index for index, text in by_id.items()}
+    names, unknown = control_token_names(path.parent), model.get("unk_token")
     ids = {
-        "bos_id": index_of.get(names["bos_token"]),
-        "eos_id": index_of.get(names["eos_token"]),
-        "unknown_id": index_of.get(unknown) if unknown else None,
-        "padding_id": index_of.get(names["pad_token"]),
+        "bos_id": known.get(names["bos_token"]),
+        "eos_id": known.get(names["eos_token"]),
+        "unknown_id": known.get(unknown) if unknown else None,
+        "padding_id": known.get(names["pad_token"]),
     }
-    return [piece(index) for index in range(len(by_id))], ids, _prepends_space(layout)
+    added = layout.get("added_tokens", [])
+    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
+    kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)} | {unknown: UNKNOWN}
+    scores = _merge_scores(model["merges"])
+    lowest = -float(len(scores))
+    pieces = [
+        (text, 0.0, kinds[text]) if text in kinds else (text, scores.get(text, lowest), NORMAL)
+        for text in sorted(known, key=lambda text: known[text])
+    ]
+    return pieces, ids, _prepends_space(layout)
 
 
 def _kind_of_added(token: dict[str, Any], names: dict[str, str]) -> int:
@@ -216,7 +208,7 @@ def _kind_of_added(token: dict[str, Any], names: dict[str, str]) -> int:
 
 
 def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
-    """Piece → minus the rank of the first merge that makes it."""
+    """Piece → minus the rank of the first merge that results in it."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)

@@ -9,7 +9,7 @@ from rgexport.export.mil.conventions import Shapes, check_conventions, check_sha
 from rgexport.export.mil.own_metadata import CONFIG, altered_blobs, read_digests
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.structure import ALIGNMENT, check_package
-from rgexport.export.typed_json import Reader, parse
+from rgexport.export.typed_json import parse, read
 from rgexport.export.verified import is_marked_sound, mark_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
@@ -47,7 +47,7 @@ def _check_ours(package: Package) -> Iterator[str]:
 
 def _shapes(package: Package) -> Shapes:
     text = package.description.user_defined[CONFIG]
-    config = Reader().read(GriffinConfig, parse(text))
+    config = read(GriffinConfig, parse(text))
     check_config(config)
     return {name: spec.shape for name, spec in model_tensors(config).items()}
 

@@ -1,9 +1,13 @@
-"""An ONNX artifact that is opened."""
+"""An ONNX artifact: its files, the parts of its tensors, and its facts for `inspect`."""
 
 from typing import Any
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx.native import native_ops
+from rgexport.quantize import affine
+from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Scheme
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
@@ -12,10 +16,37 @@ class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
     def facts(self) -> dict[str, Any]:
-        """What the graph was lowered for, and which kernels would run it on this machine."""
+        """The profile, and which kernels would run the graph on this machine."""
         found = native_ops(self.file(MODEL_FILE))
         kernels = {"runs": found.kernels, "reason": found.reason}
         return {
             "profile": self.manifest.profile,
             "kernels": kernels | {"native": list(found.native), "ops": found.ops},
         }
+
+
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Part name → dtype and shape of a tensor that is stored by `scheme`.
+
+    An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it; all
+    others by rows.
+
+    Raises:
+        RequestError: ONNX does not have that scheme.
+    """
+    if isinstance(scheme, Float):
+        return {"data": (scheme.dtype, shape)}
+    if scheme == INT8_ROWS:
+        rows, columns = shape
+        return {COLUMNS: ("uint8", (columns, rows)), "scales": ("float32", (rows, 1))}
+    if not isinstance(scheme, Affine) or not is_storable(scheme):
+        raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
+    rows, columns = shape
+    widths = affine.part_shapes(columns, scheme)
+    return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
+
+
+def is_storable(scheme: Scheme) -> bool:
+    """Whether a tensor may be stored so: as floats, or in blocks with float32 scales."""
+    blocks = isinstance(scheme, Affine) and scheme.block in BLOCKS and scheme.scale == "float32"
+    return isinstance(scheme, Float) or blocks

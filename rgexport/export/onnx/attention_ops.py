@@ -12,11 +12,11 @@ from rgexport.griffin.ops import rope_frequencies
 
 
 def rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Angles from the integer positions, in float32; all layers share their cosines and sines."""
+    """RoPE, with angles computed in float32; all layers share their cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
-    # The reference's own numbers: another pow differs in the last bit, which at position 100,000
-    # turns a head by 0.3 degrees.
+    # The frequencies of the reference: another pow differs in the last bit, which at position
+    # 100,000 rotates a head by 0.3 degrees.
     frequencies = rope_frequencies(dims, node.attributes["theta"]).numpy()
     position = g.op("Unsqueeze", g.cast(positions, "float32"), g.constant([2]))
     angles = g.op("Mul", position, g.constant(frequencies, "float32"))
@@ -32,7 +32,7 @@ def rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function; the native kernel learns the number of heads from an attribute."""
+    """A function; the attribute tells its native kernel the number of heads."""
     heads = node.tensors[0].size(2) // node.tensors[1].size(2)
     return g.native_op("LocalAttention", node, _ring_attention, heads=heads)
 
@@ -54,16 +54,16 @@ def ring_attention(
     mask: Callable[[GraphBuilder, ir.Value, int], ir.Value],
     slots: Callable[[GraphBuilder, ir.Value, ir.Value, int], ir.Value],
 ) -> Sequence[ir.Value]:
-    """Attention to a ring of past keys and to the step's own; then the own ones enter the ring.
+    """Attention to a ring of past keys and to the step's keys, which then enter the ring.
 
-    A ring is written in place where the runtime binds input and output to one buffer: nothing of
-    the window is copied. All heads of a token are rows of one matrix, since they share the keys.
+    Where a runtime binds input and output to one buffer, the ring is written in place and nothing
+    of the window is copied. All heads of a token are rows of one matrix, since they share the keys.
     """
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
     heads = node.tensors[0].size(2) // head_dim
 
-    # Scores in float32: a sum of head_dim products is where float16 would lose most.
+    # Scores in float32: float16 would lose most in sums of head_dim products.
     rows = g.op("Reshape", g.cast(q, "float32"), g.constant([0, -1, head_dim]))
     scores = [
         g.op("MatMul", rows, g.op("Transpose", g.cast(keys, "float32"), perm=[0, 2, 1]))
@@ -87,7 +87,7 @@ def ring_attention(
 def _softmax(
     g: GraphBuilder, scores: ir.Value, mask: ir.Value, positions: ir.Value, node: Node
 ) -> ir.Value:
-    """Weights in the activation dtype of float32 scores [B, T · H, slots + T], same shape."""
+    """Float32 scores [B, T · H, window + T] to weights in the activation dtype, same shape."""
     head_dim = node.tensors[3].size(2)
     heads = node.tensors[0].size(2) // head_dim
     by_row = g.op("Shape", scores)
@@ -120,10 +120,10 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """Where the last `window` keys of the step go, as (row, slot) [B, n, 2].
+    """Indices (row, slot) [B, n, 2] at which the last `window` keys of the step are written.
 
-    The slots depend on the attention's result by a number that is always 0. So no runtime may
-    write the ring, in place, before the attention has read it.
+    A 0 that is computed from the attention's result is added to the slots, so that no runtime can
+    write the ring in place before the attention has read it.
     """
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))

@@ -1,4 +1,4 @@
-"""What a lowering works with: the graph so far, the values of the program, the stored weights."""
+"""The state that lowerings share: the graph, the values of the program, the stored weights."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ class Emitter(GraphBuilder):
     def __init__(
         self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
     ):
-        """`accuracy_level` is `MatMulNBits`'s: 1 float32 activations, 4 int8 ones.
+        """`accuracy_level` is that of `MatMulNBits`: 1 float32 activations, 4 int8 ones.
 
-        `native` makes functions of the ops that have native kernels.
+        With `native`, ops that have native kernels become functions.
         """
         super().__init__()
         self.accuracy_level = accuracy_level
@@ -47,15 +47,15 @@ class Emitter(GraphBuilder):
         self.values[declared.name] = value
 
     def stored(self, weight: Value) -> StoredTensor:
-        """Where a weight lies."""
+        """How and where a weight is stored."""
         return self._stored[weight.name]
 
     def part(
         self, weight: Value, part: str, shape: tuple[int, ...] | None = None
     ) -> ir.Value | None:
-        """One part of a quantized weight, seen in `shape`; None where it has no such part.
+        """One part of a quantized weight in a shape; None where it has no such part.
 
-        The same bytes may be seen in several shapes: each is an initializer of its own.
+        The same bytes may be asked for in several shapes: each is an initializer of its own.
         """
         parts = self.stored(weight).parts
         if part not in parts:
@@ -69,7 +69,7 @@ class Emitter(GraphBuilder):
     def call(
         self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
     ) -> list[ir.Value]:
-        """A node of our own domain; the function comes into the file with it."""
+        """A node of our own domain, whose function is added to the file."""
         self.functions[function.name] = function
         outputs = len(function.outputs)
         return self.ops(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
@@ -77,10 +77,10 @@ class Emitter(GraphBuilder):
     def native_op(
         self, name: str, node: Node, body: Body, **attributes: int | float
     ) -> Sequence[ir.Value]:
-        """An op that has a native kernel: a function whose body is what `body` adds to a graph.
+        """An op that has a native kernel, as a function whose body is what `body` adds to a graph.
 
-        Native kernels take float32, so other activations, and all where no functions are wanted,
-        get the nodes of the body in place.
+        Native kernels take float32. For other dtypes, and where functions are not wanted, the nodes
+        of the body are added in place.
         """
         inputs = self.inputs(node)
         dtypes = {value.dtype for value in inputs} | {DTYPES[v.dtype] for v in node.outputs}

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
-from rgexport.export.onnx.model import build_model, io_record, save_model, state_records
+from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model import build_model, io_record, state_records
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
@@ -41,7 +44,8 @@ def export_onnx(
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
         program = trace(checkpoint.config, activation)
-        save_model(build_model(program, storage, profile, exact=options.exact), folder)
+        model = build_model(program, storage, profile, exact=options.exact)
+        ir.save(model, folder / MODEL_FILE)
         storage.write(folder, checkpoint.weights)
         return Manifest(
             precision=options.precision_word,

@@ -1,6 +1,6 @@
-"""Ops of our own domain, each with a body of standard ONNX ops.
+"""Ops of our own domain: model-local functions with bodies of standard ONNX ops.
 
-A runtime that knows a native kernel of that name uses it; every other one runs the body.
+A runtime that has a native kernel of that name uses it; every other one runs the body.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +49,8 @@ _SCAN = """
         }
     > (state, a, b)
 """
-"""`Sigmoid` would be shorter than `decay / (1 + exp(-gate))`, but runtimes approximate it to 2e-4
-of itself for a closed gate, and there `log a` decides how much a long memory keeps."""
+"""`Sigmoid` would be shorter than `decay / (1 + exp(-gate))`, but for a closed gate runtimes
+approximate it with a relative error of 2e-4, and there `log a` decides how long a state lasts."""
 
 _UNGATED_SCAN = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
@@ -82,24 +82,24 @@ RgLruScan (
     recurrence_gate = Reshape (recurrence_sum, like_x)
 {_SCAN}}}
 """
-"""The scan with its gates, one batched `MatMul` for the blocks of channels of each: weights
-[heads, block, block], biases [heads, block], the others as above. What the gates give is a result
-too, so that it can be held against a reference."""
+"""The scan with its gates, each a batched `MatMul` with a matrix per block of channels: weights
+[heads, block, block], biases [heads, block], the others as above. The gates are results too, to be
+compared with a reference."""
 
 
 QUANT_LINEAR_LEVEL = 4
-"""The accuracy level of the `MatMulNBits` that QuantLinear stands for."""
+"""The accuracy level of the `MatMulNBits` in QuantLinear."""
 
 QUANT_LINEAR_SIZES = "N", "N2", "N3"
-"""Attributes of the QuantLinear of several matrices: how many rows each has."""
+"""Attributes of QuantLinear: the number of rows of each matrix."""
 
 
 def _quant_linear(matrices: int) -> str:
     """The product with one matrix, or with several of one format.
 
-    x [B, T, K]; of each matrix data [N, blocks, block_size · bits / 8], scales [N, blocks],
-    optional zero points and bias [N] → of each y [B, T, N]. Activations are rounded to int8 for
-    each row and block.
+    Inputs: x [B, T, K]; for each matrix data [N, blocks, block_size · bits / 8], scales [N,
+    blocks], optional zero points, optional bias [N]. Outputs: for each matrix y [B, T, N].
+    Activations are rounded to int8 for each row and block.
     """
     each = range(1, matrices + 1)
     sizes = QUANT_LINEAR_SIZES[:matrices]
@@ -123,7 +123,7 @@ QuantLinear{"" if matrices == 1 else matrices}
 
 
 Body = Callable[..., Sequence[ir.Value]]
-"""Called with a graph builder, the program's node, and the values of its inputs; gives results."""
+"""From a graph builder, the program's node, and the values of its inputs to its results."""
 
 
 def _parsed(text: str) -> ir.Function:
@@ -134,11 +134,11 @@ RG_LRU_SCAN, UNGATED_SCAN = _parsed(_RG_LRU_SCAN), _parsed(_UNGATED_SCAN)
 QUANT_LINEARS = tuple(
     _parsed(_quant_linear(matrices)) for matrices in range(1, len(QUANT_LINEAR_SIZES) + 1)
 )
-"""By the number of matrices, less one."""
+"""The functions for one, two and three matrices."""
 
 
 class _FunctionBuilder(GraphBuilder):
-    """The body of a function, which has no initializers: its constants are nodes."""
+    """Builds the body of a function, which has no initializers: its constants are nodes."""
 
     def constant(self, value: object, dtype: str = "int64") -> ir.Value:
         """A small constant: a number, or a list of them."""
@@ -158,8 +158,8 @@ def function_of(
 ) -> ir.Function:
     """A function of our domain whose body is what `body` builds for `node`.
 
-    Its sizes are the node's: all layers of a model share them. What a native kernel cannot see in
-    the inputs, the attributes say, which the body does not need.
+    Its sizes are those of the node: all layers of a model share them. The attributes are for native
+    kernels, and say what the inputs do not show; the body does not use them.
     """
     builder = _FunctionBuilder()
     formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]

@@ -1,7 +1,7 @@
-"""Ops of a step program that one native kernel computes together.
+"""Fuses ops of a step program that one native kernel computes.
 
-Each node costs a runtime some microseconds, in which the memory rests, and a decode step of a 2B
-has thirty milliseconds.
+Each node costs a runtime some microseconds without memory traffic, in a decode step of thirty
+milliseconds (2B).
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ def fused(
 ) -> StepProgram:
     """The program with `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
 
-    The first two where they fit, in float32. A sum stays visible beside its norm; of what else only
-    the merged op reads, nothing is left. `linears` where activations are `rounded` to int8, which
-    those of one input then share.
+    The first two only in float32. The residual sum stays a value of the program; nodes whose only
+    reader was the fused op are removed. `linears` only where activations are `rounded` to int8,
+    which the linears of one input then share.
     """
     nodes = _merge_gates(_merge_norms(_merge_gelu(program.nodes)))
     return replace(program, nodes=_merge_linears(nodes, stored) if rounded else nodes)
@@ -83,7 +83,7 @@ def _merge_gates(nodes: Nodes) -> Nodes:
 
 
 def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
-    """Linears of one input and one scheme; the first of them moves the others to its place."""
+    """Groups linears of one input and one scheme at the place of the first."""
     alike: dict[tuple[str, Affine], list[Node]] = {}
     for node in nodes:
         if node.op == "linear":
@@ -103,7 +103,7 @@ def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
 
 
 def _together(linears: Sequence[Node]) -> Node:
-    """`linears`: the input, all weights, all biases or None → all results."""
+    """A node with the input, all weights, and all biases or None, to all results."""
     inputs, weights, biases = zip(*(node.inputs for node in linears), strict=True)
     outputs = tuple(node.outputs[0] for node in linears)
     return replace(linears[0], op="linears", inputs=(inputs[0], *weights, *biases), outputs=outputs)

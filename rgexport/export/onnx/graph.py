@@ -1,4 +1,4 @@
-"""Builds an ONNX graph; equal pure nodes are made once."""
+"""Builds an ONNX graph; equal nodes are made once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ DTYPES = {
 }
 
 END = np.iinfo(np.int64).max
-"""The end of a slice that goes to the end."""
+"""The stop of a slice to the end."""
 
 Attribute = int | float | str | Sequence[int]
 
@@ -28,9 +28,8 @@ Attribute = int | float | str | Sequence[int]
 class GraphBuilder:
     """Collects nodes and initializers.
 
-    Every node is named after the site that is being lowered. Two nodes with the same op, inputs
-    and attributes are one node: lowerings may ask for a mask, a cast or a cosine as often as
-    they like.
+    Nodes are named after the site that is being lowered. A node with the op, inputs and attributes
+    of an earlier one is that one: lowerings may ask for a mask, a cast or a cosine repeatedly.
     """
 
     def __init__(self) -> None:
@@ -74,7 +73,7 @@ class GraphBuilder:
         return self._made[key]
 
     def cast(self, value: ir.Value, dtype: str) -> ir.Value:
-        """`value` in `dtype`; itself where it is that already."""
+        """`value` in `dtype`; the same value where it has it."""
         if value.dtype == DTYPES[dtype]:
             return value
         return self.typed(self.op("Cast", value, to=int(DTYPES[dtype])), dtype)

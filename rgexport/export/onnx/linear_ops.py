@@ -1,4 +1,4 @@
-"""Lowerings of the ops whose weights may be quantized: the embedding, the linears, the head."""
+"""Lowerings of the ops whose weights may be quantized: embedding, linears and head."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -30,10 +30,10 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
-    """Rows of a quantized table, gathered from the head's own bytes and dequantized.
+    """Rows of a quantized table, gathered from the bytes that the head reads, and dequantized.
 
-    Standard ops, since `GatherBlockQuantized` misreads the zero points of rows with an odd number
-    of blocks before ONNX Runtime 1.27. A stored row is padded to whole blocks; the rest is cut off.
+    With standard ops, since `GatherBlockQuantized` before ONNX Runtime 1.27 misreads the zero
+    points of rows with an odd number of blocks. The padding of rows to whole blocks is cut off.
     """
     columns = table.size(1)
     blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
@@ -55,7 +55,7 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
 
 
 def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
-    """Unsigned integers from bytes [B, T, n]; two to a byte for 4 bits, low nibble first."""
+    """Unsigned integers from bytes [B, T, n]; 4-bit ones come in pairs, low nibble first."""
     if bits == 8:
         return packed
     low = g.op("BitwiseAnd", packed, g.constant(15, "uint8"))
@@ -65,7 +65,7 @@ def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
 
 
 def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """`x · weightᵀ + bias`; the head is one over the embedding's table."""
+    """`x · weightᵀ + bias`; the head's weight is the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
     scheme, dtype = g.stored(weight).scheme, node.outputs[0].dtype
@@ -91,7 +91,7 @@ def _float_linear(
 
 
 def linears(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Several quantized ones of one input and one scheme, see `fusion`."""
+    """Several quantized linears with one input and one scheme, see `fusion`."""
     x, *rest = node.inputs
     weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
     assert x is not None
@@ -104,7 +104,7 @@ def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | N
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
-    sizes = _format(g, weight) | {"N": weight.size(0)}
+    sizes = block_attributes(g, weight) | {"N": weight.size(0)}
     inputs = [g.cast(x, "float32"), *_parts(g, weight), None, _float32(g, bias)]
     level = g.accuracy_level
     y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
@@ -114,16 +114,17 @@ def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | N
 def _quant_linear(
     g: Emitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
-    """Our own op, see `functions`: parts of one kind lie side by side in its inputs."""
+    """The function QuantLinear: its inputs are all data, then all scales, and so on."""
     rows = [weight.size(0) for weight in weights]
-    sizes = _format(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
+    sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
     parts = zip(*(_parts(g, weight) for weight in weights), strict=True)
     inputs = [g.cast(x, "float32"), *chain(*parts), *(_float32(g, bias) for bias in biases)]
     results = g.call(QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
     return [g.typed(y, "float32") for y in results]
 
 
-def _format(g: Emitter, weight: Value) -> dict[str, int]:
+def block_attributes(g: Emitter, weight: Value) -> dict[str, int]:
+    """The attributes of `MatMulNBits` that describe a weight in blocks, but for its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     return {"K": columns, "bits": scheme.bits, "block_size": block_size(columns, scheme)}
 

@@ -9,7 +9,7 @@ from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.program import Node
 
 Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
-"""The nodes of one op, and the values that are its results."""
+"""Adds the nodes of one op, and returns its results."""
 
 LOWERINGS: dict[str, Lowering] = {
     "embedding": linear_ops.embedding,
@@ -32,8 +32,8 @@ LOWERINGS: dict[str, Lowering] = {
 }
 
 
-def lower(emitter: Emitter, node: Node, lowerings: Mapping[str, Lowering] = LOWERINGS) -> None:
-    """Adds the nodes of one op; its results get the names that the program gave them."""
+def lower(emitter: Emitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
+    """Adds the nodes of one op; its results get their names in the program."""
     with emitter.site(node.site):
         results = lowerings[node.op](emitter, node)
     for declared, value in zip(node.outputs, results, strict=True):

@@ -1,6 +1,6 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -8,12 +8,11 @@ from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
 from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
-from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
-from rgexport.export.onnx.lowering import lower
+from rgexport.export.onnx.lowering import Lowering, lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.onnx.storage import Storage
@@ -29,12 +28,12 @@ _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "key": ("key", "ring"),
     "value": ("value", "ring"),
 }
-"""Canonical state → its name in Hugging Face's and onnxruntime-genai's hybrid models, and how the
-graph stores it."""
+"""Canonical state → its name in the hybrid models of Hugging Face and onnxruntime-genai, and its
+layout in the graph."""
 
 
 def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    """The states of a program with the names that carry them in and out of the graph."""
+    """The states of a program with the names of their inputs and outputs in the graph."""
     records = []
     for name, (value, _) in program.states.items():
         _, layer, kind = name.split(".")
@@ -62,38 +61,12 @@ def io_record(program: StepProgram) -> IoRecord:
 def build_model(
     program: StepProgram, storage: Storage, profile: LoweringProfile, *, exact: bool
 ) -> ir.Model:
-    """The model for a profile; its initializers point into the files that `storage` lays out."""
+    """The model for a profile; its initializers point into the files of `storage`."""
     level = _EXACT if exact else profile.accuracy_level
     emitter = Emitter(storage.tensors, level, native=profile.functions)
-    states = list(zip(state_records(program), program.states.values(), strict=True))
-
-    count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
-    emitter.values[program.num_logits.name] = count
-    inputs = []
-    for value in (program.input_ids, program.position_ids):
-        emitter.values[value.name] = _input(value, value.name)
-        inputs.append(emitter.values[value.name])
-    for record, (before, _) in states:
-        emitter.values[before.name] = _input(before, record.input)
-        inputs.append(emitter.values[before.name])
-
     if profile.functions:
         program = fused(program, storage.tensors, rounded=level == QUANT_LINEAR_LEVEL)
-    for node in program.nodes:
-        lower(emitter, node, profile.lowerings)
-    outputs = [emitter.values[program.logits.name]]
-    for record, (_, after) in states:
-        outputs.append(emitter.values[after.name])
-        outputs[-1].name = record.output
-
-    graph = ir.Graph(
-        [*inputs, count],
-        outputs,
-        nodes=emitter.nodes,
-        initializers=list(emitter.initializers.values()),
-        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
-        name="griffin_step",
-    )
+    graph = _build_graph(program, emitter, profile.lowerings)
     model = ir.Model(
         graph,
         ir_version=_IR_VERSION,
@@ -108,8 +81,39 @@ def build_model(
     return model
 
 
+def _build_graph(
+    program: StepProgram, emitter: Emitter, lowerings: Mapping[str, Lowering]
+) -> ir.Graph:
+    states = list(zip(state_records(program), program.states.values(), strict=True))
+    count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
+    emitter.values[program.num_logits.name] = count
+    inputs = []
+    for value in (program.input_ids, program.position_ids):
+        emitter.values[value.name] = _input(value, value.name)
+        inputs.append(emitter.values[value.name])
+    for record, (before, _) in states:
+        emitter.values[before.name] = _input(before, record.input)
+        inputs.append(emitter.values[before.name])
+
+    for node in program.nodes:
+        lower(emitter, node, lowerings)
+    outputs = [emitter.values[program.logits.name]]
+    for record, (_, after) in states:
+        outputs.append(emitter.values[after.name])
+        outputs[-1].name = record.output
+
+    return ir.Graph(
+        [*inputs, count],
+        outputs,
+        nodes=emitter.nodes,
+        initializers=list(emitter.initializers.values()),
+        opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
+        name="griffin_step",
+    )
+
+
 def _inline(model: ir.Model) -> None:
-    """Puts the bodies of our functions where they are called; results keep their names."""
+    """Inlines our functions; the names of the graph's outputs stay."""
     names = [value.name for value in model.graph.outputs]
     InlinePass()(model)
     for value, name in zip(model.graph.outputs, names, strict=True):
@@ -118,19 +122,15 @@ def _inline(model: ir.Model) -> None:
     del model.graph.opset_imports[DOMAIN]
 
 
-def save_model(model: ir.Model, folder: Path) -> None:
-    """Writes the graph; the weights are in the data file."""
-    ir.save(model, folder / MODEL_FILE)
-
-
 def _input(value: Value, name: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
 
 
 def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> None:
-    """Runtimes write a state into the buffer that it was read from: all readers must come first.
+    """Asserts that all readers of an old state run before the node that writes the new one.
 
-    So each reader is the node that writes, or one that the writing node waits for.
+    Runtimes write a state into the buffer that it was read from. So each reader must be the writing
+    node, or one whose results it needs.
     """
     for before, after in states:
         writer = after.producer()
@@ -140,7 +140,7 @@ def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> Non
 
 
 def _ancestors(node: ir.Node | None) -> set[ir.Node]:
-    """The node and all that it waits for."""
+    """The node and all nodes whose results it needs."""
     found: set[ir.Node] = set()
     waiting = [node]
     while waiting:

@@ -1,32 +1,34 @@
-"""Reads an ONNX model file's nodes and external tensors from protobuf's wire.
+"""Reads the nodes and the external tensors of an ONNX model file.
 
-The engine needs no package `onnx`, and of a file these few fields are all that a runtime asks for.
+A runtime asks for these few fields only. They are declared here, as in onnx.proto, so that the core
+needs no package `onnx`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import PurePosixPath
+from typing import Any
 
-_GRAPH, _OPSET = 7, 8
-"""Of ModelProto, in onnx.proto; below of OperatorSetIdProto, GraphProto, NodeProto, TensorProto and
-its entries."""
-_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-_NODE, _INITIALIZER = 1, 5
-_INPUT, _OP_TYPE, _DOMAIN = 1, 4, 7
-_DIMS, _DATA_TYPE, _NAME, _EXTERNAL, _LOCATION = 1, 2, 8, 13, 14
-_KEY, _VALUE = 1, 2
-_ELSEWHERE = 1
-"""`data_location` of a tensor that lies in another file."""
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
-_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
-_MOST_SIZE = (1 << 62) - 1
-"""Of an axis."""
-_MOST_BITS = 63
-_MOST_KIND = (1 << 31) - 1
-"""Of a number, but for its last seven."""
-_FIXED = {_FIXED_64: 8, _FIXED_32: 4}
-
-Field = int | memoryview
+_SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
+    "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
+    "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
+    "Graph": {"node": (1, "Node*"), "initializer": (5, "Tensor*")},
+    "Node": {"input": (1, "bytes*"), "op_type": (4, "bytes"), "domain": (7, "bytes")},
+    "Tensor": {
+        "dims": (1, "int64*"),
+        "data_type": (2, "int32"),
+        "name": (8, "bytes"),
+        "external_data": (13, "Entry*"),
+        "data_location": (14, "Location"),
+    },
+    "Entry": {"key": (1, "bytes"), "value": (2, "bytes")},
+}
+"""Message → field → its number and type; `*` means repeated."""
+_LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
+_MAX_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ModelNode:
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer whose bytes lie in a file beside the model."""
+    """An initializer whose bytes are in a file beside the model."""
 
     name: str
     data_type: int
@@ -52,118 +54,68 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What was read; of a damaged file, what stands before the damage."""
+    """What was read; nothing of a damaged file, which the engine will refuse."""
 
-    nodes: list[ModelNode]
-    tensors: list[ExternalTensor]
-    versions: dict[str, int]
-    """Domain → the version of its ops that the file is made of."""
+    nodes: tuple[ModelNode, ...] = ()
+    tensors: tuple[ExternalTensor, ...] = ()
+    versions: dict[str, int] = field(default_factory=dict)
+    """Domain → version of its op set that the model imports."""
 
 
 def read_model(model: bytes) -> ModelFile:
-    """The nodes and external tensors of a serialized model; subgraphs are left out."""
-    found = ModelFile([], [], {})
+    """The nodes and external tensors of a serialized model, without those of subgraphs."""
     try:
-        for number, part in _fields(memoryview(model)):
-            if number == _OPSET:
-                found.versions.update([_version(_bytes(part))])
-            for kind, content in _fields(_bytes(part)) if number == _GRAPH else ():
-                if kind == _NODE:
-                    found.nodes.append(_node(_bytes(content)))
-                elif kind == _INITIALIZER:
-                    found.tensors.extend(_external(_bytes(content)))
-    except (IndexError, KeyError, TypeError, ValueError):
-        pass  # the engine will say what is wrong
-    return found
+        found = _model_class().FromString(model)
+        external = (t for t in found.graph.initializer if t.data_location == _LOCATIONS["EXTERNAL"])
+        tensors = (_external(tensor) for tensor in external)
+        return ModelFile(
+            tuple(_node(node) for node in found.graph.node),
+            tuple(tensor for tensor in tensors if _lies_inside(tensor.file) and tensor.offset >= 0),
+            {opset.domain.decode(): opset.version for opset in found.opset_import},
+        )
+    except (DecodeError, ValueError):
+        return ModelFile()
 
 
-def _version(data: memoryview) -> tuple[str, int]:
-    fields = dict(_fields(data))
-    version = fields[_OPSET_VERSION]
-    if not isinstance(version, int):
-        raise TypeError
-    return _text(fields.get(_OPSET_DOMAIN, memoryview(b""))), version
+def _node(node: Any) -> ModelNode:
+    inputs = tuple(name.decode() for name in node.input)
+    return ModelNode(node.op_type.decode(), node.domain.decode(), inputs)
 
 
-def _node(data: memoryview) -> ModelNode:
-    fields = list(_fields(data))
-    texts = {number: _text(value) for number, value in fields if number in (_OP_TYPE, _DOMAIN)}
-    inputs = tuple(_text(value) for number, value in fields if number == _INPUT)
-    return ModelNode(texts[_OP_TYPE], texts.get(_DOMAIN, ""), inputs)
-
-
-def _external(data: memoryview) -> Iterator[ExternalTensor]:
-    fields = list(_fields(data))
-    last = dict(fields)
-    location = last.get(_LOCATION)  # an enumeration: 32 bits of it count
-    if not isinstance(location, int) or location & 0xFFFFFFFF != _ELSEWHERE:
-        return
-    entries = (dict(_fields(_bytes(value))) for number, value in fields if number == _EXTERNAL)
-    places = {_text(entry[_KEY]): _text(entry[_VALUE]) for entry in entries}
-    shape = [size for number, value in fields if number == _DIMS for size in _numbers(value)]
-    kind, offset = last[_DATA_TYPE], int(places.get("offset", "0"))
-    if any(size > _MOST_SIZE for size in shape) or not isinstance(kind, int) or kind > _MOST_KIND:
-        raise ValueError  # numbers below zero look like this
-    if _lies_inside(places["location"]) and offset >= 0:
-        yield ExternalTensor(_text(last[_NAME]), kind, tuple(shape), places["location"], offset)
+def _external(tensor: Any) -> ExternalTensor:
+    places = {entry.key: entry.value for entry in tensor.external_data}
+    shape = tuple(tensor.dims)
+    if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
+        raise ValueError(f"no tensor of ours has the shape {shape}")
+    file, offset = places.get(b"location", b"").decode(), int(places.get(b"offset", b"0"))
+    return ExternalTensor(tensor.name.decode(), tensor.data_type, shape, file, offset)
 
 
 def _lies_inside(location: str) -> bool:
-    """Whether a file lies in the model's folder; the engine refuses a model of other files."""
+    """Whether a file is in the model's folder; the engine refuses models with other files."""
     path = PurePosixPath(location)
     plain = location.isprintable() and not set(location) & set("\\:") and path.parts
     return bool(plain) and not path.is_absolute() and ".." not in path.parts
 
 
-def _numbers(value: Field) -> Iterator[int]:
-    """A repeated number, alone or packed."""
-    if isinstance(value, int):
-        yield value
-        return
-    at = 0
-    while at < len(value):
-        number, at = _varint(value, at)
-        yield number
-
-
-def _text(value: Field) -> str:
-    return bytes(_bytes(value)).decode()
-
-
-def _bytes(value: Field) -> memoryview:
-    if isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Field]]:
-    """Number and content of the fields of a message; floats are left out."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield number, value
-        elif kind == _BYTES:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise IndexError
-            yield number, data[at : at + size]
-            at += size
-        else:
-            at += _FIXED[kind]
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
-        if shift > _MOST_BITS:  # it would take for ever to collect them
-            raise ValueError
+@cache
+def _model_class() -> Any:
+    """The class of `Model` messages."""
+    file = descriptor_pb2.FileDescriptorProto(name="onnx.proto", package="rgexport")
+    locations = file.enum_type.add(name="Location")
+    for word, number in _LOCATIONS.items():
+        locations.value.add(name=word, number=number)
+    for message, fields in _SCHEMA.items():
+        described = file.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            word = kind.removesuffix("*")
+            row = described.field.add(name=name, number=number)
+            row.label = row.LABEL_REPEATED if kind.endswith("*") else row.LABEL_OPTIONAL
+            if word.islower():
+                row.type = getattr(row, f"TYPE_{word.upper()}")
+            else:
+                row.type = row.TYPE_MESSAGE if word in _SCHEMA else row.TYPE_ENUM
+                row.type_name = f".rgexport.{word}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("rgexport.Model"))

@@ -1,7 +1,7 @@
 """Which kernels compute the ops of our own domain in a model file, and why native ones do not.
 
-Such an op is a function of the file, with a body of standard ops, which is what runs where nothing
-else is known.
+Such an op is a model-local function with a body of standard ops, which runs where there is no
+native kernel.
 """
 
 from collections import Counter
@@ -14,42 +14,43 @@ from rgexport.kernels.onnx import library as build
 
 DOMAIN, VERSION = "ai.rgexport", 2
 SINCE = {"RgLruScan": 2}
-"""Op → the version of the domain in which it became what kernels compute, if it is not the first:
-of a file of an older version, the body runs."""
+"""Op → the version of the domain since which it is what the native kernels compute, if not 1. In a
+file of an older version, its body runs."""
 STOCK = "stock"
-"""Says of a session that it runs the engine's own kernels."""
+"""The word for the engine's own kernels."""
 _SMALL = 1 << 16
-"""Numbers of a tensor: engines read larger ones to pack them anew."""
+"""Elements. A tensor of fewer is read to fold constants; a larger one is repacked."""
 
 
 @dataclass(frozen=True)
 class NativeOps:
-    """What there is for a model file on this machine."""
+    """The native kernels for a model file on this machine."""
 
     ops: dict[str, int]
-    """Op of our domain → how many nodes of the graph are of it."""
+    """Op of our domain → the number of its nodes in the graph."""
     native: tuple[str, ...]
-    """Those of them that native kernels compute here; the bodies of the others run."""
+    """The ops that native kernels compute; of the others, the bodies run."""
     library: Path | None
-    """What to register with the engine, if any is native."""
+    """What to register with the engine, if any op is native."""
     kernels: str
     """`native` and the instruction set, or `stock`."""
     reason: str
     """Why it is `stock`; empty otherwise."""
     weights: tuple[ExternalTensor, ...] = ()
-    """The tensors beside the file that are read where they lie, and that nothing packs anew."""
+    """External tensors that kernels read in place: the engine does not repack them."""
     small: tuple[ExternalTensor, ...] = ()
-    """Those that the engine reads by itself, to fold them into constants."""
+    """External tensors that the engine reads by itself, to fold constants."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
-    """Looks at a model file, or a serialized model, and at the library of kernels.
+    """What a model file, or a serialized model, needs, and what the library of kernels has.
 
     Raises:
         RequestError: the environment asks for an instruction set that does not exist.
     """
     read = read_model(model if isinstance(model, bytes) else model.read_bytes())
-    ops = _own_ops(read)
+    counts = Counter(node.op for node in read.nodes if node.domain == DOMAIN)
+    ops = dict(sorted(counts.items()))
     found, path = build.kernels(), build.library()
     version = read.versions.get(DOMAIN, VERSION)
     native = tuple(n for n in ops if n in found.ops and SINCE.get(n, 1) <= version)
@@ -63,20 +64,10 @@ def native_ops(model: Path | bytes) -> NativeOps:
     return NativeOps(ops, (), None, STOCK, reason)
 
 
-def own_ops(model: bytes) -> dict[str, int]:
-    """Counts the graph's nodes of our domain; of a damaged file, those before the damage."""
-    return _own_ops(read_model(model))
-
-
-def _own_ops(read: ModelFile) -> dict[str, int]:
-    counts = Counter(node.op for node in read.nodes if node.domain == DOMAIN)
-    return dict(sorted(counts.items()))
-
-
 def _read_in_place(read: ModelFile) -> set[str]:
-    """What nodes of our domain read, and `Gather`, which looks rows of the embedding up.
+    """Inputs of nodes of our domain, and of the `Gather` that looks up rows of the embedding.
 
-    Mapped apart from the head's, its pages would count twice in the memory of the process.
+    The embedding is the head's table: mapped twice, its pages would count twice as memory.
     """
     readers = (node for node in read.nodes if node.domain == DOMAIN or node.op == "Gather")
     return {name for node in readers for name in node.inputs}

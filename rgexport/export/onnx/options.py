@@ -5,13 +5,19 @@ from typing import TypeGuard
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import ACTIVATIONS
+from rgexport.export.onnx.artifact import is_storable
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
-from rgexport.export.request import require_blocks, symmetry
+from rgexport.export.request import (
+    refuse_beside_plan,
+    refuse_ggml,
+    require_blocks,
+    require_word,
+)
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
-from rgexport.quantize.scheme import BLOCKS, Affine, Float, Ggml, Plan, Scheme
+from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
 
 DEFAULT_BLOCK = 128
 
@@ -20,11 +26,11 @@ _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions:
-    """How weights are stored and activations computed; None leaves the choice to us.
+    """How weights are stored and activations computed; None stands for a default.
 
-    `profile` is what the graph is lowered for (see `profiles`, which has a `precision` for each);
-    `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
-    `plan` says for every tensor what `precision`, `block_size`, `symmetric` and
+    `profile` is what the graph is lowered for (see `profiles`, which has a default `precision` for
+    each); `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
+    `plan` says for each tensor what `precision`, `block_size`, `symmetric` and
     `embedding_precision` say for all.
     """
 
@@ -44,31 +50,27 @@ class OnnxOptions:
             RequestError: a plan beside an option that it replaces, a plan for another
                 format, an unknown compute word or profile, or an option that changes nothing.
         """
-        if self.profile not in PROFILES:
-            expected = ", ".join(PROFILES)
-            raise RequestError(f"--profile is {self.profile!r}; expected one of {expected}")
-        given = [name for name in _SET_BY_A_PLAN if getattr(self, name) is not None]
-        if self.plan is not None and given:
-            words = ", ".join(name.replace("_", " ") for name in given)
-            raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
+        require_word("--profile", self.profile, PROFILES)
+        refuse_beside_plan(self, _SET_BY_A_PLAN)
+        refuse_ggml(self.plan)
         for name, scheme in (self.plan or {}).items():
             self._require_known(name, scheme)
-        if self.compute is not None and self.compute not in ACTIVATIONS:
-            expected = ", ".join(ACTIVATIONS)
-            raise RequestError(f"--compute is {self.compute!r}; expected one of {expected}")
-        require_blocks(
-            (self.precision_word, self.embedding_precision or self.precision_word),
-            {"--block-size": self.block_size, "--exact": self.exact} | symmetry(self.symmetric),
-        )
+        require_word("--compute", self.compute_word, ACTIVATIONS)
+        words = self.precision_word, self._embedding_word
+        require_blocks(words, self.block_size, self.symmetric, self.exact)
 
     @property
     def precision_word(self) -> str:
-        """`precision`, or what a plan amounts to, or the default."""
+        """`precision`, or the word for the plan, or the profile's default."""
         return precision_of(self.plan) if self.plan else self.precision or self._profile.precision
 
     @property
+    def _embedding_word(self) -> str:
+        return self.embedding_precision or self.precision_word
+
+    @property
     def compute_word(self) -> str:
-        """`compute`, or what it is when it is not given."""
+        """`compute`, or its default."""
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
@@ -80,15 +82,14 @@ class OnnxOptions:
         plan = self.plan
         if not plan:
             linear = self._scheme(self.precision_word)
-            embedding = self._scheme(self.embedding_precision or self.precision_word)
-            plan = make_plan(config, linear, embedding)
+            plan = make_plan(config, linear, self._scheme(self._embedding_word))
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
-        """The plan with a symmetric embedding, if its zero points are not for this profile.
+        """The plan with a symmetric embedding, if the profile cannot take its zero points.
 
         Raises:
-            RequestError: it was asked for.
+            RequestError: zero points were asked for.
         """
         scheme = plan[EMBEDDING]
         if not self._profile.even_zero_points or not _has_odd_zero_points(scheme, width):
@@ -105,9 +106,9 @@ class OnnxOptions:
         return PROFILES[self.profile]
 
     def _scheme(self, precision: str) -> Scheme:
-        """What a precision word means here: blocks, unless the profile has rows and they will do.
+        """The scheme of a precision word: the profile's scale per row, or else blocks.
 
-        Rows take activations in int8, and are symmetric. Who asks for something else gets blocks.
+        A scale per row needs symmetric weights and activations in int8.
         """
         block = DEFAULT_BLOCK if self.block_size is None else self.block_size
         scheme = choose_scheme(precision, block, self.symmetric)
@@ -115,33 +116,21 @@ class OnnxOptions:
         return scheme if by_blocks else self._profile.rows.get(precision, scheme)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
-        """Refuses what a plan asks for and neither ONNX nor the profile has."""
-        if isinstance(scheme, Ggml):
-            raise RequestError(
-                f"the plan stores {name} as {scheme.label}, which only GGUF files have"
-            )
+        """Refuses a scheme that neither ONNX nor the profile has."""
         if scheme in self._profile.rows.values():
             if self.exact:
                 raise RequestError(
                     f"the plan stores {name} as {scheme.label}, which rounds activations to int8; "
                     "leave out --exact, or take blocks"
                 )
-            return
-        _require_onnx(name, scheme)
+        elif not is_storable(scheme):
+            raise RequestError(
+                f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
+                f"blocks of {', '.join(map(str, BLOCKS))} weights with float32 scales"
+            )
 
 
 def _has_odd_zero_points(scheme: Scheme, columns: int) -> TypeGuard[Affine]:
     if not isinstance(scheme, Affine) or scheme.bits != 4 or scheme.symmetric:
         return False
     return num_blocks(columns, scheme) % 2 == 1
-
-
-def _require_onnx(name: str, scheme: Scheme) -> None:
-    known = isinstance(scheme, Float) or (
-        isinstance(scheme, Affine) and scheme.block in BLOCKS and scheme.scale == "float32"
-    )
-    if not known:
-        raise RequestError(
-            f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected blocks "
-            f"of {', '.join(map(str, BLOCKS))} weights with float32 scales"
-        )

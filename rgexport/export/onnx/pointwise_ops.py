@@ -10,44 +10,44 @@ from rgexport.export.program import Node
 
 
 def rms_norm(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function."""
+    """A function `RmsNorm`, which a native kernel can replace."""
     return g.native_op("RmsNorm", node, _norm, eps=node.attributes["eps"])
 
 
 def _norm(g: GraphBuilder, node: Node, x: ir.Value, weight: ir.Value) -> Sequence[ir.Value]:
-    """One node of opset 23; `1 + weight` is constant, runtimes fold it when they load the file."""
+    """One node of opset 23, and `1 + weight`, which runtimes fold when they load the file."""
     scale = g.op("Add", weight, g.constant(1, "float32"))
     return [g.op("RMSNormalization", x, scale, axis=-1, epsilon=node.attributes["eps"])]
 
 
 def add_rms_norm(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function: the sum, and its norm."""
+    """A function: the residual sum, and its norm."""
+    return g.native_op("AddRmsNorm", node, _add_norm, eps=node.attributes["eps"])
 
-    def body(
-        g: GraphBuilder, node: Node, x: ir.Value, residual: ir.Value, weight: ir.Value
-    ) -> Sequence[ir.Value]:
-        total = g.op("Add", x, residual)
-        return [total, *_norm(g, node, total, weight)]
 
-    return g.native_op("AddRmsNorm", node, body, eps=node.attributes["eps"])
+def _add_norm(
+    g: GraphBuilder, node: Node, x: ir.Value, residual: ir.Value, weight: ir.Value
+) -> Sequence[ir.Value]:
+    total = g.op("Add", x, residual)
+    return [total, *_norm(g, node, total, weight)]
 
 
 def gelu_mul(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function: `gelu(gate) · up`, in the tanh form."""
+    """A function: `gelu(gate) · up`."""
+    return g.native_op("GeluMul", node, _gelu_mul)
 
-    def body(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Sequence[ir.Value]:
-        return [g.op("Mul", g.op("Gelu", gate, approximate="tanh"), up)]
 
-    return g.native_op("GeluMul", node, body)
+def _gelu_mul(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Sequence[ir.Value]:
+    return [g.op("Mul", g.op("Gelu", gate, approximate="tanh"), up)]
 
 
 def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """The tanh form."""
+    """Gelu in its tanh form."""
     return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
 
 
 def elementwise(op: str) -> Callable[[Emitter, Node], Sequence[ir.Value]]:
-    """A lowering to `op` in the dtype of the result."""
+    """A lowering to the ONNX op `op`, computed in the dtype of the result."""
 
     def lower(g: Emitter, node: Node) -> Sequence[ir.Value]:
         dtype = node.outputs[0].dtype
@@ -57,14 +57,14 @@ def elementwise(op: str) -> Callable[[Emitter, Node], Sequence[ir.Value]]:
 
 
 def last_tokens(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A slice from the end; one that is longer than the text takes all of it."""
+    """The last tokens; all of them where there are fewer."""
     x, count = g.inputs(node)
     start = g.op("Reshape", g.op("Neg", count), g.constant([1]))
     return [g.slice(x, start, END, 1)]
 
 
 def soft_cap(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """`cap · tanh(x / cap)`; a cap of 0 is none."""
+    """`cap · tanh(x / cap)`, or x where the cap is 0."""
     if not node.attributes["cap"]:
         return [g.op("Identity", g.cast(g.inputs(node)[0], "float32"))]
     return g.native_op("SoftCap", node, _soft_cap, cap=node.attributes["cap"])

@@ -1,4 +1,4 @@
-"""What a graph is lowered for: the ops that are allowed there, and what replaces the usual ones."""
+"""Lowering profiles: the ops that a runtime has, and the lowerings that differ for it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ Ops = Mapping[str, frozenset[str]]
 """Domain → names of ops."""
 
 WEB_FILES = FileLimit(filled=10**9, largest=2**30)
-"""Browsers give out no larger buffers reliably. Only the embedding of a 9B in int8 needs more than
-10⁹ bytes: it has a file of its own, of 1,048,576,000."""
+"""Browsers do not reliably allocate larger buffers. Only the embedding of a 9B in int8 exceeds 10⁹
+bytes: it is in a file of its own, of 1,048,576,000."""
 
 _WORDS = """
 Abs Add And BitShift BitwiseAnd Cast Concat Constant Cos Div Equal Exp Expand Gather Gelu Gemm
@@ -40,28 +40,28 @@ class LoweringProfile:
 
     name: Profile
     ops: Ops
-    """All that the graph may consist of, in bodies of functions and subgraphs too."""
+    """All ops that the graph may have, also in bodies of functions and in subgraphs."""
     precision: str
-    """Of the weights, where none is asked for."""
+    """The default precision word."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
-    """Precision word → what it means here instead of blocks, unless blocks are asked for."""
+    """Precision word → its scheme here, where the user asks for nothing that needs blocks."""
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
-    """Griffin op → how it becomes nodes."""
+    """Griffin op → its lowering."""
     accuracy_level: int = 1
-    """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is asked for."""
+    """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is given."""
     even_zero_points: bool = False
-    """Whether rows of the embedding that have 4-bit zero points need an even number of them."""
+    """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
-    """Whether ops of our own domain stay functions, for native kernels to replace."""
+    """Whether ops of our own domain stay functions, which native kernels can replace."""
     files: FileLimit | None = None
-    """How large the files of weights may be."""
+    """How large the files of weights may be; None for no limit."""
 
     def is_exact(self, plan: Plan, asked: bool) -> bool:
-        """Whether activations stay out of int8, since that was asked for or is so anyhow."""
+        """Whether activations are never rounded to int8, because the user asked or by itself."""
         return asked or (self.accuracy_level == 1 and INT8_ROWS not in plan.values())
 
     def require_allowed(self, model: ir.Model) -> None:
-        """Asserts that a model has no op that its runtimes lack: if it has one, that is our bug."""
+        """Asserts that a model has only ops of the profile: another one is a bug of ours."""
         for place, node in _nodes(model):
             allowed = node.op_type in self.ops.get(node.domain, ())
             op = f"{node.domain or 'ai.onnx'}::{node.op_type}"
@@ -69,7 +69,7 @@ class LoweringProfile:
 
 
 def _nodes(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
-    """Every node with the function that it is in; subgraphs are walked through."""
+    """Every node, also of subgraphs, with a prefix that names its function."""
     for function in model.functions.values():
         for node in ir.traversal.RecursiveGraphIterator(function):
             yield f"{function.name}: ", node
@@ -115,4 +115,4 @@ PROFILES: dict[str, LoweringProfile] = {
         ),
     )
 }
-"""Word of `--profile` → what it stands for."""
+"""Word of `--profile` → profile."""

@@ -12,7 +12,7 @@ from rgexport.griffin.config import RG_LRU_C
 
 
 def causal_conv1d(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """A function."""
+    """A function `CausalConv1d`, which a native kernel can replace."""
     return g.native_op("CausalConv1d", node, _shifted_products)
 
 
@@ -49,18 +49,18 @@ def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """To be inlined: the native kernel has the gates too."""
+    """The scan without its gates, for graphs without native kernels; it is inlined there."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     inputs = (x, input_gate, recurrence_gate, _decay(g, a_param), positions, state)
     return g.call(UNGATED_SCAN, *inputs)
 
 
 def gated_rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Our own op, see `functions`: the scan with its gates."""
+    """The scan with its gates: a function, see `functions`."""
     *inputs, a_param, positions, state = g.inputs(node)
     return g.call(RG_LRU_SCAN, *inputs, _decay(g, a_param), positions, state)
 
 
 def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
-    """Constant: runtimes fold it at load."""
+    """-8 softplus(a_param), which runtimes fold when they load the file."""
     return g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))

@@ -1,4 +1,4 @@
-"""Where each weight lies in the files of external data, and what fills them."""
+"""The layout of the weights in files of external data, and their initializers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,8 @@ import onnx_ir as ir
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.onnx.artifact import DATA_FILE
+from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
-from rgexport.export.onnx.layouts import part_layouts
 from rgexport.export.storage import Places, aligned, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.affine import Parts
@@ -18,26 +17,26 @@ from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Plan
 
 _ALIGNMENT = 4096
-"""Of every part: runtimes map the file, and a map starts at a page."""
+"""Of every part: runtimes map the file, and a mapping starts at a page."""
 
 
 @dataclass(frozen=True)
 class FileLimit:
-    """How large a file may be."""
+    """The most bytes of a file."""
 
     filled: int
-    """Files are filled up to this size."""
+    """For a file of several tensors."""
     largest: int
-    """A single tensor may take as much as this, in a file of its own."""
+    """For a file of one tensor."""
 
 
 class Storage:
-    """The layout of the data files: tensors in the plan's order, one after another."""
+    """The layout of the data files: tensors in the plan's order."""
 
     def __init__(
         self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
     ):
-        """One file of any size, unless there is a `limit`; a tensor is never in two files.
+        """One file, unless there is a `limit`; a tensor is never in two files.
 
         Raises:
             RequestError: a tensor that is larger than `limit` allows a file to be.
@@ -82,7 +81,7 @@ class Storage:
 def initializer(
     part: StoredPart, name: str, shape: tuple[int, ...] | None = None
 ) -> ir.ExternalTensor:
-    """A tensor of the graph over a stored part, optionally seen in another shape."""
+    """A tensor of the graph over a stored part, optionally in another shape."""
     dtype, seen = DTYPES[part.dtype], ir.Shape(shape or part.shape)
     return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
 

@@ -1,12 +1,13 @@
-"""Lowerings for WebAssembly: products of int8 weights and of activations in two digits of int8.
+"""Lowerings for WebAssembly: products of int8 weights and of activations in two int8 digits.
 
 ONNX Runtime has a fast integer product there, but none for blocks: `MatMulNBits` takes 7 times as
 long per weight. Every token is rounded by itself, so a step and a prefill see the same integers.
 
-One digit would not do: where an activation lies halfway between two integers, the last bit of a
-float decides, and engines differ in that. The logits of the demo move by 1.3 % of the largest. The
-second digit holds what the rounding to the first one left over, and makes that 0.01 %. Both are
-rows of one product, which reads the weights once: a step takes a fifth longer, a prefill twice.
+One digit is not enough: where an activation is halfway between two integers, the last bit of a
+float decides, and engines differ in it. The logits of the demo move by 1.3 % of the largest. The
+second digit holds the rounding error of the first, and reduces that to 0.01 %. Both digits are
+rows of one product, which reads the weights once: a step takes a fifth longer, a prefill twice as
+long.
 """
 
 from collections.abc import Sequence
@@ -21,23 +22,23 @@ from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
-from rgexport.quantize.affine import block_size, num_blocks
+from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.scheme import INT8_ROWS, Affine
 
 _ZERO_POINT = 128
-"""Of weights and activations: they are symmetric, in unsigned bytes."""
+"""Of weights and activations, which are symmetric and stored as unsigned bytes."""
 _LARGEST = 127
-"""The integer that the largest activation of a row becomes."""
+"""The integer for the largest activation of a row."""
 _FINER = 254
-"""Steps of the second digit in one of the first: its ±127 reach half a step to both sides."""
+"""Steps of the second digit per step of the first: ±127 of them are half a step to each side."""
 PIECE = 1 << 26
-"""Weights of a matrix in blocks that are unpacked at a time: 256 MB of float32."""
+"""Weights in blocks that are unpacked at a time: 256 MB as float32."""
 _LEAST = 1e-30
-"""Stands for the largest activation of a row that has none, and keeps its scale from zero."""
+"""Lower bound of the largest activation of a row, so that its scale is not zero."""
 
 
 def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """`x · weightᵀ + bias`; in integers, if the weight has a scale per row."""
+    """`x · weightᵀ + bias`, in integers if the weight has a scale per row."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
     scheme = g.stored(weight).scheme
@@ -54,7 +55,7 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
-    """The product in integers with a weight that has a scale per row."""
+    """The product in integers."""
     digits, scale = _digits(g, x)
     zero = g.constant(_ZERO_POINT, "uint8")
     sums = g.op("MatMulInteger", digits, g.part(weight, COLUMNS), zero, zero)
@@ -67,14 +68,13 @@ def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) ->
 def _in_pieces(
     g: Emitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
 ) -> ir.Value:
-    """The product with a large matrix in blocks, such as the head, as several.
+    """The product with a large matrix in blocks, such as the head, as several products.
 
     `MatMulNBits` unpacks all of its weights to float32 there, and WebAssembly has 4 GB.
     """
     rows, columns = weight.size(0), weight.size(1)
-    block = block_size(columns, scheme)
-    blob = (num_blocks(columns, scheme), block * scheme.bits // 8)
-    sizes = {"K": columns, "bits": scheme.bits, "block_size": block}
+    sizes = linear_ops.block_attributes(g, weight)
+    blob = (num_blocks(columns, scheme), sizes["block_size"] * scheme.bits // 8)
     level = g.accuracy_level
     product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=level, **sizes)
     pieces = []
@@ -93,7 +93,7 @@ def _in_pieces(
 def _rows_of(
     g: Emitter, weight: Value, label: str, start: int, shape: tuple[int, ...]
 ) -> ir.Value | None:
-    """Rows from `start` on of a part, seen in `shape`; None where there is no such part."""
+    """Rows of a part from `start` on, in the shape `shape`; None where there is no such part."""
     part = g.stored(weight).parts.get(label)
     if part is None:
         return None
@@ -102,7 +102,7 @@ def _rows_of(
 
 
 def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Columns of the head's own matrix, as rows of float32, times the scale."""
+    """Columns of the head's matrix, as rows of float32, times the scale."""
     ids, table = node.tensors
     if g.stored(table).scheme != INT8_ROWS:
         return linear_ops.embedding(g, node)
@@ -115,7 +115,7 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _digits(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Rows of x, [B, T, K] float32, in digits [2 · B, T, K] uint8; and their scales [B, T, 1]."""
+    """Digits [2 · B, T, K] uint8 of x [B, T, K] float32, and the scales [B, T, 1] of its rows."""
     largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
     largest = g.op("Max", largest, g.constant(_LEAST, "float32"))
     scale = g.op("Mul", largest, g.constant(1 / _LARGEST, "float32"))
@@ -127,11 +127,11 @@ def _digits(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _scales(g: Emitter, weight: Value) -> ir.Value:
-    """[out]."""
+    """One scale per row: [out]."""
     scales = g.part(weight, "scales", (weight.size(0),))
     assert scales is not None
     return scales
 
 
 LOWERINGS = {"embedding": embedding, "linear": linear}
-"""What replaces the usual ones."""
+"""Griffin op → the lowering that replaces the general one."""

@@ -1,7 +1,7 @@
-"""Lowerings for WebGPU: only ops that ONNX Runtime has kernels for there, in types that they take.
+"""Lowerings for WebGPU: only ops for which ONNX Runtime has kernels there, in their types.
 
-Shapes and token ids are int64 and stay with the processor, as ONNX Runtime has it; positions are
-float32 on the way to a mask or a slot, which is exact up to 4 million.
+Shapes and token ids are int64, which ONNX Runtime keeps on the CPU; masks and slots are computed
+from positions in float32, which is exact up to 4 million.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from rgexport.quantize.affine import block_size, num_blocks
 from rgexport.quantize.scheme import Affine
 
 _FORGOTTEN = -1e4
-"""Logarithm of a decay that is 0: `exp` of it is, and no product with it is NaN."""
+"""The logarithm of a decay of 0: its `exp` is 0, and no product with it is NaN."""
 _UNSEEN = -1e30
-"""Added to the score of a key that a token does not see; infinities are not safe in shaders."""
+"""Added to the score of a masked key; infinities are not safe in shaders."""
 
 
 def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Rows of the head's own bytes, unpacked by one op; a row that is padded is cut."""
+    """Rows of the table that the head reads, unpacked by one op; padding is cut off."""
     ids, table = node.tensors
     scheme, columns = g.stored(table).scheme, table.size(1)
     if not isinstance(scheme, Affine):
@@ -47,14 +47,14 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """`LinearAttention` with a head per channel, of one number each, and a query and key of 1."""
+    """`LinearAttention` with a head of size 1 per channel, whose queries and keys are 1."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     width = node.tensors[0].size(2)
     one, two = (g.constant(number, "float32") for number in (1, 2))
     zero = g.constant(0, "float32")
     first = g.op("Equal", g.op("Unsqueeze", _float(g, positions), g.constant([2])), zero)
 
-    # Not decay · Sigmoid(gate): see the body of `RgLruScan`.
+    # Not decay · Sigmoid(gate): see `functions`.
     odds = g.op("Exp", g.op("Neg", recurrence_gate))
     log_a = g.op("Div", _decay(g, a_param), g.op("Add", odds, one))
     scale = g.op("Sqrt", g.op("Sub", one, g.op("Exp", g.op("Mul", log_a, two))))
@@ -84,7 +84,7 @@ def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
     """-8 softplus(a_param), which runtimes fold when they load the file.
 
     softplus(p) = max(p, 0) + log1p(u), u = exp(-|p|), and log1p(u) = u · log(1 + u) / (1 + u - 1),
-    where rounding 1 + u errs alike above and below; for a u that 1 + u does not show, it is u.
+    where the rounding of 1 + u cancels; where 1 + u rounds to 1, log1p(u) is u.
     """
     one, zero = g.constant(1, "float32"), g.constant(0, "float32")
     u = g.op("Exp", g.op("Neg", g.op("Abs", a_param)))
@@ -98,12 +98,12 @@ def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
 
 
 def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """As on other processors, but for mask and slots, which are computed from float32."""
+    """The general lowering with mask and slots in float32."""
     return ring_attention(g, node, *g.inputs(node), mask=_mask, slots=_ring_slots)
 
 
 def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
-    """[B, T, 1, window + T]: 0 where a token sees a key; `attention_ops` says where that is."""
+    """As `attention_ops._mask`, with `_UNSEEN` instead of minus infinity."""
     positions = _float(g, positions)
     last = g.op("Sub", g.slice(positions, 0, 1, 1), g.constant(1, "float32"))
     slots = g.constant(list(range(window)), "float32")
@@ -119,7 +119,7 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """Where the last `window` keys of the step go, as (row, slot) [B, n, 2]; after `attended`."""
+    """As `attention_ops._ring_slots`."""
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
     zero = g.cast(never, "float32")
@@ -133,7 +133,7 @@ def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window
 
 
 def _modulo(g: GraphBuilder, x: ir.Value, size: int) -> ir.Value:
-    """X modulo `size`, of whole numbers; half a step keeps the quotient off the whole numbers."""
+    """X modulo `size` for integers in float32; adding 0.5 keeps rounding away from integers."""
     halved = g.op("Add", x, g.constant(0.5, "float32"))
     turns = g.op("Floor", g.op("Div", halved, g.constant(size, "float32")))
     return g.op("Sub", x, g.op("Mul", turns, g.constant(size, "float32")))
@@ -148,10 +148,10 @@ Abs Add And Cast Concat Cos Div Equal Exp Expand Floor Gather Gelu Gemm GreaterO
 LessOrEqual Log MatMul Mul Neg RMSNormalization Range Relu Reshape RotaryEmbedding ScatterND Shape
 Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
 """
-"""The ops with kernels in onnxruntime-web 1.30 that a graph may have; for others, look there."""
+"""The ops that a graph may have, all with kernels in onnxruntime-web 1.30."""
 LOWERINGS = {
     "embedding": embedding,
     "local_attention": local_attention,
     "rg_lru_scan": rg_lru_scan,
 }
-"""What replaces the usual ones."""
+"""Griffin op → the lowering that replaces the general one."""

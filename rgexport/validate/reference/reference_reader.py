@@ -9,7 +9,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, Reader, parse
+from rgexport.export.typed_json import Mismatch, parse, read
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import model_tensors
@@ -74,7 +74,7 @@ def _read_header(path: Path) -> Header:
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
                 + ("update rgexport" if newer else "capture it again with `rgexport reference`")
             )
-        header = Reader().read(Header, fields)
+        header = read(Header, fields)
         _check_header(header)
     except ValueError as error:
         raise _damaged(path, str(error)) from None

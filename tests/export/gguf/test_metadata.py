@@ -67,7 +67,8 @@ def test_architecture(tmp_path):
     assert reader.fields["general.architecture"].contents() == "recurrentgemma"
 
 
-def test_demo_has_everything_to_talk(demo_gguf: GgufArtifact):
+def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
+    assert demo_gguf.manifest.has_tokenizer and demo_gguf.manifest.instruction_tuned
     fields = fields_of(demo_gguf.path)
     assert fields["tokenizer.ggml.model"] == "llama"
     assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.scores"]) == 8192
@@ -116,47 +117,52 @@ def released(folder: Path) -> Path:
     return write_model(SMALL, random_weights(SMALL), folder)
 
 
-def test_released_models_name_their_terms_and_source(tmp_path):
-    cached = tmp_path / "models--google--recurrentgemma-2b-it" / "snapshots" / "abc"
-    values = told(open_checkpoint(released(cached)))
-    assert values["general.license"] == "gemma"
-    assert values["general.license.link"] == "https://ai.google.dev/gemma/terms"
-    assert values["general.source.url"] == "https://huggingface.co/google/recurrentgemma-2b-it"
-    assert values["general.source.huggingface.repository"] == "google/recurrentgemma-2b-it"
-    assert values["general.finetune"] == "it"
+HUB = "https://huggingface.co"
+ORIGINS: dict[str, dict[str, str | None]] = {
+    "models--google--recurrentgemma-2b-it/snapshots/abc": {
+        "general.license": "gemma",
+        "general.license.link": "https://ai.google.dev/gemma/terms",
+        "general.source.url": f"{HUB}/google/recurrentgemma-2b-it",
+        "general.source.huggingface.repository": "google/recurrentgemma-2b-it",
+        "general.finetune": "it",
+    },
+    "models--me--my-griffin/snapshots/abc": {
+        "general.source.url": f"{HUB}/me/my-griffin",
+        "general.license": None,
+        "general.organization": None,
+    },
+    "recurrentgemma-2b": {"general.license": "gemma", "general.finetune": None},
+    "2b": {"general.license": None, "general.source.url": None},  # not DeepMind's file
+}
+"""Folder of a checkpoint → what is said of its origin."""
 
 
-def test_other_models_of_the_hub_name_their_source_alone(tmp_path):
-    cached = tmp_path / "models--me--my-griffin" / "snapshots" / "abc"
-    values = told(open_checkpoint(released(cached)))
-    assert values["general.source.url"] == "https://huggingface.co/me/my-griffin"
-    assert "general.license" not in values and "general.organization" not in values
+@pytest.mark.parametrize("place", ORIGINS)
+def test_origin(place, tmp_path):
+    values = told(open_checkpoint(released(tmp_path / place)))
+    assert {key: values.get(key) for key in ORIGINS[place]} == ORIGINS[place]
 
 
-def test_deepmind_files_go_by_their_released_names(tmp_path):
+def with_tokenizer(folder: Path) -> Path:
+    (folder / "tokenizer.model").write_bytes((demo_folder() / "tokenizer.model").read_bytes())
+    return folder
+
+
+def test_deepmind_files_have_their_released_names(tmp_path):
     path = write_deepmind(random_weights(SMALL), tmp_path).rename(tmp_path / "2b-it.pt")
-    tokenizer = demo_folder() / "tokenizer.model"
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    with_tokenizer(tmp_path)
     values = told(open_checkpoint(path))
     assert values["general.source.huggingface.repository"] == "google/recurrentgemma-2b-it"
     assert values["tokenizer.chat_template"] == GEMMA_TEMPLATE
 
 
-def test_a_folder_called_2b_is_not_taken_for_the_released_one(tmp_path):
-    values = told(open_checkpoint(released(tmp_path / "2b")))
-    assert "general.license" not in values and "general.source.url" not in values
-
-
 def test_base_models_get_no_template(tmp_path):
-    folder = released(tmp_path / "recurrentgemma-2b")
-    (folder / "tokenizer.model").write_bytes((demo_folder() / "tokenizer.model").read_bytes())
-    values = told(open_checkpoint(folder))
-    assert "tokenizer.chat_template" not in values and "general.finetune" not in values
+    values = told(open_checkpoint(with_tokenizer(released(tmp_path / "recurrentgemma-2b"))))
+    assert "tokenizer.chat_template" not in values
 
 
 def test_a_template_that_cannot_be_read_ends_the_export(tmp_path):
-    folder = released(tmp_path / "model")
-    (folder / "tokenizer.model").write_bytes((demo_folder() / "tokenizer.model").read_bytes())
+    folder = with_tokenizer(released(tmp_path / "model"))
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(RequestError, match="chat template .* cannot be read"):
         export_gguf(open_checkpoint(folder), GgufOptions(), tmp_path / "out.gguf")

@@ -19,17 +19,14 @@ def test_defaults() -> None:
     assert (options.precision_word, options.compute_word) == ("fp32", "fp32")
     assert OnnxOptions(precision="fp16").compute_word == "fp16"
     assert OnnxOptions(precision="fp16", compute="fp32").compute_word == "fp32"
-    plan = OnnxOptions(precision="int4").resolve_plan(CONFIG)
-    assert plan["embed_tokens.weight"] == Affine(4, 128, symmetric=False)
+    finer = OnnxOptions(precision="int4", embedding_precision="int8").resolve_plan(CONFIG)
+    assert finer[EMBEDDING] == Affine(8, 128, symmetric=True)
+    assert finer[LINEAR] == Affine(4, 128, symmetric=False)
+    assert OnnxOptions(profile="wasm").resolve_plan(CONFIG)[LINEAR] == INT8_ROWS
+    assert OnnxOptions(profile="webgpu").resolve_plan(CONFIG)[LINEAR] == finer[LINEAR]
 
 
-def test_the_embedding_may_be_finer() -> None:
-    plan = OnnxOptions(precision="int4", embedding_precision="int8").resolve_plan(CONFIG)
-    assert plan["embed_tokens.weight"] == Affine(8, 128, symmetric=True)
-    assert plan["layers.0.mlp_block.up_proj.weight"] == Affine(4, 128, symmetric=False)
-
-
-def test_a_plan_speaks_for_itself() -> None:
+def test_a_plan_names_the_precision() -> None:
     options = OnnxOptions(plan=PLAN)
     assert options.resolve_plan(CONFIG) == PLAN
     assert options.precision_word == "int4"
@@ -44,42 +41,20 @@ def test_a_plan_speaks_for_itself() -> None:
         ({"embedding_precision": "int8"}, "embedding precision"),
     ],
 )
-def test_nothing_stands_beside_a_plan(beside: dict[str, object], word: str) -> None:
+def test_a_plan_replaces_options(beside: dict[str, object], word: str) -> None:
     with pytest.raises(RequestError, match=f"leave out the {word}"):
         OnnxOptions(plan=PLAN, **beside)
 
 
-def test_unknown_words() -> None:
-    with pytest.raises(RequestError, match="--compute is 'bf16'"):
-        OnnxOptions(compute="bf16")
-    with pytest.raises(RequestError, match="'int3'"):
-        OnnxOptions(precision="int3").resolve_plan(CONFIG)
-
-
-def test_a_plan_for_gguf_is_refused() -> None:
-    plan = make_plan(CONFIG, Ggml("q4_k"), Ggml("q6_k"))
-    with pytest.raises(RequestError, match=r"embed_tokens\.weight as q6_k, which only GGUF"):
-        OnnxOptions(plan=plan)
-
-
-def test_each_profile_has_a_precision() -> None:
-    assert OnnxOptions(profile="wasm").resolve_plan(CONFIG)[LINEAR] == INT8_ROWS
-    assert OnnxOptions(profile="webgpu").resolve_plan(CONFIG)[LINEAR] == Affine(
-        4, 128, symmetric=False
-    )
-    with pytest.raises(RequestError, match="--profile is 'phone'; expected one of cpu, wasm, web"):
-        OnnxOptions(profile="phone")
-
-
 @pytest.mark.parametrize("beside", [{"exact": True}, {"block_size": 32}, {"symmetric": False}])
-def test_who_asks_for_blocks_gets_them(beside: dict[str, Any]) -> None:
-    """What goes with integer products are rows, symmetric, with rounded activations."""
+def test_blocks_where_rows_will_not_do(beside: dict[str, Any]) -> None:
+    """A scale per row needs symmetric weights and rounded activations."""
     plan = OnnxOptions(profile="wasm", precision="int8", **beside).resolve_plan(CONFIG)
     symmetric = beside.get("symmetric", True)
     assert plan[LINEAR] == Affine(8, beside.get("block_size", 128), symmetric)
 
 
-def test_rows_of_int8_are_of_wasm_alone() -> None:
+def test_int8_rows_are_for_wasm_only() -> None:
     plan = make_plan(CONFIG, INT8_ROWS, Float("float32"))
     assert OnnxOptions(plan=plan, profile="wasm").resolve_plan(CONFIG) == plan
     with pytest.raises(RequestError, match="as int8/row, which ONNX does not have"):
@@ -103,16 +78,17 @@ def test_odd_zero_points_are_not_for_webgpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme",
+    ("scheme", "complaint"),
     [
-        Affine(4, 16, symmetric=True),
-        Affine(8, None, symmetric=True),
-        Affine(4, 32, symmetric=True, scale="float16"),
-        Palette(),
+        (Affine(4, 16, symmetric=True), "which ONNX does not"),
+        (Affine(8, None, symmetric=True), "which ONNX does not"),
+        (Affine(4, 32, symmetric=True, scale="float16"), "which ONNX does not"),
+        (Palette(), "which ONNX does not"),
+        (Ggml("q6_k"), "which only GGUF files have"),
     ],
-    ids=lambda scheme: scheme.label,
+    ids=str,
 )
-def test_a_plan_for_core_ml_is_refused(scheme: Scheme) -> None:
+def test_a_plan_for_another_format_is_refused(scheme: Scheme, complaint: str) -> None:
     plan = make_plan(CONFIG, Float("float32"), scheme)
-    with pytest.raises(RequestError, match=r"embed_tokens\.weight as \S+, which ONNX does not"):
+    with pytest.raises(RequestError, match=rf"embed_tokens\.weight as \S+, {complaint}"):
         OnnxOptions(plan=plan)

@@ -1,4 +1,4 @@
-"""The self-check's mark in a GGUF file: of fixed width, outside the hashes, bound to the types."""
+"""The self-check's result in a GGUF file: of fixed width, not hashed, valid for its types only."""
 
 import json
 import struct
@@ -14,7 +14,6 @@ from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import open_gguf
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.mark import WIDTH, mark_text, write_mark
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
@@ -36,28 +35,28 @@ FOUND = CheckRecord(
 
 @pytest.fixture
 def checked(tmp_path: Path) -> Path:
-    """A file whose check found what `FOUND` has."""
+    """A file whose check is `FOUND`."""
     model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
     options, target = GgufOptions(type="f16"), tmp_path / "checked.gguf"
     return export_gguf(open_checkpoint(model), options, target, check=lambda path: FOUND)
 
 
-def test_it_is_read_back(checked):
+def test_a_check_is_read_back(checked):
     assert open_gguf(checked).manifest.check == FOUND
     assert open_gguf(checked, verify=True).manifest.check == FOUND
     field = GGUFReader(checked).fields[integrity.CHECK]
     assert json.loads(field.contents())["status"] == "verified"
 
 
-def test_nothing_else_depends_on_it(checked, tmp_path):
+def test_nothing_else_in_the_file_depends_on_the_check(checked, tmp_path):
     plain = tmp_path / "plain.gguf"
     export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(type="f16"), plain)
     assert open_gguf(plain).manifest.check == NOT_ASKED_FOR
-    write_mark(plain, FOUND)
+    integrity.write_check(plain, FOUND)
     assert plain.read_bytes() == checked.read_bytes()
 
 
-def test_the_file_is_open_to_a_check_before_it_is_in_its_place(tmp_path, monkeypatch):
+def test_the_check_opens_the_file_before_it_is_in_its_place(tmp_path, monkeypatch):
     monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(verified, "hash_file", None)
     model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
@@ -72,70 +71,61 @@ def test_the_file_is_open_to_a_check_before_it_is_in_its_place(tmp_path, monkeyp
     ((name, before, there),) = seen
     assert name.startswith(".x.gguf.partial-") and before == NOT_ASKED_FOR and not there
     assert open_gguf(target).manifest.check == FOUND
-    memory = json.loads((tmp_path / "cache" / "verified.json").read_text())
-    assert len(memory) == 1 and "partial" not in next(iter(memory))
-
-
-def test_a_check_that_raises_leaves_what_was(checked, tmp_path):
-    def check(path: Path) -> CheckRecord:
-        raise KeyboardInterrupt
-
-    before, options = checked.read_bytes(), GgufOptions(type="f32")
-    with pytest.raises(KeyboardInterrupt):
-        export_gguf(open_checkpoint(tmp_path / "model"), options, checked, force=True, check=check)
-    assert checked.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} >= {"checked.gguf", "model"}
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "😀", '"', "\udc80"])
 @pytest.mark.parametrize("length", [0, 1, 300, 5000])
 def test_any_reason_fits(letter, length, checked):
     record = skipped(letter * length)
-    assert len(mark_text(record)) == WIDTH and mark_text(record).isascii()
-    write_mark(checked, record)
+    assert (
+        len(integrity.check_text(record)) == integrity.CHECK_WIDTH
+        and integrity.check_text(record).isascii()
+    )
+    integrity.write_check(checked, record)
     found = open_gguf(checked).manifest.check
     shown = found.reason.removesuffix("...")
     assert record.reason.startswith(shown) and len(shown) >= min(length, 40)
     assert found.sentence.isprintable()
 
 
-def test_a_file_without_one_was_not_checked(checked, monkeypatch):
-    monkeypatch.setattr(integrity, "CHECK", "rgexport.no_such_key")
-    monkeypatch.setattr(integrity, "_OTHERS", {*integrity._OTHERS, "rgexport.check"})
-    assert open_gguf(checked).manifest.check == NOT_ASKED_FOR
-
-
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"status": "fine"}', '{"status": "skipped", "kl": NaN}']
 )
-def test_a_mark_that_cannot_be_read(text, checked):
+def test_an_unreadable_check_is_refused(text, checked):
     _, stop = read_header(checked).spans[integrity.CHECK]
     with checked.open("r+b") as file:
-        file.seek(stop - WIDTH)
-        file.write(text.ljust(WIDTH).encode())
+        file.seek(stop - integrity.CHECK_WIDTH)
+        file.write(text.ljust(integrity.CHECK_WIDTH).encode())
     with pytest.raises(RequestError, match=r"is damaged: .*rgexport\.check"):
         open_gguf(checked)
 
 
-def test_it_says_nothing_of_tensors_that_another_tool_stored(checked, tmp_path, capsys):
-    """As llama-quantize leaves them: other data in other types, all else as it was."""
+def test_a_check_counts_only_for_the_types_that_it_was_made_for(checked, tmp_path, capsys):
+    """As llama-quantize leaves a file: other data in other types, the metadata as they were."""
     bf16, name, data = 30, b"token_embd.weight", bytearray(checked.read_bytes())
     dimensions = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
     struct.pack_into("<I", data, dimensions + 4 + 8 * 2, bf16)
-    data[-40] ^= 1
     other = tmp_path / "other.gguf"
     other.write_bytes(data)
-    assert open_gguf(other).manifest.check == skipped("another tool stored its tensors anew")
-    assert run(["inspect", str(other)]) == 0
-    assert "Not checked: another tool stored its tensors anew." in capsys.readouterr().out
+    with pytest.raises(RequestError, match="it states other types of tensors than the data have"):
+        open_gguf(other)
+    data[-40] ^= 1
+    other.write_bytes(data)
+    artifact = open_gguf(other)
+    assert artifact.manifest.check == skipped("another tool stored its tensors in other types")
+    assert artifact.manifest.plan["embed_tokens.weight"].label == "bf16"
+    assert not artifact.facts()["gguf"]["data_hash"]
+    assert run(["inspect", str(other), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "Not checked: another tool stored its tensors in other types." in shown
+    assert "there is no hash to check them with" in shown
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("F32", False), ("Q8_0", False), ("COPY", True)])
-def test_what_llama_quantize_copies(kind, counts, checked, tmp_path, llama_tools):
+def test_a_check_that_llama_quantize_copies(kind, counts, checked, tmp_path, llama_tools):
     require_ggml()
     theirs = tmp_path / "theirs.gguf"
     run_tool(llama_tools / "llama-quantize", checked, theirs, kind)
-    assert mark_text(FOUND) == read_header(theirs).values[integrity.CHECK]
+    assert integrity.check_text(FOUND) == read_header(theirs).values[integrity.CHECK]
     found = open_gguf(theirs).manifest.check
-    assert found == (FOUND if counts else skipped("another tool stored its tensors anew"))
+    assert found == (FOUND if counts else skipped("another tool stored its tensors in other types"))
