@@ -11,13 +11,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.storage import aligned
-from rgexport.export.verified import (
-    hash_files,
-    hash_new_files,
-    mark_sound,
-    remember,
-    trusted_within,
-)
+from rgexport.export.verified import hash_files, hash_new_files, remember, trusted_within
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize import affine
@@ -138,12 +132,8 @@ def remember_verified(folder: Path, manifest: Manifest) -> None:
     Only for the exporter, which has computed the hashes from what it wrote.
     """
     remember({folder / name: record.sha256 for name, record in manifest.files.items()})
-    for name, content_hash in manifest.content_hashes.items():
-        mark_sound(folder / name, content_hash)
 
 
 def known_artifact(folder: Path, manifest: Manifest) -> AbstractContextManager[None]:
     """The same for as long as a block runs, of an artifact that is not yet in its place."""
-    hashes = {folder / name: record.sha256 for name, record in manifest.files.items()}
-    contents = {folder / name: digest for name, digest in manifest.content_hashes.items()}
-    return trusted_within(hashes, contents)
+    return trusted_within({folder / name: r.sha256 for name, r in manifest.files.items()})

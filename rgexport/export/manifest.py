@@ -162,11 +162,6 @@ class Manifest:
         """Whether an importance matrix had a say in how weights were rounded."""
         return False
 
-    @property
-    def content_hashes(self) -> dict[str, str]:
-        """File → a hash of all that the manifest says of what is in it."""
-        return {}
-
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest of other files."""
         return dataclasses.replace(self, files=files)

@@ -61,36 +61,20 @@ def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
 
 
 @contextmanager
-def trusted_within(
-    hashes: Mapping[Path, str], content_hashes: Mapping[Path, str], *, start: int = 0
-) -> Iterator[None]:
+def trusted_within(hashes: Mapping[Path, str], *, start: int = 0) -> Iterator[None]:
     """While the block runs, files need no hashing; no trace of them is left in the memory.
 
     For files that are complete but not yet in their place, by one thread at a time.
 
     Args:
         hashes: as for `remember`.
-        content_hashes: as for `mark_sound`, of each file.
         start: as for `hash_files`.
     """
     _passing.update({_name(path, start): (_key(path), digest) for path, digest in hashes.items()})
-    _passing.update(
-        {_inside(path): (_key(path), content_hash) for path, content_hash in content_hashes.items()}
-    )
     try:
         yield
     finally:
         _passing.clear()
-
-
-def mark_sound(path: Path, content_hash: str) -> None:
-    """Notes that a file, in its present state, is inside as `content_hash`, a hash of it, says."""
-    _note({_inside(path): (_key(path), content_hash)})
-
-
-def is_marked_sound(path: Path, content_hash: str) -> bool:
-    """Whether that was noted."""
-    return (_load() | _passing).get(_inside(path)) == (_key(path), content_hash)
 
 
 def _note(entries: Mapping[str, tuple[_Key, str]]) -> None:
@@ -133,10 +117,6 @@ def _load() -> dict[str, tuple[_Key, str]]:
 
 def _name(path: Path, start: int) -> str:
     return os.path.realpath(path) + (f"@{start}" if start else "")
-
-
-def _inside(path: Path) -> str:
-    return os.path.realpath(path) + "@inside"
 
 
 def _key(path: Path) -> _Key:

@@ -78,7 +78,7 @@ class CoreMLFormat(FolderFormat):
         from rgexport.export.mil.describe import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
-        return describe_package(path, verify=verify) if means_package(path) else None
+        return describe_package(path) if means_package(path) else None
 
 
 FORMAT = CoreMLFormat()

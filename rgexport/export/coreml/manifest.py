@@ -1,10 +1,7 @@
 """The manifest of a Core ML package."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
-from rgexport.export.coreml.package import MODEL_FILE, WEIGHT_FILE
 from rgexport.export.coreml.states import RecurrentState
 from rgexport.export.manifest import Manifest
 
@@ -31,10 +28,3 @@ class CoreMLManifest(Manifest):
 
     kind: str = KIND
     coreml: CoreMLRecord
-
-    @property
-    def content_hashes(self) -> dict[str, str]:
-        """Of the weights, by the hashes of all blobs, and of the program."""
-        blobs = json.dumps(self.coreml.blobs, sort_keys=True)
-        weights = hashlib.sha256(blobs.encode()).hexdigest()
-        return {WEIGHT_FILE: weights, MODEL_FILE: self.files[MODEL_FILE].sha256}

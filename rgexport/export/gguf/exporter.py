@@ -74,7 +74,7 @@ def export_gguf(
             digest = write_file(partial, values, choice, checkpoint.weights, advance)
         start = integrity.data_start(read_header(partial))
         if check is not None:
-            with trusted_within({partial: digest}, {}, start=start), group("Self-check"):
+            with trusted_within({partial: digest}, start=start), group("Self-check"):
                 found = check(partial)
             write_mark(partial, found)
     remember({target: digest}, start=start)

@@ -116,10 +116,9 @@ class Function:
     states: dict[str, TensorType]
     outputs: tuple[str, ...]
     operations: tuple[Operation, ...]
-    opset: str = ""
 
     def walk(self) -> Iterator[Operation]:
-        """All operations, those of nested blocks behind the one that holds them."""
+        """All operations; those of nested blocks follow the one that holds them."""
         return _walk(self.operations)
 
 
@@ -128,37 +127,3 @@ def _walk(operations: tuple[Operation, ...]) -> Iterator[Operation]:
         yield operation
         for block in operation.blocks:
             yield from _walk(block)
-
-
-@dataclass(frozen=True)
-class Feature:
-    """An input, output or state as the model's description has it, with its help text.
-
-    `type` is None for what is no array (an image, a string).
-    """
-
-    name: str
-    type: TensorType | None
-    help: str
-
-
-@dataclass(frozen=True)
-class Interface:
-    """Inputs, outputs and states of a function, as the model's description has them."""
-
-    inputs: tuple[Feature, ...]
-    outputs: tuple[Feature, ...]
-    states: tuple[Feature, ...]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What Xcode shows of a model."""
-
-    interfaces: dict[str, Interface]
-    """By the name of the function."""
-    summary: str
-    author: str
-    license: str
-    version: str
-    user_defined: dict[str, str]

@@ -199,19 +199,6 @@ def forget_state(model: Model) -> None:
     inputs.remove(next(s for s in states_of(model, "prefill") if s.name == "layers_1_key"))
 
 
-def description(model: Model, function: str = "decode"):
-    return next(f for f in model.description.functions if f.name == function)
-
-
-def wrong_help_shape(model: Model) -> None:
-    feature = description(model).input[0]
-    feature.type.multiArrayType.shape[1] = 7
-
-
-def undescribed_output(model: Model) -> None:
-    del description(model).output[0]
-
-
 def forget_prefill(model: Model) -> None:
     del model.mlProgram.functions["prefill"]
 

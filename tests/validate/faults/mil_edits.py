@@ -11,7 +11,6 @@ from rgexport.export.artifact import record_files
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
-from rgexport.export.mil.own_metadata import CONFIG, write_config
 from rgexport.griffin.config import GriffinConfig
 from tests.export.mil.package_edits import block, edit, in_both, name_of
 
@@ -106,9 +105,4 @@ def spoil(artifact: Path, change: Change) -> None:
 
 def claim_config(artifact: Path, config: GriffinConfig) -> None:
     """Makes an artifact say that it was made for another configuration than it was."""
-    told = write_config(config)
-    edit(lambda model: model.description.metadata.userDefined.update({CONFIG: told}))(
-        artifact / PACKAGE
-    )
-    manifest = dataclasses.replace(read_manifest(artifact), config=config)
-    write_manifest(artifact, manifest.with_files(record_files(artifact)))
+    write_manifest(artifact, dataclasses.replace(read_manifest(artifact), config=config))

@@ -129,6 +129,8 @@ class Translator:
             return slots, self._prepared(call.function, slots, lazy, None)
         ((_, type),) = rounded
         dtypes = {self.slots.types[slot].dtype for slot in slots}
+        if type.dtype not in {"bool", *dtypes}:
+            raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
         slots = [self.slots.widened(slot) for slot in slots]
         exact = {type.dtype, *dtypes} <= _AS_THEY_ARE
         result = None if exact else numpy_type(type.dtype)
