@@ -1,11 +1,10 @@
-"""From the protobuf messages to `program`'s dataclasses; believes no size before it is checked."""
+"""From protobuf messages to `program`'s dataclasses; sizes are checked before they are used."""
 
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.elements import numpy_type, unpack
 from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import (
     BITS,
@@ -18,6 +17,8 @@ from rgexport.export.mil.program import (
     Operation,
     TensorType,
     Value,
+    numpy_type,
+    unpack,
 )
 
 MAX_RANK, MAX_DIMENSION = 16, 2**31 - 1
@@ -25,16 +26,12 @@ MAX_RANK, MAX_DIMENSION = 16, 2**31 - 1
 
 
 class Damaged(Exception):
-    """A program that contradicts itself; says where and how."""
+    """A program that contradicts itself."""
 
 
 _CONTAINERS = {"listType": "list", "tupleType": "tuple", "dictionaryType": "dictionary"}
-_FIELDS: dict[str, np.dtype] = {
-    name: np.dtype(code)
-    for name, code in {
-        **{"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"},
-    }.items()
-}
+_FIELDS = {"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"}
+"""Field of a `TensorValue` → numpy dtype of its values."""
 
 
 def functions(program: Any) -> dict[str, Function]:
@@ -47,7 +44,7 @@ def functions(program: Any) -> dict[str, Function]:
 
 
 def _sorted(entries: Any) -> list[tuple[str, Any]]:
-    """The entries of a map, which has no order of its own."""
+    """A protobuf map has no order."""
     return sorted(entries.items(), key=lambda entry: entry[0])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, one_line
 from rgexport.export.mil import decoder
 from rgexport.export.mil.blob import Blob, BlobFile
 from rgexport.export.mil.messages import messages
@@ -70,7 +70,7 @@ def open_package(path: Path | str) -> Package:
     try:
         functions = decoder.functions(message.mlProgram)
     except decoder.Damaged as error:
-        raise RequestError(f"{model} is damaged: {error}") from None
+        raise RequestError(f"{model} is damaged: {one_line(str(error))}") from None
     if not functions:
         raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
     default = message.description.defaultFunctionName

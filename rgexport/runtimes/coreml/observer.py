@@ -14,8 +14,7 @@ from rgexport.export.coreml.states import feature_name
 from rgexport.export.mil.package import Package, open_package
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.coreml.interpreter.interpreter import States
-from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner, States
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.observation import Observation, observed
 

@@ -48,6 +48,6 @@ def open_runner(artifact: Artifact) -> Runner:
         from rgexport.runtimes.coreml.framework import FrameworkRunner
 
         return FrameworkRunner(path, (DECODE, PREFILL))
-    from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+    from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 
     return InterpreterRunner(open_package(path))

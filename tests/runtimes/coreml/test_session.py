@@ -15,7 +15,7 @@ from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
 from rgexport.export.mil.package import open_package
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
-from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.onnx.session import OrtSession

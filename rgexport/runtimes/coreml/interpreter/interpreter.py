@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from rgexport import __version__
 from rgexport.errors import RequestError
-from rgexport.export.mil.elements import numpy_type
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import TensorType
-from rgexport.runtimes.coreml.interpreter.translator import Translator, known_shape
+from rgexport.export.mil.program import TensorType, numpy_type
+from rgexport.runtimes.coreml.interpreter.translator import Translator
 from rgexport.runtimes.coreml.interpreter.weights import Unsupported, WeightCache
 
 States = dict[str, np.ndarray]
@@ -79,23 +79,63 @@ class Interpreter:
         return {name: values[self._slots[name]] for name in self._results}
 
     def _run(self, values: list[Any]) -> None:
-        for function, arguments, results, types, dead, operation in self._steps:
+        for function, arguments, result, shape, dtype, dead, operation in self._steps:
             try:
-                found = function(*[values[slot] for slot in arguments])
-                if len(results) == 1:
-                    found = (found,)
-                for slot, value, (shape, dtype) in zip(results, found, types, strict=True):
-                    if value.dtype != dtype or (value.shape != shape and shape is not None):
-                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
-                    values[slot] = value
+                value = function(*[values[slot] for slot in arguments])
+                if value.dtype != dtype or value.shape != shape:
+                    raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
             except (ValueError, IndexError, TypeError) as error:
                 raise RequestError(
                     f"{self._where}: {operation.type} {operation.label} failed: {error}"
                 ) from None
+            values[result] = value
             for slot in dead:
                 values[slot] = None
 
     def _input(self, name: str, array: np.ndarray, type: TensorType) -> np.ndarray:
-        if known_shape(type) not in (None, array.shape):
+        if array.shape != type.shape:
             raise RequestError(f"{self._where}: input {name} is {array.shape}; expected {type}")
         return np.ascontiguousarray(array, numpy_type(type.dtype))
+
+
+class InterpreterRunner:
+    """All functions of a package; they share the weights that are kept in memory."""
+
+    engine, version = "MIL interpreter", __version__
+
+    def __init__(
+        self, package: Package, cache: WeightCache | None = None, *, also: Sequence[str] = ()
+    ):
+        """Translates every function.
+
+        Args:
+            package: what it executes.
+            cache: of the weights; a new one by default.
+            also: names of values that a call gives beside the outputs of its function.
+
+        Raises:
+            RequestError: an operation that the interpreter does not know.
+        """
+        cache = cache or WeightCache()
+        self._functions = {
+            name: Interpreter(package, name, cache, also) for name in package.functions
+        }
+        self._states = self._functions[package.default_function].states
+
+    def make_state(self) -> States:
+        """The state of a conversation that has not begun: zeros."""
+        return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: States
+    ) -> dict[str, np.ndarray]:
+        """The outputs of a function, which changes `state`."""
+        return self._functions[function](inputs, state)
+
+    def read_state(self, state: States, name: str) -> np.ndarray:
+        """The array of a state; not to be changed."""
+        return state[name]
+
+    def write_state(self, state: States, name: str, value: np.ndarray) -> None:
+        """Puts an array of the same shape and dtype in its place."""
+        state[name] = value.astype(state[name].dtype).reshape(state[name].shape)
