@@ -70,7 +70,7 @@ def _licence(origin: Origin) -> str:
 
 
 def _help(name: str, config: GriffinConfig, form: Form) -> str:
-    """What a developer must know to fill or to read a feature."""
+    """What a developer needs to know to fill or read a feature."""
     match = _STATE.fullmatch(name)
     assert match, name
     text = _HELP[match["kind"]].format(

@@ -150,12 +150,6 @@ def test_logits_of_all_tokens_or_of_the_last(name, all_logits, shape):
     assert list(logits.type.multiArrayType.shape) == shape
 
 
-def test_the_default_function_is_decode():
-    model, _ = built()
-    assert model.description.defaultFunctionName == "decode"
-    assert model.specificationVersion == 9
-
-
 def test_coremltools_still_has_the_private_parts_that_are_used():
     """Named here, so that a release that moves them says which."""
     from coremltools import _SPECIFICATION_VERSION_IOS_18

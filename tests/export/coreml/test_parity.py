@@ -67,6 +67,7 @@ def test_without_rounding_it_is_deepmind_s(
     [
         ("fp16", {"compute": "fp32"}),
         ("int8", {}),
+        ("int8", {"symmetric": False, "compute": "fp32"}),
         ("int4", {}),
         ("int4", {"symmetric": False, "compute": "fp32"}),
         ("pal4", {}),
@@ -76,7 +77,7 @@ def test_without_rounding_it_is_deepmind_s(
 def test_stored_weights_are_those_of_the_artifact(
     precision: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What the artifact says it holds, in DeepMind's model, gives what the package computes."""
+    """DeepMind's model with the artifact's dequantized weights computes what the package does."""
     config = ODD_CONFIGS["narrow_lru"]
     artifact, weights = export_random_coreml(
         config, tmp_path, precision, all_logits=True, prefill_length=5, **options

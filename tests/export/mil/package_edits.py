@@ -124,14 +124,6 @@ def swap_uses(*functions: str) -> Edit:
     return change
 
 
-def move_blob(offset: Callable[[int], int]) -> Edit:
-    def change(model: Model, function: str) -> None:
-        place = blob(weight(model, function, UP))
-        place.offset = offset(place.offset)
-
-    return in_both(change)
-
-
 def retype(change: Callable[[Operation], object], kind: str, name: str) -> Edit:
     return lambda model: change(find(model, "decode", kind, name))
 
@@ -151,47 +143,10 @@ def set_dtype(dtype: int) -> Callable[[Operation], None]:
     return change
 
 
-def set_type(kind: str) -> Callable[[Operation], None]:
-    return lambda operation: setattr(operation, "type", kind)
-
-
-def rename_argument(parameter: str, name: str) -> Callable[[Operation], None]:
-    def change(operation: Operation) -> None:
-        operation.inputs[parameter].arguments[0].name = name
-
-    return change
-
-
-def first_operation_last(model: Model) -> None:
-    operations = block(model, "prefill").operations
-    first = next(o for o in operations if o.type == "gather")
-    moved = Operation()
-    moved.CopyFrom(first)
-    operations.remove(first)
-    operations.append(moved)
-
-
-def twice(model: Model) -> None:
-    operations = block(model, "decode").operations
-    gelu = next(operation for operation in operations if operation.type == "gelu")
-    copy = operations.add()
-    copy.CopyFrom(gelu)
-
-
 def states_of(model: Model, function: str) -> Iterator:
     for value in model.mlProgram.functions[function].inputs:
         if value.type.WhichOneof("type") == "stateType":
             yield value
-
-
-def state_dtype(model: Model, function: str) -> None:
-    state = next(s for s in states_of(model, function) if s.name == "layers_1_key")
-    state.type.stateType.wrappedType.tensorType.dataType = 11
-
-
-def narrow_state(model: Model, function: str) -> None:
-    state = next(s for s in states_of(model, function) if s.name == "layers_1_key")
-    state.type.stateType.wrappedType.tensorType.dimensions[3].constant.size = 20
 
 
 def forget_state(model: Model) -> None:
@@ -203,51 +158,14 @@ def forget_prefill(model: Model) -> None:
     del model.mlProgram.functions["prefill"]
 
 
-def weights(change: Callable[[bytearray], object]) -> Spoil:
-    def rewrite(package: Path) -> None:
-        data = bytearray((package / WEIGHTS).read_bytes())
-        change(data)
-        (package / WEIGHTS).write_bytes(data)
-
-    return rewrite
-
-
-def places(package: Path, *names: str, part: str = "data") -> list[tuple[int, int]]:
-    """Where the data of weights begin and end."""
-    model = Model.FromString((package / MODEL).read_bytes())
-    data = (package / WEIGHTS).read_bytes()
-    found = []
-    for name in names:
-        offset = blob(weight(model, "decode", name), part).offset
-        size = struct.unpack_from("<Q", data, offset + 8)[0]
-        found.append((offset + 64, offset + 64 + size))
-    return found
-
-
 def exchange_bytes(package: Path) -> None:
     """The contents of two weights change places, and nothing else."""
-    (a, b), (c, d) = places(package, UP, OTHER_UP)
-
-    def change(data: bytearray) -> None:
-        data[a:b], data[c:d] = data[c:d], data[a:b]
-
-    weights(change)(package)
-
-
-def flip_bit(package: Path) -> None:
-    ((start, _),) = places(package, UP, part="scale")
-    weights(lambda data: data.__setitem__(start + 3, data[start + 3] ^ 0x40))(package)
-
-
-def in_header(position: int, value: bytes) -> Spoil:
-    """Overwrites bytes of the header of a weight's blob."""
-
-    def spoil(package: Path) -> None:
-        ((start, _),) = places(package, UP)
-        at = start - 64 + position
-        weights(lambda data: data.__setitem__(slice(at, at + len(value)), value))(package)
-
-    return spoil
+    model = Model.FromString((package / MODEL).read_bytes())
+    data = bytearray((package / WEIGHTS).read_bytes())
+    a, b = (blob(weight(model, "decode", name)).offset + 64 for name in (UP, OTHER_UP))
+    (size,) = struct.unpack_from("<Q", data, a - 56)
+    data[a : a + size], data[b : b + size] = data[b : b + size], data[a : a + size]
+    (package / WEIGHTS).write_bytes(data)
 
 
 def truncate(count: int) -> Spoil:
@@ -256,32 +174,6 @@ def truncate(count: int) -> Spoil:
         os.truncate(path, path.stat().st_size - count)
 
     return spoil
-
-
-def truncate_to(size: int) -> Spoil:
-    return lambda package: os.truncate(package / WEIGHTS, size)
-
-
-def append_blob(package: Path) -> None:
-    def change(data: bytearray) -> None:
-        data.extend(b"\0" * (-len(data) % 64))
-        header = struct.pack("<IIQQQ32x", 0xDEADBEEF, 3, 64, len(data) + 64, 0)
-        data.extend(header + b"\1" * 64)
-
-    weights(change)(package)
-
-
-def write_twice(package: Path) -> None:
-    """A weight is stored a second time, and one function takes it from there."""
-    ((start, stop),) = places(package, UP)
-    data = bytearray((package / WEIGHTS).read_bytes())
-    data.extend(b"\0" * (-len(data) % 64))
-    place = len(data)
-    data.extend(data[start - 64 : start - 48] + struct.pack("<QQ32x", place + 64, 0))
-    data.extend(data[start:stop])
-    data[:4] = struct.pack("<I", struct.unpack_from("<I", data)[0] + 1)
-    (package / WEIGHTS).write_bytes(data)
-    edit(lambda model: setattr(blob(weight(model, "prefill", UP)), "offset", place))(package)
 
 
 def content_hash(package: Path) -> None:

@@ -18,8 +18,6 @@ import coremltools as ct
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.proto import MIL_pb2, Model_pb2
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
@@ -337,23 +335,6 @@ def test_overlapping_weights(copied: Path) -> None:
     for offset in offsets:
         overwrite(copied / WEIGHTS, offset + 16, offset + 64, 8)
     assert "its weights overlap" in refused(copied)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_damage_of_the_program_ends_in_one_line(saved: Path, copied: Path, data: Any) -> None:
-    content = bytearray((saved / MODEL).read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(content) - 1))
-        stop = start + data.draw(st.integers(0, 3))
-        content[start:stop] = data.draw(st.binary(min_size=0, max_size=4))
-    (copied / MODEL).write_bytes(content)
-    try:
-        open_package(copied)
-    except RequestError as error:
-        assert "\n" not in str(error)
 
 
 LOOK = """

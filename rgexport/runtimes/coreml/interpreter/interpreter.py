@@ -1,7 +1,7 @@
-"""Executes a function of a package, in the precision that it declares.
+"""Executes the functions of a package in numpy.
 
-Values of dtype float16 are computed in float32 and rounded after every operation; products are
-accumulated in float32.
+Float16 values are computed in float32 and rounded after every operation; products are accumulated
+in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from rgexport.runtimes.coreml.interpreter.translator import Translator
 from rgexport.runtimes.coreml.interpreter.weights import Unsupported, WeightCache
 
 States = dict[str, np.ndarray]
-"""The state of one conversation: name → array, of the declared type."""
+"""The state of one sequence: name → array of the declared type."""
 
 
 class Interpreter:
@@ -29,14 +29,14 @@ class Interpreter:
         """Translates a function; no large weight is read.
 
         Args:
-            package: that the function is of.
+            package: the package of the function.
             function: its name.
-            cache: of the weights.
-            also: names of values that a run gives beside the outputs, where there are such.
+            cache: keeps weights in memory.
+            also: names of values that a run returns beside the outputs, if the function has them.
 
         Raises:
-            RequestError: an operation that is not in the table, or in a form that is not known
-                here; a blob that is not what the program says.
+            RequestError: an operation, or a form of one, that rgexport does not emit; a blob that
+                does not agree with the program.
         """
         self._function = package.functions[function]
         self._where = f"{package.path}: {function}"
@@ -58,11 +58,11 @@ class Interpreter:
 
     @property
     def states(self) -> dict[str, TensorType]:
-        """The states that it reads and writes."""
+        """Name → type of its states."""
         return self._function.states
 
     def __call__(self, inputs: Mapping[str, np.ndarray], states: States) -> dict[str, np.ndarray]:
-        """Runs once; `states` has new arrays afterwards, the old ones are unchanged.
+        """Runs once; `states` gets new arrays, and the old ones are unchanged.
 
         Raises:
             RequestError: an input of another shape, or an operation that fails.
@@ -99,7 +99,7 @@ class Interpreter:
 
 
 class InterpreterRunner:
-    """All functions of a package; they share the weights that are kept in memory."""
+    """All functions of a package, with one cache of weights; a `Runner`."""
 
     engine, version = "MIL interpreter", __version__
 
@@ -109,12 +109,12 @@ class InterpreterRunner:
         """Translates every function.
 
         Args:
-            package: what it executes.
-            cache: of the weights; a new one by default.
-            also: names of values that a call gives beside the outputs of its function.
+            package: the package to execute.
+            cache: keeps weights in memory; a new one by default.
+            also: names of values that a call returns beside the outputs of its function.
 
         Raises:
-            RequestError: an operation that the interpreter does not know.
+            RequestError: an operation that rgexport does not emit.
         """
         cache = cache or WeightCache()
         self._functions = {
@@ -123,19 +123,19 @@ class InterpreterRunner:
         self._states = self._functions[package.default_function].states
 
     def make_state(self) -> States:
-        """The state of a conversation that has not begun: zeros."""
+        """See `Runner`."""
         return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: States
     ) -> dict[str, np.ndarray]:
-        """The outputs of a function, which changes `state`."""
+        """See `Runner`."""
         return self._functions[function](inputs, state)
 
     def read_state(self, state: States, name: str) -> np.ndarray:
-        """The array of a state; not to be changed."""
+        """See `Runner`; the array must not be changed."""
         return state[name]
 
     def write_state(self, state: States, name: str, value: np.ndarray) -> None:
-        """Puts an array of the same shape and dtype in its place."""
+        """See `Runner`."""
         state[name] = value.astype(state[name].dtype).reshape(state[name].shape)

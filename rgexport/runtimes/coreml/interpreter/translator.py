@@ -30,7 +30,7 @@ from rgexport.runtimes.coreml.interpreter.weights import (
 )
 
 SMALL_BYTES = 64 << 10
-"""Constants in files up to this size are read when the program is opened, and kept."""
+"""Constants in files up to this size are read when the program is opened."""
 
 _FLOATS = ("float16", "float32")
 _UNCONVERTED = {"float32", "bool"}
@@ -41,11 +41,11 @@ Converter = Callable[[Any], Any] | None
 
 
 class Slots:
-    """Inputs, states, constants and results, in the order in which they are defined."""
+    """Numbered places for inputs, states, constants and results, in the order of definition."""
 
     def __init__(self, package: Package, cache: WeightCache):
         self.values: list[Any] = []
-        """What each slot holds when a run starts; None: nothing yet."""
+        """The value of each slot when a run starts; None: it has none yet."""
         self.types: list[TensorType] = []
         self.names: dict[str, int] = {}
         """The slot of each value that has a name."""
@@ -131,7 +131,7 @@ class Translator:
 
         Raises:
             Unsupported: it cannot be executed.
-            RequestError: a blob that is not what the program says.
+            RequestError: a blob that does not agree with the program.
         """
         if operation.blocks:
             raise Unsupported("it has blocks of its own")

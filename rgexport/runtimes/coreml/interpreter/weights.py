@@ -22,25 +22,26 @@ from rgexport.export.mil.program import (
 from rgexport.griffin.tensor import slab_bounds
 
 SLAB_BYTES = 16 << 20
-"""Of a weight in float32 that exist at a time, beside what the cache keeps."""
+"""Size of a slab in float32; one exists at a time beside the cache."""
 CACHE_BYTES = 512 << 20
 BLOCK_BYTES = 1 << 20
-"""Of a slab that are dequantized at a time: what a processor keeps close."""
+"""Bytes of a slab that are dequantized at a time, so that they stay in the processor's cache."""
 
 _F32, _F16 = np.dtype(np.float32), np.dtype(np.float16)
 _HALF_MAX, _HALF_NORMAL, _NEXT_TO = np.float32(65504), np.float32(2**-14), np.float32(0.75)
 Read = Callable[[int, int], np.ndarray]
-"""(start, stop) → those rows, or those elements."""
+"""(start, stop) → these rows, or these elements."""
 
 
 class Unsupported(Exception):
-    """What this interpreter cannot execute; says what."""
+    """An operation that this interpreter cannot execute."""
 
 
 class WeightCache:
-    """Keeps slabs in the order in which they are first asked for, until its limit is reached.
+    """Keeps the slabs that are read first, up to a limit of bytes.
 
-    A step reads all weights in turn, so whatever a cache evicted would be what is asked next.
+    Nothing is evicted: a step reads all weights in turn, so an evicted slab would be needed again
+    before any that is kept.
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
@@ -48,7 +49,7 @@ class WeightCache:
         self._kept: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The slab `key`, made by `make` unless it was kept; nobody may change it."""
+        """The slab `key`, made by `make` unless it is kept; it must not be changed."""
         kept = self._kept.get(key)
         if kept is None:
             kept = make()
@@ -64,9 +65,9 @@ class Weight:
 
     type: TensorType
     key: Hashable
-    """Equal for equal values: both functions of a package share what is cached."""
+    """Equal for equal values: both functions of a package share cached slabs."""
     read: Read
-    """(start, stop) → those rows in float32, `[stop - start, *shape[1:]]`."""
+    """(start, stop) → these rows in float32, `[stop - start, *shape[1:]]`."""
     cache: WeightCache
 
     def slabs(self) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -75,7 +76,7 @@ class Weight:
             yield start, stop, self._slab(start, stop)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The rows `indices` [*N] in the declared dtype, `[*N, *shape[1:]]`, and no others read."""
+        """The rows `indices` [*N] in the declared dtype, `[*N, *shape[1:]]`; reads no others."""
         flat = [self.read(index, index + 1) for index in indices.reshape(-1).tolist()]
         shape = (*indices.shape, *self.type.shape[1:])
         rows = np.concatenate(flat) if flat else np.zeros(0, _F32)
@@ -105,10 +106,10 @@ class Weight:
 
 
 def elements(package: Package, value: Constant) -> Read:
-    """A reader of the elements `start` to `stop` of a constant, in the order in which they lie.
+    """A reader of the elements `start` to `stop` of a constant, in the order of storage.
 
     Raises:
-        RequestError: its blob is not what the program says.
+        RequestError: its blob does not agree with the program.
     """
     if isinstance(value, Immediate):
         flat = value.array.reshape(-1)
@@ -132,7 +133,7 @@ def whole_constant(package: Package, value: Constant) -> np.ndarray:
 
 
 def file_weight(package: Package, value: FileValue, cache: WeightCache) -> Weight:
-    """A constant of floats that lies in a file as it is."""
+    """A constant of floats that a weight file holds unquantized."""
     read = rows_of(package, value)
     return Weight(
         value.type, key_of(value), lambda start, stop: read(start, stop).astype(_F32), cache
