@@ -77,7 +77,7 @@ class BlobFile:
         return cls(path, size)
 
     def blob(self, offset: int, type: TensorType) -> Blob:
-        """The blob whose header lies at `offset`, of the type that the program gives it.
+        """The blob with its header at `offset` and the type that the program declares.
 
         Raises:
             RequestError: the header says otherwise, or the file is too short.
@@ -96,7 +96,7 @@ class BlobFile:
         dtype = _BLOB_TYPES.get(number, f"type {number}")
         if (dtype, nbytes, start) != (type.dtype, type.nbytes, data_offset):
             raise RequestError(
-                f"{self.path} is damaged: its header at {offset} tells of {nbytes} bytes of "
+                f"{self.path} is damaged: its header at {offset} describes {nbytes} bytes of "
                 f"{dtype} at {start}; the program needs {type.nbytes} of {type.dtype} at "
                 f"{data_offset}"
             )

@@ -2,8 +2,8 @@
 
 Faults of this kind would change what a package computes without any error. Types, shapes and
 operations are not checked here: coremltools' builder infers them when the program is built,
-coremltools' loader agrees (`tests/export/coreml/test_parity.py`), and whatever executes a program
-refuses operands that do not fit.
+coremltools' loader agrees (`tests/export/coreml/test_parity.py`), and Core ML and the interpreter
+refuse operands that do not fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def check_package(package: Package, tensors: Mapping[str, StoredTensor]) -> Iter
 
 
 def check_without_manifest(package: Package) -> Iterator[str]:
-    """Complaints about a package of ours by itself; reads all of its weights.
+    """Complaints about a package of rgexport without its manifest; reads all of its weights.
 
     All functions must use the same weights, and these must have the hashes in the metadata.
     """

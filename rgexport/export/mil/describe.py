@@ -1,4 +1,4 @@
-"""What `rgexport inspect` tells about a Core ML package without a manifest, whoever made it."""
+"""What `rgexport inspect` shows of a Core ML package without a manifest, from any tool."""
 
 import re
 from collections import Counter
@@ -141,9 +141,12 @@ def _closing(d: dict[str, Any]) -> str:
         lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
         more = [f"and {len(problems) - _LISTED} more problems"] * (len(problems) > _LISTED)
         return "\n".join(lines + more)
-    unchecked = ", ".join(d["unchecked"])
-    foreign = f" rgexport cannot run these operations: {unchecked}." if unchecked else ""
-    return f"No problems.{foreign}"
+    if d["made_by_rgexport"]:
+        return "No problems."
+    unknown = ", ".join(d["unchecked"])
+    return "Not made by rgexport: it can be read and has all weights; nothing else was checked." + (
+        f" rgexport cannot run these operations: {unknown}." if unknown else ""
+    )
 
 
 def _metadata_rows(metadata: dict[str, str]) -> Iterator[Row]:

@@ -23,7 +23,7 @@ _MAIN = "main"
 _MODEL_PATH = "@model_path/"
 """A program's word for the folder of its model file."""
 _MAX_MODEL_BYTES = 512 << 20
-"""Far above any program: weights lie in files of their own."""
+"""Far above the size of any program, since weights have their own files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Package:
 
 
 def means_package(path: Path) -> bool:
-    """Whether a path is that of a package: a folder with its manifest, or by its name."""
+    """Whether a path names a package, by its suffix or as a folder with a package's manifest."""
     if path.suffix == _SUFFIX:
         return not path.is_file()
     return (path / _MANIFEST).is_file() and (path / _DATA).is_dir()
@@ -61,7 +61,7 @@ def open_package(path: Path | str) -> Package:
     """Reads the program and the headers of its weights.
 
     Raises:
-        RequestError: no package, a file that is missing or lies outside of it, a program that
+        RequestError: no package, a file that is missing or outside of it, a program that
             contradicts itself, or a weight that is not in its file.
     """
     folder = Path(path)
@@ -111,7 +111,7 @@ def _require_weights(package: Package, values: set[FileValue]) -> None:
 
 
 def _model_file(folder: Path) -> Path:
-    """The model file, by the manifest."""
+    """The model file that the manifest names."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         missing = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"
@@ -121,7 +121,7 @@ def _model_file(folder: Path) -> Path:
     item = items.get(root) if isinstance(items, dict) and isinstance(root, str) else None
     relative = item.get("path") if isinstance(item, dict) else None
     if not isinstance(relative, str):
-        raise RequestError(f"{manifest} is damaged: it does not say where the model lies")
+        raise RequestError(f"{manifest} is damaged: it does not say where the model is")
     return _inside(folder, folder / _DATA, relative, manifest)
 
 
@@ -134,7 +134,7 @@ def _weight_file(folder: Path, model: Path, name: str) -> Path:
 
 
 def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
-    """The file `relative` to `base`, which must lie in `folder`, links followed."""
+    """The file `relative` to `base`, which must be in `folder` after links are resolved."""
     parts = PurePosixPath(relative)
     path = base / parts
     root = os.path.realpath(folder)
@@ -143,7 +143,7 @@ def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
         raise RequestError(f"{source} is damaged: {relative!r} leads out of {folder}")
     try:
         there = path.is_file()
-    except OSError:  # a name too long to be one
+    except OSError:  # the name is too long
         there = False
     if not there:
         raise RequestError(f"{folder} is damaged: {path.relative_to(folder)} is missing")

@@ -26,7 +26,7 @@ class CoreMLObserver:
         """Translates the programs; `threads` is only reported, as by the session.
 
         Raises:
-            RequestError: an operation that the interpreter does not know.
+            RequestError: an operation that rgexport does not emit.
         """
         assert isinstance(artifact.manifest, CoreMLManifest)
         self.lengths = (artifact.manifest.coreml.prefill_length, 1)

@@ -111,7 +111,7 @@ class CoreMLSession:
 
         Args:
             artifact: a Core ML artifact.
-            threads: only reported; neither Core ML nor numpy's products can be told.
+            threads: only reported; Core ML and numpy choose their own.
             runner: executes the package, instead of this machine's own runner.
 
         Raises:

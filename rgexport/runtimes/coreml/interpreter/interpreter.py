@@ -103,20 +103,17 @@ class InterpreterRunner:
 
     engine, version = "MIL interpreter", __version__
 
-    def __init__(
-        self, package: Package, cache: WeightCache | None = None, *, also: Sequence[str] = ()
-    ):
+    def __init__(self, package: Package, *, also: Sequence[str] = ()):
         """Translates every function.
 
         Args:
             package: the package to execute.
-            cache: keeps weights in memory; a new one by default.
             also: names of values that a call returns beside the outputs of its function.
 
         Raises:
             RequestError: an operation that rgexport does not emit.
         """
-        cache = cache or WeightCache()
+        cache = WeightCache()
         self._functions = {
             name: Interpreter(package, name, cache, also) for name in package.functions
         }

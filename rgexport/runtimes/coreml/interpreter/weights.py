@@ -1,4 +1,4 @@
-"""Constants of a program that lie in weight files, dequantized a slab at a time.
+"""Constants of a program in weight files, dequantized a slab at a time.
 
 A weight is held in float32, rounded to its declared dtype.
 """

@@ -255,7 +255,7 @@ def test_float16_is_rounded_once(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "matmul"])
 def test_products_of_float16_are_accumulated_in_float32(kind: str) -> None:
-    """4096 halves of 2^-12 would vanish in a float16 sum behind the first 1."""
+    """4096 halves of 2^-12 would vanish in a float16 sum after the first 1."""
     x = np.full((1, 4096), 2.0**-6, np.float16)
     x[0, 0] = 1
     name = "weight" if kind == "linear" else "y"
