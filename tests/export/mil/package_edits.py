@@ -16,7 +16,6 @@ from coremltools.proto.Model_pb2 import Model
 DATA = Path("Data/com.apple.CoreML")
 MODEL, WEIGHTS = DATA / "model.mlmodel", DATA / "weights/weight.bin"
 UP = "layers_0_mlp_block_up_proj_weight"
-GATE = "layers_0_mlp_block_gate_proj_weight"
 OTHER_UP = "layers_1_mlp_block_up_proj_weight"
 
 Edit = Callable[[Model], object]
@@ -109,19 +108,12 @@ def swap_blobs(
     return change
 
 
-def swap_uses(*functions: str) -> Edit:
-    """Two linears take each other's weight."""
-
-    def change(model: Model) -> None:
-        for function in functions:
-            sites = ("layers_0_mlp_block_gate_proj", "layers_0_mlp_block_up_proj")
-            a, b = (
-                find(model, function, "linear", site).inputs["weight"].arguments[0]
-                for site in sites
-            )
-            a.name, b.name = b.name, a.name
-
-    return change
+def use_another_weight(model: Model, function: str) -> None:
+    """A linear takes the weight of another one instead of its own."""
+    sites = "layers_0_mlp_block_gate_proj", "layers_0_mlp_block_up_proj"
+    linears = (find(model, function, "linear", site) for site in sites)
+    gate, up = (linear.inputs["weight"].arguments[0] for linear in linears)
+    gate.name = up.name
 
 
 def retype(change: Callable[[Operation], object], kind: str, name: str) -> Edit:

@@ -35,10 +35,10 @@ from tests.export.mil.package_edits import (
     set_dtype,
     swap_blobs,
     swap_reads,
-    swap_uses,
     swap_writes,
     tell,
     truncate,
+    use_another_weight,
 )
 from tests.models import make_config
 
@@ -100,10 +100,10 @@ DAMAGES: dict[str, Damage] = {
         adapted="",
         bare=f"{UP}.data was altered.*{OTHER_UP}.data was altered",
     ),
-    "swapped uses": Damage(
-        edit(swap_uses("decode", "prefill")),
+    "another weight": Damage(
+        edit(in_both(use_another_weight)),
         f"decode: linear {MLP}_gate_proj: it takes {UP}, which belongs to "
-        "layers.0.mlp_block.up_proj",
+        rf"layers.0.mlp_block.up_proj.*decode: nothing uses {MLP}_gate_proj_weight",
         bare="",
     ),
     "truncated weights": Damage(
