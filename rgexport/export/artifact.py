@@ -126,7 +126,4 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 
 def remember_verified(folder: Path, manifest: Manifest) -> None:
     """Saves the next opening of an artifact from hashing what the exporter has just hashed."""
-    remember(
-        {folder / name: record.sha256 for name, record in manifest.files.items()},
-        {folder / name: digest for name, digest in manifest.content_hashes.items()},
-    )
+    remember({folder / name: record.sha256 for name, record in manifest.files.items()})

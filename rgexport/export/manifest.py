@@ -162,11 +162,6 @@ class Manifest:
         """Whether an importance matrix was used to round the weights."""
         return False
 
-    @property
-    def content_hashes(self) -> dict[str, str]:
-        """File → a hash of what the manifest says of its content, for formats that check it."""
-        return {}
-
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
         """This manifest with other files."""
         return dataclasses.replace(self, files=files)

@@ -53,33 +53,14 @@ def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     return hashes
 
 
-def remember(
-    hashes: Mapping[Path, str], contents: Mapping[Path, str] | None = None, *, start: int = 0
-) -> None:
+def remember(hashes: Mapping[Path, str], *, start: int = 0) -> None:
     """Adds to the cache what the caller has just computed; a cache that cannot be written is left.
 
     Args:
         hashes: file → its hash from byte `start` on.
-        contents: file → a hash of what was found to be right in it, see `mark_sound`.
         start: see above.
     """
     entries = {_name(path, start): (_key(path), digest) for path, digest in hashes.items()}
-    for path, digest in (contents or {}).items():
-        entries[_content_name(path)] = _key(path), digest
-    _add(entries)
-
-
-def mark_sound(path: Path, content_hash: str) -> None:
-    """Adds to the cache that a file, in its present state, has the content of this hash."""
-    remember({}, {path: content_hash})
-
-
-def is_marked_sound(path: Path, content_hash: str) -> bool:
-    """Whether `mark_sound` was called so for the file in its present state."""
-    return _load().get(_content_name(path)) == (_key(path), content_hash)
-
-
-def _add(entries: _Entries) -> None:
     known = _load()
     for name in entries:
         known.pop(name, None)  # so that it becomes the newest
@@ -114,10 +95,6 @@ def _load() -> _Entries:
 
 def _name(path: Path, start: int) -> str:
     return os.path.realpath(path) + (f"@{start}" if start else "")
-
-
-def _content_name(path: Path) -> str:
-    return os.path.realpath(path) + "@inside"
 
 
 def _key(path: Path) -> _Key:

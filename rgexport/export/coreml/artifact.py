@@ -1,4 +1,4 @@
-"""A Core ML package that is opened: its program is looked at, and altered weights are named."""
+"""A Core ML package that is opened: its program is checked, and altered weights are named."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -7,21 +7,28 @@ from typing import Any
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.form_checks import check_form
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import MODEL_FILE, PACKAGE, WEIGHT_FILE
+from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
 from rgexport.export.coreml.parts import decode
-from rgexport.export.coreml.states import Form, io_record, state_records
-from rgexport.export.manifest import MANIFEST
-from rgexport.export.mil.own_metadata import check_metadata
-from rgexport.export.mil.package import open_package
-from rgexport.export.mil.structure import check_against, check_package
-from rgexport.export.verified import is_marked_sound, mark_sound
+from rgexport.export.coreml.states import (
+    DECODE,
+    PREFILL,
+    Form,
+    io_record,
+    state_records,
+    stored_states,
+)
+from rgexport.export.manifest import MANIFEST, ValueRecord
+from rgexport.export.mil.checks import check_package
+from rgexport.export.mil.package import Package, open_package
+from rgexport.export.mil.program import Function, TensorType
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.affine import Parts
 
 _NAMED = 4
-"""Of more things that are wrong, only the number is told."""
+"""Complaints that are shown; of the rest, only the number."""
+
+Types = dict[str, TensorType]
 
 
 @dataclass(frozen=True)
@@ -40,51 +47,78 @@ class CoreMLArtifact(Artifact):
         return decode(name, parts, self.manifest.tensors[name])
 
     def complaints(self, verify: bool) -> list[str]:
-        """The program is looked at before any hash, which could only say that it is another."""
+        """What is wrong with the package; the program first, since a hash says less about it."""
         if missing := [name for name in self.manifest.files if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        path, content_hash = self.file(MODEL_FILE), self.manifest.content_hashes[MODEL_FILE]
-        types = verify or not is_marked_sound(path, content_hash)
-        wrong = [*self._wrong_structure(types), *self._wrong_sizes()]
-        wrong = wrong or [*self._wrong_hashes(verify), *self._wrong_blobs(verify)]
-        if types and not wrong:
-            mark_sound(path, content_hash)
-        return _first(wrong)
-
-    def _wrong_structure(self, types: bool) -> Iterator[str]:
-        """`types` is expensive, and spared where the program was found to be sound before."""
         package = open_package(self.path / PACKAGE)
-        yield from check_package(package, types=types)
-        yield from check_against(package, self.manifest.tensors)
+        wrong = [
+            *check_package(package, self.manifest.tensors),
+            *self._wrong_form(package),
+            *self._wrong_sizes(),
+        ]
+        return _first(wrong or list(self._wrong_hashes(verify)))
+
+    def _wrong_form(self, package: Package) -> Iterator[str]:
+        """Functions, inputs, outputs and states that a session could not use."""
         manifest, record = self.manifest, self.manifest.coreml
         shape = record.prefill_length, record.all_logits, record.recurrent_state
         form = Form(*shape, manifest.compute)
-        records = state_records(manifest.config, form), io_record(manifest.config, form)
-        if (manifest.states, manifest.io) != records:
+        io = io_record(manifest.config, form)
+        if (manifest.states, manifest.io) != (state_records(manifest.config, form), io):
             yield f"{MANIFEST} has other states, inputs or outputs than such a package"
-        yield from check_form(package, manifest.config, form)
-        yield from check_metadata(package, manifest.config, record.blobs)
-
-    def _wrong_blobs(self, anew: bool) -> Iterator[str]:
-        """Weights that were altered, also where the file's own hash was made to fit.
-
-        They are looked at until they were found to be right: the file's hash may be known before.
-        """
-        path, content_hash = self.file(WEIGHT_FILE), self.manifest.content_hashes[WEIGHT_FILE]
-        if not anew and is_marked_sound(path, content_hash):
+        tokens = {DECODE: 1, PREFILL: record.prefill_length}
+        if package.functions.keys() != tokens.keys() or package.default_function != DECODE:
+            found = ", ".join(sorted(package.functions))
+            yield (
+                f"{PACKAGE} has the functions {found}, by default {package.default_function}; "
+                f"expected {DECODE} (the default) and {PREFILL}"
+            )
             return
-        wrong = [f"{blob} was altered (its hash differs)" for blob in self._altered_blobs()]
-        yield from wrong
-        if not wrong:
-            mark_sound(path, content_hash)
+        shapes = stored_states(manifest.config, form).items()
+        states = {name: TensorType("float16", shape) for name, shape in shapes}
+        for name, count in tokens.items():
+            function = package.functions[name]
+            yield from _differences(name, "input", function.inputs, _types(io.inputs, count))
+            yield from _differences(name, "output", _outputs(function), _types(io.outputs, count))
+            yield from _differences(name, "state", function.states, states)
 
-    def _altered_blobs(self) -> Iterator[str]:
-        """`TENSOR.PART` of each blob that has another hash."""
+    def _wrong_hashes(self, anew: bool) -> Iterator[str]:
+        """Of the file of weights, the parts that were altered are named too."""
+        for complaint in super()._wrong_hashes(anew):
+            yield complaint
+            if complaint.startswith(WEIGHT_FILE):
+                yield from self._altered_parts()
+
+    def _altered_parts(self) -> Iterator[str]:
         for name, stored in self.manifest.tensors.items():
             for label, part in stored.parts.items():
                 digest = hash_file(self.file(part.file), start=part.offset, length=part.nbytes)
                 if digest.sha256 != self.manifest.coreml.blobs[f"{name}.{label}"]:
-                    yield f"{name}.{label}"
+                    yield f"{name}.{label} was altered (its hash differs)"
+
+
+def _types(values: tuple[ValueRecord, ...], tokens: int) -> Types:
+    return {
+        value.name: TensorType(
+            value.dtype, tuple(tokens if size == "tokens" else int(size) for size in value.shape)
+        )
+        for value in values
+    }
+
+
+def _outputs(function: Function) -> Types:
+    types = {name: type for operation in function.operations for name, type in operation.outputs}
+    return {name: types[name] for name in function.outputs if name in types}
+
+
+def _differences(function: str, kind: str, found: Types, expected: Types) -> Iterator[str]:
+    for name in sorted(found.keys() | expected.keys()):
+        here, there = found.get(name), expected.get(name)
+        if here != there:
+            yield (
+                f"{function}: {kind} {name} is {here or 'missing'}; the manifest has "
+                f"{there or 'none'}"
+            )
 
 
 def _first(complaints: list[str]) -> list[str]:

@@ -10,11 +10,11 @@ from rgexport.export.program import Node
 from rgexport.griffin.ops import rope_frequencies
 
 _UNSEEN = np.float32(3e4)
-"""Taken off the score of a key that is not seen: float16 has no more, and exp of it is 0."""
+"""Subtracted from the score of a masked key: within float16's range, and exp of it is 0."""
 
 
 def rope(g: Emitter, node: Node) -> Sequence[Var]:
-    """Angles from the integer positions, in float32; all layers share their cosines and sines."""
+    """Angles in float32 from the integer positions; all layers share the cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
     tokens, width = x.shape[1:]
@@ -41,10 +41,10 @@ def _rotation(g: Emitter, positions: Var, dims: int, theta: float) -> tuple[Var,
 
 
 def local_attention(g: Emitter, node: Node) -> Sequence[Var]:
-    """Attention to the past keys and to the call's own; then the oldest make room for those.
+    """Attention to the past keys and the new ones, and the states with the new keys and values.
 
-    The whole state is written at every call: that is 2 % of what a step reads, it needs no index
-    that depends on the position, and it lets a chunk lie anywhere.
+    The whole state is written at every call. That is 2 % of what a step reads, needs no index that
+    depends on the position, and works for chunks at any position.
     """
     q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
@@ -64,7 +64,7 @@ def local_attention(g: Emitter, node: Node) -> Sequence[Var]:
 
 
 def _softmax(g: Emitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
-    """Weights of scores [1, T · H, window + T], in `dtype`."""
+    """Attention weights in `dtype` from scores [1, T · H, window + T]."""
     tokens = positions.shape[1]
     by_row = scores.shape
     by_token = (1, tokens, by_row[1] // tokens, by_row[2])
@@ -74,10 +74,10 @@ def _softmax(g: Emitter, scores: Var, positions: Var, window: int, dtype: str) -
 
 
 def _bias(g: Emitter, positions: Var, window: int) -> Var:
-    """[1, T, 1, window + T] float32: 0 where a token sees a key, -30,000 elsewhere.
+    """The mask, float32 [1, T, 1, window + T]: 0 where a token sees a key, else -30,000.
 
-    A token at q sees keys at q - window ≤ k ≤ q; where the first token is at p, slot s of the
-    past holds the key at p - window + s, or none if that is below 0.
+    A token at q sees the keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
+    holds the key at p - window + s, or none if that is negative.
     """
     tokens = positions.shape[1]
     back = np.arange(-window, 0, dtype=np.int32).reshape(1, window)

@@ -1,4 +1,4 @@
-"""What a lowering works with: the function so far, the program's values, weights and states."""
+"""Builds one MIL function from a step program: its values, weights and states."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -31,16 +31,16 @@ class Emitter(Graph):
         activation: str,
         num_logits: int,
     ):
-        """`activation` is the dtype of the linears; `num_logits`, how many tokens want logits."""
+        """`activation`: dtype of the linears; `num_logits`: for how many tokens logits are made."""
         super().__init__()
         self.num_logits = num_logits
         self.values: dict[str, Var] = {}
         self.parts: dict[str, StoredPart] = {}
-        """Name of a placeholder → what it stands for."""
+        """Name of a placeholder → the stored part that it stands for."""
         self._tensors, self._states, self._activation = tensors, states, activation
 
     def value(self, declared: Value) -> Var:
-        """An activation, a state as it was before, or a weight in its canonical shape."""
+        """An activation, a state before this call, or a weight in its canonical shape."""
         if declared.name not in self.values:
             state = self._states.read(self, declared.name)
             self.values[declared.name] = self.weight(declared) if state is None else state
@@ -51,9 +51,9 @@ class Emitter(Graph):
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: Var) -> None:
-        """Gives a value the name that it has in the program; a new state is written.
+        """Names a value as the step program does, and writes it if it is a new state.
 
-        What an op passes on as it is keeps its first name.
+        An op's input that is its output too keeps its first name.
         """
         if value not in self.values.values():
             value.name = value.op.name = feature_name(declared.name)
@@ -61,10 +61,10 @@ class Emitter(Graph):
         self._states.write(self, declared.name, value)
 
     def weight(self, declared: Value, *shape: int) -> Var:
-        """A weight, dequantized where it is quantized; one of floats may be seen in a `shape`.
+        """A weight, dequantized if it is quantized; one of floats may be given another `shape`.
 
-        What stands in the function are placeholders without memory: the exporter puts places in
-        the file of weights there.
+        Its parts are placeholders without memory, which `exporter_proto` replaces by places in the
+        file of weights.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
@@ -80,7 +80,7 @@ class Emitter(Graph):
                 indices, lut = part("data", stored.shape), part("lut", (groups, 1, levels, 1))
                 return self.op("constexpr_lut_to_dense", name, indices=indices, lut=lut)
         if stored.parts["data"].dtype == "float16" and self._activation == "float32":
-            # A linear takes constants of its own dtype, and a cast would make a copy in memory.
+            # A linear takes weights of its own dtype, and a cast would make a copy in memory.
             one = np.ones((1,) * len(stored.shape), np.float32)
             data = part("data", stored.shape)
             return self.op("constexpr_blockwise_shift_scale", name, data=data, scale=one)
@@ -89,7 +89,7 @@ class Emitter(Graph):
     def _placeholder(
         self, weight: str, stored: StoredTensor, label: str, shape: Shape, name: str = ""
     ) -> Var:
-        """A constant for one part of a weight, which takes the memory of one element."""
+        """A constant for one part of a weight, with the memory of one element."""
         name, dtype = name or f"{weight}_{label}", blob_dtype(label, stored)
         self.parts[name] = stored.parts[label]
         zero = np.zeros(1, _NUMPY.get(dtype) or np.dtype(dtype))

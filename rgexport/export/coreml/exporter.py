@@ -15,8 +15,8 @@ from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest
+from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
-from rgexport.export.mil.structure import check_against, check_package
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -79,7 +79,7 @@ def export_coreml(
 
 
 def _load_builder() -> "Callable[..., Model]":
-    """Loads coremltools, which takes seconds, and hushes what it says about other uses of it."""
+    """Loads coremltools, which takes seconds, without its warnings about versions of torch."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     from rgexport.export.coreml.model import build_model
 
@@ -87,9 +87,8 @@ def _load_builder() -> "Callable[..., Model]":
 
 
 def _require_sound_package(folder: Path, storage: Storage) -> None:
-    """Looks at what was written with other eyes than wrote it."""
-    package = open_package(folder / PACKAGE)
-    if wrong := [*check_package(package), *check_against(package, storage.tensors)]:
+    """Reads the package back, by code that the writer does not share, and checks it."""
+    if wrong := list(check_package(open_package(folder / PACKAGE), storage.tensors)):
         raise RequestError(
             f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
             "this is a fault of rgexport, please report it"

@@ -1,9 +1,8 @@
-"""From coremltools' program to Core ML's protobuf: the one place that uses its private parts.
+"""From coremltools' program to Core ML's protobuf: the only place that uses its private parts.
 
-Written against coremltools 9, whose `MILProtoExporter` asks a method for the value of every
-constant. Weights are placeholders there: they become places in the file of weights, which is
-written without coremltools, and nothing of a weight is ever in memory. All other constants are
-small and lie in the program itself.
+Written against coremltools 9, whose `MILProtoExporter` calls a method for the value of every
+constant. Placeholders of weights become places in the file of weights, which is written without
+coremltools. All other constants are small and are stored in the program itself.
 """
 
 from collections.abc import Mapping
@@ -23,14 +22,14 @@ _FILE = "@model_path/weights/weight.bin"
 
 
 class _Exporter(MILProtoExporter):
-    """Writes places in the file of weights where the program has placeholders."""
+    """Replaces placeholders of weights by places in the file of weights."""
 
     def __init__(self, program: Program, parts: Mapping[str, StoredPart]):
         super().__init__(program, weights_dir="", specification_version=IOS_18)
         self._parts = parts
 
     def get_milproto_value(self, var: Var) -> Value:
-        """A constant's value."""
+        """See `MILProtoExporter`."""
         part = self._parts.get(var.name)
         if part is None:
             return helper.create_immediate_value(var)
@@ -43,15 +42,14 @@ class _Exporter(MILProtoExporter):
 
 
 def forget_names() -> None:
-    """Lets the names of constants not depend on what this process has built before."""
+    """Resets coremltools' counters, so that names do not depend on earlier exports."""
     Builder.name_count.clear()
 
 
 def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
-    """The model of a program; `parts` says what the placeholders in it stand for.
+    """The model of a program; `parts`: name of a placeholder → what it stands for.
 
-    No passes run over the program: coremltools' deduplication would take placeholders for equal
-    constants.
+    No passes run over the program: coremltools' deduplication would merge placeholders.
     """
     program.export_as_multifunction = True
     names: dict[str, Any] = dict.fromkeys(

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.layouts import part_layouts
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import MODEL_FILE, PACKAGE
+from rgexport.export.coreml.parts import part_layouts
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
 from rgexport.export.typed_json import Mismatch, label
@@ -29,7 +29,7 @@ runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
 class CoreMLFormat(FolderFormat):
-    """A package with its manifest beside it."""
+    """A folder with `model.mlpackage` and its manifest."""
 
     manifest = CoreMLManifest
     precisions = COREML_PRECISIONS
@@ -48,7 +48,7 @@ class CoreMLFormat(FolderFormat):
         return part_layouts(shape, scheme)
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """See `FolderFormat`: the length of a chunk, and the hashes of all parts."""
+        """See `FolderFormat`: checks the length of a chunk, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
         if MODEL_FILE not in manifest.files:
@@ -78,7 +78,7 @@ class CoreMLFormat(FolderFormat):
         from rgexport.export.mil.describe import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
-        return describe_package(path, verify=verify) if means_package(path) else None
+        return describe_package(path) if means_package(path) else None
 
 
 FORMAT = CoreMLFormat()

@@ -20,14 +20,14 @@ DTYPES = {
     "uint4": types.uint4,
 }
 _WORDS = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
-"""dtype → what `cast` calls it."""
+"""dtype → its name in `cast`."""
 
 
 class Graph:
     """Adds operations to the function that is being built.
 
-    Every operation is named after the site that is being lowered. Two with the same type and
-    arguments are one: lowerings may ask for a mask, a cast or a cosine as often as they like.
+    Every operation is named after the site that is being lowered. Operations of the same type and
+    arguments are made once, so that lowerings may ask for a mask or a cosine repeatedly.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Graph:
         self._site = before
 
     def op(self, kind: str, name: str | None = None, **arguments: Any) -> Var:
-        """One operation with one output, whose name is the site's unless one is given."""
+        """An operation with one output, named after the site unless `name` is given."""
         key = (kind, name, *((k, _identity(v)) for k, v in sorted(arguments.items())))
         if key not in self._made:
             name = name or self._unique(f"{self._site}_{kind}")
@@ -51,17 +51,17 @@ class Graph:
         return self._made[key]
 
     def cast(self, x: Var, dtype: str) -> Var:
-        """`x` in `dtype`; itself where it is that already."""
+        """`x` in `dtype`; `x` itself if it has that dtype."""
         if x.dtype == DTYPES[dtype]:
             return x
         return self.op("cast", x=x, dtype=_WORDS[dtype])
 
     def reshape(self, x: Var, *shape: int) -> Var:
-        """`x` in another shape; itself where it has that already."""
+        """`x` in another shape; `x` itself if it has that shape."""
         return x if x.shape == shape else self.op("reshape", x=x, shape=list(shape))
 
     def slice(self, x: Var, start: int, stop: int, axis: int) -> Var:
-        """x[start:stop] along `axis`; `x` itself where that is all of it."""
+        """x[start:stop] along `axis`; `x` itself if that is all of it."""
         axis %= x.rank
         if (start, stop) == (0, x.shape[axis]):
             return x
@@ -70,7 +70,7 @@ class Graph:
         return self.op("slice_by_index", x=x, begin=begin, end=end)
 
     def concat(self, values: Sequence[Var], axis: int) -> Var:
-        """The values one after another; a single one is itself."""
+        """The concatenation of the values; a single value is returned as it is."""
         return values[0] if len(values) == 1 else self.op("concat", values=values, axis=axis)
 
     def _unique(self, name: str) -> str:

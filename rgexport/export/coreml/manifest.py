@@ -1,10 +1,7 @@
 """The manifest of a Core ML package."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
-from rgexport.export.coreml.package import MODEL_FILE, WEIGHT_FILE
 from rgexport.export.coreml.states import RecurrentState
 from rgexport.export.manifest import Manifest
 
@@ -13,28 +10,21 @@ KIND = "coreml"
 
 @dataclass(frozen=True)
 class CoreMLRecord:
-    """What only a Core ML package has."""
+    """What only the manifest of a Core ML package has."""
 
     prefill_length: int
     """Tokens that the `prefill` function takes."""
     all_logits: bool
-    """Whether `prefill` gives the logits of all its tokens, or of the last one."""
+    """Whether `prefill` gives the logits of all its tokens, or only of the last one."""
     recurrent_state: RecurrentState
-    """Whether the RG-LRU's state goes in and out, or is kept as two float16 states."""
+    """`io`: the RG-LRU's state is an input and an output; `hilo`: a pair of float16 states."""
     blobs: dict[str, str]
-    """`TENSOR.PART` → SHA-256 of its data, so that one that was altered can be named."""
+    """`TENSOR.PART` → SHA-256 of its data, so that altered tensors can be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLManifest(Manifest):
-    """The whole of it."""
+    """The manifest of a Core ML artifact."""
 
     kind: str = KIND
     coreml: CoreMLRecord
-
-    @property
-    def content_hashes(self) -> dict[str, str]:
-        """Of the weights, by the hashes of all blobs, and of the program."""
-        blobs = json.dumps(self.coreml.blobs, sort_keys=True)
-        weights = hashlib.sha256(blobs.encode()).hexdigest()
-        return {WEIGHT_FILE: weights, MODEL_FILE: self.files[MODEL_FILE].sha256}

@@ -1,4 +1,4 @@
-"""What Xcode shows of a package: who made it, on which terms, and what goes in and out."""
+"""A package's metadata, as Xcode shows them: author, license, inputs, outputs and states."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rgexport import __version__
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.states import RECURRENT, RECURRENT_OUTPUT, Form
-from rgexport.export.mil.own_metadata import CONFIG, DIGESTS, short_digests, write_config
+from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
 from rgexport.export.origin import Origin, origin_of
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
@@ -22,9 +22,10 @@ _STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?
 def add_metadata(
     model: "Model", checkpoint: Checkpoint, options: CoreMLOptions, blobs: Mapping[str, str]
 ) -> None:
-    """Adds author, licence, description and version, and a line of help to every feature.
+    """Adds author, license, description and version, and a line of help for every feature.
 
-    And the hashes of the `blobs`, so that a package without a manifest knows its weights too.
+    And the hashes in `blobs` (`TENSOR.PART` → SHA-256), so that the weights of a package without
+    its manifest can be checked too.
     """
     config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
     metadata = model.description.metadata
@@ -41,7 +42,7 @@ def add_metadata(
             "rgexport.version": __version__,
             "rgexport.precision": options.precision_word,
             "rgexport.compute": options.compute_word,
-            CONFIG: write_config(config),
+            CONFIG: json.dumps(config.to_dict()),
             DIGESTS: json.dumps(short_digests(blobs)),
         }
     )
@@ -69,7 +70,7 @@ def _licence(origin: Origin) -> str:
 
 
 def _help(name: str, config: GriffinConfig, form: Form) -> str:
-    """What a developer must know to fill or to read a feature."""
+    """What a developer needs to know to fill or read a feature."""
     match = _STATE.fullmatch(name)
     assert match, name
     text = _HELP[match["kind"]].format(

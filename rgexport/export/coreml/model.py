@@ -21,7 +21,7 @@ from rgexport.griffin.config import GriffinConfig
 def build_model(
     program: StepProgram, config: GriffinConfig, tensors: Mapping[str, StoredTensor], form: Form
 ) -> Model:
-    """The model, its weights being places in the file that `tensors` lays out."""
+    """The model; its weights are places in the file that `tensors` describes."""
     forget_names()
     functions = Program()
     parts: dict[str, StoredPart] = {}
@@ -39,7 +39,7 @@ def _function(
     tokens: int,
     parts: dict[str, StoredPart],
 ) -> Function:
-    """The function that takes `tokens` tokens; adds its placeholders of weights to `parts`."""
+    """The function for `tokens` tokens; adds its placeholders of weights to `parts`."""
     inputs = {
         value.name: Placeholder(
             [tokens if size == "tokens" else size for size in value.shape],

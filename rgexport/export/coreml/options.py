@@ -1,4 +1,4 @@
-"""What a user can ask of a Core ML export."""
+"""The options of a Core ML export."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -33,13 +33,13 @@ _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLOptions:
-    """How weights are stored and activations computed; None leaves the choice to us.
+    """How weights are stored and activations computed; None means the default.
 
-    `compute` is fp16 unless `precision` is fp32, and scales, tables and biases of linears are
-    stored in it; `plan` says for every tensor what `precision`, `block_size`, `symmetric` and
-    `embedding_precision` say for all. The `prefill` function takes `prefill_length` tokens and
-    gives the logits of the last one, or with `all_logits` of all; the RG-LRU's state goes in and
-    out as float32 (`io`) or is a pair of float16 states (`hilo`).
+    `compute` is fp16 unless `precision` is fp32; scales, tables and biases of linears are stored in
+    that dtype. `plan` sets for each tensor what `precision`, `block_size`, `symmetric` and
+    `embedding_precision` set for all. The `prefill` function takes `prefill_length` tokens and
+    gives the logits of the last one, or with `all_logits` of all. The RG-LRU's state is a float32
+    input and output (`io`) or a pair of float16 states (`hilo`).
     """
 
     precision: str | None = None
@@ -56,9 +56,9 @@ class CoreMLOptions:
         """Refuses contradictions.
 
         Raises:
-            RequestError: a plan beside an option that it replaces, a plan for GGUF, a prefill
-                of fewer than two tokens, weights in more than is computed in, an unknown
-                word or block size, or an option that changes nothing.
+            RequestError: a plan with an option that it replaces, a plan for GGUF, a prefill of
+                fewer than two tokens, weights of more precision than the computation, an unknown
+                word or block size, or an option without effect.
         """
         refuse_beside_plan(self, _SET_BY_A_PLAN)
         refuse_ggml(self.plan)
@@ -72,34 +72,33 @@ class CoreMLOptions:
 
     @property
     def precision_word(self) -> str:
-        """`precision`, or what a plan amounts to, or the default."""
+        """`precision`, or the plan's, or the default."""
         return precision_of(self.plan) if self.plan else self.precision or DEFAULT_PRECISION
 
     @property
     def compute_word(self) -> str:
-        """`compute`, or what it is when it is not given."""
+        """`compute`, or its default."""
         return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
 
     @property
     def form(self) -> Form:
-        """What the package will look like from outside."""
+        """The functions, inputs, outputs and states of the package."""
         return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
         """The plan for a model: schemes that fit the shapes, in the dtype of `compute`.
 
-        What a plan says about blocks and groups is fitted too, so that one that was made for
-        another format will do.
+        Blocks and groups of a given plan are fitted too, so that a plan for another format works.
 
         Raises:
-            RequestError: the plan has weights in more than is computed in.
+            RequestError: the plan has weights of more precision than the computation.
         """
         plan = self.plan or make_plan(config, *self._schemes())
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
-        """The schemes of the linears and of the embedding, as asked for."""
+        """The schemes of the linears and of the embedding, before they are fitted."""
         linear, table = (
             choose_scheme(asked, self.block_size, self.symmetric, COREML_PRECISIONS)
             for asked in self._words()
@@ -107,7 +106,7 @@ class CoreMLOptions:
         return linear, table
 
     def _words(self) -> tuple[str, str]:
-        """The precisions of the linears and of the embedding, as asked for."""
+        """The precisions of the linears and of the embedding."""
         word = self.precision or DEFAULT_PRECISION
         return word, self.embedding_precision or _EMBEDDINGS.get(word, word)
 

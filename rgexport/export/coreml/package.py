@@ -1,4 +1,4 @@
-"""The folder `model.mlpackage` as Core ML's own tools lay it out, written without their library."""
+"""Writes the folder `model.mlpackage`, with the layout of Core ML's own tools."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ _ITEMS = {
     "model.mlmodel": "CoreML Model Specification",
     "weights": "CoreML Model Weights",
 }
-"""Name of an item of the package → how coremltools describes it."""
+"""Item of the package → its description, as coremltools writes it."""
 
 
 def write_package(folder: Path, model: "Model") -> None:
-    """Writes all of the package in `folder` but the file of weights.
+    """Writes the package in `folder`, except for the file of weights.
 
-    The same model gives the same bytes: the items' identifiers come from its hash.
+    The same model gives the same bytes: the identifiers of the items are made from its hash.
     """
     data = model.SerializeToString(deterministic=True)
     path = folder / MODEL_FILE

@@ -1,22 +1,60 @@
-"""Rows of a weight as the parts that a package stores, and back.
+"""How a package stores weights: the parts of a tensor, rows first, and their encoding.
 
-Two's complement is what MIL has where `quantize.affine` counts from -2^(bits-1) up: its symmetric
-data differ from it by the top bit. The parts' shapes are those of `layouts`.
+Two's complement is what MIL has where `quantize.affine` counts from -2^(bits-1) up: symmetric data
+differ from it in the top bit.
 """
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
-from rgexport.quantize.scheme import Affine, Palette
+from rgexport.quantize.fitting import fitted
+from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 
+Layouts = dict[str, tuple[str, tuple[int, ...]]]
+"""Part name → dtype and shape."""
+
+_SIGNED = {4: "uint8", 8: "int8"}
+"""Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
 _TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 
 
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+    """The parts of a tensor of `shape` that is stored by `scheme`.
+
+    Those of `quantize.affine` and `quantize.palette`, except that the integers of a symmetric
+    scheme are signed: MIL then needs no offset.
+
+    Raises:
+        RequestError: Core ML has no such scheme for that shape.
+    """
+    if isinstance(scheme, Float):
+        return {"data": (scheme.dtype, shape)}
+    if (
+        not isinstance(scheme, Affine | Palette)
+        or len(shape) != 2
+        or fitted(scheme, shape) != scheme
+    ):
+        raise RequestError(
+            f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
+        )
+    rows, columns = shape
+    if isinstance(scheme, Palette):
+        return palette.part_layouts(rows, columns, scheme)
+    layouts: Layouts = {
+        name: (dtype, (rows, width))
+        for name, (dtype, width) in affine.part_shapes(columns, scheme).items()
+    }
+    if scheme.symmetric:
+        layouts["data"] = (_SIGNED[scheme.bits], layouts["data"][1])
+    return layouts
+
+
 def transform_of(name: str) -> Transform:
-    """What is done to the values of the tensor `name`."""
+    """How the values of the tensor `name` are changed before they are stored."""
     if name.endswith("norm.weight"):
         return NORM
     return DECAY if name.endswith(".recurrent_param") else PLAIN

@@ -1,4 +1,4 @@
-"""Lowerings of the ops of the recurrent block; all of it is float32."""
+"""Lowerings of the ops of the recurrent block, in float32."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from rgexport.export.program import Node
 
 
 def causal_conv1d(g: Emitter, node: Node) -> Sequence[Var]:
-    """The taps over the last inputs, which are rounded to the state's dtype first."""
+    """The convolution over the last inputs, which are rounded to the state's dtype first."""
     x, weight, bias, state = node.tensors
     channels, taps = weight.size(0), weight.size(2)
     new = g.cast(g.value(x), state.dtype)
@@ -23,7 +23,7 @@ def causal_conv1d(g: Emitter, node: Node) -> Sequence[Var]:
 
 
 def _taps(g: Emitter, window: Var, weight: Var, tokens: int) -> Var:
-    """The sum over taps [1, C, R] of views of the window [1, C - 1 + T, R]."""
+    """The sum over the taps [1, C, R] times views of the window [1, C - 1 + T, R]."""
     if tokens == 1:
         products = g.op("mul", x=window, y=weight)
         return g.op("reduce_sum", x=products, axes=[1], keep_dims=True)
@@ -36,7 +36,7 @@ def _taps(g: Emitter, window: Var, weight: Var, tokens: int) -> Var:
 
 
 def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[Var]:
-    """A product per block of channels, the blocks being the batch of a matmul."""
+    """A matmul with the blocks of channels as its batch."""
     x, weight, bias = node.tensors
     heads, block = weight.size(0), weight.size(1)
     x = g.value(x)
@@ -53,7 +53,7 @@ def block_diagonal_linear(g: Emitter, node: Node) -> Sequence[Var]:
 
 
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[Var]:
-    """Gates and recurrence; what is stored of the parameter is the factor of its gate."""
+    """Gates and recurrence; the parameter is stored as the factor of its gate (`DECAY`)."""
     a_param = node.tensors[3]
     others = (value for value in node.tensors if value is not a_param)
     x, input_gate, recurrence_gate, positions, state = map(g.value, others)
@@ -64,7 +64,7 @@ def rg_lru_scan(g: Emitter, node: Node) -> Sequence[Var]:
     first = g.reshape(first, 1, tokens, 1)
     later = g.op("sub", x=np.float32(1), y=first)
     a = g.op("mul", x=g.op("exp", x=log_a), y=later)
-    # Rounded as recurrentgemma rounds it, see griffin.ops.
+    # Rounded as in recurrentgemma, see griffin.ops.
     square = g.op("exp", x=g.op("mul", x=log_a, y=np.float32(2)))
     root = g.op("sqrt", x=g.op("sub", x=np.float32(1), y=square))
     scale = g.op("add", x=first, y=g.op("mul", x=root, y=later))
@@ -77,8 +77,7 @@ def rg_lru_scan(g: Emitter, node: Node) -> Sequence[Var]:
 def linear_scan(g: Emitter, a: Var, b: Var, h0: Var) -> Var:
     """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [1, T, R] and h0 [1, 1, R].
 
-    A Hillis-Steele prefix scan of log2(T) passes: Core ML has no operation for it, and its loops
-    are slow.
+    A Hillis-Steele prefix scan in log2(T) passes, since Core ML has no scan and its loops are slow.
     """
     tokens, shift = b.shape[1], 1
     while shift < tokens:

@@ -1,4 +1,4 @@
-"""How a function reads its states and writes them: padding, stacking, pairs of float16."""
+"""How a function reads and writes its states: padding, stacking, pairs of float16."""
 
 from collections.abc import Mapping
 
@@ -19,8 +19,8 @@ from rgexport.export.program import StepProgram
 class StateIo:
     """The states of one function.
 
-    A state is read where it is first needed, and written as soon as its successor is there. The
-    RG-LRU's are rows of one matrix: they are written together, at the end.
+    A state is read where it is first used, and written as soon as its new value is computed. The
+    RG-LRU states are the rows of one matrix, which is written at the end.
     """
 
     def __init__(self, program: StepProgram, inputs: Mapping[str, Var]):
@@ -32,9 +32,9 @@ class StateIo:
         self._rows: dict[str, Var | None] = {n: None for n, _ in states if n.endswith(".rg_lru")}
 
     def read(self, g: Graph, value: str) -> Var | None:
-        """The state that the program calls `value`; None if that is no state.
+        """The state with the name `value` in the step program; None if that is no state.
 
-        Keys, values and the convolution's are [1, n, width], the RG-LRU's [1, R].
+        Keys, values and convolution inputs are [1, n, width], RG-LRU states [1, R].
         """
         if value not in self._before:
             return None
@@ -48,7 +48,7 @@ class StateIo:
         return g.slice(matrix, row, row + 1, 0)
 
     def write(self, g: Graph, value: str, state: Var) -> None:
-        """Keeps `state` if the program's `value` is one."""
+        """Writes `state` if the step program's `value` is the new value of a state."""
         name = self._after.get(value)
         if name in self._rows:
             self._rows[name] = state
@@ -56,7 +56,7 @@ class StateIo:
             self._write(g, feature_name(name), state)
 
     def finish(self, g: Graph) -> list[Var]:
-        """Writes what must be written together; the outputs that carry states."""
+        """Writes the RG-LRU states; returns the outputs that hold states."""
         rows = [row for row in self._rows.values() if row is not None]
         if not rows:
             return []
@@ -68,7 +68,7 @@ class StateIo:
         return []
 
     def _read(self, g: Graph, name: str, width: int) -> Var:
-        """A state [1, n, width]: float16, or float32 where it is a pair."""
+        """A state [1, n, width]: float16, or float32 if it is a pair."""
         with g.site(name):
             if name in self._inputs:
                 return self._load(g, name, width)

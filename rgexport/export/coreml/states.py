@@ -1,9 +1,9 @@
-"""The states of a Core ML package: which features carry them, and in which shapes.
+"""The states of a Core ML package: which features hold them, and their shapes.
 
-Core ML keeps states in float16 and wants them of rank 4 with a last axis of whole 32s, so the
-canonical states are padded with zeros at the end of that axis. A state that needs more than float16
-has is kept as a pair, `hi` and `lo`, with 22 bits: all of them where computation is in float32. The
-RG-LRU's always needs it; unless it is such a pair (`hilo`), it goes in and out as a float32 matrix
+Core ML's states are float16, of rank 4, with a last axis that is a multiple of 32: canonical states
+are padded with zeros at the end of that axis. A state that needs more precision than float16 is
+kept as a pair, `hi` and `lo`, with 22 bits. With float32 computation, all states are pairs. The
+RG-LRU states always need it: they are such a pair (`hilo`), or a float32 input and output, a matrix
 with a row per recurrent layer (`io`).
 """
 
@@ -20,7 +20,7 @@ RecurrentState = Literal["io", "hilo"]
 ALIGNMENT = 32
 """Of the last axis of a state, for the Neural Engine."""
 LO_SCALE = 2048.0
-"""x = hi + lo / 2048: what float16's 11 bits leave over, moved to where it has 11 bits again."""
+"""x = hi + lo / 2048: the rest after float16's 11 bits is scaled up to have 11 bits again."""
 DECODE, PREFILL = "decode", "prefill"
 """The functions of a package: of one token, and of a fixed number of them."""
 RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
@@ -28,7 +28,7 @@ RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
 
 @dataclass(frozen=True)
 class Form:
-    """What a package looks like from outside, and the dtype it computes in.
+    """The interface of a package, and the dtype that it computes in.
 
     prefill_length: tokens that the `prefill` function takes; all_logits: whether it gives the
     logits of all of them or of the last one; compute: `fp16` or `fp32`.
@@ -61,7 +61,7 @@ def padded(size: int) -> int:
 
 
 def recurrent_layers(config: GriffinConfig) -> list[str]:
-    """Canonical names of the RG-LRU's states, in the order of the rows that hold them."""
+    """Canonical names of the RG-LRU states, in the order of their rows."""
     return [spec.name for spec in state_specs(config) if _kind(spec) == "rg_lru"]
 
 
@@ -84,7 +84,7 @@ def stored_states(config: GriffinConfig, form: Form) -> dict[str, tuple[int, ...
 
 
 def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
-    """The canonical states with the features that carry them: in and out, or hi and lo."""
+    """The canonical states with the features that hold them: in and out, or hi and lo."""
     stacked: tuple[Literal["row", "hilo"], str, str] = (
         ("row", RECURRENT, RECURRENT_OUTPUT)
         if form.recurrent_state == "io"
@@ -104,7 +104,7 @@ def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
 
 
 def io_record(config: GriffinConfig, form: Form) -> IoRecord:
-    """Inputs and outputs of both functions; `prefill` without all logits gives one as well."""
+    """Inputs and outputs, with `tokens` for the number of tokens that a function takes."""
     logits = "tokens" if form.all_logits else 1
     inputs = [ValueRecord(name, "int32", (1, "tokens")) for name in ("input_ids", "position_ids")]
     outputs = [ValueRecord("logits", "float32", (1, logits, config.vocab_size))]
@@ -117,7 +117,7 @@ def io_record(config: GriffinConfig, form: Form) -> IoRecord:
 
 
 def _cached(config: GriffinConfig) -> Iterator[StateSpec]:
-    """The states that Core ML keeps by themselves; a convolution of width 1 has none."""
+    """All states but those of the RG-LRU; a convolution of width 1 has none."""
     for spec in state_specs(config):
         if _kind(spec) != "rg_lru" and spec.shape[0] > 0:
             yield spec

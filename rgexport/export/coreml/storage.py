@@ -1,7 +1,7 @@
-"""The file of weights: a MIL blob file, version 2, that is written as a stream.
+"""Writes the file of weights as a stream: a MIL blob file, version 2.
 
-After 64 bytes of its own come the blobs, each with 64 bytes that say what it is, at multiples of
-64. Which bytes they have is MIL's C++ `StorageFormat.hpp`; coremltools' blob reader reads them.
+A header of 64 bytes is followed by the blobs, each with its own header of 64 bytes, at multiples of
+64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools' blob reader reads them.
 """
 
 import hashlib
@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from rgexport.export.coreml.layouts import part_layouts
 from rgexport.export.coreml.package import WEIGHT_FILE
-from rgexport.export.coreml.parts import encode
+from rgexport.export.coreml.parts import encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.storage import Places, fill
 from rgexport.griffin.tensor import WeightSource
@@ -23,7 +22,7 @@ ALIGNMENT = 64
 _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
 BLOB_HEADER_BYTES = _BLOB_HEADER.size
-"""A program points to a blob's header; the data follow it."""
+"""A program has the offset of a blob's header; the data follow it."""
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
 """MIL's `BlobDataType`."""
 
@@ -61,7 +60,7 @@ class Storage:
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
-        """All blobs: `TENSOR.PART`, where it lies, and MIL's word for what it holds."""
+        """All blobs: `TENSOR.PART`, its place, and MIL's name of its dtype."""
         for name, stored in self.tensors.items():
             for label, part in stored.parts.items():
                 yield f"{name}.{label}", part, blob_dtype(label, stored)
@@ -76,7 +75,7 @@ class Storage:
 
 
 def blob_dtype(label: str, stored: StoredTensor) -> str:
-    """What MIL calls the items of a part: those of 4 bits lie two to a byte."""
+    """MIL's name for the dtype of a part; items of 4 bits are packed two to a byte."""
     scheme, dtype = stored.scheme, stored.parts[label].dtype
     if dtype != "uint8" or not isinstance(scheme, Affine | Palette) or scheme.bits == 8:
         return dtype

@@ -1,45 +1,37 @@
-"""From the protobuf messages to `program`'s dataclasses; believes no size before it is checked."""
+"""From protobuf messages to `program`'s dataclasses; sizes are checked before they are used."""
 
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.elements import numpy_type, unpack
 from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import (
     BITS,
     UNKNOWN,
     Constant,
-    Description,
-    Feature,
     FileValue,
     Function,
     Immediate,
-    Interface,
     Name,
     Operation,
     TensorType,
     Value,
+    numpy_type,
+    unpack,
 )
 
-MAIN = "main"
-"""What the one function of a model with a single one is called."""
 MAX_RANK, MAX_DIMENSION = 16, 2**31 - 1
 """Above what any runtime can hold (Core ML's own limit is rank 5)."""
 
 
 class Damaged(Exception):
-    """A program that contradicts itself; says where and how."""
+    """A program that contradicts itself."""
 
 
 _CONTAINERS = {"listType": "list", "tupleType": "tuple", "dictionaryType": "dictionary"}
-_FIELDS: dict[str, np.dtype] = {
-    name: np.dtype(code)
-    for name, code in {
-        **{"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"},
-    }.items()
-}
+_FIELDS = {"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"}
+"""Field of a `TensorValue` → numpy dtype of its values."""
 
 
 def functions(program: Any) -> dict[str, Function]:
@@ -51,45 +43,9 @@ def functions(program: Any) -> dict[str, Function]:
     return {name: _function(name, message) for name, message in _sorted(program.functions)}
 
 
-def description(message: Any) -> tuple[str, Description]:
-    """The name of the default function ("" if none is named), and a `ModelDescription`."""
-    interfaces = {f.name: _interface(f.input, f.output, f.state) for f in message.functions}
-    if len(interfaces) != len(message.functions):
-        raise Damaged("its description has a function twice")
-    if not interfaces:
-        interfaces[MAIN] = _interface(message.input, message.output, message.state)
-    metadata = message.metadata
-    return message.defaultFunctionName, Description(
-        interfaces=interfaces,
-        summary=metadata.shortDescription,
-        author=metadata.author,
-        license=metadata.license,
-        version=metadata.versionString,
-        user_defined=dict(_sorted(metadata.userDefined)),
-    )
-
-
 def _sorted(entries: Any) -> list[tuple[str, Any]]:
-    """The entries of a map, which has no order of its own."""
+    """A protobuf map has no order."""
     return sorted(entries.items(), key=lambda entry: entry[0])
-
-
-def _interface(inputs: Any, outputs: Any, states: Any) -> Interface:
-    return Interface(*(tuple(map(_feature, features)) for features in (inputs, outputs, states)))
-
-
-def _feature(message: Any) -> Feature:
-    kind = message.type.WhichOneof("Type")
-    array = {
-        "multiArrayType": message.type.multiArrayType,
-        "stateType": message.type.stateType.arrayType,
-    }.get(kind)
-    if array is None:
-        return Feature(message.name, None, message.shortDescription)
-    dtype = _array_types().get(array.dataType)
-    if dtype is None:
-        raise Damaged(f"its description gives {message.name} the dtype {array.dataType}")
-    return Feature(message.name, TensorType(dtype, tuple(array.shape)), message.shortDescription)
 
 
 def _function(name: str, message: Any) -> Function:
@@ -111,7 +67,6 @@ def _function(name: str, message: Any) -> Function:
         states=states,
         outputs=tuple(block.outputs),
         operations=_operations(name, block),
-        opset=message.opset,
     )
 
 
@@ -209,11 +164,3 @@ def _data_types() -> dict[int, str]:
     """MIL.proto's `DataType` → name."""
     names = {number: name.lower() for name, number in messages("MIL").DataType.items()}
     return {number: name for number, name in names.items() if name in {*BITS, "string"}}
-
-
-@cache
-def _array_types() -> dict[int, str]:
-    """FeatureTypes.proto's `ArrayDataType` → name."""
-    numbers = messages("FeatureTypes").ArrayFeatureType.ArrayDataType
-    names = {number: name.lower().replace("double", "float64") for name, number in numbers.items()}
-    return {number: name for number, name in names.items() if name in BITS}

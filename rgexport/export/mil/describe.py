@@ -1,4 +1,4 @@
-"""What `rgexport inspect` tells about a Core ML package by itself, whoever made it."""
+"""What `rgexport inspect` shows of a Core ML package without a manifest, from any tool."""
 
 import re
 from collections import Counter
@@ -6,62 +6,79 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rgexport.export.mil.bare import check_bare, is_ours
-from rgexport.export.mil.inference import OPERATIONS
-from rgexport.export.mil.package import Package, open_package
-from rgexport.export.mil.program import FileValue, Function, TensorType
-from rgexport.export.mil.typing_checks import CONST
+from rgexport.export.mil.checks import check_without_manifest, made_by_rgexport
+from rgexport.export.mil.package import Package, file_values, open_package
+from rgexport.export.mil.program import Function, TensorType
 from rgexport.progress import amount
 from rgexport.tables import Row, Table
 
 KIND = "mlpackage"
+OPERATIONS = frozenset(
+    (
+        "add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal "
+        "exp gather gelu greater_equal less_equal linear logical_and matmul mul read_state "
+        "reduce_mean reduce_sum reshape rsqrt sigmoid sin slice_by_index softmax sqrt sub tanh "
+        "transpose write_state"
+    ).split()
+)
+"""All that rgexport emits and its interpreter executes."""
 _SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
 """Specification version → the first system that runs it."""
 _SHOWN, _LISTED = 60, 20
-"""Characters of the metadata's values, and problems, that a terminal gets to see."""
+"""How many characters of a metadata value, and how many problems, are shown as text."""
 _NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 
-def describe_package(path: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Plain JSON about a package, with all that is wrong under `problems`.
+def describe_package(path: Path) -> dict[str, Any]:
+    """Plain JSON about a package.
+
+    One of ours is checked, and its weights are hashed: `problems` lists what is wrong.
 
     Raises:
-        RequestError: it cannot be read at all.
+        RequestError: it cannot be read, or its weights do not agree with its program.
     """
     package = open_package(path)
-    description = package.description
-    files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    sizes = {name: {"size": file.stat().st_size} for name, file in files.items()}
+    ours, metadata = made_by_rgexport(package), package.description.metadata
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+    kinds = {op.type for function in package.functions.values() for op in function.walk()}
     return {
         "kind": KIND,
         "name": path.resolve().stem,
         "path": str(path),
         "specification_version": package.specification_version,
         "default_function": package.default_function,
-        "size": sum(record["size"] for record in sizes.values()),
-        "made_by_rgexport": is_ours(package),
-        "all_hashes_verified": verify,
+        "size": sum(sizes.values()),
+        "made_by_rgexport": ours,
+        "all_hashes_verified": ours,
         "metadata": {
-            "summary": description.summary,
-            "author": description.author,
-            "license": description.license,
-            "version": description.version,
-            **description.user_defined,
+            "summary": metadata.shortDescription,
+            "author": metadata.author,
+            "license": metadata.license,
+            "version": metadata.versionString,
+            **dict(sorted(metadata.userDefined.items())),
         },
         "functions": {
             name: _function(function, package) for name, function in package.functions.items()
         },
         "weights": _weights(package),
-        "unchecked": sorted(_kinds(package) - OPERATIONS - {CONST}),
-        "problems": check_bare(package, verify=verify),
-        "files": sizes,
+        "unchecked": sorted(kinds - OPERATIONS),
+        "problems": list(check_without_manifest(package)) if ours else [],
+        "files": {name: {"size": size} for name, size in sizes.items()},
     }
 
 
 def _function(function: Function, package: Package) -> dict[str, Any]:
-    kinds = {name: kind for op in function.operations for name, kind in op.outputs}
-    kinds |= function.inputs | function.states
-    helps = _helps(function.name, package)
+    types = {name: kind for op in function.operations for name, kind in op.outputs}
+    types |= function.inputs | function.states
+    # A model of a single function has its features beside the list of functions.
+    described = {each.name: each for each in package.description.functions}
+    features = described.get(function.name, package.description)
+    helps = {
+        feature.name: feature.shortDescription
+        for group in (features.input, features.output, features.state)
+        for feature in group
+    }
     groups = {
         "inputs": function.inputs,
         "outputs": function.outputs,
@@ -69,17 +86,11 @@ def _function(function: Function, package: Package) -> dict[str, Any]:
     }
     return {
         **{
-            group: [_value(name, kinds.get(name), helps.get(name, "")) for name in names]
+            group: [_value(name, types.get(name), helps.get(name, "")) for name in names]
             for group, names in groups.items()
         },
         "operations": dict(Counter(op.type for op in function.walk()).most_common()),
     }
-
-
-def _helps(function: str, package: Package) -> dict[str, str]:
-    interface = package.description.interfaces.get(function)
-    groups = (interface.inputs, interface.outputs, interface.states) if interface else ()
-    return {feature.name: feature.help for group in groups for feature in group}
 
 
 def _value(name: str, kind: TensorType | None, text: str) -> dict[str, Any]:
@@ -87,19 +98,10 @@ def _value(name: str, kind: TensorType | None, text: str) -> dict[str, Any]:
     return {"name": name, **given, "help": text}
 
 
-def _kinds(package: Package) -> set[str]:
-    return {op.type for function in package.functions.values() for op in function.walk()}
-
-
 def _weights(package: Package) -> list[dict[str, Any]]:
-    """What lies in the weight files, each blob once, by dtype."""
-    constants = (
-        value
-        for function in package.functions.values()
-        for operation in function.walk()
-        for _, value in operation.constants
-    )
-    blobs = {(v.file, v.offset): v.type for v in constants if isinstance(v, FileValue)}
+    """Totals of the weight files by dtype; a blob that several operations use counts once."""
+    values = file_values(package.functions.values())
+    blobs = {(value.file, value.offset): value.type for value in values}
     totals: dict[str, Counter[str]] = {}
     for kind in blobs.values():
         total = totals.setdefault(kind.dtype, Counter())
@@ -139,9 +141,12 @@ def _closing(d: dict[str, Any]) -> str:
         lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
         more = [f"and {len(problems) - _LISTED} more problems"] * (len(problems) > _LISTED)
         return "\n".join(lines + more)
-    unchecked = ", ".join(d["unchecked"])
-    left = f" What these operations give was believed: {unchecked}." if unchecked else ""
-    return f"No problems.{left}"
+    if d["made_by_rgexport"]:
+        return "No problems."
+    unknown = ", ".join(d["unchecked"])
+    return "Not made by rgexport: it can be read and has all weights; nothing else was checked." + (
+        f" rgexport cannot run these operations: {unknown}." if unknown else ""
+    )
 
 
 def _metadata_rows(metadata: dict[str, str]) -> Iterator[Row]:
@@ -159,7 +164,7 @@ def _value_rows(functions: dict[str, Any]) -> Iterator[Row]:
 
 
 def _alike(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    """One row for values that differ in nothing but numbers in their names."""
+    """One row for all values that differ only in numbers in their names."""
     rows: Counter[Row] = Counter()
     for value in values:
         shape = " x ".join(map(str, value.get("shape", ())))

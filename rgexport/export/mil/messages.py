@@ -1,8 +1,8 @@
 """Core ML's protobuf messages, as coremltools generated them from Apple's schema.
 
-Importing `coremltools` takes seconds and 300 MB, since it loads its converters, and torch where
-there is one. Its messages need none of that, so they are loaded by themselves, from where it is
-installed. `tests/export/mil/test_messages.py` says whether a release still has them there.
+Importing `coremltools` takes seconds and 300 MB, since it loads its converters, and torch if that
+is installed. Its messages need neither, so they are loaded by themselves from its folder.
+`tests/export/mil/test_package.py` fails if a release moves them.
 """
 
 import sys
@@ -15,14 +15,14 @@ from types import ModuleType
 from rgexport.errors import NotInstalled
 
 _ALONE = "_rgexport_coreml_messages"
-"""The name of the package of messages where coremltools itself is not loaded."""
+"""The name under which the package of messages is loaded."""
 
 
 def messages(name: str) -> ModuleType:
-    """The module `NAME_pb2`: `Model`, `MIL` or `FeatureTypes`.
+    """The module `NAME_pb2`, such as `Model` or `MIL`.
 
     Raises:
-        NotInstalled: coremltools is not there.
+        NotInstalled: coremltools is missing.
     """
     return import_module(f"{_package()}.{name}_pb2")
 
@@ -41,7 +41,7 @@ def _package() -> str:
 def _folder() -> Path:
     try:
         spec = find_spec("coremltools")
-    except ValueError:  # it was made unimportable
+    except ValueError:  # an entry of sys.modules that is None
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise NotInstalled(

@@ -1,9 +1,10 @@
-"""A MIL program as plain data: functions, their operations, and what those are given."""
+"""A MIL program as plain data: functions, operations, values, and the dtypes of their elements."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 
 UNKNOWN = -1
@@ -17,13 +18,19 @@ BITS: dict[str, int] = {
 }
 """Bits of an element where it is stored."""
 
+_STORED: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
 
 @dataclass(frozen=True)
 class TensorType:
     """A dtype by its name and a shape; `()` is a scalar.
 
-    The dtype is a key of `BITS`, `string`, or `list`, `tuple` or `dictionary` for a value that is
-    no tensor and has no shape.
+    The dtype is a key of `BITS`, `string`, or, for a value that is no tensor and has no shape,
+    `list`, `tuple` or `dictionary`.
     """
 
     dtype: str
@@ -50,7 +57,7 @@ class TensorType:
 
 @dataclass(frozen=True, eq=False)
 class Immediate:
-    """A value that stands in the program; 4-bit integers are unpacked to `int8` or `uint8`."""
+    """A value in the program itself; integers of fewer than 8 bits are unpacked."""
 
     type: TensorType
     array: np.ndarray
@@ -58,9 +65,9 @@ class Immediate:
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value that lies in a weight file, as one blob.
+    """A value in a weight file, as one blob.
 
-    `offset` is that of the blob's header; `file` is as the program writes it, such as
+    `offset` is that of the blob's header; `file` is the program's word for the file, such as
     `@model_path/weights/weight.bin`.
     """
 
@@ -71,7 +78,7 @@ class FileValue:
 
 @dataclass(frozen=True)
 class Name:
-    """The value that an operation, an input or a state of that name gives."""
+    """The output of an operation, the input or the state with that name."""
 
     name: str
 
@@ -87,23 +94,23 @@ class Operation:
     type: str
     name: str
     inputs: dict[str, tuple[Value, ...]]
-    """Parameter → its values: one, or as many as a variadic one such as `values` is given."""
+    """Parameter → its values: one, or several for a variadic parameter such as `values`."""
     outputs: tuple[tuple[str, TensorType], ...]
     attributes: dict[str, Constant] = field(default_factory=dict)
     """All but `name`."""
     blocks: tuple[tuple["Operation", ...], ...] = ()
-    """The operations of nested blocks, of a loop or a condition."""
+    """The operations of nested blocks, such as the body of a loop."""
 
     @property
     def constants(self) -> Iterator[tuple[str, Constant]]:
-        """(parameter, value) of everything that is given by value."""
+        """(parameter, value) of all inputs and attributes that are constants."""
         for name, values in self.inputs.items():
             yield from ((name, value) for value in values if not isinstance(value, Name))
         yield from self.attributes.items()
 
     @property
     def label(self) -> str:
-        """What to call it in a message: its name, or what it gives, or its type."""
+        """For messages: its name, else that of its first output, else its type."""
         return self.name or (self.outputs[0][0] if self.outputs else self.type)
 
 
@@ -116,10 +123,9 @@ class Function:
     states: dict[str, TensorType]
     outputs: tuple[str, ...]
     operations: tuple[Operation, ...]
-    opset: str = ""
 
     def walk(self) -> Iterator[Operation]:
-        """All operations, those of nested blocks behind the one that holds them."""
+        """All operations; those of nested blocks follow the one that holds them."""
         return _walk(self.operations)
 
 
@@ -130,35 +136,25 @@ def _walk(operations: tuple[Operation, ...]) -> Iterator[Operation]:
             yield from _walk(block)
 
 
-@dataclass(frozen=True)
-class Feature:
-    """An input, output or state as the model's description has it, with its help text.
-
-    `type` is None for what is no array (an image, a string).
-    """
-
-    name: str
-    type: TensorType | None
-    help: str
+def numpy_type(dtype: str) -> np.dtype:
+    """The dtype of elements in memory: of those with fewer than 8 bits, `int8` or `uint8`."""
+    if BITS[dtype] < 8:
+        return np.dtype(dtype.rstrip("0123456789") + "8")
+    return _STORED.get(dtype) or np.dtype(dtype)
 
 
-@dataclass(frozen=True)
-class Interface:
-    """Inputs, outputs and states of a function, as the model's description has them."""
-
-    inputs: tuple[Feature, ...]
-    outputs: tuple[Feature, ...]
-    states: tuple[Feature, ...]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What Xcode shows of a model."""
-
-    interfaces: dict[str, Interface]
-    """By the name of the function."""
-    summary: str
-    author: str
-    license: str
-    version: str
-    user_defined: dict[str, str]
+def unpack(packed: np.ndarray, dtype: str, count: int) -> np.ndarray:
+    """Elements `[..., count]` of `dtype` from their bytes `[..., n]` (uint8), lowest bits first."""
+    bits, held = BITS[dtype], numpy_type(dtype)
+    if bits >= 8:
+        return packed.view(held)[..., :count]
+    if bits == 4:
+        pairs = np.stack([packed & 15, packed >> 4], -1)
+        elements = pairs.reshape(*packed.shape[:-1], -1)[..., :count]
+    else:
+        single = np.unpackbits(packed, -1, bitorder="little")[..., : count * bits]
+        weights = (1 << np.arange(bits)).astype(np.uint8)
+        elements = single.reshape(*packed.shape[:-1], count, bits) @ weights
+    if held.kind == "i":
+        elements = ((elements << (8 - bits)).view(np.int8)) >> (8 - bits)
+    return elements.astype(held, copy=False)

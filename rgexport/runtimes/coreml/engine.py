@@ -1,4 +1,4 @@
-"""Core ML, or what stands in for it, as `runtimes.engine` asks."""
+"""The engine for Core ML packages: Core ML on macOS, the interpreter elsewhere."""
 
 import sys
 
@@ -25,7 +25,7 @@ class CoreMLEngine(Engine):
         return CoreMLObserver(artifact, threads=threads)
 
     def memory_bytes(self, manifest: Manifest) -> int:
-        """See `Engine`; the interpreter reads weights as it goes."""
+        """See `Engine`; the interpreter reads weights while it runs."""
         from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
 
         return super().memory_bytes(manifest) if sys.platform == "darwin" else CACHE_BYTES

@@ -1,6 +1,6 @@
-"""The values at the sites of a Core ML package, as the interpreter of its programs computes them.
+"""The values at the sites of a Core ML package, computed by the interpreter.
 
-On macOS too: Core ML itself shows nothing but a function's outputs.
+On macOS too, since Core ML shows only the outputs of a function.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,19 @@ from rgexport.export.coreml.states import feature_name
 from rgexport.export.mil.package import Package, open_package
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.coreml.interpreter.interpreter import States
-from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner, States
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.observation import Observation, observed
 
 
 class CoreMLObserver:
-    """A package of which `prefill` takes a whole chunk, and `decode` a single token."""
+    """Observes `prefill` on a whole chunk, and `decode` on a single token."""
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None):
         """Translates the programs; `threads` is only reported, as by the session.
 
         Raises:
-            RequestError: an operation that the interpreter does not know.
+            RequestError: an operation that rgexport does not emit.
         """
         assert isinstance(artifact.manifest, CoreMLManifest)
         self.lengths = (artifact.manifest.coreml.prefill_length, 1)
@@ -45,14 +44,14 @@ class CoreMLObserver:
 
 
 class _Kept(InterpreterRunner):
-    """Keeps what the last call gave until it is taken."""
+    """Keeps the values of the last call until they are taken."""
 
     def __init__(self, package: Package, also: Sequence[str]):
         super().__init__(package, also=also)
         self._given: dict[str, np.ndarray] = {}
 
     def take(self) -> dict[str, np.ndarray]:
-        """Name → value, once."""
+        """Returns the values by name, and forgets them."""
         given, self._given = self._given, {}
         return given
 

@@ -5,15 +5,97 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import PACKAGE
-from rgexport.export.coreml.states import DECODE, PREFILL
-from rgexport.export.manifest import ACTIVATIONS
-from rgexport.griffin.state import POSITION, State
+from rgexport.export.coreml.states import DECODE, LO_SCALE, PREFILL
+from rgexport.export.manifest import ACTIVATIONS, StateRecord
+from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.processors import usable_processors
 from rgexport.runtimes.coreml.runner import Runner, open_runner
-from rgexport.runtimes.coreml.states import Row, States
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
 from rgexport.runtimes.session import SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
+
+_LO_SCALE = np.float32(LO_SCALE)
+
+
+class Row:
+    """One sequence: its state in the runner, and the state that goes in and out of each call."""
+
+    def __init__(self, states: "States"):
+        self.position = 0
+        self.state = states.runner.make_state()
+        self.carried = states.zeros()
+
+
+class States:
+    """Converts the canonical states of a sequence to the features of a package, and back.
+
+    The RG-LRU states of all layers are the rows of one matrix, in the order of the manifest.
+    """
+
+    def __init__(self, manifest: CoreMLManifest, runner: Runner):
+        self.runner = runner
+        specs = state_specs(manifest.config, ACTIVATIONS[manifest.compute])
+        self.shapes = {spec.name: spec.shape for spec in specs}
+        self._empty = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        self._kept = [r for r in manifest.states if r.layout not in ("row", "hilo")]
+        self._lines = [r for r in manifest.states if r.layout in ("row", "hilo")]
+        self.carried_names = {r.input: r.output for r in self._lines if r.layout == "row"}
+        """Input → the output that is this input in the next call."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state of one sequence, without padding."""
+        return sum(array.nbytes for array in self._empty.values())
+
+    def zeros(self) -> dict[str, np.ndarray]:
+        """The carried inputs of the first call."""
+        matrix = np.array([self._empty[record.name] for record in self._lines], np.float32)
+        return {name: matrix.copy() for name in self.carried_names}
+
+    def canonical(self, row: Row) -> State:
+        """The states of a sequence by their canonical names."""
+        state = {name: array.copy() for name, array in self._empty.items()}
+        for record in self._kept:
+            state[record.name] = self._read(row, record)[:, : record.shape[1]]
+        for index, record in enumerate(self._lines):
+            state[record.name] = self._read(row, record)[index, : record.shape[0]]
+        return {name: array.astype(self._empty[name].dtype) for name, array in state.items()}
+
+    def set(self, row: Row, state: State) -> None:
+        """Sets a sequence to canonical states without a batch axis."""
+        for record in self._kept:
+            self._write(row, record, state[record.name])
+        if self._lines:
+            matrix = np.array([state[record.name] for record in self._lines], np.float32)
+            self._write(row, self._lines[0], matrix)
+
+    def _read(self, row: Row, record: StateRecord) -> np.ndarray:
+        """The matrix of a state, or the one that holds it as a row, with its padding."""
+        if record.layout == "row":
+            return row.carried[record.input]
+        hi = self.runner.read_state(row.state, record.input)[0, 0]
+        if record.layout == "canonical":
+            return hi
+        lo = self.runner.read_state(row.state, record.output)[0, 0]
+        whole: np.ndarray = hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE
+        return whole
+
+    def _write(self, row: Row, record: StateRecord, matrix: np.ndarray) -> None:
+        """The inverse of `_read`, for a matrix without padding."""
+        if record.layout == "row":
+            row.carried = {record.input: matrix.copy()}
+            return
+        hi = matrix.astype(np.float16)
+        self._store(row, record.input, hi)
+        if record.layout != "canonical":
+            rest = (matrix.astype(np.float32) - hi.astype(np.float32)) * _LO_SCALE
+            self._store(row, record.output, rest.astype(np.float16))
+
+    def _store(self, row: Row, name: str, matrix: np.ndarray) -> None:
+        """Fills a float16 state [1, 1, n, padded width] with [n, width]."""
+        stored = np.zeros_like(self.runner.read_state(row.state, name))
+        stored[0, 0, :, : matrix.shape[1]] = matrix
+        self.runner.write_state(row.state, name, stored)
 
 
 class CoreMLSession:
@@ -29,8 +111,8 @@ class CoreMLSession:
 
         Args:
             artifact: a Core ML artifact.
-            threads: only reported: neither Core ML nor numpy's products can be told.
-            runner: what executes it, instead of what this machine has.
+            threads: only reported; Core ML and numpy choose their own.
+            runner: executes the package, instead of this machine's own runner.
 
         Raises:
             RequestError: the package cannot be executed here.
@@ -74,8 +156,8 @@ class CoreMLSession:
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab].
 
-        Whole chunks go through `prefill`, what remains through `decode`; so do all tokens whose
-        logits `prefill` does not give.
+        Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
+        `prefill` does not give.
         """
         tokens = checked_tokens(tokens, len(self._rows), self._vocab)
         count = tokens.shape[1]
@@ -92,7 +174,7 @@ class CoreMLSession:
         """Forgets everything; from now on `batch` conversations.
 
         Raises:
-            RequestError: a file changed under the session, and with it perhaps its weights.
+            RequestError: a file changed while the session was open.
         """
         self._files.require()
         self._rows = [Row(self._states) for _ in range(batch)]
@@ -116,7 +198,7 @@ class CoreMLSession:
             self._states.set(row, {name: state[name][index] for name in self._states.shapes})
 
     def close(self) -> None:
-        """Lets go of the package and the states; the session cannot be used any more."""
+        """Frees the package and the states; the session cannot be used afterwards."""
         del self._rows, self._states, self._runner
 
     def _take(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
@@ -135,7 +217,7 @@ class CoreMLSession:
         return logits
 
     def _run(self, row: Row, function: str, ids: np.ndarray) -> np.ndarray:
-        """One call on tokens [T]; the logits that it gives, [1 or T, vocab]."""
+        """Logits [1 or T, vocab] of one call on tokens [T]."""
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
         outputs = self._runner.predict(function, inputs | row.carried, row.state)

@@ -33,9 +33,9 @@ def test_what_it_says_of_itself(exported):
     assert metadata.author == "Unknown (exported by rgexport)"
     assert metadata.license == "That of the checkpoint it was made from"
     assert metadata.versionString == __version__
-    told = metadata.userDefined
-    assert told["rgexport.precision"] == "int4" and told["rgexport.compute"] == "fp16"
-    assert json.loads(told["rgexport.config"]) == exported[0].manifest.config.to_dict()
+    own = metadata.userDefined
+    assert own["rgexport.precision"] == "int4" and own["rgexport.compute"] == "fp16"
+    assert json.loads(own["rgexport.config"]) == exported[0].manifest.config.to_dict()
 
 
 @pytest.mark.parametrize(("precision", "state"), [("fp32", "hilo"), ("fp16", "io")])

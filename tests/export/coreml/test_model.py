@@ -10,16 +10,10 @@ from rgexport.export.coreml.model import build_model
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.states import Form, state_records, stored_states
 from rgexport.export.coreml.storage import Storage
+from rgexport.export.mil.describe import OPERATIONS
 from rgexport.export.trace import trace
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from tests.models import ODD_CONFIGS, make_config
-
-OPS = """
-    add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal exp
-    gather gelu greater_equal less_equal linear logical_and matmul mul read_state reduce_mean
-    reduce_sum reshape rsqrt sigmoid sin slice_by_index softmax sqrt sub tanh transpose write_state
-"""
-"""Everything that an engine for our packages must know."""
 
 CONFIG = make_config("rra", width=64, heads=2, lru_width=96, window=8)
 
@@ -57,7 +51,7 @@ def file_values(model, function):
 def test_only_ops_that_every_engine_knows(name, state, compute):
     model, _ = built(ODD_CONFIGS[name], compute=compute, recurrent_state=state)
     used = {op.type for name in ("decode", "prefill") for op in operations(model, name)}
-    assert used <= set(OPS.split())
+    assert used <= OPERATIONS
 
 
 def test_names_carry_the_sites_of_the_step_model():
@@ -154,12 +148,6 @@ def test_logits_of_all_tokens_or_of_the_last(name, all_logits, shape):
     (function,) = (each for each in model.description.functions if each.name == name)
     (logits,) = (each for each in function.output if each.name == "logits")
     assert list(logits.type.multiArrayType.shape) == shape
-
-
-def test_the_default_function_is_decode():
-    model, _ = built()
-    assert model.description.defaultFunctionName == "decode"
-    assert model.specificationVersion == 9
 
 
 def test_coremltools_still_has_the_private_parts_that_are_used():

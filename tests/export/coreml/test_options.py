@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.layouts import part_layouts
 from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.parts import part_layouts
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.griffin.sizes import CONFIG_2B

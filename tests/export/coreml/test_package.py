@@ -47,18 +47,6 @@ def test_layout_is_coremltools_own(theirs, tmp_path):
     assert (ours / MODEL_FILE).stat().st_size == len(theirs.get_spec().SerializeToString())
 
 
-def test_the_same_model_gives_the_same_bytes(theirs, tmp_path):
-    for name in "ab":
-        write_package(tmp_path / name, theirs.get_spec())
-    for file in (MODEL_FILE, MANIFEST_FILE):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    before = (tmp_path / "b" / MANIFEST_FILE).read_text()
-    other = theirs.get_spec()
-    other.description.metadata.author = "another"
-    write_package(tmp_path / "b", other)
-    assert (tmp_path / "b" / MANIFEST_FILE).read_text() != before
-
-
 def test_coremltools_loads_what_was_exported(tmp_path):
     artifact, _ = export_random_coreml(ODD_CONFIGS["regular"], tmp_path, "int4")
     model = ct.models.MLModel(str(artifact.path / PACKAGE), skip_model_load=True)

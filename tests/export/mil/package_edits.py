@@ -16,7 +16,6 @@ from coremltools.proto.Model_pb2 import Model
 DATA = Path("Data/com.apple.CoreML")
 MODEL, WEIGHTS = DATA / "model.mlmodel", DATA / "weights/weight.bin"
 UP = "layers_0_mlp_block_up_proj_weight"
-GATE = "layers_0_mlp_block_gate_proj_weight"
 OTHER_UP = "layers_1_mlp_block_up_proj_weight"
 
 Edit = Callable[[Model], object]
@@ -109,27 +108,12 @@ def swap_blobs(
     return change
 
 
-def swap_uses(*functions: str) -> Edit:
-    """Two linears take each other's weight."""
-
-    def change(model: Model) -> None:
-        for function in functions:
-            sites = ("layers_0_mlp_block_gate_proj", "layers_0_mlp_block_up_proj")
-            a, b = (
-                find(model, function, "linear", site).inputs["weight"].arguments[0]
-                for site in sites
-            )
-            a.name, b.name = b.name, a.name
-
-    return change
-
-
-def move_blob(offset: Callable[[int], int]) -> Edit:
-    def change(model: Model, function: str) -> None:
-        place = blob(weight(model, function, UP))
-        place.offset = offset(place.offset)
-
-    return in_both(change)
+def use_another_weight(model: Model, function: str) -> None:
+    """A linear takes the weight of another one instead of its own."""
+    sites = "layers_0_mlp_block_gate_proj", "layers_0_mlp_block_up_proj"
+    linears = (find(model, function, "linear", site) for site in sites)
+    gate, up = (linear.inputs["weight"].arguments[0] for linear in linears)
+    gate.name = up.name
 
 
 def retype(change: Callable[[Operation], object], kind: str, name: str) -> Edit:
@@ -151,47 +135,10 @@ def set_dtype(dtype: int) -> Callable[[Operation], None]:
     return change
 
 
-def set_type(kind: str) -> Callable[[Operation], None]:
-    return lambda operation: setattr(operation, "type", kind)
-
-
-def rename_argument(parameter: str, name: str) -> Callable[[Operation], None]:
-    def change(operation: Operation) -> None:
-        operation.inputs[parameter].arguments[0].name = name
-
-    return change
-
-
-def first_operation_last(model: Model) -> None:
-    operations = block(model, "prefill").operations
-    first = next(o for o in operations if o.type == "gather")
-    moved = Operation()
-    moved.CopyFrom(first)
-    operations.remove(first)
-    operations.append(moved)
-
-
-def twice(model: Model) -> None:
-    operations = block(model, "decode").operations
-    gelu = next(operation for operation in operations if operation.type == "gelu")
-    copy = operations.add()
-    copy.CopyFrom(gelu)
-
-
 def states_of(model: Model, function: str) -> Iterator:
     for value in model.mlProgram.functions[function].inputs:
         if value.type.WhichOneof("type") == "stateType":
             yield value
-
-
-def state_dtype(model: Model, function: str) -> None:
-    state = next(s for s in states_of(model, function) if s.name == "layers_1_key")
-    state.type.stateType.wrappedType.tensorType.dataType = 11
-
-
-def narrow_state(model: Model, function: str) -> None:
-    state = next(s for s in states_of(model, function) if s.name == "layers_1_key")
-    state.type.stateType.wrappedType.tensorType.dimensions[3].constant.size = 20
 
 
 def forget_state(model: Model) -> None:
@@ -199,68 +146,18 @@ def forget_state(model: Model) -> None:
     inputs.remove(next(s for s in states_of(model, "prefill") if s.name == "layers_1_key"))
 
 
-def description(model: Model, function: str = "decode"):
-    return next(f for f in model.description.functions if f.name == function)
-
-
-def wrong_help_shape(model: Model) -> None:
-    feature = description(model).input[0]
-    feature.type.multiArrayType.shape[1] = 7
-
-
-def undescribed_output(model: Model) -> None:
-    del description(model).output[0]
-
-
 def forget_prefill(model: Model) -> None:
     del model.mlProgram.functions["prefill"]
 
 
-def weights(change: Callable[[bytearray], object]) -> Spoil:
-    def rewrite(package: Path) -> None:
-        data = bytearray((package / WEIGHTS).read_bytes())
-        change(data)
-        (package / WEIGHTS).write_bytes(data)
-
-    return rewrite
-
-
-def places(package: Path, *names: str, part: str = "data") -> list[tuple[int, int]]:
-    """Where the data of weights begin and end."""
-    model = Model.FromString((package / MODEL).read_bytes())
-    data = (package / WEIGHTS).read_bytes()
-    found = []
-    for name in names:
-        offset = blob(weight(model, "decode", name), part).offset
-        size = struct.unpack_from("<Q", data, offset + 8)[0]
-        found.append((offset + 64, offset + 64 + size))
-    return found
-
-
 def exchange_bytes(package: Path) -> None:
     """The contents of two weights change places, and nothing else."""
-    (a, b), (c, d) = places(package, UP, OTHER_UP)
-
-    def change(data: bytearray) -> None:
-        data[a:b], data[c:d] = data[c:d], data[a:b]
-
-    weights(change)(package)
-
-
-def flip_bit(package: Path) -> None:
-    ((start, _),) = places(package, UP, part="scale")
-    weights(lambda data: data.__setitem__(start + 3, data[start + 3] ^ 0x40))(package)
-
-
-def in_header(position: int, value: bytes) -> Spoil:
-    """Overwrites bytes of the header of a weight's blob."""
-
-    def spoil(package: Path) -> None:
-        ((start, _),) = places(package, UP)
-        at = start - 64 + position
-        weights(lambda data: data.__setitem__(slice(at, at + len(value)), value))(package)
-
-    return spoil
+    model = Model.FromString((package / MODEL).read_bytes())
+    data = bytearray((package / WEIGHTS).read_bytes())
+    a, b = (blob(weight(model, "decode", name)).offset + 64 for name in (UP, OTHER_UP))
+    (size,) = struct.unpack_from("<Q", data, a - 56)
+    data[a : a + size], data[b : b + size] = data[b : b + size], data[a : a + size]
+    (package / WEIGHTS).write_bytes(data)
 
 
 def truncate(count: int) -> Spoil:
@@ -269,32 +166,6 @@ def truncate(count: int) -> Spoil:
         os.truncate(path, path.stat().st_size - count)
 
     return spoil
-
-
-def truncate_to(size: int) -> Spoil:
-    return lambda package: os.truncate(package / WEIGHTS, size)
-
-
-def append_blob(package: Path) -> None:
-    def change(data: bytearray) -> None:
-        data.extend(b"\0" * (-len(data) % 64))
-        header = struct.pack("<IIQQQ32x", 0xDEADBEEF, 3, 64, len(data) + 64, 0)
-        data.extend(header + b"\1" * 64)
-
-    weights(change)(package)
-
-
-def write_twice(package: Path) -> None:
-    """A weight is stored a second time, and one function takes it from there."""
-    ((start, stop),) = places(package, UP)
-    data = bytearray((package / WEIGHTS).read_bytes())
-    data.extend(b"\0" * (-len(data) % 64))
-    place = len(data)
-    data.extend(data[start - 64 : start - 48] + struct.pack("<QQ32x", place + 64, 0))
-    data.extend(data[start:stop])
-    data[:4] = struct.pack("<I", struct.unpack_from("<I", data)[0] + 1)
-    (package / WEIGHTS).write_bytes(data)
-    edit(lambda model: setattr(blob(weight(model, "prefill", UP)), "offset", place))(package)
 
 
 def content_hash(package: Path) -> None:

@@ -13,7 +13,7 @@ from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.mil.package import open_package
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.sites import HEAD_SITES, sites
-from rgexport.runtimes.coreml.interpreter.runner import InterpreterRunner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.coreml.observer import CoreMLObserver
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.engine import open_observer

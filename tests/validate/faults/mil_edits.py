@@ -9,7 +9,6 @@ from coremltools.proto.Model_pb2 import Model
 
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.manifest_reader import read_manifest
-from rgexport.export.mil.own_metadata import CONFIG, write_config
 from rgexport.griffin.config import GriffinConfig
 from tests.export.mil.package_edits import block, edit, in_both, name_of
 from tests.validate.conftest import claim
@@ -105,8 +104,4 @@ def spoil(artifact: Path, change: Change) -> None:
 
 def claim_config(artifact: Path, config: GriffinConfig) -> None:
     """Makes an artifact say that it was made for another configuration than it was."""
-    text = write_config(config)
-    edit(lambda model: model.description.metadata.userDefined.update({CONFIG: text}))(
-        artifact / PACKAGE
-    )
     claim(artifact, dataclasses.replace(read_manifest(artifact), config=config))

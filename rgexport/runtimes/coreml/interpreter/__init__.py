@@ -1,1 +1,1 @@
-"""Executes MIL programs on any machine, in numpy; shares no code with what emits them."""
+"""Executes MIL programs in numpy; shares no code with the emitter."""

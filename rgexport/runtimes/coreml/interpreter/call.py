@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.program import Operation, TensorType
+from rgexport.export.mil.program import TensorType
 from rgexport.runtimes.coreml.interpreter.weights import Unsupported
-
-_REQUIRED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -21,20 +19,19 @@ class Call:
     """
 
     function: Callable[..., Any]
-    """Returns the array of the one output, or a sequence of as many as there are."""
+    """Returns the array of the only output, or a sequence of arrays."""
     operands: tuple[str, ...]
     lazy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What an operation was given when the program was opened.
+    """The inputs of an operation, as far as they are known when a program is opened.
 
-    Every parameter must be asked for, as an operand or by value: one that nobody asks for may
+    Every parameter must be asked for, as an operand or by value: one that is not asked for may
     mean something that this interpreter does not do.
     """
 
-    operation: Operation
     constants: Mapping[str, np.ndarray]
     """Parameter → its value, where that is known."""
     types: Mapping[str, tuple[TensorType, ...]]
@@ -44,14 +41,13 @@ class Given:
     def call(
         self, function: Callable[..., Any], *operands: str, lazy: tuple[str, ...] = ()
     ) -> Call:
-        """A call with operands that must be there.
+        """A call with operands that must be given.
 
         Raises:
             Unsupported: one is missing.
         """
         for name in operands:
-            if not self.types.get(name):
-                raise Unsupported(f"it has no input {name}")
+            self._require(name)
         self.asked.update(operands)
         return Call(function, operands, lazy)
 
@@ -59,56 +55,31 @@ class Given:
         """Whether a parameter was given."""
         return bool(self.types.get(name))
 
-    def value(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The array of a parameter that must be known when the program is opened.
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A constant of integers.
 
         Raises:
-            Unsupported: it is not, or it is not there and has no default.
+            Unsupported: it is missing or computed.
         """
-        self.asked.add(name)
-        if name in self.constants:
-            return self.constants[name]
-        if self.has(name):
-            raise Unsupported(f"its input {name} is computed; expected a constant")
-        if default is _REQUIRED:
-            raise Unsupported(f"it has no input {name}")
-        return default
+        return tuple(self._constant(name).reshape(-1).tolist())
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
-        """A whole number, of a constant with one element."""
-        return int(self._item(name, default))
-
-    def integers(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A tuple of whole numbers, or the default."""
-        value = self.value(name, default)
-        return tuple(value.reshape(-1).tolist()) if isinstance(value, np.ndarray) else value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        return bool(self._item(name, default))
-
-    def number(self, name: str, default: Any = _REQUIRED) -> np.float32:
-        """A number, in float32."""
-        return np.float32(self._item(name, default))
-
-    def word(self, name: str, default: Any = _REQUIRED) -> str:
-        """A string."""
-        return str(self._item(name, default))
-
-    def rank(self, name: str) -> int:
-        """The rank of a parameter's first value."""
-        types = self.types.get(name)
-        if not types:
-            raise Unsupported(f"it has no input {name}")
-        return len(types[0].shape)
-
-    def _item(self, name: str, default: Any) -> Any:
-        value = self.value(name, default)
-        if not isinstance(value, np.ndarray):
-            return value
+    def item(self, name: str) -> Any:
+        """A constant of one element as a Python scalar; raises as `integers`."""
+        value = self._constant(name)
         if value.size != 1:
             raise Unsupported(f"its input {name} has {value.size} elements; expected 1")
         return value.item()
+
+    def _constant(self, name: str) -> np.ndarray:
+        self._require(name)
+        self.asked.add(name)
+        if name not in self.constants:
+            raise Unsupported(f"its input {name} is computed; expected a constant")
+        return self.constants[name]
+
+    def _require(self, name: str) -> None:
+        if not self.has(name):
+            raise Unsupported(f"it has no input {name}")
 
 
 Make = Callable[[Given], Call]
@@ -118,8 +89,8 @@ Make = Callable[[Given], Call]
 class Op:
     """A row of the table.
 
-    `arithmetic`: float16 operands come widened to float32 and the result is rounded to its
-    declared dtype. Others only move elements, and see arrays as they are.
+    `arithmetic`: float16 operands come widened to float32, and the result is rounded to its
+    declared dtype. Other operations only move elements, and see arrays as they are.
     """
 
     make: Make

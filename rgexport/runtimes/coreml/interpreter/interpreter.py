@@ -1,7 +1,7 @@
-"""Executes a function of a package, in the precision that it declares.
+"""Executes the functions of a package in numpy.
 
-Values of dtype float16 are computed in float32 and rounded after every operation; products are
-accumulated in float32.
+Float16 values are computed in float32 and rounded after every operation; products are accumulated
+in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from rgexport import __version__
 from rgexport.errors import RequestError
-from rgexport.export.mil.elements import numpy_type
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import TensorType
-from rgexport.runtimes.coreml.interpreter.translator import Translator, known_shape
+from rgexport.export.mil.program import TensorType, numpy_type
+from rgexport.runtimes.coreml.interpreter.translator import Translator
 from rgexport.runtimes.coreml.interpreter.weights import Unsupported, WeightCache
 
 States = dict[str, np.ndarray]
-"""The state of one conversation: name → array, of the declared type."""
+"""The state of one sequence: name → array of the declared type."""
 
 
 class Interpreter:
@@ -29,14 +29,14 @@ class Interpreter:
         """Translates a function; no large weight is read.
 
         Args:
-            package: that the function is of.
+            package: the package of the function.
             function: its name.
-            cache: of the weights.
-            also: names of values that a run gives beside the outputs, where there are such.
+            cache: keeps weights in memory.
+            also: names of values that a run returns beside the outputs, if the function has them.
 
         Raises:
-            RequestError: an operation that is not in the table, or in a form that is not known
-                here; a blob that is not what the program says.
+            RequestError: an operation, or a form of one, that rgexport does not emit; a blob that
+                does not agree with the program.
         """
         self._function = package.functions[function]
         self._where = f"{package.path}: {function}"
@@ -58,11 +58,11 @@ class Interpreter:
 
     @property
     def states(self) -> dict[str, TensorType]:
-        """The states that it reads and writes."""
+        """Name → type of its states."""
         return self._function.states
 
     def __call__(self, inputs: Mapping[str, np.ndarray], states: States) -> dict[str, np.ndarray]:
-        """Runs once; `states` has new arrays afterwards, the old ones are unchanged.
+        """Runs once; `states` gets new arrays, and the old ones are unchanged.
 
         Raises:
             RequestError: an input of another shape, or an operation that fails.
@@ -79,23 +79,60 @@ class Interpreter:
         return {name: values[self._slots[name]] for name in self._results}
 
     def _run(self, values: list[Any]) -> None:
-        for function, arguments, results, types, dead, operation in self._steps:
+        for function, arguments, result, shape, dtype, dead, operation in self._steps:
             try:
-                found = function(*[values[slot] for slot in arguments])
-                if len(results) == 1:
-                    found = (found,)
-                for slot, value, (shape, dtype) in zip(results, found, types, strict=True):
-                    if value.dtype != dtype or (value.shape != shape and shape is not None):
-                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
-                    values[slot] = value
+                value = function(*[values[slot] for slot in arguments])
+                if value.dtype != dtype or value.shape != shape:
+                    raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
             except (ValueError, IndexError, TypeError) as error:
                 raise RequestError(
                     f"{self._where}: {operation.type} {operation.label} failed: {error}"
                 ) from None
+            values[result] = value
             for slot in dead:
                 values[slot] = None
 
     def _input(self, name: str, array: np.ndarray, type: TensorType) -> np.ndarray:
-        if known_shape(type) not in (None, array.shape):
+        if array.shape != type.shape:
             raise RequestError(f"{self._where}: input {name} is {array.shape}; expected {type}")
         return np.ascontiguousarray(array, numpy_type(type.dtype))
+
+
+class InterpreterRunner:
+    """All functions of a package, with one cache of weights; a `Runner`."""
+
+    engine, version = "MIL interpreter", __version__
+
+    def __init__(self, package: Package, *, also: Sequence[str] = ()):
+        """Translates every function.
+
+        Args:
+            package: the package to execute.
+            also: names of values that a call returns beside the outputs of its function.
+
+        Raises:
+            RequestError: an operation that rgexport does not emit.
+        """
+        cache = WeightCache()
+        self._functions = {
+            name: Interpreter(package, name, cache, also) for name in package.functions
+        }
+        self._states = self._functions[package.default_function].states
+
+    def make_state(self) -> States:
+        """See `Runner`."""
+        return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: States
+    ) -> dict[str, np.ndarray]:
+        """See `Runner`."""
+        return self._functions[function](inputs, state)
+
+    def read_state(self, state: States, name: str) -> np.ndarray:
+        """See `Runner`; the array must not be changed."""
+        return state[name]
+
+    def write_state(self, state: States, name: str, value: np.ndarray) -> None:
+        """See `Runner`."""
+        state[name] = value.astype(state[name].dtype).reshape(state[name].shape)

@@ -5,34 +5,119 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rgexport.export.mil.elements import numpy_type
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import BITS, UNKNOWN, Function, Name, Operation, TensorType
-from rgexport.runtimes.coreml.interpreter.call import Call, Given
-from rgexport.runtimes.coreml.interpreter.compression import compressed_weight
-from rgexport.runtimes.coreml.interpreter.slots import Slots
-from rgexport.runtimes.coreml.interpreter.table import OPS
-from rgexport.runtimes.coreml.interpreter.weights import Unsupported, Weight, WeightCache
+from rgexport.export.mil.program import (
+    BITS,
+    UNKNOWN,
+    Constant,
+    FileValue,
+    Function,
+    Name,
+    Operation,
+    TensorType,
+    Value,
+    numpy_type,
+)
+from rgexport.runtimes.coreml.interpreter.call import Given
+from rgexport.runtimes.coreml.interpreter.operations import OPS
+from rgexport.runtimes.coreml.interpreter.weights import (
+    Unsupported,
+    Weight,
+    WeightCache,
+    compressed_weight,
+    file_weight,
+    whole_constant,
+)
 
-_F32 = np.dtype(np.float32)
-_AS_THEY_ARE = {"float32", "bool"}
-"""Operands and results of arithmetic that need no conversion."""
+SMALL_BYTES = 64 << 10
+"""Constants in files up to this size are read when the program is opened."""
+
+_FLOATS = ("float16", "float32")
+_UNCONVERTED = {"float32", "bool"}
+"""Dtypes that arithmetic takes and gives as they are; float16 is computed in float32."""
+
+Converter = Callable[[Any], Any] | None
+"""What makes an argument of the value in a slot; None: nothing."""
+
+
+class Slots:
+    """Numbered places for inputs, states, constants and results, in the order of definition."""
+
+    def __init__(self, package: Package, cache: WeightCache):
+        self.values: list[Any] = []
+        """The value of each slot when a run starts; None: it has none yet."""
+        self.types: list[TensorType] = []
+        self.names: dict[str, int] = {}
+        """The slot of each value that has a name."""
+        self._package, self._cache = package, cache
+        self._wide: dict[int, int] = {}
+
+    def define(self, name: str, type: TensorType, value: Any = None) -> int:
+        """A new slot for a value.
+
+        Raises:
+            Unsupported: the name is taken.
+        """
+        if name in self.names:
+            raise Unsupported(f"{name} is computed twice")
+        self.names[name] = self._new(type, value)
+        return self.names[name]
+
+    def operand(self, value: Value) -> int:
+        """The slot of an operation's input.
+
+        Raises:
+            Unsupported: it is not defined.
+        """
+        if not isinstance(value, Name):
+            return self._new(value.type, self.load(value))
+        if value.name not in self.names:
+            raise Unsupported(f"nothing computes {value.name} before it")
+        return self.names[value.name]
+
+    def load(self, value: Constant) -> np.ndarray | Weight:
+        """A constant as an array, or a large one of floats as a weight that is read later."""
+        if isinstance(value, FileValue) and value.type.dtype in _FLOATS and value.type.shape:
+            if value.type.nbytes > SMALL_BYTES:
+                return file_weight(self._package, value, self._cache)
+        return whole_constant(self._package, value)
+
+    def widened(self, slot: int) -> int:
+        """The slot of the same values in float32, where `slot` holds a float16 constant."""
+        value, type = self.values[slot], self.types[slot]
+        if type.dtype != "float16" or not isinstance(value, np.ndarray):
+            return slot
+        if slot not in self._wide:
+            wide = TensorType("float32", type.shape)
+            self._wide[slot] = self._new(wide, value.astype(np.float32))
+        return self._wide[slot]
+
+    def constants(self, operands: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """The parameters of an operation whose single value is a known array."""
+        singles = {name: slots[0] for name, slots in operands.items() if len(slots) == 1}
+        found = {name: self.values[slot] for name, slot in singles.items()}
+        return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+
+    def _new(self, type: TensorType, value: Any) -> int:
+        self.values.append(value)
+        self.types.append(type)
+        return len(self.values) - 1
 
 
 class Step(NamedTuple):
-    """One call: slots of its arguments and results, and slots that nobody needs afterwards."""
+    """One call: slots of its arguments and its result, and slots that are not needed afterwards."""
 
     function: Callable[..., Any]
     arguments: tuple[int, ...]
-    results: tuple[int, ...]
-    types: tuple[tuple[tuple[int, ...] | None, np.dtype], ...]
-    """Shape (None if it is not known before) and dtype of each result."""
+    result: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
     dead: tuple[int, ...]
     operation: Operation
 
 
 class Translator:
-    """Goes through the operations of a function in their order."""
+    """Translates the operations of a function in their order."""
 
     def __init__(self, package: Package, function: Function, cache: WeightCache):
         self.slots = Slots(package, cache)
@@ -46,17 +131,28 @@ class Translator:
 
         Raises:
             Unsupported: it cannot be executed.
-            RequestError: a blob that is not what the program says.
+            RequestError: a blob that does not agree with the program.
         """
         if operation.blocks:
             raise Unsupported("it has blocks of its own")
-        if special := _SPECIAL.get(operation.type):
-            special(self, operation)
+        if operation.type == "write_state":
+            self._write_state(operation)
+            return
+        if len(operation.outputs) != 1:
+            raise Unsupported(f"it has {len(operation.outputs)} outputs; expected 1")
+        ((name, type),) = operation.outputs
+        if operation.type == "const":
+            if "val" not in operation.attributes:
+                raise Unsupported("it has no value")
+            self.slots.define(name, type, self.slots.load(operation.attributes["val"]))
         elif operation.type.startswith("constexpr_"):
             weight = compressed_weight(self._package, operation, self._cache)
-            self.slots.define(*operation.outputs[0], weight)
+            self.slots.define(name, type, weight)
+        elif operation.type == "read_state":
+            state = self.slots.names[self._state(operation)]
+            self._add_step(operation, _same, [state], self.slots.define(name, type))
         else:
-            self._compute(operation)
+            self._compute(operation, name, type)
 
     def finished(self, outputs: Sequence[str]) -> list[Step]:
         """The steps, each with the slots that it is the last to use.
@@ -67,101 +163,56 @@ class Translator:
         alive.update(self.slots.names[name] for name in (*self._states, *outputs))
         done = []
         for step in reversed(self._steps):
-            dead = {*step.arguments, *step.results} - alive
+            dead = {*step.arguments, step.result} - alive
             alive |= dead
             done.append(step._replace(dead=tuple(dead)))
         return done[::-1]
 
-    def constant(self, operation: Operation) -> None:
-        """A `const`."""
-        value = operation.attributes.get("val")
-        if value is None or len(operation.outputs) != 1:
-            raise Unsupported("it has no value, or not one output")
-        self.slots.define(*operation.outputs[0], self.slots.load(value))
-
-    def read_state(self, operation: Operation) -> None:
-        """The state's array as it is now: nobody changes it in place."""
-        slot = self.slots.names[self._state(operation)]
-        self._add_step(operation, lambda x: x, (slot,), operation.outputs)
-
-    def write_state(self, operation: Operation) -> None:
-        """Puts another array in the state's place."""
-        state = self._state(operation)
+    def _write_state(self, operation: Operation) -> None:
+        """Puts another array in the state's place: the old one is not changed."""
+        state = self.slots.names[self._state(operation)]
         given = operation.inputs.get("data", ())
         if len(given) != 1:
             raise Unsupported("it has no data")
         slot = self.slots.operand(given[0])
-        function = self._prepared(lambda x: x, [slot], set(), None)
-        self._add_step(operation, function, (slot,), ((state, self._states[state]),))
+        function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
+        self._add_step(operation, function, [slot], state)
 
-    def _compute(self, operation: Operation) -> None:
+    def _compute(self, operation: Operation, name: str, type: TensorType) -> None:
         op = OPS.get(operation.type)
         if op is None:
             raise Unsupported("it is no operation that this interpreter knows")
-        if not operation.outputs:
-            raise Unsupported("it has no output")
         operands = {
             parameter: tuple(map(self.slots.operand, values))
             for parameter, values in operation.inputs.items()
         }
         types = {n: tuple(self.slots.types[s] for s in slots) for n, slots in operands.items()}
-        given = Given(operation, self.slots.constants(operands), types)
+        given = Given(self.slots.constants(operands), types)
         call = op.make(given)
         if strange := operands.keys() - given.asked:
-            raise Unsupported(f"it has the input {sorted(strange)[0]}, which is not known here")
-        slots, function = self._taking(call, operands, operation.outputs if op.arithmetic else ())
-        self._add_step(operation, function, tuple(slots), operation.outputs)
-
-    def _taking(
-        self,
-        call: Call,
-        operands: Mapping[str, tuple[int, ...]],
-        rounded: Sequence[tuple[str, TensorType]],
-    ) -> tuple[list[int], Callable[..., Any]]:
-        """The slots of a call's arguments, and its function of what those hold.
-
-        `rounded`: the one output of an arithmetic operation, computed in float32 from what is
-        float16, and rounded to its declared dtype; constants are widened once, here.
-        """
-        lazy = {slot for name in call.lazy for slot in operands[name]}
+            raise Unsupported(f"it has the input {min(strange)}, which is not known here")
         slots = [slot for name in call.operands for slot in operands[name]]
-        if not rounded:
-            return slots, self._prepared(call.function, slots, lazy, None)
-        ((_, type),) = rounded
+        result = self._rounding(type, slots) if op.arithmetic else None
+        if op.arithmetic:
+            slots = [self.slots.widened(slot) for slot in slots]
+        lazy = {slot for name in call.lazy for slot in operands[name]}
+        converters = [
+            None if slot in lazy else self._converter(slot, op.arithmetic) for slot in slots
+        ]
+        function = _converted(call.function, converters, result)
+        self._add_step(operation, function, slots, self.slots.define(name, type))
+
+    def _rounding(self, type: TensorType, slots: Sequence[int]) -> np.dtype | None:
+        """The dtype that a result of arithmetic is cast to; None: it has that already."""
         dtypes = {self.slots.types[slot].dtype for slot in slots}
-        slots = [self.slots.widened(slot) for slot in slots]
-        exact = {type.dtype, *dtypes} <= _AS_THEY_ARE
-        result = None if exact else numpy_type(type.dtype)
-        return slots, self._prepared(call.function, slots, lazy, result, arithmetic=True)
+        if type.dtype not in {"bool", *dtypes}:
+            raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
+        return None if {type.dtype, *dtypes} <= _UNCONVERTED else numpy_type(type.dtype)
 
-    def _prepared(
-        self,
-        function: Callable[..., Any],
-        slots: Sequence[int],
-        lazy: set[int],
-        result: np.dtype | None,
-        *,
-        arithmetic: bool = False,
-    ) -> Callable[..., Any]:
-        """`function` with its arguments made what it takes, and its result cast to `result`."""
-        prepare: list[tuple[int, Callable[[Any], Any]]] = []
-        for index, slot in enumerate(slots):
-            if isinstance(self.slots.values[slot], Weight):
-                if slot not in lazy:
-                    prepare.append((index, Weight.wide if arithmetic else Weight.whole))
-            elif arithmetic and self.slots.types[slot].dtype == "float16":
-                prepare.append((index, _widen))
-        if not prepare and result is None:
-            return function
-
-        def call(*arguments: Any) -> Any:
-            given = list(arguments)
-            for index, change in prepare:
-                given[index] = change(given[index])
-            found = function(*given)
-            return found if result is None else np.asarray(found).astype(result, copy=False)
-
-        return call
+    def _converter(self, slot: int, arithmetic: bool) -> Converter:
+        if isinstance(self.slots.values[slot], Weight):
+            return Weight.wide if arithmetic else Weight.whole
+        return _widen if arithmetic and self.slots.types[slot].dtype == "float16" else None
 
     def _state(self, operation: Operation) -> str:
         values = operation.inputs.get("input", ())
@@ -174,30 +225,38 @@ class Translator:
         self,
         operation: Operation,
         function: Callable[..., Any],
-        arguments: tuple[int, ...],
-        results: Sequence[tuple[str, TensorType]],
+        arguments: Sequence[int],
+        result: int,
     ) -> None:
-        if strange := [type for _, type in results if type.dtype not in BITS]:
-            raise Unsupported(f"it gives a {strange[0].dtype}")
-        slots = tuple(
-            self.slots.names[name] if name in self._states else self.slots.define(name, type)
-            for name, type in results
-        )
-        types = tuple((known_shape(type), numpy_type(type.dtype)) for _, type in results)
-        self._steps.append(Step(function, arguments, slots, types, (), operation))
+        type = self.slots.types[result]
+        if type.dtype not in BITS or UNKNOWN in type.shape:
+            raise Unsupported(f"it gives {type}; expected numbers, as many as are known before")
+        dtype = numpy_type(type.dtype)
+        step = Step(function, tuple(arguments), result, type.shape, dtype, (), operation)
+        self._steps.append(step)
 
 
-_SPECIAL: dict[str, Callable[[Translator, Operation], None]] = {
-    "const": Translator.constant,
-    "read_state": Translator.read_state,
-    "write_state": Translator.write_state,
-}
+def _converted(
+    function: Callable[..., Any], converters: Sequence[Converter], result: np.dtype | None
+) -> Callable[..., Any]:
+    """`function` of converted arguments, its result cast to `result` if that is a dtype."""
+    if result is None and not any(converters):
+        return function
+    changes = [(index, change) for index, change in enumerate(converters) if change]
+
+    def call(*arguments: Any) -> Any:
+        given = list(arguments)
+        for index, change in changes:
+            given[index] = change(given[index])
+        found = function(*given)
+        return found if result is None else np.asarray(found).astype(result, copy=False)
+
+    return call
 
 
-def known_shape(type: TensorType) -> tuple[int, ...] | None:
-    """The shape, if no dimension is unknown."""
-    return None if UNKNOWN in type.shape else type.shape
+def _same(array: Any) -> Any:
+    return array
 
 
 def _widen(array: Any) -> Any:
-    return array.astype(_F32)
+    return array.astype(np.float32)

@@ -11,11 +11,9 @@ from coremltools.converters.mil.mil import Function as MilFunction
 from coremltools.converters.mil.mil import Var, types
 
 from rgexport.export.mil.blob import BlobFile
-from rgexport.export.mil.elements import numpy_type
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import (
     BITS,
-    Description,
     FileValue,
     Function,
     Immediate,
@@ -23,6 +21,7 @@ from rgexport.export.mil.program import (
     Operation,
     TensorType,
     Value,
+    numpy_type,
 )
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache
@@ -69,7 +68,7 @@ def package(*functions: Function, weights: Path | None = None) -> Package:
         specification_version=9,
         functions={f.name: f for f in functions},
         default_function=functions[0].name,
-        description=Description({}, "", "", "", "", {}),
+        description=None,
         blob_files={FILE: BlobFile.open(weights)} if weights else {},
     )
 

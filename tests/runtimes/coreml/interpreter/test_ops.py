@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rgexport.export.mil.inference import OPERATIONS
+from rgexport.export.mil.describe import OPERATIONS
 from rgexport.export.mil.program import TensorType
-from rgexport.runtimes.coreml.interpreter.table import OPS
+from rgexport.runtimes.coreml.interpreter.operations import OPS
 from tests.runtimes.coreml.interpreter.mil_programs import compute, inferred
 
 Draw = Callable[[st.SearchStrategy], Any]
@@ -103,10 +103,8 @@ def matmul(draw: Draw) -> Case:
 
 
 def cast(draw: Draw) -> Case:
-    words = ["fp16", "fp32", "int32", "bool", "int8", "uint8"]
     x = array(draw, draw(st.sampled_from(["float16", "float32", "int32", "bool"])), draw(SHAPES))
-    word = draw(st.sampled_from(words))
-    return {"x": np.abs(x) if word == "uint8" and x.dtype != bool else x}, {"dtype": word}
+    return {"x": x}, {"dtype": draw(st.sampled_from(["fp16", "fp32"]))}
 
 
 def reshape(draw: Draw) -> Case:
@@ -114,13 +112,6 @@ def reshape(draw: Draw) -> Case:
     shape = [int(n) for n in draw(st.permutations(x.shape))]
     if draw(st.booleans()):
         shape[draw(st.integers(0, len(shape) - 1))] = -1
-    return {"x": x}, {"shape": shape}
-
-
-def reshape_with_zeros(draw: Draw) -> Case:
-    x = x_of(draw)
-    shape = [1] * draw(st.integers(0, 1)) + [0] * draw(st.integers(1, x.ndim)) + [-1]
-    shape = [*([-1] if shape.count(0) < x.ndim else []), *[0] * shape.count(0)]
     return {"x": x}, {"shape": shape}
 
 
@@ -140,35 +131,24 @@ def concat(draw: Draw) -> Case:
     return {"values": values}, {"axis": at, "interleave": False}
 
 
-def bounds(draw: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Slices that are not empty, some from the end, some with a step."""
-    begin, end, stride, begin_mask, end_mask, squeeze_mask = [], [], [], [], [], []
-    for n in shape:
+def slice_by_index(draw: Draw) -> Case:
+    """Slices that are not empty, some from the end."""
+    x = x_of(draw)
+    begin, end = [], []
+    for n in x.shape:
         low = draw(st.integers(0, n - 1))
         high = draw(st.integers(low + 1, n))
         from_end = draw(st.booleans())
         begin.append(low - n if from_end else low)
         end.append(high - n if from_end and high < n else high)
-        stride.append(draw(st.integers(1, 2)))
-        begin_mask.append(draw(st.booleans()))
-        end_mask.append(draw(st.booleans()))
-        squeeze_mask.append(draw(st.integers(0, 4)) == 0)
-    if all(squeeze_mask):
-        squeeze_mask[0] = False
-    masks = {"begin_mask": begin_mask, "end_mask": end_mask, "squeeze_mask": squeeze_mask}
-    return {"begin": begin, "end": end, "stride": stride, **masks}
-
-
-def slice_by_index(draw: Draw) -> Case:
-    x = x_of(draw)
-    return {"x": x}, bounds(draw, x.shape)
+    return {"x": x}, {"begin": begin, "end": end}
 
 
 def gather(draw: Draw) -> Case:
     x = x_of(draw)
-    at = axis(draw, x.ndim)
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=2, max_side=3))
-    return {"x": x, "indices": array(draw, "int32", shape, 0, x.shape[at] - 1)}, {"axis": at}
+    indices = array(draw, "int32", shape, 0, len(x) - 1)
+    return {"x": x, "indices": indices}, {"axis": 0, "batch_dims": 0, "validate_indices": False}
 
 
 def gelu(draw: Draw) -> Case:
@@ -206,7 +186,7 @@ def test_every_operation_of_the_table_has_a_case() -> None:
 
 def test_the_table_has_all_that_is_made_and_no_more() -> None:
     made = {kind for kind in OPERATIONS if not kind.startswith("constexpr_")}
-    assert made - {"read_state", "write_state"} == OPS.keys()
+    assert made - {"const", "read_state", "write_state"} == OPS.keys()
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -214,12 +194,6 @@ def test_the_table_has_all_that_is_made_and_no_more() -> None:
 @given(data=st.data())
 def test_equals_coremltools(kind: str, data: st.DataObject) -> None:
     compare(kind, *CASES[kind](data.draw))
-
-
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_reshape_with_zeros_equals_coremltools(data: st.DataObject) -> None:
-    compare("reshape", *reshape_with_zeros(data.draw))
 
 
 def compare(kind: str, operands: dict[str, Any], constants: dict[str, Any]) -> None:
@@ -253,10 +227,7 @@ def test_float32_functions_are_accurate(kind: str) -> None:
     if kind in ("cos", "sin"):
         x = x * 1e4  # positions times frequencies
     x = x.astype(np.float32)
-    constants = {
-        "gelu": {"mode": "TANH_APPROXIMATION"},
-        "rsqrt": {"epsilon": np.float32(0)},
-    }
+    constants = {"gelu": {"mode": "TANH_APPROXIMATION"}, "rsqrt": {"epsilon": np.float32(0)}}
     (found,) = compute(kind, {"x": x}, [TensorType("float32", x.shape)], **constants.get(kind, {}))
     expected = UNARY_IN_TORCH[kind](torch.from_numpy(x).double()).numpy()
     relative = 4 * 2.0**-23
@@ -284,17 +255,20 @@ def test_float16_is_rounded_once(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "matmul"])
 def test_products_of_float16_are_accumulated_in_float32(kind: str) -> None:
-    """4096 halves of 2^-12 would vanish in a float16 sum behind the first 1."""
+    """4096 halves of 2^-12 would vanish in a float16 sum after the first 1."""
     x = np.full((1, 4096), 2.0**-6, np.float16)
     x[0, 0] = 1
-    other = {"weight": x} if kind == "linear" else {"y": np.ascontiguousarray(x.T)}
-    (found,) = compute(kind, {"x": x, **other}, [TensorType("float16", (1, 1))])
+    name = "weight" if kind == "linear" else "y"
+    turned = {"transpose_x": False, "transpose_y": True} if kind == "matmul" else {}
+    (found,) = compute(kind, {"x": x, name: x}, [TensorType("float16", (1, 1))], **turned)
     assert found.item() == np.float16(1 + 4095 * 2.0**-12)
 
 
 def test_sums_of_float16_are_accumulated_in_float32() -> None:
     x = np.full((4097,), 1, np.float16)
-    (found,) = compute("reduce_sum", {"x": x}, [TensorType("float16", ())], keep_dims=False)
+    (found,) = compute(
+        "reduce_sum", {"x": x}, [TensorType("float16", ())], axes=[0], keep_dims=False
+    )
     assert found.item() == 4096  # 4097 rounded; a float16 sum stops at 2048
 
 

@@ -16,11 +16,10 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.mil.package import open_package
-from rgexport.runtimes.coreml import framework as coreml_framework
 from rgexport.runtimes.coreml import runner as coreml_runner
-from rgexport.runtimes.coreml.framework import FrameworkRunner
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache
+from rgexport.runtimes.coreml.runner import FrameworkRunner
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
@@ -67,7 +66,7 @@ TOOLS = SimpleNamespace(
 
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    monkeypatch.setattr(coreml_framework, "_coremltools", lambda: TOOLS)
+    monkeypatch.setattr(coreml_runner, "_coremltools", lambda: TOOLS)
     return export_random_coreml(
         ODD_CONFIGS["wide_lru"], tmp_path, "fp16", prefill_length=8, recurrent_state="hilo"
     )[0]

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.layouts import part_layouts
-from rgexport.export.coreml.parts import decode, encode
+from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
