@@ -17,9 +17,9 @@ CARD = "README.md"
 _TEMPLATE = """\
 # {name}: {precision} for {engine}
 
-{what} of `{name}`, made by rgexport {version}. Weights are stored as {precision}, activations
-are computed as {compute}; norms, the RG-LRU with its gates and its state, and the {float32} are
-always float32.
+`{name}`{tuned}, exported by rgexport {version}. Weights are stored as {precision}, activations
+are computed as {compute}. Always float32: norms, the RG-LRU with its gates and its state, and the
+{float32}.
 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|
@@ -116,7 +116,7 @@ def card(manifest: Manifest) -> str:
     return _TEMPLATE.format(
         **config.to_dict(),
         name=manifest.name,
-        what="The instruction-tuned model" if tuned else "The model",
+        tuned=" (instruction-tuned)" if tuned else "",
         version=manifest.created_with["rgexport"],
         precision=manifest.precision,
         compute=manifest.compute,

@@ -21,8 +21,8 @@ class CheckRecord:
         kl: mean KL(original ‖ artifact) over these positions, in nats; None where it was not
             measured or is no number.
         kl_standard_error: of that mean, positions taken as independent.
-        relative_max: max |Δlogit| / max |logit| against the twin, the reference that has exactly
-            the artifact's weights.
+        relative_max: max |Δlogit| / max |logit| against the dequantized reference,
+            which has the artifact's weights.
         engine: what ran it, and which version.
     """
 
@@ -37,7 +37,7 @@ class CheckRecord:
 
     @property
     def sentence(self) -> str:
-        """All of it in one line, whatever somebody's manifest holds."""
+        """All of it in one line of printable characters."""
         return "".join(c if c.isprintable() else "?" for c in self._sentence())
 
     def _sentence(self) -> str:
@@ -50,16 +50,16 @@ class CheckRecord:
 
     @property
     def occasion(self) -> str:
-        """On what it was checked, and in what."""
+        """The tokens and the engine."""
         some = f" ({self.positions} compared)" if self.positions < self.tokens else ""
         return f"Checked on {self.tokens} tokens{some} in {self.engine}"
 
     @property
     def measured(self) -> str:
-        """The two numbers."""
+        """KL and the largest difference."""
         return (
-            f"KL to the original {self.nats}, {self.share} of the largest logit from the "
-            "dequantized reference"
+            f"KL to the original {self.nats}; largest difference to the dequantized reference "
+            f"{self.share} of the largest logit"
         )
 
     @property
@@ -71,7 +71,7 @@ class CheckRecord:
 
     @property
     def share(self) -> str:
-        """The largest difference from the twin, of the largest logit."""
+        """The largest difference to the dequantized reference, of the largest logit."""
         return "not a number" if self.relative_max is None else f"{100 * self.relative_max:.2g} %"
 
 
@@ -83,4 +83,4 @@ def skipped(reason: str) -> CheckRecord:
 NOT_ASKED_FOR = skipped("it was not asked for")
 
 SelfCheck = Callable[[Path], CheckRecord]
-"""Opens and runs an artifact that is complete but for its check, and not yet in its place."""
+"""Checks an artifact that is complete, but not yet renamed to its target."""

@@ -170,11 +170,11 @@ def _headline(d: Description) -> str:
 
 def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, int]) -> str:
     if reason:
-        return f"Here it would run on {runs} kernels, without native ones: {reason}."
+        return f"Native kernels: none ({reason}); it runs on {runs} kernels."
     counts = ", ".join(f"{ops[name]} {name}" for name in native)
     rest = ", ".join(f"{ops[name]} {name}" for name in ops if name not in native)
-    others = f"; by their bodies of standard ops: {rest}" if rest else ""
-    return f"Here it would run on {runs} kernels: {counts}{others}."
+    others = f"; as standard ops: {rest}" if rest else ""
+    return f"It runs on {runs} kernels: {counts}{others}."
 
 
 def _closing(d: Description) -> str:
@@ -193,7 +193,7 @@ _CLOSING = {
     ("checkpoint", True): "No problems: every value was checked.",
     ("checkpoint", False): "No problems in the headers (--verify checks every value).",
     ("artifact", True): "All hashes were verified.",
-    ("artifact", False): "Sizes are right; hashes were verified when each file was first seen "
+    ("artifact", False): "File sizes match; hashes were verified when each file was first seen "
     "(--verify does it again).",
 }
 

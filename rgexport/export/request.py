@@ -148,7 +148,7 @@ def _next_step(artifact: Artifact) -> str:
     if not artifact.manifest.has_tokenizer:
         return f"It has no tokenizer; try: rgexport generate {path} --ids 2"
     if artifact.manifest.instruction_tuned:
-        return f"Talk to it: rgexport chat {path}"
+        return f"Chat with it: rgexport chat {path}"
     line = f'Try: rgexport generate {path} -p "The meaning of life is"'
     tuned = _TUNED.get(artifact.manifest.name)
     return line + (f" (a base model; to chat, export --size {tuned})" if tuned else "")

@@ -61,8 +61,8 @@ CHECKED = CheckRecord(
         ),
         (
             CHECKED,
-            "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats, "
-            "0.4 % of the largest logit from the dequantized reference: verified.",
+            "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats; "
+            "largest difference to the dequantized reference 0.4 % of the largest logit: verified.",
         ),
     ],
 )
@@ -84,7 +84,7 @@ TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
     ("change", "advice"),
     [
         ({}, "It has no tokenizer; try: rgexport generate out --ids 2"),
-        ({"files": TOKENIZER, "instruction_tuned": True}, "Talk to it: rgexport chat out"),
+        ({"files": TOKENIZER, "instruction_tuned": True}, "Chat with it: rgexport chat out"),
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
         (
             {"kind": "coreml"},

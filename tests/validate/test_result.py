@@ -69,7 +69,7 @@ def test_the_report_is_plain_text_of_limited_width(
     assert "\x1b" not in text
     table = [line for line in text.splitlines() if "   " in line]
     assert max(map(len, table)) <= 100
-    for part in ("KL 99th percentile", "worst state", "rglru", "projection", "bit for bit"):
+    for part in ("KL 99th percentile", "worst state", "rglru", "projection", "stored unchanged"):
         assert part in text.replace("rg_lru", "rglru")
 
 

@@ -13,11 +13,11 @@ _DESKTOP = """\
     pip install rgexport
     rgexport {verb}
 
-`model.onnx` runs in any ONNX Runtime with nothing registered. Its inputs are `input_ids` and
+`model.onnx` runs in any ONNX Runtime, without custom ops. Its inputs are `input_ids` and
 `position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
 new states."""
 _BROWSER = """\
-In a browser, with onnxruntime-web 1.30 or later, in which nothing has to be registered:
+In a browser, with onnxruntime-web 1.30 or later, without custom ops:
 
     import * as ort from "onnxruntime-web/{profile}";
     const session = await ort.InferenceSession.create("model.onnx", {{

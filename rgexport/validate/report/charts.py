@@ -194,7 +194,7 @@ def site_charts(report: SiteReport) -> Iterator[Chart]:
         ranges += f"; outside the layers: up to {number(float(np.max(outside)))}"
     yield _layer_chart(
         "Error of each layer's own ops",
-        f"Error in units of its limit, {ranges}. Up to 1 it is rounding.",
+        f"Error ÷ limit, {ranges}. Values up to 1 pass.",
         "error ÷ limit",
         series,
         Series("limit", "limit", [(0, 1.0)]),

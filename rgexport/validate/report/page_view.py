@@ -41,19 +41,19 @@ from rgexport.validate.weights.weight_errors import WeightError
 
 _LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
-    "PASS": "It computes what it should: all {} checks passed.",
-    "AMBIGUOUS": "{}: the limit lies within the error bar.",
+    "PASS": "It matches its references: all {} checks passed.",
+    "AMBIGUOUS": "{}: the limit lies within the error margin.",
     "FAIL": "{}.",
 }
 _SECTIONS = {
     "compared": "What was compared",
-    "texts": "What both write",
+    "texts": "Greedy continuations",
     "suspects": "Suspects",
     "charts": "Where it differs",
     "ops": "Per-op check",
     "costs": "Layers by what their quantization costs",
     "numbers": "All numbers",
-    "itself": "Against itself",
+    "itself": "Consistency",
     "file": "Against the reference file",
     "weights": "Weights by role",
     "worst": "The worst positions",
@@ -179,7 +179,7 @@ def op_bars(errors: Sequence[SiteError]) -> BarTable:
         (kind, number(e.excess), e.state or e.site, str(e.length), number(e.rms), number(e.median))
         for kind, e in ranked
     ]
-    header = ("op", "of its limit", "where it is worst", "tokens", "rms", "median")
+    header = ("op", "÷ limit", "where it is worst", "tokens", "rms", "median")
     numbers = (header[1], *header[3:])
     return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
 

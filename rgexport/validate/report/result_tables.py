@@ -51,7 +51,9 @@ def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
     return Table(title, (*names, *numbers), list(rows), numbers)
 
 
-def _first(rows: Sequence[Row], most: int = WORST, words: str = "better ones") -> Iterator[Row]:
+def _first(
+    rows: Sequence[Row], most: int = WORST, words: str = "with smaller errors"
+) -> Iterator[Row]:
     yield from rows[:most]
     if len(rows) > most:
         yield f"… and {len(rows) - most} {words}", *[""] * (len(rows[0]) - 1)
@@ -66,7 +68,7 @@ _SUMMARY: dict[str, Callable[[Compared], str]] = {
     "KL, nats per token": lambda c: mean_kl(c.kl),
     "top-1 agreement": lambda c: percent(c.agreement.top1),
     "RMS logit error": lambda c: number(c.logits.relative_rms),
-    "worst state error": lambda c: number(worst(c.states)),
+    "worst state error at end": lambda c: number(worst(c.states)),
     "perplexity": _perplexity,
 }
 
@@ -155,7 +157,7 @@ def itself_table(r: Result) -> Table:
     for name, found in r.equivalences.items():
         state = number(worst(found.states)) if found.states else ""
         rows.append((SAME[name], f"{found.tokens}", number(found.logits.relative_max), state))
-    return _table("Against itself", ("the same …",), ("tokens", "logits", "states"), rows)
+    return _table("Consistency", ("the same …",), ("tokens", "logits", "states"), rows)
 
 
 def file_table(found: AgainstFile) -> Table:
@@ -234,7 +236,7 @@ def _rows_by_scheme(
             noise = number(e.noise), number(last(e))
             yield e.name, scheme, number(e.relative_error), f"{e.projection:.5f}", *noise
         if len(inexact) > WORST:
-            yield f"… and {len(inexact) - WORST} better ones", scheme, "", "", "", ""
+            yield f"… and {len(inexact) - WORST} with smaller errors", scheme, "", "", "", ""
         if count := len(group) - len(inexact):
             yield f"{count} tensors, {words}", scheme, "0", "1", "0", "0"
 
@@ -246,7 +248,7 @@ def weight_table(errors: Sequence[WeightError]) -> Table:
         exact=lambda e: e.max_steps == 0,
         rank=lambda e: e.relative_error,
         last=lambda e: e.max_steps,
-        words="bit for bit",
+        words="stored unchanged",
     )
     return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
 
@@ -287,7 +289,7 @@ def _site_table(report: SiteReport) -> Table:
     )
     rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
     rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
-    return _table(title, ("op",), ("tokens", "rms", "median", "of its limit"), rows)
+    return _table(title, ("op",), ("tokens", "rms", "median", "÷ limit"), rows)
 
 
 def _site_row(e: SiteError) -> Row:
@@ -306,7 +308,7 @@ def _cost_table(costs: Sequence[LayerCost]) -> Table:
         rows.append((c.part, kl, f"{100 * c.kl / total:.1f} %", f"{100 * c.top1:.1f} %"))
     if rest := ranked[most:]:
         share = f"{100 * sum(cost.kl for cost in rest) / total:.1f} %"
-        rows.append((f"… and {len(rest)} better ones", "", share, ""))
+        rows.append((f"… and {len(rest)} cheaper ones", "", share, ""))
     title = "Layers: KL to the original if only this one were stored so"
     return _table(title, ("part",), ("KL", "share", "top-1"), rows)
 

@@ -44,8 +44,8 @@ MOST_SUSPECTS = 3
 """Of each artifact where there are several."""
 _WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 _MEANING = (
-    "The dequantized reference has the artifact's own weights: the distance to it is the export's, "
-    "that to the original is what compression cost."
+    "The dequantized reference has the artifact's own weights: the difference to it is the error "
+    "of the export, the difference to the original is the cost of quantization."
 )
 
 

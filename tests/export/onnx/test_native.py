@@ -107,7 +107,7 @@ def test_turned_off(monkeypatch):
 def test_inspect_names_the_kernels(demo_artifact, built, capsys):
     assert run(["inspect", str(demo_artifact)]) == 0
     shown = capsys.readouterr().out
-    assert "Here it would run on native avx2 kernels: " in shown and "RgLruScan" in shown
+    assert "It runs on native avx2 kernels: " in shown and "RgLruScan" in shown
     built.setattr(build, "kernels", lambda: Kernels(reason="nobody built them"))
     assert run(["inspect", str(demo_artifact)]) == 0
     assert "stock kernels, without native ones: nobody built them." in capsys.readouterr().out

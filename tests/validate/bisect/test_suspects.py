@@ -141,7 +141,7 @@ def test_tables():
     assert "3 of 12 beyond the limit; 1 not shown by the engine" in text
     assert "layers.8.mlp_block.mul" in text and "layers.1.mlp_block.mul" not in text
     assert "layers.19 0.019 ± 0.0001 10.0 % 81.0 %" in text
-    assert "… and 10 better ones 23.7 %" in text
+    assert "… and 10 cheaper ones 23.7 %" in text
 
 
 def test_tables_of_nothing():

@@ -113,7 +113,7 @@ def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
     count = len(result.checks)
     text = Page(render_page([result])).text
     body = text[text.index("}") :]
-    assert 0 < body.index("PASS") < body.index(f"It computes what it should: all {count} checks")
+    assert 0 < body.index("PASS") < body.index(f"It matches its references: all {count} checks")
     assert body.index("Compression cost") < body.index("What was compared")
     failed = Page(render_page([with_nan(result)])).text
     assert f"1 of {count} checks failed" in failed
@@ -190,7 +190,7 @@ def test_both_texts_stand_side_by_side(result: Result) -> None:
     found = dataclasses.replace(result, continuations=[written])
     text = Page(render_page([found])).text
     assert text.index("original the sea") < text.index("1 of 16 tokens in common the hill")
-    assert "What both write" not in Page(render_page([result])).text
+    assert "Greedy continuations" not in Page(render_page([result])).text
     assert "<script" not in render_page([found])
 
 
