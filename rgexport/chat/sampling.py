@@ -34,6 +34,11 @@ class Sampler:
         ):
             if not valid:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected {expected}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise RequestError(
+                "top_k and top_p change nothing at temperature 0, which takes the most likely "
+                "token; pass a temperature too, such as --temperature 0.7"
+            )
         object.__setattr__(self, "_rng", np.random.default_rng(self.seed))
 
     def __call__(self, logits: np.ndarray) -> int:

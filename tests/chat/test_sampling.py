@@ -83,6 +83,13 @@ def test_an_option_out_of_range_is_named(options: dict[str, float]) -> None:
         Sampler(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.9}])
+def test_options_of_sampling_need_a_temperature(option: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match="change nothing at temperature 0"):
+        Sampler(**option)  # type: ignore[arg-type]
+    Sampler(temperature=0.7, **option)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("logits", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]])
 def test_logits_that_are_no_numbers_are_an_error(logits: list[float], temperature: float) -> None:

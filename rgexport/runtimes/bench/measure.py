@@ -78,10 +78,14 @@ class BenchRequest:
         """Checks that there is something to measure; lengths of 0 are left out.
 
         Raises:
-            RequestError: all lengths are 0.
+            RequestError: all lengths are 0, or an option that changes nothing.
         """
         if not any((*self.prompts, *self.tokens)):
             raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
+        if self.synthetic and not any(self.depths):
+            raise RequestError(
+                "--synthetic changes nothing at depth 0; give -d a depth, such as 4096"
+            )
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:

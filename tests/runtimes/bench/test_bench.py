@@ -176,6 +176,11 @@ def test_lengths_are_taken_once_and_zeros_left_out():
         BenchRequest.parse("0", "0", "5")
 
 
+def test_a_synthetic_state_needs_a_depth():
+    with pytest.raises(RequestError, match="--synthetic changes nothing at depth 0"):
+        BenchRequest.parse("8", "0", "0", synthetic=True)
+
+
 ROW = Row("tg8", 4096, "processed", 2, 12.5, 0.5, 12.25, 1.02, 2e9, 3e10, 0.8333, 1 << 30, 2 << 30,
           *(1.0, 3 << 30, "model", "engine", "1.0", "native avx2", 2, "a processor"))  # fmt: skip
 
