@@ -1,4 +1,4 @@
-"""The command line: what every command ends in. The commands themselves are in `commands`."""
+"""The command line: exit codes and lines of error. The commands are in `commands`."""
 
 import io
 import os
@@ -29,9 +29,9 @@ def main() -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Lets every stream be used: a closed one leads nowhere, what it cannot encode becomes `?`.
+    """Opens the null device for closed streams; stdout writes `?` for what it cannot encode.
 
-    In the order of their numbers, so that no file of ours is taken for one of them.
+    In the order of their numbers, so that no file opened later gets the number of a stream.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
 
 
 def error_line(error: Exception) -> str:
-    """What is told of an error that a request or the system led to."""
+    """The line for an error of a request or of the system."""
     if isinstance(error, OSError):
         return one_line(f"{error.filename or 'the system'}: {error.strerror or error}")
     return one_line(str(error))

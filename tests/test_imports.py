@@ -62,10 +62,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def imports_on_load(module: Path) -> set[str]:
     """What a module imports when it is loaded: not in functions, not for type checkers."""
-    tree = ast.parse(module.read_text())
-    outside = [node for node in tree.body if not is_type_checking(node)]
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return {n for node in outside if not isinstance(node, functions) for n in imports(node)}
+    return set(names_on_load(ast.parse(module.read_text())))
+
+
+def names_on_load(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from names_on_load(node)
+        elif not isinstance(node, ast.FunctionDef) and not is_type_checking(node):
+            yield from imports(node)
 
 
 def is_type_checking(node: ast.stmt) -> bool:

@@ -1,1 +1,1 @@
-"""The commands of the command line: thin ones, no logic."""
+"""One thin function per command."""

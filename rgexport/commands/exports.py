@@ -1,4 +1,4 @@
-"""Commands that make models: artifacts of a checkpoint, and synthetic checkpoints."""
+"""Commands that export a checkpoint, or write a synthetic one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -114,7 +114,7 @@ def _export_folder(
     no_check: bool,
     **options: Any,
 ) -> int:
-    """What the commands that make a folder have in common; `options` are the format's own."""
+    """Exports to a folder; `options` are those of the format."""
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.request import default_target, precision_word
     from rgexport.files.atomic import check_target
@@ -134,14 +134,14 @@ def _export_folder(
 
 
 def _self_check(checkpoint: Any, no_check: bool) -> Callable[[Path], Any] | None:
-    """What an export ends with, unless it was declined."""
+    """The self-check of an export; None with --no-check."""
     from rgexport.validate.self_check import self_check
 
     return None if no_check else partial(self_check, checkpoint)
 
 
 def _close(target: Path) -> int:
-    """Tells what was made, and how its self-check ended: the exit code is 1 where badly."""
+    """Prints the artifact and its self-check; exit code 1 if that says `unverified`."""
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import open_artifact
     from rgexport.export.request import check_line, closing_line

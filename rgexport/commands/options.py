@@ -37,7 +37,7 @@ def _set_no_native(context: click.Context, parameter: click.Parameter, value: bo
 
 @contextmanager
 def _no_native() -> Iterator[None]:
-    """As if the variable were set, as long as the command runs."""
+    """Sets the variable while the command runs."""
     before = os.environ.get(NO_NATIVE)
     os.environ[NO_NATIVE] = "1"
     try:

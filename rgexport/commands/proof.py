@@ -1,4 +1,4 @@
-"""Commands that tell what a file is, and whether it is right."""
+"""Commands that inspect, and that validate."""
 
 from pathlib import Path
 from typing import Any
