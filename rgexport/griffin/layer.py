@@ -1,8 +1,8 @@
 """The ops of a layer, and the names of their tensors in every format.
 
 Canonical tensors (`layout`), sites (`sites`), and the names in DeepMind's checkpoints (`deepmind`),
-GGUF files (`export.gguf.naming`) and llama.cpp's graph (`runtimes.llama_cpp.sites`) are all derived
-from this table. Hugging Face's names are the canonical ones with the prefix `model.`.
+GGUF files (`export.gguf.naming`) and llama.cpp's graph (`runtimes.llama_cpp.observer`) are all
+derived from this table. Hugging Face's names are the canonical ones with the prefix `model.`.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,15 +32,15 @@ class Op:
     """One op of a layer.
 
     Attributes:
-        site: its canonical name within the layer; its tensors' names begin with it.
+        site: its canonical name within the layer; its tensors' names are this and their `end`.
         tensors: those that it reads.
         deepmind: the beginning of their names in DeepMind's files, after `blocks.{i}.`; empty
             where the tensors do not map one to one.
         gguf: the beginning of their names in GGUF files, after `blk.{i}.`.
         graph: the tensor of llama.cpp's graph that holds the result (`cb` in
             kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp, commit
-            0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`. Empty
-            where the op is computed together with the next one.
+            0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`, such as
+            `Qcur/ROPE`. Empty where the op is computed together with the next one.
     """
 
     site: str

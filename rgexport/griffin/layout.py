@@ -7,7 +7,7 @@ Canonical names and shapes are Hugging Face's without the leading `model.`; line
 from dataclasses import dataclass
 
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import Op, Role, layer_ops
+from rgexport.griffin.layer import Op, Role, all_ops, layer_ops
 
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
 """Roles that may be stored in fewer than 16 bits.
@@ -28,6 +28,31 @@ class TensorSpec:
 
 _STORED = "norm", "linear", "conv", "a_param", "gate"
 """The order of a block's tensors in files, by the role of their op's weight."""
+
+
+_USERS: dict[str, tuple[str, Role]] = {
+    f"{op.site}{tensor.end}": (op.site, tensor.role)
+    for op in all_ops().values()
+    for tensor in op.tensors
+}
+"""Name of a tensor within a layer → the site that uses it, and its role."""
+_GLOBAL: dict[str, tuple[str, Role]] = {
+    EMBEDDING: ("embed_tokens", "embedding"),
+    "final_norm.weight": ("final_norm", "norm"),
+}
+
+
+def site_of(name: str) -> str:
+    """The op that uses a tensor, such as `layers.3.mlp_block.up_proj`."""
+    if name in _GLOBAL:
+        return _GLOBAL[name][0]
+    layers, index, local = name.split(".", 2)
+    return f"{layers}.{index}.{_USERS[local][0]}"
+
+
+def role_of(name: str) -> Role:
+    """The role of a tensor by its canonical name."""
+    return _GLOBAL[name][1] if name in _GLOBAL else _USERS[name.split(".", 2)[2]][1]
 
 
 def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:

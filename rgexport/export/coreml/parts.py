@@ -9,6 +9,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
+from rgexport.griffin.layer import Role
+from rgexport.griffin.layout import role_of
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted
@@ -53,11 +55,12 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
     return layouts
 
 
+_TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
+
+
 def transform_of(name: str) -> Transform:
     """How the values of the tensor `name` are changed before they are stored."""
-    if name.endswith("norm.weight"):
-        return NORM
-    return DECAY if name.endswith(".recurrent_param") else PLAIN
+    return _TRANSFORMS.get(role_of(name), PLAIN)
 
 
 def encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:

@@ -17,6 +17,7 @@ from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import FileValue, Function, Name, Operation, TensorType
 from rgexport.export.typed_json import parse
 from rgexport.files.hashing import hash_file
+from rgexport.griffin.layout import site_of
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of a package's metadata: the Griffin configuration, and the hash of each stored part."""
@@ -156,7 +157,7 @@ def _words(place: tuple[Path, int] | None) -> str:
 
 def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Weights that are used at another site than their own, or nowhere."""
-    sites = {_operation_name(tensor): tensor.rpartition(".")[0] for tensor in tensors}
+    sites = {_operation_name(tensor): site_of(tensor) for tensor in tensors}
     unused = dict.fromkeys(sites)
     for operation in function.walk():
         for value in chain(*operation.inputs.values()):

@@ -1,10 +1,10 @@
 """Suspects: the sites that wrong ops, wrong weights and a wrong configuration point to."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rgexport.griffin.layout import site_of
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.checks import Check
@@ -21,8 +21,6 @@ CONFIG_SITES: dict[str, tuple[str, ...]] = {
 
 The other fields are shapes: models in which they differ cannot be compared.
 """
-_PART = re.compile(r"[._](weight|bias|recurrent_param)$")
-"""What follows the site in the name of a tensor that it uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:
     for check in failed:
         tensor, _, measure = check.name.partition(".")[2].rpartition(".")
         evidence = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
-        yield _Finding(_PART.sub("", tensor), evidence, check.excess)
+        yield _Finding(site_of(tensor), evidence, check.excess)
 
 
 def _from_config(differences: Sequence[str], beyond: Sequence[SiteError]) -> Iterator[_Finding]:

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType, quants
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize import affine, palette
+from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
@@ -39,11 +40,11 @@ def store(
 ) -> np.ndarray:
     """Ŵ, with all scales or tables multiplied by `gain`."""
     if isinstance(scheme, Affine):
-        parts = affine.encode(w, scheme)
+        parts = encode("w", w, scheme)
         parts["scales"] = (parts["scales"] * np.float32(gain)).astype(scheme.scale)
         return affine.decode(parts, scheme, w.shape[1])
     if isinstance(scheme, Palette):
-        parts = palette.encode(w, scheme)
+        parts = encode("w", w, scheme)
         parts["lut"] = (parts["lut"] * np.float32(gain)).astype(scheme.lut)
         return palette.decode(parts, scheme, w.shape[1])
     if isinstance(scheme, Ggml):
