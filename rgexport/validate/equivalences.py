@@ -71,8 +71,8 @@ def equivalences(
     restored = _against(chunk, Chunk(logits, session.get_state()), len(tokens))
     if session.info.whole_chunks:
         tokens = np.resize(tokens, taken_again(session.info))
-        sizes = [len(tokens) - STEPS, STEPS]
-        chunk = _pieces(session, tokens, before, sizes, most_logits + STEPS)
+        session.set_state(before)
+        chunk = _whole_chunk(session, tokens, most_logits)
     found = {}
     for name, sizes in (
         ("steps", [1] * len(tokens)),
@@ -126,3 +126,14 @@ def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
         size = min(count, next(sizes))
         yield size
         count -= size
+
+
+def _whole_chunk(session: Session, tokens: np.ndarray, most_logits: int) -> Chunk:
+    """Takes a chunk with as many logits as it gives, and the tokens after it with all of theirs."""
+    known = min(session.info.prefill_chunk, most_logits)
+    count = known if session.info.chunk_logits else 1
+    logits = [
+        session.prefill(part[None], num_logits=wanted)[0]
+        for part, wanted in ((tokens[:-STEPS], count), (tokens[-STEPS:], STEPS))
+    ]
+    return Chunk(np.concatenate(logits), session.get_state())

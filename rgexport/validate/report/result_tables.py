@@ -157,7 +157,7 @@ def itself_table(r: Result) -> Table:
     for name, found in r.equivalences.items():
         state = number(worst(found.states)) if found.states else ""
         rows.append((SAME[name], f"{found.tokens}", number(found.logits.relative_max), state))
-    return _table("Consistency", ("the same …",), ("tokens", "logits", "states"), rows)
+    return _table("Consistency", ("expected",), ("tokens", "logits", "states"), rows)
 
 
 def file_table(found: AgainstFile) -> Table:

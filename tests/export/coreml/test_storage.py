@@ -17,25 +17,33 @@ from rgexport.quantize.scheme import Affine, Float, Palette
 _BlobStorageReader = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageReader
 
 PLAN = {
-    "a.weight": Affine(4, 32, symmetric=True, scale="float16"),
-    "b.weight": Affine(4, 32, symmetric=False, scale="float16"),
-    "c.weight": Affine(8, None, symmetric=True, scale="float32"),
-    "d.weight": Affine(8, 32, symmetric=False, scale="float16"),
-    "e.weight": Palette(group=8),
-    "f.weight": Float("float16"),
-    "g_norm.weight": Float("float32"),
-    "h.recurrent_param": Float("float32"),
+    "layers.0.mlp_block.gate_proj.weight": Affine(4, 32, symmetric=True, scale="float16"),
+    "layers.0.mlp_block.up_proj.weight": Affine(4, 32, symmetric=False, scale="float16"),
+    "layers.0.mlp_block.down_proj.weight": Affine(8, None, symmetric=True, scale="float32"),
+    "layers.1.mlp_block.gate_proj.weight": Affine(8, 32, symmetric=False, scale="float16"),
+    "layers.1.mlp_block.up_proj.weight": Palette(group=8),
+    "layers.1.mlp_block.down_proj.weight": Float("float16"),
+    "final_norm.weight": Float("float32"),
+    "layers.0.temporal_block.rg_lru.recurrent_param": Float("float32"),
 }
-VECTORS = {"g_norm.weight", "h.recurrent_param"}
+VECTORS = {"final_norm.weight", "layers.0.temporal_block.rg_lru.recurrent_param"}
 MIL_DTYPES = {
-    "a.weight": {"data": "int4", "scales": "float16"},
-    "b.weight": {"data": "uint4", "scales": "float16", "zero_points": "uint4"},
-    "c.weight": {"data": "int8", "scales": "float32"},
-    "d.weight": {"data": "uint8", "scales": "float16", "zero_points": "uint8"},
-    "e.weight": {"data": "uint4", "lut": "float16"},
-    "f.weight": {"data": "float16"},
-    "g_norm.weight": {"data": "float32"},
-    "h.recurrent_param": {"data": "float32"},
+    "layers.0.mlp_block.gate_proj.weight": {"data": "int4", "scales": "float16"},
+    "layers.0.mlp_block.up_proj.weight": {
+        "data": "uint4",
+        "scales": "float16",
+        "zero_points": "uint4",
+    },
+    "layers.0.mlp_block.down_proj.weight": {"data": "int8", "scales": "float32"},
+    "layers.1.mlp_block.gate_proj.weight": {
+        "data": "uint8",
+        "scales": "float16",
+        "zero_points": "uint8",
+    },
+    "layers.1.mlp_block.up_proj.weight": {"data": "uint4", "lut": "float16"},
+    "layers.1.mlp_block.down_proj.weight": {"data": "float16"},
+    "final_norm.weight": {"data": "float32"},
+    "layers.0.temporal_block.rg_lru.recurrent_param": {"data": "float32"},
 }
 _READERS = {"float16": "fp16", "float32": "float"}
 
@@ -117,7 +125,15 @@ def test_what_is_decoded_is_what_was_folded(weights, tmp_path):
         assert not np.allclose(values, weights[name])
 
 
-@pytest.mark.parametrize("name", ["a.weight", "b.weight", "e.weight", "f.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.mlp_block.gate_proj.weight",
+        "layers.0.mlp_block.up_proj.weight",
+        "layers.1.mlp_block.up_proj.weight",
+        "layers.1.mlp_block.down_proj.weight",
+    ],
+)
 def test_a_weight_beyond_float16_is_named(name, weights, tmp_path):
     weights[name][3, 5] = 3e6
     with pytest.raises(RequestError, match=f"^{name}: (a weight|weights) of .* more than float16"):
