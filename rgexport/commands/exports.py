@@ -101,43 +101,51 @@ def _export_folder(
     kind: str,
     options_of: Callable[..., Any],
     export: Callable[..., Path],
+    int4: bool,
+    int8: bool,
+    precision: str | None,
+    **request: Any,
+) -> int:
+    from rgexport.export.manifest_reader import is_artifact
+    from rgexport.export.request import default_target, precision_word
+    from rgexport.files.atomic import check_target
+
+    def target(name: str, asked: Any) -> Path:
+        profile = getattr(asked, "profile", "cpu")
+        return default_target(name, asked.precision_word, kind, profile)
+
+    word = precision_word(precision, int4, int8, kind)
+    check = partial(check_target, replaceable=is_artifact)
+    return _export(options_of, export, check, target, precision=word, **request)
+
+
+def _export(
+    options_of: Callable[..., Any],
+    export: Callable[..., Path],
+    check_target: Callable[..., None],
+    default_target: Callable[[str, Any], Path],
     model: str | None,
     size: str | None,
     window: int | None,
     soft_cap: float | None,
-    int4: bool,
-    int8: bool,
-    precision: str | None,
     plan: Path | None,
     output: Path | None,
     force: bool,
     no_check: bool,
     **options: Any,
 ) -> int:
-    """Exports to a folder; `options` are those of the format."""
-    from rgexport.export.manifest_reader import is_artifact
-    from rgexport.export.request import default_target, precision_word
-    from rgexport.files.atomic import check_target
+    """Opens the checkpoint and exports it; `options` are those of the format."""
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
-
-    options["precision"] = precision_word(precision, int4, int8, kind)
-    if output:
-        check_target(output, force=force, replaceable=is_artifact)
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
-    asked = options_of(**options)
-    profile = options.get("profile", "cpu")
-    target = output or default_target(checkpoint.name, asked.precision_word, kind, profile)
-    check = _self_check(checkpoint, no_check)
-    return _close(export(checkpoint, asked, target, force=force, check=check))
-
-
-def _self_check(checkpoint: Any, no_check: bool) -> Callable[[Path], Any] | None:
-    """The self-check of an export; None with --no-check."""
     from rgexport.validate.self_check import self_check
 
-    return None if no_check else partial(self_check, checkpoint)
+    if output:
+        check_target(output, force=force)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    asked = options_of(plan=load_plan(plan, checkpoint.config) if plan else None, **options)
+    target = output or default_target(checkpoint.name, asked)
+    check = None if no_check else partial(self_check, checkpoint)
+    return _close(export(checkpoint, asked, target, force=force, check=check))
 
 
 def _close(target: Path) -> int:
@@ -185,21 +193,7 @@ def _close(target: Path) -> int:
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @check_option
 @verbose
-def gguf(
-    model: str | None,
-    size: str | None,
-    window: int | None,
-    soft_cap: float | None,
-    int4: bool,
-    int8: bool,
-    kind: str | None,
-    precision: str | None,
-    plan: Path | None,
-    output: Path | None,
-    force: bool,
-    no_check: bool,
-    **options: Any,
-) -> int:
+def gguf(int4: bool, int8: bool, kind: str | None, precision: str | None, **request: Any) -> int:
     """Exports a checkpoint to GGUF, for llama.cpp.
 
     The types: f32, f16, bf16, q8_0, q6_k, q5_1, q5_0, q5_k_m, q5_k_s, q4_1, q4_0, q4_k_m, q4_k_s,
@@ -210,19 +204,14 @@ def gguf(
     from rgexport.export.gguf.options import GgufOptions, type_word
     from rgexport.export.request import precision_word
     from rgexport.files.atomic import check_file_target
-    from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.gguf_header import is_gguf
-    from rgexport.quantize.plan import load_plan
 
-    options["type"] = type_word(kind, precision_word(precision, int4, int8, "gguf"))
-    if output:
-        check_file_target(output, force=force, replaceable=is_gguf)
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-    options["plan"] = load_plan(plan, checkpoint.config) if plan else None
-    asked = GgufOptions(**options)
-    target = output or default_target(checkpoint.name, asked.file_type.name)
-    check = _self_check(checkpoint, no_check)
-    return _close(export_gguf(checkpoint, asked, target, force=force, check=check))
+    def target(name: str, asked: GgufOptions) -> Path:
+        return default_target(name, asked.file_type.name)
+
+    word = type_word(kind, precision_word(precision, int4, int8, "gguf"))
+    check = partial(check_file_target, replaceable=is_gguf)
+    return _export(GgufOptions, export_gguf, check, target, type=word, **request)
 
 
 @click.command()
