@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,3 +71,12 @@ def test_ragged_chunks_hold_a_whole_chunk_at_another_offset() -> None:
     assert (3, 64) in {
         (sum(session.chunks[i - 3 : i]), size) for i, size in enumerate(session.chunks) if i >= 3
     }
+
+
+def test_tokens_after_a_short_chunk_keep_their_logits() -> None:
+    """A second chunk instead of single tokens would leave one row of logits to compare."""
+    session = WholeChunksSession(chunk_logits=False)
+    session.info = replace(session.info, prefill_chunk=7)
+    found(session)
+    after = {session.chunks[i + 1] for i, size in enumerate(session.chunks[:-1]) if size == 7}
+    assert after == {1}
