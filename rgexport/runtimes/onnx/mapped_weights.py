@@ -6,6 +6,7 @@ Where the kernel keeps files in large folios (Linux 6.16 and ext4, XFS, btrfs), 
 it read ahead in huge pages; elsewhere that is ignored. Nothing is copied.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ class MappedWeights:
         if dtype is None or path.parent != self._folder or not path.is_file():
             return None
         file = self._map(path)
-        count = int(np.prod(tensor.shape, dtype=np.int64))
+        count = math.prod(tensor.shape)
         end = tensor.offset + count * np.dtype(dtype).itemsize
         if count == 0 or not 0 <= tensor.offset < end <= len(file):
             return None

@@ -59,6 +59,7 @@ def test_values_are_those_of_the_file(folder):
 @pytest.mark.parametrize(
     "wrong",
     [
+        tensor("wrong", UINT8, (3, 6148914691236517206), 0),  # 2 modulo 2^64
         tensor("beyond the end", UINT8, (1, 2), SIZE - 1),
         tensor("before the start", UINT8, (4,), -4),
         tensor("empty", UINT8, (0, 4), 0),
