@@ -194,7 +194,7 @@ class _Reader:
         self._path, self._places = path, places
         self._storages: dict[str, _Storage] = {}
         self._memo: dict[int, Any] = {}
-        self._marks: list[int] = []
+        self._outer: list[list[Any]] = []
         self.stack: list[Any] = []
 
     def read(self, stream: bytes) -> Any:
@@ -217,11 +217,13 @@ class _Reader:
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def mark(self) -> None:
-        self._marks.append(len(self.stack))
+        self._outer.append(self.stack)
+        self.stack = []
 
     def pop_marked(self) -> list[Any]:
-        """The values since the last mark."""
-        return self.pop(len(self.stack) - self._marks.pop())
+        """The values since the last mark, below which no opcode can reach."""
+        values, self.stack = self.stack, self._outer.pop()
+        return values
 
     def put(self, index: int) -> None:
         self._memo[index] = self.stack[-1]
