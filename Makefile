@@ -73,8 +73,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
-	$(BIN)/python -m rgexport.kernels.onnx.build --build-folder build/native
-	touch $@
+	@$(BIN)/python -m rgexport.kernels.onnx.build --build-folder build/native
+	@touch $@
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)
@@ -90,10 +90,11 @@ $(DOCS): $(DEV)
 
 # What the demo needs; --group, below, needs pip 25.1 or later.
 $(INSTALLED): pyproject.toml hatch_build.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install -q -e '.[export]'
-	touch $@
+	@echo 'Installing rgexport into $(VENV): some minutes'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install -q -e '.[export]'
+	@touch $@
 
 # What tests, lint and benchmarks need beyond that.
 $(DEV): $(INSTALLED)
