@@ -22,7 +22,7 @@ NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeL
 .PHONY: demo docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
-	-@$(MAKE) --no-print-directory native
+	-@$(MAKE) -s --no-print-directory native
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 40 --temperature 0.7 --seed 2
