@@ -47,7 +47,7 @@ every file; `rgexport inspect` prints it, `rgexport validate` compares the model
 ## Source and licence
 
 Made from `{source}` ({source_layout} layout). An artifact is a derivative of its checkpoint: the
-checkpoint's own terms apply to it. RecurrentGemma is provided under the Gemma Terms of Use,
+checkpoint's own terms apply to it. Google's RecurrentGemma is under the Gemma Terms of Use,
 https://ai.google.dev/gemma/terms.
 """
 

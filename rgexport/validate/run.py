@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.export.opening import open_artifact
-from rgexport.progress import expect_stages
+from rgexport.progress import expect_stages, note
 from rgexport.validate.checks import parse_limits
 from rgexport.validate.comparing import compare_all
 from rgexport.validate.judging import judge
@@ -55,7 +55,11 @@ def validate_artifacts(
         reference=None if reference is None else read_reference(reference),
     )
     passes = SharedPasses()
-    results = [validate_artifact(path, request, passes) for path in artifacts]
+    results = []
+    for path in artifacts:
+        if len(artifacts) > 1:
+            note(f"{path}:")
+        results.append(validate_artifact(path, request, passes))
     _report(results, json_file, html_file)
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(result.verdict in enough for result in results) else 1

@@ -103,16 +103,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
     "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
     "time": lambda row: f"{row.time_ratio:.3f}",
-    "weights": lambda row: amount(row.bytes_per_token),
-    "reads": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
+    "weights/token": lambda row: amount(row.bytes_per_token),
+    "read speed": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
     "share": lambda row: f"{row.roofline_share:.3f}",
     "memory": lambda row: _memory(row.rss_bytes),
     "peak": lambda row: _memory(row.peak_rss_bytes),
 }
 """The columns of the tables for people.
 
-`time` is the time of a token relative to that at the lowest depth, `weights` what a token reads of
-them, `reads` the memory's read speed, and `share` how much of that speed the weights take."""
+`time` is the time of a token relative to that at the lowest depth, and `share` how much of the
+memory's read speed the weights take."""
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
