@@ -31,6 +31,14 @@ def with_nan(result: Result) -> Result:
     )
 
 
+def test_checks_have_the_values_that_were_measured(result: Result) -> None:
+    assert result.twin is not None and result.original is not None
+    found = {check.name: check.value for check in result.checks}
+    assert found["twin.logits"] == result.twin.logits.relative_max > 0
+    assert found["twin.rms"] == result.twin.logits.relative_rms > 0
+    assert found["original.rms"] == result.original.logits.relative_rms > 0
+
+
 def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     write_json([with_nan(result)], file)
