@@ -6,8 +6,8 @@ address translation. Engines do not ask the kernel for huge pages; afterwards an
 never changes what is in memory, and where it fails only speed is lost.
 
 A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
-(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/llama_cpp.md`). Our kernels
-read mapped files (`mapped_weights.py`), and have little that could be moved.
+(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/amx/llama_cpp.md`). Our
+kernels read mapped files (`mapped_weights.py`), and have little that could be moved.
 """
 
 import ctypes
