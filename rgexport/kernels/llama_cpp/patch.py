@@ -1,5 +1,6 @@
 """Adds the port to a llama.cpp checkout: all of it, or nothing."""
 
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,15 +65,31 @@ def _read(path: Path) -> str | None:
 
 
 def _write_all(texts: Mapping[Path, str]) -> None:
-    """Writes all files beside their places, then moves them there."""
-    staged = {path: path.with_name(f".{path.name}.partial") for path in texts}
+    """Writes all files or none: beside their places, then into them; undone where one fails."""
+    real = {path.resolve(): text.encode("utf-8", "surrogateescape") for path, text in texts.items()}
+    before = {path: path.read_bytes() if path.exists() else None for path in real}
+    token = secrets.token_hex(4)
+    staged = {path: path.with_name(f".{path.name}.partial-{token}") for path in real}
+    moved = []
     try:
         for path, partial in staged.items():
-            partial.write_bytes(texts[path].encode("utf-8", "surrogateescape"))
-            if path.exists():
+            partial.write_bytes(real[path])
+            if before[path] is not None:
                 shutil.copymode(path, partial)
         for path, partial in staged.items():
+            moved.append(path)
             partial.replace(path)
+    except BaseException:
+        for path in moved:
+            _restore(path, before[path])
+        raise
     finally:
         for partial in staged.values():
             partial.unlink(missing_ok=True)
+
+
+def _restore(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(content)

@@ -106,17 +106,22 @@ def test_a_folder_that_is_no_llama_cpp(tmp_path, checkout):
     assert refused(tmp_path / "bindings").endswith(f"pass {vendor / 'llama.cpp'}")
 
 
-@pytest.mark.parametrize("failing", range(len(PATCHED)))
-def test_a_full_disk_changes_nothing(checkout, failing, monkeypatch):
-    before, write_bytes, calls = contents(checkout), Path.write_bytes, []
+@pytest.mark.parametrize("failing", range(2 * len(PATCHED)))
+def test_a_write_that_fails_changes_nothing(checkout, failing, monkeypatch):
+    before, calls = contents(checkout), []
 
-    def write(path: Path, data: bytes) -> int:
-        calls.append(path)
-        if len(calls) == failing + 1:
-            raise OSError(28, "No space left on device", str(path))
-        return write_bytes(path, data)
+    def counted(method):
+        def call(self: Path, argument):
+            calls.append(self)
+            if len(calls) == failing + 1:
+                raise OSError(28, "No space left on device", str(self))
+            return method(self, argument)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(Path, "write_bytes", write)
-        patch_checkout(checkout)
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in "write_bytes", "replace":
+            patch.setattr(Path, name, counted(getattr(Path, name)))
+        with pytest.raises(OSError, match="No space left"):
+            patch_checkout(checkout)
     assert contents(checkout) == before
