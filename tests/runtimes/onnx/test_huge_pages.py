@@ -174,3 +174,13 @@ def test_where_no_advice_is_taken(monkeypatch, system, ctypes):
 def test_where_mappings_are_not_listed(monkeypatch):
     monkeypatch.setattr(module, "_MAPS", Path("/nowhere"))
     assert module._large_mappings() == set()
+
+
+@pytest.mark.parametrize("library", [_no_library, lambda name: object()])
+def test_a_native_session_needs_no_advice(demo_artifact, monkeypatch, library):
+    tokens, artifact = np.arange(2, 40)[None], open_artifact(demo_artifact)
+    expected = open_session(artifact).prefill(tokens)
+    monkeypatch.setattr(module, "ctypes", SimpleNamespace(CDLL=library))
+    session = open_session(artifact)
+    np.testing.assert_array_equal(session.prefill(tokens), expected)
+    session.close()
