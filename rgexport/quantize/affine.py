@@ -1,4 +1,4 @@
-"""Block-wise affine quantization, rounded to nearest, and its inverse.
+"""The layout of block-wise affine quantization; rounding to nearest, and the inverse.
 
 A row of K weights is cut into ceil(K / block) blocks; the last one is padded with zeros. What is
 stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row after another:
@@ -54,20 +54,39 @@ def encode(rows: np.ndarray, scheme: Affine) -> Parts:
     Raises:
         RequestError: a weight is too large for float16 scales.
     """
-    count, columns = rows.shape
-    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
-    padded = np.zeros((count, blocks * block), np.float32)
-    padded[:, :columns] = rows
-    weights = padded.reshape(count, blocks, block)
-    choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
-    scales, zeros = choose(weights, scheme)
-
+    weights = in_blocks(rows, scheme)
+    scales, zeros = extreme_scales(weights, scheme)
     weights *= np.reciprocal(scales)[..., None]
     np.rint(weights, out=weights)
     weights += zeros[..., None]
     np.clip(weights, 0, 2**scheme.bits - 1, out=weights)
+    return pack_parts(weights.astype(np.uint8), scales, zeros, scheme)
+
+
+def in_blocks(rows: np.ndarray, scheme: Affine) -> np.ndarray:
+    """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
+    count, columns = rows.shape
+    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    padded = np.zeros((count, blocks * block), np.float32)
+    padded[:, :columns] = rows
+    return padded.reshape(count, blocks, block)
+
+
+def extreme_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and zero points float32 [n, blocks] by the extremes of blocks [n, blocks, block].
+
+    Raises:
+        RequestError: a weight is too large for float16 scales.
+    """
+    choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
+    return choose(weights, scheme)
+
+
+def pack_parts(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray, scheme: Affine) -> Parts:
+    """The parts of levels uint8 [n, blocks, block] with scales and zero points [n, blocks]."""
+    count, blocks, block = levels.shape
     parts = {
-        "data": pack(padded.astype(np.uint8), scheme.bits),
+        "data": pack(levels.reshape(count, blocks * block), scheme.bits),
         "scales": scales.astype(scheme.scale),
     }
     if not scheme.symmetric:
