@@ -106,8 +106,6 @@ def decode(parts: Parts, scheme: Affine, columns: int) -> np.ndarray:
     else:
         weights -= unpack(parts["zero_points"], scheme.bits)[:, :blocks, None]
     weights *= scales[..., None]
-    if scheme.scale == "float16":
-        weights = weights.astype(np.float16).astype(np.float32)
     return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
 
 

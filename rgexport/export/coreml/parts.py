@@ -15,6 +15,7 @@ from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+from rgexport.quantize.statistics import StatisticsOf
 
 Layouts = dict[str, tuple[str, tuple[int, ...]]]
 """Part name → dtype and shape."""
@@ -63,14 +64,15 @@ def transform_of(name: str) -> Transform:
     return _TRANSFORMS.get(role_of(name), PLAIN)
 
 
-def encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
+def encode(statistics: StatisticsOf, name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
     """Rows of a checkpoint as they are stored.
 
     Raises:
         RequestError: a weight that its scheme cannot hold.
     """
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
-    parts, scheme = algorithms.encode(name, values, stored.scheme), stored.scheme
+    scheme = stored.scheme
+    parts = algorithms.encode(name, values, scheme, statistics(name))
     if isinstance(scheme, Affine):
         return _with_sign(parts, scheme, stored.parts["data"].dtype)
     return parts
@@ -82,6 +84,7 @@ def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
     scheme = stored.scheme
     if isinstance(scheme, Affine):
         rows = affine.decode(_with_sign(parts, scheme, "uint8"), scheme, columns)
+        rows = rows.astype(scheme.scale)  # as Core ML multiplies
     elif isinstance(scheme, Palette):
         rows = palette.decode(parts, scheme, columns)
     else:

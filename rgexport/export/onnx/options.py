@@ -16,6 +16,7 @@ from rgexport.export.request import (
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import num_blocks
+from rgexport.quantize.algorithms import by_algorithm
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
 
@@ -31,7 +32,8 @@ class OnnxOptions:
     `profile` is what the graph is lowered for (see `profiles`, which has a default `precision` for
     each); `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
     `plan` says for each tensor what `precision`, `block_size`, `symmetric` and
-    `embedding_precision` say for all.
+    `embedding_precision` say for all. `algorithm` chooses the levels (`quantize.algorithms`); None
+    leaves it to the plan.
     """
 
     profile: str = "cpu"
@@ -42,6 +44,7 @@ class OnnxOptions:
     embedding_precision: str | None = None
     exact: bool = False
     plan: Plan | None = None
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions.
@@ -83,6 +86,7 @@ class OnnxOptions:
         if not plan:
             linear = self._scheme(self.precision_word)
             plan = make_plan(config, linear, self._scheme(self._embedding_word))
+        plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:

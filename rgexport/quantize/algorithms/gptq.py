@@ -31,7 +31,7 @@ def encode_affine(rows: np.ndarray, scheme: Affine, statistics: Statistics | Non
         if part.start % size or (part.stop % size and part.stop != columns):
             # Some block is in two parts of H: its scale stays.
             places = np.arange(part.start, part.stop) // size
-            scale, zero = scales[:, places], zeros[:, places]
+            scale, zero = (np.ascontiguousarray(x[:, places]) for x in (scales, zeros))
             grid = Grid(1, 2**scheme.bits - 1, scale, -scale * zero)
             levels[:, own] = _chosen(rows[:, own], grid, part, levels[:, own])
             continue

@@ -11,6 +11,7 @@ from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantize.statistics import no_statistics
 
 pytest.importorskip("coremltools")
 
@@ -66,7 +67,7 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
     scheme = fitted(asked, rows.shape)
     assert isinstance(scheme, Affine | Palette)
     stored = stored_tensor(rows.shape, scheme)
-    parts = encode(NAME, rows, stored)
+    parts = encode(no_statistics, NAME, rows, stored)
     expected = as_core_ml(parts, scheme)
     assert expected.dtype == (scheme.lut if isinstance(scheme, Palette) else scheme.scale)
     np.testing.assert_array_equal(decode(NAME, parts, stored), expected.astype(np.float32))
@@ -77,7 +78,9 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
 def test_parts_are_as_declared(rows: np.ndarray, asked: Affine | Palette) -> None:
     scheme = fitted(asked, rows.shape)
     stored = stored_tensor(rows.shape, scheme)
-    found = {k: (v.dtype.name, v.shape) for k, v in encode(NAME, rows, stored).items()}
+    found = {
+        k: (v.dtype.name, v.shape) for k, v in encode(no_statistics, NAME, rows, stored).items()
+    }
     assert found == part_layouts(rows.shape, scheme)
 
 
