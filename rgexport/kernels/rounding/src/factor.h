@@ -13,14 +13,18 @@ template <int kTall, int kWide>
 void subtract_tile(double* a, int64_t stride, const double* left, int64_t left_stride,
                    const double* right, int64_t right_stride, int64_t depth) {
   double kept[kTall][kWide];
+#pragma GCC unroll 8
   for (int i = 0; i < kTall; ++i)
     for (int j = 0; j < kWide; ++j) kept[i][j] = a[i * stride + j];
-  for (int64_t t = 0; t < depth; ++t)
+  for (int64_t t = 0; t < depth; ++t) {
+#pragma GCC unroll 8
     for (int i = 0; i < kTall; ++i) {
       const double factor = -left[i * left_stride + t];
       for (int j = 0; j < kWide; ++j)
         kept[i][j] = fma(factor, right[t * right_stride + j], kept[i][j]);
     }
+  }
+#pragma GCC unroll 8
   for (int i = 0; i < kTall; ++i)
     for (int j = 0; j < kWide; ++j) a[i * stride + j] = kept[i][j];
 }
@@ -29,10 +33,10 @@ void subtract_tile(double* a, int64_t stride, const double* left, int64_t left_s
 // [count, wide] in h, `scaled` its transpose times D, [wide, count].
 void subtract_products(double* h, int64_t k, int64_t count, const double* panel,
                        const double* scaled, int64_t wide) {
-  constexpr int kTall = 4, kWide = 8;
+  constexpr int kTall = 6, kWide = 16;
   int64_t i = 0;
   for (; i + kTall <= count; i += kTall) {
-    int64_t j = i / kWide * kWide;
+    int64_t j = i / kWide * kWide;  // some of it is below the diagonal, and not used
     for (; j + kWide <= count; j += kWide)
       subtract_tile<kTall, kWide>(h + i * k + j, k, panel + i * k, k, scaled + j, count, wide);
     for (; j < count; ++j)
