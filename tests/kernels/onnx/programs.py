@@ -27,7 +27,12 @@ ARM = "aarch64-linux-gnu"
 ARM_COMPILER = f"{ARM}-g++"
 ARM_SETS = "scalar", "neon", "i8mm"
 
-VECTORS = "-mfma", "-mgfni", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16"))
+VECTORS = (
+    "-mfma",
+    "-mf16c",
+    "-mgfni",
+    *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16")),
+)
 TILES = "-mamx-tile", "-mamx-int8", "-mamx-bf16"
 EMULATED = "-include", str(HERE / "amx_emulated.h")
 SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
