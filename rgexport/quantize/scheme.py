@@ -36,8 +36,7 @@ class Affine:
     """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
     `w ≈ (q - zero_point) * scale`, with q unsigned; a symmetric scheme has the zero point
-    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block. If scales
-    are float16, the product is rounded to float16 too, as engines do.
+    `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block.
     """
 
     bits: Literal[4, 8]
