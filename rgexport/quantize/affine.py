@@ -52,7 +52,7 @@ def encode(rows: np.ndarray, scheme: Affine) -> Parts:
     """Quantizes rows [n, K] of any float dtype, each independently of the others.
 
     Raises:
-        RequestError: a weight is too large for float16 scales.
+        RequestError: the weights of a block need a larger scale than float16 holds.
     """
     weights = in_blocks(rows, scheme)
     scales, zeros = extreme_scales(weights, scheme)
@@ -118,7 +118,7 @@ def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, 
     high, low = weights.max(-1), weights.min(-1)
     extreme = np.where(high > -low, high, low)
     zero = 2 ** (scheme.bits - 1)
-    scales = _storable(extreme / np.float32(-zero), scheme.scale, levels=zero)
+    scales = _storable(extreme / np.float32(-zero), scheme.scale)
     return scales, np.full_like(high, zero)
 
 
@@ -126,24 +126,22 @@ def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray,
     """Scales and integer zero points of a range that contains zero and both extremes."""
     high, low = np.maximum(weights.max(-1), 0), np.minimum(weights.min(-1), 0)
     levels = 2**scheme.bits - 1
-    scales = _storable((high - low) / np.float32(levels), scheme.scale, levels)
+    scales = _storable((high - low) / np.float32(levels), scheme.scale)
     return scales, np.clip(np.rint(-low / scales), 0, levels)
 
 
-def _storable(scales: np.ndarray, dtype: FloatDtype, levels: int) -> np.ndarray:
+def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
     """Scales rounded to `dtype`, as float32; 1 for a block of zeros.
 
     Raises:
-        RequestError: `levels` steps of a scale are more than `dtype` can hold.
+        RequestError: a scale is more than `dtype` can hold.
     """
     if dtype == "float16":
-        scales = _away_from_zero(scales)
-        with np.errstate(over="ignore"):
-            reach = (np.abs(scales) * np.float32(levels)).astype(np.float16)
-        if not np.isfinite(reach).all():
+        needed, scales = np.abs(scales).max(initial=0), _away_from_zero(scales)
+        if not np.isfinite(scales).all():
             raise RequestError(
-                f"weights of {np.abs(scales).max() * levels:.4g} are more than float16 holds; "
-                "take --compute fp32"
+                f"its weights need a scale of {needed:.4g}, and float16 holds at most 65504; "
+                'take a plan with "scale": "float32" for it, or another precision'
             )
     return np.where(np.abs(scales) < _TINY, np.float32(1), scales)
 

@@ -47,6 +47,5 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
 
 
 def is_storable(scheme: Scheme) -> bool:
-    """Whether a tensor may be stored so: as floats, or in blocks with float32 scales."""
-    blocks = isinstance(scheme, Affine) and scheme.block in BLOCKS and scheme.scale == "float32"
-    return isinstance(scheme, Float) or blocks
+    """Whether a tensor may be stored so: as floats, or in blocks."""
+    return isinstance(scheme, Float) or (isinstance(scheme, Affine) and scheme.block in BLOCKS)

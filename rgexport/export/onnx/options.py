@@ -17,6 +17,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.algorithms import by_algorithm
+from rgexport.quantize.fitting import with_dtype
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
 
@@ -117,7 +118,8 @@ class OnnxOptions:
         block = DEFAULT_BLOCK if self.block_size is None else self.block_size
         scheme = choose_scheme(precision, block, self.symmetric)
         by_blocks = self.exact or self.block_size is not None or self.symmetric is False
-        return scheme if by_blocks else self._profile.rows.get(precision, scheme)
+        rows = None if by_blocks else self._profile.rows.get(precision)
+        return rows or with_dtype(scheme, self._profile.scale)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
         """Refuses a scheme that neither ONNX nor the profile has."""
@@ -130,7 +132,7 @@ class OnnxOptions:
         elif not is_storable(scheme):
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
-                f"blocks of {', '.join(map(str, BLOCKS))} weights with float32 scales"
+                f"blocks of {', '.join(map(str, BLOCKS))} weights"
             )
 
 
