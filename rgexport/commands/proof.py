@@ -95,6 +95,12 @@ def reference(
 @click.option(
     "--allow-ambiguous", is_flag=True, help="Exit code 0 also if the verdict is AMBIGUOUS."
 )
+@click.option(
+    "--min-quality",
+    metavar="GRADE",
+    type=click.Choice(["lossless", "excellent", "good", "fair", "poor"]),
+    help="Exit code 1 also if the quality is lower: lossless, excellent, good or fair.",
+)
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--html", "html_file", type=FOLDER, help="Also write an HTML report.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
@@ -108,17 +114,25 @@ def validate(
     device: str,
     bisect: bool,
     bench: bool,
+    min_quality: Any,
     **files: Any,
 ) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
 
-    Several artifacts, of any formats, are shown in one table. The verdict is AMBIGUOUS if a
-    limit lies within the error margin of the measured value.
+    There are two verdicts. PASS or FAIL says whether the export is correct; it is AMBIGUOUS if a
+    limit lies within the error margin of the measured value. A grade says how close the answers are
+    to the original's. Several artifacts, of any formats, are shown in one table.
     """
     from rgexport.validate.opening import Request
     from rgexport.validate.run import validate_artifacts
 
     asked = Request(
-        model=model, text=text, max_tokens=max_tokens, device=device, bisect=bisect, bench=bench
+        model=model,
+        text=text,
+        max_tokens=max_tokens,
+        device=device,
+        bisect=bisect,
+        bench=bench,
+        min_quality=min_quality,
     )
     return validate_artifacts(artifacts, asked, **files)

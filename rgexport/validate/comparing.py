@@ -37,6 +37,7 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         checks=[],
         environment=environment(),
         continuations=ran.continuations,
+        min_quality=opened.request.min_quality,
     )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, warn
+from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import MakeReference, torch_reference
@@ -33,6 +35,7 @@ class Request:
         limits: instead of those in `thresholds`, see `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
+        min_quality: the lowest grade that will do; None where any will.
     """
 
     model: str | None = None
@@ -43,6 +46,7 @@ class Request:
     limits: Mapping[str, float] = field(default_factory=dict)
     bisect: bool = False
     bench: bool = False
+    min_quality: GradeName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ def open_all(path: Path, request: Request) -> Opened:
 
     Raises:
         RequestError: no sound artifact, neither torch nor a reference file, an original or a
-            reference that does not fit, or an unreadable text.
+            reference that does not fit, an unreadable text, or a quality that is asked for where
+            there is nothing to grade it by.
     """
     make = None
     if request.reference is None or find_spec("torch") is not None:
@@ -94,6 +99,12 @@ def open_all(path: Path, request: Request) -> Opened:
     if original is not None:
         _warn_of_differences(original)
     elif request.reference is None:
+        if request.min_quality is not None:
+            raise RequestError(
+                f"--min-quality {request.min_quality}: the original ({manifest.source.name}) was "
+                "not given, so there is no quality to judge; pass it with -m, or a file with "
+                "--reference"
+            )
         warn(
             f"the original ({manifest.source.name}) was not given, so the cost of "
             "compression is not measured; pass it with -m"

@@ -22,6 +22,7 @@ from rgexport.validate.continuations import Continuation
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.measure import Comparison
+from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.source import Original
 from rgexport.validate.speed import Speed
@@ -87,7 +88,8 @@ class Result:
     `twin` is the comparison with the dequantized reference. It is None without torch, `original`
     also without an original, and `sites` where the engine does not show its values. `weights` and
     `layers` need the original; `layers` and `suspects` are there if they were asked for, and
-    `continuations` if there are a reference file and a tokenizer.
+    `continuations` if there are a reference file and a tokenizer. `min_quality` is the grade that
+    was asked for.
     """
 
     artifact: Subject
@@ -107,18 +109,38 @@ class Result:
     checks: list[Check]
     environment: dict[str, str | int]
     continuations: list[Continuation] | None = None
+    min_quality: GradeName | None = None
 
     @property
     def verdict(self) -> Outcome:
         """The worst outcome of all checks."""
         return verdict(self.checks)
 
+    @property
+    def quality(self) -> Quality | None:
+        """By the original or, without one, a reference file; None where there is neither."""
+        if (found := self.original) is not None:
+            return grade_quality("original", found.kl, found.agreement, self.text.tokens)
+        if (file := self.reference) is not None:
+            return grade_quality(
+                "reference", file.kl, file.agreement, file.positions, file.kl_interval
+            )
+        return None
+
+    @property
+    def good_enough(self) -> bool:
+        """Whether the quality reaches the grade that was asked for, if one was."""
+        if self.min_quality is None:
+            return True
+        return self.quality is not None and self.quality.reaches(self.min_quality)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
-        return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **fields}
+        added = {"verdict": self.verdict, "quality": plain(self.quality)}
+        return {"schema_version": SCHEMA_VERSION, **added, **fields}
 
 
 def require_writable(path: Path) -> None:

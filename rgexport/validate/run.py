@@ -30,7 +30,9 @@ def validate_artifacts(
     limits: Sequence[str] = (),
     allow_ambiguous: bool = False,
 ) -> int:
-    """Writes the report as JSON and HTML and prints it; returns 0 if all artifacts pass, else 1.
+    """Writes the report as JSON and HTML and prints it.
+
+    Returns 0 if all artifacts pass and have the quality that was asked for, else 1.
 
     Args:
         artifacts: their paths; several are shown in one table.
@@ -62,7 +64,7 @@ def validate_artifacts(
         results.append(validate_artifact(path, request, passes))
     _report(results, json_file, html_file)
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
-    return 0 if all(result.verdict in enough for result in results) else 1
+    return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
 
 def validate_artifact(

@@ -1,3 +1,5 @@
+import dataclasses
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,42 @@ def test_ambiguous_is_exit_code_1_unless_it_is_allowed(
     below = [f"original.kl={original.kl.mean / 2}"]
     assert validate_artifacts([clean("int4")], given, limits=below, allow_ambiguous=True) == 1
     assert capsys.readouterr().out.count("FAILED  original.kl") == 1
+
+
+def test_a_quality_that_a_user_asks_for(
+    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Correct, but not as good: exit code 1, and both verdicts are told."""
+    file, page = tmp_path / "r.json", tmp_path / "r.html"
+    given = Request(model=str(checkpoint), max_tokens=50)
+    assert validate_artifacts([clean("int4")], given, json_file=file, html_file=page) == 0
+    shown = capsys.readouterr().out.splitlines()
+    found = json.loads(file.read_text())
+    grade = found["quality"]["grade"]
+    assert grade in ("fair", "poor") and found["min_quality"] is None
+    assert found["quality"]["kl"] == found["original"]["kl"]["mean"]
+    assert found["quality"]["top1"] == found["original"]["agreement"]["top1"]
+    assert shown[0].startswith("PASS  ") and shown[1].startswith(f"{grade.upper()}  quality")
+    assert shown[2] == found["quality"]["meaning"]
+    text = page.read_text("utf-8")
+    assert f"quality: {grade}" in text and html.escape(shown[2], quote=False) in text
+
+    asked = dataclasses.replace(given, min_quality="good")
+    assert validate_artifacts([clean("int4")], asked, json_file=file, html_file=page) == 1
+    told = "The quality is below good, which was asked for."
+    out = capsys.readouterr().out
+    assert out.startswith("PASS  ") and told in out and told in page.read_text("utf-8")
+    assert json.loads(file.read_text())["min_quality"] == "good"
+    assert validate_artifacts([clean("fp32")], asked) == 0
+    assert "LOSSLESS  quality" in capsys.readouterr().out
+    assert validate_artifacts([clean("fp32"), clean("int4")], asked) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("PASS  all 2 pass") and f"{clean('int4')}: {told}" in out
+
+
+def test_a_quality_needs_an_original(clean: Clean) -> None:
+    with pytest.raises(RequestError, match="--min-quality good: the original .* was not given"):
+        validate_artifacts([clean("fp32")], Request(max_tokens=8, min_quality="good"))
 
 
 def test_a_limit_that_a_user_sets(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,11 @@ class AgainstFile:
         found = [(prompt.greedy_tokens, prompt.greedy_common) for prompt in self.prompts]
         return sum(tokens for tokens, _ in found), sum(common for _, common in found)
 
+    @property
+    def kl_interval(self) -> float:
+        """How far the mean KL may be from `kl.mean`, because the file lacks logits."""
+        return max(self.kl.mean - self.kl_low.mean, self.kl_high.mean - self.kl.mean)
+
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
     """Refuses a reference of a model of another shape.
@@ -281,12 +286,10 @@ def file_checks(
     """
     yield thresholds.original_rms(manifest, found.logits, "reference.rms")
     if "reference.kl" in limits:
-        kl = found.kl.mean
         yield Check(
             name="reference.kl",
-            value=kl,
-            margin=max(kl - found.kl_low.mean, found.kl_high.mean - kl)
-            + STANDARD_ERRORS * found.kl.standard_error,
+            value=found.kl.mean,
+            margin=found.kl_interval + STANDARD_ERRORS * found.kl.standard_error,
             limit=limits["reference.kl"],
             reason="mean KL to the reference file, nats",
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rgexport.progress import amount
 from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.checks import verdict
+from rgexport.validate.quality import GRADES
 from rgexport.validate.report import chart
 from rgexport.validate.report.charts import cost_charts
 from rgexport.validate.report.page_view import view
@@ -57,7 +58,7 @@ def render_page(results: Sequence[Result]) -> str:
     )
     filters = amount, breakable, check_words, number, percent, piece, site_evidence, value_words
     environment.filters |= {f.__name__: f for f in (*filters, visible)}
-    environment.globals["plot"] = chart
+    environment.globals |= {"plot": chart, "grades": GRADES}
     return environment.get_template("page.html.j2").render(
         views=[view(f"a{index}", result) for index, result in enumerate(results, 1)],
         verdict=verdict(check for result in results for check in result.checks),

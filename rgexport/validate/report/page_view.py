@@ -10,6 +10,7 @@ from rgexport.tables import Row, Table
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.quality import Quality
 from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.charts import charts, file_charts, rms, site_charts
 from rgexport.validate.report.result_tables import (
@@ -28,11 +29,13 @@ from rgexport.validate.report.words import (
     MOST_NAMED,
     counted_checks,
     dequantized_words,
+    doubt_words,
     mean_kl,
     not_passed,
     number,
     percent,
     plus_minus,
+    shortfall_words,
     source_words,
     speed_words,
 )
@@ -41,10 +44,18 @@ from rgexport.validate.weights.weight_errors import WeightError
 
 _LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
-    "PASS": "It matches its references: all {} checks passed.",
+    "PASS": "The export is correct: all {} checks passed.",
     "AMBIGUOUS": "{}: the limit lies within the error margin.",
     "FAIL": "{}.",
 }
+_TONES = {
+    "lossless": "good",
+    "excellent": "good",
+    "good": "good",
+    "fair": "unsure",
+    "poor": "bad",
+}
+"""Grade → the CSS class of its colour."""
 _SECTIONS = {
     "compared": "What was compared",
     "texts": "Greedy continuations",
@@ -91,6 +102,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "anchor": anchor,
         "result": r,
         "verdict": _VERDICTS[r.verdict].format(count),
+        "quality": None if r.quality is None else _quality_view(r, r.quality),
         "cost": " ".join(_cost(cost_of(r))),
         "named": named[:MOST_NAMED],
         "unnamed": len(named[MOST_NAMED:]),
@@ -113,6 +125,16 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
     }
     there = found | {"texts": r.continuations, "compared": r, "checks": r, "files": r}
     return found | {"contents": [(key, name) for key, name in _SECTIONS.items() if there[key]]}
+
+
+def _quality_view(r: Result, q: Quality) -> dict[str, str]:
+    """The second verdict, for the head of the page."""
+    return {
+        "grade": q.grade,
+        "tone": _TONES[q.grade],
+        "doubt": doubt_words(q),
+        "meaning": f"{q.meaning} {shortfall_words(r)}".rstrip(),
+    }
 
 
 def _cost(c: Compared | None) -> Iterator[str]:

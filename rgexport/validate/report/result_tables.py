@@ -340,9 +340,10 @@ _OVERVIEW: dict[str, Callable[[Result], str]] = {
     "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
     "Δperplexity": _of_cost(_perplexity_change),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
+    "quality": lambda r: "" if r.quality is None else r.quality.grade,
     "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),
     "prompt/s": lambda r: "" if r.speed is None else rate(r.speed.prefill),
     "verdict": lambda r: r.verdict,
 }
 """Column → a result's cell; bits are per weight."""
-_OPTIONAL = "tokens/s", "prompt/s"
+_OPTIONAL = "quality", "tokens/s", "prompt/s"

@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 from rgexport.validate.checks import Check, Outcome
+from rgexport.validate.quality import Quality
 from rgexport.validate.result import SCHEMA_VERSION, Result
 
 _PLAIN: dict[type, dict[str, Any]] = {
@@ -26,6 +27,8 @@ _ADDED: dict[type, dict[str, Any]] = {
     Check: {"outcome": _OUTCOME, "passed": {"type": "boolean"}},
 }
 """What `Result.to_dict` adds to the fields of a class."""
+_COMPUTED: dict[type, dict[str, Any]] = {Result: {"quality": Quality | None}}
+"""The same, as type hints; earlier versions did not write these."""
 
 
 def result_schema() -> dict[str, Any]:
@@ -52,9 +55,11 @@ def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
     """A reference to a dataclass, whose definition is added if it is missing."""
     name = kind.__name__
     if name not in definitions:
-        hints = typing.get_type_hints(kind)
+        every = typing.get_type_hints(kind)
+        hints = {f.name: every[f.name] for f in dataclasses.fields(kind)}
+        hints = _COMPUTED.get(kind, {}) | hints
         properties = _ADDED.get(kind, {}) | {
-            f.name: _describe(hints[f.name], definitions) for f in dataclasses.fields(kind)
+            name: _describe(hint, definitions) for name, hint in hints.items()
         }
         definitions[name] = {
             "type": "object",
@@ -68,7 +73,8 @@ def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
 def _optional(kind: type) -> set[str]:
     """Fields of a result that earlier versions did not write: those with a default."""
     fields = dataclasses.fields(kind) if kind is Result else ()
-    return {f.name for f in fields if f.default is not dataclasses.MISSING}
+    added = {f.name for f in fields if f.default is not dataclasses.MISSING}
+    return added | set(_COMPUTED.get(kind, ()))
 
 
 def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:

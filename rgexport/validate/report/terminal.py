@@ -32,8 +32,11 @@ from rgexport.validate.report.words import (
     counted_checks,
     counted_verdicts,
     dequantized_words,
+    doubt_words,
     not_passed,
     number,
+    quality_words,
+    shortfall_words,
     source_words,
     speed_words,
 )
@@ -64,6 +67,8 @@ def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Ta
     yield f"{worst_of_all}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
+        if short := shortfall_words(result):
+            yield f"{result.artifact.path}: {short}"
         if result.verdict != "PASS":
             yield result.artifact.path
             yield from _failures(result)
@@ -111,6 +116,7 @@ def _head(r: Result) -> Iterator[str]:
     """The verdict, what failed, and what was compared with what."""
     a, engine, text = r.artifact, r.engine, r.text
     yield f"{r.verdict}  {a.path}: {counted_checks(r)}"
+    yield from _quality(r)
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
     speed = f"; {speed_words(r)}" if r.speed else ""
@@ -121,6 +127,13 @@ def _head(r: Result) -> Iterator[str]:
     yield f"original: {source_words(r)}"
     if r.twin is None:
         yield f"dequantized reference: {dequantized_words(r)}"
+
+
+def _quality(r: Result) -> Iterator[str]:
+    """The second verdict; nothing where there was no original to compare with."""
+    if (q := r.quality) is not None:
+        yield f"{q.grade.upper()}  quality{doubt_words(q)}: {quality_words(q)}"
+        yield f"{q.meaning} {shortfall_words(r)}".rstrip()
 
 
 def _failures(r: Result) -> Iterator[str]:

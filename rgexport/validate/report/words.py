@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rgexport.validate.checks import Check
 from rgexport.validate.metrics import KL
+from rgexport.validate.quality import GRADE_NAMES, Quality
 from rgexport.validate.result import Result
 
 LABELS = {"twin": "dequantized reference", "original": "original"}
@@ -45,7 +46,25 @@ def counted_checks(r: Result) -> str:
         return f"{counts['FAIL']} of {len(r.checks)} checks failed"
     if counts["AMBIGUOUS"]:
         return f"{counts['AMBIGUOUS']} of {len(r.checks)} checks cannot be decided"
-    return "every check passed"
+    return "export correct, every check passed"
+
+
+def quality_words(q: Quality) -> str:
+    """The figures of a grade: `the same first choice at 93.10 % of the tokens, KL 0.012`."""
+    file = ", by the reference file" if q.against == "reference" else ""
+    return f"the same first choice at {percent(q.top1)} of the tokens, KL {number(q.kl)}{file}"
+
+
+def doubt_words(q: Quality) -> str:
+    """Such as ` (or fair, within the margin of error)`; empty where the grade is certain."""
+    possible = GRADE_NAMES[GRADE_NAMES.index(q.best) : GRADE_NAMES.index(q.worst) + 1]
+    others = [name for name in possible if name != q.grade]
+    return f" (or {' or '.join(others)}, within the margin of error)" if others else ""
+
+
+def shortfall_words(r: Result) -> str:
+    """That the quality is lower than was asked for; empty where it is not."""
+    return "" if r.good_enough else f"The quality is below {r.min_quality}, which was asked for."
 
 
 def counted_verdicts(results: Sequence[Result]) -> str:

@@ -113,7 +113,7 @@ def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
     count = len(result.checks)
     text = Page(render_page([result])).text
     body = text[text.index("}") :]
-    assert 0 < body.index("PASS") < body.index(f"It matches its references: all {count} checks")
+    assert 0 < body.index("PASS") < body.index(f"The export is correct: all {count} checks")
     assert body.index("Compression cost") < body.index("What was compared")
     failed = Page(render_page([with_nan(result)])).text
     assert f"1 of {count} checks failed" in failed
