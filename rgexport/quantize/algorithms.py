@@ -14,7 +14,16 @@ from rgexport.errors import RequestError
 from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.ggml_library import quantize_rows
-from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Mixed,
+    Palette,
+    Scheme,
+    Uniform,
+    uniform_schemes,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Algorithm:
         needs_statistics: whether it cannot do without statistics.
     """
 
-    layout: type[Scheme]
+    layout: type[Uniform]
     encode: Callable[[np.ndarray, Any, Statistics | None], Parts]
     needs_statistics: bool = False
 
@@ -50,9 +59,12 @@ def encode(
 ) -> Parts:
     """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
 
+    Rows of one row group, where the tensor has several.
+
     Raises:
         RequestError: a weight that the scheme cannot hold, or missing statistics.
     """
+    assert not isinstance(scheme, Mixed), name
     chosen = ALGORITHMS[scheme.algorithm]
     if chosen.needs_statistics and statistics is None:
         raise RequestError(f"{name}: {scheme.algorithm} needs statistics of its inputs")
@@ -63,11 +75,16 @@ def encode(
 
 
 def require_known(scheme: Scheme) -> None:
-    """Refuses a scheme whose algorithm is unknown, or is for another layout.
+    """Refuses a scheme whose algorithm, or that of a row group, is unknown or for another layout.
 
     Raises:
         RequestError: it is refused.
     """
+    for uniform in uniform_schemes(scheme):
+        _require_known(uniform)
+
+
+def _require_known(scheme: Uniform) -> None:
     found = ALGORITHMS.get(scheme.algorithm)
     if found is None or not isinstance(scheme, found.layout):
         fitting = [word for word, row in ALGORITHMS.items() if isinstance(scheme, row.layout)]
