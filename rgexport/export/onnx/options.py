@@ -19,7 +19,7 @@ from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.algorithms import by_algorithm
 from rgexport.quantize.fitting import with_dtype
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
-from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
+from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
 DEFAULT_BLOCK = 128
 
@@ -96,15 +96,15 @@ class OnnxOptions:
         Raises:
             RequestError: zero points were asked for.
         """
-        scheme = plan[EMBEDDING]
-        if not self._profile.even_zero_points or not _has_odd_zero_points(scheme, width):
+        odd = [s for s in uniform_schemes(plan[EMBEDDING]) if _has_odd_zero_points(s, width)]
+        if not self._profile.even_zero_points or not odd:
             return plan
         if self.plan or self.symmetric is False:
             raise RequestError(
-                f"--profile {self.profile} has no {scheme.label} for {EMBEDDING}, whose rows of "
+                f"--profile {self.profile} has no {odd[0].label} for {EMBEDDING}, whose rows of "
                 f"{width} are an odd number of blocks; store it as symmetric int4, or as int8"
             )
-        return plan | {EMBEDDING: replace(scheme, symmetric=True)}
+        return plan | {EMBEDDING: replace(odd[0], symmetric=True)}
 
     @property
     def _profile(self) -> LoweringProfile:

@@ -15,7 +15,17 @@ from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import gptq, search
 from rgexport.quantize.ggml_library import quantize_rows
-from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Plan, Scheme
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Mixed,
+    Palette,
+    Plan,
+    Scheme,
+    Uniform,
+    uniform_schemes,
+)
 from rgexport.quantize.statistics import Statistics
 
 Encode = Callable[[np.ndarray, Any, Statistics | None], Parts]
@@ -36,7 +46,7 @@ class Algorithm:
         needs_statistics: whether it cannot do without statistics.
     """
 
-    layouts: Mapping[type[Scheme], Encode]
+    layouts: Mapping[type[Uniform], Encode]
     title: str
     needs_statistics: bool = False
 
@@ -46,9 +56,12 @@ def encode(
 ) -> Parts:
     """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
 
+    Rows of one row group, where the tensor has several.
+
     Raises:
         RequestError: a weight that the scheme cannot hold, or missing statistics.
     """
+    assert not isinstance(scheme, Mixed), name
     chosen = ALGORITHMS[scheme.algorithm]
     if chosen.needs_statistics and (statistics is None or not statistics.hessians):
         raise RequestError(
@@ -61,11 +74,16 @@ def encode(
 
 
 def require_known(scheme: Scheme) -> None:
-    """Refuses a scheme whose algorithm is unknown, or is for another layout.
+    """Refuses a scheme whose algorithm, or that of a row group, is unknown or for another layout.
 
     Raises:
         RequestError: it is refused.
     """
+    for uniform in uniform_schemes(scheme):
+        _require_known(uniform)
+
+
+def _require_known(scheme: Uniform) -> None:
     found = ALGORITHMS.get(scheme.algorithm)
     if found is None or type(scheme) not in found.layouts:
         fitting = [word for word, row in ALGORITHMS.items() if type(scheme) in row.layouts]
@@ -76,13 +94,16 @@ def require_known(scheme: Scheme) -> None:
 
 def by_algorithm(plan: Plan, word: str) -> Plan:
     """The plan with the algorithm `word` for all tensors whose layout it fills."""
-    fills = ALGORITHMS[word].layouts
-    return {
-        name: replace(scheme, algorithm=word)
-        if isinstance(scheme, Affine | Palette) and type(scheme) in fills
-        else scheme
-        for name, scheme in plan.items()
-    }
+    return {name: _by_algorithm(scheme, word) for name, scheme in plan.items()}
+
+
+def _by_algorithm(scheme: Scheme, word: str) -> Scheme:
+    if isinstance(scheme, Mixed):
+        return scheme.each(lambda one: replace(one, algorithm=word))
+    fills = type(scheme) in ALGORITHMS[word].layouts
+    if fills and isinstance(scheme, Affine | Palette):
+        return replace(scheme, algorithm=word)
+    return scheme
 
 
 def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
