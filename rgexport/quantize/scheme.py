@@ -91,8 +91,9 @@ class Ggml:
     """One of ggml's tensor types (`ggml_types.TYPES`), only for GGUF files."""
 
     type: str
+    algorithm: str = field(default="ggml", compare=False)
+    """See `Affine`."""
     kind: Literal["ggml"] = "ggml"
-    algorithm: ClassVar[str] = "ggml"
 
     @property
     def bits_per_weight(self) -> float:

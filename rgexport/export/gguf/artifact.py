@@ -4,6 +4,7 @@ Rows are dequantized by gguf-py, which shares no code with the library that quan
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from gguf import GGMLQuantizationType, quants
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.gguf import integrity
+from rgexport.export.gguf import algorithms, integrity
 from rgexport.export.gguf.metadata import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.gguf.vocabulary import BYTE, CONTROL, USER_DEFINED
@@ -53,8 +54,8 @@ class GgufManifest(Manifest):
 
     @property
     def weighted(self) -> bool:
-        """Whether an importance matrix was used."""
-        return self.imatrix
+        """Whether statistics of inputs said which weights may be further off."""
+        return self.imatrix or bool(algorithms.used(self.plan) - {algorithms.OWN})
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class GgufArtifact(Artifact):
             "license": _value(str, values, "general.license"),
             "source": _value(str, values, "general.source.url"),
             "importance_matrix": _value(str, values, "quantize.imatrix.file"),
+            "algorithms": ", ".join(sorted(algorithms.used(self.manifest.plan))) or None,
             "data_hash": integrity.has_original_types(self.header),
             "runs_in": "the llama.cpp of `rgexport llama-cpp build`",
         }
@@ -199,11 +201,12 @@ def _manifest(
 ) -> GgufManifest:
     try:
         check = integrity.read_check(header)
+        schemes = algorithms.read_schemes(header)
     except Mismatch as error:
         raise _damaged(header.path, str(error)) from None
     name = header.path.name
     stored = {
-        canonical: _stored(name, tensors[canonical], header)
+        canonical: _stored(header, tensors[canonical], schemes)
         for canonical in model_tensors(embedded.config)
     }
     return GgufManifest(
@@ -226,12 +229,12 @@ def _manifest(
     )
 
 
-def _stored(file: str, tensor: FileTensor, header: GgufHeader) -> StoredTensor:
-    found = header.tensors[tensor.name]
-    scheme = Ggml(found.type.name)
+def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml]) -> StoredTensor:
+    scheme = schemes[tensor.name]
     rows, *row = tensor.canonical_shape
     row_bytes = TYPES[scheme.type].row_bytes(prod(row))
-    part = StoredPart(file, found.offset, "uint8", (rows, row_bytes))
+    offset = header.tensors[tensor.name].offset
+    part = StoredPart(header.path.name, offset, "uint8", (rows, row_bytes))
     return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
 
 

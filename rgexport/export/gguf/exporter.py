@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
 from rgexport.export.checked import SelfCheck
-from rgexport.export.gguf import integrity
+from rgexport.export.gguf import algorithms, integrity
 from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
@@ -29,12 +29,14 @@ from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
-from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.statistics import Statistics, StatisticsOf, no_statistics
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
 _HEADER_BYTES = 32 << 20
 """Upper bound of what precedes the data: a vocabulary of 256k takes 7 MB."""
+Job = Callable[[], tuple[bytes, int]]
+"""Makes a slab as it is stored, and says how many bytes of weights it read for it."""
 
 
 def default_target(model: str, file_type: str) -> Path:
@@ -49,11 +51,13 @@ def export_gguf(
     *,
     force: bool = False,
     check: SelfCheck | None = None,
+    statistics: StatisticsOf = no_statistics,
 ) -> Path:
     """Exports `checkpoint` to the file `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, quantized and written in
-    slabs of a few MB. `check` runs the complete file, and takes memory of its own.
+    slabs of a few MB. `check` runs the complete file, and takes memory of its own. `statistics` are
+    for algorithms that need them.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -76,7 +80,8 @@ def export_gguf(
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
         with task("Writing the weights", total) as advance:
-            digest = _write_file(unfinished, values, choice, checkpoint.weights, advance)
+            jobs = _jobs(choice, checkpoint.weights, statistics)
+            digest = _write_file(unfinished, values, choice, jobs, advance)
         start = integrity.data_start(read_header(unfinished))
         if check is not None:
             remember({unfinished: digest}, start=start)
@@ -107,6 +112,8 @@ def _values_of_types(choice: Choice) -> Iterator[Value]:
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
     for key, text in integrity.placeholders(types).items():
         yield Value(key, text, Kind.STRING)
+    if others := algorithms.to_text(choice.schemes):
+        yield Value(algorithms.KEY, others, Kind.STRING)
     yield Value("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
     yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
     for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
@@ -125,7 +132,7 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
 
 
 def _write_file(
-    path: Path, values: Iterable[Value], choice: Choice, weights: WeightSource, advance: Advance
+    path: Path, values: Iterable[Value], choice: Choice, jobs: Iterable[Job], advance: Advance
 ) -> str:
     """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
     _write_header(path, values, choice)
@@ -133,7 +140,7 @@ def _write_file(
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(bytes(-file.tell() % ALIGNMENT))
-        for stored, source_bytes in in_order(_jobs(choice, weights)):
+        for stored, source_bytes in in_order(jobs):
             file.write(stored)
             digest.update(stored)
             advance(source_bytes)
@@ -169,14 +176,26 @@ def _add(writer: GGUFWriter, value: Value) -> None:
         writer.add_key_value(value.key, value.value, value.kind)
 
 
-def _jobs(choice: Choice, weights: WeightSource) -> Iterator[Callable[[], tuple[bytes, int]]]:
+def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
     """Jobs that make the slabs of the data, in order; see `_encode`."""
     for tensor in choice.tensors:
-        kind, source = choice.types[tensor.name], weights[tensor.canonical]
-        importance = choice.importances.get(tensor.name)
-        statistics = None if importance is None else Statistics(importance)
+        scheme, source = choice.schemes[tensor.name], weights[tensor.canonical]
+        known = _statistics(tensor, choice, statistics)
         for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
-            yield partial(_encode, tensor, source, start, stop, kind, statistics)
+            yield partial(_encode, tensor, source, start, stop, scheme, known)
+
+
+def _statistics(tensor: FileTensor, choice: Choice, statistics: StatisticsOf) -> Statistics | None:
+    """What the importance matrix says of a tensor's inputs, or where there is none, `statistics`.
+
+    Both are of columns as they are stored: no transform moves those of a matrix.
+    """
+    if not TYPES[choice.types[tensor.name]].is_quantized:
+        return None
+    if choice.imatrix is None:
+        return statistics(tensor.canonical)
+    importance = choice.importances.get(tensor.name)
+    return None if importance is None else Statistics(importance)
 
 
 def _encode(
@@ -184,13 +203,13 @@ def _encode(
     source: RowTensor,
     start: int,
     stop: int,
-    kind: str,
+    scheme: Ggml,
     statistics: Statistics | None,
 ) -> tuple[bytes, int]:
     """Rows as stored, with the padding after the last one; and how many bytes were read."""
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
-    stored = encode(tensor.canonical, values, Ggml(kind), statistics)["data"].tobytes()
+    stored = encode(tensor.canonical, values, scheme, statistics)["data"].tobytes()
     last = stop == source.shape[0]
-    return stored + bytes(-_tensor_bytes(tensor, kind) % ALIGNMENT * last), rows.nbytes
+    return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes

@@ -1,6 +1,7 @@
 """What a user can ask of a GGUF export, and which type each tensor gets."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.export.request import refuse_beside_plan, refuse_idle
 from rgexport.griffin.config import GriffinConfig
+from rgexport.quantize.algorithms import ALGORITHMS, by_algorithm
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
     TypeRequest,
@@ -40,16 +42,21 @@ _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 @dataclass(frozen=True)
 class Choice:
-    """The types of a model's tensors, by their names in the file.
+    """How a model's tensors are stored, by their names in the file.
 
-    types: name → ggml type; importances: name → float32 [columns], where there are some.
+    importances: name → float32 [columns], where there are some.
     """
 
     file_type: FileType
     tensors: list[FileTensor]
-    types: dict[str, str]
+    schemes: dict[str, Ggml]
     imatrix: Imatrix | None = None
     importances: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Name → ggml type."""
+        return {name: scheme.type for name, scheme in self.schemes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,8 @@ class GgufOptions:
     type: a file type of llama-quantize, such as `q4_k_m`; pure: no mix, that type everywhere;
     tensor_types: each `REGEX=TYPE`, searched for in the names in the file; embedding: the type
     of the embedding, which is the head too; imatrix: a file of llama-imatrix; plan: says for
-    each tensor what these say for all.
+    each tensor what these say for all; algorithm: what chooses levels (`quantize.algorithms`),
+    where it fills ggml's types, else llama-quantize's own.
     """
 
     type: str | None = None
@@ -68,16 +76,21 @@ class GgufOptions:
     embedding: str | None = None
     imatrix: Path | None = None
     plan: Plan | None = None
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions before anything is opened.
 
         Raises:
-            RequestError: a plan beside an option that it replaces, an unknown word, or an option
-                that changes nothing.
+            RequestError: a plan beside an option that it replaces, an unknown word, options that
+                exclude one another, or an option that changes nothing.
         """
         refuse_beside_plan(self, _SET_BY_A_PLAN)
         self._request()
+        if self.imatrix and self._takes_statistics:
+            raise RequestError(
+                "--imatrix and --calibration both say which columns count; leave out one of them"
+            )
         others = self.embedding is not None or self.tensor_types
         if self.file_type.name in _ONE_WAY and not others:
             refuse_idle(
@@ -102,19 +115,32 @@ class GgufOptions:
         """
         tensors = file_tensors(config)
         if self.plan is not None:
-            types = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
-            return Choice(self.file_type, tensors, types)
+            schemes = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
+            return Choice(self.file_type, tensors, self._filled(schemes))
         imatrix = read_imatrix(self.imatrix) if self.imatrix else None
         types = choose_types(
             [GgmlTensor(t.name, t.shape, t.quantizable) for t in tensors],
             self._request(),
             gqa=config.num_heads if config.block_types[0] == "attention" else 0,
-            has_imatrix=imatrix is not None,
+            has_imatrix=imatrix is not None or self._takes_statistics,
         )
         if imatrix is not None:
             require_importances(types, self.file_type, imatrix.entries)
         importances = _importances(imatrix, tensors, types) if imatrix else {}
-        return Choice(self.file_type, tensors, types, imatrix, importances)
+        schemes = self._filled({name: Ggml(kind) for name, kind in types.items()})
+        return Choice(self.file_type, tensors, schemes, imatrix, importances)
+
+    @property
+    def _takes_statistics(self) -> bool:
+        return self.algorithm is not None and ALGORITHMS[self.algorithm].needs_statistics
+
+    def _filled(self, schemes: Mapping[str, Ggml]) -> dict[str, Ggml]:
+        """The schemes with the algorithm that was asked for."""
+        if self.algorithm is None:
+            return dict(schemes)
+        word = self.algorithm if Ggml in ALGORITHMS[self.algorithm].layouts else "ggml"
+        filled = by_algorithm(dict(schemes), word)
+        return {name: scheme for name, scheme in filled.items() if isinstance(scheme, Ggml)}
 
     def _request(self) -> TypeRequest:
         word = self.embedding and self.embedding.lower()
@@ -151,7 +177,7 @@ def _importances(
     return {name: columns for name, columns in found.items() if columns is not None}
 
 
-def _planned(tensor: FileTensor, plan: Plan) -> str:
+def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     scheme, columns = plan[tensor.canonical], tensor.shape[-1]
     kind = _ggml_type(scheme)
     if kind is None or not TYPES[kind].fits(columns):
@@ -163,7 +189,7 @@ def _planned(tensor: FileTensor, plan: Plan) -> str:
         )
     if kind != "f32" and not tensor.quantizable:
         raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")
-    return kind
+    return scheme if isinstance(scheme, Ggml) else Ggml(kind)
 
 
 def _ggml_type(scheme: Scheme) -> str | None:

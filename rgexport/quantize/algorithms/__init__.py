@@ -13,8 +13,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import gptq, search
-from rgexport.quantize.ggml_library import quantize_rows
+from rgexport.quantize.algorithms import ggml, gptq, search
+from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import (
     Affine,
     Float,
@@ -100,10 +100,11 @@ def by_algorithm(plan: Plan, word: str) -> Plan:
 def _by_algorithm(scheme: Scheme, word: str) -> Scheme:
     if isinstance(scheme, Mixed):
         return scheme.each(lambda one: replace(one, algorithm=word))
-    fills = type(scheme) in ALGORITHMS[word].layouts
-    if fills and isinstance(scheme, Affine | Palette):
-        return replace(scheme, algorithm=word)
-    return scheme
+    if isinstance(scheme, Float) or type(scheme) not in ALGORITHMS[word].layouts:
+        return scheme
+    if isinstance(scheme, Ggml) and not TYPES[scheme.type].is_quantized:
+        return scheme
+    return replace(scheme, algorithm=word)
 
 
 def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
@@ -117,11 +118,6 @@ def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
     return {"data": stored}
 
 
-def _ggml(rows: np.ndarray, scheme: Ggml, statistics: Statistics | None) -> Parts:
-    importance = None if statistics is None else statistics.importance
-    return {"data": quantize_rows(rows, scheme.type, importance)}
-
-
 ALGORITHMS: dict[str, Algorithm] = {
     "cast": Algorithm({Float: _cast}, "rounding to the type"),
     "rtn": Algorithm(
@@ -129,9 +125,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "search": Algorithm({Affine: search.encode}, "clip search"),
     "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
-    "ggml": Algorithm({Ggml: _ggml}, "as llama-quantize"),
+    "ggml": Algorithm({Ggml: ggml.encode}, "as llama-quantize"),
     "gptq": Algorithm(
-        {Affine: gptq.encode_affine, Palette: gptq.encode_palette}, "GPTQ", needs_statistics=True
+        {Affine: gptq.encode_affine, Palette: gptq.encode_palette, Ggml: ggml.encode_gptq},
+        "GPTQ",
+        needs_statistics=True,
     ),
 }
 """Word → algorithm. `rtn` rounds to nearest on the scale of the extremes."""

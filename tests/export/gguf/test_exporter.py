@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,15 @@ from gguf import GGUFReader
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.gguf import integrity
-from rgexport.export.gguf.artifact import open_gguf
+from rgexport.export.gguf import algorithms, integrity
+from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import read_header
+from rgexport.quantize.statistics import Statistics, StatisticsOf, statistics_of
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.llama_tools import run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights
@@ -210,6 +212,105 @@ def test_importances_are_used_as_llama_quantize_does(kind, imatrix, tmp_path, ll
     theirs = tmp_path / "theirs.gguf"
     run_tool(llama_tools / "llama-quantize", "--imatrix", imatrix, full, theirs, kind.upper())
     assert without_hashes_of_data(theirs) == without_hashes_of_data(ours)
+
+
+def known_of(config) -> StatisticsOf:
+    """Statistics of random inputs that go together, for every matrix."""
+    shapes = {t.canonical: t.shape for t in file_tensors(config) if t.quantizable}
+
+    def known(name: str) -> Statistics:
+        columns = shapes[name][-1]
+        draw = np.random.default_rng(columns)
+        mixed = draw.standard_normal((4 * columns, 40)) @ draw.standard_normal((40, columns))
+        inputs = (mixed + draw.standard_normal(mixed.shape)).astype(np.float32)
+        return statistics_of([inputs.T @ inputs / len(inputs)], len(inputs))
+
+    return known
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> GgufArtifact:
+    """Random weights in q4_k_m, with levels by GPTQ."""
+    require_ggml()
+    folder = tmp_path_factory.mktemp("calibrated")
+    write_model(K_QUANTS, random_weights(K_QUANTS), folder / "model")
+    options = GgufOptions(type="q4_k_m", algorithm="gptq")
+    checkpoint, target = open_checkpoint(folder / "model"), folder / "calibrated.gguf"
+    return open_gguf(export_gguf(checkpoint, options, target, statistics=known_of(K_QUANTS)))
+
+
+def test_statistics_reach_the_algorithm(calibrated, tmp_path):
+    plain, weights = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")
+    known, both = known_of(K_QUANTS), (calibrated, plain)
+    for name, scheme in calibrated.manifest.plan.items():
+        found, expected = (artifact.tensor(name).whole() for artifact in both)
+        if TYPES[scheme.type].is_quantized:
+            (part,) = known(name).hessians
+            off = np.stack([found, expected]) - weights[name]
+            ours, theirs = np.einsum("tri,ij,trj->t", off, part.matrix, off, optimize=True)
+            assert ours < 0.9 * theirs, name
+        else:
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_the_file_says_what_chose_its_levels(calibrated, capsys):
+    quantized = {t.name for t in file_tensors(K_QUANTS) if t.quantizable}
+    stated = json.loads(calibrated.header.values[algorithms.KEY])
+    assert stated == dict.fromkeys(quantized, "gptq")
+    for scheme in calibrated.manifest.plan.values():
+        assert scheme.algorithm == ("ggml" if scheme.type == "f32" else "gptq")
+    assert calibrated.manifest.weighted
+    assert not any(key.startswith("quantize.imatrix") for key in calibrated.header.values)
+    assert run(["inspect", str(calibrated.path)]) == 0
+    assert re.search(r"algorithms +gptq", capsys.readouterr().out)
+
+
+def test_what_llama_quantize_could_make_says_nothing(tmp_path):
+    require_ggml()
+    plain = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m", algorithm="search")[0]
+    assert algorithms.KEY not in plain.header.values
+    assert not plain.manifest.weighted and plain.facts()["gguf"]["algorithms"] == "ggml"
+
+
+def test_slabs_of_levels_make_no_difference(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr("rgexport.export.gguf.exporter.SLAB_BYTES", 5000)
+    model = open_checkpoint(calibrated.path.parent / "model")
+    options = GgufOptions(type="q4_k_m", algorithm="gptq")
+    target = tmp_path / "slabs.gguf"
+    export_gguf(model, options, target, statistics=known_of(K_QUANTS))
+    assert target.read_bytes() == calibrated.path.read_bytes()
+
+
+def test_a_plan_by_gptq_takes_statistics(calibrated, tmp_path):
+    model = open_checkpoint(calibrated.path.parent / "model")
+    options = GgufOptions(plan=calibrated.manifest.plan)
+    with pytest.raises(RequestError, match="gptq needs statistics .* --calibration FILE"):
+        export_gguf(model, options, tmp_path / "none.gguf")
+    assert not [*tmp_path.iterdir()]
+    again = export_gguf(model, options, tmp_path / "plan.gguf", statistics=known_of(K_QUANTS))
+    assert open_gguf(again).facts()["gguf"]["algorithms"] == "gptq"
+
+
+def test_a_tool_that_stores_other_types_copies_what_is_no_longer_so(
+    calibrated, tmp_path, llama_tools
+):
+    theirs = tmp_path / "theirs.gguf"
+    run_tool(llama_tools / "llama-quantize", "--allow-requantize", calibrated.path, theirs, "Q8_0")
+    again = open_gguf(theirs)
+    assert again.header.values[algorithms.KEY] == calibrated.header.values[algorithms.KEY]
+    assert {scheme.algorithm for scheme in again.manifest.plan.values()} == {"ggml"}
+    assert not again.manifest.weighted
+
+
+@pytest.mark.parametrize("said", ["[]", "nonsense", '{"token_embd.weight": "a b"}'])
+def test_a_statement_that_cannot_be_read_is_damage(said, tmp_path, monkeypatch):
+    require_ggml()
+    monkeypatch.setattr(algorithms, "to_text", lambda schemes: said)
+    write_model(K_QUANTS, random_weights(K_QUANTS), tmp_path / "model")
+    model = open_checkpoint(tmp_path / "model")
+    made = export_gguf(model, GgufOptions(type="q4_0"), tmp_path / "odd.gguf")
+    with pytest.raises(RequestError, match="odd.gguf is damaged: .*; copy it again"):
+        open_gguf(made)
 
 
 def test_inspect_describes_the_file(demo_gguf, capsys):

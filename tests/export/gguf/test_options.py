@@ -58,6 +58,41 @@ def test_a_plan_gives_the_file_its_type():
     assert GgufOptions(plan=everywhere).file_type.name == "f32"
 
 
+def algorithms(**options: object) -> dict[str, str]:
+    chosen = GgufOptions(**options).choose(CONFIG)
+    return {name: scheme.algorithm for name, scheme in chosen.schemes.items()}
+
+
+def test_an_algorithm_fills_quantized_types():
+    found = algorithms(type="q4_k_m", tensor_types=("attn_v=f16",), algorithm="gptq")
+    assert found[EMBEDDING] == found[DOWN] == "gptq"
+    assert found["blk.0.ssm_a"] == found["blk.2.attn_v.weight"] == "ggml"
+    assert set(algorithms(type="q4_k_m").values()) == {"ggml"}
+
+
+@pytest.mark.parametrize("other", ["rtn", "search", "kmeans"])
+def test_algorithms_for_other_layouts_leave_types_to_ggml(other):
+    planned = make_plan(CONFIG, Ggml("q4_k", algorithm="gptq"), Ggml("q6_k"))
+    assert set(algorithms(plan=planned, algorithm=other).values()) == {"ggml"}
+    assert algorithms(plan=planned)[DOWN] == "gptq"
+    assert algorithms(plan=planned)[EMBEDDING] == "ggml"
+    assert algorithms(plan=planned, algorithm="gptq")[EMBEDDING] == "gptq"
+
+
+def test_with_statistics_the_mix_is_that_for_importances():
+    assert types(type="q4_0")[DOWN] == "q4_0"
+    eight = make_config("rrarrarr", width=256, heads=2, mlp_width=512)
+    chosen = GgufOptions(type="q4_0", algorithm="gptq").choose(eight)
+    assert chosen.types[DOWN] == "q4_1"
+    assert types(type="q2_k_s", algorithm="gptq")[DOWN] == "q2_k"
+
+
+def test_one_source_of_importances():
+    with pytest.raises(RequestError, match="--imatrix and --calibration both"):
+        GgufOptions(type="q4_k_m", imatrix=Path("x"), algorithm="gptq")
+    GgufOptions(type="q4_k_m", imatrix=Path("x"), algorithm="search")
+
+
 @pytest.mark.parametrize(
     ("beside", "word"),
     [
