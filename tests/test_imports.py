@@ -14,7 +14,7 @@ import rgexport
 
 PACKAGE = Path(rgexport.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = "griffin kernels quantize export runtimes chat validate commands cli".split()
+FLOORS = "griffin kernels quantize export runtimes chat validate compress commands cli".split()
 APART = {"kernels", "quantize"}
 """These share a floor: neither imports the other."""
 ANYWHERE = {
@@ -24,6 +24,7 @@ ANYWHERE = {
 
 NEEDS_TORCH = {
     "griffin/ops.py",
+    "griffin/gradients.py",
     "griffin/scan.py",
     "griffin/triton_scan.py",
     "griffin/step.py",
@@ -31,6 +32,10 @@ NEEDS_TORCH = {
     "griffin/substitution.py",
     "griffin/variants.py",
     "export/trace.py",
+    "compress/backward.py",
+    "compress/grams.py",
+    "compress/head.py",
+    "compress/statistics.py",
     "validate/reference/whole_model.py",
     "validate/reference/deepmind_model.py",
     "validate/reference/hugging_face_model.py",
