@@ -117,8 +117,13 @@ _display: "Progress | None" = None
 
 
 def expect_stages(total: int) -> None:
-    """Numbers the next `total` outermost tasks, as in `[2/4] Quantizing`; 0 ends a numbering."""
+    """Numbers the next `total` outermost tasks, as in `[2/4] Quantizing`; 0 ends a numbering.
+
+    Inside a task or a group it changes nothing, for what runs there is no stage.
+    """
     global _numbers
+    if _open:
+        return
     _numbers = iter([f"[{number}/{total}] " for number in range(1, total + 1)])
 
 

@@ -14,7 +14,7 @@ import rgexport
 
 PACKAGE = Path(rgexport.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = "griffin kernels quantize export runtimes chat validate commands cli".split()
+FLOORS = "griffin kernels quantize export runtimes chat validate compress commands cli".split()
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
 }
@@ -22,6 +22,7 @@ ANYWHERE = {
 
 NEEDS_TORCH = {
     "griffin/ops.py",
+    "griffin/gradients.py",
     "griffin/scan.py",
     "griffin/triton_scan.py",
     "griffin/step.py",
@@ -29,6 +30,10 @@ NEEDS_TORCH = {
     "griffin/substitution.py",
     "griffin/variants.py",
     "export/trace.py",
+    "compress/backward.py",
+    "compress/grams.py",
+    "compress/head.py",
+    "compress/statistics.py",
     "validate/reference/whole_model.py",
     "validate/reference/deepmind_model.py",
     "validate/reference/hugging_face_model.py",

@@ -24,6 +24,9 @@ from rgexport.progress import amount, warn
 Replaceable = Callable[[Path], bool]
 """Says whether an existing target is of a kind that `--force` may replace."""
 
+COMPLETE = "complete"
+"""The file in a folder of `continue_file` that becomes its target."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
@@ -60,9 +63,39 @@ def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iter
 
 
 @contextmanager
+def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
+    """As `replace_file`, for work that a later run may continue.
+
+    Gives the place of a folder `NAME.partial` beside `target`, which may hold what an earlier run
+    has left. Any exception leaves it there. When the block ends well, its file `COMPLETE` becomes
+    `target`, and the rest is removed.
+    """
+    real = _check_place(target)
+    with _locked(target, real), _no_space_is_a_request(target):
+        check_file_target(target, force=force, replaceable=replaceable)
+        folder = real.with_name(f"{real.name}.partial")
+        yield folder
+        check_file_target(target, force=force, replaceable=replaceable)
+        (folder / COMPLETE).replace(real)
+        _remove(folder)
+
+
+@contextmanager
+def _no_space_is_a_request(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise RequestError(
+            f"no space left while writing {target}; free some or choose another disk"
+        ) from error
+
+
+@contextmanager
 def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
     real = _check_place(target)
-    with _locked(target, real):
+    with _locked(target, real), _no_space_is_a_request(target):
         _remove_stale(real)
         check()
         new = real.with_name(f".{real.name}.partial-{secrets.token_hex(4)}")
@@ -70,12 +103,6 @@ def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
             yield new
             check()
             _move(new, real)
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
-            raise RequestError(
-                f"no space left while writing {target}; free some or choose another disk"
-            ) from error
         finally:
             _remove(new)
 

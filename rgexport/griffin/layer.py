@@ -6,7 +6,7 @@ derived from this table. Hugging Face's names are the canonical ones with the pr
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal
 
@@ -41,6 +41,7 @@ class Op:
             kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp, commit
             0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`, such as
             `Qcur/ROPE`. Empty where the op is computed together with the next one.
+        reads: of a linear, the site within the layer whose result is its input.
     """
 
     site: str
@@ -48,6 +49,7 @@ class Op:
     deepmind: str = ""
     gguf: str = ""
     graph: str = ""
+    reads: str = ""
 
 
 Size = Callable[[GriffinConfig], int]
@@ -82,14 +84,17 @@ _GATE = (
 )
 _DECAY = (Tensor(".recurrent_param", ".a_param", "", "a_param", lambda c: (c.lru_width,)),)
 _INTO_LRU, _OUT_OF_LRU = _linear(_LRU_WIDTH, _WIDTH), _linear(_WIDTH, _LRU_WIDTH)
+_Q = _linear(_queries, _WIDTH, bias=False)
+_K = _V = _linear(_HEAD, _WIDTH, bias=False)
 _INTO_MLP, _OUT_OF_MLP = _linear(_MLP_WIDTH, _WIDTH), _linear(_WIDTH, _MLP_WIDTH)
 
+_MIX_IN, _MLP_IN = "temporal_pre_norm", "channel_pre_norm"
 _R, _LRU, _A, _M = "recurrent_block.", "recurrent_block.rg_lru", "attention_block.", "mlp_block."
 _TEMPORAL: dict[BlockType, tuple[Op, ...]] = {
     "recurrent": (
-        Op("linear_y", _INTO_LRU, _R + "linear_y", "attn_gate", "linear_y"),
+        Op("linear_y", _INTO_LRU, _R + "linear_y", "attn_gate", "linear_y", _MIX_IN),
         Op("gelu"),
-        Op("linear_x", _INTO_LRU, _R + "linear_x", "ssm_in", "linear_x"),
+        Op("linear_x", _INTO_LRU, _R + "linear_x", "ssm_in", "linear_x", _MIX_IN),
         Op("conv_1d", _CONV, _R + "conv_1d", "ssm_conv1d", "conv_output"),
         Op(
             "rg_lru.input_gate",
@@ -101,26 +106,40 @@ _TEMPORAL: dict[BlockType, tuple[Op, ...]] = {
         Op("rg_lru.recurrent_gate", _GATE, _LRU + ".a_gate", "rg_lru_a_gate", "rg_lru_a_gate"),
         Op("rg_lru", _DECAY, _LRU, "ssm_a", "rg_lru"),
         Op("mul", graph="recurrent_gated"),
-        Op("linear_out", _OUT_OF_LRU, _R + "linear_out", "ssm_out", "linear_out"),
+        Op(
+            "linear_out",
+            _OUT_OF_LRU,
+            _R + "linear_out",
+            "ssm_out",
+            "linear_out",
+            "temporal_block.mul",
+        ),
     ),
     "attention": (
-        Op("q_proj", _linear(_queries, _WIDTH, bias=False), _A + "proj_q", "attn_q", "Qcur"),
+        Op("q_proj", _Q, _A + "proj_q", "attn_q", "Qcur", _MIX_IN),
         Op("rope_q", graph="Qcur/ROPE"),
-        Op("k_proj", _linear(_HEAD, _WIDTH, bias=False), _A + "proj_k", "attn_k", "Kcur"),
+        Op("k_proj", _K, _A + "proj_k", "attn_k", "Kcur", _MIX_IN),
         Op("rope_k", graph="Kcur/ROPE"),
-        Op("v_proj", _linear(_HEAD, _WIDTH, bias=False), _A + "proj_v", "attn_v", "Vcur"),
+        Op("v_proj", _V, _A + "proj_v", "attn_v", "Vcur", _MIX_IN),
         Op("attention", graph="kqv_out"),
-        Op("o_proj", _linear(_WIDTH, _queries), _A + "proj_final", "attn_output", "kqv_out/ADD"),
+        Op(
+            "o_proj",
+            _linear(_WIDTH, _queries),
+            _A + "proj_final",
+            "attn_output",
+            "kqv_out/ADD",
+            "temporal_block.attention",
+        ),
     ),
 }
 """The ops of temporal blocks, in the order of a step; sites without `temporal_block.`."""
 
 _MLP = (
-    Op("gate_proj", _INTO_MLP, "", "ffn_gate", "ffn_gate"),  # DeepMind's ffw_up holds both
+    Op("gate_proj", _INTO_MLP, "", "ffn_gate", "ffn_gate", _MLP_IN),  # DeepMind's ffw_up holds both
     Op("gelu"),
-    Op("up_proj", _INTO_MLP, "", "ffn_up", "ffn_up"),
+    Op("up_proj", _INTO_MLP, "", "ffn_up", "ffn_up", _MLP_IN),
     Op("mul", graph="ffn_geglu"),
-    Op("down_proj", _OUT_OF_MLP, _M + "ffw_down", "ffn_down", "ffn_out"),
+    Op("down_proj", _OUT_OF_MLP, _M + "ffw_down", "ffn_down", "ffn_out", "mlp_block.mul"),
 )
 
 
@@ -140,4 +159,4 @@ def all_ops() -> dict[str, Op]:
 
 
 def _inside(block: str, op: Op) -> Op:
-    return Op(f"{block}.{op.site}", op.tensors, op.deepmind, op.gguf, op.graph)
+    return replace(op, site=f"{block}.{op.site}")

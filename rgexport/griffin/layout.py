@@ -50,6 +50,20 @@ def site_of(name: str) -> str:
     return f"{layers}.{index}.{_USERS[local][0]}"
 
 
+def input_site(name: str) -> str | None:
+    """The op whose result a matrix multiplies; None if the tensor is no matrix of that kind.
+
+    Linears that share an input have one site. That of the embedding is its input as the head.
+    """
+    if name == EMBEDDING:
+        return "final_norm"
+    layers, _, rest = name.partition(".")
+    index, _, local = rest.partition(".")
+    if layers != "layers" or local not in _USERS or _USERS[local][1] != "linear":
+        return None
+    return f"layers.{index}.{all_ops()[_USERS[local][0]].reads}"
+
+
 def role_of(name: str) -> Role:
     """The role of a tensor by its canonical name."""
     return _GLOBAL[name][1] if name in _GLOBAL else _USERS[name.split(".", 2)[2]][1]

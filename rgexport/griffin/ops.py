@@ -9,6 +9,9 @@ Dtypes: `linear` and `embedding` work in their weight's dtype (the activation dt
 residual stream, norms, convolution, gates, scan, RoPE angles, softmax and soft cap are float32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +23,19 @@ _ATTENTION_ROWS = 512
 """Queries that the eager attention takes at once, so that its scores stay small."""
 
 
+EAGER: dict[Any, Callable[..., Any]] = {}
+"""Op → its eager reference as a plain function, which autograd can follow."""
+
+
 def _op(name: str):  # type: ignore[no-untyped-def]  # torch's decorator is untyped
-    return torch.library.custom_op(f"griffin::{name}", mutates_args=())
+    make = torch.library.custom_op(f"griffin::{name}", mutates_args=())
+
+    def define(body: Callable[..., Any]):  # type: ignore[no-untyped-def]
+        op = make(body)
+        EAGER[op] = body
+        return op
+
+    return define
 
 
 @_op("embedding")

@@ -59,8 +59,8 @@ class Reference:
         self._keep = keep
         self._layers: dict[int, Layer] = {}
         self._head: list[tuple[int, Tensor]] = []
-        self._device = torch.device(device)
-        turn_off_tf32(self._device)
+        self.device = torch.device(device)
+        turn_off_tf32(self.device)
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
@@ -99,10 +99,10 @@ class Reference:
             _pieces(tokens.shape[1], stops[place] if stops else ())
             for place, (tokens, _) in enumerate(texts)
         ]
-        hidden = [self._embed(tokens) for tokens, _ in texts]
+        hidden = [self.embed(tokens) for tokens, _ in texts]
         states: list[list[State]] = [[{} for p in cut if p.kept] for cut in pieces]
         for index in range(self.config.num_layers):
-            layer = self._layer(index)
+            layer = self.layer(index)
             for place, (_, state) in enumerate(texts):
                 self._through(layer, index, state, hidden[place], pieces[place], states[place])
                 if watch is not None:
@@ -110,7 +110,7 @@ class Reference:
         for (_, state), cut, found in zip(texts, pieces, states, strict=True):
             for piece, after in zip((p for p in cut if p.kept), found, strict=True):
                 after[POSITION] = state[POSITION] + piece.stop
-        norm = self._final_norm()
+        norm = self.final_norm()
         return [(norm(x), found) for x, found in zip(hidden, states, strict=True)]
 
     def _through(
@@ -128,7 +128,7 @@ class Reference:
         first, second = (self._tensor(before[name]).float() for name in names)
         kept = iter(found)
         for piece in pieces:
-            positions = start + torch.arange(piece.start, piece.stop, device=self._device)
+            positions = start + torch.arange(piece.start, piece.stop, device=self.device)
             part = hidden[:, piece.start : piece.stop]
             part[:], (first, second) = layer(part, positions, (first, second))
             if piece.kept:
@@ -137,19 +137,20 @@ class Reference:
 
     def describe(self) -> dict[str, str]:
         """`implementation`, and what `describe_device` says."""
-        return {"implementation": f"rgexport {__version__}", **describe_device(self._device)}
+        return {"implementation": f"rgexport {__version__}", **describe_device(self.device)}
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> np.ndarray:
         """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
         logits = torch.empty((*hidden.shape[:2], self.config.vocab_size))
-        for start, rows in self._head_rows():
+        for start, rows in self.head_slabs():
             part = ops.linear(hidden, rows, None, "lm_head")
             part = ops.soft_cap(part, self.config.soft_cap, "logits")
             logits[..., start : start + len(rows)] = part.cpu()
         return logits.numpy()
 
-    def _embed(self, tokens: np.ndarray) -> Tensor:
+    def embed(self, tokens: np.ndarray) -> Tensor:
+        """The residual stream [B, T, width] before the first layer, of tokens [B, T]."""
         table = self._weights[EMBEDDING]
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([table.read(i, i + 1) for i in ids.tolist()]).astype(np.float32)
@@ -158,7 +159,7 @@ class Reference:
             places, self._tensor(rows), self.config.embedding_scale, "embed_tokens"
         )
 
-    def _head_rows(self) -> Iterable[tuple[int, Tensor]]:
+    def head_slabs(self) -> Iterable[tuple[int, Tensor]]:
         """The embedding in float32, slab by slab, each with its first row's number."""
         if self._head:
             return self._head
@@ -169,7 +170,8 @@ class Reference:
         self._head = list(rows)
         return self._head
 
-    def _layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> Layer:
+        """One layer with its weights, which are read anew unless they are kept."""
         if index in self._layers:
             return self._layers[index]
         layer = self._read_layer(index)
@@ -186,7 +188,8 @@ class Reference:
         layer.load_state_dict(loaded, assign=True)
         return layer
 
-    def _final_norm(self) -> RMSNorm:
+    def final_norm(self) -> RMSNorm:
+        """The norm before the head."""
         norm = RMSNorm("final_norm", self.config)
         norm.load_state_dict(
             {"weight": self._load(self._weights["final_norm.weight"])}, assign=True
@@ -201,7 +204,7 @@ class Reference:
         return self._tensor(array)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.device)
 
 
 def turn_off_tf32(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,33 @@ _CHUNK = {"cpu": 16, "cuda": 256}
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
 
-    On CUDA it is one Triton kernel, if Triton is available.
+    On CUDA it is one Triton kernel, if Triton is available. It has gradients.
     """
+    differentiable = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return _Scan.apply(a, b, h0) if differentiable else _scan(a, b, h0)
+
+
+class _Scan(torch.autograd.Function):
+    """The gradients of a scan are the same recurrence, from the end backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        h = _scan(a, b, h0)
+        ctx.save_for_backward(a, h, h0)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`δ_t = g_t + a_{t+1} · δ_{t+1}`; then db = δ, da_t = δ_t · h_{t-1}, dh0 = a_1 · δ_1."""
+        a, h, h0 = ctx.saved_tensors
+        following = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)
+        later, grad = (x.flip(1).contiguous() for x in (following, grads[0]))
+        delta = _scan(later, grad, torch.zeros_like(h0)).flip(1)
+        before = torch.cat([h0.unsqueeze(1), h[:, :-1]], 1)
+        return delta * before, delta, a[:, 0] * delta[:, 0]
+
+
+def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     if b.is_cuda and (kernel := _triton_scan()):
         return kernel(a, b, h0)
     return chunked_scan(a, b, h0)

@@ -37,11 +37,11 @@ class Variants(Reference):
         The first row is the model's, the others are in the order of the parts.
         """
         text = tokens[None]
-        hidden = torch.cat([self._embed(text), self._other._embed(text)])
+        hidden = torch.cat([self.embed(text), self._other.embed(text)])
         for index in range(self.config.num_layers):
-            other = self._take(self._other._layer(index), index, hidden[:1])
-            hidden = torch.cat([self._take(self._layer(index), index, hidden), other])
-        return torch.cat([self._final_norm()(hidden), self._other._final_norm()(hidden[:1])])
+            other = self._take(self._other.layer(index), index, hidden[:1])
+            hidden = torch.cat([self._take(self.layer(index), index, hidden), other])
+        return torch.cat([self.final_norm()(hidden), self._other.final_norm()(hidden[:1])])
 
     def all_logits(self, hidden: Tensor) -> np.ndarray:
         """Soft-capped logits [1 + parts, t, V] float32 of positions of what `run_all` gives."""

@@ -1,0 +1,48 @@
+"""Commands that prepare a quantization."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rgexport.commands.options import FOLDER, model_options, verbose
+
+
+@click.command()
+@model_options
+@click.option("--text", type=FOLDER, help="A file with text. [default: sampled from the model]")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Tokens in all.")
+@click.option("--sampled", type=int, help="Beside --text: how many are sampled from the model.")
+@click.option(
+    "--gradient-tokens",
+    type=int,
+    default=1024,
+    show_default=True,
+    help="How many of them also have gradients.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.calibration]")
+@click.option("--force", is_flag=True, help="Replace an earlier one.")
+@verbose
+def calibrate(
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    soft_cap: float | None,
+    output: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Collects statistics of a model on a text, so that it loses less when it is quantized.
+
+    One layer's weights are in memory at a time. After an interruption, the same command goes on.
+    """
+    from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
+    from rgexport.compress.calibrate import calibrate as run
+    from rgexport.griffin.checkpoint import open_checkpoint
+
+    asked = CalibrationOptions(**options)
+    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    target = output or Path(f"{checkpoint.name}{SUFFIX}")
+    click.echo(closing_line(checkpoint, run(checkpoint, asked, target, force=force)))

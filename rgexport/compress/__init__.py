@@ -1,0 +1,1 @@
+"""What is measured of a model to compress it well."""

@@ -1,0 +1,222 @@
+"""`rgexport calibrate`: collects statistics of a model on a text, for its quantization."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport import __version__
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.compress.passages import Passages, join, read_text
+from rgexport.compress.sampling import sample
+from rgexport.compress.work import StatisticsFile, Work, open_work
+from rgexport.errors import RequestError
+from rgexport.export.origin import folder_of
+from rgexport.export.request import as_argument
+from rgexport.files.atomic import check_file_target, continue_file, require_free_disk
+from rgexport.files.hashing import hash_file
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checks import FileHashes, require_sound
+from rgexport.progress import amount, expect_stages
+from rgexport.quantize.calibration import is_calibration
+from rgexport.quantize.calibration_format import (
+    FREQUENCY,
+    LENGTHS,
+    TOKENS,
+    Arrays,
+    Provenance,
+    arrays_of,
+)
+from rgexport.validate.reference_pass import torch_device
+
+SUFFIX = ".calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What a user can ask of a calibration.
+
+    Attributes:
+        text: a file with text, or None for none.
+        tokens: how many tokens there are in all.
+        sampled: how many of them are sampled from the model; None: all without `text`, else none.
+        gradient_tokens: how many have gradients; in whole sequences, at least one.
+        seed: of what is drawn.
+        device: where torch computes; `auto` is CUDA where there is one.
+
+    Raises:
+        RequestError: a number is outside its range, or no text is left.
+    """
+
+    text: Path | None = None
+    tokens: int = 8192
+    sampled: int | None = None
+    gradient_tokens: int = 1024
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuses contradictions."""
+        for name, value, least in (
+            ("--tokens", self.tokens, 1),
+            ("--gradient-tokens", self.gradient_tokens, 1),
+            ("--seed", self.seed, 0),
+            ("--sampled", self.from_model, 0),
+        ):
+            if value < least:
+                raise RequestError(f"{name} is {value}; expected at least {least}")
+        if self.text is None and self.sampled is not None:
+            raise RequestError("--sampled is for a mixture with --text; use --tokens without it")
+        if self.text is not None and self.from_model >= self.tokens:
+            raise RequestError(
+                f"--sampled {self.sampled} leaves nothing of --tokens {self.tokens} for --text"
+            )
+
+    @property
+    def from_model(self) -> int:
+        """How many tokens are sampled."""
+        if self.sampled is not None:
+            return self.sampled
+        return self.tokens if self.text is None else 0
+
+    @property
+    def source(self) -> str:
+        """Where the text is from, in words."""
+        sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
+        given = "" if self.text is None else f"text of {self.text.name}"
+        return " and ".join(filter(None, (sampled, given)))
+
+
+def calibrate(
+    checkpoint: Checkpoint, options: CalibrationOptions, target: Path, *, force: bool = False
+) -> Path:
+    """Writes the statistics of a model into the file `target`, which appears when it is complete.
+
+    A run that ends early leaves `TARGET.partial`, and the same request goes on from there.
+
+    Raises:
+        RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
+            unfinished work of another request there.
+    """
+    check_file_target(target, force=force, replaceable=is_calibration)
+    tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
+    device = torch_device(options.device)
+    given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
+    expect_stages(5 if options.from_model else 4)
+    hashes = require_sound(checkpoint)
+    request = _request(options, hashes)
+    with continue_file(target, force=force, replaceable=is_calibration) as folder:
+        work = open_work(folder, request, force=force)
+        text = _text(work, checkpoint, tokenizer, options, given)
+        _collect(work, checkpoint, text, options, hashes, device)
+    return target
+
+
+def closing_line(checkpoint: Checkpoint, target: Path) -> str:
+    """What the command prints."""
+    model = as_argument(checkpoint.path)
+    return (
+        f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
+        f"rgexport onnx -m {model} --int4 --calibration {as_argument(target)}"
+    )
+
+
+def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
+    """What must be equal for a run to go on with another's work."""
+    return {
+        "rgexport": __version__,
+        "weights": {name: record.sha256 for name, record in hashes.items()},
+        "--text": None if options.text is None else hash_file(options.text).sha256,
+        "--tokens": options.tokens,
+        "--sampled": options.from_model,
+        "--gradient-tokens": options.gradient_tokens,
+        "--seed": options.seed,
+    }
+
+
+def _given_text(
+    options: CalibrationOptions, tokenizer: Tokenizer | None, vocab_size: int
+) -> list[np.ndarray]:
+    """The sequences of the user's text; none without one."""
+    if options.text is None:
+        return []
+    if tokenizer is None:
+        raise RequestError(
+            f"the model has no tokenizer to read {options.text} with; put its tokenizer.model into "
+            "its folder, or leave --text out to sample text from the model"
+        )
+    found = read_text(options.text, tokenizer, options.tokens - options.from_model)
+    largest = max(int(sequence.max()) for sequence in found)
+    if largest >= vocab_size:
+        raise RequestError(
+            f"the tokenizer gives the id {largest}, but the model has {vocab_size} tokens; put "
+            "the model's own tokenizer into its folder"
+        )
+    return found
+
+
+def _text(
+    work: Work,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    options: CalibrationOptions,
+    given: list[np.ndarray],
+) -> Passages:
+    """The text of this request: that of an earlier run, or a new one."""
+    tokens, lengths = work.load(TOKENS), work.load(LENGTHS)
+    if tokens is not None and lengths is not None:
+        return Passages(tokens, lengths)
+    sampled = []
+    if options.from_model:
+        sampled = sample(
+            checkpoint,
+            tokenizer,
+            options.from_model,
+            seed=options.seed,
+            folder=work.folder / "sampled",
+        )
+    text = join([*sampled, *given], options.seed)
+    work.save(LENGTHS, text.lengths)
+    work.save(TOKENS, text.tokens)
+    return text
+
+
+def _collect(
+    work: Work,
+    checkpoint: Checkpoint,
+    text: Passages,
+    options: CalibrationOptions,
+    hashes: FileHashes,
+    device: str,
+) -> None:
+    """Fills the file with the statistics of the text."""
+    from rgexport.compress.statistics import Collector
+    from rgexport.griffin.reference import Reference
+
+    config, gradients = checkpoint.config, text.first(options.gradient_tokens)
+    provenance = Provenance(
+        model=checkpoint.name,
+        files={name: record.sha256 for name, record in hashes.items()},
+        tokens=len(text.tokens),
+        gradient_tokens=len(gradients.tokens),
+        text=options.source,
+        tokens_sha256=hashlib.sha256(text.tokens.tobytes()).hexdigest(),
+        seed=options.seed,
+        tool=f"rgexport {__version__}",
+    )
+    arrays = arrays_of(config, len(text.tokens), len(text.lengths))
+    require_free_disk(work.folder, _free_bytes(arrays, len(text.tokens) * config.width))
+    file = StatisticsFile(work, provenance, arrays)
+    counts = np.bincount(text.tokens, minlength=config.vocab_size)
+    frequency = (counts / len(text.tokens)).astype(np.float32)
+    file.write({TOKENS: text.tokens, LENGTHS: text.lengths, FREQUENCY: frequency})
+    model = Reference(config, checkpoint.weights, device=device)
+    Collector(model, text, gradients, work, file, options.seed).collect()
+
+
+def _free_bytes(arrays: Arrays, stream: int) -> int:
+    """What the file takes, and the residual stream twice."""
+    sizes = (dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
+    return sum(sizes) + 2 * 4 * stream

@@ -1,0 +1,78 @@
+"""A calibration text: sequences of tokens, each taken from a fresh state."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
+from rgexport.files.regular_file import require_regular
+
+LENGTH = 512
+"""Tokens of a sequence: enough context for what int4 changes, and many sequences in a text."""
+_LONGEST_TOKEN = 32
+"""Characters per token, at most, of which a file is read."""
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Sequences one after another: `tokens` int32 [N], and the `lengths` int32 [S] of each."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def first(self, tokens: int) -> "Passages":
+        """The first sequences that have at most so many tokens together, at least one."""
+        count = max(1, int(np.searchsorted(self.lengths.cumsum(), tokens, side="right")))
+        lengths = self.lengths[:count]
+        return Passages(self.tokens[: lengths.sum()], lengths)
+
+    def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Sequences of equal length that are taken together.
+
+        Yields their place among the tokens, and the shape (sequences, tokens of each); the product
+        is at most `most`, or else there is one sequence.
+        """
+        place, start = 0, 0
+        while place < len(self.lengths):
+            length = int(self.lengths[place])
+            equal = int(np.argmin(np.append(self.lengths[place:] == length, False)))
+            count = min(equal, max(1, most // length))
+            yield slice(start, start + count * length), (count, length)
+            place, start = place + count, start + count * length
+
+
+def join(parts: Sequence[np.ndarray], seed: int) -> Passages:
+    """Sequences in a random order, so that the first are like all."""
+    order = np.random.default_rng(seed).permutation(len(parts))
+    mixed = [parts[i] for i in order]
+    lengths = np.array([len(part) for part in mixed], np.int32)
+    return Passages(np.concatenate(mixed).astype(np.int32), lengths)
+
+
+def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
+    """The beginning of a text in sequences, each after a bos, `limit` tokens in all.
+
+    Raises:
+        RequestError: the file cannot be read, or is empty.
+    """
+    ids = tokenizer.encode_text(_characters(file, _LONGEST_TOKEN * limit))
+    if not ids:
+        raise RequestError(f"{file} has no text in it; expected a UTF-8 text to calibrate on")
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    own = LENGTH - len(begin)
+    pieces = [begin + ids[start : start + own] for start in range(0, len(ids), own)]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    cut = [np.array(p[: max(0, limit - end + len(p))]) for p, end in zip(pieces, ends, strict=True)]
+    return [piece for piece in cut if len(piece) > len(begin)] or cut[:1]
+
+
+def _characters(file: Path, most: int) -> str:
+    try:
+        require_regular(file)
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(most)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None

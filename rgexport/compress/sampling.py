@@ -1,0 +1,113 @@
+"""Text sampled from the model itself, which calibrates better than most other text.
+
+Each sequence begins with a bos and a random token: from a bos alone, a model writes too few kinds
+of text. What is sampled is an ONNX export, which is removed afterwards: in float32, or in int4
+where that would not fit into memory. What is measured later is the original on that text.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.chat.sampling import Sampler
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.compress.passages import LENGTH
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.progress import group, task
+from rgexport.validate.reference.implementations import float32_bytes
+
+_BATCH = 16
+"""Sequences that are sampled together, for which each weight is read once."""
+_LARGEST_IN_FLOAT32 = 2 << 30
+"""Bytes of weights from which a model is sampled in int4."""
+
+Step = Callable[[np.ndarray], np.ndarray]
+"""Takes the next tokens [B, t] of sequences, the first time from their beginning; returns logits
+[B, vocab] of the last."""
+
+
+def sample(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    count: int,
+    *,
+    seed: int,
+    folder: Path,
+) -> list[np.ndarray]:
+    """Sequences of together `count` tokens; `folder` is made for the export, and removed."""
+    rng = np.random.default_rng(seed)
+    starts = first_tokens(tokenizer, checkpoint.config.vocab_size, -(-count // LENGTH), rng)
+    found: list[np.ndarray] = []
+    with (
+        group("Sampling text from the model"),
+        _engine(checkpoint, folder) as begin,
+        task("Sampling text", len(starts) * LENGTH, "tokens") as advance,
+    ):
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
+            sampler = Sampler(temperature=1.0, seed=int(rng.integers(1 << 31)))
+            step = begin(len(batch))
+            found += _continue(step, batch, min(LENGTH, count), sampler, advance)
+    sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(found)))
+    return [ids[:size] for ids, size in zip(found, sizes, strict=True)]
+
+
+def first_tokens(
+    tokenizer: Tokenizer | None, vocab_size: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """A bos, if there is one, and a random token that is not special, [count, 1 or 2]."""
+    special = set() if tokenizer is None else {*tokenizer.special.values()}
+    size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
+    ordinary = np.setdiff1d(np.arange(size), list(special))
+    drawn = rng.choice(ordinary if len(ordinary) else np.arange(size), (count, 1))
+    bos = None if tokenizer is None else tokenizer.bos_id
+    return drawn if bos is None else np.concatenate([np.full((count, 1), bos), drawn], 1)
+
+
+def _continue(
+    step: Step, starts: np.ndarray, length: int, sampler: Sampler, advance: Callable[[int], None]
+) -> list[np.ndarray]:
+    """Sequences [B, length] that begin with `starts`."""
+    ids = np.zeros((len(starts), max(length, starts.shape[1])), np.int64)
+    ids[:, : starts.shape[1]] = starts
+    following = starts
+    advance(starts.size)
+    for place in range(starts.shape[1], length):
+        logits = step(following)
+        ids[:, place] = [sampler(row) for row in logits]
+        following = ids[:, place : place + 1]
+        advance(len(ids))
+    return list(ids)
+
+
+@contextmanager
+def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], Step]]:
+    """Gives a function that starts so many sequences.
+
+    The window need not be longer than a sequence, which saves memory for states.
+    """
+    from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+    from rgexport.export.opening import open_artifact
+    from rgexport.runtimes.engine import open_session
+
+    config = checkpoint.config
+    short = dataclasses.replace(config, window=min(config.window, LENGTH))
+    small = float32_bytes(config) <= _LARGEST_IN_FLOAT32
+    shutil.rmtree(folder, ignore_errors=True)
+    options = OnnxOptions(precision="fp32" if small else "int4")
+    export_onnx(dataclasses.replace(checkpoint, config=short), options, folder)
+    session = open_session(open_artifact(folder))
+
+    def begin(batch: int) -> Step:
+        session.reset(batch)
+        return lambda tokens: session.prefill(tokens)[:, 0]
+
+    try:
+        yield begin
+    finally:
+        session.close()
+        shutil.rmtree(folder, ignore_errors=True)
