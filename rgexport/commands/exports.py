@@ -14,6 +14,7 @@ from rgexport.commands.options import (
     model_options,
     output_options,
     plan_option,
+    quality_options,
     storing_options,
     verbose,
     width_options,
@@ -43,6 +44,7 @@ from rgexport.commands.options import (
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
 @storing_options(block="128", symmetry="asymmetric for int4", embedding="as --precision")
 @plan_option
+@quality_options
 @output_options
 @check_option
 @verbose
@@ -72,6 +74,7 @@ def onnx(**request: Any) -> int:
     embedding="int8 for 4 bits, or as --precision",
 )
 @plan_option
+@quality_options
 @click.option(
     "--prefill-length", type=int, default=128, show_default=True, help="Tokens per call of prefill."
 )
@@ -129,22 +132,31 @@ def _export(
     window: int | None,
     soft_cap: float | None,
     plan: Path | None,
+    quality: str | None,
+    calibration: Path | None,
     output: Path | None,
     force: bool,
     no_check: bool,
     **options: Any,
 ) -> int:
     """Opens the checkpoint and exports it; `options` are those of the format."""
+    from rgexport.export.request import algorithm_word
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.quantize.plan import load_plan
     from rgexport.validate.self_check import self_check
 
     if output:
         check_target(output, force=force)
+    algorithm = algorithm_word(quality, calibration, plan)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-    asked = options_of(plan=load_plan(plan, checkpoint.config) if plan else None, **options)
+    planned = load_plan(plan, checkpoint.config) if plan else None
+    asked = options_of(plan=planned, algorithm=algorithm, **options)
     target = output or default_target(checkpoint.name, asked)
     check = None if no_check else partial(self_check, checkpoint)
+    if algorithm == "gptq" or calibration:
+        from rgexport.compress.quality import known_statistics
+
+        export = partial(export, statistics=known_statistics(checkpoint, calibration))
     return _close(export(checkpoint, asked, target, force=force, check=check))
 
 
@@ -189,6 +201,7 @@ def _close(target: Path) -> int:
 )
 @click.option("--imatrix", type=FOLDER, help="An importance matrix, made by llama-imatrix.")
 @plan_option
+@quality_options
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-TYPE.gguf]")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @check_option

@@ -80,6 +80,18 @@ plan_option = click.option(
     type=FOLDER,
     help="A JSON file with the storage of every tensor, as `inspect --json` prints it.",
 )
+quality_options = _options(
+    click.option(
+        "--quality",
+        metavar="fast|default|best",
+        help="How levels are chosen: rounding to nearest, clip search, or GPTQ by a calibration.",
+    ),
+    click.option(
+        "--calibration",
+        type=FOLDER,
+        help="A file of `rgexport calibrate`, for --quality best.",
+    ),
+)
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),

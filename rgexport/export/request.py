@@ -45,7 +45,9 @@ QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
 """Word of `--quality` → the algorithm that chooses levels."""
 
 
-def algorithm_word(quality: str | None, *, calibrated: bool, planned: bool) -> str | None:
+def algorithm_word(
+    quality: str | None, calibration: object | None, plan: object | None
+) -> str | None:
     """The algorithm for all tensors; None leaves it to a plan.
 
     Raises:
@@ -53,14 +55,14 @@ def algorithm_word(quality: str | None, *, calibrated: bool, planned: bool) -> s
     """
     if quality is not None:
         require_word("--quality", quality, QUALITIES)
-    if calibrated and quality not in (None, "best"):
+    if calibration is not None and quality not in (None, "best"):
         raise RequestError(
             f"--quality {quality} takes no calibration; leave out --calibration, or take "
             "--quality best"
         )
-    if quality is None and planned:
+    if quality is None and plan is not None:
         return None
-    return QUALITIES[quality or ("best" if calibrated else "default")]
+    return QUALITIES[quality or ("best" if calibration is not None else "default")]
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Reads the statistics that `rgexport calibrate` made, for the algorithms that use them."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.hashing import FileRecord
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.layout import EMBEDDING, input_site, site_of
@@ -53,13 +52,13 @@ class Calibration:
         """Tokens of the text."""
         return self.provenance.tokens
 
-    def require_for(self, files: Mapping[str, FileRecord]) -> None:
-        """Refuses statistics of another model, by the hashes of its weight files.
+    def require_for(self, hashes: Iterable[str]) -> None:
+        """Refuses statistics of another model, by the SHA-256 of its weight files.
 
         Raises:
             RequestError: they are of another model.
         """
-        if {record.sha256 for record in files.values()} != set(self.provenance.files.values()):
+        if set(hashes) != set(self.provenance.files.values()):
             raise RequestError(
                 f"{self.path} was made from other weights ({self.provenance.model}) than those of "
                 "this model; make one of this model: rgexport calibrate"

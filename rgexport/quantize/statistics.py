@@ -4,19 +4,28 @@ For inputs x of a linear with weights W, the error of its outputs is tr(ΔW H Δ
 H = Σ x xᵀ / N.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
 
+from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
+from rgexport.quantize.calibration import Calibration
 
 _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
 _SHRINKAGE = 0.3, 0.6
 """The least and the most that is taken from what is beside the diagonal."""
+
+
+_LOOKUP = 1.0
+"""The same for the embedding, whose rows are looked up besides: all of a row counts alike."""
+_KEPT = 2
+"""Inputs whose statistics are kept: tensors come one after another, on several threads."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,35 @@ StatisticsOf = Callable[[str], Statistics | None]
 def no_statistics(name: str) -> Statistics | None:
     """Knows nothing."""
     return None
+
+
+class Calibrated:
+    """Statistics by a calibration; those of the last few inputs are kept, with their factors."""
+
+    def __init__(self, calibration: Calibration):
+        self._calibration = calibration
+        self._kept: OrderedDict[str, Statistics | None] = OrderedDict()
+        self._lock = Lock()
+
+    def __call__(self, name: str) -> Statistics | None:
+        """See `StatisticsOf`; None for what is no matrix."""
+        key = input_site(name)
+        if key is None:
+            return None
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._read(name)
+            self._kept.move_to_end(key)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+    def _read(self, name: str) -> Statistics | None:
+        blocks = self._calibration.hessian(name)
+        if blocks is None:
+            return None
+        identity = _LOOKUP if name == EMBEDDING else 0.0
+        return statistics_of(blocks, self._calibration.tokens, identity=identity)
 
 
 def statistics_of(

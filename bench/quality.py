@@ -1,0 +1,250 @@
+"""What quantization costs: methods, bits and formats on the demo model; writes `docs/quality.md`.
+
+    python -m bench.quality [--only WORD …] [--model demo/model] [--tokens 1024] [--docs docs]
+
+Every row is an export in a process of its own, and the artifact's engine over six texts, held
+against the original in float32. An hour on two cores; each row is kept in `out/quality`, so what
+is there is not measured again.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.run import command, size_of
+from rgexport.chat.tokenizer import load_tokenizer
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.layout import QUANTIZABLE, role_of
+from rgexport.griffin.reference import Reference
+from rgexport.progress import note
+from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.environment import environment
+from rgexport.validate.metrics import agreement, compare_logits, kl_summary, likelihood
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("out/quality")
+TEXTS = {
+    "prose": "rgexport/validate/sample.txt",
+    "mixture": "tests/validate/unseen.txt",
+    "manual": "README.md",
+    "licence": "LICENSE",
+    "program": "rgexport/griffin/step.py",
+    "notes": "CHANGELOG.md",
+}
+"""Kind of text → its file."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table: what to type after `rgexport`."""
+
+    name: str
+    method: str
+    words: str
+    calibrated: bool = False
+    runs: str = "the native kernels"
+
+
+_BLOCKS = "--block-size 32 --symmetric --embedding-precision int4"
+RECIPES = (
+    Recipe(
+        "onnx-rtn-128a",
+        "rounding to nearest",
+        "onnx --int4 --quality fast --block-size 128 --asymmetric --embedding-precision int4",
+    ),
+    Recipe("onnx-rtn-32s", "rounding to nearest", f"onnx --int4 --quality fast {_BLOCKS}"),
+    Recipe("onnx-search-32s", "clip search", f"onnx --int4 {_BLOCKS}"),
+    Recipe("onnx-gptq-32s", "GPTQ", f"onnx --int4 {_BLOCKS}", calibrated=True),
+    Recipe("onnx-default", "clip search, 8-bit head (default)", "onnx --int4"),
+    Recipe("onnx-best", "GPTQ, 8-bit head (best)", "onnx --int4", calibrated=True),
+    Recipe("onnx-int8", "clip search", "onnx --int8"),
+    Recipe("onnx-int8-gptq-32", "GPTQ", "onnx --int8 --block-size 32", calibrated=True),
+    Recipe(
+        "coreml-rtn-32s",
+        "rounding to nearest",
+        "coreml --int4 --quality fast --embedding-precision int4",
+    ),
+    Recipe("coreml-search-32s", "clip search", "coreml --int4 --embedding-precision int4"),
+    Recipe("coreml-gptq-32s", "GPTQ", "coreml --int4 --embedding-precision int4", calibrated=True),
+    Recipe("coreml-default", "clip search, 8-bit head (default)", "coreml --int4"),
+    Recipe("coreml-pal4", "k-means", "coreml --precision pal4"),
+    Recipe("coreml-pal4-gptq", "GPTQ on palettes", "coreml --precision pal4", calibrated=True),
+    Recipe("gguf-q4_0", "as llama-quantize", "gguf --type q4_0 --pure --quality fast"),
+    Recipe("gguf-q4_k", "as llama-quantize", "gguf --type q4_k_s --pure --quality fast"),
+    Recipe("gguf-q4_k-gptq", "GPTQ on ggml's grid", "gguf --type q4_k_s --pure", calibrated=True),
+    Recipe("gguf-q4_k_m", "as llama-quantize (default)", "gguf --type q4_k_m --quality fast"),
+    Recipe("gguf-q4_k_m-gptq", "GPTQ on ggml's grid (best)", "gguf --type q4_k_m", calibrated=True),
+    Recipe("gguf-q8_0", "as llama-quantize", "gguf --type q8_0"),
+)
+
+
+def main() -> None:
+    """Measures what is missing, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose name has one of these")
+    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text")
+    parser.add_argument("--docs", type=Path, help="where quality.md goes; printed without")
+    asked = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(str(asked.model))
+    texts = read_texts(asked.model, asked.tokens)
+    calibration = FOLDER / "calibration"
+    calibrated = {"seconds": 0.0, "peak_bytes": 0.0}
+    if not calibration.exists():
+        calibrated = command("calibrate", "-m", asked.model, "-o", calibration)
+        _keep("calibration", calibrated)
+    rows = []
+    for recipe in RECIPES:
+        if not asked.only or any(word in recipe.name for word in asked.only):
+            rows.append(_measured(recipe, asked.model, checkpoint, texts, calibration))
+    text = page(rows)
+    if asked.docs:
+        (asked.docs / "quality.md").write_text(text)
+    else:
+        print(text)
+
+
+def read_texts(model: Path, limit: int) -> dict[str, np.ndarray]:
+    """Token ids [1, T] of each text, at most `limit`, with bos."""
+    tokenizer = load_tokenizer(model)
+    found = {}
+    for kind, file in TEXTS.items():
+        ids = tokenizer.encode((ROOT / file).read_text()[: 8 * limit])
+        found[kind] = np.array([ids[:limit]])
+    return found
+
+
+def _measured(
+    recipe: Recipe,
+    model: Path,
+    checkpoint: Checkpoint,
+    texts: dict[str, np.ndarray],
+    calibration: Path,
+) -> dict[str, Any]:
+    kept = FOLDER / f"{recipe.name}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    target = FOLDER / recipe.name
+    words = [*recipe.words.split(), *(["--calibration", calibration] * recipe.calibrated)]
+    made = command(*words, "-m", model, "-o", target, "--force", "--no-check")
+    found = asdict(recipe) | made | _quality(target, checkpoint, texts)
+    found |= {"bytes": size_of(target), "cpu": environment()["cpu"]}
+    _keep(recipe.name, found)
+    note(f"{recipe.name}: {found['bits']:.3f} bits, KL {found['kl']:.3e}")
+    return found
+
+
+def _keep(name: str, found: dict[str, Any]) -> None:
+    (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1))
+
+
+def _quality(target: Path, checkpoint: Checkpoint, texts: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean KL of each text, top-1 and perplexity over all, and bits of a weight."""
+    artifact = open_artifact(target)
+    reference = Reference(checkpoint.config, checkpoint.weights, keep=True)
+    session = open_session(artifact)
+    rows = {}
+    for kind, tokens in texts.items():
+        session.reset()
+        theirs = session.prefill(tokens, tokens.shape[1])[0]
+        ours = reference.logits(reference.run(tokens)[0])[0]
+        rows[kind] = compare_logits(ours, theirs, np.append(tokens[0, 1:], -1))
+    session.close()
+    everything = np.concatenate(list(rows.values()))
+    said = likelihood(everything, None)
+    assert said is not None
+    kls = {kind: kl_summary(found).mean for kind, found in rows.items()}
+    return {
+        "bits": bits_of(artifact.manifest.tensors.items()),
+        "kls": kls,
+        "kl": float(np.mean(list(kls.values()))),
+        "top1": agreement(everything).top1,
+        "perplexity": said.perplexity,
+        "perplexity_quantized": said.perplexity_candidate,
+    }
+
+
+def bits_of(tensors: Iterable[tuple[str, Any]]) -> float:
+    """Bits of a weight over matrices and embedding, with scales, zero points and tables."""
+    matrices = [stored for name, stored in tensors if role_of(name) in QUANTIZABLE]
+    stored = sum(part.nbytes for tensor in matrices for part in tensor.parts.values())
+    return 8 * stored / sum(math.prod(tensor.shape) for tensor in matrices)
+
+
+TEXT = """# What quantization costs
+
+<!-- Written by `python -m bench.quality --docs docs`; to change it, change bench/quality.py. -->
+
+The demo model (11 M parameters, trained), each row in its own engine, over six texts of {tokens}
+tokens in all. KL is the mean Kullback–Leibler divergence from the
+original in float32, in nats per token, averaged over the texts; *bits* are those of a weight of
+the matrices and the embedding, scales and zero points included. Time and memory are those of the
+export on {cpu}, two cores. GPTQ needs a calibration first, which took {calibration:.0f} s.
+
+| format | method | bits | KL | top-1 | perplexity | size | seconds | memory |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+The original's perplexity is {perplexity:.1f}.
+
+## KL by text
+
+| format | method | bits | {kinds} |
+|---|---|---|{rule}|
+{texts}
+
+## The commands
+
+| row | command |
+|---|---|
+{commands}
+"""
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page, in Markdown."""
+    kinds = list(rows[0]["kls"])
+    calibration = FOLDER / "calibration.json"
+    seconds = json.loads(calibration.read_text())["seconds"] if calibration.exists() else 0.0
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['words'].split()[0]} | {row['method']} | {row['bits']:.2f}"
+
+    table = [
+        f"| {name(row)} | {row['kl']:.2e} | {row['top1']:.1%} | {row['perplexity_quantized']:.1f} "
+        f"| {row['bytes'] / 1e6:.1f} MB | {row['seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} GB |"
+        for row in rows
+    ]
+    by_text = [
+        f"| {name(row)} | " + " | ".join(f"{row['kls'][kind]:.2e}" for kind in kinds) + " |"
+        for row in rows
+    ]
+    commands = [
+        f"| {row['name']} | `rgexport {row['words']}"
+        + (" --calibration FILE" * row["calibrated"])
+        + "` |"
+        for row in rows
+    ]
+    return TEXT.format(
+        tokens=f"{6 * 1024:,}",
+        cpu=rows[0]["cpu"],
+        calibration=seconds,
+        rows="\n".join(table),
+        perplexity=rows[0]["perplexity"],
+        kinds=" | ".join(kinds),
+        rule="|".join(["---"] * len(kinds)),
+        texts="\n".join(by_text),
+        commands="\n".join(commands),
+    )
+
+
+if __name__ == "__main__":
+    main()
