@@ -48,6 +48,12 @@ def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
     return shapes
 
 
+def row_bytes(columns: int, scheme: Affine) -> int:
+    """Bytes of a row of `columns` weights."""
+    shapes = part_shapes(columns, scheme).values()
+    return sum(np.dtype(dtype).itemsize * width for dtype, width in shapes)
+
+
 def encode(rows: np.ndarray, scheme: Affine) -> Parts:
     """Quantizes rows [n, K] of any float dtype, each independently of the others.
 

@@ -106,7 +106,7 @@ Scheme = Float | Affine | Palette | Ggml
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
-BLOCKS = (32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
 """Block sizes that a user may ask for."""
 INT8_ROWS = Affine(8, None, symmetric=True)
 """One scale per row, the only int8 that integer matrix products can take."""

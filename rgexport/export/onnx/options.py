@@ -14,9 +14,9 @@ from rgexport.export.request import (
     require_word,
 )
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
-from rgexport.quantize.fitting import with_dtype
+from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
 
@@ -75,7 +75,7 @@ class OnnxOptions:
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
-        """The plan for a model.
+        """The plan for a model: blocks that fit its rows, unless they were given in a plan.
 
         Raises:
             RequestError: an unknown word or block size.
@@ -84,6 +84,8 @@ class OnnxOptions:
         if not plan:
             linear = self._scheme(self.precision_word)
             plan = make_plan(config, linear, self._scheme(self._embedding_word))
+            shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+            plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
