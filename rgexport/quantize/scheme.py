@@ -39,7 +39,7 @@ class Affine:
     `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block.
     """
 
-    bits: Literal[4, 8]
+    bits: Literal[2, 3, 4, 8]
     block: int | None
     symmetric: bool
     scale: FloatDtype = "float32"

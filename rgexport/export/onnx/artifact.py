@@ -9,6 +9,8 @@ from rgexport.export.onnx.native import native_ops
 from rgexport.quantize import affine
 from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Scheme
 
+BITS = (4, 8)
+"""Of integers in blocks."""
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
@@ -48,4 +50,6 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
 
 def is_storable(scheme: Scheme) -> bool:
     """Whether a tensor may be stored so: as floats, or in blocks."""
-    return isinstance(scheme, Float) or (isinstance(scheme, Affine) and scheme.block in BLOCKS)
+    if isinstance(scheme, Affine):
+        return scheme.block in BLOCKS and scheme.bits in BITS
+    return isinstance(scheme, Float)

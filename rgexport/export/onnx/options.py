@@ -130,7 +130,7 @@ class OnnxOptions:
         elif not is_storable(scheme):
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
-                f"blocks of {', '.join(map(str, BLOCKS))} weights"
+                f"blocks of {', '.join(map(str, BLOCKS))} weights in 4 or 8 bits"
             )
 
 

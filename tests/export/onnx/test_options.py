@@ -104,6 +104,7 @@ def test_odd_zero_points_are_not_for_webgpu() -> None:
     [
         (Affine(4, 24, symmetric=True), "which ONNX does not"),
         (Affine(8, None, symmetric=True), "which ONNX does not"),
+        (Affine(3, 32, symmetric=True), "which ONNX does not .* in 4 or 8 bits"),
         (Palette(), "which ONNX does not"),
         (Ggml("q6_k"), "which only GGUF files have"),
     ],
