@@ -28,7 +28,7 @@ Made = tuple[Artifact, Weights]
 def export_random(
     config: GriffinConfig,
     folder: Path,
-    precision: str = "fp32",
+    precision: str | None = "fp32",
     *,
     slowest: float = 1e-4,
     **options: Any,
@@ -70,8 +70,10 @@ def export_random_gguf(
     return _made(config, target, slowest, export_gguf, asked)
 
 
-def _target(folder: Path, precision: str, options: dict[str, Any]) -> Path:
-    return folder / "-".join([precision, *(f"{k}={v}" for k, v in options.items())])
+def _target(folder: Path, precision: str | None, options: dict[str, Any]) -> Path:
+    """A folder of a name of its own for each of the options, but for a plan."""
+    words = (f"{k}={v}" for k, v in options.items() if k != "plan")
+    return folder / "-".join([precision or "plan", *words])
 
 
 def _made(

@@ -96,7 +96,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "flag and word": ("onnx -m model --int4 --precision fp16", "--int4 and --precision fp16"),
     "unknown profile": ("onnx -m model --profile phone", "'phone'; expected .*cpu"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
-    "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 32, 64, 128"),
+    "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 16, 32, 64, 128"),
     "idle block size": (
         "onnx -m model --precision fp32 --block-size 64",
         "--block-size changes nothing in fp32 weights; expected it beside --int8 or --int4",

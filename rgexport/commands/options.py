@@ -111,7 +111,7 @@ sampling_options = _options(
 def storing_options(block: str, symmetry: str, embedding: str) -> Callable[[_Command], _Command]:
     """How quantized weights are stored; the arguments say what a format's defaults are."""
     return _options(
-        click.option("--block-size", type=int, help=f"32, 64 or 128. [default: {block}]"),
+        click.option("--block-size", type=int, help=f"16, 32, 64 or 128. [default: {block}]"),
         click.option("--symmetric/--asymmetric", default=None, help=f"[default: {symmetry}]"),
         click.option(
             "--embedding-precision",

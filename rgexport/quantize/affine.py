@@ -5,9 +5,9 @@ stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row
 
 | part | per row | |
 |---|---|---|
-| `data` | ceil(blocks · block · bits / 8) bytes | unsigned, low nibble first |
+| `data` | ceil(blocks · block · bits / 8) bytes | unsigned, see `packing` |
 | `scales` | blocks float32 or float16 | |
-| `zero_points` | ceil(blocks · bits / 8) bytes | asymmetric only, low nibble first |
+| `zero_points` | ceil(blocks · bits / 8) bytes | asymmetric only, packed likewise |
 
 Scales are rounded to float16 before the integers are chosen, and away from zero, so that no weight
 is beyond the last level.
@@ -16,7 +16,7 @@ is beyond the last level.
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.quantize.nibbles import pack, packed_width, unpack
+from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme import Affine, FloatDtype
 
 Parts = dict[str, np.ndarray]
@@ -46,6 +46,12 @@ def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
     if not scheme.symmetric:
         shapes["zero_points"] = ("uint8", packed_width(blocks, scheme.bits))
     return shapes
+
+
+def row_bytes(columns: int, scheme: Affine) -> int:
+    """Bytes of a row of `columns` weights."""
+    shapes = part_shapes(columns, scheme).values()
+    return sum(np.dtype(dtype).itemsize * width for dtype, width in shapes)
 
 
 def encode(rows: np.ndarray, scheme: Affine) -> Parts:

@@ -1,12 +1,13 @@
-"""Adapts schemes to the shape of a matrix, for formats without padding.
+"""Adapts schemes to the shape of a matrix.
 
 Core ML wants blocks that divide a row and groups that divide the rows, and packs two 4-bit
-values to a byte.
+values to a byte. ONNX Runtime wants blocks of a power of two, and pads rows to whole blocks.
 """
 
 from dataclasses import replace
 
-from rgexport.quantize.scheme import Affine, FloatDtype, Mixed, Palette, Scheme
+from rgexport.quantize.affine import row_bytes
+from rgexport.quantize.scheme import BLOCKS, Affine, FloatDtype, Mixed, Palette, Scheme
 
 SMALLEST_BLOCK = 8
 """Smaller blocks cost more in scales than they gain."""
@@ -43,6 +44,18 @@ def fitting_block(columns: int, scheme: Affine) -> int | None:
         return found if found >= SMALLEST_BLOCK else half
     found = largest_divisor(columns, scheme.block or columns)
     return found if SMALLEST_BLOCK <= found < columns else None
+
+
+def least_padded(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme with the block, up to its own, that stores rows of `columns` in the fewest bytes.
+
+    Small blocks cost scales, large ones padding: rows of 288 take 384 integers in blocks of 128,
+    and 288 in blocks of 32. Of equal sizes, the smaller block is nearer to the weights.
+    """
+    if not isinstance(scheme, Affine) or scheme.block is None:
+        return scheme
+    candidates = (replace(scheme, block=block) for block in BLOCKS if block <= scheme.block)
+    return min(candidates, key=lambda fitting: row_bytes(columns, fitting))
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.clusters import centers
-from rgexport.quantize.nibbles import pack, packed_width, unpack
+from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme import Palette
 
 

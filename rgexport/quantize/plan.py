@@ -57,7 +57,7 @@ def choose_scheme(
     """The scheme of a precision; None leaves its default.
 
     Raises:
-        RequestError: an unknown word, or a block size that is not 32, 64 or 128.
+        RequestError: an unknown word, or a block size that is none of `BLOCKS`.
     """
     if block is not None and block not in BLOCKS:
         raise RequestError(

@@ -42,7 +42,7 @@ class Affine:
     `2**(bits - 1)` everywhere, an asymmetric one stores an integer zero point per block.
     """
 
-    bits: Literal[4, 8]
+    bits: Literal[2, 3, 4, 8]
     block: int | None
     symmetric: bool
     scale: FloatDtype = "float32"
@@ -150,7 +150,7 @@ Scheme = Uniform | Mixed
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
 
-BLOCKS = (32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
 """Block sizes that a user may ask for."""
 INT8_ROWS = Affine(8, None, symmetric=True)
 """One scale per row, the only int8 that integer matrix products can take."""

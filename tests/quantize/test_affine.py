@@ -10,13 +10,13 @@ from rgexport.quantize.scheme import Affine
 
 SCHEMES = [
     Affine(bits, block, symmetric)
-    for bits in (4, 8)
-    for block in (32, 64, 128)
+    for bits in (2, 3, 4, 8)
+    for block in (16, 32, 64, 128)
     for symmetric in (True, False)
 ]
 HALVES = [
     Affine(bits, block, symmetric, scale="float16")
-    for bits in (4, 8)
+    for bits in (2, 3, 4, 8)
     for block in (None, 13, 32)
     for symmetric in (True, False)
 ]
@@ -58,7 +58,9 @@ def test_rows_are_independent(weights: np.ndarray, scheme: Affine, data: st.Data
 
 
 @pytest.mark.parametrize(
-    ("bits", "expected"), [(4, (0.07, 0.13)), (8, (0.004, 0.009))], ids=["int4", "int8"]
+    ("bits", "expected"),
+    [(2, (0.3, 0.7)), (3, (0.12, 0.3)), (4, (0.06, 0.13)), (8, (0.003, 0.009))],
+    ids=["int2", "int3", "int4", "int8"],
 )
 def test_error_of_normal_weights(bits: int, expected: tuple[float, float]) -> None:
     weights = np.random.default_rng(1).standard_normal((256, 512)).astype(np.float32)
@@ -102,23 +104,25 @@ def test_half_precision_scales_reach_every_weight(weights: np.ndarray, scheme: A
     assert (error <= spread * 0.5001 + (missing if scheme.symmetric else 0)).all()
 
 
+def stream(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The integers in rows of bytes."""
+    single = np.unpackbits(packed, axis=1, bitorder="little")
+    whole = single[:, : single.shape[1] // bits * bits].reshape(len(packed), -1, bits)
+    return whole @ 2.0 ** np.arange(bits)
+
+
 @given(rows, st.sampled_from(HALVES))
 def test_weights_are_the_products_with_half_precision_scales(
     weights: np.ndarray, scheme: Affine
 ) -> None:
     parts = affine.encode(weights, scheme)
     columns = weights.shape[1]
-    bytes_ = parts["data"]
-    if scheme.bits == 4:
-        bytes_ = np.stack([bytes_ & 15, bytes_ >> 4], 2).reshape(len(bytes_), -1)
+    levels = stream(parts["data"], scheme.bits)
     blocks = np.arange(columns) // affine.block_size(columns, scheme)
     zeros = np.full(parts["scales"].shape, 2 ** (scheme.bits - 1))
     if not scheme.symmetric:
-        packed = parts["zero_points"]
-        if scheme.bits == 4:
-            packed = np.stack([packed & 15, packed >> 4], 2).reshape(len(packed), -1)
-        zeros = packed[:, : zeros.shape[1]]
-    integers = bytes_[:, :columns].astype(np.float64) - zeros[:, blocks]
+        zeros = stream(parts["zero_points"], scheme.bits)
+    integers = levels[:, :columns] - zeros[:, blocks]
     exact = integers * parts["scales"].astype(np.float64)[:, blocks]
     decoded = affine.decode(parts, scheme, columns)
     np.testing.assert_array_equal(decoded, exact)

@@ -1,9 +1,12 @@
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, with_dtype
-from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, least_padded, with_dtype
+from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Palette, Scheme
 
 affines = st.builds(
     Affine,
@@ -70,6 +73,41 @@ def test_a_fitted_scheme_stays_the_same(asked: Scheme, shape: tuple[int, int]) -
 )
 def test_examples(asked: Affine, columns: int, expected: Affine) -> None:
     assert fitted(asked, (7, columns)) == expected
+
+
+@given(affines, st.sampled_from([None, *BLOCKS]), st.integers(1, 3000))
+def test_no_other_block_takes_fewer_bytes(asked: Affine, block: int | None, columns: int) -> None:
+    asked = replace(asked, block=block)
+    scheme = least_padded(asked, columns)
+    assert isinstance(scheme, Affine) and replace(scheme, block=block) == asked
+    if block is None:
+        return
+
+    def stored(size: int) -> int:
+        """The layout of MatMulNBits: whole blocks, scales, packed zero points."""
+        blocks = math.ceil(columns / size)
+        zero_points = 0 if asked.symmetric else math.ceil(blocks * asked.bits / 8)
+        return blocks * size * asked.bits // 8 + blocks * int(asked.scale[5:]) // 8 + zero_points
+
+    sizes = {size: stored(size) for size in BLOCKS if size <= block}
+    assert scheme.block == min(size for size in sizes if sizes[size] == min(sizes.values()))
+    assert scheme.block == block or columns % block, "a block that divides stays"
+
+
+@pytest.mark.parametrize(
+    ("columns", "block"),
+    [(40, 16), (96, 32), (160, 32), (288, 32), (300, 64), (864, 128), (2560, 128)],
+)
+def test_blocks_of_odd_rows(columns: int, block: int) -> None:
+    """864 takes 896 integers in blocks of 128, which is less than the scales of blocks of 32."""
+    asked = Affine(4, 128, symmetric=False, scale="float16")
+    assert least_padded(asked, columns) == replace(asked, block=block)
+    assert least_padded(replace(asked, block=16), columns) == replace(asked, block=16)
+
+
+def test_what_has_no_blocks_is_not_padded() -> None:
+    for scheme in (INT8_ROWS, Float("float16"), Palette()):
+        assert least_padded(scheme, 288) == scheme
 
 
 def test_the_dtype_of_scales_and_tables() -> None:

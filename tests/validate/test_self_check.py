@@ -121,7 +121,7 @@ def spoil_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def faulty(rows: np.ndarray, scheme: Any) -> affine.Parts:
         parts = encode(rows, scheme)
-        return parts | {"scales": parts["scales"] * np.float32(40)}
+        return parts | {"scales": parts["scales"] * parts["scales"].dtype.type(40)}
 
     monkeypatch.setattr(affine, "encode", faulty)
 

@@ -39,6 +39,7 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
     if (
         not isinstance(scheme, Affine | Palette)
         or len(shape) != 2
+        or scheme.bits not in _SIGNED
         or fitted(scheme, shape) != scheme
     ):
         raise RequestError(

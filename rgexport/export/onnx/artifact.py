@@ -18,6 +18,8 @@ from rgexport.quantize.scheme import (
     uniform_schemes,
 )
 
+BITS = (4, 8)
+"""Of integers in blocks."""
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
@@ -61,4 +63,6 @@ def is_storable(scheme: Scheme) -> bool:
     """Whether a tensor may be stored so: as floats, or in blocks, as row groups always are."""
     if isinstance(scheme, Mixed):
         return all(map(is_storable, uniform_schemes(scheme)))
-    return isinstance(scheme, Float) or (isinstance(scheme, Affine) and scheme.block in BLOCKS)
+    if isinstance(scheme, Affine):
+        return scheme.block in BLOCKS and scheme.bits in BITS
+    return isinstance(scheme, Float)

@@ -14,10 +14,10 @@ from rgexport.export.request import (
     require_word,
 )
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.algorithms import by_algorithm
-from rgexport.quantize.fitting import with_dtype
+from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
@@ -78,7 +78,7 @@ class OnnxOptions:
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
-        """The plan for a model.
+        """The plan for a model: blocks that fit its rows, unless they were given in a plan.
 
         Raises:
             RequestError: an unknown word or block size.
@@ -87,6 +87,8 @@ class OnnxOptions:
         if not plan:
             linear = self._scheme(self.precision_word)
             plan = make_plan(config, linear, self._scheme(self._embedding_word))
+            shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+            plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
         plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
         return self._with_even_zero_points(plan, config.width)
 
@@ -132,7 +134,7 @@ class OnnxOptions:
         elif not is_storable(scheme):
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
-                f"blocks of {', '.join(map(str, BLOCKS))} weights"
+                f"blocks of {', '.join(map(str, BLOCKS))} weights in 4 or 8 bits"
             )
 
 

@@ -137,6 +137,7 @@ def test_layouts(shape: tuple[int, ...], scheme: Scheme, expected: dict[str, obj
         ((6, 64), Palette(group=4)),
         ((6, 63), Palette(group=3)),
         ((6, 4, 4), Affine(8, None, symmetric=True)),
+        ((6, 64), Affine(3, 32, symmetric=True)),
         ((6, 64), Ggml("q4_0")),
     ],
 )

@@ -5,10 +5,10 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.onnx.options import OnnxOptions
-from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import INT8_ROWS, Affine, Float, Ggml, Palette, Scheme
-from tests.models import ODD_CONFIGS
+from tests.models import ODD_CONFIGS, make_config
 
 CONFIG = ODD_CONFIGS["regular"]
 LINEAR = "layers.0.mlp_block.up_proj.weight"
@@ -21,11 +21,31 @@ def test_defaults() -> None:
     assert OnnxOptions(precision="fp16").compute_word == "fp16"
     assert OnnxOptions(precision="fp16", compute="fp32").compute_word == "fp32"
     finer = OnnxOptions(precision="int4", embedding_precision="int8").resolve_plan(CONFIG)
-    assert finer[EMBEDDING] == Affine(8, 128, symmetric=True, scale="float16")
-    assert finer[LINEAR] == Affine(4, 128, symmetric=False, scale="float16")
+    assert finer[EMBEDDING] == Affine(8, 64, symmetric=True, scale="float16")
+    assert finer[LINEAR] == Affine(4, 64, symmetric=False, scale="float16")
     assert OnnxOptions(profile="wasm").resolve_plan(CONFIG)[LINEAR] == INT8_ROWS
     browser = OnnxOptions(profile="webgpu").resolve_plan(CONFIG)[LINEAR]
     assert browser == replace(finer[LINEAR], scale="float32")
+
+
+@pytest.mark.parametrize("asked", [None, 16, 32, 128])
+def test_blocks_fit_the_rows_of_each_tensor(asked: int | None) -> None:
+    """None takes more bytes than the asked size would; tensors of one input have one size."""
+    config = make_config("ra", width=288, heads=4, lru_width=300, mlp_width=40)
+    plan = OnnxOptions(precision="int4", block_size=asked).resolve_plan(config)
+    largest = asked or 128
+    found = {name: scheme.block for name, scheme in plan.items() if isinstance(scheme, Affine)}
+    fitting = {288: 32, 300: 64, 40: 16}
+    shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+    for name, block in found.items():
+        assert block == min(largest, fitting[shapes[name][1]]), name
+    assert {shapes[name][1] for name in found} == fitting.keys()
+
+
+def test_blocks_of_a_plan_stay() -> None:
+    config = make_config("ra", width=288, heads=4)
+    plan = make_plan(config, Affine(4, 128, symmetric=True), Affine(8, 16, symmetric=True))
+    assert OnnxOptions(plan=plan).resolve_plan(config) == plan
 
 
 def test_a_plan_names_the_precision() -> None:
@@ -53,7 +73,7 @@ def test_blocks_where_rows_will_not_do(beside: dict[str, Any]) -> None:
     """A scale per row needs symmetric weights and rounded activations."""
     plan = OnnxOptions(profile="wasm", precision="int8", **beside).resolve_plan(CONFIG)
     symmetric = beside.get("symmetric", True)
-    assert plan[LINEAR] == Affine(8, beside.get("block_size", 128), symmetric)
+    assert plan[LINEAR] == Affine(8, beside.get("block_size", 64), symmetric)
 
 
 def test_int8_rows_are_for_wasm_only() -> None:
@@ -84,6 +104,7 @@ def test_odd_zero_points_are_not_for_webgpu() -> None:
     [
         (Affine(4, 24, symmetric=True), "which ONNX does not"),
         (Affine(8, None, symmetric=True), "which ONNX does not"),
+        (Affine(3, 32, symmetric=True), "which ONNX does not .* in 4 or 8 bits"),
         (Palette(), "which ONNX does not"),
         (Ggml("q6_k"), "which only GGUF files have"),
     ],

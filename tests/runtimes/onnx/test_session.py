@@ -10,9 +10,13 @@ import onnxruntime
 import pytest
 import torch
 
+from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.native import native_ops
+from rgexport.export.onnx.profiles import PROFILES
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import Affine, FloatDtype
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
@@ -58,17 +62,30 @@ def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
     assert distance(ragged(session, tokens, [5, 1, 30]), expected) <= FP16
 
 
-@pytest.mark.parametrize("block", [32, 128])
+QUANTIZED = ODD_CONFIGS | {
+    "288": make_config("rar", width=288, heads=4, lru_width=96, mlp_width=40),
+    "300": make_config("rar", width=300, heads=5, lru_width=40, mlp_width=288),
+}
+"""Also rows that are padded, and rows whose blocks are smaller than was asked."""
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["narrow_lru", "not_by_32", "not_by_128"])
+@pytest.mark.parametrize("name", ["narrow_lru", "not_by_32", "not_by_128", "288", "300"])
 def test_exact_artifact_equals_its_dequantized_reference(
     name: str, precision: str, symmetric: bool, block: int, tmp_path: Path
 ) -> None:
-    config = ODD_CONFIGS[name]
+    config = QUANTIZED[name]
     artifact, _ = export_random(
         config, tmp_path, precision, symmetric=symmetric, block_size=block, exact=True
     )
+    check_exact(artifact)
+
+
+def check_exact(artifact: Artifact) -> None:
+    """Compares a run of an artifact without rounded activations with its dequantized reference."""
+    config = artifact.manifest.config
     tokens = random_tokens(config, 2, 2 * config.window + 5)
     dequantized = Reference(config, artifact.weights)
     hidden, state = dequantized.run(tokens)
@@ -77,6 +94,36 @@ def test_exact_artifact_equals_its_dequantized_reference(
     assert distance(ragged(session, tokens, [9, 1]), dequantized.logits(hidden)) <= EXACT
     for name, array in session.get_state().items():
         np.testing.assert_allclose(array, state[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["float32", "float16"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_scales_of_both_dtypes(profile: str, scale: FloatDtype, tmp_path: Path) -> None:
+    """Those of artifacts of an earlier release, and of plans for any profile."""
+    config = QUANTIZED["288"]
+    linear = Affine(4, 64, symmetric=False, scale=scale)
+    plan = make_plan(config, linear, Affine(8, 32, symmetric=True, scale=scale))
+    artifact, _ = export_random(config, tmp_path, None, plan=plan, profile=profile, exact=True)
+    parts = artifact.manifest.tensors["layers.0.mlp_block.up_proj.weight"].parts
+    assert parts["scales"].dtype == scale
+    check_exact(artifact)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["288", "300"])
+def test_rounded_activations_are_near_the_dequantized_reference(
+    name: str, precision: str, block: int, native: bool, tmp_path: Path
+) -> None:
+    config = QUANTIZED[name]
+    artifact, _ = export_random(config, tmp_path, precision, block_size=block)
+    tokens = random_tokens(config, 2, 40)
+    dequantized = Reference(config, artifact.weights)
+    session = OrtSession(artifact, native=native)
+    session.reset(2)
+    expected = dequantized.logits(dequantized.run(tokens)[0])
+    assert distance(ragged(session, tokens, [9, 1]), expected) <= 5e-2
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

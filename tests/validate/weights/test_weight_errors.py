@@ -28,8 +28,8 @@ SCHEMES: list[Scheme] = [
 ]
 affine_schemes = st.builds(
     Affine,
-    st.sampled_from([4, 8]),
-    st.sampled_from([32, 64, 128, 12, None]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([16, 32, 64, 128, 12, None]),
     symmetric=st.booleans(),
     scale=st.sampled_from(["float32", "float16"]),
 )
