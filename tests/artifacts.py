@@ -61,6 +61,16 @@ def export_random_coreml(
     return _made(config, target, slowest, export_coreml, asked)
 
 
+def export_planned_coreml(
+    config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
+) -> Made:
+    """The same as a Core ML package, by a plan."""
+    pytest.importorskip("coremltools")
+    asked = CoreMLOptions(plan=plan, **options)
+    target = _target(folder, "plan-coreml", options)
+    return _made(config, target, slowest, export_coreml, asked)
+
+
 def export_random_gguf(
     config: GriffinConfig, folder: Path, type: str = "f32", *, slowest: float = 1e-4, **options: Any
 ) -> Made:

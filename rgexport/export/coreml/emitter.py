@@ -13,6 +13,7 @@ from rgexport.export.coreml.states import feature_name
 from rgexport.export.coreml.storage import blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
+from rgexport.export.row_groups import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
@@ -37,7 +38,7 @@ class Emitter(Graph):
         self.values: dict[str, Var] = {}
         self.parts: dict[str, StoredPart] = {}
         """Name of a placeholder → the stored part that it stands for."""
-        self._tensors, self._states, self._activation = tensors, states, activation
+        self._tensors, self._states, self._activation = with_groups(tensors), states, activation
 
     def value(self, declared: Value) -> Var:
         """An activation, a state before this call, or a weight in its canonical shape."""
@@ -45,6 +46,10 @@ class Emitter(Graph):
             state = self._states.read(self, declared.name)
             self.values[declared.name] = self.weight(declared) if state is None else state
         return self.values[declared.name]
+
+    def stored(self, weight: Value) -> StoredTensor:
+        """How and where a weight, or a row group of one, is stored."""
+        return self._tensors[weight.name]
 
     def inputs(self, node: Node) -> list[Var]:
         """All inputs of an op, none of which is optional."""

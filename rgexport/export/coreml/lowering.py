@@ -7,6 +7,7 @@ from coremltools.converters.mil.mil import Var
 
 from rgexport.export.coreml import attention_ops, recurrent_ops
 from rgexport.export.coreml.emitter import Emitter
+from rgexport.export.coreml.row_groups import by_groups
 from rgexport.export.coreml.states import feature_name
 from rgexport.export.program import Node
 
@@ -89,7 +90,7 @@ LOWERINGS: dict[str, Lowering] = {
 def lower(emitter: Emitter, node: Node) -> None:
     """Adds the operations of one op, and names its results as the step program does."""
     with emitter.site(feature_name(node.site)):
-        results = LOWERINGS[node.op](emitter, node)
+        results = by_groups(emitter, node, LOWERINGS[node.op])
     for declared, value in zip(node.outputs, results, strict=True):
         if value is not None:
             emitter.declare(declared, value)

@@ -8,13 +8,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
+from rgexport.export.row_groups import grouped_layouts
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.griffin.layer import Role
 from rgexport.griffin.layout import role_of
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted
-from rgexport.quantize.scheme import Affine, Float, FloatDtype, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Float, FloatDtype, Mixed, Palette, Scheme
 from rgexport.quantize.statistics import StatisticsOf
 
 Layouts = dict[str, tuple[str, tuple[int, ...]]]
@@ -37,7 +38,7 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
     if isinstance(scheme, Float):
         return {"data": (scheme.dtype, shape)}
     if (
-        not isinstance(scheme, Affine | Palette)
+        not isinstance(scheme, Affine | Palette | Mixed)
         or len(shape) != 2
         or scheme.bits not in _SIGNED
         or fitted(scheme, shape) != scheme
@@ -45,6 +46,8 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
         )
+    if isinstance(scheme, Mixed):
+        return grouped_layouts(shape, scheme, part_layouts)
     rows, columns = shape
     if isinstance(scheme, Palette):
         return palette.part_layouts(rows, columns, scheme)

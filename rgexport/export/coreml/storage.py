@@ -14,6 +14,7 @@ from typing import BinaryIO
 from rgexport.export.coreml.package import WEIGHT_FILE
 from rgexport.export.coreml.parts import encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import Places, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.affine import Parts
@@ -66,8 +67,10 @@ class Storage:
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
         """All blobs: `TENSOR.PART`, its place, and MIL's name of its dtype."""
         for name, stored in self.tensors.items():
-            for label, part in stored.parts.items():
-                yield f"{name}.{label}", part, blob_dtype(label, stored)
+            for group in groups_of(stored):
+                for label, part in group.stored.parts.items():
+                    blob = f"{name}.{group.prefix}{label}"
+                    yield blob, part, blob_dtype(label, group.stored)
 
     def _write_headers(self, file: BinaryIO) -> None:
         blobs = list(self._blobs())

@@ -23,8 +23,8 @@ CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of a package's metadata: the Griffin configuration, and the hash of each stored part."""
 _DIGEST_LENGTH = 16
 """Hexadecimal digits of a SHA-256 that the metadata keep: enough against mistakes."""
-_SHARED = "embed_tokens_weight"
-"""The one weight with two sites: the output head uses it too."""
+_SHARED = "embed_tokens"
+"""The site of the one weight that has another one: the output head uses it too."""
 _TOKENS = "input_ids"
 """The input whose last axis says how many tokens a function takes."""
 _LABELS = {
@@ -72,8 +72,12 @@ def made_by_rgexport(package: Package) -> bool:
 
 
 def part_name(tensor: str, label: str) -> str:
-    """`OPERATION.PART` of a part of a tensor: the operation has the tensor's name without dots."""
-    return f"{_operation_name(tensor)}.{label}"
+    """`OPERATION.PART` of a part of a tensor: the operation has the tensor's name without dots.
+
+    Each row group has an operation of its own; its number is before the names of its parts.
+    """
+    weight, _, part = f"{tensor}.{label}".rpartition(".")
+    return f"{_operation_name(weight)}.{part}"
 
 
 def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
@@ -157,7 +161,11 @@ def _words(place: tuple[Path, int] | None) -> str:
 
 def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Weights that are used at another site than their own, or nowhere."""
-    sites = {_operation_name(tensor): site_of(tensor) for tensor in tensors}
+    sites = {
+        part_name(tensor, label).partition(".")[0]: site_of(tensor)
+        for tensor, stored in tensors.items()
+        for label in stored.parts
+    }
     unused = dict.fromkeys(sites)
     for operation in function.walk():
         for value in chain(*operation.inputs.values()):
@@ -165,7 +173,7 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
                 continue
             unused.pop(value.name, None)
             site = sites[value.name]
-            if not operation.name.startswith(_operation_name(site)) and value.name != _SHARED:
+            if not operation.name.startswith(_operation_name(site)) and site != _SHARED:
                 where = f"{function.name}: {operation.type} {operation.label}"
                 yield f"{where}: it takes {value.name}, which belongs to {site}"
     for name in unused:

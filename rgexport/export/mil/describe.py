@@ -17,8 +17,8 @@ OPERATIONS = frozenset(
     (
         "add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal "
         "exp gather gelu greater_equal less_equal linear logical_and matmul mul read_state "
-        "reduce_mean reduce_sum reshape rsqrt sigmoid sin slice_by_index softmax sqrt sub tanh "
-        "transpose write_state"
+        "reduce_mean reduce_sum reshape rsqrt select sigmoid sin slice_by_index softmax sqrt sub "
+        "tanh transpose write_state"
     ).split()
 )
 """All that rgexport emits and its interpreter executes."""

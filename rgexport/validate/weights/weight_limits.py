@@ -107,7 +107,9 @@ def _of_sketch(error: SketchError) -> Iterator[Check]:
     yield from _shift_checks(error, "reference")
     # With ρ = ‖W−Ŵ‖/‖W‖, the least squared error gives a projection of 1-ρ², unbiased rounding 1.
     square = min(error.relative_error, error.expected_error) ** 2
-    known = error.relative_error / error.values**0.5 + square * error.uncertainty / 2
+    known = error.relative_error / error.products**0.5
+    if not error.estimated:
+        known += square * error.uncertainty / 2
     deviation = error.projection - 1 + square / 2
     yield _projection_check(error, "reference", deviation, square / 2 + 5 * known)
 

@@ -156,19 +156,26 @@ def _slice_by_index(given: Given) -> Call:
 
 
 def _gather(given: Given) -> Call:
-    """Rows of `x`; of a weight in a file, only these rows are read."""
+    """Slices of `x` along an axis; of a weight in a file, only the wanted rows are read."""
     given.item("validate_indices")  # they are always checked
-    if given.item("axis") or given.item("batch_dims"):
-        raise Unsupported("it does not gather rows")
+    axis = given.item("axis")
+    if given.item("batch_dims"):
+        raise Unsupported("it gathers from each of a batch")
 
     def function(x: Any, indices: np.ndarray) -> np.ndarray:
-        length = x.type.shape[0] if isinstance(x, Weight) else len(x)
+        length = (x.type.shape if isinstance(x, Weight) else x.shape)[axis]
         if indices.size and (indices.min() < 0 or indices.max() >= length):
             raise ValueError(f"an index is not below {length}")
-        rows: np.ndarray = x.rows(indices) if isinstance(x, Weight) else x[indices]
-        return rows
+        if isinstance(x, Weight) and axis == 0:
+            return x.rows(indices)
+        return np.asarray(np.take(x.whole() if isinstance(x, Weight) else x, indices, axis))
 
     return given.call(function, "x", "indices", lazy=("x",))
+
+
+def _select(given: Given) -> Call:
+    """`a` where `cond`, and `b` elsewhere."""
+    return given.call(np.where, "cond", "a", "b")
 
 
 _ARITHMETIC: dict[str, Make] = {
@@ -200,6 +207,7 @@ _MOVES: dict[str, Make] = {
     "concat": _concat,
     "slice_by_index": _slice_by_index,
     "gather": _gather,
+    "select": _select,
 }
 OPS: dict[str, Op] = {
     **{name: Op(make, arithmetic=True) for name, make in _ARITHMETIC.items()},

@@ -146,7 +146,17 @@ SMALL = immediate(np.ones((1, 4), np.int8))
             [operation("concat", {"values": [Name("x")]}, {"y": X}, axis=0, interleave=True)],
             "it is interleaved",
         ),
-        ([gather("y", {"x": Name("x")}, indices=[[0]], axis=1)], "it does not gather rows"),
+        (
+            [
+                operation(
+                    "gather",
+                    {"x": Name("x")},
+                    {"y": X},
+                    **{"indices": [[0]], "axis": 1, "batch_dims": 1, "validate_indices": False},
+                )
+            ],
+            "it gathers from each of a batch",
+        ),
         ([operation("softmax", {"x": Name("x"), "axis": Name("x")}, {"y": X})], "axis is computed"),
         ([operation("transpose", {"x": Name("x")}, {"y": X})], "it has no input perm"),
         (

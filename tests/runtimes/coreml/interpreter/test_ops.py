@@ -146,9 +146,19 @@ def slice_by_index(draw: Draw) -> Case:
 
 def gather(draw: Draw) -> Case:
     x = x_of(draw)
-    shape = draw(hnp.array_shapes(min_dims=1, max_dims=2, max_side=3))
-    indices = array(draw, "int32", shape, 0, len(x) - 1)
-    return {"x": x, "indices": indices}, {"axis": 0, "batch_dims": 0, "validate_indices": False}
+    shape, at = draw(hnp.array_shapes(min_dims=1, max_dims=2, max_side=3)), axis(draw, x.ndim)
+    indices = array(draw, "int32", shape, 0, x.shape[at] - 1)
+    return {"x": x, "indices": indices}, {"axis": at, "batch_dims": 0, "validate_indices": False}
+
+
+def select(draw: Draw) -> Case:
+    """Operands and a condition that are broadcast; coremltools infers the shape of the operands."""
+    shapes = draw(hnp.mutually_broadcastable_shapes(num_shapes=3, max_dims=4, max_side=4))
+    cond, a, b = shapes.input_shapes
+    assume(cond and a and b and np.broadcast_shapes(a, b) == shapes.result_shape)
+    dtype = draw(NUMBERS)
+    operands = {"a": array(draw, dtype, a), "b": array(draw, dtype, b)}
+    return {"cond": array(draw, "bool", cond), **operands}, {}
 
 
 def gelu(draw: Draw) -> Case:
@@ -177,6 +187,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "concat": concat,
     "slice_by_index": slice_by_index,
     "gather": gather,
+    "select": select,
 }
 
 
