@@ -1,7 +1,7 @@
 """The model card of an artifact: its README.md."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,8 +11,18 @@ from rgexport.export.format import folder_format
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.scheme import Float, Ggml, Scheme
 
 CARD = "README.md"
+_TITLES = {
+    "rtn": "rounding to nearest",
+    "search": "clip search",
+    "gptq": "GPTQ",
+    "kmeans": "k-means",
+    "ggml": "the rules of llama-quantize",
+}
+"""Algorithm → what people call it; others by their own word."""
 
 _TEMPLATE = """\
 # {name}: {precision} for {engine}
@@ -24,6 +34,8 @@ are computed as {compute}. Always float32: norms, the RG-LRU with its gates and 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|
 {rows}
+
+{levels}
 
 ## Run it
 
@@ -99,6 +111,30 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
     ]
 
 
+def algorithms(manifest: Manifest) -> dict[str, int]:
+    """What chose the levels of the quantized tensors → how many of them."""
+    quantized = (x.algorithm for x in manifest.plan.values() if _is_quantized(x))
+    return dict(Counter(quantized).most_common())
+
+
+def _is_quantized(scheme: Scheme) -> bool:
+    if isinstance(scheme, Ggml):
+        return TYPES[scheme.type].is_quantized
+    return not isinstance(scheme, Float)
+
+
+def levels_sentence(counts: Mapping[str, int]) -> str:
+    """Such as `Levels were chosen by GPTQ (40 tensors), clip search (1).`"""
+    if not counts:
+        return "No tensor is quantized."
+    titles = {_TITLES.get(word, word): count for word, count in counts.items()}
+    if len(titles) == 1:
+        return f"Levels were chosen by {next(iter(titles))}."
+    (first, number), *others = titles.items()
+    rest = "".join(f", {title} ({count})" for title, count in others)
+    return f"Levels were chosen by {first} ({number} tensors){rest}."
+
+
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Writes the card to the artifact's folder."""
     (folder / CARD).write_text(card(manifest), "utf-8")
@@ -121,6 +157,7 @@ def card(manifest: Manifest) -> str:
         precision=manifest.precision,
         compute=manifest.compute,
         rows="\n".join(_row(share) for share in shares(manifest)),
+        levels=levels_sentence(algorithms(manifest)),
         engine=text.engine,
         float32=text.float32,
         run=text.run,

@@ -15,13 +15,9 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
 from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
 from rgexport.validate.weights.sketch import SLAB_BYTES, SketchShape, sketch_shape, square_sum
-from rgexport.validate.weights.steps import (
-    is_quantized,
-    is_weighted,
-    rows_together,
-    shown_rounding,
-)
+from rgexport.validate.weights.steps import is_quantized, rows_together, shown_rounding
 from rgexport.validate.weights.weight_errors import of_each_tensor, ratio
 
 _KEPT = 2.0**-22
@@ -32,8 +28,8 @@ _KEPT = 2.0**-22
 class SketchError:
     """How far the stored Ŵ is from W, as estimated from a sketch of W.
 
-    `relative_error`, `projection`, `noise`, `shift` and `weighted` are as in
-    `weight_errors.WeightError`.
+    `relative_error`, `projection`, `noise`, `shift`, `weighted` and `chosen` are as
+    in `weight_errors.WeightError`.
 
     Attributes:
         directions: products that are known of each row; None where the row itself is.
@@ -58,6 +54,7 @@ class SketchError:
     evenness: float
     largest_share: float
     weighted: bool
+    chosen: str = "rtn"
 
     @property
     def values(self) -> int:
@@ -83,7 +80,7 @@ def sketch_errors(
         reference: has sketches of the weights that the artifact should have been made from.
         dequantized: the artifact's own.
         tensors: how each of them is stored.
-        weighted: whether the artifact was made with an importance matrix.
+        weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
     def measure(name: str, advance: Advance) -> SketchError:
@@ -147,6 +144,7 @@ def _summary(
     shape, scheme = sketch_shape(stored.shape), stored.scheme
     # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
     along = (found.square - original - found.error) / 2
+    key = expectation_key(scheme, weighted)
     return SketchError(
         name=name,
         scheme=scheme.label,
@@ -162,5 +160,6 @@ def _summary(
         worst_row=found.worst_row,
         evenness=ratio(found.expected**2, found.expected_square),
         largest_share=ratio(found.most_expected, found.expected),
-        weighted=is_weighted(scheme, weighted),
+        weighted=EXPECTATIONS[key].weighted,
+        chosen=key,
     )

@@ -18,14 +18,8 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
-from rgexport.quantize.scheme import Palette
-from rgexport.validate.weights.steps import (
-    is_quantized,
-    is_searched,
-    is_weighted,
-    rows_together,
-    step_sizes,
-)
+from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
+from rgexport.validate.weights.steps import is_quantized, rows_together, step_sizes
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
@@ -48,14 +42,15 @@ class WeightError:
         projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
         clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
             the scheme, and from values beyond the outermost level of their block.
-        max_steps: max |W−Ŵ| in steps, without what clipping adds.
+        max_steps: max |W−Ŵ| in steps, without what clipping adds; or, where the algorithm bounds
+            only blocks, rows or groups of rows, the largest root mean square of one of them.
         noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
         shift: Σ(Ŵ−W) in units of Σ step: about 0.
         weighted: whether an importance matrix says which weights may be further off.
         searched: whether levels were chosen for the least squared error, so that some weights clip
             and all are a little too small.
-        grouped: whether groups of rows share their levels; `max_steps` is then the largest root
-            mean square of W−Ŵ in one of them.
+        grouped: whether `max_steps` is not of single weights.
+        chosen: what chose the levels, a key of `expectations.EXPECTATIONS`.
     """
 
     name: str
@@ -71,6 +66,7 @@ class WeightError:
     weighted: bool = False
     searched: bool = False
     grouped: bool = False
+    chosen: str = "rtn"
 
 
 def weight_errors(
@@ -86,7 +82,7 @@ def weight_errors(
         original: the weights that the artifact was made from.
         dequantized: the artifact's own.
         tensors: how each of them is stored; all must be in both sources, in the same shape.
-        weighted: whether the artifact was made with an importance matrix.
+        weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
     def measure(name: str, advance: Advance) -> WeightError:
@@ -130,10 +126,12 @@ def _tensor_error(
     advance: Advance,
 ) -> WeightError:
     """Compares two tensors of one shape in row slabs; the sums are float64."""
+    key = expectation_key(stored.scheme, weighted)
+    expected = EXPECTATIONS[key]
     max_steps, products, levels = 0.0, np.zeros(4), np.zeros(3)
     for w, found in _slabs(original, dequantized, stored):
         with np.errstate(invalid="ignore", over="ignore"):
-            error, steps = found - w, step_sizes(name, w, stored)
+            error, steps = found - w, step_sizes(name, w, stored, expected)
             largest = steps.largest(steps.without_clipping(error, w))
             max_steps = float(np.maximum(max_steps, largest))  # NaN if one of them is
             products += _products(w, error, steps.beyond_rounding(error, w))
@@ -154,9 +152,10 @@ def _tensor_error(
         max_steps=max_steps,
         noise=ratio(error_square, noise),
         shift=ratio(moved, total),
-        weighted=is_weighted(scheme, weighted),
-        searched=is_searched(scheme, weighted),
-        grouped=isinstance(scheme, Palette),
+        weighted=expected.weighted,
+        searched=expected.searched,
+        grouped=expected.measure != "weight",
+        chosen=key,
     )
 
 
