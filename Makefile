@@ -17,7 +17,7 @@ PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration
 NATIVE := $(VENV)/.native
 DOCS := $(VENV)/.docs
 MACHINE ?= here
-NATIVE_SOURCES := $(wildcard $(addprefix rgexport/kernels/onnx/, build.py CMakeLists.txt src/*))
+NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
 .PHONY: demo docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
@@ -47,7 +47,7 @@ fuzz: $(DEV)  ## The native ops and every reader of files, for MINUTES each; tak
 	$(BIN)/python -m fuzz.ops --minutes $(MINUTES)
 	$(BIN)/python -m fuzz.readers --minutes $(MINUTES)
 
-native: $(NATIVE)  ## The kernels for ONNX Runtime, where the package finds them: seconds.
+native: $(NATIVE)  ## The native libraries, where the package finds them: seconds.
 
 llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
 
@@ -68,12 +68,12 @@ bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: h
 	$(BIN)/python -m bench.llama --docs docs/$(MACHINE)
 
 clean:
-	rm -f rgexport/kernels/onnx/librgexport_onnx.*
+	rm -f rgexport/kernels/*/librgexport_*
 	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
-	@$(BIN)/python -m rgexport.kernels.onnx.build --build-folder build/native
+	@$(BIN)/python -m rgexport.kernels.build --build-folder build/native
 	@touch $@
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)

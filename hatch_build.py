@@ -1,6 +1,7 @@
-"""Compiles the native kernels for ONNX Runtime into wheels and editable installs.
+"""Compiles the native libraries into wheels and editable installs.
 
-Where that is impossible the package is installed without them and runs on ONNX Runtime's own.
+Where that is impossible the package is installed without them: it runs on ONNX Runtime's own
+kernels, and quantizes by rounding to nearest.
 """
 
 import importlib.util
@@ -15,17 +16,16 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNELS = Path("rgexport/kernels/onnx")
-NOT_BUILT = "not-built.txt"  # read by kernels/onnx/library.py
+BUILDER = Path("rgexport/kernels/build.py")
 CMAKE, NINJA = "cmake>=3.18,<5", "ninja>=1.10,<2"
 
 
-class NativeKernels(BuildHookInterface):
+class NativeLibraries(BuildHookInterface):
     """Runs CMake before a wheel is written."""
 
     def dependencies(self) -> list[str]:
         """What a build needs and the system lacks."""
-        program = _load(Path(self.root) / KERNELS / "build.py").program
+        program = _load(Path(self.root) / BUILDER).program
         missing = [] if program("cmake") else [CMAKE]
         has_runner = program("ninja") or program("make") or sys.platform == "win32"
         return missing if has_runner else [*missing, NINJA]
@@ -33,24 +33,35 @@ class NativeKernels(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Builds in place for an editable install, else into a scratch folder."""
         root = Path(self.root)
-        builder = _load(root / KERNELS / "build.py")
-        editable = version == "editable"
+        builder = _load(root / BUILDER)
         self._scratch = Path(mkdtemp(prefix="rgexport-"))
-        folder = root / KERNELS if editable else self._scratch
-        (root / KERNELS / NOT_BUILT).unlink(missing_ok=True)
-        try:
-            made = builder.build(folder, root / "build" / "native" if editable else None)
+        made = [
+            self._build(builder, project, version == "editable") for project in builder.PROJECTS
+        ]
+        if all(path.name != builder.NOT_BUILT for path in made):
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{_platform()}"
+        if version != "editable":
+            for path, project in zip(made, builder.PROJECTS, strict=True):
+                inside = project.relative_to(root) / path.name
+                build_data["force_include"][str(path)] = str(inside)
+
+    def _build(self, builder: ModuleType, project: Path, editable: bool) -> Path:
+        """The library of a project, or the file that says why there is none."""
+        folder = project if editable else self._scratch / project.name
+        folder.mkdir(exist_ok=True)
+        (project / builder.NOT_BUILT).unlink(missing_ok=True)
+        objects = Path(self.root) / "build" / "native" / project.name if editable else None
+        try:
+            return builder.build(project, folder, objects)
         except builder.BuildFailed as failed:
             self.app.display_warning(
-                f"rgexport is installed without its native kernels and runs on ONNX Runtime's "
-                f"own, slower: {failed}"
+                f"rgexport is installed without the library of {project.name}: it runs on ONNX "
+                f"Runtime's own kernels, slower, or rounds weights to nearest: {failed}"
             )
-            made = folder / NOT_BUILT
+            made = folder / builder.NOT_BUILT
             made.write_text(f"{failed}\n")
-        if not editable:
-            build_data["force_include"][str(made)] = str(KERNELS / made.name)
+            return made
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes the scratch folder."""

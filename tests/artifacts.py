@@ -19,6 +19,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.ggml_library import load_library
+from rgexport.quantize.scheme import Plan
 from tests.models import Weights, random_weights, write_hugging_face
 
 Made = tuple[Artifact, Weights]
@@ -35,6 +36,14 @@ def export_random(
     """Exports a random model of shape `config`; returns the artifact and the original weights."""
     asked = OnnxOptions(precision=precision, **options)
     return _made(config, _target(folder, precision, options), slowest, export_onnx, asked)
+
+
+def export_planned(
+    config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
+) -> Made:
+    """The same by a plan."""
+    asked = OnnxOptions(plan=plan, **options)
+    return _made(config, _target(folder, "plan", options), slowest, export_onnx, asked)
 
 
 def export_random_coreml(

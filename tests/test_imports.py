@@ -15,8 +15,6 @@ import rgexport
 PACKAGE = Path(rgexport.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = "griffin kernels quantize export runtimes chat validate commands cli".split()
-APART = {"kernels", "quantize"}
-"""These share a floor: neither imports the other."""
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
 }
@@ -80,8 +78,7 @@ def is_type_checking(node: ast.stmt) -> bool:
 def floors_for(module: Path) -> set[str]:
     """What a module may import of our own."""
     floor = floor_of(module)
-    below = {*FLOORS[: FLOORS.index(floor) + 1]} if floor in FLOORS else set()
-    return ANYWHERE | (below - APART | {floor} if floor in APART else below)
+    return ANYWHERE | ({*FLOORS[: FLOORS.index(floor) + 1]} if floor in FLOORS else set())
 
 
 def test_imports_go_one_way():

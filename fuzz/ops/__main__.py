@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rgexport.kernels.onnx.build import SOURCES, BuildFailed, program
+from rgexport.kernels.build import BuildFailed, program
+from rgexport.kernels.onnx.library import FOLDER as SOURCES
 
 BUILD, OUT = Path("build/fuzz-ops"), Path("out/fuzz/ops")
 TARGET = Path(__file__).with_name("target.cmake")

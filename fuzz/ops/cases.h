@@ -13,6 +13,7 @@ namespace fuzz {
 
 using stand_in::Buffer;
 using stand_in::kFloat;
+using stand_in::kFloat16;
 using stand_in::kInt64;
 using stand_in::kUint8;
 using stand_in::Memory;
@@ -106,7 +107,10 @@ class Maker {
     }
     for (int64_t n : rows) add_bytes(node, {n, blocks, block * bits / 8});
     const bool flat = bytes_.one_in(8);
-    for (int64_t n : rows) add_floats(node, flat ? Dims{n * blocks} : Dims{n, blocks});
+    for (int64_t n : rows) {
+      const Dims dims = flat ? Dims{n * blocks} : Dims{n, blocks};
+      bytes_.one_in(2) ? add_halves(node, dims) : add_floats(node, dims);
+    }
     for (int64_t n : rows)
       if (bytes_.one_in(2)) {
         const int64_t packed = (blocks * bits + 7) / 8;
@@ -207,6 +211,18 @@ class Maker {
     node.inputs.push_back(std::move(made));
   }
 
+  // Mostly of sizes from 2^-8 to 2^-1, rarely of any bits.
+  void add_halves(Node& node, const Dims& dims) {
+    auto made = tensor(kFloat16, dims);
+    const bool any = bytes_.one_in(4);
+    uint32_t seed = bytes_.next();
+    for (size_t i = 0; i < made->buffer->bytes() / sizeof(uint16_t); ++i) {
+      const uint32_t bits = random(seed) >> 16;
+      made->as<uint16_t>()[i] = any ? bits : (bits & 0x8000) | (0x1c00 + bits % 0x1c00);
+    }
+    node.inputs.push_back(std::move(made));
+  }
+
   // Numbers of one size, and here and there a special one.
   void add_floats(Node& node, const Dims& dims) {
     auto made = tensor(kFloat, dims);
@@ -276,7 +292,7 @@ class Maker {
   }
 
   void type(Node& node, size_t index) {
-    const ElementType types[] = {kFloat, kUint8, kInt64, kDouble, kInt8};
+    const ElementType types[] = {kFloat, kFloat16, kUint8, kInt64, kDouble, kInt8};
     if (node.inputs[index]) replace(node, index, bytes_.one_of(types), node.inputs[index]->dims);
   }
 

@@ -7,6 +7,15 @@
 
 namespace fuzz {
 
+// What the bits of a float16 mean.
+inline float half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float size = std::ldexp(static_cast<float>(exponent ? 1024 + fraction : fraction),
+                          (exponent ? exponent : 1) - 25);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
+  return bits >> 15 ? -size : size;
+}
+
 inline Array copy_of(const stand_in::Tensor* tensor) {
   Array copy;
   if (!tensor) return copy;
@@ -18,6 +27,9 @@ inline Array copy_of(const stand_in::Tensor* tensor) {
     to.assign(from, from + tensor->buffer->bytes() / sizeof *from);
   };
   if (tensor->type == stand_in::kFloat) add(copy.floats);
+  if (tensor->type == stand_in::kFloat16)
+    for (size_t i = 0; i < tensor->buffer->bytes() / sizeof(uint16_t); ++i)
+      copy.floats.push_back(half_value(tensor->as<uint16_t>()[i]));
   if (tensor->type == stand_in::kUint8) add(copy.bytes);
   if (tensor->type == stand_in::kInt64) add(copy.positions);
   return copy;

@@ -40,7 +40,8 @@ bool fits(const Format& f, const Matrix& m) {
   if (m.rows < 1 || m.rows > 1 << 20) return false;
   const int64_t packed = (f.blocks * f.bits + 7) / 8;
   return m.data.is(stand_in::kUint8, {m.rows, f.blocks, f.block * f.bits / 8}) &&
-         is_per_row(m.scales, stand_in::kFloat, m.rows, f.blocks) &&
+         (is_per_row(m.scales, stand_in::kFloat, m.rows, f.blocks) ||
+          is_per_row(m.scales, stand_in::kFloat16, m.rows, f.blocks)) &&
          (!m.zero_points.given || is_per_row(m.zero_points, stand_in::kUint8, m.rows, packed)) &&
          (!m.bias.given || m.bias.is(stand_in::kFloat, {m.rows}));
 }

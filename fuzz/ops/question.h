@@ -14,7 +14,7 @@ namespace fuzz {
 using stand_in::Dims;
 using stand_in::ElementType;
 
-// A copy of a tensor.
+// A copy of a tensor. What is float16 has its numbers in `floats`, too.
 struct Array {
   bool given = false;
   ElementType type = stand_in::kFloat;

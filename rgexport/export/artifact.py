@@ -9,6 +9,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
+from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.files.hashing import FileRecord
@@ -54,16 +55,31 @@ class Artifact:
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self.manifest.tensors[name]
+        groups = groups_of(stored)
+        if len(groups) == 1:
+            return self._group_rows(name, stored, start, stop)
+        rows = np.empty((stop - start, *stored.shape[1:]), np.float32)
+        for group in groups:
+            first, last = group.run(start, stop)
+            if first < last:
+                found = self._group_rows(name, group.stored, first, last)
+                rows[group.chosen(start, stop)] = found
+        return rows
+
+    def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """Rows of a row group of the tensor `name`."""
         together = stored.rows_together
         first, last = start // together * together, aligned(stop, together)
         parts = {label: self._part(stored, label, first, last) for label in stored.parts}
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
-        rows = self._decode(name, parts, columns)[start - first : stop - first]
+        rows = self._decode(name, stored, parts, columns)[start - first : stop - first]
         return rows.reshape(stop - start, *stored.shape[1:])
 
-    def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
-        """Rows of the tensor `name`, float32 [rows, columns], from those rows of its parts."""
-        scheme = self.manifest.tensors[name].scheme
+    def _decode(
+        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
+    ) -> np.ndarray:
+        """Float32 [rows, columns] from rows of all parts of a row group of the tensor `name`."""
+        scheme = stored.scheme
         if isinstance(scheme, Affine):
             rows = parts if COLUMNS not in parts else {"data": parts[COLUMNS], **parts}
             return affine.decode(rows, scheme, columns)

@@ -16,7 +16,7 @@ from rgexport.files.hashing import FileRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Affine, Ggml, Scheme
+from rgexport.quantize.scheme import Affine, Ggml, Mixed, Scheme, Uniform, uniform_schemes
 
 MANIFEST = "rgexport.json"
 COLUMNS = "columns"
@@ -33,7 +33,7 @@ class StoredPart:
     """The place of a part of a tensor: row-major, `shape` in items of `dtype`.
 
     A float tensor and one in a ggml type have one part, `data`; for the parts of the other schemes
-    see `quantize.affine` and `quantize.palette`.
+    see `quantize.affine`, `quantize.palette` and `export.row_groups`.
     """
 
     file: str
@@ -63,11 +63,16 @@ class StoredTensor:
     @property
     def rows_together(self) -> int:
         """How many rows share stored data, such as a palette, and are read together."""
+        if isinstance(self.scheme, Mixed):
+            return 1
         by_row = (part for label, part in self.parts.items() if label != COLUMNS)
         return max(map(self._rows_per_row, by_row))
 
     def row_offset(self, label: str, row: int) -> int:
-        """The offset in its file of a row of the part `label`, which must not be `COLUMNS`."""
+        """The offset in its file of a row of the part `label`, which must not be `COLUMNS`.
+
+        Not for tensors in row groups, see `row_groups.groups_of`.
+        """
         part = self.parts[label]
         return part.offset + row // self._rows_per_row(part) * part.row_bytes
 
@@ -155,7 +160,11 @@ class Manifest:
 
         llama.cpp's always do.
         """
-        return not self.exact and any(map(_rounds_activations, self.plan.values()))
+        return not self.exact and any(
+            _rounds_activations(uniform)
+            for scheme in self.plan.values()
+            for uniform in uniform_schemes(scheme)
+        )
 
     @property
     def weighted(self) -> bool:
@@ -182,7 +191,7 @@ def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
     return f"{precision} weights, {compute} activations{rounded}"
 
 
-def _rounds_activations(scheme: Scheme) -> bool:
+def _rounds_activations(scheme: Uniform) -> bool:
     if isinstance(scheme, Ggml):
         return TYPES[scheme.type].is_quantized
     return isinstance(scheme, Affine)

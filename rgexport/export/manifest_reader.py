@@ -18,7 +18,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Affine, Ggml, Palette
+from rgexport.quantize.scheme import Float, Ggml
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -122,7 +122,7 @@ def check_config(config: GriffinConfig) -> None:
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
     """The parts must be those of the scheme, and inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
-    quantized = isinstance(stored.scheme, Affine | Palette)
+    quantized = not isinstance(stored.scheme, Float)
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
     try:
         expected = dict(form.part_layouts(stored.shape, stored.scheme))

@@ -41,6 +41,28 @@ def require_word(flag: str, word: str, words: Iterable[str]) -> None:
         raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
 
 
+QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
+"""Word of `--quality` → the algorithm that chooses levels."""
+
+
+def algorithm_word(quality: str | None, *, calibrated: bool, planned: bool) -> str | None:
+    """The algorithm for all tensors; None leaves it to a plan.
+
+    Raises:
+        RequestError: an unknown word, or a quality that a calibration is not for.
+    """
+    if quality is not None:
+        require_word("--quality", quality, QUALITIES)
+    if calibrated and quality not in (None, "best"):
+        raise RequestError(
+            f"--quality {quality} takes no calibration; leave out --calibration, or take "
+            "--quality best"
+        )
+    if quality is None and planned:
+        return None
+    return QUALITIES[quality or ("best" if calibrated else "default")]
+
+
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
     """Refuses options that a plan replaces.
 

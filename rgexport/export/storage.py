@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
+from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.processors import usable_processors
 from rgexport.progress import task
@@ -33,7 +34,9 @@ Shape = tuple[int, ...]
 Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
 """From shape and scheme of a tensor to part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, StoredTensor], Parts]
-"""From name, rows in the checkpoint's dtype and stored form of a tensor to these rows' parts."""
+"""From name, rows in the checkpoint's dtype and stored form of a tensor to these rows' parts.
+
+The stored form is that of a row group, where the tensor has several."""
 _Result = TypeVar("_Result")
 
 
@@ -115,11 +118,26 @@ def _write_slab(
     start: int,
     stop: int,
 ) -> tuple[str, Parts, int]:
-    """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read."""
+    """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read.
+
+    Each row group gets the rows that are its own, as a tensor that is stored by one scheme.
+    """
     rows = source.read(start, stop)
-    parts = {
-        label: np.ascontiguousarray(array) for label, array in encode(name, rows, stored).items()
-    }
+    written: Parts = {}
+    for group in groups_of(stored):
+        chosen = rows[group.chosen(start, stop)]
+        if not len(chosen):
+            continue
+        parts = {
+            label: np.ascontiguousarray(array)
+            for label, array in encode(name, chosen, group.stored).items()
+        }
+        _write_rows(folder, group.stored, *group.run(start, stop), parts)
+        written |= {group.prefix + label: array for label, array in parts.items()}
+    return name, written, rows.nbytes
+
+
+def _write_rows(folder: Path, stored: StoredTensor, start: int, stop: int, parts: Parts) -> None:
     for label, array in parts.items():
         part = stored.parts[label]
         if label == COLUMNS:
@@ -130,7 +148,6 @@ def _write_slab(
         with open(folder / part.file, "r+b") as file:
             file.seek(stored.row_offset(label, start))
             file.write(array.reshape(-1).view(np.uint8).data)
-    return name, parts, rows.nbytes
 
 
 def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:

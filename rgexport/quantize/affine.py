@@ -1,4 +1,4 @@
-"""Block-wise affine quantization, rounded to nearest, and its inverse.
+"""The layout of block-wise affine quantization; rounding to nearest, and the inverse.
 
 A row of K weights is cut into ceil(K / block) blocks; the last one is padded with zeros. What is
 stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row after another:
@@ -52,22 +52,41 @@ def encode(rows: np.ndarray, scheme: Affine) -> Parts:
     """Quantizes rows [n, K] of any float dtype, each independently of the others.
 
     Raises:
-        RequestError: a weight is too large for float16 scales.
+        RequestError: the weights of a block need a larger scale than float16 holds.
     """
-    count, columns = rows.shape
-    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
-    padded = np.zeros((count, blocks * block), np.float32)
-    padded[:, :columns] = rows
-    weights = padded.reshape(count, blocks, block)
-    choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
-    scales, zeros = choose(weights, scheme)
-
+    weights = in_blocks(rows, scheme)
+    scales, zeros = extreme_scales(weights, scheme)
     weights *= np.reciprocal(scales)[..., None]
     np.rint(weights, out=weights)
     weights += zeros[..., None]
     np.clip(weights, 0, 2**scheme.bits - 1, out=weights)
+    return pack_parts(weights.astype(np.uint8), scales, zeros, scheme)
+
+
+def in_blocks(rows: np.ndarray, scheme: Affine) -> np.ndarray:
+    """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
+    count, columns = rows.shape
+    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    padded = np.zeros((count, blocks * block), np.float32)
+    padded[:, :columns] = rows
+    return padded.reshape(count, blocks, block)
+
+
+def extreme_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and zero points float32 [n, blocks] by the extremes of blocks [n, blocks, block].
+
+    Raises:
+        RequestError: a weight is too large for float16 scales.
+    """
+    choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
+    return choose(weights, scheme)
+
+
+def pack_parts(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray, scheme: Affine) -> Parts:
+    """The parts of levels uint8 [n, blocks, block] with scales and zero points [n, blocks]."""
+    count, blocks, block = levels.shape
     parts = {
-        "data": pack(padded.astype(np.uint8), scheme.bits),
+        "data": pack(levels.reshape(count, blocks * block), scheme.bits),
         "scales": scales.astype(scheme.scale),
     }
     if not scheme.symmetric:
@@ -87,8 +106,6 @@ def decode(parts: Parts, scheme: Affine, columns: int) -> np.ndarray:
     else:
         weights -= unpack(parts["zero_points"], scheme.bits)[:, :blocks, None]
     weights *= scales[..., None]
-    if scheme.scale == "float16":
-        weights = weights.astype(np.float16).astype(np.float32)
     return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
 
 
@@ -101,7 +118,7 @@ def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, 
     high, low = weights.max(-1), weights.min(-1)
     extreme = np.where(high > -low, high, low)
     zero = 2 ** (scheme.bits - 1)
-    scales = _storable(extreme / np.float32(-zero), scheme.scale, levels=zero)
+    scales = _storable(extreme / np.float32(-zero), scheme.scale)
     return scales, np.full_like(high, zero)
 
 
@@ -109,24 +126,22 @@ def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray,
     """Scales and integer zero points of a range that contains zero and both extremes."""
     high, low = np.maximum(weights.max(-1), 0), np.minimum(weights.min(-1), 0)
     levels = 2**scheme.bits - 1
-    scales = _storable((high - low) / np.float32(levels), scheme.scale, levels)
+    scales = _storable((high - low) / np.float32(levels), scheme.scale)
     return scales, np.clip(np.rint(-low / scales), 0, levels)
 
 
-def _storable(scales: np.ndarray, dtype: FloatDtype, levels: int) -> np.ndarray:
+def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
     """Scales rounded to `dtype`, as float32; 1 for a block of zeros.
 
     Raises:
-        RequestError: `levels` steps of a scale are more than `dtype` can hold.
+        RequestError: a scale is more than `dtype` can hold.
     """
     if dtype == "float16":
-        scales = _away_from_zero(scales)
-        with np.errstate(over="ignore"):
-            reach = (np.abs(scales) * np.float32(levels)).astype(np.float16)
-        if not np.isfinite(reach).all():
+        needed, scales = np.abs(scales).max(initial=0), _away_from_zero(scales)
+        if not np.isfinite(scales).all():
             raise RequestError(
-                f"weights of {np.abs(scales).max() * levels:.4g} are more than float16 holds; "
-                "take --compute fp32"
+                f"its weights need a scale of {needed:.4g}, and float16 holds at most 65504; "
+                'take a plan with "scale": "float32" for it, or another precision'
             )
     return np.where(np.abs(scales) < _TINY, np.float32(1), scales)
 

@@ -6,7 +6,7 @@ values to a byte.
 
 from dataclasses import replace
 
-from rgexport.quantize.scheme import Affine, FloatDtype, Palette, Scheme
+from rgexport.quantize.scheme import Affine, FloatDtype, Mixed, Palette, Scheme
 
 SMALLEST_BLOCK = 8
 """Smaller blocks cost more in scales than they gain."""
@@ -17,14 +17,19 @@ def fitted(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
 
     Rows of an odd number of weights are stored in 8 bits.
     """
-    if isinstance(scheme, Affine | Palette):
-        rows, columns = shape
-        if scheme.bits == 4 and columns % 2:
-            scheme = _in_8_bits(scheme)
-        if isinstance(scheme, Palette):
-            return replace(scheme, group=largest_divisor(rows, scheme.group))
-        return replace(scheme, block=fitting_block(columns, scheme))
-    return scheme
+    if isinstance(scheme, Mixed):
+        return scheme.each(lambda one: _fitted_affine(one, shape[1]))
+    if isinstance(scheme, Palette):
+        if shape[1] % 2:
+            return _fitted_affine(_in_8_bits(scheme), shape[1])
+        return replace(scheme, group=largest_divisor(shape[0], scheme.group))
+    return _fitted_affine(scheme, shape[1]) if isinstance(scheme, Affine) else scheme
+
+
+def _fitted_affine(scheme: Affine, columns: int) -> Affine:
+    if scheme.bits == 4 and columns % 2:
+        scheme = replace(scheme, bits=8)
+    return replace(scheme, block=fitting_block(columns, scheme))
 
 
 def fitting_block(columns: int, scheme: Affine) -> int | None:
@@ -47,12 +52,12 @@ def largest_divisor(number: int, limit: int) -> int:
 
 def with_dtype(scheme: Scheme, dtype: FloatDtype) -> Scheme:
     """The scheme with scales or tables in `dtype`."""
+    if isinstance(scheme, Mixed):
+        return scheme.each(lambda one: replace(one, scale=dtype))
     if isinstance(scheme, Affine):
         return replace(scheme, scale=dtype)
     return replace(scheme, lut=dtype) if isinstance(scheme, Palette) else scheme
 
 
-def _in_8_bits(scheme: Affine | Palette) -> Affine:
-    if isinstance(scheme, Palette):
-        return Affine(8, None, symmetric=True, scale=scheme.lut)
-    return replace(scheme, bits=8)
+def _in_8_bits(scheme: Palette) -> Affine:
+    return Affine(8, None, symmetric=True, scale=scheme.lut)

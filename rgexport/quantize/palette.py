@@ -36,6 +36,16 @@ def encode(rows: np.ndarray, scheme: Palette) -> Parts:
     Raises:
         RequestError: a weight is too large for the table's dtype.
     """
+    lut, indices = choose(rows, scheme)
+    return pack_parts(indices, lut, scheme)
+
+
+def choose(rows: np.ndarray, scheme: Palette) -> tuple[np.ndarray, np.ndarray]:
+    """Tables [groups, 2**bits] in their dtype, and the index of each weight, uint8 [n, K].
+
+    Raises:
+        RequestError: a weight is too large for the table's dtype.
+    """
     groups = rows.astype(np.float32).reshape(len(rows) // scheme.group, -1)
     with np.errstate(over="ignore"):
         tables = np.stack([centers(group, 2**scheme.bits) for group in groups])
@@ -45,8 +55,12 @@ def encode(rows: np.ndarray, scheme: Palette) -> Parts:
             f"weights of {np.abs(groups).max():.4g} are more than {scheme.lut} holds; "
             "take --compute fp32"
         )
-    indices = _nearest(groups, lut.astype(np.float32))
-    return {"data": pack(indices.reshape(rows.shape), scheme.bits), "lut": lut}
+    return lut, _nearest(groups, lut.astype(np.float32)).reshape(rows.shape)
+
+
+def pack_parts(indices: np.ndarray, lut: np.ndarray, scheme: Palette) -> Parts:
+    """The parts of indices [n, K] into tables."""
+    return {"data": pack(indices, scheme.bits), "lut": lut}
 
 
 def decode(parts: Parts, scheme: Palette, columns: int) -> np.ndarray:

@@ -11,14 +11,17 @@ from rgexport.files.regular_file import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.algorithms import require_known
+from rgexport.quantize.row_groups import group_sizes
 from rgexport.quantize.scheme import (
     BLOCKS,
     Affine,
     Float,
     Ggml,
+    Mixed,
     Palette,
     Plan,
     Scheme,
+    coarsest,
     scheme_from_dict,
     scheme_to_dict,
 )
@@ -88,8 +91,8 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    """The precision of a plan: that of the tensor with the fewest bits."""
-    scheme = min(plan.values(), key=lambda scheme: scheme.bits_per_weight)
+    """The precision of a plan: that of the tensor, or the row group, with the fewest bits."""
+    scheme = coarsest(plan.values())
     if isinstance(scheme, Affine):
         return f"int{scheme.bits}"
     if isinstance(scheme, Palette):
@@ -103,8 +106,8 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     """A plan from a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
     Raises:
-        RequestError: it is not JSON, a tensor is missing or unknown, or one that must be float32
-            has another scheme.
+        RequestError: it is not JSON, a tensor is missing or unknown, one that must be float32
+            has another scheme, or row groups do not fit the rows of their tensor.
     """
     try:
         entries = json.loads(read_regular(path).decode())
@@ -120,7 +123,9 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
             f"the plan {path} does not name the tensors of this model (first differences: "
             f"{', '.join(differing)}); print a fitting one with `rgexport inspect ARTIFACT --json`"
         )
-    plan = {name: _read_scheme(path, name, fields) for name, fields in entries.items()}
+    plan = {
+        name: _read_scheme(path, name, fields, tensors[name]) for name, fields in entries.items()
+    }
     for name, scheme in plan.items():
         role = tensors[name].role
         allowed = _BIAS if is_linear_bias(name, tensors) else _FULL
@@ -133,10 +138,12 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     return plan
 
 
-def _read_scheme(path: Path, name: str, fields: Any) -> Scheme:
+def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:
     try:
         scheme = scheme_from_dict(fields)
         require_known(scheme)
+        if isinstance(scheme, Mixed) and spec.role in QUANTIZABLE:
+            group_sizes(scheme, spec.shape[0])
         return scheme
     except RequestError as error:
         raise RequestError(f"the plan {path}: {name}: {error}") from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
+from rgexport.quantize import scheme as schemes
 from rgexport.quantize.scheme import Affine, Float, Palette
 from rgexport.validate.checks import Check
 from rgexport.validate.metrics import LogitError
@@ -133,8 +134,8 @@ def original_rms(manifest: Manifest, logits: LogitError, name: str = "original.r
 
 
 def coarsest(manifest: Manifest) -> str:
-    """The key of `ORIGINAL_RMS` for the tensor that is stored in the fewest bits."""
-    scheme = min(manifest.plan.values(), key=lambda scheme: scheme.bits_per_weight)
+    """The key of `ORIGINAL_RMS` for the rows that are stored in the fewest bits."""
+    scheme = schemes.coarsest(manifest.plan.values())
     if isinstance(scheme, Affine | Palette):
         return f"int{scheme.bits}"
     return scheme.dtype if isinstance(scheme, Float) else _GGML_STORAGE.get(scheme.type, "int4")

@@ -7,7 +7,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.quantize import affine, algorithms
-from rgexport.quantize.algorithms import ALGORITHMS, Algorithm, Statistics, encode, require_known
+from rgexport.quantize.algorithms import ALGORITHMS, Algorithm, encode, require_known
 from rgexport.quantize.scheme import (
     Affine,
     Float,
@@ -16,6 +16,7 @@ from rgexport.quantize.scheme import (
     scheme_from_dict,
     scheme_to_dict,
 )
+from rgexport.quantize.statistics import Hessian, Statistics
 
 INT4 = Affine(4, 32, symmetric=False)
 
@@ -28,7 +29,7 @@ def test_what_a_float_cannot_hold_is_named():
 
 
 def test_every_layout_has_an_algorithm():
-    layouts = {row.layout for row in ALGORITHMS.values()}
+    layouts = {layout for row in ALGORITHMS.values() for layout in row.layouts}
     assert layouts == {Float, Affine, Palette, Ggml}
 
 
@@ -40,14 +41,15 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert statistics is not None
         return affine.encode(rows * statistics.importance, scheme)
 
-    row = Algorithm(Affine, fill, needs_statistics=True)
+    row = Algorithm({Affine: fill}, "halves", needs_statistics=True)
     monkeypatch.setitem(algorithms.ALGORITHMS, "halves", row)
 
 
 def test_a_new_algorithm_is_a_row(halves: None):
     rows = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     scheme = replace(INT4, algorithm="halves")
-    known = Statistics(np.full(64, 0.5, np.float32))
+    hessian = Hessian(0, np.eye(64, dtype=np.float32))
+    known = Statistics(np.full(64, 0.5, np.float32), (hessian,))
     found = affine.decode(encode("w", rows, scheme, known), scheme, 64)
     expected = affine.decode(encode("w", rows / 2, INT4), INT4, 64)
     np.testing.assert_array_equal(found, expected)
@@ -66,9 +68,9 @@ def test_an_algorithm_is_provenance(halves: None):
 def test_an_unknown_algorithm_can_be_read_but_not_requested():
     later = scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": "later-2"})
     assert later == INT4
-    with pytest.raises(RequestError, match="algorithm = 'later-2'; expected rtn"):
+    with pytest.raises(RequestError, match="algorithm = 'later-2'; expected rtn, search, gptq"):
         require_known(later)
-    with pytest.raises(RequestError, match="algorithm = 'rtn'; expected kmeans"):
+    with pytest.raises(RequestError, match="algorithm = 'rtn'; expected kmeans, gptq"):
         require_known(Palette(algorithm="rtn"))
     for wrong in (3, "", "a b", "x" * 33):
         with pytest.raises(RequestError, match="algorithm = "):

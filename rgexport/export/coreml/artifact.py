@@ -18,7 +18,7 @@ from rgexport.export.coreml.states import (
     state_records,
     stored_states,
 )
-from rgexport.export.manifest import MANIFEST, ValueRecord
+from rgexport.export.manifest import MANIFEST, StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import Function, TensorType
@@ -43,8 +43,8 @@ class CoreMLArtifact(Artifact):
         del record["blobs"]
         return {"coreml": record}
 
-    def _decode(self, name: str, parts: Parts, columns: int) -> np.ndarray:
-        return decode(name, parts, self.manifest.tensors[name])
+    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
+        return decode(name, parts, stored)
 
     def complaints(self, verify: bool) -> list[str]:
         """What is wrong with the package; the program first, since a hash says less about it."""

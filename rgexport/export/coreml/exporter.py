@@ -20,6 +20,7 @@ from rgexport.export.mil.package import open_package
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 if TYPE_CHECKING:
     from coremltools.proto.Model_pb2 import Model
@@ -34,11 +35,13 @@ def export_coreml(
     *,
     force: bool = False,
     check: SelfCheck | None = None,
+    statistics: StatisticsOf = no_statistics,
 ) -> Path:
     """Exports `checkpoint` to the folder `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
     slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
+    `statistics` are for algorithms that need them.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -51,7 +54,7 @@ def export_coreml(
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
         model = build_model(trace(config, form.activation), config, storage.tensors, form)
-        blobs = storage.write(folder, checkpoint.weights)
+        blobs = storage.write(folder, checkpoint.weights, statistics)
         add_metadata(model, checkpoint, options, blobs)
         write_package(folder, model)
         _require_sound_package(folder, storage)

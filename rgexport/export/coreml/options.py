@@ -14,6 +14,7 @@ from rgexport.export.request import (
 )
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.quantize.algorithms import by_algorithm
 from rgexport.quantize.fitting import fitted, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
@@ -39,7 +40,8 @@ class CoreMLOptions:
     that dtype. `plan` sets for each tensor what `precision`, `block_size`, `symmetric` and
     `embedding_precision` set for all. The `prefill` function takes `prefill_length` tokens and
     gives the logits of the last one, or with `all_logits` of all. The RG-LRU's state is a float32
-    input and output (`io`) or a pair of float16 states (`hilo`).
+    input and output (`io`) or a pair of float16 states (`hilo`). `algorithm` chooses the levels
+    (`quantize.algorithms`); None leaves it to the plan.
     """
 
     precision: str | None = None
@@ -51,6 +53,7 @@ class CoreMLOptions:
     prefill_length: int = DEFAULT_PREFILL_LENGTH
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions.
@@ -94,6 +97,7 @@ class CoreMLOptions:
             RequestError: the plan has weights of more precision than the computation.
         """
         plan = self.plan or make_plan(config, *self._schemes())
+        plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 

@@ -14,7 +14,8 @@ from rgexport.griffin.layout import role_of
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted
-from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Float, FloatDtype, Palette, Scheme
+from rgexport.quantize.statistics import StatisticsOf
 
 Layouts = dict[str, tuple[str, tuple[int, ...]]]
 """Part name → dtype and shape."""
@@ -63,17 +64,32 @@ def transform_of(name: str) -> Transform:
     return _TRANSFORMS.get(role_of(name), PLAIN)
 
 
-def encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
+def encode(statistics: StatisticsOf, name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
     """Rows of a checkpoint as they are stored.
 
     Raises:
         RequestError: a weight that its scheme cannot hold.
     """
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
-    parts, scheme = algorithms.encode(name, values, stored.scheme), stored.scheme
-    if isinstance(scheme, Affine):
-        return _with_sign(parts, scheme, stored.parts["data"].dtype)
-    return parts
+    scheme = stored.scheme
+    if not isinstance(scheme, Affine):
+        return algorithms.encode(name, values, scheme, statistics(name))
+    _require_held(name, np.abs(values).max(initial=0), scheme.scale)
+    parts = algorithms.encode(name, values, scheme, statistics(name))
+    levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
+    steps = np.abs(parts["scales"].astype(np.float32))
+    _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)
+    return _with_sign(parts, scheme, stored.parts["data"].dtype)
+
+
+def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
+    """Refuses weights that are infinities where an engine multiplies in the dtype of the scales."""
+    with np.errstate(over="ignore"):
+        held = np.isfinite(largest.astype(dtype))
+    if not held:
+        raise RequestError(
+            f"{name}: weights of {largest:.4g} are more than {dtype} holds; take --compute fp32"
+        )
 
 
 def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
@@ -82,6 +98,7 @@ def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
     scheme = stored.scheme
     if isinstance(scheme, Affine):
         rows = affine.decode(_with_sign(parts, scheme, "uint8"), scheme, columns)
+        rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     elif isinstance(scheme, Palette):
         rows = palette.decode(parts, scheme, columns)
     else:

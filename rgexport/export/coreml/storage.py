@@ -7,6 +7,7 @@ A header of 64 bytes is followed by the blobs, each with its own header of 64 by
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from rgexport.export.storage import Places, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.scheme import Affine, Palette, Plan
+from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 ALIGNMENT = 64
 _VERSION, _SENTINEL = 2, 0xDEADBEEF
@@ -35,8 +37,10 @@ class Storage:
         self.tensors = places.tensors(plan, shapes, part_layouts)
         self.size = places.size
 
-    def write(self, folder: Path, weights: WeightSource) -> dict[str, str]:
-        """Fills the file in `folder` from `weights`.
+    def write(
+        self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
+    ) -> dict[str, str]:
+        """Fills the file in `folder` from `weights`; `statistics` are for algorithms.
 
         Returns:
             The SHA-256 of every blob's data, by `TENSOR.PART`.
@@ -56,7 +60,7 @@ class Storage:
             for label, rows in parts.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
-        fill(folder, self.tensors, weights, encode, hash_slab)
+        fill(folder, self.tensors, weights, partial(encode, statistics), hash_slab)
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:

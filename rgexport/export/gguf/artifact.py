@@ -91,8 +91,10 @@ class GgufArtifact(Artifact):
             "tokenizer": _tokenizer_facts(values) if self.manifest.has_tokenizer else None,
         }
 
-    def _decode(self, name: str, parts: affine.Parts, columns: int) -> np.ndarray:
-        stored, transform = self.manifest.tensors[name], self.tensors[name].transform
+    def _decode(
+        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
+    ) -> np.ndarray:
+        transform = self.tensors[name].transform
         rows = _dequantize(parts["data"], stored.scheme.label)
         return transform.restore(rows.reshape(-1, *stored.shape[1:]))
 

@@ -24,11 +24,12 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
-from rgexport.quantize.algorithms import Statistics, encode
+from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
+from rgexport.quantize.statistics import Statistics
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""

@@ -26,7 +26,7 @@ from rgexport.quantize.ggml_types import (
     find_type,
 )
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
-from rgexport.quantize.scheme import Float, Ggml, Plan, Scheme
+from rgexport.quantize.scheme import Float, Ggml, Mixed, Plan, Scheme
 
 DEFAULT_TYPE = "f16"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
@@ -152,13 +152,13 @@ def _importances(
 
 
 def _planned(tensor: FileTensor, plan: Plan) -> str:
-    kind = _ggml_type(plan[tensor.canonical])
-    columns = tensor.shape[-1]
+    scheme, columns = plan[tensor.canonical], tensor.shape[-1]
+    kind = _ggml_type(scheme)
     if kind is None or not TYPES[kind].fits(columns):
-        label = plan[tensor.canonical].label
+        place = "in row groups" if isinstance(scheme, Mixed) else f"for rows of {columns}"
         raise RequestError(
-            f"the plan stores {tensor.canonical} as {label}, which GGUF cannot do for rows of "
-            f"{columns}; expected a ggml type that fits, such as "
+            f"the plan stores {tensor.canonical} as {scheme.label}, which GGUF cannot do {place}; "
+            "expected a ggml type that fits, such as "
             f"{next(k for k in ('q4_k', 'q4_0', 'f16') if TYPES[k].fits(columns))}"
         )
     if kind != "f32" and not tensor.quantizable:

@@ -6,8 +6,17 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx.native import native_ops
+from rgexport.export.row_groups import grouped_layouts
 from rgexport.quantize import affine
-from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Scheme
+from rgexport.quantize.scheme import (
+    BLOCKS,
+    INT8_ROWS,
+    Affine,
+    Float,
+    Mixed,
+    Scheme,
+    uniform_schemes,
+)
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
@@ -34,6 +43,8 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
     Raises:
         RequestError: ONNX does not have that scheme.
     """
+    if isinstance(scheme, Mixed) and is_storable(scheme):
+        return grouped_layouts(shape, scheme, part_layouts)
     if isinstance(scheme, Float):
         return {"data": (scheme.dtype, shape)}
     if scheme == INT8_ROWS:
@@ -47,6 +58,7 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
 
 
 def is_storable(scheme: Scheme) -> bool:
-    """Whether a tensor may be stored so: as floats, or in blocks with float32 scales."""
-    blocks = isinstance(scheme, Affine) and scheme.block in BLOCKS and scheme.scale == "float32"
-    return isinstance(scheme, Float) or blocks
+    """Whether a tensor may be stored so: as floats, or in blocks, as row groups always are."""
+    if isinstance(scheme, Mixed):
+        return all(map(is_storable, uniform_schemes(scheme)))
+    return isinstance(scheme, Float) or (isinstance(scheme, Affine) and scheme.block in BLOCKS)

@@ -9,6 +9,7 @@ from rgexport.export.onnx.functions import DOMAIN, Body, function_of
 from rgexport.export.onnx.graph import DTYPES, Attribute, GraphBuilder
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
+from rgexport.export.row_groups import with_groups
 
 
 class Emitter(GraphBuilder):
@@ -26,7 +27,7 @@ class Emitter(GraphBuilder):
         self.native = native
         self.functions: dict[str, ir.Function] = {}
         self.values: dict[str, ir.Value] = {}
-        self._stored = stored
+        self._stored = with_groups(stored)
 
     def value(self, declared: Value) -> ir.Value:
         """An activation, a state, or a weight that is stored as floats."""
@@ -47,7 +48,7 @@ class Emitter(GraphBuilder):
         self.values[declared.name] = value
 
     def stored(self, weight: Value) -> StoredTensor:
-        """How and where a weight is stored."""
+        """How and where a weight, or a row group of one, is stored."""
         return self._stored[weight.name]
 
     def part(

@@ -16,6 +16,7 @@ from rgexport.export.onnx.storage import Storage
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
 
@@ -27,11 +28,13 @@ def export_onnx(
     *,
     force: bool = False,
     check: SelfCheck | None = None,
+    statistics: StatisticsOf = no_statistics,
 ) -> Path:
     """Exports `checkpoint` to the folder `target`, which appears when it is complete.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
     slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
+    `statistics` are for algorithms that need them.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -46,7 +49,7 @@ def export_onnx(
         program = trace(checkpoint.config, activation)
         model = build_model(program, storage, profile, exact=options.exact)
         ir.save(model, folder / MODEL_FILE)
-        storage.write(folder, checkpoint.weights)
+        storage.write(folder, checkpoint.weights, statistics)
         return Manifest(
             precision=options.precision_word,
             compute=options.compute_word,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.onnx.graph import MICROSOFT, OPSET, GraphBuilder
+from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET, GraphBuilder
 from rgexport.export.onnx.native import DOMAIN
 from rgexport.export.program import Node
 
@@ -98,18 +98,20 @@ def _quant_linear(matrices: int) -> str:
     """The product with one matrix, or with several of one format.
 
     Inputs: x [B, T, K]; for each matrix data [N, blocks, block_size · bits / 8], scales [N,
-    blocks], optional zero points, optional bias [N]. Outputs: for each matrix y [B, T, N].
-    Activations are rounded to int8 for each row and block.
+    blocks] in float32 or float16, optional zero points, optional bias [N]. Outputs: for each matrix
+    y [B, T, N]. Activations are rounded to int8 for each row and block. Runtimes fold the `Cast`
+    when they load the file; of float32 nothing is left of it.
     """
     each = range(1, matrices + 1)
     sizes = QUANT_LINEAR_SIZES[:matrices]
     inputs = [f"{part}{i}" for part in ("data", "scales", "zero_points", "bias") for i in each]
     products = [
         f"""
+    wide_scales{i} = Cast <to = {int(DTYPES["float32"])}> (scales{i})
     y{i} = {MICROSOFT}.MatMulNBits <
         K: int = @K, N: int = @{size}, bits: int = @bits, block_size: int = @block_size,
         accuracy_level = {QUANT_LINEAR_LEVEL}
-    > (x, data{i}, scales{i}, zero_points{i}, , bias{i})"""
+    > (x, data{i}, wide_scales{i}, zero_points{i}, , bias{i})"""
         for i, size in zip(each, sizes, strict=True)
     ]
     return f"""

@@ -48,7 +48,8 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
         packed = _unpack(g, gather("zero_points"), scheme.bits)
         zero_points = g.slice(g.cast(packed, "float32"), 0, blocks, 2)
         zero_points = g.op("Unsqueeze", zero_points, g.constant([3]))
-    scales = g.op("Unsqueeze", gather("scales"), g.constant([3]))
+    stored = g.typed(gather("scales"), g.stored(table).parts["scales"].dtype)
+    scales = g.op("Unsqueeze", g.cast(stored, "float32"), g.constant([3]))
     rows = g.op("Mul", g.op("Sub", levels, zero_points), scales)
     rows = g.op("Reshape", rows, g.constant([0, 0, blocks * block]))
     return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
@@ -105,7 +106,8 @@ def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | N
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
     sizes = block_attributes(g, weight) | {"N": weight.size(0)}
-    inputs = [g.cast(x, "float32"), *_parts(g, weight), None, _float32(g, bias)]
+    data, scales, zero_points = _parts(g, weight)
+    inputs = [g.cast(x, "float32"), data, float32(g, scales), zero_points, None, float32(g, bias)]
     level = g.accuracy_level
     y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
     return g.typed(y, "float32")
@@ -118,7 +120,7 @@ def _quant_linear(
     rows = [weight.size(0) for weight in weights]
     sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
     parts = zip(*(_parts(g, weight) for weight in weights), strict=True)
-    inputs = [g.cast(x, "float32"), *chain(*parts), *(_float32(g, bias) for bias in biases)]
+    inputs = [g.cast(x, "float32"), *chain(*parts), *(float32(g, bias) for bias in biases)]
     results = g.call(QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
     return [g.typed(y, "float32") for y in results]
 
@@ -144,5 +146,6 @@ def _affine(g: Emitter, weight: Value) -> Affine:
     return scheme
 
 
-def _float32(g: Emitter, bias: ir.Value | None) -> ir.Value | None:
-    return None if bias is None else g.cast(bias, "float32")
+def float32(g: Emitter, value: ir.Value | None) -> ir.Value | None:
+    """A bias or scales as `MatMulNBits` takes them beside float32 activations."""
+    return None if value is None else g.cast(value, "float32")

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from rgexport.export.onnx import attention_ops, linear_ops, pointwise_ops, recurrent_ops
 from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.row_groups import by_groups
 from rgexport.export.program import Node
 
 Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
@@ -35,6 +36,6 @@ LOWERINGS: dict[str, Lowering] = {
 def lower(emitter: Emitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
     """Adds the nodes of one op; its results get their names in the program."""
     with emitter.site(node.site):
-        results = lowerings[node.op](emitter, node)
+        results = by_groups(emitter, node, lowerings[node.op])
     for declared, value in zip(node.outputs, results, strict=True):
         emitter.declare(declared, value)

@@ -16,8 +16,10 @@ from rgexport.export.request import (
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import num_blocks
+from rgexport.quantize.algorithms import by_algorithm
+from rgexport.quantize.fitting import with_dtype
 from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
-from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme
+from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
 DEFAULT_BLOCK = 128
 
@@ -31,7 +33,8 @@ class OnnxOptions:
     `profile` is what the graph is lowered for (see `profiles`, which has a default `precision` for
     each); `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
     `plan` says for each tensor what `precision`, `block_size`, `symmetric` and
-    `embedding_precision` say for all.
+    `embedding_precision` say for all. `algorithm` chooses the levels (`quantize.algorithms`); None
+    leaves it to the plan.
     """
 
     profile: str = "cpu"
@@ -42,6 +45,7 @@ class OnnxOptions:
     embedding_precision: str | None = None
     exact: bool = False
     plan: Plan | None = None
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions.
@@ -83,6 +87,7 @@ class OnnxOptions:
         if not plan:
             linear = self._scheme(self.precision_word)
             plan = make_plan(config, linear, self._scheme(self._embedding_word))
+        plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
@@ -91,15 +96,15 @@ class OnnxOptions:
         Raises:
             RequestError: zero points were asked for.
         """
-        scheme = plan[EMBEDDING]
-        if not self._profile.even_zero_points or not _has_odd_zero_points(scheme, width):
+        odd = [s for s in uniform_schemes(plan[EMBEDDING]) if _has_odd_zero_points(s, width)]
+        if not self._profile.even_zero_points or not odd:
             return plan
         if self.plan or self.symmetric is False:
             raise RequestError(
-                f"--profile {self.profile} has no {scheme.label} for {EMBEDDING}, whose rows of "
+                f"--profile {self.profile} has no {odd[0].label} for {EMBEDDING}, whose rows of "
                 f"{width} are an odd number of blocks; store it as symmetric int4, or as int8"
             )
-        return plan | {EMBEDDING: replace(scheme, symmetric=True)}
+        return plan | {EMBEDDING: replace(odd[0], symmetric=True)}
 
     @property
     def _profile(self) -> LoweringProfile:
@@ -113,7 +118,8 @@ class OnnxOptions:
         block = DEFAULT_BLOCK if self.block_size is None else self.block_size
         scheme = choose_scheme(precision, block, self.symmetric)
         by_blocks = self.exact or self.block_size is not None or self.symmetric is False
-        return scheme if by_blocks else self._profile.rows.get(precision, scheme)
+        rows = None if by_blocks else self._profile.rows.get(precision)
+        return rows or with_dtype(scheme, self._profile.scale)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
         """Refuses a scheme that neither ONNX nor the profile has."""
@@ -126,7 +132,7 @@ class OnnxOptions:
         elif not is_storable(scheme):
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
-                f"blocks of {', '.join(map(str, BLOCKS))} weights with float32 scales"
+                f"blocks of {', '.join(map(str, BLOCKS))} weights"
             )
 
 

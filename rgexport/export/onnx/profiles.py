@@ -11,7 +11,7 @@ from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.storage import FileLimit
-from rgexport.quantize.scheme import INT8_ROWS, Plan, Scheme
+from rgexport.quantize.scheme import INT8_ROWS, FloatDtype, Plan, Scheme
 
 Ops = Mapping[str, frozenset[str]]
 """Domain → names of ops."""
@@ -49,6 +49,8 @@ class LoweringProfile:
     """Griffin op → its lowering."""
     accuracy_level: int = 1
     """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is given."""
+    scale: FloatDtype = "float32"
+    """The dtype of the scales of blocks, where no plan gives another one."""
     even_zero_points: bool = False
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
@@ -89,6 +91,7 @@ PROFILES: dict[str, LoweringProfile] = {
             },
             precision="fp32",
             accuracy_level=4,
+            scale="float16",
             functions=True,
         ),
         LoweringProfile(

@@ -1,6 +1,7 @@
 """The layout of the weights in files of external data, and their initializers."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Plan
+from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _ALIGNMENT = 4096
 """Of every part: runtimes map the file, and a mapping starts at a page."""
@@ -65,8 +67,10 @@ class Storage:
         """Bytes of all files."""
         return sum(self.sizes.values())
 
-    def write(self, folder: Path, weights: WeightSource) -> None:
-        """Fills the data files in `folder` from `weights`.
+    def write(
+        self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
+    ) -> None:
+        """Fills the data files in `folder` from `weights`; `statistics` are for algorithms.
 
         Raises:
             RequestError: a weight that its scheme cannot hold.
@@ -75,7 +79,7 @@ class Storage:
         for name, size in self.sizes.items():
             with open(folder / name, "wb") as file:
                 file.truncate(size)
-        fill(folder, self.tensors, weights, _encode)
+        fill(folder, self.tensors, weights, partial(_encode, statistics))
 
 
 def initializer(
@@ -86,6 +90,6 @@ def initializer(
     return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
 
 
-def _encode(name: str, rows: np.ndarray, tensor: StoredTensor) -> Parts:
-    parts = encode(name, rows, tensor.scheme)
+def _encode(statistics: StatisticsOf, name: str, rows: np.ndarray, tensor: StoredTensor) -> Parts:
+    parts = encode(name, rows, tensor.scheme, statistics(name))
     return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}

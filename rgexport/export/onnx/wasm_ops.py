@@ -82,7 +82,7 @@ def _in_pieces(
         n = min(count, rows - start)
         inputs = (
             _rows_of(g, weight, "data", start, (n, *blob)),
-            _rows_of(g, weight, "scales", start, (n, blob[0])),
+            linear_ops.float32(g, _rows_of(g, weight, "scales", start, (n, blob[0]))),
             _rows_of(g, weight, "zero_points", start, (n, -(-blob[0] * scheme.bits // 8))),
         )
         pieces.append(product(x, *inputs, N=n))

@@ -33,7 +33,7 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
         "GatherBlockQuantized",
         g.part(table, "data"),
         g.value(ids),
-        g.part(table, "scales"),
+        linear_ops.float32(g, g.part(table, "scales")),
         g.part(table, "zero_points"),
         domain=MICROSOFT,
         bits=scheme.bits,

@@ -90,7 +90,7 @@ def _usable() -> ctypes.CDLL | str:
     if not LIBRARY.is_file():
         if NOT_BUILT.is_file():
             return f"they could not be built when rgexport was installed; {NOT_BUILT} says why"
-        return "they are not built; run `python -m rgexport.kernels.onnx.build`"
+        return "they are not built; run `python -m rgexport.kernels.build`"
     loaded = _load(LIBRARY)
     if isinstance(loaded, ctypes.CDLL):
         _require_known_set(loaded)

@@ -20,7 +20,7 @@ from rgexport.runtimes.onnx.huge_pages import Area, BackgroundAdvice, advise
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""
-_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8}
+_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16}
 """The types that native kernels read: onnx.proto's number → numpy's type."""
 
 

@@ -1,7 +1,7 @@
 """What is expected of ONNX artifacts."""
 
 from rgexport.export.manifest import Manifest
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.scheme import Affine, Mixed
 from rgexport.validate.formats.expected import Expected
 
 
@@ -12,7 +12,8 @@ class OnnxExpected(Expected):
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
         """See `Expected`."""
-        rounded = isinstance(manifest.plan[tensor], Affine) and not manifest.exact
+        blocks = isinstance(manifest.plan[tensor], Affine | Mixed)
+        rounded = blocks and not manifest.exact
         return "int8" if rounded else "float32"
 
 

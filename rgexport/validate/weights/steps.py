@@ -224,7 +224,7 @@ def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
     grid = step = _spread(exact, block, w)
     limit = step * np.float32(below - 1) if scheme.symmetric else None
     if scheme.scale == "float16":
-        # the scale is rounded up, and its product with the integer to nearest
+        # the scale is rounded up, and in Core ML its product with the integer to nearest
         step = _spread(exact + _spacing(exact), block, w)
         step = step + _spacing(np.abs(w) + step)
     return StepSizes(step, limit=limit, grid=grid)

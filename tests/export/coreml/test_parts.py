@@ -1,5 +1,8 @@
 """What is stored against what Core ML makes of it: the formulas of coremltools' own operations."""
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantize.statistics import no_statistics
 
 pytest.importorskip("coremltools")
 
@@ -66,10 +70,25 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
     scheme = fitted(asked, rows.shape)
     assert isinstance(scheme, Affine | Palette)
     stored = stored_tensor(rows.shape, scheme)
-    parts = encode(NAME, rows, stored)
+    parts = encode(no_statistics, NAME, rows, stored)
     expected = as_core_ml(parts, scheme)
     assert expected.dtype == (scheme.lut if isinstance(scheme, Palette) else scheme.scale)
     np.testing.assert_array_equal(decode(NAME, parts, stored), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_must_fit_into_float16(bits: Literal[4, 8], symmetric: bool) -> None:
+    """The scales alone would."""
+    scheme = Affine(bits, 32, symmetric, scale="float16")
+    stored = stored_tensor((2, 64), scheme)
+    rows = np.ones((2, 64), np.float32)
+    rows[1, 3] = -70_000
+    with pytest.raises(RequestError, match=r"up_proj\.weight: weights of 7e\+04 .* --compute fp32"):
+        encode(NAME, rows, stored)
+    rows[1, 3] = -60_000
+    assert np.isfinite(as_core_ml(encode(NAME, rows, stored), scheme)).all()
+    encode(NAME, rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32")))
 
 
 @settings(deadline=None)
@@ -77,7 +96,9 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
 def test_parts_are_as_declared(rows: np.ndarray, asked: Affine | Palette) -> None:
     scheme = fitted(asked, rows.shape)
     stored = stored_tensor(rows.shape, scheme)
-    found = {k: (v.dtype.name, v.shape) for k, v in encode(NAME, rows, stored).items()}
+    found = {
+        k: (v.dtype.name, v.shape) for k, v in encode(no_statistics, NAME, rows, stored).items()
+    }
     assert found == part_layouts(rows.shape, scheme)
 
 

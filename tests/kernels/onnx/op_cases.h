@@ -15,6 +15,7 @@ namespace {
 using stand_in::Dims;
 using stand_in::ElementType;
 using stand_in::kFloat;
+using stand_in::kFloat16;
 using stand_in::kInt64;
 using stand_in::kUint8;
 
@@ -46,6 +47,8 @@ std::unique_ptr<stand_in::Tensor> tensor_of(const Input& input, stand_in::Memory
   for (size_t i = 0; i < count; ++i) {
     seed = seed * 1664525 + 1013904223;
     if (input.type == kFloat) tensor->as<float>()[i] = input.middle + int32_t(seed) * 0x1p-31f;
+    // Of both signs and below 0.5, also the smallest ones.
+    if (input.type == kFloat16) tensor->as<uint16_t>()[i] = (seed >> 16) % 0x3800 + (seed >> 16 & 0x8000);
     if (input.type == kUint8) tensor->as<uint8_t>()[i] = seed >> 24;
     if (input.type == kInt64) tensor->as<int64_t>()[i] = input.start + i % input.dims[1];
   }
@@ -67,6 +70,7 @@ stand_in::Node node_of(const Case& one, stand_in::Memory memory, bool in_place, 
 }
 
 Input floats(Dims dims) { return {kFloat, std::move(dims)}; }
+Input halves(Dims dims) { return {kFloat16, std::move(dims)}; }
 Input bytes(Dims dims) { return {kUint8, std::move(dims)}; }
 Input positions(int64_t batch, int64_t tokens, int64_t start) {
   return {kInt64, {batch, tokens}, start};
@@ -91,7 +95,8 @@ void quant_linear(std::vector<Case>& cases) {
                 {"QuantLinear",
                  {{"K", m.columns}, {"N", m.rows}, {"bits", bits}, {"block_size", block}},
                  {floats({step.batch, step.tokens, m.columns}),
-                  bytes({m.rows, blocks, block * bits / 8}), floats({m.rows, blocks}),
+                  bytes({m.rows, blocks, block * bits / 8}),
+                  cases.size() % 3 ? floats({m.rows, blocks}) : halves({m.rows, blocks}),
                   full ? bytes({m.rows, (blocks * bits + 7) / 8}) : kMissing,
                   full ? floats({m.rows}) : kMissing},
                  {}});
@@ -121,7 +126,8 @@ void quant_linear_of(std::vector<Case>& cases) {
               for (int64_t n : each) one.inputs.push_back(make(n));
             };
             add([&](int64_t n) { return bytes({n, blocks, kBlock * bits / 8}); });
-            add([&](int64_t n) { return floats({n, blocks}); });
+            const bool half = cases.size() % 3 == 0;
+            add([&](int64_t n) { return half ? halves({n, blocks}) : floats({n, blocks}); });
             add([&](int64_t n) { return full ? bytes({n, (blocks * bits + 7) / 8}) : kMissing; });
             add([&](int64_t n) { return full ? floats({n}) : kMissing; });
             cases.push_back(one);

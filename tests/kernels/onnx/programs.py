@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.kernels.build import build
 from rgexport.kernels.onnx import library
-from rgexport.kernels.onnx.build import SOURCES, build
 from tests.built import COMPILER, built
 from tests.command_line import ROOT
 
 HERE = Path(__file__).parent
 ORACLES = ROOT / "fuzz" / "ops"
+SOURCES = library.FOLDER
 INCLUDED = SOURCES / "src"
-LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES / "build.py"]
+LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES.parent / "build.py"]
 DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h"))]
 DRIVER = "quant_matmul_driver"
 
@@ -26,7 +27,12 @@ ARM = "aarch64-linux-gnu"
 ARM_COMPILER = f"{ARM}-g++"
 ARM_SETS = "scalar", "neon", "i8mm"
 
-VECTORS = "-mfma", "-mgfni", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16"))
+VECTORS = (
+    "-mfma",
+    "-mf16c",
+    "-mgfni",
+    *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16")),
+)
 TILES = "-mamx-tile", "-mamx-int8", "-mamx-bf16"
 EMULATED = "-include", str(HERE / "amx_emulated.h")
 SANITIZED = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
@@ -46,8 +52,8 @@ def native() -> Path:
 
 
 def _native(folder: Path, *sets: str) -> None:
-    objects = ROOT / "build" / "native"  # of `make native`
-    build(folder, objects)
+    objects = ROOT / "build" / "native" / "onnx"  # of `make native`
+    build(SOURCES, folder, objects)
     for path in objects.rglob("*.o"):
         shutil.copy(path, folder)
     kernels = {name: folder / f"quant_matmul_{name}.cpp.o" for name in sets}
@@ -60,7 +66,7 @@ def sanitized(sanitizer: str) -> Path:
 
 
 def _sanitized(folder: Path, sanitizer: str) -> None:
-    build(folder, folder / "build", f"-DSANITIZE={sanitizer}")
+    build(SOURCES, folder, folder / "build", f"-DSANITIZE={sanitizer}")
     flags = "-O1", "-g1", "-fno-sanitize-recover=all", "-pthread", f"-fsanitize={sanitizer}"
     _compile(COMPILER, *flags, HERE / "sanitized_ops.cpp", "-o", folder / "sanitized_ops", "-ldl")
 
@@ -72,7 +78,7 @@ def arm() -> Path:
 
 def _arm(folder: Path) -> None:
     system = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"
-    build(folder, folder / "build", *system, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}")
+    build(SOURCES, folder, folder / "build", *system, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}")
     kernels = {name: next(folder.rglob(f"quant_matmul_{name}.cpp.o")) for name in ARM_SETS}
     _build_driver(ARM_COMPILER, folder, kernels, ("-O2", "-static"))
     program = "-o", folder / "sanitized_ops"

@@ -37,6 +37,7 @@ struct Kind {
   int64_t block;
   bool zero_points;
   bool whole;  // whole numbers, whose sums are exact
+  bool half;   // scales in float16
 };
 
 // Memory of exactly that size: a sanitizer sees what is read or written behind it.
@@ -75,6 +76,13 @@ double bfloat16(float x) {
   return x;
 }
 
+// The float16 that a number is, if it is one and not too small.
+uint16_t half_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits >> 13) - (112 << 10));
+}
+
 int64_t blocks_of(const Shape& s, const Kind& k) { return (s.columns + k.block - 1) / k.block; }
 int64_t zero_bytes(const Shape& s, const Kind& k) { return (blocks_of(s, k) * k.bits + 7) / 8; }
 
@@ -87,6 +95,7 @@ class Product {
         blocks_(blocks_of(shape, kind)),
         data_(shape.rows * blocks_ * kind.block * kind.bits / 8),
         scales_(shape.rows * blocks_),
+        halves_(kind.half ? scales_.size() : 0),
         zero_points_(kind.zero_points ? shape.rows * zero_bytes(shape, kind) : 0),
         bias_(shape.rows),
         x_(shape.count * shape.columns),
@@ -97,7 +106,8 @@ class Product {
     for (size_t i = 0; i < zero_points_.size(); ++i)
       zero_points_[i] = static_cast<uint8_t>(random_bits());
     for (size_t i = 0; i < scales_.size(); ++i)
-      scales_[i] = kind.whole ? 1.0f : uniform(0.01f, 0.03f);
+      scales_[i] = kind.whole ? 1.0f : static_cast<float>(160 + random_bits() % 300) / 16384;
+    for (size_t i = 0; i < halves_.size(); ++i) halves_[i] = half_of(scales_[i]);
     for (size_t i = 0; i < bias_.size(); ++i)
       bias_[i] = kind.whole ? static_cast<float>(i % 7) : uniform(-1, 1);
     fill_x();
@@ -105,8 +115,9 @@ class Product {
   }
 
   QuantMatrix matrix() const {
+    const void* scales = kind_.half ? static_cast<void*>(halves_.data()) : scales_.data();
     return {shape_.rows,   shape_.columns, kind_.bits,
-            kind_.block,   data_.data(),   scales_.data(),
+            kind_.block,   data_.data(),   {scales, kind_.half},
             kind_.zero_points ? zero_points_.data() : nullptr, bias_.data()};
   }
   float* x() const { return x_.data(); }
@@ -196,6 +207,7 @@ class Product {
   int64_t blocks_;
   Exact<uint8_t> data_;
   Exact<float> scales_;
+  Exact<uint16_t> halves_;
   Exact<uint8_t> zero_points_;
   Exact<float> bias_, x_;
   Exact<double> expected_, in_bfloat16_, sizes_;  // sizes_: of all terms that are added
@@ -226,9 +238,10 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   const auto tell = [&](const char* kernel, int64_t wrong, const char* what) {
     if (!wrong) return;
     ++failed;
-    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d: %d of %d %s\n",
+    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d half=%d: %d of %d "
+                "%s\n",
                 set.name, kernel, int(shape.count), int(shape.rows), int(shape.columns), kind.bits,
-                int(kind.block), kind.zero_points, kind.whole, int(wrong),
+                int(kind.block), kind.zero_points, kind.whole, kind.half, int(wrong),
                 int(shape.count * shape.rows), what);
   };
   const Exact<float> y(shape.count * shape.rows), other(shape.count * shape.rows);
@@ -305,7 +318,8 @@ int main() {
   for (const int bits : {4, 8})
     for (const int64_t block : {16, 32, 64, 128, 256})
       for (const bool zero_points : {false, true})
-        for (const bool whole : {false, true}) kinds.push_back({bits, block, zero_points, whole});
+        for (const bool whole : {false, true})
+          kinds.push_back({bits, block, zero_points, whole, kinds.size() % 3 == 0});
   for (const Kind& kind : kinds)
     for (const Shape& shape : kShapes) check_all(shape, kind);
   for (size_t i = 0; i < kinds.size(); i += 5)

@@ -1,6 +1,6 @@
 """Random block-wise quantized matrices, and what a product with one should be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,16 @@ class QuantMatrix:
     zeros: np.ndarray
     asymmetric: bool
     bias: np.ndarray | None
+
+    @property
+    def in_half(self) -> "QuantMatrix":
+        """The matrix with scales rounded to float16, and of that type."""
+        return replace(self, scales=self.scales.astype(np.float16))
+
+    @property
+    def in_single(self) -> "QuantMatrix":
+        """The same numbers as float32."""
+        return replace(self, scales=self.scales.astype(np.float32))
 
     @property
     def dequantized(self) -> np.ndarray:

@@ -149,6 +149,8 @@ const Row kLinear[] = {
     {"type", input_is(1, {3, 2, 16}, static_cast<ElementType>(3))},
     {"[2, 3]", input_is(2, {2, 3})},
     {"type", input_is(2, {3, 2}, kDouble)},
+    {"type", input_is(2, {3, 2}, stand_in::kUint8)},
+    {"type", input_is(0, {1, 2, 40}, stand_in::kFloat16)},
     {"[3, 2]", input_is(3, {3, 2}, stand_in::kUint8)},
     {"[3, 1]", input_is(4, {3, 1})},
     {"input 0 is missing", missing(0)},

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.kernels.build import NOT_BUILT, PROJECTS, BuildFailed, build
 from rgexport.kernels.onnx import library
-from rgexport.kernels.onnx.build import BuildFailed, build
+from rgexport.kernels.rounding import library as rounding
 from tests.built import COMPILER, built
 from tests.command_line import ROOT
 from tests.kernels.onnx import programs
@@ -23,6 +24,7 @@ OF_A_WHEEL = [
     *(ROOT / name for name in ("pyproject.toml", "hatch_build.py")),
     *sorted(PACKAGE.glob("*.py")),
     *sorted(library.FOLDER.glob("*.py")),
+    *sorted(rounding.LIBRARY.parent.rglob("*.*")),
 ]
 """The files that decide whether a wheel has a library that can be loaded."""
 
@@ -30,7 +32,7 @@ OF_A_WHEEL = [
 def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", NO_COMPILER)
     with pytest.raises(BuildFailed, match=NO_COMPILER):
-        build(tmp_path / "target")
+        build(library.FOLDER, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
@@ -38,18 +40,17 @@ def test_says_that_there_is_no_cmake(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildFailed, match="CMake"):
-        build(tmp_path / "target")
+        build(library.FOLDER, tmp_path / "target")
 
 
 def test_a_broken_source_leaves_the_library_that_is_there(monkeypatch, tmp_path):
     sources = shutil.copytree(library.FOLDER / "src", tmp_path / "sources" / "src")
     shutil.copy(library.FOLDER / "CMakeLists.txt", tmp_path / "sources")
     (sources / "cpu.cpp").write_text("this is not C++")
-    monkeypatch.setattr("rgexport.kernels.onnx.build.SOURCES", tmp_path / "sources")
     there = tmp_path / library.LIBRARY.name
     there.write_text("the one before")
     with pytest.raises(BuildFailed, match="cpu.cpp"):
-        build(tmp_path)
+        build(tmp_path / "sources", tmp_path)
     assert there.read_text() == "the one before"
 
 
@@ -72,6 +73,7 @@ def test_a_wheel_has_the_library_and_its_platform(tmp_path):
     assert made.name.endswith(f"-py3-none-{platform}.whl")
     inside = zipfile.ZipFile(made).namelist()
     assert f"rgexport/kernels/onnx/{library.LIBRARY.name}" in inside
+    assert f"rgexport/kernels/rounding/{rounding.LIBRARY.name}" in inside
     zipfile.ZipFile(made).extractall(tmp_path / "installed")
     code = (
         "from rgexport.kernels.onnx import library; print(library.LIBRARY, *library.kernels().ops)"
@@ -95,4 +97,6 @@ def test_a_wheel_without_a_compiler_says_so(tmp_path):
     assert made.name.endswith("-py3-none-any.whl")
     inside = zipfile.ZipFile(made)
     assert not [name for name in inside.namelist() if name.endswith((".so", ".dylib", ".dll"))]
-    assert NO_COMPILER in inside.read("rgexport/kernels/onnx/not-built.txt").decode()
+    for project in PROJECTS:
+        why = inside.read(f"rgexport/kernels/{project.name}/{NOT_BUILT}").decode()
+        assert NO_COMPILER in why

@@ -81,7 +81,7 @@ def test_says_why_there_is_none(monkeypatch, tmp_path):
     monkeypatch.delenv(library.NO_NATIVE, raising=False)
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(library, "NOT_BUILT", tmp_path / "why.txt")
-    assert "rgexport.kernels.onnx.build" in library.kernels().reason
+    assert "rgexport.kernels.build" in library.kernels().reason
     (tmp_path / "why.txt").write_text("no compiler")
     assert str(tmp_path / "why.txt") in library.kernels().reason
     (tmp_path / "none.so").write_bytes(b"not a library")

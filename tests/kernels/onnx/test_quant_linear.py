@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from tests.kernels.onnx.one_node import Case, Worker, run_model
@@ -141,6 +143,60 @@ def test_the_body_is_the_stock_kernel(stock, bits, block, bias, asymmetric):
     assert (stock.run(case)["y"] == bare).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_float16_scales_are_those_numbers(worker, bits, block, asymmetric, tokens):
+    """Not a bit is another than with the same numbers in float32."""
+    x = activations(1, tokens, 531)
+    matrices = [random_matrix(531, n, bits, block, asymmetric=asymmetric, seed=n) for n in (75, 6)]
+    halves = [w.in_half for w in matrices]
+    found = worker.run(together(x, halves))
+    singles = worker.run(together(x, [w.in_single for w in halves]))
+    for i, w in enumerate(halves):
+        assert np.array_equal(found[f"y{i}"], singles[f"y{i}"])
+        assert np.array_equal(worker.run(w.case(x))["y"], singles[f"y{i}"])
+        assert_product(worker, x, w.in_single)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 700), st.integers(1, 80)),
+    form=st.sampled_from(FORMATS),
+    asymmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_float16_scales_of_any_shape(worker, shape, form, asymmetric, seed):
+    tokens, columns, rows = shape
+    x = activations(1, tokens, columns, seed)
+    w = random_matrix(columns, rows, *form, asymmetric=asymmetric, seed=seed).in_half
+    assert np.array_equal(worker.run(w.case(x))["y"], worker.run(w.in_single.case(x))["y"])
+
+
+@pytest.mark.parametrize("blocks", [1, 64])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_every_float16(worker, tokens, blocks):
+    """All 65,536, of which infinities and NaN are alone in their rows."""
+    scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, blocks)
+    if blocks > 1:
+        scales = np.where(np.isfinite(scales), scales, np.float16(1))
+    w = random_matrix(16 * blocks, len(scales), 8, 16)
+    w = replace(w, scales=scales, levels=np.maximum(w.levels, 129))
+    x = np.abs(activations(1, tokens, 16 * blocks))
+    found, expected = (worker.run(v.case(x))["y"] for v in (w, w.in_single))
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.isfinite(found).all() == (blocks > 1)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_the_body_takes_float16_scales(stock, bits, block, asymmetric):
+    x = activations(1, 3, 300)
+    halves = random_matrix(300, 40, bits, block, asymmetric=asymmetric).in_half
+    found, expected = (stock.run(w.case(x))["y"] for w in (halves, halves.in_single))
+    assert np.array_equal(found, expected)
+
+
 def stock_kernel(case: Case) -> tuple:
     """What runs the same product by MatMulNBits at accuracy level 4."""
     x, data, scales, zeros, bias = case.inputs
@@ -215,6 +271,8 @@ WRONG = {
     "block": ({"block_size": 24}, {}, "block_size"),
     "data": ({}, {"data": np.zeros((7, 2, 15), np.uint8)}, "data"),
     "scales": ({}, {"scales": np.ones((7, 1), np.float32)}, "scales"),
+    "scales_in_half": ({}, {"scales": np.ones((7, 1), np.float16)}, "scales"),
+    "type_of_scales": ({}, {"scales": np.ones((7, 2), np.float64)}, "another type"),
     "zero_points": ({}, {"zero_points": np.zeros((7, 2), np.uint8)}, "zero_points"),
     "bias": ({}, {"bias": np.zeros(6, np.float32)}, "bias"),
 }

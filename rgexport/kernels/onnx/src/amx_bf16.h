@@ -60,7 +60,7 @@ class AmxBf16 {
       alignas(64) float zeros[kLanes] = {}, some[kLanes] = {};
       const int64_t blocks = w.blocks();
       for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < blocks; ++n) {
-        some[n] = w.scales[(first + n) * blocks + block];
+        some[n] = number_at(w.scales, (first + n) * blocks + block);
         if (w.zero_points) zeros[n] = kMagic + static_cast<float>(zero_point(w, first + n, block));
       }
       scales = _mm512_load_ps(some);

@@ -55,7 +55,7 @@ class AmxInt8Layout {
     for (int64_t n = 0; n < kPanel; ++n) {
       const int64_t row = first + n;
       for (int64_t b = 0; b < count; ++b) {
-        const float scale = row < w.rows ? w.scales[row * blocks + block + b] : 0.0f;
+        const float scale = row < w.rows ? number_at(w.scales, row * blocks + block + b) : 0.0f;
         scales[b * kPanel + n] = scale;
         if (zeros_are_left(w) && row < w.rows)
           zeros[b * kPanel + n] = scale * static_cast<float>(zero_point(w, row, block + b) - 128);

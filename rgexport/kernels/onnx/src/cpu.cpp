@@ -54,7 +54,8 @@ uint64_t saved_registers() {
 
 bool avx2() {
   return has(saved_registers(), 0x6) &&            // XMM, YMM
-         has(cpuid(1).ecx, bit(12) | bit(28)) &&   // FMA, AVX
+         // FMA, AVX, F16C
+         has(cpuid(1).ecx, bit(12) | bit(28) | bit(29)) &&
          has(cpuid(7).ebx, bit(5));                // AVX2
 }
 

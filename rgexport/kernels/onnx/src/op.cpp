@@ -15,8 +15,9 @@ namespace {
 constexpr int64_t kMostElements = int64_t{1} << 56;
 
 // What is wrong with an input, or null.
-const char* wrong(const Tensor& tensor, ElementType found, ElementType wanted) {
-  if (found != wanted) return "has another type of elements than this op takes";
+const char* wrong(const Tensor& tensor, ElementType wanted) {
+  const bool either = wanted == kFloatOrHalf && (tensor.type == kFloat || tensor.type == kFloat16);
+  if (tensor.type != wanted && !either) return "has another type of elements than this op takes";
   Size all = 1;
   for (size_t i = 0; i < tensor.rank; ++i) {
     if (tensor.dims[i] < 0) return "has a negative dimension";
@@ -43,7 +44,8 @@ const char* read(const void* const* api, const void* value, ElementType wanted, 
     refusal = call<Status*>(api, kGetDimensions, shape, &found.dims[0], found.rank);
   }
   call<void>(api, kReleaseTensorTypeAndShapeInfo, info);
-  if (!refusal && !bad) bad = wrong(found, static_cast<ElementType>(type), wanted);
+  found.type = static_cast<ElementType>(type);
+  if (!refusal && !bad) bad = wrong(found, wanted);
   if (!refusal && !bad)
     refusal = call<Status*>(api, kGetTensorMutableData, const_cast<void*>(value), &data);
   if (refusal) return "";

@@ -19,6 +19,10 @@ namespace rgexport {
 constexpr size_t kMaxInputs = 13;
 constexpr size_t kMaxRank = 4;
 
+// The type of an input that may be float32 or float16. ONNX Runtime lets every type pass; `Context`
+// refuses the others.
+constexpr ort::ElementType kFloatOrHalf = ort::kUndefined;
+
 struct Signature {
   const char* name;
   size_t inputs;
@@ -31,6 +35,7 @@ struct Signature {
 struct Tensor {
   void* data = nullptr;  // null where an optional input is missing, and perhaps where it is empty
   bool given = false;
+  ort::ElementType type = ort::kUndefined;
   size_t rank = 0;
   int64_t dims[kMaxRank] = {};  // those after the rank are 0
   int64_t count = 0;            // of elements

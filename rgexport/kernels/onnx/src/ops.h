@@ -17,10 +17,10 @@ class QuantLinears {
  protected:
   QuantLinears(const Attributes&, int matrices);
 
-  // x; then for each matrix data; scales; zero points, or none; bias, or none.
+  // x; then for each matrix data; scales in float32 or float16; zero points, or none; bias, or none.
   static constexpr Signature signature(int matrices) {
     constexpr const char* kNames[] = {"QuantLinear", "QuantLinear2", "QuantLinear3"};
-    constexpr ort::ElementType kParts[] = {ort::kUint8, ort::kFloat, ort::kUint8, ort::kFloat};
+    constexpr ort::ElementType kParts[] = {ort::kUint8, kFloatOrHalf, ort::kUint8, ort::kFloat};
     Signature made{};
     made.name = kNames[matrices - 1];
     made.inputs = 1 + 4 * matrices;

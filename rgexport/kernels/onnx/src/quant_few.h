@@ -50,7 +50,7 @@ class QuantFew : QuantLayout<Simd> {
           shape_(shape),
           first_(first),
           data_(w.data + first * shape.row_bytes),
-          scales_(w.scales + first * shape.blocks),
+          first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
           codes_(a.codes + index * a.stride),
@@ -118,8 +118,12 @@ class QuantFew : QuantLayout<Simd> {
       const Float x_scales = Simd::load_float(x_scales_ + block);
       const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
-        fetch_into<Reading::kCache>(scales_ + kRows * block + r * kLanes + kAheadBlocks);
-        const Float scales = Simd::load_first(scales_ + r * shape_.blocks + block, left);
+        // One vector of each cache line fetches it.
+        const int64_t near = kRows * block + r * kLanes;
+        if (near % (kCacheLine / bytes_of(w_.scales)) == 0)
+          fetch_into<Reading::kCache>(address_of(w_.scales, first_scale_ + near + kAheadBlocks));
+        const int64_t at = first_scale_ + r * shape_.blocks + block;
+        const Float scales = Base::scales_of(w_, shape_, at, left);
         const Float product = Simd::mul(scales, x_scales);
         Simd::store_float(products[r], product);
         if (!zeros_) continue;
@@ -140,8 +144,8 @@ class QuantFew : QuantLayout<Simd> {
         if constexpr (Simd::kSignedBytes) weights = Simd::flip_sign(weights);
         return Simd::dot(start, weights, Simd::load(codes));
       } else {
-        const Int low = Simd::dot(start, Simd::low_half(weights), Simd::load(codes));
-        return Simd::dot(low, Simd::high_half(weights), Simd::load(codes + kVector));
+        const Int low = Simd::dot_small(start, Simd::low_half(weights), Simd::load(codes));
+        return Simd::dot_small(low, Simd::high_half(weights), Simd::load(codes + kVector));
       }
     }
 
@@ -157,8 +161,8 @@ class QuantFew : QuantLayout<Simd> {
       float sum = 0;
       for (int64_t lane = 0; lane < left / 4; ++lane) {
         const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
-        sum += static_cast<float>(dots[lane]) *
-               (scales_[r * shape_.blocks + block] * x_scales_[block]);
+        const float scale = number_at(w_.scales, first_scale_ + r * shape_.blocks + block);
+        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[block]);
       }
       return sum;
     }
@@ -167,7 +171,7 @@ class QuantFew : QuantLayout<Simd> {
     const Shape& shape_;
     const int64_t first_;
     const uint8_t* const data_;
-    const float* const scales_;
+    const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
     const int8_t* const codes_;

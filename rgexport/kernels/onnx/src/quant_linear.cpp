@@ -233,7 +233,7 @@ void QuantLinears::run(Context& context) const {
                 static_cast<int>(bits_),
                 block_,
                 data.as<uint8_t>(),
-                scales.as<float>(),
+                {scales.data, scales.type == ort::kFloat16},
                 zero_points.as<uint8_t>(),
                 bias.as<float>()};
     if (!are_right(context, all.w[i], data, scales, zero_points, bias)) return;

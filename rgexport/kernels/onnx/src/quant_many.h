@@ -155,10 +155,8 @@ class QuantMany : QuantLayout<Simd> {
         const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
         alignas(64) float scales[kLanes] = {};
         if (row < w.rows) {
-          // Masked only where it must be: prompts with blocks of 32 take 6 % less time.
-          const float* own = w.scales + row * shape.blocks + block + b;
-          Simd::store_float(
-              scales, count < kLanes ? Simd::load_first(own, count) : Simd::load_float(own));
+          const int64_t at = row * shape.blocks + block + b;
+          Simd::store_float(scales, Base::scales_of(w, shape, at, count));
         }
         for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
         if (kBits == 4 || w.zero_points)
@@ -257,7 +255,10 @@ class QuantMany : QuantLayout<Simd> {
         weights += kWide * kVector;
         unrolled<kRows>([&](auto r) {
           const Int x = Simd::broadcast_bytes(codes + r * stride + part * kVector);
-          unrolled<kWide>([&](auto j) { dots[r][j] = Simd::dot(dots[r][j], columns[j], x); });
+          unrolled<kWide>([&](auto j) {
+            if constexpr (kBits == 4) dots[r][j] = Simd::dot_small(dots[r][j], columns[j], x);
+            if constexpr (kBits == 8) dots[r][j] = Simd::dot(dots[r][j], columns[j], x);
+          });
         });
       });
     }

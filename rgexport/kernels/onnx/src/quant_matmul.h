@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "scales.h"
+
 namespace rgexport {
 
 // A matrix [rows, columns] as MatMulNBits stores it: each row in whole blocks, 4 bits with the
@@ -22,7 +24,7 @@ struct QuantMatrix {
   int bits;                    // 4 or 8
   int64_t block;               // columns that share a scale: a power of two from 16 on
   const uint8_t* data;         // [rows, blocks, block · bits / 8]
-  const float* scales;         // [rows, blocks]
+  Scales scales;               // [rows, blocks]
   const uint8_t* zero_points;  // [rows, blocks · bits / 8 rounded up], or null: 2^(bits − 1)
   const float* bias;           // [rows], or null
 

@@ -111,7 +111,7 @@ void unpack(const QuantMatrix& w, const Blocks& blocks, int64_t first, Panel& pa
       unpack_pair(w, blocks, row, panel.weights[tile] + 16 * pair);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t block = blocks.first + b;
-      const float scale = row < w.rows ? w.scales[row * blocks.all + block] : 0.0f;
+      const float scale = row < w.rows ? number_at(w.scales, row * blocks.all + block) : 0.0f;
       const bool own = w.bits == 8 && w.zero_points && row < w.rows;
       const int zero = own ? zero_point(w, row, block) - 128 : 0;
       for (int64_t r = 0; r < 2; ++r) {

@@ -70,6 +70,7 @@ struct Scalar {
     }
     return load(lanes);
   }
+  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
@@ -77,6 +78,12 @@ struct Scalar {
     if (count >= kLanes) return load_float(p);
     Float x = zero_float();
     for (int i = 0; i < count; ++i) x.lanes[i] = p[i];
+    return x;
+  }
+  static Float load_first_half(const void* p, int64_t count, int64_t) {
+    Float x = zero_float();
+    for (int i = 0; i < kLanes && i < count; ++i)
+      x.lanes[i] = half_to_float(static_cast<const uint16_t*>(p) + i);
     return x;
   }
   static Float negative(Float x) {

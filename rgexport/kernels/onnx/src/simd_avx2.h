@@ -43,6 +43,13 @@ struct Avx2 {
   static Int dot(Int sum, Int weights, Int codes) {
     const Int pairs =
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
+    return add_pairs(sum, pairs);
+  }
+  // Likewise of weights from 0 to 30, which need no sign.
+  static Int dot_small(Int sum, Int weights, Int codes) {
+    return add_pairs(sum, _mm256_maddubs_epi16(weights, codes));
+  }
+  static Int add_pairs(Int sum, Int pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
@@ -52,6 +59,19 @@ struct Avx2 {
     const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
     return _mm256_maskload_ps(p, there);
+  }
+  // Likewise of float16 numbers, of which `there` may be read: by bytes only at the very end.
+  static Float load_first_half(const void* p, int64_t count, int64_t there) {
+    alignas(16) uint16_t some[kLanes] = {};
+    if (there < kLanes) {
+      std::memcpy(some, p, there * sizeof *some);
+      p = some;
+    }
+    const Float all = _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    if (count >= kLanes) return all;
+    const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+    return _mm256_and_ps(all, _mm256_castsi256_ps(wanted));
   }
   static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
@@ -128,6 +148,7 @@ struct AvxVnni : Avx2 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm256_dpbusd_avx_epi32(sum, weights, codes);
   }
+  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
 };
 #endif
 

@@ -54,6 +54,7 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
+  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
@@ -61,6 +62,11 @@ struct Avx512 {
   static Float load_first(const float* p, int64_t count) {
     const uint32_t lanes = (1u << (count < kLanes ? count : kLanes)) - 1;
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+  }
+  // Likewise of float16 numbers.
+  static Float load_first_half(const void* p, int64_t count, int64_t) {
+    const uint32_t lanes = (1u << (count < kLanes ? count : kLanes)) - 1;
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
   }
   static Float negative(Float x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }

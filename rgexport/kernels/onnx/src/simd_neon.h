@@ -44,6 +44,7 @@ struct Neon {
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
+  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
@@ -52,6 +53,11 @@ struct Neon {
     float all[4] = {};
     for (int i = 0; i < count; ++i) all[i] = p[i];
     return vld1q_f32(all);
+  }
+  static Float load_first_half(const void* p, int64_t count, int64_t) {
+    float16_t some[4] = {};
+    std::memcpy(some, p, (count < kLanes ? count : kLanes) * sizeof *some);
+    return vcvt_f32_f16(vld1_f16(some));
   }
   static Float negative(Float x) { return vnegq_f32(x); }
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }

@@ -1,4 +1,4 @@
-"""Builds the library of kernels with CMake: when the package is installed, and by `make native`.
+"""Builds the native libraries with CMake: when the package is installed, and by `make native`.
 
 It imports only the standard library, because the build hook loads this file before anything is
 installed.
@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SOURCES = Path(__file__).parent
-_BUILT = "librgexport_onnx.*"
+PROJECTS = tuple(Path(__file__).parent / name for name in ("onnx", "rounding"))
+"""Folders with a `CMakeLists.txt`, each of one library, which is put there."""
+NOT_BUILT = "not-built.txt"
+"""The file in a project's folder that says why an installation has no library."""
 _SUFFIXES = {".so", ".dylib", ".dll"}
 _LINES_OF_AN_ERROR = 20
 
@@ -22,10 +24,11 @@ class BuildFailed(Exception):
     """The library cannot be built; with the reason."""
 
 
-def build(target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles the library and moves it into a folder.
+def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
+    """Compiles a library and moves it into a folder.
 
     Args:
+        project: the folder of its sources, such as one of `PROJECTS`.
         target: the folder for the library.
         build_folder: for objects, which make a second build faster; temporary by default.
         options: for CMake, such as `-DSANITIZE=ON`.
@@ -38,18 +41,18 @@ def build(target: Path, build_folder: Path | None = None, *options: str) -> Path
     """
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
-            return build(target, Path(scratch), *options)
+            return build(project, target, Path(scratch), *options)
     cmake = program("cmake")
     if cmake is None:
         raise BuildFailed("CMake is not installed")
-    configure = cmake, "-S", SOURCES, "-B", build_folder, *_generator(), *options
+    configure = cmake, "-S", project, "-B", build_folder, *_generator(), *options
     try:
         _run(*configure)
     except BuildFailed:  # the folder was configured with another generator or path
         shutil.rmtree(build_folder, ignore_errors=True)
         _run(*configure)
     _run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
-    built = [p for p in build_folder.rglob(_BUILT) if p.suffix in _SUFFIXES]
+    built = [p for p in build_folder.rglob("librgexport_*") if p.suffix in _SUFFIXES]
     if len(built) != 1:
         raise BuildFailed(f"expected one library in {build_folder}, found {len(built)}")
     return _replace(built[0], target / built[0].name)
@@ -108,17 +111,18 @@ def _replace(built: Path, target: Path) -> Path:
 
 
 def main() -> None:
-    """`python -m rgexport.kernels.onnx.build`."""
-    parser = argparse.ArgumentParser(description="Build the native kernels for ONNX Runtime.")
-    parser.add_argument("-o", "--output", type=Path, default=SOURCES, help="folder of the library")
+    """`python -m rgexport.kernels.build`."""
+    parser = argparse.ArgumentParser(description="Build the native libraries in place.")
     parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
     parser.add_argument("options", nargs="*", help="for CMake, after --")
     asked = parser.parse_args()
-    try:
-        print(build(asked.output, asked.build_folder, *asked.options))
-    except BuildFailed as failed:
-        sys.exit(f"The native kernels cannot be built: {failed}")
-    (asked.output / "not-built.txt").unlink(missing_ok=True)
+    for project in PROJECTS:
+        objects = asked.build_folder and asked.build_folder / project.name
+        try:
+            print(build(project, project, objects, *asked.options))
+        except BuildFailed as failed:
+            sys.exit(f"The library of {project} cannot be built: {failed}")
+        (project / NOT_BUILT).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""A stored tensor as its row groups; one that is stored by one scheme is a single group.
+
+A group is stored as a matrix of its own, whose parts have the group's number before their names:
+`0.data`, `0.scales`, `1.data`, and so on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.export.manifest import StoredTensor
+from rgexport.quantize.row_groups import group_sizes, members
+from rgexport.quantize.scheme import Mixed, Scheme
+
+Shape = tuple[int, ...]
+Layouts = Mapping[str, tuple[str, Shape]]
+"""Part of a tensor → dtype and shape."""
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Some rows of a tensor.
+
+    Attributes:
+        prefix: of the names of the group's parts in the tensor.
+        stored: the rows as a tensor of their own.
+        rows: their numbers in the tensor, ascending; None for all rows.
+    """
+
+    prefix: str
+    stored: StoredTensor
+    rows: np.ndarray | None = None
+
+    def run(self, start: int, stop: int) -> tuple[int, int]:
+        """The first and last row of the group among the tensor's rows `start` to `stop`."""
+        if self.rows is None:
+            return start, stop
+        first, last = np.searchsorted(self.rows, [start, stop]).tolist()
+        return first, last
+
+    def chosen(self, start: int, stop: int) -> slice | np.ndarray:
+        """The group's rows as an index of the tensor's rows `start` to `stop`."""
+        if self.rows is None:
+            return slice(None)
+        return self.rows[slice(*self.run(start, stop))] - start
+
+
+def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
+    """The row groups of a tensor; they have all rows of it."""
+    if not isinstance(stored.scheme, Mixed):
+        return (StoredGroup("", stored),)
+    found = members(stored.scheme, stored.shape[0])
+    return tuple(
+        StoredGroup(f"{i}.", _group(stored, i, len(rows)), rows) for i, rows in enumerate(found)
+    )
+
+
+def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors, and the groups of those that have several, each by `group_name`."""
+    return {
+        **tensors,
+        **{
+            group_name(name, i): _group(stored, i, size)
+            for name, stored in tensors.items()
+            if isinstance(stored.scheme, Mixed)
+            for i, size in enumerate(group_sizes(stored.scheme, stored.shape[0]))
+        },
+    }
+
+
+def group_name(tensor: str, index: int) -> str:
+    """The name of a row group as a tensor of its own: before its parts it is that of the tensor."""
+    return f"{tensor}.{index}"
+
+
+def grouped_layouts(
+    shape: Shape, scheme: Mixed, layouts: Callable[[Shape, Scheme], Layouts]
+) -> dict[str, tuple[str, Shape]]:
+    """The parts of a tensor in row groups, from those of a tensor that is one group.
+
+    Raises:
+        RequestError: the groups do not fit the shape, or the format does not have their schemes.
+    """
+    sizes = group_sizes(scheme, shape[0])
+    return {
+        f"{i}.{label}": layout
+        for i, (group, size) in enumerate(zip(scheme.groups, sizes, strict=True))
+        for label, layout in layouts((size, *shape[1:]), group.scheme).items()
+    }
+
+
+def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
+    assert isinstance(stored.scheme, Mixed)
+    prefix = f"{index}."
+    parts = {
+        label.removeprefix(prefix): part
+        for label, part in stored.parts.items()
+        if label.startswith(prefix)
+    }
+    return StoredTensor((size, *stored.shape[1:]), stored.scheme.groups[index].scheme, parts)

@@ -1,0 +1,196 @@
+"""The library that chooses levels of quantized weights, as functions of arrays.
+
+Rows are independent, and every sum has a fixed order: results depend neither on the processor nor
+on threads, nor on which rows are given together. Calls do not hold the interpreter's lock.
+"""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.errors import RequestError
+
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY = Path(__file__).parent / f"librgexport_rounding{_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of rows [n, K]: level q has the value `scale · q + offset`, or is in a table.
+
+    Attributes:
+        group: columns that share a scale.
+        top: the largest level; the least is 0.
+        scale: float32 [n, ceil(K / group)].
+        offset: the same.
+        table: float32 [n, top + 1], ascending, instead of these.
+    """
+
+    group: int
+    top: int
+    scale: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    table: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """H = (I + M) D (I + M)ᵀ for a symmetric matrix H.
+
+    Attributes:
+        m: float32 [k, k], strictly upper.
+        d: float32 [k].
+    """
+
+    m: np.ndarray
+    d: np.ndarray
+
+
+def is_there() -> bool:
+    """Whether the library can be used on this machine."""
+    return isinstance(_load(), ctypes.CDLL)
+
+
+def search(
+    weights: np.ndarray,
+    importance: np.ndarray | None,
+    bits: int,
+    symmetric: bool,
+    half: bool,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+) -> np.ndarray:
+    """Tries fractions of scales, and keeps those of least squared error.
+
+    Args:
+        weights: float32 [n, blocks, block], with blocks of a multiple of 16.
+        importance: float32 [blocks, block], what each squared error counts, or None for 1.
+        bits: of a level.
+        symmetric: whether zero points stay, and scales may change their sign.
+        half: whether scales are stored as float16, and `scale · level` too.
+        scales: float32 [n, blocks] of the extremes; changed.
+        zeros: their zero points, whole numbers in float32; changed.
+
+    Returns:
+        The levels, uint8 [n, blocks, block].
+    """
+    count, blocks, block = weights.shape
+    levels = np.empty(weights.shape, np.uint8)
+    _library().rgexport_search(
+        *map(_of, (weights, importance)),
+        *(count, blocks, block, bits, symmetric, half),
+        *map(_of, (scales, zeros, levels)),
+    )
+    return levels
+
+
+def factor(matrix: np.ndarray) -> Factors | None:
+    """Factors of a symmetric matrix, float64 [k, k], which is lost; None if it is not positive."""
+    k = len(matrix)
+    found = Factors(np.empty((k, k), np.float32), np.empty(k, np.float32))
+    failed = _library().rgexport_factor(_of(matrix), k, _of(found.m), _of(found.d))
+    return None if failed else found
+
+
+def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the levels of rows, each column for what those before it were off by.
+
+    This is LDLQ (arXiv 2307.13304), which gives the same as GPTQ (arXiv 2210.17323).
+
+    Returns:
+        Levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
+    """
+    levels, lost = np.empty(weights.shape, np.uint8), np.empty(len(weights))
+    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
+    _library().rgexport_feedback(*arguments)
+    return levels, lost
+
+
+def loss(weights: np.ndarray, grid: Grid, factors: Factors, levels: np.ndarray) -> np.ndarray:
+    """(w − v) H (w − v)ᵀ of each row for given levels, float64 [n]."""
+    lost = np.empty(len(weights))
+    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
+    _library().rgexport_loss(*arguments)
+    return lost
+
+
+def refine(
+    weights: np.ndarray,
+    grid: Grid,
+    matrix: np.ndarray,
+    levels: np.ndarray,
+    *,
+    rounds: int,
+    zeros: np.ndarray | None = None,
+    half: bool = False,
+) -> None:
+    """Lowers (w − v) H (w − v)ᵀ of rows: by new scales, then level by level; so many rounds.
+
+    Args:
+        weights: float32 [n, K].
+        grid: its scales and offsets change where there are zero points.
+        matrix: H, float32 [K, K].
+        levels: uint8 [n, K]; changed.
+        rounds: how often.
+        zeros: the zero points [n, groups], whole numbers in float32; None leaves the scales.
+        half: whether scales are stored as float16.
+    """
+    arguments = *_rows(weights, grid), _of(zeros), half, _of(matrix), rounds, _of(levels)
+    _library().rgexport_refine(*arguments)
+
+
+def _rows(weights: np.ndarray, grid: Grid) -> tuple[object, ...]:
+    sizes = *weights.shape, grid.group, ctypes.c_float(grid.top)
+    return _of(weights), *sizes, *map(_of, (grid.scale, grid.offset, grid.table))
+
+
+def _of(array: np.ndarray | None) -> ctypes.c_void_p:
+    if array is None:
+        return ctypes.c_void_p()
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _library() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RequestError: it is not built, or cannot be loaded.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RequestError(
+            f"this needs the library that chooses levels, but {loaded}; build it with "
+            "`python -m rgexport.kernels.build`, or take --quality fast"
+        )
+    return loaded
+
+
+_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ROWS = _P, _N, _N, _N, _F, _P, _P, _P
+_SIGNATURES: dict[str, Sequence[type]] = {
+    "search": (_P, _P, _N, _N, _N, _I, _I, _I, _P, _P, _P),
+    "factor": (_P, _N, _P, _P),
+    "feedback": (*_ROWS, _P, _P, _P, _P),
+    "loss": (*_ROWS, _P, _P, _P, _P),
+    "refine": (*_ROWS, _P, _I, _P, _I, _P),
+}
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library with the types of its functions, or why there is none."""
+    if not LIBRARY.is_file():
+        return "it is not built"
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+        for name, types in _SIGNATURES.items():
+            getattr(loaded, f"rgexport_{name}").argtypes = list(types)
+    except (OSError, AttributeError) as error:
+        return f"it cannot be loaded: {error}"
+    return loaded

@@ -1,0 +1,67 @@
+// The library's interface, for ctypes.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#define RGEXPORT_API extern "C" __attribute__((visibility("default")))
+
+using namespace rgexport;
+
+namespace {
+
+#ifdef RGEXPORT_X86
+const Kernels& best() {
+  const char* most = std::getenv("RGEXPORT_CPU");
+  const bool scalar = most && !std::strcmp(most, "scalar");
+  const bool no_512 = most && (!std::strcmp(most, "avx2") || !std::strcmp(most, "avxvnni"));
+  __builtin_cpu_init();
+  if (scalar || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+    return base_kernels();
+  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has_512 && !no_512 ? avx512_kernels() : avx2_kernels();
+}
+#else
+const Kernels& best() { return base_kernels(); }
+#endif
+
+const Kernels& kernels() {
+  static const Kernels& chosen = best();
+  return chosen;
+}
+
+}  // namespace
+
+RGEXPORT_API void rgexport_search(const float* weights, const float* importance, int64_t rows,
+                                  int64_t blocks, int64_t block, int bits, int symmetric, int half,
+                                  float* scales, float* zeros, uint8_t* levels) {
+  kernels().search(weights, importance, rows, blocks, block, bits, symmetric, {half}, scales, zeros,
+                   levels);
+}
+
+RGEXPORT_API int rgexport_factor(double* h, int64_t columns, float* m, float* d) {
+  return kernels().factor(h, columns, m, d);
+}
+
+RGEXPORT_API void rgexport_feedback(const float* weights, int64_t rows, int64_t columns,
+                                    int64_t group, float top, const float* scale,
+                                    const float* offset, const float* table, const float* m,
+                                    const float* d, uint8_t* levels, double* loss) {
+  kernels().feedback(weights, rows, {columns, group, top, scale, offset, table}, m, d, levels, loss);
+}
+
+RGEXPORT_API void rgexport_loss(const float* weights, int64_t rows, int64_t columns, int64_t group,
+                                float top, const float* scale, const float* offset,
+                                const float* table, const float* m, const float* d,
+                                const uint8_t* levels, double* loss) {
+  kernels().loss(weights, rows, {columns, group, top, scale, offset, table}, m, d, levels, loss);
+}
+
+RGEXPORT_API void rgexport_refine(const float* weights, int64_t rows, int64_t columns,
+                                  int64_t group, float top, float* scale, float* offset,
+                                  const float* table, const float* zeros, int half, const float* h,
+                                  int rounds, uint8_t* levels) {
+  kernels().refine(weights, rows, {columns, group, top, scale, offset, table}, zeros, {half}, h,
+                   rounds, levels);
+}

@@ -1,0 +1,137 @@
+"""The registry of algorithms: what chooses the values of a tensor, for each way to store it.
+
+A scheme says how a tensor is laid out. An algorithm fills that layout: it chooses scales, zero
+points and levels. Code that reads, runs or compares the tensor sees only the layout.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.quantize import affine, palette
+from rgexport.quantize.affine import Parts
+from rgexport.quantize.algorithms import gptq, search
+from rgexport.quantize.ggml_library import quantize_rows
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Mixed,
+    Palette,
+    Plan,
+    Scheme,
+    Uniform,
+    uniform_schemes,
+)
+from rgexport.quantize.statistics import Statistics
+
+Encode = Callable[[np.ndarray, Any, Statistics | None], Parts]
+"""Rows [n, K] of any float dtype, the scheme, and statistics or None → the parts.
+
+Rows do not depend on one another, but for those of a palette's group. Raises RequestError for a
+weight that the scheme cannot hold.
+"""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Fills layouts.
+
+    Attributes:
+        layouts: type of scheme → what fills it.
+        title: for people.
+        needs_statistics: whether it cannot do without statistics.
+    """
+
+    layouts: Mapping[type[Uniform], Encode]
+    title: str
+    needs_statistics: bool = False
+
+
+def encode(
+    name: str, rows: np.ndarray, scheme: Scheme, statistics: Statistics | None = None
+) -> Parts:
+    """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
+
+    Rows of one row group, where the tensor has several.
+
+    Raises:
+        RequestError: a weight that the scheme cannot hold, or missing statistics.
+    """
+    assert not isinstance(scheme, Mixed), name
+    chosen = ALGORITHMS[scheme.algorithm]
+    if chosen.needs_statistics and (statistics is None or not statistics.hessians):
+        raise RequestError(
+            f"{name}: {scheme.algorithm} needs statistics of its inputs; give --calibration FILE"
+        )
+    try:
+        return chosen.layouts[type(scheme)](rows, scheme, statistics)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from None
+
+
+def require_known(scheme: Scheme) -> None:
+    """Refuses a scheme whose algorithm, or that of a row group, is unknown or for another layout.
+
+    Raises:
+        RequestError: it is refused.
+    """
+    for uniform in uniform_schemes(scheme):
+        _require_known(uniform)
+
+
+def _require_known(scheme: Uniform) -> None:
+    found = ALGORITHMS.get(scheme.algorithm)
+    if found is None or type(scheme) not in found.layouts:
+        fitting = [word for word, row in ALGORITHMS.items() if type(scheme) in row.layouts]
+        raise RequestError(
+            f"a scheme has algorithm = {scheme.algorithm!r}; expected {', '.join(fitting)}"
+        )
+
+
+def by_algorithm(plan: Plan, word: str) -> Plan:
+    """The plan with the algorithm `word` for all tensors whose layout it fills."""
+    return {name: _by_algorithm(scheme, word) for name, scheme in plan.items()}
+
+
+def _by_algorithm(scheme: Scheme, word: str) -> Scheme:
+    if isinstance(scheme, Mixed):
+        return scheme.each(lambda one: replace(one, algorithm=word))
+    fills = type(scheme) in ALGORITHMS[word].layouts
+    if fills and isinstance(scheme, Affine | Palette):
+        return replace(scheme, algorithm=word)
+    return scheme
+
+
+def _cast(rows: np.ndarray, scheme: Float, _: Statistics | None) -> Parts:
+    with np.errstate(over="ignore"):
+        stored = rows.astype(scheme.dtype)
+    if not np.isfinite(stored).all():
+        raise RequestError(
+            f"a weight of {np.abs(rows).max():.4g} is more than {scheme.dtype} holds; "
+            "store it in another precision"
+        )
+    return {"data": stored}
+
+
+def _ggml(rows: np.ndarray, scheme: Ggml, statistics: Statistics | None) -> Parts:
+    importance = None if statistics is None else statistics.importance
+    return {"data": quantize_rows(rows, scheme.type, importance)}
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "cast": Algorithm({Float: _cast}, "rounding to the type"),
+    "rtn": Algorithm(
+        {Affine: lambda rows, scheme, _: affine.encode(rows, scheme)}, "rounding to nearest"
+    ),
+    "search": Algorithm({Affine: search.encode}, "clip search"),
+    "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
+    "ggml": Algorithm({Ggml: _ggml}, "as llama-quantize"),
+    "gptq": Algorithm(
+        {Affine: gptq.encode_affine, Palette: gptq.encode_palette}, "GPTQ", needs_statistics=True
+    ),
+}
+"""Word → algorithm. `rtn` rounds to nearest on the scale of the extremes."""

@@ -1,0 +1,204 @@
+"""The levels of ggml's quantized types: read from packed rows, and replaced in them.
+
+Scales and minimums stay as they are, bit for bit, so a row with other levels is still a row of its
+type. The layouts are those of ggml-common.h.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rgexport.quantize.ggml_types import TYPES
+
+Blocks = np.ndarray
+"""uint8 [blocks, bytes of a block]."""
+Scales = tuple[np.ndarray, np.ndarray]
+"""float32 [blocks, groups in a block]: the distance of levels, and the value of level 0."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows as levels: the value of a weight is `scale · level + offset` of its group.
+
+    Attributes:
+        group: how many columns share a scale.
+        top: the largest level; the least is 0.
+        scale: float32 [n, groups], also negative, and 0 where a group has one value.
+        offset: float32 [n, groups].
+        levels: uint8 [n, columns].
+    """
+
+    group: int
+    top: int
+    scale: np.ndarray
+    offset: np.ndarray
+    levels: np.ndarray
+
+
+def grid_of(packed: np.ndarray, kind: str) -> Grid:
+    """The grid of rows that ggml packed.
+
+    Args:
+        packed: uint8 [n, row_bytes].
+        kind: one of `GRID_TYPES`.
+    """
+    layout, blocks = _LAYOUTS[kind], _blocks(packed, kind)
+    with np.errstate(all="ignore"):
+        scale, offset = layout.scales(blocks)
+    levels = sum((plane.read(blocks) for plane in layout.planes), layout.bias)
+    rows, columns = len(packed), packed.shape[1] // TYPES[kind].block_bytes * TYPES[kind].block
+    groups = rows, columns // layout.group
+    return Grid(
+        layout.group,
+        layout.top,
+        scale.astype(np.float32, copy=False).reshape(groups),
+        offset.astype(np.float32, copy=False).reshape(groups),
+        levels.reshape(rows, columns),
+    )
+
+
+def with_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
+    """A copy of packed rows that has other levels, uint8 [n, columns], none above the top one."""
+    layout, copy = _LAYOUTS[kind], packed.copy()
+    blocks = _blocks(copy, kind)
+    stored = levels.reshape(len(blocks), TYPES[kind].block) - layout.bias
+    for plane in layout.planes:
+        plane.write(blocks, stored)
+    return copy
+
+
+def _blocks(packed: np.ndarray, kind: str) -> Blocks:
+    return packed.reshape(-1, TYPES[kind].block_bytes)
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Some bits of all levels of a block.
+
+    A run of `width` bytes holds the bits of `8 / bits` such runs of levels, one above the other.
+
+    Attributes:
+        start: the first byte.
+        count: how many bytes.
+        bits: how many of a level.
+        width: of a run.
+        shift: the place of the lowest bit in the level.
+    """
+
+    start: int
+    count: int
+    bits: int
+    width: int
+    shift: int = 0
+
+    def read(self, blocks: Blocks) -> np.ndarray:
+        """These bits at their place in the levels, uint8 [blocks, levels]."""
+        runs = self._bytes(blocks).reshape(len(blocks), self._runs, 1, self.width)
+        bits = (runs >> self._shifts) & self._mask
+        return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
+
+    def write(self, blocks: Blocks, levels: np.ndarray) -> None:
+        """Replaces these bits."""
+        bits = (levels >> np.uint8(self.shift)) & self._mask
+        runs = bits.reshape(len(blocks), self._runs, 8 // self.bits, self.width) << self._shifts
+        joined = np.bitwise_or.reduce(runs, axis=2)
+        self._bytes(blocks)[:] = joined.reshape(len(blocks), self.count)
+
+    def _bytes(self, blocks: Blocks) -> np.ndarray:
+        return blocks[:, self.start : self.start + self.count]
+
+    @property
+    def _runs(self) -> int:
+        return self.count // self.width
+
+    @property
+    def _mask(self) -> np.uint8:
+        return np.uint8((1 << self.bits) - 1)
+
+    @property
+    def _shifts(self) -> np.ndarray:
+        return np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
+
+
+def _half(blocks: Blocks, place: int) -> np.ndarray:
+    """A float16 of each block, as float32 [blocks, 1]."""
+    return np.ascontiguousarray(blocks[:, place : place + 2]).view("<f2").astype(np.float32)
+
+
+def _one_scale(zero: int) -> Callable[[Blocks], Scales]:
+    """A scale at the beginning; the level `zero` is 0."""
+
+    def scales(blocks: Blocks) -> Scales:
+        scale = _half(blocks, 0)
+        return scale, -zero * scale
+
+    return scales
+
+
+def _scale_and_minimum(blocks: Blocks) -> Scales:
+    return _half(blocks, 0), _half(blocks, 2)
+
+
+def _q2_k(blocks: Blocks) -> Scales:
+    """16 groups, with 4 bits each for scale and minimum."""
+    packed = blocks[:, :16]
+    return _half(blocks, 80) * (packed & 15), -_half(blocks, 82) * (packed >> 4)
+
+
+def _q3_k(blocks: Blocks) -> Scales:
+    """16 groups, with 6 bits each: the lower 4 in 8 bytes, the upper 2 in 4."""
+    low = _Plane(96, 8, 4, 8).read(blocks)
+    high = _Plane(104, 4, 2, 4, shift=4).read(blocks)
+    scale = _half(blocks, 108) * ((low | high).astype(np.float32) - 32)
+    return scale, -4 * scale
+
+
+def _q45_k(blocks: Blocks) -> Scales:
+    """8 groups, with 6 bits each for scale and minimum; the last four share bytes."""
+    scales, minimums, both = (blocks[:, start : start + 4] for start in (4, 8, 12))
+    scales = np.hstack((scales & 63, (both & 15) | (scales >> 6 << 4)))
+    minimums = np.hstack((minimums & 63, (both >> 4) | (minimums >> 6 << 4)))
+    return _half(blocks, 0) * scales, -_half(blocks, 2) * minimums
+
+
+def _q6_k(blocks: Blocks) -> Scales:
+    """16 groups, with a scale of 8 bits each."""
+    scale = _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+    return scale, -32 * scale
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a block has its levels and scales.
+
+    Attributes:
+        group: levels that share a scale.
+        top: the largest level.
+        planes: of the levels' bits.
+        scales: reads scales and offsets.
+        bias: what is added, modulo 256, to a stored number to get the level.
+    """
+
+    group: int
+    top: int
+    planes: tuple[_Plane, ...]
+    scales: Callable[[Blocks], Scales]
+    bias: np.uint8 = np.uint8(0)
+
+
+_LAYOUTS = {
+    # ggml writes no -128, which has no negative in the kernels
+    "q8_0": _Layout(32, 254, (_Plane(2, 32, 8, 32),), _one_scale(127), bias=np.uint8(127)),
+    "q4_0": _Layout(32, 15, (_Plane(2, 16, 4, 16),), _one_scale(8)),
+    "q4_1": _Layout(32, 15, (_Plane(4, 16, 4, 16),), _scale_and_minimum),
+    "q5_0": _Layout(32, 31, (_Plane(6, 16, 4, 16), _Plane(2, 4, 1, 1, 4)), _one_scale(16)),
+    "q5_1": _Layout(32, 31, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _scale_and_minimum),
+    "q2_k": _Layout(16, 3, (_Plane(16, 64, 2, 32),), _q2_k),
+    "q3_k": _Layout(16, 7, (_Plane(32, 64, 2, 32), _Plane(0, 32, 1, 32, 2)), _q3_k),
+    "q4_k": _Layout(32, 15, (_Plane(16, 128, 4, 32),), _q45_k),
+    "q5_k": _Layout(32, 31, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k),
+    "q6_k": _Layout(16, 63, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k),
+}
+GRID_TYPES = tuple(_LAYOUTS)
+"""All quantized types of `ggml_types.TYPES`."""
