@@ -11,18 +11,11 @@ from rgexport.export.format import folder_format
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
+from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Float, Ggml, Scheme
+from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
 
 CARD = "README.md"
-_TITLES = {
-    "rtn": "rounding to nearest",
-    "search": "clip search",
-    "gptq": "GPTQ",
-    "kmeans": "k-means",
-    "ggml": "the rules of llama-quantize",
-}
-"""Algorithm → what people call it; others by their own word."""
 
 _TEMPLATE = """\
 # {name}: {precision} for {engine}
@@ -112,22 +105,27 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
 
 
 def algorithms(manifest: Manifest) -> dict[str, int]:
-    """What chose the levels of the quantized tensors → how many of them."""
-    quantized = (x.algorithm for x in manifest.plan.values() if _is_quantized(x))
-    return dict(Counter(quantized).most_common())
+    """What chose the levels of the quantized tensors and row groups → how many of them."""
+    each = (one for scheme in manifest.plan.values() for one in uniform_schemes(scheme))
+    return dict(Counter(one.algorithm for one in each if _is_quantized(one)).most_common())
 
 
-def _is_quantized(scheme: Scheme) -> bool:
+def _is_quantized(scheme: Uniform) -> bool:
     if isinstance(scheme, Ggml):
         return TYPES[scheme.type].is_quantized
     return not isinstance(scheme, Float)
+
+
+def _title(word: str) -> str:
+    """Of an algorithm; a later version may have named one that is not known here."""
+    return ALGORITHMS[word].title if word in ALGORITHMS else word
 
 
 def levels_sentence(counts: Mapping[str, int]) -> str:
     """Such as `Levels were chosen by GPTQ (40 tensors), clip search (1).`"""
     if not counts:
         return "No tensor is quantized."
-    titles = {_TITLES.get(word, word): count for word, count in counts.items()}
+    titles = {_title(word): count for word, count in counts.items()}
     if len(titles) == 1:
         return f"Levels were chosen by {next(iter(titles))}."
     (first, number), *others = titles.items()

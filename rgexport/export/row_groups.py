@@ -25,11 +25,13 @@ class StoredGroup:
     Attributes:
         prefix: of the names of the group's parts in the tensor.
         stored: the rows as a tensor of their own.
+        label: how they are stored, for people: `int8/128 (1,024 rows)`.
         rows: their numbers in the tensor, ascending; None for all rows.
     """
 
     prefix: str
     stored: StoredTensor
+    label: str
     rows: np.ndarray | None = None
 
     def run(self, start: int, stop: int) -> tuple[int, int]:
@@ -49,10 +51,11 @@ class StoredGroup:
 def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
     """The row groups of a tensor; they have all rows of it."""
     if not isinstance(stored.scheme, Mixed):
-        return (StoredGroup("", stored),)
+        return (StoredGroup("", stored, stored.scheme.label),)
     found = members(stored.scheme, stored.shape[0])
     return tuple(
-        StoredGroup(f"{i}.", _group(stored, i, len(rows)), rows) for i, rows in enumerate(found)
+        StoredGroup(f"{i}.", _group(stored, i, len(rows)), group.label, rows)
+        for i, (group, rows) in enumerate(zip(stored.scheme.groups, found, strict=True))
     )
 
 

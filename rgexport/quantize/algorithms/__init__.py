@@ -129,7 +129,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "search": Algorithm({Affine: search.encode}, "clip search"),
     "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
-    "ggml": Algorithm({Ggml: _ggml}, "as llama-quantize"),
+    "ggml": Algorithm({Ggml: _ggml}, "the rules of llama-quantize"),
     "gptq": Algorithm(
         {Affine: gptq.encode_affine, Palette: gptq.encode_palette}, "GPTQ", needs_statistics=True
     ),

@@ -9,7 +9,9 @@ further away, so that the errors of their products cancel.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rgexport.quantize.scheme import Ggml, Scheme
+from rgexport.errors import RequestError
+from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.scheme import Ggml, Mixed, Scheme
 from rgexport.validate.weights.ggml_steps import BLOCKS
 
 Measure = Literal["weight", "block", "row", "group"]
@@ -143,9 +145,18 @@ def expectation_key(scheme: Scheme, weighted: bool) -> str:
     Args:
         scheme: of the tensor.
         weighted: whether the artifact was made with an importance matrix or a calibration.
+
+    Raises:
+        RequestError: an algorithm that is not known here.
     """
+    assert not isinstance(scheme, Mixed), "row groups are compared one by one"
     if scheme.algorithm != "ggml":
         word = "weighted search" if weighted and scheme.algorithm == "search" else scheme.algorithm
+        if word not in EXPECTATIONS:
+            raise RequestError(
+                f"the artifact has levels chosen by {word!r}, which this version cannot judge; "
+                f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
+            )
         fine = f"{word}, 8 bits"
         return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else word
     assert isinstance(scheme, Ggml)

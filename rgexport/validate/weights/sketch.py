@@ -59,9 +59,13 @@ class SketchShape:
 
     def squares(self, sketch: np.ndarray) -> np.ndarray:
         """The rows' squared lengths, [n], from their sketch: estimates where it is of products."""
+        return self.products(sketch, sketch)
+
+    def products(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The products of rows with rows, [n], from their sketches: estimates as `squares`."""
         if not self.directions:
-            return np.square(sketch).sum(1)
-        return np.asarray(np.square(sketch[:, 1:]).mean(1))
+            return np.asarray((a * b).sum(1))
+        return np.asarray((a[:, 1:] * b[:, 1:]).mean(1))
 
 
 def sketch_shape(shape: tuple[int, ...]) -> SketchShape:

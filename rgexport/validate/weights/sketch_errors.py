@@ -8,10 +8,12 @@ size. Other weights are further away, however alike their logits are.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
+from rgexport.export.row_groups import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
 from rgexport.validate.reference.reference_file import ReferenceFile
@@ -37,6 +39,8 @@ class SketchError:
         worst_row: the noise of the row where it is largest.
         evenness: how many rows of equal shares would make up the expected error.
         largest_share: the share of the row that has most of it.
+        estimated: whether the projection and ‖W‖ are estimates from the sketch, as they are of
+            row groups: the file has only the norm of the whole tensor.
     """
 
     name: str
@@ -54,6 +58,7 @@ class SketchError:
     evenness: float
     largest_share: float
     weighted: bool
+    estimated: bool = False
     chosen: str = "rtn"
 
     @property
@@ -66,6 +71,13 @@ class SketchError:
         """The relative standard error of ‖W−Ŵ‖²."""
         return math.sqrt(2 / (self.evenness * self.directions)) if self.directions else 0.0
 
+    @property
+    def products(self) -> float:
+        """The number of independent products of W and W−Ŵ that the projection is known from."""
+        if self.estimated and self.directions:
+            return self.evenness * self.directions
+        return self.values
+
 
 def sketch_errors(
     reference: ReferenceFile,
@@ -76,6 +88,8 @@ def sketch_errors(
 ) -> list[SketchError]:
     """Compares all `tensors` of an artifact, two at a time, in slabs.
 
+    A tensor in row groups has an error for each.
+
     Args:
         reference: has sketches of the weights that the artifact should have been made from.
         dequantized: the artifact's own.
@@ -83,17 +97,16 @@ def sketch_errors(
         weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
-    def measure(name: str, advance: Advance) -> SketchError:
-        stored = tensors[name]
-        found = _sums(name, reference.sketch(name), dequantized[name], stored, advance)
-        return _summary(name, stored, found, reference.square(name), weighted)
+    def measure(name: str, advance: Advance) -> list[SketchError]:
+        return _errors(name, reference, dequantized[name], tensors[name], weighted, advance)
 
-    return of_each_tensor("Comparing weights with their sketches", tensors, measure)
+    found = of_each_tensor("Comparing weights with their sketches", tensors, measure)
+    return list(chain.from_iterable(found))
 
 
 @dataclass
 class _Sums:
-    """Sums over the rows of a tensor, and maxima."""
+    """Sums over rows that are stored by one scheme, and maxima."""
 
     error: float = 0.0
     expected: float = 0.0
@@ -103,30 +116,68 @@ class _Sums:
     square: float = 0.0
     worst_row: float = 0.0
     most_expected: float = 0.0
+    original: float = 0.0
+    along: float = 0.0
 
-
-def _sums(
-    name: str, sketch: np.ndarray, weights: RowTensor, stored: StoredTensor, advance: Advance
-) -> _Sums:
-    shape, total, first = sketch_shape(stored.shape), _Sums(), 0
-    for rows in _slabs(weights, shape, rows_together(stored.scheme)):
-        original = sketch[first : first + len(rows)].astype(np.float64)
-        first += len(rows)
+    def add(
+        self,
+        rows: np.ndarray,
+        original: np.ndarray,
+        shape: SketchShape,
+        name: str,
+        stored: StoredTensor,
+    ) -> None:
+        """Adds rows of the stored weights, and the sketch of the same rows of the original."""
         with np.errstate(invalid="ignore", over="ignore"):
             delta = shape.project(rows) - original
             error, (rounding, steps) = shape.squares(delta), shown_rounding(name, rows, stored)
             expected = rounding + shape.squares(original * _KEPT)
             shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
-            total.worst_row = float(np.maximum(total.worst_row, shares.max()))
-        total.error += float(error.sum())
-        total.expected += float(expected.sum())
-        total.expected_square += float(np.square(expected).sum())
-        total.most_expected = max(total.most_expected, float(expected.max()))
-        total.moved += float(shape.sums(delta).sum())
-        total.steps += steps
-        total.square += square_sum(rows)
+            self.worst_row = float(np.maximum(self.worst_row, shares.max()))
+            self.original += float(shape.squares(original).sum())
+            self.along += float(shape.products(original, delta).sum())
+        self.error += float(error.sum())
+        self.expected += float(expected.sum())
+        self.expected_square += float(np.square(expected).sum())
+        self.most_expected = max(self.most_expected, float(expected.max()))
+        self.moved += float(shape.sums(delta).sum())
+        self.steps += steps
+        self.square += square_sum(rows)
+
+    def use_square(self, original: float) -> None:
+        """Uses the known Σ W² of the rows.
+
+        ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
+        """
+        self.original, self.along = original, (self.square - original - self.error) / 2
+
+
+def _errors(
+    name: str,
+    reference: ReferenceFile,
+    weights: RowTensor,
+    stored: StoredTensor,
+    weighted: bool,
+    advance: Advance,
+) -> list[SketchError]:
+    """One error for each row group."""
+    shape, sketch, groups = sketch_shape(stored.shape), reference.sketch(name), groups_of(stored)
+    sums, first = [_Sums() for _ in groups], 0
+    for rows in _slabs(weights, shape, rows_together(stored.scheme)):
+        stop = first + len(rows)
+        original = sketch[first:stop].astype(np.float64)
+        for group, total in zip(groups, sums, strict=True):
+            chosen = group.chosen(first, stop)
+            if len(some := rows[chosen]):
+                total.add(some, original[chosen], shape, name, group.stored)
+        first = stop
         advance(rows.nbytes)
-    return total
+    if len(groups) == 1:
+        sums[0].use_square(reference.square(name))
+    return [
+        _summary(name, group, shape, total, weighted)
+        for group, total in zip(groups, sums, strict=True)
+    ]
 
 
 def _slabs(weights: RowTensor, shape: SketchShape, together: int) -> Iterator[np.ndarray]:
@@ -138,28 +189,26 @@ def _slabs(weights: RowTensor, shape: SketchShape, together: int) -> Iterator[np
 
 
 def _summary(
-    name: str, stored: StoredTensor, found: _Sums, original: float, weighted: bool
+    name: str, group: StoredGroup, shape: SketchShape, found: _Sums, weighted: bool
 ) -> SketchError:
-    """`original` is Σ W²."""
-    shape, scheme = sketch_shape(stored.shape), stored.scheme
-    # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
-    along = (found.square - original - found.error) / 2
+    scheme = group.stored.scheme
     key = expectation_key(scheme, weighted)
     return SketchError(
         name=name,
-        scheme=scheme.label,
+        scheme=group.label,
         quantized=is_quantized(scheme),
-        rows=shape.rows,
+        rows=len(group.rows) if group.rows is not None else shape.rows,
         columns=shape.columns,
         directions=shape.directions or None,
-        relative_error=ratio(found.error, original) ** 0.5,
-        expected_error=ratio(found.expected, original) ** 0.5,
-        projection=1 + ratio(along, original),
+        relative_error=ratio(found.error, found.original) ** 0.5,
+        expected_error=ratio(found.expected, found.original) ** 0.5,
+        projection=1 + ratio(found.along, found.original),
         noise=ratio(found.error, found.expected),
         shift=ratio(found.moved, found.steps),
         worst_row=found.worst_row,
         evenness=ratio(found.expected**2, found.expected_square),
         largest_share=ratio(found.most_expected, found.expected),
         weighted=EXPECTATIONS[key].weighted,
+        estimated=group.rows is not None,
         chosen=key,
     )

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
+from rgexport.export.row_groups import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
 from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
@@ -35,7 +37,7 @@ class WeightError:
 
     Attributes:
         name: of the tensor.
-        scheme: its label.
+        scheme: its label; that of a row group, where the tensor has several.
         quantized: whether it is stored as integers or indices.
         values: weights in all.
         relative_error: ‖W−Ŵ‖/‖W‖.
@@ -78,6 +80,8 @@ def weight_errors(
 ) -> list[WeightError]:
     """Compares all `tensors` of an artifact, two at a time, in slabs.
 
+    A tensor in row groups has an error for each, by the label of its own scheme.
+
     Args:
         original: the weights that the artifact was made from.
         dequantized: the artifact's own.
@@ -85,11 +89,11 @@ def weight_errors(
         weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
-    def measure(name: str, advance: Advance) -> WeightError:
+    def measure(name: str, advance: Advance) -> list[WeightError]:
         stored = tensors[name]
-        return _tensor_error(name, original[name], dequantized[name], stored, weighted, advance)
+        return _tensor_errors(name, original[name], dequantized[name], stored, weighted, advance)
 
-    return of_each_tensor("Comparing weights", tensors, measure)
+    return list(chain.from_iterable(of_each_tensor("Comparing weights", tensors, measure)))
 
 
 def of_each_tensor(
@@ -117,58 +121,77 @@ def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) ->
             )
 
 
-def _tensor_error(
+def _tensor_errors(
     name: str,
     original: RowTensor,
     dequantized: RowTensor,
     stored: StoredTensor,
     weighted: bool,
     advance: Advance,
-) -> WeightError:
-    """Compares two tensors of one shape in row slabs; the sums are float64."""
-    key = expectation_key(stored.scheme, weighted)
-    expected = EXPECTATIONS[key]
-    max_steps, products, levels = 0.0, np.zeros(4), np.zeros(3)
-    for w, found in _slabs(original, dequantized, stored):
+) -> list[WeightError]:
+    """Compares two tensors of one shape in row slabs: one error for each row group."""
+    groups = groups_of(stored)
+    sums = [_Sums(group, expectation_key(group.stored.scheme, weighted)) for group in groups]
+    for start, w, found in _slabs(original, dequantized, stored):
+        for group, total in zip(groups, sums, strict=True):
+            chosen = group.chosen(start, start + len(w))
+            if len(rows := w[chosen]):
+                total.add(rows, found[chosen], name)
+        advance(w.nbytes)
+    return [total.error(name) for total in sums]
+
+
+class _Sums:
+    """Sums over the rows of a group, in float64; `chosen` is the key of what is expected."""
+
+    def __init__(self, group: StoredGroup, chosen: str):
+        self.group, self.chosen = group, chosen
+        self.max_steps, self.products, self.levels = 0.0, np.zeros(4), np.zeros(3)
+
+    def add(self, w: np.ndarray, found: np.ndarray, name: str) -> None:
+        """Adds rows of the original and of what is stored."""
+        stored, expected = self.group.stored, EXPECTATIONS[self.chosen]
         with np.errstate(invalid="ignore", over="ignore"):
             error, steps = found - w, step_sizes(name, w, stored, expected)
             largest = steps.largest(steps.without_clipping(error, w))
-            max_steps = float(np.maximum(max_steps, largest))  # NaN if one of them is
-            products += _products(w, error, steps.beyond_rounding(error, w))
+            self.max_steps = float(np.maximum(self.max_steps, largest))  # NaN if one of them is
+            self.products += _products(w, error, steps.beyond_rounding(error, w))
             noise, moved = steps.rounding(w.shape[1]).sum(), error.sum(dtype=np.float64)
-            levels += noise, moved, steps.total(w.shape[1])
-        advance(w.nbytes)
-    square, along, along_rounding, error_square = products.tolist()
-    noise, moved, total = levels.tolist()
-    scheme = stored.scheme
-    return WeightError(
-        name=name,
-        scheme=scheme.label,
-        quantized=is_quantized(scheme),
-        values=math.prod(stored.shape),
-        relative_error=ratio(error_square, square) ** 0.5,
-        projection=1 + ratio(along, square),
-        clipping=ratio(along - along_rounding, square),
-        max_steps=max_steps,
-        noise=ratio(error_square, noise),
-        shift=ratio(moved, total),
-        weighted=expected.weighted,
-        searched=expected.searched,
-        grouped=expected.measure != "weight",
-        chosen=key,
-    )
+            self.levels += noise, moved, steps.total(w.shape[1])
+
+    def error(self, name: str) -> WeightError:
+        """What they say of the rows."""
+        square, along, along_rounding, error_square = self.products.tolist()
+        noise, moved, total = self.levels.tolist()
+        group, expected = self.group, EXPECTATIONS[self.chosen]
+        return WeightError(
+            name=name,
+            scheme=group.label,
+            quantized=is_quantized(group.stored.scheme),
+            values=math.prod(group.stored.shape),
+            relative_error=ratio(error_square, square) ** 0.5,
+            projection=1 + ratio(along, square),
+            clipping=ratio(along - along_rounding, square),
+            max_steps=self.max_steps,
+            noise=ratio(error_square, noise),
+            shift=ratio(moved, total),
+            weighted=expected.weighted,
+            searched=expected.searched,
+            grouped=expected.measure != "weight",
+            chosen=self.chosen,
+        )
 
 
 def _slabs(
     original: RowTensor, dequantized: RowTensor, stored: StoredTensor
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of both, [n, values of a row] float32."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The first row, and rows of both, [n, values of a row] float32."""
     columns = math.prod(stored.shape[1:])
     together = rows_together(stored.scheme)
     for start, stop in slab_bounds(stored.shape[0], 4 * columns, _SLAB_BYTES, together):
         both = (tensor.read(start, stop) for tensor in (original, dequantized))
         w, found = (x.astype(np.float32, copy=False).reshape(-1, columns) for x in both)
-        yield w, found
+        yield start, w, found
 
 
 def ratio(part: float, whole: float) -> float:

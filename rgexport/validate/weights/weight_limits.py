@@ -77,7 +77,9 @@ def _of_sketch(error: SketchError) -> Iterator[Check]:
     yield from _shift_checks(error, "reference")
     # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
     square = min(error.relative_error**2, expected.noise * error.expected_error**2)
-    known = error.relative_error / error.values**0.5 + square * error.uncertainty / 2
+    known = error.relative_error / error.products**0.5
+    if not error.estimated:
+        known += square * error.uncertainty / 2
     least, most = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
     unsure = replace(expected, shrinks=(least, most))
     deviation, around = _shrinkage(error.projection - 1, square, unsure)

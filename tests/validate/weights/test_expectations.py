@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -98,6 +99,12 @@ def test_what_is_expected_depends_on_layout_and_algorithm(
 def test_sound_weights_pass(key: str, layout: Affine, kind: str, columns: int, seed: int) -> None:
     w = draw(kind, (48, columns), seed=seed)
     assert judged(w, CHOSEN[key](w, layout), layout, key) == []
+
+
+def test_an_algorithm_of_a_later_version_is_one_line() -> None:
+    w, scheme = draw("normal", (16, 32)), replace(LAYOUTS[0], algorithm="later")
+    with pytest.raises(RequestError, match="'later', which this version cannot judge"):
+        complaints(w, w, scheme, weighted=False)
 
 
 def _two_rows(stored: np.ndarray) -> np.ndarray:
