@@ -82,12 +82,14 @@ _WEIGHED = Expectation(
     measure="row",
     max_steps=3.0,
     noise=FEEDBACK_NOISE,
-    row_noise=FEEDBACK_NOISE,
+    row_noise=10.0,
     shrinks=(0.0, 3.0),
     projection=0.01,
     weighted=True,
 )
-_WEIGHED_8 = replace(_WEIGHED, max_steps=12.0, noise=8 * FEEDBACK_NOISE, row_noise=128.0)
+_WEIGHED_8 = replace(
+    _WEIGHED, max_steps=12.0, noise=8 * FEEDBACK_NOISE, row_noise=128.0, projection=0.02
+)
 """A step of 8 bits is a sixteenth of one of 4 bits: other weights are 256 times as far beyond."""
 _SCALES = "scales chosen for the least error of the outputs"
 EXPECTATIONS: dict[str, Expectation] = {
