@@ -156,9 +156,49 @@ def move_zero_points(path: Path) -> None:
     _fit_hashes(artifact)
 
 
+def enlarge_scales(path: Path) -> None:
+    """Makes all scales of one tensor a tenth larger."""
+    artifact, name, scheme = _spoilable(path)
+    if isinstance(scheme, Ggml):
+        block = GGML_BLOCKS[scheme.type]
+        values = _part(artifact, name, "data")
+        scales = values.reshape(-1, block.size)[:, block.scale : block.scale + 2]
+        larger = np.ascontiguousarray(scales).view(np.float16) * np.float16(1.1)
+        scales[:] = larger.view(np.uint8)
+    else:
+        values = _part(artifact, name, "scales")
+        values[:] = (values * np.float32(1.1)).astype(values.dtype)
+    values.flush()
+    _fit_hashes(artifact)
+
+
+def exchange_rows(path: Path) -> None:
+    """Exchanges two rows of one tensor, with their scales and zero points."""
+    _permute_rows(path, lambda rows: [rows - 2, *range(1, rows - 2), 0, rows - 1])
+
+
+def move_rows(path: Path) -> None:
+    """Moves all rows of one tensor by one."""
+    _permute_rows(path, lambda rows: [rows - 1, *range(rows - 1)])
+
+
+def _permute_rows(path: Path, order: Callable[[int], list[int]]) -> None:
+    artifact, name, _ = _spoilable(path)
+    stored = artifact.manifest.tensors[name]
+    for label in stored.parts:
+        values = _part(artifact, name, label)
+        rows = values.reshape(stored.shape[0], -1)
+        rows[:] = np.array(rows[order(len(rows))])
+        values.flush()
+    _fit_hashes(artifact)
+
+
 SPOILED: dict[str, Spoil] = {
     "the scales of one tensor's blocks shuffled": shuffle_scales,
     "one tensor's zero points off by one": move_zero_points,
+    "all scales of one tensor times 1.1": enlarge_scales,
+    "two rows of one tensor exchanged": exchange_rows,
+    "one tensor's rows moved by one": move_rows,
 }
 """What is wrong with an artifact of the right model → what makes it so."""
 

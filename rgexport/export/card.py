@@ -1,7 +1,7 @@
 """The model card of an artifact: its README.md."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +11,9 @@ from rgexport.export.format import folder_format
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import amount
+from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
 
 CARD = "README.md"
 
@@ -24,6 +27,8 @@ are computed as {compute}. Always float32: norms, the RG-LRU with its gates and 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|
 {rows}
+
+{levels}
 
 ## Run it
 
@@ -99,6 +104,35 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
     ]
 
 
+def algorithms(manifest: Manifest) -> dict[str, int]:
+    """What chose the levels of the quantized tensors and row groups → how many of them."""
+    each = (one for scheme in manifest.plan.values() for one in uniform_schemes(scheme))
+    return dict(Counter(one.algorithm for one in each if _is_quantized(one)).most_common())
+
+
+def _is_quantized(scheme: Uniform) -> bool:
+    if isinstance(scheme, Ggml):
+        return TYPES[scheme.type].is_quantized
+    return not isinstance(scheme, Float)
+
+
+def _title(word: str) -> str:
+    """Of an algorithm; a later version may have named one that is not known here."""
+    return ALGORITHMS[word].title if word in ALGORITHMS else word
+
+
+def levels_sentence(counts: Mapping[str, int]) -> str:
+    """Such as `Levels were chosen by GPTQ (40 tensors), clip search (1).`"""
+    if not counts:
+        return "No tensor is quantized."
+    titles = {_title(word): count for word, count in counts.items()}
+    if len(titles) == 1:
+        return f"Levels were chosen by {next(iter(titles))}."
+    (first, number), *others = titles.items()
+    rest = "".join(f", {title} ({count})" for title, count in others)
+    return f"Levels were chosen by {first} ({number} tensors){rest}."
+
+
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Writes the card to the artifact's folder."""
     (folder / CARD).write_text(card(manifest), "utf-8")
@@ -121,6 +155,7 @@ def card(manifest: Manifest) -> str:
         precision=manifest.precision,
         compute=manifest.compute,
         rows="\n".join(_row(share) for share in shares(manifest)),
+        levels=levels_sentence(algorithms(manifest)),
         engine=text.engine,
         float32=text.float32,
         run=text.run,

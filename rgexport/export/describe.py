@@ -9,7 +9,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.card import Share, group_shares, shares
+from rgexport.export.card import Share, algorithms, group_shares, levels_sentence, shares
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
 from rgexport.export.manifest import arithmetic
@@ -69,6 +69,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "check": asdict(manifest.check),
         **artifact.facts(),
         "stored": [asdict(share) for share in shares(manifest)],
+        "algorithms": algorithms(manifest),
         **{key: fields[key] for key in ("config", "source", "created_with", "states", "io")},
         "files": {
             name: {"size": record.size, format_of(manifest.kind).hash_name: record.sha256}
@@ -132,6 +133,8 @@ _NUMBERS = ("tensors", "weights", "size", "bits/weight")
 def _parts(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
     yield Table("Stored", ("role", "as", *_NUMBERS), map(_stored_row, d["stored"]), _NUMBERS)
+    if "algorithms" in d:
+        yield levels_sentence(d["algorithms"]) + "\n"
     yield Table("Configuration", ("", ""), _config_rows(d["config"]))
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):

@@ -2,9 +2,18 @@
 
 import dataclasses
 
-from rgexport.export.card import CARD, card, shares, write_card
+from rgexport.export.card import (
+    CARD,
+    algorithms,
+    card,
+    levels_sentence,
+    shares,
+    write_card,
+)
 from rgexport.export.checked import CheckRecord
+from rgexport.export.describe import as_text, describe
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.scheme import Affine, Float, Ggml
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
 
@@ -24,6 +33,21 @@ def test_card_says_what_it_is(made):
     assert text.startswith("# small: int4 for ONNX Runtime\n")
     assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
     assert "Gemma Terms of Use" in text and "{" not in text
+
+
+def test_what_chose_the_levels(made):
+    """Of each tensor that is stored as integers: in the card, and in what `inspect` says."""
+    plan = made.manifest.plan
+    quantized = [name for name, scheme in plan.items() if isinstance(scheme, Affine)]
+    assert algorithms(made.manifest) == {"rtn": len(quantized)}
+    sentence = "Levels were chosen by rounding to nearest."
+    assert sentence in card(made.manifest) and sentence in as_text(describe(str(made.folder)))
+    mixed = plan | {quantized[0]: dataclasses.replace(plan[quantized[0]], algorithm="search")}
+    counts = algorithms(dataclasses.replace(made.manifest, plan=mixed))
+    assert counts == {"rtn": len(quantized) - 1, "search": 1}
+    assert levels_sentence(counts).endswith("tensors), clip search (1).")
+    floats = {name: Float("float32") for name in plan} | {quantized[0]: Ggml("f16")}
+    assert algorithms(dataclasses.replace(made.manifest, plan=floats)) == {}
 
 
 def test_card_for_a_browser(made):

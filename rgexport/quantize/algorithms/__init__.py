@@ -125,7 +125,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "search": Algorithm({Affine: search.encode}, "clip search"),
     "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
-    "ggml": Algorithm({Ggml: ggml.encode}, "as llama-quantize"),
+    "ggml": Algorithm({Ggml: ggml.encode}, "the rules of llama-quantize"),
     "gptq": Algorithm(
         {Affine: gptq.encode_affine, Palette: gptq.encode_palette, Ggml: ggml.encode_gptq},
         "GPTQ",

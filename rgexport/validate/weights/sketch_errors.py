@@ -17,13 +17,9 @@ from rgexport.export.row_groups import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
 from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
 from rgexport.validate.weights.sketch import SLAB_BYTES, SketchShape, sketch_shape, square_sum
-from rgexport.validate.weights.steps import (
-    is_quantized,
-    is_weighted,
-    rows_together,
-    shown_rounding,
-)
+from rgexport.validate.weights.steps import is_quantized, rows_together, shown_rounding
 from rgexport.validate.weights.weight_errors import of_each_tensor, ratio
 
 _KEPT = 2.0**-22
@@ -34,8 +30,8 @@ _KEPT = 2.0**-22
 class SketchError:
     """How far the stored Ŵ is from W, as estimated from a sketch of W.
 
-    `relative_error`, `projection`, `noise`, `shift` and `weighted` are as in
-    `weight_errors.WeightError`.
+    `relative_error`, `projection`, `noise`, `shift`, `weighted` and `chosen` are as
+    in `weight_errors.WeightError`.
 
     Attributes:
         directions: products that are known of each row; None where the row itself is.
@@ -63,6 +59,7 @@ class SketchError:
     largest_share: float
     weighted: bool
     estimated: bool = False
+    chosen: str = "rtn"
 
     @property
     def values(self) -> int:
@@ -97,7 +94,7 @@ def sketch_errors(
         reference: has sketches of the weights that the artifact should have been made from.
         dequantized: the artifact's own.
         tensors: how each of them is stored.
-        weighted: whether the artifact was made with an importance matrix.
+        weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
     def measure(name: str, advance: Advance) -> list[SketchError]:
@@ -195,6 +192,7 @@ def _summary(
     name: str, group: StoredGroup, shape: SketchShape, found: _Sums, weighted: bool
 ) -> SketchError:
     scheme = group.stored.scheme
+    key = expectation_key(scheme, weighted)
     return SketchError(
         name=name,
         scheme=group.label,
@@ -210,6 +208,7 @@ def _summary(
         worst_row=found.worst_row,
         evenness=ratio(found.expected**2, found.expected_square),
         largest_share=ratio(found.most_expected, found.expected),
-        weighted=is_weighted(scheme, weighted),
+        weighted=EXPECTATIONS[key].weighted,
         estimated=group.rows is not None,
+        chosen=key,
     )

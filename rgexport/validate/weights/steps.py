@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Palette, Scheme
 from rgexport.validate.weights import ggml_steps
+from rgexport.validate.weights.expectations import Expectation
 from rgexport.validate.weights.ggml_steps import BLOCKS, NEGLIGIBLE
 
 _FLOATS = {
@@ -24,22 +25,22 @@ class StepSizes:
     """What the error of the weights [rows, columns] of a slab is measured by.
 
     Attributes:
-        step: at each weight; where rows are `grouped`, of each group, [groups, 1].
+        step: at each weight; where `spans` are given, of each, [rows or groups of rows, spans].
         own: the distance of levels in a weight's own block, at each weight, or of each row,
             [rows, 1]; None where it is `step`, which may be only an upper bound of it.
         limit: the magnitude, at each weight, beyond which it may be stored as the outermost
             level; None where no level is missing.
         grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
             level, or levels are chosen for the least squared error.
-        grouped: rows share their values, which are chosen for the least squared error. A single
-            weight need not be near to one of them, but the whole group is.
+        spans: the first columns of the blocks, rows or groups of rows whose root mean squares
+            count; None where single weights do.
     """
 
     step: np.ndarray
     own: np.ndarray | None = None
     limit: np.ndarray | None = None
     grid: np.ndarray | None = None
-    grouped: bool = False
+    spans: np.ndarray | None = None
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
         """The error less what comes from values beyond the outermost levels.
@@ -82,18 +83,25 @@ class StepSizes:
         return self.step if self.own is None else self.own
 
     def largest(self, error: np.ndarray) -> float:
-        """The largest error in steps: of a weight, or the root mean square of a group."""
-        if self.grouped:
-            groups = error.reshape(len(self.step), -1).astype(np.float64)
-            error = np.sqrt(np.square(groups).mean(1, keepdims=True))
+        """The largest error in steps: of a weight, or the root mean square of a span."""
+        if self.spans is not None:
+            error = _root_mean_squares(error, self.spans, len(error) // max(1, len(self.step)))
         return float((np.abs(error) / self.step).max(initial=0))
 
 
-def step_sizes(name: str, w: np.ndarray, stored: StoredTensor) -> StepSizes:
+def step_sizes(
+    name: str, w: np.ndarray, stored: StoredTensor, expected: Expectation | None = None
+) -> StepSizes:
     """The steps of the weights [rows, columns], from them and the way of storing alone.
 
-    The rows are whole groups of `rows_together`.
+    Args:
+        name: of the tensor.
+        w: its rows, in whole groups of `rows_together`.
+        stored: how they are stored.
+        expected: what is measured where that is more than single weights.
     """
+    if expected is not None and expected.measure in ("block", "row"):
+        return _steps_of_spans(name, w, stored, expected.measure == "row")
     scheme = stored.scheme
     if isinstance(scheme, Affine):
         return _affine(w, scheme)
@@ -143,18 +151,56 @@ def is_quantized(scheme: Scheme) -> bool:
     return scheme.label not in _FLOATS
 
 
-def is_searched(scheme: Scheme, weighted: bool) -> bool:
-    """Whether levels are chosen for the least squared error, not for each weight."""
-    if isinstance(scheme, Ggml) and scheme.type in BLOCKS:
-        return BLOCKS[scheme.type].grouped > 0 or is_weighted(scheme, weighted)
-    return isinstance(scheme, Palette)
+def _steps_of_spans(name: str, w: np.ndarray, stored: StoredTensor, rows: bool) -> StepSizes:
+    """Twice the root mean square of rounding to nearest, of each row or of each block.
+
+    So that, as for single weights, rounding to nearest is off by half a step.
+    """
+    scheme, columns = stored.scheme, w.shape[1]
+    spans = np.zeros(1, np.intp)
+    if isinstance(scheme, Affine):
+        if not rows:
+            spans = np.arange(0, columns, scheme.block or columns)
+        error, moved = _rounding_error(w, scheme)
+        exact, _ = _affine_steps(w, scheme)
+        own = _spread(exact, scheme.block or columns, w)
+    else:
+        plain = step_sizes(name, w, stored)
+        own = plain.step if plain.own is None else plain.own
+        error, moved = np.broadcast_to(own * 12**-0.5, w.shape), np.zeros((1, 1))
+    step = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
+    return StepSizes(np.maximum(step, NEGLIGIBLE), own=own, spans=spans)
 
 
-def is_weighted(scheme: Scheme, weighted: bool) -> bool:
-    """Whether an importance matrix, where a file has one, counts for this type; not for q8_0."""
-    if not (weighted and isinstance(scheme, Ggml) and scheme.type in BLOCKS):
-        return False
-    return BLOCKS[scheme.type].below < BLOCKS["q8_0"].below
+def _rounding_error(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """The error of rounding to nearest with the scales of the extremes, [rows, columns].
+
+    And how far a level may be from where it would be if scales were not rounded, [rows, blocks].
+    """
+    block, top = scheme.block or w.shape[1], 2**scheme.bits - 1
+    high, low, exact, _ = _ranges(w, scheme)
+    if scheme.symmetric:
+        # As in `quantize.affine`, the extreme has the level without an opposite.
+        sign = np.where(high > -low, -1, 1).astype(np.float32)
+        step, zeros = _spread(exact * sign, block, w), np.array(top // 2 + 1, np.float32)
+    else:
+        step = _spread(exact, block, w)
+        zeros = _spread(np.clip(np.rint(-np.minimum(low, 0) / exact), 0, top), block, w)
+    levels = np.clip(np.rint(w / step) + zeros, 0, top) - zeros
+    largest = np.maximum(high, -low)
+    moved = largest * np.float32(2.0**-22)
+    if scheme.scale == "float16":  # of the scale, and of its product with the level
+        moved = top * _spacing(exact) + _spacing(largest)
+    return levels * step - w, moved
+
+
+def _root_mean_squares(error: np.ndarray, spans: np.ndarray, rows: int = 1) -> np.ndarray:
+    """Of groups of `rows`, from each first column in `spans` to the next: [groups, spans]."""
+    squares = np.square(error, dtype=np.float64)
+    counts = rows * np.diff(spans, append=error.shape[1])
+    sums = np.add.reduceat(squares, spans, axis=1)
+    found = np.sqrt(sums.reshape(len(error) // rows, rows, len(spans)).sum(1) / counts)
+    return np.asarray(found)
 
 
 def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -186,6 +232,12 @@ def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
 
 def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
     """The step of each block, [rows, blocks], and how many weights it has, [blocks] float64."""
+    _, _, exact, counts = _ranges(w, scheme)
+    return exact, counts
+
+
+def _ranges(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Largest and least weight of each block, and what `_affine_steps` gives."""
     starts = np.arange(0, w.shape[1], scheme.block or w.shape[1])
     high = np.maximum.reduceat(w, starts, axis=1)
     low = np.minimum.reduceat(w, starts, axis=1)
@@ -194,7 +246,7 @@ def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray
     else:
         exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
     counts = np.diff(starts, append=w.shape[1]).astype(np.float64)
-    return np.maximum(exact, NEGLIGIBLE), counts
+    return high, low, np.maximum(exact, NEGLIGIBLE), counts
 
 
 def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
@@ -212,7 +264,8 @@ def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
     step = np.maximum(step, NEGLIGIBLE)
     # Half a step is an rms error here, and a step over √12 elsewhere.
-    return StepSizes(step, np.repeat(3**0.5 * step, scheme.group, axis=0), grouped=True)
+    own = np.repeat(3**0.5 * step, scheme.group, axis=0)
+    return StepSizes(step, own, spans=np.zeros(1, np.intp))
 
 
 def _palette_gaps(dequantized: np.ndarray, scheme: Palette) -> np.ndarray:

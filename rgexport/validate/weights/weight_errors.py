@@ -20,14 +20,8 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.export.row_groups import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
-from rgexport.quantize.scheme import Palette
-from rgexport.validate.weights.steps import (
-    is_quantized,
-    is_searched,
-    is_weighted,
-    rows_together,
-    step_sizes,
-)
+from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
+from rgexport.validate.weights.steps import is_quantized, rows_together, step_sizes
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
@@ -50,14 +44,15 @@ class WeightError:
         projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
         clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
             the scheme, and from values beyond the outermost level of their block.
-        max_steps: max |W−Ŵ| in steps, without what clipping adds.
+        max_steps: max |W−Ŵ| in steps, without what clipping adds; or, where the algorithm bounds
+            only blocks, rows or groups of rows, the largest root mean square of one of them.
         noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
         shift: Σ(Ŵ−W) in units of Σ step: about 0.
         weighted: whether an importance matrix says which weights may be further off.
         searched: whether levels were chosen for the least squared error, so that some weights clip
             and all are a little too small.
-        grouped: whether groups of rows share their levels; `max_steps` is then the largest root
-            mean square of W−Ŵ in one of them.
+        grouped: whether `max_steps` is not of single weights.
+        chosen: what chose the levels, a key of `expectations.EXPECTATIONS`.
     """
 
     name: str
@@ -73,6 +68,7 @@ class WeightError:
     weighted: bool = False
     searched: bool = False
     grouped: bool = False
+    chosen: str = "rtn"
 
 
 def weight_errors(
@@ -90,7 +86,7 @@ def weight_errors(
         original: the weights that the artifact was made from.
         dequantized: the artifact's own.
         tensors: how each of them is stored; all must be in both sources, in the same shape.
-        weighted: whether the artifact was made with an importance matrix.
+        weighted: whether the artifact was made with an importance matrix, or a calibration.
     """
 
     def measure(name: str, advance: Advance) -> list[WeightError]:
@@ -135,41 +131,43 @@ def _tensor_errors(
 ) -> list[WeightError]:
     """Compares two tensors of one shape in row slabs: one error for each row group."""
     groups = groups_of(stored)
-    sums = [_Sums() for _ in groups]
+    sums = [_Sums(group, expectation_key(group.stored.scheme, weighted)) for group in groups]
     for start, w, found in _slabs(original, dequantized, stored):
         for group, total in zip(groups, sums, strict=True):
             chosen = group.chosen(start, start + len(w))
             if len(rows := w[chosen]):
-                total.add(rows, found[chosen], name, group.stored)
+                total.add(rows, found[chosen], name)
         advance(w.nbytes)
-    return [total.error(name, group, weighted) for group, total in zip(groups, sums, strict=True)]
+    return [total.error(name) for total in sums]
 
 
 class _Sums:
-    """Sums over rows that are stored by one scheme, in float64."""
+    """Sums over the rows of a group, in float64; `chosen` is the key of what is expected."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: StoredGroup, chosen: str):
+        self.group, self.chosen = group, chosen
         self.max_steps, self.products, self.levels = 0.0, np.zeros(4), np.zeros(3)
 
-    def add(self, w: np.ndarray, found: np.ndarray, name: str, stored: StoredTensor) -> None:
+    def add(self, w: np.ndarray, found: np.ndarray, name: str) -> None:
         """Adds rows of the original and of what is stored."""
+        stored, expected = self.group.stored, EXPECTATIONS[self.chosen]
         with np.errstate(invalid="ignore", over="ignore"):
-            error, steps = found - w, step_sizes(name, w, stored)
+            error, steps = found - w, step_sizes(name, w, stored, expected)
             largest = steps.largest(steps.without_clipping(error, w))
             self.max_steps = float(np.maximum(self.max_steps, largest))  # NaN if one of them is
             self.products += _products(w, error, steps.beyond_rounding(error, w))
             noise, moved = steps.rounding(w.shape[1]).sum(), error.sum(dtype=np.float64)
             self.levels += noise, moved, steps.total(w.shape[1])
 
-    def error(self, name: str, group: StoredGroup, weighted: bool) -> WeightError:
+    def error(self, name: str) -> WeightError:
         """What they say of the rows."""
         square, along, along_rounding, error_square = self.products.tolist()
         noise, moved, total = self.levels.tolist()
-        scheme = group.stored.scheme
+        group, expected = self.group, EXPECTATIONS[self.chosen]
         return WeightError(
             name=name,
             scheme=group.label,
-            quantized=is_quantized(scheme),
+            quantized=is_quantized(group.stored.scheme),
             values=math.prod(group.stored.shape),
             relative_error=ratio(error_square, square) ** 0.5,
             projection=1 + ratio(along, square),
@@ -177,9 +175,10 @@ class _Sums:
             max_steps=self.max_steps,
             noise=ratio(error_square, noise),
             shift=ratio(moved, total),
-            weighted=is_weighted(scheme, weighted),
-            searched=is_searched(scheme, weighted),
-            grouped=isinstance(scheme, Palette),
+            weighted=expected.weighted,
+            searched=expected.searched,
+            grouped=expected.measure != "weight",
+            chosen=self.chosen,
         )
 
 

@@ -3,51 +3,25 @@
 Most limits are of numbers that do not depend on what the weights are, only on how they were
 rounded: a sound artifact is at 1 (noise) or 0 (shift), and other weights are far beyond. So these
 checks find another model even where its logits are as near as those of the right one in four bits.
+Limits that depend on the algorithm are in `expectations`. The measures:
+
+- `max_steps`: max |W−Ŵ| in steps of the scheme; of a block, row or group its root mean square, in
+  units of twice what rounding to nearest gives there.
+- `noise`: ‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
+- `projection`: |⟨W,Ŵ⟩/⟨W,W⟩ − 1|, without clipping, beyond five deviations of its rounding noise.
+  The least squared error counts clipping as an error, and makes weights smaller by its square.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from rgexport.validate.checks import Check
+from rgexport.validate.weights.expectations import EXPECTATIONS, HALF_STEPS, Expectation
 from rgexport.validate.weights.sketch_errors import SketchError
 from rgexport.validate.weights.weight_errors import WeightError
 
-MAX_STEPS = 0.501
-"""max |W−Ŵ| in steps of the scheme.
-
-Rounding to nearest gives half a step, and 1e-5 more for the float32 arithmetic on 255 levels.
-The step of a palette is twice the error of even levels, which k-means can only lessen.
-"""
-SEARCHED_STEPS = 3.0
-"""The same where levels are chosen for the least squared error: a few outermost weights clip.
-
-Measured on normal, uniform and heavy-tailed weights: up to 1.0, with an importance matrix 2.6.
-"""
-
-PROJECTION = 0.004
-"""|⟨W,Ŵ⟩/⟨W,W⟩ − 1|, without clipping, beyond five deviations of its rounding noise.
-
-The least squared error counts clipping as an error, and makes weights smaller by up to its square:
-there, half of that is expected, and as much again allowed.
-"""
-
-NOISE = 1.5
-"""‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
-
-Measured by `bench.sweep`: up to 1.1. Weights that miss their levels by one have 13, shuffled scales
-3.2 and more, another tensor's values 100 and more.
-"""
-WEIGHTED_NOISE = 6.0
-"""The same with an importance matrix, which lets unimportant weights be far from their levels.
-
-Measured with importances of two (four) orders of magnitude: up to 1.1 (3.7).
-"""
-HALF_STEPS = 12 * MAX_STEPS**2
-"""The same where every weight is half a step off its level, the most of rounding to nearest.
-
-For tensors whose single weights are compared, and for floats, whose steps differ.
-"""
 SHIFT = 0.4
 """|Σ(Ŵ−W)| / Σ step: rounding has no direction, except in weights of a few values.
 
@@ -78,44 +52,49 @@ def _worst(checks: Iterable[Check]) -> Iterator[Check]:
 
 
 def _of_weights(error: WeightError) -> Iterator[Check]:
-    limit, why = MAX_STEPS, "rounded to nearest"
-    if error.grouped:
-        why = "levels chosen for the least error, which even levels bound"
-    elif error.searched:
-        limit, why = SEARCHED_STEPS, "rounded to nearest, steps chosen for the least error"
-    yield _check(error, "weights.max_steps", error.max_steps, limit, why)
-    yield _noise_check(error, "weights", _noise(error) if error.searched else HALF_STEPS)
+    expected = EXPECTATIONS[error.chosen]
+    yield _check(error, "weights.max_steps", error.max_steps, expected.max_steps, expected.why)
+    noise = HALF_STEPS if expected.bounded else expected.noise
+    yield _noise_check(error, "weights", noise)
     yield from _shift_checks(error, "weights")
-    deviation, smaller = error.projection - 1 - error.clipping, 0.0
-    if error.searched:
-        smaller = error.relative_error**2 / 2
-        deviation = error.projection - 1 + smaller
+    change = error.projection - 1 - (0.0 if expected.searched else error.clipping)
+    deviation, around = _shrinkage(change, error.relative_error**2, expected)
     noise = 5 * error.relative_error / error.values**0.5
-    yield _projection_check(error, "weights", deviation, noise + smaller)
+    yield _projection_check(error, "weights", deviation, expected.projection + noise + around)
 
 
 def _of_sketch(error: SketchError) -> Iterator[Check]:
-    limit = _noise(error) if error.quantized else HALF_STEPS
+    expected = EXPECTATIONS[error.chosen]
+    limit = expected.noise if error.quantized else HALF_STEPS
     if error.directions:
         limit *= _most(error.evenness * error.directions, error.largest_share / error.directions)
     yield _noise_check(error, "reference", limit)
     count = error.directions or error.columns
-    limit = _noise(error) * _most(count, 1 / count, CHANCE / error.rows)
+    limit = expected.row_noise * _most(count, 1 / count, CHANCE / error.rows)
     yield _check(
         error, "reference.row", error.worst_row, limit, "every row is its own original, rounded"
     )
     yield from _shift_checks(error, "reference")
-    # With ρ = ‖W−Ŵ‖/‖W‖, the least squared error gives a projection of 1-ρ², unbiased rounding 1.
-    square = min(error.relative_error, error.expected_error) ** 2
+    # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
+    square = min(error.relative_error**2, expected.noise * error.expected_error**2)
     known = error.relative_error / error.products**0.5
     if not error.estimated:
         known += square * error.uncertainty / 2
-    deviation = error.projection - 1 + square / 2
-    yield _projection_check(error, "reference", deviation, square / 2 + 5 * known)
+    least, most = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
+    unsure = replace(expected, shrinks=(least, most))
+    deviation, around = _shrinkage(error.projection - 1, square, unsure)
+    limit = expected.projection + around + 5 * known
+    yield _projection_check(error, "reference", deviation, limit)
 
 
-def _noise(error: WeightError | SketchError) -> float:
-    return WEIGHTED_NOISE if error.weighted else NOISE
+def _shrinkage(change: float, square: float, expected: Expectation) -> tuple[float, float]:
+    """How far `change`, the projection less 1, is from the middle of what is expected.
+
+    And how far it may be. With ρ² = ‖W−Ŵ‖²/‖W‖², the least squared error gives -ρ², unbiased
+    rounding 0.
+    """
+    least, most = expected.shrinks
+    return change + square * (least + most) / 2, square * (most - least) / 2
 
 
 def _most(products: float, share: float, chance: float = CHANCE) -> float:
@@ -142,10 +121,10 @@ def _shift_checks(error: WeightError | SketchError, place: str) -> Iterator[Chec
 
 
 def _projection_check(
-    error: WeightError | SketchError, place: str, deviation: float, more: float
+    error: WeightError | SketchError, place: str, deviation: float, limit: float
 ) -> Check:
     why = "scales are neither too large nor too small"
-    return _check(error, f"{place}.projection", abs(deviation), PROJECTION + more, why)
+    return _check(error, f"{place}.projection", abs(deviation), limit, why)
 
 
 def _check(

@@ -67,5 +67,5 @@ def test_wrong_data(copy: Copy, judge: Judge, fault: str, precision: str) -> Non
     edit(artifact)
     result = judge(artifact)
     require_named(result, site)
-    assert f"weights.{tensor}.max_steps" in failed(result)
+    assert any(name.startswith(f"weights.{tensor}.") for name in failed(result))
     assert result.sites is not None and result.sites.first is None

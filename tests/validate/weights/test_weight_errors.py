@@ -8,8 +8,8 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 from rgexport.validate.weights import weight_errors as module
+from rgexport.validate.weights.expectations import MAX_STEPS
 from rgexport.validate.weights.weight_errors import check_shapes, weight_errors
-from rgexport.validate.weights.weight_limits import MAX_STEPS
 from tests.validate.weights.stored import KINDS, draw, error_of, passes, store
 
 SCHEMES: list[Scheme] = [

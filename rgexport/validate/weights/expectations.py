@@ -1,0 +1,170 @@
+"""What sound weights look like, by the algorithm that chose their levels.
+
+A layout says which values a tensor can hold, an algorithm which of them it holds. Rounding to
+nearest leaves every weight within half a step; a search for the best scale leaves every block with
+at most the error that rounding has there, but clips single weights; error feedback moves whole rows
+further away, so that the errors of their products cancel.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rgexport.errors import RequestError
+from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.scheme import Ggml, Mixed, Scheme
+from rgexport.validate.weights.ggml_steps import BLOCKS
+
+Measure = Literal["weight", "block", "row", "group"]
+"""What `max_steps` is the largest of: errors of single weights, or root mean squares."""
+
+MAX_STEPS = 0.501
+"""Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""
+HALF_STEPS = 12 * MAX_STEPS**2
+"""The noise of a tensor whose weights are all half a step off, the most of rounding to nearest."""
+NOISE = 1.5
+"""‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
+
+Measured by `bench.sweep`: up to 1.1. Weights that miss their levels by one have 13, shuffled scales
+3.2 and more, another tensor's values 100 and more.
+"""
+WEIGHTED_NOISE = 6.0
+"""The same with an importance matrix, which lets unimportant weights be far from their levels.
+
+Measured with importances of two (four) orders of magnitude: up to 1.1 (3.7).
+"""
+FEEDBACK_NOISE = 8.0
+"""The same where errors are weighed by a Hessian: usually 1 to 2.
+
+Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """The limits of sound weights; `weight_limits` explains the measures.
+
+    Attributes:
+        why: in words, for the reason of a limit.
+        measure: what `max_steps` is taken of.
+        max_steps: its limit. Of a block, row or group, 1 is twice the root mean square that
+            rounding to nearest gives there.
+        noise: the limit of the noise of a tensor whose single weights are not compared, or may be
+            further off than half a step.
+        row_noise: the same of one row, as its sketch estimates it.
+        shrinks: how much smaller weights become, at least and at most, in units of the relative
+            squared error: 0 for unbiased rounding, 1 for the least squared error.
+        projection: how far the projection may be from that, besides its own uncertainty.
+        weighted: whether some weights count more than others.
+    """
+
+    why: str
+    measure: Measure = "weight"
+    max_steps: float = MAX_STEPS
+    noise: float = NOISE
+    row_noise: float = NOISE
+    shrinks: tuple[float, float] = (0.0, 0.0)
+    projection: float = 0.004
+    weighted: bool = False
+
+    @property
+    def searched(self) -> bool:
+        """Whether levels are chosen for the least error, so that all weights are a little small."""
+        return self.shrinks != (0.0, 0.0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether no weight, or no block, has more error than half a step gives."""
+        return self.measure in ("weight", "block") and self.max_steps == MAX_STEPS
+
+
+_WEIGHED = Expectation(
+    why="levels chosen for the least error of the outputs",
+    measure="row",
+    max_steps=3.0,
+    noise=FEEDBACK_NOISE,
+    row_noise=10.0,
+    shrinks=(0.0, 3.0),
+    projection=0.01,
+    weighted=True,
+)
+_WEIGHED_8 = replace(
+    _WEIGHED, max_steps=12.0, noise=8 * FEEDBACK_NOISE, row_noise=128.0, projection=0.02
+)
+"""A step of 8 bits is a sixteenth of one of 4 bits: other weights are 256 times as far beyond."""
+_SCALES = "scales chosen for the least error of the outputs"
+EXPECTATIONS: dict[str, Expectation] = {
+    "cast": Expectation(why="rounded to nearest"),
+    "rtn": Expectation(why="rounded to nearest"),
+    "search": Expectation(
+        why="scales chosen for the least error, no block worse than rounded to nearest",
+        measure="block",
+        row_noise=2.0,
+        noise=2.0,
+        shrinks=(1.0, 1.0),
+    ),
+    "weighted search": replace(_WEIGHED, why=_SCALES),
+    "weighted search, 8 bits": replace(_WEIGHED_8, why=_SCALES),
+    "gptq": _WEIGHED,
+    "gptq, 8 bits": _WEIGHED_8,
+    "kmeans": Expectation(
+        why="levels chosen for the least error, which even levels bound",
+        measure="group",
+        shrinks=(0.0, 1.0),
+    ),
+    "ggml": Expectation(why="rounded to nearest"),
+    "ggml search": Expectation(
+        why="rounded to nearest, steps chosen for the least error",
+        max_steps=3.0,
+        shrinks=(0.0, 1.0),
+    ),
+    "ggml weighted": Expectation(
+        why="rounded to nearest, steps chosen for the least error by importances",
+        max_steps=3.0,
+        noise=WEIGHTED_NOISE,
+        row_noise=WEIGHTED_NOISE,
+        shrinks=(0.0, 1.0),
+        weighted=True,
+    ),
+}
+"""Key, see `expectation_key` → what is expected.
+
+search: measured on five kinds of weights, a block has up to 1.00 times the error of rounding to
+nearest, and weights shrink by 1.00 times the squared error.
+
+gptq, weighted search: with inputs as in `FEEDBACK_NOISE`, a row had up to 4.9 times the root mean
+square of rounding (2.4 in the units of `max_steps`), and weights shrank by 0.3 to 2.9 times the
+squared error, in 8 bits by up to 0.014. Two rows that changed places have 9 to 18 times that root
+mean square (4.5 to 9) in 4 bits.
+
+ggml search: a few outermost weights clip. Measured on normal, uniform and heavy-tailed weights: up
+to 1.0 steps, with an importance matrix 2.6.
+"""
+
+
+def expectation_key(scheme: Scheme, weighted: bool) -> str:
+    """The key of `EXPECTATIONS`: the algorithm, or what it does for a type of ggml.
+
+    Args:
+        scheme: of the tensor.
+        weighted: whether the artifact was made with an importance matrix or a calibration.
+
+    Raises:
+        RequestError: an algorithm that is not known here.
+    """
+    assert not isinstance(scheme, Mixed), "row groups are compared one by one"
+    if scheme.algorithm != "ggml":
+        word = "weighted search" if weighted and scheme.algorithm == "search" else scheme.algorithm
+        if word not in EXPECTATIONS:
+            raise RequestError(
+                f"the artifact has levels chosen by {word!r}, which this version cannot judge; "
+                f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
+            )
+        fine = f"{word}, 8 bits"
+        return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else word
+    assert isinstance(scheme, Ggml)
+    blocks = BLOCKS.get(scheme.type)
+    if blocks is None:
+        return "cast"
+    if weighted and blocks.below < BLOCKS["q8_0"].below:  # an importance matrix is not for q8_0
+        return "ggml weighted"
+    return "ggml search" if blocks.grouped else "ggml"
