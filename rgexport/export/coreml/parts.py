@@ -40,7 +40,7 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
     if (
         not isinstance(scheme, Affine | Palette | Mixed)
         or len(shape) != 2
-        or scheme.bits not in _SIGNED
+        or (isinstance(scheme, Affine | Palette) and scheme.bits not in _SIGNED)
         or fitted(scheme, shape) != scheme
     ):
         raise RequestError(

@@ -85,10 +85,12 @@ def test_products_must_fit_into_float16(bits: Literal[4, 8], symmetric: bool) ->
     rows = np.ones((2, 64), np.float32)
     rows[1, 3] = -70_000
     with pytest.raises(RequestError, match=r"up_proj\.weight: weights of 7e\+04 .* --compute fp32"):
-        encode(NAME, rows, stored)
+        encode(no_statistics, NAME, rows, stored)
     rows[1, 3] = -60_000
-    assert np.isfinite(as_core_ml(encode(NAME, rows, stored), scheme)).all()
-    encode(NAME, rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32")))
+    assert np.isfinite(as_core_ml(encode(no_statistics, NAME, rows, stored), scheme)).all()
+    encode(
+        no_statistics, NAME, rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32"))
+    )
 
 
 @settings(deadline=None)
