@@ -9,7 +9,8 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
-from rgexport.progress import amount
+from rgexport.kernels.rounding import library
+from rgexport.progress import amount, warn
 from rgexport.quantize.scheme import Ggml, Plan
 
 
@@ -62,7 +63,14 @@ def algorithm_word(
         )
     if quality is None and plan is not None:
         return None
-    return QUALITIES[quality or ("best" if calibration is not None else "default")]
+    word = QUALITIES[quality or ("best" if calibration is not None else "default")]
+    if word == "search" and quality is None and not library.is_there():
+        warn(
+            "weights are rounded to nearest: the library that chooses better levels is not built; "
+            "build it with `python -m rgexport.kernels.build`"
+        )
+        return QUALITIES["fast"]
+    return word
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
