@@ -9,6 +9,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.request import (
+    algorithm_word,
     as_argument,
     check_line,
     closing_line,
@@ -30,6 +31,39 @@ from rgexport.files.hashing import FileRecord
 )
 def test_precision(precision, int4, int8, word):
     assert precision_word(precision, int4, int8, "onnx") == word
+
+
+@pytest.mark.parametrize(
+    ("quality", "calibration", "plan", "word"),
+    [
+        (None, None, None, "search"),
+        ("fast", None, None, "rtn"),
+        ("default", None, "plan", "search"),
+        ("best", None, None, "gptq"),
+        ("best", "file", "plan", "gptq"),
+        (None, "file", None, "gptq"),
+        (None, None, "plan", None),
+        (None, "file", "plan", None),
+    ],
+)
+def test_what_chooses_levels(quality, calibration, plan, word):
+    assert algorithm_word(quality, calibration, plan) == word
+
+
+def test_a_calibration_is_for_the_best_quality():
+    with pytest.raises(
+        RequestError, match="--quality fast takes no calibration; .* --quality best"
+    ):
+        algorithm_word("fast", "file", None)
+    with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
+        algorithm_word("better", None, None)
+
+
+def test_without_the_library_weights_are_rounded(monkeypatch, capsys):
+    monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
+    assert algorithm_word(None, None, None) == "rtn"
+    assert "rounded to nearest: the library" in capsys.readouterr().err
+    assert algorithm_word("default", None, None) == "search"  # and the export says what is missing
 
 
 def test_words_are_those_of_the_format():
