@@ -117,7 +117,7 @@ def read_texts(model: Path, limit: int) -> dict[str, np.ndarray]:
     tokenizer = load_tokenizer(model)
     found = {}
     for kind, file in TEXTS.items():
-        ids = tokenizer.encode((ROOT / file).read_text()[: 8 * limit])
+        ids = [tokenizer.bos_id or 0, *tokenizer.encode_text((ROOT / file).read_text()[: 8 * limit])]
         found[kind] = np.array([ids[:limit]])
     return found
 
