@@ -23,6 +23,7 @@ from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.quantize.plan import choose_scheme, make_plan
 
 Answer = tuple[Artifact, dict[str, np.ndarray], str]
 
@@ -30,8 +31,11 @@ Answer = tuple[Artifact, dict[str, np.ndarray], str]
 def _seeds(folder: Path) -> Iterable[bytes]:
     config = dataclasses.replace(small.CONFIG, block_types=("attention",))
     checkpoint = open_checkpoint(small.write_model(folder / "model", config))
-    for word in ("fp32", "int8", "int4"):
-        target = export_onnx(checkpoint, OnnxOptions(precision=word), folder / word)
+    asked = {word: OnnxOptions(precision=word) for word in ("fp32", "int8", "int4")}
+    plan = make_plan(config, choose_scheme("int4"), small.ROW_GROUPS)
+    asked["groups"] = OnnxOptions(plan=plan)
+    for word, options in asked.items():
+        target = export_onnx(checkpoint, options, folder / word)
         files = folders.files_in(target)
         files["model.onnx"] = folders.Entry(files["model.onnx"].content[:40])  # not read here
         yield folders.pack(fitted(_compact(files)))

@@ -10,6 +10,7 @@ from rgexport.griffin.huggingface_config import to_hugging_face
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_writer import write_weights
 from rgexport.griffin.tensor import DTYPES, from_array
+from rgexport.quantize.scheme import Affine, Mixed, RowGroup
 
 CONFIG = GriffinConfig(
     vocab_size=16,
@@ -24,6 +25,14 @@ CONFIG = GriffinConfig(
     rope_dims=2,
 )
 """As small as a model of both kinds of layers can be."""
+ROW_GROUPS = Mixed(
+    (
+        RowGroup("0-2,7", Affine(8, 32, symmetric=True)),
+        RowGroup("4", Affine(4, 32, symmetric=False)),
+        RowGroup(None, Affine(4, 32, symmetric=True)),
+    )
+)
+"""A way to store its embedding."""
 
 
 def weights(config: GriffinConfig = CONFIG) -> dict[str, np.ndarray]:
