@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,23 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RequestError, match="is truncated"):
         open_calibration(path)
+
+
+@given(st.data())
+def test_changed_bytes_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = write(tmp_path_factory.mktemp("changed") / "file", contents())
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, header + 200))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with suppress(RequestError):
+        found = open_calibration(path)
+        for name in [*linears(CONFIG), EMBEDDING]:
+            for read in (found.hessian, found.importance, found.sensitivity):
+                read(name)
 
 
 def test_the_text_may_be_of_any_kind(tmp_path: Path) -> None:
