@@ -112,7 +112,7 @@ def calibrate(
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         work = open_work(folder, request, force=force)
         text = _text(work, checkpoint, tokenizer, options, given)
-        _collect(work, checkpoint, text, options, hashes, device)
+        collect(work, checkpoint, text, options, hashes, device)
     return target
 
 
@@ -185,7 +185,7 @@ def _text(
     return text
 
 
-def _collect(
+def collect(
     work: Work,
     checkpoint: Checkpoint,
     text: Passages,

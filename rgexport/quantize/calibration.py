@@ -1,6 +1,5 @@
 """Reads the statistics that `rgexport calibrate` made, for the algorithms that use them."""
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,4 +212,4 @@ def _provenance(path: Path) -> Provenance:
             )
         return provenance_from(fields)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: {reprlib.repr(str(error))}") from None
+        raise RequestError(f"{path} is damaged: {error}") from None

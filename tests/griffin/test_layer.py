@@ -12,7 +12,7 @@ from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
 from rgexport.griffin.layer import all_ops
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.griffin.sites import HEAD_SITES, sites
 from rgexport.runtimes.llama_cpp.observer import taps
 from tests.models import ODD_CONFIGS, deepmind_model, random_weights
@@ -31,6 +31,16 @@ def test_each_op_of_the_step_has_a_row():
 def test_sites_are_those_of_the_step_model_in_its_order(name):
     config = ODD_CONFIGS[name]
     assert sites(config) == tuple(node.site for node in trace(config).nodes)
+
+
+@pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
+def test_the_table_says_what_each_linear_reads(name):
+    config = ODD_CONFIGS[name]
+    nodes = trace(config).nodes
+    made_by = {output.name: node.site for node in nodes for output in node.outputs}
+    linears = {node.site: made_by[node.inputs[0].name] for node in nodes if node.op == "linear"}
+    assert linears.pop("lm_head") == input_site(EMBEDDING) == "final_norm"
+    assert linears == {site: input_site(f"{site}.weight") for site in linears}
 
 
 @pytest.mark.parametrize("table", [ONNX, COREML], ids=["onnx", "coreml"])
