@@ -57,7 +57,9 @@ def make_missing(storages: list[Storage], *, transformer: bool = True) -> None:
             continue
         if not checkpoint.exists():
             command("random", "--size", "2b", "-o", checkpoint)
-        asked = ("--precision", f"int{storage.bits}", "--block-size", str(storage.block))
+        word, block = f"int{storage.bits}", str(storage.block)
+        asked = ["--precision", word, "--embedding-precision", word, "--block-size", block]
+        asked += ["--asymmetric"] if storage.bits == 4 else []
         command("onnx", "-m", checkpoint, *asked, "--no-check", "-o", storage.artifact)
 
 
@@ -91,7 +93,7 @@ def op_model(inputs: int, outputs: int, storage: Storage) -> bytes:
 
 
 def _weights(inputs: int, outputs: int, storage: Storage) -> Iterator[tuple[str, np.ndarray]]:
-    """As `MatMulNBits` has them; asymmetric, as is the default for int4."""
+    """As `MatMulNBits` has them; int4 is asymmetric, as in the artifacts."""
     generator = np.random.default_rng(inputs + outputs)
     blocks = -(-inputs // storage.block)
     blob = storage.block * storage.bits // 8

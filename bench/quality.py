@@ -117,8 +117,8 @@ def read_texts(model: Path, limit: int) -> dict[str, np.ndarray]:
     tokenizer = load_tokenizer(model)
     found = {}
     for kind, file in TEXTS.items():
-        ids = [tokenizer.bos_id or 0, *tokenizer.encode_text((ROOT / file).read_text()[: 8 * limit])]
-        found[kind] = np.array([ids[:limit]])
+        ids = tokenizer.encode_text((ROOT / file).read_text()[: 8 * limit])
+        found[kind] = np.array([[tokenizer.bos_id or 0, *ids][:limit]])
     return found
 
 

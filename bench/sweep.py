@@ -63,10 +63,17 @@ def _gguf(kind: str) -> Export:
     return lambda checkpoint, target: export_gguf(checkpoint, GgufOptions(type=kind), target)
 
 
+UNIFORM: dict[str, Any] = {
+    "precision": "int4",
+    "block_size": 128,
+    "symmetric": False,
+    "embedding_precision": "int4",
+}
+"""Four bits everywhere, with zero points."""
 EXPORTS: dict[str, dict[str, Export]] = {
     "onnx": {
         **{word: _onnx(precision=word) for word in ("fp32", "fp16", "int8", "int4")},
-        "int4-32": _onnx(precision="int4", block_size=32),
+        "int4-128": _onnx(**UNIFORM),
         "int4-exact": _onnx(precision="int4", exact=True),
         "int4-fp16": _onnx(precision="int4", compute="fp16"),
     },

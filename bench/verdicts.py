@@ -45,7 +45,7 @@ from rgexport.validate.self_check import self_check
 TOKENS = 128
 """Of the built-in text, where the model is there."""
 PRECISIONS = {
-    "onnx": ("int8", "int4", "int4-32"),
+    "onnx": ("int8", "int4", "int4-128"),
     "coreml": ("int8", "int4"),
     "gguf": ("q8_0", "q4_0", "q4_k_m"),
 }

@@ -115,7 +115,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "target is a file": ("onnx -m model -o model/config.json --force", "is a file"),
     "coreml unknown precision": ("coreml -m model --precision int3", "'int3'; .*int4, pal4"),
     "coreml idle block size": (
-        "coreml -m model --block-size 64",
+        "coreml -m model --precision fp16 --block-size 64",
         "--block-size changes nothing in fp16 weights",
     ),
     "coreml idle symmetry": (
@@ -130,8 +130,11 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "gguf unknown precision": ("gguf -m model --precision q4_0", "'q4_0'; expected one of fp32"),
     "gguf embedding": ("gguf -m model --embedding-precision x", "'x'; expected one of"),
     "gguf override": ("gguf -m model --type q4_0 --tensor-type a", "expected REGEX=TYPE"),
-    "gguf idle override": ("gguf -m model --tensor-type a=q8_0", "changes nothing"),
-    "gguf idle pure": ("gguf -m model --pure", "--pure changes nothing in a file of type f16"),
+    "gguf idle override": ("gguf -m model --type f16 --tensor-type a=q8_0", "changes nothing"),
+    "gguf idle pure": (
+        "gguf -m model --type f16 --pure",
+        "--pure changes nothing in a file of type f16",
+    ),
     "gguf idle imatrix": (
         "gguf -m model --int8 --imatrix nowhere",
         "--imatrix changes nothing in a file of type q8_0",
@@ -235,7 +238,7 @@ def test_damaged_artifact(command, made, name, request, tmp_path, monkeypatch, c
 def test_damaged_gguf(command, harm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "model")
-    assert run(["gguf", "-m", "model", "-o", "x.gguf"]) == 0
+    assert run(["gguf", "-m", "model", "--type", "f16", "-o", "x.gguf"]) == 0
     size = Path("x.gguf").stat().st_size
     os.truncate("x.gguf", size - 100 if harm == "data" else 300)
     line = refused(command.format("x.gguf").split(), capsys)

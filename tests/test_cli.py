@@ -127,7 +127,8 @@ def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
 def test_inspect_shows_tables(demo_artifact, capsys):
     assert run(["inspect", str(demo_artifact), "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert "int4/128" in shown and "rg_lru" in shown and "All hashes were verified." in shown
+    assert "int4/32" in shown and "int8/128" in shown and "rg_lru" in shown
+    assert "All hashes were verified." in shown
 
 
 def test_problems_make_the_answer_no(tmp_path, monkeypatch, capsys):
@@ -229,7 +230,7 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch, capsys):
     name = os.fsdecode(b"mod\xe8le")
     write_hugging_face(CONFIG, random_weights(CONFIG), Path(name))
     assert run(["onnx", "-m", name]) == 0
-    assert run(["inspect", "mod\ufffdle-fp32-onnx", "--verify"]) == 0
+    assert run(["inspect", "mod\ufffdle-int4-onnx", "--verify"]) == 0
     assert "mod\ufffdle" in capsys.readouterr().out
 
 

@@ -37,7 +37,8 @@ def test_use_of_an_artifact(use, demo_artifact, tmp_path):
 
 
 def test_gguf(tmp_path):
-    result = rgexport("gguf", "--size", "demo", folder=tmp_path, before=BLOCK)
+    asked = "gguf", "--size", "demo", "--type", "f16"
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
     assert "Not checked: " in result.stdout and "rgexport[export]" in result.stdout
     result = rgexport("inspect", "demo-F16.gguf", "--json", folder=tmp_path, before=BLOCK)

@@ -34,7 +34,7 @@ from rgexport.commands.options import (
 @click.option(
     "--precision",
     metavar="fp32|fp16|int8|int4",
-    help="Precision of the weights. [default: fp32; wasm: int8; webgpu: int4]",
+    help="Precision of the weights. [default: int4; wasm: int8]",
 )
 @click.option(
     "--compute",
@@ -42,7 +42,11 @@ from rgexport.commands.options import (
     help="Type of the activations. [default: fp32, or fp16 with fp16 weights]",
 )
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
-@storing_options(block="128", symmetry="asymmetric for int4", embedding="as --precision")
+@storing_options(
+    block="32 for int4, 128 for int8; browsers: 128",
+    symmetry="symmetric; int4 in browsers: asymmetric",
+    embedding="int8 for int4, or as --precision; webgpu: as --precision",
+)
 @plan_option
 @quality_options
 @output_options
@@ -61,7 +65,7 @@ def onnx(**request: Any) -> int:
 @click.option(
     "--precision",
     metavar="fp32|fp16|int8|int4|pal4",
-    help="Precision of the weights. [default: fp16]",
+    help="Precision of the weights. [default: int4]",
 )
 @click.option(
     "--compute",
@@ -182,7 +186,7 @@ def _close(target: Path) -> int:
     "--type",
     "kind",
     metavar="TYPE",
-    help="As llama-quantize names them, such as q4_0. [default: f16]",
+    help="As llama-quantize names them, such as q4_0. [default: q4_k_m]",
 )
 @click.option("--precision", metavar="fp32|fp16|int8|int4", help="Instead of --type.")
 @click.option("--pure", is_flag=True, help="No mix: that type for the embedding too.")

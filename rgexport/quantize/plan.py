@@ -1,7 +1,7 @@
 """The quantization plan: how each tensor is stored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
     "fp16": Float("float16"),
     "int8": Affine(8, 128, symmetric=True),
-    "int4": Affine(4, 128, symmetric=False),
+    "int4": Affine(4, 32, symmetric=True),
 }
 """Precision → scheme of the linears and the embedding, before options for block and symmetry."""
+WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
+"""The same for browsers, whose scales are float32: there, small blocks cost another half bit."""
 COREML_PRECISIONS: dict[str, Scheme] = {
     "fp32": Float("float32"),
     "fp16": Float("float16"),
@@ -73,6 +75,30 @@ def choose_scheme(
         block=scheme.block if block is None else block,
         symmetric=scheme.symmetric if symmetric is None else symmetric,
     )
+
+
+def choose_schemes(
+    words: tuple[str, str],
+    choose: Callable[[str, int | None, bool | None], Scheme],
+    block: int | None,
+    symmetric: bool | None,
+) -> tuple[Scheme, Scheme]:
+    """The schemes of the linears and of the embedding.
+
+    Block and symmetry are those of the linears. The embedding has them too if it is stored in the
+    same precision, or if the linears are not quantized; else it keeps the defaults of its own.
+
+    Args:
+        words: their precisions.
+        choose: a precision, a block size and a symmetry → the scheme.
+        block: `--block-size`.
+        symmetric: `--symmetric` or `--asymmetric`.
+    """
+    linear, table = words
+    chosen = choose(linear, block, symmetric)
+    if table == linear or not isinstance(chosen, Affine):
+        return chosen, choose(table, block, symmetric)
+    return chosen, choose(table, None, None)
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:

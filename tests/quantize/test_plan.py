@@ -8,6 +8,7 @@ from rgexport.errors import RequestError
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
+    WEB_PRECISIONS,
     choose_scheme,
     load_plan,
     make_plan,
@@ -122,7 +123,9 @@ def test_a_plan_may_be_of_ggml_types(tmp_path: Path) -> None:
     assert precision_of(plan) == "q4_k"
 
 
-def test_int4_is_asymmetric_and_int8_symmetric_by_default() -> None:
-    assert choose_scheme("int4", 64) == Affine(4, 64, symmetric=False)
-    assert choose_scheme("int8", 32) == Affine(8, 32, symmetric=True)
-    assert choose_scheme("int4", 64, symmetric=True) == Affine(4, 64, symmetric=True)
+def test_options_that_are_not_given_have_the_precision_s_defaults() -> None:
+    assert choose_scheme("int4", 64) == Affine(4, 64, symmetric=True)
+    assert choose_scheme("int4") == Affine(4, 32, symmetric=True)
+    assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
+    assert choose_scheme("int4", symmetric=False) == Affine(4, 32, symmetric=False)
+    assert choose_scheme("int4", words=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)

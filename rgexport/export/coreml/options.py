@@ -1,6 +1,7 @@
 """The options of a Core ML export."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 from rgexport.errors import RequestError
@@ -19,13 +20,14 @@ from rgexport.quantize.fitting import fitted, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     choose_scheme,
+    choose_schemes,
     is_linear_bias,
     make_plan,
     precision_of,
 )
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
-DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "fp16", 128
+DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
 """Precision of the linears → that of the embedding, where it is not the same."""
 _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
@@ -103,11 +105,8 @@ class CoreMLOptions:
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """The schemes of the linears and of the embedding, before they are fitted."""
-        linear, table = (
-            choose_scheme(asked, self.block_size, self.symmetric, COREML_PRECISIONS)
-            for asked in self._words()
-        )
-        return linear, table
+        choose = partial(choose_scheme, words=COREML_PRECISIONS)
+        return choose_schemes(self._words(), choose, self.block_size, self.symmetric)
 
     def _words(self) -> tuple[str, str]:
         """The precisions of the linears and of the embedding."""

@@ -30,7 +30,7 @@ from rgexport.quantize.ggml_types import (
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
 from rgexport.quantize.scheme import Float, Ggml, Mixed, Plan, Scheme
 
-DEFAULT_TYPE = "f16"
+DEFAULT_TYPE = "q4_k_m"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 """Precision word of the other formats → file type."""
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}

@@ -18,10 +18,8 @@ from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.algorithms import by_algorithm
 from rgexport.quantize.fitting import least_padded, with_dtype
-from rgexport.quantize.plan import choose_scheme, make_plan, precision_of
+from rgexport.quantize.plan import choose_scheme, choose_schemes, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
-
-DEFAULT_BLOCK = 128
 
 _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
@@ -31,10 +29,11 @@ class OnnxOptions:
     """How weights are stored and activations computed; None stands for a default.
 
     `profile` is what the graph is lowered for (see `profiles`, which has a default `precision` for
-    each); `compute` is fp32 unless `precision` is fp16; `exact` keeps activations out of int8;
-    `plan` says for each tensor what `precision`, `block_size`, `symmetric` and
-    `embedding_precision` say for all. `algorithm` chooses the levels (`quantize.algorithms`); None
-    leaves it to the plan.
+    each). Block size and symmetry are those of the linears, and of an embedding of the same
+    precision (see `quantize.plan.choose_schemes`). `compute` is fp32 unless `precision` is fp16;
+    `exact` keeps activations out of int8; `plan` says for each tensor what `precision`,
+    `block_size`, `symmetric` and `embedding_precision` say for all. `algorithm` chooses the levels
+    (`quantize.algorithms`); None leaves it to the plan.
     """
 
     profile: str = "cpu"
@@ -70,7 +69,8 @@ class OnnxOptions:
 
     @property
     def _embedding_word(self) -> str:
-        return self.embedding_precision or self.precision_word
+        word = self.precision_word
+        return self.embedding_precision or self._profile.embeddings.get(word, word)
 
     @property
     def compute_word(self) -> str:
@@ -85,8 +85,9 @@ class OnnxOptions:
         """
         plan = self.plan
         if not plan:
-            linear = self._scheme(self.precision_word)
-            plan = make_plan(config, linear, self._scheme(self._embedding_word))
+            words = self.precision_word, self._embedding_word
+            chosen = choose_schemes(words, self._scheme, self.block_size, self.symmetric)
+            plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
         plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
@@ -112,14 +113,13 @@ class OnnxOptions:
     def _profile(self) -> LoweringProfile:
         return PROFILES[self.profile]
 
-    def _scheme(self, precision: str) -> Scheme:
+    def _scheme(self, precision: str, block: int | None, symmetric: bool | None) -> Scheme:
         """The scheme of a precision word: the profile's scale per row, or else blocks.
 
         A scale per row needs symmetric weights and activations in int8.
         """
-        block = DEFAULT_BLOCK if self.block_size is None else self.block_size
-        scheme = choose_scheme(precision, block, self.symmetric)
-        by_blocks = self.exact or self.block_size is not None or self.symmetric is False
+        scheme = choose_scheme(precision, block, symmetric, self._profile.precisions)
+        by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)
         return rows or with_dtype(scheme, self._profile.scale)
 

@@ -11,6 +11,7 @@ from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.storage import FileLimit
+from rgexport.quantize.plan import PRECISIONS, WEB_PRECISIONS
 from rgexport.quantize.scheme import INT8_ROWS, FloatDtype, Plan, Scheme
 
 Ops = Mapping[str, frozenset[str]]
@@ -34,6 +35,11 @@ _EVERYWHERE = frozenset(_WORDS.split())
 """Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
 
 
+FINE_HEAD = {"int4": "int8"}
+"""The embedding is the output head, too: in four bits it would make half of the loss, with a
+quarter of the weights. Not for WebGPU, whose released kernels lack 8-bit `MatMulNBits`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoweringProfile:
     """How a step program becomes a graph for one kind of runtime."""
@@ -43,6 +49,10 @@ class LoweringProfile:
     """All ops that the graph may have, also in bodies of functions and in subgraphs."""
     precision: str
     """The default precision word."""
+    precisions: Mapping[str, Scheme] = field(default_factory=lambda: PRECISIONS)
+    """Precision word → scheme, before options for block and symmetry."""
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    """Precision of the linears → that of the embedding, where it is not the same by default."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
     """Precision word → its scheme here, where the user asks for nothing that needs blocks."""
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
@@ -89,7 +99,8 @@ PROFILES: dict[str, LoweringProfile] = {
                 MICROSOFT: frozenset({"MatMulNBits"}),
                 DOMAIN: frozenset(_NATIVE.split()),
             },
-            precision="fp32",
+            precision="int4",
+            embeddings=FINE_HEAD,
             accuracy_level=4,
             scale="float16",
             functions=True,
@@ -101,6 +112,8 @@ PROFILES: dict[str, LoweringProfile] = {
                 MICROSOFT: frozenset({"MatMulNBits"}),
             },
             precision="int8",
+            precisions=WEB_PRECISIONS,
+            embeddings=FINE_HEAD,
             rows={"int8": INT8_ROWS},
             lowerings=LOWERINGS | wasm_ops.LOWERINGS,
             files=WEB_FILES,
@@ -112,6 +125,7 @@ PROFILES: dict[str, LoweringProfile] = {
                 MICROSOFT: frozenset({"GatherBlockQuantized", "LinearAttention", "MatMulNBits"}),
             },
             precision="int4",
+            precisions=WEB_PRECISIONS,
             even_zero_points=True,  # for GatherBlockQuantized
             lowerings=LOWERINGS | webgpu_ops.LOWERINGS,
             files=WEB_FILES,

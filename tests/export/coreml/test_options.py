@@ -26,7 +26,8 @@ def plan_2b(**options: Any) -> Plan:
 @pytest.mark.parametrize(
     ("options", "linear", "embedding"),
     [
-        ({}, Float("float16"), Float("float16")),
+        ({}, INT4, INT8),
+        ({"precision": "fp16"}, Float("float16"), Float("float16")),
         ({"precision": "fp32"}, Float("float32"), Float("float32")),
         ({"precision": "int8"}, INT8, INT8),
         ({"precision": "int4"}, INT4, INT8),
@@ -37,7 +38,7 @@ def plan_2b(**options: Any) -> Plan:
         (
             {"precision": "int4", "symmetric": False, "block_size": 64},
             Affine(4, 64, symmetric=False, scale="float16"),
-            Affine(8, 64, symmetric=False, scale="float16"),
+            INT8,
         ),
         (
             {"precision": "pal4", "compute": "fp32"},
@@ -125,7 +126,7 @@ def test_compute_follows_precision() -> None:
     assert words.pop("fp32") == "fp32"
     assert set(words.values()) == {"fp16"}
     assert CoreMLOptions(precision="int4", compute="fp32").compute_word == "fp32"
-    assert CoreMLOptions().precision_word == "fp16"
+    assert CoreMLOptions().precision_word == "int4"
 
 
 def test_a_plan_of_another_format_is_fitted() -> None:

@@ -12,4 +12,4 @@ from rgexport.griffin.checkpoint import open_checkpoint
 def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
     """The bundled demo model, in f16."""
     target = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    return open_gguf(export_gguf(open_checkpoint(size="demo"), GgufOptions(), target))
+    return open_gguf(export_gguf(open_checkpoint(size="demo"), GgufOptions(type="f16"), target))

@@ -84,7 +84,8 @@ def test_a_value_that_the_type_cannot_hold_is_named(tmp_path):
     weights[name][3, 4] = 1e5
     write_model(config, weights, tmp_path / "model")
     with pytest.raises(RequestError, match=f"{name}: .*1e.05 .*f16"):
-        export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(), tmp_path / "x.gguf")
+        options = GgufOptions(type="f16")
+        export_gguf(open_checkpoint(tmp_path / "model"), options, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -139,10 +140,15 @@ def model(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [("", "mine-F16.gguf"), ("--type BF16", "mine-BF16.gguf"), ("--int8", "mine-Q8_0.gguf")],
+    [
+        ("", "mine-Q4_K_M.gguf"),
+        ("--type BF16", "mine-BF16.gguf"),
+        ("--precision fp16", "mine-F16.gguf"),
+        ("--int8", "mine-Q8_0.gguf"),
+    ],
 )
 def test_default_name_and_last_line(model, asked, name, capsys):
-    if "int8" in asked:
+    if "16" not in asked:
         require_ggml()
     assert run(["gguf", "-m", "mine", "--no-check", *asked.split()]) == 0
     captured = capsys.readouterr()
@@ -151,7 +157,7 @@ def test_default_name_and_last_line(model, asked, name, capsys):
     assert "`rgexport llama-cpp build`" in captured.out and "LM Studio do not" in captured.out
     assert captured.out.endswith(f"rgexport generate {name} --ids 2\n")
     assert "Warning: mine has no tokenizer" in captured.err
-    assert run(["gguf", "-m", "mine", "-o", name]) == 2
+    assert run(["gguf", "-m", "mine", *asked.split(), "-o", name]) == 2
     assert f"{name} exists; pass --force" in capsys.readouterr().err
 
 
@@ -173,10 +179,10 @@ def test_printed_plan_exports_the_same(model, capsys):
 
 def test_a_missing_library_is_reported_before_any_work(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path / "nowhere"))
-    assert run(["gguf", "-m", "mine", "--int4"]) == 2
+    assert run(["gguf", "-m", "mine"]) == 2
     captured = capsys.readouterr().err
     assert "rgexport llama-cpp build" in captured and "Checking" not in captured
-    assert run(["gguf", "-m", "mine", "--no-check"]) == 0  # floats take no library
+    assert run(["gguf", "-m", "mine", "--type", "f16", "--no-check"]) == 0  # takes no library
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ def types(**options: object) -> dict[str, str]:
 
 
 def test_defaults():
-    assert GgufOptions().file_type.name == "f16"
-    chosen = types()
+    assert GgufOptions().file_type.name == "q4_k_m"
+    assert types()[EMBEDDING] == types(type="q4_k_m")[EMBEDDING]
+    chosen = types(type="f16")
     assert chosen[EMBEDDING] == chosen[DOWN] == "f16"
     assert chosen["blk.0.ssm_a"] == chosen["blk.0.rg_lru_a_gate.weight"] == "f32"
 

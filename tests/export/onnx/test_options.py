@@ -1,4 +1,3 @@
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,28 +11,61 @@ from tests.models import ODD_CONFIGS, make_config
 
 CONFIG = ODD_CONFIGS["regular"]
 LINEAR = "layers.0.mlp_block.up_proj.weight"
+HEAD = Affine(8, 64, symmetric=True, scale="float16")
+"""Blocks of 128, but that the rows have 64 weights."""
 PLAN = make_plan(CONFIG, Affine(4, 32, symmetric=True), Float("float32"))
 
 
 def test_defaults() -> None:
     options = OnnxOptions()
-    assert (options.precision_word, options.compute_word) == ("fp32", "fp32")
+    assert (options.precision_word, options.compute_word) == ("int4", "fp32")
     assert OnnxOptions(precision="fp16").compute_word == "fp16"
     assert OnnxOptions(precision="fp16", compute="fp32").compute_word == "fp32"
-    finer = OnnxOptions(precision="int4", embedding_precision="int8").resolve_plan(CONFIG)
-    assert finer[EMBEDDING] == Affine(8, 64, symmetric=True, scale="float16")
-    assert finer[LINEAR] == Affine(4, 64, symmetric=False, scale="float16")
+    plan = options.resolve_plan(CONFIG)
+    assert plan[EMBEDDING] == HEAD
+    assert plan[LINEAR] == Affine(4, 32, symmetric=True, scale="float16")
     assert OnnxOptions(profile="wasm").resolve_plan(CONFIG)[LINEAR] == INT8_ROWS
-    browser = OnnxOptions(profile="webgpu").resolve_plan(CONFIG)[LINEAR]
-    assert browser == replace(finer[LINEAR], scale="float32")
+    browser = OnnxOptions(profile="webgpu").resolve_plan(CONFIG)
+    assert browser[LINEAR] == Affine(4, 64, symmetric=False)
+    wasm = OnnxOptions(profile="wasm", precision="int4").resolve_plan(CONFIG)
+    assert (wasm[LINEAR], wasm[EMBEDDING]) == (browser[LINEAR], INT8_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "linear", "embedding"),
+    [
+        ({"block_size": 64}, (4, 64, True), HEAD),
+        ({"symmetric": False}, (4, 32, False), HEAD),
+        ({"embedding_precision": "int4"}, (4, 32, True), (4, 32, True)),
+        (
+            {"embedding_precision": "int4", "block_size": 128, "symmetric": False},
+            (4, 64, False),
+            (4, 64, False),
+        ),
+        ({"precision": "int8", "block_size": 32}, (8, 32, True), (8, 32, True)),
+        (
+            {"precision": "fp32", "embedding_precision": "int8", "block_size": 32},
+            Float("float32"),
+            (8, 32, True),
+        ),
+    ],
+)
+def test_options_change_what_they_name(
+    options: dict[str, Any], linear: Any, embedding: Any
+) -> None:
+    """The head keeps its own defaults, unless it is stored in the precision of the linears."""
+    plan = OnnxOptions(**options).resolve_plan(CONFIG)
+    for name, expected in ((LINEAR, linear), (EMBEDDING, embedding)):
+        scheme = Affine(*expected, scale="float16") if isinstance(expected, tuple) else expected
+        assert plan[name] == scheme
 
 
 @pytest.mark.parametrize("asked", [None, 16, 32, 128])
 def test_blocks_fit_the_rows_of_each_tensor(asked: int | None) -> None:
     """None takes more bytes than the asked size would; tensors of one input have one size."""
     config = make_config("ra", width=288, heads=4, lru_width=300, mlp_width=40)
-    plan = OnnxOptions(precision="int4", block_size=asked).resolve_plan(config)
-    largest = asked or 128
+    options = OnnxOptions(precision="int4", embedding_precision="int4", block_size=asked)
+    plan, largest = options.resolve_plan(config), asked or 32
     found = {name: scheme.block for name, scheme in plan.items() if isinstance(scheme, Affine)}
     fitting = {288: 32, 300: 64, 40: 16}
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
@@ -88,7 +120,8 @@ def test_int8_rows_are_for_wasm_only() -> None:
 def test_odd_zero_points_are_not_for_webgpu() -> None:
     """A row of the embedding with an odd number of blocks would share a byte with the next one."""
     asked: dict[str, Any] = {"precision": "int4", "block_size": 64}  # one block of a width of 64
-    assert not OnnxOptions(**asked).resolve_plan(CONFIG)[EMBEDDING].symmetric
+    uniform = OnnxOptions(**asked, symmetric=False, embedding_precision="int4")
+    assert not uniform.resolve_plan(CONFIG)[EMBEDDING].symmetric
     found = OnnxOptions(profile="webgpu", **asked).resolve_plan(CONFIG)
     assert found[EMBEDDING] == Affine(4, 64, symmetric=True)
     assert found[LINEAR] == Affine(4, 64, symmetric=False)
