@@ -10,6 +10,8 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.griffin.tensor import DTYPES
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import Affine, Float, Mixed, RowGroup, scheme_to_dict
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
 from tests.command_line import rgexport
 from tests.models import (
@@ -108,6 +110,14 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
     "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
     "foreign plan": ("onnx -m model --plan model/config.json", "does not name the tensors"),
+    "rows beyond the matrix": (
+        "onnx -m model --plan groups-64.json",
+        "embed_tokens.weight: a row group has row 64; expected rows below 64",
+    ),
+    "gguf row groups": (
+        "gguf -m model --plan groups-3.json",
+        r"int8/32 \(1 row\) \+ int4/32, which GGUF cannot do in row groups",
+    ),
     "window": ("onnx -m model --window 0", "--window is 0"),
     "soft cap": ("onnx -m model --soft-cap -1", "--soft-cap is -1"),
     "parent missing": ("onnx -m model -o no/where", "there is no folder"),
@@ -166,6 +176,14 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
 }
 
 
+def plan_with_group(row: int) -> dict[str, object]:
+    """A plan whose embedding has one row in 8 bits."""
+    group = RowGroup(str(row), Affine(8, 32, symmetric=True))
+    rows = Mixed((group, RowGroup(None, Affine(4, 32, symmetric=True))))
+    plan = make_plan(CONFIG, Float("float32"), rows)
+    return {name: scheme_to_dict(scheme) for name, scheme in plan.items()}
+
+
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_bad_request(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -174,6 +192,8 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder" / "thesis.tex").touch()
     (tmp_path / "text.gguf").write_text("Once upon a time")
     (tmp_path / "model.pt").touch()
+    for row in (3, 64):
+        (tmp_path / f"groups-{row}.json").write_text(json.dumps(plan_with_group(row)))
     arguments, complaint = BAD_REQUESTS[case]
     assert_matches(complaint, refused(arguments.split(), capsys))
 
