@@ -173,6 +173,12 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "random size": ("random --size 3b -o x", "'3b'; expected one of"),
     "random target": ("random --size 2b -o folder --force", "folder exists and holds"),
     "random nowhere": ("random --size 2b", "--output"),
+    "calibrate nothing": ("calibrate", "a model is needed"),
+    "calibration target": ("calibrate -m model -o text.gguf --force", "something else than what"),
+    "no tokens": ("calibrate -m model --tokens 0", "--tokens is 0; expected at least 1"),
+    "no mixture": ("calibrate -m model --sampled 9", "--sampled is for a mixture"),
+    "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read text.gguf"),
+    "calibrate on": ("calibrate -m model --device tpu", "tpu"),
 }
 
 

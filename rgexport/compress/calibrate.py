@@ -169,6 +169,7 @@ def _text(
     """The text of this request: that of an earlier run, or a new one."""
     tokens, lengths = work.load(TOKENS), work.load(LENGTHS)
     if tokens is not None and lengths is not None:
+        expect_stages(3)  # nothing is sampled now
         return Passages(tokens, lengths)
     sampled = []
     if options.from_model:

@@ -181,3 +181,24 @@ def test_labels_are_drawn_from_the_models_distribution() -> None:
     shares = np.bincount(found.labels, minlength=config.vocab_size) / count
     p = found.probability
     assert np.abs(shares - p).max() <= 5 * np.sqrt((p * (1 - p)).max() / count)
+
+
+def test_sensitivities_predict_what_noise_in_a_linear_costs(case: Case) -> None:
+    """½ · mean(g²) · tr(ΔW H ΔWᵀ) is the mean KL, within the scatter of a short text."""
+    config, text, weights = case.config, case.text, random_weights(case.config)
+    exact = log_probabilities(Reference(config, weight_source(weights)), text)
+    rng, ratios = np.random.default_rng(0), []
+    for tensor, shape in list(linears(config).items())[::3]:
+        noise = (3e-3 * rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+        changed = weights | {tensor: weights[tensor] + noise}
+        other = log_probabilities(Reference(config, weight_source(changed)), text)
+        measured = float((np.exp(exact) * (exact - other)).sum(1).mean())
+        (hessian,) = case.found.hessian(tensor) or []
+        sensitivity = case.found.sensitivity(tensor) or 0.0
+        ratios.append(measured / (0.5 * sensitivity * float(np.sum(noise @ hessian * noise))))
+    assert 0.6 < np.median(ratios) < 1.6, ratios
+
+
+def log_probabilities(model: Reference, text: Passages) -> np.ndarray:
+    logits = [model.logits(model.run(ids[None])[0])[0] for ids in sequences(text)]
+    return torch.from_numpy(np.concatenate(logits)).double().log_softmax(1).numpy()
