@@ -1,0 +1,160 @@
+"""A plan with its front: on the terminal, as JSON, and as a page with a plot."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rgexport import __version__
+from rgexport.compress.planning import Found, Point, Target
+from rgexport.errors import RequestError
+from rgexport.files.regular_file import read_regular
+from rgexport.griffin.json_fields import strict_json
+from rgexport.griffin.layout import EMBEDDING, input_site
+from rgexport.progress import amount
+from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.tables import Table, render
+from rgexport.validate.report import chart
+from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
+from rgexport.validate.report.words import number, plus_minus
+
+_ELSEWHERE = (
+    " Text that the model did not write itself costs about 1.3 times as much as text that it did; "
+    "--text FILE measures on yours."
+)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What is written of a plan.
+
+    Attributes:
+        found: the plan, its figures, and the front.
+        target: what was asked for.
+        kind: the format that it is for.
+        model: the checkpoint's name.
+        text: what it was measured on, for people.
+        own: whether that is the calibration's text.
+    """
+
+    found: Found
+    target: Target
+    kind: str
+    model: str
+    text: str
+    own: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """`plan` is what `--plan` reads; the rest says how it came about."""
+        found, error = self.found, self.found.measured.error
+        return {
+            "rgexport": __version__,
+            "model": self.model,
+            "format": self.kind,
+            "target": {self.target.kind: self.target.value},
+            "bits": found.chosen.bits,
+            "size": found.chosen.size,
+            "predicted_kl": found.chosen.kl,
+            "measured_kl": found.measured.kl,
+            "standard_error": error if math.isfinite(error) else None,
+            "text": {"name": self.text, "tokens": found.measured.tokens},
+            "front": [asdict(point) for point in found.front],
+            "plan": {name: scheme_to_dict(scheme) for name, scheme in found.plan.items()},
+        }
+
+    def as_text(self) -> str:
+        """The front, the plan by kinds of matrices, and what it costs."""
+        return render([self._front(), self._layouts(), self.sentence()])
+
+    def sentence(self) -> str:
+        """What the plan costs, and what it will cost elsewhere."""
+        chosen, measured = self.found.chosen, self.found.measured
+        kl = number(measured.kl)
+        if math.isfinite(measured.error):
+            kl = plus_minus(measured.kl, measured.error)
+        return (
+            f"{chosen.bits:.3f} bits per weight, {amount(chosen.size)}. Measured on "
+            f"{measured.tokens:,} tokens of {self.text}: KL {kl} ({number(chosen.kl)} predicted)."
+            + self.own
+            * _ELSEWHERE
+        )
+
+    def _front(self) -> Table:
+        rows = [(f"{p.bits:.3f}", amount(p.size), number(p.kl)) for p in self.found.front]
+        header = "bits per weight", "size", "KL, predicted"
+        return Table(f"Plans for {self.kind}:", header, rows, header)
+
+    def _layouts(self) -> Table:
+        rows = [(kind, layouts) for kind, layouts in _by_kind(self.found.plan)]
+        return Table("The chosen plan:", ("matrices", "layouts"), rows)
+
+    def page(self) -> str:
+        """An HTML page that needs nothing else."""
+        import jinja2
+
+        loaders = [jinja2.PackageLoader(f"rgexport.{p}") for p in ("compress", "validate.report")]
+        environment = jinja2.Environment(
+            loader=jinja2.ChoiceLoader(loaders),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        environment.filters["visible"] = str
+        environment.globals["plot"] = chart
+        return environment.get_template("plan.html.j2").render(
+            report=self,
+            front=self._front(),
+            layouts=self._layouts(),
+            chart=self._chart(),
+            rgexport=__version__,
+        )
+
+    def _chart(self) -> Chart:
+        front, chosen = self.found.front, self.found.chosen
+        line = Series("twin", "predicted", [(point.bits, point.kl) for point in front])
+        dot = Series("original", "measured", [(chosen.bits, self.found.measured.kl)], dots=True)
+        return Chart(
+            title="What bits cost",
+            summary=self._summary(front[0], front[-1]),
+            labels=("bits per weight", "KL, nats per token"),
+            series=[line, dot],
+            y=logarithmic_axis([*(point.kl for point in front), self.found.measured.kl]),
+            column="bits",
+            show_x="{:.3f}".format,
+        )
+
+    def _summary(self, least: Point, most: Point) -> str:
+        return (
+            f"The best plans have from {least.bits:.3g} to {most.bits:.3g} bits per weight; their "
+            f"KL falls from {number(least.kl)} to {number(most.kl)}."
+        )
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan that this wrote."""
+    try:
+        return "plan" in strict_json(read_regular(path))
+    except (RequestError, OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def write_json(report: PlanReport, path: Path) -> None:
+    """Writes the plan's file, whose numbers are as exact as they are."""
+    path.write_text(json.dumps(report.as_json(), indent=1) + "\n", "utf-8")
+
+
+def _by_kind(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Kind of matrix → how many have which layout, most frequent first."""
+    kinds: dict[str, Counter[str]] = {}
+    for name, scheme in plan.items():
+        if input_site(name) is None:
+            continue
+        kind = "head" if name == EMBEDDING else name.split(".", 2)[2].removesuffix(".weight")
+        kinds.setdefault(kind, Counter())[scheme.label] += 1
+    for kind, counts in kinds.items():
+        parts = (f"{count} × {label}" for label, count in counts.most_common())
+        yield kind, ", ".join(parts)

@@ -1,0 +1,150 @@
+"""`rgexport quantize`: a plan that reaches a quality or a size."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rgexport.chat.tokenizer import load_tokenizer
+from rgexport.compress.layouts import layouts_of
+from rgexport.compress.passages import read_text
+from rgexport.compress.plan_file import PlanReport, is_plan, write_json
+from rgexport.compress.planning import FLAGS, Kind, Planner, Target
+from rgexport.errors import RequestError
+from rgexport.export.origin import folder_of
+from rgexport.export.request import as_argument
+from rgexport.files.atomic import check_file_target, replace_file
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checks import require_sound
+from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.validate.result import write_text
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a user can ask of a plan.
+
+    Attributes:
+        calibration: the file of `rgexport calibrate`.
+        target_kl: nats per token on the text.
+        target_size: of the artifact, such as `1.5GB`.
+        bits: per weight of the matrices and the head.
+        format: of the export that the plan is for.
+        text: what the plan is measured on; None: the calibration's own text.
+        tokens: how many tokens of it.
+    """
+
+    calibration: Path
+    target_kl: float | None = None
+    target_size: str | None = None
+    bits: float | None = None
+    format: str = "onnx"
+    text: Path | None = None
+    tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        """Refuses contradictions.
+
+        Raises:
+            RequestError: not exactly one target, or one that is no positive number.
+        """
+        layouts_of(self.format)
+        if self.tokens < 1:
+            raise RequestError(f"--tokens is {self.tokens}; expected at least 1")
+        target = self.target
+        if not 0 < target.value < float("inf"):
+            raise RequestError(
+                f"{FLAGS[target.kind]} is {target.value:g}; expected a positive number"
+            )
+
+    @property
+    def target(self) -> Target:
+        """The one target."""
+        size = None if self.target_size is None else _bytes(self.target_size)
+        asked: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
+        given = [Target(kind, value) for kind, value in asked.items() if value is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"{len(given)} targets are given; expected one of --target-kl, --target-size and "
+                "--bits"
+            )
+        return given[0]
+
+
+def make_plan(
+    checkpoint: Checkpoint, options: PlanOptions, target: Path, *, force: bool = False
+) -> PlanReport:
+    """Finds a plan, writes it to `target`, and its page beside it.
+
+    Raises:
+        RequestError: an unsound checkpoint, statistics of another model, a text that cannot be
+            read, a target that is out of reach, or a file that may not be replaced.
+    """
+    check_file_target(target, force=force, replaceable=is_plan)
+    calibration = open_calibration(options.calibration)
+    sequences = _sequences(checkpoint, calibration, options)
+    hashes = require_sound(checkpoint).values()
+    calibration.require_for(record.sha256 for record in hashes)
+    planner = Planner(checkpoint, calibration, layouts_of(options.format))
+    report = PlanReport(
+        planner.find(options.target, sequences),
+        options.target,
+        options.format,
+        checkpoint.name,
+        str(options.text or "the calibration's text"),
+        options.text is None,
+    )
+    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
+        write_json(report, unfinished)
+    write_text(report.page(), page_of(target))
+    return report
+
+
+def page_of(target: Path) -> Path:
+    """Where the page of a plan's file is."""
+    return target.with_suffix(".html")
+
+
+def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
+    """Where the plan is, and what to type next."""
+    places = (checkpoint.path, target, options.calibration)
+    model, plan, calibration = map(as_argument, places)
+    return (
+        f"{target} is complete; {page_of(target)} has a plot. Export it: rgexport {options.format} "
+        f"-m {model} --plan {plan} --calibration {calibration}"
+    )
+
+
+def _sequences(
+    checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
+) -> Sequence[np.ndarray]:
+    if options.text is None:
+        return _first(calibration.sequences, options.tokens)
+    tokenizer = load_tokenizer(folder_of(checkpoint))
+    if tokenizer is None:
+        raise RequestError(
+            f"{checkpoint.name} has no tokenizer to read {options.text} with; leave --text out to "
+            "measure on the calibration's text"
+        )
+    return read_text(options.text, tokenizer, options.tokens)
+
+
+def _first(sequences: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """The first sequences, the last one cut, which have so many tokens together."""
+    ends = np.cumsum([len(sequence) for sequence in sequences])
+    cut = [s[: max(0, tokens - end + len(s))] for s, end in zip(sequences, ends, strict=True)]
+    return [sequence for sequence in cut if len(sequence)]
+
+
+def _bytes(text: str) -> float:
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise RequestError(
+            f"--target-size is {text!r}; expected a number of bytes, such as 1500MB or 1.5GB"
+        )
+    return float(match[1]) * _UNITS[match[2].lower()]
