@@ -90,6 +90,6 @@ def rgexport(context: click.Context) -> None:
 for command in (
     *(exports.onnx, exports.coreml, exports.gguf, use.generate, use.chat, use.bench),
     *(proof.inspect, exports.random, proof.reference, proof.validate, llama_cpp.llama_cpp),
-    compress.calibrate,
+    *(compress.calibrate, compress.quantize),
 ):
     rgexport.add_command(command)
