@@ -69,7 +69,8 @@ class FormatLayouts:
         shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
         places = Places("", self.alignment, header=self.header)
         places.tensors(plan, shapes, self.parts)
-        return places.size + self.beside(checkpoint)
+        listed = sum(_listed_bytes(scheme, shapes[name][0]) for name, scheme in plan.items())
+        return places.size + listed + self.beside(checkpoint)
 
     def _nbytes(self, shape: Shape, scheme: Scheme) -> int:
         parts = self.parts(shape, scheme).values()
@@ -117,6 +118,13 @@ def _fitting_ggml(scheme: Uniform, shape: Shape) -> Uniform | None:
 def _ggml_parts(shape: Shape, scheme: Scheme) -> dict[str, tuple[str, Shape]]:
     kind = scheme.type if isinstance(scheme, Ggml) else "f32"
     return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
+
+
+def _listed_bytes(scheme: Scheme, rows: int) -> int:
+    """Of the rows of groups: a manifest lists them twice, and a graph has the place of each."""
+    if not isinstance(scheme, Mixed):
+        return 0
+    return 4 * rows + sum(2 * len(group.rows or "") for group in scheme.groups)
 
 
 def _folder_bytes(kind: str, checkpoint: Checkpoint) -> int:

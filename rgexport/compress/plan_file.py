@@ -22,8 +22,8 @@ from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
 from rgexport.validate.report.words import number, plus_minus
 
 _ELSEWHERE = (
-    " Text that the model did not write itself costs about 1.3 times as much as text that it did; "
-    "--text FILE measures on yours."
+    " Text that the model would not write itself costs more, from 1.3 times to several times as "
+    "much; --text FILE measures on yours."
 )
 
 

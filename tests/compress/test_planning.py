@@ -125,7 +125,7 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     page = page_of(target).read_text()
     assert "<svg" in page and "What bits cost" in page and "://" not in page
     text = report.as_text()
-    assert "down_proj" in text and "4.125" in text and "about 1.3 times" in text
+    assert "down_proj" in text and "4.125" in text and "from 1.3 times" in text
     with pytest.raises(RequestError, match="--force"):
         make_plan(checkpoint, options, target)
 
