@@ -72,10 +72,18 @@ def test_demo_is_validated(demo_artifact, tmp_path, capsys):
     assert run(["validate", str(demo_artifact), "--tokens", "64", "--json", str(report)]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("PASS") and shown.out.endswith("for a page.\n")
-    assert len(shown.out.splitlines()) <= 20
+    assert len(shown.out.splitlines()) <= 24, "a screen"
     stages = [line.split("]")[0] for line in shown.err.splitlines() if "left" not in line]
-    assert stages == [f"[{i}/5" for i in range(1, 6)]
-    assert json.loads(report.read_text())["verdict"] == "PASS"
+    assert stages == [f"[{i}/6" for i in range(1, 7)]
+    found = json.loads(report.read_text())
+    assert found["verdict"] == "PASS" and found["quality"]["against"] == "original"
+    answers = found["continuations"]
+    assert [one["name"] for one in answers] == ["prose", "code", "chat turns"]
+    for one in answers:
+        assert one["reference"].startswith(one["shared"] + one["reference_next"])
+        assert one["artifact"].startswith(one["shared"] + one["artifact_next"])
+        assert (one["reference"] == one["artifact"]) is (one["common"] == one["tokens"])
+    assert "tokens are the same" in shown.out and "bits per weight in matrices" in shown.out
 
 
 def test_the_report_shows_the_text_of_the_worst_positions(demo_artifact, tmp_path, capsys):

@@ -29,6 +29,7 @@ NEEDS_TORCH = {
     "griffin/reference.py",
     "griffin/substitution.py",
     "griffin/variants.py",
+    "compress/measure.py",
     "export/trace.py",
     "compress/backward.py",
     "compress/grams.py",

@@ -9,7 +9,7 @@ from pathlib import Path
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import folder_format
 from rgexport.export.manifest import Manifest
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.progress import amount
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import TYPES
@@ -28,7 +28,7 @@ are computed as {compute}. Always float32: norms, the RG-LRU with its gates and 
 |---|---|---|---|---|
 {rows}
 
-{levels}
+{levels} Matrices and head take {bits:.2f} bits per weight, scales included.
 
 ## Run it
 
@@ -104,6 +104,12 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
     ]
 
 
+def matrix_bits(manifest: Manifest) -> float:
+    """Bits per weight of the matrices and the embedding, with scales, zero points and tables."""
+    found = [share for share in shares(manifest) if share.role in QUANTIZABLE]
+    return 8 * sum(share.bytes for share in found) / sum(share.weights for share in found)
+
+
 def algorithms(manifest: Manifest) -> dict[str, int]:
     """What chose the levels of the quantized tensors and row groups → how many of them."""
     each = (one for scheme in manifest.plan.values() for one in uniform_schemes(scheme))
@@ -156,6 +162,7 @@ def card(manifest: Manifest) -> str:
         compute=manifest.compute,
         rows="\n".join(_row(share) for share in shares(manifest)),
         levels=levels_sentence(algorithms(manifest)),
+        bits=matrix_bits(manifest),
         engine=text.engine,
         float32=text.float32,
         run=text.run,

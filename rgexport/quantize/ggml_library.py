@@ -30,8 +30,8 @@ FILE_NAME = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(
     sys.platform, "libggml-base.so"
 )
 _REMEDY = (
-    "install it with `rgexport llama-cpp build`, or pip install 'rgexport[gguf]'; --type f16 takes "
-    "none"
+    "install it with `rgexport llama-cpp build`, or pip install 'rgexport[gguf]', or take "
+    "--type f16, which needs none"
 )
 
 _FLOATS: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

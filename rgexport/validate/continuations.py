@@ -1,25 +1,51 @@
-"""Greedy continuations: a session's own, and beside them what a reference file has."""
+"""Answers side by side: greedy continuations of a session's own, and those of its reference.
 
-from collections.abc import Iterator
+The reference's are in a reference file. Without one the original continues some prompts itself, if
+it is so small that all its weights stay in memory: a larger one would be read once for each token.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.griffin.state import State, zero_state
+from rgexport.progress import task
 from rgexport.runtimes.session import Session
 from rgexport.validate.positions import TokenText
+from rgexport.validate.reference.prompts import short_prompts
 from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.reference_pass import ReferenceModel
 
-SHOWN = 2
-"""Prompts that are continued: the first of a file that qualify."""
-LEAST_TOKENS, MOST_TOKENS = 16, 32
-"""Length of a continuation: fewer are not worth reading, more cost time."""
+SHOWN = 3
+"""Prompts that are continued: of a file the first that qualify."""
+LEAST_TOKENS, MOST_TOKENS = 16, 24
+"""Length of a file's continuation: fewer are not worth reading, more cost time."""
 MOST_PROMPT = 128
 """Tokens of a prompt."""
+SMALL_BYTES = 1 << 30
+"""Float32 bytes of an original that continues prompts."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids [n], and the ids [m] with which the reference continues greedily."""
+
+    name: str
+    tokens: np.ndarray
+    greedy: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """Each model's own most likely tokens after a prompt; the first `common` are the same."""
+    """Each model's own most likely tokens after a prompt; the first `common` are the same.
+
+    `shared` is their text. The next tokens are the first that differ; their texts are empty where
+    there are none.
+    """
 
     name: str
     prompt: str
@@ -27,34 +53,91 @@ class Continuation:
     artifact: str
     tokens: int
     common: int
+    shared: str = ""
+    reference_next: str = ""
+    artifact_next: str = ""
+
+
+def prompts_of_file(reference: ReferenceFile) -> list[Prompt]:
+    """The first prompts of a file that are short and have a continuation."""
+    found = (
+        Prompt(prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
+        for index, prompt, span in reference.spans()
+        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
+    )
+    return list(islice(found, SHOWN))
+
+
+def prompts_of_model(model: ReferenceModel, tokenizer: Tokenizer) -> list[Prompt]:
+    """Built-in prompts, which the model continues; it should keep its weights in memory."""
+    chosen = short_prompts(tokenizer)
+    texts = [(prompt.tokens[None], zero_state(model.config, 1)) for prompt in chosen]
+    found = model.run_each(texts)
+    hidden, states = [last for last, _ in found], [states[-1] for _, states in found]
+    greedy = continue_greedily(model, hidden, states, MOST_TOKENS, tokenizer.stop_ids)
+    return [
+        Prompt(prompt.name, prompt.tokens, np.array(ids, np.int64))
+        for prompt, ids in zip(chosen, greedy, strict=True)
+    ]
+
+
+def continue_greedily(
+    model: ReferenceModel,
+    hidden: Sequence[Any],
+    ends: Sequence[State],
+    count: int,
+    stop_ids: Collection[int],
+) -> list[list[int]]:
+    """The greedy continuation of each text, all in one batch; a stop id ends it.
+
+    Args:
+        model: the reference.
+        hidden: of each text, [1, T, width] of the model's own array type.
+        ends: the state after each text.
+        count: tokens of a continuation, at most.
+        stop_ids: see `Tokenizer`.
+    """
+    state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
+    following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]
+    found = [[token] for token in following]
+    with task("Continuing greedily", count, "tokens") as advance:
+        for _ in range(count - 1):
+            last, state = model.run(np.array(following, np.int64)[:, None], state)
+            following = model.logits(last)[:, -1].argmax(1).tolist()
+            for ids, token in zip(found, following, strict=True):
+                if ids[-1] not in stop_ids:
+                    ids.append(token)
+            advance(1)
+    return found
 
 
 def continuations(
-    session: Session, reference: ReferenceFile, spell: TokenText
+    session: Session, prompts: Sequence[Prompt], spell: TokenText
 ) -> Iterator[Continuation]:
-    """Continues some prompts of a reference file, which has the reference's continuations.
+    """Continues prompts, whose continuations by the reference are known.
 
     Args:
         session: the artifact's; its state is reset.
-        reference: the file.
+        prompts: of more than one token.
         spell: writes the text of ids.
     """
-    chosen = [
-        (index, prompt.name, reference.tokens[span])
-        for index, prompt, span in reference.spans()
-        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
-    ]
-    for index, name, tokens in chosen[:SHOWN]:
-        theirs = reference.greedy(index)[:MOST_TOKENS]
+    for prompt in prompts:
+        theirs = prompt.greedy
         session.reset()
-        ours = greedy_tokens(session, session.prefill(tokens[None])[0, -1], len(theirs))
+        logits = session.prefill(prompt.tokens[None])[0, -1]
+        ours = greedy_tokens(session, logits, len(theirs))
+        common = int(np.cumprod(ours == theirs).sum())
+        following = slice(common, common + 1)
         yield Continuation(
-            name=name,
-            prompt=spell(tokens[1:].tolist()),  # without the token that begins every text
+            name=prompt.name,
+            prompt=spell(prompt.tokens[1:].tolist()),  # without the one that begins every text
             reference=spell(theirs.tolist()),
             artifact=spell(ours.tolist()),
             tokens=len(theirs),
-            common=int(np.cumprod(ours == theirs).sum()),
+            common=common,
+            shared=spell(theirs[:common].tolist()),
+            reference_next=spell(theirs[following].tolist()),
+            artifact_next=spell(ours[following].tolist()),
         )
 
 

@@ -133,8 +133,10 @@ def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig,
     return original.path, original.config, tokens.tobytes()
 
 
-def torch_reference(device: str = "auto") -> MakeReference:
+def torch_reference(device: str = "auto", *, keep: bool = False) -> MakeReference:
     """Makes the project's own references, on `device`; `auto` is CUDA where there is one.
+
+    With `keep`, their weights stay in memory in float32 once they are read.
 
     Raises:
         RequestError: see `torch_device`.
@@ -142,7 +144,7 @@ def torch_reference(device: str = "auto") -> MakeReference:
     device = torch_device(device)
     from rgexport.griffin.reference import Reference
 
-    return functools.partial(Reference, device=device)
+    return functools.partial(Reference, device=device, keep=keep)
 
 
 def torch_device(device: str = "auto") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
+from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.typed_json import plain
@@ -51,6 +52,8 @@ class Subject:
     """Of all files."""
     bits_per_weight: float
     """With scales, zero points and tables."""
+    matrix_bits_per_weight: float
+    """The same of the matrices and the embedding, which is the head, alone."""
 
     @property
     def numbers(self) -> str:
@@ -88,8 +91,8 @@ class Result:
     `twin` is the comparison with the dequantized reference. It is None without torch, `original`
     also without an original, and `sites` where the engine does not show its values. `weights` and
     `layers` need the original; `layers` and `suspects` are there if they were asked for, and
-    `continuations` if there are a reference file and a tokenizer. `min_quality` is the grade that
-    was asked for.
+    `continuations` if there is a tokenizer, and a reference file or a small original.
+    `min_quality` is the grade that was asked for.
     """
 
     artifact: Subject
@@ -196,6 +199,7 @@ def describe_artifact(path: Path, manifest: Manifest) -> Subject:
         files={name: record.sha256 for name, record in manifest.files.items()},
         bytes=sum(record.size for record in manifest.files.values()),
         bits_per_weight=_bits_per_weight(manifest),
+        matrix_bits_per_weight=matrix_bits(manifest),
     )
 
 

@@ -15,7 +15,7 @@ from rgexport.validate.reference_pass import SharedPasses
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
-from rgexport.validate.running import run_all
+from rgexport.validate.running import asks_original, run_all
 
 DEFAULTS = Request()
 
@@ -96,6 +96,7 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     if original is not None:
         count += 3 if request.bisect else 2  # its pass, its weights, and each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)
+    count += asks_original(opened)
     if request.reference is not None:
         count += 2 if request.bisect else 1
     return count

@@ -3,18 +3,26 @@
 from dataclasses import dataclass, field, replace
 
 from rgexport.griffin.state import State
-from rgexport.progress import group, note
+from rgexport.progress import amount, group, note
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import thresholds
-from rgexport.validate.continuations import Continuation, continuations
+from rgexport.validate.continuations import (
+    SMALL_BYTES,
+    Continuation,
+    Prompt,
+    continuations,
+    prompts_of_file,
+    prompts_of_model,
+)
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.opening import Opened
-from rgexport.validate.positions import TokenText, token_text
+from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
+from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
+from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference, torch_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +33,7 @@ class Ran:
         info: what ran the artifact.
         measured: over the text.
         against_file: the comparison with the reference file.
-        continuations: of the file's prompts.
+        continuations: of the reference file's prompts, or of those that a small original continued.
         before: the session's states before some of the file's positions, to compare each layer.
     """
 
@@ -45,7 +53,8 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
         RequestError: the engine is missing or cannot open the artifact.
     """
     references = _run_references(opened, passes)
-    ran = _run_artifact(opened, references)
+    prompts = _prompts(opened)
+    ran = _run_artifact(opened, references, prompts)
     return replace(ran, measured=with_continuations(ran.measured, references))
 
 
@@ -66,7 +75,34 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
     return references
 
 
-def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
+def asks_original(opened: Opened) -> bool:
+    """Whether the original continues some prompts: a small one, where no reference file did."""
+    if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
+        return False
+    return float32_bytes(opened.original.checkpoint.config) <= SMALL_BYTES
+
+
+def _prompts(opened: Opened) -> list[Prompt] | None:
+    """Prompts with the reference's continuations; None where nobody continued any."""
+    if opened.tokenizer is None:
+        return None
+    if opened.request.reference is not None:
+        return prompts_of_file(opened.request.reference)
+    if opened.original is None:
+        return None
+    checkpoint = opened.original.checkpoint
+    if not asks_original(opened):
+        note(
+            f"answers are not compared: the original's weights take "
+            f"{amount(float32_bytes(checkpoint.config))} in float32. `rgexport reference` makes a "
+            "file that has its answers, for --reference"
+        )
+        return None
+    make = torch_reference(opened.request.device, keep=True)
+    return prompts_of_model(make(checkpoint.config, checkpoint.weights), opened.tokenizer)
+
+
+def _run_artifact(opened: Opened, references: list[Pass], prompts: list[Prompt] | None) -> Ran:
     give_back()
     session = open_session(opened.artifact)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
@@ -79,17 +115,16 @@ def _run_artifact(opened: Opened, references: list[Pass]) -> Ran:
         spell=spell,
     )
     ran = Ran(info=session.info, measured=measured)
-    if opened.request.reference is None:
+    if opened.request.reference is not None:
+        ran = _with_file(ran, opened, session, opened.request.reference)
+    if spell is None or prompts is None:
         return ran
-    return _with_file(ran, opened, session, opened.request.reference, spell)
+    return replace(ran, continuations=list(continuations(session, prompts, spell)))
 
 
-def _with_file(
-    ran: Ran, opened: Opened, session: Session, reference: ReferenceFile, spell: TokenText | None
-) -> Ran:
+def _with_file(ran: Ran, opened: Opened, session: Session, reference: ReferenceFile) -> Ran:
     before: dict[int, State] = {}
     kept = before if opened.request.bisect else None
     with group("Comparing with the reference file"):
         against_file = compare_with_file(session, opened.artifact, reference, kept)
-    written = None if spell is None else list(continuations(session, reference, spell))
-    return replace(ran, against_file=against_file, continuations=written, before=before)
+    return replace(ran, against_file=against_file, before=before)

@@ -1,6 +1,7 @@
 """The model card, and what it counts."""
 
 import dataclasses
+import math
 
 from rgexport.export.card import (
     CARD,
@@ -41,6 +42,10 @@ def test_what_chose_the_levels(made):
     quantized = [name for name, scheme in plan.items() if isinstance(scheme, Affine)]
     assert algorithms(made.manifest) == {"rtn": len(quantized)}
     sentence = "Levels were chosen by rounding to nearest."
+    weights = sum(math.prod(made.manifest.tensors[name].shape) for name in quantized)
+    size = sum(p.nbytes for name in quantized for p in made.manifest.tensors[name].parts.values())
+    bits = f"Matrices and head take {8 * size / weights:.2f} bits per weight"
+    assert bits in card(made.manifest)
     assert sentence in card(made.manifest) and sentence in as_text(describe(str(made.folder)))
     mixed = plan | {quantized[0]: dataclasses.replace(plan[quantized[0]], algorithm="search")}
     counts = algorithms(dataclasses.replace(made.manifest, plan=mixed))

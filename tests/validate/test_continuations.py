@@ -5,8 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.validate.continuations import LEAST_TOKENS, SHOWN, continuations
-from tests.validate.toys import ToyReference, ToySession
+from rgexport.griffin.state import State
+from rgexport.validate.continuations import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    SHOWN,
+    Prompt,
+    continuations,
+    prompts_of_file,
+    prompts_of_model,
+)
+from rgexport.validate.report.words import answers_of
+from tests.models import make_config
+from tests.validate.toys import ToyReference, ToySession, character_tokenizer
 
 
 def greedy(seed: int, tokens: np.ndarray, count: int) -> np.ndarray:
@@ -42,20 +53,59 @@ def spell(ids: Any) -> str:
 def test_each_model_continues_greedily() -> None:
     tokens = np.array([1, 5, 7, 2])
     reference = file_of(0, [("a", tokens, 20)])
-    (same,) = continuations(ToySession(0), reference, spell)
+    prompts = prompts_of_file(reference)
+    (same,) = continuations(ToySession(0), prompts, spell)
     assert (same.prompt, same.tokens, same.common) == ("5 7 2", 20, 20)
     assert same.reference == same.artifact == spell(greedy(0, tokens, 20))
-    (other,) = continuations(ToySession(1), reference, spell)
+    (other,) = continuations(ToySession(1), prompts, spell)
     assert other.reference == same.reference
     assert other.artifact == spell(greedy(1, tokens, 20))
     pairs = list(zip(other.reference.split(), other.artifact.split(), strict=True))
     assert all(a == b for a, b in pairs[: other.common])
     assert other.common < 20 and pairs[other.common][0] != pairs[other.common][1]
+    assert (other.reference_next, other.artifact_next) == pairs[other.common]
 
 
 def test_short_continuations_are_left_out() -> None:
     tokens = np.array([1, 5])
     prompts = [("short", tokens, LEAST_TOKENS - 1), ("empty", tokens[:1], 32)]
     prompts += [(f"p{i}", tokens, 32) for i in range(SHOWN + 1)]
-    found = list(continuations(ToySession(), file_of(0, prompts), spell))
+    found = prompts_of_file(file_of(0, prompts))
     assert [one.name for one in found] == [f"p{i}" for i in range(SHOWN)]
+
+
+def test_an_answer_is_its_parts() -> None:
+    """What is shared, the first token that differs, and the rest make up each text."""
+    tokens = np.array([1, 5, 7, 2])
+    texts = [greedy(seed, tokens, 20) for seed in (0, 1)]
+    joined = "".join  # as a tokenizer writes pieces: one after another
+    for theirs in texts:
+        prompt = Prompt("a", tokens, theirs)
+        (found,) = continuations(ToySession(0), [prompt], lambda ids: joined(f"<{i}>" for i in ids))
+        for answer, text in zip(answers_of(found), (found.reference, found.artifact), strict=True):
+            assert answer.shared + answer.differing + answer.rest == text
+            assert answer.shared == found.shared and bool(answer.differing) is (found.common < 20)
+        assert found.shared.count("<") == found.common
+
+
+class WholeToy(ToyReference):
+    """The toy with what continuing a batch takes."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.config = make_config("r", width=8, heads=1, lru_width=8, vocab_size=23)
+
+    def run_each(self, texts: Any) -> list[tuple[np.ndarray, list[State]]]:
+        """Each from its beginning."""
+        found = (self.run(tokens) for tokens, _ in texts)
+        return [(hidden, [state]) for hidden, state in found]
+
+
+def test_a_small_original_continues_the_built_in_prompts() -> None:
+    """All in one batch, as each alone."""
+    model, tokenizer = WholeToy(3), character_tokenizer()
+    prompts = prompts_of_model(model, tokenizer)
+    assert [prompt.name for prompt in prompts] == ["prose", "code", "chat turns"]
+    for prompt in prompts:
+        assert prompt.tokens[0] == tokenizer.bos_id and len(prompt.greedy) == MOST_TOKENS
+        np.testing.assert_array_equal(prompt.greedy, greedy(3, prompt.tokens, MOST_TOKENS))

@@ -25,6 +25,7 @@ from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
+from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.reference.implementations import OWN, choose_implementation
 from rgexport.validate.reference.kept_logits import Layout, choose_layout, keep_logits
 from rgexport.validate.reference.prompts import choose_prompts
@@ -158,20 +159,9 @@ def _run(model: ReferenceModel, prompts: Sequence[Text], layout: Layout) -> _Run
 
 
 def _continue(model: ReferenceModel, run: _Run, stop_ids: Collection[int]) -> list[list[int]]:
-    """The greedy continuation of each prompt, all in one batch; a stop id ends it."""
+    """The greedy continuation of each prompt."""
     ends = [states[-1] for states in run.states]
-    state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
-    following = [int(model.logits(hidden[:, -1:])[0, -1].argmax()) for hidden in run.hidden]
-    found = [[token] for token in following]
-    with task("Continuing greedily", GREEDY_TOKENS, "tokens") as advance:
-        for _ in range(GREEDY_TOKENS - 1):
-            hidden, state = model.run(np.array(following, np.int64)[:, None], state)
-            following = model.logits(hidden)[:, -1].argmax(1).tolist()
-            for ids, token in zip(found, following, strict=True):
-                if ids[-1] not in stop_ids:
-                    ids.append(token)
-            advance(1)
-    return found
+    return continue_greedily(model, run.hidden, ends, GREEDY_TOKENS, stop_ids)
 
 
 def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str, np.ndarray]:

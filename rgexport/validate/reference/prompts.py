@@ -73,6 +73,12 @@ def choose_prompts(
     return found
 
 
+def short_prompts(tokenizer: Tokenizer) -> list[Text]:
+    """Built-in prompts whose continuations are worth reading: prose, code and a conversation."""
+    chat = encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _ANY_LENGTH)
+    return [*(_encoded(tokenizer, name, TEXTS[name]) for name in ("prose", "code")), chat]
+
+
 def _long(window: int) -> int:
     return min(int(LONG_WINDOWS * window), LONG_MOST)
 

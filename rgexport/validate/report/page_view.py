@@ -27,6 +27,8 @@ from rgexport.validate.report.result_tables import (
 from rgexport.validate.report.words import (
     LABELS,
     MOST_NAMED,
+    answers_of,
+    bits_words,
     counted_checks,
     dequantized_words,
     doubt_words,
@@ -58,7 +60,7 @@ _TONES = {
 """Grade → the CSS class of its colour."""
 _SECTIONS = {
     "compared": "What was compared",
-    "texts": "Greedy continuations",
+    "texts": "Answers side by side",
     "suspects": "Suspects",
     "charts": "Where it differs",
     "ops": "Per-op check",
@@ -111,6 +113,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "speed": speed_words(r),
         "dequantized": dequantized_words(r),
         "source": source_words(r),
+        "texts": [(one, *answers_of(one)) for one in r.continuations or []],
         "suspects": _suspects(r.suspects or []),
         "charts": list(charts(r)),
         "ops": None if sites is None else op_bars(sites.errors),
@@ -123,7 +126,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "worst": None if compared is None else compared.worst,
         "worst_against": LABELS["twin" if r.original is None else "original"],
     }
-    there = found | {"texts": r.continuations, "compared": r, "checks": r, "files": r}
+    there = found | {"compared": r, "checks": r, "files": r}
     return found | {"contents": [(key, name) for key, name in _SECTIONS.items() if there[key]]}
 
 
@@ -153,8 +156,7 @@ def _cost(c: Compared | None) -> Iterator[str]:
 
 def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
     """Label, value, explanation, and the CSS class of what it was measured against."""
-    stored = f"{r.artifact.bits_per_weight:.2f} bits per weight"
-    yield "size", amount(r.artifact.bytes), stored, ""
+    yield "size", amount(r.artifact.bytes), bits_words(r), ""
     if cost := cost_of(r):
         error = f"± {cost.kl.standard_error:.1g} nats per token, to the original"
         yield "KL", number(cost.kl.mean), error, "original"

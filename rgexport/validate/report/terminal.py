@@ -8,6 +8,7 @@ from rgexport.export.request import as_argument
 from rgexport.progress import amount
 from rgexport.tables import Table
 from rgexport.validate.checks import verdict
+from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.result_tables import (
     DRIFT,
@@ -28,6 +29,8 @@ from rgexport.validate.report.result_tables import (
 )
 from rgexport.validate.report.words import (
     MOST_NAMED,
+    answers_of,
+    bits_words,
     check_words,
     counted_checks,
     counted_verdicts,
@@ -43,6 +46,8 @@ from rgexport.validate.report.words import (
 from rgexport.validate.result import Result
 from rgexport.validate.states import worst
 
+MOST_PROMPT = 60
+"""Characters of a prompt: its last ones."""
 MOST_SUSPECTS = 3
 """Of each artifact where there are several."""
 _WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
@@ -86,6 +91,7 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
         yield summary_table(r)
     if r.twin is not None:
         yield _MEANING
+    yield from _answers(sorted(r.continuations or [], key=lambda one: one.common)[:1])
     if r.layers is not None or r.suspects:
         yield ""
         yield from bisect_tables(None, r.layers, r.suspects or ())
@@ -107,6 +113,7 @@ def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
     yield from bisect_tables(r.sites, r.layers, r.suspects or ())
     if r.reference is not None:
         yield from _file_parts(r.reference)
+    yield from _answers(r.continuations or [])
     if r.weights is not None:
         yield weight_table(r.weights)
     yield _environment(r)
@@ -121,7 +128,7 @@ def _head(r: Result) -> Iterator[str]:
     cut = ", cut off" if text.truncated else ""
     speed = f"; {speed_words(r)}" if r.speed else ""
     yield ""
-    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {a.bits_per_weight:.2f} bits per weight"
+    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {bits_words(r)}"
     yield f"{engine.title}, {engine.threads} threads{speed}"
     yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"original: {source_words(r)}"
@@ -134,6 +141,26 @@ def _quality(r: Result) -> Iterator[str]:
     if (q := r.quality) is not None:
         yield f"{q.grade.upper()}  quality{doubt_words(q)}: {quality_words(q)}"
         yield f"{q.meaning} {shortfall_words(r)}".rstrip()
+
+
+def _answers(found: Sequence[Continuation]) -> Iterator[str]:
+    """What both models write after a prompt; the first token that differs is in brackets."""
+    for one in found:
+        yield f"After “{_end_of(one.prompt)}”, {one.common} of {one.tokens} tokens are the same:"
+        for side, answer in zip(("original", "artifact"), answers_of(one), strict=True):
+            differing = f"[{answer.differing}]" if answer.differing else ""
+            yield f"  {side}  {_one_line(answer.shared + differing + answer.rest)}"
+    if found:
+        yield ""
+
+
+def _end_of(prompt: str) -> str:
+    text = _one_line(prompt)
+    return text if len(text) <= MOST_PROMPT else f"…{text[-MOST_PROMPT:]}"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "↵")
 
 
 def _failures(r: Result) -> Iterator[str]:

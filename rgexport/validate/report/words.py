@@ -2,11 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rgexport.validate.checks import Check
+from rgexport.validate.continuations import Continuation
 from rgexport.validate.metrics import KL
 from rgexport.validate.quality import GRADE_NAMES, Quality
 from rgexport.validate.result import Result
+
+
+class Answer(NamedTuple):
+    """The text of the tokens that both models share, of the first that differs, and the rest."""
+
+    shared: str
+    differing: str
+    rest: str
+
 
 LABELS = {"twin": "dequantized reference", "original": "original"}
 """Field of `Result` → what people read."""
@@ -60,6 +71,27 @@ def doubt_words(q: Quality) -> str:
     possible = GRADE_NAMES[GRADE_NAMES.index(q.best) : GRADE_NAMES.index(q.worst) + 1]
     others = [name for name in possible if name != q.grade]
     return f" (or {' or '.join(others)}, within the margin of error)" if others else ""
+
+
+def bits_words(r: Result) -> str:
+    """Such as `5.39 bits per weight in matrices and head, 5.97 in all`."""
+    a = r.artifact
+    return (
+        f"{a.matrix_bits_per_weight:.2f} bits per weight in matrices and head, "
+        f"{a.bits_per_weight:.2f} in all"
+    )
+
+
+def answers_of(c: Continuation) -> tuple[Answer, Answer]:
+    """The reference's and the artifact's text, in parts."""
+    return (
+        _answer(c.shared, c.reference_next, c.reference),
+        _answer(c.shared, c.artifact_next, c.artifact),
+    )
+
+
+def _answer(shared: str, differing: str, text: str) -> Answer:
+    return Answer(shared, differing, text.removeprefix(shared).removeprefix(differing))
 
 
 def shortfall_words(r: Result) -> str:

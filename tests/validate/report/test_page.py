@@ -185,13 +185,29 @@ def test_the_contents_name_every_section(page: Page) -> None:
 
 def test_both_texts_stand_side_by_side(result: Result) -> None:
     written = Continuation(
-        name="prose", prompt=HOSTILE, reference="the sea", artifact="the hill", tokens=16, common=1
+        name="prose",
+        prompt=HOSTILE,
+        reference="the sea rose",
+        artifact="the hill was green",
+        tokens=16,
+        common=1,
+        shared="the ",
+        reference_next="sea",
+        artifact_next="hill",
     )
     found = dataclasses.replace(result, continuations=[written])
-    text = Page(render_page([found])).text
-    assert text.index("original the sea") < text.index("1 of 16 tokens in common the hill")
-    assert "Greedy continuations" not in Page(render_page([result])).text
-    assert "<script" not in render_page([found])
+    shown = render_page([found])
+    text = Page(shown).text
+    assert text.index("original the") < text.index("1 of 16 tokens in common the")
+    assert "the <mark>sea</mark> rose" in shown and "the <mark>hill</mark> was green" in shown
+    assert "Answers side by side" not in Page(render_page([result])).text
+    assert "<script" not in shown
+    lines = render(found).splitlines()
+    place = next(i for i, line in enumerate(lines) if "1 of 16 tokens are the same" in line)
+    assert lines[place + 1 : place + 3] == [
+        "  original  the [sea] rose",
+        "  artifact  the [hill] was green",
+    ]
 
 
 def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result) -> None:
@@ -215,7 +231,7 @@ def test_the_numbers_are_those_of_the_result(result: Result) -> None:
     assert f"KL {result.original.kl.mean:.3g} ± " in tiles
     assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in tiles
     assert f"RMS logit error {result.twin.logits.relative_rms:.3g} " in tiles
-    assert f"{result.artifact.bits_per_weight:.2f} bits per weight" in tiles
+    assert f"{result.artifact.matrix_bits_per_weight:.2f} bits per weight" in tiles
     assert f"KL mean (nats) {result.twin.kl.mean:.3g} ±" in text
     assert "123 tokens/s one by one, 5,679 of a prompt of 128" in text
     for check in result.checks:
