@@ -218,7 +218,8 @@ def test_no_check(model, capsys):
 
 def test_engine_that_is_missing(model, tmp_path):
     missing = "import sys; sys.modules['llama_cpp'] = None"
-    result = rgexport("gguf", "-m", model, "-o", "out", folder=tmp_path, before=missing)
+    asked = "gguf", "-m", model, "--type", "f16", "-o", "out"
+    result = rgexport(*asked, folder=tmp_path, before=missing)
     assert result.returncode == 0, result.stderr
     line, _ = result.stdout.splitlines()
     assert line.startswith("Not checked: a GGUF file takes llama-cpp-python, which is missing")
