@@ -71,7 +71,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "config": (lambda f: f["config"].pop("width"), "config.width is missing"),
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
     "blocks": (lambda f: f["config"].update(block_types=["x"]), r"config.block_types\[0\] is 'x'"),
-    "scheme": (lambda f: f["plan"][LINEAR].update(bits=3), "bits = 3; expected 4, 8"),
+    "scheme": (lambda f: f["plan"][LINEAR].update(bits=5), "bits = 5; expected 2, 3, 4, 8"),
     "ggml": (store_as_ggml, "only GGUF files have ggml types"),
     "plan": (lambda f: f["plan"].pop(LINEAR), "not stored as the plan says"),
     "tensor": (lambda f: f["tensors"].pop(LINEAR), f"{LINEAR} has shape None"),

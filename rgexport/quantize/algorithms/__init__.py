@@ -123,7 +123,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(
         {Affine: lambda rows, scheme, _: affine.encode(rows, scheme)}, "rounding to nearest"
     ),
-    "search": Algorithm({Affine: search.encode}, "clip search"),
+    "search": Algorithm(
+        {Affine: lambda rows, scheme, _: search.encode(rows, scheme)}, "clip search"
+    ),
     "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
     "ggml": Algorithm({Ggml: ggml.encode}, "the rules of llama-quantize"),
     "gptq": Algorithm(

@@ -19,9 +19,9 @@ _LANES = 16
 """The kernel's blocks are multiples of this."""
 
 
-def encode(rows: np.ndarray, scheme: Affine, statistics: Statistics | None) -> Parts:
-    """Quantizes rows [n, K]; see `algorithms.Encode`."""
-    levels, scales, zeros = choose(rows, scheme, statistics)
+def encode(rows: np.ndarray, scheme: Affine) -> Parts:
+    """Quantizes rows [n, K] of any float dtype, all errors alike; see `algorithms.Encode`."""
+    levels, scales, zeros = choose(rows, scheme, None)
     return affine.pack_parts(levels, scales, zeros, scheme)
 
 
@@ -29,6 +29,8 @@ def choose(
     rows: np.ndarray, scheme: Affine, statistics: Statistics | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Levels uint8 [n, blocks, block], and scales and zero points float32 [n, blocks].
+
+    Where there are statistics, errors are weighed by their importance.
 
     Raises:
         RequestError: a weight is too large for float16 scales.
