@@ -117,13 +117,13 @@ def drop_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoil_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = affine.encode
+    pack = affine.pack_parts
 
-    def faulty(rows: np.ndarray, scheme: Any) -> affine.Parts:
-        parts = encode(rows, scheme)
+    def faulty(*arguments: Any) -> affine.Parts:
+        parts = pack(*arguments)
         return parts | {"scales": parts["scales"] * parts["scales"].dtype.type(40)}
 
-    monkeypatch.setattr(affine, "encode", faulty)
+    monkeypatch.setattr(affine, "pack_parts", faulty)
 
 
 def break_graph(monkeypatch: pytest.MonkeyPatch) -> None:
