@@ -150,7 +150,7 @@ def _export(
     from rgexport.validate.self_check import self_check
 
     if output:
-        check_target(output, force=force)
+        check_target(output, force=force)  # before a model is downloaded
     algorithm = algorithm_word(quality, calibration, plan)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     planned = load_plan(plan, checkpoint.config) if plan else None
@@ -160,6 +160,7 @@ def _export(
     if algorithm == "gptq" or calibration:
         from rgexport.compress.quality import known_statistics
 
+        check_target(target, force=force)  # before a calibration that takes minutes
         export = partial(export, statistics=known_statistics(checkpoint, calibration))
     return _close(export(checkpoint, asked, target, force=force, check=check))
 

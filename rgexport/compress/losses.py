@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from rgexport.compress.items import Item
-from rgexport.compress.rounding import stored
+from rgexport.compress.stored_weights import stored
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,15 @@ def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     own = LENGTH - len(begin)
     pieces = [begin + ids[start : start + own] for start in range(0, len(ids), own)]
-    ends = np.cumsum([len(piece) for piece in pieces])
-    cut = [np.array(p[: max(0, limit - end + len(p))]) for p, end in zip(pieces, ends, strict=True)]
+    cut = first_tokens([np.array(piece) for piece in pieces], limit)
     return [piece for piece in cut if len(piece) > len(begin)] or cut[:1]
+
+
+def first_tokens(sequences: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+    """The first sequences, the last one cut, which have `limit` tokens together, or all."""
+    starts = accumulate((len(sequence) for sequence in sequences), initial=0)
+    cut = (s[: max(0, limit - start)] for s, start in zip(sequences, starts, strict=False))
+    return [sequence for sequence in cut if len(sequence)]
 
 
 def _characters(file: Path, most: int) -> str:

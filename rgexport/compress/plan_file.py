@@ -78,8 +78,7 @@ class PlanReport:
         return (
             f"{chosen.bits:.3f} bits per weight, {amount(chosen.size)}. Measured on "
             f"{measured.tokens:,} tokens of {self.text}: KL {kl} ({number(chosen.kl)} predicted)."
-            + self.own
-            * _ELSEWHERE
+            f"{_ELSEWHERE if self.own else ''}"
         )
 
     def _front(self) -> Table:

@@ -10,7 +10,7 @@ from rgexport.compress.items import items_of, plan_of
 from rgexport.compress.layouts import FormatLayouts
 from rgexport.compress.losses import Losses
 from rgexport.compress.measure import Divergence, Original
-from rgexport.compress.rounding import quantized
+from rgexport.compress.stored_weights import quantized
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import amount, group, task

@@ -9,7 +9,7 @@ import numpy as np
 
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress.layouts import layouts_of
-from rgexport.compress.passages import read_text
+from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.plan_file import PlanReport, is_plan, write_json
 from rgexport.compress.planning import FLAGS, Kind, Planner, Target
 from rgexport.errors import RequestError
@@ -85,7 +85,7 @@ def make_plan(
         RequestError: an unsound checkpoint, statistics of another model, a text that cannot be
             read, a target that is out of reach, or a file that may not be replaced.
     """
-    check_file_target(target, force=force, replaceable=is_plan)
+    _check_targets(target, force)
     calibration = open_calibration(options.calibration)
     sequences = _sequences(checkpoint, calibration, options)
     hashes = require_sound(checkpoint).values()
@@ -103,6 +103,13 @@ def make_plan(
         write_json(report, unfinished)
     write_text(report.page(), page_of(target))
     return report
+
+
+def _check_targets(target: Path, force: bool) -> None:
+    if target.suffix == ".html":
+        raise RequestError(f"-o is {target}, which is the page's place; pass a name such as p.json")
+    check_file_target(target, force=force, replaceable=is_plan)
+    check_file_target(page_of(target), force=force, replaceable=lambda page: True)
 
 
 def page_of(target: Path) -> Path:
@@ -124,7 +131,7 @@ def _sequences(
     checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
 ) -> Sequence[np.ndarray]:
     if options.text is None:
-        return _first(calibration.sequences, options.tokens)
+        return first_tokens(calibration.sequences, options.tokens)
     tokenizer = load_tokenizer(folder_of(checkpoint))
     if tokenizer is None:
         raise RequestError(
@@ -132,13 +139,6 @@ def _sequences(
             "measure on the calibration's text"
         )
     return read_text(options.text, tokenizer, options.tokens)
-
-
-def _first(sequences: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """The first sequences, the last one cut, which have so many tokens together."""
-    ends = np.cumsum([len(sequence) for sequence in sequences])
-    cut = [s[: max(0, tokens - end + len(s))] for s, end in zip(sequences, ends, strict=True)]
-    return [sequence for sequence in cut if len(sequence)]
 
 
 def _bytes(text: str) -> float:

@@ -5,10 +5,12 @@ residual stream after a layer is written last, so it says that the layer is done
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.atomic import COMPLETE
 from rgexport.griffin.json_fields import read_json
+from rgexport.griffin.safetensors_writer import header
 from rgexport.quantize.calibration_format import Arrays, Provenance
 
 _REQUEST = "request.json"
-_CODES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
 
 
 class Work:
@@ -106,41 +108,23 @@ class StatisticsFile:
     def __init__(self, work: Work, provenance: Provenance, arrays: Arrays):
         """Creates the file, or opens it again if it is there with the same header."""
         self._path = work.folder / COMPLETE
-        header, self._places = _layout(provenance, arrays)
-        size = len(header) + sum(_nbytes(*place) for place in arrays.values())
-        if not self._path.exists() or self._path.stat().st_size != size:
+        begin = header(arrays, provenance.as_metadata())
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values()]
+        ends = list(accumulate(sizes, initial=len(begin)))
+        self._arrays, self._places = arrays, dict(zip(arrays, ends, strict=False))
+        if not self._path.exists() or self._path.stat().st_size != ends[-1]:
             with self._path.open("wb") as file:
-                file.write(header)
-                file.truncate(size)
-        self._offset = len(header)
+                file.write(begin)
+                file.truncate(ends[-1])
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Fills in some arrays; they are on the disk when it returns."""
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
-                dtype, shape, place = self._places[name]
+                dtype, shape = self._arrays[name]
                 if array.dtype != dtype or array.shape != shape:
                     raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype} {shape}")
-                file.seek(self._offset + place)
+                file.seek(self._places[name])
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-
-
-def _layout(
-    provenance: Provenance, arrays: Arrays
-) -> tuple[bytes, dict[str, tuple[np.dtype, tuple[int, ...], int]]]:
-    """The header in safetensors' form, and dtype, shape and place of each array."""
-    fields: dict[str, Any] = {"__metadata__": provenance.as_metadata()}
-    places, end = {}, 0
-    for name, (dtype, shape) in arrays.items():
-        places[name] = dtype, shape, end
-        start, end = end, end + _nbytes(dtype, shape)
-        fields[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    return len(text).to_bytes(8, "little") + text, places

@@ -9,8 +9,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
-from rgexport.kernels.rounding import library
-from rgexport.progress import amount, warn
+from rgexport.progress import amount
 from rgexport.quantize.scheme import Ggml, Plan
 
 
@@ -42,6 +41,7 @@ def require_word(flag: str, word: str, words: Iterable[str]) -> None:
         raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
 
 
+_FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
 QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
 """Word of `--quality` → the algorithm that chooses levels."""
 
@@ -49,7 +49,7 @@ QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
 def algorithm_word(
     quality: str | None, calibration: object | None, plan: object | None
 ) -> str | None:
-    """The algorithm for all tensors; None leaves it to a plan.
+    """The algorithm that is asked for; None leaves it to a plan, or to the default.
 
     Raises:
         RequestError: an unknown word, or a quality that a calibration is not for.
@@ -61,16 +61,9 @@ def algorithm_word(
             f"--quality {quality} takes no calibration; leave out --calibration, or take "
             "--quality best"
         )
-    if quality is None and plan is not None:
+    if quality is None and (plan is not None or calibration is None):
         return None
-    word = QUALITIES[quality or ("best" if calibration is not None else "default")]
-    if word == "search" and quality is None and not library.is_there():
-        warn(
-            "weights are rounded to nearest: the library that chooses better levels is not built; "
-            "build it with `python -m rgexport.kernels.build`"
-        )
-        return QUALITIES["fast"]
-    return word
+    return QUALITIES[quality or "best"]
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
@@ -137,6 +130,24 @@ def require_blocks(
             {"--block-size": block is not None, "--exact": exact, flag: symmetric is not None},
             f"{' and '.join(dict.fromkeys(words))} weights; expected it beside --int8 or --int4: "
             "give one of those, or leave it out",
+        )
+
+
+def require_levels(words: Collection[str], algorithm: str | None) -> None:
+    """Refuses to choose the levels of weights that have none.
+
+    Args:
+        words: the precisions of the linears and of the embedding, or the type of a GGUF file.
+        algorithm: what `--quality` or `--calibration` asks for.
+
+    Raises:
+        RequestError: there is an algorithm, and no precision has levels.
+    """
+    if algorithm is not None and {*words} <= _FLOATS:
+        refuse_idle(
+            {"--quality (or --calibration)": True},
+            f"{' and '.join(dict.fromkeys(words))} weights; expected it beside weights of 8 or 4 "
+            "bits: give --int8 or --int4, or leave it out",
         )
 
 

@@ -1,7 +1,8 @@
 """Writes safetensors files, sharded as the hub does it, in slabs."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rgexport.progress import Advance, task
 SHARD_BYTES = 3_000_000_000
 SLAB_BYTES = 8 << 20
 
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_NAMES = {np.dtype(np.int32): "I32", **{dtype: name for name, dtype in FLOATS.items()}}
 
 
 def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -56,23 +57,29 @@ def _split(weights: WeightSource, limit: int) -> Iterator[WeightSource]:
 
 def _write_file(path: Path, weights: WeightSource, advance: Advance) -> None:
     with path.open("wb") as file:
-        file.write(_header(weights))
+        arrays = {PREFIX + name: (each.dtype, each.shape) for name, each in weights.items()}
+        file.write(header(arrays, {"format": "pt"}))
         for tensor in weights.values():
             for _, rows in tensor.slabs(SLAB_BYTES):
                 file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
                 advance(rows.nbytes)
 
 
-def _header(weights: WeightSource) -> bytes:
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in weights.items():
-        fields[PREFIX + name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
+def header(
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """What a file begins with, for arrays that follow one another without gaps.
+
+    Args:
+        arrays: name → dtype and shape.
+        metadata: of the file.
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, (dtype, shape) in arrays.items():
+        end = start + dtype.itemsize * math.prod(shape)
+        fields[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+        start = end
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     return len(text).to_bytes(8, "little") + text

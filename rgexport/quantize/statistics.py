@@ -11,6 +11,7 @@ from threading import Lock
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
@@ -20,10 +21,9 @@ _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
 _SHRINKAGE = 0.3, 0.6
 """The least and the most that is taken from what is beside the diagonal."""
-
-
 _LOOKUP = 1.0
-"""The same for the embedding, whose rows are looked up besides: all of a row counts alike."""
+"""Added as `_DAMPING` for the embedding: its rows are looked up, too, where all columns count
+alike."""
 _KEPT = 2
 """Inputs whose statistics are kept: tensors come one after another, on several threads."""
 
@@ -118,11 +118,18 @@ def statistics_of(
     k / (k + tokens). Without that GPTQ is worse than rounding to nearest.
 
     Args:
-        blocks: float32 [k, k] each, symmetric, all finite.
+        blocks: float32 [k, k] each, symmetric.
         tokens: how many the sums are of.
         identity: of the mean of the diagonal, is added to it: what is known of uses beside this
             one, as of the head's rows, which are the embedding's.
+
+    Raises:
+        RequestError: a value is not finite.
     """
+    if not all(np.isfinite(block).all() for block in blocks):
+        raise RequestError(
+            "the statistics have NaN or infinite values; make them again: rgexport calibrate"
+        )
     mean = float(np.concatenate([np.diagonal(block) for block in blocks]).mean(dtype=np.float64))
     more = np.float32((_DAMPING + identity) * (mean or 1.0))
     matrices = [_shrunk(block, tokens, np.float32(mean), more) for block in blocks]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rgexport.compress.items import Item, items_of
 from rgexport.compress.losses import Losses
-from rgexport.compress.rounding import quantized
+from rgexport.compress.stored_weights import quantized
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize import affine, algorithms, palette

@@ -128,6 +128,11 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     assert "down_proj" in text and "4.125" in text and "from 1.3 times" in text
     with pytest.raises(RequestError, match="--force"):
         make_plan(checkpoint, options, target)
+    page_of(tmp_path / "other.json").write_text("mine")
+    with pytest.raises(RequestError, match="--force"):
+        make_plan(checkpoint, options, tmp_path / "other.json")
+    with pytest.raises(RequestError, match="which is the page's place"):
+        make_plan(checkpoint, options, tmp_path / "plan.html")
 
 
 def test_only_plans_are_replaced(tmp_path):

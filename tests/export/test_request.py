@@ -36,7 +36,7 @@ def test_precision(precision, int4, int8, word):
 @pytest.mark.parametrize(
     ("quality", "calibration", "plan", "word"),
     [
-        (None, None, None, "search"),
+        (None, None, None, None),
         ("fast", None, None, "rtn"),
         ("default", None, "plan", "search"),
         ("best", None, None, "gptq"),
@@ -57,13 +57,6 @@ def test_a_calibration_is_for_the_best_quality():
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
         algorithm_word("better", None, None)
-
-
-def test_without_the_library_weights_are_rounded(monkeypatch, capsys):
-    monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
-    assert algorithm_word(None, None, None) == "rtn"
-    assert "rounded to nearest: the library" in capsys.readouterr().err
-    assert algorithm_word("default", None, None) == "search"  # and the export says what is missing
 
 
 def test_words_are_those_of_the_format():

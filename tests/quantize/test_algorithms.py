@@ -7,7 +7,13 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.quantize import affine, algorithms
-from rgexport.quantize.algorithms import ALGORITHMS, Algorithm, encode, require_known
+from rgexport.quantize.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    by_default,
+    encode,
+    require_known,
+)
 from rgexport.quantize.scheme import (
     Affine,
     Float,
@@ -57,6 +63,30 @@ def test_a_new_algorithm_is_a_row(halves: None):
         encode("w", rows, scheme)
 
 
+def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
+    plan = {"a": INT4, "b": Float("float32"), "c": Palette()}
+    assert [x.algorithm for x in by_default(plan).values()] == ["search", "cast", "kmeans"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
+    assert [x.algorithm for x in by_default(plan).values()] == ["rtn", "cast", "kmeans"]
+    assert "rounded to nearest: the library" in capsys.readouterr().err
+    assert by_default({"b": Float("float32")}) and capsys.readouterr().err == ""
+
+
+def test_importance_alone_weighs_the_search():
+    """What the columns that count are off by is less than by a plain search, by their weight."""
+    rows = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
+    weighs = np.where(np.arange(64) % 8 == 0, 30, 1).astype(np.float32)
+    known = Statistics(weighs, (Hessian(0, np.diag(weighs)),))
+
+    def lost(word: str) -> float:
+        scheme = replace(INT4, algorithm=word)
+        found = affine.decode(encode("w", rows, scheme, known), scheme, 64)
+        return float((weighs * (found - rows) ** 2).sum())
+
+    assert lost("importance") < 0.9 * lost("search")
+
+
 def test_an_algorithm_is_provenance(halves: None):
     scheme = replace(INT4, algorithm="halves")
     assert scheme == INT4 and hash(scheme) == hash(INT4)
@@ -68,7 +98,9 @@ def test_an_algorithm_is_provenance(halves: None):
 def test_an_unknown_algorithm_can_be_read_but_not_requested():
     later = scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": "later-2"})
     assert later == INT4
-    with pytest.raises(RequestError, match="algorithm = 'later-2'; expected rtn, search, gptq"):
+    with pytest.raises(
+        RequestError, match="algorithm = 'later-2'; expected rtn, search, importance, gptq"
+    ):
         require_known(later)
     with pytest.raises(RequestError, match="algorithm = 'rtn'; expected kmeans, gptq"):
         require_known(Palette(algorithm="rtn"))

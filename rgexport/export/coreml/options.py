@@ -11,11 +11,12 @@ from rgexport.export.request import (
     refuse_beside_plan,
     refuse_ggml,
     require_blocks,
+    require_levels,
     require_word,
 )
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
-from rgexport.quantize.algorithms import by_algorithm
+from rgexport.quantize.algorithms import by_algorithm, by_default
 from rgexport.quantize.fitting import fitted, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
@@ -43,7 +44,7 @@ class CoreMLOptions:
     `embedding_precision` set for all. The `prefill` function takes `prefill_length` tokens and
     gives the logits of the last one, or with `all_logits` of all. The RG-LRU's state is a float32
     input and output (`io`) or a pair of float16 states (`hilo`). `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan.
+    (`quantize.algorithms`); None leaves it to the plan, or to clip search.
     """
 
     precision: str | None = None
@@ -74,6 +75,8 @@ class CoreMLOptions:
         for scheme in self._schemes():
             self._require_computable("weights are to be stored", scheme)
         require_blocks(self._words(), self.block_size, self.symmetric)
+        words = (self.precision_word,) if self.plan else self._words()
+        require_levels(words, self.algorithm)
 
     @property
     def precision_word(self) -> str:
@@ -99,7 +102,10 @@ class CoreMLOptions:
             RequestError: the plan has weights of more precision than the computation.
         """
         plan = self.plan or make_plan(config, *self._schemes())
-        plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
+        if self.algorithm:
+            plan = by_algorithm(plan, self.algorithm)
+        elif not self.plan:
+            plan = by_default(plan)
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
-from rgexport.export.request import refuse_beside_plan, refuse_idle
+from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.algorithms import ALGORITHMS, by_algorithm
 from rgexport.quantize.ggml_mix import (
@@ -92,6 +92,8 @@ class GgufOptions:
                 "--imatrix and --calibration both say which columns count; leave out one of them"
             )
         others = self.embedding is not None or self.tensor_types
+        if not others:
+            require_levels([self.file_type.name], self.algorithm)
         if self.file_type.name in _ONE_WAY and not others:
             refuse_idle(
                 {"--pure": self.pure, "--imatrix": self.imatrix},

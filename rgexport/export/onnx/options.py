@@ -11,12 +11,13 @@ from rgexport.export.request import (
     refuse_beside_plan,
     refuse_ggml,
     require_blocks,
+    require_levels,
     require_word,
 )
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
-from rgexport.quantize.algorithms import by_algorithm
+from rgexport.quantize.algorithms import by_algorithm, by_default
 from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import choose_scheme, choose_schemes, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
@@ -33,7 +34,7 @@ class OnnxOptions:
     precision (see `quantize.plan.choose_schemes`). `compute` is fp32 unless `precision` is fp16;
     `exact` keeps activations out of int8; `plan` says for each tensor what `precision`,
     `block_size`, `symmetric` and `embedding_precision` say for all. `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan.
+    (`quantize.algorithms`); None leaves it to the plan, or to clip search.
     """
 
     profile: str = "cpu"
@@ -61,6 +62,7 @@ class OnnxOptions:
         require_word("--compute", self.compute_word, ACTIVATIONS)
         words = self.precision_word, self._embedding_word
         require_blocks(words, self.block_size, self.symmetric, self.exact)
+        require_levels(words, self.algorithm)
 
     @property
     def precision_word(self) -> str:
@@ -90,7 +92,10 @@ class OnnxOptions:
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
-        plan = by_algorithm(plan, self.algorithm) if self.algorithm else plan
+        if self.algorithm:
+            plan = by_algorithm(plan, self.algorithm)
+        elif not self.plan:
+            plan = by_default(plan)
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.kernels.rounding import library
+from rgexport.progress import warn
 from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import ggml, gptq, search
@@ -97,6 +99,20 @@ def by_algorithm(plan: Plan, word: str) -> Plan:
     return {name: _by_algorithm(scheme, word) for name, scheme in plan.items()}
 
 
+def by_default(plan: Plan) -> Plan:
+    """The plan with what needs no data: clip search, or without its library rounding to nearest."""
+    uniform = (one for scheme in plan.values() for one in uniform_schemes(scheme))
+    if not any(isinstance(one, Affine) for one in uniform):
+        return plan
+    if library.is_there():
+        return by_algorithm(plan, "search")
+    warn(
+        "weights are rounded to nearest: the library that chooses better levels is not built; "
+        "build it with `python -m rgexport.kernels.build`"
+    )
+    return by_algorithm(plan, "rtn")
+
+
 def _by_algorithm(scheme: Scheme, word: str) -> Scheme:
     if isinstance(scheme, Mixed):
         return scheme.each(lambda one: replace(one, algorithm=word))
@@ -124,7 +140,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         {Affine: lambda rows, scheme, _: affine.encode(rows, scheme)}, "rounding to nearest"
     ),
     "search": Algorithm(
-        {Affine: lambda rows, scheme, _: search.encode(rows, scheme)}, "clip search"
+        {Affine: lambda rows, scheme, _: search.encode(rows, scheme, None)}, "clip search"
+    ),
+    "importance": Algorithm(
+        {Affine: search.encode}, "clip search weighed by importance", needs_statistics=True
     ),
     "kmeans": Algorithm({Palette: lambda rows, scheme, _: palette.encode(rows, scheme)}, "k-means"),
     "ggml": Algorithm({Ggml: ggml.encode}, "the rules of llama-quantize"),

@@ -1,9 +1,8 @@
 """GPTQ: each weight makes up for the errors of those before it.
 
 GPTQ (arXiv 2210.17323) in the form of LDLQ (QuIP, arXiv 2307.13304), on the scales of a clip
-search. Then, twice, the scales are fitted to the levels, and each level to all others (coordinate
-descent). All of it lowers tr(ΔW H ΔWᵀ); a row that rounding to nearest leaves with less starts from
-there.
+search. Then the scales are fitted to the levels, and each level to all others (coordinate descent).
+All of it lowers tr(ΔW H ΔWᵀ); a row that rounding to nearest leaves with less starts from there.
 """
 
 import numpy as np
@@ -25,24 +24,35 @@ def encode_affine(rows: np.ndarray, scheme: Affine, statistics: Statistics | Non
     """Quantizes rows [n, K]; see `algorithms.Encode`."""
     assert statistics is not None
     nearest, scales, zeros = search.choose(rows, scheme, statistics)
-    size, columns = affine.block_size(rows.shape[1], scheme), rows.shape[1]
     levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
-    half = scheme.scale == "float16"
     for part in statistics.hessians:
-        own = slice(part.start, part.stop)
-        if part.start % size or (part.stop % size and part.stop != columns):
-            # Some block is in two parts of H: its scale stays.
-            places = np.arange(part.start, part.stop) // size
-            scale, zero = (np.ascontiguousarray(x[:, places]) for x in (scales, zeros))
-            grid = Grid(1, 2**scheme.bits - 1, scale, -scale * zero)
-            levels[:, own] = _chosen(rows[:, own], grid, part, levels[:, own])
-            continue
-        blocks = slice(part.start // size, -(-part.stop // size))
-        scale, zero = scales[:, blocks].copy(), zeros[:, blocks].copy()
-        grid = Grid(size, 2**scheme.bits - 1, scale, -scale * zero)
-        levels[:, own] = _chosen(rows[:, own], grid, part, levels[:, own], zero, half)
-        scales[:, blocks] = scale
+        _fill(rows, scheme, part, levels, scales, zeros)
     return affine.pack_parts(levels.reshape(nearest.shape), scales, zeros, scheme)
+
+
+def _fill(
+    rows: np.ndarray,
+    scheme: Affine,
+    part: Hessian,
+    levels: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+) -> None:
+    """Replaces the levels of one part of H, and the scales of its blocks."""
+    own, size, columns = slice(part.start, part.stop), scheme.block or rows.shape[1], rows.shape[1]
+    top = 2**scheme.bits - 1
+    if part.start % size or (part.stop % size and part.stop != columns):
+        # A block is in two parts: its scale stays, and each column has one of its own.
+        places = np.arange(part.start, part.stop) // size
+        scale, zero = (np.ascontiguousarray(x[:, places]) for x in (scales, zeros))
+        grid = Grid(1, top, scale, -scale * zero)
+        levels[:, own] = _chosen(rows[:, own], grid, part, levels[:, own])
+        return
+    blocks = slice(part.start // size, -(-part.stop // size))
+    scale, zero = scales[:, blocks].copy(), zeros[:, blocks].copy()
+    grid, half = Grid(size, top, scale, -scale * zero), scheme.scale == "float16"
+    levels[:, own] = _chosen(rows[:, own], grid, part, levels[:, own], zero, half)
+    scales[:, blocks] = scale
 
 
 def encode_palette(rows: np.ndarray, scheme: Palette, statistics: Statistics | None) -> Parts:

@@ -19,9 +19,9 @@ _LANES = 16
 """The kernel's blocks are multiples of this."""
 
 
-def encode(rows: np.ndarray, scheme: Affine) -> Parts:
-    """Quantizes rows [n, K] of any float dtype, all errors alike; see `algorithms.Encode`."""
-    levels, scales, zeros = choose(rows, scheme, None)
+def encode(rows: np.ndarray, scheme: Affine, statistics: Statistics | None) -> Parts:
+    """Quantizes rows [n, K] of any float dtype; see `algorithms.Encode`."""
+    levels, scales, zeros = choose(rows, scheme, statistics)
     return affine.pack_parts(levels, scales, zeros, scheme)
 
 

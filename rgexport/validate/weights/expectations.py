@@ -102,8 +102,8 @@ EXPECTATIONS: dict[str, Expectation] = {
         noise=2.0,
         shrinks=(1.0, 1.0),
     ),
-    "weighted search": replace(_WEIGHED, why=_SCALES),
-    "weighted search, 8 bits": replace(_WEIGHED_8, why=_SCALES),
+    "importance": replace(_WEIGHED, why=_SCALES),
+    "importance, 8 bits": replace(_WEIGHED_8, why=_SCALES),
     "gptq": _WEIGHED,
     "gptq, 8 bits": _WEIGHED_8,
     "kmeans": Expectation(
@@ -131,7 +131,7 @@ EXPECTATIONS: dict[str, Expectation] = {
 search: measured on five kinds of weights, a block has up to 1.00 times the error of rounding to
 nearest, and weights shrink by 1.00 times the squared error.
 
-gptq, weighted search: with inputs as in `FEEDBACK_NOISE`, a row had up to 4.9 times the root mean
+gptq, importance: with inputs as in `FEEDBACK_NOISE`, a row had up to 4.9 times the root mean
 square of rounding (2.4 in the units of `max_steps`), and weights shrank by 0.3 to 2.9 times the
 squared error, in 8 bits by up to 0.014. Two rows that changed places have 9 to 18 times that root
 mean square (4.5 to 9) in 4 bits.
@@ -153,7 +153,7 @@ def expectation_key(scheme: Scheme, weighted: bool) -> str:
     """
     assert not isinstance(scheme, Mixed), "row groups are compared one by one"
     if scheme.algorithm != "ggml":
-        word = "weighted search" if weighted and scheme.algorithm == "search" else scheme.algorithm
+        word = scheme.algorithm
         if word not in EXPECTATIONS:
             raise RequestError(
                 f"the artifact has levels chosen by {word!r}, which this version cannot judge; "

@@ -39,7 +39,7 @@ def _by_importance(w: np.ndarray, scheme: Affine) -> np.ndarray:
 CHOSEN: dict[str, Store] = {
     "rtn": store,
     "search": lambda w, scheme: searched(w, scheme)[0],
-    "weighted search": _by_importance,
+    "importance": _by_importance,
     "gptq": lambda w, scheme: fed_back(w, scheme, hessian(w.shape[1])),
 }
 """Key of the expectation → Ŵ."""
@@ -56,8 +56,7 @@ def complaints(w: np.ndarray, stored: np.ndarray, scheme: Scheme, weighted: bool
 
 
 def judged(w: np.ndarray, stored: np.ndarray, layout: Affine, key: str) -> list[str]:
-    scheme = replace(layout, algorithm=key.removeprefix("weighted "))
-    return complaints(w, stored, scheme, weighted=key.startswith("weighted"))
+    return complaints(w, stored, replace(layout, algorithm=key), weighted=key == "importance")
 
 
 def test_every_algorithm_has_limits() -> None:
@@ -70,7 +69,7 @@ def test_every_algorithm_has_limits() -> None:
         (LAYOUTS[0], False, "rtn"),
         (LAYOUTS[0], True, "rtn"),
         (replace(LAYOUTS[0], algorithm="search"), False, "search"),
-        (replace(LAYOUTS[0], algorithm="search"), True, "weighted search"),
+        (replace(LAYOUTS[0], algorithm="importance"), True, "importance"),
         (replace(LAYOUTS[0], algorithm="gptq"), True, "gptq"),
         (replace(LAYOUTS[3], algorithm="gptq"), True, "gptq, 8 bits"),
         (replace(LAYOUTS[3], algorithm="search"), False, "search"),

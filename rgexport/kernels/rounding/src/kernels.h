@@ -21,17 +21,13 @@ struct Grid {
   int64_t groups() const { return (columns + group - 1) / group; }
 };
 
-// How the scales of affine blocks may be stored.
-struct Store {
-  int32_t half;  // whether as float16, and weights beyond its range are to be avoided
-};
-
 struct Kernels {
   // Chooses scales [rows, blocks] and zero points for blocks [rows, blocks, block] by trying
   // fractions of the given ones; `importance` [blocks, block], or null, weighs squared errors.
-  // `levels` [rows, blocks, block] become the nearest levels.
+  // `half`: scales are stored as float16, and weights beyond its range are to be avoided. `levels`
+  // [rows, blocks, block] become the nearest levels.
   void (*search)(const float* weights, const float* importance, int64_t rows, int64_t blocks,
-                 int64_t block, int bits, int symmetric, Store store, float* scales, float* zeros,
+                 int64_t block, int bits, int symmetric, bool half, float* scales, float* zeros,
                  uint8_t* levels);
 
   // H = (I + M) D (I + M)', M strictly upper, for a symmetric positive H [k, k] of which the upper
@@ -48,10 +44,10 @@ struct Kernels {
   void (*loss)(const float* weights, int64_t rows, Grid grid, const float* m, const float* d,
                const uint8_t* levels, double* loss);
 
-  // `rounds` times: with `zeros` [rows, groups], scales become those of least loss for the levels
-  // (in `scale` and `offset`, which are written); then each level in turn
-  // becomes the best for all others.
-  void (*refine)(const float* weights, int64_t rows, Grid grid, const float* zeros, Store store,
+  // `rounds` times: where there are `zeros` [rows, groups], scales become those of least loss for
+  // the levels (`scale` and `offset` are written); then each level in turn becomes the best for all
+  // others.
+  void (*refine)(const float* weights, int64_t rows, Grid grid, const float* zeros, bool half,
                 const float* h, int rounds, uint8_t* levels);
 };
 

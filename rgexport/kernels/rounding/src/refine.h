@@ -17,12 +17,12 @@ class ScaleFit {
 
   // `scale` changes only if what is stored has less loss.
   void apply(const double* a, const double* b, float* scale, const float* zero, float top,
-             Store store) {
+             bool half) {
     if (!solve(a, b)) return;
     for (int64_t g = 0; g < groups_; ++g) {
-      const float found = stored(static_cast<float>(s_[g]), store.half), size = size_of(found);
+      const float found = stored(static_cast<float>(s_[g]), half), size = size_of(found);
       const float reach = top - zero[g] > zero[g] ? top - zero[g] : zero[g];
-      const bool fits = size >= kTiny && size <= (store.half ? kHalfMost / reach : kHuge);
+      const bool fits = size >= kTiny && size <= (half ? kHalfMost / reach : kHuge);
       fitted_[g] = fits && a[g * groups_ + g] > 0 ? found : scale[g];
     }
     if (loss(a, b, fitted_.data()) < loss(a, b, scale))
@@ -75,7 +75,7 @@ class ScaleFit {
 
 // Fits the scales of `rows` rows, at most kRows.
 void fit_scales(const float* weights, int64_t rows, const Grid& grid, float* scale,
-                const float* zero, Store store, const float* h, const uint8_t* levels) {
+                const float* zero, bool half, const float* h, const uint8_t* levels) {
   const int64_t columns = grid.columns, groups = grid.groups(), squares = groups * groups;
   const Memory<float> u(rows * columns);
   Memory<float> products(rows * columns);
@@ -101,7 +101,7 @@ void fit_scales(const float* weights, int64_t rows, const Grid& grid, float* sca
   ScaleFit fit(groups);
   for (int64_t r = 0; r < rows; ++r)
     fit.apply(a.data() + r * squares, b.data() + r * groups, scale + r * groups,
-              zero + r * groups, grid.top, store);
+              zero + r * groups, grid.top, half);
 }
 
 // One sweep of coordinate descent over `rows` rows, at most kRows.
@@ -129,7 +129,7 @@ void descend(const float* weights, int64_t rows, const Grid& grid, const float* 
   });
 }
 
-void refine(const float* weights, int64_t rows, Grid grid, const float* zeros, Store store,
+void refine(const float* weights, int64_t rows, Grid grid, const float* zeros, bool half,
             const float* h, int rounds, uint8_t* levels) {
   const int64_t groups = grid.groups();
   for (int64_t first = 0; first < rows; first += kRows) {
@@ -148,7 +148,7 @@ void refine(const float* weights, int64_t rows, Grid grid, const float* zeros, S
     for (int i = 0; i < rounds; ++i) {
       if (zeros) {
         const float* zero = zeros + first * groups;
-        fit_scales(w, count, grid, scale, zero, store, h, q);
+        fit_scales(w, count, grid, scale, zero, half, h, q);
         for (int64_t g = 0; g < count * groups; ++g) offset[g] = -scale[g] * zero[g];
       }
       descend<EvenLevels>(w, count, part, h, q);

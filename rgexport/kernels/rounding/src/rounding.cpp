@@ -36,7 +36,7 @@ const Kernels& kernels() {
 RGEXPORT_API void rgexport_search(const float* weights, const float* importance, int64_t rows,
                                   int64_t blocks, int64_t block, int bits, int symmetric, int half,
                                   float* scales, float* zeros, uint8_t* levels) {
-  kernels().search(weights, importance, rows, blocks, block, bits, symmetric, {half}, scales, zeros,
+  kernels().search(weights, importance, rows, blocks, block, bits, symmetric, half != 0, scales, zeros,
                    levels);
 }
 
@@ -62,6 +62,6 @@ RGEXPORT_API void rgexport_refine(const float* weights, int64_t rows, int64_t co
                                   int64_t group, float top, float* scale, float* offset,
                                   const float* table, const float* zeros, int half, const float* h,
                                   int rounds, uint8_t* levels) {
-  kernels().refine(weights, rows, {columns, group, top, scale, offset, table}, zeros, {half}, h,
+  kernels().refine(weights, rows, {columns, group, top, scale, offset, table}, zeros, half != 0, h,
                    rounds, levels);
 }

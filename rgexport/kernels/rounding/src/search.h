@@ -139,7 +139,7 @@ void try_asymmetric(Blocks& blocks, const Candidate& first, float fraction) {
 }
 
 void search(const float* weights, const float* importance, int64_t rows, int64_t blocks,
-            int64_t block, int bits, int symmetric, Store store, float* scales, float* zeros,
+            int64_t block, int bits, int symmetric, bool half, float* scales, float* zeros,
             uint8_t* levels) {
   const Memory<float> w(block * kLanes), h(block * kLanes);
   for (int64_t from = 0; from < rows * blocks; from += kLanes) {
@@ -154,7 +154,7 @@ void search(const float* weights, const float* importance, int64_t rows, int64_t
         h[e * kLanes + i] = weighs ? weighs[e] : 1.0f;
       }
     }
-    Blocks some(w.data(), h.data(), block, bits, store.half);
+    Blocks some(w.data(), h.data(), block, bits, half);
     some.start(first);
     for (int i = 0; i < kFractions; ++i)
       (symmetric ? try_symmetric : try_asymmetric)(some, first, fraction(bits, i));

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("coremltools")
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -26,6 +26,9 @@ TOLERANCE = {"float16": 2**-9, "float32": 2**-19}
 """coremltools computes float16 in float16; of ours, only the result is rounded."""
 
 SHAPES = hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)
+SHAPES_OF_PAIRS = hnp.mutually_broadcastable_shapes(
+    num_shapes=2, min_dims=1, max_dims=4, max_side=4
+)
 FLOATS = st.sampled_from(["float16", "float32"])
 NUMBERS = st.sampled_from(["float16", "float32", "int32"])
 
@@ -47,9 +50,7 @@ def of_floats(low: float = -4, high: float = 4, dtypes: st.SearchStrategy = FLOA
 
 def pair(draw: Draw, dtype: str, low: float = -4, high: float = 4) -> dict[str, Any]:
     """Two operands whose shapes can be broadcast."""
-    shapes = draw(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4))
-    x, y = shapes.input_shapes
-    assume(x and y)
+    x, y = draw(SHAPES_OF_PAIRS).input_shapes
     return {"x": array(draw, dtype, x, low, high), "y": array(draw, dtype, y, low, high)}
 
 
@@ -153,12 +154,14 @@ def gather(draw: Draw) -> Case:
 
 def select(draw: Draw) -> Case:
     """Operands and a condition that are broadcast; coremltools infers the shape of the operands."""
-    shapes = draw(hnp.mutually_broadcastable_shapes(num_shapes=3, max_dims=4, max_side=4))
-    cond, a, b = shapes.input_shapes
-    assume(cond and a and b and np.broadcast_shapes(a, b) == shapes.result_shape)
+    shapes = draw(SHAPES_OF_PAIRS)
+    whole = shapes.result_shape
+    cond = [draw(st.sampled_from((1, n))) for n in whole][draw(st.integers(0, len(whole) - 1)) :]
     dtype = draw(NUMBERS)
-    operands = {"a": array(draw, dtype, a), "b": array(draw, dtype, b)}
-    return {"cond": array(draw, "bool", cond), **operands}, {}
+    operands = {
+        name: array(draw, dtype, x) for name, x in zip("ab", shapes.input_shapes, strict=True)
+    }
+    return {"cond": array(draw, "bool", tuple(cond)), **operands}, {}
 
 
 def gelu(draw: Draw) -> Case:
