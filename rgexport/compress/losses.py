@@ -33,7 +33,7 @@ class Losses:
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, calibration: Calibration):
         self._config, self._weights, self._calibration = config, weights, calibration
-        self._statistics = Calibrated(calibration)
+        self._statistics = Calibrated(calibration, config)
 
     def of(self, item: Item, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
         """The loss of an item in each layout, in nats per token.
@@ -48,19 +48,31 @@ class Losses:
             ids = rows if item.rows is None else np.sort(item.rows[rows])
             weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
             cost = self._cost(tensor, ids, item.rows)
-            loss = partial(self._loss, tensor, weights.astype(np.float32), cost)
+            loss = partial(self._loss, tensor, ids, weights.astype(np.float32), cost)
             with ThreadPoolExecutor(usable_processors()) as pool:
                 losses += list(pool.map(loss, layouts))
         return losses.tolist()
 
+    def row_importance(self) -> np.ndarray:
+        """What errors of one size cost in each row of the embedding, float64 [vocab]."""
+        known = self._calibration
+        inputs = known.importance(EMBEDDING)
+        product = 0 if inputs is None else known.row_fisher * inputs.mean(dtype=np.float64)
+        return product + known.token_share * self._channels().mean(dtype=np.float64)
+
+    def _channels(self) -> np.ndarray:
+        """What squared errors of the embedding's channels cost where it is looked up."""
+        return self._calibration.lookup_sensitivity * self._config.embedding_scale**2
+
     def _loss(
         self,
         tensor: str,
+        ids: np.ndarray,
         rows: np.ndarray,
         cost: Callable[[np.ndarray], float],
         layout: Uniform,
     ) -> float:
-        return cost(stored(tensor, rows, layout, self._statistics(tensor)) - rows)
+        return cost(stored(tensor, rows, layout, self._statistics(tensor), ids) - rows)
 
     def _cost(
         self, tensor: str, ids: np.ndarray, among: np.ndarray | None
@@ -73,8 +85,8 @@ class Losses:
         product = _share(outputs, ids, among)
         if tensor != EMBEDDING:
             return lambda errors: float(0.5 * (product * _through(errors, hessians)).sum())
-        channels = self._calibration.lookup_sensitivity * self._config.embedding_scale**2
-        lookup = _share(self._calibration.token_frequency, ids, among)
+        channels = self._channels()
+        lookup = _share(self._calibration.token_share, ids, among)
 
         def cost(errors: np.ndarray) -> float:
             looked_up = np.square(errors, dtype=np.float64) @ channels

@@ -81,15 +81,15 @@ class Planner:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
         """
         self._checkpoint, self._calibration, self._layouts = checkpoint, calibration, layouts
-        importance = calibration.row_fisher if layouts.row_groups else None
+        losses = Losses(checkpoint.config, checkpoint.weights, calibration)
+        importance = losses.row_importance() if layouts.row_groups else None
         self._items = items_of(checkpoint.config, importance)
         self._schemes: list[list[Uniform]] = []
-        self._front = self._predicted()
+        self._front = self._predicted(losses)
         self._scale = 1.0
         """Of predictions: what measured plans cost beside what was predicted."""
 
-    def _predicted(self) -> Front:
-        losses = Losses(self._checkpoint.config, self._checkpoint.weights, self._calibration)
+    def _predicted(self, losses: Losses) -> Front:
         options: list[list[Option]] = []
         with task("Trying layouts", sum(item.weights for item in self._items), "weights") as done:
             for item in self._items:
@@ -123,7 +123,8 @@ class Planner:
         return Found(plan, predicted, measured, front)
 
     def _measured(self, original: Original, plan: Plan, point: Point) -> Divergence:
-        weights = quantized(self._checkpoint.weights, plan, Calibrated(self._calibration))
+        statistics = Calibrated(self._calibration, self._checkpoint.config)
+        weights = quantized(self._checkpoint.weights, plan, statistics)
         with group(f"Measuring a plan of {point.bits:.3f} bits"):
             return original.divergence(weights)
 

@@ -27,4 +27,4 @@ def known_statistics(checkpoint: Checkpoint, file: Path | None) -> StatisticsOf:
                 calibrate(checkpoint, CalibrationOptions(), file)
     found = open_calibration(file)
     found.require_for(hash_new_files(checkpoint.weight_files).values())
-    return Calibrated(found)
+    return Calibrated(found, checkpoint.config)

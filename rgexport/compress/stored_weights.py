@@ -20,10 +20,17 @@ _ROWS = 128
 
 
 def stored(
-    tensor: str, rows: np.ndarray, scheme: Uniform, statistics: Statistics | None
+    tensor: str,
+    rows: np.ndarray,
+    scheme: Uniform,
+    statistics: Statistics | None,
+    ids: np.ndarray,
 ) -> np.ndarray:
-    """Rows [n, K] as they are read back, float32, after the tensor's layout stored them."""
-    parts = encode(tensor, rows, scheme, statistics)
+    """Rows [n, K] as they are read back, float32, after the tensor's layout stored them.
+
+    `ids` are their numbers in the tensor.
+    """
+    parts = encode(tensor, rows, scheme, statistics, ids)
     return _DECODE[type(scheme)](parts, scheme, rows.shape[1])
 
 
@@ -48,14 +55,15 @@ def _quantized(
 
         def fill(part: slice) -> None:
             rows = tensor.read(part.start, part.stop)
-            for scheme, ids in groups:
-                own = np.arange(len(rows))
-                if ids is not None:
-                    first, last = np.searchsorted(ids, [part.start, part.stop])
-                    own = ids[first:last] - part.start
-                if len(own):
-                    rows_of_group = stored(name, rows[own], scheme, statistics)
-                    places = own + part.start - start
+            for scheme, chosen in groups:
+                ids = np.arange(part.start, part.stop)
+                if chosen is not None:
+                    first, last = np.searchsorted(chosen, [part.start, part.stop])
+                    ids = chosen[first:last]
+                if len(ids):
+                    own = rows[ids - part.start]
+                    rows_of_group = stored(name, own, scheme, statistics, ids)
+                    places = ids - start
                     inside = (places >= 0) & (places < len(found))
                     found[places[inside]] = rows_of_group[inside]
 

@@ -33,8 +33,9 @@ _IN_FLIGHT = 3 * _WORKERS
 Shape = tuple[int, ...]
 Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
 """From shape and scheme of a tensor to part name → dtype and shape."""
-Encode = Callable[[str, np.ndarray, StoredTensor], Parts]
-"""From name, rows in the checkpoint's dtype and stored form of a tensor to these rows' parts.
+Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
+"""From name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor to these
+rows' parts.
 
 The stored form is that of a row group, where the tensor has several."""
 _Result = TypeVar("_Result")
@@ -125,12 +126,13 @@ def _write_slab(
     rows = source.read(start, stop)
     written: Parts = {}
     for group in groups_of(stored):
-        chosen = rows[group.chosen(start, stop)]
-        if not len(chosen):
+        chosen = group.chosen(start, stop)
+        own, ids = rows[chosen], np.arange(start, stop)[chosen]
+        if not len(own):
             continue
         parts = {
             label: np.ascontiguousarray(array)
-            for label, array in encode(name, chosen, group.stored).items()
+            for label, array in encode(name, own, ids, group.stored).items()
         }
         _write_rows(folder, group.stored, *group.run(start, stop), parts)
         written |= {group.prefix + label: array for label, array in parts.items()}

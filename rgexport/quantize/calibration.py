@@ -35,6 +35,8 @@ from rgexport.quantize.calibration_format import (
 
 _MOST = {"I32": 1 << 26, "F32": triangle_size(MAX_BLOCK)}
 """Elements of an array that is read: of a text, and of a block's triangle."""
+_FOREIGN = 0.1
+"""Of other text's tokens, those of which the calibration says nothing."""
 _DTYPES = {"I32": np.dtype(np.int32), "F32": np.dtype(np.float32)}
 
 
@@ -111,6 +113,15 @@ class Calibration:
     def token_frequency(self) -> np.ndarray:
         """The share of the text that each token has, float32 [vocab]."""
         return self._vector(FREQUENCY)
+
+    @cached_property
+    def token_share(self) -> np.ndarray:
+        """The share of each token that is expected in other text, float32 [vocab].
+
+        The model's own probabilities, and for what it would not write the same for all tokens.
+        """
+        probability = self.row_probability
+        return (1 - _FOREIGN) * probability + np.float32(_FOREIGN / len(probability))
 
     @cached_property
     def lookup_sensitivity(self) -> np.ndarray:

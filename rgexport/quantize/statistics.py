@@ -6,12 +6,13 @@ H = Σ x xᵀ / N.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
@@ -21,9 +22,9 @@ _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
 _SHRINKAGE = 0.3, 0.6
 """The least and the most that is taken from what is beside the diagonal."""
-_LOOKUP = 1.0
-"""Added as `_DAMPING` for the embedding: its rows are looked up, too, where all columns count
-alike."""
+_LOOKUPS = 1.0, 10.0, 100.0
+"""Added as `_DAMPING` for kinds of the embedding's rows, by what they cost where they are looked
+up, beside the head: there all columns count alike."""
 _KEPT = 2
 """Inputs whose statistics are kept: tensors come one after another, on several threads."""
 
@@ -69,6 +70,20 @@ class Statistics:
 
     importance: np.ndarray
     hessians: tuple[Hessian, ...] = ()
+    kinds: "RowKinds | None" = None
+
+
+@dataclass(frozen=True)
+class RowKinds:
+    """Statistics of a matrix whose rows do not all weigh errors alike.
+
+    Attributes:
+        kind: of each row, uint8 [rows].
+        statistics: of each kind.
+    """
+
+    kind: np.ndarray
+    statistics: tuple[Statistics, ...]
 
 
 StatisticsOf = Callable[[str], Statistics | None]
@@ -83,8 +98,8 @@ def no_statistics(name: str) -> Statistics | None:
 class Calibrated:
     """Statistics by a calibration; those of the last few inputs are kept, with their factors."""
 
-    def __init__(self, calibration: Calibration):
-        self._calibration = calibration
+    def __init__(self, calibration: Calibration, config: GriffinConfig):
+        self._calibration, self._scale = calibration, config.embedding_scale
         self._kept: OrderedDict[str, Statistics | None] = OrderedDict()
         self._lock = Lock()
 
@@ -105,8 +120,22 @@ class Calibrated:
         blocks = self._calibration.hessian(name)
         if blocks is None:
             return None
-        identity = _LOOKUP if name == EMBEDDING else 0.0
-        return statistics_of(blocks, self._calibration.tokens, identity=identity)
+        if name != EMBEDDING:
+            return statistics_of(blocks, self._calibration.tokens)
+        of_kinds = [
+            statistics_of(blocks, self._calibration.tokens, identity=lookup) for lookup in _LOOKUPS
+        ]
+        diagonal = np.concatenate([np.diagonal(block) for block in blocks])
+        return replace(of_kinds[0], kinds=RowKinds(self._kinds(diagonal), tuple(of_kinds)))
+
+    def _kinds(self, diagonal: np.ndarray) -> np.ndarray:
+        """Of the embedding's rows: what its lookups cost, beside what its logits cost, in tens."""
+        known = self._calibration
+        lookup = known.token_share * known.lookup_sensitivity.mean() * self._scale**2
+        logits = known.row_fisher * diagonal.mean()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tens = np.log10(lookup / logits)
+        return np.rint(np.nan_to_num(tens).clip(0, len(_LOOKUPS) - 1)).astype(np.uint8)
 
 
 def statistics_of(
@@ -120,8 +149,7 @@ def statistics_of(
     Args:
         blocks: float32 [k, k] each, symmetric.
         tokens: how many the sums are of.
-        identity: of the mean of the diagonal, is added to it: what is known of uses beside this
-            one, as of the head's rows, which are the embedding's.
+        identity: of the mean of the diagonal, is added to it, for uses beside this one.
 
     Raises:
         RequestError: a value is not finite.

@@ -15,7 +15,7 @@ from rgexport.griffin.tensor import from_array
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.row_ranges import rows_text
 from rgexport.quantize.scheme import Affine, Float, Mixed, Palette, RowGroup
-from rgexport.quantize.statistics import no_statistics, statistics_of
+from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
 from tests.models import make_config, random_weights
 
 CONFIG = make_config("ra", width=64, heads=2, mlp_width=96, vocab_size=1024)
@@ -34,13 +34,17 @@ class Known:
 
     def __post_init__(self):
         rows = CONFIG.vocab_size
-        self.row_fisher, self.token_frequency = self.rng.dirichlet(np.ones(rows), 2)
+        self.row_fisher, self.token_share = self.rng.dirichlet(np.ones(rows), 2)
+        self.row_fisher[::8] = 0
         self.lookup_sensitivity = self.rng.random(CONFIG.width)
 
     def hessian(self, tensor):
         columns = WEIGHTS[tensor].shape[1]
         blocks = (columns // 2, columns // 2) if "down" in tensor else (columns,)
         return self.found.setdefault(input_site(tensor), [self.random(size) for size in blocks])
+
+    def importance(self, tensor):
+        return np.concatenate([np.diagonal(block) for block in self.hessian(tensor)])
 
     def random(self, size):
         x = self.rng.normal(size=(500, size)) @ self.rng.normal(size=(size, size))
@@ -54,8 +58,12 @@ class Known:
 
 def error(tensor, layout, known):
     blocks = known.hessian(tensor)
-    statistics = statistics_of(blocks, known.tokens, identity=float(tensor == EMBEDDING))
-    parts = algorithms.encode(tensor, WEIGHTS[tensor], layout, statistics)
+    ids = np.arange(len(WEIGHTS[tensor]))
+    statistics = statistics_of(blocks, known.tokens)
+    if tensor == EMBEDDING:
+        statistics = Calibrated(known, CONFIG)(tensor)
+        assert {*statistics.kinds.kind[::8]} == {2} and len({*statistics.kinds.kind}) > 1
+    parts = algorithms.encode(tensor, WEIGHTS[tensor], layout, statistics, ids)
     return affine.decode(parts, layout, WEIGHTS[tensor].shape[1]) - WEIGHTS[tensor]
 
 
@@ -89,8 +97,19 @@ def test_rows_of_the_head_cost_as_head_and_as_embedding():
         delta = error(EMBEDDING, layout, known)[ids]
         head = np.diag(delta @ whole(known.hessian(EMBEDDING)) @ delta.T) @ known.row_fisher[ids]
         squares = (CONFIG.embedding_scale * delta) ** 2 @ known.lookup_sensitivity
-        wanted = 0.5 * (head + squares @ known.token_frequency[ids])
+        wanted = 0.5 * (head + squares @ known.token_share[ids])
         assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rows_count_by_what_the_same_errors_cost():
+    known = Known()
+    importance = Losses(CONFIG, SOURCE, known).row_importance()
+    delta = np.random.default_rng(1).choice([-1, 1], (4000, CONFIG.width))
+    for row in (0, 1, 500):
+        head = np.einsum("nk,kl,nl->n", delta, whole(known.hessian(EMBEDDING)), delta).mean()
+        squares = CONFIG.embedding_scale**2 * known.lookup_sensitivity.sum()
+        wanted = known.row_fisher[row] * head + known.token_share[row] * squares
+        assert CONFIG.width * importance[row] == pytest.approx(wanted, rel=0.1)
 
 
 def test_some_rows_stand_for_all():

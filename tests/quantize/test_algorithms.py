@@ -22,7 +22,7 @@ from rgexport.quantize.scheme import (
     scheme_from_dict,
     scheme_to_dict,
 )
-from rgexport.quantize.statistics import Hessian, Statistics
+from rgexport.quantize.statistics import Hessian, RowKinds, Statistics, statistics_of
 
 INT4 = Affine(4, 32, symmetric=False)
 
@@ -71,6 +71,26 @@ def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
     assert [x.algorithm for x in by_default(plan).values()] == ["rtn", "cast", "kmeans"]
     assert "rounded to nearest: the library" in capsys.readouterr().err
     assert by_default({"b": Float("float32")}) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("layout", [INT4, Palette(4, 16)])
+def test_rows_of_each_kind_go_by_their_own_statistics(layout):
+    """Those that share a table by the statistics of the last kind among them."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((64, 96)).astype(np.float32)
+    inputs = rng.standard_normal((2, 300, 96)) @ rng.standard_normal((2, 96, 96))
+    known = [statistics_of([(x.T @ x / 300).astype(np.float32)], 300) for x in inputs]
+    kind, scheme = rng.integers(0, 2, 100).astype(np.uint8), replace(layout, algorithm="gptq")
+    kind[36:52] = 0
+    whole = replace(known[0], kinds=RowKinds(kind, tuple(known)))
+    found = encode("w", rows, scheme, whole, ids := np.arange(36, 100))
+    if isinstance(layout, Palette):
+        kind[52:] = 1
+    for value in (0, 1):
+        own = kind[ids] == value
+        for label, part in encode("w", rows[own], scheme, known[value]).items():
+            step = len(rows) // len(found[label])
+            np.testing.assert_array_equal(found[label][own[::step]], part)
 
 
 def test_importance_alone_weighs_the_search():

@@ -68,8 +68,10 @@ def transform_of(name: str) -> Transform:
     return _TRANSFORMS.get(role_of(name), PLAIN)
 
 
-def encode(statistics: StatisticsOf, name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
-    """Rows of a checkpoint as they are stored.
+def encode(
+    statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
+) -> Parts:
+    """Rows of a checkpoint, whose numbers are `ids`, as they are stored.
 
     Raises:
         RequestError: a weight that its scheme cannot hold.
@@ -77,9 +79,9 @@ def encode(statistics: StatisticsOf, name: str, rows: np.ndarray, stored: Stored
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
     scheme = stored.scheme
     if not isinstance(scheme, Affine):
-        return algorithms.encode(name, values, scheme, statistics(name))
+        return algorithms.encode(name, values, scheme, statistics(name), ids)
     _require_held(name, np.abs(values).max(initial=0), scheme.scale)
-    parts = algorithms.encode(name, values, scheme, statistics(name))
+    parts = algorithms.encode(name, values, scheme, statistics(name), ids)
     levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
     steps = np.abs(parts["scales"].astype(np.float32))
     _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)

@@ -210,6 +210,7 @@ def _encode(
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
-    stored = encode(tensor.canonical, values, scheme, statistics)["data"].tobytes()
+    ids = np.arange(start, stop)
+    stored = encode(tensor.canonical, values, scheme, statistics, ids)["data"].tobytes()
     last = stop == source.shape[0]
     return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes

@@ -90,6 +90,8 @@ def initializer(
     return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
 
 
-def _encode(statistics: StatisticsOf, name: str, rows: np.ndarray, tensor: StoredTensor) -> Parts:
-    parts = encode(name, rows, tensor.scheme, statistics(name))
+def _encode(
+    statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
+) -> Parts:
+    parts = encode(name, rows, tensor.scheme, statistics(name), ids)
     return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}

@@ -28,7 +28,7 @@ from rgexport.quantize.scheme import (
     Uniform,
     uniform_schemes,
 )
-from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.statistics import RowKinds, Statistics
 
 Encode = Callable[[np.ndarray, Any, Statistics | None], Parts]
 """Rows [n, K] of any float dtype, the scheme, and statistics or None → the parts.
@@ -54,11 +54,22 @@ class Algorithm:
 
 
 def encode(
-    name: str, rows: np.ndarray, scheme: Scheme, statistics: Statistics | None = None
+    name: str,
+    rows: np.ndarray,
+    scheme: Scheme,
+    statistics: Statistics | None = None,
+    ids: np.ndarray | None = None,
 ) -> Parts:
     """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
 
     Rows of one row group, where the tensor has several.
+
+    Args:
+        name: for messages.
+        rows: any float dtype [n, K].
+        scheme: no mixed one.
+        statistics: of the tensor's inputs, for algorithms.
+        ids: the numbers of the rows in the tensor, where its statistics have kinds of rows.
 
     Raises:
         RequestError: a weight that the scheme cannot hold, or missing statistics.
@@ -69,10 +80,31 @@ def encode(
         raise RequestError(
             f"{name}: {scheme.algorithm} needs statistics of its inputs; give --calibration FILE"
         )
+    fill = chosen.layouts[type(scheme)]
     try:
-        return chosen.layouts[type(scheme)](rows, scheme, statistics)
+        if chosen.needs_statistics and statistics and statistics.kinds and ids is not None:
+            return _by_kinds(rows, fill, scheme, statistics.kinds, ids)
+        return fill(rows, scheme, statistics)
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from None
+
+
+def _by_kinds(
+    rows: np.ndarray, fill: Encode, scheme: Uniform, kinds: RowKinds, ids: np.ndarray
+) -> Parts:
+    """Rows of each kind by its own statistics; those that share a table are of the last kind."""
+    together = scheme.group if isinstance(scheme, Palette) else 1
+    own = kinds.kind[ids].reshape(-1, together).max(1).repeat(together)
+    found: Parts = {}
+    for kind in np.unique(own):
+        places = np.flatnonzero(own == kind)
+        for label, part in fill(rows[places], scheme, kinds.statistics[kind]).items():
+            share = len(places) // len(part)  # rows of one of the part's
+            whole = found.setdefault(
+                label, np.empty((len(rows) // share, *part.shape[1:]), part.dtype)
+            )
+            whole[places[::share] // share] = part
+    return found
 
 
 def require_known(scheme: Scheme) -> None:

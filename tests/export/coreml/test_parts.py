@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from rgexport.errors import RequestError
 from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
 from rgexport.quantize.statistics import no_statistics
@@ -64,13 +65,17 @@ def as_core_ml(parts: dict[str, np.ndarray], scheme: Affine | Palette) -> np.nda
     return compression.constexpr_blockwise_shift_scale.decompress(data, parts["scales"], offset)
 
 
+def encoded(rows: np.ndarray, stored: StoredTensor) -> Parts:
+    return encode(no_statistics, NAME, rows, np.arange(len(rows)), stored)
+
+
 @settings(deadline=None, max_examples=150)
 @given(matrices, st.one_of(affines, palettes))
 def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None:
     scheme = fitted(asked, rows.shape)
     assert isinstance(scheme, Affine | Palette)
     stored = stored_tensor(rows.shape, scheme)
-    parts = encode(no_statistics, NAME, rows, stored)
+    parts = encoded(rows, stored)
     expected = as_core_ml(parts, scheme)
     assert expected.dtype == (scheme.lut if isinstance(scheme, Palette) else scheme.scale)
     np.testing.assert_array_equal(decode(NAME, parts, stored), expected.astype(np.float32))
@@ -85,12 +90,10 @@ def test_products_must_fit_into_float16(bits: Literal[4, 8], symmetric: bool) ->
     rows = np.ones((2, 64), np.float32)
     rows[1, 3] = -70_000
     with pytest.raises(RequestError, match=r"up_proj\.weight: weights of 7e\+04 .* --compute fp32"):
-        encode(no_statistics, NAME, rows, stored)
+        encoded(rows, stored)
     rows[1, 3] = -60_000
-    assert np.isfinite(as_core_ml(encode(no_statistics, NAME, rows, stored), scheme)).all()
-    encode(
-        no_statistics, NAME, rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32"))
-    )
+    assert np.isfinite(as_core_ml(encoded(rows, stored), scheme)).all()
+    encoded(rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32")))
 
 
 @settings(deadline=None)
@@ -98,9 +101,7 @@ def test_products_must_fit_into_float16(bits: Literal[4, 8], symmetric: bool) ->
 def test_parts_are_as_declared(rows: np.ndarray, asked: Affine | Palette) -> None:
     scheme = fitted(asked, rows.shape)
     stored = stored_tensor(rows.shape, scheme)
-    found = {
-        k: (v.dtype.name, v.shape) for k, v in encode(no_statistics, NAME, rows, stored).items()
-    }
+    found = {k: (v.dtype.name, v.shape) for k, v in encoded(rows, stored).items()}
     assert found == part_layouts(rows.shape, scheme)
 
 

@@ -71,7 +71,7 @@ def test_a_wrong_weight(tmp_path: Path, judge: Judge, kind: str, name: str) -> N
     model = write_hugging_face(CONFIG, weights, tmp_path / "model", dtype="bfloat16")
     result = judge(export_once(kind, model))
     require_named(result, site)
-    assert f"weights.{name}.max_steps" in failed(result)
+    assert any(kind.startswith(f"weights.{name}.") for kind in failed(result))
     assert result.source.same_files is False
     assert result.sites is not None and result.sites.first is None, "the graph is right"
 
