@@ -1,5 +1,6 @@
 """Commands that prepare a quantization."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from rgexport.commands.options import FOLDER, model_options, verbose
 @click.command()
 @model_options
 @click.option("--text", type=FOLDER, help="A file with text. [default: sampled from the model]")
-@click.option("--tokens", type=int, default=8192, show_default=True, help="Tokens in all.")
+@click.option(
+    "--tokens", type=int, help="Tokens in all. [default: 8192; 16384 for a width of at most 1024]"
+)
 @click.option("--sampled", type=int, help="Beside --text: how many are sampled from the model.")
 @click.option(
     "--gradient-tokens",
@@ -30,6 +33,7 @@ def calibrate(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    tokens: int | None,
     output: Path | None,
     force: bool,
     **options: Any,
@@ -38,12 +42,20 @@ def calibrate(
 
     One layer's weights are in memory at a time. After an interruption, the same command goes on.
     """
-    from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
+    from rgexport.compress.calibrate import (
+        SUFFIX,
+        CalibrationOptions,
+        closing_line,
+        default_tokens,
+    )
     from rgexport.compress.calibrate import calibrate as run
     from rgexport.griffin.checkpoint import open_checkpoint
 
-    asked = CalibrationOptions(**options)
+    given = {} if tokens is None else {"tokens": tokens}
+    asked = CalibrationOptions(**options | given)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    if tokens is None:
+        asked = replace(asked, tokens=default_tokens(checkpoint.config))
     target = output or Path(f"{checkpoint.name}{SUFFIX}")
     click.echo(closing_line(checkpoint, run(checkpoint, asked, target, force=force)))
 

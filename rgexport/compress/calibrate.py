@@ -20,6 +20,7 @@ from rgexport.files.atomic import check_file_target, continue_file, require_free
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
+from rgexport.griffin.config import GriffinConfig
 from rgexport.progress import amount, expect_stages
 from rgexport.quantize.calibration import is_calibration
 from rgexport.quantize.calibration_format import (
@@ -33,6 +34,8 @@ from rgexport.quantize.calibration_format import (
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
+_SMALL = 1024
+"""Width up to which more tokens take seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,11 @@ class CalibrationOptions:
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
         given = "" if self.text is None else f"text of {self.text.name}"
         return " and ".join(filter(None, (sampled, given)))
+
+
+def default_tokens(config: GriffinConfig) -> int:
+    """How many tokens a calibration takes where nobody says."""
+    return 16384 if config.width <= _SMALL else CalibrationOptions.tokens
 
 
 def calibrate(

@@ -35,6 +35,8 @@ class Format:
 
     precisions: Collection[str] = ()
     """Words of `--precision`."""
+    planned_precisions: Collection[str] = ()
+    """Others, which an artifact has by a plan."""
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
     hash_name: str = "sha256"

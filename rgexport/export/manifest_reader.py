@@ -73,7 +73,8 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
         _require(
             record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
         )
-    for field, words in (("precision", form.precisions), ("compute", ACTIVATIONS)):
+    precisions = *form.precisions, *form.planned_precisions
+    for field, words in (("precision", precisions), ("compute", ACTIVATIONS)):
         word = getattr(manifest, field)
         _require(word in words, f"{field} is {word!r}; expected {' or '.join(words)}")
     check_config(manifest.config)

@@ -124,7 +124,7 @@ def require_blocks(
     Raises:
         RequestError: one was given, and no precision has blocks.
     """
-    if {"int4", "int8"}.isdisjoint(words):
+    if {"int3", "int4", "int8"}.isdisjoint(words):
         flag = "--symmetric" if symmetric else "--asymmetric"
         refuse_idle(
             {"--block-size": block is not None, "--exact": exact, flag: symmetric is not None},

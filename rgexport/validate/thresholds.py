@@ -95,7 +95,14 @@ from a prefill by as much. So the logits of this mode cannot show smaller faults
 shows those of weights, and an artifact made with `--exact` those of the graph.
 """
 
-ORIGINAL_RMS = {"float32": 0.0, "float16": 5e-2, "int8": 0.35, "int4": 1.1, "int2": 1.3}
+ORIGINAL_RMS = {
+    "float32": 0.0,
+    "float16": 5e-2,
+    "int8": 0.35,
+    "int4": 1.1,
+    "int3": 1.3,
+    "int2": 1.3,
+}
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
 The tolerance of the arithmetic comes on top; float32 weights are the original's own. Constant

@@ -18,8 +18,8 @@ from rgexport.quantize.scheme import (
     uniform_schemes,
 )
 
-BITS = (4, 8)
-"""Of integers in blocks."""
+BITS = (3, 4, 8)
+"""Of integers in blocks; those of 3 are symmetric."""
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
@@ -64,5 +64,6 @@ def is_storable(scheme: Scheme) -> bool:
     if isinstance(scheme, Mixed):
         return all(map(is_storable, uniform_schemes(scheme)))
     if isinstance(scheme, Affine):
-        return scheme.block in BLOCKS and scheme.bits in BITS
+        has_bits = scheme.bits in BITS and (scheme.bits > 3 or scheme.symmetric)
+        return scheme.block in BLOCKS and has_bits
     return isinstance(scheme, Float)

@@ -36,6 +36,7 @@ class OnnxFormat(FolderFormat):
     """A graph, with its weights in files beside it."""
 
     precisions = PRECISIONS
+    planned_precisions = ("int3",)
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
         """See `FolderFormat`."""

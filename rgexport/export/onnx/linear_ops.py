@@ -1,5 +1,6 @@
 """Lowerings of the ops whose weights may be quantized: embedding, linears and head."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -56,13 +57,53 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
 
 
 def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
-    """Unsigned integers from bytes [B, T, n]; 4-bit ones come in pairs, low nibble first."""
+    """Unsigned integers from rows of bytes [B, T, n], as `quantize.packing` packs them."""
     if bits == 8:
         return packed
-    low = g.op("BitwiseAnd", packed, g.constant(15, "uint8"))
-    high = g.op("BitShift", packed, g.constant(4, "uint8"), direction="RIGHT")
-    pair = [g.op("Unsqueeze", x, g.constant([3])) for x in (low, high)]
-    return g.op("Reshape", g.op("Concat", *pair, axis=3), g.constant([0, 0, -1]))
+    levels = g.op("Concat", *_levels(g, packed, (0, 0), bits), axis=3)
+    return g.op("Reshape", levels, g.constant([0, 0, -1]))
+
+
+def _levels(g: Emitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
+    """The integers [*rows, m, 1] of each place in the fewest whole bytes that integers fill."""
+    size = math.lcm(bits, 8) // 8
+    shape = g.constant([*rows, -1, size])
+    packed = g.op("Reshape", packed, shape)
+    last = len(rows) + 1
+    bytes_ = [packed] if size == 1 else [g.slice(packed, i, i + 1, last) for i in range(size)]
+    return [_level(g, bytes_, bits * i, bits) for i in range(8 * size // bits)]
+
+
+def _level(g: Emitter, bytes_: Sequence[ir.Value], start: int, bits: int) -> ir.Value:
+    """The integer that begins at a bit; its last bits may be in the next byte."""
+    byte, low = divmod(start, 8)
+    level = _shifted(g, bytes_[byte], low, "RIGHT")
+    if low + bits > 8:
+        level = g.op("BitwiseOr", level, _shifted(g, bytes_[byte + 1], 8 - low, "LEFT"))
+    if low + bits == 8:
+        return level
+    return g.op("BitwiseAnd", level, g.constant(2**bits - 1, "uint8"))
+
+
+def _shifted(g: Emitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
+    return g.op("BitShift", x, g.constant(bits, "uint8"), direction=direction) if bits else x
+
+
+def _widened(g: Emitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """Symmetric integers of 3 bits as those of 4 bits, the least that kernels multiply.
+
+    Runtimes fold this when they load the file: in memory they take what 4 bits take.
+    """
+    levels = _levels(g, packed, (), 3)
+    pairs = [
+        g.op("BitwiseOr", low, _shifted(g, high, 4, "LEFT"))
+        for low, high in zip(levels[::2], levels[1::2], strict=True)
+    ]
+    both = g.op("Concat", *pairs, axis=1)
+    # The middle is 8 instead of 4. Runtimes do not add bytes, but 4 more is a matter of two bits.
+    carried = _shifted(g, g.op("BitwiseAnd", both, g.constant(0x44, "uint8")), 1, "LEFT")
+    more = g.op("BitwiseOr", g.op("BitwiseXor", both, g.constant(0x44, "uint8")), carried)
+    return g.op("Reshape", more, g.constant(shape))
 
 
 def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
@@ -128,15 +169,19 @@ def _quant_linear(
 def block_attributes(g: Emitter, weight: Value) -> dict[str, int]:
     """The attributes of `MatMulNBits` that describe a weight in blocks, but for its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
-    return {"K": columns, "bits": scheme.bits, "block_size": block_size(columns, scheme)}
+    bits = max(scheme.bits, 4)  # see `_widened`
+    return {"K": columns, "bits": bits, "block_size": block_size(columns, scheme)}
 
 
 def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
     """Data [N, blocks, bytes], scales, and zero points where there are some."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
-    blob = num_blocks(columns, scheme), block_size(columns, scheme) * scheme.bits // 8
-    data = g.part(weight, "data", (rows, *blob))
+    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    data = g.part(weight, "data", (rows, blocks, block * scheme.bits // 8))
+    if scheme.bits == 3:
+        assert data is not None
+        data = _widened(g, data, (rows, blocks, block // 2))
     return data, g.part(weight, "scales"), g.part(weight, "zero_points")
 
 

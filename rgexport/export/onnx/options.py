@@ -136,10 +136,15 @@ class OnnxOptions:
                     f"the plan stores {name} as {scheme.label}, which rounds activations to int8; "
                     "leave out --exact, or take blocks"
                 )
-        elif not is_storable(scheme):
+            return
+        bits = self._profile.bits
+        own = (x.bits for x in uniform_schemes(scheme) if isinstance(x, Affine))
+        if not is_storable(scheme) or not bits >= {*own}:
+            symmetric = " (those of 3 are symmetric)" if 3 in bits else ""
             raise RequestError(
-                f"the plan stores {name} as {scheme.label}, which ONNX does not have; expected "
-                f"blocks of {', '.join(map(str, BLOCKS))} weights in 4 or 8 bits"
+                f"the plan stores {name} as {scheme.label}, which the profile {self.profile} does "
+                f"not have; expected blocks of {', '.join(map(str, BLOCKS))} weights in "
+                f"{', '.join(map(str, sorted(bits)))} bits{symmetric}"
             )
 
 

@@ -59,6 +59,8 @@ class LoweringProfile:
     """Griffin op → its lowering."""
     accuracy_level: int = 1
     """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is given."""
+    bits: frozenset[int] = frozenset({4, 8})
+    """Of integers in blocks."""
     scale: FloatDtype = "float32"
     """The dtype of the scales of blocks, where no plan gives another one."""
     even_zero_points: bool = False
@@ -95,13 +97,14 @@ PROFILES: dict[str, LoweringProfile] = {
         LoweringProfile(
             name="cpu",
             ops={
-                "": _EVERYWHERE,
+                "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor"},
                 MICROSOFT: frozenset({"MatMulNBits"}),
                 DOMAIN: frozenset(_NATIVE.split()),
             },
             precision="int4",
             embeddings=FINE_HEAD,
             accuracy_level=4,
+            bits=frozenset({3, 4, 8}),
             scale="float16",
             functions=True,
         ),

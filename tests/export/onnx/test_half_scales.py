@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.onnx import artifact as onnx_artifact
-from rgexport.export.onnx import options as onnx_options
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
@@ -23,13 +21,6 @@ from tests.sessions import distance, random_tokens
 CONFIG = ODD_CONFIGS["regular"]
 ROUNDED = 1e-3
 """Of weights to float16, which the reader of an artifact does where scales are float16."""
-
-
-@pytest.fixture(autouse=True)
-def storable(monkeypatch):
-    """Such schemes may be stored."""
-    for module in (onnx_artifact, onnx_options):
-        monkeypatch.setattr(module, "is_storable", lambda scheme: True)
 
 
 def exported(folder: Path, *, symmetric: bool, **options) -> Artifact:

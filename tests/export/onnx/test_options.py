@@ -111,7 +111,7 @@ def test_blocks_where_rows_will_not_do(beside: dict[str, Any]) -> None:
 def test_int8_rows_are_for_wasm_only() -> None:
     plan = make_plan(CONFIG, INT8_ROWS, Float("float32"))
     assert OnnxOptions(plan=plan, profile="wasm").resolve_plan(CONFIG) == plan
-    with pytest.raises(RequestError, match="as int8/row, which ONNX does not have"):
+    with pytest.raises(RequestError, match="as int8/row, which the profile webgpu does not have"):
         OnnxOptions(plan=plan, profile="webgpu")
     with pytest.raises(RequestError, match="leave out --exact, or take blocks"):
         OnnxOptions(plan=plan, profile="wasm", exact=True)
@@ -135,10 +135,10 @@ def test_odd_zero_points_are_not_for_webgpu() -> None:
 @pytest.mark.parametrize(
     ("scheme", "complaint"),
     [
-        (Affine(4, 24, symmetric=True), "which ONNX does not"),
-        (Affine(8, None, symmetric=True), "which ONNX does not"),
-        (Affine(3, 32, symmetric=True), "which ONNX does not .* in 4 or 8 bits"),
-        (Palette(), "which ONNX does not"),
+        (Affine(4, 24, symmetric=True), "which the profile cpu does not"),
+        (Affine(8, None, symmetric=True), "which the profile cpu does not"),
+        (Affine(2, 32, symmetric=True), "which the profile cpu does not .* in 3, 4, 8 bits"),
+        (Palette(), "which the profile cpu does not"),
         (Ggml("q6_k"), "which only GGUF files have"),
     ],
     ids=str,
