@@ -3,15 +3,16 @@
     python -m bench.quality [--only WORD …] [--model demo/model] [--tokens 1024] [--docs docs]
 
 Every row is an export in a process of its own, and the artifact's engine over six texts, held
-against the original in float32. An hour on two cores; each row is kept in `out/quality`, so what
-is there is not measured again.
+against the original in float32. An hour on two cores, after `make llama-tools`; each row is kept
+in `out/quality`, so what is there is not measured again.
 """
 
 import argparse
 import json
 import math
+import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.progress import note
+from rgexport.quantize.calibration import open_calibration
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import environment
 from rgexport.validate.metrics import agreement, compare_logits, kl_summary, likelihood
@@ -49,7 +51,19 @@ class Recipe:
     method: str
     words: str
     calibrated: bool = False
-    runs: str = "the native kernels"
+    bits: float | None = None
+    """Of a plan by `rgexport quantize`, which is made first."""
+    imatrix: bool = False
+    """Whether importances are those of llama-imatrix."""
+
+    @property
+    def command(self) -> str:
+        """What a reader types, after what makes its files."""
+        plan = "" if self.bits is None else " --plan PLAN"
+        return (
+            f"rgexport {self.words}{plan}"
+            f"{' --calibration FILE' * self.calibrated}{' --imatrix FILE' * self.imatrix}"
+        )
 
 
 _BLOCKS = "--block-size 32 --symmetric --embedding-precision int4"
@@ -64,6 +78,10 @@ RECIPES = (
     Recipe("onnx-gptq-32s", "GPTQ", f"onnx --int4 {_BLOCKS}", calibrated=True),
     Recipe("onnx-default", "clip search, 8-bit head (default)", "onnx --int4"),
     Recipe("onnx-best", "GPTQ, 8-bit head (best)", "onnx --int4", calibrated=True),
+    *(
+        Recipe(f"onnx-plan-{bits}", f"a plan of {bits} bits", "onnx", calibrated=True, bits=bits)
+        for bits in (3.5, 4.25, 4.5, 5.0)
+    ),
     Recipe("onnx-int8", "clip search", "onnx --int8"),
     Recipe("onnx-int8-gptq-32", "GPTQ", "onnx --int8 --block-size 32", calibrated=True),
     Recipe(
@@ -74,13 +92,27 @@ RECIPES = (
     Recipe("coreml-search-32s", "clip search", "coreml --int4 --embedding-precision int4"),
     Recipe("coreml-gptq-32s", "GPTQ", "coreml --int4 --embedding-precision int4", calibrated=True),
     Recipe("coreml-default", "clip search, 8-bit head (default)", "coreml --int4"),
+    Recipe("coreml-plan-4.5", "a plan of 4.5 bits", "coreml", calibrated=True, bits=4.5),
     Recipe("coreml-pal4", "k-means", "coreml --precision pal4"),
     Recipe("coreml-pal4-gptq", "GPTQ on palettes", "coreml --precision pal4", calibrated=True),
     Recipe("gguf-q4_0", "as llama-quantize", "gguf --type q4_0 --pure --quality fast"),
     Recipe("gguf-q4_k", "as llama-quantize", "gguf --type q4_k_s --pure --quality fast"),
+    Recipe(
+        "gguf-q4_k-imatrix",
+        "as llama-quantize, with importances",
+        "gguf --type q4_k_s --pure",
+        imatrix=True,
+    ),
     Recipe("gguf-q4_k-gptq", "GPTQ on ggml's grid", "gguf --type q4_k_s --pure", calibrated=True),
     Recipe("gguf-q4_k_m", "as llama-quantize (default)", "gguf --type q4_k_m --quality fast"),
+    Recipe(
+        "gguf-q4_k_m-imatrix",
+        "as llama-quantize, with importances",
+        "gguf --type q4_k_m",
+        imatrix=True,
+    ),
     Recipe("gguf-q4_k_m-gptq", "GPTQ on ggml's grid (best)", "gguf --type q4_k_m", calibrated=True),
+    Recipe("gguf-plan-4.5", "a plan of 4.5 bits", "gguf", calibrated=True, bits=4.5),
     Recipe("gguf-q8_0", "as llama-quantize", "gguf --type q8_0"),
 )
 
@@ -105,7 +137,7 @@ def main() -> None:
     for recipe in RECIPES:
         if not asked.only or any(word in recipe.name for word in asked.only):
             rows.append(_measured(recipe, asked.model, checkpoint, texts, calibration))
-    text = page(rows)
+    text = page(rows, sum(ids.size for ids in texts.values()))
     if asked.docs:
         (asked.docs / "quality.md").write_text(text)
     else:
@@ -133,13 +165,48 @@ def _measured(
     if kept.exists():
         return json.loads(kept.read_text())
     target = FOLDER / recipe.name
-    words = [*recipe.words.split(), *(["--calibration", calibration] * recipe.calibrated)]
-    made = command(*words, "-m", model, "-o", target, "--force", "--no-check")
-    found = asdict(recipe) | made | _quality(target, checkpoint, texts)
+    made = _made(recipe, model, target, calibration)
+    found: dict[str, Any] = {"method": recipe.method, "command": recipe.command}
+    found |= made | _quality(target, checkpoint, texts)
     found |= {"bytes": size_of(target), "cpu": environment()["cpu"]}
     _keep(recipe.name, found)
     note(f"{recipe.name}: {found['bits']:.3f} bits, KL {found['kl']:.3e}")
     return found
+
+
+def _made(recipe: Recipe, model: Path, target: Path, calibration: Path) -> dict[str, float]:
+    """Exports a row; the seconds and the peak memory of that, of its plan included."""
+    words: list[str | Path] = [*recipe.words.split(), "-m", model, "-o", target]
+    runs = []
+    if recipe.bits is not None:
+        plan, kind = FOLDER / f"{recipe.name}.plan", recipe.words.split()[0]
+        asked = "--bits", str(recipe.bits), "--format", kind, "--calibration", calibration
+        runs.append(command("quantize", "-m", model, *asked, "-o", plan, "--force"))
+        words += ["--plan", plan]
+    if recipe.calibrated:
+        words += ["--calibration", calibration]
+    if recipe.imatrix:
+        words += ["--imatrix", _imatrix(model, calibration)]
+    runs.append(command(*words, "--force", "--no-check"))
+    return {
+        "seconds": sum(run["seconds"] for run in runs),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+    }
+
+
+def _imatrix(model: Path, calibration: Path) -> Path:
+    """What llama-imatrix says of the calibration's text."""
+    target = FOLDER / "imatrix.gguf"
+    if not target.exists():
+        whole, text = FOLDER / "f32.gguf", FOLDER / "calibration.txt"
+        command("gguf", "-m", model, "--type", "f32", "-o", whole, "--force", "--no-check")
+        tokenizer = load_tokenizer(model)
+        sequences = open_calibration(calibration).sequences
+        text.write_text("\n".join(tokenizer.decode(ids[1:].tolist()) for ids in sequences))
+        program = str(ROOT / "out/llama/bin/llama-imatrix")
+        asked = [program, "-m", str(whole), "-f", str(text), "-o", str(target)]
+        subprocess.run(asked, check=True, capture_output=True)
+    return target
 
 
 def _keep(name: str, found: dict[str, Any]) -> None:
@@ -203,20 +270,25 @@ The original's perplexity is {perplexity:.1f}.
 
 ## The commands
 
-| row | command |
-|---|---|
+| format | method | bits | command |
+|---|---|---|---|
 {commands}
+
+`FILE` is of `rgexport calibrate`, or of llama-imatrix on the calibration's text. `PLAN` is of
+`rgexport quantize --calibration FILE --format FORMAT --bits BITS`; its seconds are counted. Rounding
+to nearest takes the scale of each block's extremes. Files as llama-quantize makes them are its own,
+byte by byte.
 """
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The page, in Markdown."""
+def page(rows: list[dict[str, Any]], tokens: int) -> str:
+    """The page, in Markdown; `tokens` is how many all texts have."""
     kinds = list(rows[0]["kls"])
     calibration = FOLDER / "calibration.json"
     seconds = json.loads(calibration.read_text())["seconds"] if calibration.exists() else 0.0
 
     def name(row: dict[str, Any]) -> str:
-        return f"{row['words'].split()[0]} | {row['method']} | {row['bits']:.2f}"
+        return f"{row['command'].split()[1]} | {row['method']} | {row['bits']:.2f}"
 
     table = [
         f"| {name(row)} | {row['kl']:.2e} | {row['top1']:.1%} | {row['perplexity_quantized']:.1f} "
@@ -227,14 +299,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"| {name(row)} | " + " | ".join(f"{row['kls'][kind]:.2e}" for kind in kinds) + " |"
         for row in rows
     ]
-    commands = [
-        f"| {row['name']} | `rgexport {row['words']}"
-        + (" --calibration FILE" * row["calibrated"])
-        + "` |"
-        for row in rows
-    ]
+    commands = [f"| {name(row)} | `{row['command']}` |" for row in rows]
     return TEXT.format(
-        tokens=f"{6 * 1024:,}",
+        tokens=f"{tokens:,}",
         cpu=rows[0]["cpu"],
         calibration=seconds,
         rows="\n".join(table),

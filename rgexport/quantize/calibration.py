@@ -101,7 +101,7 @@ class Calibration:
 
     @cached_property
     def row_probability(self) -> np.ndarray:
-        """The mean probability of each token, float32 [vocab]."""
+        """The mean probability of each token over the first 4,096, float32 [vocab]."""
         return self._vector(PROBABILITY)
 
     @cached_property
