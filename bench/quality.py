@@ -275,9 +275,9 @@ The original's perplexity is {perplexity:.1f}.
 {commands}
 
 `FILE` is of `rgexport calibrate`, or of llama-imatrix on the calibration's text. `PLAN` is of
-`rgexport quantize --calibration FILE --format FORMAT --bits BITS`; its seconds are counted. Rounding
-to nearest takes the scale of each block's extremes. Files as llama-quantize makes them are its own,
-byte by byte.
+`rgexport quantize --calibration FILE --format FORMAT --bits BITS`; its seconds are counted.
+Rounding to nearest takes the scale of each block's extremes. Files as llama-quantize makes them are
+its own, byte by byte.
 """
 
 
