@@ -117,7 +117,7 @@ def _quant_linear(matrices: int) -> str:
     return f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
 QuantLinear{"" if matrices == 1 else matrices}
-<K, {", ".join(sizes)}, bits, block_size> (x, {", ".join(inputs)})
+<K, {", ".join(sizes)}, bits, block_size, digits> (x, {", ".join(inputs)})
 => ({", ".join(f"y{i}" for i in each)})
 {{{"".join(products)}
 }}

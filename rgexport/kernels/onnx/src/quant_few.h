@@ -18,28 +18,30 @@ class QuantFew : QuantLayout<Simd> {
 
  public:
   // Columns [first, last) of y, where kBlockLanes lanes of lines share a scale.
-  template <int kBits, int kBlockLanes>
+  template <int kBits, int kBlockLanes, int kDigits>
   static void stream(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
     constexpr int kRows = Reading::kRows;
     const Shape shape(w);
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
-      for (int64_t m = 0; m < a.count; ++m)
-        Rows<kBits, kBlockLanes, kRows>(w, shape, a, m, row).multiply(y + m * w.rows + row);
+      for (int64_t m = 0; m < a.count / kDigits; ++m)
+        Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, m, row).multiply(y + m * w.rows + row);
     for (; row < last; ++row)
-      for (int64_t m = 0; m < a.count; ++m)
-        Rows<kBits, kBlockLanes, 1>(w, shape, a, m, row).multiply(y + m * w.rows + row);
+      for (int64_t m = 0; m < a.count / kDigits; ++m)
+        Rows<kBits, kBlockLanes, 1, kDigits>(w, shape, a, m, row).multiply(y + m * w.rows + row);
   }
 
  private:
-  // kRows rows of weights from `first` on, times one row of activations.
-  template <int kBits, int kBlockLanes, int kRows>
+  // kRows rows of weights from `first` on, times the digits of one row of activations.
+  template <int kBits, int kBlockLanes, int kRows, int kDigits>
   class Rows {
     static constexpr int kShare = kBlockLanes < kLanes ? kBlockLanes : kLanes;
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    // Each row of weights has sums of its own for each digit, side by side.
+    static constexpr int kAll = kRows * kDigits;
     // Scales are prefetched with the data that they belong to.
     static constexpr int64_t kAheadBlocks = kReadAhead / (4 * kBlockLanes);
 
@@ -53,24 +55,28 @@ class QuantFew : QuantLayout<Simd> {
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
-          codes_(a.codes + index * a.stride),
-          starts_(a.starts + index * a.start_count),
-          x_scales_(a.scales + index * a.blocks),
-          x_sums_(a.sums + index * a.blocks) {}
+          a_(a),
+          codes_(a.codes + index * kDigits * a.stride),
+          starts_(a.starts + index * kDigits * a.start_count),
+          x_scales_(a.scales + index * kDigits * a.blocks),
+          x_sums_(a.sums + index * kDigits * a.blocks) {}
 
     void multiply(float* y) const {
       const int64_t steps = shape_.full_lines / kStepLines;
-      Float sums[kRows];
+      Float sums[kAll];
       for (Float& sum : sums) sum = Simd::zero_float();
-      alignas(64) float products[kRows][kLanes];
+      alignas(64) float products[kAll][kLanes];
       int64_t left = shape_.blocks;
       for (int64_t step = 0; left > 0; step += kShare, left -= kLanes) {
         scale(left, products, sums);
         add_steps(step, steps < step + kShare ? steps : step + kShare, products, sums);
       }
       for (int r = 0; r < kRows; ++r) {
-        float sum = Simd::sum(sums[r]);
-        if (shape_.lines > shape_.full_lines) sum += last_line(r);
+        float sum = 0;
+        for (int d = 0; d < kDigits; ++d) {
+          sum += Simd::sum(sums[r * kDigits + d]);
+          if (shape_.lines > shape_.full_lines) sum += last_line(r, d);
+        }
         y[r] = sum + (w_.bias ? w_.bias[first_ + r] : 0.0f);
       }
     }
@@ -81,25 +87,29 @@ class QuantFew : QuantLayout<Simd> {
     // lose a tenth of the speed where one place is two. Unrolled for small blocks only, whose
     // arithmetic takes longer than reading.
     [[gnu::always_inline]] void add_steps(int64_t from, int64_t to,
-                                          const float (&products)[kRows][kLanes],
-                                          Float (&sums)[kRows]) const {
+                                          const float (&products)[kAll][kLanes],
+                                          Float (&sums)[kAll]) const {
       const uint8_t* data = data_ + from * kStepLines * kVector;
       const uint8_t* here = data_ + from * kStepLines * kVector * kRows;
       const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
       const int32_t* starts = starts_ + from * kLanes;
       const auto step = [&](int64_t i) {
-        Int dots[kRows];
-        for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
+        Int dots[kAll];
+        for (int j = 0; j < kAll; ++j)
+          dots[j] = Simd::load(starts + j % kDigits * a_.start_count + i * kLanes);
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
             if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
             const Int weights = Simd::load_once(data + r * shape_.row_bytes + l * kVector);
-            dots[r] = line_dot(dots[r], weights, codes + l * kLineCodes);
+            for (int d = 0; d < kDigits; ++d) {
+              Int& dot = dots[r * kDigits + d];
+              dot = line_dot(dot, weights, codes + d * a_.stride + l * kLineCodes);
+            }
           }
-        for (int r = 0; r < kRows; ++r)
-          sums[r] = Simd::fma(Simd::to_float(dots[r]),
-                              Simd::template spread<kShare>(products[r] + i * kStepBlocks),
-                              sums[r]);
+        for (int j = 0; j < kAll; ++j)
+          sums[j] = Simd::fma(Simd::to_float(dots[j]),
+                              Simd::template spread<kShare>(products[j] + i * kStepBlocks),
+                              sums[j]);
       };
       if constexpr (kStepBlocks > 1) {
 #pragma GCC unroll 2
@@ -112,11 +122,15 @@ class QuantFew : QuantLayout<Simd> {
 
     // Products of the scales of a vector of blocks, of which `left` are there; takes from the sums
     // what the blocks' own zero points are beside the middle.
-    [[gnu::always_inline]] void scale(int64_t left, float (&products)[kRows][kLanes],
-                                      Float (&sums)[kRows]) const {
+    [[gnu::always_inline]] void scale(int64_t left, float (&products)[kAll][kLanes],
+                                      Float (&sums)[kAll]) const {
       const int64_t block = shape_.blocks - left;
-      const Float x_scales = Simd::load_float(x_scales_ + block);
-      const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
+      Float x_scales[kDigits], x_sums[kDigits];
+      for (int d = 0; d < kDigits; ++d) {
+        x_scales[d] = Simd::load_float(x_scales_ + d * a_.blocks + block);
+        x_sums[d] =
+            Simd::negative(Simd::to_float(Simd::load(x_sums_ + d * a_.blocks + block)));
+      }
       for (int r = 0; r < kRows; ++r) {
         // One vector of each cache line fetches it.
         const int64_t near = kRows * block + r * kLanes;
@@ -124,12 +138,18 @@ class QuantFew : QuantLayout<Simd> {
           fetch_into<Reading::kCache>(address_of(w_.scales, first_scale_ + near + kAheadBlocks));
         const int64_t at = first_scale_ + r * shape_.blocks + block;
         const Float scales = Base::scales_of(w_, shape_, at, left);
-        const Float product = Simd::mul(scales, x_scales);
-        Simd::store_float(products[r], product);
+        Float product[kDigits];
+        for (int d = 0; d < kDigits; ++d) {
+          product[d] = Simd::mul(scales, x_scales[d]);
+          Simd::store_float(products[r * kDigits + d], product[d]);
+        }
         if (!zeros_) continue;
         const uint8_t* zeros = zeros_ + r * shape_.zero_point_bytes + block * kBits / 8;
         const Float offsets = Base::template zero_offsets<kBits>(zeros, zeros_end_, left);
-        sums[r] = Simd::fma(Simd::mul(product, offsets), x_sums, sums[r]);
+        for (int d = 0; d < kDigits; ++d) {
+          Float& sum = sums[r * kDigits + d];
+          sum = Simd::fma(Simd::mul(product[d], offsets), x_sums[d], sum);
+        }
       }
     }
 
@@ -150,19 +170,20 @@ class QuantFew : QuantLayout<Simd> {
     }
 
     // The part of a row behind its last whole line, lane by lane: nothing is read behind the row.
-    float last_line(int r) const {
+    float last_line(int r, int digit) const {
       alignas(64) uint8_t data[kVector] = {};
       alignas(64) int32_t dots[kLanes];
       const int64_t done = shape_.full_lines * kVector, left = shape_.row_bytes - done;
       std::memcpy(data, data_ + r * shape_.row_bytes + done, left);
-      const int8_t* codes = codes_ + shape_.full_lines * kLineCodes;
-      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes);
+      const int8_t* codes = codes_ + digit * a_.stride + shape_.full_lines * kLineCodes;
+      const int32_t* starts = starts_ + digit * a_.start_count + shape_.full_lines * kLanes;
+      const Int start = Simd::load(starts);
       Simd::store(dots, line_dot(start, Simd::load(data), codes));
       float sum = 0;
       for (int64_t lane = 0; lane < left / 4; ++lane) {
         const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
         const float scale = number_at(w_.scales, first_scale_ + r * shape_.blocks + block);
-        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[block]);
+        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[digit * a_.blocks + block]);
       }
       return sum;
     }
@@ -174,7 +195,8 @@ class QuantFew : QuantLayout<Simd> {
     const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
-    const int8_t* const codes_;
+    const Activations& a_;
+    const int8_t* const codes_;  // of the first digit, as what follows
     const int32_t* const starts_;
     const float* const x_scales_;
     const int32_t* const x_sums_;

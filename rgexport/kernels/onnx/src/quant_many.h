@@ -40,13 +40,15 @@ class QuantMany : QuantLayout<Simd> {
       const int64_t end = last - n < kPanels * kPanel ? last : n + kPanels * kPanel;
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = a.count - from < kMostRows ? a.count : from + kMostRows;
-        start(w, n, end, to - from, panel);
+        start(w, n, end, to - from, a.digits, panel);
         for (int64_t line = 0; line < shape.lines; line += step) {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
           add_lines<kBits, kShare>(w, shape, a, {n, end, from, to, line, lines}, panel);
         }
-        for (int64_t m = from; m < to; ++m)
-          write(panel, m - from, end - n, w.rows, y + m * w.rows + n);
+        for (int64_t m = from; m < to; m += a.digits) {
+          if (a.digits == 2) add_digits(panel, m - from, end - n);
+          write(panel, m - from, end - n, w.rows, y + m / a.digits * w.rows + n);
+        }
       }
     }
   }
@@ -289,13 +291,24 @@ class QuantMany : QuantLayout<Simd> {
     }
   }
 
-  static void start(const QuantMatrix& w, int64_t first, int64_t last, int64_t rows, Panel& panel) {
+  // The bias goes into the first digit's row.
+  static void start(const QuantMatrix& w, int64_t first, int64_t last, int64_t rows, int64_t digits,
+                    Panel& panel) {
     for (int64_t n = first; n < last; n += kPanel) {
       float bias[kPanel] = {};
       const int64_t width = last - n < kPanel ? last - n : kPanel;
       if (w.bias) std::memcpy(bias, w.bias + n, width * sizeof(float));
       float* sums = panel.y[(n - first) / kPanel];
-      for (int64_t m = 0; m < rows; ++m) std::memcpy(sums + m * kPanel, bias, sizeof(bias));
+      if (digits > 1) std::memset(sums, 0, rows * sizeof(bias));
+      for (int64_t m = 0; m < rows; m += digits) std::memcpy(sums + m * kPanel, bias, sizeof(bias));
+    }
+  }
+
+  // Adds the row behind a row to it.
+  static void add_digits(Panel& panel, int64_t row, int64_t width) {
+    for (int64_t n = 0; n < width; n += kPanel) {
+      float* sums = panel.y[n / kPanel] + row * kPanel;
+      for (int64_t i = 0; i < kPanel; ++i) sums[i] += sums[kPanel + i];
     }
   }
 

@@ -3,10 +3,11 @@
 // y[m, n] = Σ_b s_w[n, b] · s_x[m, b] · Σ_{k in block b} (w[n, k] − z[n, b]) · x̂[m, k]
 //
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
-// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, with two
-// exceptions: what zero points of a matrix's own are beside the middle of the levels may go through
-// floats, where they have 8 bits or rows are few; and for many rows and small blocks on AMX there is
-// amx_bf16.h.
+// ONNX Runtime's MatMulNBits does at accuracy level 4. With two digits, what that leaves of a row is
+// rounded in the same way, as a row of its own, and y is the sum of both products. The inner sum is
+// exact in int32, with two exceptions: what zero points of a matrix's own are beside the middle of the
+// levels may go through floats, where they have 8 bits or rows are few; and for many rows and small
+// blocks on AMX there is amx_bf16.h.
 #pragma once
 
 #include <array>
@@ -35,7 +36,8 @@ struct QuantMatrix {
 
 // Rounded rows of activations; `codes` are what a kernel reads, in its order.
 struct Activations {
-  int64_t count;        // rows
+  int64_t count;        // rows: of x, times digits
+  int64_t digits;       // rows, one behind another, whose products are one row of y: 1 or 2
   int64_t stride;       // bytes of codes from row to row
   int8_t* codes;        // [count, stride]
   int64_t blocks;       // the matrix's, padded with zeros to a whole number of lines
@@ -68,8 +70,10 @@ struct QuantKernels {
   int64_t most_few;  // from this number of rows on, `many` is the faster one
   int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads
+  // What rounding x [columns] leaves of it, for the second digit.
+  void (*rest)(const QuantMatrix&, const float* x, float* rest);
 };
-// y is [count, rows of the matrix].
+// y is [count / digits, rows of the matrix].
 
 // Those of instruction_set().
 const QuantKernels& quant_kernels();

@@ -21,7 +21,12 @@ class QuantMatmul : QuantLayout<Simd> {
   static constexpr int64_t kMostFew = 4;
 
   static QuantKernels kernels() {
-    return {few(), many, kMostFew, QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
+    return {few(),
+            many,
+            kMostFew,
+            QuantMany<Simd>::kPanel,
+            QuantMany<Simd>::kPanels,
+            QuantRound<Simd>::rest};
   }
 
   // Most were the fastest one somewhere: in turn, on Intel's servers; there without AVX-512; on Zen 4
@@ -48,8 +53,11 @@ class QuantMatmul : QuantLayout<Simd> {
   template <class Reading>
   static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                            float* y) {
-    const auto instance = [](auto bits, auto block) {
-      return QuantFew<Simd, Reading>::template stream<bits, block * bits / 32>;
+    const auto instance = [&](auto bits, auto block) {
+      using Few = QuantFew<Simd, Reading>;
+      constexpr int lanes = block * bits / 32;
+      return a.digits == 2 ? Few::template stream<bits, lanes, 2>
+                           : Few::template stream<bits, lanes, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

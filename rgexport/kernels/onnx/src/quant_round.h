@@ -27,7 +27,42 @@ class QuantRound : QuantLayout<Simd> {
     Base::pick(w, instance)(w, x, a, index);
   }
 
+  // The codes are those of `round_few` and `round_many`, and of AMX's kernels.
+  static void rest(const QuantMatrix& w, const float* x, float* rest) {
+    for (int64_t k = 0; k < w.columns; k += w.block) {
+      const int64_t left = w.columns - k;
+      if (left >= w.block) {
+        rest_of_block(x + k, w.block, rest + k);
+      } else {
+        alignas(64) float padded[kMostBlock] = {};
+        std::memcpy(padded, x + k, left * sizeof(float));
+        rest_of_block(padded, w.block, padded);
+        std::memcpy(rest + k, padded, left * sizeof(float));
+      }
+    }
+  }
+
  private:
+  static constexpr int64_t kMostBlock = 256;
+
+  static void rest_of_block(const float* x, int64_t block, float* rest) {
+    const float most = largest(x, block);
+    const Float inverse = Simd::broadcast_float(inverse_of(most));
+    const Float scale = Simd::broadcast_float(-scale_of(most));
+    for (int64_t i = 0; i < block; i += kLanes) {
+      const Float some = Simd::load_float(x + i);
+      const Float codes = Simd::to_float(Simd::to_int(Simd::mul(some, inverse)));
+      Simd::store_float(rest + i, Simd::fma(codes, scale, some));
+    }
+  }
+
+  static float largest(const float* x, int64_t block) {
+    Float lanes = Simd::zero_float();
+    for (int64_t i = 0; i < block; i += kLanes)
+      lanes = Simd::max_size(lanes, Simd::load_float(x + i));
+    return Simd::max(lanes);
+  }
+
   // The columns of a block or of a line of weights, whatever has more: a code is a byte.
   template <int kBits, int kBlock, bool kFew>
   struct Chunk {
@@ -64,7 +99,7 @@ class QuantRound : QuantLayout<Simd> {
                         int32_t* lanes) {
       float inverses[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
-        const float most = largest(x + b * kBlock);
+        const float most = largest(x + b * kBlock, kBlock);
         scales[b] = scale_of(most);
         inverses[b] = inverse_of(most);
       }
@@ -84,13 +119,6 @@ class QuantRound : QuantLayout<Simd> {
       } else {
         for (int64_t i = 0; i < kLanes; ++i) sums[i / kBlockLanes] += lanes[i];
       }
-    }
-
-    static float largest(const float* x) {
-      Float lanes = Simd::zero_float();
-      for (int64_t i = 0; i < kBlock; i += kLanes)
-        lanes = Simd::max_size(lanes, Simd::load_float(x + i));
-      return Simd::max(lanes);
     }
 
     // Puts a line of codes where the unpacked weights will be. Returns the sums of the lanes.
