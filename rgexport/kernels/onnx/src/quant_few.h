@@ -25,23 +25,27 @@ class QuantFew : QuantLayout<Simd> {
     const Shape shape(w);
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
-      for (int64_t m = 0; m < a.count / kDigits; ++m)
-        Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, m, row).multiply(y + m * w.rows + row);
-    for (; row < last; ++row)
-      for (int64_t m = 0; m < a.count / kDigits; ++m)
-        Rows<kBits, kBlockLanes, 1, kDigits>(w, shape, a, m, row).multiply(y + m * w.rows + row);
+      multiply<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, row, y);
+    for (; row < last; ++row) multiply<kBits, kBlockLanes, 1, kDigits>(w, shape, a, row, y);
   }
 
  private:
-  // kRows rows of weights from `first` on, times the digits of one row of activations.
+  // kRows rows of weights times each row of x, of whose digits the last has what goes with both.
+  template <int kBits, int kBlockLanes, int kRows, int kDigits>
+  [[gnu::always_inline]] static void multiply(const QuantMatrix& w, const Shape& shape,
+                                              const Activations& a, int64_t row, float* y) {
+    y += row;
+    for (int64_t m = kDigits - 1; m < a.count; m += kDigits, y += w.rows)
+      Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, m, row).multiply(y);
+  }
+
+  // kRows rows of weights from `first` on, times one row of activations and the digits before it.
   template <int kBits, int kBlockLanes, int kRows, int kDigits>
   class Rows {
     static constexpr int kShare = kBlockLanes < kLanes ? kBlockLanes : kLanes;
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
-    // Each row of weights has sums of its own for each digit, side by side.
-    static constexpr int kAll = kRows * kDigits;
     // Scales are prefetched with the data that they belong to.
     static constexpr int64_t kAheadBlocks = kReadAhead / (4 * kBlockLanes);
 
@@ -55,28 +59,25 @@ class QuantFew : QuantLayout<Simd> {
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
-          a_(a),
-          codes_(a.codes + index * kDigits * a.stride),
-          starts_(a.starts + index * kDigits * a.start_count),
-          x_scales_(a.scales + index * kDigits * a.blocks),
-          x_sums_(a.sums + index * kDigits * a.blocks) {}
+          stride_(a.stride),
+          codes_(a.codes + index * a.stride),
+          starts_(a.starts + index * a.start_count),
+          x_scales_(a.scales + index * a.blocks),
+          x_sums_(a.sums + index * a.blocks) {}
 
     void multiply(float* y) const {
       const int64_t steps = shape_.full_lines / kStepLines;
-      Float sums[kAll];
+      Float sums[kRows];
       for (Float& sum : sums) sum = Simd::zero_float();
-      alignas(64) float products[kAll][kLanes];
+      alignas(64) float products[kRows][kLanes];
       int64_t left = shape_.blocks;
       for (int64_t step = 0; left > 0; step += kShare, left -= kLanes) {
         scale(left, products, sums);
         add_steps(step, steps < step + kShare ? steps : step + kShare, products, sums);
       }
       for (int r = 0; r < kRows; ++r) {
-        float sum = 0;
-        for (int d = 0; d < kDigits; ++d) {
-          sum += Simd::sum(sums[r * kDigits + d]);
-          if (shape_.lines > shape_.full_lines) sum += last_line(r, d);
-        }
+        float sum = Simd::sum(sums[r]);
+        if (shape_.lines > shape_.full_lines) sum += last_line(r);
         y[r] = sum + (w_.bias ? w_.bias[first_ + r] : 0.0f);
       }
     }
@@ -87,29 +88,28 @@ class QuantFew : QuantLayout<Simd> {
     // lose a tenth of the speed where one place is two. Unrolled for small blocks only, whose
     // arithmetic takes longer than reading.
     [[gnu::always_inline]] void add_steps(int64_t from, int64_t to,
-                                          const float (&products)[kAll][kLanes],
-                                          Float (&sums)[kAll]) const {
+                                          const float (&products)[kRows][kLanes],
+                                          Float (&sums)[kRows]) const {
       const uint8_t* data = data_ + from * kStepLines * kVector;
       const uint8_t* here = data_ + from * kStepLines * kVector * kRows;
       const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
       const int32_t* starts = starts_ + from * kLanes;
       const auto step = [&](int64_t i) {
-        Int dots[kAll];
-        for (int j = 0; j < kAll; ++j)
-          dots[j] = Simd::load(starts + j % kDigits * a_.start_count + i * kLanes);
+        Int dots[kRows], before[kRows];
+        for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
+        for (Int& dot : before) dot = Simd::zero();
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
             if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
             const Int weights = Simd::load_once(data + r * shape_.row_bytes + l * kVector);
-            for (int d = 0; d < kDigits; ++d) {
-              Int& dot = dots[r * kDigits + d];
-              dot = line_dot(dot, weights, codes + d * a_.stride + l * kLineCodes);
-            }
+            const int8_t* line = codes + l * kLineCodes;
+            dots[r] = line_dot(dots[r], weights, line);
+            if (kDigits == 2) before[r] = line_dot(before[r], weights, line - stride_);
           }
-        for (int j = 0; j < kAll; ++j)
-          sums[j] = Simd::fma(Simd::to_float(dots[j]),
-                              Simd::template spread<kShare>(products[j] + i * kStepBlocks),
-                              sums[j]);
+        for (int r = 0; r < kRows; ++r)
+          sums[r] = Simd::fma(Simd::to_float(both(before[r], dots[r])),
+                              Simd::template spread<kShare>(products[r] + i * kStepBlocks),
+                              sums[r]);
       };
       if constexpr (kStepBlocks > 1) {
 #pragma GCC unroll 2
@@ -122,15 +122,11 @@ class QuantFew : QuantLayout<Simd> {
 
     // Products of the scales of a vector of blocks, of which `left` are there; takes from the sums
     // what the blocks' own zero points are beside the middle.
-    [[gnu::always_inline]] void scale(int64_t left, float (&products)[kAll][kLanes],
-                                      Float (&sums)[kAll]) const {
+    [[gnu::always_inline]] void scale(int64_t left, float (&products)[kRows][kLanes],
+                                      Float (&sums)[kRows]) const {
       const int64_t block = shape_.blocks - left;
-      Float x_scales[kDigits], x_sums[kDigits];
-      for (int d = 0; d < kDigits; ++d) {
-        x_scales[d] = Simd::load_float(x_scales_ + d * a_.blocks + block);
-        x_sums[d] =
-            Simd::negative(Simd::to_float(Simd::load(x_sums_ + d * a_.blocks + block)));
-      }
+      const Float x_scales = Simd::load_float(x_scales_ + block);
+      const Float x_sums = Simd::negative(Simd::to_float(Simd::load(x_sums_ + block)));
       for (int r = 0; r < kRows; ++r) {
         // One vector of each cache line fetches it.
         const int64_t near = kRows * block + r * kLanes;
@@ -138,18 +134,12 @@ class QuantFew : QuantLayout<Simd> {
           fetch_into<Reading::kCache>(address_of(w_.scales, first_scale_ + near + kAheadBlocks));
         const int64_t at = first_scale_ + r * shape_.blocks + block;
         const Float scales = Base::scales_of(w_, shape_, at, left);
-        Float product[kDigits];
-        for (int d = 0; d < kDigits; ++d) {
-          product[d] = Simd::mul(scales, x_scales[d]);
-          Simd::store_float(products[r * kDigits + d], product[d]);
-        }
+        const Float product = Simd::mul(scales, x_scales);
+        Simd::store_float(products[r], product);
         if (!zeros_) continue;
         const uint8_t* zeros = zeros_ + r * shape_.zero_point_bytes + block * kBits / 8;
         const Float offsets = Base::template zero_offsets<kBits>(zeros, zeros_end_, left);
-        for (int d = 0; d < kDigits; ++d) {
-          Float& sum = sums[r * kDigits + d];
-          sum = Simd::fma(Simd::mul(product[d], offsets), x_sums[d], sum);
-        }
+        sums[r] = Simd::fma(Simd::mul(product, offsets), x_sums, sums[r]);
       }
     }
 
@@ -169,21 +159,27 @@ class QuantFew : QuantLayout<Simd> {
       }
     }
 
+    // Sums of products with both digits.
+    static Int both(Int before, Int dots) {
+      return kDigits == 2 ? Simd::add(Simd::times(before, kDigit), dots) : dots;
+    }
+
     // The part of a row behind its last whole line, lane by lane: nothing is read behind the row.
-    float last_line(int r, int digit) const {
+    float last_line(int r) const {
       alignas(64) uint8_t data[kVector] = {};
       alignas(64) int32_t dots[kLanes];
       const int64_t done = shape_.full_lines * kVector, left = shape_.row_bytes - done;
       std::memcpy(data, data_ + r * shape_.row_bytes + done, left);
-      const int8_t* codes = codes_ + digit * a_.stride + shape_.full_lines * kLineCodes;
-      const int32_t* starts = starts_ + digit * a_.start_count + shape_.full_lines * kLanes;
-      const Int start = Simd::load(starts);
-      Simd::store(dots, line_dot(start, Simd::load(data), codes));
+      const int8_t* codes = codes_ + shape_.full_lines * kLineCodes;
+      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes), line = Simd::load(data);
+      Int before = Simd::zero();
+      if (kDigits == 2) before = line_dot(before, line, codes - stride_);
+      Simd::store(dots, both(before, line_dot(start, line, codes)));
       float sum = 0;
       for (int64_t lane = 0; lane < left / 4; ++lane) {
         const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
         const float scale = number_at(w_.scales, first_scale_ + r * shape_.blocks + block);
-        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[digit * a_.blocks + block]);
+        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[block]);
       }
       return sum;
     }
@@ -195,8 +191,8 @@ class QuantFew : QuantLayout<Simd> {
     const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
-    const Activations& a_;
-    const int8_t* const codes_;  // of the first digit, as what follows
+    const int64_t stride_;  // from digit to digit
+    const int8_t* const codes_;
     const int32_t* const starts_;
     const float* const x_scales_;
     const int32_t* const x_sums_;

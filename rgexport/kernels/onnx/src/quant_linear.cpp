@@ -36,7 +36,7 @@ struct Products {
   }
 };
 
-// Rounded activations in scratch memory, cut into their arrays; `count` rows of x, each in digits.
+// Rounded activations in scratch memory, cut into their arrays: `count` rows of x, each in digits.
 class Rounded {
   struct Places {
     int64_t stride, blocks, starts, at[5] = {};
@@ -57,7 +57,7 @@ class Rounded {
   };
 
  public:
-  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t digits, int64_t count)
+  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, int64_t digits)
       : places_(kernel, w, count * digits), memory_(places_.floats()) {
     auto* base = reinterpret_cast<uint8_t*>(memory_.data());
     activations_ = {count * digits,
@@ -90,14 +90,11 @@ class Rounded {
   Activations activations_;
 };
 
-// Rounds row `m` of x: to one digit, or what that leaves of it, in `rest` [columns], to another one.
+// Rounds row `m` of x.
 void round(const QuantKernel& kernel, const QuantMatrix& format, const float* x, int64_t m,
-           const Activations& a, float* rest) {
-  x += m * format.columns;
-  kernel.round(format, x, a, m * a.digits);
-  if (a.digits == 1) return;
-  quant_kernels().rest(format, x, rest);
-  kernel.round(format, rest, a, m * a.digits + 1);
+           const Activations& a) {
+  for (int64_t digit = 0; digit < a.digits; ++digit)
+    kernel.round(format, x + m * format.columns, a, m * a.digits + digit);
 }
 
 // Whether attributes tell a format that kernels know, for rows as long as those of x; refuses it
@@ -111,8 +108,8 @@ bool is_format(Context& context, const Tensor& x, int64_t columns, int64_t bits,
     context.refuse("bits is neither 4 nor 8 but %" PRId64, bits);
   else if (block < 16 || block > 256 || (block & (block - 1)))
     context.refuse("block_size is no power of two from 16 to 256 but %" PRId64, block);
-  else if (digits != 1 && digits != 2)
-    context.refuse("digits is neither 1 nor 2 but %" PRId64, digits);
+  else if (digits != 1 && (digits != 2 || bits != 8))
+    context.refuse("digits is neither 1, nor 2 with 8 bits, but %" PRId64, digits);
   return !context.refused();
 }
 
@@ -152,9 +149,8 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   for (int i = 0; i < all.matrices; ++i)
     weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
-  const Rounded rounded(kernel, format, all.digits, parts.parts() * count);
-  const Scratch rests(Size(all.digits - 1) * parts.parts() * format.columns);
-  if (!rounded || !rests.data()) return false;
+  const Rounded rounded(kernel, format, parts.parts() * count, all.digits);
+  if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
     const int own = static_cast<int>(index);
@@ -163,8 +159,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
       fetch(all.w[i].data + row * row_bytes, kAhead);
     });
     const Activations a = rounded.rows(own * count, count);
-    float* rest = rests.data() + (all.digits - 1) * own * format.columns;
-    for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a, rest);
+    for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a);
     parts.run(own, [&](int64_t from, int64_t to) {
       all.each(from, to, [&](int i, int64_t row, int64_t end) {
         kernel.multiply(all.w[i], a, row, end, all.y[i]);
@@ -176,11 +171,11 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
 }
 
 // Of quant_kernels().few, the one that reads weights of this format best.
-Fastest<kReadings>& reading_of(const QuantMatrix& format) {
-  static Fastest<kReadings> all[2][5];
+Fastest<kReadings>& reading_of(const QuantMatrix& format, int64_t digits) {
+  static Fastest<kReadings> all[3][5];
   int size = 0;
   while (16 << size < format.block) ++size;
-  return all[format.bits == 8][size];
+  return all[format.bits == 4 ? 0 : digits][size];
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
@@ -203,16 +198,10 @@ bool multiply(Context& context, const Products& all, const float* x, int64_t cou
   const QuantKernels& kernels = quant_kernels();
   const QuantMatrix& format = all.w[0];
   const QuantKernel kernel = kernels.many(format);
-  const Rounded rounded(kernel, format, all.digits, count);
-  // Each task that rounds to two digits has memory for what the first one leaves of a row.
-  const int64_t tasks = all.digits == 1 || count < processors() ? count : processors();
-  const Scratch rests(Size(all.digits - 1) * tasks * format.columns);
-  if (!rounded || !rests.data()) return false;
+  const Rounded rounded(kernel, format, count, all.digits);
+  if (!rounded) return false;
   const Activations a = rounded.rows(0, count);
-  context.parallel_for(tasks, [&](int64_t task) {
-    float* rest = rests.data() + (all.digits - 1) * task * format.columns;
-    for (int64_t m = task; m < count; m += tasks) round(kernel, format, x, m, a, rest);
-  });
+  context.parallel_for(count, [&](int64_t m) { round(kernel, format, x, m, a); });
 
   int64_t sizes[QuantLinears::kMost], ends[QuantLinears::kMost], parts = 0;  // of each matrix
   for (int i = 0; i < all.matrices; ++i) {
@@ -278,7 +267,7 @@ void QuantLinears::run(Context& context) const {
     return stream(context, quant_kernels().few[reading], all, rows, count, next_weights_);
   };
   const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), count);
-  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0]).run(amount, few)
+  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0], digits_).run(amount, few)
                                                        : multiply(context, all, rows, count);
   if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
 }

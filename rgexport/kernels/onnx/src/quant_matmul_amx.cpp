@@ -18,7 +18,7 @@ QuantKernel many(const QuantMatrix& w) {
 }  // namespace
 
 QuantKernels quant_kernels_amx() {
-  return {Few::few(), many, Few::kMostFew, kPanel, kPanels, QuantRound<Avx512>::rest};
+  return {Few::few(), many, Few::kMostFew, kPanel, kPanels};
 }
 
 }  // namespace rgexport

@@ -21,12 +21,7 @@ class QuantMatmul : QuantLayout<Simd> {
   static constexpr int64_t kMostFew = 4;
 
   static QuantKernels kernels() {
-    return {few(),
-            many,
-            kMostFew,
-            QuantMany<Simd>::kPanel,
-            QuantMany<Simd>::kPanels,
-            QuantRound<Simd>::rest};
+    return {few(), many, kMostFew, QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
   }
 
   // Most were the fastest one somewhere: in turn, on Intel's servers; there without AVX-512; on Zen 4
@@ -56,8 +51,9 @@ class QuantMatmul : QuantLayout<Simd> {
     const auto instance = [&](auto bits, auto block) {
       using Few = QuantFew<Simd, Reading>;
       constexpr int lanes = block * bits / 32;
-      return a.digits == 2 ? Few::template stream<bits, lanes, 2>
-                           : Few::template stream<bits, lanes, 1>;
+      if constexpr (bits == 8)
+        if (a.digits == 2) return Few::template stream<bits, lanes, 2>;
+      return Few::template stream<bits, lanes, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

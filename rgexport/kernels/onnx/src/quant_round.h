@@ -27,42 +27,7 @@ class QuantRound : QuantLayout<Simd> {
     Base::pick(w, instance)(w, x, a, index);
   }
 
-  // The codes are those of `round_few` and `round_many`, and of AMX's kernels.
-  static void rest(const QuantMatrix& w, const float* x, float* rest) {
-    for (int64_t k = 0; k < w.columns; k += w.block) {
-      const int64_t left = w.columns - k;
-      if (left >= w.block) {
-        rest_of_block(x + k, w.block, rest + k);
-      } else {
-        alignas(64) float padded[kMostBlock] = {};
-        std::memcpy(padded, x + k, left * sizeof(float));
-        rest_of_block(padded, w.block, padded);
-        std::memcpy(rest + k, padded, left * sizeof(float));
-      }
-    }
-  }
-
  private:
-  static constexpr int64_t kMostBlock = 256;
-
-  static void rest_of_block(const float* x, int64_t block, float* rest) {
-    const float most = largest(x, block);
-    const Float inverse = Simd::broadcast_float(inverse_of(most));
-    const Float scale = Simd::broadcast_float(-scale_of(most));
-    for (int64_t i = 0; i < block; i += kLanes) {
-      const Float some = Simd::load_float(x + i);
-      const Float codes = Simd::to_float(Simd::to_int(Simd::mul(some, inverse)));
-      Simd::store_float(rest + i, Simd::fma(codes, scale, some));
-    }
-  }
-
-  static float largest(const float* x, int64_t block) {
-    Float lanes = Simd::zero_float();
-    for (int64_t i = 0; i < block; i += kLanes)
-      lanes = Simd::max_size(lanes, Simd::load_float(x + i));
-    return Simd::max(lanes);
-  }
-
   // The columns of a block or of a line of weights, whatever has more: a code is a byte.
   template <int kBits, int kBlock, bool kFew>
   struct Chunk {
@@ -76,40 +41,49 @@ class QuantRound : QuantLayout<Simd> {
       float* scales = a.scales + index * a.blocks;
       int32_t* sums = a.sums + index * a.blocks;
       int32_t* starts = a.starts + index * a.start_count;
+      const bool second = index % a.digits == 1;
       for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
       for (int64_t k = 0; k < w.columns; k += kColumns) {
         alignas(64) int32_t lanes[kLanes];  // sums of codes
         const int64_t left = w.columns - k, block = k / kBlock;
         if (left >= kColumns) {
           for (int64_t i = 0; i < kColumns; i += kFetched) __builtin_prefetch(x + k + kAhead + i);
-          columns(x + k, codes + k, scales + block, sums + block, lanes);
+          columns(x + k, second, codes + k, scales + block, sums + block, lanes);
         } else {
           alignas(64) float padded[kColumns] = {};
           std::memcpy(padded, x + k, left * sizeof(float));
-          columns(padded, codes + k, scales + block, sums + block, lanes);
+          columns(padded, second, codes + k, scales + block, sums + block, lanes);
         }
         for (int i = 0; kFew && i < kLanes; ++i)
           starts[k / kColumns * kLanes + i] = -Base::template kMiddle<kBits> * lanes[i];
       }
       for (int64_t b = 0; !kFew && b < a.blocks; ++b)
         starts[b] = -Base::template kAdded<kBits> * sums[b];
+      if (kFew && second) {
+        add_digit(sums, a.blocks);
+        add_digit(starts, a.start_count);
+      }
     }
 
-    static void columns(const float* x, int8_t* codes, float* scales, int32_t* sums,
+    // For few rows, what goes with both digits lies in the second one's row.
+    static void add_digit(int32_t* row, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) row[i] += kDigit * row[i - count];
+    }
+
+    static void columns(const float* x, bool second, int8_t* codes, float* scales, int32_t* sums,
                         int32_t* lanes) {
-      float inverses[kBlocks];
+      float sizes[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
-        const float most = largest(x + b * kBlock, kBlock);
-        scales[b] = scale_of(most);
-        inverses[b] = inverse_of(most);
+        sizes[b] = largest(x + b * kBlock);
+        scales[b] = Digit<Simd>(sizes[b], second).scale();
       }
       Int all = Simd::zero();
       for (int64_t line = 0; line < kColumns; line += kLine) {
         Int rounded[kVectors];
         unrolled<kVectors>([&](auto v) {
           const int64_t at = line + v * kLanes;
-          const Float inverse = Simd::broadcast_float(inverses[at / kBlock]);
-          rounded[v] = Simd::to_int(Simd::mul(Simd::load_float(x + at), inverse));
+          const Digit<Simd> digit(sizes[at / kBlock], second);
+          rounded[v] = digit.codes(Simd::load_float(x + at));
         });
         all = Simd::add(all, place(rounded, codes + line));
       }
@@ -119,6 +93,13 @@ class QuantRound : QuantLayout<Simd> {
       } else {
         for (int64_t i = 0; i < kLanes; ++i) sums[i / kBlockLanes] += lanes[i];
       }
+    }
+
+    static float largest(const float* x) {
+      Float lanes = Simd::zero_float();
+      for (int64_t i = 0; i < kBlock; i += kLanes)
+        lanes = Simd::max_size(lanes, Simd::load_float(x + i));
+      return Simd::max(lanes);
     }
 
     // Puts a line of codes where the unpacked weights will be. Returns the sums of the lanes.
