@@ -29,7 +29,8 @@ class Digit {
   using Float = typename Simd::Float;
 
  public:
-  Digit(float most, bool second)
+  Digit() = default;
+  Digit(float most, bool second)  // `most` is the largest size in the block
       : inverse_(Simd::broadcast_float(inverse_of(most))),
         next_(Simd::broadcast_float(kDigit)),
         taken_(Simd::broadcast_float(-scale_of(most))),

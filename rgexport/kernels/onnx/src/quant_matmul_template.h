@@ -60,9 +60,11 @@ class QuantMatmul : QuantLayout<Simd> {
 
   static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first,
                             int64_t last, float* y) {
-    const auto instance = [](auto bits, auto block) {
-      constexpr int lanes = block * bits / 32;
-      return QuantMany<Simd>::template panels<bits, lanes < kLanes ? lanes : kLanes>;
+    const auto instance = [&](auto bits, auto block) {
+      constexpr int lanes = block * bits / 32, share = lanes < kLanes ? lanes : kLanes;
+      if constexpr (bits == 8)
+        if (a.digits == 2) return QuantMany<Simd>::template panels<bits, share, 2>;
+      return QuantMany<Simd>::template panels<bits, share, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

@@ -72,18 +72,17 @@ class QuantRound : QuantLayout<Simd> {
 
     static void columns(const float* x, bool second, int8_t* codes, float* scales, int32_t* sums,
                         int32_t* lanes) {
-      float sizes[kBlocks];
+      Digit<Simd> digits[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
-        sizes[b] = largest(x + b * kBlock);
-        scales[b] = Digit<Simd>(sizes[b], second).scale();
+        digits[b] = Digit<Simd>(largest(x + b * kBlock), second);
+        scales[b] = digits[b].scale();
       }
       Int all = Simd::zero();
       for (int64_t line = 0; line < kColumns; line += kLine) {
         Int rounded[kVectors];
         unrolled<kVectors>([&](auto v) {
           const int64_t at = line + v * kLanes;
-          const Digit<Simd> digit(sizes[at / kBlock], second);
-          rounded[v] = digit.codes(Simd::load_float(x + at));
+          rounded[v] = digits[at / kBlock].codes(Simd::load_float(x + at));
         });
         all = Simd::add(all, place(rounded, codes + line));
       }
