@@ -264,8 +264,8 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   const auto tell = [&](const char* kernel, int64_t wrong, const char* what) {
     if (!wrong) return;
     ++failed;
-    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d half=%d digits=%d: %d of %d "
-                "%s\n",
+    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d half=%d digits=%d: "
+                "%d of %d %s\n",
                 set.name, kernel, int(shape.count), int(shape.rows), int(shape.columns), kind.bits,
                 int(kind.block), kind.zero_points, kind.whole, kind.half, kind.digits, int(wrong),
                 int(shape.count * shape.rows), what);

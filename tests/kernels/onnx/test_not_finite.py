@@ -91,9 +91,7 @@ def assert_like_body(found: Arrays, expected: Arrays) -> None:
 def test_a_bad_activation_makes_its_row_nan(worker, bad, bits, block, digits, tokens):
     x = activations(1, tokens, 203)
     for asymmetric in (False, True):
-        w = random_matrix(
-            203, 37, bits, block, asymmetric=asymmetric, bias=True, digits=digits
-        )
+        w = random_matrix(203, 37, bits, block, asymmetric=asymmetric, bias=True, digits=digits)
         good = worker.run(w.case(x))["y"]
         for column in (0, 77, 202):
             poisoned = x.copy()

@@ -48,8 +48,8 @@ struct Sums {
 
   void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
 
-  // Columns [first, last), rows [from, to) of activations: one of y for each `digits` of them. Whole rows at once: in y they lie on their own pages, of
-  // which no pattern announces the next.
+  // Columns [first, last), rows [from, to) of activations, of which each `digits` are one of y. Whole
+  // rows at once: in y they lie on their own pages, of which no pattern announces the next.
   void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
              int64_t digits, float* y) const {
     for (int64_t m = 0; m < to - from; m += digits) {

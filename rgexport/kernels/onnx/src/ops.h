@@ -9,7 +9,7 @@ namespace rgexport {
 
 // y = x · dequantized(data)ᵀ + bias, as com.microsoft::MatMulNBits with int8 activations: for one
 // matrix, or for several of the same columns and format, which share the rounded activations. With
-// two `digits`, what rounding leaves of x is rounded once more, and both products are added.
+// two `digits`, what rounding leaves of x is rounded once more, see quant_matmul.h.
 class QuantLinears {
  public:
   static constexpr int kMost = 3;

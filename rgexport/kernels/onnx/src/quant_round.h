@@ -28,7 +28,8 @@ class QuantRound : QuantLayout<Simd> {
   }
 
  private:
-  // The columns of a block or of a line of weights, whatever has more: a code is a byte.
+  // The columns of a block or of a line of weights, whatever has more: a code is a byte. For few rows,
+  // the second digit's starts and sums are those of both.
   template <int kBits, int kBlock, bool kFew>
   struct Chunk {
     static constexpr int64_t kLine = Base::template kCodes<kBits>;
@@ -54,20 +55,16 @@ class QuantRound : QuantLayout<Simd> {
           std::memcpy(padded, x + k, left * sizeof(float));
           columns(padded, second, codes + k, scales + block, sums + block, lanes);
         }
-        for (int i = 0; kFew && i < kLanes; ++i)
-          starts[k / kColumns * kLanes + i] = -Base::template kMiddle<kBits> * lanes[i];
+        for (int i = 0; kFew && i < kLanes; ++i) {
+          const int64_t at = k / kColumns * kLanes + i;
+          starts[at] = -Base::template kMiddle<kBits> * lanes[i];
+          if (second) starts[at] += kDigit * starts[at - a.start_count];
+        }
       }
       for (int64_t b = 0; !kFew && b < a.blocks; ++b)
         starts[b] = -Base::template kAdded<kBits> * sums[b];
-      if (kFew && second) {
-        add_digit(sums, a.blocks);
-        add_digit(starts, a.start_count);
-      }
-    }
-
-    // For few rows, what goes with both digits lies in the second one's row.
-    static void add_digit(int32_t* row, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) row[i] += kDigit * row[i - count];
+      for (int64_t b = 0; kFew && second && b < a.blocks; ++b)
+        sums[b] += kDigit * sums[b - a.blocks];
     }
 
     static void columns(const float* x, bool second, int8_t* codes, float* scales, int32_t* sums,
