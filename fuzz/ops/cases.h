@@ -99,6 +99,7 @@ class Maker {
     dims.push_back(columns);
     add_floats(node, dims);
     node.integers = {{"K", columns}, {"bits", bits}, {"block_size", block}};
+    if (bits == 8 && bytes_.one_in(2)) node.integers["digits"] = 2;
     Dims rows;
     for (int i = 0; i < matrices; ++i) {
       const int64_t most = kWork / std::max<int64_t>(1, count * columns * matrices);

@@ -1,11 +1,11 @@
-// QuantLinear, QuantLinear2 and QuantLinear3 in double, with activations rounded to int8.
+// QuantLinear, QuantLinear2 and QuantLinear3 in double, with activations rounded to digits of int8.
 #include "oracles.h"
 
 namespace fuzz {
 namespace {
 
 struct Format {
-  int64_t columns, bits, block, blocks;
+  int64_t columns, bits, block, digits, blocks;
 };
 
 struct Matrix {
@@ -18,7 +18,8 @@ int matrices_of(const Question& q) {
 }
 
 Format format_of(const Question& q) {
-  Format f = {q.integer("K", 0), q.integer("bits", 4), q.integer("block_size", 32), 0};
+  Format f = {q.integer("K", 0), q.integer("bits", 4), q.integer("block_size", 32),
+              q.integer("digits", 1), 0};
   const bool known = f.columns > 0 && f.block > 0 && f.columns < 1 << 30;
   f.blocks = known ? (f.columns + f.block - 1) / f.block : 0;
   return f;
@@ -46,13 +47,21 @@ bool fits(const Format& f, const Matrix& m) {
          (!m.bias.given || m.bias.is(stand_in::kFloat, {m.rows}));
 }
 
-// A row of activations: codes, and a scale for each block.
+constexpr int kDigit = 254;  // of the next digit's scale
+
+// A row of activations: codes, and a scale for each block. Two digits are one code, in the scale of
+// the second; where that lies next to a half, another order of rounding may find its neighbour.
 struct Rounded {
   std::vector<int> codes;
-  std::vector<float> scales;
+  std::vector<bool> uncertain;
+  std::vector<float> scales, first_scales;
   bool finite = true;
 
-  Rounded(const Format& f, const float* x) : codes(f.blocks * f.block), scales(f.blocks) {
+  Rounded(const Format& f, const float* x)
+      : codes(f.blocks * f.block),
+        uncertain(codes.size()),
+        scales(f.blocks),
+        first_scales(f.blocks) {
     for (int64_t b = 0; b < f.blocks; ++b) {
       const int64_t first = b * f.block, last = std::min(first + f.block, f.columns);
       float most = 0;
@@ -60,11 +69,21 @@ struct Rounded {
         finite &= std::isfinite(x[k]);
         most = std::fmax(most, std::fabs(x[k]));
       }
-      scales[b] = most / 127.0f;
+      first_scales[b] = most / 127.0f;
+      scales[b] = f.digits == 2 ? first_scales[b] / kDigit : first_scales[b];
       const float inverse = most >= 0x1p-118f ? 127.0f / most : 0.0f;
-      for (int64_t k = first; finite && k < last; ++k)
-        codes[k] = static_cast<int>(std::nearbyint(x[k] * inverse));
+      for (int64_t k = first; finite && k < last; ++k) {
+        const float code = std::nearbyint(x[k] * inverse);
+        codes[k] = static_cast<int>(code);
+        if (f.digits == 2) add_digit(k, std::fma(-code, first_scales[b], x[k]) * inverse * kDigit);
+      }
     }
+  }
+
+  void add_digit(int64_t k, float second) {
+    const float code = std::nearbyint(second);
+    codes[k] = kDigit * codes[k] + static_cast<int>(code);
+    uncertain[k] = std::fabs(second - code) > 0.48f;
   }
 };
 
@@ -87,21 +106,23 @@ bool is_right(const Format& f, const Matrix& m, int64_t n, const Rounded& x, boo
     int zero = middle;
     if (m.zero_points.given)
       zero = level_at(f, m.zero_points, n, b, (f.blocks * f.bits + 7) / 8);
-    int64_t dot = 0, exact = 0, parts = 0;
+    int64_t dot = 0, exact = 0, parts = 0, uncertain = 0;
     for (int64_t k = b * f.block; k < (b + 1) * f.block; ++k) {
       const int level = level_at(f, m.data, n, k, f.blocks * f.block * f.bits / 8);
       dot += (level - zero) * x.codes[k];
       exact += std::abs((level - zero) * x.codes[k]);
       parts += (level + zero + 2 * middle) * std::abs(x.codes[k]);
+      if (x.uncertain[k]) uncertain += std::abs(level - zero);
     }
     expected += unit * static_cast<double>(dot);
     // The sum of the sizes of all that is added, times what one rounding may lose.
     room += std::fabs(unit) * (in_bfloat16 ? 0x1p-7 * exact : 2e-6 * parts) + 0x1p-120;
+    room += std::fabs(unit) * static_cast<double>(uncertain);
     // AMX's products of bfloat16 know no denormal numbers.
-    if (in_bfloat16) room += f.block * (std::fabs(scale) * 255 + x.scales[b] * 127.0) * 0x1p-125;
+    if (in_bfloat16) room += f.block * (std::fabs(scale) * 255 + x.first_scales[b] * 127.0) * 0x1p-125;
     const double most = std::fabs(scale) * 512.0;
-    loose |= most > kLarge || x.scales[b] * 65536.0 > kLarge ||
-             most * x.scales[b] * 65536.0 > kLarge;
+    loose |= most > kLarge || x.first_scales[b] * 65536.0 > kLarge ||
+             most * x.first_scales[b] * 65536.0 > kLarge;
   }
   if (!x.finite) return std::isnan(found);
   if (!finite) return !std::isfinite(found);
@@ -114,7 +135,8 @@ bool is_sound_linear(const Question& q) {
   const Format f = format_of(q);
   const Array& x = q.input(0);
   const bool power = f.block >= 16 && f.block <= 256 && !(f.block & (f.block - 1));
-  if (f.columns < 1 || (f.bits != 4 && f.bits != 8) || !power || !x.given ||
+  const bool digits = f.digits == 1 || (f.digits == 2 && f.bits == 8);
+  if (f.columns < 1 || (f.bits != 4 && f.bits != 8) || !digits || !power || !x.given ||
       x.type != stand_in::kFloat || x.dims.empty() || x.dims.back() != f.columns)
     return false;
   for (int i = 0; i < matrices_of(q); ++i)

@@ -101,6 +101,9 @@ def _quant_linear(matrices: int) -> str:
     blocks] in float32 or float16, optional zero points, optional bias [N]. Outputs: for each matrix
     y [B, T, N]. Activations are rounded to int8 for each row and block. Runtimes fold the `Cast`
     when they load the file; of float32 nothing is left of it.
+
+    With two `digits`, native kernels round what that leaves of the activations once more, and add
+    both products. The body does not: it would read the weights twice.
     """
     each = range(1, matrices + 1)
     sizes = QUANT_LINEAR_SIZES[:matrices]
@@ -117,7 +120,7 @@ def _quant_linear(matrices: int) -> str:
     return f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
 QuantLinear{"" if matrices == 1 else matrices}
-<K, {", ".join(sizes)}, bits, block_size> (x, {", ".join(inputs)})
+<K, {", ".join(sizes)}, bits, block_size, digits> (x, {", ".join(inputs)})
 => ({", ".join(f"y{i}" for i in each)})
 {{{"".join(products)}
 }}

@@ -6,7 +6,10 @@ from rgexport.validate.formats.expected import Expected
 
 
 class OnnxExpected(Expected):
-    """Products with quantized weights round activations to int8, except with `--exact`."""
+    """Products with quantized weights round activations to int8, except with `--exact`.
+
+    Some do so in two digits, but only native kernels: limits are those of one, which bodies have.
+    """
 
     has_exact = True
 

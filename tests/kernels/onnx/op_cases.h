@@ -89,18 +89,20 @@ void quant_linear(std::vector<Case>& cases) {
     for (int64_t block : {16, 32, 64, 128, 256})
       for (Matrix m : {Matrix{1, 1}, {12, 5}, {70, 37}, {256, 64}, {330, 1}, {519, 33}})
         for (Step step : kSteps)
-          for (bool full : {false, true}) {
-            const int64_t blocks = (m.columns + block - 1) / block;
-            cases.push_back(
-                {"QuantLinear",
-                 {{"K", m.columns}, {"N", m.rows}, {"bits", bits}, {"block_size", block}},
-                 {floats({step.batch, step.tokens, m.columns}),
-                  bytes({m.rows, blocks, block * bits / 8}),
-                  cases.size() % 3 ? floats({m.rows, blocks}) : halves({m.rows, blocks}),
-                  full ? bytes({m.rows, (blocks * bits + 7) / 8}) : kMissing,
-                  full ? floats({m.rows}) : kMissing},
-                 {}});
-          }
+          for (int64_t digits = 1; digits <= bits / 4; ++digits)
+            for (bool full : {false, true}) {
+              const int64_t blocks = (m.columns + block - 1) / block;
+              Case one = {"QuantLinear",
+                          {{"K", m.columns}, {"N", m.rows}, {"bits", bits}, {"block_size", block}},
+                          {floats({step.batch, step.tokens, m.columns}),
+                           bytes({m.rows, blocks, block * bits / 8}),
+                           cases.size() % 3 ? floats({m.rows, blocks}) : halves({m.rows, blocks}),
+                           full ? bytes({m.rows, (blocks * bits + 7) / 8}) : kMissing,
+                           full ? floats({m.rows}) : kMissing},
+                          {}};
+              if (digits > 1) one.attributes["digits"] = digits;
+              cases.push_back(std::move(one));
+            }
 }
 
 template <int kMatrices>
@@ -117,6 +119,7 @@ void quant_linear_of(std::vector<Case>& cases) {
                         {{"K", columns}, {"bits", bits}, {"block_size", kBlock}},
                         {floats({step.batch, step.tokens, columns})},
                         {}};
+            if (bits == 8 && rows == 5) one.attributes["digits"] = 2;
             Dims each;
             for (int i = 0; i < kMatrices; ++i) {
               each.push_back(i % 2 ? 40 - rows : rows);

@@ -38,6 +38,7 @@ struct Kind {
   bool zero_points;
   bool whole;  // whole numbers, whose sums are exact
   bool half;   // scales in float16
+  int digits = 1;
 };
 
 // Memory of exactly that size: a sanitizer sees what is read or written behind it.
@@ -121,6 +122,7 @@ class Product {
             kind_.zero_points ? zero_points_.data() : nullptr, bias_.data()};
   }
   float* x() const { return x_.data(); }
+  int digits() const { return kind_.digits; }
 
   // How many of the outputs are too far off, where factors are rounded to bfloat16 or not.
   int64_t wrong(const float* y, bool in_bfloat16) const {
@@ -143,10 +145,20 @@ class Product {
         const bool first = k % kind_.block == 0;
         if (first && !kind_.whole) scale = k == kind_.block ? 0.0f : uniform(0.001f, 0.1f);
         const int code = first ? 127 : static_cast<int>(random_bits() % 253) - 126;
-        const float beside = first || kind_.whole ? 0.0f : uniform(-0.4f, 0.4f);
-        x_[m * shape_.columns + k] = scale * (static_cast<float>(code) + beside);
+        const float number = static_cast<float>(code) + (first ? 0.0f : beside());
+        // In units of the last digit, whole numbers stay whole.
+        const float unit = kind_.whole && kind_.digits == 2 ? kDigit : scale;
+        x_[m * shape_.columns + k] = unit * number;
       }
     }
+  }
+
+  // What a number is beside its code: less than a half, and where there is a second digit, no half of
+  // that either.
+  float beside() const {
+    if (kind_.digits == 1) return kind_.whole ? 0.0f : uniform(-0.4f, 0.4f);
+    const auto next = static_cast<float>(static_cast<int>(random_bits() % 203) - 101);
+    return (next + (kind_.whole ? 0.0f : uniform(-0.3f, 0.3f))) / kDigit;
   }
 
   int weight(int64_t n, int64_t column) const {
@@ -165,7 +177,7 @@ class Product {
       expected_[i] = in_bfloat16_[i] = bias_[i % shape_.rows];
       sizes_[i] = std::fabs(expected_[i]);
     }
-    std::vector<int> codes(kind_.block), levels(kind_.block * shape_.rows);
+    std::vector<int> codes(kind_.block), seconds(kind_.block), levels(kind_.block * shape_.rows);
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t first = b * kind_.block;
       const int64_t count = std::min(kind_.block, shape_.columns - first);
@@ -173,19 +185,23 @@ class Product {
         for (int64_t k = 0; k < count; ++k)
           levels[n * kind_.block + k] = weight(n, first + k) - zero_point(n, b);
       for (int64_t m = 0; m < shape_.count; ++m) {
-        const float scale = round(x_.data() + m * shape_.columns + first, count, codes.data());
+        const float* x = x_.data() + m * shape_.columns + first;
+        const float scale = round(x, count, codes.data(), seconds.data());
+        const float last_scale = kind_.digits == 2 ? scale / kDigit : scale;
         for (int64_t n = 0; n < shape_.rows; ++n) {
           int64_t dot = 0, size = 0;
           double rounded = 0;
           const float w_scale = scales_[n * blocks_ + b];
           for (int64_t k = 0; k < count; ++k) {
-            const int level = levels[n * kind_.block + k], term = level * codes[k];
-            dot += term;
-            size += std::abs(term);
-            rounded += bfloat16(w_scale * static_cast<float>(level)) *
-                       bfloat16(scale * static_cast<float>(codes[k]));
+            const int level = levels[n * kind_.block + k];
+            const int code = kind_.digits == 2 ? kDigit * codes[k] + seconds[k] : codes[k];
+            dot += level * code;
+            size += std::abs(level * code);
+            const double number = bfloat16(scale * static_cast<float>(codes[k])) +
+                                  bfloat16(last_scale * static_cast<float>(seconds[k]));
+            rounded += bfloat16(w_scale * static_cast<float>(level)) * number;
           }
-          const double unit = static_cast<double>(w_scale) * scale;
+          const double unit = static_cast<double>(w_scale) * last_scale;
           in_bfloat16_[m * shape_.rows + n] += rounded;
           expected_[m * shape_.rows + n] += unit * static_cast<double>(dot);
           sizes_[m * shape_.rows + n] += unit * static_cast<double>(size);
@@ -194,12 +210,20 @@ class Product {
     }
   }
 
-  static float round(const float* x, int64_t count, int* codes) {
+  // The codes of a block, of the second digit too if there is one, and the scale of the first.
+  float round(const float* x, int64_t count, int* codes, int* seconds) const {
     float most = 0;
     for (int64_t k = 0; k < count; ++k) most = std::fmax(most, std::fabs(x[k]));
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    for (int64_t k = 0; k < count; ++k) codes[k] = static_cast<int>(std::nearbyint(x[k] * inverse));
-    return most / 127.0f;
+    const float scale = most / 127.0f;
+    for (int64_t k = 0; k < count; ++k) {
+      const float code = std::nearbyint(x[k] * inverse);
+      const float rest = std::fma(-code, scale, x[k]);
+      codes[k] = static_cast<int>(code);
+      seconds[k] = 0;
+      if (kind_.digits == 2) seconds[k] = static_cast<int>(std::nearbyint(rest * inverse * kDigit));
+    }
+    return scale;
   }
 
   Shape shape_;
@@ -218,17 +242,19 @@ void run(const QuantKernel& kernel, const Product& product, const Shape& shape, 
          float* y) {
   const QuantMatrix w = product.matrix();
   const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
-  const int64_t rows = (shape.count + kernel.rows - 1) / kernel.rows * kernel.rows;
+  const int64_t digits = product.digits(), count = shape.count * digits;
+  const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
   const Exact<int8_t> codes(rows * stride);
   const Exact<float> scales(rows * blocks);
   const Exact<int32_t> sums(rows * blocks);
   const int64_t start_count = kernel.starts(w);
   const Exact<int32_t> starts(rows * start_count);
-  const Activations a = {shape.count,   stride,      codes.data(), blocks,
-                         scales.data(), sums.data(), start_count,  starts.data()};
+  const Activations a = {count,         digits,      stride,      codes.data(), blocks,
+                         scales.data(), sums.data(), start_count, starts.data()};
   for (int64_t i = 0; i < shape.count * shape.rows; ++i) y[i] = NAN;
   for (int64_t m = shape.count - 1; m >= 0; --m)
-    kernel.round(w, product.x() + m * shape.columns, a, m);
+    for (int64_t digit = 0; digit < digits; ++digit)
+      kernel.round(w, product.x() + m * shape.columns, a, m * digits + digit);
   for (int64_t first = 0; first < shape.rows; first += part)
     kernel.multiply(w, a, first, std::min(first + part, shape.rows), y);
 }
@@ -238,10 +264,10 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   const auto tell = [&](const char* kernel, int64_t wrong, const char* what) {
     if (!wrong) return;
     ++failed;
-    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d half=%d: %d of %d "
-                "%s\n",
+    std::printf("%s %s M=%d N=%d K=%d bits=%d block=%d zero_points=%d whole=%d half=%d digits=%d: "
+                "%d of %d %s\n",
                 set.name, kernel, int(shape.count), int(shape.rows), int(shape.columns), kind.bits,
-                int(kind.block), kind.zero_points, kind.whole, kind.half, int(wrong),
+                int(kind.block), kind.zero_points, kind.whole, kind.half, kind.digits, int(wrong),
                 int(shape.count * shape.rows), what);
   };
   const Exact<float> y(shape.count * shape.rows), other(shape.count * shape.rows);
@@ -319,7 +345,8 @@ int main() {
     for (const int64_t block : {16, 32, 64, 128, 256})
       for (const bool zero_points : {false, true})
         for (const bool whole : {false, true})
-          kinds.push_back({bits, block, zero_points, whole, kinds.size() % 3 == 0});
+          for (int digits = 1; digits <= bits / 4; ++digits)
+            kinds.push_back({bits, block, zero_points, whole, kinds.size() % 3 == 0, digits});
   for (const Kind& kind : kinds)
     for (const Shape& shape : kShapes) check_all(shape, kind);
   for (size_t i = 0; i < kinds.size(); i += 5)

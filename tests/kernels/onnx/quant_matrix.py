@@ -23,6 +23,8 @@ class QuantMatrix:
     zeros: np.ndarray
     asymmetric: bool
     bias: np.ndarray | None
+    digits: int = 1
+    """Of the activations in a product with it."""
 
     @property
     def in_half(self) -> "QuantMatrix":
@@ -62,7 +64,8 @@ class QuantMatrix:
             "QuantLinear",
             inputs,
             {"y": (*x.shape[:-1], rows)},
-            {"K": self.columns, "N": rows, "bits": self.bits, "block_size": self.block},
+            {"K": self.columns, "N": rows, "bits": self.bits, "block_size": self.block}
+            | ({"digits": self.digits} if self.digits > 1 else {}),
             frozenset(inputs) - {"x"},
         )
 
@@ -77,6 +80,7 @@ def random_matrix(
     bias: bool = False,
     seed: int = 0,
     junk: bool = True,
+    digits: int = 1,
 ) -> QuantMatrix:
     """Levels over the whole range, scales of both signs, and junk in the padding, if asked for."""
     rng = np.random.default_rng(seed)
@@ -96,6 +100,7 @@ def random_matrix(
         zeros,
         asymmetric,
         rng.standard_normal(rows, np.float32) if bias else None,
+        digits,
     )
 
 
@@ -107,19 +112,22 @@ def _packed(levels: np.ndarray, bits: int) -> np.ndarray:
     return (even[:, 0::2] | even[:, 1::2] << 4).astype(np.uint8)
 
 
-def rounded(x: np.ndarray, block: int) -> np.ndarray:
+def rounded(x: np.ndarray, block: int, digits: int = 1) -> np.ndarray:
     """Activations [..., K] as int8 with one scale, absmax / 127, for each block; float64 again.
 
     Codes are the nearest integers to x · (127 / absmax), halves to even; 127 / absmax and the scale
-    are float32 numbers.
+    are float32 numbers. With two digits, what that leaves is rounded to 1/254 of the scale.
     """
     columns = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % block)])
     blocks = padded.reshape(*x.shape[:-1], -1, block)
     most = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    codes = np.rint(blocks.astype(np.float64) * inverse)
-    return (codes * (most / np.float32(127))).reshape(padded.shape)[..., :columns]
+    scale = (most / np.float32(127)).astype(np.float64)
+    kept = scale * np.rint(blocks.astype(np.float64) * inverse)
+    if digits == 2:
+        kept += scale / 254 * np.rint((blocks - kept) * inverse * 254)
+    return kept.reshape(padded.shape)[..., :columns]
 
 
 def product(x: np.ndarray, w: QuantMatrix) -> np.ndarray:

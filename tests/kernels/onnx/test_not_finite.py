@@ -83,12 +83,15 @@ def assert_like_body(found: Arrays, expected: Arrays) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 40])
-@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 128), (8, 16), (8, 64)])
+@pytest.mark.parametrize(
+    ("bits", "block", "digits"),
+    [(4, 32, 1), (4, 128, 1), (8, 16, 1), (8, 64, 1), (8, 16, 2), (8, 64, 2)],
+)
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_activation_makes_its_row_nan(worker, bad, bits, block, tokens):
+def test_a_bad_activation_makes_its_row_nan(worker, bad, bits, block, digits, tokens):
     x = activations(1, tokens, 203)
     for asymmetric in (False, True):
-        w = random_matrix(203, 37, bits, block, asymmetric=asymmetric, bias=True)
+        w = random_matrix(203, 37, bits, block, asymmetric=asymmetric, bias=True, digits=digits)
         good = worker.run(w.case(x))["y"]
         for column in (0, 77, 202):
             poisoned = x.copy()
@@ -120,8 +123,9 @@ def test_numbers_without_an_inverse_are_small(worker, tokens):
     """127 divided by them is infinite, which would give wrong codes."""
     for size in (1e-45, 1e-40, 1e-38, 1e-36):
         x = np.full((1, tokens, 64), size, np.float32)
-        found = worker.run(random_matrix(64, 40, 8, 32).case(x))["y"]
-        assert np.abs(found).max() <= 64 * 2**8 * size
+        for digits in (1, 2):
+            found = worker.run(random_matrix(64, 40, 8, 32, digits=digits).case(x))["y"]
+            assert np.abs(found).max() <= 64 * 2**8 * size
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -47,7 +47,7 @@ def assert_product(worker: Worker, x: np.ndarray, w: QuantMatrix) -> np.ndarray:
     found = worker.run(w.case(x))["y"]
     tokens = x.size // w.columns
     tolerance = 2**-8 if in_bfloat16(worker, w, tokens) else 1e-5
-    x_hat = rounded(x, w.block)
+    x_hat = rounded(x, w.block, w.digits)
     room = np.abs(x_hat) @ w.sizes.T + (0 if w.bias is None else np.abs(w.bias))
     wrong = np.abs(found - product(x_hat, w)) / np.maximum(room, 1e-30)
     assert wrong.max() < tolerance, (
@@ -65,6 +65,52 @@ def test_is_the_product_of_rounded_activations(worker, shape, bits, block):
         for bias in (False, True):
             w = random_matrix(columns, rows, bits, block, asymmetric=asymmetric, bias=bias)
             assert_product(worker, x, w)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_two_digits(worker, shape, block):
+    """Also of any numbers: off by no more than half a unit of the second digit."""
+    batch, tokens, columns, rows = SHAPES[shape]
+    any_x = np.random.default_rng(4).standard_normal((batch, tokens, columns), np.float32)
+    for asymmetric in (False, True):
+        w = random_matrix(columns, rows, 8, block, asymmetric=asymmetric, bias=True, digits=2)
+        assert_product(worker, activations(batch, tokens, columns), w)
+        found = worker.run(w.case(any_x))["y"]
+        if not in_bfloat16(worker, w, batch * tokens):
+            padded = np.pad(np.abs(any_x), ((0, 0), (0, 0), (0, -columns % block)))
+            most = padded.reshape(batch, tokens, -1, block).max(-1)
+            unit = np.repeat(most, block, 2)[..., :columns] / 127 / 254
+            room = unit / 2 @ np.abs(w.dequantized).T + 1e-5 * (np.abs(any_x) @ w.sizes.T + 1)
+            assert (np.abs(found - product(any_x, w)) < room).all()
+
+
+def test_two_digits_beside_one(worker):
+    """Much nearer to the exact product: by the 254 to which AMX's small blocks do not come."""
+    for tokens in (1, 30):
+        x = np.random.default_rng(5).standard_normal((1, tokens, 1000), np.float32)
+        w = random_matrix(1000, 200, 8, 32)
+        both = (worker.run(v.case(x))["y"] for v in (w, replace(w, digits=2)))
+        one, two = (np.sqrt(np.mean((y - product(x, w)) ** 2)) for y in both)
+        assert two < one / (3 if in_bfloat16(worker, w, tokens) else 200)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_two_digits_of_several_matrices(worker, tokens):
+    x = activations(1, tokens, 203)
+    matrices = [
+        random_matrix(203, n, 8, 32, asymmetric=n == 33, digits=2).in_half for n in (70, 33, 5)
+    ]
+    found = worker.run(together(x, matrices))
+    for i, w in enumerate(matrices):
+        assert np.array_equal(found[f"y{i}"], assert_product(worker, x, w.in_single)), i
+
+
+def test_the_body_has_one_digit(stock):
+    x = activations(1, 3, 300)
+    w = random_matrix(300, 40, 8, 32)
+    found = stock.run(replace(w, digits=2).case(x))["y"]
+    assert np.array_equal(found, stock.run(w.case(x))["y"])
 
 
 @pytest.mark.parametrize("tokens", range(1, 20))
@@ -269,6 +315,8 @@ WRONG = {
     "rows": ({"N": 8}, {}, "N rows"),
     "bits": ({"bits": 2}, {}, "bits"),
     "block": ({"block_size": 24}, {}, "block_size"),
+    "digits": ({"digits": 3}, {}, "digits"),
+    "digits_of_4_bits": ({"digits": 2}, {}, "8 bits"),
     "data": ({}, {"data": np.zeros((7, 2, 15), np.uint8)}, "data"),
     "scales": ({}, {"scales": np.ones((7, 1), np.float32)}, "scales"),
     "scales_in_half": ({}, {"scales": np.ones((7, 1), np.float16)}, "scales"),

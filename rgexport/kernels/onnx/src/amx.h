@@ -48,21 +48,29 @@ struct Sums {
 
   void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
 
-  // Columns [first, last), rows [from, to). Whole rows at once: in y they lie on their own pages, of
-  // which no pattern announces the next.
+  // Columns [first, last), rows [from, to) of activations, of which each `digits` are one of y. Whole
+  // rows at once: in y they lie on their own pages, of which no pattern announces the next.
   void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
-             float* y) const {
-    for (int64_t m = 0; m < to - from; ++m) {
+             int64_t digits, float* y) const {
+    for (int64_t m = 0; m < to - from; m += digits) {
+      float* row = y + (from + m) / digits * w.rows;
       for (int64_t n = first; n < last; n += kLanes) {
-        __builtin_prefetch(y + (from + m + 2) * w.rows + n, 1);
-        const int64_t lanes = n - first, tile = m / kRows % 2 * 2 + lanes / kLanes % 2;
-        const float* tiles = panels[lanes / kPanel][m / kPair];
-        const __m512 sum = _mm512_load_ps(tiles + tile * kTile + m % kRows * kLanes);
+        __builtin_prefetch(row + 2 * w.rows + n, 1);
+        __m512 sum = at(m, n - first);
+        if (digits == 2) sum = _mm512_add_ps(sum, at(m + 1, n - first));
         const __mmask16 there = static_cast<__mmask16>((1u << least(last - n, kLanes)) - 1);
         const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(there, w.bias + n) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y + (from + m) * w.rows + n, there, _mm512_add_ps(sum, bias));
+        _mm512_mask_storeu_ps(row + n, there, _mm512_add_ps(sum, bias));
       }
     }
+  }
+
+ private:
+  // The sums of a row of activations for 16 columns.
+  __m512 at(int64_t m, int64_t column) const {
+    const int64_t tile = m / kRows % 2 * 2 + column / kLanes % 2;
+    const float* tiles = panels[column / kPanel][m / kPair];
+    return _mm512_load_ps(tiles + tile * kTile + m % kRows * kLanes);
   }
 };
 
@@ -167,7 +175,7 @@ void by_parts(const QuantMatrix& w, const Activations& a, int64_t first, int64_t
                    last_panel ? n : panel + kPanel, last_panel ? column + kColumns : column});
         }
       }
-      sums.write(w, n, end, from, to, y);
+      sums.write(w, n, end, from, to, a.digits, y);
     }
   }
 }

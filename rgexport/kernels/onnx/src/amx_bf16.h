@@ -30,21 +30,15 @@ class AmxBf16 {
     const int64_t padded = whole(w.columns, kStep) * kStep;
     for (int64_t first = 0; first < padded; first += w.block) {
       const float most = largest(x + first, w.block, w.columns - first);
-      const __m512 inverse = _mm512_set1_ps(inverse_of(most));
-      const __m512 scale = _mm512_set1_ps(scale_of(most));
+      const Digit<Avx512> digit(most, index % a.digits == 1);
+      const __m512 scale = _mm512_set1_ps(digit.scale());
       for (int64_t k = first; k < first + w.block; k += kLanes) {
-        const __m512 code = nearest(_mm512_mul_ps(load_some(x + k, w.columns - k), inverse));
+        const __m512 code = Avx512::to_float(digit.codes(load_some(x + k, w.columns - k)));
         int8_t* at = to + k / kStep * kTileBytes + k % kStep * 2;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at),
                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, scale)));
       }
     }
-  }
-
-  // Whole numbers, halves to even: what adding 1.5 · 2^23 leaves.
-  static __m512 nearest(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.0f);
-    return _mm512_sub_ps(_mm512_add_ps(x, magic), magic);
   }
 
   // ---- Weights: by steps, by tiles of outputs, by pairs of columns; (level − zero point) · scale.

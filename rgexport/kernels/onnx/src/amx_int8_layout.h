@@ -25,12 +25,12 @@ class AmxInt8Layout {
     for (int64_t b = 0; b < w.blocks(); ++b) {
       const int64_t first = b * w.block;
       const float most = largest(x + first, w.block, w.columns - first);
-      const __m512 inverse = _mm512_set1_ps(inverse_of(most));
+      const Digit<Avx512> digit(most, index % a.digits == 1);
       __m512i sum = _mm512_setzero_si512();
       for (int64_t k = first; k < first + w.block; k += kStep)
-        round_step(w, x + k, w.columns - k, inverse, codes + k / kStep * kTileBytes, sum);
+        round_step(w, x + k, w.columns - k, digit, codes + k / kStep * kTileBytes, sum);
       const int64_t at = tile * a.blocks + b * kRows + row;
-      a.scales[at] = scale_of(most);
+      a.scales[at] = digit.scale();
       a.sums[at] = _mm512_reduce_add_epi32(sum);
     }
     if (index + 1 == a.count) clear_padding(a);
@@ -67,12 +67,11 @@ class AmxInt8Layout {
 
  private:
   // Codes of 64 columns, with 4 bits first those of the even ones. Adds them to a sum.
-  static void round_step(const QuantMatrix& w, const float* x, int64_t left, __m512 inverse,
-                         int8_t* to, __m512i& sum) {
+  static void round_step(const QuantMatrix& w, const float* x, int64_t left,
+                         const Digit<Avx512>& digit, int8_t* to, __m512i& sum) {
     __m512i rounded[kStep / kLanes];
     unrolled<kStep / kLanes>([&](auto i) {
-      const __m512 some = load_some(x + i * kLanes, left - i * kLanes);
-      rounded[i] = Avx512::to_int(Avx512::mul(some, inverse));
+      rounded[i] = digit.codes(load_some(x + i * kLanes, left - i * kLanes));
       sum = Avx512::add(sum, rounded[i]);
     });
     const __m512i codes = Avx512::pack(rounded[0], rounded[1], rounded[2], rounded[3]);

@@ -8,7 +8,8 @@
 namespace rgexport {
 
 // y = x · dequantized(data)ᵀ + bias, as com.microsoft::MatMulNBits with int8 activations: for one
-// matrix, or for several of the same columns and format, which share the rounded activations.
+// matrix, or for several of the same columns and format, which share the rounded activations. With
+// two `digits`, what rounding leaves of x is rounded once more, see quant_matmul.h.
 class QuantLinears {
  public:
   static constexpr int kMost = 3;
@@ -33,7 +34,7 @@ class QuantLinears {
 
  private:
   int matrices_;
-  int64_t columns_, bits_, block_, rows_[kMost];
+  int64_t columns_, bits_, block_, digits_, rows_[kMost];
   NextWeights next_weights_;
   TimedRuns timed_runs_;
 };

@@ -18,23 +18,29 @@ class QuantFew : QuantLayout<Simd> {
 
  public:
   // Columns [first, last) of y, where kBlockLanes lanes of lines share a scale.
-  template <int kBits, int kBlockLanes>
+  template <int kBits, int kBlockLanes, int kDigits>
   static void stream(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
     constexpr int kRows = Reading::kRows;
     const Shape shape(w);
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
-      for (int64_t m = 0; m < a.count; ++m)
-        Rows<kBits, kBlockLanes, kRows>(w, shape, a, m, row).multiply(y + m * w.rows + row);
-    for (; row < last; ++row)
-      for (int64_t m = 0; m < a.count; ++m)
-        Rows<kBits, kBlockLanes, 1>(w, shape, a, m, row).multiply(y + m * w.rows + row);
+      multiply<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, row, y);
+    for (; row < last; ++row) multiply<kBits, kBlockLanes, 1, kDigits>(w, shape, a, row, y);
   }
 
  private:
-  // kRows rows of weights from `first` on, times one row of activations.
-  template <int kBits, int kBlockLanes, int kRows>
+  // kRows rows of weights times each row of x, of whose digits the last has what goes with both.
+  template <int kBits, int kBlockLanes, int kRows, int kDigits>
+  [[gnu::always_inline]] static void multiply(const QuantMatrix& w, const Shape& shape,
+                                              const Activations& a, int64_t row, float* y) {
+    y += row;
+    for (int64_t m = kDigits - 1; m < a.count; m += kDigits, y += w.rows)
+      Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, m, row).multiply(y);
+  }
+
+  // kRows rows of weights from `first` on, times one row of activations and the digits before it.
+  template <int kBits, int kBlockLanes, int kRows, int kDigits>
   class Rows {
     static constexpr int kShare = kBlockLanes < kLanes ? kBlockLanes : kLanes;
     // A step is as many blocks as fill a line, or as many lines as hold a block.
@@ -53,6 +59,7 @@ class QuantFew : QuantLayout<Simd> {
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
+          stride_(a.stride),
           codes_(a.codes + index * a.stride),
           starts_(a.starts + index * a.start_count),
           x_scales_(a.scales + index * a.blocks),
@@ -88,16 +95,19 @@ class QuantFew : QuantLayout<Simd> {
       const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
       const int32_t* starts = starts_ + from * kLanes;
       const auto step = [&](int64_t i) {
-        Int dots[kRows];
+        Int dots[kRows], before[kRows];
         for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
+        for (Int& dot : before) dot = Simd::zero();
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
             if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
             const Int weights = Simd::load_once(data + r * shape_.row_bytes + l * kVector);
-            dots[r] = line_dot(dots[r], weights, codes + l * kLineCodes);
+            const int8_t* line = codes + l * kLineCodes;
+            dots[r] = line_dot(dots[r], weights, line);
+            if (kDigits == 2) before[r] = line_dot(before[r], weights, line - stride_);
           }
         for (int r = 0; r < kRows; ++r)
-          sums[r] = Simd::fma(Simd::to_float(dots[r]),
+          sums[r] = Simd::fma(Simd::to_float(both(before[r], dots[r])),
                               Simd::template spread<kShare>(products[r] + i * kStepBlocks),
                               sums[r]);
       };
@@ -149,6 +159,11 @@ class QuantFew : QuantLayout<Simd> {
       }
     }
 
+    // Sums of products with both digits.
+    static Int both(Int before, Int dots) {
+      return kDigits == 2 ? Simd::add(Simd::times(before, kDigit), dots) : dots;
+    }
+
     // The part of a row behind its last whole line, lane by lane: nothing is read behind the row.
     float last_line(int r) const {
       alignas(64) uint8_t data[kVector] = {};
@@ -156,8 +171,10 @@ class QuantFew : QuantLayout<Simd> {
       const int64_t done = shape_.full_lines * kVector, left = shape_.row_bytes - done;
       std::memcpy(data, data_ + r * shape_.row_bytes + done, left);
       const int8_t* codes = codes_ + shape_.full_lines * kLineCodes;
-      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes);
-      Simd::store(dots, line_dot(start, Simd::load(data), codes));
+      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes), line = Simd::load(data);
+      Int before = Simd::zero();
+      if (kDigits == 2) before = line_dot(before, line, codes - stride_);
+      Simd::store(dots, both(before, line_dot(start, line, codes)));
       float sum = 0;
       for (int64_t lane = 0; lane < left / 4; ++lane) {
         const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
@@ -174,6 +191,7 @@ class QuantFew : QuantLayout<Simd> {
     const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
+    const int64_t stride_;  // from digit to digit
     const int8_t* const codes_;
     const int32_t* const starts_;
     const float* const x_scales_;

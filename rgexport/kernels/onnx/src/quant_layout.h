@@ -23,6 +23,34 @@ static inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1)
 static inline float scale_of(float most) { return most / 127.0f + (most - most); }
 static inline float inverse_of(float most) { return most >= 0x1p-118f ? 127.0f / most : 0.0f; }
 
+// Rounds numbers of a block to the first digit, or to the second one.
+template <class Simd>
+class Digit {
+  using Float = typename Simd::Float;
+
+ public:
+  Digit() = default;
+  Digit(float most, bool second)  // `most` is the largest size in the block
+      : inverse_(Simd::broadcast_float(inverse_of(most))),
+        next_(Simd::broadcast_float(kDigit)),
+        taken_(Simd::broadcast_float(-scale_of(most))),
+        scale_(second ? scale_of(most) / kDigit : scale_of(most)),
+        second_(second) {}
+
+  float scale() const { return scale_; }
+  typename Simd::Int codes(Float x) const {
+    const auto first = Simd::to_int(Simd::mul(x, inverse_));
+    if (!second_) return first;
+    const Float rest = Simd::fma(Simd::to_float(first), taken_, x);
+    return Simd::to_int(Simd::mul(Simd::mul(rest, inverse_), next_));
+  }
+
+ private:
+  Float inverse_, next_, taken_;
+  float scale_;
+  bool second_;
+};
+
 template <class Simd>
 class QuantLayout {
  protected:

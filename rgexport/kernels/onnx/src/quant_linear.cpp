@@ -14,6 +14,7 @@ constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at 
 // Matrices of one format, and the result of each: [count of x, rows of the matrix].
 struct Products {
   int matrices = 0;
+  int64_t digits = 1;  // of the activations
   QuantMatrix w[QuantLinears::kMost];
   float* y[QuantLinears::kMost];
 
@@ -35,14 +36,14 @@ struct Products {
   }
 };
 
-// Rounded activations in scratch memory, cut into their arrays.
+// Rounded activations in scratch memory, cut into their arrays: `count` rows of x, each in digits.
 class Rounded {
   struct Places {
     int64_t stride, blocks, starts, at[5] = {};
     Size all = 0;  // bytes
-    Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
+    Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t codes)
         : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)), starts(kernel.starts(w)) {
-      const Size rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
+      const Size rows = (codes + kernel.rows - 1) / kernel.rows * kernel.rows;
       const Size sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
                             rows * starts * 4};
       constexpr int64_t kPart = Scratch::kAlignment;
@@ -56,10 +57,11 @@ class Rounded {
   };
 
  public:
-  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count)
-      : places_(kernel, w, count), memory_(places_.floats()) {
+  Rounded(const QuantKernel& kernel, const QuantMatrix& w, int64_t count, int64_t digits)
+      : places_(kernel, w, count * digits), memory_(places_.floats()) {
     auto* base = reinterpret_cast<uint8_t*>(memory_.data());
-    activations_ = {count,
+    activations_ = {count * digits,
+                    digits,
                     places_.stride,
                     reinterpret_cast<int8_t*>(base),
                     places_.blocks,
@@ -70,10 +72,11 @@ class Rounded {
   }
   explicit operator bool() const { return memory_.data() != nullptr; }
 
-  // The rows [first, first + count).
+  // Those of the rows [first, first + count) of x.
   Activations rows(int64_t first, int64_t count) const {
     Activations some = activations_;
-    some.count = count;
+    first *= some.digits;
+    some.count = count * some.digits;
     some.codes += first * some.stride;
     some.scales += first * some.blocks;
     some.sums += first * some.blocks;
@@ -87,9 +90,17 @@ class Rounded {
   Activations activations_;
 };
 
+// Rounds row `m` of x.
+void round(const QuantKernel& kernel, const QuantMatrix& format, const float* x, int64_t m,
+           const Activations& a) {
+  for (int64_t digit = 0; digit < a.digits; ++digit)
+    kernel.round(format, x + m * format.columns, a, m * a.digits + digit);
+}
+
 // Whether attributes tell a format that kernels know, for rows as long as those of x; refuses it
 // otherwise. From here on the sizes of a row are about those of memory that is there.
-bool is_format(Context& context, const Tensor& x, int64_t columns, int64_t bits, int64_t block) {
+bool is_format(Context& context, const Tensor& x, int64_t columns, int64_t bits, int64_t block,
+               int64_t digits) {
   if (x.rank < 1 || columns < 1 || x.dims[x.rank - 1] != columns)
     context.refuse("the last dimension of x is not K, a positive number: %s, and K is %" PRId64,
                    ShapeText(x).text(), columns);
@@ -97,6 +108,8 @@ bool is_format(Context& context, const Tensor& x, int64_t columns, int64_t bits,
     context.refuse("bits is neither 4 nor 8 but %" PRId64, bits);
   else if (block < 16 || block > 256 || (block & (block - 1)))
     context.refuse("block_size is no power of two from 16 to 256 but %" PRId64, block);
+  else if (digits != 1 && (digits != 2 || bits != 8))
+    context.refuse("digits is neither 1, nor 2 with 8 bits, but %" PRId64, digits);
   return !context.refused();
 }
 
@@ -136,7 +149,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   for (int i = 0; i < all.matrices; ++i)
     weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
   Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
-  const Rounded rounded(kernel, format, parts.parts() * count);
+  const Rounded rounded(kernel, format, parts.parts() * count, all.digits);
   if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
@@ -146,7 +159,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
       fetch(all.w[i].data + row * row_bytes, kAhead);
     });
     const Activations a = rounded.rows(own * count, count);
-    for (int64_t m = 0; m < count; ++m) kernel.round(format, x + m * format.columns, a, m);
+    for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a);
     parts.run(own, [&](int64_t from, int64_t to) {
       all.each(from, to, [&](int i, int64_t row, int64_t end) {
         kernel.multiply(all.w[i], a, row, end, all.y[i]);
@@ -158,11 +171,11 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
 }
 
 // Of quant_kernels().few, the one that reads weights of this format best.
-Fastest<kReadings>& reading_of(const QuantMatrix& format) {
-  static Fastest<kReadings> all[2][5];
+Fastest<kReadings>& reading_of(const QuantMatrix& format, int64_t digits) {
+  static Fastest<kReadings> all[3][5];
   int size = 0;
   while (16 << size < format.block) ++size;
-  return all[format.bits == 8][size];
+  return all[format.bits == 4 ? 0 : digits][size];
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
@@ -185,11 +198,10 @@ bool multiply(Context& context, const Products& all, const float* x, int64_t cou
   const QuantKernels& kernels = quant_kernels();
   const QuantMatrix& format = all.w[0];
   const QuantKernel kernel = kernels.many(format);
-  const Rounded rounded(kernel, format, count);
+  const Rounded rounded(kernel, format, count, all.digits);
   if (!rounded) return false;
   const Activations a = rounded.rows(0, count);
-  context.parallel_for(count,
-                       [&](size_t m) { kernel.round(format, x + m * format.columns, a, m); });
+  context.parallel_for(count, [&](int64_t m) { round(kernel, format, x, m, a); });
 
   int64_t sizes[QuantLinears::kMost], ends[QuantLinears::kMost], parts = 0;  // of each matrix
   for (int i = 0; i < all.matrices; ++i) {
@@ -215,15 +227,17 @@ QuantLinears::QuantLinears(const Attributes& attributes, int matrices)
     : matrices_(matrices),
       columns_(attributes.integer("K", 0)),
       bits_(attributes.integer("bits", 4)),
-      block_(attributes.integer("block_size", 32)) {
+      block_(attributes.integer("block_size", 32)),
+      digits_(attributes.integer("digits", 1)) {
   constexpr const char* kRows[kMost] = {"N", "N2", "N3"};
   for (int i = 0; i < matrices; ++i) rows_[i] = attributes.integer(kRows[i], 0);
 }
 
 void QuantLinears::run(Context& context) const {
   const Tensor x = context.input(0);
-  if (context.refused() || !is_format(context, x, columns_, bits_, block_)) return;
+  if (context.refused() || !is_format(context, x, columns_, bits_, block_, digits_)) return;
   Products all;
+  all.digits = digits_;
   for (int i = 0; i < matrices_; ++i) {
     const auto part = [&](int which) { return context.input(1 + which * matrices_ + i); };
     const Tensor data = part(0), scales = part(1), zero_points = part(2), bias = part(3);
@@ -253,7 +267,7 @@ void QuantLinears::run(Context& context) const {
     return stream(context, quant_kernels().few[reading], all, rows, count, next_weights_);
   };
   const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), count);
-  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0]).run(amount, few)
+  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0], digits_).run(amount, few)
                                                        : multiply(context, all, rows, count);
   if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
 }

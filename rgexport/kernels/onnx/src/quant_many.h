@@ -26,7 +26,7 @@ class QuantMany : QuantLayout<Simd> {
   static constexpr int64_t kPanels = 4;  // that share columns of the activations, which stay in L2
 
   // Columns [first, last) of y, where kShare lanes of a line share a scale.
-  template <int kBits, int kShare>
+  template <int kBits, int kShare, int kDigits>
   static void panels(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                      float* y) {
     constexpr int64_t kUnpacked = Base::template kCodes<kBits> * kPanel;  // bytes of a line
@@ -40,13 +40,13 @@ class QuantMany : QuantLayout<Simd> {
       const int64_t end = last - n < kPanels * kPanel ? last : n + kPanels * kPanel;
       for (int64_t from = 0; from < a.count; from += kMostRows) {
         const int64_t to = a.count - from < kMostRows ? a.count : from + kMostRows;
-        start(w, n, end, to - from, panel);
+        start(w, n, end, (to - from) / kDigits, panel);
         for (int64_t line = 0; line < shape.lines; line += step) {
           const int64_t lines = shape.lines - line < step ? shape.lines - line : step;
-          add_lines<kBits, kShare>(w, shape, a, {n, end, from, to, line, lines}, panel);
+          add_lines<kBits, kShare, kDigits>(w, shape, a, {n, end, from, to, line, lines}, panel);
         }
-        for (int64_t m = from; m < to; ++m)
-          write(panel, m - from, end - n, w.rows, y + m * w.rows + n);
+        for (int64_t m = from / kDigits; m < to / kDigits; ++m)
+          write(panel, m - from / kDigits, end - n, w.rows, y + m * w.rows + n);
       }
     }
   }
@@ -73,14 +73,15 @@ class QuantMany : QuantLayout<Simd> {
     int64_t first, last, from, to, line, lines;
   };
 
-  template <int kBits, int kShare>
+  template <int kBits, int kShare, int kDigits>
   static void add_lines(const QuantMatrix& w, const Shape& shape, const Activations& a,
                         const Part& p, Panel& panel) {
     const int64_t block = p.line / shape.per_block * shape.per_line;
     int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
     const bool zeros = kBits == 8 && w.zero_points;
-    const auto run = zeros ? tiles<kBits, kShare, kBits == 8> : tiles<kBits, kShare, false>;
+    const auto run = zeros ? tiles<kBits, kShare, kBits == 8, kDigits>
+                           : tiles<kBits, kShare, false, kDigits>;
     for (int64_t n = p.first; n < p.last; n += kPanel) {
       unpack_scales<kBits>(w, shape, n, block, blocks, panel);
       unpack<kBits, kShare>(w, shape, n, p.line, p.lines, panel);
@@ -186,8 +187,9 @@ class QuantMany : QuantLayout<Simd> {
     }
   }
 
-  // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows, kPanel].
-  template <int kBits, int kShare, int kRows, bool kZeros>
+  // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows / kDigits,
+  // kPanel].
+  template <int kBits, int kShare, int kRows, bool kZeros, int kDigits>
   static void tile(const Activations& a, int64_t index, int64_t line, int64_t block, int64_t blocks,
                    int64_t per_block, const Panel& panel, float* y) {
     constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
@@ -214,16 +216,21 @@ class QuantMany : QuantLayout<Simd> {
           weights = multiply_lanes<kBits, kShare, kRows>(codes, a.stride, weights, dots);
         }
       }
-      unrolled<kRows>([&](auto r) {
-        const float x_scale = x_scales[r * a.blocks + b];
+      unrolled<kRows / kDigits>([&](auto r) {
+        constexpr int kFirst = r * kDigits, kLast = kFirst + kDigits - 1;
+        const float x_scale = x_scales[kLast * a.blocks + b];
         const Float wide = Simd::broadcast_float(x_scale);
         unrolled<kWide>([&](auto j) {
           float* to = y + r * kPanel + j * kLanes;
           const int64_t at = b * kPanel + j * kLanes;
           const Float scale = Simd::mul(Simd::load_float(panel.scales + at), wide);
-          Float sum = Simd::fma(Simd::to_float(dots[r][j]), scale, Simd::load_float(to));
+          Int dot = dots[kLast][j];
+          if constexpr (kDigits == 2) dot = Simd::add(Simd::times(dots[kFirst][j], kDigit), dot);
+          Float sum = Simd::fma(Simd::to_float(dot), scale, Simd::load_float(to));
           if constexpr (kZeros) {
-            const float x_sum = -x_scale * static_cast<float>(x_sums[r * a.blocks + b]);
+            int32_t codes = x_sums[kLast * a.blocks + b];
+            if constexpr (kDigits == 2) codes += kDigit * x_sums[kFirst * a.blocks + b];
+            const float x_sum = -x_scale * static_cast<float>(codes);
             sum = Simd::fma(Simd::load_float(panel.zeros + at), Simd::broadcast_float(x_sum), sum);
           }
           Simd::store_float(to, sum);
@@ -265,27 +272,29 @@ class QuantMany : QuantLayout<Simd> {
     return weights;
   }
 
-  template <int kBits, int kShare, bool kZeros>
+  template <int kBits, int kShare, bool kZeros, int kDigits>
   static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
                     int64_t blocks, int64_t per_block, const Panel& panel, float* sums) {
     int64_t m = from;
-    for (; m + kTall <= to; m += kTall, sums += kTall * kPanel)
-      tile<kBits, kShare, kTall, kZeros>(a, m, line, block, blocks, per_block, panel, sums);
+    constexpr int kHere = kTall / kDigits * kDigits;
+    for (; m + kHere <= to; m += kHere, sums += kHere / kDigits * kPanel)
+      tile<kBits, kShare, kHere, kZeros, kDigits>(a, m, line, block, blocks, per_block, panel, sums);
     // The rest of the rows, by a tile of their number.
-    if constexpr (kTall > 1) {
+    if constexpr (kHere > kDigits) {
       if (m < to)
-        rest<kBits, kShare, kZeros, kTall - 1>(a, m, to - m, line, block, blocks, per_block, panel,
-                                               sums);
+        rest<kBits, kShare, kZeros, kDigits, kHere - kDigits>(a, m, to - m, line, block, blocks,
+                                                              per_block, panel, sums);
     }
   }
 
-  template <int kBits, int kShare, bool kZeros, int kRows>
+  template <int kBits, int kShare, bool kZeros, int kDigits, int kRows>
   static void rest(const Activations& a, int64_t m, int64_t left, int64_t line, int64_t block,
                    int64_t blocks, int64_t per_block, const Panel& panel, float* y) {
     if (left == kRows) {
-      tile<kBits, kShare, kRows, kZeros>(a, m, line, block, blocks, per_block, panel, y);
-    } else if constexpr (kRows > 1) {
-      rest<kBits, kShare, kZeros, kRows - 1>(a, m, left, line, block, blocks, per_block, panel, y);
+      tile<kBits, kShare, kRows, kZeros, kDigits>(a, m, line, block, blocks, per_block, panel, y);
+    } else if constexpr (kRows > kDigits) {
+      rest<kBits, kShare, kZeros, kDigits, kRows - kDigits>(a, m, left, line, block, blocks,
+                                                            per_block, panel, y);
     }
   }
 

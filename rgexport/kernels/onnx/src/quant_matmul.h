@@ -3,10 +3,11 @@
 // y[m, n] = Σ_b s_w[n, b] · s_x[m, b] · Σ_{k in block b} (w[n, k] − z[n, b]) · x̂[m, k]
 //
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
-// ONNX Runtime's MatMulNBits does at accuracy level 4. The inner sum is exact in int32, with two
-// exceptions: what zero points of a matrix's own are beside the middle of the levels may go through
-// floats, where they have 8 bits or rows are few; and for many rows and small blocks on AMX there is
-// amx_bf16.h.
+// ONNX Runtime's MatMulNBits does at accuracy level 4. With two digits, what that leaves of them is
+// rounded to int8 once more, with 1/254 of the scale, and x̂ is the sum of both. The inner sum is exact
+// in int32, with two exceptions: what zero points of a matrix's own are beside the middle of the
+// levels may go through floats, where they have 8 bits or rows are few; and for many rows and small
+// blocks on AMX there is amx_bf16.h.
 #pragma once
 
 #include <array>
@@ -33,9 +34,14 @@ struct QuantMatrix {
   int64_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
+// The scale of a digit of activations in that of the next one, which has what the first one leaves:
+// half a unit of the one is 127 of the other.
+constexpr int kDigit = 254;
+
 // Rounded rows of activations; `codes` are what a kernel reads, in its order.
 struct Activations {
-  int64_t count;        // rows
+  int64_t count;        // rows: of x, times digits
+  int64_t digits;       // rows, one behind another, that are one of x: 1, or 2 with weights of 8 bits
   int64_t stride;       // bytes of codes from row to row
   int8_t* codes;        // [count, stride]
   int64_t blocks;       // the matrix's, padded with zeros to a whole number of lines
@@ -50,7 +56,7 @@ struct QuantKernel {
   int64_t (*code_bytes)(const QuantMatrix&);
   int64_t (*padded_blocks)(const QuantMatrix&);
   int64_t (*starts)(const QuantMatrix&);
-  // Rounds x [columns] into row `index` of the activations.
+  // Rounds x [columns] to a digit, into row `index` of the activations; after the digits before it.
   void (*round)(const QuantMatrix&, const float* x, const Activations&, int64_t index);
   // Columns [first, last) of y.
   void (*multiply)(const QuantMatrix&, const Activations&, int64_t first, int64_t last, float* y);
@@ -69,7 +75,7 @@ struct QuantKernels {
   int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads
 };
-// y is [count, rows of the matrix].
+// y is [count / digits, rows of the matrix].
 
 // Those of instruction_set().
 const QuantKernels& quant_kernels();

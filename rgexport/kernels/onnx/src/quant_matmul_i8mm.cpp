@@ -182,14 +182,18 @@ void multiply(const Blocks& blocks, const Panel& panel, int64_t tile, float (*y)
   }
 }
 
-void write(const QuantMatrix& w, int64_t first, int64_t from, int64_t to, const Panel& panel,
-           float* y) {
-  for (int64_t m = from; m < to; ++m) {
+float sum_of(const Panel& panel, int64_t i, int64_t j) {
+  return panel.y[i / kRows][j / kRows][i % kRows / 2][j % kRows / 2][i % 2 * 2 + j % 2];
+}
+
+void write(const QuantMatrix& w, int64_t digits, int64_t first, int64_t from, int64_t to,
+           const Panel& panel, float* y) {
+  for (int64_t m = from; m < to; m += digits) {
     const int64_t i = m - from;
     for (int64_t j = 0; j < kPanel && first + j < w.rows; ++j) {
-      const float(*tile)[kPairs][4] = panel.y[i / kRows][j / kRows];
-      const float sum = tile[i % kRows / 2][j % kRows / 2][i % 2 * 2 + j % 2];
-      y[m * w.rows + first + j] = sum + (w.bias ? w.bias[first + j] : 0.0f);
+      float sum = sum_of(panel, i, j);
+      if (digits == 2) sum += sum_of(panel, i + 1, j);
+      y[m / digits * w.rows + first + j] = sum + (w.bias ? w.bias[first + j] : 0.0f);
     }
   }
 }
@@ -210,7 +214,7 @@ void many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t las
             run(blocks, panel, tile, panel.y[(m - from) / kRows][tile]);
         }
       }
-      write(w, n, from, to, panel, y);
+      write(w, a.digits, n, from, to, panel, y);
     }
   }
 }

@@ -62,6 +62,9 @@ struct Scalar {
     return words(word(x, 0) + word(y, 0), word(x, 1) + word(y, 1), word(x, 2) + word(y, 2),
                  word(x, 3) + word(y, 3));
   }
+  static Int times(Int x, int32_t y) {
+    return words(word(x, 0) * y, word(x, 1) * y, word(x, 2) * y, word(x, 3) * y);
+  }
   static Int dot(Int sum, Int weights, Int codes) {
     int32_t lanes[4];
     std::memcpy(lanes, &sum, 16);

@@ -48,17 +48,23 @@ class QuantMatmul : QuantLayout<Simd> {
   template <class Reading>
   static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                            float* y) {
-    const auto instance = [](auto bits, auto block) {
-      return QuantFew<Simd, Reading>::template stream<bits, block * bits / 32>;
+    const auto instance = [&](auto bits, auto block) {
+      using Few = QuantFew<Simd, Reading>;
+      constexpr int lanes = block * bits / 32;
+      if constexpr (bits == 8)
+        if (a.digits == 2) return Few::template stream<bits, lanes, 2>;
+      return Few::template stream<bits, lanes, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }
 
   static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first,
                             int64_t last, float* y) {
-    const auto instance = [](auto bits, auto block) {
-      constexpr int lanes = block * bits / 32;
-      return QuantMany<Simd>::template panels<bits, lanes < kLanes ? lanes : kLanes>;
+    const auto instance = [&](auto bits, auto block) {
+      constexpr int lanes = block * bits / 32, share = lanes < kLanes ? lanes : kLanes;
+      if constexpr (bits == 8)
+        if (a.digits == 2) return QuantMany<Simd>::template panels<bits, share, 2>;
+      return QuantMany<Simd>::template panels<bits, share, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

@@ -28,7 +28,8 @@ class QuantRound : QuantLayout<Simd> {
   }
 
  private:
-  // The columns of a block or of a line of weights, whatever has more: a code is a byte.
+  // The columns of a block or of a line of weights, whatever has more: a code is a byte. For few rows,
+  // the second digit's starts and sums are those of both.
   template <int kBits, int kBlock, bool kFew>
   struct Chunk {
     static constexpr int64_t kLine = Base::template kCodes<kBits>;
@@ -41,40 +42,44 @@ class QuantRound : QuantLayout<Simd> {
       float* scales = a.scales + index * a.blocks;
       int32_t* sums = a.sums + index * a.blocks;
       int32_t* starts = a.starts + index * a.start_count;
+      const bool second = index % a.digits == 1;
       for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
       for (int64_t k = 0; k < w.columns; k += kColumns) {
         alignas(64) int32_t lanes[kLanes];  // sums of codes
         const int64_t left = w.columns - k, block = k / kBlock;
         if (left >= kColumns) {
           for (int64_t i = 0; i < kColumns; i += kFetched) __builtin_prefetch(x + k + kAhead + i);
-          columns(x + k, codes + k, scales + block, sums + block, lanes);
+          columns(x + k, second, codes + k, scales + block, sums + block, lanes);
         } else {
           alignas(64) float padded[kColumns] = {};
           std::memcpy(padded, x + k, left * sizeof(float));
-          columns(padded, codes + k, scales + block, sums + block, lanes);
+          columns(padded, second, codes + k, scales + block, sums + block, lanes);
         }
-        for (int i = 0; kFew && i < kLanes; ++i)
-          starts[k / kColumns * kLanes + i] = -Base::template kMiddle<kBits> * lanes[i];
+        for (int i = 0; kFew && i < kLanes; ++i) {
+          const int64_t at = k / kColumns * kLanes + i;
+          starts[at] = -Base::template kMiddle<kBits> * lanes[i];
+          if (second) starts[at] += kDigit * starts[at - a.start_count];
+        }
       }
       for (int64_t b = 0; !kFew && b < a.blocks; ++b)
         starts[b] = -Base::template kAdded<kBits> * sums[b];
+      for (int64_t b = 0; kFew && second && b < a.blocks; ++b)
+        sums[b] += kDigit * sums[b - a.blocks];
     }
 
-    static void columns(const float* x, int8_t* codes, float* scales, int32_t* sums,
+    static void columns(const float* x, bool second, int8_t* codes, float* scales, int32_t* sums,
                         int32_t* lanes) {
-      float inverses[kBlocks];
+      Digit<Simd> digits[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
-        const float most = largest(x + b * kBlock);
-        scales[b] = scale_of(most);
-        inverses[b] = inverse_of(most);
+        digits[b] = Digit<Simd>(largest(x + b * kBlock), second);
+        scales[b] = digits[b].scale();
       }
       Int all = Simd::zero();
       for (int64_t line = 0; line < kColumns; line += kLine) {
         Int rounded[kVectors];
         unrolled<kVectors>([&](auto v) {
           const int64_t at = line + v * kLanes;
-          const Float inverse = Simd::broadcast_float(inverses[at / kBlock]);
-          rounded[v] = Simd::to_int(Simd::mul(Simd::load_float(x + at), inverse));
+          rounded[v] = digits[at / kBlock].codes(Simd::load_float(x + at));
         });
         all = Simd::add(all, place(rounded, codes + line));
       }

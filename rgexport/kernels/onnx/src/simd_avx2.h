@@ -40,6 +40,7 @@ struct Avx2 {
     return _mm256_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15)));
   }
   static Int add(Int x, Int y) { return _mm256_add_epi32(x, y); }
+  static Int times(Int x, int32_t y) { return _mm256_mullo_epi32(x, broadcast(y)); }
   static Int dot(Int sum, Int weights, Int codes) {
     const Int pairs =
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));

@@ -51,6 +51,7 @@ struct Avx512 {
     return _mm512_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15)));
   }
   static Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
+  static Int times(Int x, int32_t y) { return _mm512_mullo_epi32(x, broadcast(y)); }
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }

@@ -41,6 +41,7 @@ struct Neon {
     return vld1q_s32(all);
   }
   static Int add(Int x, Int y) { return vaddq_s32(x, y); }
+  static Int times(Int x, int32_t y) { return vmulq_n_s32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
