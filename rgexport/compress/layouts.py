@@ -16,7 +16,17 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, Plan, Scheme, Uniform
+from rgexport.quantize.scheme import (
+    Affine,
+    Float,
+    Ggml,
+    Mixed,
+    Palette,
+    Plan,
+    Scheme,
+    Uniform,
+    uniform_schemes,
+)
 
 Shape = tuple[int, ...]
 
@@ -32,6 +42,8 @@ _BLOCKS: tuple[Uniform, ...] = (
 _GGML = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 _GRAPH_BYTES = {"onnx": 24_000, "coreml": 124_000}
 """Of a graph, or of a package's programs, and a manifest, for each layer."""
+_WIDENING_BYTES = 6_300
+"""Of the nodes that make 4 bits of 3, for each matrix or row group."""
 _GGUF_TENSOR_BYTES = 96
 """Of a tensor's name, shape, type and offset."""
 
@@ -121,10 +133,15 @@ def _ggml_parts(shape: Shape, scheme: Scheme) -> dict[str, tuple[str, Shape]]:
 
 
 def _listed_bytes(scheme: Scheme, rows: int) -> int:
-    """Of the rows of groups: a manifest lists them twice, and a graph has the place of each."""
+    """Of the rows of groups: a manifest lists them twice, and a graph has the place of each.
+
+    And of nodes that widen integers of 3 bits.
+    """
+    each = uniform_schemes(scheme)
+    widened = sum(isinstance(one, Affine) and one.bits == 3 for one in each) * _WIDENING_BYTES
     if not isinstance(scheme, Mixed):
-        return 0
-    return 4 * rows + sum(2 * len(group.rows or "") for group in scheme.groups)
+        return widened
+    return widened + 4 * rows + sum(2 * len(group.rows or "") for group in scheme.groups)
 
 
 def _folder_bytes(kind: str, checkpoint: Checkpoint) -> int:

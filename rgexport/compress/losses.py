@@ -57,7 +57,7 @@ class Losses:
         """What errors of one size cost in each row of the embedding, float64 [vocab]."""
         known = self._calibration
         inputs = known.importance(EMBEDDING)
-        product = 0 if inputs is None else known.row_fisher * inputs.mean(dtype=np.float64)
+        product = 0 if inputs is None else known.row_sensitivity * inputs.mean(dtype=np.float64)
         return product + known.token_share * self._channels().mean(dtype=np.float64)
 
     def _channels(self) -> np.ndarray:
@@ -78,15 +78,16 @@ class Losses:
         self, tensor: str, ids: np.ndarray, among: np.ndarray | None
     ) -> Callable[[np.ndarray], float]:
         """What errors [n, K] of the rows `ids` cost, if the rows `among` (None: all) have such."""
-        hessians = self._calibration.hessian(tensor) or []
-        outputs = self._calibration.output_sensitivity(tensor)
+        known, head = self._calibration, tensor == EMBEDDING
+        hessians = known.hessian(tensor) or []
+        outputs = known.row_sensitivity if head else known.output_sensitivity(tensor)
         if outputs is None:
             outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
         product = _share(outputs, ids, among)
-        if tensor != EMBEDDING:
+        if not head:
             return lambda errors: float(0.5 * (product * _through(errors, hessians)).sum())
         channels = self._channels()
-        lookup = _share(self._calibration.token_share, ids, among)
+        lookup = _share(known.token_share, ids, among)
 
         def cost(errors: np.ndarray) -> float:
             looked_up = np.square(errors, dtype=np.float64) @ channels

@@ -101,7 +101,7 @@ class Calibration:
 
     @cached_property
     def row_probability(self) -> np.ndarray:
-        """The mean probability of each token over the first 4,096, float32 [vocab]."""
+        """The mean probability of each token, float32 [vocab]."""
         return self._vector(PROBABILITY)
 
     @cached_property
@@ -120,8 +120,12 @@ class Calibration:
 
         The model's own probabilities, and for what it would not write the same for all tokens.
         """
-        probability = self.row_probability
-        return (1 - _FOREIGN) * probability + np.float32(_FOREIGN / len(probability))
+        return _in_other_text(self.row_probability)
+
+    @cached_property
+    def row_sensitivity(self) -> np.ndarray:
+        """`row_fisher` as it is expected in other text, float32 [vocab]."""
+        return _in_other_text(self.row_fisher)
 
     @cached_property
     def lookup_sensitivity(self) -> np.ndarray:
@@ -197,6 +201,11 @@ def open_calibration(path: Path) -> Calibration:
         if name.endswith(gradient_name("")):
             calibration._vector(name)
     return calibration
+
+
+def _in_other_text(values: np.ndarray) -> np.ndarray:
+    """Values [vocab], a tenth of whose sum is the same for all tokens."""
+    return (1 - _FOREIGN) * values + np.float32(_FOREIGN * values.mean(dtype=np.float64))
 
 
 def is_calibration(path: Path) -> bool:

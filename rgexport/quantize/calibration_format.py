@@ -8,7 +8,7 @@ It is a safetensors file. Its metadata have one JSON object, `Provenance`. Its a
 | `SITE.hessian.J` | float32 [k(k+1)/2] | a triangle of Σ x xᵀ / N, see below |
 | `LINEAR.gradient` | float32 [rows] | mean of g² for each output of a linear |
 | `embed_tokens.gradient` | float32 [width] | the same at the embedding's output |
-| `lm_head.probability` | float32 [vocab] | mean probability of each token, over the first 4,096 |
+| `lm_head.probability` | float32 [vocab] | mean probability of each token |
 | `lm_head.fisher` | float32 [vocab] | mean of p (1 - p) c², c the soft cap's derivative |
 | `embed_tokens.frequency` | float32 [vocab] | share of the text that each token has |
 

@@ -124,6 +124,12 @@ def test_every_matrix_has_statistics(sound: Calibration) -> None:
     np.testing.assert_array_equal(sound.output_sensitivity(EMBEDDING), stored["lm_head.fisher"])
     np.testing.assert_array_equal(sound.row_probability, stored["lm_head.probability"])
     np.testing.assert_array_equal(sound.token_frequency, stored["embed_tokens.frequency"])
+    for found, seen in (
+        (sound.token_share, sound.row_probability),
+        (sound.row_sensitivity, sound.row_fisher),
+    ):
+        assert found.sum() == pytest.approx(seen.sum(), rel=1e-5)
+        np.testing.assert_allclose(found, 0.9 * seen + 0.1 * seen.mean(), rtol=1e-5)
     assert [s.tolist() for s in sound.sequences] == [[0, 1], [2, 3, 4, 5]]
 
 
