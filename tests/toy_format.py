@@ -122,5 +122,5 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     )
 
 
-def _encode(name: str, rows: np.ndarray, stored: StoredTensor) -> Parts:
+def _encode(name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor) -> Parts:
     return encode(name, rows, stored.scheme)

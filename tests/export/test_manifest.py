@@ -67,7 +67,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "name": (lambda f: f.update(name=3), "name is 3; expected a text"),
     "exact": (lambda f: f.update(exact=1), "exact is 1; expected true or false"),
     "profile": (lambda f: f.update(profile="phone"), "profile is 'phone'; expected"),
-    "precision": (lambda f: f.update(precision="int3"), "precision is 'int3'; expected fp32 or"),
+    "precision": (lambda f: f.update(precision="int5"), "precision is 'int5'; expected fp32 or"),
     "config": (lambda f: f["config"].pop("width"), "config.width is missing"),
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
     "blocks": (lambda f: f["config"].update(block_types=["x"]), r"config.block_types\[0\] is 'x'"),

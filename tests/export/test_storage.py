@@ -38,7 +38,9 @@ def test_a_file_is_filled_slab_by_slab_and_told_in_order(tmp_path, monkeypatch):
     tensors = Places("file", 32).tensors(plan, {n: w.shape for n, w in weights.items()}, one_part)
     told: dict[str, list[np.ndarray]] = {name: [] for name in weights}
 
-    def encode(name: str, rows: np.ndarray, stored: StoredTensor) -> dict[str, np.ndarray]:
+    def encode(
+        name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
+    ) -> dict[str, np.ndarray]:
         time.sleep(float(rows[0, 0]) % 1e-3)  # so that slabs are done in any order
         return {"data": rows * 2}
 
