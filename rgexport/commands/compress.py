@@ -1,6 +1,5 @@
 """Commands that prepare a quantization."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def calibrate(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
-    tokens: int | None,
     output: Path | None,
     force: bool,
     **options: Any,
@@ -42,20 +40,12 @@ def calibrate(
 
     One layer's weights are in memory at a time. After an interruption, the same command goes on.
     """
-    from rgexport.compress.calibrate import (
-        SUFFIX,
-        CalibrationOptions,
-        closing_line,
-        default_tokens,
-    )
+    from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.compress.calibrate import calibrate as run
     from rgexport.griffin.checkpoint import open_checkpoint
 
-    given = {} if tokens is None else {"tokens": tokens}
-    asked = CalibrationOptions(**options | given)
+    asked = CalibrationOptions(**options)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-    if tokens is None:
-        asked = replace(asked, tokens=default_tokens(checkpoint.config))
     target = output or Path(f"{checkpoint.name}{SUFFIX}")
     click.echo(closing_line(checkpoint, run(checkpoint, asked, target, force=force)))
 

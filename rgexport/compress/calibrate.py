@@ -1,7 +1,7 @@
 """`rgexport calibrate`: collects statistics of a model on a text, for its quantization."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from rgexport.quantize.calibration_format import (
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
-_SMALL = 1024
-"""Width up to which more tokens take seconds."""
+_SMALL, _TOKENS = 1024, {True: 16384, False: 8192}
+"""Width up to which more tokens take seconds; whether it is small → how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class CalibrationOptions:
 
     Attributes:
         text: a file with text, or None for none.
-        tokens: how many tokens there are in all.
+        tokens: how many tokens there are in all; None leaves it to the model's width.
         sampled: how many of them are sampled from the model; None: all without `text`, else none.
         gradient_tokens: how many have gradients; in whole sequences, at least one.
         seed: of what is drawn.
@@ -55,7 +55,7 @@ class CalibrationOptions:
     """
 
     text: Path | None = None
-    tokens: int = 8192
+    tokens: int | None = None
     sampled: int | None = None
     gradient_tokens: int = 1024
     seed: int = 0
@@ -67,23 +67,40 @@ class CalibrationOptions:
             ("--tokens", self.tokens, 1),
             ("--gradient-tokens", self.gradient_tokens, 1),
             ("--seed", self.seed, 0),
-            ("--sampled", self.from_model, 0),
+            ("--sampled", self.sampled, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise RequestError(f"{name} is {value}; expected at least {least}")
         if self.text is None and self.sampled is not None:
             raise RequestError("--sampled is for a mixture with --text; use --tokens without it")
-        if self.text is not None and self.from_model >= self.tokens:
+        if self.tokens is not None and not self.from_text and self.text is not None:
             raise RequestError(
                 f"--sampled {self.sampled} leaves nothing of --tokens {self.tokens} for --text"
             )
 
+    def for_model(self, config: GriffinConfig) -> "CalibrationOptions":
+        """With a number of tokens.
+
+        Raises:
+            RequestError: nothing of it is left for the text.
+        """
+        if self.tokens is not None:
+            return self
+        return replace(self, tokens=_TOKENS[config.width <= _SMALL])
+
     @property
     def from_model(self) -> int:
         """How many tokens are sampled."""
-        if self.sampled is not None:
-            return self.sampled
-        return self.tokens if self.text is None else 0
+        if self.text is not None:
+            return self.sampled or 0
+        assert self.tokens is not None, "see `for_model`"
+        return self.tokens
+
+    @property
+    def from_text(self) -> int:
+        """How many tokens are those of the text, at most."""
+        assert self.tokens is not None, "see `for_model`"
+        return max(0, self.tokens - self.from_model)
 
     @property
     def source(self) -> str:
@@ -91,11 +108,6 @@ class CalibrationOptions:
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
         given = "" if self.text is None else f"text of {self.text.name}"
         return " and ".join(filter(None, (sampled, given)))
-
-
-def default_tokens(config: GriffinConfig) -> int:
-    """How many tokens a calibration takes where nobody says."""
-    return 16384 if config.width <= _SMALL else CalibrationOptions.tokens
 
 
 def calibrate(
@@ -110,6 +122,7 @@ def calibrate(
             unfinished work of another request there.
     """
     check_file_target(target, force=force, replaceable=is_calibration)
+    options = options.for_model(checkpoint.config)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     device = torch_device(options.device)
     given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
@@ -157,7 +170,7 @@ def _given_text(
             f"the model has no tokenizer to read {options.text} with; put its tokenizer.model into "
             "its folder, or leave --text out to sample text from the model"
         )
-    found = read_text(options.text, tokenizer, options.tokens - options.from_model)
+    found = read_text(options.text, tokenizer, options.from_text)
     largest = max(int(sequence.max()) for sequence in found)
     if largest >= vocab_size:
         raise RequestError(

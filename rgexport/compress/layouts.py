@@ -81,7 +81,7 @@ class FormatLayouts:
         shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
         places = Places("", self.alignment, header=self.header)
         places.tensors(plan, shapes, self.parts)
-        listed = sum(_listed_bytes(scheme, shapes[name][0]) for name, scheme in plan.items())
+        listed = sum(_bytes_beside(scheme, shapes[name][0]) for name, scheme in plan.items())
         return places.size + listed + self.beside(checkpoint)
 
     def _nbytes(self, shape: Shape, scheme: Scheme) -> int:
@@ -132,10 +132,11 @@ def _ggml_parts(shape: Shape, scheme: Scheme) -> dict[str, tuple[str, Shape]]:
     return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
 
 
-def _listed_bytes(scheme: Scheme, rows: int) -> int:
-    """Of the rows of groups: a manifest lists them twice, and a graph has the place of each.
+def _bytes_beside(scheme: Scheme, rows: int) -> int:
+    """What a tensor takes beside its parts.
 
-    And of nodes that widen integers of 3 bits.
+    The nodes that widen integers of 3 bits; of row groups their rows, which a manifest lists twice,
+    and the place of each row in the graph.
     """
     each = uniform_schemes(scheme)
     widened = sum(isinstance(one, Affine) and one.bits == 3 for one in each) * _WIDENING_BYTES

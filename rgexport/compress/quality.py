@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, calibrate, default_tokens
+from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, calibrate
 from rgexport.export.verified import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, note
@@ -24,8 +24,7 @@ def known_statistics(checkpoint: Checkpoint, file: Path | None) -> StatisticsOf:
             note(f"Taking the calibration {file}")
         else:
             with group("Calibration"):
-                asked = CalibrationOptions(tokens=default_tokens(checkpoint.config))
-                calibrate(checkpoint, asked, file)
+                calibrate(checkpoint, CalibrationOptions(), file)
     found = open_calibration(file)
     found.require_for(hash_new_files(checkpoint.weight_files).values())
     return Calibrated(found, checkpoint.config)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,19 @@ def test_one_token_of_text(tmp_path: Path) -> None:
 def test_contradictions(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         CalibrationOptions(**options)
+
+
+def test_a_narrow_model_takes_more_tokens() -> None:
+    for width, tokens in ((64, 16384), (1024, 16384), (2560, 8192)):
+        config = replace(ODD_CONFIGS["regular"], width=width)
+        assert CalibrationOptions().for_model(config).from_model == tokens
+        assert CalibrationOptions(tokens=5).for_model(config).from_model == 5
+
+
+def test_a_mixture_leaves_something_for_the_text() -> None:
+    options = CalibrationOptions(text=Path("a"), sampled=16384)
+    with pytest.raises(RequestError, match="leaves nothing of --tokens 16384 for --text"):
+        options.for_model(ODD_CONFIGS["regular"])
 
 
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:

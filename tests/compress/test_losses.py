@@ -94,9 +94,8 @@ def test_rows_of_the_head_cost_as_head_and_as_embedding():
     found = Losses(CONFIG, SOURCE, known).of(item, LAYOUTS)
     for loss, layout in zip(found, LAYOUTS, strict=True):
         delta = error(EMBEDDING, layout, known)[ids]
-        head = (
-            np.diag(delta @ whole(known.hessian(EMBEDDING)) @ delta.T) @ known.row_sensitivity[ids]
-        )
+        products = np.diag(delta @ whole(known.hessian(EMBEDDING)) @ delta.T)
+        head = products @ known.row_sensitivity[ids]
         squares = (CONFIG.embedding_scale * delta) ** 2 @ known.lookup_sensitivity
         wanted = 0.5 * (head + squares @ known.token_share[ids])
         assert loss == pytest.approx(wanted, rel=1e-4)

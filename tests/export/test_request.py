@@ -17,6 +17,7 @@ from rgexport.export.request import (
     precision_word,
 )
 from rgexport.files.hashing import FileRecord
+from tests.command_line import ROOT, rgexport
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,27 @@ def test_a_calibration_is_for_the_best_quality():
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
         algorithm_word("better", None, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (("onnx", "--precision", "fp32"), "fp32"),
+        (("onnx", "--precision", "fp16"), "fp16"),
+        (("coreml", "--precision", "fp16", "--embedding-precision", "fp16"), "fp16"),
+        (("gguf", "--type", "f16"), "f16"),
+    ],
+)
+def test_weights_without_levels_have_no_quality(command, word, tmp_path):
+    if command[0] == "coreml":
+        pytest.importorskip("coremltools")
+    for quality in ("fast", "default", "best"):
+        target = tmp_path / "out"
+        asked = [*command, "--size", "demo", "--quality", quality, "-o", target]
+        run = rgexport(*asked, folder=ROOT)
+        assert run.returncode == 2
+        assert f"--quality (or --calibration) changes nothing in {word} weights" in run.stderr
+        assert run.stderr.count("\n") == 1 and not target.exists()
 
 
 def test_words_are_those_of_the_format():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rgexport.errors import RequestError
 from rgexport.quantize.statistics import statistics_of
 
 
@@ -42,3 +43,11 @@ def test_few_tokens_and_dead_inputs_have_factors(tokens):
         k = len(part.matrix)
         m = np.eye(k) + part.factors.m
         np.testing.assert_allclose((m * part.factors.d) @ m.T, part.matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(bad):
+    h = np.eye(8, dtype=np.float32)
+    h[2, 5] = h[5, 2] = bad
+    with pytest.raises(RequestError, match="NaN or infinite values; make them again"):
+        statistics_of([np.eye(3, dtype=np.float32), h], 100)

@@ -16,7 +16,7 @@ from rgexport.export.request import (
 )
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
-from rgexport.quantize.algorithms import by_algorithm, by_default
+from rgexport.quantize.algorithms import filled
 from rgexport.quantize.fitting import fitted, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
@@ -102,10 +102,7 @@ class CoreMLOptions:
             RequestError: the plan has weights of more precision than the computation.
         """
         plan = self.plan or make_plan(config, *self._schemes())
-        if self.algorithm:
-            plan = by_algorithm(plan, self.algorithm)
-        elif not self.plan:
-            plan = by_default(plan)
+        plan = filled(plan, self.algorithm, keep=self.plan is not None)
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 

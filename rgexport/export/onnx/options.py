@@ -17,7 +17,7 @@ from rgexport.export.request import (
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
-from rgexport.quantize.algorithms import by_algorithm, by_default
+from rgexport.quantize.algorithms import filled
 from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import choose_scheme, choose_schemes, make_plan, precision_of
 from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
@@ -92,10 +92,7 @@ class OnnxOptions:
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
-        if self.algorithm:
-            plan = by_algorithm(plan, self.algorithm)
-        elif not self.plan:
-            plan = by_default(plan)
+        plan = filled(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:

@@ -131,6 +131,19 @@ def by_algorithm(plan: Plan, word: str) -> Plan:
     return {name: _by_algorithm(scheme, word) for name, scheme in plan.items()}
 
 
+def filled(plan: Plan, word: str | None, *, keep: bool) -> Plan:
+    """The plan with the algorithm that is asked for; without one, its own or else the default.
+
+    Args:
+        plan: the layouts.
+        word: a key of `ALGORITHMS`, or None.
+        keep: whether the plan is somebody's, who chose its algorithms.
+    """
+    if word is not None:
+        return by_algorithm(plan, word)
+    return plan if keep else by_default(plan)
+
+
 def by_default(plan: Plan) -> Plan:
     """The plan with what needs no data: clip search, or without its library rounding to nearest."""
     uniform = (one for scheme in plan.values() for one in uniform_schemes(scheme))

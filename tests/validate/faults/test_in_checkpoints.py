@@ -71,7 +71,9 @@ def test_a_wrong_weight(tmp_path: Path, judge: Judge, kind: str, name: str) -> N
     model = write_hugging_face(CONFIG, weights, tmp_path / "model", dtype="bfloat16")
     result = judge(export_once(kind, model))
     require_named(result, site)
-    assert any(kind.startswith(f"weights.{name}.") for kind in failed(result))
+    # Clip search may be off by any number of steps where it clips, so rows are compared there.
+    checks = {"max_steps", "projection"} if "int4" in kind else {"max_steps"}
+    assert {f"weights.{name}.{check}" for check in checks} & set(failed(result))
     assert result.source.same_files is False
     assert result.sites is not None and result.sites.first is None, "the graph is right"
 

@@ -36,8 +36,8 @@ const Kernels& kernels() {
 RGEXPORT_API void rgexport_search(const float* weights, const float* importance, int64_t rows,
                                   int64_t blocks, int64_t block, int bits, int symmetric, int half,
                                   float* scales, float* zeros, uint8_t* levels) {
-  kernels().search(weights, importance, rows, blocks, block, bits, symmetric, half != 0, scales, zeros,
-                   levels);
+  kernels().search(weights, importance, rows, blocks, block, bits, symmetric, half != 0, scales,
+                   zeros, levels);
 }
 
 RGEXPORT_API int rgexport_factor(double* h, int64_t columns, float* m, float* d) {
