@@ -5,14 +5,22 @@ from typing import Any
 
 import click
 
-from rgexport.commands.options import FOLDER, model_options, verbose
+from rgexport.commands.options import FOLDER, cluster_option, model_options, verbose
 
 
 @click.command()
 @model_options
 @click.option("--text", type=FOLDER, help="A file with text. [default: sampled from the model]")
 @click.option(
-    "--tokens", type=int, help="Tokens in all. [default: 8192; 16384 for a width of at most 1024]"
+    "--tokens",
+    type=int,
+    help="Tokens of the statistics. [default: 8192; 16384 for a width of at most 1024]",
+)
+@click.option(
+    "--held-out",
+    type=int,
+    help="Tokens beside them to measure plans on. [default: a quarter as many; a half for a width "
+    "of at most 1024]",
 )
 @click.option("--sampled", type=int, help="Beside --text: how many are sampled from the model.")
 @click.option(
@@ -24,6 +32,7 @@ from rgexport.commands.options import FOLDER, model_options, verbose
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@cluster_option
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL.calibration]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @verbose
@@ -32,6 +41,7 @@ def calibrate(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    cluster: str | None,
     output: Path | None,
     force: bool,
     **options: Any,
@@ -42,12 +52,15 @@ def calibrate(
     """
     from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.compress.calibrate import calibrate as run
+    from rgexport.compress.cluster import connected
     from rgexport.griffin.checkpoint import open_checkpoint
 
     asked = CalibrationOptions(**options)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     target = output or Path(f"{checkpoint.name}{SUFFIX}")
-    click.echo(closing_line(checkpoint, run(checkpoint, asked, target, force=force)))
+    with connected(cluster) as workers:
+        done = run(checkpoint, asked, target, force=force, workers=workers)
+    click.echo(closing_line(checkpoint, done))
 
 
 @click.command()
@@ -64,11 +77,12 @@ def calibrate(
     help="What the plan is for.",
 )
 @click.option(
-    "--text", type=FOLDER, help="Measure on this text. [default: that of the calibration]"
+    "--text", type=FOLDER, help="Measure on this text. [default: what the calibration held out]"
 )
 @click.option(
     "--tokens", type=int, default=8192, show_default=True, help="How many tokens of the text."
 )
+@cluster_option
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-FORMAT.plan.json]")
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @verbose
@@ -77,6 +91,7 @@ def quantize(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    cluster: str | None,
     output: Path | None,
     force: bool,
     **options: Any,
@@ -86,12 +101,14 @@ def quantize(
     What each layout costs is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
+    from rgexport.compress.cluster import connected
     from rgexport.compress.quantize import PlanOptions, closing_line, make_plan
     from rgexport.griffin.checkpoint import open_checkpoint
 
     asked = PlanOptions(**options)
     checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
     target = output or Path(f"{checkpoint.name}-{asked.format}.plan.json")
-    report = make_plan(checkpoint, asked, target, force=force)
+    with connected(cluster) as workers:
+        report = make_plan(checkpoint, asked, target, force=force, workers=workers)
     click.echo(report.as_text(), nl=False)
     click.echo(closing_line(checkpoint, asked, target))

@@ -19,6 +19,7 @@ from rgexport.commands.options import (
     verbose,
     width_options,
 )
+from rgexport.errors import RequestError
 
 
 @click.command()
@@ -138,6 +139,7 @@ def _export(
     plan: Path | None,
     quality: str | None,
     calibration: Path | None,
+    cluster: str | None,
     output: Path | None,
     force: bool,
     no_check: bool,
@@ -161,7 +163,11 @@ def _export(
         from rgexport.compress.quality import known_statistics
 
         check_target(target, force=force)  # before a calibration that takes minutes
-        export = partial(export, statistics=known_statistics(checkpoint, calibration))
+        with known_statistics(checkpoint, calibration, cluster) as statistics:
+            export = partial(export, statistics=statistics)
+            return _close(export(checkpoint, asked, target, force=force, check=check))
+    if cluster:
+        raise RequestError("--cluster is for --quality best or --calibration; leave it out")
     return _close(export(checkpoint, asked, target, force=force, check=check))
 
 

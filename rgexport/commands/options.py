@@ -80,6 +80,12 @@ plan_option = click.option(
     type=FOLDER,
     help="A JSON file with the storage of every tensor, as `inspect --json` prints it.",
 )
+cluster_option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="A Dask scheduler, such as tcp://host:8786, whose workers share the work of a calibration "
+    "and of what uses it.",
+)
 quality_options = _options(
     click.option(
         "--quality",
@@ -91,6 +97,7 @@ quality_options = _options(
         type=FOLDER,
         help="A file of `rgexport calibrate`, for --quality best.",
     ),
+    cluster_option,
 )
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from rgexport import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.compress.passages import Passages, join, read_text
+from rgexport.compress.cluster import Cluster
+from rgexport.compress.passages import LENGTH, Passages, join, read_text
 from rgexport.compress.sampling import sample
 from rgexport.compress.work import StatisticsFile, Work, open_work
 from rgexport.errors import RequestError
@@ -25,6 +27,8 @@ from rgexport.progress import amount, expect_stages
 from rgexport.quantize.calibration import is_calibration
 from rgexport.quantize.calibration_format import (
     FREQUENCY,
+    HELD_OUT,
+    HELD_OUT_LENGTHS,
     LENGTHS,
     TOKENS,
     Arrays,
@@ -34,8 +38,9 @@ from rgexport.quantize.calibration_format import (
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
-_SMALL, _TOKENS = 1024, {True: 16384, False: 8192}
-"""Width up to which more tokens take seconds; whether it is small → how many there are."""
+_SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 2, False: 4}
+"""Width up to which more tokens take seconds; whether it is small → how many there are, and the
+part of them that is added as held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,10 @@ class CalibrationOptions:
     Attributes:
         text: a file with text, or None for none.
         tokens: how many tokens there are in all; None leaves it to the model's width.
-        sampled: how many of them are sampled from the model; None: all without `text`, else none.
+        held_out: how many there are beside them, which no statistic sees: plans are measured on
+            these. None leaves it to the model's width. In whole sequences; fewer of a short text.
+        sampled: how many are sampled from the model; None: all without `text`, else none. Of the
+            held-out tokens the same part is sampled.
         gradient_tokens: how many have gradients; in whole sequences, at least one.
         seed: of what is drawn.
         device: where torch computes; `auto` is CUDA where there is one.
@@ -56,6 +64,7 @@ class CalibrationOptions:
 
     text: Path | None = None
     tokens: int | None = None
+    held_out: int | None = None
     sampled: int | None = None
     gradient_tokens: int = 1024
     seed: int = 0
@@ -68,6 +77,7 @@ class CalibrationOptions:
             ("--gradient-tokens", self.gradient_tokens, 1),
             ("--seed", self.seed, 0),
             ("--sampled", self.sampled, 0),
+            ("--held-out", self.held_out, 0),
         ):
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}; expected at least {least}")
@@ -79,14 +89,17 @@ class CalibrationOptions:
             )
 
     def for_model(self, config: GriffinConfig) -> "CalibrationOptions":
-        """With a number of tokens.
+        """With numbers of tokens.
 
         Raises:
-            RequestError: nothing of it is left for the text.
+            RequestError: nothing of them is left for the text.
         """
-        if self.tokens is not None:
-            return self
-        return replace(self, tokens=_TOKENS[config.width <= _SMALL])
+        small = config.width <= _SMALL
+        tokens = _TOKENS[small] if self.tokens is None else self.tokens
+        part = tokens // _HELD_OUT[small] // LENGTH * LENGTH
+        return replace(
+            self, tokens=tokens, held_out=part if self.held_out is None else self.held_out
+        )
 
     @property
     def from_model(self) -> int:
@@ -102,6 +115,17 @@ class CalibrationOptions:
         assert self.tokens is not None, "see `for_model`"
         return max(0, self.tokens - self.from_model)
 
+    def with_held_out(self, tokens: int) -> int:
+        """So many tokens of the statistics, and those that are held out beside them."""
+        assert self.tokens is not None and self.held_out is not None, "see `for_model`"
+        return tokens + tokens * self.held_out // self.tokens
+
+    def split(self, text: Passages) -> tuple[Passages, Passages]:
+        """The sequences of the statistics, and those that are held out."""
+        assert self.tokens is not None and self.held_out is not None, "see `for_model`"
+        count = len(text.lengths) * self.held_out // (self.tokens + self.held_out)
+        return text.without_last(min(count, len(text.lengths) - 1))
+
     @property
     def source(self) -> str:
         """Where the text is from, in words."""
@@ -111,11 +135,17 @@ class CalibrationOptions:
 
 
 def calibrate(
-    checkpoint: Checkpoint, options: CalibrationOptions, target: Path, *, force: bool = False
+    checkpoint: Checkpoint,
+    options: CalibrationOptions,
+    target: Path,
+    *,
+    force: bool = False,
+    workers: Cluster | None = None,
 ) -> Path:
     """Writes the statistics of a model into the file `target`, which appears when it is complete.
 
-    A run that ends early leaves `TARGET.partial`, and the same request goes on from there.
+    A run that ends early leaves `TARGET.partial`, and the same request goes on from there. With
+    `workers` these run the layers.
 
     Raises:
         RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
@@ -133,7 +163,7 @@ def calibrate(
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         work = open_work(folder, request, force=force)
         text = _text(work, checkpoint, tokenizer, options, given)
-        collect(work, checkpoint, text, options, hashes, device)
+        collect(work, checkpoint, text, options, hashes, device, workers)
     return target
 
 
@@ -153,6 +183,7 @@ def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
         "weights": {name: record.sha256 for name, record in hashes.items()},
         "--text": None if options.text is None else hash_file(options.text).sha256,
         "--tokens": options.tokens,
+        "--held-out": options.held_out,
         "--sampled": options.from_model,
         "--gradient-tokens": options.gradient_tokens,
         "--seed": options.seed,
@@ -170,7 +201,7 @@ def _given_text(
             f"the model has no tokenizer to read {options.text} with; put its tokenizer.model into "
             "its folder, or leave --text out to sample text from the model"
         )
-    found = read_text(options.text, tokenizer, options.from_text)
+    found = read_text(options.text, tokenizer, options.with_held_out(options.from_text))
     largest = max(int(sequence.max()) for sequence in found)
     if largest >= vocab_size:
         raise RequestError(
@@ -197,7 +228,7 @@ def _text(
         sampled = sample(
             checkpoint,
             tokenizer,
-            options.from_model,
+            options.with_held_out(options.from_model),
             seed=options.seed,
             folder=work.folder / "sampled",
         )
@@ -214,12 +245,15 @@ def collect(
     options: CalibrationOptions,
     hashes: FileHashes,
     device: str,
+    workers: Cluster | None = None,
 ) -> None:
     """Fills the file with the statistics of the text."""
-    from rgexport.compress.statistics import Collector
+    from rgexport.compress.statistics import Collector, run_layer
     from rgexport.griffin.reference import Reference
 
-    config, gradients = checkpoint.config, text.first(options.gradient_tokens)
+    config = checkpoint.config
+    text, held_out = options.split(text)
+    gradients = text.first(options.gradient_tokens)
     provenance = Provenance(
         model=checkpoint.name,
         files={name: record.sha256 for name, record in hashes.items()},
@@ -230,14 +264,18 @@ def collect(
         seed=options.seed,
         tool=f"rgexport {__version__}",
     )
-    arrays = arrays_of(config, len(text.tokens), len(text.lengths))
+    texts = {TOKENS: text.tokens, LENGTHS: text.lengths}
+    if len(held_out.tokens):
+        texts |= {HELD_OUT: held_out.tokens, HELD_OUT_LENGTHS: held_out.lengths}
+    arrays = arrays_of(config, texts)
     require_free_disk(work.folder, _free_bytes(arrays, len(text.tokens) * config.width))
     file = StatisticsFile(work, provenance, arrays)
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
-    file.write({TOKENS: text.tokens, LENGTHS: text.lengths, FREQUENCY: frequency})
+    file.write(texts | {FREQUENCY: frequency})
     model = Reference(config, checkpoint.weights, device=device)
-    Collector(model, text, gradients, work, file, options.seed).collect()
+    run = partial(run_layer, model) if workers is None else workers.run_layer(checkpoint, device)
+    Collector(model, text, gradients, work, file, options.seed, run).collect()
 
 
 def _free_bytes(arrays: Arrays, stream: int) -> int:

@@ -31,6 +31,12 @@ class Gram:
         for (start, stop), total in zip(self._bounds, self._sums, strict=True):
             _add_triangle(total, rows[:, start:stop])
 
+    def merge(self, other: "Gram") -> None:
+        """Adds the tokens of other sums of the same site."""
+        self._tokens += other._tokens
+        for total, more in zip(self._sums, other._sums, strict=True):
+            total += more
+
     def triangles(self) -> Iterator[np.ndarray]:
         """The packed lower triangle of Σ x xᵀ / N of each block.
 

@@ -19,10 +19,10 @@ from rgexport.compress.stored_weights import stored
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
-from rgexport.processors import usable_processors
+from rgexport.processors import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Palette, Uniform
-from rgexport.quantize.statistics import Calibrated
+from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
 _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""
@@ -31,9 +31,16 @@ _SAMPLE = 256
 class Losses:
     """Predicts the losses of items."""
 
-    def __init__(self, config: GriffinConfig, weights: WeightSource, calibration: Calibration):
+    def __init__(
+        self,
+        config: GriffinConfig,
+        weights: WeightSource,
+        calibration: Calibration,
+        statistics: StatisticsOf | None = None,
+    ):
+        """`statistics` are those of the calibration, if there are such already."""
         self._config, self._weights, self._calibration = config, weights, calibration
-        self._statistics = Calibrated(calibration, config)
+        self._statistics = statistics or Calibrated(calibration, config)
 
     def of(self, item: Item, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
         """The loss of an item in each layout, in nats per token.
@@ -49,7 +56,7 @@ class Losses:
             weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
             cost = self._cost(tensor, ids, item.rows)
             loss = partial(self._loss, tensor, ids, weights.astype(np.float32), cost)
-            with ThreadPoolExecutor(usable_processors()) as pool:
+            with ThreadPoolExecutor(parallel_jobs()) as pool:
                 losses += list(pool.map(loss, layouts))
         return losses.tolist()
 

@@ -30,6 +30,15 @@ class Passages:
         lengths = self.lengths[:count]
         return Passages(self.tokens[: lengths.sum()], lengths)
 
+    def without_last(self, count: int) -> tuple["Passages", "Passages"]:
+        """All sequences but the last so many, and these."""
+        kept = len(self.lengths) - count
+        end = self.lengths[:kept].sum()
+        return (
+            Passages(self.tokens[:end], self.lengths[:kept]),
+            Passages(self.tokens[end:], self.lengths[kept:]),
+        )
+
     def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Sequences of equal length that are taken together.
 

@@ -17,11 +17,11 @@ from rgexport.progress import amount, group, task
 from rgexport.quantize.allocation import Choice, Front, Option, solve
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Plan, Uniform
-from rgexport.quantize.statistics import Calibrated
+from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
-_ATTEMPTS = 3
+_ATTEMPTS = 4
 """Plans that are measured, at most, until one costs what was asked for."""
-_NEAR = 0.1
+_NEAR = 0.04
 _POINTS = 12
 """Of the front, in reports."""
 
@@ -74,14 +74,27 @@ class Found:
 class Planner:
     """Predicts once what every layout costs; then plans are a matter of seconds."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, layouts: FormatLayouts):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        layouts: FormatLayouts,
+        statistics: StatisticsOf | None = None,
+    ):
         """Quantizes some rows of every matrix in every layout.
+
+        Args:
+            checkpoint: the model.
+            calibration: of the model.
+            layouts: to choose from.
+            statistics: those of the calibration, if there are such already.
 
         Raises:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
         """
-        self._checkpoint, self._calibration, self._layouts = checkpoint, calibration, layouts
-        losses = Losses(checkpoint.config, checkpoint.weights, calibration)
+        self._checkpoint, self._layouts = checkpoint, layouts
+        self._statistics = statistics or Calibrated(calibration, checkpoint.config)
+        losses = Losses(checkpoint.config, checkpoint.weights, calibration, self._statistics)
         importance = losses.row_importance() if layouts.row_groups else None
         self._items = items_of(checkpoint.config, importance)
         self._schemes: list[list[Uniform]] = []
@@ -123,8 +136,7 @@ class Planner:
         return Found(plan, predicted, measured, front)
 
     def _measured(self, original: Original, plan: Plan, point: Point) -> Divergence:
-        statistics = Calibrated(self._calibration, self._checkpoint.config)
-        weights = quantized(self._checkpoint.weights, plan, statistics)
+        weights = quantized(self._checkpoint.weights, plan, self._statistics)
         with group(f"Measuring a plan of {point.bits:.3f} bits"):
             return original.divergence(weights)
 

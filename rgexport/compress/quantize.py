@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.chat.tokenizer import load_tokenizer
+from rgexport.compress.cluster import Cluster
 from rgexport.compress.layouts import layouts_of
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.plan_file import PlanReport, is_plan, write_json
@@ -35,7 +36,7 @@ class PlanOptions:
         target_size: of the artifact, such as `1.5GB`.
         bits: per weight of the matrices and the head.
         format: of the export that the plan is for.
-        text: what the plan is measured on; None: the calibration's own text.
+        text: what the plan is measured on; None: what the calibration held out, or else its text.
         tokens: how many tokens of it.
     """
 
@@ -77,9 +78,14 @@ class PlanOptions:
 
 
 def make_plan(
-    checkpoint: Checkpoint, options: PlanOptions, target: Path, *, force: bool = False
+    checkpoint: Checkpoint,
+    options: PlanOptions,
+    target: Path,
+    *,
+    force: bool = False,
+    workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, writes it to `target`, and its page beside it.
+    """Finds a plan, writes it to `target`, and its page beside it; `workers` quantize for it.
 
     Raises:
         RequestError: an unsound checkpoint, statistics of another model, a text that cannot be
@@ -90,13 +96,14 @@ def make_plan(
     sequences = _sequences(checkpoint, calibration, options)
     hashes = require_sound(checkpoint).values()
     calibration.require_for(record.sha256 for record in hashes)
-    planner = Planner(checkpoint, calibration, layouts_of(options.format))
+    statistics = workers.statistics(calibration, checkpoint.config) if workers else None
+    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
     report = PlanReport(
         planner.find(options.target, sequences),
         options.target,
         options.format,
         checkpoint.name,
-        str(options.text or "the calibration's text"),
+        _name_of(calibration, options),
         options.text is None,
     )
     with replace_file(target, force=force, replaceable=is_plan) as unfinished:
@@ -131,7 +138,7 @@ def _sequences(
     checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
 ) -> Sequence[np.ndarray]:
     if options.text is None:
-        return first_tokens(calibration.sequences, options.tokens)
+        return first_tokens(calibration.held_out or calibration.sequences, options.tokens)
     tokenizer = load_tokenizer(folder_of(checkpoint))
     if tokenizer is None:
         raise RequestError(
@@ -139,6 +146,15 @@ def _sequences(
             "measure on the calibration's text"
         )
     return read_text(options.text, tokenizer, options.tokens)
+
+
+def _name_of(calibration: Calibration, options: PlanOptions) -> str:
+    """What the plan is measured on, for people."""
+    if options.text is not None:
+        return str(options.text)
+    if calibration.held_out:
+        return "text that the calibration held out"
+    return "the calibration's own text, on which a plan is better than elsewhere"
 
 
 def _bytes(text: str) -> float:

@@ -5,6 +5,7 @@ step ends in `Work`, so that a later run goes on after the last one that was com
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,11 @@ from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
 from rgexport.compress.work import StatisticsFile, Work
 from rgexport.errors import RequestError
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
-from rgexport.griffin.step import LayerState
+from rgexport.griffin.step import Layer, LayerState
 from rgexport.progress import task
 from rgexport.quantize.calibration_format import (
     EMBEDDED,
@@ -36,6 +38,51 @@ _FORWARD, _BACKWARD = 2048, 1024
 """Tokens that go through a layer at once, which bounds the memory of its activations."""
 
 
+RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
+"""Takes the index of a layer and sequences in batches [B, T, width]; yields what `forward` does for
+each, in order."""
+
+
+def forward(
+    config: GriffinConfig, layer: Layer, index: int, x: Tensor
+) -> tuple[Tensor, dict[str, Gram]]:
+    """Takes sequences [B, T, width] through a layer; also returns, by site, the sums of inputs."""
+    readers = {
+        str(input_site(name)): name
+        for name in linears(config)
+        if name.startswith(f"layers.{index}.")
+    }
+    columns = input_columns(config)
+    grams = {site: Gram(site, columns[site], x.device) for site in readers}
+    watched = {_within_layer(name): grams[site] for site, name in readers.items()}
+    with torch.no_grad(), watched_inputs(layer, watched):
+        return layer(x, *_beginning(config, index, x))[0], grams
+
+
+def _within_layer(name: str) -> str:
+    return name.split(".", 2)[2].removesuffix(".weight")
+
+
+def run_layer(
+    model: Reference, index: int, batches: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, dict[str, Gram]]]:
+    """See `RunLayer`: here, one batch after another."""
+    layer = model.layer(index)
+    for x in batches:
+        yield forward(model.config, layer, index, x)
+
+
+def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
+    """Positions and a fresh state for sequences; the window is no longer than they are."""
+    shape = x.shape[:2]
+    short = dataclasses.replace(config, window=min(config.window, shape[1]))
+    first, second = (
+        torch.zeros(shape[0], *spec.shape, device=x.device)
+        for spec in layer_states(short, index, "float32")
+    )
+    return torch.arange(shape[1], device=x.device).expand(shape), (first, second)
+
+
 @dataclass(frozen=True)
 class Collector:
     """Collects the statistics of a text; `gradients` are its first sequences."""
@@ -46,6 +93,7 @@ class Collector:
     work: Work
     file: StatisticsFile
     seed: int
+    run: RunLayer
 
     def collect(self) -> None:
         """Does all steps that are not done, in their order."""
@@ -122,32 +170,25 @@ class Collector:
         return torch.from_numpy(found).to(self.model.device)
 
     def _through(self, index: int, stream: Tensor) -> dict[str, np.ndarray]:
-        """Takes the stream through a layer, in place; returns the Hessians of its inputs."""
-        layer = self.model.layer(index)
-        grams, watched = self._grams(index)
-        with torch.no_grad(), watched_inputs(layer, watched):
-            for place, shape in self.text.batches(_FORWARD):
-                x = stream[place].unflatten(0, shape)
-                stream[place] = layer(x, *self._beginning(index, shape))[0].flatten(0, 1)
+        """Takes the stream through a layer, in place; returns the Hessians of its inputs.
+
+        Sums of batches are added in their order, so that they are the same wherever they are made.
+        """
+        batches = list(self.text.batches(_FORWARD))
+        sequences = (stream[place].unflatten(0, shape) for place, shape in batches)
+        totals: dict[str, Gram] = {}
+        for (place, _), (y, grams) in zip(batches, self.run(index, sequences), strict=True):
+            stream[place] = y.flatten(0, 1)
+            for site, gram in grams.items():
+                if site in totals:
+                    totals[site].merge(gram)
+                else:
+                    totals[site] = gram
         return {
             hessian_name(site, block): triangle
-            for site, gram in grams.items()
+            for site, gram in totals.items()
             for block, triangle in enumerate(gram.triangles())
         }
-
-    def _grams(self, index: int) -> tuple[dict[str, Gram], dict[str, Gram]]:
-        """The sums of a layer by site, and by one of the linears that read from it."""
-        prefix, config = f"layers.{index}.", self.model.config
-        readers = {
-            str(input_site(name)): name for name in linears(config) if name.startswith(prefix)
-        }
-        columns = input_columns(config)
-        grams = {site: Gram(site, columns[site], self.model.device) for site in readers}
-        by_name = {
-            name.removeprefix(prefix).removesuffix(".weight"): grams[site]
-            for site, name in readers.items()
-        }
-        return grams, by_name
 
     def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, SquareSums]:
         """The gradient [n, width] before a layer from that after it, and Σ g² inside."""
@@ -157,17 +198,7 @@ class Collector:
         with sums.watched(layer):
             for place, shape in self.gradients.batches(_BACKWARD):
                 x = inputs[place].unflatten(0, shape).requires_grad_()
-                y = layer(x, *self._beginning(index, shape))[0]
+                y = layer(x, *_beginning(self.model.config, index, x))[0]
                 (found,) = torch.autograd.grad(y, x, gradient[place].unflatten(0, shape))
                 before[place] = found.flatten(0, 1)
         return before, sums
-
-    def _beginning(self, index: int, shape: tuple[int, int]) -> tuple[Tensor, LayerState]:
-        """Positions and a fresh state for sequences; the window is no longer than they are."""
-        config, device = self.model.config, self.model.device
-        short = dataclasses.replace(config, window=min(config.window, shape[1]))
-        first, second = (
-            torch.zeros(shape[0], *spec.shape, device=device)
-            for spec in layer_states(short, index, "float32")
-        )
-        return torch.arange(shape[1], device=device).expand(shape), (first, second)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.processors import usable_processors
+from rgexport.processors import parallel_jobs
 from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.row_groups import members
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, Plan, Scheme, Uniform
-from rgexport.quantize.statistics import Statistics, StatisticsOf
+from rgexport.quantize.statistics import Known, StatisticsOf
 
 _ROWS = 128
 """Rows that a thread takes at once, or a few more where a table is shared."""
@@ -23,7 +23,7 @@ def stored(
     tensor: str,
     rows: np.ndarray,
     scheme: Uniform,
-    statistics: Statistics | None,
+    statistics: Known,
     ids: np.ndarray,
 ) -> np.ndarray:
     """Rows [n, K] as they are read back, float32, after the tensor's layout stored them.
@@ -67,7 +67,7 @@ def _quantized(
                     inside = (places >= 0) & (places < len(found))
                     found[places[inside]] = rows_of_group[inside]
 
-        with ThreadPoolExecutor(usable_processors()) as pool:
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
             list(pool.map(fill, _parts(start, stop, _together(groups), tensor.shape[0])))
         return found
 

@@ -17,7 +17,7 @@ import numpy as np
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.processors import usable_processors
+from rgexport.processors import parallel_jobs
 from rgexport.progress import task
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.scheme import Plan, Scheme
@@ -26,9 +26,9 @@ SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
 _COLUMN_SLABS = 4
 """Slabs of what is stored by columns are larger: they are written in runs of a few bytes."""
-_WORKERS = min(8, usable_processors())
-_IN_FLIGHT = 3 * _WORKERS
-"""Slabs that are being made, or wait to be taken in order."""
+_MOST_WORKERS = 8
+_IN_FLIGHT = 3
+"""Slabs for each worker that are being made, or wait to be taken in order."""
 
 Shape = tuple[int, ...]
 Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
@@ -155,10 +155,11 @@ def _write_rows(folder: Path, stored: StoredTensor, start: int, stop: int, parts
 def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:
     """Results of jobs, in order; few of them run at a time, each on its thread."""
     pending: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    workers = parallel_jobs(_MOST_WORKERS)
+    with ThreadPoolExecutor(workers) as pool:
         for job in jobs:
             pending.append(pool.submit(job))
-            if len(pending) > _IN_FLIGHT:
+            if len(pending) > _IN_FLIGHT * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -17,6 +17,8 @@ from rgexport.quantize.calibration_format import (
     FISHER,
     FORMAT_VERSION,
     FREQUENCY,
+    HELD_OUT,
+    HELD_OUT_LENGTHS,
     LENGTHS,
     MAX_BLOCK,
     METADATA,
@@ -135,11 +137,22 @@ class Calibration:
     @cached_property
     def sequences(self) -> list[np.ndarray]:
         """The text, int32: sequences that were taken each from a fresh state."""
-        tokens, lengths = self._read(TOKENS, "I32"), self._read(LENGTHS, "I32")
-        if len(tokens) != self.tokens or tokens.min(initial=0) < 0:
+        found = self._sequences(TOKENS, LENGTHS)
+        if sum(map(len, found)) != self.tokens:
             raise self._damaged("its text does not fit its header")
+        return found
+
+    @cached_property
+    def held_out(self) -> list[np.ndarray]:
+        """Sequences like those of the text, which no statistic has seen; there may be none."""
+        return self._sequences(HELD_OUT, HELD_OUT_LENGTHS) if HELD_OUT in self._entries else []
+
+    def _sequences(self, tokens_name: str, lengths_name: str) -> list[np.ndarray]:
+        tokens, lengths = self._read(tokens_name, "I32"), self._read(lengths_name, "I32")
+        if tokens.min(initial=0) < 0:
+            raise self._damaged(f"{tokens_name} has negative ids")
         if lengths.min(initial=1) < 1 or lengths.sum(dtype=np.int64) != len(tokens):
-            raise self._damaged("the lengths of its sequences do not add up")
+            raise self._damaged(f"the {lengths_name} of its sequences do not add up")
         return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def _triangles(self, tensor: str) -> list[tuple[np.ndarray, int]]:
@@ -195,7 +208,8 @@ def open_calibration(path: Path) -> Calibration:
     }
     if len(heads) > 1:
         raise calibration._damaged("its vectors of the vocabulary differ in length")
-    if max(sequence.max() for sequence in calibration.sequences) >= heads.pop():
+    texts = [*calibration.sequences, *calibration.held_out]
+    if max(sequence.max() for sequence in texts) >= heads.pop():
         raise calibration._damaged("its text has tokens that are not in the vocabulary")
     for name in calibration._entries:
         if name.endswith(gradient_name("")):

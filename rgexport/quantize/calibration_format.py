@@ -5,6 +5,7 @@ It is a safetensors file. Its metadata have one JSON object, `Provenance`. Its a
 | name | shape | contents |
 |---|---|---|
 | `tokens`, `lengths` | int32 [N], [S] | the text: S sequences, one after another |
+| `held_out.tokens`, `held_out.lengths` | int32 | text that no statistic has seen, if there is any |
 | `SITE.hessian.J` | float32 [k(k+1)/2] | a triangle of Σ x xᵀ / N, see below |
 | `LINEAR.gradient` | float32 [rows] | mean of g² for each output of a linear |
 | `embed_tokens.gradient` | float32 [width] | the same at the embedding's output |
@@ -21,7 +22,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ _TOGETHER = 128
 """Blocks begin at multiples of this, so that no quantization block is cut."""
 
 TOKENS, LENGTHS = "tokens", "lengths"
+HELD_OUT, HELD_OUT_LENGTHS = "held_out.tokens", "held_out.lengths"
 PROBABILITY, FISHER = "lm_head.probability", "lm_head.fisher"
 FREQUENCY = "embed_tokens.frequency"
 EMBEDDED = "embed_tokens"
@@ -107,16 +109,13 @@ def input_columns(config: GriffinConfig) -> dict[str, int]:
     return found | {str(input_site(EMBEDDING)): config.width}
 
 
-def arrays_of(config: GriffinConfig, tokens: int, sequences: int) -> Arrays:
-    """All arrays of a file, in their order."""
-    return dict(_arrays(config, tokens, sequences))
+def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
+    """All arrays of a file, in their order; `texts` are those of its tokens and lengths."""
+    own = {name: (_INT, array.shape) for name, array in texts.items()}
+    return own | dict(_statistics(config))
 
 
-def _arrays(
-    config: GriffinConfig, tokens: int, sequences: int
-) -> Iterator[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
-    yield TOKENS, (_INT, (tokens,))
-    yield LENGTHS, (_INT, (sequences,))
+def _statistics(config: GriffinConfig) -> Iterator[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
     for name in (PROBABILITY, FISHER, FREQUENCY):
         yield name, (_FLOAT, (config.vocab_size,))
     yield gradient_name(EMBEDDED), (_FLOAT, (config.width,))

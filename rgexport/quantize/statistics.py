@@ -4,10 +4,12 @@ For inputs x of a linear with weights W, the error of its outputs is tr(ΔW H Δ
 H = Σ x xᵀ / N.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,9 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
+from rgexport.quantize.affine import Parts
 from rgexport.quantize.calibration import Calibration
+from rgexport.quantize.scheme import Uniform
 
 _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
@@ -42,6 +46,10 @@ class Hessian:
     matrix: np.ndarray
     _factors: list[Factors] = field(default_factory=list, repr=False, compare=False)
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the lock, for another process."""
+        return Hessian, (self.start, self.matrix, self._factors)
 
     @property
     def stop(self) -> int:
@@ -72,6 +80,12 @@ class Statistics:
     hessians: tuple[Hessian, ...] = ()
     kinds: "RowKinds | None" = None
 
+    def factor(self) -> None:
+        """Computes all factors now."""
+        for one in self.kinds.statistics if self.kinds else (self,):
+            for hessian in one.hessians:
+                hessian.factors  # noqa: B018
+
 
 @dataclass(frozen=True)
 class RowKinds:
@@ -86,11 +100,20 @@ class RowKinds:
     statistics: tuple[Statistics, ...]
 
 
-StatisticsOf = Callable[[str], Statistics | None]
+class RemoteStatistics(ABC):
+    """Statistics that another process has, which therefore does what needs them."""
+
+    @abstractmethod
+    def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
+        """See `quantize.algorithms.encode`."""
+
+
+Known = Statistics | RemoteStatistics | None
+StatisticsOf = Callable[[str], Known]
 """Canonical name of a matrix → what is known of its inputs."""
 
 
-def no_statistics(name: str) -> Statistics | None:
+def no_statistics(name: str) -> None:
     """Knows nothing."""
     return None
 

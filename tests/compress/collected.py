@@ -35,7 +35,7 @@ def checkpoint_of(name: str, folder: Path) -> Checkpoint:
 def collected(
     checkpoint: Checkpoint, text: Passages, folder: Path, *, gradients: int = 10**6
 ) -> Calibration:
-    options = CalibrationOptions(gradient_tokens=gradients).for_model(checkpoint.config)
+    options = CalibrationOptions(gradient_tokens=gradients, held_out=0).for_model(checkpoint.config)
     work = open_work(folder, {}, force=False)
     collect(work, checkpoint, text, options, require_sound(checkpoint), "cpu")
     return open_calibration(folder / COMPLETE)

@@ -12,14 +12,16 @@ import pytest
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
+from rgexport.compress.passages import Passages
 from rgexport.compress.statistics import Collector
 from rgexport.compress.work import Work
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.calibration_format import linears
 from tests.command_line import rgexport
-from tests.compress.collected import checkpoint_of
+from tests.compress.collected import checkpoint_of, collected
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 
 OPTIONS = CalibrationOptions(tokens=60, gradient_tokens=40, device="cpu")
@@ -181,6 +183,7 @@ def test_one_token_of_text(tmp_path: Path) -> None:
         ({"tokens": 0}, "--tokens is 0; expected at least 1"),
         ({"gradient_tokens": 0}, "--gradient-tokens is 0"),
         ({"seed": -1}, "--seed is -1"),
+        ({"held_out": -1}, "--held-out is -1"),
         ({"sampled": 5}, "--sampled is for a mixture with --text"),
         ({"text": Path("a"), "sampled": -1}, "--sampled is -1"),
         ({"text": Path("a"), "tokens": 9, "sampled": 9}, "leaves nothing of --tokens 9"),
@@ -192,10 +195,45 @@ def test_contradictions(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_narrow_model_takes_more_tokens() -> None:
-    for width, tokens in ((64, 16384), (1024, 16384), (2560, 8192)):
+    for width, tokens, held_out in ((64, 16384, 8192), (1024, 16384, 8192), (2560, 8192, 2048)):
         config = replace(ODD_CONFIGS["regular"], width=width)
-        assert CalibrationOptions().for_model(config).from_model == tokens
+        found = CalibrationOptions().for_model(config)
+        assert found.from_model == tokens
+        assert found.with_held_out(tokens) == tokens + held_out
         assert CalibrationOptions(tokens=5).for_model(config).from_model == 5
+        assert CalibrationOptions(tokens=5).for_model(config).with_held_out(5) == 5
+
+
+def test_some_sequences_are_held_out(sampled: list[int], tmp_path: Path) -> None:
+    """No statistic sees them: the rest alone gives the same."""
+    checkpoint = checkpoint_of("regular", tmp_path / "model")
+    options = replace(OPTIONS, held_out=40)
+    found = open_calibration(calibrate(checkpoint, options, tmp_path / "some"))
+    assert sampled == [100] and found.tokens == 60
+    assert [len(ids) for ids in found.held_out] == [20, 20]
+    texts = {bytes(ids) for ids in (*found.sequences, *found.held_out)}
+    assert len(texts) == 5
+    text = Passages(np.concatenate(found.sequences), np.array([20, 20, 20], np.int32))
+    (tmp_path / "alone").mkdir()
+    alone = collected(checkpoint, text, tmp_path / "alone", gradients=40)
+    for name in linears(checkpoint.config):
+        np.testing.assert_array_equal(found.hessian(name), alone.hessian(name))
+        np.testing.assert_array_equal(
+            found.output_sensitivity(name), alone.output_sensitivity(name)
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "sequences", "held_out"), [(100, 1, 0), (900, 2, 0), (1900, 3, 1)]
+)
+def test_a_short_text_is_shared(words: int, sequences: int, held_out: int, tmp_path: Path) -> None:
+    """A third of its sequences is held out, rounded down."""
+    (tmp_path / "text").write_text("the " * words)
+    checkpoint = demo_with_one_layer(tmp_path / "model")
+    options = CalibrationOptions(text=tmp_path / "text", device="cpu")
+    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
+    assert (len(found.sequences), len(found.held_out)) == (sequences, held_out)
+    assert found.tokens + sum(map(len, found.held_out)) > words
 
 
 def test_a_mixture_leaves_something_for_the_text() -> None:

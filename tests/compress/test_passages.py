@@ -40,6 +40,17 @@ def test_the_first_tokens_are_whole_sequences(lengths: list[int], tokens: int) -
     assert count == len(lengths) or sum(lengths[: count + 1]) > tokens
 
 
+@given(LENGTHS, st.integers(0, 12))
+def test_the_last_sequences_are_held_out(lengths: list[int], count: int) -> None:
+    count = min(count, len(lengths))
+    text = text_of(lengths)
+    used, rest = text.without_last(count)
+    assert used.lengths.tolist() == lengths[: len(lengths) - count]
+    assert len(rest.lengths) == count
+    np.testing.assert_array_equal(np.concatenate([used.tokens, rest.tokens]), text.tokens)
+    assert len(used.tokens) == used.lengths.sum()
+
+
 def test_joining_keeps_every_sequence_and_mixes_their_order() -> None:
     parts = [np.full(3 + i % 2, i) for i in range(40)]
     text = join(parts, 0)

@@ -50,10 +50,15 @@ def contents() -> Contents:
     """Positive arrays, which are sound, of the shapes that a model has."""
     rng = np.random.default_rng(0)
     arrays: Contents = {}
-    for name, (dtype, shape) in arrays_of(CONFIG, 6, 2).items():
+    texts = {
+        "tokens": np.arange(6),
+        "lengths": np.array([2, 4]),
+        "held_out.tokens": np.array([9, 8, 7]),
+        "held_out.lengths": np.array([2, 1]),
+    }
+    for name, (dtype, shape) in arrays_of(CONFIG, texts).items():
         arrays[name] = rng.random(shape).astype(dtype)
-    arrays["tokens"], arrays["lengths"] = np.arange(6, dtype=np.int32), np.array([2, 4], np.int32)
-    return arrays
+    return arrays | {name: array.astype(np.int32) for name, array in texts.items()}
 
 
 def write(path: Path, arrays: Contents, provenance: Provenance = PROVENANCE) -> Path:
@@ -131,6 +136,13 @@ def test_every_matrix_has_statistics(sound: Calibration) -> None:
         assert found.sum() == pytest.approx(seen.sum(), rel=1e-5)
         np.testing.assert_allclose(found, 0.9 * seen + 0.1 * seen.mean(), rtol=1e-5)
     assert [s.tolist() for s in sound.sequences] == [[0, 1], [2, 3, 4, 5]]
+    assert [s.tolist() for s in sound.held_out] == [[9, 8], [7]]
+
+
+def test_nothing_need_be_held_out(tmp_path: Path) -> None:
+    arrays = contents()
+    del arrays["held_out.tokens"], arrays["held_out.lengths"]
+    assert open_calibration(write(tmp_path / "file", arrays)).held_out == []
 
 
 @pytest.mark.parametrize("name", ["final_norm.weight", "layers.0.temporal_block.conv_1d.weight",
@@ -157,9 +169,16 @@ def test_dead_inputs_are_rows_of_zeros(tmp_path: Path) -> None:
 Damage = Callable[[Contents], object]
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "no text": (lambda a: a.pop("tokens"), "it has no tokens"),
-    "text is cut": (lambda a: a.update(tokens=a["tokens"][:5]), "does not fit its header"),
-    "negative token": (lambda a: a["tokens"].__setitem__(0, -1), "does not fit its header"),
+    "text is cut": (lambda a: a.update(tokens=a["tokens"][:5]), "do not add up"),
+    "a sequence is missing": (
+        lambda a: a.update(tokens=a["tokens"][:2], lengths=a["lengths"][:1]),
+        "does not fit its header",
+    ),
+    "negative token": (lambda a: a["tokens"].__setitem__(0, -1), "tokens has negative ids"),
     "lengths": (lambda a: a["lengths"].__setitem__(0, 3), "do not add up"),
+    "held out": (lambda a: a["held_out.lengths"].__setitem__(0, 0), "do not add up"),
+    "no lengths": (lambda a: a.pop("held_out.lengths"), "it has no held_out.lengths"),
+    "held-out token": (lambda a: a["held_out.tokens"].__setitem__(0, 256), "not in the vocab"),
     "large lengths": (lambda a: a["lengths"].__setitem__(slice(None), 2**31 - 1), "do not add up"),
     "token": (lambda a: a["tokens"].__setitem__(0, 256), "not in the vocabulary"),
     "no head": (lambda a: a.pop("lm_head.fisher"), "it has no lm_head.fisher"),

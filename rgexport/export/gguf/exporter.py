@@ -29,7 +29,7 @@ from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
-from rgexport.quantize.statistics import Statistics, StatisticsOf, no_statistics
+from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
@@ -185,7 +185,7 @@ def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> It
             yield partial(_encode, tensor, source, start, stop, scheme, known)
 
 
-def _statistics(tensor: FileTensor, choice: Choice, statistics: StatisticsOf) -> Statistics | None:
+def _statistics(tensor: FileTensor, choice: Choice, statistics: StatisticsOf) -> Known:
     """What the importance matrix says of a tensor's inputs, or where there is none, `statistics`.
 
     Both are of columns as they are stored: no transform moves those of a matrix.
@@ -204,7 +204,7 @@ def _encode(
     start: int,
     stop: int,
     scheme: Ggml,
-    statistics: Statistics | None,
+    statistics: Known,
 ) -> tuple[bytes, int]:
     """Rows as stored, with the padding after the last one; and how many bytes were read."""
     rows = source.read(start, stop)

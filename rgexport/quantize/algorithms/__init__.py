@@ -28,7 +28,7 @@ from rgexport.quantize.scheme import (
     Uniform,
     uniform_schemes,
 )
-from rgexport.quantize.statistics import RowKinds, Statistics
+from rgexport.quantize.statistics import Known, RemoteStatistics, RowKinds, Statistics
 
 Encode = Callable[[np.ndarray, Any, Statistics | None], Parts]
 """Rows [n, K] of any float dtype, the scheme, and statistics or None → the parts.
@@ -57,7 +57,7 @@ def encode(
     name: str,
     rows: np.ndarray,
     scheme: Scheme,
-    statistics: Statistics | None = None,
+    statistics: Known = None,
     ids: np.ndarray | None = None,
 ) -> Parts:
     """Rows of the tensor `name` as `scheme` stores them, by the algorithm that it names.
@@ -75,6 +75,8 @@ def encode(
         RequestError: a weight that the scheme cannot hold, or missing statistics.
     """
     assert not isinstance(scheme, Mixed), name
+    if isinstance(statistics, RemoteStatistics):
+        return statistics.encode(name, rows, scheme, ids)
     chosen = ALGORITHMS[scheme.algorithm]
     if chosen.needs_statistics and (statistics is None or not statistics.hessians):
         raise RequestError(
