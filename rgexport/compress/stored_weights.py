@@ -15,7 +15,7 @@ from rgexport.quantize.row_groups import members
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, Plan, Scheme, Uniform
 from rgexport.quantize.statistics import Known, StatisticsOf
 
-_ROWS = 128
+_ROWS = 192
 """Rows that a thread takes at once, or a few more where a table is shared."""
 
 

@@ -20,12 +20,14 @@ from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.processors import parallel_jobs
 from rgexport.progress import task
 from rgexport.quantize.affine import Parts
+from rgexport.quantize.algorithms import needs_statistics
 from rgexport.quantize.scheme import Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
-_COLUMN_SLABS = 4
-"""Slabs of what is stored by columns are larger: they are written in runs of a few bytes."""
+_LARGER = 4
+"""Times as large are slabs of what is stored by columns, which are written in runs of a few bytes,
+and of what is encoded by statistics, which are read once for many rows."""
 _MOST_WORKERS = 8
 _IN_FLIGHT = 3
 """Slabs for each worker that are being made, or wait to be taken in order."""
@@ -97,7 +99,10 @@ def fill(
         partial(_write_slab, folder, name, stored, weights[name], encode, *bounds)
         for name, stored in tensors.items()
         for bounds in slab_bounds(
-            stored.shape[0], weights[name].row_bytes, _slab_bytes(stored), stored.rows_together
+            stored.shape[0],
+            weights[name].row_bytes,
+            slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts),
+            stored.rows_together,
         )
     )
     with task("Writing the weights", total) as advance:
@@ -106,8 +111,9 @@ def fill(
             advance(source_bytes)
 
 
-def _slab_bytes(stored: StoredTensor) -> int:
-    return SLAB_BYTES * (_COLUMN_SLABS if COLUMNS in stored.parts else 1)
+def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
+    """Bytes of source weights that are encoded together."""
+    return SLAB_BYTES * (_LARGER if by_columns or needs_statistics(scheme) else 1)
 
 
 def _write_slab(

@@ -17,7 +17,7 @@ from rgexport.export.gguf.metadata import Value, metadata
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.export.storage import SLAB_BYTES, aligned, in_order
+from rgexport.export.storage import aligned, in_order, slab_bytes
 from rgexport.export.verified import remember
 from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
@@ -181,7 +181,7 @@ def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> It
     for tensor in choice.tensors:
         scheme, source = choice.schemes[tensor.name], weights[tensor.canonical]
         known = _statistics(tensor, choice, statistics)
-        for start, stop in slab_bounds(source.shape[0], source.row_bytes, SLAB_BYTES):
+        for start, stop in slab_bounds(source.shape[0], source.row_bytes, slab_bytes(scheme)):
             yield partial(_encode, tensor, source, start, stop, scheme, known)
 
 

@@ -128,6 +128,12 @@ def _require_known(scheme: Uniform) -> None:
         )
 
 
+def needs_statistics(scheme: Scheme) -> bool:
+    """Whether a known algorithm of a scheme, or of one of its row groups, needs statistics."""
+    known = (ALGORITHMS.get(one.algorithm) for one in uniform_schemes(scheme))
+    return any(row is not None and row.needs_statistics for row in known)
+
+
 def by_algorithm(plan: Plan, word: str) -> Plan:
     """The plan with the algorithm `word` for all tensors whose layout it fills."""
     return {name: _by_algorithm(scheme, word) for name, scheme in plan.items()}

@@ -71,7 +71,7 @@ def test_every_shape_and_type(name, kind, tmp_path):
 def test_slabs_make_no_difference(tmp_path, monkeypatch):
     require_ggml()
     whole = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")[0].path.read_bytes()
-    monkeypatch.setattr("rgexport.export.gguf.exporter.SLAB_BYTES", 5000)
+    monkeypatch.setattr("rgexport.export.storage.SLAB_BYTES", 5000)
     model = open_checkpoint(tmp_path / "model")
     target = export_gguf(model, GgufOptions(type="q4_k_m"), tmp_path / "slabs.gguf")
     assert target.read_bytes() == whole
@@ -279,7 +279,7 @@ def test_what_llama_quantize_could_make_says_nothing(tmp_path):
 
 
 def test_slabs_of_levels_make_no_difference(calibrated, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.export.gguf.exporter.SLAB_BYTES", 5000)
+    monkeypatch.setattr("rgexport.export.storage.SLAB_BYTES", 5000)
     model = open_checkpoint(calibrated.path.parent / "model")
     options = GgufOptions(type="q4_k_m", algorithm="gptq")
     target = tmp_path / "slabs.gguf"

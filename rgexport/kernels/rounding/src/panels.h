@@ -6,7 +6,7 @@
 namespace rgexport {
 namespace {
 
-constexpr int64_t kRows = 48;    // that share what is read of a matrix
+constexpr int64_t kRows = 192;   // that share what is read of a matrix
 constexpr int64_t kPanel = 64;   // columns that are decided before the rest learns of them
 constexpr int64_t kDepth = 256;  // rows of a matrix that are packed together
 constexpr int kTileRows = 6, kTileColumns = 16;

@@ -73,7 +73,15 @@ class ScaleFit {
   const Memory<float> fitted_;
 };
 
-// Fits the scales of `rows` rows, at most kRows.
+constexpr int64_t kFitBytes = 16 << 20;  // for A of the rows that are fitted together
+
+// How many rows are fitted together.
+int64_t rows_to_fit(const Grid& grid) {
+  const int64_t held = kFitBytes / (grid.groups() * grid.groups() * sizeof(double));
+  return lesser(kRows, held < kTileRows ? kTileRows : held);
+}
+
+// Fits the scales of `rows` rows.
 void fit_scales(const float* weights, int64_t rows, const Grid& grid, float* scale,
                 const float* zero, bool half, const float* h, const uint8_t* levels) {
   const int64_t columns = grid.columns, groups = grid.groups(), squares = groups * groups;
@@ -102,6 +110,14 @@ void fit_scales(const float* weights, int64_t rows, const Grid& grid, float* sca
   for (int64_t r = 0; r < rows; ++r)
     fit.apply(a.data() + r * squares, b.data() + r * groups, scale + r * groups,
               zero + r * groups, grid.top, half);
+}
+
+void fit_all_scales(const float* weights, int64_t rows, const Grid& grid, float* scale,
+                    const float* zero, bool half, const float* h, const uint8_t* levels) {
+  const int64_t step = rows_to_fit(grid), groups = grid.groups(), columns = grid.columns;
+  for (int64_t first = 0; first < rows; first += step)
+    fit_scales(weights + first * columns, lesser(step, rows - first), grid, scale + first * groups,
+               zero + first * groups, half, h, levels + first * columns);
 }
 
 // One sweep of coordinate descent over `rows` rows, at most kRows.
@@ -148,7 +164,7 @@ void refine(const float* weights, int64_t rows, Grid grid, const float* zeros, b
     for (int i = 0; i < rounds; ++i) {
       if (zeros) {
         const float* zero = zeros + first * groups;
-        fit_scales(w, count, grid, scale, zero, half, h, q);
+        fit_all_scales(w, count, grid, scale, zero, half, h, q);
         for (int64_t g = 0; g < count * groups; ++g) offset[g] = -scale[g] * zero[g];
       }
       descend<EvenLevels>(w, count, part, h, q);
