@@ -19,7 +19,7 @@ from rgexport.commands.options import FOLDER, cluster_option, model_options, ver
 @click.option(
     "--held-out",
     type=int,
-    help="Tokens beside them to measure plans on. [default: a quarter as many; a half for a width "
+    help="Tokens beside them to measure plans on. [default: a quarter of that; as many for a width "
     "of at most 1024]",
 )
 @click.option("--sampled", type=int, help="Beside --text: how many are sampled from the model.")
@@ -80,7 +80,7 @@ def calibrate(
     "--text", type=FOLDER, help="Measure on this text. [default: what the calibration held out]"
 )
 @click.option(
-    "--tokens", type=int, default=8192, show_default=True, help="How many tokens of the text."
+    "--tokens", type=int, default=16384, show_default=True, help="At most so many tokens of it."
 )
 @cluster_option
 @click.option("-o", "--output", type=FOLDER, help="The file. [default: ./MODEL-FORMAT.plan.json]")

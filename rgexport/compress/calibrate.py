@@ -38,7 +38,7 @@ from rgexport.quantize.calibration_format import (
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
-_SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 2, False: 4}
+_SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
 """Width up to which more tokens take seconds; whether it is small → how many there are, and the
 part of them that is added as held-out text."""
 
@@ -121,10 +121,16 @@ class CalibrationOptions:
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
-        """The sequences of the statistics, and those that are held out."""
+        """The sequences of the statistics, and those that are held out.
+
+        Of a text that is too short for both, no more than a third is held out.
+        """
         assert self.tokens is not None and self.held_out is not None, "see `for_model`"
-        count = len(text.lengths) * self.held_out // (self.tokens + self.held_out)
-        return text.without_last(min(count, len(text.lengths) - 1))
+        sequences, wanted = len(text.lengths), self.tokens + self.held_out
+        count = min(sequences * self.held_out // wanted, sequences - 1)
+        if len(text.tokens) < wanted:
+            count = min(count, sequences // 3)
+        return text.without_last(count)
 
     @property
     def source(self) -> str:

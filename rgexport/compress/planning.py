@@ -21,7 +21,8 @@ from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
 _ATTEMPTS = 4
 """Plans that are measured, at most, until one costs what was asked for."""
-_NEAR = 0.04
+_NEAR = 0.03
+"""Of the target, by which a plan may be off."""
 _POINTS = 12
 """Of the front, in reports."""
 

@@ -46,7 +46,7 @@ class PlanOptions:
     bits: float | None = None
     format: str = "onnx"
     text: Path | None = None
-    tokens: int = 8192
+    tokens: int = 16384
 
     def __post_init__(self) -> None:
         """Refuses contradictions.

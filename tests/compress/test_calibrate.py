@@ -195,7 +195,7 @@ def test_contradictions(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_narrow_model_takes_more_tokens() -> None:
-    for width, tokens, held_out in ((64, 16384, 8192), (1024, 16384, 8192), (2560, 8192, 2048)):
+    for width, tokens, held_out in ((64, 16384, 16384), (1024, 16384, 16384), (2560, 8192, 2048)):
         config = replace(ODD_CONFIGS["regular"], width=width)
         found = CalibrationOptions().for_model(config)
         assert found.from_model == tokens
