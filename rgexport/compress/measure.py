@@ -14,8 +14,8 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 
-_HEAD_BYTES = 16 << 20
-"""Bytes of the embedding, in float32, whose logits are compared at once."""
+_SLAB_BYTES = 32 << 20
+"""Of the embedding, and of the logits, in float32: those that are compared at once."""
 
 Read = Callable[[int, int], np.ndarray]
 """From the numbers of the first row and the one after the last to rows."""
@@ -64,7 +64,7 @@ class Original:
         """The KL at each token, float64; logits exist for a slab of the vocabulary at a time."""
         shape = self._weights[EMBEDDING].shape
         sums = _Sums(len(hidden))
-        for start, stop in slab_bounds(shape[0], 4 * shape[1], _HEAD_BYTES):
+        for start, stop in slab_bounds(shape[0], 4 * max(shape[1], len(hidden)), _SLAB_BYTES):
             before = self._weights[EMBEDDING].read(start, stop)
             sums.add(self._logits(self._hidden, before), self._logits(hidden, read(start, stop)))
         return sums.divergences()

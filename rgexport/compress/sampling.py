@@ -23,7 +23,7 @@ from rgexport.validate.reference.implementations import float32_bytes
 _BATCH = 16
 """Sequences that are sampled together, for which each weight is read once."""
 _LARGEST_IN_FLOAT32 = 2 << 30
-"""Bytes of weights from which a model is sampled in int4."""
+"""Bytes of weights from which a model is sampled in its smallest form."""
 
 Step = Callable[[np.ndarray], np.ndarray]
 """Takes the next tokens [B, t] of sequences, the first time from their beginning; returns logits
@@ -98,7 +98,8 @@ def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], St
     short = dataclasses.replace(config, window=min(config.window, LENGTH))
     small = float32_bytes(config) <= _LARGEST_IN_FLOAT32
     shutil.rmtree(folder, ignore_errors=True)
-    options = OnnxOptions(precision="fp32" if small else "int4")
+    smallest = OnnxOptions(precision="int4", block_size=128, embedding_precision="int4")
+    options = OnnxOptions(precision="fp32") if small else smallest
     export_onnx(dataclasses.replace(checkpoint, config=short), options, folder)
     session = open_session(open_artifact(folder))
 

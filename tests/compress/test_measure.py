@@ -45,7 +45,7 @@ def test_sums_over_slabs_are_those_over_all(tokens, slabs, size, seed):
 @pytest.mark.parametrize("name", ODD_CONFIGS)
 def test_as_deepminds_model(name, monkeypatch):
     config = ODD_CONFIGS[name]
-    monkeypatch.setattr("rgexport.compress.measure._HEAD_BYTES", 100 * 4 * config.width)
+    monkeypatch.setattr("rgexport.compress.measure._SLAB_BYTES", 100 * 4 * config.width)
     weights = random_weights(config)
     rng = np.random.default_rng(1)
     others = {n: w + 0.02 * w.std() * rng.normal(size=w.shape) for n, w in weights.items()}

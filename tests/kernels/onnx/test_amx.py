@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["optimized", "sanitized"])
+@pytest.mark.parametrize("kind", ["optimized", "address", "undefined"])
 def test_emulated(kind):
     driver = programs.amx(kind) / programs.DRIVER
     assert_products_right([driver], ASAN_OPTIONS=NO_FAKE_STACK)
