@@ -95,25 +95,34 @@ RECIPES = (
     Recipe("coreml-plan-4.5", "a plan of 4.5 bits", "coreml", calibrated=True, bits=4.5),
     Recipe("coreml-pal4", "k-means", "coreml --precision pal4"),
     Recipe("coreml-pal4-gptq", "GPTQ on palettes", "coreml --precision pal4", calibrated=True),
-    Recipe("gguf-q4_0", "as llama-quantize", "gguf --type q4_0 --pure --quality fast"),
-    Recipe("gguf-q4_k", "as llama-quantize", "gguf --type q4_k_s --pure --quality fast"),
+    Recipe("gguf-q4_0", "q4_0, as llama-quantize", "gguf --type q4_0 --pure --quality fast"),
+    Recipe("gguf-q4_k", "Q4_K, as llama-quantize", "gguf --type q4_k_s --pure --quality fast"),
     Recipe(
         "gguf-q4_k-imatrix",
-        "as llama-quantize, with importances",
+        "Q4_K, as llama-quantize, with importances",
         "gguf --type q4_k_s --pure",
         imatrix=True,
     ),
-    Recipe("gguf-q4_k-gptq", "GPTQ on ggml's grid", "gguf --type q4_k_s --pure", calibrated=True),
-    Recipe("gguf-q4_k_m", "as llama-quantize (default)", "gguf --type q4_k_m --quality fast"),
+    Recipe(
+        "gguf-q4_k-gptq", "Q4_K, GPTQ on ggml's grid", "gguf --type q4_k_s --pure", calibrated=True
+    ),
+    Recipe(
+        "gguf-q4_k_m", "q4_k_m, as llama-quantize (default)", "gguf --type q4_k_m --quality fast"
+    ),
     Recipe(
         "gguf-q4_k_m-imatrix",
-        "as llama-quantize, with importances",
+        "q4_k_m, as llama-quantize, with importances",
         "gguf --type q4_k_m",
         imatrix=True,
     ),
-    Recipe("gguf-q4_k_m-gptq", "GPTQ on ggml's grid (best)", "gguf --type q4_k_m", calibrated=True),
+    Recipe(
+        "gguf-q4_k_m-gptq",
+        "q4_k_m, GPTQ on ggml's grid (best)",
+        "gguf --type q4_k_m",
+        calibrated=True,
+    ),
     Recipe("gguf-plan-4.5", "a plan of 4.5 bits", "gguf", calibrated=True, bits=4.5),
-    Recipe("gguf-q8_0", "as llama-quantize", "gguf --type q8_0"),
+    Recipe("gguf-q8_0", "q8_0, as llama-quantize", "gguf --type q8_0"),
 )
 
 

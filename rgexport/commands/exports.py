@@ -166,7 +166,7 @@ def _export(
         with known_statistics(checkpoint, calibration, cluster) as statistics:
             export = partial(export, statistics=statistics)
             return _close(export(checkpoint, asked, target, force=force, check=check))
-    if cluster:
+    if cluster is not None:
         raise RequestError("--cluster is for --quality best or --calibration; leave it out")
     return _close(export(checkpoint, asked, target, force=force, check=check))
 

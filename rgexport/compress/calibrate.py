@@ -49,7 +49,7 @@ class CalibrationOptions:
 
     Attributes:
         text: a file with text, or None for none.
-        tokens: how many tokens there are in all; None leaves it to the model's width.
+        tokens: how many tokens the statistics are of; None leaves it to the model's width.
         held_out: how many there are beside them, which no statistic sees: plans are measured on
             these. None leaves it to the model's width. In whole sequences; fewer of a short text.
         sampled: how many are sampled from the model; None: all without `text`, else none. Of the

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Cluster:
         """Workers that see the checkpoint's files, too, take sequences through layers."""
         import torch
 
-        model = checkpoint.path.resolve(), checkpoint.config, device
+        model = uuid4().hex, checkpoint.path.resolve(), checkpoint.config, device
         threads = torch.get_num_threads()  # another number could give other sums
 
         def run(index: int, batches: Iterable[Any]) -> Iterator[Any]:
@@ -122,12 +123,20 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
 def _client(address: str) -> Any:
     try:
         from distributed import Client
+        from distributed.comm import get_address_host_port
     except ImportError:
         raise NotInstalled("--cluster needs Dask: pip install 'rgexport[cluster]'") from None
+    try:
+        get_address_host_port(address, strict=True)
+    except ValueError:
+        raise RequestError(
+            f"--cluster is {address!r}; expected the address of a Dask scheduler, such as "
+            "tcp://host:8786"
+        ) from None
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are raised, too
     try:
         client = Client(address, timeout=_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError) as error:
         raise RequestError(
             f"--cluster is {address!r}, where no Dask scheduler answers ({error}); start one: dask "
             "scheduler"
@@ -166,8 +175,9 @@ class _Spread:
     """See `StatisticsOf`; what is known stays on the cluster, where it is factored once."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration, config: GriffinConfig):
-        self._cluster, self._config = cluster, config
-        self._path, self._text = calibration.path.resolve(), calibration.provenance.tokens_sha256
+        self._cluster = cluster
+        path, text = calibration.path.resolve(), calibration.provenance.tokens_sha256
+        self._asked = uuid4().hex, path, text, config
         self._kept: OrderedDict[str, _OnCluster] = OrderedDict()
         self._lock = Lock()
 
@@ -177,8 +187,8 @@ class _Spread:
             return None
         with self._lock:
             if key not in self._kept:
-                asked = self._path, self._text, self._config, name
-                self._kept[key] = _OnCluster(self._cluster, self._cluster.start(_read, *asked))
+                known = self._cluster.start(_read, *self._asked, name)
+                self._kept[key] = _OnCluster(self._cluster, known)
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
@@ -195,18 +205,19 @@ class _OnCluster(RemoteStatistics):
         return parts
 
 
-# The jobs.
+# The jobs. What a worker keeps is for one run of a command, because files may change after it:
+# `run` is another text for each.
 
 
-def _read(path: Path, text: str, config: GriffinConfig, name: str) -> Statistics | None:
-    found = _calibrated(path, config, text)(name)
+def _read(run: str, path: Path, text: str, config: GriffinConfig, name: str) -> Statistics | None:
+    found = _calibrated(run, path, text, config)(name)
     if found is not None:
         found.factor()
     return found
 
 
 @lru_cache(maxsize=1)
-def _calibrated(path: Path, config: GriffinConfig, text: str) -> Calibrated:
+def _calibrated(run: str, path: Path, text: str, config: GriffinConfig) -> Calibrated:
     calibration = open_calibration(path) if path.exists() else None
     if calibration is None or calibration.provenance.tokens_sha256 != text:
         raise RequestError(
@@ -227,18 +238,19 @@ def _encode(
 
 
 def _forward(
-    model: tuple[Path, GriffinConfig, str], index: int, x: np.ndarray, threads: int
+    model: tuple[str, Path, GriffinConfig, str], index: int, x: np.ndarray, threads: int
 ) -> tuple[Any, Any]:
     import torch
 
     from rgexport.compress.statistics import forward
 
     torch.set_num_threads(threads)
-    return forward(model[1], _layer(*model, index), index, torch.from_numpy(x).to(model[2]))
+    _, _, config, device = model
+    return forward(config, _layer(*model, index), index, torch.from_numpy(x).to(device))
 
 
 @lru_cache(maxsize=1)
-def _layer(path: Path, config: GriffinConfig, device: str, index: int) -> Any:
+def _layer(run: str, path: Path, config: GriffinConfig, device: str, index: int) -> Any:
     from rgexport.griffin.reference import Reference
 
     try:

@@ -98,6 +98,15 @@ def test_nobody_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize("address", ["", "here", "localhost:8786", "tcp://host", "tcp://host:x"])
+def test_what_is_no_address_is_one_line(address: str) -> None:
+    with (
+        pytest.raises(RequestError, match=r"expected the address of a Dask scheduler, such as tcp"),
+        connected(address),
+    ):
+        pass
+
+
 def test_a_cluster_has_something_to_do(model: Path, tmp_path: Path) -> None:
     run = rgexport("onnx", "-m", model, "--cluster", "tcp://127.0.0.1:9", folder=tmp_path)
     assert run.returncode == 2
