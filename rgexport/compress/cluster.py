@@ -10,12 +10,10 @@ again from the jobs before it.
 
 import logging
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -25,22 +23,25 @@ from rgexport import __version__
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import input_site
 from rgexport.kernels.rounding import library
 from rgexport.processors import more_jobs
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.statistics import Calibrated, RemoteStatistics, Statistics, StatisticsOf
+from rgexport.quantize.statistics import (
+    Calibrated,
+    LastInputs,
+    RemoteStatistics,
+    Statistics,
+    StatisticsOf,
+)
 
 if TYPE_CHECKING:
     from rgexport.compress.statistics import RunLayer
 
 _SECONDS = 10
 """For a scheduler to answer, and for a worker to be there."""
-_KEPT = 3
-"""Inputs whose statistics stay on the cluster."""
 _JOBS_PER_THREAD = 2
 """That are on their way, so that no worker waits."""
 
@@ -171,28 +172,17 @@ def _able() -> str:
     return f"rgexport {__version__}{built}"
 
 
-class _Spread:
-    """See `StatisticsOf`; what is known stays on the cluster, where it is factored once."""
+class _Spread(LastInputs):
+    """What is known stays on the cluster, where it is factored once."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration, config: GriffinConfig):
+        super().__init__()
         self._cluster = cluster
         path, text = calibration.path.resolve(), calibration.provenance.tokens_sha256
         self._asked = uuid4().hex, path, text, config
-        self._kept: OrderedDict[str, _OnCluster] = OrderedDict()
-        self._lock = Lock()
 
-    def __call__(self, name: str) -> "_OnCluster | None":
-        key = input_site(name)
-        if key is None:
-            return None
-        with self._lock:
-            if key not in self._kept:
-                known = self._cluster.start(_read, *self._asked, name)
-                self._kept[key] = _OnCluster(self._cluster, known)
-            self._kept.move_to_end(key)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+    def _read(self, name: str) -> "_OnCluster":
+        return _OnCluster(self._cluster, self._cluster.start(_read, *self._asked, name))
 
 
 class _OnCluster(RemoteStatistics):
@@ -211,9 +201,10 @@ class _OnCluster(RemoteStatistics):
 
 def _read(run: str, path: Path, text: str, config: GriffinConfig, name: str) -> Statistics | None:
     found = _calibrated(run, path, text, config)(name)
-    if found is not None:
+    if isinstance(found, Statistics):
         found.factor()
-    return found
+        return found
+    return None
 
 
 @lru_cache(maxsize=1)

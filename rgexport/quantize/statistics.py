@@ -118,15 +118,18 @@ def no_statistics(name: str) -> None:
     return None
 
 
-class Calibrated:
-    """Statistics by a calibration; those of the last few inputs are kept, with their factors."""
+class LastInputs(ABC):
+    """Statistics, of which those of the last few inputs are kept."""
 
-    def __init__(self, calibration: Calibration, config: GriffinConfig):
-        self._calibration, self._scale = calibration, config.embedding_scale
-        self._kept: OrderedDict[str, Statistics | None] = OrderedDict()
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Known] = OrderedDict()
         self._lock = Lock()
 
-    def __call__(self, name: str) -> Statistics | None:
+    @abstractmethod
+    def _read(self, name: str) -> Known:
+        """Those of a matrix."""
+
+    def __call__(self, name: str) -> Known:
         """See `StatisticsOf`; None for what is no matrix."""
         key = input_site(name)
         if key is None:
@@ -138,6 +141,14 @@ class Calibrated:
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
+
+
+class Calibrated(LastInputs):
+    """Statistics by a calibration, kept with their factors."""
+
+    def __init__(self, calibration: Calibration, config: GriffinConfig):
+        super().__init__()
+        self._calibration, self._scale = calibration, config.embedding_scale
 
     def _read(self, name: str) -> Statistics | None:
         blocks = self._calibration.hessian(name)

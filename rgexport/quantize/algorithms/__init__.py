@@ -76,7 +76,9 @@ def encode(
     """
     assert not isinstance(scheme, Mixed), name
     if isinstance(statistics, RemoteStatistics):
-        return statistics.encode(name, rows, scheme, ids)
+        if not isinstance(scheme, Float):
+            return statistics.encode(name, rows, scheme, ids)
+        statistics = None
     chosen = ALGORITHMS[scheme.algorithm]
     if chosen.needs_statistics and (statistics is None or not statistics.hessians):
         raise RequestError(
