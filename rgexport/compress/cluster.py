@@ -57,7 +57,8 @@ class Cluster:
         with warnings.catch_warnings():
             # Data that go with a job are there when it runs again; those on a worker may be lost.
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
-            return self._client.submit(function, *arguments, pure=False)
+            with self._connected():
+                return self._client.submit(function, *arguments, pure=False)
 
     def result(self, future: Any) -> Any:
         """Waits for a future.
@@ -65,18 +66,25 @@ class Cluster:
         Raises:
             RequestError: the job ended in one, or the cluster is lost.
         """
+        with self._connected():
+            return future.result()
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
         from concurrent.futures import CancelledError
 
         from distributed import KilledWorker
+        from distributed.client import ClosedClientError
+        from distributed.comm import CommClosedError
 
         try:
-            return future.result()
+            yield
         except KilledWorker as error:
             raise RequestError(
                 f"a job ended the workers of {self._address} that ran it, one after another; give "
                 f"workers more memory ({error.last_worker.address})"
             ) from None
-        except (CancelledError, OSError, TimeoutError):
+        except (CancelledError, ClosedClientError, CommClosedError, TimeoutError):
             raise RequestError(
                 f"the Dask scheduler at {self._address} is gone; start it and run the command again"
             ) from None
