@@ -142,7 +142,7 @@ def _client(address: str) -> Any:
             f"--cluster is {address!r}; expected the address of a Dask scheduler, such as "
             "tcp://host:8786"
         ) from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are raised, too
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised, too
     try:
         client = Client(address, timeout=_SECONDS, set_as_default=False)
     except (OSError, TimeoutError) as error:
