@@ -10,7 +10,7 @@ from rgexport.commands.options import FOLDER, cluster_option, model_options, ver
 
 @click.command()
 @model_options
-@click.option("--text", type=FOLDER, help="A file with text. [default: sampled from the model]")
+@click.option("--text", type=FOLDER, help="A file with text. [default: a built-in one]")
 @click.option(
     "--tokens",
     type=int,
@@ -22,7 +22,11 @@ from rgexport.commands.options import FOLDER, cluster_option, model_options, ver
     help="Tokens beside them to measure plans on. [default: a quarter of that; as many for a width "
     "of at most 1024]",
 )
-@click.option("--sampled", type=int, help="Beside --text: how many are sampled from the model.")
+@click.option(
+    "--sampled",
+    type=int,
+    help="How many of --tokens the model writes itself. [default: five sixths; none with --text]",
+)
 @click.option(
     "--gradient-tokens",
     type=int,

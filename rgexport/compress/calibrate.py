@@ -38,6 +38,10 @@ from rgexport.quantize.calibration_format import (
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
+BUILT_IN = Path(__file__).with_name("text.txt")
+"""A text of many kinds: sampled text has little of what this model rarely writes."""
+_BUILT_IN_PART = 6
+"""One token in so many is the built-in text's."""
 _SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
 """Width up to which more tokens take seconds; whether it is small → how many there are, and the
 part of them that is added as held-out text."""
@@ -48,12 +52,13 @@ class CalibrationOptions:
     """What a user can ask of a calibration.
 
     Attributes:
-        text: a file with text, or None for none.
+        text: a file with text, or None for the built-in one.
         tokens: how many tokens the statistics are of; None leaves it to the model's width.
         held_out: how many there are beside them, which no statistic sees: plans are measured on
-            these. None leaves it to the model's width. In whole sequences; fewer of a short text.
-        sampled: how many are sampled from the model; None: all without `text`, else none. Of the
-            held-out tokens the same part is sampled.
+            these. None leaves it to the model's width. In whole sequences; fewer of a short text;
+            none of the built-in text, whose part is left out.
+        sampled: how many of `tokens` are sampled from the model; None: none beside a user's text,
+            else five sixths, or all without a tokenizer. The same part of the held-out tokens is.
         gradient_tokens: how many have gradients; in whole sequences, at least one.
         seed: of what is drawn.
         device: where torch computes; `auto` is CUDA where there is one.
@@ -81,15 +86,17 @@ class CalibrationOptions:
         ):
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}; expected at least {least}")
-        if self.text is None and self.sampled is not None:
-            raise RequestError("--sampled is for a mixture with --text; use --tokens without it")
-        if self.tokens is not None and not self.from_text and self.text is not None:
+        if self.tokens is None or self.sampled is None:
+            return
+        if self.sampled > self.tokens:
+            raise RequestError(f"--sampled {self.sampled} is more than --tokens {self.tokens}")
+        if self.sampled == self.tokens and self.text is not None:
             raise RequestError(
                 f"--sampled {self.sampled} leaves nothing of --tokens {self.tokens} for --text"
             )
 
-    def for_model(self, config: GriffinConfig) -> "CalibrationOptions":
-        """With numbers of tokens.
+    def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
+        """With numbers of tokens; `readable` says whether the model's tokenizer can read text.
 
         Raises:
             RequestError: nothing of them is left for the text.
@@ -97,23 +104,26 @@ class CalibrationOptions:
         small = config.width <= _SMALL
         tokens = _TOKENS[small] if self.tokens is None else self.tokens
         part = tokens // _HELD_OUT[small] // LENGTH * LENGTH
+        built_in = tokens // _BUILT_IN_PART if readable else 0
+        sampled = 0 if self.text is not None else tokens - built_in
         return replace(
-            self, tokens=tokens, held_out=part if self.held_out is None else self.held_out
+            self,
+            tokens=tokens,
+            held_out=part if self.held_out is None else self.held_out,
+            sampled=sampled if self.sampled is None else self.sampled,
         )
 
     @property
     def from_model(self) -> int:
         """How many tokens are sampled."""
-        if self.text is not None:
-            return self.sampled or 0
-        assert self.tokens is not None, "see `for_model`"
-        return self.tokens
+        assert self.sampled is not None, "see `for_model`"
+        return self.sampled
 
     @property
     def from_text(self) -> int:
         """How many tokens are those of the text, at most."""
         assert self.tokens is not None, "see `for_model`"
-        return max(0, self.tokens - self.from_model)
+        return self.tokens - self.from_model
 
     def with_held_out(self, tokens: int) -> int:
         """So many tokens of the statistics, and those that are held out beside them."""
@@ -121,13 +131,13 @@ class CalibrationOptions:
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
-        """The sequences of the statistics, and those that are held out.
+        """The sequences of the statistics but the built-in ones, and those that are held out.
 
         Of a text that is too short for both, no more than a third is held out.
         """
-        assert self.tokens is not None and self.held_out is not None, "see `for_model`"
-        sequences, wanted = len(text.lengths), self.tokens + self.held_out
-        count = min(sequences * self.held_out // wanted, sequences - 1)
+        used = self.from_model + (self.from_text if self.text is not None else 0)
+        sequences, wanted = len(text.lengths), self.with_held_out(used)
+        count = min(sequences * (wanted - used) // wanted, sequences - 1)
         if len(text.tokens) < wanted:
             count = min(count, sequences // 3)
         return text.without_last(count)
@@ -136,7 +146,8 @@ class CalibrationOptions:
     def source(self) -> str:
         """Where the text is from, in words."""
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
-        given = "" if self.text is None else f"text of {self.text.name}"
+        given = "the built-in text" if self.text is None else f"text of {self.text.name}"
+        given *= self.from_text > 0
         return " and ".join(filter(None, (sampled, given)))
 
 
@@ -158,8 +169,9 @@ def calibrate(
             unfinished work of another request there.
     """
     check_file_target(target, force=force, replaceable=is_calibration)
-    options = options.for_model(checkpoint.config)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
+    readable = tokenizer is not None and tokenizer.vocab_size <= checkpoint.config.vocab_size
+    options = options.for_model(checkpoint.config, readable=readable)
     device = torch_device(options.device)
     given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
@@ -168,8 +180,11 @@ def calibrate(
     request = _request(options, hashes)
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         work = open_work(folder, request, force=force)
-        text = _text(work, checkpoint, tokenizer, options, given)
-        collect(work, checkpoint, text, options, hashes, device, workers)
+        built_in = [] if options.text else given
+        text = _text(work, checkpoint, tokenizer, options, given if options.text else [])
+        text, held_out = options.split(text)
+        text = join([*text.sequences(), *built_in], options.seed) if built_in else text
+        collect(work, checkpoint, text, held_out, options, hashes, device, workers)
     return target
 
 
@@ -199,14 +214,17 @@ def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
 def _given_text(
     options: CalibrationOptions, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[np.ndarray]:
-    """The sequences of the user's text; none without one."""
-    if options.text is None:
+    """The sequences of the user's text, or of the built-in one."""
+    if not options.from_text:
         return []
     if tokenizer is None:
         raise RequestError(
-            f"the model has no tokenizer to read {options.text} with; put its tokenizer.model into "
-            "its folder, or leave --text out to sample text from the model"
+            f"the model has no tokenizer to read {options.text or 'the built-in text'} with; put "
+            "its tokenizer.model into its folder, or leave --text and --sampled out to take all "
+            "text from the model"
         )
+    if options.text is None:
+        return read_text(BUILT_IN, tokenizer, options.from_text)
     found = read_text(options.text, tokenizer, options.with_held_out(options.from_text))
     largest = max(int(sequence.max()) for sequence in found)
     if largest >= vocab_size:
@@ -248,17 +266,17 @@ def collect(
     work: Work,
     checkpoint: Checkpoint,
     text: Passages,
+    held_out: Passages,
     options: CalibrationOptions,
     hashes: FileHashes,
     device: str,
     workers: Cluster | None = None,
 ) -> None:
-    """Fills the file with the statistics of the text."""
+    """Fills the file with the statistics of the text; what is held out is only kept in it."""
     from rgexport.compress.statistics import Collector, run_layer
     from rgexport.griffin.reference import Reference
 
     config = checkpoint.config
-    text, held_out = options.split(text)
     gradients = text.first(options.gradient_tokens)
     provenance = Provenance(
         model=checkpoint.name,

@@ -24,6 +24,10 @@ class Passages:
     tokens: np.ndarray
     lengths: np.ndarray
 
+    def sequences(self) -> list[np.ndarray]:
+        """The tokens of each sequence."""
+        return np.split(self.tokens, self.lengths.cumsum()[:-1])
+
     def first(self, tokens: int) -> "Passages":
         """The first sequences that have at most so many tokens together, at least one."""
         count = max(1, int(np.searchsorted(self.lengths.cumsum(), tokens, side="right")))

@@ -35,9 +35,11 @@ def checkpoint_of(name: str, folder: Path) -> Checkpoint:
 def collected(
     checkpoint: Checkpoint, text: Passages, folder: Path, *, gradients: int = 10**6
 ) -> Calibration:
-    options = CalibrationOptions(gradient_tokens=gradients, held_out=0).for_model(checkpoint.config)
+    options = CalibrationOptions(gradient_tokens=gradients)
+    options = options.for_model(checkpoint.config, readable=False)
     work = open_work(folder, {}, force=False)
-    collect(work, checkpoint, text, options, require_sound(checkpoint), "cpu")
+    text, nothing = text.without_last(0)
+    collect(work, checkpoint, text, nothing, options, require_sound(checkpoint), "cpu")
     return open_calibration(folder / COMPLETE)
 
 

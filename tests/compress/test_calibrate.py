@@ -11,7 +11,7 @@ import pytest
 
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
-from rgexport.compress.calibrate import CalibrationOptions, calibrate
+from rgexport.compress.calibrate import BUILT_IN, CalibrationOptions, calibrate
 from rgexport.compress.passages import Passages
 from rgexport.compress.statistics import Collector
 from rgexport.compress.work import Work
@@ -184,7 +184,7 @@ def test_one_token_of_text(tmp_path: Path) -> None:
         ({"gradient_tokens": 0}, "--gradient-tokens is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"held_out": -1}, "--held-out is -1"),
-        ({"sampled": 5}, "--sampled is for a mixture with --text"),
+        ({"tokens": 9, "sampled": 10}, "--sampled 10 is more than --tokens 9"),
         ({"text": Path("a"), "sampled": -1}, "--sampled is -1"),
         ({"text": Path("a"), "tokens": 9, "sampled": 9}, "leaves nothing of --tokens 9"),
     ],
@@ -197,11 +197,46 @@ def test_contradictions(options: dict[str, Any], message: str) -> None:
 def test_a_narrow_model_takes_more_tokens() -> None:
     for width, tokens, held_out in ((64, 16384, 16384), (1024, 16384, 16384), (2560, 8192, 2048)):
         config = replace(ODD_CONFIGS["regular"], width=width)
-        found = CalibrationOptions().for_model(config)
+        found = CalibrationOptions().for_model(config, readable=False)
         assert found.from_model == tokens
         assert found.with_held_out(tokens) == tokens + held_out
-        assert CalibrationOptions(tokens=5).for_model(config).from_model == 5
-        assert CalibrationOptions(tokens=5).for_model(config).with_held_out(5) == 5
+        few = CalibrationOptions(tokens=5).for_model(config, readable=False)
+        assert few.from_model == few.with_held_out(5) == 5
+
+
+def test_a_sixth_is_built_in() -> None:
+    """Unless a user says what is sampled, or gives a text."""
+    for given, sampled in (
+        ({}, 13654),
+        ({"tokens": 1024}, 854),
+        ({"sampled": 16384}, 16384),
+        ({"text": Path("a")}, 0),
+    ):
+        options = CalibrationOptions(**given).for_model(ODD_CONFIGS["regular"], readable=True)
+        assert (options.from_model, options.from_text) == (sampled, (options.tokens or 0) - sampled)
+
+
+def test_the_built_in_text_is_used_but_not_held_out(sampled: list[int], tmp_path: Path) -> None:
+    checkpoint = demo_with_one_layer(tmp_path / "model")
+    options = CalibrationOptions(tokens=240, held_out=240, device="cpu")
+    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
+    assert sampled == [400] and found.tokens == 240
+    assert found.provenance.text == "200 tokens sampled from the model and the built-in text"
+    assert [len(ids) for ids in found.held_out] == [20] * 10
+    built_in = load_tokenizer(demo_folder()).encode_text(BUILT_IN.read_text())[:39]
+    texts = [ids[1:].tolist() for ids in found.sequences]
+    assert built_in in texts and texts[-1] != built_in
+    assert not {*map(bytes, found.sequences)} & {*map(bytes, found.held_out)}
+
+
+def test_a_tokenizer_of_another_vocabulary_reads_no_text(
+    sampled: list[int], tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of("regular", tmp_path / "model")
+    shutil.copy(demo_folder() / "tokenizer.model", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    found = open_calibration(calibrate(checkpoint, OPTIONS, tmp_path / "target"))
+    assert found.provenance.text == "60 tokens sampled from the model"
 
 
 def test_some_sequences_are_held_out(sampled: list[int], tmp_path: Path) -> None:
@@ -239,15 +274,18 @@ def test_a_short_text_is_shared(words: int, sequences: int, held_out: int, tmp_p
 def test_a_mixture_leaves_something_for_the_text() -> None:
     options = CalibrationOptions(text=Path("a"), sampled=16384)
     with pytest.raises(RequestError, match="leaves nothing of --tokens 16384 for --text"):
-        options.for_model(ODD_CONFIGS["regular"])
+        options.for_model(ODD_CONFIGS["regular"], readable=True)
 
 
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     checkpoint = checkpoint_of("regular", tmp_path / "model")
-    options = CalibrationOptions(text=tmp_path / "a.txt", device="cpu")
-    with pytest.raises(RequestError, match="has no tokenizer to read"):
-        calibrate(checkpoint, options, tmp_path / "target")
+    for given, name in (
+        (CalibrationOptions(text=tmp_path / "a.txt"), "a.txt"),
+        (replace(OPTIONS, sampled=20), "the built-in text"),
+    ):
+        with pytest.raises(RequestError, match=f"has no tokenizer to read .*{name} with"):
+            calibrate(checkpoint, given, tmp_path / "target")
 
 
 def test_the_command(tmp_path: Path) -> None:
