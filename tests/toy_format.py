@@ -14,12 +14,11 @@ from rgexport.export.storage import Places, fill
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import State, zero_state
+from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Float, Scheme
 from rgexport.runtimes.engine import Engine
-from rgexport.runtimes.sequences import checked_tokens
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate.formats.expected import Expected
 from rgexport.validate.self_check import self_check
@@ -39,36 +38,44 @@ class ToyFormat(FolderFormat):
         return CardText("a toy", "rest", f"    rgexport {verb}")
 
 
-class ToySession:
+class ToySession(Session):
     """The reference with the artifact's weights, token by token or in chunks."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._config = artifact.manifest.config
         self._model = Reference(self._config, artifact.weights, keep=True)
-        self.vocab_size = self._config.vocab_size
-        self.info = SessionInfo("toy", "1", 1, "float32", 0, 0, 16)
         self.reset()
+
+    @property
+    def info(self) -> SessionInfo:
+        return SessionInfo("toy", "1", 1, "float32", 0, 0, 16)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {spec.name: spec.shape for spec in state_specs(self._config)}
 
     @property
     def position(self) -> np.ndarray:
         return self._state["position"].copy()
 
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        tokens = checked_tokens(tokens, len(self.position), self.vocab_size)
-        hidden, self._state = self._model.run(tokens, self._state)
-        return self._model.logits(hidden[:, -num_logits:])
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        return self.prefill(tokens[:, None])[:, 0]
-
     def reset(self, batch: int = 1) -> None:
         self._state = zero_state(self._config, batch)
 
-    def get_state(self) -> State:
-        return {name: value.copy() for name, value in self._state.items()}
+    def get_rows(self, rows: range) -> State:
+        return {name: value[rows.start : rows.stop].copy() for name, value in self._state.items()}
 
-    def set_state(self, state: State) -> None:
-        self._state = {name: value.copy() for name, value in state.items()}
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        hidden, state = self._model.run(tokens, self.get_rows(rows))
+        self._set_rows(rows, state)
+        return self._model.logits(hidden[:, -num_logits:])
+
+    def _set_rows(self, rows: range, state: State) -> None:
+        for name, value in self._state.items():
+            value[rows.start : rows.stop] = state[name]
 
     def close(self) -> None:
         pass

@@ -1,11 +1,12 @@
 """The interface that every engine implements."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from rgexport.griffin.state import State
+from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.sequences import checked_tokens, require_fitting
 
 
 @dataclass(frozen=True)
@@ -35,54 +36,110 @@ class SessionInfo:
         return f"{self.engine} {self.engine_version}, {self.kernels} kernels"
 
 
-class Session(Protocol):
+class Session(ABC):
     """A model in an engine, with the state of `batch` conversations.
 
-    The rows of a batch take the same number of tokens in one call. Logits are float32.
+    Neighbouring rows of the batch can be used without the others, so that conversations at
+    different positions come and go. The rows of one call take the same number of tokens. Logits
+    are float32.
     """
 
     @property
+    @abstractmethod
     def info(self) -> SessionInfo:
         """What this session runs."""
         ...
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Number of logits per token."""
         ...
 
     @property
+    @abstractmethod
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape without the batch axis of each canonical state but the position."""
+        ...
+
+    @property
+    @abstractmethod
     def position(self) -> np.ndarray:
         """Tokens seen so far, [B] int64."""
         ...
 
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [B, T], T ≥ 1, in chunks of the session's choice.
+    @abstractmethod
+    def reset(self, batch: int = 1) -> None:
+        """Clears the state, and sets the number of conversations.
 
-        Returns the logits of the last `num_logits` tokens, [B, num_logits, vocab].
+        Raises:
+            RequestError: a file of the artifact changed while the session was open.
         """
         ...
 
+    @abstractmethod
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        """As `take`; tokens and `num_logits` are checked."""
+        ...
+
+    @abstractmethod
+    def get_rows(self, rows: range) -> State:
+        """A copy of the canonical state of some rows."""
+        ...
+
+    @abstractmethod
+    def _set_rows(self, rows: range, state: State) -> None:
+        """As `set_rows`; the state fits the model."""
+        ...
+
+    def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
+
+        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab].
+
+        Raises:
+            RequestError: another shape, or an id outside of the vocabulary.
+        """
+        tokens = checked_tokens(tokens, len(rows), self.vocab_size)
+        return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
+
+    def set_rows(self, rows: range, state: State) -> None:
+        """Lets some rows continue from a canonical state of as many, by any engine.
+
+        Raises:
+            RequestError: a name or shape does not fit this model; dtypes are converted.
+        """
+        require_fitting(state, self.state_shapes)
+        self._set_rows(rows, state)
+
+    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """As `take`, for all rows: tokens [B, T]; returns logits [B, num_logits, vocab]."""
+        return self.take(self._all, tokens, num_logits)
+
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""
-        ...
-
-    def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations."""
-        ...
+        return self.take(self._all, np.reshape(tokens, (-1, 1)))[:, 0]
 
     def get_state(self) -> State:
-        """A copy of the canonical state."""
-        ...
+        """A copy of the canonical state of all rows."""
+        return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:
         """Continues from a canonical state, of any batch size, by any engine.
 
         Raises:
-            RequestError: a name or shape does not fit this model; dtypes are converted.
+            RequestError: see `set_rows`.
         """
-        ...
+        require_fitting(state, self.state_shapes)
+        if len(state[POSITION]) != len(self._all):
+            self.reset(len(state[POSITION]))
+        self._set_rows(self._all, state)
 
+    @property
+    def _all(self) -> range:
+        return range(len(self.position))
+
+    @abstractmethod
     def close(self) -> None:
         """Frees the artifact's files and memory; the session cannot be used any more."""
         ...

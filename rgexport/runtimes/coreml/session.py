@@ -10,8 +10,7 @@ from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.processors import usable_processors
 from rgexport.runtimes.coreml.runner import Runner, open_runner
-from rgexport.runtimes.sequences import checked_tokens, require_fitting
-from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 _LO_SCALE = np.float32(LO_SCALE)
@@ -98,7 +97,7 @@ class States:
         self.runner.write_state(row.state, name, stored)
 
 
-class CoreMLSession:
+class CoreMLSession(Session):
     """A package with the functions `decode`, of one token, and `prefill`, of a fixed number.
 
     Both take one sequence, so the rows of a batch are run in turn, each with its own state.
@@ -149,60 +148,47 @@ class CoreMLSession:
         return self._vocab
 
     @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each state."""
+        return self._states.shapes
+
+    @property
     def position(self) -> np.ndarray:
         """Tokens seen so far, [B] int64."""
         return np.array([row.position for row in self._rows], np.int64)
 
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab].
-
-        Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
-        `prefill` does not give.
-        """
-        tokens = checked_tokens(tokens, len(self._rows), self._vocab)
-        count = tokens.shape[1]
-        first = count - max(1, min(num_logits, count))
-        return np.stack(
-            [self._take(row, ids, first) for row, ids in zip(self._rows, tokens, strict=True)]
-        )
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
-        return self.prefill(np.reshape(tokens, (-1, 1)))[:, 0]
-
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything; from now on `batch` conversations.
-
-        Raises:
-            RequestError: a file changed while the session was open.
-        """
+        """Clears the state, and sets the number of conversations."""
         self._files.require()
         self._rows = [Row(self._states) for _ in range(batch)]
 
-    def get_state(self) -> State:
-        """A copy of the canonical state."""
-        rows = [self._states.canonical(row) for row in self._rows]
-        state = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return state | {POSITION: self.position}
-
-    def set_state(self, state: State) -> None:
-        """Continues from a canonical state of any batch size.
-
-        Raises:
-            RequestError: a name or shape that does not fit this model.
-        """
-        require_fitting(state, self._states.shapes)
-        self.reset(len(state[POSITION]))
-        for index, row in enumerate(self._rows):
-            row.position = int(state[POSITION][index])
-            self._states.set(row, {name: state[name][index] for name in self._states.shapes})
+    def get_rows(self, rows: range) -> State:
+        """A copy of the canonical state of some rows."""
+        found = [self._states.canonical(self._rows[index]) for index in rows]
+        state = {name: np.stack([row[name] for row in found]) for name in self._states.shapes}
+        return state | {POSITION: self.position[rows.start : rows.stop]}
 
     def close(self) -> None:
         """Frees the package and the states; the session cannot be used afterwards."""
         del self._rows, self._states, self._runner
 
-    def _take(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
-        """Takes tokens [T] of one sequence; logits [T - first, vocab] of those from `first` on."""
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        first = tokens.shape[1] - num_logits
+        pairs = zip(rows, tokens, strict=True)
+        return np.stack([self._take_row(self._rows[index], ids, first) for index, ids in pairs])
+
+    def _set_rows(self, rows: range, state: State) -> None:
+        for place, index in enumerate(rows):
+            row = self._rows[index] = Row(self._states)
+            row.position = int(state[POSITION][place])
+            self._states.set(row, {name: state[name][place] for name in self._states.shapes})
+
+    def _take_row(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
+        """Takes tokens [T] of one sequence; logits [T - first, vocab] of those from `first` on.
+
+        Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
+        `prefill` does not give.
+        """
         logits = np.empty((len(ids) - first, self._vocab), np.float32)
         start = 0
         while start < len(ids):

@@ -77,17 +77,19 @@ class Context:
         self.chunk: int = parameters.n_batch // batch
         self.rows: int = parameters.n_outputs_max // batch
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> np.ndarray:
-        """Takes tokens [batch, T], T ≤ `chunk`, of sequences that have seen `positions` [batch].
+    def decode(
+        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
+    ) -> np.ndarray:
+        """Takes tokens [S, T], T ≤ `chunk`, of sequences that have seen `positions` [S].
 
         Returns:
-            The last `wanted` logits, [batch, wanted, vocab]; `wanted` ≤ `rows`.
+            The last `wanted` logits, [S, wanted, vocab]; `wanted` ≤ `rows`.
 
         Raises:
             RequestError: llama.cpp failed; with its reason.
         """
         with logged():
-            batch = self._batch(tokens, positions, wanted)
+            batch = self._batch(sequences, tokens, positions, wanted)
             status = self._llama.llama_decode(self._handle.pointer, batch)
         if status != 0:
             raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
@@ -100,6 +102,10 @@ class Context:
     def clear(self) -> None:
         """Forgets all sequences."""
         self._llama.llama_memory_clear(self._memory, True)
+
+    def forget(self, sequence: int) -> None:
+        """Forgets one sequence."""
+        self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def read(self, sequence: int) -> State:
         """The canonical state, without a batch axis, of a sequence that has seen a token.
@@ -138,10 +144,12 @@ class Context:
         """Frees the context, which cannot be used any more."""
         self._handle.close()
 
-    def _batch(self, tokens: np.ndarray, positions: np.ndarray, wanted: int) -> Any:
+    def _batch(
+        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
+    ) -> Any:
         """All tokens of the first sequence, then those of the next; it keeps its arrays alive."""
         batch, count = tokens.shape
-        addresses = self._sequences.ctypes.data + 4 * self._sequences.astype(np.uintp)
+        addresses = self._sequences.ctypes.data + 4 * np.array(sequences, np.uintp)
         last = np.arange(count) >= count - wanted
         columns = {
             "token": tokens.astype(np.int32).reshape(-1),

@@ -11,8 +11,7 @@ from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.processors import usable_processors
 from rgexport.runtimes.llama_cpp.context import Context, Settings
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
-from rgexport.runtimes.sequences import checked_tokens, require_fitting
-from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 UBATCH = 512
@@ -24,7 +23,7 @@ _ALL_F32, _FLOATS = 0, (0, 1, 32)
 """`LLAMA_FTYPE_ALL_F32`; that, `MOSTLY_F16` and `MOSTLY_BF16` (llama.h)."""
 
 
-class LlamaCppSession:
+class LlamaCppSession(Session):
     """A .gguf file in the llama.cpp of the installed llama-cpp-python.
 
     Keys and values are float32 if all weights are, otherwise float16, whose rounding (1e-4 of the
@@ -95,26 +94,14 @@ class LlamaCppSession:
         return self._config.vocab_size
 
     @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each state."""
+        return {spec.name: spec.shape for spec in self._specs}
+
+    @property
     def position(self) -> np.ndarray:
         """Tokens seen so far, [B] int64."""
         return self._position.copy()
-
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
-        tokens = checked_tokens(tokens, len(self._position), self.vocab_size)
-        context, count = self._open, tokens.shape[1]
-        first = count - max(1, min(num_logits, count))
-        logits, start = [], 0
-        while start < count:
-            stop = min(start + context.chunk, max(first, start) + context.rows, count)
-            wanted = max(0, stop - max(first, start))
-            logits.append(self._decode(tokens[:, start:stop], wanted))
-            start = stop
-        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
-        return self.prefill(np.reshape(tokens, (-1, 1)))[:, 0]
 
     def reset(self, batch: int = 1) -> None:
         """Clears the state, and sets the number of conversations.
@@ -129,37 +116,21 @@ class LlamaCppSession:
             self._context = Context(self._model, self._config, self._settings, batch)
         self._open.clear()
         self._position = np.zeros(batch, np.int64)
-        self._counted = 0
+        self._counted = np.zeros(batch, np.int64)
 
-    def get_state(self) -> State:
-        """A copy of the canonical state.
+    def get_rows(self, rows: range) -> State:
+        """A copy of the canonical state of some rows.
 
         llama.cpp's own memory is then written from the copy, so that this session continues to the
         last bit like any other session that gets the copy.
         """
-        batch = len(self._position)
-        state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in self._specs}
-        state[POSITION] = self.position
-        for sequence in np.flatnonzero(self._position).tolist():
-            for name, array in self._open.read(sequence).items():
-                state[name][sequence] = array
-        self._fill(state)
+        state = {s.name: np.zeros((len(rows), *s.shape), s.dtype) for s in self._specs}
+        state[POSITION] = self._position[rows.start : rows.stop].copy()
+        for place in np.flatnonzero(state[POSITION]).tolist():
+            for name, array in self._open.read(rows[place]).items():
+                state[name][place] = array
+        self._set_rows(rows, state)
         return state
-
-    def set_state(self, state: State) -> None:
-        """Continues from a canonical state of any batch size, by any engine.
-
-        Raises:
-            RequestError: a name or shape does not fit this model, or a position is too large for
-                llama.cpp.
-        """
-        require_fitting(state, {spec.name: spec.shape for spec in self._specs})
-        furthest = int(state[POSITION].max(initial=0))
-        if furthest > LAST_POSITION:
-            raise RequestError(
-                f"the state has seen {furthest} tokens; llama.cpp counts to {LAST_POSITION}"
-            )
-        self._fill(state)
 
     def close(self) -> None:
         """Frees the context and the model; the session cannot be used any more."""
@@ -194,19 +165,36 @@ class LlamaCppSession:
                 f"says {self._config.vocab_size}; export it again"
             )
 
-    def _decode(self, tokens: np.ndarray, wanted: int) -> np.ndarray:
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        context, count = self._open, tokens.shape[1]
+        first = count - num_logits
+        logits, start = [], 0
+        while start < count:
+            stop = min(start + context.chunk, max(first, start) + context.rows, count)
+            wanted = max(0, stop - max(first, start))
+            logits.append(self._decode(rows, tokens[:, start:stop], wanted))
+            start = stop
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    def _decode(self, rows: range, tokens: np.ndarray, wanted: int) -> np.ndarray:
         """One call of llama.cpp, after making room in its context if needed."""
-        count = tokens.shape[1]
-        if self._counted + count > self._open.room:
-            self.get_state()  # writes the state again, which makes room
-        logits = self._open.decode(tokens, self._position, wanted)
-        self._position += count
-        self._counted += count
+        place, count = slice(rows.start, rows.stop), tokens.shape[1]
+        if self._counted[place].max() + count > self._open.room:
+            self.get_rows(rows)  # writes the states again, which makes room
+        logits = self._open.decode(rows, tokens, self._position[place], wanted)
+        self._position[place] += count
+        self._counted[place] += count
         return logits
 
-    def _fill(self, state: State) -> None:
-        """Replaces the state by one that fits."""
-        self.reset(len(state[POSITION]))
-        for sequence in np.flatnonzero(state[POSITION]).tolist():
-            self._open.write(sequence, {name: array[sequence] for name, array in state.items()})
-        self._position = np.array(state[POSITION], np.int64)
+    def _set_rows(self, rows: range, state: State) -> None:
+        furthest = int(state[POSITION].max(initial=0))
+        if furthest > LAST_POSITION:
+            raise RequestError(
+                f"the state has seen {furthest} tokens; llama.cpp counts to {LAST_POSITION}"
+            )
+        for place, sequence in enumerate(rows):
+            self._open.forget(sequence)
+            if state[POSITION][place]:
+                self._open.write(sequence, {name: array[place] for name, array in state.items()})
+        self._position[rows.start : rows.stop] = state[POSITION]
+        self._counted[rows.start : rows.stop] = 0

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -17,8 +18,8 @@ from rgexport.processors import usable_processors
 from rgexport.progress import warn
 from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
-from rgexport.runtimes.sequences import checked_tokens, require_fitting
-from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.sequences import checked_tokens
+from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 PREFILL_CHUNK = 512
@@ -31,7 +32,7 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
 
 
-class OrtSession:
+class OrtSession(Session):
     """An ONNX artifact in ONNX Runtime on the CPU, with our kernels where they are built.
 
     Each state has one buffer, bound as input and as output: the graph reads a state before it
@@ -92,81 +93,65 @@ class OrtSession:
         return self._vocab
 
     @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each state."""
+        return {s.name: s.shape for s in self._manifest.states}
+
+    @property
     def position(self) -> np.ndarray:
         """Tokens seen so far, [B] int64."""
         return self._position.copy()
 
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [B, T], T ≥ 1; returns the last `num_logits` logits, [B, n, vocab]."""
-        tokens = checked_tokens(tokens, len(self._position), self._vocab)
-        count = tokens.shape[1]
-        first = count - max(1, min(num_logits, count))
-        logits = []
-        for start in range(0, count, PREFILL_CHUNK):
-            chunk = tokens[:, start : start + PREFILL_CHUNK]
-            wanted = start + chunk.shape[1] - max(first, start)
-            result = self._run(chunk, max(1, wanted))
-            if wanted > 0:
-                logits.append(result)
-        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Takes one token a row, [B]; returns its logits, [B, vocab]."""
-        column = np.reshape(tokens, (-1, 1))
-        self._step_ids[:] = checked_tokens(column, len(self._position), self._vocab)
-        self._step_positions[:, 0] = self._position
-        logits = self._run_for_logits(self._step_run, 1)
-        self._position += 1
-        return logits[:, 0]
-
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Takes tokens [B, T] in one run with all logits; returns the outputs `names`."""
-        ids = checked_tokens(tokens, len(self._position), self._vocab)
-        found = self._bind(ids, self._next(ids), ids.shape[1]).fetch(names)
+        ids, rows = checked_tokens(tokens, len(self._position), self._vocab), self._all
+        found = self._bind(rows, ids, self._next(rows, ids), ids.shape[1]).fetch(names)
         self._position += ids.shape[1]
         return found
 
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations.
-
-        Raises:
-            RequestError: a file of the session has changed, and perhaps its weights with it.
-        """
+        """Clears the state, and sets the number of conversations."""
         self._files.require()
         specs = self._manifest.states
         self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
-        self._step_ids = np.zeros((batch, 1), np.int64)
-        self._step_positions = np.zeros((batch, 1), np.int64)
-        self._step_run = self._bind(self._step_ids, self._step_positions, 1)
+        self._steps: dict[range, _Step] = {}
 
-    def get_state(self) -> State:
-        """A copy of the canonical state."""
+    def get_rows(self, rows: range) -> State:
+        """A copy of the canonical state of some rows."""
+        place, position = slice(rows.start, rows.stop), self._position[rows.start : rows.stop]
         state = {
-            name: _rolled(array, -self._position) if name in self._rings else array.copy()
+            name: _rolled(array[place], -position) if name in self._rings else array[place].copy()
             for name, array in self._states.items()
         }
-        return state | {POSITION: self.position}
-
-    def set_state(self, state: State) -> None:
-        """Continues from a canonical state of any batch size.
-
-        Raises:
-            RequestError: a name or shape does not fit this model.
-        """
-        require_fitting(state, {s.name: s.shape for s in self._manifest.states})
-        batch = len(state[POSITION])
-        if batch != len(self._position):
-            self.reset(batch)
-        self._position[:] = state[POSITION]
-        for name, buffer in self._states.items():
-            buffer[:] = _rolled(state[name], self._position) if name in self._rings else state[name]
+        return state | {POSITION: position.copy()}
 
     def close(self) -> None:
         """Frees the weights and the states; the session cannot be used any more."""
         self._stop_advice()
-        del self._step_run, self._session, self._weights
+        del self._steps, self._session, self._weights
         self._states = {}
+
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        count = tokens.shape[1]
+        if count == 1:
+            return self._step(rows, tokens)
+        first = count - num_logits
+        logits = []
+        for start in range(0, count, PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            wanted = start + chunk.shape[1] - max(first, start)
+            result = self._run(rows, chunk, max(1, wanted))
+            if wanted > 0:
+                logits.append(result)
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    def _set_rows(self, rows: range, state: State) -> None:
+        place = slice(rows.start, rows.stop)
+        self._position[place] = position = state[POSITION]
+        for name, buffer in self._states.items():
+            array = state[name]
+            buffer[place] = _rolled(array, position) if name in self._rings else array
 
     def _require_states(self, artifact: Artifact) -> None:
         """Checks the manifest's names against the graph: the manifest itself has no hash."""
@@ -178,33 +163,52 @@ class OrtSession:
                 "as the manifest names them; export it again"
             )
 
-    def _run(self, ids: np.ndarray, num_logits: int) -> np.ndarray:
-        """One run over a chunk [B, T]."""
-        logits = self._run_for_logits(self._bind(ids, self._next(ids), num_logits), num_logits)
-        self._position += ids.shape[1]
-        return logits
+    def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        """One token [R, 1] a row, with bindings that are kept."""
+        if rows not in self._steps:
+            self._steps[rows] = _Step(len(rows), partial(self._bind, rows))
+        step = self._steps[rows]
+        step.ids[:], step.positions[:] = tokens, self._next(rows, tokens)
+        return self._logits(rows, step.run, 1, 1)
 
-    def _run_for_logits(self, run: "_Run", count: int) -> np.ndarray:
-        """The logits [B, count, vocab] of a run, in a new array."""
-        logits = np.empty((len(self._position), count, self._vocab), np.float32)
+    def _run(self, rows: range, ids: np.ndarray, num_logits: int) -> np.ndarray:
+        """One run over a chunk [R, T]."""
+        run = self._bind(rows, ids, self._next(rows, ids), num_logits)
+        return self._logits(rows, run, ids.shape[1], num_logits)
+
+    def _logits(self, rows: range, run: "_Run", tokens: int, count: int) -> np.ndarray:
+        """The logits [R, count, vocab] of a run over so many tokens, in a new array."""
+        logits = np.empty((len(rows), count, self._vocab), np.float32)
         run.bind(logits, None, "logits")
         run.run()
+        self._position[rows.start : rows.stop] += tokens
         return logits
 
-    def _next(self, ids: np.ndarray) -> np.ndarray:
-        """The positions of a chunk [B, T]."""
-        positions: np.ndarray = self._position[:, None] + np.arange(ids.shape[1])
+    def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
+        """The positions of a chunk [R, T]."""
+        seen = self._position[rows.start : rows.stop, None]
+        positions: np.ndarray = seen + np.arange(ids.shape[1])
         return positions
 
-    def _bind(self, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
-        """Binds all inputs, and the states as outputs too."""
+    def _bind(self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
+        """Binds all inputs, and the states as outputs too: neighbouring rows are one array."""
         run = _Run(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
         run.bind(np.array(num_logits), "num_logits")
         for record in self._manifest.states:
-            run.bind(self._states[record.name], record.input, record.output)
+            state = self._states[record.name][rows.start : rows.stop]
+            run.bind(state, record.input, record.output)
         return run
+
+
+class _Step:
+    """A run of one token in each of some rows, whose ids and positions [R, 1] are filled in."""
+
+    def __init__(self, rows: int, bind: Callable[[np.ndarray, np.ndarray, int], "_Run"]):
+        self.ids = np.zeros((rows, 1), np.int64)
+        self.positions = np.zeros((rows, 1), np.int64)
+        self.run = bind(self.ids, self.positions, 1)
 
 
 class _Run:

@@ -1,0 +1,87 @@
+"""Conversations that come and go in the rows of one session, beside DeepMind's model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import POSITION
+from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.session import Session
+from tests.artifacts import export_random, export_random_coreml, export_random_gguf
+from tests.llama_tools import needs_llama_cpp
+from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+
+EXPORTS: dict[str, Callable[..., tuple[Artifact, Any]]] = {
+    "onnx": export_random,
+    "coreml": export_random_coreml,
+    "gguf": export_random_gguf,
+}
+TOLERANCE = {"onnx": 1e-4, "coreml": 2e-2, "gguf": 1e-4}
+"""Of the largest logit; Core ML computes in float16."""
+
+
+class Talk:
+    """A conversation: its tokens, what DeepMind's model says after each, and how many it took."""
+
+    def __init__(self, config: GriffinConfig, model: Any, chosen: np.random.Generator) -> None:
+        self.tokens = chosen.integers(0, config.vocab_size, 60)
+        self.logits = deepmind_logits(model, self.tokens[None])[0]
+        self.taken = 0
+
+
+def _engines() -> list[Any]:
+    return [pytest.param(k, marks=needs_llama_cpp) if k == "gguf" else k for k in EXPORTS]
+
+
+@pytest.mark.parametrize("name", ["irregular", "hawk", "attention_tail"])
+@pytest.mark.parametrize("engine", _engines())
+def test_rows_come_and_go(engine: str, name: str, tmp_path: Path) -> None:
+    """A row that is used leaves the others alone, and takes its state to another place."""
+    config = ODD_CONFIGS[name]
+    artifact, weights = EXPORTS[engine](config, tmp_path)
+    session, model = open_session(artifact), deepmind_model(config, weights)
+    chosen = np.random.default_rng(5)
+    session.reset(4)
+    rows = [Talk(config, model, chosen) for _ in range(4)]
+    for _ in range(24):
+        first = int(chosen.integers(4))
+        used = range(first, int(chosen.integers(first, 4)) + 1)
+        match chosen.integers(4):
+            case 0:
+                _swap(session, rows, used)
+            case 1:
+                _begin(session, rows, used, lambda: Talk(config, model, chosen))
+            case _:
+                _advance(session, rows, used, int(chosen.choice([1, 1, 3])), TOLERANCE[engine])
+    assert [int(p) for p in session.position] == [talk.taken for talk in rows]
+    session.close()
+
+
+def _advance(session: Session, rows: list[Talk], used: range, count: int, tolerance: float) -> None:
+    count = min(count, *(len(rows[i].tokens) - rows[i].taken for i in used))
+    tokens = np.array([rows[i].tokens[rows[i].taken :][:count] for i in used])
+    found = session.take(used, tokens, 2)[:, -1]
+    for row, logits in zip(used, found, strict=True):
+        rows[row].taken += count
+        expected = rows[row].logits[rows[row].taken - 1]
+        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def _swap(session: Session, rows: list[Talk], used: range) -> None:
+    first, last = range(used[0], used[0] + 1), range(used[-1], used[-1] + 1)
+    one, other = session.get_rows(first), session.get_rows(last)
+    session.set_rows(first, other)
+    session.set_rows(last, one)
+    rows[used[0]], rows[used[-1]] = rows[used[-1]], rows[used[0]]
+
+
+def _begin(session: Session, rows: list[Talk], used: range, make: Callable[[], Talk]) -> None:
+    empty = {name: np.zeros((len(used), *s)) for name, s in session.state_shapes.items()}
+    session.set_rows(used, empty | {POSITION: np.zeros(len(used), np.int64)})
+    for row in used:
+        rows[row] = make()
