@@ -1,134 +1,179 @@
-"""A conversation, whose state always equals that of one prefill of its rendered template."""
+"""A conversation that can be taken back, tried again, saved, and gone on with."""
 
-import contextlib
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
 
-import numpy as np
+from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.reply import Reply, ReplyOptions
+from rgexport.chat.state_file import Message, SavedState
+from rgexport.errors import RequestError
 
-from rgexport.chat.generation import GenerationStats, decode, prefill
-from rgexport.chat.sampling import Sampler
-from rgexport.chat.template import ChatTemplate, Message
-from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
-from rgexport.griffin.state import State
-from rgexport.runtimes.session import Session
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A state and the ids that led to it."""
-
-    ids: list[int]
-    state: State
+_BETWEEN = "\n\n"
+"""What is between a text that was read and what is asked about it."""
 
 
 class Conversation:
-    """Turns of a user and a model over one session, which it resets and then owns.
+    """Turns of a user and a model.
 
-    The tokens of a reply may differ from those that its text encodes to: the template may trim it,
-    and a model can spell a word in pieces that the tokenizer would not choose. So after each reply
-    the whole conversation is rendered. Where the state differs from that, it returns to a snapshot
-    (states have a fixed size) and prefills the rendered reply from there.
+    It holds the messages alone: the model finds the state by them, so that whatever is taken back
+    or changed, only what comes after it is read.
+
+    Attributes:
+        messages: the turns so far, perhaps with a system prompt in front.
+        options: of replies.
+        last: the last reply.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        sampler: Sampler,
-        max_new_tokens: int = 1024,
-    ) -> None:
-        """Starts an empty conversation.
+    def __init__(self, model: Model, options: ReplyOptions) -> None:
+        """Begins an empty conversation.
 
         Raises:
-            RequestError: the tokenizer lacks the turn tokens that the template writes.
+            RequestError: the model cannot chat.
         """
-        template.check_turns(tokenizer)
-        self.session = session
-        self.tokenizer = tokenizer
-        self.template = template
-        self.sampler = sampler
-        self.max_new_tokens = max_new_tokens
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts an empty conversation."""
-        self.session.reset()
+        model.require_chat()
+        self.model, self.options = model, options
         self.messages: list[Message] = []
-        self.stats = GenerationStats()
-        self.ids: list[int] = []
-        """The tokens that the session's state has seen."""
-        # The start, the end of the last turn and, during a reply, the end of its prompt.
-        self._snapshots = [_Snapshot([], self.session.get_state())]
+        self.last: Reply | None = None
+        self._attempts = 0
+        self._document = ""
 
     @property
-    def position(self) -> int:
-        """Tokens in the state."""
-        return len(self.ids)
+    def system(self) -> str:
+        """The system prompt, "" if there is none."""
+        first = self.messages[0] if self.messages else None
+        return first["content"] if first and first["role"] == "system" else ""
 
-    def send(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text`, one piece (perhaps "") per token.
+    def set_system(self, text: str) -> None:
+        """Replaces the system prompt; "" removes it."""
+        turns = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
-        Closing the iterator ends the reply there; the part that was yielded stays in the
-        conversation. An error or a KeyboardInterrupt undoes the turn.
+    def clear(self) -> None:
+        """Forgets all turns, but not the system prompt."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self._document = ""
+
+    def read(self, text: str) -> int:
+        """Reads a text that the next message is about; its number of tokens.
 
         Raises:
-            RequestError: the template refuses the conversation.
+            RequestError: the template refuses it.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.template.render_ids(self.tokenizer, messages, add_generation_prompt=True)
-        settled, reply = self._snapshots, list[int]()
+        self._document = self._with_document(text)
+        ids = self.model.opening_ids([*self.messages, _user(self._document)])
+        self.model.read(ids).result()
+        return len(ids)
+
+    def send(self, text: str) -> Generator[str, None, None]:
+        """Yields the reply to `text`, piece by piece.
+
+        Closing the iterator ends the reply there, and what was said stays in the conversation. An
+        error undoes the turn.
+
+        Raises:
+            RequestError: the template refuses the conversation, or the engine failed.
+        """
+        self._attempts = 0
+        yield from self._answer([*self.messages, _user(self._with_document(text))])
+
+    def retry(self) -> Generator[str, None, None]:
+        """Yields another reply to the last message.
+
+        Raises:
+            RequestError: there is none; else see `send`.
+        """
+        self._attempts += 1
+        yield from self._answer([*self._before_last(), self._last_message()])
+
+    def edit(self, text: str) -> Generator[str, None, None]:
+        """Yields the reply to `text` in place of the last message.
+
+        Raises:
+            RequestError: there is none; else see `send`.
+        """
+        self._attempts = 0
+        yield from self._answer([*self._before_last(), _user(text)])
+
+    def undo(self) -> None:
+        """Takes the last message and its reply back.
+
+        Raises:
+            RequestError: there is none.
+        """
+        self.messages = self._before_last()
+
+    def save(self, path: Path) -> SavedState:
+        """Writes the conversation and its state into a file.
+
+        Raises:
+            RequestError: there is nothing to save, or the file cannot be written.
+        """
+        messages = list(self.messages)
+        if self._document:
+            messages.append(_user(self._document))
+            return self.model.save_state(path, self.model.opening_ids(messages), messages)
+        if not messages:
+            raise RequestError("the conversation is empty: there is nothing to save")
+        return self.model.save_state(path, self.model.conversation_ids(messages), messages)
+
+    def load(self, path: Path) -> SavedState:
+        """Goes on with a saved conversation, or with a document that was read.
+
+        Raises:
+            RequestError: it is none, or of another model.
+        """
+        saved = self.model.load_state(path)
+        if saved.messages is None:
+            raise RequestError(
+                f"{path} is the state of a plain text; go on with it by "
+                "`rgexport generate --load-state`"
+            )
+        self.messages, self._document = list(saved.messages), ""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self._document = self.messages.pop()["content"]
+        return saved
+
+    def _answer(self, messages: list[Message]) -> Generator[str, None, None]:
+        stream = self.model.reply_to(messages, self._options())
         try:
-            self.stats = GenerationStats()
-            logits = self._advance(prompt, self.stats)
-            self._snapshots = [*self._snapshots, _Snapshot(prompt, self.session.get_state())]
-            # The reader may close this generator at any piece; the turn is completed anyway.
-            with contextlib.suppress(GeneratorExit):
-                yield from self._reply(logits, reply)
-            self.ids = (prompt + reply)[: int(self.session.position[0])]
-            self._complete(messages, self.tokenizer.decode(reply))
-        except BaseException:
-            # The engine may have been stopped within a step: its state may be inconsistent.
-            self._restore(settled)
-            raise
+            yield from stream
+        finally:
+            self._end(messages, stream)
 
-    def _reply(self, logits: np.ndarray, reply: list[int]) -> Iterator[str]:
-        """Yields the text of a reply and appends its ids to `reply`."""
-        text = StreamDecoder(self.tokenizer)
-        stop_ids = self.tokenizer.stop_ids
-        for token in decode(
-            self.session, logits, self.sampler, self.max_new_tokens, stop_ids, self.stats
-        ):
-            reply.append(token)
-            yield text.add(token)
-        if rest := text.finish():
-            yield rest
+    def _end(self, messages: list[Message], stream: ReplyStream) -> None:
+        """Takes what was said into the conversation, however it ended."""
+        if stream.failed:
+            return
+        stream.cancel()
+        self.last = stream.reply()
+        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+        self._document = ""
 
-    def _complete(self, messages: list[Message], reply: str) -> None:
-        """Advances the state to the end of the model's turn."""
-        messages = [*messages, {"role": "assistant", "content": reply}]
-        ids = self.template.render_ids(self.tokenizer, messages, add_generation_prompt=False)
-        self._advance(ids, GenerationStats())
-        self._snapshots = [self._snapshots[0], _Snapshot(ids, self.session.get_state())]
-        self.messages = messages
+    def _options(self) -> ReplyOptions:
+        """The options; another attempt with a seed has another seed."""
+        sampling = self.options.sampling
+        if sampling.seed is None or not self._attempts:
+            return self.options
+        other = dataclasses.replace(sampling, seed=sampling.seed + self._attempts)
+        return dataclasses.replace(self.options, sampling=other)
 
-    def _advance(self, ids: list[int], stats: GenerationStats) -> np.ndarray:
-        """Advances the state to `ids`, feeding at least one; logits [vocab] of the last."""
-        shared = _common_prefix(self.ids, ids[:-1])
-        if shared < len(self.ids):
-            self._restore([s for s in self._snapshots if len(s.ids) <= shared])
-        logits = prefill(self.session, ids[len(self.ids) :], stats)
-        self.ids = ids
-        return logits
+    def _with_document(self, text: str) -> str:
+        return _BETWEEN.join(filter(None, (self._document, text)))
 
-    def _restore(self, snapshots: list[_Snapshot]) -> None:
-        """Drops other snapshots and returns to the last of these."""
-        self._snapshots = snapshots
-        self.session.set_state(snapshots[-1].state)
-        self.ids = snapshots[-1].ids
+    def _before_last(self) -> list[Message]:
+        """The messages before the last one of the user."""
+        return self.messages[: self._place_of_last()]
+
+    def _last_message(self) -> Message:
+        return self.messages[self._place_of_last()]
+
+    def _place_of_last(self) -> int:
+        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            raise RequestError("there is no message yet")
+        return places[-1]
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}

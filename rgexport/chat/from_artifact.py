@@ -1,75 +1,73 @@
-"""Text from an artifact: what `rgexport generate` and `rgexport chat` run."""
+"""Opening an artifact for `rgexport generate`, `chat` and `state`, with words for a person."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.conversation import Conversation
-from rgexport.chat.generation import GenerationStats, generate, prompt_ids
-from rgexport.chat.sampling import Sampler
-from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
+import numpy as np
+
+from rgexport.chat.model import Model
+from rgexport.chat.model import open_model as model_of
+from rgexport.chat.reply import Reply
+from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
 from rgexport.progress import amount, detail, warn
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import SessionInfo
 
 
-def continue_prompt(
-    path: Path,
-    *,
-    prompt: str | None,
-    ids: str | None,
-    sampler: Sampler,
-    max_new_tokens: int,
-    threads: int | None = None,
-) -> tuple[Iterator[str], GenerationStats]:
-    """Opens an artifact and continues a text, or ids such as `2,651,603`.
+def open_model(path: Path, *, chat: bool, **options: Any) -> Model:
+    """Opens an artifact; for `options` see `model.open_model`.
 
-    Returns:
-        The pieces of the continuation, and figures that are complete after the last piece. After
-        ids, the pieces are ids too, and no token ends the continuation early.
-
-    Raises:
-        RequestError: no sound artifact, no tokenizer where it takes one, or not exactly one of
-            `prompt` and `ids`.
-    """
-    if (prompt is None) == (ids is None):
-        found = "neither" if prompt is None else "both"
-        raise RequestError(f"generate takes either --prompt or --ids; {found} was given")
-    artifact, stats = _open(path), GenerationStats()
-    tokenizer = None if prompt is None else open_tokenizer(artifact)
-    if tokenizer is None:
-        start, stop_ids = _parse_ids(str(ids)), frozenset[int]()
-    else:
-        start, stop_ids = prompt_ids(tokenizer, str(prompt)), tokenizer.stop_ids
-    session = _open_session(artifact, threads)
-    tokens = generate(session, start, sampler, max_new_tokens, stop_ids, stats)
-    return (_decoded(tokens, tokenizer) if tokenizer else (f"{t} " for t in tokens)), stats
-
-
-def open_conversation(
-    path: Path, *, sampler: Sampler, max_new_tokens: int, threads: int | None = None
-) -> Conversation:
-    """Opens an artifact for a chat; warns where the model was not tuned for one.
+    Warns if the self-check of its export failed, or if it shall `chat` and was not tuned for that.
 
     Raises:
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
     """
     artifact = _open(path)
-    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
-    if artifact.manifest.instruction_tuned is False:
-        warn(f"{artifact.manifest.name} is a base model: it continues text, but answers poorly")
-    session = _open_session(artifact, threads)
-    return Conversation(session, tokenizer, template, sampler, max_new_tokens)
+    if chat and artifact.manifest.instruction_tuned is False:
+        warn(
+            f"{artifact.manifest.name} is a base model: it continues text, but answers poorly; "
+            f"try rgexport generate {path} -p TEXT"
+        )
+    model = model_of(artifact, **options)
+    _tell(model.info)
+    if chat:
+        model.require_chat()
+    return model
 
 
-def summary(stats: GenerationStats) -> str:
-    """The speed of a generation, in one line."""
+def continue_ids(
+    path: Path, ids: str, sampling: Sampling, max_new_tokens: int, threads: int | None
+) -> Iterator[int]:
+    """Continues ids such as `2,651,603`; no token ends that early.
+
+    Raises:
+        RequestError: no sound artifact, or no ids.
+    """
+    words = ids.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
+    prompt = np.array([[int(word) for word in words]], np.int64)
+    session = open_session(_open(path), threads=threads)
+    _tell(session.info)
+    sampler = Sampler(sampling, prompt[0].tolist())
+    token = sampler(session.prefill(prompt)[0, -1])
+    for left in reversed(range(max_new_tokens)):
+        yield token
+        if left:
+            token = sampler(session.step(np.array([token], np.int64))[0])
+
+
+def summary(reply: Reply) -> str:
+    """The speed of a reply, in one line."""
+    read = reply.prompt_tokens - reply.cached_tokens
+    known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
     return (
-        f"{stats.prompt_tokens} prompt tokens at {stats.prefill_rate:.1f}/s, "
-        f"{stats.new_tokens} new tokens at {stats.decode_rate:.1f}/s"
+        f"{read} prompt tokens{known} at {reply.read_rate:.1f}/s, "
+        f"{reply.new_tokens} new tokens at {reply.write_rate:.1f}/s"
     )
 
 
@@ -81,25 +79,8 @@ def _open(path: Path) -> Artifact:
     return artifact
 
 
-def _open_session(artifact: Artifact, threads: int | None) -> Session:
-    session = open_session(artifact, threads=threads)
-    info = session.info
+def _tell(info: SessionInfo) -> None:
     detail(
         f"{info.title}, {info.threads} threads; one step reads "
         f"{amount(info.weight_bytes)} of weights and {amount(info.state_bytes)} of state"
     )
-    return session
-
-
-def _decoded(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
-    for token in tokens:
-        yield decoder.add(token)
-    yield decoder.finish()
-
-
-def _parse_ids(text: str) -> list[int]:
-    words = text.replace(",", " ").split()
-    if not words or not all(word.isascii() and word.isdigit() for word in words):
-        raise RequestError(f"--ids is {text!r}; expected token ids such as 2,651,603")
-    return [int(word) for word in words]

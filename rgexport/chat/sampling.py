@@ -1,19 +1,40 @@
-"""Choosing the next token."""
+"""Choosing the next token.
+
+The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
+divides them, then top-k, top-p and min-p leave some tokens out. All is exact: the shortcuts for
+large vocabularies choose the same tokens, with the same probabilities, as sorting would.
+"""
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rgexport.errors import RequestError
 
+_BLOCK = 512
+"""Tokens whose maximum, or sum, is taken first: a vocabulary of 256,000 is 500 such blocks."""
+_FEW = 64
+"""Most likely tokens that are sorted first, in search of those that reach top-p."""
 
-@dataclass(frozen=True)
-class Sampler:
-    """Greedy at temperature 0; else temperature, then top-k, then top-p, in float64.
 
-    `top_k` 0 and `top_p` 1 mean off. Equal logits go to the lower id first. The same seed gives
-    the same tokens from the same logits.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; the defaults take the most likely one.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: how many of the most likely tokens are kept; 0 keeps all.
+        top_p: the share of probability that the most likely tokens must reach; 1 keeps all.
+        min_p: the least probability that is kept, as a part of the largest one.
+        repetition_penalty: divides positive logits of tokens in the prompt and the reply, and
+            multiplies negative ones (Hugging Face's `repetition_penalty`).
+        presence_penalty: what is taken from the logits of tokens in the reply (OpenAI).
+        frequency_penalty: the same, times how often a token is in the reply (OpenAI).
+        logit_bias: what is added to the logit of an id.
+        seed: makes the choices repeatable.
 
     Raises:
         RequestError: an option is outside its range.
@@ -22,81 +43,174 @@ class Sampler:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    _rng: np.random.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        """Refuses what is outside its range."""
         for name, valid, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a number of 0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or the number of tokens to choose from"),
             ("top_p", 0 < self.top_p <= 1, "a probability above 0, up to 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "a part from 0 (off) to 1"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty < math.inf,
+                "a factor above 0; 1 is off",
+            ),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number; 0 is off"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is off"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not valid:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected {expected}")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise RequestError(
-                "top_k and top_p change nothing at temperature 0, which takes the most likely "
-                "token; pass a temperature too, such as --temperature 0.7"
-            )
-        object.__setattr__(self, "_rng", np.random.default_rng(self.seed))
+        for token, bias in self.logit_bias.items():
+            if token < 0 or math.isnan(bias):
+                raise RequestError(f"logit_bias of {token} is {bias}; expected ids and numbers")
 
-    def __call__(self, logits: np.ndarray) -> int:
-        """The next token for logits [vocab].
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but the temperature changes logits."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        return any(penalties) or bool(self.logit_bias)
+
+
+class Sampler:
+    """Chooses the tokens of one reply."""
+
+    def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
+        """Begins a reply to `prompt`, whose tokens `repetition_penalty` counts, too."""
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+        self._prompt = np.unique(np.array(prompt, np.int64))
+        self._reply = Counter[int]()
+
+    def __call__(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """The next token for logits [vocab], of the tokens that `allowed` [vocab] has.
 
         Raises:
-            RequestError: the logits are NaN or infinite.
+            RequestError: the logits are NaN or infinite, or nothing is allowed.
         """
+        token = self._choose(self._changed(logits, allowed))
+        self._reply[token] += 1
+        return token
+
+    def _choose(self, logits: np.ndarray) -> int:
         if not np.isfinite(logits.max()):
             raise RequestError(
                 "the model's logits are NaN or infinite; "
                 "check the artifact with `rgexport validate`"
             )
-        if self.temperature == 0:
+        if self.options.temperature == 0:
             return int(logits.argmax())
-        tokens, probabilities = self.distribution(logits)
-        sums = probabilities.cumsum(out=probabilities)
-        point = np.searchsorted(sums, self._rng.random(), side="right")
-        return int(tokens[min(int(point), len(tokens) - 1)])  # the sum may round below 1
+        tokens, weights = _kept(logits, self.options)
+        place = _draw(weights, self._random.random())
+        return place if tokens is None else int(tokens[place])
 
-    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may come next, and their probabilities (float64, sum 1)."""
-        best = float(logits.max())
-        if 0 < self.top_k < len(logits):
-            tokens = self._top_k(logits)
-            logits = logits[tokens]
-        else:
-            tokens = np.arange(len(logits))
-        # In place: with a vocabulary of 256,000, allocating takes longer than computing.
-        # The best is subtracted before the division, so that a tiny temperature cannot overflow.
-        weights = logits.astype(np.float64)
-        weights -= best
-        weights /= self.temperature
-        np.exp(weights, out=weights)
-        weights /= weights.sum()
-        if self.top_p < 1:
-            kept = self._top_p(weights)
-            tokens, weights = tokens[kept], weights[kept]
-            weights /= weights.sum()
-        return tokens, weights
-
-    def _top_k(self, logits: np.ndarray) -> np.ndarray:
-        """The `top_k` tokens with the highest logits."""
-        rank = len(logits) - self.top_k
-        candidates = np.flatnonzero(logits >= np.partition(logits, rank)[rank])
-        best: np.ndarray = candidates[_descending(logits[candidates])[: self.top_k]]
-        return best
-
-    def _top_p(self, probabilities: np.ndarray) -> np.ndarray:
-        """Indices of the fewest probabilities whose sum reaches `top_p`."""
-        # All smaller ones sum to less than 1 - top_p: they need not be sorted.
-        least = (1 - self.top_p) / len(probabilities)
-        likely = np.flatnonzero(probabilities >= least)
-        order = likely[_descending(probabilities[likely])]
-        count = int(np.searchsorted(probabilities[order].cumsum(), self.top_p)) + 1
-        fewest: np.ndarray = order[:count]
-        return fewest
+    def _changed(self, logits: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+        """The logits after biases and penalties, in a copy if there are any."""
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+        if not self.options.changes_logits:
+            return logits
+        logits, options = logits.copy(), self.options
+        reply = np.fromiter(self._reply.keys(), np.int64, len(self._reply))
+        counts = np.fromiter(self._reply.values(), np.float32, len(self._reply))
+        seen = np.union1d(self._prompt, reply)
+        before = logits[seen]
+        factor = np.float32(options.repetition_penalty)
+        logits[seen] = np.where(before > 0, before / factor, before * factor)
+        logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
+        for token, bias in options.logit_bias.items():
+            if token < len(logits):
+                logits[token] += np.float32(bias)
+        return logits
 
 
-def _descending(values: np.ndarray) -> np.ndarray:
-    return np.argsort(-values, kind="stable")
+def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may come next at a temperature above 0, and their probabilities (float64)."""
+    tokens, weights = _kept(logits, options)
+    return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms (float64) of the probabilities that logits [..., vocab] mean."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def most_likely(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values, in descending order, of equal ones the first."""
+    candidates = _at_least(values, count)
+    order = np.argsort(-values[candidates], kind="stable")
+    best: np.ndarray = candidates[order[:count]]
+    return best
+
+
+def _kept(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that may come next, None for all; and their weights, of any sum."""
+    tokens = None
+    if 0 < options.top_k < len(logits):
+        tokens = most_likely(logits, options.top_k)
+        logits = logits[tokens]
+    # In place: with a vocabulary of 256,000, allocating takes longer than computing.
+    # The best is subtracted before the division, so that a tiny temperature cannot overflow.
+    weights = logits.astype(np.float64)
+    weights -= weights.max()
+    weights /= options.temperature
+    np.exp(weights, out=weights)
+    if options.top_p < 1:
+        kept = _reaching(weights, options.top_p)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    if options.min_p > 0:
+        kept = np.flatnonzero(weights >= options.min_p * weights.max())
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    return tokens, weights
+
+
+def _reaching(weights: np.ndarray, share: float) -> np.ndarray:
+    """Indices of the fewest weights, the largest first, whose sum reaches a share of the whole."""
+    needed, count = share * weights.sum(), min(_FEW, len(weights))
+    while True:
+        largest = most_likely(weights, count)
+        sums = weights[largest].cumsum()
+        if sums[-1] >= needed or count == len(weights):
+            fewest: np.ndarray = largest[: int(np.searchsorted(sums, needed)) + 1]
+            return fewest
+        count = min(8 * count, len(weights))
+
+
+def _at_least(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices, in ascending order, of the `count` largest values, and of a few more.
+
+    So many blocks have a value that is not below the `count`-th largest of the blocks' maxima: at
+    least so many values are not below it.
+    """
+    blocks = len(values) // _BLOCK
+    if count >= blocks:
+        return np.arange(len(values))
+    maxima = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(1)
+    least = np.partition(maxima, blocks - count)[blocks - count]
+    return np.flatnonzero(values >= least)
+
+
+def _draw(weights: np.ndarray, point: float) -> int:
+    """The index in whose share of the whole a `point` of [0, 1) lies."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    blocks = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum()).cumsum()
+    rest = point * blocks[-1]
+    block = _place(blocks, rest)
+    rest -= blocks[block - 1] if block else 0
+    return block * _BLOCK + _place(weights[block * _BLOCK :][:_BLOCK].cumsum(), rest)
+
+
+def _place(sums: np.ndarray, point: float) -> int:
+    """The first of some rising sums that is above a point, or that is the largest."""
+    found = int(np.searchsorted(sums, point, "right"))
+    return found if found < len(sums) else int(np.searchsorted(sums, sums[-1], "left"))

@@ -1,111 +1,156 @@
-"""The plain terminal chat."""
+"""The chat in a terminal, and over a pipe."""
 
 import contextlib
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import TextIO
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
+import platformdirs
+
+from rgexport.chat.commands import COMMANDS, Quit, run_command
 from rgexport.chat.conversation import Conversation
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, printable
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from rich.console import Console
 
 PROMPT = "> "
-HELP = "Ctrl-C stops a reply, Ctrl-D or /quit ends, /reset starts a new conversation."
+_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""What could move the cursor or change the terminal."""
+GREETING = (
+    "Enter sends, Alt-Enter begins a new line. Ctrl-C ends a reply and keeps it, Ctrl-D ends the "
+    "chat. /help lists the commands."
+)
 
 
-def chat_loop(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
+def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
-    A terminal shows a prompt, and Ctrl-C stops the reply after its next token; a second Ctrl-C
-    stops at once, and drops the turn if the engine was computing. With a pipe, only the replies are
-    written, each ended by a newline. Blank lines are skipped.
+    Only replies and what commands say are written, each ended by a newline. Blank lines are
+    skipped. Ctrl-C ends the chat.
 
     Raises:
-        RequestError: a message that cannot be rendered, or input that is not UTF-8.
+        RequestError: a message that cannot be rendered, a command that cannot be run, or input that
+            is not UTF-8.
     """
-    interactive = lines.isatty()
-    while (line := _read_line(lines, output, interactive)) is not None:
-        match line.strip():
-            case "/quit" | "/exit":
-                return
-            case "/reset":
-                conversation.reset()
-            case "/help":
-                output.write(f"{HELP}\n")
-            case "":
-                pass
-            case _:
-                _answer(conversation, line, output)
-
-
-def _answer(conversation: Conversation, message: str, output: TextIO) -> None:
-    said = len(conversation.messages)
-    try:
-        with _interruption() as stopped, contextlib.closing(conversation.send(message)) as reply:
-            for piece in reply:
+    with contextlib.suppress(Quit):
+        for line in _text_of(lines):
+            for piece in _said(conversation, line):
                 output.write(piece)
                 output.flush()
-                if stopped():
-                    break
-    except KeyboardInterrupt:
-        output.write("" if len(conversation.messages) > said else " [dropped]")
-    output.write("\n")
-    output.flush()
+            output.write("\n")
+            output.flush()
 
 
-@contextlib.contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed; the first one raises nothing.
+def one_message(
+    conversation: Conversation, text: str, output: TextIO, *, as_json: bool = False
+) -> None:
+    """Says one message; writes the reply as it comes, or as JSON at its end.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual. Only the main thread can handle signals.
+    Raises:
+        RequestError: the template refuses it, or the engine failed.
     """
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    for piece in conversation.send(text):
+        output.write("" if as_json else piece)
+        output.flush()
+    if as_json:
+        assert conversation.last
+        json.dump(dataclasses.asdict(conversation.last), output, ensure_ascii=False)
+    output.write("\n")
 
 
-def _read_line(lines: TextIO, output: TextIO, interactive: bool) -> str | None:
-    """The next line without its end, None after the last; Ctrl-C at the prompt clears the line."""
-    while True:
+def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
+    """The chat at a terminal: a line editor, and replies in Markdown as they are written."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    session = _prompt_session()
+    console.print(GREETING, style="dim")
+    with contextlib.suppress(Quit, EOFError):
+        while True:
+            try:
+                line = session.prompt(PROMPT)
+                if line.strip():
+                    _show(conversation, line, console)
+            except KeyboardInterrupt:
+                console.print("Ctrl-D or /quit ends the chat.", style="dim")
+            except RequestError as error:
+                console.print(printable(str(error)), style="red", markup=False)
+
+
+def _said(conversation: Conversation, line: str) -> Iterable[str]:
+    """What a line is answered with: a command's line, or the pieces of a reply."""
+    if line.startswith("/"):
+        answer = run_command(conversation, line)
+        return [answer] if isinstance(answer, str) else answer
+    return conversation.send(line)
+
+
+def _show(conversation: Conversation, line: str, console: "Console") -> None:
+    from rgexport.chat.markdown_stream import MarkdownStream
+
+    if line.startswith("/"):
+        answer = run_command(conversation, line.strip())
+        if isinstance(answer, str):
+            console.print(answer.translate(_CONTROLS), style="dim", markup=False)
+            return
+    else:
+        answer = conversation.send(line)
+    with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
         try:
-            return _prompted_line(lines, output) if interactive else _plain_line(lines)
+            for piece in reply:
+                shown.add(piece.translate(_CONTROLS))
         except KeyboardInterrupt:
-            if not interactive:
-                raise
-            output.write(f"\n{HELP}\n")
-        except EOFError:
-            output.write("\n" if interactive else "")
-            return None
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the input is not UTF-8 text: {error}") from None
+            shown.add(" [stopped]")
 
 
-def _prompted_line(lines: TextIO, output: TextIO) -> str:
-    if lines is sys.stdin and output is sys.stdout:
-        with contextlib.suppress(ImportError):  # no line editing on Windows
-            import readline  # noqa: F401
-        return input(PROMPT)
-    output.write(PROMPT)
-    output.flush()
-    return _plain_line(lines)
+def _prompt_session() -> "PromptSession[str]":
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        multiline=True,
+        key_bindings=keys,
+        completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
+        complete_while_typing=False,
+        prompt_continuation=". ",
+        history=_history(),
+    )
 
 
-def _plain_line(lines: TextIO) -> str:
-    line = lines.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
+def _history() -> Any:
+    """Earlier messages, in a file that only the user reads; in memory where none can be made."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = Path(platformdirs.user_state_dir("rgexport")) / "chat-history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _text_of(lines: TextIO) -> Iterator[str]:
+    try:
+        for line in lines:
+            if text := line.strip():
+                yield text if text.startswith("/") else line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the input is not UTF-8 text: {error}") from None

@@ -99,6 +99,15 @@ quality_options = _options(
     ),
     cluster_option,
 )
+state_options = _options(
+    click.option("--load-state", type=FOLDER, help="Go on from a state file."),
+    click.option("--save-state", type=FOLDER, help="Write a state file at the end."),
+    click.option(
+        "--state-precision",
+        metavar="fp32|fp16",
+        help="Of state files. [default: what the engine computes with]",
+    ),
+)
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
@@ -108,6 +117,16 @@ sampling_options = _options(
         type=float,
         default=1.0,
         help="Sample from the most likely tokens that sum to p.",
+    ),
+    click.option("--min-p", type=float, default=0.0, help="Leave out tokens below p of the best."),
+    click.option(
+        "--repetition-penalty", type=float, default=1.0, help="Above 1: tokens repeat less."
+    ),
+    click.option(
+        "--presence-penalty", type=float, default=0.0, help="Less of what was said already."
+    ),
+    click.option(
+        "--frequency-penalty", type=float, default=0.0, help="The same, the more often it was."
     ),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
     click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),

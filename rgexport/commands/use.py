@@ -11,8 +11,10 @@ from rgexport.commands.options import (
     FOLDER,
     native_option,
     sampling_options,
+    state_options,
     verbose,
 )
+from rgexport.errors import RequestError
 
 FORMS = "table", "md", "json", "csv"
 
@@ -21,38 +23,113 @@ FORMS = "table", "md", "json", "csv"
 @click.argument("artifact", type=FOLDER)
 @click.option("-p", "--prompt", help="The text to continue.")
 @click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
+@click.option("--stop", multiple=True, help="A text that ends the continuation; repeatable.")
 @sampling_options
+@state_options
 @verbose
-def generate(artifact: Path, **request: Any) -> None:
-    """Continues a prompt."""
-    from rgexport.chat.from_artifact import continue_prompt, summary
+def generate(
+    artifact: Path,
+    prompt: str | None,
+    ids: str | None,
+    stop: tuple[str, ...],
+    max_new_tokens: int,
+    threads: int | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    state_precision: str | None,
+    **sampling: Any,
+) -> None:
+    """Continues a prompt, or a saved state."""
+    from rgexport.chat.continuation import Continuation
+    from rgexport.chat.from_artifact import continue_ids, open_model, summary
 
-    pieces, stats = continue_prompt(artifact, sampler=_sampler(request), **request)
-    for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
-    progress.note(summary(stats))
+    chosen = _sampling(sampling)
+    if ids is not None:
+        _refuse_beside_ids(prompt, load_state, save_state)
+        for token in continue_ids(artifact, ids, chosen, max_new_tokens, threads):
+            click.echo(f"{token} ", nl=False)
+        click.echo()
+        return
+    if prompt is None and load_state is None:
+        raise RequestError("generate takes --prompt, --ids or --load-state; none was given")
+    engine = {"threads": threads, "state_precision": state_precision}
+    with open_model(artifact, chat=False, **engine) as model:
+        text = Continuation(model, prompt or "", load_state)
+        for piece in text.run(chosen, max_new_tokens, stop):
+            click.echo(piece, nl=False)
+        click.echo()
+        progress.note(summary(text.reply))
+        if save_state:
+            text.save(save_state)
+
+
+def _refuse_beside_ids(*others: object) -> None:
+    if any(other is not None for other in others):
+        raise RequestError("--ids goes without --prompt, --load-state and --save-state")
 
 
 @click.command()
 @click.argument("artifact", type=FOLDER)
+@click.option("-p", "--prompt", help="Say this, print the reply, and end.")
+@click.option("--system", default="", help="The system prompt.")
+@click.option("--json", "as_json", is_flag=True, help="With -p: the reply and its figures as JSON.")
+@click.option("--stop", multiple=True, help="A text that ends a reply; repeatable.")
 @sampling_options
+@state_options
 @verbose
-def chat(artifact: Path, **request: Any) -> None:
-    """Chats with an instruction-tuned model."""
-    from rgexport.chat.from_artifact import open_conversation
-    from rgexport.chat.terminal import chat_loop
+def chat(
+    artifact: Path,
+    prompt: str | None,
+    system: str,
+    as_json: bool,
+    stop: tuple[str, ...],
+    max_new_tokens: int,
+    threads: int | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    state_precision: str | None,
+    **sampling: Any,
+) -> None:
+    """Chats with an instruction-tuned model.
 
-    conversation = open_conversation(artifact, sampler=_sampler(request), **request)
-    chat_loop(conversation, sys.stdin, sys.stdout)
+    In a terminal, /help lists commands. Over a pipe, each line is a message.
+    """
+    from rgexport.chat.conversation import Conversation
+    from rgexport.chat.from_artifact import open_model
+    from rgexport.chat.reply import ReplyOptions
+    from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
+
+    options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
+    if as_json and prompt is None:
+        raise RequestError("--json is for one message; give it with -p")
+    engine = {"threads": threads, "state_precision": state_precision}
+    with open_model(artifact, chat=True, **engine) as model:
+        conversation = Conversation(model, options)
+        if load_state:
+            conversation.load(load_state)
+        if system:
+            conversation.set_system(system)
+        if prompt is not None:
+            one_message(conversation, prompt, sys.stdout, as_json=as_json)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            terminal_chat(conversation)
+        else:
+            pipe_chat(conversation, sys.stdin, sys.stdout)
+        if save_state:
+            conversation.save(save_state)
 
 
-def _sampler(request: dict[str, Any]) -> Any:
-    """Takes the options of sampling out of `request`."""
-    from rgexport.chat.sampling import Sampler
+def _sampling(options: dict[str, Any]) -> Any:
+    """The options of sampling."""
+    from rgexport.chat.sampling import Sampling
 
-    names = "temperature", "top_k", "top_p", "seed"
-    return Sampler(**{name: request.pop(name) for name in names})
+    found = Sampling(**options)
+    if found.temperature == 0 and (found.top_k or found.top_p < 1 or found.min_p):
+        raise RequestError(
+            "top_k, top_p and min_p change nothing at temperature 0, which takes the most likely "
+            "token; pass a temperature too, such as --temperature 0.7"
+        )
+    return found
 
 
 @click.command()

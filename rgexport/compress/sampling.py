@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.chat.sampling import Sampler
+from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.compress.passages import LENGTH
 from rgexport.griffin.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def sample(
     ):
         for first in range(0, len(starts), _BATCH):
             batch = starts[first : first + _BATCH]
-            sampler = Sampler(temperature=1.0, seed=int(rng.integers(1 << 31)))
+            sampler = Sampler(Sampling(temperature=1.0, seed=int(rng.integers(1 << 31))))
             step = begin(len(batch))
             found += _continue(step, batch, min(LENGTH, count), sampler, advance)
     sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(found)))

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers
 
+from rgexport.chat.model import Model
+from rgexport.chat.state_file import Identity
 from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from tests.toy_session import ToySession
@@ -106,7 +108,19 @@ def template() -> ChatTemplate:
     return ChatTemplate(GEMMA_TEMPLATE, "built-in")
 
 
-@pytest.fixture(scope="session")
-def make_session() -> Callable[[int], ToySession]:
-    """Makes a toy session of a vocabulary size."""
-    return ToySession
+IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)
+
+
+@pytest.fixture
+def make_model(template: ChatTemplate) -> Iterator[Callable[..., Model]]:
+    """Makes models of a toy session: `session` and other arguments of `Model` may be given."""
+    made: list[Model] = []
+
+    def make(tokenizer: Tokenizer, session: ToySession | None = None, **options: Any) -> Model:
+        session = session or ToySession(tokenizer.vocab_size)
+        made.append(Model(session, tokenizer, template, IDENTITY, **options))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()

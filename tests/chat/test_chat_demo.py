@@ -1,23 +1,28 @@
 """Conversations with the demo model in each engine: the state is that of one prefill."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rgexport.chat.artifact_text import open_template, open_tokenizer
+from rgexport.chat.continuation import Continuation
 from rgexport.chat.conversation import Conversation
-from rgexport.chat.sampling import Sampler
+from rgexport.chat.model import open_model
+from rgexport.chat.reply import ReplyOptions
+from rgexport.chat.sampling import Sampling
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
-from tests.llama_tools import needs_llama_cpp
+from tests.llama_tools import installed_version, needs_llama_cpp
 
 TURNS = (
     "Hello! How are you today?",
@@ -30,6 +35,14 @@ TURNS = (
 def _onnx(folder: Path, precision: str) -> Path:
     options = OnnxOptions(precision=precision, exact=precision == "int4")
     return export_onnx(open_checkpoint(size="demo"), options, folder / "demo")
+
+
+def _coreml(folder: Path, precision: str) -> Path:
+    from rgexport.export.coreml.exporter import export_coreml
+
+    return export_coreml(
+        open_checkpoint(size="demo"), CoreMLOptions(precision=precision), folder / "demo"
+    )
 
 
 def _gguf(folder: Path, kind: str) -> Path:
@@ -50,23 +63,72 @@ def test_state_equals_one_prefill_of_the_template(
     export: Callable[[Path, str], Path], precision: str, tmp_path: Path
 ) -> None:
     artifact = open_artifact(export(tmp_path, precision))
-    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
-    session = open_session(artifact, threads=1)
-    sampler = Sampler(temperature=1.0, seed=3)
-    conversation = Conversation(session, tokenizer, template, sampler, max_new_tokens=120)
-    for turn, text in enumerate(TURNS):
-        reply = conversation.send(text)
-        for piece, _ in enumerate(reply):
-            if turn == 2 and piece == 4:
-                reply.close()
-
-    rendered = template.render_ids(tokenizer, conversation.messages, add_generation_prompt=False)
-    assert conversation.ids == rendered
-    assert rendered.count(tokenizer.special["<start_of_turn>"]) == 2 * len(TURNS)
+    sampling = Sampling(temperature=1.0, seed=3)
+    with open_model(artifact, threads=1, rows=2) as model:
+        conversation = Conversation(model, ReplyOptions(sampling=sampling, max_new_tokens=120))
+        for turn, text in enumerate(TURNS):
+            known = model.conversation_ids(conversation.messages) if turn else []
+            reply = conversation.send(text)
+            for piece, _ in enumerate(reply):
+                if turn == 2 and piece == 4:
+                    reply.close()
+            assert conversation.last and conversation.last.cached_tokens == len(known)
+        rendered = model.conversation_ids(conversation.messages)
+        model.read(rendered).result()
+        found = model.scheduler.store.longest(rendered)
+        assert found and found.length == len(rendered)
+        assert rendered.count(model.tokenizer.special["<start_of_turn>"]) == 2 * len(TURNS)
     other = open_session(artifact, threads=1)
     other.prefill(np.array([rendered]))
-    expected, found = other.get_state(), session.get_state()
-    assert found[POSITION].tolist() == [len(rendered)]
+    expected = other.get_state()
+    assert found.state[POSITION].tolist() == [len(rendered)]
     for name, array in expected.items():
         scale = np.abs(array).max()
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(
+            found.state[name], array, rtol=0, atol=1e-4 * scale, err_msg=name
+        )
+
+
+ENGINES = {
+    "onnx": (_onnx, "fp32"),
+    "gguf": (_gguf, "f32"),
+    "coreml": (_coreml, "fp32"),
+}
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """The demo in float32, in each engine that is here."""
+    folder, found = tmp_path_factory.mktemp("engines"), {}
+    for name, (export, precision) in ENGINES.items():
+        (folder / name).mkdir()
+        with contextlib.suppress(ModuleNotFoundError):
+            found[name] = open_artifact(export(folder / name, precision))
+    if not installed_version():
+        found.pop("gguf", None)
+    return found
+
+
+@pytest.mark.slow
+def test_a_state_of_one_engine_is_continued_by_each_other(
+    artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """After 600 tokens, more than two windows, with the same 64 greedy tokens."""
+    text = (demo_folder().parent / "README.md").read_text() * 9
+    said: dict[tuple[str, str], list[int]] = {}
+    for maker, artifact in artifacts.items():
+        file = tmp_path / f"{maker}.state"
+        with open_model(artifact, threads=1) as model:
+            ids = model.text_ids(text)[:600]
+            saved = model.save_state(file, ids)
+        size = sum(array.nbytes for array in saved.state.values())
+        assert size <= file.stat().st_size <= 1.01 * size + 4 * len(ids) + 4096
+        for engine, other in artifacts.items():
+            with open_model(other, threads=1) as model:
+                continued = Continuation(model, "", file)
+                list(continued.run(Sampling(), 64))
+            assert continued.reply.cached_tokens == len(ids) - 1
+            said[maker, engine] = list(continued.reply.ids)
+    first = said["onnx", "onnx"]
+    assert len(first) > 8
+    assert {pair for pair, ids in said.items() if ids != first} == set()

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rgexport.chat.sampling import Sampler
+from rgexport.chat.sampling import (
+    Sampler,
+    Sampling,
+    _draw,
+    distribution,
+    log_probabilities,
+    most_likely,
+)
 from rgexport.errors import RequestError
 
 # Eighths: many ties, and no difference so small that the exponential swallows it.
@@ -19,7 +26,7 @@ logit_rows = hnp.arrays(
 
 @given(logits=logit_rows)
 def test_temperature_zero_is_the_first_maximum(logits: np.ndarray) -> None:
-    assert Sampler()(logits) == int(np.flatnonzero(logits == logits.max())[0])
+    assert Sampler(Sampling())(logits) == int(np.flatnonzero(logits == logits.max())[0])
 
 
 @given(
@@ -27,14 +34,18 @@ def test_temperature_zero_is_the_first_maximum(logits: np.ndarray) -> None:
     temperature=st.floats(0.05, 5),
     top_k=st.integers(0, 50),
     top_p=st.floats(0.01, 1),
+    repeat=st.sampled_from([1, 1, 60]),
 )
 def test_distribution_is_the_definition(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, repeat: int
 ) -> None:
+    """Also for vocabularies that are taken in blocks."""
+    logits = np.tile(logits, repeat) - np.repeat(np.arange(repeat, dtype=np.float32), len(logits))
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: top_k or None]
     best = float(logits.max())
     weights = [math.exp((float(logits[i]) - best) / temperature) for i in order]
-    tokens, probabilities = Sampler(temperature, top_k, top_p).distribution(logits)
+    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, probabilities = distribution(logits, options)
     count = len(tokens)
     assert sorted(tokens) == sorted(order[:count])
     # The fewest whose share reaches top_p, but for rounding.
@@ -49,20 +60,21 @@ def test_distribution_is_the_definition(
 
 def test_samples_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    sampler = Sampler(temperature=1.0, top_k=3, seed=1)
+    sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=1))
     counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=4)
     assert counts / 4000 == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.03)
 
 
 def test_a_seed_repeats() -> None:
     logits = np.zeros(1000, np.float32)
-    first, second = Sampler(1.0, seed=7), Sampler(1.0, seed=7)
+    options = Sampling(temperature=1.0, seed=7)
+    first, second = Sampler(options), Sampler(options)
     drawn = [first(logits) for _ in range(20)]
     assert drawn == [second(logits) for _ in range(20)] and len(set(drawn)) > 10
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
-    assert Sampler(temperature=1e-300)(np.array([1, 3, 2], np.float32)) == 1
+    assert Sampler(Sampling(temperature=1e-300))(np.array([1, 3, 2], np.float32)) == 1
 
 
 @pytest.mark.parametrize(
@@ -74,30 +86,92 @@ def test_a_tiny_temperature_is_greedy() -> None:
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
         {"seed": -3},
     ],
 )
 def test_an_option_out_of_range_is_named(options: dict[str, float]) -> None:
     (name,) = options
     with pytest.raises(RequestError, match=f"{name} is .*; expected"):
-        Sampler(**options)  # type: ignore[arg-type]
+        Sampling(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.9}])
-def test_options_of_sampling_need_a_temperature(option: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="change nothing at temperature 0"):
-        Sampler(**option)  # type: ignore[arg-type]
-    Sampler(temperature=0.7, **option)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {3: math.nan}])
+def test_a_bias_out_of_range(bias: dict[int, float]) -> None:
+    with pytest.raises(RequestError, match="logit_bias of"):
+        Sampling(logit_bias=bias)
+
+
+@given(logits=logit_rows, count=st.integers(1, 700), repeat=st.sampled_from([1, 90]))
+def test_most_likely_are_the_first_of_a_stable_sort(
+    logits: np.ndarray, count: int, repeat: int
+) -> None:
+    logits = np.tile(logits, repeat)
+    expected = np.argsort(-logits, kind="stable")[:count]
+    np.testing.assert_array_equal(most_likely(logits, count), expected)
+
+
+@given(point=st.floats(0, 1, exclude_max=True), size=st.integers(1, 3000), seed=st.integers(0, 9))
+def test_a_point_falls_into_its_share(point: float, size: int, seed: int) -> None:
+    """Zeros are never drawn, and the place is that in the cumulated sum."""
+    random = np.random.default_rng(seed)
+    weights = random.random(size) * (random.random(size) < 0.3)
+    weights[random.integers(size)] += 1
+    found, sums = _draw(weights, point), weights.cumsum()
+    assert weights[found] > 0
+    assert sums[found] >= point * sums[-1] * (1 - 1e-12)
+    assert sums[found] - weights[found] <= point * sums[-1] * (1 + 1e-12)
+
+
+def test_min_p_is_a_part_of_the_best() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    tokens, _ = distribution(logits, Sampling(temperature=1.0, min_p=0.29))
+    assert tokens.tolist() == [0, 1, 2]
+
+
+def test_penalties_are_those_of_their_definitions() -> None:
+    """vLLM's: repetition counts the prompt and the reply, the others the reply alone."""
+    logits = np.array([2.0, 2.0, -2.0, 1.0, 0.5], np.float32)
+    options = Sampling(
+        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={4: 1.25}
+    )
+    sampler = Sampler(options, prompt=[1, 2])
+    seen, chosen = [], []
+    for _ in range(4):
+        seen.append(sampler._changed(logits, None))
+        chosen.append(sampler(logits))
+    assert seen[0].tolist() == [2.0, 1.0, -4.0, 1.0, 1.75]
+    assert chosen == [0, 4, 1, 3]
+    assert seen[1].tolist() == [1 - 0.75, 1.0, -4.0, 1.0, 1.75]
+    assert seen[2].tolist() == [0.25, 1.0, -4.0, 1.0, 0.25 - 0.75 + 1.25]
+    assert logits.tolist() == [2.0, 2.0, -2.0, 1.0, 0.5], "the session's logits stay"
+
+
+def test_a_mask_leaves_the_best_that_is_allowed() -> None:
+    logits = np.array([3.0, 2.0, 1.0], np.float32)
+    sampler = Sampler(Sampling(logit_bias={2: -5.0}))
+    assert sampler(logits, np.array([False, True, True])) == 1
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        sampler(logits, np.zeros(3, bool))
+
+
+def test_log_probabilities_are_those_of_the_softmax() -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32) * 9
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(log_probabilities(logits), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("logits", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]])
 def test_logits_that_are_no_numbers_are_an_error(logits: list[float], temperature: float) -> None:
     with pytest.raises(RequestError, match="NaN or infinite"):
-        Sampler(temperature)(np.array(logits, np.float32))
+        Sampler(Sampling(temperature=temperature))(np.array(logits, np.float32))
 
 
 def test_a_great_temperature_makes_all_equal_but_what_cannot_be() -> None:
     logits = np.array([3e38, -3e38, -np.inf], np.float32)
-    tokens, probabilities = Sampler(temperature=1e300).distribution(logits)
+    tokens, probabilities = distribution(logits, Sampling(temperature=1e300))
     assert tokens.tolist() == [0, 1, 2] and probabilities == pytest.approx([0.5, 0.5, 0])

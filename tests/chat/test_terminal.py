@@ -1,115 +1,133 @@
-"""The terminal loop, over a pipe and over something that says it is a terminal."""
+"""The chat over a pipe, and in a pseudo-terminal."""
 
 import io
-import signal
+import json
 from collections.abc import Callable
-from typing import Any, cast
+from pathlib import Path
 
 import pytest
 
+from rgexport.chat.commands import COMMANDS
 from rgexport.chat.conversation import Conversation
-from rgexport.chat.sampling import Sampler
-from rgexport.chat.template import ChatTemplate
-from rgexport.chat.terminal import HELP, PROMPT, chat_loop
+from rgexport.chat.model import Model
+from rgexport.chat.reply import ReplyOptions
+from rgexport.chat.terminal import one_message, pipe_chat
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-
-
-class Terminal(io.StringIO):
-    """Lines typed at a terminal; None is Ctrl-C."""
-
-    def __init__(self, *typed: str | None) -> None:
-        super().__init__()
-        self._typed = list(typed)
-
-    def isatty(self) -> bool:
-        return True
-
-    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
-        line = self._typed.pop(0) if self._typed else ""
-        if line is None:
-            raise KeyboardInterrupt
-        return line
-
-
-class Screen(io.StringIO):
-    """Output at which Ctrl-C is pressed `times` times when `when` has been written."""
-
-    def __init__(self, when: str, times: int) -> None:
-        super().__init__()
-        self._when, self._times = when, times
-
-    def write(self, text: str) -> int:
-        count = super().write(text)
-        if self._times and self.getvalue().endswith(self._when):
-            while self._times:
-                self._times -= 1
-                signal.raise_signal(signal.SIGINT)
-        return count
+from tests.toy_session import ToySession
 
 
 @pytest.fixture
-def conversation(
-    make_session: Callable[[int], Any], gemma: Tokenizer, template: ChatTemplate
-) -> Conversation:
+def conversation(make_model: Callable[..., Model], gemma: Tokenizer) -> Conversation:
     """A conversation whose first reply spells "hello"."""
-    session = make_session(gemma.vocab_size)
+    session = ToySession(gemma.vocab_size)
     letters = [i for c in "hello" for i in gemma.encode_text(c)]
     session.script = [*letters, 107]
-    return Conversation(session, gemma, template, Sampler(), max_new_tokens=4 * len(letters))
+    return Conversation(make_model(gemma, session), ReplyOptions(max_new_tokens=4 * len(letters)))
 
 
 def said(conversation: Conversation) -> list[str]:
     return [message["content"] for message in conversation.messages]
 
 
+def chat(conversation: Conversation, *lines: str) -> list[str]:
+    output = io.StringIO()
+    pipe_chat(conversation, io.StringIO("\n".join(lines)), output)
+    return output.getvalue().splitlines()
+
+
 def test_a_pipe_gives_the_replies_alone(conversation: Conversation) -> None:
     output = io.StringIO()
-    chat_loop(conversation, io.StringIO("\n  \nhi\nbye"), output)
+    pipe_chat(conversation, io.StringIO("\n  \nhi\nbye"), output)
     assert said(conversation)[:3] == ["hi", "hello", "bye"]
     assert output.getvalue() == f"hello\n{said(conversation)[3]}\n"
 
 
-def test_a_terminal_has_a_prompt(conversation: Conversation) -> None:
-    output = io.StringIO()
-    chat_loop(conversation, Terminal("hi\n"), output)
-    assert output.getvalue() == f"{PROMPT}hello\n{PROMPT}\n"
+def test_help_lists_all_commands(conversation: Conversation) -> None:
+    lines = chat(conversation, "/help")
+    assert [line.split()[0][1:] for line in lines] == [*COMMANDS]
 
 
-def test_commands(conversation: Conversation) -> None:
-    output = io.StringIO()
-    chat_loop(conversation, io.StringIO("hi\n/reset\n/help\n/quit\nnever\n"), output)
-    assert output.getvalue() == f"hello\n{HELP}\n"
-    assert conversation.messages == [] and conversation.position == 0
+def test_commands(conversation: Conversation, tmp_path: Path) -> None:
+    document, file = tmp_path / "book.txt", tmp_path / "a.state"
+    document.write_text("the model said it")
+    lines = chat(
+        conversation,
+        "hi",
+        "/system Be brief.",
+        f"/save {file}",
+        "/undo",
+        f"/load {file}",
+        "/set temperature 0.7",
+        "/set max-new-tokens 3",
+        "/clear",
+        f"/read {document}",
+        f"/save {file}",
+        "/quit",
+        "never",
+    )
+    assert lines[:2] == ["hello", "The system prompt is set."]
+    assert lines[2].startswith(f"{file} has ") and lines[4].endswith(
+        "tokens are known, 3 messages."
+    )
+    assert lines[5:7] == ["temperature is 0.7.", "max_new_tokens is 3."]
+    assert lines[8].startswith("book.txt is read, the conversation has ")
+    assert len(lines) == 10 and conversation.system == "Be brief."
+    assert conversation.options.sampling.temperature == 0.7
+    assert conversation.options.max_new_tokens == 3
 
 
-def test_ctrl_c_at_the_prompt_clears_the_line(conversation: Conversation) -> None:
-    output = io.StringIO()
-    chat_loop(conversation, Terminal(None, "hi\n"), output)
-    assert output.getvalue() == f"{PROMPT}\n{HELP}\n{PROMPT}hello\n{PROMPT}\n"
+def test_retry_and_edit_answer_again(conversation: Conversation) -> None:
+    lines = chat(conversation, "hi", "/retry", "/edit there")
+    assert lines[0] == "hello" and said(conversation) == ["there", lines[2]]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_between_tokens_stops_the_reply_and_keeps_it(
-    conversation: Conversation, times: int
+def test_stats(conversation: Conversation) -> None:
+    text = "\n".join(chat(conversation, "/stats", "hi", "/stats"))
+    assert text.count("toy in toy 1") == 2 and text.count("last reply: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nothing", "there is no command /nothing; /help lists them"),
+        ("/read", "/read needs FILE"),
+        ("/read none.txt", "cannot read none.txt: No such file"),
+        ("/load none.state", "none.state"),
+        ("/undo", "there is no message yet"),
+        ("/set colour red", "there is no setting 'colour'; expected one of temperature"),
+        ("/set top_k many", "top_k is 'many'; expected a number"),
+        ("/set top_p 3", "top_p is 3.0; expected"),
+        ("/save", "/save needs FILE"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    line: str, message: str, conversation: Conversation
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    output = Screen("hel", times)
-    chat_loop(conversation, io.StringIO("hi\n"), output)
-    assert output.getvalue() == "hel\n"
-    assert said(conversation) == ["hi", "hel"]
-    assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(RequestError, match=message):
+        chat(conversation, line)
 
 
-def test_ctrl_c_twice_in_a_step_drops_the_turn(conversation: Conversation) -> None:
-    output, session = io.StringIO(), cast(Any, conversation.session)
-    session.failure, session.failing_step = KeyboardInterrupt(), 3
-    chat_loop(conversation, io.StringIO("hi\n"), output)
-    assert output.getvalue() == "hel [dropped]\n"
-    assert conversation.messages == [] and conversation.position == 0
+def test_nothing_of_the_users_is_overwritten(conversation: Conversation, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.write_text("my work")
+    with pytest.raises(RequestError, match="exists and is no state file; give another name"):
+        chat(conversation, "hi", f"/save {thesis}")
+    assert thesis.read_text() == "my work"
+
+
+def test_one_message(conversation: Conversation) -> None:
+    output = io.StringIO()
+    one_message(conversation, "hi", output)
+    assert output.getvalue() == "hello\n"
+    output = io.StringIO()
+    one_message(conversation, "again", output, as_json=True)
+    found = json.loads(output.getvalue())
+    assert found["text"] == said(conversation)[-1]
+    assert {"reason", "prompt_tokens", "cached_tokens", "ids", "read_seconds"} <= found.keys()
 
 
 def test_input_that_is_not_utf8(conversation: Conversation) -> None:
     lines = io.TextIOWrapper(io.BytesIO(b"hi\xff\n"), encoding="utf-8")
     with pytest.raises(RequestError, match="not UTF-8"):
-        chat_loop(conversation, lines, io.StringIO())
+        pipe_chat(conversation, lines, io.StringIO())

@@ -1,5 +1,6 @@
 """Text sampled from a model: how it begins, and that it is the model's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def test_each_token_is_drawn_from_the_models_distribution(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn at a temperature near 0: each token is then the reference's first choice."""
-    monkeypatch.setattr(sampling, "Sampler", lambda temperature, seed: Sampler(1e-6, seed=seed))
+    monkeypatch.setattr(
+        sampling, "Sampler", lambda options: Sampler(replace(options, temperature=1e-6))
+    )
     if precision == "int4":
         monkeypatch.setattr(sampling, "_LARGEST_IN_FLOAT32", 0)
     checkpoint = checkpoint_of("wide_lru", tmp_path / "model")

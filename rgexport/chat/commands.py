@@ -1,0 +1,172 @@
+"""What can be typed in a chat besides messages."""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rgexport.chat.conversation import Conversation
+from rgexport.chat.from_artifact import summary
+from rgexport.chat.state_file import is_state_file
+from rgexport.errors import RequestError
+from rgexport.files.regular_file import read_regular
+from rgexport.progress import amount
+from rgexport.runtimes.memory import peak_rss_bytes
+
+_MAX_TEXT = 64 << 20
+
+Replies = Generator[str, None, None]
+
+
+class Quit(Exception):  # noqa: N818
+    """The chat ends."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, and what is typed after it."""
+
+    run: Callable[[Conversation, str], str | Replies]
+    """Gives a line to show, or the pieces of a reply."""
+    about: str
+    argument: str = ""
+    required: bool = False
+
+
+def run_command(conversation: Conversation, line: str) -> str | Replies:
+    """Runs a line that begins with a slash.
+
+    Raises:
+        Quit: the chat ends.
+        RequestError: there is no such command, or it cannot be done.
+    """
+    name, _, argument = line[1:].partition(" ")
+    command = COMMANDS.get(name)
+    if command is None:
+        raise RequestError(f"there is no command /{name}; /help lists them")
+    if command.required and not argument.strip():
+        raise RequestError(f"/{name} needs {command.argument}")
+    return command.run(conversation, argument.strip())
+
+
+def _help(conversation: Conversation, argument: str) -> str:
+    words = {f"/{name} {c.argument}".rstrip(): c.about for name, c in COMMANDS.items()}
+    width = max(map(len, words))
+    return "\n".join(f"{word:<{width}}  {about}" for word, about in words.items())
+
+
+def _quit(conversation: Conversation, argument: str) -> str:
+    raise Quit
+
+
+def _clear(conversation: Conversation, argument: str) -> str:
+    conversation.clear()
+    return "A new conversation."
+
+
+def _system(conversation: Conversation, argument: str) -> str:
+    conversation.set_system(argument)
+    return "The system prompt is set." if argument else "There is no system prompt now."
+
+
+def _undo(conversation: Conversation, argument: str) -> str:
+    conversation.undo()
+    return "The last message and its reply are gone."
+
+
+def _retry(conversation: Conversation, argument: str) -> Replies:
+    return conversation.retry()
+
+
+def _edit(conversation: Conversation, argument: str) -> Replies:
+    return conversation.edit(argument)
+
+
+def _save(conversation: Conversation, argument: str) -> str:
+    path = Path(argument).expanduser()
+    if path.exists() and not is_state_file(path):
+        raise RequestError(f"{path} exists and is no state file; give another name")
+    saved = conversation.save(path)
+    return f"{path} has {len(saved.tokens)} tokens in {amount(path.stat().st_size)}."
+
+
+def _load(conversation: Conversation, argument: str) -> str:
+    saved = conversation.load(Path(argument).expanduser())
+    return f"{len(saved.tokens)} tokens are known, {len(conversation.messages)} messages."
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RequestError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_regular(path, _MAX_TEXT).decode()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} is not UTF-8 text") from None
+
+
+def _read(conversation: Conversation, argument: str) -> str:
+    path = Path(argument).expanduser()
+    count = conversation.read(read_text(path))
+    return f"{path.name} is read, the conversation has {count} tokens. Ask about it."
+
+
+def _stats(conversation: Conversation, argument: str) -> str:
+    model, last = conversation.model, conversation.last
+    lines = [
+        f"{model.name} in {model.info.title}, {model.info.threads} threads",
+        f"state: {amount(model.info.state_bytes)} a conversation, "
+        f"{amount(model.scheduler.store.nbytes)} of earlier ones kept",
+        f"memory: {amount(peak_rss_bytes() or 0)} at most so far",
+    ]
+    return "\n".join([*lines, *([f"last reply: {summary(last)}"] if last else [])])
+
+
+def _set(conversation: Conversation, argument: str) -> str:
+    name, _, value = argument.partition(" ")
+    name = name.replace("-", "_")
+    if name not in _SETTINGS:
+        raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
+    try:
+        number: Any = _SETTINGS[name](value)
+    except ValueError:
+        raise RequestError(f"{name} is {value!r}; expected a number") from None
+    options = conversation.options
+    if name == "max_new_tokens":
+        conversation.options = replace(options, max_new_tokens=number)
+    else:
+        sampling = replace(options.sampling, **{name: number})
+        conversation.options = replace(options, sampling=sampling)
+    return f"{name} is {value}."
+
+
+_SETTINGS: dict[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "max_new_tokens": int,
+}
+COMMANDS: dict[str, Command] = {
+    "help": Command(_help, "shows this"),
+    "system": Command(_system, "sets the system prompt; nothing removes it", "TEXT"),
+    "undo": Command(_undo, "takes the last message and its reply back"),
+    "retry": Command(_retry, "asks for another reply"),
+    "edit": Command(_edit, "says TEXT instead of the last message", "TEXT", required=True),
+    "read": Command(_read, "reads a text that the next message is about", "FILE", required=True),
+    "save": Command(_save, "saves the conversation and its state", "FILE", required=True),
+    "load": Command(_load, "goes on with a saved one", "FILE", required=True),
+    "clear": Command(_clear, "begins a new conversation"),
+    "set": Command(_set, f"changes one of {', '.join(_SETTINGS)}", "NAME VALUE", required=True),
+    "stats": Command(_stats, "shows speed, memory and state"),
+    "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
+}
+"""Name → command."""

@@ -1,0 +1,464 @@
+"""An artifact that answers: what the terminal, the server and Python share.
+
+model = rgexport.load("demo-int4-onnx")
+print(model.chat([{"role": "user", "content": "Hello"}]).text)
+"""
+
+import asyncio
+import contextlib
+import queue
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from rgexport.chat.artifact_text import open_template, open_tokenizer
+from rgexport.chat.prefix_store import PrefixStore, StateFolder
+from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer
+from rgexport.chat.sampling import Sampling
+from rgexport.chat.scheduler import End, Job, Request, Scheduler, Token, common_prefix
+from rgexport.chat.state_file import (
+    Identity,
+    Message,
+    SavedState,
+    identity_of,
+    read_state,
+    require_same_model,
+    write_state,
+)
+from rgexport.chat.template import ChatTemplate
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.session import Session
+
+CACHE_BYTES, FOLDER_BYTES = 1 << 30, 10 << 30
+"""Memory and disk for states by default: 30 and 300 of a 2B's."""
+_LAST_TURNS = 4
+"""Messages, counted from the last, after which a prompt's state is kept."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read before a reply.
+
+    Attributes:
+        ids: its tokens.
+        keep: numbers of its first tokens whose states are worth keeping.
+        messages: the conversation, if it is one.
+    """
+
+    ids: list[int]
+    keep: tuple[int, ...] = ()
+    messages: tuple[Message, ...] | None = None
+
+
+class Model:
+    """An artifact in its engine, with the states of what it has read.
+
+    Several conversations may be under way at once, in any threads.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        identity: Identity,
+        *,
+        rows: int = 1,
+        max_waiting: int = 1024,
+        cache_bytes: int = CACHE_BYTES,
+        state_folder: Path | None = None,
+        folder_bytes: int = FOLDER_BYTES,
+        state_precision: str | None = None,
+    ) -> None:
+        """Takes an engine, which it owns from now on; `load` opens one.
+
+        Args:
+            session: the engine.
+            tokenizer: its vocabulary.
+            template: how conversations are written.
+            identity: what its states are of.
+            rows: most conversations that are computed together.
+            max_waiting: most requests that wait for their turn.
+            cache_bytes: memory for states.
+            state_folder: where states are kept for the next start.
+            folder_bytes: most bytes in that folder.
+            state_precision: fp32 or fp16, in files; None for what the engine has.
+
+        Raises:
+            RequestError: the folder cannot be made, or memory is too small for the rows.
+        """
+        self.tokenizer, self.template, self.identity = tokenizer, template, identity
+        self.info, self._shapes = session.info, session.state_shapes
+        self._precision = state_precision
+        folder = (
+            None
+            if state_folder is None
+            else StateFolder(
+                state_folder,
+                identity,
+                self._shapes,
+                max_bytes=folder_bytes,
+                precision=state_precision,
+            )
+        )
+        store = PrefixStore(cache_bytes, folder)
+        self.scheduler = Scheduler(session, store, rows=rows, max_waiting=max_waiting)
+        self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.identity.name
+
+    def require_chat(self) -> None:
+        """Checks that it can chat.
+
+        Raises:
+            RequestError: the template writes turns that the vocabulary does not have.
+        """
+        self.template.check_turns(self.tokenizer)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
+        """The reply to a conversation; for `options` see `stream`."""
+        return self.stream(messages, **options).reply()
+
+    def stream(self, messages: Sequence[Message], **options: Any) -> "ReplyStream":
+        """The reply to a conversation, piece by piece.
+
+        Args:
+            messages: `role` and `content` of each turn, the last one a user's.
+            options: fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
+
+        Raises:
+            RequestError: the template refuses the messages, or an option is outside its range.
+        """
+        return self.reply_to(messages, reply_options(**options))
+
+    def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> "ReplyStream":
+        """As `stream`."""
+        return ReplyStream(self, self.conversation_prompt(messages), options)
+
+    def complete(self, text: str, **options: Any) -> "ReplyStream":
+        """The continuation of a text, piece by piece; for `options` see `stream`."""
+        return ReplyStream(self, Prompt(self.text_ids(text)), reply_options(**options))
+
+    async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
+        """As `stream`, for asyncio."""
+        prompt = self.conversation_prompt(messages)
+        async with contextlib.aclosing(self.deliver(prompt, reply_options(**options))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Piece):
+                    yield piece.text
+
+    async def deliver(
+        self, prompt: Prompt, options: ReplyOptions
+    ) -> AsyncGenerator[Piece | Reply, None]:
+        """The pieces of a reply and, at last, the reply; closing it cancels the rest.
+
+        Raises:
+            RequestError: the request cannot be run, or the engine failed.
+        """
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Piece | Reply | RequestError]()
+
+        def take(item: Piece | Reply | RequestError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        job = self.start(prompt, options, take)
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, RequestError):
+                    raise item
+                yield item
+                if isinstance(item, Reply):
+                    return
+        finally:
+            job.cancel()
+
+    def conversation_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The tokens of a conversation up to where the model's reply begins.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        ids = self._render(messages, reply=True)
+        return Prompt(ids, tuple(sorted(self._places(messages, ids))), tuple(messages))
+
+    def start(self, prompt: Prompt, options: ReplyOptions, deliver: Deliver) -> Job:
+        """Begins a reply, whose pieces and end are given to `deliver` by other threads.
+
+        Raises:
+            Busy: too many requests wait.
+            RequestError: the prompt is empty or has ids that the model does not have.
+        """
+
+        def end(last: Reply | RequestError) -> None:
+            if isinstance(last, Reply) and prompt.messages is not None:
+                self._settling.submit(self._settle, prompt.messages, last, deliver)
+            else:
+                deliver(last)
+
+        writer = Writer(self.tokenizer, len(prompt.ids), options, deliver, end)
+        return self.scheduler.submit(
+            Request(
+                ids=prompt.ids,
+                listener=writer,
+                sampling=options.sampling,
+                max_new_tokens=options.max_new_tokens,
+                stop_ids=self.tokenizer.stop_ids,
+                keep=prompt.keep,
+                mask=options.mask,
+                client=options.client,
+            )
+        )
+
+    def read(self, ids: Sequence[int], *, first: bool = False) -> Future[End]:
+        """Reads tokens, so that prompts which begin with them go on from there."""
+        done = Future[End]()
+        request = Request(ids=ids, listener=_Reading(done), max_new_tokens=0, first=first)
+        self.scheduler.submit(request)
+        return done
+
+    def save_state(
+        self, path: Path, ids: Sequence[int], messages: Sequence[Message] | None = None
+    ) -> SavedState:
+        """Writes a state file of what these tokens lead to; they are read if they were not.
+
+        The last token is left for whoever goes on: see `chat.state_file`.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        seen = list(ids[:-1]) or list(ids)
+        self.read(seen).result()
+        found = self.scheduler.store.longest(seen)
+        assert found and found.length == len(seen), "it was just read"
+        info = f"{self.info.engine} {self.info.engine_version}"
+        saved = SavedState(self.identity, np.array(ids, np.int64), found.state, messages, info)
+        write_state(path, saved, precision=self._precision)
+        return saved
+
+    def load_state(self, path: Path) -> SavedState:
+        """Takes a state file: prompts that begin with its tokens go on from there.
+
+        Raises:
+            RequestError: it is damaged, or of another model, window or chat template.
+        """
+        saved = read_state(path, self._shapes)
+        require_same_model(path, saved, self.identity)
+        self.scheduler.store.put(saved.tokens[: saved.position].tolist(), saved.state)
+        return saved
+
+    def close(self) -> None:
+        """Ends all replies and frees the engine."""
+        self._settling.shutdown()
+        self.scheduler.close()
+
+    def __enter__(self) -> Self:
+        """Itself; it is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a plain prompt: bos, if the vocabulary has it, and the text.
+
+        Raises:
+            RequestError: there are none.
+        """
+        bos = self.tokenizer.bos_id
+        ids = [*([] if bos is None else [bos]), *self.tokenizer.encode_text(text)]
+        if not ids:
+            raise RequestError("the prompt is empty and the tokenizer has no bos; give a prompt")
+        return ids
+
+    def opening_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation up to where the text of its last message can go on.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        *before, last = messages
+        one, other = (
+            self._render([*before, {**last, "content": last["content"] + more}], reply=False)
+            for more in ("\n\n1", "\n\nx")
+        )
+        return one[: common_prefix(one, other)]
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation whose last turn is over.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        return self._render(messages, reply=False)
+
+    def _settle(self, messages: tuple[Message, ...], reply: Reply, deliver: Deliver) -> None:
+        """Reads the end of the turn, so that the next one goes on from there.
+
+        The tokens of a reply may differ from those that its text encodes to: the template may trim
+        it, and a model can spell a word in pieces that the tokenizer would not choose. Then the
+        reply is read again, as the template renders it.
+        """
+        with contextlib.suppress(RequestError):
+            said = [*messages, {"role": "assistant", "content": reply.text}]
+            self.read(self.conversation_ids(said), first=True)
+        deliver(reply)
+
+    def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
+        """The tokens of a conversation.
+
+        Where the template has no system prompt, the first message begins with it.
+        """
+        render = self.template.render_ids
+        try:
+            return render(self.tokenizer, messages, add_generation_prompt=reply)
+        except RequestError:
+            merged = _without_system(messages)
+            if merged is None:
+                raise
+            return render(self.tokenizer, merged, add_generation_prompt=reply)
+
+    def _places(self, messages: Sequence[Message], ids: list[int]) -> Iterator[int]:
+        """Where other conversations may branch off: after the system prompt, and the last turns."""
+        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        first = users[0] if users else 0
+        text = messages[first]["content"]
+        other = {"role": "user", "content": "y" if text.startswith("x") else "x"}
+        begins = [[*messages[:first], other]] if messages[0]["role"] == "system" else []
+        ends = [messages[:place] for place in range(len(messages) - _LAST_TURNS, len(messages))]
+        for part in [*begins, *filter(None, ends)]:
+            with contextlib.suppress(RequestError):
+                yield common_prefix(ids, self._render(part, reply=False))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages with the system prompt in the first user's; None if that cannot be."""
+    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
+        return None
+    text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": text}, *messages[2:]]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Hears of a prompt that is only read."""
+
+    done: Future[End]
+
+    def token(self, token: Token) -> bool:
+        """Never called."""
+        return False
+
+    def end(self, end: End) -> None:
+        """Takes the end."""
+        if end.error is not None:
+            self.done.set_exception(end.error)
+        else:
+            self.done.set_result(end)
+
+
+class ReplyStream(Iterator[str]):
+    """The pieces of a reply as they come; `reply` waits for the end."""
+
+    def __init__(self, model: Model, prompt: Prompt, options: ReplyOptions) -> None:
+        """Begins the reply."""
+        self._arrived: queue.SimpleQueue[Piece | Reply | RequestError] = queue.SimpleQueue()
+        self._job = model.start(prompt, options, self._arrived.put)
+        self._reply: Reply | None = None
+        self.failed = False
+        """Whether the engine ended the reply by an error."""
+
+    def __next__(self) -> str:
+        """The next piece."""
+        item = self._next_item()
+        if item is None:
+            raise StopIteration
+        return item.text
+
+    def pieces(self) -> Iterator[Piece]:
+        """The rest of the reply, with log probabilities if they were asked for."""
+        while (item := self._next_item()) is not None:
+            yield item
+
+    def reply(self) -> Reply:
+        """The whole reply.
+
+        Raises:
+            RequestError: the engine failed.
+        """
+        for _ in self:
+            pass
+        assert self._reply is not None
+        return self._reply
+
+    def cancel(self) -> None:
+        """Ends the reply soon; what was said is kept."""
+        self._job.cancel()
+
+    def _next_item(self) -> Piece | None:
+        if self._reply is not None:
+            return None
+        item = self._arrived.get()
+        if isinstance(item, RequestError):
+            self.failed = True
+            raise item
+        if isinstance(item, Reply):
+            self._reply = item
+            return None
+        return item
+
+
+def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Model:
+    """Opens an artifact.
+
+    Args:
+        path: an artifact of any format.
+        threads: processors that the engine uses; all, by default.
+        options: see `Model`.
+
+    Raises:
+        RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
+    """
+    return open_model(open_artifact(Path(path)), threads=threads, **options)
+
+
+def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:
+    """As `load`, for an artifact that is open."""
+    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
+    identity = identity_of(artifact, template)
+    return Model(open_session(artifact, threads=threads), tokenizer, template, identity, **options)
+
+
+def reply_options(**options: Any) -> ReplyOptions:
+    """Options of a reply and of its sampling, by name.
+
+    Raises:
+        RequestError: a name is unknown, or a value is outside its range.
+    """
+    own = {field.name for field in fields(ReplyOptions)} - {"sampling"}
+    chosen = {name: options.pop(name) for name in own & options.keys()}
+    known = {field.name for field in fields(Sampling)}
+    if unknown := sorted(options.keys() - known):
+        raise RequestError(
+            f"there is no option {', '.join(unknown)}; expected some of "
+            f"{', '.join(sorted(known | own))}"
+        )
+    return ReplyOptions(sampling=Sampling(**options), **chosen)

@@ -1,0 +1,153 @@
+"""A reply as text: what a scheduler's tokens say, and what they cost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
+from rgexport.chat.scheduler import End, Mask, Reason, Token
+from rgexport.chat.stopping import StopStrings
+from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
+from rgexport.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyOptions:
+    """How to reply.
+
+    Attributes:
+        sampling: how tokens are chosen.
+        max_new_tokens: most tokens of the reply.
+        stop: texts that end the reply and are not part of it.
+        logprobs: of how many of the most likely tokens to report log probabilities, beside the
+            chosen one's; None for none at all.
+        mask: what may be written.
+        client: who asks; clients take turns.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 1024
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    mask: Mask | None = None
+    client: str = ""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token, its log probability before penalties and temperature, and the most likely ones."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a reply, perhaps "", and the tokens since the last piece if they were asked for."""
+
+    text: str
+    tokens: tuple[Chosen, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A whole reply.
+
+    Attributes:
+        text: what was said.
+        ids: its tokens.
+        reason: why it ended.
+        prompt_tokens: tokens before the reply.
+        cached_tokens: of these, that did not have to be read.
+        read_seconds: until the first token, from when the request had its turn.
+        write_seconds: from there to the end.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    reason: Reason
+    prompt_tokens: int
+    cached_tokens: int
+    read_seconds: float
+    write_seconds: float
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the reply."""
+        return len(self.ids)
+
+    @property
+    def read_rate(self) -> float:
+        """Prompt tokens per second, of those that were read; 0 if there were none."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.read_seconds if self.read_seconds else 0.0
+
+    @property
+    def write_rate(self) -> float:
+        """Tokens per second after the first one; 0 if there were none."""
+        return (self.new_tokens - 1) / self.write_seconds if self.new_tokens > 1 else 0.0
+
+
+Deliver = Callable[[Piece | Reply | RequestError], None]
+"""Takes the pieces of a reply, and at last the reply or an error; in another thread."""
+
+
+class Writer:
+    """Makes the text of a reply from its tokens, as a scheduler's listener."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        options: ReplyOptions,
+        deliver: Deliver,
+        end: Callable[[Reply | RequestError], None],
+    ) -> None:
+        """Begins a reply; `deliver` gets its pieces, `end` what it ends with."""
+        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
+        self._prompt_tokens, self._logprobs = prompt_tokens, options.logprobs
+        self._deliver, self._end = deliver, end
+        self._said: list[str] = []
+        self._waiting: list[Chosen] = []
+        self._ids: list[int] = []
+
+    def token(self, token: Token) -> bool:
+        """Takes the next token; whether the reply goes on."""
+        self._ids.append(token.id)
+        if self._logprobs is not None:
+            self._waiting.append(chosen(token, self._logprobs))
+        self._say(self._stop.add(self._decoder.add(token.id)))
+        return self._stop.found is None
+
+    def end(self, end: End) -> None:
+        """Takes the end."""
+        self._say(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
+        if end.error is not None:
+            self._end(end.error)
+            return
+        self._end(
+            Reply(
+                text="".join(self._said),
+                ids=tuple(self._ids),
+                reason=end.reason if self._stop.found is None else "stop",
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=end.cached_tokens,
+                read_seconds=end.read_seconds,
+                write_seconds=end.write_seconds,
+            )
+        )
+
+    def _say(self, text: str, *, last: bool = False) -> None:
+        if text or (last and self._waiting):
+            self._said.append(text)
+            self._deliver(Piece(text, tuple(self._waiting)))
+            self._waiting = []
+
+
+def chosen(token: Token, count: int) -> Chosen:
+    """A token with its log probability, and those of the `count` most likely ones."""
+    values = log_probabilities(token.logits)
+    top = most_likely(np.asarray(token.logits), count) if count else ()
+    return Chosen(token.id, float(values[token.id]), tuple((int(i), float(values[i])) for i in top))

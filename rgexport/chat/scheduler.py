@@ -1,0 +1,461 @@
+"""Continuous batching: conversations share each reading of the weights.
+
+One thread owns the session. Its rows are conversations: the first ones write, one token each in a
+common step; the others read their prompts, in chunks between the steps. A row is taken and given
+back between steps. What is read is kept in a prefix store, so that no prompt is read twice.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from rgexport.chat.prefix_store import PrefixStore
+from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.errors import RequestError
+from rgexport.griffin.state import POSITION, State
+from rgexport.runtimes.session import Session
+
+KEPT_EVERY = 512
+"""Tokens of a long prompt after which its state is kept."""
+_CHUNKS = 16, 512
+"""Fewest and most tokens that are read at once."""
+_READING_SECONDS, _READING_STEPS = 1.0, 1.5
+"""How long a chunk may take: alone, and in steps if others write."""
+
+
+class Busy(RequestError):
+    """There are too many requests already."""
+
+
+class Mask(Protocol):
+    """What a grammar allows next."""
+
+    def allowed(self) -> np.ndarray:
+        """Bool [vocab]."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the token that was chosen."""
+        ...
+
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a reply; `logits` [vocab] are those that it was chosen by, before penalties."""
+
+    id: int
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a reply: why, and what it cost.
+
+    Attributes:
+        reason: `stop` for a stop id or a listener that has enough.
+        cached_tokens: of the prompt, that did not have to be read.
+        read_seconds: from the request's turn until its first token.
+        write_seconds: from there to the end.
+        error: of the reason `error`.
+    """
+
+    reason: Reason
+    cached_tokens: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    error: RequestError | None = None
+
+
+class Listener(Protocol):
+    """Hears of a reply in the scheduler's thread, so it must not wait."""
+
+    def token(self, token: Token) -> bool:
+        """Takes the next token; whether the reply goes on."""
+        ...
+
+    def end(self, end: End) -> None:
+        """Called once, at the end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to read, and what to write after it.
+
+    Attributes:
+        ids: the prompt, at least one token.
+        listener: hears of the reply.
+        sampling: how tokens are chosen.
+        max_new_tokens: most tokens of the reply; 0 only reads, and keeps the state.
+        stop_ids: tokens that end the reply; they are not part of it.
+        keep: lengths of prefixes of the prompt whose states are kept, beside its own.
+        mask: what may be written.
+        client: who asks; clients take turns.
+        first: whether it goes before all others.
+    """
+
+    ids: Sequence[int]
+    listener: Listener
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    stop_ids: Collection[int] = ()
+    keep: Collection[int] = ()
+    mask: Mask | None = None
+    client: str = ""
+    first: bool = False
+
+
+class Job:
+    """A request under way."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cancelled = False
+        self.fed = 0
+        """Tokens of `ids` that the row's state has seen."""
+        self.ids = list(request.ids)
+        self.written = 0
+        self.cached = 0
+        self.began = self.replied = 0.0
+        self.sampler = Sampler(request.sampling, request.ids)
+
+    def cancel(self) -> None:
+        """Ends it soon; its place is free after the current step."""
+        self.cancelled = True
+
+    def stops(self) -> list[int]:
+        """Where reading pauses to keep a state, from here on."""
+        end = len(self.request.ids)
+        places = {*self.request.keep, *range(KEPT_EVERY, end, KEPT_EVERY), end}
+        return sorted(place for place in places if self.fed < place <= end)
+
+
+@dataclass
+class Counters:
+    """What a scheduler has done since it began."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    read_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
+class Scheduler:
+    """Runs requests over one session, which it owns."""
+
+    def __init__(
+        self, session: Session, store: PrefixStore, *, rows: int = 1, max_waiting: int = 1024
+    ) -> None:
+        """Begins its thread.
+
+        Args:
+            session: the model.
+            store: where states are kept.
+            rows: most conversations at once; each takes the memory of a state.
+            max_waiting: most requests that wait for a row.
+        """
+        session.reset(rows)
+        self.counters = Counters()
+        self._session, self._store = session, store
+        self._capacity, self._max_waiting = rows, max_waiting
+        self._empty = {name: np.zeros((1, *s)) for name, s in session.state_shapes.items()}
+        self._rows: list[Job] = []
+        self._writing = 0
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._pace = _Pace(session)
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def store(self) -> PrefixStore:
+        """Where states are kept."""
+        return self._store
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
+
+    def submit(self, request: Request) -> Job:
+        """Lets a request wait for its turn.
+
+        Raises:
+            Busy: too many wait already.
+            RequestError: there is nothing to read, an id is outside of the vocabulary, or the
+                scheduler is closed.
+        """
+        vocab = self._session.vocab_size
+        if not len(request.ids):
+            raise RequestError("the prompt is empty; expected at least one token")
+        if max(request.ids) >= vocab or min(request.ids) < 0:
+            raise RequestError(
+                f"there is no token id {max(request.ids)}: the model has {vocab} tokens; "
+                "expected ids below that, from the model's own tokenizer"
+            )
+        job = Job(request)
+        with self._changed:
+            if self._closed:
+                raise RequestError("the model is closed")
+            if not request.first and sum(map(len, self._waiting.values())) >= self._max_waiting:
+                raise Busy(f"{self._max_waiting} requests wait already; try again later")
+            self._waiting.setdefault(request.client, deque())
+            if request.first:
+                self._waiting[request.client].appendleft(job)
+                self._waiting.move_to_end(request.client, last=False)
+            else:
+                self._waiting[request.client].append(job)
+            self._changed.notify()
+        return job
+
+    def close(self) -> None:
+        """Ends all replies, waits for the current step, and closes the session."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._store.close()
+        self._session.close()
+
+    def _run(self) -> None:
+        while self._has_work():
+            self._drop_cancelled()
+            try:
+                self._admit()
+                self._read()
+                self._write()
+            except Exception as error:
+                self._fail(error)
+        for job in [*self._rows, *self._taken()]:
+            job.request.listener.end(End("cancelled", job.cached))
+
+    def _has_work(self) -> bool:
+        """Waits for work; False when the scheduler is closed."""
+        with self._changed:
+            while not (self._closed or self._rows or self._waiting):
+                self._changed.wait()
+            return not self._closed
+
+    def _taken(self, most: int | None = None) -> list[Job]:
+        """Waiting jobs, at most so many, one of each client in turn."""
+        found: list[Job] = []
+        with self._changed:
+            while self._waiting and (most is None or len(found) < most):
+                client, jobs = self._waiting.popitem(last=False)
+                found.append(jobs.popleft())
+                if jobs:
+                    self._waiting[client] = jobs
+        return found
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._rows if job.cancelled]:
+            self._leave(job, "cancelled")
+        with self._changed:
+            gone = [job for jobs in self._waiting.values() for job in jobs if job.cancelled]
+            for client, jobs in [*self._waiting.items()]:
+                self._waiting[client] = deque(job for job in jobs if not job.cancelled)
+                if not self._waiting[client]:
+                    del self._waiting[client]
+        for job in gone:
+            job.request.listener.end(End("cancelled"))
+
+    def _admit(self) -> None:
+        """Gives free rows to those that wait, with the longest prefix that is known."""
+        for job in self._taken(self._capacity - len(self._rows)):
+            if self._is_being_read(job):
+                self._put_back(job)
+                continue
+            self.counters.requests += 1
+            job.began = time.perf_counter()
+            prefix = self._store.longest(job.ids)
+            row = len(self._rows)
+            self._rows.append(job)
+            self._set(row, prefix.state if prefix else self._begin())
+            if prefix:
+                job.fed = job.cached = prefix.length
+                self.counters.cached_tokens += prefix.length
+            if prefix and prefix.length == len(job.ids):
+                self._reply(job, prefix.logits)
+
+    def _is_being_read(self, job: Job) -> bool:
+        """Whether another row will soon keep a longer prefix than what is known."""
+        known = self._store.length(job.ids)
+        for other in self._rows[self._writing :]:
+            shared = common_prefix(job.ids, other.ids)
+            if any(known < stop <= shared for stop in other.stops()):
+                return True
+        return False
+
+    def _put_back(self, job: Job) -> None:
+        with self._changed:
+            self._waiting.setdefault(job.request.client, deque()).appendleft(job)
+
+    def _read(self) -> None:
+        """Reads a chunk of one prompt, or up to where its state is to be kept."""
+        reading = self._rows[self._writing :]
+        if not reading:
+            return
+        job = min(reading, key=lambda job: job.began)
+        row = self._rows.index(job)
+        stop = min(job.stops()[0], job.fed + self._pace.chunk(alone=not self._writing))
+        started = time.perf_counter()
+        chunk = np.array([job.ids[job.fed : stop]], np.int64)
+        logits = self._session.take(range(row, row + 1), chunk)[0, -1]
+        seconds = time.perf_counter() - started
+        self._pace.read(chunk.size, seconds)
+        self.counters.prompt_tokens += chunk.size
+        self.counters.read_seconds += seconds
+        ended = stop == len(job.ids)
+        if stop == job.stops()[0]:
+            self._store.put(job.ids[:stop], self._get(row), logits if ended else None)
+        job.fed = stop
+        if ended:
+            self._reply(job, logits)
+
+    def _reply(self, job: Job, logits: np.ndarray | None) -> None:
+        """Begins to write, from the logits of the prompt."""
+        job.replied = time.perf_counter()
+        if job.request.max_new_tokens == 0 or logits is None:
+            self._leave(job, "length")
+            return
+        self._swap(self._rows.index(job), self._writing)
+        self._writing += 1
+        self._choose(job, logits)
+
+    def _write(self) -> None:
+        """One step of all that write."""
+        jobs = self._rows[: self._writing]
+        if not jobs:
+            return
+        tokens = np.array([[job.ids[-1]] for job in jobs], np.int64)
+        started = time.perf_counter()
+        logits = self._session.take(range(len(jobs)), tokens)[:, -1]
+        seconds = time.perf_counter() - started
+        self._pace.step(seconds)
+        self.counters.steps += 1
+        self.counters.step_seconds += seconds
+        for job, row in zip(jobs, logits, strict=True):
+            job.fed += 1
+            self._choose(job, row)
+
+    def _choose(self, job: Job, logits: np.ndarray) -> None:
+        """Chooses the next token, and ends the reply where that ends it."""
+        request = job.request
+        try:
+            mask = request.mask
+            token = job.sampler(logits, None if mask is None else mask.allowed())
+            if mask:
+                mask.accept(token)
+        except RequestError as error:
+            self._leave(job, "error", error)
+            return
+        if token in request.stop_ids:
+            self._leave(job, "stop")
+            return
+        job.ids.append(token)
+        job.written += 1
+        self.counters.new_tokens += 1
+        if not request.listener.token(Token(token, logits)):
+            self._leave(job, "stop")
+        elif job.written >= request.max_new_tokens:
+            self._leave(job, "length")
+
+    def _leave(self, job: Job, reason: Reason, error: RequestError | None = None) -> None:
+        """Keeps the state of a row, gives the row back, and tells the listener."""
+        row = self._rows.index(job)
+        if job.written and reason != "error":
+            self._store.put(job.ids[: job.fed], self._get(row))
+        if row < self._writing:
+            self._writing -= 1
+            self._move(self._writing, row)
+            row = self._writing
+        self._move(len(self._rows) - 1, row)
+        self._rows.pop()
+        now = time.perf_counter()
+        replied = job.replied or now
+        job.request.listener.end(End(reason, job.cached, replied - job.began, now - replied, error))
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all replies after an error of the engine, whose states may be wrong now."""
+        told = error if isinstance(error, RequestError) else RequestError(f"the engine: {error}")
+        jobs, self._rows, self._writing = self._rows, [], 0
+        self._session.reset(self._capacity)
+        for job in jobs:
+            job.request.listener.end(End("error", job.cached, error=told))
+
+    def _begin(self) -> State:
+        return self._empty | {POSITION: np.zeros(1, np.int64)}
+
+    def _get(self, row: int) -> State:
+        return self._session.get_rows(range(row, row + 1))
+
+    def _set(self, row: int, state: State) -> None:
+        self._session.set_rows(range(row, row + 1), state)
+
+    def _move(self, source: int, target: int) -> None:
+        """Lets a row take the place of another one, which is not needed any more."""
+        if source != target:
+            self._set(target, self._get(source))
+            self._rows[target] = self._rows[source]
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            first, second = self._get(one), self._get(other)
+            self._set(one, second)
+            self._set(other, first)
+            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+
+
+class _Pace:
+    """How many tokens to read at once, so that no one who writes waits long."""
+
+    def __init__(self, session: Session) -> None:
+        info = session.info
+        self._unit = info.prefill_chunk if info.whole_chunks else _CHUNKS[0]
+        self._token_seconds = self._step_seconds = 0.0
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Notes how long a chunk took."""
+        if tokens >= _CHUNKS[0]:
+            self._token_seconds = _mean(self._token_seconds, seconds / tokens)
+
+    def step(self, seconds: float) -> None:
+        """Notes how long a step took."""
+        self._step_seconds = _mean(self._step_seconds, seconds)
+
+    def chunk(self, *, alone: bool) -> int:
+        """Most tokens of the next chunk."""
+        seconds = _READING_SECONDS if alone else _READING_STEPS * self._step_seconds
+        if not self._token_seconds:
+            return self._unit * 4
+        fitting = int(seconds / self._token_seconds) // self._unit * self._unit
+        return max(self._unit, min(fitting, _CHUNKS[1]))
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    length = min(len(left), len(right))
+    differing = np.flatnonzero(np.array(left[:length]) != np.array(right[:length]))
+    return int(differing[0]) if len(differing) else length
+
+
+def _mean(before: float, now: float) -> float:
+    """A mean in which older figures count less and less."""
+    return now if not before else 0.8 * before + 0.2 * now

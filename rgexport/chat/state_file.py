@@ -1,0 +1,268 @@
+"""State files: what a model remembers of a text, to go on with in any engine.
+
+A safetensors file. Its arrays are the canonical states (`griffin.state`) of one conversation
+without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N]. The state
+has seen all tokens, or all but the last: to go on with a state, a token is needed that it has not
+seen. Its metadata have one JSON object, see `_fields`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport import __version__
+from rgexport.chat.template import ChatTemplate
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header, read_metadata
+from rgexport.griffin.safetensors_writer import header
+from rgexport.griffin.state import POSITION, State
+
+METADATA = "rgexport.state"
+FORMAT_VERSION = 1
+TOKENS = "tokens"
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+"""Precision of a file → dtype of its states."""
+_ALWAYS_FLOAT32 = ".rg_lru"
+_INT = np.dtype(np.int32)
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal for a state to be continued; the engine and the bits may differ.
+
+    Attributes:
+        name: the model's name, for messages alone.
+        weights: a hash of the original checkpoint's files.
+        window: tokens that local attention sees.
+        template: a hash of the chat template; it matters to conversations alone.
+    """
+
+    name: str
+    weights: str
+    window: int
+    template: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state, the tokens that led to it, and what it is of.
+
+    Attributes:
+        identity: the model.
+        tokens: int64 [N].
+        state: a canonical state of batch 1, which has seen N tokens or N - 1.
+        messages: the conversation, if it is one.
+        engine: what made it.
+    """
+
+    identity: Identity
+    tokens: np.ndarray
+    state: State
+    messages: Sequence[Message] | None = None
+    engine: str = ""
+
+    @property
+    def position(self) -> int:
+        """Tokens that the state has seen."""
+        return int(self.state[POSITION][0])
+
+
+def identity_of(artifact: Artifact, template: ChatTemplate) -> Identity:
+    """What states of this artifact are of."""
+    manifest = artifact.manifest
+    files = sorted(record.sha256 for record in manifest.source.files.values())
+    cap = repr(manifest.config.soft_cap)
+    return Identity(
+        manifest.name,
+        _hash("\n".join([*files, cap]).encode()),
+        manifest.config.window,
+        _hash(template.source.encode()),
+    )
+
+
+def is_state_file(path: Path) -> bool:
+    """Whether a file is one of ours, so that `--force` may replace it."""
+    try:
+        return METADATA in read_metadata(path)
+    except RequestError:
+        return False
+
+
+def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> None:
+    """Writes a file that appears complete or not at all, in place of any that is there.
+
+    Args:
+        path: the file.
+        saved: its contents.
+        precision: one of `PRECISIONS`; None keeps what the engine has.
+    """
+    arrays = _stored(saved, precision)
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(array.data)
+    fields = _fields(saved, digest.hexdigest())
+    begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: fields})
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            file.write(begin)
+            for array in arrays.values():
+                file.write(array.data)
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
+    """Reads a file; `shapes` are those of the model's states, without a batch axis.
+
+    Raises:
+        RequestError: it is none, is damaged, or is of a model with other states.
+    """
+    fields, entries = read_fields(path), read_header(path)
+    found = {name: entry.shape for name, entry in entries.items() if name != TOKENS}
+    if found != dict(shapes):
+        raise RequestError(
+            f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
+            "load it with an artifact of that model"
+        )
+    digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            file.seek(entry.offset)
+            data = file.read(entry.nbytes)
+            digest.update(data)
+            arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
+    tokens = arrays.pop(TOKENS).astype(np.int64)
+    sound = digest.hexdigest() == fields["sha256"] and len(tokens) == fields["tokens"]
+    if not sound or fields["position"] not in (len(tokens), len(tokens) - 1):
+        raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
+    state: State = {name: array[None] for name, array in arrays.items()}
+    return SavedState(
+        Identity(**fields["identity"]),
+        tokens,
+        state | {POSITION: np.array([fields["position"]], np.int64)},
+        fields["messages"],
+        fields["engine"],
+    )
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """What the metadata of a file say, see `_fields`.
+
+    Raises:
+        RequestError: it is no state file, or one of a later version.
+    """
+    text = read_metadata(path).get(METADATA)
+    if text is None:
+        raise RequestError(f"{path} is no state file; expected one that rgexport saved")
+    try:
+        fields = json.loads(text)
+        version = fields["format_version"]
+    except (ValueError, TypeError, KeyError):
+        raise RequestError(f"{path} is damaged: its metadata cannot be read") from None
+    if version != FORMAT_VERSION:
+        raise RequestError(
+            f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
+        )
+    if not _is_valid(fields):
+        raise RequestError(f"{path} is damaged: its metadata lack a field")
+    return dict(fields)
+
+
+def require_same_model(path: Path, saved: SavedState, expected: Identity) -> None:
+    """Refuses the state of another model, window or, for a conversation, chat template.
+
+    Raises:
+        RequestError: it is of another one, which the message names.
+    """
+    found = saved.identity
+    differing = {
+        f"the model {found.name} with other weights": found.weights != expected.weights,
+        f"a window of {found.window} tokens": found.window != expected.window,
+        f"another chat template of {found.name}": saved.messages is not None
+        and found.template != expected.template,
+    }
+    for what, differs in differing.items():
+        if differs:
+            raise RequestError(
+                f"{path} is a state of {what}; this artifact is {expected.name} with a window of "
+                f"{expected.window}: load it with the artifact of its own model"
+            )
+
+
+def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
+    if precision not in (None, *PRECISIONS):
+        raise RequestError(f"a precision of {precision!r}; expected {' or '.join(PRECISIONS)}")
+    arrays = {TOKENS: np.asarray(saved.tokens, _INT)}
+    for name, array in saved.state.items():
+        if name != POSITION:
+            dtype = array.dtype if precision is None else np.dtype(PRECISIONS[precision])
+            if name.endswith(_ALWAYS_FLOAT32):
+                dtype = np.dtype(np.float32)
+            arrays[name] = np.ascontiguousarray(array[0], dtype)
+    return arrays
+
+
+def _fields(saved: SavedState, sha256: str) -> str:
+    """The metadata: what the state is of, how long it is, and a hash of the data."""
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "identity": dataclasses.asdict(saved.identity),
+        "tokens": len(saved.tokens),
+        "position": saved.position,
+        "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
+        "engine": saved.engine,
+        "tool": f"rgexport {__version__}",
+        "sha256": sha256,
+    }
+    return json.dumps(fields)
+
+
+_KINDS: dict[str, Any] = {
+    "tokens": int,
+    "position": int,
+    "engine": str,
+    "tool": str,
+    "sha256": str,
+}
+
+
+def _is_valid(fields: dict[str, Any]) -> bool:
+    identity, messages = fields.get("identity"), fields.get("messages")
+    kinds = {field.name: field.type for field in dataclasses.fields(Identity)}
+    return (
+        all(type(fields.get(name)) is kind for name, kind in _KINDS.items())
+        and isinstance(identity, dict)
+        and {name: type(value) for name, value in identity.items()} == kinds
+        and (messages is None or (isinstance(messages, list) and all(map(_is_message, messages))))
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(text, str) for text in (message.get("role"), message.get("content"))
+    )
+
+
+def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
+    dtypes = {"I32": _INT} if name == TOKENS else FLOATS
+    if entry.dtype not in dtypes or (name == TOKENS and len(entry.shape) != 1):
+        raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
+    return dtypes[entry.dtype]
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,163 @@
+"""States are found by exactly their tokens, in memory and in a folder."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rgexport.chat.prefix_store import PrefixStore, StateFolder, key_of
+from rgexport.chat.state_file import Identity
+from rgexport.griffin.state import POSITION, State
+
+SHAPES = {"layers.0.rg_lru": (64,)}
+IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)
+IDS = st.lists(st.integers(0, 2), max_size=8)
+
+
+def state_of(ids: list[int]) -> State:
+    """A state that says what it has seen."""
+    memory = np.zeros((1, 64), np.float32)
+    memory[0, : len(ids)] = ids
+    return {"layers.0.rg_lru": memory, POSITION: np.array([len(ids)], np.int64)}
+
+
+NBYTES = sum(array.nbytes for array in state_of([]).values())
+
+
+@given(known=st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=6), asked=IDS)
+def test_the_longest_prefix_that_can_be_continued(
+    known: list[tuple[list[int], bool]], asked: list[int]
+) -> None:
+    store, latest = PrefixStore(1 << 20), dict[tuple[int, ...], bool]()
+    for ids, with_logits in known:
+        store.put(ids, state_of(ids), np.zeros(3) if with_logits else None)
+        latest[tuple(ids)] = with_logits
+    fitting = [
+        len(ids)
+        for ids, logits in latest.items()
+        if list(ids) == asked[: len(ids)] and (logits or len(ids) < len(asked))
+    ]
+    found = store.longest(asked)
+    assert (found.length if found else 0) == max(fitting, default=0)
+    if found:
+        expected = state_of(asked[: found.length])
+        np.testing.assert_array_equal(found.state["layers.0.rg_lru"], expected["layers.0.rg_lru"])
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    store = PrefixStore(3 * NBYTES)
+    for token in range(3):
+        store.put([token], state_of([token]))
+    assert store.longest([0, 9]) is not None
+    store.put([3], state_of([3]))
+    assert [store.length([token]) for token in range(4)] == [1, 0, 1, 1]
+    assert store.nbytes == 3 * NBYTES
+    store.put([3], state_of([3]))
+    assert store.nbytes == 3 * NBYTES, "the same again takes nothing"
+
+
+def folder(path: Path, max_bytes: int = 1 << 20, identity: Identity = IDENTITY) -> StateFolder:
+    return StateFolder(path, identity, SHAPES, max_bytes=max_bytes)
+
+
+def test_a_folder_serves_the_next_process(tmp_path: Path) -> None:
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    for length in range(1, 6):
+        store.put(list(range(length)), state_of(list(range(length))))
+    store.close()
+    again = PrefixStore(NBYTES, folder(tmp_path))
+    found = again.longest([0, 1, 2, 3, 9])
+    assert found and found.length == 4
+    assert found.state["layers.0.rg_lru"][0, :5].tolist() == [0, 1, 2, 3, 0]
+    again.close()
+
+
+def test_another_model_has_another_folder(tmp_path: Path) -> None:
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    store.put([1, 2], state_of([1, 2]))
+    store.close()
+    for other in (
+        Identity("toy", "ef" * 32, 8, "cd" * 32),
+        Identity("toy", "ab" * 32, 9, "cd" * 32),
+    ):
+        store = PrefixStore(NBYTES, folder(tmp_path, identity=other))
+        assert store.longest([1, 2, 3]) is None
+        store.close()
+
+
+def test_a_folder_is_trimmed(tmp_path: Path) -> None:
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    store.put([0], state_of([0]))
+    store.close()
+    (file,) = tmp_path.glob("*/*.state")
+    store = PrefixStore(NBYTES, folder(tmp_path, 2 * file.stat().st_size))
+    for token in range(1, 4):
+        store.put([token], state_of([token]))
+    store.close()
+    assert len([*tmp_path.glob("*/*.state")]) == 2
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    assert [store.length([token, 9]) for token in range(4)] == [0, 0, 1, 1]
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "swapped", "gone"])
+def test_a_damaged_file_is_not_used(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    store.put([1], state_of([1]))
+    store.put([1, 2], state_of([1, 2]))
+    store.close()
+    short, long = sorted(tmp_path.glob("*/*.state"))
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    if damage == "cut":
+        os.truncate(long, long.stat().st_size - 4)
+    elif damage == "swapped":
+        long.write_bytes(short.read_bytes())
+    else:
+        long.unlink()
+    found = store.longest([1, 2, 3])
+    assert found and found.length == 1
+    assert (damage == "swapped") != ("a saved state is not used" in capsys.readouterr().err)
+    store.close()
+
+
+def test_a_kill_leaves_no_half_file(tmp_path: Path) -> None:
+    """What a killed writer leaves has another name, and the next start removes it."""
+    folder(tmp_path).close()
+    (place,) = tmp_path.iterdir()
+    name = f"1-{key_of([1])[1]}.state"
+    half = place / f".{name}.partial-00000000"
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
+    (place / f".{name}.partial-00000001").write_bytes(b"being written")
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    assert store.longest([1, 2]) is None
+    store.close()
+    assert [path.name[-1] for path in place.iterdir()] == ["1"]
+
+
+def test_threads_share_a_store() -> None:
+    store, wrong = PrefixStore(20 * NBYTES), list[str]()
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(300):
+            ids = random.integers(0, 3, int(random.integers(1, 6))).tolist()
+            if random.random() < 0.5:
+                store.put(ids, state_of(ids))
+            elif found := store.longest(ids):
+                seen = found.state["layers.0.rg_lru"][0, : found.length].tolist()
+                if seen != ids[: found.length]:
+                    wrong.append(f"{seen} for {ids}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and store.nbytes <= 20 * NBYTES
