@@ -127,6 +127,10 @@ def _stats(conversation: Conversation, argument: str) -> str:
 
 
 def _set(conversation: Conversation, argument: str) -> str:
+    options = conversation.options
+    known = vars(options.sampling) | vars(options)
+    if not argument:
+        return "\n".join(f"{name} {known[name]}" for name in _SETTINGS)
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
     if name not in _SETTINGS:
@@ -135,7 +139,6 @@ def _set(conversation: Conversation, argument: str) -> str:
         number: Any = _SETTINGS[name](value)
     except ValueError:
         raise RequestError(f"{name} is {value!r}; expected a number") from None
-    options = conversation.options
     if name == "max_new_tokens":
         conversation.options = replace(options, max_new_tokens=number)
     else:
@@ -165,7 +168,7 @@ COMMANDS: dict[str, Command] = {
     "save": Command(_save, "saves the conversation and its state", "FILE", required=True),
     "load": Command(_load, "goes on with a saved one", "FILE", required=True),
     "clear": Command(_clear, "begins a new conversation"),
-    "set": Command(_set, f"changes one of {', '.join(_SETTINGS)}", "NAME VALUE", required=True),
+    "set": Command(_set, "changes a setting; alone, it lists them", "NAME VALUE"),
     "stats": Command(_stats, "shows speed, memory and state"),
     "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
 }
