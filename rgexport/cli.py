@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from rgexport import __version__, progress
-from rgexport.commands import compress, exports, llama_cpp, proof, state, use
+from rgexport.commands import compress, exports, llama_cpp, proof, serve, state, use
 from rgexport.commands.options import verbose
 from rgexport.errors import RequestError, one_line
 
@@ -88,7 +88,16 @@ def rgexport(context: click.Context) -> None:
 
 
 for command in (
-    *(exports.onnx, exports.coreml, exports.gguf, use.generate, use.chat, state.state, use.bench),
+    *(
+        exports.onnx,
+        exports.coreml,
+        exports.gguf,
+        use.generate,
+        use.chat,
+        serve.serve,
+        state.state,
+        use.bench,
+    ),
     *(proof.inspect, exports.random, proof.reference, proof.validate, llama_cpp.llama_cpp),
     *(compress.calibrate, compress.quantize),
 ):

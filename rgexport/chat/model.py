@@ -27,6 +27,7 @@ from rgexport.chat.state_file import (
     SavedState,
     identity_of,
     read_state,
+    require_precision,
     require_same_model,
     write_state,
 )
@@ -96,8 +97,10 @@ class Model:
         Raises:
             RequestError: the folder cannot be made, or memory is too small for the rows.
         """
+        require_precision(state_precision)
         self.tokenizer, self.template, self.identity = tokenizer, template, identity
         self.info, self._shapes = session.info, session.state_shapes
+        self.vocab_size = session.vocab_size
         self._precision = state_precision
         folder = (
             None
@@ -185,12 +188,21 @@ class Model:
         finally:
             job.cancel()
 
-    def conversation_prompt(self, messages: Sequence[Message]) -> Prompt:
+    def conversation_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> Prompt:
         """The tokens of a conversation up to where the model's reply begins.
+
+        Args:
+            messages: its turns.
+            tools: what the template tells the model of, if it has a place for them.
 
         Raises:
             RequestError: the template refuses the messages.
         """
+        if tools:
+            render = self.template.render_ids
+            return Prompt(render(self.tokenizer, messages, True, tools))
         ids = self._render(messages, reply=True)
         return Prompt(ids, tuple(sorted(self._places(messages, ids))), tuple(messages))
 
@@ -204,7 +216,7 @@ class Model:
 
         def end(last: Reply | RequestError) -> None:
             if isinstance(last, Reply) and prompt.messages is not None:
-                self._settling.submit(self._settle, prompt.messages, last, deliver)
+                self._settling.submit(self._settle, prompt, prompt.messages, last, deliver)
             else:
                 deliver(last)
 
@@ -219,6 +231,7 @@ class Model:
                 keep=prompt.keep,
                 mask=options.mask,
                 client=options.client,
+                lasting=prompt.messages is None,
             )
         )
 
@@ -310,7 +323,9 @@ class Model:
         """
         return self._render(messages, reply=False)
 
-    def _settle(self, messages: tuple[Message, ...], reply: Reply, deliver: Deliver) -> None:
+    def _settle(
+        self, prompt: Prompt, messages: tuple[Message, ...], reply: Reply, deliver: Deliver
+    ) -> None:
         """Reads the end of the turn, so that the next one goes on from there.
 
         The tokens of a reply may differ from those that its text encodes to: the template may trim
@@ -319,8 +334,20 @@ class Model:
         """
         with contextlib.suppress(RequestError):
             said = [*messages, {"role": "assistant", "content": reply.text}]
-            self.read(self.conversation_ids(said), first=True)
+            ids = self.conversation_ids(said)
+            done = self.read(ids, first=True)
+            done.add_done_callback(lambda _: self._forget(prompt.ids, reply.ids, ids))
         deliver(reply)
+
+    def _forget(self, prompt: list[int], reply: Sequence[int], settled: list[int]) -> None:
+        """Frees the state of a reply as it was written: that of its template serves from now on.
+
+        The last token was fed only where a stop token came after it.
+        """
+        for count in (len(reply), len(reply) - 1):
+            ids = [*prompt, *reply[:count]]
+            if count > 0 and ids != settled:
+                self.scheduler.store.forget(ids)
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
         """The tokens of a conversation.

@@ -164,12 +164,25 @@ class PrefixStore:
         """Memory that is in use."""
         return self._nbytes
 
-    def put(self, ids: Sequence[int], state: State, logits: np.ndarray | None = None) -> None:
-        """Keeps the state after `ids`."""
+    def put(
+        self,
+        ids: Sequence[int],
+        state: State,
+        logits: np.ndarray | None = None,
+        *,
+        lasting: bool = True,
+    ) -> None:
+        """Keeps the state after `ids`; in the folder, too, if it is `lasting`."""
         key = key_of(ids)
         self._remember(key, Prefix(len(ids), state, logits))
-        if self._folder:
+        if self._folder and lasting:
             self._folder.save(key, ids, state)
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Frees the memory of the state after `ids`."""
+        with self._lock:
+            if before := self._entries.pop(key_of(ids), None):
+                self._nbytes -= before.nbytes
 
     def longest(self, ids: Sequence[int]) -> Prefix | None:
         """The state of the longest prefix that is known and can be continued.

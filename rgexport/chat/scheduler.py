@@ -32,6 +32,10 @@ class Busy(RequestError):
     """There are too many requests already."""
 
 
+class EngineError(RequestError):
+    """The engine failed; whatever it was computing is lost."""
+
+
 class Mask(Protocol):
     """What a grammar allows next."""
 
@@ -100,6 +104,7 @@ class Request:
         mask: what may be written.
         client: who asks; clients take turns.
         first: whether it goes before all others.
+        lasting: whether the states of the prompt's and the reply's end go into a folder, too.
     """
 
     ids: Sequence[int]
@@ -111,6 +116,7 @@ class Request:
     mask: Mask | None = None
     client: str = ""
     first: bool = False
+    lasting: bool = True
 
 
 class Job:
@@ -324,7 +330,9 @@ class Scheduler:
         self.counters.read_seconds += seconds
         ended = stop == len(job.ids)
         if stop == job.stops()[0]:
-            self._store.put(job.ids[:stop], self._get(row), logits if ended else None)
+            kept = job.request.lasting or not ended
+            state, known = self._get(row), logits if ended else None
+            self._store.put(job.ids[:stop], state, known, lasting=kept)
         job.fed = stop
         if ended:
             self._reply(job, logits)
@@ -381,7 +389,8 @@ class Scheduler:
         """Keeps the state of a row, gives the row back, and tells the listener."""
         row = self._rows.index(job)
         if job.written and reason != "error":
-            self._store.put(job.ids[: job.fed], self._get(row))
+            kept = job.request.lasting
+            self._store.put(job.ids[: job.fed], self._get(row), lasting=kept)
         if row < self._writing:
             self._writing -= 1
             self._move(self._writing, row)
@@ -394,7 +403,7 @@ class Scheduler:
 
     def _fail(self, error: Exception) -> None:
         """Ends all replies after an error of the engine, whose states may be wrong now."""
-        told = error if isinstance(error, RequestError) else RequestError(f"the engine: {error}")
+        told = EngineError(f"the engine: {error}")
         jobs, self._rows, self._writing = self._rows, [], 0
         self._session.reset(self._capacity)
         for job in jobs:

@@ -90,6 +90,17 @@ def identity_of(artifact: Artifact, template: ChatTemplate) -> Identity:
     )
 
 
+def require_precision(precision: str | None) -> None:
+    """Refuses a precision that state files do not have.
+
+    Raises:
+        RequestError: it is none of `PRECISIONS`.
+    """
+    if precision not in (None, *PRECISIONS):
+        words = " or ".join(PRECISIONS)
+        raise RequestError(f"the precision of states is {precision!r}; expected {words}")
+
+
 def is_state_file(path: Path) -> bool:
     """Whether a file is one of ours, so that `--force` may replace it."""
     try:
@@ -204,8 +215,7 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 
 
 def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
-    if precision not in (None, *PRECISIONS):
-        raise RequestError(f"a precision of {precision!r}; expected {' or '.join(PRECISIONS)}")
+    require_precision(precision)
     arrays = {TOKENS: np.asarray(saved.tokens, _INT)}
     for name, array in saved.state.items():
         if name != POSITION:

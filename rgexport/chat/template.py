@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 
@@ -26,7 +26,11 @@ class ChatTemplate:
     origin: str
 
     def render_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """The ids of a conversation, starting with one BOS if the vocabulary has it.
 
@@ -40,6 +44,7 @@ class ChatTemplate:
         rendered = self.render(
             neutral,
             add_generation_prompt,
+            tools=None if tools is None else _cut_all(tools, tokenizer),
             bos_token=tokenizer.literal(tokenizer.bos_id),
             eos_token=tokenizer.literal(tokenizer.eos_id),
         )
@@ -49,7 +54,11 @@ class ChatTemplate:
         return ids
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, **tokens: str
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        **tokens: str,
     ) -> str:
         """The text of a conversation; `tokens` are `bos_token` and the like.
 
@@ -64,7 +73,7 @@ class ChatTemplate:
                 .render(
                     messages=messages,
                     add_generation_prompt=add_generation_prompt,
-                    tools=None,
+                    tools=tools,
                     documents=None,
                     **tokens,
                 )
@@ -96,6 +105,17 @@ def load_template(folder: Path) -> ChatTemplate:
         RequestError: a file that cannot be read, or several named templates and no default.
     """
     return ChatTemplate(*(read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")))
+
+
+def _cut_all(value: Any, tokenizer: Tokenizer) -> Any:
+    """JSON whose texts are cut, see `Tokenizer.cut`."""
+    if isinstance(value, str):
+        return tokenizer.cut(value)
+    if isinstance(value, Mapping):
+        return {tokenizer.cut(str(k)): _cut_all(v, tokenizer) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut_all(item, tokenizer) for item in value]
+    return value
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """`rgexport quantize`: a plan that reaches a quality or a size."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,12 @@ from rgexport.compress.plan_file import PlanReport, is_plan, write_json
 from rgexport.compress.planning import FLAGS, Kind, Planner, Target
 from rgexport.errors import RequestError
 from rgexport.export.origin import folder_of
-from rgexport.export.request import as_argument
+from rgexport.export.request import as_argument, bytes_of
 from rgexport.files.atomic import check_file_target, replace_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.validate.result import write_text
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ class PlanOptions:
     @property
     def target(self) -> Target:
         """The one target."""
-        size = None if self.target_size is None else _bytes(self.target_size)
+        size = None if self.target_size is None else bytes_of("--target-size", self.target_size)
         asked: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
         given = [Target(kind, value) for kind, value in asked.items() if value is not None]
         if len(given) != 1:
@@ -155,12 +151,3 @@ def _name_of(calibration: Calibration, options: PlanOptions) -> str:
     if calibration.held_out:
         return "text that the calibration held out"
     return "the calibration's own text, on which a plan is better than elsewhere"
-
-
-def _bytes(text: str) -> float:
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise RequestError(
-            f"--target-size is {text!r}; expected a number of bytes, such as 1500MB or 1.5GB"
-        )
-    return float(match[1]) * _UNITS[match[2].lower()]

@@ -1,5 +1,6 @@
 """What a user asks an export for, and what the export answers."""
 
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,23 @@ from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
 from rgexport.progress import amount
 from rgexport.quantize.scheme import Ggml, Plan
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def bytes_of(flag: str, text: str) -> float:
+    """The bytes that an option's text means, such as `1.5GB`.
+
+    Raises:
+        RequestError: it is no number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise RequestError(
+            f"{flag} is {text!r}; expected a number of bytes, such as 1500MB or 1.5GB"
+        )
+    return float(match[1]) * _UNITS[match[2].lower()]
 
 
 def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:

@@ -84,7 +84,7 @@ def test_an_earlier_file_is_replaced_at_once(tmp_path: Path) -> None:
 def test_no_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"cannot write .*none/a.state: No such file"):
         write_state(tmp_path / "none" / "a.state", saved_state())
-    with pytest.raises(RequestError, match="a precision of 'int8'; expected fp32 or fp16"):
+    with pytest.raises(RequestError, match="of states is 'int8'; expected fp32 or fp16"):
         write_state(tmp_path / "a.state", saved_state(), precision="int8")
 
 

@@ -1,0 +1,126 @@
+"""`rgexport serve`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rgexport.commands.options import FOLDER, native_option, verbose
+from rgexport.errors import NotInstalled, RequestError
+
+_KEY = "RGEXPORT_API_KEY"
+
+
+@click.command()
+@click.argument("artifacts", type=FOLDER, nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Conversations that are computed together; each takes the memory of a state.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(0),
+    default=256,
+    show_default=True,
+    help="Requests that may wait for their turn.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Most tokens of a reply.",
+)
+@click.option("--max-prompt-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
+@click.option(
+    "--cache-size",
+    default="1GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for states of earlier conversations.",
+)
+@click.option("--state-folder", type=FOLDER, help="Keep states here, for the next start, too.")
+@click.option("--state-folder-size", default="10GB", show_default=True, metavar="SIZE")
+@click.option("--state-precision", metavar="fp32|fp16", help="Of states in files.")
+@click.option("--api-key", help=f"What clients must present; or the variable {_KEY}.")
+@click.option("--api-key-file", type=FOLDER, help="The same, in a file.")
+@click.option("--cors-origin", multiple=True, help="A web page's origin that may use it.")
+@click.option(
+    "--grace",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="Seconds that running replies have when it ends.",
+)
+@click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
+@click.option("--quiet", is_flag=True, help="No line per request.")
+@native_option
+@verbose
+def serve(
+    artifacts: tuple[Path, ...],
+    host: str,
+    port: int,
+    cache_size: str,
+    state_folder: Path | None,
+    state_folder_size: str,
+    api_key: str | None,
+    api_key_file: Path | None,
+    cors_origin: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Serves artifacts over HTTP, as OpenAI's interface does."""
+    try:
+        from rgexport.serve.app import Settings
+        from rgexport.serve.generation import Limits
+        from rgexport.serve.run import open_models
+        from rgexport.serve.run import serve as run
+    except ModuleNotFoundError as error:
+        raise NotInstalled(f"serve needs {error.name}: pip install 'rgexport[serve]'") from None
+    from rgexport.export.request import bytes_of
+
+    key = _key(api_key, api_key_file)
+    saved = state_folder and state_folder / "saved"
+    if saved:
+        saved.mkdir(parents=True, exist_ok=True)
+    limits = Limits(
+        new_tokens=options["max_new_tokens"], prompt_tokens=options["max_prompt_tokens"]
+    )
+    settings = Settings(
+        api_key=key,
+        cors_origins=cors_origin,
+        limits=limits,
+        saved=saved,
+        log=not options["quiet"],
+    )
+    models = open_models(
+        list(artifacts),
+        threads=options["threads"],
+        rows=options["parallel"],
+        max_waiting=options["max_waiting"],
+        cache_bytes=int(bytes_of("--cache-size", cache_size)),
+        state_folder=state_folder,
+        folder_bytes=int(bytes_of("--state-folder-size", state_folder_size)),
+        state_precision=options["state_precision"],
+    )
+    run(models, settings, host=host, port=port, grace_seconds=options["grace"])
+
+
+def _key(given: str | None, file: Path | None) -> str | None:
+    """The key, from wherever it is."""
+    if given is not None and file is not None:
+        raise RequestError("--api-key and --api-key-file exclude each other")
+    if file is not None:
+        try:
+            given = file.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise RequestError(f"cannot read {file}: {error}") from None
+    key = given if given is not None else os.environ.get(_KEY)
+    if key is not None and (not key or not key.isascii() or not key.isprintable()):
+        raise RequestError("the API key is empty or has other characters than ASCII's")
+    return key

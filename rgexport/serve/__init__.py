@@ -1,0 +1,1 @@
+"""`rgexport serve`: artifacts behind OpenAI's HTTP interface."""

@@ -1,0 +1,144 @@
+"""Replies in the form of OpenAI's answers, whole or in chunks."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rgexport.chat.reply import Chosen, Piece, Reply
+from rgexport.chat.tokenizer import Tokenizer
+
+_REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
+
+
+@dataclass
+class Answer:
+    """One answer, of one or several replies.
+
+    Attributes:
+        model: the name that it is given under.
+        tokenizer: of the model.
+        chat: whether it is one of `/v1/chat/completions`.
+        logprobs: whether log probabilities were asked for.
+    """
+
+    model: str
+    tokenizer: Tokenizer
+    chat: bool
+    logprobs: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(
+        self, replies: Sequence[Reply], tokens: Sequence[Sequence[Chosen]], before: str = ""
+    ) -> dict[str, Any]:
+        """The answer at once; `before` is what every text begins with."""
+        choices = []
+        for index, (reply, chosen) in enumerate(zip(replies, tokens, strict=True)):
+            text = before + reply.text
+            said = {"message": {"role": "assistant", "content": text}}
+            choices.append(
+                {
+                    "index": index,
+                    **(said if self.chat else {"text": text}),
+                    "logprobs": self._logprobs(chosen),
+                    "finish_reason": _REASONS[reply.reason],
+                }
+            )
+        return self._object("chat.completion") | {
+            "choices": choices,
+            "usage": usage(replies),
+            "timings": timings(replies[0]),
+        }
+
+    def opening(self, index: int, before: str = "") -> dict[str, Any] | None:
+        """The first chunk of a reply, if it has one."""
+        if self.chat:
+            return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+        return self._chunk(index, {"text": before}) if before else None
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A chunk with text."""
+        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        return self._chunk(index, said | {"logprobs": self._logprobs(piece.tokens)})
+
+    def closing(self, index: int, reply: Reply) -> dict[str, Any]:
+        """The last chunk of a reply."""
+        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        last = self._chunk(index, said, _REASONS[reply.reason])
+        return last | {"timings": timings(reply)}
+
+    def costs(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """The chunk that has the usage alone."""
+        return self._object("chat.completion.chunk") | {"choices": [], "usage": usage(replies)}
+
+    def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, **said, "finish_reason": reason}
+        return self._object("chat.completion.chunk") | {"choices": [choice]}
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind if self.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return self._of_chat(tokens) if self.chat else self._of_completion(tokens)
+
+    def _of_chat(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
+        content = [
+            self._named(token.id, token.logprob)
+            | {"top_logprobs": [self._named(i, logprob) for i, logprob in token.top]}
+            for token in tokens
+        ]
+        return {"content": content}
+
+    def _of_completion(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
+        tops = [{self._text(i): logprob for i, logprob in token.top} for token in tokens]
+        return {
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops,
+        }
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "id": token,
+            "token": self._text(token),
+            "logprob": logprob,
+            "bytes": list(self.tokenizer.surface(token)),
+        }
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.surface(token).decode("utf-8", "replace")
+
+
+def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """OpenAI's usage: the prompt counts once, what was known of it as in the first reply."""
+    prompt, new = replies[0].prompt_tokens, sum(reply.new_tokens for reply in replies)
+    cached = min(reply.cached_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings(reply: Reply) -> dict[str, Any]:
+    """llama-server's timings."""
+    return {
+        "cache_n": reply.cached_tokens,
+        "prompt_n": reply.prompt_tokens - reply.cached_tokens,
+        "prompt_ms": 1e3 * reply.read_seconds,
+        "prompt_per_second": reply.read_rate,
+        "predicted_n": reply.new_tokens,
+        "predicted_ms": 1e3 * reply.write_seconds,
+        "predicted_per_second": reply.write_rate,
+    }

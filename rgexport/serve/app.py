@@ -1,0 +1,313 @@
+"""The HTTP interface: OpenAI's, with llama-server's additions."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from rgexport import __version__
+from rgexport.chat.model import Model
+from rgexport.chat.state_file import Message
+from rgexport.errors import RequestError
+from rgexport.serve import errors
+from rgexport.serve.answers import Answer
+from rgexport.serve.generation import (
+    Gone,
+    Limits,
+    Work,
+    answer_whole,
+    chat_works,
+    completion_works,
+    messages_of,
+    stream,
+)
+from rgexport.serve.grammar import Grammars
+from rgexport.serve.metrics import Metrics
+from rgexport.serve.middleware import Guard
+from rgexport.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SlotRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
+
+AFFINITY = "X-Conversation"
+"""Header whose value is the same for all turns of a conversation, for a load balancer."""
+_CLIENT_CLOSED = 499
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is set up.
+
+    Attributes:
+        api_key: what clients must present; None lets all in.
+        cors_origins: web pages that may use it.
+        limits: what a request may cost.
+        body_bytes: largest request.
+        saved: the folder of states that clients name; None for none.
+        log: whether there is a line per request.
+    """
+
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    body_bytes: int = 8 << 20
+    saved: Path | None = None
+    log: bool = True
+
+
+@dataclass
+class _Slot:
+    """The last conversation of a slot."""
+
+    ids: list[int]
+    messages: list[Message] | None
+
+
+class Server:
+    """The models that are served, by name."""
+
+    def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
+        self.models, self.settings = dict(models), settings
+        self.metrics = Metrics(self.models)
+        self.slots: dict[tuple[str, int], _Slot] = {}
+        self._grammars = {
+            name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
+        }
+
+    def model(self, name: str) -> tuple[str, Model, Grammars]:
+        """A model by its name; the only one by any.
+
+        Raises:
+            NoSuchModel: there are several, and none of this name.
+        """
+        if len(self.models) == 1:
+            name = next(iter(self.models))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise errors.NoSuchModel(f"there is no model {name!r} here; expected one of {known}")
+        return name, self.models[name], self._grammars[name]
+
+    def remember(self, name: str, slot: int, work: Work) -> None:
+        """Notes what a slot has last seen."""
+        self.slots.pop((name, slot), None)
+        messages = work.prompt.messages
+        self.slots[name, slot] = _Slot(work.prompt.ids, None if messages is None else [*messages])
+        while len(self.slots) > _MOST_SLOTS:
+            self.slots.pop(next(iter(self.slots)))
+
+
+_MOST_SLOTS = 1024
+
+
+def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
+    """The app that serves these models."""
+    server = Server(models, settings)
+    app = FastAPI(title="rgexport", version=__version__, docs_url=None, redoc_url=None)
+    errors.install(app)
+    _generation_routes(app, server)
+    _text_routes(app, server)
+    _state_routes(app, server)
+    _status_routes(app, server)
+    if settings.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[AFFINITY],
+        )
+    app.add_middleware(
+        Guard,
+        api_key=settings.api_key,
+        body_bytes=settings.body_bytes,
+        metrics=server.metrics,
+        log=settings.log,
+    )
+    return app
+
+
+def _generation_routes(app: FastAPI, server: Server) -> None:
+    limits = server.settings.limits
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        name, model, grammars = server.model(body.model)
+        asked = model, grammars, body, _client(request), limits
+        works = await run_in_threadpool(chat_works, *asked)
+        server.remember(name, body.id_slot, works[0])
+        answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs)
+        first = works[0].prompt.messages or ()
+        return await _respond(request, body, model, (answer, works, [""] * len(works)), first)
+
+    @app.post("/v1/completions", response_model=None)
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        name, model, grammars = server.model(body.model)
+        asked = model, grammars, body, _client(request), limits
+        works = await run_in_threadpool(completion_works, *asked)
+        server.remember(name, body.id_slot, works[0])
+        answer = Answer(name, model.tokenizer, chat=False, logprobs=body.logprobs is not None)
+        before = [model.tokenizer.decode(w.prompt.ids) if body.echo else "" for w in works]
+        return await _respond(request, body, model, (answer, works, before), ())
+
+    async def _respond(
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        model: Model,
+        job: tuple[Answer, list[Work], list[str]],
+        messages: Any,
+    ) -> Response:
+        answer, works, before = job
+        headers = {AFFINITY: _affinity(messages, works[0].prompt.ids)}
+        if body.stream:
+            events = stream(
+                request,
+                model,
+                answer,
+                works,
+                before,
+                with_usage=bool(body.stream_options and body.stream_options.include_usage),
+                ping_seconds=limits.ping_seconds,
+            )
+            headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        try:
+            whole = await answer_whole(request, model, answer, works, before)
+        except Gone:
+            return Response(status_code=_CLIENT_CLOSED)
+        return JSONResponse(whole, headers=headers)
+
+
+def _text_routes(app: FastAPI, server: Server) -> None:
+    @app.post("/tokenize", response_model=None)
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        _, model, _ = server.model(body.model)
+        encode = model.text_ids if body.add_special else model.tokenizer.encode_text
+        return {"tokens": encode(body.content)}
+
+    @app.post("/detokenize", response_model=None)
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        _, model, _ = server.model(body.model)
+        return {"content": model.tokenizer.decode(body.tokens)}
+
+    @app.post("/apply-template", response_model=None)
+    def apply_template(body: TemplateRequest) -> dict[str, Any]:
+        _, model, _ = server.model(body.model)
+        ids = model.conversation_prompt(messages_of(body.messages)).ids
+        special = {token: text for text, token in model.tokenizer.special.items()}
+        pieces = [special.get(i) or model.tokenizer.surface(i) for i in ids]
+        data = b"".join(p.encode() if isinstance(p, str) else p for p in pieces)
+        return {"prompt": data.decode("utf-8", "replace"), "tokens": ids}
+
+
+def _state_routes(app: FastAPI, server: Server) -> None:
+    @app.get("/slots", response_model=None)
+    def slots() -> list[dict[str, Any]]:
+        return [
+            {"id": slot, "model": name, "n_prompt_tokens": len(seen.ids)}
+            for (name, slot), seen in [*server.slots.items()]
+        ]
+
+    @app.post("/slots/{slot}", response_model=None)
+    def act(
+        slot: int, action: Literal["save", "restore", "erase"], body: SlotRequest
+    ) -> dict[str, Any]:
+        name, model, _ = server.model(body.model)
+        path = _saved(server.settings.saved, body.filename)
+        known = server.slots.get((name, slot))
+        if action == "restore":
+            there = _there(path, body.filename)
+            with _without_folder(there):
+                saved = model.load_state(there)
+            messages = None if saved.messages is None else [*saved.messages]
+            server.slots[name, slot] = _Slot(saved.tokens.tolist(), messages)
+            return {"id_slot": slot, "filename": body.filename, "n_restored": saved.position}
+        if action == "erase" and path is not None:
+            _there(path, body.filename).unlink(missing_ok=True)
+            return {"id_slot": slot, "filename": body.filename}
+        if action == "erase":
+            erased = server.slots.pop((name, slot), None)
+            return {"id_slot": slot, "n_erased": len(erased.ids) if erased else 0}
+        if path is None:
+            raise RequestError("filename: it is missing; give a name for the state")
+        if known is None:
+            raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
+        with _without_folder(path):
+            saved = model.save_state(path, known.ids, known.messages)
+        return {
+            "id_slot": slot,
+            "filename": body.filename,
+            "n_saved": len(saved.tokens),
+            "n_written": path.stat().st_size,
+        }
+
+
+def _status_routes(app: FastAPI, server: Server) -> None:
+    @app.get("/health", response_model=None)
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models", response_model=None)
+    def models() -> dict[str, Any]:
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "rgexport"}
+            for name in server.models
+        ]
+        return {"object": "list", "data": data}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return Response(server.metrics.text(), media_type=_METRICS_TYPE)
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _affinity(messages: Any, ids: list[int]) -> str:
+    """A hash of how a conversation begins: up to its first user's message."""
+    begin = ""
+    for message in messages:
+        begin += f"{message['role']}\n{message['content']}\n"
+        if message["role"] == "user":
+            break
+    data = begin.encode("utf-8", "replace") if begin else repr(ids[:64]).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _saved(folder: Path | None, name: str | None) -> Path | None:
+    """The place of a name within the folder of states."""
+    if name is None:
+        return None
+    if folder is None:
+        raise RequestError("this server keeps no states: it was started without --state-folder")
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), "see `SlotRequest`"
+    return folder / f"{name}.state"
+
+
+@contextmanager
+def _without_folder(path: Path) -> Iterator[None]:
+    """Names a file in errors as its client does."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(str(error).replace(str(path), path.stem)) from None
+
+
+def _there(path: Path | None, name: str | None) -> Path:
+    if path is None or not path.is_file():
+        raise RequestError(f"filename: there is no saved state {name!r}")
+    return path

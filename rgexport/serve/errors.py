@@ -1,0 +1,61 @@
+"""OpenAI's error objects, for whatever goes wrong."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from rgexport.chat.scheduler import Busy, EngineError
+from rgexport.errors import RequestError, one_line
+from rgexport.progress import warn
+
+INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
+
+
+class NoSuchModel(RequestError):
+    """The request names a model that is not served."""
+
+
+def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
+
+
+def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and the body for an error of ours."""
+    if isinstance(error, Busy):
+        return 429, error_object(str(error), BUSY)
+    if isinstance(error, NoSuchModel):
+        return 404, error_object(str(error), _KINDS[404], "model")
+    if isinstance(error, EngineError):
+        warn(str(error))  # not for clients: it may name files of this machine
+        return 500, error_object("the engine failed; the server's log says why", SERVER)
+    if isinstance(error, RequestError):
+        return 400, error_object(str(error), INVALID)
+    return 500, error_object("the server failed; its log says why", SERVER)
+
+
+def install(app: FastAPI) -> None:
+    """Lets the app answer with error objects."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        return JSONResponse(error_object(message, INVALID, one_line(place) or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        kind = _KINDS.get(error.status_code, INVALID)
+        body = error_object(str(error.detail), kind)
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestError)
+    async def failed(request: Request, error: RequestError) -> JSONResponse:
+        status, body = as_error(error)
+        headers = {"Retry-After": "1"} if status == 429 else None
+        return JSONResponse(body, status, headers=headers)

@@ -1,0 +1,127 @@
+"""What clients send: OpenAI's fields, and those that llama-server and vLLM have added.
+
+Fields that are not listed are ignored, as clients expect.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
+_INT64 = 2**63 - 1
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, StringConstraints(max_length=1000)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(_Body):
+    """A part of a message; there are only texts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class JsonSchema(_Body):
+    """The `json_schema` of a response format."""
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(_Body):
+    """What a reply must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(_Body):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class Generation(_Body):
+    """The fields that chats and completions share."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=_INT64)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: Annotated[str, StringConstraints(max_length=100_000)] | None = None
+    regex: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    id_slot: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class ChatRequest(Generation):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
+    tools: list[dict[str, Any]] | None = None
+
+
+class CompletionRequest(Generation):
+    """`/v1/completions`."""
+
+    prompt: str | list[str] | list[Id] | list[list[Id]]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class TokenizeRequest(_Body):
+    """`/tokenize`."""
+
+    content: str
+    model: str = ""
+    add_special: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """`/detokenize`."""
+
+    tokens: list[Id]
+    model: str = ""
+
+
+class TemplateRequest(_Body):
+    """`/apply-template`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: str = ""
+
+
+class SlotRequest(_Body):
+    """`/slots/ID`: a name within the folder of states."""
+
+    filename: FileName | None = None
+    model: str = ""

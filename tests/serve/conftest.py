@@ -1,0 +1,74 @@
+"""A server of a toy model, in a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+
+from rgexport.chat.model import Model
+from rgexport.chat.template import ChatTemplate
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.serve.app import Settings, create_app
+from tests.chat.conftest import IDENTITY, gemma, sentencepiece_folder, template
+from tests.toy_session import ToySession
+
+__all__ = ["gemma", "sentencepiece_folder", "template"]
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    model: Model
+    session: ToySession
+
+
+Serve = Callable[..., Any]
+
+
+@contextmanager
+def served(
+    tokenizer: Tokenizer, template: ChatTemplate, settings: Settings, **options: Any
+) -> Iterator[Served]:
+    session = ToySession(tokenizer.vocab_size)
+    options = {"rows": 4} | options
+    model = Model(session, tokenizer, template, IDENTITY, **options)
+    config = uvicorn.Config(create_app({"toy": model}, settings), port=0, log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Served(f"http://127.0.0.1:{port}", model, session)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def server(
+    gemma: Tokenizer, template: ChatTemplate, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """One for all tests of a module; it keeps states by name."""
+    saved = tmp_path_factory.mktemp("saved")
+    with served(gemma, template, Settings(saved=saved, log=False)) as running:
+        yield running
+
+
+@pytest.fixture
+def serve(gemma: Tokenizer, template: ChatTemplate) -> Serve:
+    """Serves with other settings: a context manager."""
+
+    def begin(settings: Settings | None = None, **options: Any) -> Any:
+        return served(gemma, template, settings or Settings(log=False), **options)
+
+    return begin
