@@ -98,5 +98,5 @@ $(INSTALLED): pyproject.toml hatch_build.py
 
 # What tests, lint and benchmarks need beyond that.
 $(DEV): $(INSTALLED)
-	$(BIN)/python -m pip install -q -e '.[export,coreml]' --group dev
+	$(BIN)/python -m pip install -q -e '.[export,coreml,serve]' --group dev
 	touch $@

@@ -1,10 +1,10 @@
-"""The pictures of README.md: a terminal and the report, made by running the demo.
+"""The pictures of README.md and the docs: terminals and the report, made by running the demo.
 
     python -m bench.pictures [--docs docs/pictures]
 
-Runs the commands of `SCENES` in a pseudo-terminal and writes what it shows at the end as
-`terminal.svg`; validates the demo and writes the top of its HTML report as `report.png`, which
-takes Chromium's `chromium-headless-shell`.
+Runs the commands of `SCENES` and `CHAT` in a pseudo-terminal and writes what it shows at the end
+as `terminal.svg` and `chat.svg`; validates the demo and writes the top of its HTML report as
+`report.png`, which takes Chromium's `chromium-headless-shell`.
 """
 
 import argparse
@@ -30,6 +30,22 @@ SCENES = (
     Scene(("chat", DEMO), typed=("Hello! How are you?", "/quit")),
     Scene(VALIDATE, last_line="bits per byte: artifact"),
 )
+CHAT = (
+    Scene(
+        ("chat", DEMO),
+        typed=(
+            "Hello! How are you?",
+            "/set temperature 0.8",
+            "What do you see at the harbour?",
+            "/stats",
+            "/save talk.state",
+            "/undo",
+            "/quit",
+        ),
+    ),
+    Scene(("state", "info", "talk.state")),
+)
+"""After the scenes before it."""
 REPORT_SIZE = "1100,900"
 FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" \
 xmlns="http://www.w3.org/2000/svg">
@@ -61,19 +77,20 @@ xmlns="http://www.w3.org/2000/svg">
 
 
 def main() -> None:
-    """Makes both pictures."""
+    """Makes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--docs", type=Path, default=Path("docs/pictures"))
     folder = parser.parse_args().docs
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as work:
         (Path(work) / "demo").symlink_to(ROOT / "demo")  # a path that is the same everywhere
-        lines = [line for scene in SCENES for line in play(scene, Path(work), COLUMNS)]
-        (folder / "terminal.svg").write_text(terminal_svg(lines))
+        for name, scenes in {"terminal": SCENES, "chat": CHAT}.items():
+            lines = [line for scene in scenes for line in play(scene, Path(work), COLUMNS)]
+            (folder / f"{name}.svg").write_text(terminal_svg(lines, name))
         report_picture(Path(work), (folder / "report.png").absolute())
 
 
-def terminal_svg(lines: Sequence[Text]) -> str:
+def terminal_svg(lines: Sequence[Text], name: str) -> str:
     """A picture of a terminal window that shows these lines."""
     with open("/dev/null", "w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
@@ -83,7 +100,7 @@ def terminal_svg(lines: Sequence[Text]) -> str:
             title="rgexport",
             theme=SVG_EXPORT_THEME,
             code_format=FORMAT,
-            unique_id="terminal",
+            unique_id=name,
         )
 
 

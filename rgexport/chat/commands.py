@@ -41,7 +41,7 @@ def run_command(conversation: Conversation, line: str) -> str | Replies:
         RequestError: there is no such command, or it cannot be done.
     """
     name, _, argument = line[1:].partition(" ")
-    command = COMMANDS.get(name)
+    command = COMMANDS.get(_ALSO.get(name, name))
     if command is None:
         raise RequestError(f"there is no command /{name}; /help lists them")
     if command.required and not argument.strip():
@@ -158,6 +158,8 @@ _SETTINGS: dict[str, Callable[[str], int | float]] = {
     "seed": int,
     "max_new_tokens": int,
 }
+_ALSO = {"exit": "quit", "reset": "clear", "regen": "retry"}
+"""Words of other programs → ours."""
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
     "system": Command(_system, "sets the system prompt; nothing removes it", "TEXT"),

@@ -41,6 +41,8 @@ from rgexport.runtimes.session import Session
 
 CACHE_BYTES, FOLDER_BYTES = 1 << 30, 10 << 30
 """Memory and disk for states by default: 30 and 300 of a 2B's."""
+_TURN_TOKENS = 16
+"""More than a template writes around a message."""
 _LAST_TURNS = 4
 """Messages, counted from the last, after which a prompt's state is kept."""
 
@@ -204,7 +206,8 @@ class Model:
             render = self.template.render_ids
             return Prompt(render(self.tokenizer, messages, True, tools))
         ids = self._render(messages, reply=True)
-        return Prompt(ids, tuple(sorted(self._places(messages, ids))), tuple(messages))
+        known = self.scheduler.store.length(ids)
+        return Prompt(ids, tuple(self._places(messages, ids, known)), tuple(messages))
 
     def start(self, prompt: Prompt, options: ReplyOptions, deliver: Deliver) -> Job:
         """Begins a reply, whose pieces and end are given to `deliver` by other threads.
@@ -216,9 +219,10 @@ class Model:
 
         def end(last: Reply | RequestError) -> None:
             if isinstance(last, Reply) and prompt.messages is not None:
-                self._settling.submit(self._settle, prompt, prompt.messages, last, deliver)
-            else:
-                deliver(last)
+                with contextlib.suppress(RuntimeError):  # it is shut down while replies end
+                    self._settling.submit(self._settle, prompt, prompt.messages, last, deliver)
+                    return
+            deliver(last)
 
         writer = Writer(self.tokenizer, len(prompt.ids), options, deliver, end)
         return self.scheduler.submit(
@@ -250,14 +254,13 @@ class Model:
         The last token is left for whoever goes on: see `chat.state_file`.
 
         Raises:
-            RequestError: the file cannot be written.
+            RequestError: the file cannot be written, or the model was closed.
         """
-        seen = list(ids[:-1]) or list(ids)
-        self.read(seen).result()
-        found = self.scheduler.store.longest(seen)
-        assert found and found.length == len(seen), "it was just read"
+        state = self.read(list(ids[:-1]) or list(ids)).result().state
+        if state is None:
+            raise RequestError("the model was closed before the text was read")
         info = f"{self.info.engine} {self.info.engine_version}"
-        saved = SavedState(self.identity, np.array(ids, np.int64), found.state, messages, info)
+        saved = SavedState(self.identity, np.array(ids, np.int64), state, messages, info)
         write_state(path, saved, precision=self._precision)
         return saved
 
@@ -363,17 +366,29 @@ class Model:
                 raise
             return render(self.tokenizer, merged, add_generation_prompt=reply)
 
-    def _places(self, messages: Sequence[Message], ids: list[int]) -> Iterator[int]:
-        """Where other conversations may branch off: after the system prompt, and the last turns."""
-        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
-        first = users[0] if users else 0
-        text = messages[first]["content"]
-        other = {"role": "user", "content": "y" if text.startswith("x") else "x"}
-        begins = [[*messages[:first], other]] if messages[0]["role"] == "system" else []
-        ends = [messages[:place] for place in range(len(messages) - _LAST_TURNS, len(messages))]
-        for part in [*begins, *filter(None, ends)]:
-            with contextlib.suppress(RequestError):
-                yield common_prefix(ids, self._render(part, reply=False))
+    def _places(self, messages: Sequence[Message], ids: list[int], known: int) -> Iterator[int]:
+        """Where other conversations may branch off, beyond the tokens that are `known`.
+
+        These are the ends of the last turns, and that of a system prompt.
+        """
+        last = len(self.tokenizer.encode_text(messages[-1]["content"]))
+        if known and len(ids) - known < last + _TURN_TOKENS:
+            return  # the last message alone is new
+        for count in range(len(messages) - 1, max(0, len(messages) - 1 - _LAST_TURNS), -1):
+            place = self._shared(messages[:count], ids)
+            if place <= known:
+                return
+            yield place
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            text = messages[1]["content"]
+            other = {"role": "user", "content": "y" if text.startswith("x") else "x"}
+            yield self._shared([messages[0], other], ids)
+
+    def _shared(self, messages: Sequence[Message], ids: list[int]) -> int:
+        """How many tokens a conversation begins with like `ids`; 0 if it cannot be rendered."""
+        with contextlib.suppress(RequestError):
+            return common_prefix(ids, self._render(messages, reply=False))
+        return 0
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:

@@ -73,19 +73,24 @@ class StateFolder:
             self._remove_halves()
         except OSError as error:
             raise RequestError(f"cannot make {self._folder}: {error.strerror}") from None
-        self._keys = {key for path in self._folder.iterdir() if (key := _key_of(path))}
+        self._found: tuple[int, set[Key]] = (0, set())
+        self._bad: set[Key] = set()
         self._waiting: queue.Queue[tuple[Key, SavedState] | None] = queue.Queue(_WAITING)
         self._writer = threading.Thread(target=self._write, name="state writer", daemon=True)
         self._writer.start()
 
     @property
     def keys(self) -> set[Key]:
-        """What can be loaded."""
-        return self._keys.copy()
+        """What can be loaded, also of what other processes have saved."""
+        changed = self._folder.stat().st_mtime_ns
+        if changed != self._found[0]:
+            names = (_key_of(path) for path in self._folder.iterdir())
+            self._found = changed, {key for key in names if key}
+        return self._found[1] - self._bad
 
     def save(self, key: Key, ids: Sequence[int], state: State) -> None:
         """Lets the thread write a state; waits if it is far behind."""
-        if key not in self._keys:
+        if key not in self._found[1]:
             tokens = np.array(ids, np.int64)
             self._waiting.put((key, SavedState(self._identity, tokens, state)))
 
@@ -97,7 +102,7 @@ class StateFolder:
             os.utime(path)
         except (OSError, RequestError) as error:
             warn(f"a saved state is not used: {error}")
-            self._keys.discard(key)
+            self._bad.add(key)
             return None
         return saved.state if key == key_of(saved.tokens) else None
 
@@ -121,7 +126,7 @@ class StateFolder:
             key, saved = work
             try:
                 write_state(self._path(key), saved, precision=self._precision)
-                self._keys.add(key)
+                self._bad.discard(key)
                 self._trim()
             except RequestError as error:
                 warn(f"a state was not saved: {error}")
@@ -138,8 +143,6 @@ class StateFolder:
                 return
             with contextlib.suppress(OSError):
                 path.unlink()
-            if key := _key_of(path):
-                self._keys.discard(key)
             excess -= size
 
 

@@ -5,6 +5,7 @@ common step; the others read their prompts, in chunks between the steps. A row i
 back between steps. What is read is kept in a prefix store, so that no prompt is read twice.
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
@@ -24,6 +25,8 @@ KEPT_EVERY = 512
 """Tokens of a long prompt after which its state is kept."""
 _CHUNKS = 16, 512
 """Fewest and most tokens that are read at once."""
+_REST = 1.5
+"""A chunk may be so many times as long, rather than to leave a short one."""
 _READING_SECONDS, _READING_STEPS = 1.0, 1.5
 """How long a chunk may take: alone, and in steps if others write."""
 
@@ -69,6 +72,7 @@ class End:
         read_seconds: from the request's turn until its first token.
         write_seconds: from there to the end.
         error: of the reason `error`.
+        state: of a prompt that was only read.
     """
 
     reason: Reason
@@ -76,6 +80,7 @@ class End:
     read_seconds: float = 0.0
     write_seconds: float = 0.0
     error: RequestError | None = None
+    state: State | None = None
 
 
 class Listener(Protocol):
@@ -284,21 +289,33 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free rows to those that wait, with the longest prefix that is known."""
-        for job in self._taken(self._capacity - len(self._rows)):
-            if self._is_being_read(job):
+        jobs = self._taken(self._capacity - len(self._rows))
+        try:
+            while jobs:
+                job = jobs.pop(0)
+                if self._is_being_read(job):
+                    self._put_back(job)
+                else:
+                    self._begin(job)
+        finally:
+            for job in reversed(jobs):  # after an error
                 self._put_back(job)
-                continue
-            self.counters.requests += 1
-            job.began = time.perf_counter()
-            prefix = self._store.longest(job.ids)
-            row = len(self._rows)
-            self._rows.append(job)
-            self._set(row, prefix.state if prefix else self._begin())
-            if prefix:
-                job.fed = job.cached = prefix.length
-                self.counters.cached_tokens += prefix.length
-            if prefix and prefix.length == len(job.ids):
-                self._reply(job, prefix.logits)
+
+    def _begin(self, job: Job) -> None:
+        """Gives a job the next row."""
+        self.counters.requests += 1
+        job.began = time.perf_counter()
+        self._rows.append(job)
+        prefix = self._store.longest(job.ids)
+        if prefix is None:
+            empty = self._empty | {POSITION: np.zeros(1, np.int64)}
+            self._set(len(self._rows) - 1, empty)
+            return
+        self._set(len(self._rows) - 1, prefix.state)
+        job.fed = job.cached = prefix.length
+        self.counters.cached_tokens += prefix.length
+        if prefix.length == len(job.ids):
+            self._reply(job, prefix.logits)
 
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
@@ -320,13 +337,15 @@ class Scheduler:
             return
         job = min(reading, key=lambda job: job.began)
         row = self._rows.index(job)
-        stop = min(job.stops()[0], job.fed + self._pace.chunk(alone=not self._writing))
+        stop, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
+        if stop - job.fed > _REST * chunk:
+            stop = job.fed + chunk
         started = time.perf_counter()
-        chunk = np.array([job.ids[job.fed : stop]], np.int64)
-        logits = self._session.take(range(row, row + 1), chunk)[0, -1]
+        tokens = np.array([job.ids[job.fed : stop]], np.int64)
+        logits = self._session.take(range(row, row + 1), tokens)[0, -1]
         seconds = time.perf_counter() - started
-        self._pace.read(chunk.size, seconds)
-        self.counters.prompt_tokens += chunk.size
+        self._pace.read(tokens.size, seconds)
+        self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
         ended = stop == len(job.ids)
         if stop == job.stops()[0]:
@@ -388,6 +407,8 @@ class Scheduler:
     def _leave(self, job: Job, reason: Reason, error: RequestError | None = None) -> None:
         """Keeps the state of a row, gives the row back, and tells the listener."""
         row = self._rows.index(job)
+        read = job.request.max_new_tokens == 0 and job.fed == len(job.request.ids)
+        state = self._get(row) if read else None
         if job.written and reason != "error":
             kept = job.request.lasting
             self._store.put(job.ids[: job.fed], self._get(row), lasting=kept)
@@ -399,18 +420,18 @@ class Scheduler:
         self._rows.pop()
         now = time.perf_counter()
         replied = job.replied or now
-        job.request.listener.end(End(reason, job.cached, replied - job.began, now - replied, error))
+        job.request.listener.end(
+            End(reason, job.cached, replied - job.began, now - replied, error, state)
+        )
 
     def _fail(self, error: Exception) -> None:
         """Ends all replies after an error of the engine, whose states may be wrong now."""
         told = EngineError(f"the engine: {error}")
         jobs, self._rows, self._writing = self._rows, [], 0
-        self._session.reset(self._capacity)
+        with contextlib.suppress(Exception):  # then each request will hear of it
+            self._session.reset(self._capacity)
         for job in jobs:
             job.request.listener.end(End("error", job.cached, error=told))
-
-    def _begin(self) -> State:
-        return self._empty | {POSITION: np.zeros(1, np.int64)}
 
     def _get(self, row: int) -> State:
         return self._session.get_rows(range(row, row + 1))

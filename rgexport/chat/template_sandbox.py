@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, MappingView, Sequence
-from types import GeneratorType
+from types import CodeType, GeneratorType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, Undefined, nodes
@@ -33,6 +33,8 @@ MAX_BITS = 1 << 12
 """Bits of a whole number."""
 MAX_INDENT = 16
 """Spaces of `tojson(indent=...)`."""
+_CLOCK = 16
+"""Charges between two looks at the clock, which take longer than most charges."""
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 
@@ -60,6 +62,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.tests["in"]  # `select('in', ...)` would scan a list for each item of a list
         self.globals |= functions | {"cycler": _unstable, "lipsum": _unstable}
         self._left = self._all = sys.maxsize
+        self._charges = 0
         self._left = self._all = BYTES + PER_BYTE * self._size(messages)
         self._deadline = time.thread_time() + SECONDS
 
@@ -69,11 +72,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TemplateError: its syntax is wrong, or it is too long.
         """
-        if len(source) > MAX_SOURCE:
-            raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
-        tree = _Charging().visit(self.parse(source))
-        tree.set_environment(self)
-        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
+        return self.template_class.from_code(self, _code(source), self.make_globals(None))
 
     def charge(self, size: int = 0) -> None:
         """Takes a step and `size` bytes from the budget.
@@ -82,9 +81,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             TemplateError: the budget or the time is used up.
         """
         self._left -= _STEP + size
+        self._charges += 1
         if self._left < 0:
             raise self._too_much()
-        if time.thread_time() > self._deadline:
+        if self._charges % _CLOCK == 0 and time.thread_time() > self._deadline:
             raise TemplateError(f"it runs longer than {SECONDS:g} s")
 
     def made(self, value: Any) -> Any:
@@ -184,6 +184,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _size(self, value: Any) -> int:
         """Bytes of the text that a value could become; what it holds twice counts twice."""
+        if type(value) is str:  # nearly all are
+            return sys.getsizeof(value)
         total, waiting = 0, [value]
         while waiting:
             item = waiting.pop()
@@ -257,6 +259,17 @@ def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def _unstable(*_: Any, **__: Any) -> NoReturn:
     raise TemplateError("it asks for text that is another one each time")
+
+
+@functools.lru_cache(maxsize=16)
+def _code(source: str) -> CodeType:
+    """The program of a template: a server renders the same one at each turn."""
+    if len(source) > MAX_SOURCE:
+        raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
+    sandbox = Sandbox([])
+    tree = _Charging().visit(sandbox.parse(source))
+    tree.set_environment(sandbox)
+    return sandbox.compile(tree)
 
 
 def _has_no_text(value: Any) -> bool:

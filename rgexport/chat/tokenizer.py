@@ -87,7 +87,10 @@ class Tokenizer:
 
     def cut(self, text: str) -> str:
         """`text` with `CUT` in each special literal, and U+FFFD for lone surrogates."""
-        return self._opening.sub(rf"\1{CUT}", _SURROGATE.sub("\ufffd", text))
+        text = text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+        if self._firsts.isdisjoint(text):
+            return text  # as nearly every message
+        return self._opening.sub(rf"\1{CUT}", text)
 
     def encode_markup(self, rendered: str) -> list[int]:
         """Ids of a text whose special literals become their ids, unless they are cut."""
@@ -118,6 +121,11 @@ class Tokenizer:
     @functools.cached_property
     def _forbidden(self) -> frozenset[int]:
         return frozenset(self.special.values()) - {self.unknown_id}
+
+    @functools.cached_property
+    def _firsts(self) -> frozenset[str]:
+        """The characters that special literals begin with."""
+        return frozenset(literal[0] for literal in self.special)
 
     @functools.cached_property
     def _alternatives(self) -> str:

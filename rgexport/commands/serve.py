@@ -39,6 +39,13 @@ _KEY = "RGEXPORT_API_KEY"
 )
 @click.option("--max-prompt-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
 @click.option(
+    "--max-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    help="Longest time of an answer.",
+)
+@click.option(
     "--cache-size",
     default="1GB",
     show_default=True,
@@ -89,7 +96,9 @@ def serve(
     if saved:
         saved.mkdir(parents=True, exist_ok=True)
     limits = Limits(
-        new_tokens=options["max_new_tokens"], prompt_tokens=options["max_prompt_tokens"]
+        new_tokens=options["max_new_tokens"],
+        prompt_tokens=options["max_prompt_tokens"],
+        seconds=options["max_seconds"],
     )
     settings = Settings(
         api_key=key,

@@ -107,7 +107,8 @@ class Session(ABC):
         """Lets some rows continue from a canonical state of as many, by any engine.
 
         Raises:
-            RequestError: a name or shape does not fit this model; dtypes are converted.
+            RequestError: a name or shape does not fit this model (dtypes are converted), or a file
+                of the artifact changed while the session was open.
         """
         require_fitting(state, self.state_shapes)
         self._set_rows(rows, state)

@@ -180,12 +180,12 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
                 works,
                 before,
                 with_usage=bool(body.stream_options and body.stream_options.include_usage),
-                ping_seconds=limits.ping_seconds,
+                limits=limits,
             )
             headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         try:
-            whole = await answer_whole(request, model, answer, works, before)
+            whole = await answer_whole(request, model, answer, works, before, limits=limits)
         except Gone:
             return Response(status_code=_CLIENT_CLOSED)
         return JSONResponse(whole, headers=headers)

@@ -19,6 +19,10 @@ class NoSuchModel(RequestError):
     """The request names a model that is not served."""
 
 
+class TooLong(RequestError):
+    """An answer took longer than it may."""
+
+
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
@@ -30,6 +34,8 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, error_object(str(error), BUSY)
     if isinstance(error, NoSuchModel):
         return 404, error_object(str(error), _KINDS[404], "model")
+    if isinstance(error, TooLong):
+        return 504, error_object(str(error), SERVER)
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)

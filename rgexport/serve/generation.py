@@ -16,7 +16,7 @@ from rgexport.chat.sampling import Sampling
 from rgexport.chat.state_file import Message
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
-from rgexport.serve.errors import as_error
+from rgexport.serve.errors import TooLong, as_error
 from rgexport.serve.grammar import Grammar, Grammars
 from rgexport.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Generation
 
@@ -94,7 +94,13 @@ def completion_works(
 
 
 async def answer_whole(
-    request: Request, model: Model, answer: Answer, works: Sequence[Work], before: Sequence[str]
+    request: Request,
+    model: Model,
+    answer: Answer,
+    works: Sequence[Work],
+    before: Sequence[str],
+    *,
+    limits: Limits,
 ) -> dict[str, Any]:
     """All replies, and then the answer.
 
@@ -102,7 +108,8 @@ async def answer_whole(
         Gone: the client has left.
         RequestError: a reply failed.
     """
-    async with contextlib.aclosing(_merged(request, model, works, None)) as items:
+    merged = _merged(request, model, works, None, limits.seconds)
+    async with contextlib.aclosing(merged) as items:
         replies: dict[int, Reply] = {}
         tokens: dict[int, list[Chosen]] = {index: [] for index in range(len(works))}
         async for index, item in items:
@@ -122,13 +129,14 @@ async def stream(
     before: Sequence[str],
     *,
     with_usage: bool,
-    ping_seconds: float,
+    limits: Limits,
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events; a comment while nothing is said."""
     opened: set[int] = set()
     replies: dict[int, Reply] = {}
     try:
-        async with contextlib.aclosing(_merged(request, model, works, ping_seconds)) as items:
+        merged = _merged(request, model, works, limits.ping_seconds, limits.seconds)
+        async with contextlib.aclosing(merged) as items:
             async for index, item in items:
                 if item is None:
                     yield b": reading\n\n"
@@ -152,12 +160,13 @@ async def stream(
 
 
 async def _merged(
-    request: Request, model: Model, works: Sequence[Work], silence: float | None
+    request: Request, model: Model, works: Sequence[Work], silence: float | None, most: float
 ) -> AsyncGenerator[tuple[int, Piece | Reply | None], None]:
     """What all replies say, as it comes, until all have ended; None after a silence.
 
     Raises:
         Gone: the client has left.
+        TooLong: it took longer than `most` seconds.
         RequestError: a reply failed.
     """
     arrived: asyncio.Queue[tuple[int, Piece | Reply | Exception]] = asyncio.Queue()
@@ -175,13 +184,18 @@ async def _merged(
             pass
         arrived.put_nowait((0, Gone()))
 
+    loop = asyncio.get_running_loop()
+    end = loop.time() + most
     tasks = [asyncio.create_task(listen(index, work)) for index, work in enumerate(works)]
     tasks.append(asyncio.create_task(leave()))
     left = len(works)
     try:
         while left:
+            rest = end - loop.time()
+            if rest <= 0:
+                raise TooLong(f"the answer takes longer than {most:g} s; ask for fewer tokens")
             try:
-                index, item = await asyncio.wait_for(arrived.get(), silence)
+                index, item = await asyncio.wait_for(arrived.get(), min(silence or rest, rest))
             except TimeoutError:
                 yield 0, None
                 continue

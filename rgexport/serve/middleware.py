@@ -1,5 +1,6 @@
 """What stands before every request: the key, the size of the body, the log, the figures."""
 
+import asyncio
 import hmac
 import json
 import time
@@ -12,6 +13,8 @@ from rgexport.progress import note
 from rgexport.serve.errors import INVALID, error_object
 from rgexport.serve.metrics import Metrics
 
+_BODY_SECONDS = 60.0
+"""How long a part of a request may take to come."""
 _OPEN = {"/health"}
 """Paths that need no key."""
 
@@ -32,11 +35,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status, size = time.perf_counter(), 0, 0
+        started, status, size, whole = time.perf_counter(), 0, 0, False
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else _BODY_SECONDS)
+            except TimeoutError:
+                raise HTTPException(408, "the rest of the request does not come") from None
+            whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._most:
                 raise HTTPException(413, self._too_large)

@@ -161,3 +161,23 @@ def test_threads_share_a_store() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and store.nbytes <= 20 * NBYTES
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    stores = [PrefixStore(1 << 20, folder(tmp_path)) for _ in range(2)]
+    assert stores[1].longest([1, 2, 3]) is None
+    stores[0].put([1, 2], state_of([1, 2]))
+    stores[0].close()
+    found = stores[1].longest([1, 2, 3])
+    assert found and found.length == 2
+    stores[1].close()
+
+
+def test_what_does_not_last_is_not_written(tmp_path: Path) -> None:
+    store = PrefixStore(1 << 20, folder(tmp_path))
+    store.put([1, 2], state_of([1, 2]), lasting=False)
+    assert store.length([1, 2, 3]) == 2
+    store.forget([1, 2])
+    assert store.length([1, 2, 3]) == 0 and store.nbytes == 0
+    store.close()
+    assert not [*tmp_path.glob("*/*")]

@@ -214,3 +214,18 @@ def test_clients_take_turns(session: ToySession) -> None:
     for each in (blocker, urgent, *heard):
         each.wait()
     assert order == ["first", "b", "c", "a", "b", "a", "a"]
+
+
+def test_a_session_that_is_broken_for_good_tells_each_request(
+    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its files were replaced: whoever waits hears of it, and nobody waits for ever."""
+
+    def changed(*_: Any) -> None:
+        raise RequestError("the model changed while it was open")
+
+    monkeypatch.setattr(session, "_set_rows", changed)
+    monkeypatch.setattr(session, "reset", changed)
+    heard = [ask(scheduler, [i]) for i in range(5)]
+    for each in heard:
+        assert "the model changed while it was open" in str(each.wait().error)

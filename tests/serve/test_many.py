@@ -174,3 +174,23 @@ def test_nothing_is_left_behind(server: Served) -> None:
     idle(server.model)
     assert server.model.scheduler.store.nbytes <= before
     assert len(server.model.scheduler._waiting) == 0
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_answer_has_its_time(
+    streaming: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(Settings(log=False, limits=Limits(seconds=0.3))) as server:
+        take = server.session._take
+
+        def slow(rows: range, tokens: Any, num_logits: int) -> Any:
+            time.sleep(0.05)
+            return take(rows, tokens, num_logits)
+
+        monkeypatch.setattr(server.session, "_take", slow)
+        asked = body("hello", max_tokens=1000, stream=streaming)
+        answer = httpx.post(server.url + CHAT, json=asked, timeout=30)
+        assert answer.status_code == (200 if streaming else 504)
+        assert "the answer takes longer than 0.3 s" in answer.text
+        idle(server.model)
+        assert server.model.scheduler.counters.new_tokens < 50

@@ -226,3 +226,15 @@ def test_llm_talks_with_it(server: Served, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == server.model.chat(HELLO, max_new_tokens=8).text.strip()
+
+
+def test_hugging_faces_client_talks_with_it(server: Served) -> None:
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(base_url=f"{server.url}/v1")
+    expected = server.model.chat(HELLO, max_new_tokens=8, stop=["x"]).text
+    asked = {"max_tokens": 8, "temperature": 0.0, "stop": ["x"]}
+    whole = client.chat_completion(HELLO, model="toy", **asked)
+    assert whole.choices[0].message.content == expected
+    chunks = client.chat_completion(HELLO, model="toy", stream=True, **asked)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected

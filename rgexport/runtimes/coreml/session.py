@@ -178,6 +178,7 @@ class CoreMLSession(Session):
         return np.stack([self._take_row(self._rows[index], ids, first) for index, ids in pairs])
 
     def _set_rows(self, rows: range, state: State) -> None:
+        self._files.require()
         for place, index in enumerate(rows):
             row = self._rows[index] = Row(self._states)
             row.position = int(state[POSITION][place])

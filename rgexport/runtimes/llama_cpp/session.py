@@ -187,6 +187,7 @@ class LlamaCppSession(Session):
         return logits
 
     def _set_rows(self, rows: range, state: State) -> None:
+        self._files.require()
         furthest = int(state[POSITION].max(initial=0))
         if furthest > LAST_POSITION:
             raise RequestError(

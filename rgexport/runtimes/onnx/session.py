@@ -147,6 +147,7 @@ class OrtSession(Session):
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def _set_rows(self, rows: range, state: State) -> None:
+        self._files.require()
         place = slice(rows.start, rows.stop)
         self._position[place] = position = state[POSITION]
         for name, buffer in self._states.items():
