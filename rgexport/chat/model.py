@@ -377,12 +377,14 @@ class Model:
         for count in range(len(messages) - 1, max(0, len(messages) - 1 - _LAST_TURNS), -1):
             place = self._shared(messages[:count], ids)
             if place <= known:
-                return
+                break
             yield place
         if messages[0]["role"] == "system" and len(messages) > 1:
             text = messages[1]["content"]
             other = {"role": "user", "content": "y" if text.startswith("x") else "x"}
-            yield self._shared([messages[0], other], ids)
+            place = self._shared([messages[0], other], ids)
+            if place > known:
+                yield place
 
     def _shared(self, messages: Sequence[Message], ids: list[int]) -> int:
         """How many tokens a conversation begins with like `ids`; 0 if it cannot be rendered."""

@@ -30,7 +30,8 @@ class Terminal:
     def __init__(self, artifact: Path, columns: int, folder: Path) -> None:
         self.screen = pyte.HistoryScreen(columns, ROWS, history=5000)
         self._stream = pyte.ByteStream(self.screen)
-        environment = os.environ | {
+        inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        environment = inherited | {
             "PYTHONPATH": str(ROOT),
             "TERM": "xterm-256color",
             "XDG_STATE_HOME": str(folder),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.scheduler import KEPT_EVERY, End, Request, Scheduler, Token
+from rgexport.errors import RequestError
 from tests.toy_session import ToySession
 
 VOCAB = 50
