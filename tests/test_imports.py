@@ -13,8 +13,10 @@ import pytest
 import rgexport
 
 PACKAGE = Path(rgexport.__file__).parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = "griffin kernels quantize export runtimes chat validate compress commands cli".split()
+FACE = PACKAGE / "__init__.py"
+"""Gives `rgexport.load` when it is asked for."""
+MODULES = sorted({*PACKAGE.rglob("*.py")} - {FACE})
+FLOORS = "griffin kernels quantize export runtimes chat serve validate compress commands cli".split()
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
 }
@@ -97,6 +99,10 @@ def test_imports_go_one_way():
         if name.removeprefix("rgexport.").split(".")[0] not in floors_for(module)
     ]
     assert wrong == []
+
+
+def test_the_face_loads_nothing():
+    assert imports_on_load(FACE) == {"os", "typing.TYPE_CHECKING", "typing.Any"}
 
 
 def test_converters_are_fenced():

@@ -9,11 +9,9 @@ from rgexport.chat.conversation import Conversation
 from rgexport.chat.from_artifact import summary
 from rgexport.chat.state_file import is_state_file
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.regular_file import read_text
 from rgexport.progress import amount
 from rgexport.runtimes.memory import peak_rss_bytes
-
-_MAX_TEXT = 64 << 20
 
 Replies = Generator[str, None, None]
 
@@ -93,20 +91,6 @@ def _save(conversation: Conversation, argument: str) -> str:
 def _load(conversation: Conversation, argument: str) -> str:
     saved = conversation.load(Path(argument).expanduser())
     return f"{len(saved.tokens)} tokens are known, {len(conversation.messages)} messages."
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        RequestError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return read_regular(path, _MAX_TEXT).decode()
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"{path} is not UTF-8 text") from None
 
 
 def _read(conversation: Conversation, argument: str) -> str:

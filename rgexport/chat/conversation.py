@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rgexport.chat.model import Model, ReplyStream
 from rgexport.chat.reply import Reply, ReplyOptions
-from rgexport.chat.state_file import Message, SavedState
+from rgexport.chat.state_file import SavedState
+from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 
 _BETWEEN = "\n\n"

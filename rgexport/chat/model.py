@@ -23,7 +23,6 @@ from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import End, Job, Request, Scheduler, Token, common_prefix
 from rgexport.chat.state_file import (
     Identity,
-    Message,
     SavedState,
     identity_of,
     read_state,
@@ -31,7 +30,7 @@ from rgexport.chat.state_file import (
     require_same_model,
     write_state,
 )
-from rgexport.chat.template import ChatTemplate
+from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rgexport import __version__
-from rgexport.chat.template import ChatTemplate
+from rgexport.chat.template import ChatTemplate, Message
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header, read_metadata
@@ -32,8 +32,6 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
 _ALWAYS_FLOAT32 = ".rg_lru"
 _INT = np.dtype(np.int32)
-
-Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)

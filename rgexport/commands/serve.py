@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from rgexport.commands.options import FOLDER, native_option, verbose
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import RequestError
 
 _KEY = "RGEXPORT_API_KEY"
 
@@ -88,7 +88,7 @@ def serve(
         from rgexport.serve.run import open_models
         from rgexport.serve.run import serve as run
     except ModuleNotFoundError as error:
-        raise NotInstalled(f"serve needs {error.name}: pip install 'rgexport[serve]'") from None
+        raise RequestError(f"serve needs {error.name}: pip install 'rgexport[serve]'") from None
     from rgexport.export.request import bytes_of
 
     key = _key(api_key, api_key_file)

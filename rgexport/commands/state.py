@@ -33,10 +33,10 @@ def save(
     force: bool,
 ) -> None:
     """Reads a text once, and saves the state."""
-    from rgexport.chat.commands import read_text
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.state_file import is_state_file
     from rgexport.files.atomic import check_file_target
+    from rgexport.files.regular_file import read_text
     from rgexport.progress import amount
 
     check_file_target(output, force=force, replaceable=is_state_file)

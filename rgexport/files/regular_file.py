@@ -8,6 +8,8 @@ from rgexport.errors import RequestError
 MAX_SETTINGS_BYTES = 8 << 20
 """The largest file of settings that is read: far above what any needs (a manifest has 2 MB). Parsed
 JSON takes up to twenty times its size."""
+MAX_TEXT_BYTES = 64 << 20
+"""The largest text that is read as a whole: a hundred times a long novel."""
 
 
 def require_regular(path: Path) -> int:
@@ -35,3 +37,17 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
     if size > most:
         raise RequestError(f"{path} has {size} bytes; expected at most {most}")
     return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RequestError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        return read_regular(path, MAX_TEXT_BYTES).decode()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} is not UTF-8 text") from None

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from rgexport import __version__
 from rgexport.chat.model import Model
-from rgexport.chat.state_file import Message
+from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve import errors
 from rgexport.serve.answers import Answer

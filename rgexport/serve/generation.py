@@ -13,7 +13,7 @@ from starlette.requests import Request
 from rgexport.chat.model import Model, Prompt
 from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
 from rgexport.chat.sampling import Sampling
-from rgexport.chat.state_file import Message
+from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
 from rgexport.serve.errors import TooLong, as_error

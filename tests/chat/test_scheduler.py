@@ -1,6 +1,7 @@
 """Continuous batching over a toy engine: whoever shares a batch hears what it would hear alone."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.scheduler import KEPT_EVERY, End, Request, Scheduler, Token
+from rgexport.chat.sampling import Sampling
+from rgexport.chat.scheduler import KEPT_EVERY, Busy, End, Request, Scheduler, Token
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
 
@@ -215,6 +217,113 @@ def test_clients_take_turns(session: ToySession) -> None:
     for each in (blocker, urgent, *heard):
         each.wait()
     assert order == ["first", "b", "c", "a", "b", "a", "a"]
+
+
+def test_the_queue_is_bounded(session: ToySession) -> None:
+    scheduler = Scheduler(session, PrefixStore(0), rows=1, max_waiting=2)
+    gate = threading.Event()
+    first = ask(scheduler, [1], 1, listener=Heard(then=lambda: gate.wait(30)))
+    while scheduler.waiting:
+        time.sleep(0.001)
+    others = [ask(scheduler, [2 + i], 1) for i in range(2)]
+    with pytest.raises(Busy, match="2 requests wait already; try again later"):
+        ask(scheduler, [4], 1)
+    gate.set()
+    for heard in (first, *others):
+        heard.wait()
+    scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([], "the prompt is empty"), ([VOCAB], "there is no token id 50"), ([-1], "no token id -1")],
+)
+def test_prompts_that_cannot_be_read(ids: list[int], message: str, scheduler: Scheduler) -> None:
+    with pytest.raises(RequestError, match=message):
+        ask(scheduler, ids)
+
+
+def test_an_engine_that_fails_ends_the_replies_and_goes_on(
+    scheduler: Scheduler, session: ToySession
+) -> None:
+    session.failure, session.failing_step = RuntimeError("no memory"), 3
+    end = ask(scheduler, [1, 2], 9).wait()
+    assert end.reason == "error" and "the engine: no memory" in str(end.error)
+    session.failure = None
+    again = ask(scheduler, [1, 2], 9)
+    assert again.wait().reason == "length" and again.tokens == alone([1, 2], 9)
+
+
+def test_logits_that_are_no_numbers_end_one_reply(
+    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = session._take
+
+    def spoilt(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        logits = take(rows, tokens, num_logits)
+        logits[tokens[:, -1] == 33] = np.nan
+        return logits
+
+    monkeypatch.setattr(session, "_take", spoilt)
+    bad, good = ask(scheduler, [1, 33]), ask(scheduler, [1, 2])
+    assert "NaN or infinite" in str(bad.wait().error)
+    assert good.wait().reason == "length"
+
+
+def test_a_seed_repeats_in_company(scheduler: Scheduler) -> None:
+    options = {"sampling": Sampling(temperature=1.0, seed=5)}
+    single = ask(scheduler, [1, 2], 20, **options)
+    single.wait()
+    together = [ask(scheduler, ids, 20, **options) for ids in ([3], [1, 2], [4] * 70)]
+    for heard in together:
+        heard.wait()
+    assert together[1].tokens == single.tokens and len({*single.tokens}) > 3
+
+
+def test_a_mask_says_what_may_be_written(scheduler: Scheduler) -> None:
+    class Even:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def allowed(self) -> np.ndarray:
+            return np.arange(VOCAB) % 2 == len(self.seen) % 2
+
+        def accept(self, token: int) -> None:
+            self.seen.append(token)
+
+    mask = Even()
+    heard = ask(scheduler, [1], 10, mask=mask)
+    heard.wait()
+    assert [token % 2 for token in heard.tokens] == [0, 1] * 5 and mask.seen == heard.tokens
+
+
+def test_closing_ends_what_runs_and_waits(session: ToySession) -> None:
+    scheduler = Scheduler(session, PrefixStore(1 << 20), rows=1)
+    heard = [ask(scheduler, [i], 10**9) for i in range(3)]
+    while not heard[0].tokens:
+        time.sleep(0.001)
+    scheduler.close()
+    assert [each.wait().reason for each in heard] == ["cancelled"] * 3
+    with pytest.raises(RequestError, match="the model is closed"):
+        ask(scheduler, [1])
+
+
+def test_logits_are_those_of_the_model(scheduler: Scheduler) -> None:
+    heard = ask(scheduler, [4, 5], 3, sampling=Sampling(logit_bias={7: 100.0}))
+    heard.wait()
+    assert heard.tokens == [7, 7, 7]
+    expected = ToySession(VOCAB).prefill(np.array([[4, 5, 7, 7]]), 3)[0]
+    np.testing.assert_allclose(np.array(heard.logits), expected, rtol=1e-6)
+
+
+def test_a_prompt_that_is_only_read_gives_its_state(scheduler: Scheduler) -> None:
+    session = ToySession(VOCAB)
+    session.prefill(np.array([[1, 2, 3]]))
+    for _ in range(2):  # the second time it is known
+        state = ask(scheduler, [1, 2, 3], 0).wait().state
+        assert state is not None
+        for name, array in session.get_state().items():
+            np.testing.assert_array_equal(state[name], array)
 
 
 def test_a_session_that_is_broken_for_good_tells_each_request(
