@@ -94,12 +94,11 @@ def main() -> None:
 
 
 @contextmanager
-def ours(artifact: Path, rows: int) -> Iterator[str]:
+def ours(artifact: Path, rows: int, *options: str) -> Iterator[str]:
     """A server of ours."""
     command = [sys.executable, "-c", START, "serve", str(artifact), "--port", "0", "--quiet"]
-    with _running(
-        [*command, "--parallel", str(rows), "--max-new-tokens", "100000"], r"(http://[\d.]+:\d+)/v1"
-    ) as url:
+    command += ["--parallel", str(rows), "--max-new-tokens", "100000", *options]
+    with _running(command, r"(http://[\d.]+:\d+)/v1") as url:
         yield url
 
 
