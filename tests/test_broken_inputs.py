@@ -176,7 +176,10 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "calibrate nothing": ("calibrate", "a model is needed"),
     "calibration target": ("calibrate -m model -o text.gguf --force", "something else than what"),
     "no tokens": ("calibrate -m model --tokens 0", "--tokens is 0; expected at least 1"),
-    "no mixture": ("calibrate -m model --sampled 9", "--sampled is for a mixture"),
+    "no mixture": (
+        "calibrate -m model --tokens 8 --sampled 9",
+        "--sampled 9 is more than --tokens 8",
+    ),
     "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read text.gguf"),
     "calibrate on": ("calibrate -m model --device tpu", "tpu"),
 }

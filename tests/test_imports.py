@@ -16,7 +16,9 @@ PACKAGE = Path(rgexport.__file__).parent
 FACE = PACKAGE / "__init__.py"
 """Gives `rgexport.load` when it is asked for."""
 MODULES = sorted({*PACKAGE.rglob("*.py")} - {FACE})
-FLOORS = "griffin kernels quantize export runtimes chat serve validate compress commands cli".split()
+FLOORS = (
+    "griffin kernels quantize export runtimes chat serve validate compress commands cli".split()
+)
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
 }

@@ -45,13 +45,18 @@ def generate(
 
     chosen = _sampling(sampling)
     if ids is not None:
-        _refuse_beside_ids(prompt, load_state, save_state)
+        if prompt is not None:
+            raise RequestError("generate takes either --prompt or --ids; both were given")
+        if load_state or save_state:
+            raise RequestError("--ids goes without --load-state and --save-state")
         for token in continue_ids(artifact, ids, chosen, max_new_tokens, threads):
             click.echo(f"{token} ", nl=False)
         click.echo()
         return
     if prompt is None and load_state is None:
-        raise RequestError("generate takes --prompt, --ids or --load-state; none was given")
+        raise RequestError(
+            "generate takes either --prompt or --ids; neither was given, nor --load-state"
+        )
     engine = {"threads": threads, "state_precision": state_precision}
     with open_model(artifact, chat=False, **engine) as model:
         text = Continuation(model, prompt or "", load_state)
@@ -61,11 +66,6 @@ def generate(
         progress.note(summary(text.reply))
         if save_state:
             text.save(save_state)
-
-
-def _refuse_beside_ids(*others: object) -> None:
-    if any(other is not None for other in others):
-        raise RequestError("--ids goes without --prompt, --load-state and --save-state")
 
 
 @click.command()

@@ -38,5 +38,5 @@ def test_failure_ends_it(tmp_path):
 
 
 def test_picture_needs_no_network():
-    svg = terminal_svg([Text("rgexport onnx")])
+    svg = terminal_svg([Text("rgexport onnx")], "terminal")
     assert "rgexport&#160;onnx" in svg and svg.count("http") == 1  # the name of the format

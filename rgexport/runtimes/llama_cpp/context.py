@@ -59,9 +59,7 @@ class Context:
             RequestError: too many sequences for llama.cpp, or too little memory.
         """
         self._llama = bindings()
-        most = self._llama.llama_max_parallel_sequences()
-        if not 1 <= batch <= most:
-            raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
+        require_batch(batch)
         parameters = _parameters(self._llama, config, settings, batch)
         with logged():
             pointer = self._llama.llama_init_from_model(model.pointer, parameters)
@@ -163,6 +161,17 @@ class Context:
             setattr(found, name, ctypes.cast(array.ctypes.data, type(getattr(found, name))))
         found.arrays = columns
         return found
+
+
+def require_batch(batch: int) -> None:
+    """Refuses a number of sequences.
+
+    Raises:
+        RequestError: llama.cpp does not take so many.
+    """
+    most = bindings().llama_max_parallel_sequences()
+    if not 1 <= batch <= most:
+        raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
 
 
 def _parameters(llama: Any, config: GriffinConfig, settings: Settings, batch: int) -> Any:

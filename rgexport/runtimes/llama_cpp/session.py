@@ -9,7 +9,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.processors import usable_processors
-from rgexport.runtimes.llama_cpp.context import Context, Settings
+from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
@@ -111,6 +111,7 @@ class LlamaCppSession(Session):
                 perhaps the session's weights with it.
         """
         self._files.require()
+        require_batch(batch)  # before the context that is there is closed
         if self._context is None or self._context.batch != batch:
             self._close_context()
             self._context = Context(self._model, self._config, self._settings, batch)
