@@ -59,6 +59,8 @@ def run(scene: Scene, folder: Path, screen: pyte.Screen) -> None:
     if process == 0:
         os.chdir(folder)
         os.environ["TERM"] = "xterm-256color"
+        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # this terminal does not say where its cursor is
+        os.environ["XDG_STATE_HOME"] = str(folder)  # not the user's own history
         os.execv(sys.executable, [sys.executable, "-c", START, *scene.arguments])
     size = struct.pack("HHHH", screen.lines, screen.columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -30,8 +31,11 @@ def _seeds(folder: Path) -> Iterable[bytes]:
         yield target.read_bytes()
 
 
-def _mutate(data: bytes, random: Random) -> bytes:
-    """The header of the file, the JSON in it, or values; mostly with a hash that fits."""
+def mutate_hashed(data: bytes, random: Random, metadata: str, digest: str) -> bytes:
+    """The header of the file, the JSON in it, or values; mostly with a hash that fits.
+
+    The JSON is the text `metadata` of the file's metadata, and has the hash as `digest`.
+    """
     length = int.from_bytes(data[:8], "little")
     header, content = data[8 : 8 + length], data[8 + length :]
     choice = random.randrange(6)
@@ -45,26 +49,28 @@ def _mutate(data: bytes, random: Random) -> bytes:
         content = raw.flip(content, random)
     if choice == 2:
         value = json_mutator.change(value, random)
-    _change_inner(value, content, random, choice > 2)
+    fitting = {digest: hashlib.sha256(content).hexdigest()}
+    _change_inner(value, random, choice > 2, metadata, fitting)
     text = json_mutator.write(value)
     return struct.pack("<Q", len(text)) + text + content
 
 
-def _change_inner(value: object, content: bytes, random: Random, change: bool) -> None:
+def _change_inner(
+    value: object, random: Random, change: bool, metadata: str, fitting: dict[str, str]
+) -> None:
     """The JSON that is a text in the file's metadata."""
-    digest = hashlib.sha256(content).hexdigest()
     for key, entry in value if isinstance(value, json_mutator.Pairs) else ():
         if key != "__metadata__" or not isinstance(entry, json_mutator.Pairs):
             continue
         for at, (name, text) in enumerate(entry):
-            if name == METADATA and isinstance(text, str):
+            if name == metadata and isinstance(text, str):
                 try:
                     inner = json_mutator.parse(text.encode("utf-8", "surrogatepass"))
                 except ValueError:
                     continue
                 inner = json_mutator.change(inner, random) if change else inner
                 if isinstance(inner, json_mutator.Pairs):
-                    fitted = [(k, digest if k == "data_sha256" else v) for k, v in inner]
+                    fitted = [(k, fitting.get(k, v)) for k, v in inner]
                     inner = json_mutator.Pairs(fitted)
                 entry[at] = name, json_mutator.write(inner).decode("utf-8", "surrogatepass")
 
@@ -109,4 +115,5 @@ def _agree(data: bytes, folder: Path, found: ReferenceFile) -> None:
     require(set(DTYPES.values()) >= {rows.dtype for rows in found.arrays.values()}, "a dtype")
 
 
-TARGETS = {"reference": Target("reference", _seeds, _mutate, _read, _agree)}
+_MUTATE = partial(mutate_hashed, metadata=METADATA, digest="data_sha256")
+TARGETS = {"reference": Target("reference", _seeds, _MUTATE, _read, _agree)}

@@ -21,6 +21,7 @@ TARGETS: dict[str, str] = {
     "manifest": "artifacts",
     "package": "packages",
     "reference": "references",
+    "state": "states",
 }
 """Target → module; a process loads only what its own target needs."""
 

@@ -21,7 +21,7 @@ from rgexport import __version__
 from rgexport.chat.template import ChatTemplate, Message
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header, read_metadata
+from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
 from rgexport.griffin.safetensors_writer import header
 from rgexport.griffin.state import POSITION, State
 
@@ -32,6 +32,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
 _ALWAYS_FLOAT32 = ".rg_lru"
 _INT = np.dtype(np.int32)
+_FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def _is_valid(fields: dict[str, Any]) -> bool:
     kinds = {field.name: field.type for field in dataclasses.fields(Identity)}
     return (
         all(type(fields.get(name)) is kind for name, kind in _KINDS.items())
+        and "messages" in fields
         and isinstance(identity, dict)
         and {name: type(value) for name, value in identity.items()} == kinds
         and (messages is None or (isinstance(messages, list) and all(map(_is_message, messages))))
@@ -266,7 +268,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
-    dtypes = {"I32": _INT} if name == TOKENS else FLOATS
+    dtypes: dict[str, np.dtype] = {"I32": _INT} if name == TOKENS else _FLOATS
     if entry.dtype not in dtypes or (name == TOKENS and len(entry.shape) != 1):
         raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
     return dtypes[entry.dtype]

@@ -135,6 +135,7 @@ def test_other_files_are_no_states(tmp_path: Path) -> None:
         ({"messages": "none"}, "its metadata lack a field"),
         ({"messages": [{"role": "user"}]}, "its metadata lack a field"),
         ({"identity": {"name": "toy"}}, "its metadata lack a field"),
+        ({"messages": ...}, "its metadata lack a field"),
         ({"position": 3}, "is damaged"),
         ({"position": True}, "its metadata lack a field"),
         ({"tokens": 10}, "is damaged"),
@@ -144,7 +145,7 @@ def test_other_files_are_no_states(tmp_path: Path) -> None:
 def test_metadata_that_are_wrong(change: dict, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     write_state(path, saved_state())
-    fields = read_fields(path) | change
+    fields = {k: v for k, v in (read_fields(path) | change).items() if v is not ...}
     arrays = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file(arrays, path, {METADATA: json.dumps(fields)})
     with pytest.raises(RequestError, match=message):
