@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ def serving(artifact: Path, *options: str | Path, **variables: str) -> Iterator[
         made.process.wait()
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Waits; a busy machine takes its time."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def said(answer: dict[str, Any]) -> str:
     text: str = answer["choices"][0]["message"]["content"]
     return text
@@ -107,7 +115,7 @@ def test_killed_under_load(demo_artifact: Path, tmp_path: Path) -> None:
         threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
         for thread in threads:
             thread.start()
-        time.sleep(3)
+        until(lambda: len([*(tmp_path / "states").glob("*-*/*.state")]) > 8)
         server.process.kill()
         stop.set()
         for thread in threads:
@@ -129,14 +137,15 @@ def test_running_replies_end_before_it_does(demo_artifact: Path) -> None:
         answers: list[dict[str, Any]] = []
         bias = {"logit_bias": {str(i): -100 for i in (1, 107)}}
         asking = threading.Thread(
-            target=lambda: answers.append(server.chat("Hello!", max_tokens=150, **bias))
+            target=lambda: answers.append(server.chat("Hello!", max_tokens=400, **bias))
         )
         asking.start()
-        time.sleep(0.3)
+        written = re.compile(r"^rgexport_new_tokens_total\{.*\} [1-9]", re.MULTILINE)
+        until(lambda: written.search(httpx.get(f"{server.url}/metrics").text) is not None)
         server.process.send_signal(signal.SIGTERM)
         asking.join()
         assert server.process.wait(30) == 0
-    assert answers[0]["usage"]["completion_tokens"] == 150
+    assert answers[0]["usage"]["completion_tokens"] == 400
     log = "\n".join(server.lines)
     assert re.search(r"POST /v1/chat/completions 200 \d+ ms", log) and "Hello!" not in log
     assert "Traceback" not in log
