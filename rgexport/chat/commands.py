@@ -7,7 +7,6 @@ from typing import Any
 
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.from_artifact import summary
-from rgexport.chat.state_file import is_state_file
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_text
 from rgexport.progress import amount
@@ -82,8 +81,6 @@ def _edit(conversation: Conversation, argument: str) -> Replies:
 
 def _save(conversation: Conversation, argument: str) -> str:
     path = Path(argument).expanduser()
-    if path.exists() and not is_state_file(path):
-        raise RequestError(f"{path} exists and is no state file; give another name")
     saved = conversation.save(path)
     return f"{path} has {len(saved.tokens)} tokens in {amount(path.stat().st_size)}."
 

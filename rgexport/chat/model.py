@@ -27,6 +27,7 @@ from rgexport.chat.state_file import (
     identity_of,
     read_state,
     require_precision,
+    require_replaceable,
     require_same_model,
     write_state,
 )
@@ -253,8 +254,10 @@ class Model:
         The last token is left for whoever goes on: see `chat.state_file`.
 
         Raises:
-            RequestError: the file cannot be written, or the model was closed.
+            RequestError: the file cannot be written, is there and no state file, or the model was
+                closed.
         """
+        require_replaceable(path)
         state = self.read(list(ids[:-1]) or list(ids)).result().state
         if state is None:
             raise RequestError("the model was closed before the text was read")

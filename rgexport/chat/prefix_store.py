@@ -82,15 +82,16 @@ class StateFolder:
     @property
     def keys(self) -> set[Key]:
         """What can be loaded, also of what other processes have saved."""
-        changed = self._folder.stat().st_mtime_ns
-        if changed != self._found[0]:
-            names = (_key_of(path) for path in self._folder.iterdir())
-            self._found = changed, {key for key in names if key}
+        with contextlib.suppress(OSError):  # somebody has removed the folder
+            changed = self._folder.stat().st_mtime_ns
+            if changed != self._found[0]:
+                names = (_key_of(path) for path in self._folder.iterdir())
+                self._found = changed, {key for key in names if key}
         return self._found[1] - self._bad
 
     def save(self, key: Key, ids: Sequence[int], state: State) -> None:
         """Lets the thread write a state; waits if it is far behind."""
-        if key not in self._found[1]:
+        if key not in self._found[1] or key in self._bad:
             tokens = np.array(ids, np.int64)
             self._waiting.put((key, SavedState(self._identity, tokens, state)))
 

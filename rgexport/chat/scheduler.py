@@ -247,8 +247,8 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._has_work():
-            self._drop_cancelled()
             try:
+                self._drop_cancelled()
                 self._admit()
                 self._read()
                 self._write()
@@ -280,10 +280,11 @@ class Scheduler:
             self._leave(job, "cancelled")
         with self._changed:
             gone = [job for jobs in self._waiting.values() for job in jobs if job.cancelled]
-            for client, jobs in [*self._waiting.items()]:
-                self._waiting[client] = deque(job for job in jobs if not job.cancelled)
-                if not self._waiting[client]:
-                    del self._waiting[client]
+            for job in gone:
+                jobs = self._waiting[job.request.client]
+                jobs.remove(job)
+                if not jobs:
+                    del self._waiting[job.request.client]
         for job in gone:
             job.request.listener.end(End("cancelled"))
 
@@ -315,7 +316,7 @@ class Scheduler:
         job.fed = job.cached = prefix.length
         self.counters.cached_tokens += prefix.length
         if prefix.length == len(job.ids):
-            self._reply(job, prefix.logits)
+            self._reply(job, prefix.logits, prefix.state)
 
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
@@ -337,9 +338,8 @@ class Scheduler:
             return
         job = min(reading, key=lambda job: job.began)
         row = self._rows.index(job)
-        stop, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
-        if stop - job.fed > _REST * chunk:
-            stop = job.fed + chunk
+        place, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
+        stop = place if place - job.fed <= _REST * chunk else job.fed + chunk
         started = time.perf_counter()
         tokens = np.array([job.ids[job.fed : stop]], np.int64)
         logits = self._session.take(range(row, row + 1), tokens)[0, -1]
@@ -347,20 +347,20 @@ class Scheduler:
         self._pace.read(tokens.size, seconds)
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
-        ended = stop == len(job.ids)
-        if stop == job.stops()[0]:
-            kept = job.request.lasting or not ended
-            state, known = self._get(row), logits if ended else None
-            self._store.put(job.ids[:stop], state, known, lasting=kept)
         job.fed = stop
+        if stop < place:
+            return
+        state, ended = self._get(row), stop == len(job.ids)
+        kept = job.request.lasting or not ended
+        self._store.put(job.ids[:stop], state, logits if ended else None, lasting=kept)
         if ended:
-            self._reply(job, logits)
+            self._reply(job, logits, state)
 
-    def _reply(self, job: Job, logits: np.ndarray | None) -> None:
-        """Begins to write, from the logits of the prompt."""
+    def _reply(self, job: Job, logits: np.ndarray | None, state: State) -> None:
+        """Begins to write, from the logits and the state after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
-            self._leave(job, "length")
+            self._leave(job, "length", state=state)
             return
         self._swap(self._rows.index(job), self._writing)
         self._writing += 1
@@ -404,11 +404,15 @@ class Scheduler:
         elif job.written >= request.max_new_tokens:
             self._leave(job, "length")
 
-    def _leave(self, job: Job, reason: Reason, error: RequestError | None = None) -> None:
+    def _leave(
+        self,
+        job: Job,
+        reason: Reason,
+        error: RequestError | None = None,
+        state: State | None = None,
+    ) -> None:
         """Keeps the state of a row, gives the row back, and tells the listener."""
         row = self._rows.index(job)
-        read = job.request.max_new_tokens == 0 and job.fed == len(job.request.ids)
-        state = self._get(row) if read else None
         if job.written and reason != "error":
             kept = job.request.lasting
             self._store.put(job.ids[: job.fed], self._get(row), lasting=kept)

@@ -9,6 +9,7 @@ seen. Its metadata have one JSON object, see `_fields`.
 import dataclasses
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,16 @@ def require_precision(precision: str | None) -> None:
     if precision not in (None, *PRECISIONS):
         words = " or ".join(PRECISIONS)
         raise RequestError(f"the precision of states is {precision!r}; expected {words}")
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuses a place where something else than a state file is.
+
+    Raises:
+        RequestError: it would be lost.
+    """
+    if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
+        raise RequestError(f"{path} exists and is no state file; give another name")
 
 
 def is_state_file(path: Path) -> bool:

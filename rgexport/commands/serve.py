@@ -84,7 +84,7 @@ def serve(
     """Serves artifacts over HTTP, as OpenAI's interface does."""
     try:
         from rgexport.serve.app import Settings
-        from rgexport.serve.generation import Limits
+        from rgexport.serve.exchange import Limits
         from rgexport.serve.run import open_models
         from rgexport.serve.run import serve as run
     except ModuleNotFoundError as error:

@@ -42,8 +42,11 @@ def generate(
     """Continues a prompt, or a saved state."""
     from rgexport.chat.continuation import Continuation
     from rgexport.chat.from_artifact import continue_ids, open_model, summary
+    from rgexport.chat.state_file import require_replaceable
 
     chosen = _sampling(sampling)
+    if save_state:
+        require_replaceable(save_state)  # before the work, and again after it
     if ids is not None:
         if prompt is not None:
             raise RequestError("generate takes either --prompt or --ids; both were given")
@@ -97,9 +100,12 @@ def chat(
     from rgexport.chat.conversation import Conversation
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.reply import ReplyOptions
+    from rgexport.chat.state_file import require_replaceable
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
 
     options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
+    if save_state:
+        require_replaceable(save_state)
     if as_json and prompt is None:
         raise RequestError("--json is for one message; give it with -p")
     engine = {"threads": threads, "state_precision": state_precision}

@@ -30,18 +30,15 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(
-        self, replies: Sequence[Reply], tokens: Sequence[Sequence[Chosen]], before: str = ""
-    ) -> dict[str, Any]:
-        """The answer at once; `before` is what every text begins with."""
+    def whole(self, replies: Sequence[Reply], tokens: Sequence[Sequence[Chosen]]) -> dict[str, Any]:
+        """The answer at once."""
         choices = []
         for index, (reply, chosen) in enumerate(zip(replies, tokens, strict=True)):
-            text = before + reply.text
-            said = {"message": {"role": "assistant", "content": text}}
+            said = {"message": {"role": "assistant", "content": reply.text}}
             choices.append(
                 {
                     "index": index,
-                    **(said if self.chat else {"text": text}),
+                    **(said if self.chat else {"text": reply.text}),
                     "logprobs": self._logprobs(chosen),
                     "finish_reason": _REASONS[reply.reason],
                 }

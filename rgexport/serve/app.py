@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +14,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from rgexport import __version__
-from rgexport.chat.model import Model
+from rgexport.chat.model import Model, Prompt
+from rgexport.chat.reply import Reply
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve import errors
 from rgexport.serve.answers import Answer
-from rgexport.serve.generation import (
-    Gone,
-    Limits,
-    Work,
-    answer_whole,
-    chat_works,
-    completion_works,
-    messages_of,
-    stream,
-)
+from rgexport.serve.exchange import Exchange, Gone, Limits, Work
 from rgexport.serve.grammar import Grammars
 from rgexport.serve.metrics import Metrics
 from rgexport.serve.middleware import Guard
@@ -35,14 +28,17 @@ from rgexport.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Generation,
     SlotRequest,
     TemplateRequest,
     TokenizeRequest,
 )
+from rgexport.serve.works import chat_works, completion_works, messages_of
 
 AFFINITY = "X-Conversation"
 """Header whose value is the same for all turns of a conversation, for a load balancer."""
 _CLIENT_CLOSED = 499
+_MOST_SLOTS = 1024
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -67,12 +63,18 @@ class Settings:
     log: bool = True
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Slot:
-    """The last conversation of a slot."""
+    """The last conversation of a slot, its reply included, or a text; `count` tokens of it."""
 
-    ids: list[int]
-    messages: list[Message] | None
+    count: int
+    messages: tuple[Message, ...] | None
+    known: tuple[int, ...] = ()
+    """Its tokens, where they need not be rendered."""
+
+    def ids(self, model: Model) -> list[int]:
+        """Its tokens."""
+        return [*self.known] if self.known else model.conversation_ids(self.messages or ())
 
 
 class Server:
@@ -99,16 +101,18 @@ class Server:
             raise errors.NoSuchModel(f"there is no model {name!r} here; expected one of {known}")
         return name, self.models[name], self._grammars[name]
 
-    def remember(self, name: str, slot: int, work: Work) -> None:
+    def remember(self, name: str, slot: int, prompt: Prompt, reply: Reply) -> None:
         """Notes what a slot has last seen."""
         self.slots.pop((name, slot), None)
-        messages = work.prompt.messages
-        self.slots[name, slot] = _Slot(work.prompt.ids, None if messages is None else [*messages])
+        count = reply.prompt_tokens + reply.new_tokens
+        if prompt.messages is None:
+            seen = _Slot(count, None, (*prompt.ids, *reply.ids))
+        else:
+            said = {"role": "assistant", "content": reply.text}
+            seen = _Slot(count, (*prompt.messages, said))
+        self.slots[name, slot] = seen
         while len(self.slots) > _MOST_SLOTS:
             self.slots.pop(next(iter(self.slots)))
-
-
-_MOST_SLOTS = 1024
 
 
 def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
@@ -148,47 +152,33 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
         name, model, grammars = server.model(body.model)
         asked = model, grammars, body, _client(request), limits
         works = await run_in_threadpool(chat_works, *asked)
-        server.remember(name, body.id_slot, works[0])
         answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs)
-        first = works[0].prompt.messages or ()
-        return await _respond(request, body, model, (answer, works, [""] * len(works)), first)
+        return await _respond(request, body, answer, works)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(request: Request, body: CompletionRequest) -> Response:
         name, model, grammars = server.model(body.model)
         asked = model, grammars, body, _client(request), limits
         works = await run_in_threadpool(completion_works, *asked)
-        server.remember(name, body.id_slot, works[0])
         answer = Answer(name, model.tokenizer, chat=False, logprobs=body.logprobs is not None)
-        before = [model.tokenizer.decode(w.prompt.ids) if body.echo else "" for w in works]
-        return await _respond(request, body, model, (answer, works, before), ())
+        return await _respond(request, body, answer, works)
 
     async def _respond(
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        model: Model,
-        job: tuple[Answer, list[Work], list[str]],
-        messages: Any,
+        request: Request, body: Generation, answer: Answer, works: list[Work]
     ) -> Response:
-        answer, works, before = job
-        headers = {AFFINITY: _affinity(messages, works[0].prompt.ids)}
+        first, model = works[0].prompt, server.models[answer.model]
+        finished = partial(server.remember, answer.model, body.id_slot, first)
+        exchange = Exchange(request, model, answer, works, limits, finished)
+        headers = {AFFINITY: _affinity(first)}
         if body.stream:
-            events = stream(
-                request,
-                model,
-                answer,
-                works,
-                before,
-                with_usage=bool(body.stream_options and body.stream_options.include_usage),
-                limits=limits,
-            )
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = exchange.events(with_usage=with_usage)
             headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         try:
-            whole = await answer_whole(request, model, answer, works, before, limits=limits)
+            return JSONResponse(await exchange.whole(), headers=headers)
         except Gone:
             return Response(status_code=_CLIENT_CLOSED)
-        return JSONResponse(whole, headers=headers)
 
 
 def _text_routes(app: FastAPI, server: Server) -> None:
@@ -217,7 +207,7 @@ def _state_routes(app: FastAPI, server: Server) -> None:
     @app.get("/slots", response_model=None)
     def slots() -> list[dict[str, Any]]:
         return [
-            {"id": slot, "model": name, "n_prompt_tokens": len(seen.ids)}
+            {"id": slot, "model": name, "n_prompt_tokens": seen.count}
             for (name, slot), seen in [*server.slots.items()]
         ]
 
@@ -232,21 +222,22 @@ def _state_routes(app: FastAPI, server: Server) -> None:
             there = _there(path, body.filename)
             with _without_folder(there):
                 saved = model.load_state(there)
-            messages = None if saved.messages is None else [*saved.messages]
-            server.slots[name, slot] = _Slot(saved.tokens.tolist(), messages)
+            messages = None if saved.messages is None else (*saved.messages,)
+            ids = tuple(saved.tokens.tolist())
+            server.slots[name, slot] = _Slot(len(ids), messages, ids)
             return {"id_slot": slot, "filename": body.filename, "n_restored": saved.position}
         if action == "erase" and path is not None:
             _there(path, body.filename).unlink(missing_ok=True)
             return {"id_slot": slot, "filename": body.filename}
         if action == "erase":
             erased = server.slots.pop((name, slot), None)
-            return {"id_slot": slot, "n_erased": len(erased.ids) if erased else 0}
+            return {"id_slot": slot, "n_erased": erased.count if erased else 0}
         if path is None:
             raise RequestError("filename: it is missing; give a name for the state")
         if known is None:
             raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
         with _without_folder(path):
-            saved = model.save_state(path, known.ids, known.messages)
+            saved = model.save_state(path, known.ids(model), known.messages)
         return {
             "id_slot": slot,
             "filename": body.filename,
@@ -277,14 +268,14 @@ def _client(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _affinity(messages: Any, ids: list[int]) -> str:
+def _affinity(prompt: Prompt) -> str:
     """A hash of how a conversation begins: up to its first user's message."""
     begin = ""
-    for message in messages:
+    for message in prompt.messages or ():
         begin += f"{message['role']}\n{message['content']}\n"
         if message["role"] == "user":
             break
-    data = begin.encode("utf-8", "replace") if begin else repr(ids[:64]).encode()
+    data = begin.encode("utf-8", "replace") if begin else repr(prompt.ids[:64]).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ def open_models(artifacts: list[Path], **options: object) -> dict[str, Model]:
     """Opens the artifacts, by name; of two of one name, the second has that of its folder.
 
     Raises:
-        RequestError: one cannot be opened, or cannot chat.
+        RequestError: one cannot be opened, or is given twice.
     """
     found: dict[str, Model] = {}
     places = [path.resolve() for path in artifacts]
@@ -29,7 +29,7 @@ def open_models(artifacts: list[Path], **options: object) -> dict[str, Model]:
         raise RequestError(f"{twice[0]} is given twice")
     try:
         for path in artifacts:
-            model = open_model(path, chat=True, **options)
+            model = open_model(path, chat=False, **options)
             name = model.name if model.name not in found else path.name
             if name in found:
                 name = str(path)

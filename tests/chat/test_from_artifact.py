@@ -67,3 +67,21 @@ def test_ids_without_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["generate", str(artifact.path), "-p", PROMPT]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error")]
     assert "has no vocabulary" in line
+
+
+@pytest.mark.parametrize("command", [("generate", "-p", "It is"), ("chat", "-p", "Hello!")])
+def test_nothing_is_overwritten_by_a_state(
+    command: tuple[str, ...], demo_artifact: Path, tmp_path: Path
+) -> None:
+    """Neither a file of the user's nor a folder; an earlier state file is replaced."""
+    (tmp_path / "thesis").write_text("my work")
+    (tmp_path / "folder").mkdir()
+    words = (command[0], demo_artifact, *command[1:], "-n", "2", "--save-state")
+    for name in ("thesis", "folder"):
+        found = rgexport(*words, name, folder=tmp_path)
+        assert found.returncode == 2 and not found.stdout
+        assert f"{name} exists and is no state file; give another name" in found.stderr
+    assert (tmp_path / "thesis").read_text() == "my work"
+    for _ in range(2):
+        assert rgexport(*words, "a.state", folder=tmp_path).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "folder", "a.state"}

@@ -12,7 +12,7 @@ import pytest
 
 from rgexport.chat.model import Model
 from rgexport.serve.app import Settings
-from rgexport.serve.generation import Limits
+from rgexport.serve.exchange import Limits
 from tests.serve.conftest import Serve, Served
 
 CHAT = "/v1/chat/completions"
@@ -125,12 +125,16 @@ def test_a_full_queue_is_429(serve: Serve) -> None:
                 opened[-1].sendall(request)
                 while server.model.scheduler.running + server.model.scheduler.waiting < len(opened):
                     time.sleep(0.005)
-            answer = httpx.post(server.url + CHAT, json=body("no", max_tokens=1), timeout=30)
+            answers = [
+                httpx.post(server.url + CHAT, json=body("no", max_tokens=1, **more), timeout=30)
+                for more in ({}, {"stream": True}, {"n": 2})
+            ]
         finally:
             for connection in opened:
                 connection.close()
-        assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
-        assert "requests wait already" in answer.json()["error"]["message"]
+        for answer in answers:
+            assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+            assert "requests wait already" in answer.json()["error"]["message"]
 
 
 def test_comments_while_a_prompt_is_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,176 @@
+"""One request under way: its replies as they come, whole or as server-sent events."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from rgexport.chat.model import Model, Prompt
+from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
+from rgexport.chat.scheduler import Job
+from rgexport.errors import RequestError
+from rgexport.serve.answers import Answer
+from rgexport.serve.errors import TooLong, as_error
+
+_DONE = b"data: [DONE]\n\n"
+Item = Piece | Reply | RequestError
+
+
+class Gone(Exception):  # noqa: N818
+    """The client has left."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost.
+
+    Attributes:
+        new_tokens: most tokens of a reply, and how many there are if a client does not say.
+        prompt_tokens: most tokens of a prompt.
+        seconds: longest time of an answer.
+        ping_seconds: longest silence of a stream.
+    """
+
+    new_tokens: int = 4096
+    prompt_tokens: int = 1 << 20
+    seconds: float = 3600.0
+    ping_seconds: float = 15.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One reply to make; `before` is what its text begins with."""
+
+    prompt: Prompt
+    options: ReplyOptions
+    before: str = ""
+
+
+class Exchange:
+    """The replies to one request. Whatever ends it, those that are under way are cancelled."""
+
+    def __init__(
+        self,
+        request: Request,
+        model: Model,
+        answer: Answer,
+        works: Sequence[Work],
+        limits: Limits,
+        finished: Callable[[Reply], None],
+    ) -> None:
+        """Begins the replies; `finished` gets the first one when it is there.
+
+        Raises:
+            Busy: too many requests wait.
+            RequestError: a prompt cannot be read.
+        """
+        self._request, self._answer, self._works = request, answer, works
+        self._limits, self._finished = limits, finished
+        self._arrived: asyncio.Queue[tuple[int, Item | Gone]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.time() + limits.seconds
+        self._replies: dict[int, Reply] = {}
+        self._jobs: list[Job] = []
+        try:
+            for index, work in enumerate(works):
+                take = partial(self._take, index)
+                self._jobs.append(model.start(work.prompt, work.options, take))
+        except RequestError:
+            self._cancel()
+            raise
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, when all replies have ended.
+
+        Raises:
+            Gone: the client has left.
+            RequestError: a reply failed, or it took too long.
+        """
+        tokens: list[list[Chosen]] = [[] for _ in self._works]
+        async with contextlib.aclosing(self._items(None)) as items:
+            async for index, item in items:
+                if isinstance(item, Piece):
+                    tokens[index] += item.tokens
+        pairs = zip(self._works, self._ordered, strict=True)
+        said = [replace(reply, text=work.before + reply.text) for work, reply in pairs]
+        return self._answer.whole(said, tokens)
+
+    async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; a comment while nothing is said."""
+        opened: set[int] = set()
+        try:
+            async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
+                async for index, item in items:
+                    if item is None:
+                        yield b": reading\n\n"
+                        continue
+                    if index not in opened:
+                        opened.add(index)
+                        if first := self._answer.opening(index, self._works[index].before):
+                            yield _event(first)
+                    if isinstance(item, Piece):
+                        yield _event(self._answer.piece(index, item))
+                    else:
+                        yield _event(self._answer.closing(index, item))
+            if with_usage:
+                yield _event(self._answer.costs(self._ordered))
+            yield _DONE
+        except RequestError as error:
+            yield _event(as_error(error)[1])
+        except Gone:
+            return
+
+    @property
+    def _ordered(self) -> list[Reply]:
+        return [self._replies[index] for index in sorted(self._replies)]
+
+    def _take(self, index: int, item: Item) -> None:
+        """Takes what a reply says, in another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, item))
+
+    async def _items(
+        self, silence: float | None
+    ) -> AsyncGenerator[tuple[int, Piece | Reply | None], None]:
+        """What all replies say until all have ended; None after a silence."""
+        leaving = asyncio.create_task(self._wait_until_gone())
+        try:
+            while len(self._replies) < len(self._works):
+                rest = self._end - self._loop.time()
+                if rest <= 0:
+                    most = self._limits.seconds
+                    raise TooLong(f"the answer takes longer than {most:g} s; ask for fewer tokens")
+                try:
+                    wait = min(silence or rest, rest)
+                    index, item = await asyncio.wait_for(self._arrived.get(), wait)
+                except TimeoutError:
+                    yield 0, None
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Reply):
+                    self._replies[index] = item
+                    if index == 0:
+                        self._finished(item)
+                yield index, item
+        finally:
+            leaving.cancel()
+            self._cancel()
+
+    async def _wait_until_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._arrived.put_nowait((0, Gone()))
+
+    def _cancel(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
