@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rgexport.chat.model import Model, Prompt, ReplyStream
+from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply, ReplyOptions
 from rgexport.chat.sampling import Sampling
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rgexport.chat.jobs import End, Mask, Reason, Token
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
-from rgexport.chat.scheduler import End, Mask, Reason, Token
 from rgexport.chat.stopping import StopStrings
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError

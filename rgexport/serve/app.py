@@ -14,7 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from rgexport import __version__
-from rgexport.chat.model import Model, Prompt
+from rgexport.chat.model import Model
+from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from rgexport.chat.scheduler import Busy, EngineError
+from rgexport.chat.jobs import Busy, EngineError
 from rgexport.errors import RequestError, one_line
 from rgexport.progress import warn
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from starlette.requests import Request
 
-from rgexport.chat.model import Model, Prompt
+from rgexport.chat.jobs import Job
+from rgexport.chat.model import Model
+from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
-from rgexport.chat.scheduler import Job
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
 from rgexport.serve.errors import TooLong, as_error

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rgexport.chat.model import Model, Prompt
+from rgexport.chat.model import Model
+from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.template import Message

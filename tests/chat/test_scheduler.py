@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.chat.jobs import KEPT_EVERY, Busy, End, Request, Token
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
-from rgexport.chat.scheduler import KEPT_EVERY, Busy, End, Request, Scheduler, Token
+from rgexport.chat.scheduler import Scheduler
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
 
@@ -339,3 +340,20 @@ def test_a_session_that_is_broken_for_good_tells_each_request(
     heard = [ask(scheduler, [i]) for i in range(5)]
     for each in heard:
         assert "the model changed while it was open" in str(each.wait().error)
+
+
+def test_an_engine_that_fails_while_a_cancelled_reply_leaves(
+    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(rows: range) -> Any:
+        raise RuntimeError("no memory")
+
+    heard, began = Heard(), threading.Event()
+    heard._then = began.set
+    job = scheduler.submit(Request(ids=[1], listener=heard, max_new_tokens=10**6))
+    assert began.wait(30)
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "get_rows", broken)
+        job.cancel()
+        assert "the engine: no memory" in str(heard.wait().error)
+    assert ask(scheduler, [2]).wait().reason == "length", "the thread lives"

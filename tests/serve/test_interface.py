@@ -1,5 +1,6 @@
 """What is not OpenAI's: texts, templates, states, figures, keys, limits; and fuzzed requests."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,18 @@ def test_an_answer_names_no_path_of_the_machine(server: Served, tmp_path: Path) 
     saved.write_bytes(b"half")
     answer = post(server, "/slots/0?action=restore", {"filename": "broken"})
     assert answer.status_code == 400 and str(saved.parent) not in answer.text
+
+
+def test_a_model_without_turns_completes_but_does_not_chat(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as server:
+        without = [literal for literal in server.model.tokenizer.special if "turn" not in literal]
+        special = {literal: server.model.tokenizer.special[literal] for literal in without}
+        monkeypatch.setattr(
+            server.model, "tokenizer", replace(server.model.tokenizer, special=special)
+        )
+        answer = chat(server, "hello")
+        assert answer.status_code == 400 and "this model cannot chat" in answer.text
+        done = post(server, "/v1/completions", {"prompt": "hello", "max_tokens": 2})
+        assert done.status_code == 200

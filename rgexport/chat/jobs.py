@@ -1,0 +1,132 @@
+"""What a scheduler is asked, and what it answers."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.errors import RequestError
+from rgexport.griffin.state import State
+
+KEPT_EVERY = 512
+"""Tokens of a long prompt after which its state is kept."""
+
+
+class Busy(RequestError):
+    """There are too many requests already."""
+
+
+class EngineError(RequestError):
+    """The engine failed; whatever it was computing is lost."""
+
+
+class Mask(Protocol):
+    """What a grammar allows next."""
+
+    def allowed(self) -> np.ndarray:
+        """Bool [vocab]."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the token that was chosen."""
+        ...
+
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a reply; `logits` [vocab] are those that it was chosen by, before penalties."""
+
+    id: int
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a reply: why, and what it cost.
+
+    Attributes:
+        reason: `stop` for a stop id or a listener that has enough.
+        cached_tokens: of the prompt, that did not have to be read.
+        read_seconds: from the request's turn until its first token.
+        write_seconds: from there to the end.
+        error: of the reason `error`.
+        state: of a prompt that was only read.
+    """
+
+    reason: Reason
+    cached_tokens: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    error: RequestError | None = None
+    state: State | None = None
+
+
+class Listener(Protocol):
+    """Hears of a reply in the scheduler's thread, so it must not wait."""
+
+    def token(self, token: Token) -> bool:
+        """Takes the next token; whether the reply goes on."""
+        ...
+
+    def end(self, end: End) -> None:
+        """Called once, at the end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to read, and what to write after it.
+
+    Attributes:
+        ids: the prompt, at least one token.
+        listener: hears of the reply.
+        sampling: how tokens are chosen.
+        max_new_tokens: most tokens of the reply; 0 only reads, and keeps the state.
+        stop_ids: tokens that end the reply; they are not part of it.
+        keep: lengths of prefixes of the prompt whose states are kept, beside its own.
+        mask: what may be written.
+        client: who asks; clients take turns.
+        first: whether it goes before all others.
+        lasting: whether the states of the prompt's and the reply's end go into a folder, too.
+    """
+
+    ids: Sequence[int]
+    listener: Listener
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    stop_ids: Collection[int] = ()
+    keep: Collection[int] = ()
+    mask: Mask | None = None
+    client: str = ""
+    first: bool = False
+    lasting: bool = True
+
+
+class Job:
+    """A request under way."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cancelled = False
+        self.fed = 0
+        """Tokens of `ids` that the row's state has seen."""
+        self.ids = list(request.ids)
+        self.written = 0
+        self.cached = 0
+        self.began = self.replied = 0.0
+        self.sampler = Sampler(request.sampling, request.ids)
+
+    def cancel(self) -> None:
+        """Ends it soon; its place is free after the current step."""
+        self.cancelled = True
+
+    def stops(self) -> list[int]:
+        """Where reading pauses to keep a state, from here on."""
+        end = len(self.request.ids)
+        places = {*self.request.keep, *range(KEPT_EVERY, end, KEPT_EVERY), end}
+        return sorted(place for place in places if self.fed < place <= end)
