@@ -180,7 +180,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
         "calibrate -m model --tokens 8 --sampled 9",
         "--sampled 9 is more than --tokens 8",
     ),
-    "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read text.gguf"),
+    "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read the text"),
     "calibrate on": ("calibrate -m model --device tpu", "tpu"),
 }
 

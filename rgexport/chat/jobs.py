@@ -128,5 +128,7 @@ class Job:
     def stops(self) -> list[int]:
         """Where reading pauses to keep a state, from here on."""
         end = len(self.request.ids)
-        places = {*self.request.keep, *range(KEPT_EVERY, end, KEPT_EVERY), end}
+        is_long = end - self.cached > KEPT_EVERY
+        every = range(KEPT_EVERY, end, KEPT_EVERY) if is_long else ()
+        places = {*self.request.keep, *every, end}
         return sorted(place for place in places if self.fed < place <= end)

@@ -199,8 +199,10 @@ class Scheduler:
 
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
+        if not (reading := self._rows[self._writing :]):
+            return False
         known = self._store.length(job.ids)
-        for other in self._rows[self._writing :]:
+        for other in reading:
             shared = common_prefix(job.ids, other.ids)
             if any(known < stop <= shared for stop in other.stops()):
                 return True

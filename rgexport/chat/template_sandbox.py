@@ -184,7 +184,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _size(self, value: Any) -> int:
         """Bytes of the text that a value could become; what it holds twice counts twice."""
-        if type(value) is str:  # nearly all are
+        if type(value) in (str, bool):  # nearly all are
             return sys.getsizeof(value)
         total, waiting = 0, [value]
         while waiting:
@@ -274,7 +274,7 @@ def _code(source: str) -> CodeType:
 
 def _has_no_text(value: Any) -> bool:
     """Whether the text of an object would be its address in memory."""
-    if isinstance(value, Undefined):
+    if type(value) is str or isinstance(value, Undefined):
         return False
     has_address = type(value).__repr__ is object.__repr__
     return has_address or callable(value) or isinstance(value, _Generators)

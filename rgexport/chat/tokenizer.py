@@ -24,6 +24,8 @@ CUT = "\ud800"
 
 MAX_BYTES = 256 << 20
 """Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
+_SHORT, _KNOWN = 4096, 2048
+"""Longest texts whose ids are remembered, in characters, and how many of them."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -100,7 +102,8 @@ class Tokenizer:
                 ids.append(self.special[part])
             else:
                 for run in part.split(CUT):
-                    ids += self._encode_run(run)
+                    encode = self._encode_short if len(run) <= _SHORT else self._encode_run
+                    ids += encode(run)
         return ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -117,6 +120,11 @@ class Tokenizer:
             return ids
         # A normalizer made a literal out of look-alikes. A single character cannot become one.
         return [token for character in run for token in self.raw_encode(character)]
+
+    @functools.cached_property
+    def _encode_short(self) -> Callable[[str], list[int]]:
+        """As `_encode_run`; a conversation is encoded at each turn, and is the same but its end."""
+        return functools.lru_cache(_KNOWN)(self._encode_run)
 
     @functools.cached_property
     def _forbidden(self) -> frozenset[int]:

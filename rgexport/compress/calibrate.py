@@ -56,7 +56,7 @@ class CalibrationOptions:
         tokens: how many tokens the statistics are of; None leaves it to the model's width.
         held_out: how many there are beside them, which no statistic sees: plans are measured on
             these. None leaves it to the model's width. In whole sequences; fewer of a short text;
-            none of the built-in text, whose part is left out.
+            none of the built-in text beside sampled text.
         sampled: how many of `tokens` are sampled from the model; None: none beside a user's text,
             else five sixths, or all without a tokenizer. The same part of the held-out tokens is.
         gradient_tokens: how many have gradients; in whole sequences, at least one.
@@ -106,11 +106,13 @@ class CalibrationOptions:
         part = tokens // _HELD_OUT[small] // LENGTH * LENGTH
         built_in = tokens // _BUILT_IN_PART if readable else 0
         sampled = 0 if self.text is not None else tokens - built_in
+        sampled = sampled if self.sampled is None else self.sampled
         return replace(
             self,
+            text=BUILT_IN if not sampled and self.text is None else self.text,
             tokens=tokens,
             held_out=part if self.held_out is None else self.held_out,
-            sampled=sampled if self.sampled is None else self.sampled,
+            sampled=sampled,
         )
 
     @property
@@ -146,9 +148,15 @@ class CalibrationOptions:
     def source(self) -> str:
         """Where the text is from, in words."""
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
-        given = "the built-in text" if self.text is None else f"text of {self.text.name}"
-        given *= self.from_text > 0
+        given = self.text_name if self.from_text else ""
         return " and ".join(filter(None, (sampled, given)))
+
+    @property
+    def text_name(self) -> str:
+        """The text that is read, in words."""
+        if self.text is None or self.text == BUILT_IN:
+            return "the built-in text"
+        return f"the text of {self.text.name}"
 
 
 def calibrate(
@@ -219,9 +227,9 @@ def _given_text(
         return []
     if tokenizer is None:
         raise RequestError(
-            f"the model has no tokenizer to read {options.text or 'the built-in text'} with; put "
-            "its tokenizer.model into its folder, or leave --text and --sampled out to take all "
-            "text from the model"
+            f"the model has no tokenizer to read {options.text_name} with; put its "
+            "tokenizer.model into its folder, or leave --text and --sampled out to take all text "
+            "from the model"
         )
     if options.text is None:
         return read_text(BUILT_IN, tokenizer, options.from_text)

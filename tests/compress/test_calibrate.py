@@ -149,10 +149,19 @@ def test_a_mixture_has_both_texts(sampled: list[int], tmp_path: Path) -> None:
     checkpoint = demo_with_one_layer(tmp_path / "model")
     found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
     assert sampled == [40] and sorted(map(len, found.sequences)) == [20, 20, 20]
-    assert found.provenance.text == "40 tokens sampled from the model and text of notes.txt"
+    assert found.provenance.text == "40 tokens sampled from the model and the text of notes.txt"
     tokenizer = load_tokenizer(demo_folder())
     texts = [tokenizer.decode(ids.tolist()) for ids in found.sequences]
     assert sum(text.startswith("The tide turned at four. The") for text in texts) == 1
+
+
+def test_the_built_in_text_alone(tmp_path: Path) -> None:
+    """Nothing sampled and no text of one's own: some of it is held out, as of any text."""
+    options = CalibrationOptions(tokens=1024, sampled=0, held_out=512, device="cpu")
+    checkpoint = demo_with_one_layer(tmp_path / "model")
+    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
+    assert found.provenance.text == "the built-in text" and found.tokens == 1024
+    assert [len(ids) for ids in found.held_out] == [512]
 
 
 def demo_with_one_layer(folder: Path) -> Checkpoint:
