@@ -1,4 +1,4 @@
-"""A server of a toy model, in a thread of its own."""
+"""A server in a thread of its own, of a toy model unless a test brings another one."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ __all__ = ["gemma", "sentencepiece_folder", "template"]
 
 @dataclass
 class Served:
-    """A running server."""
+    """A running server; `session` is the engine of its toy model."""
 
     url: str
     model: Model
@@ -39,7 +39,14 @@ def served(
     session = ToySession(tokenizer.vocab_size)
     options = {"rows": 4} | options
     model = Model(session, tokenizer, template, IDENTITY, **options)
-    config = uvicorn.Config(create_app({"toy": model}, settings), port=0, log_config=None)
+    with served_model(model, settings) as url:
+        yield Served(url, model, session)
+
+
+@contextmanager
+def served_model(model: Model, settings: Settings) -> Iterator[str]:
+    """The address of a server of this model, which is closed at the end."""
+    config = uvicorn.Config(create_app({model.name: model}, settings), port=0, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -47,7 +54,7 @@ def served(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Served(f"http://127.0.0.1:{port}", model, session)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(30)

@@ -5,15 +5,19 @@ import json
 import random
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import rgexport
 from rgexport.chat.model import Model
+from rgexport.cli import run
 from rgexport.serve.app import Settings
 from rgexport.serve.exchange import Limits
-from tests.serve.conftest import Serve, Served
+from tests.llama_tools import needs_llama_cpp
+from tests.serve.conftest import Serve, Served, served_model
 
 CHAT = "/v1/chat/completions"
 
@@ -50,28 +54,59 @@ async def garbage(url: str, seed: int) -> None:
 
 
 def test_32_conversations_beside_bad_clients(serve: Serve) -> None:
-    texts = [f"hello {i} " * (1 + i % 9) for i in range(32)]
     with serve(rows=8) as server:
-        expected = [
-            server.model.chat([{"role": "user", "content": text}], max_new_tokens=40).text
-            for text in texts
-        ]
-        server.model.scheduler.store.clear()
+        each_hears_its_own(server.model, server.url)
 
-        async def all_of_them() -> list[str]:
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-                good = [
-                    streamed(client, body(text, max_tokens=40), 0.02 if i < 4 else 0)
-                    for i, text in enumerate(texts)
-                ]
-                bad = [vanishing(client, body(f"gone {i}", max_tokens=4000)) for i in range(4)]
-                noise = [garbage(server.url, seed) for seed in range(4)]
-                return (await asyncio.gather(*good, *bad, *noise))[:32]
 
-        assert asyncio.run(all_of_them()) == expected
-        idle(server.model)
-        assert server.model.scheduler.counters.new_tokens < 3 * 32 * 40 + 4 * 4000
+ARTIFACTS = {
+    "onnx-int4-exact": "onnx --int4 --exact",
+    "onnx-int4": "onnx --int4",
+    "gguf-f32": "gguf --type f32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=name, marks=[needs_llama_cpp] * name.startswith("gguf"))
+        for name, command in ARTIFACTS.items()
+    ],
+)
+def test_32_conversations_with_the_demo(command: str, tmp_path: Path) -> None:
+    target = tmp_path / "demo.gguf"
+    assert run([*command.split(), "--size", "demo", "-o", str(target), "--no-check"]) == 0
+    model = rgexport.load(target, rows=8)
+    with served_model(model, Settings(log=False)) as url:
+        each_hears_its_own(model, url)
+
+
+def each_hears_its_own(model: Model, url: str) -> None:
+    """Conversations of 32 clients, four of them slow, beside four that leave and four that err.
+
+    Each hears what it would hear alone, if the greedy tokens do not depend on other rows.
+    """
+    texts = [f"hello {i} " * (1 + i % 9) for i in range(32)]
+    expected = [
+        model.chat([{"role": "user", "content": text}], max_new_tokens=40, temperature=0).text
+        for text in texts
+    ]
+    model.scheduler.store.clear()
+
+    async def all_of_them() -> list[str]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            good = [
+                streamed(client, body(text, max_tokens=40), 0.02 if i < 4 else 0)
+                for i, text in enumerate(texts)
+            ]
+            bad = [vanishing(client, body(f"gone {i}", max_tokens=4000)) for i in range(4)]
+            noise = [garbage(url, seed) for seed in range(4)]
+            return (await asyncio.gather(*good, *bad, *noise))[:32]
+
+    assert asyncio.run(all_of_them()) == expected
+    idle(model)
+    assert model.scheduler.counters.new_tokens < 3 * 32 * 40 + 4 * 4000
 
 
 def idle(model: Model) -> None:
