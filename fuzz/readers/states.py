@@ -9,6 +9,7 @@ from safetensors.numpy import load
 
 from fuzz.readers.references import mutate_hashed
 from fuzz.readers.target import Target, oracle, require
+from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     METADATA,
     TOKENS,
@@ -27,9 +28,14 @@ def _seeds(folder: Path) -> Iterable[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: np.ones((1, *shape), np.float32) for name, shape in SHAPES.items()}
     talk = [{"role": "user", "content": "hello"}]
+    ids = np.arange(4)
+    sealed = SavedState(_IDENTITY, key_of(ids), state | {POSITION: np.array([4], np.int64)})
+    write_state(folder / "a.state", sealed)
+    yield (folder / "a.state").read_bytes()
     for count, messages, precision in ((3, None, None), (9, talk, "fp16")):
         seen = state | {POSITION: np.array([count - 1], np.int64)}
-        saved = SavedState(_IDENTITY, np.arange(count), seen, messages, "an engine")
+        ids = np.arange(count)
+        saved = SavedState(_IDENTITY, key_of(ids[:-1]), seen, ids, messages, "an engine")
         write_state(folder / "a.state", saved, precision=precision)
         yield (folder / "a.state").read_bytes()
 
@@ -44,13 +50,15 @@ def _read(data: bytes, folder: Path) -> SavedState:
 def _agree(data: bytes, folder: Path, found: SavedState) -> None:
     """With the safetensors package, and with the rules that engines rely on."""
     arrays = oracle(lambda: load(data), "safetensors refuses it")
-    require(arrays.keys() == {*SHAPES, TOKENS}, "it has other arrays", arrays.keys())
-    require(found.tokens.tolist() == arrays[TOKENS].tolist(), "it has other tokens")
+    require(arrays.keys() - {TOKENS} == {*SHAPES}, "it has other arrays", arrays.keys())
+    require((found.tokens is None) == (TOKENS not in arrays), "it has other tokens")
+    if found.tokens is not None:
+        require(found.tokens.tolist() == arrays[TOKENS].tolist(), "it has other tokens")
     for name, array in arrays.items():
         if name != TOKENS:
             same = np.array_equal(found.state[name][0], array, equal_nan=True)
             require(same, "it has other values", name)
-    require(len(found.tokens) - found.position in (0, 1), "its position fits no tokens")
+    require(found.count - found.position in (0, 1), "its position fits no tokens")
 
 
 TARGETS = {

@@ -82,12 +82,12 @@ def _edit(conversation: Conversation, argument: str) -> Replies:
 def _save(conversation: Conversation, argument: str) -> str:
     path = Path(argument).expanduser()
     saved = conversation.save(path)
-    return f"{path} has {len(saved.tokens)} tokens in {amount(path.stat().st_size)}."
+    return f"{path} has {saved.count} tokens in {amount(path.stat().st_size)}."
 
 
 def _load(conversation: Conversation, argument: str) -> str:
     saved = conversation.load(Path(argument).expanduser())
-    return f"{len(saved.tokens)} tokens are known, {len(conversation.messages)} messages."
+    return f"{saved.count} tokens are known, {len(conversation.messages)} messages."
 
 
 def _read(conversation: Conversation, argument: str) -> str:

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply, ReplyOptions
 from rgexport.chat.sampling import Sampling
+from rgexport.errors import RequestError
 
 
 class Continuation:
@@ -20,17 +22,23 @@ class Continuation:
     reply: Reply
 
     def __init__(self, model: Model, text: str, state: Path | None = None) -> None:
-        """Begins with `text`, after the tokens of a state file if there is one.
+        """Begins with `text`, after the tokens of a state file if it has them.
 
         Raises:
-            RequestError: no tokens, or a state of another model.
+            RequestError: no tokens, a state of another model, or one whose text is not in the file
+                and does not begin `text`.
         """
         self._model = model
-        if state is None:
-            self.ids = model.text_ids(text)
-        else:
-            known = model.load_state(state).tokens.tolist()
-            self.ids = known + model.tokenizer.encode_text(text)
+        saved = None if state is None else model.load_state(state)
+        if saved and saved.tokens is not None:
+            self.ids = [*saved.tokens.tolist(), *model.tokenizer.encode_text(text)]
+            return
+        self.ids = model.text_ids(text)
+        if saved and key_of(self.ids[: saved.position]) != saved.key:
+            raise RequestError(
+                f"{state} has no text, only its hash, and the prompt does not begin with that "
+                "text; give the whole text as the prompt: what the state has seen is not read again"
+            )
 
     def run(
         self, sampling: Sampling, max_new_tokens: int, stop: Sequence[str] = ()

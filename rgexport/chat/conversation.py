@@ -121,10 +121,15 @@ class Conversation:
     def load(self, path: Path) -> SavedState:
         """Goes on with a saved conversation, or with a document that was read.
 
+        Of a file without text nothing is in the conversation yet: what it is of is known when it is
+        read or said.
+
         Raises:
             RequestError: it is none, or of another model.
         """
         saved = self.model.load_state(path)
+        if saved.tokens is None:
+            return saved
         if saved.messages is None:
             raise RequestError(
                 f"{path} is the state of a plain text; go on with it by "

@@ -18,6 +18,7 @@ import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, Job, Request, Token
+from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore, StateFolder
 from rgexport.chat.prompts import Prompt, Prompts
 from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer
@@ -38,6 +39,7 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
 
@@ -212,11 +214,17 @@ class Model(Prompts):
         return done
 
     def save_state(
-        self, path: Path, ids: Sequence[int], messages: Sequence[Message] | None = None
+        self,
+        path: Path,
+        ids: Sequence[int],
+        messages: Sequence[Message] | None = None,
+        *,
+        with_text: bool = True,
     ) -> SavedState:
         """Writes a state file of what these tokens lead to; they are read if they were not.
 
-        The last token is left for whoever goes on: see `chat.state_file`.
+        The last token is left for whoever goes on: see `chat.state_file`. Without the text, the
+        file has its hash alone: it is found when the same text is read.
 
         Raises:
             RequestError: the file cannot be written, is there and no state file, or the model was
@@ -227,7 +235,15 @@ class Model(Prompts):
         if state is None:
             raise RequestError("the model was closed before the text was read")
         info = f"{self.info.engine} {self.info.engine_version}"
-        saved = SavedState(self.identity, np.array(ids, np.int64), state, messages, info)
+        seen = int(state[POSITION][0])
+        saved = SavedState(
+            self.identity,
+            key_of(ids[:seen]),
+            state,
+            np.array(ids, np.int64) if with_text else None,
+            messages if with_text else None,
+            info,
+        )
         write_state(path, saved, precision=self._precision)
         return saved
 
@@ -239,7 +255,7 @@ class Model(Prompts):
         """
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
-        self.scheduler.store.put(saved.tokens[: saved.position].tolist(), saved.state)
+        self.scheduler.store.add(saved.key, saved.state)
         return saved
 
     def close(self) -> None:

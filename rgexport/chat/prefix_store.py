@@ -5,26 +5,23 @@ used states go first. With a folder, states are also written there, and found ag
 """
 
 import contextlib
-import hashlib
 import os
 import queue
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.prefix_key import Key, key_of, keys_of
 from rgexport.chat.state_file import Identity, SavedState, read_state, write_state
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn
-
-Key = tuple[int, str]
-"""Number of tokens, and their hash."""
 
 _FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
 
@@ -47,8 +44,8 @@ class Prefix:
 class StateFolder:
     """Files of states of one model, written by a thread of its own.
 
-    A file appears complete or not at all, so the folder is whole after a kill, and several
-    processes may use it.
+    They have a hash of the text that was read, not the text. A file appears complete or not at
+    all, so the folder is whole after a kill, and several processes may use it.
     """
 
     def __init__(
@@ -89,11 +86,10 @@ class StateFolder:
                 self._found = changed, {key for key in names if key}
         return self._found[1] - self._bad
 
-    def save(self, key: Key, ids: Sequence[int], state: State) -> None:
+    def save(self, key: Key, state: State) -> None:
         """Lets the thread write a state; waits if it is far behind."""
         if key not in self._found[1] or key in self._bad:
-            tokens = np.array(ids, np.int64)
-            self._waiting.put((key, SavedState(self._identity, tokens, state)))
+            self._waiting.put((key, SavedState(self._identity, key, state)))
 
     def load(self, key: Key) -> State | None:
         """A state; None, with a warning, if its file is gone or damaged."""
@@ -105,7 +101,7 @@ class StateFolder:
             warn(f"a saved state is not used: {error}")
             self._bad.add(key)
             return None
-        return saved.state if key == key_of(saved.tokens) else None
+        return saved.state if key == saved.key else None
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -177,10 +173,15 @@ class PrefixStore:
         lasting: bool = True,
     ) -> None:
         """Keeps the state after `ids`; in the folder, too, if it is `lasting`."""
-        key = key_of(ids)
-        self._remember(key, Prefix(len(ids), state, logits))
+        self.add(key_of(ids), state, logits, lasting=lasting)
+
+    def add(
+        self, key: Key, state: State, logits: np.ndarray | None = None, *, lasting: bool = True
+    ) -> None:
+        """As `put`, for tokens of which only the key is known."""
+        self._remember(key, Prefix(key[0], state, logits))
         if self._folder and lasting:
-            self._folder.save(key, ids, state)
+            self._folder.save(key, state)
 
     def forget(self, ids: Sequence[int]) -> None:
         """Frees the memory of the state after `ids`."""
@@ -219,7 +220,7 @@ class PrefixStore:
         with self._lock:
             known = {*self._entries, *(self._folder.keys if self._folder else ())}
         lengths = sorted({length for length, _ in known if length <= len(ids)})
-        return [key for key in _keys_of(ids, lengths) if key in known][::-1]
+        return [key for key in keys_of(ids, lengths) if key in known][::-1]
 
     def _get(self, key: Key) -> Prefix | None:
         with self._lock:
@@ -241,22 +242,6 @@ class PrefixStore:
             self._nbytes += prefix.nbytes
             while self._nbytes > self._max_bytes and len(self._entries) > 1:
                 self._nbytes -= self._entries.popitem(last=False)[1].nbytes
-
-
-def key_of(ids: Sequence[int] | np.ndarray) -> Key:
-    """The key of these tokens."""
-    (key,) = _keys_of(ids, [len(ids)])
-    return key
-
-
-def _keys_of(ids: Sequence[int] | np.ndarray, lengths: Iterable[int]) -> list[Key]:
-    """The keys of prefixes of rising lengths, hashed in one pass."""
-    data, hashed, start, found = np.array(ids, np.int32), hashlib.sha256(), 0, list[Key]()
-    for length in lengths:
-        hashed.update(data[start:length].tobytes())
-        start = length
-        found.append((length, hashed.hexdigest()))
-    return found
 
 
 def _key_of(path: Path) -> Key | None:

@@ -1,9 +1,9 @@
 """State files: what a model remembers of a text, to go on with in any engine.
 
 A safetensors file. Its arrays are the canonical states (`griffin.state`) of one conversation
-without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N]. The state
-has seen all tokens, or all but the last: to go on with a state, a token is needed that it has not
-seen. Its metadata have one JSON object, see `_fields`.
+without a batch axis, in float32, or in float16 but for `rg_lru`; and, unless only their hash is
+kept, `tokens`, int32 [N]. The state has seen all tokens, or all but the last: to go on with a
+state, a token is needed that it has not seen. Its metadata have one JSON object, see `_fields`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rgexport import __version__
+from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import ChatTemplate, Message
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -27,7 +28,7 @@ from rgexport.griffin.safetensors_writer import header
 from rgexport.griffin.state import POSITION, State
 
 METADATA = "rgexport.state"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS = "tokens"
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
@@ -59,22 +60,30 @@ class SavedState:
 
     Attributes:
         identity: the model.
-        tokens: int64 [N].
-        state: a canonical state of batch 1, which has seen N tokens or N - 1.
+        key: of the tokens that the state has seen.
+        state: a canonical state of batch 1.
+        tokens: int64 [N], which the state has seen, perhaps but for the last; None if only the
+            key is known.
         messages: the conversation, if it is one.
         engine: what made it.
     """
 
     identity: Identity
-    tokens: np.ndarray
+    key: Key
     state: State
+    tokens: np.ndarray | None = None
     messages: Sequence[Message] | None = None
     engine: str = ""
 
     @property
     def position(self) -> int:
         """Tokens that the state has seen."""
-        return int(self.state[POSITION][0])
+        return self.key[0]
+
+    @property
+    def count(self) -> int:
+        """Tokens of the text."""
+        return self.position if self.tokens is None else len(self.tokens)
 
 
 def identity_of(artifact: Artifact, template: ChatTemplate) -> Identity:
@@ -153,6 +162,7 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         RequestError: it is none, is damaged, or is of a model with other states.
     """
     fields, entries = read_fields(path), read_header(path)
+    key = fields["position"], fields["prefix"]
     found = {name: entry.shape for name, entry in entries.items() if name != TOKENS}
     if found != dict(shapes):
         raise RequestError(
@@ -166,18 +176,29 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
             data = file.read(entry.nbytes)
             digest.update(data)
             arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
-    tokens = arrays.pop(TOKENS).astype(np.int64)
-    sound = digest.hexdigest() == fields["sha256"] and len(tokens) == fields["tokens"]
-    if not sound or fields["position"] not in (len(tokens), len(tokens) - 1):
+    tokens = arrays.pop(TOKENS, None)
+    sound = digest.hexdigest() == fields["sha256"] and key[0] >= 0
+    if not sound or not _is_of(fields, key, tokens):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
         Identity(**fields["identity"]),
-        tokens,
-        state | {POSITION: np.array([fields["position"]], np.int64)},
+        key,
+        state | {POSITION: np.array([key[0]], np.int64)},
+        None if tokens is None else tokens.astype(np.int64),
         fields["messages"],
         fields["engine"],
     )
+
+
+def _is_of(fields: dict[str, Any], key: Key, tokens: np.ndarray | None) -> bool:
+    """Whether a state after the tokens of `key` is one after these tokens."""
+    if fields["has_text"] != (tokens is not None):
+        return False
+    if tokens is None:
+        return fields["tokens"] == key[0] and fields["messages"] is None
+    unseen = len(tokens) - key[0]
+    return fields["tokens"] == len(tokens) and unseen in (0, 1) and key_of(tokens[: key[0]]) == key
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -226,7 +247,7 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 
 def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     require_precision(precision)
-    arrays = {TOKENS: np.asarray(saved.tokens, _INT)}
+    arrays = {} if saved.tokens is None else {TOKENS: np.asarray(saved.tokens, _INT)}
     for name, array in saved.state.items():
         if name != POSITION:
             dtype = array.dtype if precision is None else np.dtype(PRECISIONS[precision])
@@ -241,8 +262,10 @@ def _fields(saved: SavedState, sha256: str) -> str:
     fields = {
         "format_version": FORMAT_VERSION,
         "identity": dataclasses.asdict(saved.identity),
-        "tokens": len(saved.tokens),
+        "tokens": saved.count,
         "position": saved.position,
+        "prefix": saved.key[1],
+        "has_text": saved.tokens is not None,
         "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
         "engine": saved.engine,
         "tool": f"rgexport {__version__}",
@@ -254,6 +277,8 @@ def _fields(saved: SavedState, sha256: str) -> str:
 _KINDS: dict[str, Any] = {
     "tokens": int,
     "position": int,
+    "prefix": str,
+    "has_text": bool,
     "engine": str,
     "tool": str,
     "sha256": str,

@@ -17,6 +17,9 @@ def state() -> None:
 @click.argument("artifact", type=FOLDER)
 @click.option("--read", "text", type=FOLDER, required=True, help="The text to read.")
 @click.option("--plain", is_flag=True, help="To be continued, not to be asked about in a chat.")
+@click.option(
+    "--no-text", is_flag=True, help="Keep a hash of the text alone: for who has the text anyway."
+)
 @click.option("--precision", metavar="fp32|fp16", help="[default: what the engine computes with]")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The state file.")
 @click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
@@ -27,6 +30,7 @@ def save(
     artifact: Path,
     text: Path,
     plain: bool,
+    no_text: bool,
     precision: str | None,
     output: Path,
     threads: int | None,
@@ -44,11 +48,12 @@ def save(
     with open_model(artifact, chat=not plain, threads=threads, state_precision=precision) as model:
         messages = None if plain else [{"role": "user", "content": written}]
         ids = model.text_ids(written) if messages is None else model.opening_ids(messages)
-        saved = model.save_state(output, ids, messages)
+        saved = model.save_state(output, ids, messages, with_text=not no_text)
     verb = f"generate {artifact} -p TEXT" if plain else f"chat {artifact}"
+    again = f"; then give it {text} again" if no_text else ""
     click.echo(
-        f"{output} has {len(saved.tokens)} tokens in {amount(output.stat().st_size)}. "
-        f"Go on: rgexport {verb} --load-state {output}"
+        f"{output} has {saved.count} tokens in {amount(output.stat().st_size)}. "
+        f"Go on: rgexport {verb} --load-state {output}{again}"
     )
 
 
@@ -69,8 +74,7 @@ def load(artifact: Path, file: Path) -> None:
     require_same_model(file, saved, identity_of(opened, open_template(opened)))
     verb = "generate" if saved.messages is None else "chat"
     click.echo(
-        f"{file} fits: {len(saved.tokens)} tokens. "
-        f"Go on: rgexport {verb} {artifact} --load-state {file}"
+        f"{file} fits: {saved.count} tokens. Go on: rgexport {verb} {artifact} --load-state {file}"
     )
 
 
@@ -93,7 +97,9 @@ def info(file: Path, as_json: bool) -> None:
 
 def _lines(fields: dict[str, Any]) -> dict[str, str]:
     identity, messages = fields["identity"], fields["messages"]
-    if messages is None:
+    if not fields["has_text"]:
+        kind = "its hash alone"
+    elif messages is None:
         kind = "a plain text"
     elif len(messages) % 2 and messages[-1]["role"] == "user":
         kind = "a text to be asked about"

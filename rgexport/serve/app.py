@@ -223,9 +223,9 @@ def _state_routes(app: FastAPI, server: Server) -> None:
             there = _there(path, body.filename)
             with _without_folder(there):
                 saved = model.load_state(there)
-            messages = None if saved.messages is None else (*saved.messages,)
-            ids = tuple(saved.tokens.tolist())
-            server.slots[name, slot] = _Slot(len(ids), messages, ids)
+            if saved.tokens is not None:
+                messages = None if saved.messages is None else (*saved.messages,)
+                server.slots[name, slot] = _Slot(saved.count, messages, (*saved.tokens.tolist(),))
             return {"id_slot": slot, "filename": body.filename, "n_restored": saved.position}
         if action == "erase" and path is not None:
             _there(path, body.filename).unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def _state_routes(app: FastAPI, server: Server) -> None:
         return {
             "id_slot": slot,
             "filename": body.filename,
-            "n_saved": len(saved.tokens),
+            "n_saved": saved.count,
             "n_written": path.stat().st_size,
         }
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rgexport.chat.continuation import Continuation
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.model import Model
 from rgexport.chat.reply import ReplyOptions
@@ -284,6 +285,34 @@ def test_a_document_is_saved_and_loaded(
     list(other.send("what"))
     assert other.last and other.last.cached_tokens >= count - 1
     assert "said it" in other.messages[0]["content"]
+
+
+def test_a_document_of_which_there_is_a_hash(
+    make_model: MakeModel, gemma: Tokenizer, session: ToySession, tmp_path: Path
+) -> None:
+    """Nothing of it is in the file; who reads it again reads nothing again."""
+    text, path = "hello the model said it. " * 9, tmp_path / "a.state"
+    maker = make_model(gemma)
+    ids = maker.opening_ids([{"role": "user", "content": text}])
+    saved = maker.save_state(path, ids, [{"role": "user", "content": text}], with_text=False)
+    assert saved.tokens is None and b"hello" not in path.read_bytes()
+    other = Conversation(make_model(gemma, session), ReplyOptions(max_new_tokens=4))
+    assert other.load(path).count == len(ids) - 1 and not other.messages
+    session.fed = 0
+    assert other.read(text) == len(ids) and session.fed <= 1
+
+
+def test_a_continuation_of_what_there_is_a_hash_of(
+    make_model: MakeModel, gemma: Tokenizer, tmp_path: Path
+) -> None:
+    text, path = "hello the model said it. " * 9, tmp_path / "a.state"
+    maker = make_model(gemma)
+    maker.save_state(path, maker.text_ids(text), with_text=False)
+    known = Continuation(make_model(gemma), f"{text}hello", path)
+    list(known.run(Sampling(), 4))
+    assert known.reply.cached_tokens == len(maker.text_ids(text)) - 1
+    with pytest.raises(RequestError, match="does not begin with that text; give the whole text"):
+        Continuation(make_model(gemma), "hello", path)
 
 
 def test_what_cannot_be_saved_or_loaded(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rgexport.cli import run
+from rgexport.griffin.safetensors_file import read_header
 from tests.artifacts import export_random_gguf
 from tests.command_line import rgexport
 from tests.llama_tools import needs_llama_cpp
@@ -67,6 +68,19 @@ def test_ids_without_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["generate", str(artifact.path), "-p", PROMPT]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error")]
     assert "has no vocabulary" in line
+
+
+def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
+    """Its size is that of the states: less than 1 % is added."""
+    (tmp_path / "book.txt").write_text(PROMPT * 200)
+    words = ("state", "save", demo_artifact, "--read", "book.txt", "--no-text", "-o", "a.state")
+    said = rgexport(*words, folder=tmp_path)
+    assert said.returncode == 0 and "then give it book.txt again" in said.stdout
+    header, data = read_header(tmp_path / "a.state"), (tmp_path / "a.state").read_bytes()
+    assert len(data) < 1.01 * sum(entry.nbytes for entry in header.values())
+    assert PROMPT.encode() not in data
+    said = rgexport("state", "info", "a.state", folder=tmp_path)
+    assert "its hash alone" in said.stdout
 
 
 @pytest.mark.parametrize("command", [("generate", "-p", "It is"), ("chat", "-p", "Hello!")])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.chat.prefix_store import PrefixStore, StateFolder, key_of
+from rgexport.chat.prefix_key import key_of
+from rgexport.chat.prefix_store import PrefixStore, StateFolder
 from rgexport.chat.state_file import Identity
 from rgexport.griffin.state import POSITION, State
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     METADATA,
     Identity,
@@ -40,7 +41,8 @@ def saved_state(dtype: str = "float32", pending: int = 1, count: int = 9) -> Sav
         for name, shape in SHAPES.items()
     }
     state[POSITION] = np.array([count - pending], np.int64)
-    return SavedState(IDENTITY, np.arange(count), state, MESSAGES, "toy 1")
+    ids = np.arange(count)
+    return SavedState(IDENTITY, key_of(ids[: count - pending]), state, ids, MESSAGES, "toy 1")
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", "fp16"])
@@ -53,7 +55,8 @@ def test_what_is_written_is_read(
     write_state(path, saved, precision=precision)
     found = read_state(path, SHAPES)
     assert (found.identity, found.messages, found.engine) == (IDENTITY, MESSAGES, "toy 1")
-    assert found.tokens.tolist() == list(range(9)) and found.position == 9 - pending
+    assert found.tokens is not None and found.tokens.tolist() == list(range(9))
+    assert found.position == 9 - pending and found.key == saved.key
     stored = {None: dtype, "fp32": "float32", "fp16": "float16"}[precision]
     for name, array in saved.state.items():
         if name != POSITION:
@@ -62,6 +65,15 @@ def test_what_is_written_is_read(
             np.testing.assert_array_equal(found.state[name], array.astype(kind))
     data = sum(array.nbytes for name, array in found.state.items() if name != POSITION)
     assert data <= path.stat().st_size <= data + 4096
+
+
+def test_a_hash_is_enough_for_who_has_the_text(tmp_path: Path) -> None:
+    saved, path = saved_state(pending=0), tmp_path / "a.state"
+    write_state(path, replace(saved, tokens=None, messages=None))
+    found = read_state(path, SHAPES)
+    assert found.tokens is None and found.messages is None and found.count == 9
+    assert found.key == key_of(list(range(9))) and "hello" not in path.read_bytes().decode("latin")
+    assert safetensors.numpy.load_file(path).keys() == SHAPES.keys()
 
 
 def test_any_safetensors_library_reads_it(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_an_earlier_file_is_replaced_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     for count in (9, 5):
         write_state(path, saved_state(count=count))
-    assert len(read_state(path, SHAPES).tokens) == 5
+    assert read_state(path, SHAPES).count == 5
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -131,7 +143,7 @@ def test_other_files_are_no_states(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "has the format version 2; this rgexport reads 1"),
+        ({"format_version": 3}, "has the format version 3; this rgexport reads 2"),
         ({"messages": "none"}, "its metadata lack a field"),
         ({"messages": [{"role": "user"}]}, "its metadata lack a field"),
         ({"identity": {"name": "toy"}}, "its metadata lack a field"),

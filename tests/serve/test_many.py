@@ -60,7 +60,6 @@ def test_32_conversations_beside_bad_clients(serve: Serve) -> None:
 
 ARTIFACTS = {
     "onnx-int4-exact": "onnx --int4 --exact",
-    "onnx-int4": "onnx --int4",
     "gguf-f32": "gguf --type f32",
 }
 
