@@ -39,7 +39,7 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.state import POSITION
+from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
 
@@ -213,6 +213,19 @@ class Model(Prompts):
         self.scheduler.submit(request)
         return done
 
+    def state(self, ids: Sequence[int]) -> State:
+        """The canonical state of batch 1 (`griffin.state`) after these tokens.
+
+        They are read if they were not.
+
+        Raises:
+            RequestError: there are none, or the model was closed.
+        """
+        found = self.read(ids).result().state
+        if found is None:
+            raise RequestError("the model was closed before the text was read")
+        return found
+
     def save_state(
         self,
         path: Path,
@@ -231,9 +244,7 @@ class Model(Prompts):
                 closed.
         """
         require_replaceable(path)
-        state = self.read(list(ids[:-1]) or list(ids)).result().state
-        if state is None:
-            raise RequestError("the model was closed before the text was read")
+        state = self.state(ids[:-1] or ids)
         info = f"{self.info.engine} {self.info.engine_version}"
         seen = int(state[POSITION][0])
         saved = SavedState(

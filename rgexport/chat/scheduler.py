@@ -24,7 +24,9 @@ _CHUNKS = 16, 512
 """Fewest and most tokens that are read at once."""
 _REST = 1.5
 """A chunk may be so many times as long, rather than to leave a short one."""
-_READING_SECONDS, _READING_STEPS = 1.0, 1.5
+_TILE = 64
+"""Chunks are multiples of this if they can be: engines are slower at fewer tokens."""
+_READING_SECONDS, _READING_STEPS = 2.5, 1.5
 """How long a chunk may take: alone, and in steps if others write."""
 
 
@@ -360,8 +362,9 @@ class _Pace:
         seconds = _READING_SECONDS if alone else _READING_STEPS * self._step_seconds
         if not self._token_seconds:
             return self._unit * 4
-        fitting = int(seconds / self._token_seconds) // self._unit * self._unit
-        return max(self._unit, min(fitting, _CHUNKS[1]))
+        fitting = int(seconds / self._token_seconds)
+        unit = self._unit * max(1, _TILE // self._unit) if fitting >= _TILE else self._unit
+        return max(self._unit, min(fitting // unit * unit, _CHUNKS[1]))
 
 
 def _mean(before: float, now: float) -> float:
