@@ -10,7 +10,7 @@ import click
 
 from rgexport import __version__, progress
 from rgexport.commands import compress, exports, llama_cpp, proof, serve, state, use
-from rgexport.commands.options import verbose
+from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -83,8 +83,7 @@ def _fail(message: str) -> int:
 @click.pass_context
 def rgexport(context: click.Context) -> None:
     """Exports RecurrentGemma to ONNX, Core ML and GGUF, and checks the result."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+    help_if_alone(context)
 
 
 for command in (

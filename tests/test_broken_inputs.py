@@ -219,8 +219,8 @@ def test_existing_artifact_needs_force(artifact, tmp_path, monkeypatch, capsys):
 
 BAD_USES: dict[str, tuple[str, str]] = {
     "no tokenizer": ("generate sound -p hello", "neither tokenizer.model nor tokenizer.json"),
-    "no prompt": ("generate sound", "either --prompt or --ids; neither"),
-    "two prompts": ("generate sound -p a --ids 1", "either --prompt or --ids; both"),
+    "no prompt": ("generate sound", "one of --prompt, --prompt-file, --ids and --load-state; none"),
+    "two prompts": ("generate sound -p a --ids 1", "one of --prompt and --ids; both"),
     "words as ids": ("generate sound --ids a,b", "expected token ids"),
     "no ids": ("generate sound --ids ,", "expected token ids"),
     "ids outside": ("generate sound --ids 2,64", "64"),

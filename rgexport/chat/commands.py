@@ -87,6 +87,8 @@ def _save(conversation: Conversation, argument: str) -> str:
 
 def _load(conversation: Conversation, argument: str) -> str:
     saved = conversation.load(Path(argument).expanduser())
+    if saved.tokens is None:
+        return f"{saved.count} tokens are known, but not their text: /read it next."
     return f"{saved.count} tokens are known, {len(conversation.messages)} messages."
 
 
@@ -143,7 +145,7 @@ _ALSO = {"exit": "quit", "reset": "clear", "regen": "retry"}
 """Words of other programs → ours."""
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
-    "system": Command(_system, "sets the system prompt; nothing removes it", "TEXT"),
+    "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
     "undo": Command(_undo, "takes the last message and its reply back"),
     "retry": Command(_retry, "asks for another reply"),
     "edit": Command(_edit, "says TEXT instead of the last message", "TEXT", required=True),

@@ -36,8 +36,8 @@ class Continuation:
         self.ids = model.text_ids(text)
         if saved and key_of(self.ids[: saved.position]) != saved.key:
             raise RequestError(
-                f"{state} has no text, only its hash, and the prompt does not begin with that "
-                "text; give the whole text as the prompt: what the state has seen is not read again"
+                f"{state} stores a hash of its text, not the text; the prompt must begin with "
+                "that text, which is not read again (--prompt-file FILE takes a long one)"
             )
 
     def run(

@@ -5,6 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.reply import Reply, ReplyOptions
 from rgexport.chat.state_file import SavedState
 from rgexport.chat.template import Message
@@ -38,6 +39,7 @@ class Conversation:
         self.last: Reply | None = None
         self._attempts = 0
         self._document = ""
+        self._unread: tuple[Path, Key] | None = None
 
     @property
     def system(self) -> str:
@@ -53,16 +55,22 @@ class Conversation:
     def clear(self) -> None:
         """Forgets all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
-        self._document = ""
+        self._document, self._unread = "", None
 
     def read(self, text: str) -> int:
         """Reads a text that the next message is about; its number of tokens.
 
         Raises:
-            RequestError: the template refuses it.
+            RequestError: the template refuses it, or it is not the text of a state that was loaded
+                without one.
         """
-        self._document = self._with_document(text)
-        ids = self.model.opening_ids([*self.messages, _user(self._document)])
+        document = self._with_document(text)
+        ids = self.model.opening_ids([*self.messages, _user(document)])
+        if self._unread:
+            path, key = self._unread
+            if key_of(ids[: key[0]]) != key:
+                raise RequestError(f"this is not the text that {path} was made from; give that one")
+        self._document, self._unread = document, None
         self.model.read(ids).result()
         return len(ids)
 
@@ -75,6 +83,11 @@ class Conversation:
         Raises:
             RequestError: the template refuses the conversation, or the engine failed.
         """
+        if self._unread:
+            raise RequestError(
+                f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
+                "again with /read FILE, which takes no time"
+            )
         self._attempts = 0
         yield from self._answer([*self.messages, _user(self._with_document(text))])
 
@@ -121,21 +134,22 @@ class Conversation:
     def load(self, path: Path) -> SavedState:
         """Goes on with a saved conversation, or with a document that was read.
 
-        Of a file without text nothing is in the conversation yet: what it is of is known when it is
-        read or said.
+        A file without text begins a new conversation, in which that text must be read next.
 
         Raises:
             RequestError: it is none, or of another model.
         """
         saved = self.model.load_state(path)
         if saved.tokens is None:
+            self.clear()
+            self._unread = path, saved.key
             return saved
         if saved.messages is None:
             raise RequestError(
                 f"{path} is the state of a plain text; go on with it by "
                 "`rgexport generate --load-state`"
             )
-        self.messages, self._document = list(saved.messages), ""
+        self.messages, self._document, self._unread = list(saved.messages), "", None
         if self.messages and self.messages[-1]["role"] == "user":
             self._document = self.messages.pop()["content"]
         return saved

@@ -65,9 +65,10 @@ def summary(reply: Reply) -> str:
     """The speed of a reply, in one line."""
     read = reply.prompt_tokens - reply.cached_tokens
     known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
+    cut = "; cut at --max-new-tokens" if reply.reason == "length" else ""
     return (
         f"{read} prompt tokens{known} at {reply.read_rate:.1f}/s, "
-        f"{reply.new_tokens} new tokens at {reply.write_rate:.1f}/s"
+        f"{reply.new_tokens} new tokens at {reply.write_rate:.1f}/s{cut}"
     )
 
 

@@ -85,6 +85,8 @@ class Model(Prompts):
             RequestError: the folder cannot be made, or memory is too small for the rows.
         """
         require_precision(state_precision)
+        if rows < 1:
+            raise RequestError(f"rows is {rows}; expected at least 1")
         self.identity = identity
         self.info, self._shapes = session.info, session.state_shapes
         self.vocab_size = session.vocab_size
@@ -228,7 +230,7 @@ class Model(Prompts):
 
     def save_state(
         self,
-        path: Path,
+        path: str | Path,
         ids: Sequence[int],
         messages: Sequence[Message] | None = None,
         *,
@@ -243,6 +245,7 @@ class Model(Prompts):
             RequestError: the file cannot be written, is there and no state file, or the model was
                 closed.
         """
+        path = Path(path)
         require_replaceable(path)
         state = self.state(ids[:-1] or ids)
         info = f"{self.info.engine} {self.info.engine_version}"
@@ -258,12 +261,13 @@ class Model(Prompts):
         write_state(path, saved, precision=self._precision)
         return saved
 
-    def load_state(self, path: Path) -> SavedState:
+    def load_state(self, path: str | Path) -> SavedState:
         """Takes a state file: prompts that begin with its tokens go on from there.
 
         Raises:
             RequestError: it is damaged, or of another model, window or chat template.
         """
+        path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
         self.scheduler.store.add(saved.key, saved.state)
@@ -418,4 +422,7 @@ def reply_options(**options: Any) -> ReplyOptions:
             f"there is no option {', '.join(unknown)}; expected some of "
             f"{', '.join(sorted(known | own))}"
         )
-    return ReplyOptions(sampling=Sampling(**options), **chosen)
+    try:
+        return ReplyOptions(sampling=Sampling(**options), **chosen)
+    except TypeError as error:
+        raise RequestError(f"an option has a value of the wrong type: {error}") from None

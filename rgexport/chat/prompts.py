@@ -1,7 +1,7 @@
 """Prompts: the tokens of texts and conversations, and where their states are worth keeping."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,7 @@ class Prompts:
 
         Where the template has no system prompt, the first message begins with it.
         """
+        _require_messages(messages)
         render = self.template.render_ids
         try:
             return render(self.tokenizer, messages, add_generation_prompt=reply)
@@ -132,6 +133,18 @@ class Prompts:
         with contextlib.suppress(RequestError):
             return common_prefix(ids, self._render(messages, reply=False))
         return 0
+
+
+def _require_messages(messages: Sequence[Message]) -> None:
+    """Refuses what is no list of messages, or an empty one."""
+    fields = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, Mapping)]
+    sound = len(fields) == len(messages) and all(
+        isinstance(text, str) for pair in fields for text in pair
+    )
+    if not fields or not sound:
+        raise RequestError(
+            'the messages are not a list such as [{"role": "user", "content": "Hello"}]'
+        )
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:

@@ -33,6 +33,17 @@ class ReplyOptions:
     mask: Mask | None = None
     client: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuses what is outside its range.
+
+        Raises:
+            RequestError: it is.
+        """
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if isinstance(self.stop, str):
+            raise RequestError(f"stop is {self.stop!r}; expected a list of texts")
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -23,6 +23,7 @@ from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import ChatTemplate, Message
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.files.atomic import check_place
 from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
 from rgexport.griffin.safetensors_writer import header
 from rgexport.griffin.state import POSITION, State
@@ -111,13 +112,14 @@ def require_precision(precision: str | None) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuses a place where something else than a state file is.
+    """Refuses a place where something else than a state file is, or where no file can be.
 
     Raises:
-        RequestError: it would be lost.
+        RequestError: it would be lost, or there is no such folder.
     """
+    check_place(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
-        raise RequestError(f"{path} exists and is no state file; give another name")
+        raise RequestError(f"{path} exists and is not a state file; give another name")
 
 
 def is_state_file(path: Path) -> bool:
@@ -169,17 +171,8 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
             f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
-    digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
-    with path.open("rb") as file:
-        for name, entry in entries.items():
-            file.seek(entry.offset)
-            data = file.read(entry.nbytes)
-            digest.update(data)
-            arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
+    arrays = _read_arrays(path, fields, entries)
     tokens = arrays.pop(TOKENS, None)
-    sound = digest.hexdigest() == fields["sha256"] and key[0] >= 0
-    if not sound or not _is_of(fields, key, tokens):
-        raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
         Identity(**fields["identity"]),
@@ -189,6 +182,33 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         fields["messages"],
         fields["engine"],
     )
+
+
+def require_intact(path: Path) -> None:
+    """Checks a file of any model.
+
+    Raises:
+        RequestError: it is none, or is damaged.
+    """
+    _read_arrays(path, read_fields(path), read_header(path))
+
+
+def _read_arrays(
+    path: Path, fields: dict[str, Any], entries: Mapping[str, Entry]
+) -> dict[str, np.ndarray]:
+    """All arrays, if they are those that the metadata tell of."""
+    digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            file.seek(entry.offset)
+            data = file.read(entry.nbytes)
+            digest.update(data)
+            arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
+    key = fields["position"], fields["prefix"]
+    sound = digest.hexdigest() == fields["sha256"] and key[0] >= 0
+    if not sound or not _is_of(fields, key, arrays.get(TOKENS)):
+        raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
+    return arrays
 
 
 def _is_of(fields: dict[str, Any], key: Key, tokens: np.ndarray | None) -> bool:

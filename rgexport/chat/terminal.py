@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import platformdirs
 
-from rgexport.chat.commands import COMMANDS, Quit, run_command
+from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
 from rgexport.errors import RequestError, printable
+from rgexport.progress import note
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -29,8 +30,8 @@ GREETING = (
 def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
-    Only replies and what commands say are written, each ended by a newline. Blank lines are
-    skipped. Ctrl-C ends the chat.
+    Only replies are written there, each ended by a newline; what commands say goes to stderr.
+    Blank lines are skipped. Ctrl-C ends the chat.
 
     Raises:
         RequestError: a message that cannot be rendered, a command that cannot be run, or input that
@@ -38,7 +39,11 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
     """
     with contextlib.suppress(Quit):
         for line in _text_of(lines):
-            for piece in _said(conversation, line):
+            answer = _answer(conversation, line)
+            if isinstance(answer, str):
+                note(answer)
+                continue
+            for piece in answer:
                 output.write(piece)
                 output.flush()
             output.write("\n")
@@ -81,30 +86,31 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
                 console.print(printable(str(error)), style="red", markup=False)
 
 
-def _said(conversation: Conversation, line: str) -> Iterable[str]:
-    """What a line is answered with: a command's line, or the pieces of a reply."""
-    if line.startswith("/"):
-        answer = run_command(conversation, line)
-        return [answer] if isinstance(answer, str) else answer
-    return conversation.send(line)
+def _answer(conversation: Conversation, line: str) -> str | Replies:
+    """What a line is answered with: a command's line, or the pieces of a reply.
+
+    A message that begins with a slash has a second one before it.
+    """
+    if line.startswith("/") and not line.startswith("//"):
+        return run_command(conversation, line.strip())
+    return conversation.send(line.removeprefix("/") if line.startswith("//") else line)
 
 
 def _show(conversation: Conversation, line: str, console: "Console") -> None:
     from rgexport.chat.markdown_stream import MarkdownStream
 
-    if line.startswith("/"):
-        answer = run_command(conversation, line.strip())
-        if isinstance(answer, str):
-            console.print(answer.translate(_CONTROLS), style="dim", markup=False)
-            return
-    else:
-        answer = conversation.send(line)
+    answer = _answer(conversation, line)
+    if isinstance(answer, str):
+        console.print(answer.translate(_CONTROLS), style="dim", markup=False)
+        return
     with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
         try:
             for piece in reply:
                 shown.add(piece.translate(_CONTROLS))
         except KeyboardInterrupt:
             shown.add(" [stopped]")
+    if conversation.last and conversation.last.reason == "length":
+        console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 
 
 def _prompt_session() -> "PromptSession[str]":

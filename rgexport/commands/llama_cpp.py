@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
-from rgexport.commands.options import FOLDER, verbose
+from rgexport.commands.options import FOLDER, help_if_alone, verbose
 
 
-@click.group("llama-cpp")
-def llama_cpp() -> None:
+@click.group("llama-cpp", invoke_without_command=True)
+@click.pass_context
+def llama_cpp(context: click.Context) -> None:
     """Makes a llama.cpp that runs RecurrentGemma."""
+    help_if_alone(context)
 
 
 @llama_cpp.command()

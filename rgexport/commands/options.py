@@ -48,6 +48,12 @@ def _no_native() -> Iterator[None]:
             os.environ[NO_NATIVE] = before
 
 
+def help_if_alone(context: click.Context) -> None:
+    """Prints the help of a group that no command came after."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
 verbose = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
 )
@@ -99,17 +105,28 @@ quality_options = _options(
     ),
     cluster_option,
 )
+state_precision = click.option(
+    "--state-precision",
+    metavar="fp32|fp16",
+    help="Precision of state files. [default: what the engine computes with]",
+)
 state_options = _options(
     click.option("--load-state", type=FOLDER, help="Go on from a state file."),
     click.option("--save-state", type=FOLDER, help="Write a state file at the end."),
-    click.option(
-        "--state-precision",
-        metavar="fp32|fp16",
-        help="Of state files. [default: what the engine computes with]",
-    ),
+    state_precision,
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 256), help="[default: one per core]"
 )
 sampling_options = _options(
-    click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option(
+        "-n",
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Most tokens of a reply.",
+    ),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy."),
     click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens."),
     click.option(
@@ -118,18 +135,23 @@ sampling_options = _options(
         default=1.0,
         help="Sample from the most likely tokens that sum to p.",
     ),
-    click.option("--min-p", type=float, default=0.0, help="Leave out tokens below p of the best."),
+    click.option(
+        "--min-p", type=float, default=0.0, help="Drop tokens less likely than p times the best."
+    ),
     click.option(
         "--repetition-penalty", type=float, default=1.0, help="Above 1: tokens repeat less."
     ),
     click.option(
-        "--presence-penalty", type=float, default=0.0, help="Less of what was said already."
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="Above 0: tokens of the reply occur less.",
     ),
     click.option(
-        "--frequency-penalty", type=float, default=0.0, help="The same, the more often it was."
+        "--frequency-penalty", type=float, default=0.0, help="The same, in proportion to how often."
     ),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
-    click.option("--threads", type=click.IntRange(1), help="[default: one per core]"),
+    threads_option,
     native_option,
 )
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-from rgexport.commands.options import FOLDER, native_option, verbose
+from rgexport.commands.options import (
+    FOLDER,
+    native_option,
+    state_precision,
+    threads_option,
+    verbose,
+)
 from rgexport.errors import RequestError
 
 _KEY = "RGEXPORT_API_KEY"
@@ -15,7 +21,13 @@ _KEY = "RGEXPORT_API_KEY"
 @click.command()
 @click.argument("artifacts", type=FOLDER, nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="The port to listen on; 0 takes a free one.",
+)
 @click.option(
     "--parallel",
     type=click.IntRange(1, 256),
@@ -37,7 +49,13 @@ _KEY = "RGEXPORT_API_KEY"
     show_default=True,
     help="Most tokens of a reply.",
 )
-@click.option("--max-prompt-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
+@click.option(
+    "--max-prompt-tokens",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Most tokens of a prompt.",
+)
 @click.option(
     "--max-seconds",
     type=click.FloatRange(0, min_open=True),
@@ -53,8 +71,14 @@ _KEY = "RGEXPORT_API_KEY"
     help="Memory for states of earlier conversations.",
 )
 @click.option("--state-folder", type=FOLDER, help="Keep states here, for the next start, too.")
-@click.option("--state-folder-size", default="10GB", show_default=True, metavar="SIZE")
-@click.option("--state-precision", metavar="fp32|fp16", help="Of states in files.")
+@click.option(
+    "--state-folder-size",
+    default="10GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most bytes of the states there.",
+)
+@state_precision
 @click.option("--api-key", help=f"What clients must present; or the variable {_KEY}.")
 @click.option("--api-key-file", type=FOLDER, help="The same, in a file.")
 @click.option("--cors-origin", multiple=True, help="A web page's origin that may use it.")
@@ -65,7 +89,7 @@ _KEY = "RGEXPORT_API_KEY"
     show_default=True,
     help="Seconds that running replies have when it ends.",
 )
-@click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
+@threads_option
 @click.option("--quiet", is_flag=True, help="No line per request.")
 @native_option
 @verbose
@@ -94,7 +118,12 @@ def serve(
     key = _key(api_key, api_key_file)
     saved = state_folder and state_folder / "saved"
     if saved:
-        saved.mkdir(parents=True, exist_ok=True)
+        try:
+            saved.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(
+                f"--state-folder: cannot make the folder {saved}: {error.strerror}"
+            ) from None
     limits = Limits(
         new_tokens=options["max_new_tokens"],
         prompt_tokens=options["max_prompt_tokens"],

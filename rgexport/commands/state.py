@@ -5,24 +5,36 @@ from typing import Any
 
 import click
 
-from rgexport.commands.options import FOLDER, native_option, verbose
+from rgexport.commands.options import (
+    FOLDER,
+    help_if_alone,
+    native_option,
+    state_precision,
+    threads_option,
+    verbose,
+)
+from rgexport.errors import RequestError
 
 
-@click.group()
-def state() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def state(context: click.Context) -> None:
     """Saves what a model remembers of a text, to go on with later, or elsewhere."""
+    help_if_alone(context)
 
 
 @state.command()
 @click.argument("artifact", type=FOLDER)
 @click.option("--read", "text", type=FOLDER, required=True, help="The text to read.")
-@click.option("--plain", is_flag=True, help="To be continued, not to be asked about in a chat.")
+@click.option("--plain", is_flag=True, help="A text for `generate`, not a document for `chat`.")
 @click.option(
-    "--no-text", is_flag=True, help="Keep a hash of the text alone: for who has the text anyway."
+    "--no-text",
+    is_flag=True,
+    help="Store only a hash of the text; whoever goes on must supply the text again.",
 )
-@click.option("--precision", metavar="fp32|fp16", help="[default: what the engine computes with]")
+@state_precision
 @click.option("-o", "--output", type=FOLDER, required=True, help="The state file.")
-@click.option("--threads", type=click.IntRange(1), help="[default: one per core]")
+@threads_option
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
 @native_option
 @verbose
@@ -31,7 +43,7 @@ def save(
     text: Path,
     plain: bool,
     no_text: bool,
-    precision: str | None,
+    state_precision: str | None,
     output: Path,
     threads: int | None,
     force: bool,
@@ -45,16 +57,15 @@ def save(
 
     check_file_target(output, force=force, replaceable=is_state_file)
     written = read_text(text)
-    with open_model(artifact, chat=not plain, threads=threads, state_precision=precision) as model:
+    if not written.strip():
+        raise RequestError(f"{text} is empty; there is nothing to read")
+    engine = {"threads": threads, "state_precision": state_precision}
+    with open_model(artifact, chat=not plain, **engine) as model:
         messages = None if plain else [{"role": "user", "content": written}]
         ids = model.text_ids(written) if messages is None else model.opening_ids(messages)
         saved = model.save_state(output, ids, messages, with_text=not no_text)
-    verb = f"generate {artifact} -p TEXT" if plain else f"chat {artifact}"
-    again = f"; then give it {text} again" if no_text else ""
-    click.echo(
-        f"{output} has {saved.count} tokens in {amount(output.stat().st_size)}. "
-        f"Go on: rgexport {verb} --load-state {output}{again}"
-    )
+    told = f"{output} has {saved.count} tokens in {amount(output.stat().st_size)}. "
+    click.echo(told + _next_step(artifact, output, plain=plain, has_text=not no_text))
 
 
 @state.command()
@@ -72,22 +83,23 @@ def load(artifact: Path, file: Path) -> None:
     shapes = {spec.name: spec.shape for spec in state_specs(opened.manifest.config)}
     saved = read_state(file, shapes)
     require_same_model(file, saved, identity_of(opened, open_template(opened)))
-    verb = "generate" if saved.messages is None else "chat"
-    click.echo(
-        f"{file} fits: {saved.count} tokens. Go on: rgexport {verb} {artifact} --load-state {file}"
+    step = _next_step(
+        artifact, file, plain=saved.messages is None, has_text=saved.tokens is not None
     )
+    click.echo(f"{file} fits: {saved.count} tokens. {step}")
 
 
 @state.command()
 @click.argument("file", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def info(file: Path, as_json: bool) -> None:
-    """Says what a state file is of."""
+    """Shows which model and text a state file belongs to, and checks that it is whole."""
     import json
 
-    from rgexport.chat.state_file import read_fields
+    from rgexport.chat.state_file import read_fields, require_intact
 
     fields = read_fields(file)
+    require_intact(file)
     if as_json:
         click.echo(json.dumps(fields, ensure_ascii=False))
         return
@@ -95,10 +107,22 @@ def info(file: Path, as_json: bool) -> None:
         click.echo(f"{name:<9} {value}")
 
 
+def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:
+    """How to go on with a state file."""
+    if not has_text:
+        return (
+            "Go on with the text that it was made from: /read it in "
+            f"`rgexport chat {artifact} --load-state {file}`, or begin a prompt with it in "
+            f"`rgexport generate {artifact} --load-state {file} --prompt-file TEXT`"
+        )
+    verb = f"generate {artifact} -p TEXT" if plain else f"chat {artifact}"
+    return f"Go on: rgexport {verb} --load-state {file}"
+
+
 def _lines(fields: dict[str, Any]) -> dict[str, str]:
     identity, messages = fields["identity"], fields["messages"]
     if not fields["has_text"]:
-        kind = "its hash alone"
+        kind = "not stored, only its hash"
     elif messages is None:
         kind = "a plain text"
     elif len(messages) % 2 and messages[-1]["role"] == "user":
@@ -108,5 +132,5 @@ def _lines(fields: dict[str, Any]) -> dict[str, str]:
     return {
         "model": f"{identity['name']} (window {identity['window']})",
         "text": f"{kind}, {fields['tokens']} tokens",
-        "made by": f"{fields['engine']}, {fields['tool']}",
+        "made by": ", ".join(filter(None, (fields["engine"], fields["tool"]))),
     }

@@ -22,6 +22,7 @@ FORMS = "table", "md", "json", "csv"
 @click.command()
 @click.argument("artifact", type=FOLDER)
 @click.option("-p", "--prompt", help="The text to continue.")
+@click.option("--prompt-file", type=FOLDER, help="The same, from a file; - is the input.")
 @click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
 @click.option("--stop", multiple=True, help="A text that ends the continuation; repeatable.")
 @sampling_options
@@ -30,6 +31,7 @@ FORMS = "table", "md", "json", "csv"
 def generate(
     artifact: Path,
     prompt: str | None,
+    prompt_file: Path | None,
     ids: str | None,
     stop: tuple[str, ...],
     max_new_tokens: int,
@@ -47,9 +49,12 @@ def generate(
     chosen = _sampling(sampling)
     if save_state:
         require_replaceable(save_state)  # before the work, and again after it
+    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--ids": ids}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
+    if prompt_file is not None:
+        prompt = _text_of(prompt_file)
     if ids is not None:
-        if prompt is not None:
-            raise RequestError("generate takes either --prompt or --ids; both were given")
         if load_state or save_state:
             raise RequestError("--ids goes without --load-state and --save-state")
         for token in continue_ids(artifact, ids, chosen, max_new_tokens, threads):
@@ -58,7 +63,7 @@ def generate(
         return
     if prompt is None and load_state is None:
         raise RequestError(
-            "generate takes either --prompt or --ids; neither was given, nor --load-state"
+            "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
         )
     engine = {"threads": threads, "state_precision": state_precision}
     with open_model(artifact, chat=False, **engine) as model:
@@ -106,6 +111,13 @@ def chat(
     options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
     if save_state:
         require_replaceable(save_state)
+    if load_state and system:
+        raise RequestError(
+            "--load-state goes without --system: another system prompt would change how the "
+            "conversation begins, and all of it would be read again"
+        )
+    if prompt is not None and not prompt.strip():
+        raise RequestError("-p is empty; give a message")
     if as_json and prompt is None:
         raise RequestError("--json is for one message; give it with -p")
     engine = {"threads": threads, "state_precision": state_precision}
@@ -113,7 +125,7 @@ def chat(
         conversation = Conversation(model, options)
         if load_state:
             conversation.load(load_state)
-        if system:
+        elif system:
             conversation.set_system(system)
         if prompt is not None:
             one_message(conversation, prompt, sys.stdout, as_json=as_json)
@@ -123,6 +135,18 @@ def chat(
             pipe_chat(conversation, sys.stdin, sys.stdout)
         if save_state:
             conversation.save(save_state)
+
+
+def _text_of(file: Path) -> str:
+    """The text of a file, or of the standard input."""
+    from rgexport.files.regular_file import read_text
+
+    if str(file) != "-":
+        return read_text(file)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the input is not UTF-8 text: {error}") from None
 
 
 def _sampling(options: dict[str, Any]) -> Any:
@@ -157,7 +181,7 @@ def _sampling(options: dict[str, Any]) -> Any:
     is_flag=True,
     help="Fill the state with random values instead: quick, same cost per token.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1), help="[default: one per core]")
+@click.option("-t", "--threads", type=click.IntRange(1, 256), help="[default: one per core]")
 @click.option(
     "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
 )

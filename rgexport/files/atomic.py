@@ -70,7 +70,7 @@ def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Ite
     has left. Any exception leaves it there. When the block ends well, its file `COMPLETE` becomes
     `target`, and the rest is removed.
     """
-    real = _check_place(target)
+    real = check_place(target)
     with _locked(target, real), _no_space_is_a_request(target):
         check_file_target(target, force=force, replaceable=replaceable)
         folder = real.with_name(f"{real.name}.partial")
@@ -94,7 +94,7 @@ def _no_space_is_a_request(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
-    real = _check_place(target)
+    real = check_place(target)
     with _locked(target, real), _no_space_is_a_request(target):
         _remove_stale(real)
         check()
@@ -114,7 +114,7 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
         RequestError: it is a file, or a folder that may not be replaced; it holds the current
             folder, is a mount point, or has no parent.
     """
-    if os.path.lexists(_check_place(target)):
+    if os.path.lexists(check_place(target)):
         if not target.is_dir():
             raise RequestError(f"{target} exists and is a file; pass another -o")
         may_replace = not any(target.iterdir()) or replaceable(target)
@@ -127,7 +127,7 @@ def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) ->
     Raises:
         RequestError: it is a folder, or a file that may not be replaced, or has no parent.
     """
-    if os.path.lexists(_check_place(target)):
+    if os.path.lexists(check_place(target)):
         if target.is_dir():
             raise RequestError(f"{target} exists and is a folder; pass a file with -o")
         _check_replaceable(target, replaceable(target), force, "is")
@@ -143,8 +143,12 @@ def _check_replaceable(target: Path, may_replace: bool, force: bool, verb: str) 
         raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
 
 
-def _check_place(target: Path) -> Path:
-    """The target's real path; refuses one where nothing can be put, whatever is there."""
+def check_place(target: Path) -> Path:
+    """The target's real path.
+
+    Raises:
+        RequestError: nothing can be put there, whatever is there.
+    """
     real = Path(os.path.realpath(target))
     if Path.cwd().is_relative_to(real):
         raise RequestError(

@@ -93,13 +93,15 @@ class Server:
         """A model by its name; the only one by any.
 
         Raises:
-            NoSuchModel: there are several, and none of this name.
+            NotFound: there are several, and none of this name.
         """
         if len(self.models) == 1:
             name = next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
-            raise errors.NoSuchModel(f"there is no model {name!r} here; expected one of {known}")
+            raise errors.NotFound(
+                f"there is no model {name!r} here; expected one of {known}", "model"
+            )
         return name, self.models[name], self._grammars[name]
 
     def remember(self, name: str, slot: int, prompt: Prompt, reply: Reply) -> None:
@@ -214,8 +216,9 @@ def _state_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/slots/{slot}", response_model=None)
     def act(
-        slot: int, action: Literal["save", "restore", "erase"], body: SlotRequest
+        slot: int, action: Literal["save", "restore", "erase"], body: SlotRequest | None = None
     ) -> dict[str, Any]:
+        body = body or SlotRequest()
         name, model, _ = server.model(body.model)
         path = _saved(server.settings.saved, body.filename)
         known = server.slots.get((name, slot))
@@ -242,7 +245,7 @@ def _state_routes(app: FastAPI, server: Server) -> None:
         return {
             "id_slot": slot,
             "filename": body.filename,
-            "n_saved": saved.count,
+            "n_saved": saved.position,
             "n_written": path.stat().st_size,
         }
 
@@ -254,15 +257,21 @@ def _status_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", response_model=None)
     def models() -> dict[str, Any]:
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "rgexport"}
-            for name in server.models
-        ]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [_model_card(name) for name in server.models]}
+
+    @app.get("/v1/models/{name}", response_model=None)
+    def model(name: str) -> dict[str, Any]:
+        if name not in server.models:
+            raise errors.NotFound(f"there is no model {name!r} here", "model")
+        return _model_card(name)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         return Response(server.metrics.text(), media_type=_METRICS_TYPE)
+
+
+def _model_card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "rgexport"}
 
 
 def _client(request: Request) -> str:
@@ -301,5 +310,5 @@ def _without_folder(path: Path) -> Iterator[None]:
 
 def _there(path: Path | None, name: str | None) -> Path:
     if path is None or not path.is_file():
-        raise RequestError(f"filename: there is no saved state {name!r}")
+        raise errors.NotFound(f"filename: there is no saved state {name!r}", "filename")
     return path

@@ -15,8 +15,12 @@ INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_err
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
 
 
-class NoSuchModel(RequestError):
-    """The request names a model that is not served."""
+class NotFound(RequestError):
+    """The field `param` names what there is not."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class TooLong(RequestError):
@@ -32,8 +36,8 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the body for an error of ours."""
     if isinstance(error, Busy):
         return 429, error_object(str(error), BUSY)
-    if isinstance(error, NoSuchModel):
-        return 404, error_object(str(error), _KINDS[404], "model")
+    if isinstance(error, NotFound):
+        return 404, error_object(str(error), _KINDS[404], error.param)
     if isinstance(error, TooLong):
         return 504, error_object(str(error), SERVER)
     if isinstance(error, EngineError):
@@ -44,15 +48,25 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_object("the server failed; its log says why", SERVER)
 
 
+def _is_type(part: str | int) -> bool:
+    """Whether a part of a place is the name of a type of a union, which no client knows."""
+    return part in ("str", "int") or "[" in str(part)
+
+
 def install(app: FastAPI) -> None:
     """Lets the app answer with error objects."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
-        return JSONResponse(error_object(message, INVALID, one_line(place) or None), 400)
+        found = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union: the nearest
+        if found["type"] == "json_invalid":
+            return JSONResponse(error_object("the body is not JSON", INVALID), 400)
+        place = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
+        if not place:
+            message = "the body is not a JSON object; is Content-Type application/json?"
+            return JSONResponse(error_object(message, INVALID), 400)
+        body = error_object(f"{place}: {found['msg']}", INVALID, one_line(place))
+        return JSONResponse(body, 400)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

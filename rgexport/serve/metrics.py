@@ -9,11 +9,11 @@ from prometheus_client.registry import Collector
 from rgexport.chat.model import Model
 
 _COUNTERS = {
-    "requests": "Requests that had their turn.",
+    "requests": "Requests that were begun.",
     "prompt_tokens": "Prompt tokens that were read.",
     "cached_tokens": "Prompt tokens that were known.",
     "new_tokens": "Tokens that were written.",
-    "steps": "Steps of all that write.",
+    "steps": "Decoding steps.",
     "read_seconds": "Time spent in reading prompts.",
     "step_seconds": "Time spent in steps.",
 }
@@ -31,7 +31,7 @@ class _Models(Collector):
                 counter.add_metric([model], getattr(served.scheduler.counters, name))
             yield counter
         gauges = {
-            "rgexport_running": ("Requests that have a row.", lambda m: m.scheduler.running),
+            "rgexport_running": ("Requests being computed.", lambda m: m.scheduler.running),
             "rgexport_waiting": ("Requests that wait.", lambda m: m.scheduler.waiting),
             "rgexport_state_bytes": ("Memory for states.", lambda m: m.scheduler.store.nbytes),
         }

@@ -16,6 +16,8 @@ from rgexport.serve.requests import ChatMessage, ChatRequest, CompletionRequest,
 
 _ROLES = {"developer": "system"}
 _MOST_PROMPTS = 64
+_COMPLETION_TOKENS = 16
+"""Tokens of a completion that does not say how many, as OpenAI has it."""
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -58,7 +60,8 @@ def completion_works(
         raise RequestError("best_of: there is none; leave it out, or set it to n")
     prompts = [Prompt(ids) for ids in _prompts(model, body.prompt)]
     _require_fitting(prompts, limits)
-    options = _options(body, body.max_tokens, body.logprobs, client, limits)
+    most = body.max_tokens or _COMPLETION_TOKENS
+    options = _options(body, most, body.logprobs, client, limits)
     works = _works(prompts, body, options, grammars)
     if body.echo:
         return [replace(w, before=model.tokenizer.decode(w.prompt.ids)) for w in works]

@@ -298,8 +298,14 @@ def test_a_document_of_which_there_is_a_hash(
     assert saved.tokens is None and b"hello" not in path.read_bytes()
     other = Conversation(make_model(gemma, session), ReplyOptions(max_new_tokens=4))
     assert other.load(path).count == len(ids) - 1 and not other.messages
+    with pytest.raises(RequestError, match="first read the text again with /read FILE"):
+        list(other.send("what"))
+    with pytest.raises(RequestError, match=r"not the text that .*a\.state was made from"):
+        other.read("another text")
     session.fed = 0
     assert other.read(text) == len(ids) and session.fed <= 1
+    list(other.send("what"))
+    assert other.last and other.last.cached_tokens >= len(ids) - 1
 
 
 def test_a_continuation_of_what_there_is_a_hash_of(
@@ -311,7 +317,7 @@ def test_a_continuation_of_what_there_is_a_hash_of(
     known = Continuation(make_model(gemma), f"{text}hello", path)
     list(known.run(Sampling(), 4))
     assert known.reply.cached_tokens == len(maker.text_ids(text)) - 1
-    with pytest.raises(RequestError, match="does not begin with that text; give the whole text"):
+    with pytest.raises(RequestError, match="must begin with that text"):
         Continuation(make_model(gemma), "hello", path)
 
 

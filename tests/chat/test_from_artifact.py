@@ -75,12 +75,18 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(PROMPT * 200)
     words = ("state", "save", demo_artifact, "--read", "book.txt", "--no-text", "-o", "a.state")
     said = rgexport(*words, folder=tmp_path)
-    assert said.returncode == 0 and "then give it book.txt again" in said.stdout
+    assert said.returncode == 0 and "/read it in `rgexport chat" in said.stdout
     header, data = read_header(tmp_path / "a.state"), (tmp_path / "a.state").read_bytes()
     assert len(data) < 1.01 * sum(entry.nbytes for entry in header.values())
     assert PROMPT.encode() not in data
     said = rgexport("state", "info", "a.state", folder=tmp_path)
-    assert "its hash alone" in said.stdout
+    assert "not stored, only its hash" in said.stdout
+    words = ("chat", demo_artifact, "--load-state", "a.state", "-p", "Who?")
+    said = rgexport(*words, folder=tmp_path)
+    assert said.returncode == 2 and "first read the text again" in said.stderr
+    words = ("generate", demo_artifact, "--prompt-file", "book.txt", "-n", "1")
+    said = rgexport(*words, folder=tmp_path)
+    assert said.returncode == 0 and "cut at --max-new-tokens" in said.stderr
 
 
 @pytest.mark.parametrize("command", [("generate", "-p", "It is"), ("chat", "-p", "Hello!")])
@@ -94,7 +100,7 @@ def test_nothing_is_overwritten_by_a_state(
     for name in ("thesis", "folder"):
         found = rgexport(*words, name, folder=tmp_path)
         assert found.returncode == 2 and not found.stdout
-        assert f"{name} exists and is no state file; give another name" in found.stderr
+        assert f"{name} exists and is not a state file; give another name" in found.stderr
     assert (tmp_path / "thesis").read_text() == "my work"
     for _ in range(2):
         assert rgexport(*words, "a.state", folder=tmp_path).returncode == 0

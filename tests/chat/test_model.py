@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,26 @@ def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None
         len(model.conversation_prompt(HELLO).ids),
     )
     assert gemma.decode(whole.ids) == whole.text
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        ("Hi", {}, "the messages are not a list"),
+        ([], {}, "the messages are not a list"),
+        ([{"role": "user"}], {}, "the messages are not a list"),
+        (HELLO, {"temperature": "hot"}, "a value of the wrong type"),
+        (HELLO, {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        (HELLO, {"stop": "a"}, "stop is 'a'; expected a list of texts"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    messages: Any, options: dict[str, Any], message: str, make_model: MakeModel, gemma: Tokenizer
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        make_model(gemma).chat(messages, **options)
+    with pytest.raises(RequestError, match="rows is 0"):
+        make_model(gemma, rows=0)
 
 
 def test_many_at_once_in_asyncio(make_model: MakeModel, gemma: Tokenizer) -> None:

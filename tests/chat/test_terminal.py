@@ -1,5 +1,6 @@
 """The chat over a pipe, and in a pseudo-terminal."""
 
+import contextlib
 import io
 import json
 from collections.abc import Callable
@@ -32,13 +33,14 @@ def said(conversation: Conversation) -> list[str]:
 
 def chat(conversation: Conversation, *lines: str) -> list[str]:
     output = io.StringIO()
-    pipe_chat(conversation, io.StringIO("\n".join(lines)), output)
+    with contextlib.redirect_stderr(output):  # what commands say
+        pipe_chat(conversation, io.StringIO("\n".join(lines)), output)
     return output.getvalue().splitlines()
 
 
 def test_a_pipe_gives_the_replies_alone(conversation: Conversation) -> None:
     output = io.StringIO()
-    pipe_chat(conversation, io.StringIO("\n  \nhi\nbye"), output)
+    pipe_chat(conversation, io.StringIO("\n  \nhi\n/set top_k 0\nbye"), output)
     assert said(conversation)[:3] == ["hi", "hello", "bye"]
     assert output.getvalue() == f"hello\n{said(conversation)[3]}\n"
 
@@ -111,7 +113,7 @@ def test_what_cannot_be_done_is_one_line(
 def test_nothing_of_the_users_is_overwritten(conversation: Conversation, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis"
     thesis.write_text("my work")
-    with pytest.raises(RequestError, match="exists and is no state file; give another name"):
+    with pytest.raises(RequestError, match="exists and is not a state file; give another name"):
         chat(conversation, "hi", f"/save {thesis}")
     assert thesis.read_text() == "my work"
 
