@@ -24,7 +24,7 @@ CUT = "\ud800"
 
 MAX_BYTES = 256 << 20
 """Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
-_SHORT, _KNOWN = 4096, 2048
+_SHORT, _KNOWN = 4096, 1024
 """Longest texts whose ids are remembered, in characters, and how many of them."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
