@@ -86,7 +86,7 @@ class Conversation:
         if self._unread:
             raise RequestError(
                 f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
-                "again with /read FILE, which takes no time"
+                "again with /read FILE or --read FILE, which takes no time"
             )
         self._attempts = 0
         yield from self._answer([*self.messages, _user(self._with_document(text))])

@@ -111,9 +111,9 @@ def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> st
     """How to go on with a state file."""
     if not has_text:
         return (
-            "Go on with the text that it was made from: /read it in "
-            f"`rgexport chat {artifact} --load-state {file}`, or begin a prompt with it in "
-            f"`rgexport generate {artifact} --load-state {file} --prompt-file TEXT`"
+            "Go on with the text that it was made from: "
+            f"rgexport chat {artifact} --load-state {file} --read TEXT, or, if it was saved with "
+            f"--plain, rgexport generate {artifact} --load-state {file} --prompt-file TEXT"
         )
     verb = f"generate {artifact} -p TEXT" if plain else f"chat {artifact}"
     return f"Go on: rgexport {verb} --load-state {file}"

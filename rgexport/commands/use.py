@@ -80,6 +80,7 @@ def generate(
 @click.argument("artifact", type=FOLDER)
 @click.option("-p", "--prompt", help="Say this, print the reply, and end.")
 @click.option("--system", default="", help="The system prompt.")
+@click.option("--read", "document", type=FOLDER, help="A text that the first message is about.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: the reply and its figures as JSON.")
 @click.option("--stop", multiple=True, help="A text that ends a reply; repeatable.")
 @sampling_options
@@ -89,6 +90,7 @@ def chat(
     artifact: Path,
     prompt: str | None,
     system: str,
+    document: Path | None,
     as_json: bool,
     stop: tuple[str, ...],
     max_new_tokens: int,
@@ -107,6 +109,7 @@ def chat(
     from rgexport.chat.reply import ReplyOptions
     from rgexport.chat.state_file import require_replaceable
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
+    from rgexport.files.regular_file import read_text
 
     options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
     if save_state:
@@ -127,6 +130,8 @@ def chat(
             conversation.load(load_state)
         elif system:
             conversation.set_system(system)
+        if document:
+            conversation.read(read_text(document))
         if prompt is not None:
             one_message(conversation, prompt, sys.stdout, as_json=as_json)
         elif sys.stdin.isatty() and sys.stdout.isatty():

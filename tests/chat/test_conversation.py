@@ -298,7 +298,7 @@ def test_a_document_of_which_there_is_a_hash(
     assert saved.tokens is None and b"hello" not in path.read_bytes()
     other = Conversation(make_model(gemma, session), ReplyOptions(max_new_tokens=4))
     assert other.load(path).count == len(ids) - 1 and not other.messages
-    with pytest.raises(RequestError, match="first read the text again with /read FILE"):
+    with pytest.raises(RequestError, match="again with /read FILE or --read FILE"):
         list(other.send("what"))
     with pytest.raises(RequestError, match=r"not the text that .*a\.state was made from"):
         other.read("another text")

@@ -1,5 +1,6 @@
 """`generate` and `chat` on each kind of artifact, through the command line."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(PROMPT * 200)
     words = ("state", "save", demo_artifact, "--read", "book.txt", "--no-text", "-o", "a.state")
     said = rgexport(*words, folder=tmp_path)
-    assert said.returncode == 0 and "/read it in `rgexport chat" in said.stdout
+    assert said.returncode == 0 and "--load-state a.state --read TEXT" in said.stdout
     header, data = read_header(tmp_path / "a.state"), (tmp_path / "a.state").read_bytes()
     assert len(data) < 1.01 * sum(entry.nbytes for entry in header.values())
     assert PROMPT.encode() not in data
@@ -84,6 +85,8 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     words = ("chat", demo_artifact, "--load-state", "a.state", "-p", "Who?")
     said = rgexport(*words, folder=tmp_path)
     assert said.returncode == 2 and "first read the text again" in said.stderr
+    said = rgexport(*words, "--read", "book.txt", "--json", folder=tmp_path)
+    assert said.returncode == 0 and json.loads(said.stdout)["cached_tokens"] > 1000
     words = ("generate", demo_artifact, "--prompt-file", "book.txt", "-n", "1")
     said = rgexport(*words, folder=tmp_path)
     assert said.returncode == 0 and "cut at --max-new-tokens" in said.stderr
