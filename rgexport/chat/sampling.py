@@ -59,8 +59,8 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "a part from 0 (off) to 1"),
             (
                 "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "a factor above 0; 1 is off",
+                0.01 <= self.repetition_penalty <= 100,
+                "a factor from 0.01 to 100; 1 is off",
             ),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number; 0 is off"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is off"),
