@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.model import Model
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply, ReplyOptions
+from rgexport.chat.reply_stream import ReplyStream
 from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError
 

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 
-from rgexport.chat.model import Model, ReplyStream
+from rgexport.chat.model import Model
 from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.reply import Reply, ReplyOptions
+from rgexport.chat.reply_stream import ReplyStream
 from rgexport.chat.state_file import SavedState
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError

@@ -6,10 +6,9 @@ print(model.chat([{"role": "user", "content": "Hello"}]).text)
 
 import asyncio
 import contextlib
-import queue
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,8 +20,8 @@ from rgexport.chat.jobs import End, Job, Request, Token
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore, StateFolder
 from rgexport.chat.prompts import Prompt, Prompts
-from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer
-from rgexport.chat.sampling import Sampling
+from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer, reply_options
+from rgexport.chat.reply_stream import ReplyStream
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_file import (
     Identity,
@@ -124,7 +123,7 @@ class Model(Prompts):
         """The reply to a conversation; for `options` see `stream`."""
         return self.stream(messages, **options).reply()
 
-    def stream(self, messages: Sequence[Message], **options: Any) -> "ReplyStream":
+    def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
         """The reply to a conversation, piece by piece.
 
         Args:
@@ -136,11 +135,11 @@ class Model(Prompts):
         """
         return self.reply_to(messages, reply_options(**options))
 
-    def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> "ReplyStream":
+    def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
         """As `stream`."""
         return ReplyStream(self, self.conversation_prompt(messages), options)
 
-    def complete(self, text: str, **options: Any) -> "ReplyStream":
+    def complete(self, text: str, **options: Any) -> ReplyStream:
         """The continuation of a text, piece by piece; for `options` see `stream`."""
         return ReplyStream(self, Prompt(self.text_ids(text)), reply_options(**options))
 
@@ -336,57 +335,6 @@ class _Reading:
             self.done.set_result(end)
 
 
-class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come; `reply` waits for the end."""
-
-    def __init__(self, model: Model, prompt: Prompt, options: ReplyOptions) -> None:
-        """Begins the reply."""
-        self._arrived: queue.SimpleQueue[Piece | Reply | RequestError] = queue.SimpleQueue()
-        self._job = model.start(prompt, options, self._arrived.put)
-        self._reply: Reply | None = None
-        self.failed = False
-        """Whether the engine ended the reply by an error."""
-
-    def __next__(self) -> str:
-        """The next piece."""
-        item = self._next_item()
-        if item is None:
-            raise StopIteration
-        return item.text
-
-    def pieces(self) -> Iterator[Piece]:
-        """The rest of the reply, with log probabilities if they were asked for."""
-        while (item := self._next_item()) is not None:
-            yield item
-
-    def reply(self) -> Reply:
-        """The whole reply.
-
-        Raises:
-            RequestError: the engine failed.
-        """
-        for _ in self:
-            pass
-        assert self._reply is not None
-        return self._reply
-
-    def cancel(self) -> None:
-        """Ends the reply soon; what was said is kept."""
-        self._job.cancel()
-
-    def _next_item(self) -> Piece | None:
-        if self._reply is not None:
-            return None
-        item = self._arrived.get()
-        if isinstance(item, RequestError):
-            self.failed = True
-            raise item
-        if isinstance(item, Reply):
-            self._reply = item
-            return None
-        return item
-
-
 def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Model:
     """Opens an artifact.
 
@@ -406,23 +354,3 @@ def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     identity = identity_of(artifact, template)
     return Model(open_session(artifact, threads=threads), tokenizer, template, identity, **options)
-
-
-def reply_options(**options: Any) -> ReplyOptions:
-    """Options of a reply and of its sampling, by name.
-
-    Raises:
-        RequestError: a name is unknown, or a value is outside its range.
-    """
-    own = {field.name for field in fields(ReplyOptions)} - {"sampling"}
-    chosen = {name: options.pop(name) for name in own & options.keys()}
-    known = {field.name for field in fields(Sampling)}
-    if unknown := sorted(options.keys() - known):
-        raise RequestError(
-            f"there is no option {', '.join(unknown)}; expected some of "
-            f"{', '.join(sorted(known | own))}"
-        )
-    try:
-        return ReplyOptions(sampling=Sampling(**options), **chosen)
-    except TypeError as error:
-        raise RequestError(f"an option has a value of the wrong type: {error}") from None

@@ -1,7 +1,8 @@
 """A reply as text: what a scheduler's tokens say, and what they cost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,26 @@ class ReplyOptions:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if isinstance(self.stop, str):
             raise RequestError(f"stop is {self.stop!r}; expected a list of texts")
+
+
+def reply_options(**options: Any) -> ReplyOptions:
+    """Options of a reply and of its sampling, by name.
+
+    Raises:
+        RequestError: a name is unknown, or a value is outside its range.
+    """
+    own = {field.name for field in fields(ReplyOptions)} - {"sampling"}
+    chosen = {name: options.pop(name) for name in own & options.keys()}
+    known = {field.name for field in fields(Sampling)}
+    if unknown := sorted(options.keys() - known):
+        raise RequestError(
+            f"there is no option {', '.join(unknown)}; expected some of "
+            f"{', '.join(sorted(known | own))}"
+        )
+    try:
+        return ReplyOptions(sampling=Sampling(**options), **chosen)
+    except TypeError as error:
+        raise RequestError(f"an option has a value of the wrong type: {error}") from None
 
 
 @dataclass(frozen=True)
