@@ -79,15 +79,10 @@ def main() -> None:
             with server() as url:
                 print(turn_line(name, url, asked.turns, asked.repetitions), flush=True)
     if "throughput" not in asked.skip:
-        for name, artifact in (("rgexport serve", asked.artifact), ("GGUF", asked.gguf)):
-            if artifact:
-                alone = {count: steps_per_second(artifact, count) for count in rows}
-                for other, server in servers.items():
-                    if (name == "GGUF") == ("GGUF" in other):
-                        with server() as url:
-                            rates = {count: asyncio.run(_together(url, count)) for count in rows}
-                        after = {count: steps_per_second(artifact, count) for count in rows}
-                        print(throughput_line(other, rates, alone, after), flush=True)
+        for name, server in servers.items():
+            artifact = asked.gguf if "GGUF" in name else asked.artifact
+            with server() as url:
+                print(throughput_line(name, url, artifact, rows, asked.repetitions), flush=True)
     if "waiting" not in asked.skip:
         with servers["rgexport serve"]() as url:
             print(waiting_line("rgexport serve", url), flush=True)
@@ -152,14 +147,16 @@ def steps_per_second(artifact: Path, rows: int) -> float:
     return rows / median(times[4:])
 
 
-def throughput_line(
-    name: str, rates: dict[int, float], before: dict[int, float], after: dict[int, float]
-) -> str:
-    """Tokens a second of all together, and the share of the engine's own, before and after."""
-    cells = [
-        f"{count}: {rate:.1f}/s ({2 * rate / (before[count] + after[count]):.2f})"
-        for count, rate in rates.items()
-    ]
+def throughput_line(name: str, url: str, artifact: Path, rows: list[int], repetitions: int) -> str:
+    """Tokens a second of all together, and as a share of the engine's, measured in turns."""
+    cells = []
+    for count in rows:
+        served, alone = [], []
+        for _ in range(repetitions):
+            alone.append(steps_per_second(artifact, count))
+            served.append(asyncio.run(_together(url, count)))
+        share = median(served) / median(alone)
+        cells.append(f"{count}: {median(served):.1f}/s ({share:.2f})")
     return f"| {name} | {' | '.join(cells)} |"
 
 
