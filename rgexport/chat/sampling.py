@@ -86,7 +86,8 @@ class Sampler:
         """Begins a reply to `prompt`, whose tokens `repetition_penalty` counts, too."""
         self.options = options
         self._random = np.random.default_rng(options.seed)
-        self._prompt = np.unique(np.array(prompt, np.int64))
+        counted = prompt if options.repetition_penalty != 1 else ()
+        self._prompt = np.unique(np.array(counted, np.int64))
         self._reply = Counter[int]()
 
     def __call__(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
