@@ -75,8 +75,10 @@ ARTIFACTS = {
 def test_32_conversations_with_the_demo(command: str, tmp_path: Path) -> None:
     target = tmp_path / "demo.gguf"
     assert run([*command.split(), "--size", "demo", "-o", str(target), "--no-check"]) == 0
-    model = rgexport.load(target, rows=8)
-    with served_model(model, Settings(log=False)) as url:
+    with (
+        rgexport.load(target, rows=8) as model,
+        served_model(model, Settings(log=False)) as url,
+    ):
         each_hears_its_own(model, url)
 
 
