@@ -45,10 +45,11 @@ def opening(artifact: Path) -> float:
 
 def decode(artifact: Path, native: bool = True) -> float:
     """Seconds for a token, when nothing is done in the background any more."""
+    before = set(threading.enumerate())
     opened = OrtSession(open_artifact(artifact), threads=1, native=native)
     tokens = np.random.default_rng(0).integers(0, opened.vocab_size, (STEPS, 1))
     opened.step(tokens[0])
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+    for thread in set(threading.enumerate()) - before:
         thread.join()
     return statistics.median(_seconds(opened, token) for token in tokens)
 

@@ -75,10 +75,8 @@ ARTIFACTS = {
 def test_32_conversations_with_the_demo(command: str, tmp_path: Path) -> None:
     target = tmp_path / "demo.gguf"
     assert run([*command.split(), "--size", "demo", "-o", str(target), "--no-check"]) == 0
-    with (
-        rgexport.load(target, rows=8) as model,
-        served_model(model, Settings(log=False)) as url,
-    ):
+    model = rgexport.load(target, rows=8)
+    with served_model(model, Settings(log=False)) as url:  # which closes it
         each_hears_its_own(model, url)
 
 
