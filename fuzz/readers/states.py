@@ -13,6 +13,7 @@ from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     METADATA,
     TOKENS,
+    TOKENS_SHA256,
     Identity,
     SavedState,
     read_state,
@@ -50,12 +51,14 @@ def _read(data: bytes, folder: Path) -> SavedState:
 def _agree(data: bytes, folder: Path, found: SavedState) -> None:
     """With the safetensors package, and with the rules that engines rely on."""
     arrays = oracle(lambda: load(data), "safetensors refuses it")
-    require(arrays.keys() - {TOKENS} == {*SHAPES}, "it has other arrays", arrays.keys())
+    text = {TOKENS, TOKENS_SHA256}
+    require(arrays.keys() - text == {*SHAPES}, "it has other arrays", arrays.keys())
+    require(len(arrays.keys() & text) == 1, "it has not one of tokens and hash", arrays.keys())
     require((found.tokens is None) == (TOKENS not in arrays), "it has other tokens")
     if found.tokens is not None:
         require(found.tokens.tolist() == arrays[TOKENS].tolist(), "it has other tokens")
     for name, array in arrays.items():
-        if name != TOKENS:
+        if name not in text:
             same = np.array_equal(found.state[name][0], array, equal_nan=True)
             require(same, "it has other values", name)
     require(found.count - found.position in (0, 1), "its position fits no tokens")

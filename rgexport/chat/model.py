@@ -217,7 +217,7 @@ class Model(Prompts):
     def state(self, ids: Sequence[int]) -> State:
         """The canonical state of batch 1 (`griffin.state`) after these tokens.
 
-        They are read if they were not.
+        They are read if they were not. The arrays are the caller's own.
 
         Raises:
             RequestError: there are none, or the model was closed.
@@ -225,7 +225,7 @@ class Model(Prompts):
         found = self.read(ids).result().state
         if found is None:
             raise RequestError("the model was closed before the text was read")
-        return found
+        return {name: array.copy() for name, array in found.items()}
 
     def save_state(
         self,

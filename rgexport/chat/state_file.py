@@ -1,9 +1,10 @@
 """State files: what a model remembers of a text, to go on with in any engine.
 
 A safetensors file. Its arrays are the canonical states (`griffin.state`) of one conversation
-without a batch axis, in float32, or in float16 but for `rg_lru`; and, unless only their hash is
-kept, `tokens`, int32 [N]. The state has seen all tokens, or all but the last: to go on with a
-state, a token is needed that it has not seen. Its metadata have one JSON object, see `_fields`.
+without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N], or
+instead only their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the
+last: to go on with a state, a token is needed that it has not seen. Its metadata have one JSON
+object, see `_fields`.
 """
 
 import dataclasses
@@ -30,11 +31,15 @@ from rgexport.griffin.state import POSITION, State
 
 METADATA = "rgexport.state"
 FORMAT_VERSION = 2
-TOKENS = "tokens"
+TOKENS, TOKENS_SHA256 = "tokens", "tokens_sha256"
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
 _ALWAYS_FLOAT32 = ".rg_lru"
-_INT = np.dtype(np.int32)
+_TEXT: dict[str, dict[str, np.dtype]] = {
+    TOKENS: {"I32": np.dtype(np.int32)},
+    TOKENS_SHA256: {"U8": np.dtype(np.uint8)},
+}
+"""Array that is no state → its dtype, in the file and in numpy."""
 _FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 
 
@@ -164,20 +169,25 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         RequestError: it is none, is damaged, or is of a model with other states.
     """
     fields, entries = read_fields(path), read_header(path)
-    key = fields["position"], fields["prefix"]
-    found = {name: entry.shape for name, entry in entries.items() if name != TOKENS}
+    found = {name: entry.shape for name, entry in entries.items() if name not in _TEXT}
     if found != dict(shapes):
         raise RequestError(
             f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
     arrays = _read_arrays(path, fields, entries)
-    tokens = arrays.pop(TOKENS, None)
+    tokens, sha256 = arrays.pop(TOKENS, None), arrays.pop(TOKENS_SHA256, None)
+    position = fields["position"]
+    if tokens is not None:
+        key = key_of(tokens[:position])
+    else:
+        assert sha256 is not None, "see `_is_of`"
+        key = position, sha256.tobytes().hex()
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
         Identity(**fields["identity"]),
         key,
-        state | {POSITION: np.array([key[0]], np.int64)},
+        state | {POSITION: np.array([position], np.int64)},
         None if tokens is None else tokens.astype(np.int64),
         fields["messages"],
         fields["engine"],
@@ -204,21 +214,20 @@ def _read_arrays(
             data = file.read(entry.nbytes)
             digest.update(data)
             arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
-    key = fields["position"], fields["prefix"]
-    sound = digest.hexdigest() == fields["sha256"] and key[0] >= 0
-    if not sound or not _is_of(fields, key, arrays.get(TOKENS)):
+    if digest.hexdigest() != fields["sha256"] or not _is_of(fields, arrays):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     return arrays
 
 
-def _is_of(fields: dict[str, Any], key: Key, tokens: np.ndarray | None) -> bool:
-    """Whether a state after the tokens of `key` is one after these tokens."""
-    if fields["has_text"] != (tokens is not None):
-        return False
-    if tokens is None:
-        return fields["tokens"] == key[0] and fields["messages"] is None
-    unseen = len(tokens) - key[0]
-    return fields["tokens"] == len(tokens) and unseen in (0, 1) and key_of(tokens[: key[0]]) == key
+def _is_of(fields: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the tokens, or their hash, are what the metadata tell of."""
+    count, position = fields["tokens"], fields["position"]
+    text = {name: arrays[name].shape for name in _TEXT if name in arrays}
+    if fields["has_text"]:
+        unseen = count - position
+        return text == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
+    sealed = text == {TOKENS_SHA256: (32,)} and fields["messages"] is None
+    return sealed and count == position >= 0
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -267,7 +276,10 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 
 def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     require_precision(precision)
-    arrays = {} if saved.tokens is None else {TOKENS: np.asarray(saved.tokens, _INT)}
+    if saved.tokens is not None:
+        arrays = {TOKENS: np.asarray(saved.tokens, np.int32)}
+    else:
+        arrays = {TOKENS_SHA256: np.frombuffer(bytes.fromhex(saved.key[1]), np.uint8)}
     for name, array in saved.state.items():
         if name != POSITION:
             dtype = array.dtype if precision is None else np.dtype(PRECISIONS[precision])
@@ -284,7 +296,6 @@ def _fields(saved: SavedState, sha256: str) -> str:
         "identity": dataclasses.asdict(saved.identity),
         "tokens": saved.count,
         "position": saved.position,
-        "prefix": saved.key[1],
         "has_text": saved.tokens is not None,
         "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
         "engine": saved.engine,
@@ -297,7 +308,6 @@ def _fields(saved: SavedState, sha256: str) -> str:
 _KINDS: dict[str, Any] = {
     "tokens": int,
     "position": int,
-    "prefix": str,
     "has_text": bool,
     "engine": str,
     "tool": str,
@@ -324,8 +334,8 @@ def _is_message(message: Any) -> bool:
 
 
 def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
-    dtypes: dict[str, np.dtype] = {"I32": _INT} if name == TOKENS else _FLOATS
-    if entry.dtype not in dtypes or (name == TOKENS and len(entry.shape) != 1):
+    dtypes = _TEXT.get(name, _FLOATS)
+    if entry.dtype not in dtypes:
         raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
     return dtypes[entry.dtype]
 

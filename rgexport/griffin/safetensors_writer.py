@@ -15,7 +15,11 @@ from rgexport.progress import Advance, task
 SHARD_BYTES = 3_000_000_000
 SLAB_BYTES = 8 << 20
 
-_NAMES = {np.dtype(np.int32): "I32", **{dtype: name for name, dtype in FLOATS.items()}}
+_NAMES = {
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int32): "I32",
+    **{dtype: name for name, dtype in FLOATS.items()},
+}
 
 
 def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHARD_BYTES) -> None:

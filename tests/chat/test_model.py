@@ -1,6 +1,7 @@
 """A model that answers: streams, asyncio, log probabilities, stop strings."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from rgexport.chat.reply import Piece, Reply, ReplyOptions
 from rgexport.chat.sampling import log_probabilities
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from tests.toy_session import ToySession
+from tests.toy_session import MEMORY, ToySession
 
 MakeModel = Callable[..., Model]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -82,8 +83,13 @@ def test_leaving_a_stream_ends_the_reply(make_model: MakeModel, gemma: Tokenizer
 
     asyncio.run(listen())
     assert model.chat(HELLO, max_new_tokens=1).new_tokens == 1, "the row is free"
-    model.close()
-    assert model.scheduler.counters.new_tokens < 10**6
+    end = time.monotonic() + 20
+    while model.scheduler.running:  # the end of the turn is read
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    state = model.state([2, 3])
+    state[MEMORY][:] = -1
+    assert not np.array_equal(model.state([2, 3])[MEMORY], state[MEMORY]), "a copy"
 
 
 def test_log_probabilities_are_those_of_the_artifact(

@@ -73,7 +73,17 @@ def test_a_hash_is_enough_for_who_has_the_text(tmp_path: Path) -> None:
     found = read_state(path, SHAPES)
     assert found.tokens is None and found.messages is None and found.count == 9
     assert found.key == key_of(list(range(9))) and "hello" not in path.read_bytes().decode("latin")
-    assert safetensors.numpy.load_file(path).keys() == SHAPES.keys()
+    arrays = safetensors.numpy.load_file(path)
+    assert arrays.keys() == {*SHAPES, "tokens_sha256"}
+    arrays["tokens_sha256"][3] ^= 1
+    fields = read_fields(path)
+    safetensors.numpy.save_file(arrays, path, {METADATA: json.dumps(fields)})
+    with pytest.raises(RequestError, match="is damaged"):
+        read_state(path, SHAPES)
+    arrays.pop("tokens_sha256")
+    safetensors.numpy.save_file(arrays, path, {METADATA: json.dumps(fields)})
+    with pytest.raises(RequestError, match="is damaged"):
+        read_state(path, SHAPES)
 
 
 def test_any_safetensors_library_reads_it(tmp_path: Path) -> None:
