@@ -158,7 +158,9 @@ class Maker {
                               int64_t{1} << 31, int64_t{1} << 53, int64_t{1} << 62};
     add_floats(node, {s.batch, s.tokens, heads * dim});
     for (int i = 0; i < 2; ++i) add_floats(node, {s.batch, s.tokens, dim});
-    for (int i = 0; i < 2; ++i) add_floats(node, {s.batch, window, dim});
+    const bool older = bytes_.one_in(4);
+    for (int i = 0; i < 2; ++i)
+      add_floats(node, older ? Dims{s.batch, window, dim} : Dims{s.batch, 1, window, dim});
     auto positions = tensor(kInt64, {s.batch, s.tokens});
     for (int64_t b = 0; b < s.batch; ++b) {
       const int64_t start = bytes_.one_of(starts);

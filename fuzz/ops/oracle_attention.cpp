@@ -15,7 +15,7 @@ struct Sizes {
 
 Sizes sizes_of(const Question& q) {
   const Dims &k = q.input(1).dims, &ring = q.input(3).dims;
-  return {k[0], k[1], q.integer("heads", 1), k[2], ring[1]};
+  return {k[0], k[1], q.integer("heads", 1), k[2], ring[ring.size() - 2]};
 }
 
 // A row of the batch. Key c < window is that of the position c - window before the step's first one.

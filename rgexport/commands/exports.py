@@ -43,6 +43,11 @@ from rgexport.errors import RequestError
     help="Type of the activations. [default: fp32, or fp16 with fp16 weights]",
 )
 @click.option("--exact", is_flag=True, help="Never round activations to int8; slower.")
+@click.option(
+    "--genai-native",
+    is_flag=True,
+    help="Copy the native kernels, so that onnxruntime-genai runs them on machines like this one.",
+)
 @storing_options(
     block="32 for int4, 128 for int8; browsers: 128",
     symmetry="symmetric; int4 in browsers: asymmetric",

@@ -43,7 +43,7 @@ def export_folder(
     Args:
         checkpoint: where the weights and the tokenizer come from.
         target: the folder.
-        write_model: writes what the format has.
+        write_model: writes what the format has, beside the tokenizer.
         data_bytes: size of the weights as they will be stored.
         tools: packages whose versions are worth noting.
         force: whether an earlier artifact may be replaced.
@@ -62,9 +62,9 @@ def export_folder(
     hashes = require_sound(checkpoint)
 
     with replace_folder(target, force=force, replaceable=is_artifact) as folder:
-        manifest = write_model(folder, _common(checkpoint, hashes, tools))
         for path in checkpoint.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
+        manifest = write_model(folder, _common(checkpoint, hashes, tools))
         manifest = manifest.with_files(record_files(folder))
         manifest = manifest.with_check(_checked(folder, manifest, check))
         write_card(folder, manifest)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 Dim = int | str
-"""A fixed size, or the name of a dynamic one: `batch`, `tokens`, `num_logits`."""
+"""A fixed size, or the name of a dynamic one: `batch_size`, `tokens`, `num_logits`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import LayerState, StepModel
 
-_DYNAMIC: dict[int, str] = {2: "batch", 3: "tokens"}
+_DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
 """Size of a dynamic axis in the example inputs → its name."""
 
 

@@ -18,9 +18,9 @@ def test_program_has_the_weights_and_states_of_the_contract(name: str) -> None:
     shapes = {weight: value.shape for weight, value in program.weights.items()}
     assert shapes == {weight: spec.shape for weight, spec in model_tensors(config).items()}
     states = {n: (i.shape, i.dtype, o.shape, o.dtype) for n, (i, o) in program.states.items()}
-    assert states == {s.name: (("batch", *s.shape), s.dtype) * 2 for s in state_specs(config)}
-    assert program.input_ids.shape == ("batch", "tokens")
-    assert program.logits.shape == ("batch", "num_logits", config.vocab_size)
+    assert states == {s.name: (("batch_size", *s.shape), s.dtype) * 2 for s in state_specs(config)}
+    assert program.input_ids.shape == ("batch_size", "tokens")
+    assert program.logits.shape == ("batch_size", "num_logits", config.vocab_size)
 
 
 def test_every_op_has_a_site_of_its_own_and_a_lowering() -> None:

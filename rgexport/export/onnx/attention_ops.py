@@ -57,22 +57,24 @@ def ring_attention(
     """Attention to a ring of past keys and to the step's keys, which then enter the ring.
 
     Where a runtime binds input and output to one buffer, the ring is written in place and nothing
-    of the window is copied. All heads of a token are rows of one matrix, since they share the keys.
+    of the window is copied. All heads of a token are rows of one matrix, since they share the keys:
+    axis 1 of what is multiplied is the one head that keys and values have.
     """
     dtype = node.outputs[0].dtype
-    window, head_dim = (node.tensors[3].size(axis) for axis in (1, 2))
+    window, head_dim = (node.tensors[3].size(axis) for axis in (2, 3))
     heads = node.tensors[0].size(2) // head_dim
 
     # Scores in float32: float16 would lose most in sums of head_dim products.
-    rows = g.op("Reshape", g.cast(q, "float32"), g.constant([0, -1, head_dim]))
+    rows = g.op("Reshape", g.cast(q, "float32"), g.constant([0, 1, -1, head_dim]))
+    new_k, new_v = (g.typed(g.op("Unsqueeze", x, g.constant([1])), dtype) for x in (k, v))
     scores = [
-        g.op("MatMul", rows, g.op("Transpose", g.cast(keys, "float32"), perm=[0, 2, 1]))
-        for keys in (past_k, k)
+        g.op("MatMul", rows, g.op("Transpose", g.cast(keys, "float32"), perm=[0, 1, 3, 2]))
+        for keys in (past_k, new_k)
     ]
     seen = mask(g, positions, window)
-    weights = _softmax(g, g.op("Concat", *scores, axis=2), seen, positions, node)
-    parts = (g.slice(weights, 0, window, 2), g.slice(weights, window, END, 2))
-    sums = [g.op("MatMul", part, x) for part, x in zip(parts, (past_v, v), strict=True)]
+    weights = _softmax(g, g.op("Concat", *scores, axis=3), seen, positions, node)
+    parts = (g.slice(weights, 0, window, 3), g.slice(weights, window, END, 3))
+    sums = [g.op("MatMul", part, x) for part, x in zip(parts, (past_v, new_v), strict=True)]
     attended = g.typed(g.op("Add", *sums), dtype)
 
     places = slots(g, positions, attended, window)
@@ -87,8 +89,8 @@ def ring_attention(
 def _softmax(
     g: GraphBuilder, scores: ir.Value, mask: ir.Value, positions: ir.Value, node: Node
 ) -> ir.Value:
-    """Float32 scores [B, T · H, window + T] to weights in the activation dtype, same shape."""
-    head_dim = node.tensors[3].size(2)
+    """Float32 scores [B, 1, T · H, window + T] to weights in the activation dtype, same shape."""
+    head_dim = node.tensors[3].size(3)
     heads = node.tensors[0].size(2) // head_dim
     by_row = g.op("Shape", scores)
     by_token = g.op("Concat", g.op("Shape", positions), g.constant([heads, -1]), axis=0)
@@ -120,18 +122,20 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """Indices (row, slot) [B, n, 2] at which the last `window` keys of the step are written.
+    """Indices (row, 0, slot) [B, n, 3] at which the last `window` keys of the step are written.
 
     A 0 that is computed from the attention's result is added to the slots, so that no runtime can
     write the ring in place before the attention has read it.
     """
-    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
+    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
-    zero = g.op("Squeeze", g.cast(never, "int64"), g.constant([2]))
+    zero = g.op("Squeeze", g.cast(never, "int64"), g.constant([2, 3]))
     recent = g.slice(positions, -window, END, 1)
     slots = g.op("Add", g.op("Mod", recent, g.constant(window)), zero)
     batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
     row = g.op("Range", g.constant(0), batch, g.constant(1))
-    row = g.op("Expand", g.op("Unsqueeze", row, g.constant([1])), g.op("Shape", slots))
-    pair = [g.op("Unsqueeze", x, g.constant([2])) for x in (row, slots)]
-    return g.op("Concat", *pair, axis=2)
+    size = g.op("Shape", slots)
+    row = g.op("Expand", g.op("Unsqueeze", row, g.constant([1])), size)
+    head = g.op("Expand", g.constant(0), size)
+    place = [g.op("Unsqueeze", x, g.constant([2])) for x in (row, head, slots)]
+    return g.op("Concat", *place, axis=2)

@@ -9,7 +9,9 @@ from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model import build_model, io_record, state_records
+from rgexport.export.onnx.genai import require_kernels, write_genai_files
+from rgexport.export.onnx.interface import io_record, state_records, with_interface
+from rgexport.export.onnx.model import build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
@@ -43,13 +45,16 @@ def export_onnx(
     plan, activation = options.resolve_plan(checkpoint.config), ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
+    if options.genai_native:
+        require_kernels()  # before minutes of work
     storage = Storage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
-        program = trace(checkpoint.config, activation)
+        program = with_interface(trace(checkpoint.config, activation))
         model = build_model(program, storage, profile, exact=options.exact)
         ir.save(model, folder / MODEL_FILE)
         storage.write(folder, checkpoint.weights, statistics)
+        write_genai_files(folder, checkpoint.config, native=options.genai_native)
         return Manifest(
             precision=options.precision_word,
             compute=options.compute_word,

@@ -1,17 +1,16 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
-from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
+from rgexport.export.onnx.interface import state_records
 from rgexport.export.onnx.lowering import Lowering, lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
@@ -21,41 +20,6 @@ from rgexport.export.program import StepProgram, Value
 _IR_VERSION = 10
 _EXACT = 1
 """`MatMulNBits`'s accuracy level for float32 activations."""
-
-_STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
-    "rg_lru": ("recurrent_state", "canonical"),
-    "conv1d": ("conv_state", "canonical"),
-    "key": ("key", "ring"),
-    "value": ("value", "ring"),
-}
-"""Canonical state → its name in the hybrid models of Hugging Face and onnxruntime-genai, and its
-layout in the graph."""
-
-
-def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    """The states of a program with the names of their inputs and outputs in the graph."""
-    records = []
-    for name, (value, _) in program.states.items():
-        _, layer, kind = name.split(".")
-        word, layout = _STATES[kind]
-        shape = tuple(value.size(axis) for axis in range(1, len(value.shape)))
-        names = (f"past_key_values.{layer}.{word}", f"present.{layer}.{word}")
-        records.append(StateRecord(name, shape, value.dtype, layout, *names))
-    return tuple(records)
-
-
-def io_record(program: StepProgram) -> IoRecord:
-    """All inputs and outputs of the graph."""
-
-    def record(value: Value, name: str) -> ValueRecord:
-        return ValueRecord(name, value.dtype, value.shape)
-
-    states = list(zip(state_records(program), program.states.values(), strict=True))
-    plain = (program.input_ids, program.position_ids, program.num_logits)
-    return IoRecord(
-        (*(record(v, v.name) for v in plain), *(record(v, s.input) for s, (v, _) in states)),
-        (record(program.logits, "logits"), *(record(v, s.output) for s, (_, v) in states)),
-    )
 
 
 def build_model(
@@ -77,7 +41,7 @@ def build_model(
     if not profile.functions:
         _inline(model)
     profile.require_allowed(model)
-    _require_reads_before_writes(list(zip(graph.inputs[2:-1], graph.outputs[1:], strict=True)))
+    _require_reads_before_writes(list(zip(graph.inputs[2:], graph.outputs[1:], strict=True)))
     return model
 
 
@@ -103,7 +67,7 @@ def _build_graph(
         outputs[-1].name = record.output
 
     return ir.Graph(
-        [*inputs, count],
+        inputs,
         outputs,
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),

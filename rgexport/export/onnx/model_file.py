@@ -1,4 +1,4 @@
-"""Reads the nodes and the external tensors of an ONNX model file.
+"""Reads the inputs, nodes and external tensors of an ONNX model file, and adds an input.
 
 A runtime asks for these few fields only. They are declared here, as in onnx.proto, so that the core
 needs no package `onnx`.
@@ -15,7 +15,12 @@ from google.protobuf.message import DecodeError
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
     "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
-    "Graph": {"node": (1, "Node*"), "initializer": (5, "Tensor*")},
+    "Graph": {
+        "node": (1, "Node*"),
+        "initializer": (5, "Tensor*"),
+        "input": (11, "Value*"),
+        "output": (12, "Value*"),
+    },
     "Node": {"input": (1, "bytes*"), "op_type": (4, "bytes"), "domain": (7, "bytes")},
     "Tensor": {
         "dims": (1, "int64*"),
@@ -25,10 +30,18 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
         "data_location": (14, "Location"),
     },
     "Entry": {"key": (1, "bytes"), "value": (2, "bytes")},
+    "Value": {"name": (1, "bytes"), "type": (2, "Type")},
+    "Type": {"tensor_type": (1, "TensorType")},
+    "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
+    "Shape": {"dim": (1, "Dim*")},
+    "Dim": {"value": (1, "int64"), "symbol": (2, "bytes")},
 }
 """Message → field → its number and type; `*` means repeated."""
 _LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
 _MAX_RANK = 8
+_INT64 = 7
+NUM_LOGITS = "num_logits"
+"""The initializer that says for how many last tokens there are logits, a scalar int64."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,25 @@ def read_model(model: bytes) -> ModelFile:
         )
     except (DecodeError, ValueError):
         return ModelFile()
+
+
+def with_num_logits(model: bytes) -> bytes:
+    """A serialized model with an input that says for how many last tokens logits are wanted.
+
+    In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default, and
+    other programs want it to be 1. What is not declared above stays as it is.
+    """
+    made = _model_class().FromString(model)
+    if NUM_LOGITS.encode() not in (value.name for value in made.graph.input):
+        added = made.graph.input.add(name=NUM_LOGITS.encode())
+        added.type.tensor_type.elem_type = _INT64
+        added.type.tensor_type.shape.SetInParent()
+    for output in made.graph.output:
+        if output.name == b"logits":
+            count = output.type.tensor_type.shape.dim[1]
+            count.ClearField("value")
+            count.symbol = NUM_LOGITS.encode()
+    return bytes(made.SerializeToString())
 
 
 def _node(node: Any) -> ModelNode:

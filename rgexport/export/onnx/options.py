@@ -10,6 +10,7 @@ from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
 from rgexport.export.request import (
     refuse_beside_plan,
     refuse_ggml,
+    refuse_idle,
     require_blocks,
     require_levels,
     require_word,
@@ -34,7 +35,8 @@ class OnnxOptions:
     precision (see `quantize.plan.choose_schemes`). `compute` is fp32 unless `precision` is fp16;
     `exact` keeps activations out of int8; `plan` says for each tensor what `precision`,
     `block_size`, `symmetric` and `embedding_precision` say for all. `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan, or to clip search.
+    (`quantize.algorithms`); None leaves it to the plan, or to clip search. `genai_native` copies our
+    kernels for onnxruntime-genai.
     """
 
     profile: str = "cpu"
@@ -46,6 +48,7 @@ class OnnxOptions:
     exact: bool = False
     plan: Plan | None = None
     algorithm: str | None = None
+    genai_native: bool = False
 
     def __post_init__(self) -> None:
         """Refuses contradictions.
@@ -63,6 +66,9 @@ class OnnxOptions:
         words = self.precision_word, self._embedding_word
         require_blocks(words, self.block_size, self.symmetric, self.exact)
         require_levels(words, self.algorithm)
+        if self.genai_native and not self._profile.functions:
+            where = f"--profile {self.profile}, whose graph has no op for native kernels"
+            refuse_idle({"--genai-native": True}, where)
 
     @property
     def precision_word(self) -> str:

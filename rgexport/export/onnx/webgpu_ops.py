@@ -120,16 +120,17 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
     """As `attention_ops._ring_slots`."""
-    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 1), 0, 1, 2)
+    element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
-    zero = g.cast(never, "float32")
+    zero = g.op("Squeeze", g.cast(never, "float32"), g.constant([3]))
     slots = _modulo(g, g.slice(_float(g, positions), -window, END, 1), window)
     slots = g.op("Add", g.op("Unsqueeze", slots, g.constant([2])), zero)
     batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
     bounds = g.constant(0, "float32"), g.cast(batch, "float32"), g.constant(1, "float32")
     row = g.op("Unsqueeze", g.op("Range", *bounds), g.constant([1, 2]))
-    row = g.op("Expand", row, g.op("Shape", slots))
-    return g.cast(g.op("Concat", row, slots, axis=2), "int64")
+    size = g.op("Shape", slots)
+    row, head = (g.op("Expand", x, size) for x in (row, g.constant(0, "float32")))
+    return g.cast(g.op("Concat", row, head, slots, axis=2), "int64")
 
 
 def _modulo(g: GraphBuilder, x: ir.Value, size: int) -> ir.Value:

@@ -10,8 +10,9 @@ import onnxruntime as ort
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS
+from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import NUM_LOGITS, with_num_logits
 from rgexport.export.onnx.native import STOCK, NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_processors
@@ -69,7 +70,7 @@ class OrtSession(Session):
         self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
         self._vocab = artifact.manifest.config.vocab_size
-        self._rings = {s.name for s in self._manifest.states if s.layout == "ring"}
+        self._rings = {s.name: s.shape for s in self._manifest.states if s.layout == "ring"}
         self.reset()
 
     @property
@@ -95,7 +96,7 @@ class OrtSession(Session):
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of each state."""
-        return {s.name: s.shape for s in self._manifest.states}
+        return {s.name: _canonical(s) for s in self._manifest.states}
 
     @property
     def position(self) -> np.ndarray:
@@ -121,8 +122,7 @@ class OrtSession(Session):
         """A copy of the canonical state of some rows."""
         place, position = slice(rows.start, rows.stop), self._position[rows.start : rows.stop]
         state = {
-            name: _rolled(array[place], -position) if name in self._rings else array[place].copy()
-            for name, array in self._states.items()
+            name: self._unrolled(name, array[place], position) for name, array in self._states.items()
         }
         return state | {POSITION: position.copy()}
 
@@ -152,7 +152,15 @@ class OrtSession(Session):
         self._position[place] = position = state[POSITION]
         for name, buffer in self._states.items():
             array = state[name]
-            buffer[place] = _rolled(array, position) if name in self._rings else array
+            if name in self._rings:
+                array = _rolled(array, position).reshape(-1, *self._rings[name])
+            buffer[place] = array
+
+    def _unrolled(self, name: str, array: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """A copy of a state of the graph, [R, …], as a canonical one."""
+        if name not in self._rings:
+            return array.copy()
+        return _rolled(array.reshape(len(array), *self._rings[name][-2:]), -position)
 
     def _require_states(self, artifact: Artifact) -> None:
         """Checks the manifest's names against the graph: the manifest itself has no hash."""
@@ -196,7 +204,7 @@ class OrtSession(Session):
         run = _Run(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
-        run.bind(np.array(num_logits), "num_logits")
+        run.bind(np.array(num_logits), NUM_LOGITS)
         for record in self._manifest.states:
             state = self._states[record.name][rows.start : rows.stop]
             run.bind(state, record.input, record.output)
@@ -244,6 +252,11 @@ class _Run:
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
 
+def _canonical(state: StateRecord) -> tuple[int, ...]:
+    """The shape of a state; in the graph, keys and values have an axis for their one head too."""
+    return state.shape[-2:] if state.layout == "ring" else state.shape
+
+
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Caches [B, window, D], each row rotated by its own number of slots.
 
@@ -263,13 +276,12 @@ def _open(
     # A memory pattern takes a block for all tensors of a run, beside the arena of the first run:
     # 180 MB for prompts of a 2B, without a gain in time.
     options.enable_mem_pattern = False
-    if graph is not None:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
-    model = str(path) if graph is None else graph
+    model = with_num_logits(graph or path.read_bytes())
     kernels, weights = STOCK, None
     if native:
-        ops = native_ops(path if graph is None else graph)
+        ops = native_ops(model)
         kernels = _register(options, ops)
     if kernels != STOCK:
         weights = MappedWeights(artifact.path, ops.weights)

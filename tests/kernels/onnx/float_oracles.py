@@ -49,14 +49,14 @@ def local_attention(q, k, v, past_key, past_value, position_ids, heads) -> Array
     The ring has the key of position p in slot p modulo window; other slots are undefined.
     """
     batch, tokens, dim = k.shape
-    window = past_key.shape[1]
+    window = past_key.shape[2]
     y = np.zeros((batch, tokens, heads * dim))
     present = {"present_key": past_key.copy(), "present_value": past_value.copy()}
     for row in range(batch):
         start = int(position_ids[row, 0])
         keys, values = {}, {}
         for p in range(max(0, start - window), start):
-            keys[p], values[p] = past_key[row, p % window], past_value[row, p % window]
+            keys[p], values[p] = past_key[row, 0, p % window], past_value[row, 0, p % window]
         for t in range(tokens):
             p = start + t
             keys[p], values[p] = k[row, t], v[row, t]
@@ -69,8 +69,8 @@ def local_attention(q, k, v, past_key, past_value, position_ids, heads) -> Array
                 weights = np.exp(scores - scores.max())
                 y[row, t, part] = weights @ value_rows / weights.sum()
         for p in range(start + max(0, tokens - window), start + tokens):
-            present["present_key"][row, p % window] = keys[p]
-            present["present_value"][row, p % window] = values[p]
+            present["present_key"][row, 0, p % window] = keys[p]
+            present["present_value"][row, 0, p % window] = values[p]
     return {"y": y, **present}
 
 

@@ -174,7 +174,8 @@ void attention(std::vector<Case>& cases) {
       for (int64_t window : {1, 16, 33})
         for (int64_t start : {0, 5, 1000}) {
           const Input new_ones = floats({step.batch, step.tokens, h.dim});
-          const Input ring = floats({step.batch, window, h.dim});
+          const Input ring = start == 5 ? floats({step.batch, window, h.dim})
+                                        : floats({step.batch, 1, window, h.dim});
           cases.push_back({"LocalAttention",
                            {{"heads", h.heads}},
                            {floats({step.batch, step.tokens, h.heads * h.dim}), new_ones, new_ones,

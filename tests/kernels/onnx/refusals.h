@@ -52,7 +52,7 @@ Node node_of(std::map<std::string, int64_t> integers, std::vector<Dims> floats) 
 }
 
 Node attention_node() {
-  Node node = node_of({{"heads", 2}}, {{1, 1, 8}, {1, 1, 4}, {1, 1, 4}, {1, 5, 4}, {1, 5, 4}});
+  Node node = node_of({{"heads", 2}}, {{1, 1, 8}, {1, 1, 4}, {1, 1, 4}, {1, 1, 5, 4}, {1, 1, 5, 4}});
   node.inputs.push_back(ones(stand_in::kInt64, {1, 1}));
   return node;
 }
@@ -122,7 +122,10 @@ const Row kAttention[] = {
     {"[1, 0, 4]", input_is(3, {1, 0, 4})},
     {"[1, 1, 0]", input_is(1, {1, 1, 0})},
     {"[1, 4]", input_is(2, {1, 4})},
-    {"[2, 5, 4]", input_is(4, {2, 5, 4})},
+    {"[2, 1, 5, 4]", input_is(4, {2, 1, 5, 4})},
+    {"[1, 5, 4]", input_is(4, {1, 5, 4})},
+    {"[1, 2, 5, 4]", input_is(3, {1, 2, 5, 4})},
+    {"[4]", input_is(3, {4})},
     {"negative", input_is(0, {-1, -1, 8})},
     {"larger than any memory", input_is(0, {kMost, kMost, 8})},
     {"larger than any memory", input_is(0, {0, kMost, kMost})},

@@ -157,18 +157,18 @@ def test_convolution_is_deepmind_s(worker):
     assert_close(found, {"y": expected.numpy(), "present": cache.numpy()})
 
 
-def attention_case(batch, tokens, heads, dim, window, at, shared) -> Case:
+def attention_case(batch, tokens, heads, dim, window, at, shared, rank=4) -> Case:
     """Rings full of numbers, also where no position has been."""
+    ring = (batch, 1, window, dim) if rank == 4 else (batch, window, dim)
     rng = np.random.default_rng(tokens)
     inputs = {
         "q": normal(rng, batch, tokens, heads * dim),
         "k": normal(rng, batch, tokens, dim),
         "v": normal(rng, batch, tokens, dim),
-        "past_key": normal(rng, batch, window, dim),
-        "past_value": normal(rng, batch, window, dim),
+        "past_key": normal(rng, *ring),
+        "past_value": normal(rng, *ring),
         "position_ids": at,
     }
-    ring = (batch, window, dim)
     outputs = {"y": (batch, tokens, heads * dim), "present_key": ring, "present_value": ring}
     shares = {"present_key": "past_key", "present_value": "past_value"} if shared else {}
     return Case("LocalAttention", inputs, outputs, {"heads": heads}, frozenset(), shares)

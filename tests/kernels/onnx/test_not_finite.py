@@ -147,7 +147,7 @@ def test_attention(worker, name, tokens, start, bad):
 def test_attention_to_infinite_keys(worker):
     """A kernel may skip an infinite key of an earlier step whose weight is 0."""
     case = attention_case(1, 3, 1, 4, 8, positions(1, 3, 30), False)
-    case.inputs["past_key"][0, 2] = np.inf
+    case.inputs["past_key"][0, 0, 2] = np.inf
     found, body = worker.run(case), body_of(case)
     wrong = class_of(found["y"]) != class_of(body["y"])
     assert not wrong.any() or np.isfinite(found["y"][wrong]).all()

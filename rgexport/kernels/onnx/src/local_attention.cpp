@@ -118,6 +118,9 @@ bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, con
   return true;
 }
 
+// The size of the axis before the last one.
+int64_t window_of(const Tensor& ring) { return ring.rank < 2 ? 0 : ring.dims[ring.rank - 2]; }
+
 // Whether the shapes fit one another and there is something to attend to; refuses them otherwise.
 // The number of heads is held against what q has of them: it is multiplied by nothing before.
 bool are_right(Context& context, const Tensor (&inputs)[6], int64_t heads) {
@@ -129,13 +132,13 @@ bool are_right(Context& context, const Tensor (&inputs)[6], int64_t heads) {
     return false;
   };
   if (k.rank != 3 || k.dims[2] < 1) return refuse("k must be [batch, tokens, dim]", k);
-  const int64_t batch = k.dims[0], tokens = k.dims[1], dim = k.dims[2], window = past_key.dims[1];
+  const int64_t batch = k.dims[0], tokens = k.dims[1], dim = k.dims[2], window = window_of(past_key);
   if (heads < 1 || q.rank != 3 || q.dims[2] % dim != 0 || q.dims[2] / dim != heads ||
       !q.is({batch, tokens, q.dims[2]}))
     return refuse("q must be [batch, tokens, heads x dim]", q);
   if (!v.has_shape_of(k)) return refuse("v must be as k", v);
-  if (!past_key.is({batch, window, dim}) || window < 1)
-    return refuse("past_key must be [batch, window, dim]", past_key);
+  if (!(past_key.is({batch, 1, window, dim}) || past_key.is({batch, window, dim})) || window < 1)
+    return refuse("past_key must be [batch, 1, window, dim]", past_key);
   if (!past_value.has_shape_of(past_key)) return refuse("past_value must be as past_key", past_value);
   if (!positions.is({batch, tokens})) return refuse("position_ids must be [batch, tokens]", positions);
   return true;
@@ -151,13 +154,13 @@ void LocalAttention::run(Context& context) const {
                             context.input(3), context.input(4), context.input(5)};
   const auto& [q, k, v, past_key, past_value, positions] = inputs;
   if (context.refused() || !are_right(context, inputs, heads_)) return;
-  const Shape shape = {k.dims[0], k.dims[1], heads_, k.dims[2], past_key.dims[1]};
+  const Shape shape = {k.dims[0], k.dims[1], heads_, k.dims[2], window_of(past_key)};
   const int64_t* at = positions.as<int64_t>();
   if (shape.tokens > 0 && !are_positions(context, at, shape)) return;
 
   float* y = context.output(0, q.dims, 3);
-  float* present_key = context.output(1, past_key.dims, 3);
-  float* present_value = context.output(2, past_key.dims, 3);
+  float* present_key = context.output(1, past_key.dims, past_key.rank);
+  float* present_value = context.output(2, past_key.dims, past_key.rank);
   if (!y || !present_key || !present_value) return;
 
   const int64_t ring = shape.window * shape.dim, step = shape.tokens * shape.dim;

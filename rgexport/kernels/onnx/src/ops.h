@@ -65,9 +65,10 @@ class RgLruScan {
   TimedRuns timed_runs_;
 };
 
-// q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, window, D], position_ids [B, T]
+// q [B, T, heads · D], k, v [B, T, D], past_key, past_value [B, 1, window, D], position_ids [B, T]
 // → y [B, T, heads · D], present_key, present_value. Position p has slot p modulo window; a query
-// sees its own key and `window` before it. Positions go up by one in a row of the batch.
+// sees its own key and `window` before it. Positions go up by one in a row of the batch. Earlier
+// files have past_key and past_value [B, window, D].
 class LocalAttention {
  public:
   static constexpr Signature kSignature = {

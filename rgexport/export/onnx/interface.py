@@ -1,0 +1,75 @@
+"""The inputs and outputs of a graph, as onnxruntime-genai and transformers.js take them.
+
+Both allocate keys and values as [batch_size, heads, window, head_dim], and read shapes from the
+graph: the first one asks for logits of one token, the second one for the name `batch_size`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
+from rgexport.export.program import Node, StepProgram, Value
+
+_STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
+    "rg_lru": ("recurrent_state", "canonical"),
+    "conv1d": ("conv_state", "canonical"),
+    "key": ("key", "ring"),
+    "value": ("value", "ring"),
+}
+"""Canonical state → its name in the hybrid models of Hugging Face and onnxruntime-genai, and its
+layout in the graph."""
+
+
+def with_interface(program: StepProgram) -> StepProgram:
+    """The program with an axis for the one head of keys and values, and logits of one token."""
+    rings = [
+        value
+        for name, values in program.states.items()
+        if _STATES[name.rpartition(".")[2]][1] == "ring"
+        for value in values
+    ]
+    batch, _, vocabulary = program.logits.shape
+    shaped = {v.name: replace(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in rings}
+    shaped[program.logits.name] = replace(program.logits, shape=(batch, 1, vocabulary))
+    return replace(
+        program,
+        states={name: (_in(a, shaped), _in(b, shaped)) for name, (a, b) in program.states.items()},
+        nodes=tuple(_with_values(node, shaped) for node in program.nodes),
+        logits=_in(program.logits, shaped),
+    )
+
+
+def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
+    """The states of a program with the names of their inputs and outputs in the graph."""
+    records = []
+    for name, (value, _) in program.states.items():
+        _, layer, kind = name.split(".")
+        word, layout = _STATES[kind]
+        shape = tuple(value.size(axis) for axis in range(1, len(value.shape)))
+        names = (f"past_key_values.{layer}.{word}", f"present.{layer}.{word}")
+        records.append(StateRecord(name, shape, value.dtype, layout, *names))
+    return tuple(records)
+
+
+def io_record(program: StepProgram) -> IoRecord:
+    """All inputs and outputs of the graph."""
+
+    def record(value: Value, name: str) -> ValueRecord:
+        return ValueRecord(name, value.dtype, value.shape)
+
+    states = list(zip(state_records(program), program.states.values(), strict=True))
+    plain = (program.input_ids, program.position_ids)
+    return IoRecord(
+        (*(record(v, v.name) for v in plain), *(record(v, s.input) for s, (v, _) in states)),
+        (record(program.logits, "logits"), *(record(v, s.output) for s, (_, v) in states)),
+    )
+
+
+def _with_values(node: Node, shaped: Mapping[str, Value]) -> Node:
+    inputs = tuple(None if value is None else _in(value, shaped) for value in node.inputs)
+    return replace(node, inputs=inputs, outputs=tuple(_in(v, shaped) for v in node.outputs))
+
+
+def _in(value: Value, shaped: Mapping[str, Value]) -> Value:
+    return shaped.get(value.name, value)
