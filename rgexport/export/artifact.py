@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
+from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, remember
@@ -105,22 +105,36 @@ class Artifact:
             raise RequestError(f"{path} was truncated while it was read") from None
         return np.ascontiguousarray(mapped[:, start:stop].T)
 
+    def notes(self) -> list[str]:
+        """What has changed since the export and does no harm: the card, and added files."""
+        card, record = self.file(CARD), self.manifest.files.get(CARD)
+        notes = []
+        if record and not card.is_file():
+            notes.append(f"{CARD} was removed")
+        elif record and hash_new_files([card])[card] != record.sha256:
+            notes.append(f"{CARD} was edited")
+        added = sorted(files_of(self.path) - self.manifest.files.keys())
+        return notes + [f"{name} was added" for name in added]
+
     def complaints(self, verify: bool) -> list[str]:
         """What is wrong with the files: sizes first, and hashes only if the sizes are right."""
         return list(self._wrong_sizes()) or list(self._wrong_hashes(verify))
 
+    @property
+    def _sealed(self) -> dict[str, FileRecord]:
+        """The files that must be as they were exported."""
+        return {name: record for name, record in self.manifest.files.items() if name != CARD}
+
     def _wrong_sizes(self) -> Iterator[str]:
-        for name, record in self.manifest.files.items():
+        for name, record in self._sealed.items():
             path = self.file(name)
             if not path.is_file():
                 yield f"{name} is missing"
             elif (size := path.stat().st_size) != record.size:
                 yield f"{name} has {size} bytes instead of {record.size}"
-        for name in files_of(self.path) - self.manifest.files.keys():
-            yield f"{name} does not belong there"
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
-        paths = {self.file(name): record for name, record in self.manifest.files.items()}
+        paths = {self.file(name): record for name, record in self._sealed.items()}
         for path, digest in (hash_files if anew else hash_new_files)(paths).items():
             if digest != paths[path].sha256:
                 yield f"{path.relative_to(self.path)} was altered (its hash differs)"

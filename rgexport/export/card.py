@@ -8,14 +8,12 @@ from pathlib import Path
 
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import folder_format
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import CARD, Manifest
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.progress import amount
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
-
-CARD = "README.md"
 
 _TEMPLATE = """\
 # {name}: {precision} for {engine}

@@ -9,9 +9,9 @@ from typing import Any
 
 from rgexport import __version__
 from rgexport.export.artifact import record_files, remember_verified
-from rgexport.export.card import CARD, write_card
+from rgexport.export.card import write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
-from rgexport.export.manifest import Manifest, Source, write_manifest
+from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.atomic import check_target, replace_folder, require_free_disk
 from rgexport.files.page_cache import forget

@@ -19,6 +19,8 @@ from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Mixed, Scheme, Uniform, uniform_schemes
 
 MANIFEST = "rgexport.json"
+CARD = "README.md"
+"""The model card, which its owner may edit."""
 COLUMNS = "columns"
 """The part of a matrix whose data are stored transposed, [in, out]."""
 FORMAT_VERSION = 1

@@ -9,21 +9,23 @@ from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.request import as_argument
 from rgexport.griffin.checkpoint import means_checkpoint
+from rgexport.progress import note
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     """Opens an artifact and checks that its files are those that were exported.
 
     Names, sizes and headers are always checked; hashes are computed where a file was not seen
-    before in this state (size, mtime, ctime), and of all files with `verify`.
+    before in this state (size, mtime, ctime), and of all files with `verify`. An edited card and
+    files that were added are noted, no more.
 
     Args:
         path: the artifact, or a file or package in its folder.
         verify: see above.
 
     Raises:
-        RequestError: no artifact, a damaged manifest, or a file that is missing, truncated,
-            altered or not listed; the line names it.
+        RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
+            altered; the line names it.
     """
     place = Path(path)
     if form := _file_format(place):
@@ -44,6 +46,8 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
         raise RequestError(
             f"{folder} is damaged: {'; '.join(complaints)}; restore it or export it again"
         )
+    if notes := artifact.notes():
+        note(f"Note: {folder} has changed since it was exported: {'; '.join(notes)}.")
     return artifact
 
 

@@ -48,7 +48,7 @@ class CoreMLArtifact(Artifact):
 
     def complaints(self, verify: bool) -> list[str]:
         """What is wrong with the package; the program first, since a hash says less about it."""
-        if missing := [name for name in self.manifest.files if not self.file(name).is_file()]:
+        if missing := [name for name in self._sealed if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
         package = open_package(self.path / PACKAGE)
         wrong = [

@@ -17,9 +17,10 @@ import tokenizers
 from rgexport.errors import RequestError
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.tokenizer_json import tokenizer_json
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.markup import END_OF_TURN
-from rgexport.griffin.tokenizer_files import control_token_names
+from rgexport.griffin.tokenizer_files import control_token_names, has_tokenizer
 from rgexport.kernels.onnx import library
 from rgexport.progress import warn
 
@@ -32,12 +33,15 @@ _GEMMA = {"bos_token": 2, "eos_token": 1, "pad_token": 0}
 """Ids in Gemma's vocabulary, for a checkpoint without one; `turn` would be the end of a turn."""
 
 
-def write_genai_files(folder: Path, config: GriffinConfig, *, native: bool) -> None:
-    """Writes `genai_config.json`, and `tokenizer.json` where there is only a SentencePiece model.
+def write_genai_files(
+    folder: Path, config: GriffinConfig, *, tuned: bool | None, native: bool
+) -> None:
+    """Writes `genai_config.json`, and what other programs need of a tokenizer and is not there.
 
     Args:
         folder: an artifact in the making, with the checkpoint's tokenizer.
         config: of the model.
+        tuned: whether the model was tuned for chats.
         native: whether onnxruntime-genai should run our kernels, whose library is copied.
 
     Raises:
@@ -45,8 +49,9 @@ def write_genai_files(folder: Path, config: GriffinConfig, *, native: bool) -> N
     """
     ids = _GEMMA
     try:
-        _convert_tokenizer(folder)
-        ids = _token_ids(folder) or ids
+        if has_tokenizer(folder):
+            ids = _token_ids(folder)
+            _complete_tokenizer(folder, chats=bool(tuned) and "turn" in ids)
     except RequestError as error:
         warn(f"only rgexport will take text with this artifact, other programs token ids: {error}")
     made = _genai_config(config, ids)
@@ -70,10 +75,16 @@ def require_kernels() -> Path:
     return found
 
 
-def _convert_tokenizer(folder: Path) -> None:
-    model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.is_file() and not converted.is_file():
-        converted.write_text(tokenizer_json(model), "utf-8")
+def _complete_tokenizer(folder: Path, *, chats: bool) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` where the checkpoint has none."""
+    converted, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not converted.is_file():
+        converted.write_text(tokenizer_json(folder / "tokenizer.model"), "utf-8")
+    if not config.is_file():
+        made = {"tokenizer_class": "GemmaTokenizer", **control_token_names(folder)}
+        if chats and read_chat_template(folder) is None:
+            made["chat_template"] = GEMMA_TEMPLATE
+        config.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
 
 
 def _copy_kernels(folder: Path) -> str:
@@ -128,13 +139,11 @@ def _token_ids(folder: Path) -> dict[str, int]:
     try:
         if (folder / "tokenizer.model").is_file():
             return _ids_by_sentencepiece(folder / "tokenizer.model", names)
-        if (folder / "tokenizer.json").is_file():
-            engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            found = {key: engine.token_to_id(piece) for key, piece in names.items()}
-            return {key: i for key, i in found.items() if i is not None}
+        engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        found = {key: engine.token_to_id(piece) for key, piece in names.items()}
+        return {key: i for key, i in found.items() if i is not None}
     except Exception as error:  # of both engines
         raise RequestError(f"the tokenizer cannot be read ({error})") from None
-    return {}
 
 
 def _ids_by_sentencepiece(path: Path, names: Mapping[str, str]) -> dict[str, int]:

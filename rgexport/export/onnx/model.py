@@ -16,6 +16,7 @@ from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.program import StepProgram, Value
+from rgexport.griffin.config import GriffinConfig
 
 _IR_VERSION = 10
 _EXACT = 1
@@ -43,6 +44,25 @@ def build_model(
     profile.require_allowed(model)
     _require_reads_before_writes(list(zip(graph.inputs[2:], graph.outputs[1:], strict=True)))
     return model
+
+
+def describe(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
+    """Adds what tools such as Netron show of a model, and its sizes for programs that read them."""
+    model.doc_string = (
+        f"One step of {name}, a Griffin model (arXiv 2402.19427), in {precision}: token ids, their "
+        "positions and the states in; logits of the last token and the new states out. Keys and "
+        "values are rings: position p is in slot p modulo the window. States begin as zeros."
+    )
+    facts = {
+        "name": name,
+        "precision": precision,
+        "exporter": f"rgexport {__version__}",
+        "num_layers": config.num_layers,
+        "block_types": ",".join(config.block_types),
+        "window": config.window,
+        "vocab_size": config.vocab_size,
+    }
+    model.metadata_props.update({f"rgexport.{key}": str(value) for key, value in facts.items()})
 
 
 def _build_graph(

@@ -93,16 +93,20 @@ def read_model(model: bytes) -> ModelFile:
 def with_num_logits(model: bytes) -> bytes:
     """A serialized model with an input that says for how many last tokens logits are wanted.
 
-    In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default, and
-    other programs want it to be 1. What is not declared above stays as it is.
+    In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default,
+    and other programs want it to be 1. What is not declared above stays as it is; so does a damaged
+    model, which the engine refuses.
     """
-    made = _model_class().FromString(model)
+    try:
+        made = _model_class().FromString(model)
+    except DecodeError:
+        return model
     if NUM_LOGITS.encode() not in (value.name for value in made.graph.input):
         added = made.graph.input.add(name=NUM_LOGITS.encode())
         added.type.tensor_type.elem_type = _INT64
         added.type.tensor_type.shape.SetInParent()
     for output in made.graph.output:
-        if output.name == b"logits":
+        if output.name == b"logits" and len(output.type.tensor_type.shape.dim) > 1:
             count = output.type.tensor_type.shape.dim[1]
             count.ClearField("value")
             count.symbol = NUM_LOGITS.encode()

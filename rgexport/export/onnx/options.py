@@ -35,8 +35,8 @@ class OnnxOptions:
     precision (see `quantize.plan.choose_schemes`). `compute` is fp32 unless `precision` is fp16;
     `exact` keeps activations out of int8; `plan` says for each tensor what `precision`,
     `block_size`, `symmetric` and `embedding_precision` say for all. `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan, or to clip search. `genai_native` copies our
-    kernels for onnxruntime-genai.
+    (`quantize.algorithms`); None leaves it to the plan, or to clip search. `genai_native` copies
+    our kernels for onnxruntime-genai.
     """
 
     profile: str = "cpu"

@@ -1,4 +1,4 @@
-"""Gemma's SentencePiece model as `tokenizer.json`, which onnxruntime-genai and transformers.js read."""
+"""Gemma's SentencePiece model as `tokenizer.json`, for onnxruntime-genai and transformers.js."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

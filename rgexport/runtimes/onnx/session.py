@@ -122,7 +122,8 @@ class OrtSession(Session):
         """A copy of the canonical state of some rows."""
         place, position = slice(rows.start, rows.stop), self._position[rows.start : rows.stop]
         state = {
-            name: self._unrolled(name, array[place], position) for name, array in self._states.items()
+            name: self._unrolled(name, array[place], position)
+            for name, array in self._states.items()
         }
         return state | {POSITION: position.copy()}
 

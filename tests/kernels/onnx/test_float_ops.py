@@ -185,6 +185,18 @@ def test_attention(worker, batch, tokens, window, start, in_place):
         assert_close(worker.run(case), expected)
 
 
+def test_attention_over_rings_of_earlier_files(worker, in_place):
+    """They have no axis for the one head."""
+    case = attention_case(2, 5, 3, 20, 16, positions(2, 5, 30), in_place, rank=3)
+    fed = dict(case.inputs)
+    for name in ("past_key", "past_value"):
+        fed[name] = fed[name][:, None]
+    expected = oracles.local_attention(*fed.values(), 3)
+    for name in ("present_key", "present_value"):
+        expected[name] = expected[name][:, 0]
+    assert_close(worker.run(case), expected)
+
+
 def test_attention_of_large_scores(worker):
     case = attention_case(1, 9, 2, 16, 8, positions(1, 9, 30), False)
     case.inputs["q"] *= 100
