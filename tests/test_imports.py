@@ -20,7 +20,7 @@ FLOORS = (
     "griffin kernels quantize export runtimes chat serve validate compress commands cli".split()
 )
 ANYWHERE = {
-    *("errors", "files", "formats", "processors", "progress", "tables", "__init__"),
+    *("errors", "files", "formats", "processors", "progress", "tables", "web", "__init__"),
 }
 """What every floor may import."""
 

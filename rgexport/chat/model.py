@@ -24,9 +24,7 @@ from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer, rep
 from rgexport.chat.reply_stream import ReplyStream
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_file import (
-    Identity,
     SavedState,
-    identity_of,
     read_state,
     require_precision,
     require_replaceable,
@@ -37,6 +35,7 @@ from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.identity import Identity, identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import open_session
@@ -352,5 +351,5 @@ def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Mod
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:
     """As `load`, for an artifact that is open."""
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
-    identity = identity_of(artifact, template)
+    identity = identity_of(artifact.manifest, template.source)
     return Model(open_session(artifact, threads=threads), tokenizer, template, identity, **options)

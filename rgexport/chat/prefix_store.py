@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.chat.prefix_key import Key, key_of, keys_of
-from rgexport.chat.state_file import Identity, SavedState, read_state, write_state
+from rgexport.chat.state_file import SavedState, read_state, write_state
 from rgexport.errors import RequestError
+from rgexport.export.identity import Identity
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from rgexport import __version__
 from rgexport.chat.prefix_key import Key, key_of
-from rgexport.chat.template import ChatTemplate, Message
+from rgexport.chat.template import Message
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
+from rgexport.export.identity import Identity
 from rgexport.files.atomic import check_place
 from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
 from rgexport.griffin.safetensors_writer import header
@@ -41,23 +41,6 @@ _TEXT: dict[str, dict[str, np.dtype]] = {
 }
 """Array that is no state → its dtype, in the file and in numpy."""
 _FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be equal for a state to be continued; the engine and the bits may differ.
-
-    Attributes:
-        name: the model's name, for messages alone.
-        weights: a hash of the original checkpoint's files.
-        window: tokens that local attention sees.
-        template: a hash of the chat template; it matters to conversations alone.
-    """
-
-    name: str
-    weights: str
-    window: int
-    template: str
 
 
 @dataclass(frozen=True)
@@ -90,19 +73,6 @@ class SavedState:
     def count(self) -> int:
         """Tokens of the text."""
         return self.position if self.tokens is None else len(self.tokens)
-
-
-def identity_of(artifact: Artifact, template: ChatTemplate) -> Identity:
-    """What states of this artifact are of."""
-    manifest = artifact.manifest
-    files = sorted(record.sha256 for record in manifest.source.files.values())
-    cap = repr(manifest.config.soft_cap)
-    return Identity(
-        manifest.name,
-        _hash("\n".join([*files, cap]).encode()),
-        manifest.config.window,
-        _hash(template.source.encode()),
-    )
 
 
 def require_precision(precision: str | None) -> None:
@@ -338,7 +308,3 @@ def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
     if entry.dtype not in dtypes:
         raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
     return dtypes[entry.dtype]
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -75,14 +75,15 @@ def save(
 def load(artifact: Path, file: Path) -> None:
     """Checks that ARTIFACT can go on with a state file."""
     from rgexport.chat.artifact_text import open_template
-    from rgexport.chat.state_file import identity_of, read_state, require_same_model
+    from rgexport.chat.state_file import read_state, require_same_model
+    from rgexport.export.identity import identity_of
     from rgexport.export.opening import open_artifact
     from rgexport.griffin.state import state_specs
 
     opened = open_artifact(artifact)
     shapes = {spec.name: spec.shape for spec in state_specs(opened.manifest.config)}
     saved = read_state(file, shapes)
-    require_same_model(file, saved, identity_of(opened, open_template(opened)))
+    require_same_model(file, saved, identity_of(opened.manifest, open_template(opened).source))
     step = _next_step(
         artifact, file, plain=saved.messages is None, has_text=saved.tokens is not None
     )

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, normalizers
 
 from rgexport.chat.model import Model
-from rgexport.chat.state_file import Identity
 from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.export.identity import Identity
 from tests.toy_session import ToySession
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore, StateFolder
-from rgexport.chat.state_file import Identity
+from rgexport.export.identity import Identity
 from rgexport.griffin.state import POSITION, State
 
 SHAPES = {"layers.0.rg_lru": (64,)}

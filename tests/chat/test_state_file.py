@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     METADATA,
-    Identity,
     SavedState,
     is_state_file,
     read_fields,
@@ -23,6 +22,7 @@ from rgexport.chat.state_file import (
     write_state,
 )
 from rgexport.errors import RequestError
+from rgexport.export.identity import Identity
 from rgexport.griffin.state import POSITION, state_specs
 from tests.models import ODD_CONFIGS
 

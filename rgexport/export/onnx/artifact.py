@@ -4,7 +4,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import COLUMNS
+from rgexport.export.manifest import COLUMNS, Manifest
 from rgexport.export.onnx.native import native_ops
 from rgexport.export.row_groups import grouped_layouts
 from rgexport.quantize import affine
@@ -34,6 +34,12 @@ class OnnxArtifact(Artifact):
             "profile": self.manifest.profile,
             "kernels": kernels | {"native": list(found.native), "ops": found.ops},
         }
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    """The names of the files of the weights, in order."""
+    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
+    return list(dict.fromkeys(part.file for part in parts))
 
 
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -9,12 +9,14 @@ from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.genai import require_kernels, write_genai_files
+from rgexport.export.onnx.genai import require_kernels, write_genai_config
 from rgexport.export.onnx.interface import io_record, state_records, with_interface
 from rgexport.export.onnx.model import build_model, describe
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
+from rgexport.export.onnx.tokenizer import complete_tokenizer
+from rgexport.export.onnx.transformers_js import write_web_files
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -55,13 +57,7 @@ def export_onnx(
         describe(model, checkpoint.name, options.precision_word, checkpoint.config)
         ir.save(model, folder / MODEL_FILE)
         storage.write(folder, checkpoint.weights, statistics)
-        write_genai_files(
-            folder,
-            checkpoint.config,
-            tuned=checkpoint.instruction_tuned,
-            native=options.genai_native,
-        )
-        return Manifest(
+        manifest = Manifest(
             precision=options.precision_word,
             compute=options.compute_word,
             exact=profile.is_exact(plan, options.exact),
@@ -72,6 +68,10 @@ def export_onnx(
             io=io_record(program),
             **common,
         )
+        ids = complete_tokenizer(folder, tuned=checkpoint.instruction_tuned)
+        write_genai_config(folder, checkpoint.config, ids, native=options.genai_native)
+        write_web_files(folder, manifest, ids)
+        return manifest
 
     return export_folder(
         checkpoint,

@@ -5,7 +5,7 @@ from pathlib import Path
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts
+from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts, weight_files
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
@@ -51,15 +51,9 @@ class OnnxFormat(FolderFormat):
         engine, run = "ONNX Runtime", _DESKTOP
         if manifest.profile != "cpu":
             engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
-        files = ", ".join(f'"{name}"' for name in _data_files(manifest))
+        files = ", ".join(f'"{name}"' for name in weight_files(manifest))
         facts = {"layers": manifest.config.num_layers, "profile": manifest.profile, "data": files}
         return CardText(engine, "softmax", run.format(verb=verb, **facts))
-
-
-def _data_files(manifest: Manifest) -> list[str]:
-    """The files of the weights, in order."""
-    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
-    return list(dict.fromkeys(part.file for part in parts))
 
 
 FORMAT = OnnxFormat()

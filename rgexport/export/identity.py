@@ -1,0 +1,36 @@
+"""What a saved state is of: the same model may have been exported many times."""
+
+import hashlib
+from dataclasses import dataclass
+
+from rgexport.export.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal for a state to be continued; the engine and the bits may differ.
+
+    Attributes:
+        name: the model's name, for messages alone.
+        weights: a hash of the original checkpoint's files.
+        window: tokens that local attention sees.
+        template: a hash of the chat template; it matters to conversations alone.
+    """
+
+    name: str
+    weights: str
+    window: int
+    template: str
+
+
+def identity_of(manifest: Manifest, template: str) -> Identity:
+    """What states of an artifact are of; `template` is the text of its chat template."""
+    files = sorted(record.sha256 for record in manifest.source.files.values())
+    cap = repr(manifest.config.soft_cap)
+    return Identity(
+        manifest.name, _hash("\n".join([*files, cap])), manifest.config.window, _hash(template)
+    )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The npm package `rgexport-web`: artifacts in transformers.js."""

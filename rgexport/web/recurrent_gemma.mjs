@@ -1,0 +1,277 @@
+// RecurrentGemma for transformers.js: `import { register } from "./recurrent_gemma.mjs"; register();`
+// then `pipeline("text-generation", ARTIFACT)` runs what `rgexport onnx` made.
+//
+// The model remembers what it has read: a prompt that begins with the text of an earlier call costs
+// only its own tokens. Its memory of a text is a state of fixed size, which can be saved.
+
+import {
+  AutoConfig,
+  AutoModelForCausalLM,
+  DynamicCache,
+  PreTrainedModel,
+  Tensor,
+} from "@huggingface/transformers";
+import { readState, writeState } from "./state_file.mjs";
+
+/** Tokens of a prompt that are read in one run: more would take more memory, but no less time. */
+const CHUNK = 512;
+/** How many texts a model remembers: the ends of prompts and of replies. */
+const REMEMBERED = 4;
+const MODEL_TYPE = "recurrent_gemma";
+
+/** Who uses a tensor: a state after a text is shared by all who go on from there. */
+const users = new WeakMap();
+
+function hold(tensor) {
+  users.set(tensor, (users.get(tensor) ?? 0) + 1);
+}
+
+function release(tensor) {
+  const left = users.get(tensor) - 1;
+  users.set(tensor, left);
+  if (left === 0 && tensor.location === "gpu-buffer") tensor.dispose();
+}
+
+/** The states after the tokens `ids` (a list for each row), by the names of the model's inputs. */
+export class States extends DynamicCache {
+  #ids;
+
+  /**
+   * @param {bigint[][]} ids The tokens that led here.
+   * @param {Record<string, Tensor>} [tensors] The states; none at the beginning of a text.
+   */
+  constructor(ids, tensors = {}) {
+    super();
+    this.#ids = ids;
+    this.update(tensors);
+  }
+
+  /** The tokens that led here, a list for each row. */
+  get ids() {
+    return this.#ids;
+  }
+
+  get_seq_length() {
+    return this.#ids[0].length;
+  }
+
+  /** Replaces states; those that nobody else uses are freed. */
+  update(tensors) {
+    for (const [name, tensor] of Object.entries(tensors)) {
+      const before = this[name];
+      if (before === tensor) continue;
+      hold(tensor);
+      this[name] = tensor;
+      if (before) release(before);
+    }
+  }
+
+  /** Replaces states after more tokens were read. */
+  advance(ids, tensors) {
+    this.#ids = this.#ids.map((row, i) => row.concat(ids[i]));
+    this.update(tensors);
+  }
+
+  /** Another one at the same place, which can go on by itself. */
+  fork() {
+    return new States(this.#ids, { ...this });
+  }
+
+  async dispose() {
+    for (const name of Object.keys(this)) {
+      release(this[name]);
+      delete this[name];
+    }
+  }
+}
+
+/** The model: `generate`, and so pipelines, streamers and chat templates, are the library's. */
+export class RecurrentGemmaForCausalLM extends PreTrainedModel {
+  /** Tokens that were read so far, of prompts and of replies. */
+  tokensRead = 0;
+  /** @type {States[]} The last one first. */
+  #remembered = [];
+
+  /** As the library's; the files of the weights are those that config.json lists. */
+  static async from_pretrained(model, options = {}) {
+    const config = options.config ?? (await AutoConfig.from_pretrained(model, options));
+    const own = config.rgexport;
+    if (config.model_type !== MODEL_TYPE || !own) {
+      throw new Error(`${model} is not an ONNX artifact of rgexport: config.json says so`);
+    }
+    const session = { ...options.session_options };
+    if (!(await isLocalFolder(model))) {
+      session.externalData ??= own.data_files.map((path) => ({ path, data: path }));
+    }
+    if (options.device === "webgpu") {
+      const onCard = own.states.map((state) => [state.output, "gpu-buffer"]);
+      session.preferredOutputLocation ??= Object.fromEntries(onCard);
+    }
+    const made = await super.from_pretrained(model, {
+      ...options,
+      // The library warns of types that it does not know, but for this one.
+      config: { ...config, model_type: "custom" },
+      dtype: "fp32", // the word for a file without a suffix
+      subfolder: "",
+      session_options: session,
+    });
+    made.config.model_type = MODEL_TYPE;
+    return made;
+  }
+
+  constructor(config, sessions, configs) {
+    super(config, sessions, configs);
+    this.can_generate = true;
+    this.forward_params = ["input_ids", "attention_mask", "past_key_values"];
+    this._prepare_inputs_for_generation = (self, ids, inputs) => unread(ids, inputs);
+    this._forward = (self, inputs) => self.#read(inputs);
+  }
+
+  /** As the library's; of a text that begins as an earlier one, only the rest is read. */
+  async generate(options) {
+    const input = options.input_ids ?? options.inputs;
+    const rows = input.tolist();
+    const mask = options.attention_mask ?? int64(Array(input.size).fill(1), input.dims);
+    if (mask.tolist().flat().some((seen) => Number(seen) === 0)) {
+      throw new Error("texts of unequal length were padded; a recurrent model reads them one by one");
+    }
+    const states = options.past_key_values ?? this.#longest(rows) ?? new States(rows.map(() => []));
+    const given = { ...options, attention_mask: mask, past_key_values: states };
+    const made = await super.generate(given);
+    this.#remember(states);
+    return made;
+  }
+
+  /** Forgets all texts. */
+  async forget() {
+    for (const states of this.#remembered.splice(0)) await states.dispose();
+  }
+
+  async dispose() {
+    await this.forget();
+    return super.dispose();
+  }
+
+  /**
+   * The state after the last text, as a file that every engine of rgexport can go on with.
+   * @param {{ messages?: {role: string, content: string}[], precision?: "fp32" | "fp16" }} options
+   * @returns {Promise<Uint8Array>} A safetensors file.
+   */
+  async saveState({ messages = null, precision } = {}) {
+    const states = this.#remembered[0];
+    if (!states) throw new Error("nothing was read yet: there is no state to save");
+    if (states.ids.length > 1) throw new Error("a state file has one text, not a batch");
+    const arrays = {};
+    for (const { input, name } of this.config.rgexport.states) {
+      arrays[name] = await numbersOf(states[input]);
+    }
+    return writeState(this.config.rgexport, states.ids[0], arrays, { messages, precision });
+  }
+
+  /**
+   * Remembers the text of a state file: a prompt that begins with it costs only the rest.
+   * @param {ArrayBuffer | Uint8Array} file
+   * @returns {Promise<{ids: bigint[], messages: object[] | null}>} What the state has seen.
+   */
+  async loadState(file) {
+    const { ids, position, messages, arrays } = await readState(this.config.rgexport, file);
+    const tensors = {};
+    for (const { input, name, dtype, shape } of this.config.rgexport.states) {
+      tensors[input] = new Tensor(dtype, arrays[name], [1, ...shape]);
+    }
+    const states = new States([ids.slice(0, position)], tensors);
+    this.#remember(states);
+    await states.dispose();
+    return { ids, messages };
+  }
+
+  /** Runs the model over tokens [B, T] that the states have not seen. */
+  async #read({ input_ids: input, past_key_values: states }) {
+    const rows = input.tolist();
+    let outputs;
+    for (let start = 0; start < rows[0].length; start += CHUNK) {
+      outputs?.logits.dispose?.();
+      const ids = rows.map((row) => row.slice(start, start + CHUNK));
+      outputs = await this.#run(ids, states);
+    }
+    if (rows[0].length > 1) this.#remember(states);
+    return outputs;
+  }
+
+  async #run(ids, states) {
+    const [batch, count, seen] = [ids.length, ids[0].length, states.get_seq_length()];
+    const positions = Array.from({ length: count }, (_, i) => BigInt(seen + i));
+    const feeds = {
+      input_ids: int64(ids.flat(), [batch, count]),
+      position_ids: int64(Array(batch).fill(positions).flat(), [batch, count]),
+    };
+    for (const { input, dtype, shape } of this.config.rgexport.states) {
+      feeds[input] = states[input] ?? zeros(dtype, [batch, ...shape]);
+    }
+    const session = this.sessions.model;
+    const run = Object.entries(feeds).map(([name, tensor]) => [name, tensor.ort_tensor]);
+    const found = await session.run(Object.fromEntries(run));
+    const outputs = {};
+    for (const [name, tensor] of Object.entries(found)) outputs[name] = new Tensor(tensor);
+    const { states: records } = this.config.rgexport;
+    states.advance(ids, Object.fromEntries(records.map((r) => [r.input, outputs[r.output]])));
+    this.tokensRead += batch * count;
+    return outputs;
+  }
+
+  /** The states after the longest known beginning of a text, at least one token before its end. */
+  #longest(rows) {
+    if (rows.length !== 1) return undefined;
+    const [wanted] = rows;
+    const begins = ({ ids: [known] }) =>
+      known.length < wanted.length && known.every((id, i) => id === BigInt(wanted[i]));
+    const found = this.#remembered.filter((states) => states.ids.length === 1 && begins(states));
+    return found.sort((a, b) => b.get_seq_length() - a.get_seq_length())[0]?.fork();
+  }
+
+  #remember(states) {
+    this.#remembered.unshift(states.fork());
+    for (const old of this.#remembered.splice(REMEMBERED)) old.dispose();
+  }
+}
+
+/** Makes `AutoModelForCausalLM`, and so `pipeline`, load artifacts as they load other models. */
+export function register() {
+  if (AutoModelForCausalLM.from_pretrained.knowsRecurrentGemma) return;
+  const others = AutoModelForCausalLM.from_pretrained;
+  AutoModelForCausalLM.from_pretrained = async function (model, options = {}) {
+    const config = await AutoConfig.from_pretrained(model, options);
+    const load = config.model_type === MODEL_TYPE ? RecurrentGemmaForCausalLM : this;
+    const from = load === this ? others : load.from_pretrained;
+    return from.call(load, model, { ...options, config });
+  };
+  AutoModelForCausalLM.from_pretrained.knowsRecurrentGemma = true;
+}
+
+/** The model's inputs: of all tokens those that the states have not seen. */
+function unread(rows, inputs) {
+  const states = inputs.past_key_values;
+  const rest = rows.map((row) => row.slice(states.get_seq_length()).map(BigInt));
+  return { ...inputs, input_ids: int64(rest.flat(), [rest.length, rest[0].length]) };
+}
+
+function int64(numbers, dims) {
+  return new Tensor("int64", BigInt64Array.from(numbers, BigInt), dims);
+}
+
+function zeros(dtype, dims) {
+  const size = dims.reduce((a, b) => a * b, 1);
+  return new Tensor(dtype, new (dtype === "float16" ? Uint16Array : Float32Array)(size), dims);
+}
+
+/** The numbers of a state, wherever it lies. */
+async function numbersOf(tensor) {
+  return tensor.location === "gpu-buffer" ? tensor.ort_tensor.getData() : tensor.data;
+}
+
+/** Whether Node reads the model from a folder, in which ONNX Runtime finds the weights by itself. */
+async function isLocalFolder(model) {
+  if (!globalThis.process?.versions?.node) return false;
+  const { existsSync } = await import("node:fs");
+  return existsSync(`${model}/config.json`);
+}
