@@ -1,5 +1,5 @@
-// RecurrentGemma for transformers.js: `import { register } from "./recurrent_gemma.mjs"; register();`
-// then `pipeline("text-generation", ARTIFACT)` runs what `rgexport onnx` made.
+// RecurrentGemma for transformers.js: `const chat = await textGeneration(ARTIFACT);` gives the
+// library's pipeline over what `rgexport onnx` made. After `register()` its own `pipeline` does, too.
 //
 // The model remembers what it has read: a prompt that begins with the text of an earlier call costs
 // only its own tokens. Its memory of a text is a state of fixed size, which can be saved.
@@ -7,9 +7,11 @@
 import {
   AutoConfig,
   AutoModelForCausalLM,
+  AutoTokenizer,
   DynamicCache,
   PreTrainedModel,
   Tensor,
+  TextGenerationPipeline,
 } from "@huggingface/transformers";
 import { readState, writeState } from "./state_file.mjs";
 
@@ -233,6 +235,19 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     this.#remembered.unshift(states.fork());
     for (const old of this.#remembered.splice(REMEMBERED)) old.dispose();
   }
+}
+
+/**
+ * The library's text generation pipeline for an artifact.
+ * @param {string} model A folder, an address below `env.remoteHost`, or a name on the hub.
+ * @param {object} [options] As those of the library's `pipeline`.
+ */
+export async function textGeneration(model, options = {}) {
+  const [tokenizer, made] = await Promise.all([
+    AutoTokenizer.from_pretrained(model, options),
+    RecurrentGemmaForCausalLM.from_pretrained(model, options),
+  ]);
+  return new TextGenerationPipeline({ task: "text-generation", model: made, tokenizer });
 }
 
 /** Makes `AutoModelForCausalLM`, and so `pipeline`, load artifacts as they load other models. */

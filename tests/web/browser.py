@@ -14,7 +14,18 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "web"
-ORT = HERE / "node_modules" / "onnxruntime-web" / "dist"
+MODULES = HERE / "node_modules"
+HUGGING_FACE = MODULES / "@huggingface" / "transformers"
+FOLDERS = {
+    "ort": MODULES / "onnxruntime-web" / "dist",
+    "web": DOCS,
+    "tests": HERE,
+    # What transformers.js imports.
+    "hf": HUGGING_FACE / "dist",
+    "hf-ort": HUGGING_FACE / "node_modules" / "onnxruntime-web" / "dist",
+    "esm": HUGGING_FACE / "node_modules" / "onnxruntime-common" / "dist" / "esm",
+}
+"""First part of an address → the folder of its files."""
 NAMES = "chromium", "chromium-headless-shell", "chromium-browser", "google-chrome"
 FLAGS = (
     "--headless",
@@ -27,7 +38,8 @@ FLAGS = (
     "--enable-features=Vulkan",
     "--ignore-gpu-blocklist",
 )
-TYPES = {".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/wasm"}
+_SCRIPT = "text/javascript"
+TYPES = {".html": "text/html", ".js": _SCRIPT, ".mjs": _SCRIPT, ".wasm": "application/wasm"}
 
 
 def chromium() -> str | None:
@@ -72,7 +84,7 @@ def _browse(url: str, profile: str, done: threading.Event, timeout: float) -> st
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Files below /artifact/, /ort/ and /web/, the texts, and /result to post to."""
+    """Files below /artifact/ and of `FOLDERS`, the texts, and /result to post to."""
 
     def __init__(
         self,
@@ -82,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         done: threading.Event,
         *connection: Any,
     ):
-        self.folders = {"artifact": artifact, "ort": ORT, "web": DOCS}
+        self.folders = FOLDERS | {"artifact": artifact}
         self.texts, self.result, self.done = texts, result, done
         super().__init__(*connection)
 

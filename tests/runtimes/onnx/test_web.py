@@ -5,7 +5,6 @@ In Node with WASM, and in headless Chromium with WASM and with WebGPU, in softwa
 
 import json
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -23,9 +22,9 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
-from tests.built import one_at_a_time
 from tests.models import ODD_CONFIGS
 from tests.web.browser import DOCS, chromium, run_page
+from tests.web.npm import node_with_packages
 
 WEB = Path(__file__).parents[2] / "web"
 SHARE = 1e-3
@@ -39,23 +38,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def node() -> str:
     """Node, with onnxruntime-web installed."""
-    program, npm = shutil.which("node"), shutil.which("npm")
-    if not program or not npm:
-        pytest.skip("Node and npm are not installed")
-    with one_at_a_time("npm"):
-        if not (WEB / "node_modules").exists():
-            _install(npm)
-    return program
-
-
-def _install(npm: str) -> None:
-    command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
-    try:
-        subprocess.run(command, cwd=WEB, capture_output=True, check=True, timeout=300)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        shutil.rmtree(WEB / "node_modules", ignore_errors=True)
-        said = (error.stderr or b"").decode(errors="replace").strip()
-        pytest.skip(f"onnxruntime-web cannot be installed: {said[:200] or error}")
+    return node_with_packages()
 
 
 @pytest.fixture(scope="module")
