@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 
 from rgexport.errors import RequestError
-from rgexport.export.onnx.tokenizer_json import tokenizer_json
+from rgexport.export.onnx.tokenizer_json import write_tokenizer_json
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.markup import END_OF_TURN
 from rgexport.griffin.tokenizer_files import control_token_names, has_tokenizer
@@ -62,7 +62,7 @@ def complete_tokenizer(folder: Path, *, tuned: bool | None) -> ControlIds:
 def _write_missing(folder: Path, *, chats: bool) -> None:
     converted, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not converted.is_file():
-        converted.write_text(tokenizer_json(folder / "tokenizer.model"), "utf-8")
+        write_tokenizer_json(folder / "tokenizer.model", converted)
     if not config.is_file():
         made = {"tokenizer_class": "GemmaTokenizer", **control_token_names(folder)}
         if chats and read_chat_template(folder) is None:

@@ -1,8 +1,15 @@
-"""Gemma's SentencePiece model as `tokenizer.json`, for onnxruntime-genai and transformers.js."""
+"""Gemma's SentencePiece model as `tokenizer.json`, for onnxruntime-genai and transformers.js.
 
-from collections.abc import Iterator, Mapping
+A vocabulary has 256,000 pieces and half a million merges. They are written one by one: the library
+that reads them would take 250 MB for them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
@@ -17,8 +24,8 @@ _BPE = 2
 _MAX_BYTES = 256 << 20
 
 
-def tokenizer_json(path: Path) -> str:
-    """The text of `tokenizer.json` for a file `tokenizer.model`; it puts BOS before a text.
+def write_tokenizer_json(source: Path, target: Path) -> None:
+    """Converts a `tokenizer.model` to a `tokenizer.json`, which puts BOS before a text.
 
     SentencePiece merges the pair whose result has the highest score; here pairs are listed in that
     order. User-defined pieces, which it finds before it merges, are added tokens.
@@ -30,55 +37,89 @@ def tokenizer_json(path: Path) -> str:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     try:
-        model = ModelProto.FromString(read_regular(path, _MAX_BYTES))
-        trainer, pieces = model.trainer_spec, model.pieces
-        if trainer.model_type != _BPE or not trainer.byte_fallback:
+        model = ModelProto.FromString(read_regular(source, _MAX_BYTES))
+        if model.trainer_spec.model_type != _BPE or not model.trainer_spec.byte_fallback:
             raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
-        ids = {piece.piece: index for index, piece in enumerate(pieces)}
-        scores = {p.piece: p.score for p in pieces if p.type in (_NORMAL, _USER_DEFINED)}
-        unknown = pieces[trainer.unk_id].piece
-        engine = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=ids,
-                merges=_merges(scores, ids),
-                unk_token=unknown,
-                fuse_unk=True,
-                byte_fallback=True,
-            )
-        )
-        engine.add_tokens([_added(p) for p in pieces if p.type not in (_NORMAL, _BYTE, _UNUSED)])
-        bos = pieces[trainer.bos_id].piece if trainer.bos_id >= 0 else None
+        frame = _frame(model)
+        pieces = [piece.piece for piece in model.pieces]
+        merged = (_NORMAL, _USER_DEFINED)
+        scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
     except Exception as error:  # of protobuf and tokenizers
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
-            f"{path} cannot be converted to tokenizer.json ({reason}); copy it again from the "
+            f"{source} cannot be converted to tokenizer.json ({reason}); copy it again from the "
             "original checkpoint, or put its tokenizer.json beside it"
         ) from None
+    del model
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(_filled(frame, _vocabulary(pieces), _merges(pieces, scores)))
+
+
+def _frame(model: Any) -> dict[str, Any]:
+    """All of the file but the vocabulary and the merges."""
+    trainer = model.trainer_spec
+    added = {i: p for i, p in enumerate(model.pieces) if p.type not in (_NORMAL, _BYTE, _UNUSED)}
+    engine = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece.piece: i for i, piece in added.items()},
+            merges=[],
+            unk_token=model.pieces[trainer.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    engine.add_tokens([_added(piece) for piece in added.values()])
     engine.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     engine.decoder = decoders.Sequence(steps)
-    if bos:
+    if trainer.bos_id >= 0:
+        bos = model.pieces[trainer.bos_id].piece
         engine.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids[bos])]
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, trainer.bos_id)],
         )
-    return engine.to_str()
+    frame: dict[str, Any] = json.loads(engine.to_str())
+    return frame
 
 
-def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, those of the highest score first."""
-
-    def pairs() -> Iterator[tuple[float, int, str, str]]:
-        for piece, score in scores.items():
-            for cut in range(1, len(piece)):
-                left, right = piece[:cut], piece[cut:]
-                if left in scores and right in scores:
-                    yield -score, ids[piece], left, right
-
-    return [(left, right) for _, _, left, right in sorted(pairs())]
-
-
-def _added(piece: object) -> tokenizers.AddedToken:
+def _added(piece: Any) -> tokenizers.AddedToken:
     """Text pieces are found after spaces became "▁", markup as it stands."""
-    text, kind = piece.piece, piece.type  # type: ignore[attr-defined]
-    special = kind in (_UNKNOWN, _CONTROL) or is_markup(text)
-    return tokenizers.AddedToken(text, special=special, normalized=not special)
+    special = piece.type in (_UNKNOWN, _CONTROL) or is_markup(piece.piece)
+    return tokenizers.AddedToken(piece.piece, special=special, normalized=not special)
+
+
+def _vocabulary(pieces: Sequence[str]) -> Iterator[str]:
+    for i, piece in enumerate(pieces):
+        yield f"{json.dumps(piece)}:{i}"
+
+
+def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]:
+    """Every pair of pieces that makes a piece, those of the highest score first."""
+    known = {pieces[i] for i in scores}
+    pairs = (
+        (-score, i, cut)
+        for i, score in scores.items()
+        for cut in range(1, len(pieces[i]))
+        if pieces[i][:cut] in known and pieces[i][cut:] in known
+    )
+    found = np.fromiter(pairs, [("order", "f4"), ("id", "i4"), ("cut", "i4")])
+    for _, i, cut in np.sort(found):
+        yield json.dumps([pieces[i][:cut], pieces[i][cut:]])
+
+
+def _filled(
+    frame: dict[str, Any], vocabulary: Iterator[str], merges: Iterator[str]
+) -> Iterator[str]:
+    """The text of the file, in pieces."""
+    parts = {"vocab": ("{", vocabulary, "}"), "merges": ("[", merges, "]")}
+    model = frame.pop("model")
+    yield json.dumps(frame)[:-1] + ', "model": {'
+    rest = {name: value for name, value in model.items() if name not in parts}
+    yield json.dumps(rest)[1:-1]
+    for name, (start, items, end) in parts.items():
+        yield f', "{name}": {start}'
+        for i, item in enumerate(items):
+            yield f",\n{item}" if i else item
+        yield end
+    yield "}}\n"

@@ -9,14 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.export.onnx.tokenizer_json import tokenizer_json
+from rgexport.export.onnx.tokenizer_json import write_tokenizer_json
 
 MODEL = Path(__file__).parents[3] / "demo" / "model" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
-def engine() -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(tokenizer_json(MODEL))
+def engine(tmp_path_factory) -> tokenizers.Tokenizer:
+    made = tmp_path_factory.mktemp("made") / "tokenizer.json"
+    write_tokenizer_json(MODEL, made)
+    return tokenizers.Tokenizer.from_file(str(made))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=12, model_type="unigram"
     )
     with pytest.raises(RequestError, match="cannot be converted to tokenizer.json .it is no BPE"):
-        tokenizer_json(tmp_path / "m.model")
+        write_tokenizer_json(tmp_path / "m.model", tmp_path / "made")
     (tmp_path / "m.model").write_bytes(b"\xff\xff")
     with pytest.raises(RequestError, match="copy it again from the original checkpoint"):
-        tokenizer_json(tmp_path / "m.model")
+        write_tokenizer_json(tmp_path / "m.model", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
