@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from rgexport import __version__, progress
-from rgexport.commands import compress, exports, llama_cpp, proof, serve, state, use
+from rgexport.commands import compress, exports, hub, llama_cpp, proof, serve, state, use
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 
@@ -98,6 +98,6 @@ for command in (
         use.bench,
     ),
     *(proof.inspect, exports.random, proof.reference, proof.validate, llama_cpp.llama_cpp),
-    *(compress.calibrate, compress.quantize),
+    *(compress.calibrate, compress.quantize, hub.push),
 ):
     rgexport.add_command(command)

@@ -338,14 +338,14 @@ def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Mod
     """Opens an artifact.
 
     Args:
-        path: an artifact of any format.
+        path: an artifact of any format, or `hf:owner/name`.
         threads: processors that the engine uses; all, by default.
         options: see `Model`.
 
     Raises:
         RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
     """
-    return open_model(open_artifact(Path(path)), threads=threads, **options)
+    return open_model(open_artifact(path), threads=threads, **options)
 
 
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
+from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, remember
@@ -104,6 +105,10 @@ class Artifact:
         except ValueError:
             raise RequestError(f"{path} was truncated while it was read") from None
         return np.ascontiguousarray(mapped[:, start:stop].T)
+
+    def origin(self) -> Origin:
+        """Who made the model, and its licence, as far as the card tells."""
+        return origin_of_card(self.file(CARD))
 
     def notes(self) -> list[str]:
         """What has changed since the export and does no harm: the card, and added files."""

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 from rgexport.export.checked import CheckRecord
-from rgexport.export.format import folder_format
+from rgexport.export.format import format_of
 from rgexport.export.manifest import CARD, Manifest
+from rgexport.export.origin import Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.progress import amount
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -137,21 +138,49 @@ def levels_sentence(counts: Mapping[str, int]) -> str:
     return f"Levels were chosen by {first} ({number} tensors){rest}."
 
 
-def write_card(folder: Path, manifest: Manifest) -> None:
+def write_card(folder: Path, manifest: Manifest, origin: Origin) -> None:
     """Writes the card to the artifact's folder."""
-    (folder / CARD).write_text(card(manifest), "utf-8")
+    (folder / CARD).write_text(card(manifest, origin), "utf-8")
 
 
-def card(manifest: Manifest) -> str:
-    """The text of the card."""
+def _header(manifest: Manifest, origin: Origin) -> str:
+    """What the hub reads of a card, as YAML: licence, original, tags, and the measured KL."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    form, found = format_of(manifest.kind), manifest.check
+    measured = None
+    if found.kl is not None and isfinite(found.kl):
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"the self-check's {found.tokens} tokens",
+            metric_type="kl_divergence",
+            metric_name="KL divergence to the original, nats per token",
+            metric_value=found.kl,
+        )
+        measured = [result]
+    data = ModelCardData(
+        license=origin.licence,
+        base_model=origin.hub_id,
+        library_name=form.library,
+        pipeline_tag="text-generation",
+        tags=["rgexport", "recurrent_gemma", "griffin", manifest.kind, manifest.precision],
+        model_name=f"{manifest.name}, {manifest.precision}",
+        eval_results=measured,
+    )
+    if origin.hub_id:
+        data["base_model_relation"] = "quantized"
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def card(manifest: Manifest, origin: Origin) -> str:
+    """The text of the card; the hub reads its header."""
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
     verb = "chat ." if tuned else 'generate . -p "The meaning of life is"'
-    form = folder_format(manifest.kind)
-    assert form, "only folders have a card"
-    text = form.card(manifest, verb)
-    return _TEMPLATE.format(
+    text = format_of(manifest.kind).card(manifest, verb)
+    return _header(manifest, origin) + _TEMPLATE.format(
         **config.to_dict(),
         name=manifest.name,
         tuned=" (instruction-tuned)" if tuned else "",

@@ -13,6 +13,7 @@ from rgexport.export.card import write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
 from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
+from rgexport.export.origin import origin_of
 from rgexport.files.atomic import check_target, replace_folder, require_free_disk
 from rgexport.files.page_cache import forget
 from rgexport.griffin.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def export_folder(
         manifest = write_model(folder, _common(checkpoint, hashes, tools))
         manifest = manifest.with_files(record_files(folder))
         manifest = manifest.with_check(_checked(folder, manifest, check))
-        write_card(folder, manifest)
+        write_card(folder, manifest, origin_of(checkpoint))
         records = manifest.files | record_files(folder, [CARD])
         manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)

@@ -30,7 +30,7 @@ class CardText:
     run: str
 
 
-class Format:
+class Format(ABC):
     """What all formats define."""
 
     precisions: Collection[str] = ()
@@ -39,6 +39,8 @@ class Format:
     """Others, which an artifact has by a plan."""
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
+    library: str | None = None
+    """The hub's word for what runs it."""
     hash_name: str = "sha256"
     """The field of `inspect --json` that has the hash of a file."""
 
@@ -46,8 +48,12 @@ class Format:
         """Describes a model of this format that rgexport did not export; None if it is none."""
         return None
 
+    @abstractmethod
+    def card(self, manifest: Manifest, verb: str) -> CardText:
+        """What the card says; `verb` is the command to try: `chat .` or `generate . -p …`."""
 
-class FileFormat(Format, ABC):
+
+class FileFormat(Format):
     """A format whose artifacts are single files."""
 
     @abstractmethod
@@ -59,7 +65,7 @@ class FileFormat(Format, ABC):
         """Opens a path that `owns` accepts; see `opening.open_artifact`."""
 
 
-class FolderFormat(Format, ABC):
+class FolderFormat(Format):
     """A format whose artifacts are folders with an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
@@ -85,10 +91,6 @@ class FolderFormat(Format, ABC):
             Mismatch: a field is wrong.
         """
         return  # most formats have none
-
-    @abstractmethod
-    def card(self, manifest: Manifest, verb: str) -> CardText:
-        """What the card says; `verb` is the command to try: `chat .` or `generate . -p …`."""
 
 
 def format_of(kind: str) -> Format:

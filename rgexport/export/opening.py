@@ -5,6 +5,7 @@ from pathlib import Path
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format
+from rgexport.export.hub import fetch_artifact, is_hub_name
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.export.request import as_argument
@@ -20,14 +21,14 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     files that were added are noted, no more.
 
     Args:
-        path: the artifact, or a file or package in its folder.
+        path: the artifact, a file or package in its folder, or `hf:owner/name`.
         verify: see above.
 
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
             altered; the line names it.
     """
-    place = Path(path)
+    place = fetch_artifact(path) if is_hub_name(path) else Path(path)
     if form := _file_format(place):
         return form.open(place, verify=verify)
     folders = (form for form in all_formats() if isinstance(form, FolderFormat))
@@ -53,7 +54,7 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
 
 def means_artifact(path: Path) -> bool:
     """Whether a path is meant to be an artifact, sound or not."""
-    return _file_format(path) is not None or is_artifact(path)
+    return is_hub_name(path) or _file_format(path) is not None or is_artifact(path)
 
 
 def _file_format(path: Path) -> FileFormat | None:

@@ -34,6 +34,13 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     return Origin(hub_id, _licence(folder_of(checkpoint) / "README.md"))
 
 
+def origin_of_card(path: Path) -> Origin:
+    """What the YAML header of an artifact's card says."""
+    head = _head(path)
+    base = re.search(r"^base_model: *([\w./-]+) *$", head, re.MULTILINE)
+    return Origin(base[1] if base else None, _licence_in(head))
+
+
 def folder_of(checkpoint: Checkpoint) -> Path:
     """The folder of a checkpoint, which is a folder or a file."""
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -51,10 +58,19 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
 
 def _licence(card: Path) -> str | None:
     """The `license` in the YAML header of a model card."""
+    return _licence_in(_head(card))
+
+
+def _head(card: Path) -> str:
+    """The YAML header of a model card, "" where there is none."""
     try:
         with card.open(encoding="utf-8", errors="replace") as file:
             head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
     except OSError:
-        return None
-    found = re.search(r"^license: *([\w.-]+) *$", head[1], re.MULTILINE) if head else None
+        return ""
+    return head[1] if head else ""
+
+
+def _licence_in(head: str) -> str | None:
+    found = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
     return found[1] if found else None

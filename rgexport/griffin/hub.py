@@ -1,6 +1,7 @@
 """Finds a model of the Hugging Face hub: in the local cache, else by download."""
 
 import sys
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,28 +57,40 @@ def _download(hub_id: str) -> Path:
         info = HfApi().model_info(hub_id, files_metadata=True)
         _check_files(hub_id, info)
         require_free_disk(Path(constants.HF_HUB_CACHE), _missing_bytes(hub_id, info))
-        return _snapshot(hub_id, info.sha, ALLOWED)
+        return snapshot(hub_id, info.sha, ALLOWED)
     except RequestError:
         raise
     except Exception as error:  # the hub's client raises its HTTP library's errors as they are
-        raise RequestError(_explain(hub_id, error)) from None
+        raise RequestError(explain(hub_id, error, "download", "or pass a folder with -m")) from None
 
 
-def _download_tokenizer(hub_id: str, snapshot: Path) -> None:
+def _download_tokenizer(hub_id: str, folder: Path) -> None:
     """Adds the tokenizer's files of the same commit to a snapshot in the cache."""
     try:
-        _snapshot(hub_id, snapshot.name, TOKENIZER_FILES)
+        snapshot(hub_id, folder.name, TOKENIZER_FILES)
     except Exception as error:  # as in `_download`
         warn(f"the tokenizer of {hub_id} cannot be downloaded ({_reason(error)})")
 
 
-def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def snapshot(
+    hub_id: str, revision: str | None, patterns: Sequence[str], target: Path | None = None
+) -> Path:
+    """Downloads what is missing of a commit's files; the folder, by default in the hub's cache."""
     from huggingface_hub import snapshot_download
+
+    show_bars_on_terminals_alone()
+    folder = snapshot_download(
+        hub_id, revision=revision, allow_patterns=list(patterns), local_dir=target
+    )
+    return Path(folder)
+
+
+def show_bars_on_terminals_alone() -> None:
+    """Turns the bars of the hub's client off where nobody watches them."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
 
 
 def _check_files(hub_id: str, info: "ModelInfo") -> None:
@@ -101,29 +114,38 @@ def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
     )
 
 
-def _explain(hub_id: str, error: Exception) -> str:
+def explain(hub_id: str, error: Exception, work: str, advice: str) -> str:
+    """A line for an error of the hub's client.
+
+    Args:
+        hub_id: the repository.
+        error: what the client raised.
+        work: what failed, such as `download`.
+        advice: what else can be done, after a comma or a semicolon.
+    """
     from huggingface_hub import errors
 
+    log_in = "log in (`hf auth login`, or set HF_TOKEN)"
     page = f"https://huggingface.co/{hub_id}"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if work == "upload" and status in (401, 403):
+        return f"the hub refuses the upload to {hub_id}: {log_in} with a token that may write there"
     if isinstance(error, errors.GatedRepoError) or status == 403:
-        return (
-            f"{hub_id} is gated: accept its licence at {page}, then log in (`hf auth login`, or "
-            "set HF_TOKEN), or pass a folder with -m"
-        )
+        return f"{hub_id} is gated: accept its licence at {page}, then {log_in}, {advice}"
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return (
-            f"there is no model {hub_id} on the hub, or it is private; check the name, log in "
-            "(`hf auth login`, or set HF_TOKEN), or pass a folder with -m"
+            f"there is no model {hub_id} on the hub, or it is private; check the name, {log_in}, "
+            f"{advice}"
         )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub_id} has no such revision; check the name, {advice}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return (
-            f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or pass a "
-            "folder with -m"
-        )
+        return f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {advice}"
+    if work == "upload":
+        return f"the upload to {hub_id} failed ({_reason(error)}); {advice}"
     return (
         f"{hub_id} is not in the local cache and cannot be downloaded ({_reason(error)}); check "
-        "the network, or pass a folder with -m"
+        f"the network, {advice}"
     )
 
 

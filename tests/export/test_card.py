@@ -3,20 +3,27 @@
 import dataclasses
 import math
 
+from rgexport.export import card as module
 from rgexport.export.card import (
     CARD,
     algorithms,
-    card,
     levels_sentence,
     shares,
     write_card,
 )
 from rgexport.export.checked import CheckRecord
 from rgexport.export.describe import as_text, describe
+from rgexport.export.origin import Origin, origin_of_card
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.scheme import Affine, Float, Ggml
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
+
+UNKNOWN = Origin(None, None)
+
+
+def card(manifest) -> str:
+    return module.card(manifest, UNKNOWN)
 
 
 def test_shares_cover_every_weight_and_byte(made):
@@ -28,10 +35,10 @@ def test_shares_cover_every_weight_and_byte(made):
 
 
 def test_card_says_what_it_is(made):
-    write_card(made.folder, made.manifest)
+    write_card(made.folder, made.manifest, UNKNOWN)
     text = (made.folder / CARD).read_text("utf-8")
     assert text == card(made.manifest)
-    assert text.startswith("# small: int4 for ONNX Runtime\n")
+    assert "# small: int4 for ONNX Runtime\n" in text
     assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
     assert "Gemma Terms of Use" in text and "{" not in text
 
@@ -55,9 +62,24 @@ def test_what_chose_the_levels(made):
     assert algorithms(dataclasses.replace(made.manifest, plan=floats)) == {}
 
 
+def test_the_header_tells_what_is_known(made):
+    """And is read back where an artifact is uploaded."""
+    origin = Origin("google/recurrentgemma-2b", "gemma")
+    for given in (origin, UNKNOWN):
+        write_card(made.folder, made.manifest, given)
+        assert origin_of_card(made.folder / CARD) == given
+    text = module.card(made.manifest, origin)
+    assert text.startswith("---\n") and "base_model_relation: quantized\n" in text
+    assert "model-index" not in text
+    measured = dataclasses.replace(made.manifest.check, kl=0.5, tokens=32)
+    assert "value: 0.5\n" in card(made.manifest.with_check(measured))
+    broken = dataclasses.replace(measured, kl=math.nan)
+    assert "model-index" not in card(made.manifest.with_check(broken))
+
+
 def test_card_for_a_browser(made):
     text = card(dataclasses.replace(made.manifest, profile="webgpu"))
-    assert text.startswith("# small: int4 for onnxruntime-web (webgpu)\n")
+    assert "# small: int4 for onnxruntime-web (webgpu)\n" in text
     assert 'import * as ort from "onnxruntime-web/webgpu";' in text
     assert 'externalData: ["model.onnx.data"]' in text and "{{" not in text
 
@@ -66,7 +88,7 @@ def test_card_of_a_core_ml_package(tmp_path):
     artifact, _ = export_random_coreml(ODD_CONFIGS["regular"], tmp_path, "int4", prefill_length=7)
     text = (artifact.path / CARD).read_text("utf-8")
     assert text == card(artifact.manifest)
-    assert text.startswith("# model: int4 for Core ML\n")
+    assert "# model: int4 for Core ML\n" in text
     assert "`prefill` takes\n7; " in text and "{" not in text
     assert "`position_ids`, `recurrent_state`" in text
     assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text

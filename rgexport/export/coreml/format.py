@@ -32,6 +32,7 @@ class CoreMLFormat(FolderFormat):
     """A folder with `model.mlpackage` and its manifest."""
 
     manifest = CoreMLManifest
+    library = "coreml"
     precisions = COREML_PRECISIONS
     entries = (PACKAGE,)
     runs_on = f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project"

@@ -20,6 +20,7 @@ from rgexport.export.gguf.metadata import MANIFEST_KEY, EmbeddedManifest, read_e
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.gguf.vocabulary import BYTE, CONTROL, USER_DEFINED
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
+from rgexport.export.origin import Origin
 from rgexport.export.typed_json import Mismatch
 from rgexport.export.verified import hash_files, hash_new_files
 from rgexport.files.hashing import FileRecord
@@ -92,6 +93,11 @@ class GgufArtifact(Artifact):
             "gguf": gguf,
             "tokenizer": _tokenizer_facts(values) if self.manifest.has_tokenizer else None,
         }
+
+    def origin(self) -> Origin:
+        """What the metadata say."""
+        words = "general.source.huggingface.repository", "general.license"
+        return Origin(*(_value(str, self.header.values, word) for word in words))
 
     def _decode(
         self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int

@@ -3,19 +3,28 @@
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import FileFormat
+from rgexport.export.format import CardText, FileFormat
+from rgexport.export.manifest import Manifest
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
 
+_RUN = """\
+    pip install rgexport
+    rgexport llama-cpp build
+    rgexport {verb}
+
+Stock llama.cpp, ollama and LM Studio do not know the architecture yet."""
+
 
 class GgufFormat(FileFormat):
-    """One file, with a manifest in its metadata; it has no card."""
+    """One file, with a manifest in its metadata; its card is written when it is uploaded."""
 
     precisions = PRECISIONS
     runs_on = (
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "
         "Studio do not know RecurrentGemma yet)"
     )
+    library = "gguf"
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
@@ -27,6 +36,11 @@ class GgufFormat(FileFormat):
         from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
 
         return open_gguf(path, verify=verify)
+
+    def card(self, manifest: Manifest, verb: str) -> CardText:
+        """See `Format`."""
+        run = _RUN.format(verb=verb.replace(" .", " FILE.gguf", 1))
+        return CardText("llama.cpp", "softmax", run)
 
 
 FORMAT = GgufFormat()

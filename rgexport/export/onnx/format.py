@@ -35,6 +35,7 @@ zeros at first; its outputs are `logits` and the new states. On a desktop:
 class OnnxFormat(FolderFormat):
     """A graph, with its weights in files beside it."""
 
+    library = "onnx"
     precisions = PRECISIONS
     planned_precisions = ("int3",)
 

@@ -1,0 +1,216 @@
+"""Artifacts of the Hugging Face hub: `hf:owner/name` opens one, `push` makes one."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.card import card
+from rgexport.export.manifest import CARD, MANIFEST
+from rgexport.export.manifest_reader import read_manifest
+from rgexport.files.atomic import require_free_disk
+from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
+from rgexport.progress import amount, note, warn
+
+PREFIX = "hf:"
+_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")
+_KEPT = {".gitattributes", CARD}
+"""Files that a repository may have before an artifact is there."""
+_TERMS = "https://ai.google.dev/gemma/terms"
+
+
+@dataclass(frozen=True)
+class HubName:
+    """`owner/name`, perhaps with the path of a GGUF file in it, and a branch, tag or commit."""
+
+    id: str
+    file: str | None
+    revision: str | None
+
+
+def is_hub_name(path: Path | str) -> bool:
+    """Whether a path is meant to be an artifact of the hub."""
+    return str(path).startswith(PREFIX)
+
+
+def parse(path: Path | str) -> HubName:
+    """What `hf:owner/name[/FILE.gguf][@REVISION]` says.
+
+    Raises:
+        RequestError: it says nothing of that kind.
+    """
+    match = _NAME.fullmatch(str(path).removeprefix(PREFIX))
+    if not match:
+        raise RequestError(
+            f"{path} is no artifact of the hub; expected {PREFIX}owner/name, perhaps followed by "
+            "/FILE.gguf or @REVISION"
+        )
+    file = match["file"]
+    return HubName(match["id"], file[1:] if file else None, match["revision"])
+
+
+def fetch_artifact(path: Path | str) -> Path:
+    """The local copy of an artifact of the hub, below `HF_HOME`: a folder or a GGUF file.
+
+    A complete copy is used without asking the network. Only what the manifest lists is downloaded,
+    and an interrupted download goes on.
+
+    Raises:
+        RequestError: no such artifact, no permission, no network, or no disk space.
+    """
+    name = parse(path)
+    return _complete(name) or _download(name)
+
+
+def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
+    """Uploads an artifact in one commit; its address.
+
+    Large files that an earlier, interrupted upload has brought are not sent again. Files of an
+    artifact that was there before are removed; what somebody else added stays.
+
+    Args:
+        artifact: what to upload.
+        repo: `owner/name`, which is made if it is not there.
+        public: whether everybody may see a new repository.
+        force: whether a repository with something else may take it.
+
+    Raises:
+        RequestError: no such name, no permission, no network, or a repository of something else.
+    """
+    name = parse(repo)
+    if name.file or name.revision:
+        raise RequestError(f"{repo} is no repository; expected owner/name")
+    _warn_of_terms(artifact)
+    try:
+        return _push(artifact, name.id, public=public, force=force)
+    except RequestError:
+        raise
+    except Exception as error:  # the hub's client raises its HTTP library's errors as they are
+        raise RequestError(explain(name.id, error, "upload", "try again: it goes on")) from None
+
+
+def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    show_bars_on_terminals_alone()
+    api = HfApi()
+    page = api.create_repo(repo, private=not public, exist_ok=True)
+    there = set(api.list_repo_files(repo))
+    before = _files_of_earlier(repo, there) if MANIFEST in there else set()
+    if not force and (there - before - _KEPT) and not before and not _is_only_gguf(there):
+        raise RequestError(
+            f"{repo} has other files ({', '.join(sorted(there - _KEPT)[:3])}); give a new name, or "
+            "--force to add the artifact to it"
+        )
+    files = _files(artifact)
+    total = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
+    note(f"Uploading {amount(total)} to {page.url}")
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(before - files.keys())]
+    title = f"{artifact.manifest.name}, {artifact.manifest.precision}, by rgexport"
+    api.create_commit(repo, operations, commit_message=title)
+    return str(page.url)
+
+
+def _files(artifact: Artifact) -> dict[str, Path | bytes]:
+    """Name in the repository → a file, or what is in it."""
+    if artifact.path.is_file():
+        text = card(artifact.manifest, artifact.origin())
+        return {artifact.path.name: artifact.path, CARD: text.encode()}
+    names = [*artifact.manifest.files, MANIFEST]
+    return {name: artifact.file(name) for name in names if artifact.file(name).is_file()}
+
+
+def _is_only_gguf(names: Iterable[str]) -> bool:
+    """Whether a repository has nothing but GGUF files, of which there may be many."""
+    return all(name in _KEPT or name.endswith(".gguf") for name in names)
+
+
+def _warn_of_terms(artifact: Artifact) -> None:
+    """Tells of the licence that goes on to apply."""
+    licence = artifact.origin().licence
+    if licence in (None, "gemma"):
+        known = "" if licence else "If it is made from Google's weights: "
+        warn(
+            f"{known}the Gemma Terms of Use apply to this artifact too ({_TERMS}): whoever gets it "
+            "must get them, and know that the files were changed. The card says both"
+        )
+
+
+def _files_of_earlier(repo: str, there: set[str]) -> set[str]:
+    """The files of the artifact that a repository has."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = Path(hf_hub_download(repo, MANIFEST)).parent
+        return {*read_manifest(folder).files, MANIFEST} & there
+    except RequestError:
+        return {MANIFEST}
+
+
+def _folder(name: HubName) -> Path:
+    """Where the files of a repository are kept.
+
+    The hub's own cache has links to them, and ONNX Runtime reads no weights through links.
+    """
+    from huggingface_hub import constants
+
+    words = [*name.id.split("/"), *([name.revision.replace("/", "-")] if name.revision else [])]
+    return Path(constants.HF_HOME) / "rgexport" / "--".join(words)
+
+
+def _complete(name: HubName) -> Path | None:
+    """The local copy of an artifact, if nothing is missing from it."""
+    folder = _folder(name)
+    if name.file is not None:
+        return folder / name.file if (folder / name.file).is_file() else None
+    if (folder / MANIFEST).is_file():
+        needed = read_manifest(folder).files.keys() - {CARD}
+        return folder if all((folder / file).is_file() for file in needed) else None
+    files = sorted(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def _download(name: HubName) -> Path:
+    from huggingface_hub import HfApi, constants
+
+    folder = _folder(name)
+    try:
+        info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        is_folder = MANIFEST in sizes and name.file is None
+        wanted = [MANIFEST] if is_folder else [_gguf(name, sizes)]
+        if is_folder:
+            snapshot(name.id, info.sha, wanted, folder)
+            wanted += read_manifest(folder).files
+        missing = sum(sizes.get(file, 0) for file in wanted if not (folder / file).is_file())
+        require_free_disk(Path(constants.HF_HOME), missing)
+        snapshot(name.id, info.sha, wanted, folder)
+    except RequestError:
+        raise
+    except Exception as error:  # as above
+        advice = "or give a local artifact"
+        raise RequestError(explain(name.id, error, "download", advice)) from None
+    found = _complete(name)
+    if found is None:
+        raise RequestError(
+            f"{PREFIX}{name.id} is incomplete: {MANIFEST} lists files that are not there; push it "
+            "again"
+        )
+    return found
+
+
+def _gguf(name: HubName, sizes: Iterable[str]) -> str:
+    """The GGUF file of a repository that is meant."""
+    files: Sequence[str] = sorted(file for file in sizes if file.endswith(".gguf"))
+    if name.file in files:
+        return str(name.file)
+    if len(files) == 1 and name.file is None:
+        return files[0]
+    listed = ", ".join(f"{PREFIX}{name.id}/{file}" for file in files)
+    if not files:
+        raise RequestError(f"{PREFIX}{name.id} has no {MANIFEST}: it is no artifact of rgexport")
+    raise RequestError(f"{PREFIX}{name.id} has several GGUF files; expected one of {listed}")

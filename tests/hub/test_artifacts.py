@@ -1,0 +1,165 @@
+"""`rgexport push` and `hf:` against a fake hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.hub import parse
+from rgexport.export.manifest import MANIFEST
+from tests.hub.conftest import Run
+from tests.hub.fake import Hub, Repository
+
+ASK = "-p", "Hello", "-n", "8", "--temperature", "0"
+
+
+def test_an_artifact_goes_there_and_back(run: Run, hub: Hub, artifact: Path) -> None:
+    done = run("push", artifact, "me/demo")
+    assert f"{hub.url}/me/demo has it. Try: rgexport chat hf:me/demo" in done.stdout
+    there = hub.repositories["me/demo"]
+    assert there.private and there.commits == ["model, int4, by rgexport"]
+    listed = json.loads(there.files[MANIFEST])["files"]
+    assert there.files.keys() - {".gitattributes"} == listed.keys() | {MANIFEST}
+    for name, data in there.files.items():
+        assert name == ".gitattributes" or data == (artifact / name).read_bytes()
+
+    said = run("generate", artifact, *ASK).stdout
+    assert run("generate", "hf:me/demo", *ASK).stdout == said
+    asked = len(hub.asked)
+    assert run("generate", "hf:me/demo", *ASK).stdout == said
+    assert len(hub.asked) == asked  # a complete copy needs no network
+    facts = json.loads(run("inspect", "hf:me/demo", "--json").stdout)
+    assert facts["kind"] == "onnx" and facts["name"] == "model"
+
+
+def test_the_card_is_one_that_the_hub_understands(run: Run, hub: Hub, artifact: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    run("push", artifact, "me/demo")
+    data = ModelCard(hub.repositories["me/demo"].files["README.md"].decode()).data
+    assert data.library_name == "onnx" and data.pipeline_tag == "text-generation"
+    assert {"rgexport", "int4", "onnx"} <= {*data.tags}
+    assert data.license == "other"  # the demo's own card says so
+    check = json.loads((artifact / MANIFEST).read_text())["check"]
+    if check["kl"] is not None:
+        assert data.eval_results[0].metric_value == pytest.approx(check["kl"])
+
+
+def test_an_interrupted_upload_goes_on(run: Run, hub: Hub, artifact: Path) -> None:
+    hub.breaks = 100
+    done = run("push", artifact, "me/demo", code=2)
+    assert "the upload to me/demo failed" in done.stderr and "try again" in done.stderr
+    assert not hub.repositories["me/demo"].commits  # nothing half there
+
+    hub.breaks = 0
+    run("push", artifact, "me/demo")
+    first = len(hub.uploads)
+    assert len(set(hub.uploads)) == first
+    run("push", artifact, "me/demo")
+    assert len(hub.uploads) == first  # nothing is sent twice
+
+
+def test_an_interrupted_download_goes_on(run: Run, hub: Hub, artifact: Path) -> None:
+    run("push", artifact, "me/demo")
+    hub.breaks = 100
+    done = run("generate", "hf:me/demo", *ASK, code=2)
+    assert "me/demo is not in the local cache and cannot be downloaded" in done.stderr
+    hub.breaks = 0
+    assert run("generate", "hf:me/demo", *ASK).stdout
+
+
+def test_a_later_push_replaces_what_was_there(run: Run, hub: Hub, artifact: Path) -> None:
+    run("push", artifact, "me/demo")
+    there = hub.repositories["me/demo"]
+    there.files["picture.png"] = b"mine"
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    gone = "special_tokens_map.json"
+    del manifest["files"][gone]
+    (artifact / gone).unlink()
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    (artifact / "notes.txt").write_text("not listed")
+    run("push", artifact, "me/demo")
+    assert gone not in there.files and there.files["picture.png"] == b"mine"
+    assert "notes.txt" not in there.files
+
+
+def test_a_repository_of_something_else_is_refused(run: Run, hub: Hub, artifact: Path) -> None:
+    hub.repositories["me/other"] = Repository(files={"weights.bin": b"x", "README.md": b"y"})
+    done = run("push", artifact, "me/other", code=2)
+    assert "me/other has other files (weights.bin)" in done.stderr
+    run("push", artifact, "me/other", "--force")
+    assert hub.repositories["me/other"].files["weights.bin"] == b"x"
+
+
+def test_a_gguf_file_goes_there_and_back(run: Run, hub: Hub, tmp_path: Path) -> None:
+    file = tmp_path / "demo.gguf"
+    run("gguf", "--size", "demo", "--type", "q8_0", "-o", file, "--no-check")
+    done = run("push", file, "me/demo-gguf", "--public")
+    assert "rgexport chat hf:me/demo-gguf/demo.gguf" in done.stdout
+    there = hub.repositories["me/demo-gguf"]
+    assert not there.private and there.files["demo.gguf"] == file.read_bytes()
+    assert b"library_name: gguf" in there.files["README.md"]
+    facts = json.loads(run("inspect", "hf:me/demo-gguf", "--json").stdout)
+    assert facts["kind"] == "gguf"
+
+    there.files["other.gguf"] = file.read_bytes()
+    run("inspect", "hf:me/demo-gguf@main", code=2)
+    assert run("inspect", "hf:me/demo-gguf/other.gguf").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:me/none", "there is no model me/none on the hub, or it is private"),
+        ("hf:me/gated", "me/gated is gated: accept its licence"),
+        ("hf:me/empty", "hf:me/empty has no rgexport.json: it is no artifact of rgexport"),
+        ("hf:me/hole", "is incomplete"),
+        ("hf:me/empty@v9", "me/empty has no such revision"),
+        ("hf:me", "hf:me is no artifact of the hub; expected hf:owner/name"),
+        ("hf:../../etc/passwd", "is no artifact of the hub"),
+    ],
+)
+def test_what_cannot_be_had_is_told(
+    run: Run, hub: Hub, artifact: Path, name: str, message: str
+) -> None:
+    hub.repositories["me/gated"] = Repository(gated=True)
+    hub.repositories["me/empty"] = Repository()
+    files = {MANIFEST: (artifact / MANIFEST).read_bytes()}
+    hub.repositories["me/hole"] = Repository(files=files)
+    done = run("generate", name, *ASK, code=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_may_not_be_pushed_is_told(
+    run: Run, hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run("push", artifact, "you/demo", code=2)
+    assert "the hub refuses the upload to you/demo: log in" in done.stderr
+    done = run("push", artifact, "demo", code=2)
+    assert "demo is no artifact of the hub; expected hf:owner/name" in done.stderr
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    done = run("push", artifact, "me/demo", code=2)
+    assert "the hub refuses the upload to me/demo: log in" in done.stderr
+    (artifact / "model.onnx.data").write_bytes(b"x")
+    assert "is damaged" in run("push", artifact, "me/demo", code=2).stderr
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("hf:a/b", ("a/b", None, None)),
+        ("hf:a/b@v1.0", ("a/b", None, "v1.0")),
+        ("hf:a/b/c/d.gguf@refs/pr/1", ("a/b", "c/d.gguf", "refs/pr/1")),
+    ],
+)
+def test_names(text: str, found: tuple) -> None:
+    name = parse(text)
+    assert (name.id, name.file, name.revision) == found
+
+
+@pytest.mark.parametrize("text", ["hf:a", "hf:a/b/c", "hf:/a/b", "hf:a/b@", "hf:a b/c", "hf:"])
+def test_wrong_names(text: str) -> None:
+    with pytest.raises(RequestError, match="expected hf:owner/name"):
+        parse(text)
