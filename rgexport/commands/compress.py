@@ -45,6 +45,7 @@ def calibrate(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    adapter: Path | None,
     cluster: str | None,
     output: Path | None,
     force: bool,
@@ -60,7 +61,9 @@ def calibrate(
     from rgexport.griffin.checkpoint import open_checkpoint
 
     asked = CalibrationOptions(**options)
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    checkpoint = open_checkpoint(
+        model, size=size, window=window, soft_cap=soft_cap, adapter=adapter
+    )
     target = output or Path(f"{checkpoint.name}{SUFFIX}")
     with connected(cluster) as workers:
         done = run(checkpoint, asked, target, force=force, workers=workers)
@@ -95,6 +98,7 @@ def quantize(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    adapter: Path | None,
     cluster: str | None,
     output: Path | None,
     force: bool,
@@ -110,7 +114,9 @@ def quantize(
     from rgexport.griffin.checkpoint import open_checkpoint
 
     asked = PlanOptions(**options)
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    checkpoint = open_checkpoint(
+        model, size=size, window=window, soft_cap=soft_cap, adapter=adapter
+    )
     target = output or Path(f"{checkpoint.name}-{asked.format}.plan.json")
     with connected(cluster) as workers:
         report = make_plan(checkpoint, asked, target, force=force, workers=workers)

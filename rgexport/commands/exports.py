@@ -141,6 +141,7 @@ def _export(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    adapter: Path | None,
     plan: Path | None,
     quality: str | None,
     calibration: Path | None,
@@ -159,7 +160,9 @@ def _export(
     if output:
         check_target(output, force=force)  # before a model is downloaded
     algorithm = algorithm_word(quality, calibration, plan)
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    checkpoint = open_checkpoint(
+        model, size=size, window=window, soft_cap=soft_cap, adapter=adapter
+    )
     planned = load_plan(plan, checkpoint.config) if plan else None
     asked = options_of(plan=planned, algorithm=algorithm, **options)
     target = output or default_target(checkpoint.name, asked)

@@ -64,11 +64,15 @@ native_option = click.option(
     callback=_set_no_native,
     help=f"Use only the engine's own kernels, as with {NO_NATIVE}=1.",
 )
+adapter_option = click.option(
+    "--adapter", type=FOLDER, help="The folder of a LoRA adapter (PEFT) to merge into the model."
+)
 model_options = _options(
     click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
     click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
     click.option("--window", type=int, help="Attention window of a .pt file. [default: 2048]"),
     click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
+    adapter_option,
 )
 output_options = _options(
     click.option(

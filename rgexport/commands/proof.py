@@ -8,6 +8,7 @@ import click
 from rgexport.commands.options import (
     FOLDER,
     SIZES,
+    adapter_option,
     model_options,
     native_option,
     verbose,
@@ -56,6 +57,7 @@ def reference(
     size: str | None,
     window: int | None,
     soft_cap: float | None,
+    adapter: Path | None,
     output: Path | None,
     **request: Any,
 ) -> None:
@@ -66,7 +68,9 @@ def reference(
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.validate.reference.capture import capture, closing_line
 
-    checkpoint = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+    checkpoint = open_checkpoint(
+        model, size=size, window=window, soft_cap=soft_cap, adapter=adapter
+    )
     target = output or Path(f"{checkpoint.name}.reference")
     click.echo(closing_line(capture(checkpoint, target, **request)))
 
@@ -79,6 +83,7 @@ def reference(
     "--model",
     help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
 )
+@adapter_option
 @click.option("--text", type=FOLDER, help="Compare on this text. [default: built in]")
 @click.option(
     "--tokens", "max_tokens", type=click.IntRange(2), help="How many of its tokens, such as 32768."
@@ -109,6 +114,7 @@ def reference(
 def validate(
     artifacts: tuple[Path, ...],
     model: str | None,
+    adapter: Path | None,
     text: Path | None,
     max_tokens: int | None,
     device: str,
@@ -128,6 +134,7 @@ def validate(
 
     asked = Request(
         model=model,
+        adapter=adapter,
         text=text,
         max_tokens=max_tokens,
         device=device,

@@ -97,7 +97,9 @@ class Cluster:
         """Workers that see the checkpoint's files, too, take sequences through layers."""
         import torch
 
-        model = uuid4().hex, checkpoint.path.resolve(), checkpoint.config, device
+        adapter = checkpoint.adapter and checkpoint.adapter.resolve()
+        place = checkpoint.path.resolve(), adapter
+        model = uuid4().hex, place, checkpoint.config, device
         threads = torch.get_num_threads()  # another number could give other sums
 
         def run(index: int, batches: Iterable[Any]) -> Iterator[Any]:
@@ -226,6 +228,10 @@ def _calibrated(run: str, path: Path, text: str, config: GriffinConfig) -> Calib
     return Calibrated(calibration, config)
 
 
+_Place = tuple[Path, Path | None]
+"""A model, and its adapter."""
+
+
 def _encode(
     name: str,
     rows: np.ndarray,
@@ -237,7 +243,7 @@ def _encode(
 
 
 def _forward(
-    model: tuple[str, Path, GriffinConfig, str], index: int, x: np.ndarray, threads: int
+    model: tuple[str, _Place, GriffinConfig, str], index: int, x: np.ndarray, threads: int
 ) -> tuple[Any, Any]:
     import torch
 
@@ -249,11 +255,12 @@ def _forward(
 
 
 @lru_cache(maxsize=1)
-def _layer(run: str, path: Path, config: GriffinConfig, device: str, index: int) -> Any:
+def _layer(run: str, place: _Place, config: GriffinConfig, device: str, index: int) -> Any:
     from rgexport.griffin.reference import Reference
 
     try:
-        checkpoint = open_checkpoint(path)
+        path, adapter = place
+        checkpoint = open_checkpoint(path, adapter=adapter)
     except RequestError as error:
         raise RequestError(
             f"a worker of the cluster cannot open the model: {error}; put it where all workers see "

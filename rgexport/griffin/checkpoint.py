@@ -43,6 +43,8 @@ class Checkpoint:
     tokenizer_files: tuple[Path, ...]
     instruction_tuned: bool | None
     """Whether it was tuned for chat, by its name or its chat template; None if unknown."""
+    adapter: Path | None = None
+    """The folder of a LoRA adapter that is merged into `weights`."""
 
 
 def open_checkpoint(
@@ -51,6 +53,7 @@ def open_checkpoint(
     size: str | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    adapter: Path | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
@@ -60,12 +63,18 @@ def open_checkpoint(
         size: instead of `model`, one of `SIZE_WORDS`.
         window: the attention window, for files that do not state it.
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
+        adapter: the folder of a LoRA adapter to merge, see `griffin.adapter`.
 
     Raises:
         RequestError: nothing usable is there; problems of single tensors do not raise, they are
             listed in `Checkpoint.problems`.
     """
     _check_request(model, size, window, soft_cap)
+    if adapter is not None:
+        from rgexport.griffin.adapter import with_adapter  # needs this module
+
+        base = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
+        return with_adapter(base, adapter)
     try:
         name, path = _find_size(str(size)) if model is None else _find_model(str(model))
         pt = _pt_file(path)

@@ -27,6 +27,7 @@ class Request:
     Attributes:
         model: the original, a folder or hub id; by default the demo or a model in the hub's cache,
             if the artifact was made from that.
+        adapter: the folder of a LoRA adapter that is merged into it.
         text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
             the artifact has no tokenizer.
         max_tokens: how many tokens of it; see `choose_text`.
@@ -39,6 +40,7 @@ class Request:
     """
 
     model: str | None = None
+    adapter: Path | None = None
     text: Path | None = None
     max_tokens: int | None = None
     device: str = "auto"
@@ -95,7 +97,7 @@ def open_all(path: Path, request: Request) -> Opened:
         limit=request.max_tokens,
     )
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
-    original = None if make is None else find_original(manifest, request.model)
+    original = None if make is None else find_original(manifest, request.model, request.adapter)
     if original is not None:
         _warn_of_differences(original)
     elif request.reference is None:

@@ -28,16 +28,23 @@ class Original:
     config_differences: tuple[str, ...]
 
 
-def find_original(manifest: Manifest, model: str | None) -> Original | None:
+def find_original(
+    manifest: Manifest, model: str | None, adapter: Path | None = None
+) -> Original | None:
     """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
     A `model` that the user names may be any of the same shape: differences are reported, and the
     logits are compared. One that is found by its name must be the very same files.
 
     Raises:
-        RequestError: `model` cannot be opened, is damaged, or has other shapes.
+        RequestError: `model` or its `adapter` cannot be opened, is damaged, or has other shapes.
     """
-    checkpoint = _open_by_name(manifest.source.name) if model is None else _open(model, manifest)
+    if model is None and adapter is not None:
+        raise RequestError("--adapter is for the model that -m names; give both")
+    if model is None:
+        checkpoint = _open_by_name(manifest.source.name)
+    else:
+        checkpoint = _open(model, manifest, adapter)
     if checkpoint is None:
         return None
     original = Original(
@@ -53,13 +60,13 @@ def find_original(manifest: Manifest, model: str | None) -> Original | None:
     return original
 
 
-def _open(model: str, manifest: Manifest) -> Checkpoint:
+def _open(model: str, manifest: Manifest, adapter: Path | None) -> Checkpoint:
     """Opens it; a DeepMind file has neither window nor soft cap, so it gets the artifact's."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, adapter=adapter)
     if checkpoint.layout != "deepmind":
         return checkpoint
     config = manifest.config
-    return open_checkpoint(model, window=config.window, soft_cap=config.soft_cap)
+    return open_checkpoint(model, window=config.window, soft_cap=config.soft_cap, adapter=adapter)
 
 
 def _open_by_name(name: str) -> Checkpoint | None:
