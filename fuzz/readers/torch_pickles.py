@@ -11,7 +11,8 @@ import torch
 
 from fuzz.readers import pickle_mutator
 from fuzz.readers.target import Target, oracle, require
-from rgexport.griffin.torch_file import Located, locate_tensors
+from rgexport.griffin.stored import Located, Stored, Transposed
+from rgexport.griffin.torch_file import locate_tensors
 
 MODEL = "model.pt"
 
@@ -29,14 +30,14 @@ def _seeds(folder: Path) -> Iterable[bytes]:
         yield buffer.getvalue()
 
 
-def _read(data: bytes, folder: Path) -> dict[str, Located | str]:
+def _read(data: bytes, folder: Path) -> dict[str, Stored | str]:
     folder.mkdir(exist_ok=True)
     path = folder / MODEL
     path.write_bytes(data)
     return locate_tensors(path)
 
 
-def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
+def _agree(data: bytes, folder: Path, found: dict[str, Stored | str]) -> None:
     """Names, shapes, dtypes and bytes as torch has them after a real load."""
     content = oracle(
         lambda: torch.load(_rewritten(data), map_location="cpu", weights_only=True), "torch refuses"
@@ -45,15 +46,18 @@ def _agree(data: bytes, folder: Path, found: dict[str, Located | str]) -> None:
     require(theirs.keys() == found.keys(), "other names than torch has")
     for name, tensor in found.items():
         other = theirs[name]
-        require(isinstance(other, torch.Tensor) == isinstance(tensor, Located), "no tensor", name)
-        if isinstance(tensor, Located):
+        require(isinstance(other, torch.Tensor) == isinstance(tensor, Stored), "no tensor", name)
+        if isinstance(tensor, Stored):
             require(tuple(other.shape) == tensor.shape, "another shape than torch has", name)
             require(
                 str(other.dtype) == f"torch.{tensor.dtype}", "another dtype than torch has", name
             )
             size = other.numel() * other.element_size()
+            place = tensor.base if isinstance(tensor, Transposed) else tensor
+            other = other.T if isinstance(tensor, Transposed) else other
             content = other.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            stored = data[tensor.offset : tensor.offset + size]
+            assert isinstance(place, Located)
+            stored = data[place.offset : place.offset + size]
             require(content == stored, "other bytes than torch has", name)
 
 

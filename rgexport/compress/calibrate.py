@@ -184,7 +184,7 @@ def calibrate(
     given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
-    remember({path: hashes[path.name].sha256 for path in checkpoint.weight_files})
+    remember({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
     request = _request(options, hashes)
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         work = open_work(folder, request, force=force)

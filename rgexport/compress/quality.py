@@ -42,5 +42,5 @@ def _calibration(checkpoint: Checkpoint, file: Path | None, workers: Cluster | N
             with group("Calibration"):
                 calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
     found = open_calibration(file)
-    found.require_for(hash_new_files(checkpoint.weight_files).values())
+    found.require_for(hash_new_files(checkpoint.weight_files.values()).values())
     return found

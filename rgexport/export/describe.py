@@ -87,14 +87,16 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
         "path": str(checkpoint.path),
         "layout": checkpoint.layout,
         "parameters": _parameters(checkpoint.weights),
-        "size": sum(path.stat().st_size for path in checkpoint.weight_files),
+        "size": sum(path.stat().st_size for path in checkpoint.weight_files.values()),
         "instruction_tuned": checkpoint.instruction_tuned,
         "has_tokenizer": any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files),
         "all_values_checked": verify,
         "problems": list(problems),
         "config": checkpoint.config.to_dict(),
         "stored": _stored(checkpoint),
-        "files": {path.name: {"size": path.stat().st_size} for path in checkpoint.weight_files},
+        "files": {
+            name: {"size": path.stat().st_size} for name, path in checkpoint.weight_files.items()
+        },
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
             for name, tensor in checkpoint.weights.items()

@@ -42,7 +42,9 @@ def origin_of_card(path: Path) -> Origin:
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
-    """The folder of a checkpoint, which is a folder or a file."""
+    """The folder that has a checkpoint's tokenizer and card."""
+    if checkpoint.tokenizer_files:
+        return checkpoint.tokenizer_files[0].parent
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 

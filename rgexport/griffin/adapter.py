@@ -80,7 +80,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         name=f"{checkpoint.name}-{folder.resolve().name}",
         weights=weights,
         head=None if EMBEDDING in pairs or EMBEDDING in saved else checkpoint.head,
-        weight_files=(*checkpoint.weight_files, path, folder / CONFIG),
+        weight_files=checkpoint.weight_files | {WEIGHTS: path, CONFIG: folder / CONFIG},
         adapter=folder,
     )
 

@@ -13,9 +13,10 @@ from rgexport.griffin.huggingface_config import read_config
 from rgexport.griffin.inventory import take_inventory
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.orbax_folder import orbax_folder
 from rgexport.griffin.sizes import DEMO, SIZE_WORDS, SIZES
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.griffin.tokenizer_files import find_tokenizer_files
+from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 
 Layout = Literal["hugging-face", "deepmind"]
 
@@ -30,7 +31,7 @@ class Checkpoint:
     name: str
     """For display and default output names: the folder's or the hub id's last part, or `demo`."""
     path: Path
-    """The folder, or the DeepMind `.pt` file."""
+    """The folder, or DeepMind's `.pt` file or orbax folder."""
     layout: Layout
     config: GriffinConfig
     weights: WeightSource
@@ -39,7 +40,8 @@ class Checkpoint:
     """`lm_head.weight`, where it was saved too; it must equal the embedding."""
     problems: tuple[str, ...]
     """What is wrong according to the headers, each as `kind: details`."""
-    weight_files: tuple[Path, ...]
+    weight_files: dict[str, Path]
+    """By name; in an orbax folder, by the path inside it."""
     tokenizer_files: tuple[Path, ...]
     instruction_tuned: bool | None
     """Whether it was tuned for chat, by its name or its chat template; None if unknown."""
@@ -58,8 +60,8 @@ def open_checkpoint(
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
     Args:
-        model: a folder (Hugging Face's layout, or DeepMind's `.pt` with `tokenizer.model`),
-            a `.pt` file, or a hub id, which may be downloaded.
+        model: a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
+            flax release, an orbax folder), a `.pt` file, or a hub id, which may be downloaded.
         size: instead of `model`, one of `SIZE_WORDS`.
         window: the attention window, for files that do not state it.
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
@@ -77,9 +79,9 @@ def open_checkpoint(
         return with_adapter(base, adapter)
     try:
         name, path = _find_size(str(size)) if model is None else _find_model(str(model))
-        pt = _pt_file(path)
-        if pt is not None:
-            return _open_deepmind(name, pt, window, soft_cap)
+        found = _deepmind_path(path)
+        if found is not None:
+            return _open_deepmind(name, found, window, soft_cap)
         return _open_hugging_face(name, path, window, soft_cap)
     except OSError as error:
         raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
@@ -105,7 +107,9 @@ def means_checkpoint(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
-    return any((path / name).exists() for name in names) or any(path.glob("*.pt"))
+    if any((path / name).exists() for name in names) or any(path.glob("*.pt")):
+        return True
+    return orbax_folder(path) is not None
 
 
 def demo_folder() -> Path:
@@ -162,8 +166,8 @@ def _path_name(path: Path) -> str:
     return path.stem if path.is_file() else path.name or "model"
 
 
-def _pt_file(path: Path) -> Path | None:
-    """The DeepMind file that `path` means, or None if it is a folder in Hugging Face's layout."""
+def _deepmind_path(path: Path) -> Path | None:
+    """The `.pt` file or orbax folder that `path` means; None if it has Hugging Face's layout."""
     if path.is_file():
         if path.suffix != ".pt":
             raise RequestError(
@@ -172,6 +176,8 @@ def _pt_file(path: Path) -> Path | None:
         return path
     if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):
         return None
+    if orbax := orbax_folder(path):
+        return orbax
     found = sorted(path.glob("*.pt"))
     if len(found) > 1:
         raise RequestError(
@@ -202,7 +208,7 @@ def _open_hugging_face(
         weights=weights,
         head=head if isinstance(head, RowTensor) and fits else None,
         problems=tuple(problems),
-        weight_files=files,
+        weight_files={file.name: file for file in files},
         tokenizer_files=find_tokenizer_files(folder),
         instruction_tuned=_instruction_tuned(name, folder),
     )
@@ -212,6 +218,9 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
     found = deepmind.read_tensors(path)
     config = deepmind.infer_config(path, found, window, soft_cap)
     weights, problems = take_inventory(config, deepmind.canonical(found))
+    # Beside a `.pt` file, or in an orbax folder or beside it.
+    folder = path if path.is_dir() and has_tokenizer(path) else path.parent
+    tokenizer = find_tokenizer_files(folder)
     return Checkpoint(
         name=name,
         path=path,
@@ -220,10 +229,19 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
         weights=weights,
         head=None,
         problems=tuple(problems),
-        weight_files=(path,),
-        tokenizer_files=find_tokenizer_files(path.parent),
-        instruction_tuned=_instruction_tuned(name, path.parent),
+        weight_files=_files(path),
+        tokenizer_files=tokenizer,
+        instruction_tuned=_instruction_tuned(name, folder),
     )
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The file, or all files of an orbax folder."""
+    if path.is_file():
+        return {path.name: path}
+    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    own = (file for file in found if file.name not in TOKENIZER_FILES)
+    return {file.relative_to(path).as_posix(): file for file in own}
 
 
 def _instruction_tuned(name: str, folder: Path) -> bool | None:

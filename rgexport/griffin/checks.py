@@ -71,16 +71,16 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
 
 def _check(checkpoint: Checkpoint) -> CheckReport:
     files, head = checkpoint.weight_files, checkpoint.head
-    work = sum(path.stat().st_size for path in files)
+    work = sum(path.stat().st_size for path in files.values())
     work += sum(t.nbytes for t in checkpoint.weights.values()) + (head.nbytes if head else 0)
     with task("Checking the weights", work) as advance, ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda path: hash_file(path, advance), files)
+        digests = pool.map(lambda path: hash_file(path, advance), files.values())
         scans = pool.map(
             lambda name: _scan(name, checkpoint.weights[name], advance), checkpoint.weights
         )
         tied = pool.submit(_compare_head, checkpoint, advance)
         found = [problem for problem in [*scans, tied.result()] if problem]
-        hashes = dict(zip((path.name for path in files), digests, strict=True))
+        hashes = dict(zip(files, digests, strict=True))
     return CheckReport((*checkpoint.problems, *found), hashes)
 
 

@@ -1,23 +1,22 @@
-"""Reads DeepMind's `.pt` checkpoints: names, orientation and the shape of the model.
+"""Reads DeepMind's checkpoints: names, orientation and the shape of the model.
 
 The files hold no configuration. Sizes follow from the shapes; the window, the soft cap and RoPE are
 those of the released models (`recurrentgemma.common.Preset`), unless a user gives others.
 """
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.file_rows import file_rows, transposed_rows
 from rgexport.griffin.inventory import FoundTensor
 from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.orbax_folder import read_orbax
+from rgexport.griffin.stored import Stored
 from rgexport.griffin.tensor import DTYPES, RowTensor
-from rgexport.griffin.torch_file import Located, locate_tensors
+from rgexport.griffin.torch_file import locate_tensors
 
 NAMES: dict[str, str] = {
     f"{op.deepmind}{tensor.deepmind}": f"{op.site}{tensor.end}"
@@ -34,26 +33,31 @@ BRANCHES = ("mlp_block.gate_proj", "mlp_block.up_proj")
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.((recurrent|attention)_block\.)?.+")
 
-Stored = Mapping[str, Located | str]
+Tensors = Mapping[str, Stored | str]
 
 
-def read_tensors(path: Path) -> dict[str, Located | str]:
-    """The tensors of a `.pt` file by DeepMind's names; see `locate_tensors` for the errors."""
+def read_tensors(path: Path) -> dict[str, Stored | str]:
+    """The tensors of a `.pt` file or an orbax folder by the names in DeepMind's torch files.
+
+    For the errors see `locate_tensors` and `read_orbax`.
+    """
+    if path.is_dir():
+        return read_orbax(path)
     found = locate_tensors(path)
     return {name.removeprefix("params."): tensor for name, tensor in found.items()}
 
 
-def canonical(stored: Stored) -> dict[str, FoundTensor]:
+def canonical(stored: Tensors) -> dict[str, FoundTensor]:
     """Canonical name → tensor of canonical shape; names that are unknown stay as they are."""
     found: dict[str, FoundTensor] = {}
     for name, tensor in stored.items():
-        if isinstance(tensor, Located) and tensor.dtype not in DTYPES.values():
+        if isinstance(tensor, Stored) and tensor.dtype not in DTYPES.values():
             tensor = tensor.dtype.name
         found |= _convert(name, tensor)
     return found
 
 
-def _convert(name: str, tensor: Located | str) -> dict[str, FoundTensor]:
+def _convert(name: str, tensor: Stored | str) -> dict[str, FoundTensor]:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None:
         return {GLOBAL_NAMES.get(name, name): _rows(tensor)}
@@ -66,44 +70,35 @@ def _convert(name: str, tensor: Located | str) -> dict[str, FoundTensor]:
     return {prefix + NAMES[suffix] if suffix in NAMES else name: rows}
 
 
-def _rows(tensor: Located | str) -> FoundTensor:
-    if isinstance(tensor, str):
-        return tensor
-    return file_rows(tensor.path, tensor.shape, tensor.dtype, tensor.offset)
+def _rows(tensor: Stored | str) -> FoundTensor:
+    return tensor if isinstance(tensor, str) else tensor.rows()
 
 
-def _transposed(tensor: Located) -> RowTensor:
-    height, width = tensor.shape
-    return transposed_rows(tensor.path, (height, width), tensor.dtype, tensor.offset)
-
-
-def _split_up(tensor: Located | str) -> list[FoundTensor]:
+def _split_up(tensor: Stored | str) -> list[FoundTensor]:
     """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
     if isinstance(tensor, str) or tensor.shape[:1] != (2,):
         return [_rows(tensor)] * 2  # the inventory reports its shape
     shape = tensor.shape[1:]
-    step = math.prod(shape) * tensor.dtype.itemsize
-    offsets = tensor.offset, tensor.offset + step
     if len(shape) == 2:
-        return [_transposed(replace(tensor, shape=shape, offset=offset)) for offset in offsets]
+        return [tensor.item(index, shape).transposed() for index in range(2)]
     if len(shape) == 3 and shape[:2] == (1, 1):
-        return [_rows(replace(tensor, shape=shape[2:], offset=offset)) for offset in offsets]
+        return [tensor.item(index, shape[2:]).rows() for index in range(2)]
     return [_rows(tensor)] * 2
 
 
-def _conv(tensor: Located | str) -> FoundTensor:
+def _conv(tensor: Stored | str) -> FoundTensor:
     """`conv_1d.w` [K, W] → [W, 1, K]."""
     if isinstance(tensor, str) or len(tensor.shape) != 2:
         return _rows(tensor)
     taps, width = tensor.shape
-    matrix = _transposed(tensor)
+    matrix = tensor.transposed()
     return RowTensor(
         (width, 1, taps), matrix.dtype, lambda start, stop: matrix.read(start, stop)[:, None]
     )
 
 
 def infer_config(
-    path: Path, stored: Stored, window: int | None = None, soft_cap: float | None = None
+    path: Path, stored: Tensors, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
     """The configuration that the shapes imply.
 
@@ -147,10 +142,10 @@ def infer_config(
     )
 
 
-def _shape(path: Path, stored: Stored, pattern: str, rank: int) -> tuple[int, ...]:
+def _shape(path: Path, stored: Tensors, pattern: str, rank: int) -> tuple[int, ...]:
     """The shape of the first tensor of that name and rank, without empty axes."""
     for name, tensor in stored.items():
-        if re.fullmatch(pattern, name) and isinstance(tensor, Located):
+        if re.fullmatch(pattern, name) and isinstance(tensor, Stored):
             if len(tensor.shape) == rank and all(tensor.shape):
                 return tensor.shape
     readable = pattern.replace("\\", "").replace(".d+.", ".0.")
@@ -159,7 +154,7 @@ def _shape(path: Path, stored: Stored, pattern: str, rank: int) -> tuple[int, ..
     )
 
 
-def _block_types(path: Path, stored: Stored) -> tuple[BlockType, ...]:
+def _block_types(path: Path, stored: Tensors) -> tuple[BlockType, ...]:
     kinds: dict[int, set[str]] = {}
     for name in stored:
         if match := _BLOCK.fullmatch(name):

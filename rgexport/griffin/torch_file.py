@@ -25,6 +25,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import require_regular
+from rgexport.griffin.stored import Located, Stored, Transposed
 from rgexport.griffin.tensor import DTYPES
 
 MAX_PICKLE_BYTES = 2 << 20
@@ -49,17 +50,7 @@ _DTYPES: dict[str, np.dtype] = {
 """torch's name of a storage's type → dtype."""
 
 
-@dataclass(frozen=True)
-class Located:
-    """A row-major tensor in a file, `offset` bytes from its start."""
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-
-def locate_tensors(path: Path) -> dict[str, Located | str]:
+def locate_tensors(path: Path) -> dict[str, Stored | str]:
     """The tensors of a (nested) dictionary; nested names are joined with dots.
 
     What is no tensor is given as the name of its type.
@@ -308,11 +299,11 @@ _OPCODES: dict[str, Callable[[_Reader, Any], None]] = {
 """The opcodes that state dictionaries need, by `pickletools`' names."""
 
 
-def _locate_all(path: Path, content: Any) -> dict[str, Located | str]:
+def _locate_all(path: Path, content: Any) -> dict[str, Stored | str]:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise RequestError(f"{path} holds {kind}; expected a dictionary of tensors")
-    found: dict[str, Located | str] = {}
+    found: dict[str, Stored | str] = {}
     for name, value in _leaves(content, "", 0):
         if name in found or len(found) == MAX_NAMES:
             what = "twice" if name in found else f"and {MAX_NAMES} more"
@@ -332,23 +323,28 @@ def _leaves(content: dict[Any, Any], prefix: str, depth: int) -> Iterator[tuple[
             yield f"{prefix}{key}", value
 
 
-def _locate(path: Path, name: str, tensor: _Tensor) -> Located:
-    if not _is_row_major(tensor):
+def _locate(path: Path, name: str, tensor: _Tensor) -> Stored:
+    """Where a tensor lies; a matrix may be stored transposed, as what `weight.T` gives is saved."""
+    storage, shape = tensor.storage, tensor.shape
+    row_major = _is_row_major(shape, tensor.stride)
+    turned = len(shape) == 2 and _is_row_major(shape[::-1], tensor.stride[::-1])
+    if not row_major and not turned:
         raise RequestError(
-            f"{path}: tensor {name} {list(tensor.shape)} is not stored row by row; "
+            f"{path}: tensor {name} {list(shape)} is not stored row by row; "
             "save it again after .contiguous()"
         )
-    storage = tensor.storage
-    if tensor.skip + math.prod(tensor.shape) > storage.count:
+    if tensor.skip + math.prod(shape) > storage.count:
         raise ValueError(f"its tensor {name} does not lie in its record")
     offset = storage.offset + tensor.skip * storage.dtype.itemsize
-    return Located(path, storage.dtype, tensor.shape, offset)
+    if row_major:
+        return Located(path, storage.dtype, shape, offset)
+    return Transposed(Located(path, storage.dtype, shape[::-1], offset))
 
 
-def _is_row_major(tensor: _Tensor) -> bool:
+def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     step = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != step:
-            return 0 in tensor.shape
+            return 0 in shape
         step *= size
     return True

@@ -1,6 +1,7 @@
 """The original that an artifact was made from, where it can be found."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +82,14 @@ def _open_by_name(name: str) -> Checkpoint | None:
         return None
 
 
-def _same_files(manifest: Manifest, files: tuple[Path, ...]) -> bool:
+def _same_files(manifest: Manifest, files: Mapping[str, Path]) -> bool:
     """Compares names and sizes first, since hashing takes long."""
     expected = manifest.source.files
-    sizes = {path.name: path.stat().st_size for path in files}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
     if sizes != {name: record.size for name, record in expected.items()}:
         return False
-    hashes = hash_new_files(files)
-    return all(hashes[path] == expected[path.name].sha256 for path in files)
+    hashes = hash_new_files(files.values())
+    return all(hashes[path] == expected[name].sha256 for name, path in files.items())
 
 
 def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:

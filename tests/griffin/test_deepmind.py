@@ -211,10 +211,10 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_state_dict(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    transposed = state | {"final_norm.scale": torch.zeros(3, 2).T}
+    every_other = state | {"final_norm.scale": torch.zeros(2, 6)[:, ::2]}
     cases: dict[str, Any] = {
         "holds list; expected a dictionary": [torch.zeros(2)],
-        "final_norm.scale \\[2, 3\\] is not stored row by row": transposed,
+        "final_norm.scale \\[2, 3\\] is not stored row by row": every_other,
         "it has no 2-dimensional embedder.input_embedding": {"a": torch.zeros(2)},
         "it has no 3-dimensional blocks.0.mlp_block": {
             "embedder.input_embedding": torch.ones(2, 2)
@@ -223,6 +223,18 @@ def test_files_that_are_no_state_dict(tmp_path: Path, state: dict[str, torch.Ten
     for message, content in cases.items():
         with pytest.raises(RequestError, match=message):
             open_checkpoint(save(tmp_path, content))
+
+
+def test_matrices_may_be_stored_transposed(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    """As DeepMind's own conversion from flax leaves them."""
+    turned = {n: x.T.contiguous().T if x.dim() == 2 else x for n, x in state.items()}
+    assert any(not x.is_contiguous() for x in turned.values())
+    (tmp_path / "turned").mkdir()
+    ours = open_checkpoint(save(tmp_path / "turned", turned)).weights
+    theirs = open_checkpoint(save(tmp_path, state)).weights
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert np.array_equal(tensor.whole(), theirs[name].whole()), name
 
 
 @pytest.mark.parametrize("drop", ["blocks.1.attention_block", "blocks.1."])

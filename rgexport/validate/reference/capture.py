@@ -127,11 +127,12 @@ def _header(
     layout: Layout,
     prompts: tuple[PromptRecord, ...],
 ) -> Header:
-    hashes = hash_new_files(checkpoint.weight_files)
+    names = {path: name for name, path in checkpoint.weight_files.items()}
+    hashes = hash_new_files(names)
     return Header(
         model=checkpoint.name,
         config=model.config,
-        files={path.name: FileRecord(sha, path.stat().st_size) for path, sha in hashes.items()},
+        files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
         computed=model.describe(),
         environment=environment(),
         tail_bits=layout.tail_bits,

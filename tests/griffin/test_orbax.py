@@ -1,0 +1,129 @@
+"""DeepMind's flax checkpoints against the torch file that DeepMind's package makes of them."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from recurrentgemma import common, conversion
+from recurrentgemma import jax as flax_model
+
+from rgexport.errors import RequestError
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.validate.source import find_original
+
+TYPES = common.TemporalBlockType
+SHAPES: dict[str, dict[str, Any]] = {
+    "regular": {"block_types": (TYPES.RECURRENT, TYPES.ATTENTION), "lru_width": 24},
+    "hawk": {"block_types": (TYPES.RECURRENT,) * 2, "lru_width": 16},
+    "attention": {"block_types": (TYPES.ATTENTION,), "lru_width": 16},
+}
+LAYOUTS = {"database": True, "folders": False}
+
+
+def write(folder: Path, shape: str, *, database: bool, dtype: Any = jnp.float32) -> Path:
+    """A random model as an orbax folder and as a torch file beside it; the folder."""
+    config = common.GriffinConfig(
+        vocab_size=32,
+        width=16,
+        mlp_expanded_width=24,
+        num_heads=2,
+        embeddings_scale_by_sqrt_dim=True,
+        attention_window_size=8,
+        logits_soft_cap=30.0,
+        **SHAPES[shape],
+    )
+    model = flax_model.Griffin(config, dtype=dtype, param_dtype=dtype)
+    tokens, positions = jnp.zeros((1, 4), jnp.int32), jnp.arange(4)[None]
+    made = model.init(jax.random.PRNGKey(3), tokens, positions)
+    keys = iter(jax.random.split(jax.random.PRNGKey(4), 100))
+    params = jax.tree_util.tree_map(
+        lambda x: (x + 0.1 * jax.random.normal(next(keys), x.shape)).astype(dtype), made
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=database)) as saver:
+        saver.save(folder / "flax", params)
+    state = conversion.flax_params_to_pytorch_state_dict(params["params"])
+    torch.save(state, folder / "model.pt")
+    return folder / "flax"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_those_of_the_torch_file(
+    shape: str, layout: str, dtype: Any, tmp_path: Path
+) -> None:
+    folder = write(tmp_path, shape, database=LAYOUTS[layout], dtype=dtype)
+    ours = open_checkpoint(folder, window=8)
+    theirs = open_checkpoint(tmp_path / "model.pt", window=8)
+    assert ours.problems == theirs.problems == () and ours.config == theirs.config
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, tensor in ours.weights.items():
+        expected = theirs.weights[name]
+        assert tensor.dtype == expected.dtype, name
+        assert tensor.whole().tobytes() == expected.whole().tobytes(), name
+        middle = tensor.shape[0] // 2
+        assert tensor.read(1, middle + 1).tobytes() == expected.read(1, middle + 1).tobytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_artifacts_are_equal_but_for_the_source(layout: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, "regular", database=LAYOUTS[layout])
+    for name in ("flax", "torch"):
+        (tmp_path / "made" / name).mkdir(parents=True)
+    made = {
+        name: export_onnx(
+            open_checkpoint(path, window=8), OnnxOptions(), tmp_path / "made" / name / "model"
+        )
+        for name, path in {"flax": folder, "torch": tmp_path / "model.pt"}.items()
+    }
+    for name in ("model.onnx.data", "genai_config.json", "state_file.mjs"):
+        assert (made["flax"] / name).read_bytes() == (made["torch"] / name).read_bytes()
+    flax, torch_ = (open_artifact(folder) for folder in made.values())
+    assert flax.manifest.tensors == torch_.manifest.tensors
+    assert flax.manifest.io == torch_.manifest.io and flax.manifest.plan == torch_.manifest.plan
+    original = find_original(flax.manifest, str(folder))
+    assert original is not None and original.same_files
+    other = find_original(flax.manifest, str(tmp_path / "model.pt"))
+    assert other is not None and not other.same_files
+
+
+def test_where_things_are_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, "regular", database=True)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    assert [p.name for p in open_checkpoint(folder, window=8).tokenizer_files] == [
+        "tokenizer.model"
+    ]
+    step = tmp_path / "step"
+    shutil.copytree(folder, step / "default")
+    assert open_checkpoint(step, window=8).path == step / "default"
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, "regular", database=True)
+    for file in folder.rglob("d/*"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(RequestError, match="cannot be read|has no 2-dimensional"):
+        open_checkpoint(folder, window=8)
+    (folder / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(RequestError, match="flax cannot be read"):
+        open_checkpoint(folder, window=8)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    with pytest.raises(RequestError, match=r"pip install 'rgexport\[orbax\]'"):
+        open_checkpoint(folder, window=8)
+
+
+def test_another_model_is_told(tmp_path: Path) -> None:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
+        saver.save(tmp_path / "other", {"params": {"x": np.zeros((2, 3), np.float32)}})
+    with pytest.raises(RequestError, match="is not a DeepMind Griffin checkpoint"):
+        open_checkpoint(tmp_path / "other")
