@@ -134,15 +134,18 @@ std::vector<float> ring_after(const Question& q, const Sizes& s, size_t past, si
 }  // namespace
 
 bool is_sound_attention(const Question& q) {
-  for (size_t i = 0; i < 5; ++i)
-    if (!q.input(i).given || q.input(i).type != stand_in::kFloat || q.input(i).dims.size() != 3)
-      return false;
+  for (size_t i = 0; i < 5; ++i) {
+    const size_t rank = q.input(i).dims.size();
+    const bool right = rank == 3 || (i >= 3 && rank == 4);  // rings of earlier files have 3
+    if (!q.input(i).given || q.input(i).type != stand_in::kFloat || !right) return false;
+  }
   const Sizes s = sizes_of(q);
+  const Dims earlier = {s.batch, s.window, s.dim}, ring = {s.batch, 1, s.window, s.dim};
   const Array& positions = q.input(5);
   if (s.dim < 1 || s.window < 1 || s.heads < 1 || s.heads > 1 << 20) return false;
   if (!q.input(0).is(stand_in::kFloat, {s.batch, s.tokens, s.heads * s.dim}) ||
       q.input(2).dims != q.input(1).dims || q.input(4).dims != q.input(3).dims ||
-      q.input(3).dims != Dims{s.batch, s.window, s.dim} ||
+      (q.input(3).dims != earlier && q.input(3).dims != ring) ||
       !positions.is(stand_in::kInt64, {s.batch, s.tokens}))
     return false;
   for (int64_t i = 0; i < s.batch * s.tokens; ++i) {
