@@ -42,8 +42,10 @@ def _gelu_mul(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Sequ
 
 
 def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Gelu in its tanh form."""
-    return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
+    """Gelu in its tanh form, in float32: processors have no kernel for float16."""
+    (x,) = g.inputs(node)
+    y = g.typed(g.op("Gelu", g.cast(x, "float32"), approximate="tanh"), "float32")
+    return [g.cast(y, node.outputs[0].dtype)]
 
 
 def elementwise(op: str) -> Callable[[Emitter, Node], Sequence[ir.Value]]:

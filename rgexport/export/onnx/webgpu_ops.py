@@ -46,6 +46,11 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
+def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    """Gelu in its tanh form, in the type of its input."""
+    return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
+
+
 def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
     """`LinearAttention` with a head of size 1 per channel, whose queries and keys are 1."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
@@ -152,6 +157,7 @@ Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
 """The ops that a graph may have, all with kernels in onnxruntime-web 1.30."""
 LOWERINGS = {
     "embedding": embedding,
+    "gelu": gelu,
     "local_attention": local_attention,
     "rg_lru_scan": rg_lru_scan,
 }
