@@ -1,9 +1,10 @@
 """Completes an artifact's tokenizer for programs that read no SentencePiece model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import sentencepiece
 import tokenizers
@@ -57,6 +58,20 @@ def complete_tokenizer(folder: Path, *, tuned: bool | None) -> ControlIds:
         eos_token_id=ends or gemma.eos_token_id,
         pad_token_id=ids.get("pad_token", gemma.pad_token_id),
     )
+
+
+def bytes_to_add(files: Iterable[Path]) -> int:
+    """How large the `tokenizer.json` is that an export adds to a checkpoint's tokenizer files."""
+    found = {path.name: path for path in files}
+    if "tokenizer.json" in found or "tokenizer.model" not in found:
+        return 0
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "tokenizer.json"
+        try:
+            write_tokenizer_json(found["tokenizer.model"], made)
+        except RequestError:  # the export does without
+            return 0
+        return made.stat().st_size
 
 
 def _write_missing(folder: Path, *, chats: bool) -> None:
