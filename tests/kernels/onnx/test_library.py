@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
+from rgexport.kernels.rounding import library as rounding
 from tests.kernels.onnx import programs
 from tests.kernels.onnx.one_node import instruction_set_here, run_model
 from tests.kernels.onnx.quant_matrix import random_matrix
@@ -137,3 +139,16 @@ def test_nothing_compiled_for_one_processor_runs_on_another():
         listed = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True)
         weak = re.findall(r" [WVu] (.*)", listed.stdout)
         assert not weak, f"{path.name}: {weak}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF is Linux's")
+@pytest.mark.parametrize("path", [library.LIBRARY, rounding.LIBRARY], ids=["onnx", "rounding"])
+def test_segments_are_aligned_to_pages_of_16_kb(path):
+    """Android refuses others, and some Arm machines have such pages."""
+    data = path.read_bytes()
+    assert data[:5] == b"\x7fELF\x02"  # 64 bits
+    (start,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<IIQQQQQQ", data, start + i * size) for i in range(count)]
+    loaded = [header for header in headers if header[0] == 1]
+    assert loaded and all(alignment >= 1 << 14 for *_, alignment in loaded)
