@@ -77,8 +77,25 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _show_version(context: click.Context) -> NoReturn:
+    from rgexport.kernels.onnx.library import kernels
+
+    found = kernels()
+    sets = ", ".join(found.instruction_sets)
+    built = f"{found.instruction_set} (of {sets} here)" if found.ops else f"none: {found.reason}"
+    click.echo(f"rgexport {__version__}\nnative kernels: {built}")
+    context.exit()
+
+
 @click.group(invoke_without_command=True)
-@click.version_option(__version__)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda context, parameter, value: _show_version(context) if value else None,
+    help="Show the version, and the native kernels that were built.",
+)
 @verbose
 @click.pass_context
 def rgexport(context: click.Context) -> None:
