@@ -78,7 +78,7 @@ def _in_a_bare_root(torch: str) -> None:
     shutil.rmtree(wheels, ignore_errors=True)
     _call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, ROOT)
     if Path(torch).is_file():
-        torch = f"/wheel/{shutil.copy(torch, wheels).name}"
+        torch = f"/wheel/{Path(shutil.copy(torch, wheels)).name}"
     target = root / prefix.relative_to("/")
     if not target.exists():
         kept = shutil.ignore_patterns("site-packages", "test", "__pycache__")

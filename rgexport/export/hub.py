@@ -12,6 +12,7 @@ from rgexport.export.card import card
 from rgexport.export.manifest import CARD, MANIFEST
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.files.atomic import require_free_disk
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
 from rgexport.progress import amount, note, warn
 
@@ -106,13 +107,27 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
             "--force to add the artifact to it"
         )
     files = _files(artifact)
+    if CARD in there and not _is_our_card(repo, there):
+        note(f"The card of {repo} was edited there: it stays as it is")
+        del files[CARD]
     total = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
     note(f"Uploading {amount(total)} to {page.url}")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(before - files.keys())]
+    operations += [CommitOperationDelete(name) for name in sorted(before - files.keys() - {CARD})]
     title = f"{artifact.manifest.name}, {artifact.manifest.precision}, by rgexport"
     api.create_commit(repo, operations, commit_message=title)
     return str(page.url)
+
+
+def _is_our_card(repo: str, there: set[str]) -> bool:
+    """Whether the card of a repository is that of the artifact there, unedited."""
+    from huggingface_hub import hf_hub_download
+
+    if MANIFEST not in there:
+        return False
+    listed = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent).files.get(CARD)
+    found = hash_file(Path(hf_hub_download(repo, CARD)))
+    return listed is not None and found.sha256 == listed.sha256
 
 
 def _files(artifact: Artifact) -> dict[str, Path | bytes]:

@@ -31,7 +31,7 @@ function hold(tensor) {
 function release(tensor) {
   const left = users.get(tensor) - 1;
   users.set(tensor, left);
-  if (left === 0 && tensor.location === "gpu-buffer") tensor.dispose();
+  if (left === 0) tensor.dispose();
 }
 
 /** The states after the tokens `ids` (a list for each row), by the names of the model's inputs. */
@@ -137,11 +137,19 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     if (mask.tolist().flat().some((seen) => Number(seen) === 0)) {
       throw new Error("texts of unequal length were padded; a recurrent model reads them one by one");
     }
-    const states = options.past_key_values ?? this.#longest(rows) ?? new States(rows.map(() => []));
-    const given = { ...options, attention_mask: mask, past_key_values: states };
-    const made = await super.generate(given);
-    this.#remember(states);
-    return made;
+    const own = options.past_key_values ? null : (this.#longest(rows) ?? begun(rows.length));
+    const states = own ?? options.past_key_values;
+    try {
+      const given = { ...options, attention_mask: mask, past_key_values: states };
+      const made = await super.generate(given);
+      this.#remember(states);
+      if (made.past_key_values) return made; // the caller has the states now
+      await own?.dispose();
+      return made;
+    } catch (error) {
+      await own?.dispose();
+      throw error;
+    }
   }
 
   /** Forgets all texts. */
@@ -261,6 +269,11 @@ export function register() {
     return from.call(load, model, { ...options, config });
   };
   AutoModelForCausalLM.from_pretrained.knowsRecurrentGemma = true;
+}
+
+/** The states of texts of which nothing was read. */
+function begun(batch) {
+  return new States(Array.from({ length: batch }, () => []));
 }
 
 /** The model's inputs: of all tokens those that the states have not seen. */

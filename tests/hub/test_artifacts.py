@@ -81,6 +81,10 @@ def test_a_later_push_replaces_what_was_there(run: Run, hub: Hub, artifact: Path
     (artifact / "notes.txt").write_text("not listed")
     run("push", artifact, "me/demo")
     assert gone not in there.files and there.files["picture.png"] == b"mine"
+    assert there.files["README.md"] == (artifact / "README.md").read_bytes()
+    there.files["README.md"] = b"Mine."
+    said = run("push", artifact, "me/demo").stderr
+    assert "was edited there" in said and there.files["README.md"] == b"Mine."
     assert "notes.txt" not in there.files
 
 
@@ -89,6 +93,7 @@ def test_a_repository_of_something_else_is_refused(run: Run, hub: Hub, artifact:
     done = run("push", artifact, "me/other", code=2)
     assert "me/other has other files (weights.bin)" in done.stderr
     run("push", artifact, "me/other", "--force")
+    assert hub.repositories["me/other"].files["README.md"] == b"y"
     assert hub.repositories["me/other"].files["weights.bin"] == b"x"
 
 

@@ -17,7 +17,7 @@ export async function run(library, module, artifact, job, device) {
     chat = await module.textGeneration(artifact, { device });
   }
   const { model, tokenizer } = chat;
-  const found = { turns: [] };
+  const found = { turns: [], live: count(model) };
   const options = { max_new_tokens: job.most ?? 16, do_sample: false };
   if (job.state) found.loaded = (await model.loadState(decoded(job.state))).messages;
   for (const content of job.messages ?? []) {
@@ -46,7 +46,26 @@ export async function run(library, module, artifact, job, device) {
     const made = await model.generate({ inputs, ...options });
     found.ids = made.tolist()[0].slice(job.ids.length).map(Number);
   }
+  found.live = found.live();
   return found;
+}
+
+/** Counts the states that are on a graphics card and were not freed. */
+function count(model) {
+  let live = 0;
+  const { model: session } = model.sessions;
+  const run = session.run.bind(session);
+  session.run = async (...feeds) => {
+    const found = await run(...feeds);
+    for (const tensor of Object.values(found)) {
+      if (tensor.location !== "gpu-buffer") continue;
+      const dispose = tensor.dispose.bind(tensor);
+      live += 1;
+      tensor.dispose = () => ((live -= 1), dispose());
+    }
+    return found;
+  };
+  return () => live;
 }
 
 function encoded(bytes) {

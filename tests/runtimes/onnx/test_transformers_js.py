@@ -122,6 +122,9 @@ def test_a_conversation_in_chromium(node: str, demo: Any, device: str, tmp_path:
     artifact, ids = demo(device), [2, 651, 603]
     job = {"messages": MESSAGES, "ids": ids, "save": True, "device": device}
     found = in_chromium(artifact, job)
+    states = len(open_artifact(artifact).manifest.states)
+    remembered = 2  # of the last call: the end of its prompt, and of its reply
+    assert found["live"] == (remembered * states if device == "webgpu" else 0)
     check_conversation(found, artifact)
     check_state(base64.b64decode(found["state"]), artifact, tmp_path)
     assert found["ids"] == continued(artifact, ids, 16)
