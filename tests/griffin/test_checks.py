@@ -35,7 +35,7 @@ def test_a_sound_checkpoint_gives_the_hashes_of_its_files(tmp_path: Path, weight
         path.name: FileRecord(
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size
         )
-        for path in checkpoint.weight_files
+        for path in checkpoint.weight_files.values()
     }
 
 

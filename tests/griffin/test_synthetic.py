@@ -28,7 +28,7 @@ def test_a_folder_in_shards(tmp_path: Path) -> None:
     assert (checkpoint.config, checkpoint.problems) == (CONFIG, ())
     assert {tensor.dtype for tensor in checkpoint.weights.values()} == {DTYPES["bfloat16"]}
     assert len(require_sound(checkpoint)) == len(checkpoint.weight_files) > 1
-    assert all(path.stat().st_size < 2.1 * (1 << 20) for path in checkpoint.weight_files)
+    assert all(path.stat().st_size < 2.1 * (1 << 20) for path in checkpoint.weight_files.values())
     index = json.loads((tmp_path / "m" / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in checkpoint.weights.values())
     for name, tensor in random_weights(CONFIG).items():

@@ -86,8 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         oid = self._path().rpartition("/")[2]
         if self.hub.breaks > 0:
-            self.hub.breaks -= 1
-            self.close_connection = True
+            self.hub.breaks -= 1  # a connection that is cut would be tried again for a minute
+            self._body()
+            self._json({"error": "broken"}, 400)
             return
         data = self._body()
         assert hashlib.sha256(data).hexdigest() == oid

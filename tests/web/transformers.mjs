@@ -18,7 +18,7 @@ export async function run(library, module, artifact, job, device) {
   }
   const { model, tokenizer } = chat;
   const found = { turns: [], live: count(model) };
-  const options = { max_new_tokens: job.most ?? 16, do_sample: false };
+  const options = { max_new_tokens: job.most ?? 8, do_sample: false };
   if (job.state) found.loaded = (await model.loadState(decoded(job.state))).messages;
   for (const content of job.messages ?? []) {
     const messages = [...(found.turns.at(-1)?.messages ?? found.loaded ?? []), { role: "user", content }];

@@ -27,7 +27,8 @@ from tests.web.npm import install_our_package, node_with_packages
 
 DEMO = Path(__file__).parents[3] / "demo" / "model"
 MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
-GREEDY = {"temperature": 0, "max_new_tokens": 16}
+TOKENS = 8
+GREEDY = {"temperature": 0, "max_new_tokens": TOKENS}
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +115,7 @@ def test_a_conversation_in_node(node: str, demo: Any, registered: bool, tmp_path
     found = in_node(node, artifact, job, tmp_path)
     check_conversation(found, artifact)
     check_state(base64.b64decode(found["state"]), artifact, tmp_path)
-    assert found["ids"] == continued(artifact, ids, 16)
+    assert found["ids"] == continued(artifact, ids, TOKENS)
 
 
 @pytest.mark.parametrize("device", ["wasm", "webgpu"])
@@ -127,7 +128,7 @@ def test_a_conversation_in_chromium(node: str, demo: Any, device: str, tmp_path:
     assert found["live"] == (remembered * states if device == "webgpu" else 0)
     check_conversation(found, artifact)
     check_state(base64.b64decode(found["state"]), artifact, tmp_path)
-    assert found["ids"] == continued(artifact, ids, 16)
+    assert found["ids"] == continued(artifact, ids, TOKENS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
