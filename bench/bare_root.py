@@ -33,6 +33,8 @@ TAGS = "manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch6
 TRY = """\
 set -e
 export SSL_CERT_FILE=/ca.crt PIP_CERT=/ca.crt
+unset PIP_FIND_LINKS
+rm -rf /installed /demo
 {python} -m venv /installed
 wheel=$(ls /wheel/rgexport-*.whl)
 /installed/bin/pip install -q $wheel
@@ -88,7 +90,11 @@ def _in_a_bare_root(torch: str) -> None:
     shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / "ca.crt")
     python = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     (root / "try.sh").write_text(TRY.format(python=python, torch=torch))
-    _call("chroot", root, "/bin/sh", "/try.sh")
+    _call("mount", "--bind", "/proc", root / "proc")  # where engines look for the processor
+    try:
+        _call("chroot", root, "/bin/sh", "/try.sh")
+    finally:
+        _call("umount", root / "proc")
 
 
 def _on_arm() -> None:
