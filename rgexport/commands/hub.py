@@ -26,4 +26,5 @@ def push(artifact: Path, repo: str, public: bool, force: bool) -> None:
     page = push_artifact(opened, repo, public=public, force=force)
     verb = "chat" if opened.manifest.instruction_tuned else "generate"
     file = f"/{artifact.name}" if opened.path.is_file() else ""
-    click.echo(f"{page} has it. Try: rgexport {verb} {PREFIX}{repo}{file}")
+    name = PREFIX + repo.removeprefix(PREFIX)
+    click.echo(f"{page} has it. Try: rgexport {verb} {name}{file}")

@@ -70,8 +70,8 @@ adapter_option = click.option(
 model_options = _options(
     click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
     click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
-    click.option("--window", type=int, help="Attention window of a .pt file. [default: 2048]"),
-    click.option("--soft-cap", type=float, help="Cap of the logits of a .pt file. [default: 30]"),
+    click.option("--window", type=int, help="Window of a DeepMind checkpoint. [default: 2048]"),
+    click.option("--soft-cap", type=float, help="Cap of the logits of one. [default: 30]"),
     adapter_option,
 )
 output_options = _options(

@@ -1,15 +1,17 @@
 """Artifacts of the Hugging Face hub: `hf:owner/name` opens one, `push` makes one."""
 
+import glob
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import card
-from rgexport.export.manifest import CARD, MANIFEST
+from rgexport.export.manifest import CARD, MANIFEST, Manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import hash_file
@@ -44,7 +46,7 @@ def parse(path: Path | str) -> HubName:
         RequestError: it says nothing of that kind.
     """
     match = _NAME.fullmatch(str(path).removeprefix(PREFIX))
-    if not match:
+    if not match or ".." in str(path):
         raise RequestError(
             f"{path} is no artifact of the hub; expected {PREFIX}owner/name, perhaps followed by "
             "/FILE.gguf or @REVISION"
@@ -100,34 +102,63 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
     api = HfApi()
     page = api.create_repo(repo, private=not public, exist_ok=True)
     there = set(api.list_repo_files(repo))
-    before = _files_of_earlier(repo, there) if MANIFEST in there else set()
-    if not force and (there - before - _KEPT) and not before and not _is_only_gguf(there):
-        raise RequestError(
-            f"{repo} has other files ({', '.join(sorted(there - _KEPT)[:3])}); give a new name, or "
-            "--force to add the artifact to it"
-        )
+    earlier = _earlier(repo) if MANIFEST in there else None
+    if not force:
+        _require_room(artifact, repo, there, earlier)
     files = _files(artifact)
-    if CARD in there and not _is_our_card(repo, there):
-        note(f"The card of {repo} was edited there: it stays as it is")
+    if CARD in there and _keeps_card(artifact, repo, earlier):
+        note(f"The card of {repo} stays as it is")
         del files[CARD]
+    gone = set[str]()
+    if earlier and not artifact.path.is_file():
+        gone = earlier.files.keys() & there - files.keys() - {CARD}
     total = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
     note(f"Uploading {amount(total)} to {page.url}")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(before - files.keys() - {CARD})]
+    operations += [CommitOperationDelete(name) for name in sorted(gone)]
     title = f"{artifact.manifest.name}, {artifact.manifest.precision}, by rgexport"
     api.create_commit(repo, operations, commit_message=title)
     return str(page.url)
 
 
-def _is_our_card(repo: str, there: set[str]) -> bool:
-    """Whether the card of a repository is that of the artifact there, unedited."""
+def _earlier(repo: str) -> Manifest | None:
+    """The manifest of the artifact that a repository has; None if it cannot be read."""
     from huggingface_hub import hf_hub_download
 
-    if MANIFEST not in there:
+    try:
+        return read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
+    except RequestError:
+        return None
+
+
+def _require_room(artifact: Artifact, repo: str, there: set[str], earlier: Manifest | None) -> None:
+    """Refuses a repository that has something else than an earlier form of the artifact.
+
+    GGUF files may lie beside one another.
+    """
+    ours = artifact.manifest
+    if earlier:
+        fits = (earlier.kind, earlier.name) == (ours.kind, ours.name)
+    else:
+        fits = there <= _KEPT or (artifact.path.is_file() and _is_only_gguf(there))
+    if not fits:
+        raise RequestError(
+            f"{repo} has other files ({', '.join(sorted(there - _KEPT)[:3])}); give a new name, or "
+            "--force to add the artifact to it"
+        )
+
+
+def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool:
+    """Whether the card of a repository stays: it was edited there, and the artifact's was not."""
+    from huggingface_hub import hf_hub_download
+
+    if artifact.path.is_file() or earlier is None:
+        return True
+    local, written = hash_file(artifact.file(CARD)), artifact.manifest.files.get(CARD)
+    if written is None or local.sha256 != written.sha256:
         return False
-    listed = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent).files.get(CARD)
-    found = hash_file(Path(hf_hub_download(repo, CARD)))
-    return listed is not None and found.sha256 == listed.sha256
+    listed = earlier.files.get(CARD)
+    return listed is None or hash_file(Path(hf_hub_download(repo, CARD))).sha256 != listed.sha256
 
 
 def _files(artifact: Artifact) -> dict[str, Path | bytes]:
@@ -151,19 +182,8 @@ def _warn_of_terms(artifact: Artifact) -> None:
         known = "" if licence else "If it is made from Google's weights: "
         warn(
             f"{known}the Gemma Terms of Use apply to this artifact too ({_TERMS}): whoever gets it "
-            "must get them, and know that the files were changed. The card says both"
+            "must get them, and know that the files were changed. A card of rgexport says both"
         )
-
-
-def _files_of_earlier(repo: str, there: set[str]) -> set[str]:
-    """The files of the artifact that a repository has."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        folder = Path(hf_hub_download(repo, MANIFEST)).parent
-        return {*read_manifest(folder).files, MANIFEST} & there
-    except RequestError:
-        return {MANIFEST}
 
 
 def _folder(name: HubName) -> Path:
@@ -173,7 +193,8 @@ def _folder(name: HubName) -> Path:
     """
     from huggingface_hub import constants
 
-    words = [*name.id.split("/"), *([name.revision.replace("/", "-")] if name.revision else [])]
+    revision = [quote(name.revision, safe="")] if name.revision else []
+    words = [*name.id.split("/"), *revision]
     return Path(constants.HF_HOME) / "rgexport" / "--".join(words)
 
 
@@ -185,8 +206,7 @@ def _complete(name: HubName) -> Path | None:
     if (folder / MANIFEST).is_file():
         needed = read_manifest(folder).files.keys() - {CARD}
         return folder if all((folder / file).is_file() for file in needed) else None
-    files = sorted(folder.glob("*.gguf"))
-    return files[0] if len(files) == 1 else None
+    return None  # which GGUF file is meant only the hub can tell
 
 
 def _download(name: HubName) -> Path:
@@ -200,16 +220,16 @@ def _download(name: HubName) -> Path:
         wanted = [MANIFEST] if is_folder else [_gguf(name, sizes)]
         if is_folder:
             snapshot(name.id, info.sha, wanted, folder)
-            wanted += read_manifest(folder).files
-        missing = sum(sizes.get(file, 0) for file in wanted if not (folder / file).is_file())
+            wanted += sizes.keys() & read_manifest(folder).files.keys()
+        missing = sum(sizes[file] for file in wanted if not (folder / file).is_file())
         require_free_disk(Path(constants.HF_HOME), missing)
-        snapshot(name.id, info.sha, wanted, folder)
+        snapshot(name.id, info.sha, [glob.escape(file) for file in wanted], folder)
     except RequestError:
         raise
     except Exception as error:  # as above
         advice = "or give a local artifact"
         raise RequestError(explain(name.id, error, "download", advice)) from None
-    found = _complete(name)
+    found = _complete(name) if is_folder else folder / wanted[0]
     if found is None:
         raise RequestError(
             f"{PREFIX}{name.id} is incomplete: {MANIFEST} lists files that are not there; push it "

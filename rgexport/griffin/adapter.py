@@ -100,7 +100,7 @@ def _shapes(pairs: Mapping[str, _Pair]) -> dict[str, Shape]:
 
 
 def _whole_weights(entries: Mapping[str, Entry]) -> dict[str, RowTensor]:
-    """The embedding, where PEFT has saved it beside its adapter, or because it was resized.
+    """The embedding, where PEFT has saved it beside its adapter.
 
     A head that is saved too is a copy: the model has none of its own.
     """
@@ -150,7 +150,9 @@ def _pairs(path: Path, entries: Mapping[str, Entry], fields: Fields) -> dict[str
                 f"{path} has {key}, which cannot be merged ({reason}); merge the adapter with "
                 "PEFT, and export the result"
             )
-        sides.setdefault(name, {})[match["side"]] = entry
+        if match["side"] in sides.setdefault(name, {}):
+            raise RequestError(f"{path} has a second {match['side']} for {name}; save it again")
+        sides[name][match["side"]] = entry
         if match["embedding"] == "lora_embedding":
             embeddings.add(name)
     if not sides:

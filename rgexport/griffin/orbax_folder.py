@@ -55,16 +55,19 @@ def read_orbax(folder: Path) -> dict[str, Stored | str]:
         names = [key.removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY)]
         return dict(_named(folder, sorted(names)))
     except ValueError as error:  # tensorstore's
-        raise RequestError(
-            f"{folder} cannot be read: {' '.join(str(error).split())[:300]}; copy it again"
-        ) from None
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: ValueError) -> RequestError:
+    reason = " ".join(str(error).split())[:300]
+    return RequestError(f"{folder} cannot be read: {reason}; copy it again")
 
 
 def _place(folder: Path) -> dict[str, Any]:
-    base = f"file://{folder.resolve()}/"
+    files = {"driver": "file", "path": f"{folder.resolve()}/"}
     if (folder / _DATABASE).is_file():
-        return {"driver": "ocdbt", "base": base}
-    return {"driver": "file", "path": f"{folder.resolve()}/"}
+        return {"driver": "ocdbt", "base": files}
+    return files
 
 
 def _named(folder: Path, names: list[str]) -> Iterator[tuple[str, Stored]]:
@@ -98,7 +101,11 @@ class _Array(Stored):
 
     def rows(self) -> RowTensor:
         """See `Stored`."""
-        return RowTensor(self.shape, self.dtype, lambda start, stop: self._values()[start:stop])
+
+        def read(start: int, stop: int) -> np.ndarray:
+            return self._values()[start:stop].copy()
+
+        return RowTensor(self.shape, self.dtype, read)
 
     def transposed(self) -> RowTensor:
         """See `Stored`."""
@@ -120,4 +127,7 @@ class _Array(Stored):
 @lru_cache(maxsize=3)
 def _unpacked(folder: Path, name: str) -> np.ndarray:
     """A whole parameter; those that are being read stay in memory."""
-    return np.asarray(_open(folder, name).read().result())
+    try:
+        return np.asarray(_open(folder, name).read().result())
+    except ValueError as error:
+        raise _unreadable(folder, error) from None

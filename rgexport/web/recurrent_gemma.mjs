@@ -12,6 +12,7 @@ import {
   PreTrainedModel,
   Tensor,
   TextGenerationPipeline,
+  env,
 } from "@huggingface/transformers";
 import { readState, writeState } from "./state_file.mjs";
 
@@ -102,7 +103,7 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
       throw new Error(`${model} is not an ONNX artifact of rgexport: config.json says so`);
     }
     const session = { ...options.session_options };
-    if (!(await isLocalFolder(model))) {
+    if (!isLocalFolder(model)) {
       session.externalData ??= own.data_files.map((path) => ({ path, data: path }));
     }
     if (options.device === "webgpu") {
@@ -111,7 +112,7 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     }
     const made = await super.from_pretrained(model, {
       ...options,
-      // The library warns of types that it does not know, but for this one.
+      // The library warns of every type that it does not know, except this one.
       config: { ...config, model_type: "custom" },
       dtype: "fp32", // the word for a file without a suffix
       subfolder: "",
@@ -170,7 +171,6 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
   async saveState({ messages = null, precision } = {}) {
     const states = this.#remembered[0];
     if (!states) throw new Error("nothing was read yet: there is no state to save");
-    if (states.ids.length > 1) throw new Error("a state file has one text, not a batch");
     const arrays = {};
     for (const { input, name } of this.config.rgexport.states) {
       arrays[name] = await numbersOf(states[input]);
@@ -235,11 +235,17 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     const [wanted] = rows;
     const begins = ({ ids: [known] }) =>
       known.length < wanted.length && known.every((id, i) => id === BigInt(wanted[i]));
-    const found = this.#remembered.filter((states) => states.ids.length === 1 && begins(states));
+    const found = this.#remembered.filter(begins);
     return found.sort((a, b) => b.get_seq_length() - a.get_seq_length())[0]?.fork();
   }
 
   #remember(states) {
+    if (states.ids.length !== 1) return; // batches are not looked up
+    const [ids] = states.ids;
+    const isSame = (other) =>
+      other.ids[0].length === ids.length && other.ids[0].every((id, i) => id === ids[i]);
+    const same = this.#remembered.findIndex(isSame);
+    if (same >= 0) this.#remembered.splice(same, 1)[0].dispose();
     this.#remembered.unshift(states.fork());
     for (const old of this.#remembered.splice(REMEMBERED)) old.dispose();
   }
@@ -298,8 +304,8 @@ async function numbersOf(tensor) {
 }
 
 /** Whether Node reads the model from a folder, in which ONNX Runtime finds the weights by itself. */
-async function isLocalFolder(model) {
-  if (!globalThis.process?.versions?.node) return false;
-  const { existsSync } = await import("node:fs");
-  return existsSync(`${model}/config.json`);
+function isLocalFolder(model) {
+  const files = globalThis.process?.getBuiltinModule?.("node:fs");
+  const places = [model, `${env.localModelPath}${model}`];
+  return Boolean(files) && places.some((place) => files.existsSync(`${place}/config.json`));
 }

@@ -63,6 +63,7 @@ export async function readState(model, file) {
   if ((await sha256(data)) !== fields.sha256) {
     throw new Error("the state file is damaged: its contents do not have the hash that it names");
   }
+  requireSound(model, header, fields);
   if (!fields.has_text) {
     throw new Error("the state file has no text, only its hash; save one with its text");
   }
@@ -72,7 +73,6 @@ export async function readState(model, file) {
   };
   const arrays = {};
   for (const { name, layout, dtype, shape } of model.states) {
-    if (!header[name]) throw new Error(`the state file is of a model without ${name}`);
     const { dtype: stored, buffer } = part(name);
     const floats = stored === "F16" ? fromHalves(new Uint16Array(buffer)) : new Float32Array(buffer);
     const numbers = turned(layout, shape, floats, fields.position, false);
@@ -93,7 +93,22 @@ function parsed(bytes) {
   }
 }
 
-function requireSameModel({ identity, messages }, own) {
+/** The header is not covered by the hash, so what it says must fit together. */
+function requireSound(model, header, { position, tokens, has_text: hasText }) {
+  const unseen = tokens - position;
+  const counts = [position, tokens].every((n) => Number.isSafeInteger(n) && n >= 0);
+  const wanted = hasText ? [[TOKENS, ["I32"], [tokens]]] : [];
+  for (const { name, layout, shape } of model.states) {
+    wanted.push([name, ["F32", "F16"], layout === "ring" ? shape.slice(-2) : shape]);
+  }
+  const fits = ([name, dtypes, shape]) =>
+    header[name] && dtypes.includes(header[name].dtype) && `${header[name].shape}` === `${shape}`;
+  if (!counts || unseen < 0 || unseen > 1 || !wanted.every(fits)) {
+    throw new Error("the state file is damaged, or of a model with other states");
+  }
+}
+
+function requireSameModel({ identity = {}, messages = null }, own) {
   const differing = {
     [`the model ${identity.name} with other weights`]: identity.weights !== own.weights,
     [`a window of ${identity.window} tokens`]: identity.window !== own.window,
@@ -173,6 +188,7 @@ function joined(parts) {
 }
 
 async function sha256(bytes) {
+  if (!globalThis.crypto?.subtle) throw new Error("hashes need a page over https, or localhost");
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -122,6 +122,13 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_checkpoint(folder, window=8)
 
 
+def test_any_name_of_a_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path, "regular", database=True)
+    for name in ("a b", "a%20b", "a#b", "a?b"):
+        odd = Path(shutil.copytree(folder, tmp_path / name / "flax"))
+        assert open_checkpoint(odd, window=8).problems == ()
+
+
 def test_another_model_is_told(tmp_path: Path) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
         saver.save(tmp_path / "other", {"params": {"x": np.zeros((2, 3), np.float32)}})

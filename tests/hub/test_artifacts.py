@@ -84,17 +84,31 @@ def test_a_later_push_replaces_what_was_there(run: Run, hub: Hub, artifact: Path
     assert there.files["README.md"] == (artifact / "README.md").read_bytes()
     there.files["README.md"] = b"Mine."
     said = run("push", artifact, "me/demo").stderr
-    assert "was edited there" in said and there.files["README.md"] == b"Mine."
+    assert "stays as it is" in said and there.files["README.md"] == b"Mine."
     assert "notes.txt" not in there.files
 
 
 def test_a_repository_of_something_else_is_refused(run: Run, hub: Hub, artifact: Path) -> None:
     hub.repositories["me/other"] = Repository(files={"weights.bin": b"x", "README.md": b"y"})
+    others = json.loads((artifact / MANIFEST).read_text()) | {"name": "another model"}
+    files = {MANIFEST: json.dumps(others).encode()}
+    hub.repositories["me/theirs"] = Repository(files=files)
+    assert "has other files" in run("push", artifact, "me/theirs", code=2).stderr
     done = run("push", artifact, "me/other", code=2)
     assert "me/other has other files (weights.bin)" in done.stderr
     run("push", artifact, "me/other", "--force")
     assert hub.repositories["me/other"].files["README.md"] == b"y"
     assert hub.repositories["me/other"].files["weights.bin"] == b"x"
+
+
+def test_a_manifest_downloads_nothing_but_what_it_lists(run: Run, hub: Hub, artifact: Path) -> None:
+    run("push", artifact, "me/demo")
+    there = hub.repositories["me/demo"]
+    manifest = json.loads(there.files[MANIFEST])
+    manifest["files"]["*"] = {"sha256": "0" * 64, "size": 1}
+    there.files |= {MANIFEST: json.dumps(manifest).encode(), "evil.pkl": b"x"}
+    assert "is incomplete" in run("inspect", "hf:me/demo", code=2).stderr
+    assert not any("evil.pkl" in asked for asked in hub.asked)
 
 
 def test_a_gguf_file_goes_there_and_back(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -107,9 +121,13 @@ def test_a_gguf_file_goes_there_and_back(run: Run, hub: Hub, tmp_path: Path) -> 
     assert b"library_name: gguf" in there.files["README.md"]
     facts = json.loads(run("inspect", "hf:me/demo-gguf", "--json").stdout)
     assert facts["kind"] == "gguf"
+    there.files["README.md"] = b"Mine."
+    run("push", file, "hf:me/demo-gguf")
+    assert there.files["README.md"] == b"Mine."
 
     there.files["other.gguf"] = file.read_bytes()
-    run("inspect", "hf:me/demo-gguf@main", code=2)
+    for name in ("hf:me/demo-gguf", "hf:me/demo-gguf@main"):
+        assert "has several GGUF files" in run("inspect", name, code=2).stderr
     assert run("inspect", "hf:me/demo-gguf/other.gguf").stdout
 
 
@@ -123,6 +141,7 @@ def test_a_gguf_file_goes_there_and_back(run: Run, hub: Hub, tmp_path: Path) -> 
         ("hf:me/empty@v9", "me/empty has no such revision"),
         ("hf:me", "hf:me is no artifact of the hub; expected hf:owner/name"),
         ("hf:../../etc/passwd", "is no artifact of the hub"),
+        ("hf:me/empty/../../x.gguf", "is no artifact of the hub"),
     ],
 )
 def test_what_cannot_be_had_is_told(

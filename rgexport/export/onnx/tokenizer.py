@@ -91,14 +91,14 @@ def _token_ids(folder: Path) -> dict[str, int]:
     Raises:
         RequestError: the tokenizer cannot be read.
     """
-    names = {**control_token_names(folder), _TURN: END_OF_TURN}
     try:
+        names = {**control_token_names(folder), _TURN: END_OF_TURN}
         if (folder / "tokenizer.model").is_file():
             return _ids_by_sentencepiece(folder / "tokenizer.model", names)
         engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         found = {key: engine.token_to_id(piece) for key, piece in names.items()}
         return {key: i for key, i in found.items() if i is not None}
-    except Exception as error:  # of both engines
+    except Exception as error:  # of JSON and of both engines
         raise RequestError(f"the tokenizer cannot be read ({error})") from None
 
 
