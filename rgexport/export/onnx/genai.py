@@ -1,8 +1,8 @@
 """`genai_config.json`, by which onnxruntime-genai runs an artifact as it is.
 
 The names of recurrent states are left out: versions before 0.16 refuse them, and every version
-derives them from the names of the keys. A fixed axis of keys and values makes them a cache that is updated
-in place, so a conversation may be longer than the window.
+derives them from the names of the keys. A fixed axis of keys and values makes them a cache that is
+updated in place, so a conversation may be longer than the window.
 """
 
 import json
