@@ -77,7 +77,9 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _show_version(context: click.Context) -> NoReturn:
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
     from rgexport.kernels.onnx.library import kernels
 
     found = kernels()
@@ -93,7 +95,7 @@ def _show_version(context: click.Context) -> NoReturn:
     is_flag=True,
     expose_value=False,
     is_eager=True,
-    callback=lambda context, parameter, value: _show_version(context) if value else None,
+    callback=_show_version,
     help="Show the version, and the native kernels that were built.",
 )
 @verbose

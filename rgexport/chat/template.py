@@ -11,7 +11,7 @@ import jinja2
 from rgexport.chat.template_sandbox import Sandbox
 from rgexport.chat.tokenizer import CUT, Tokenizer
 from rgexport.errors import RequestError
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
 
 Message = Mapping[str, str]
@@ -104,7 +104,7 @@ def load_template(folder: Path) -> ChatTemplate:
     Raises:
         RequestError: a file that cannot be read, or several named templates and no default.
     """
-    return ChatTemplate(*(read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")))
+    return ChatTemplate(*chat_template(folder))
 
 
 def _cut_all(value: Any, tokenizer: Tokenizer) -> Any:

@@ -17,13 +17,12 @@ from pathlib import Path
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.sentencepiece_file import MAX_BYTES
 from rgexport.griffin.tokenizer_files import control_token_names
 
 CUT = "\ud800"
 """Marks the place of a cut: a lone surrogate, which no encodable text contains."""
 
-MAX_BYTES = 256 << 20
-"""Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
 _SHORT, _KNOWN = 4096, 1024
 """Longest texts whose ids are remembered, in characters, and how many of them."""
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -13,7 +13,7 @@ from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, remember
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize import affine
 from rgexport.quantize.scheme import Affine
@@ -116,7 +116,7 @@ class Artifact:
         notes = []
         if record and not card.is_file():
             notes.append(f"{CARD} was removed")
-        elif record and hash_new_files([card])[card] != record.sha256:
+        elif record and hash_file(card).sha256 != record.sha256:
             notes.append(f"{CARD} was edited")
         added = sorted(files_of(self.path) - self.manifest.files.keys())
         return notes + [f"{name} was added" for name in added]

@@ -9,7 +9,7 @@ from pathlib import Path
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import format_of
 from rgexport.export.manifest import CARD, Manifest
-from rgexport.export.origin import Origin
+from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.progress import amount
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -52,7 +52,7 @@ every file; `rgexport inspect` prints it, `rgexport validate` compares the model
 
 Made from `{source}` ({source_layout} layout). An artifact is a derivative of its checkpoint: the
 checkpoint's own terms apply to it. Google's RecurrentGemma is under the Gemma Terms of Use,
-https://ai.google.dev/gemma/terms.
+{terms}.
 """
 
 _CHECKED = """\
@@ -199,6 +199,7 @@ def card(manifest: Manifest, origin: Origin) -> str:
         checked=_checked(manifest.check),
         source=manifest.source.name,
         source_layout=manifest.source.layout,
+        terms=GEMMA_TERMS,
     )
 
 

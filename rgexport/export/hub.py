@@ -13,6 +13,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.card import card
 from rgexport.export.manifest import CARD, MANIFEST, Manifest
 from rgexport.export.manifest_reader import read_manifest
+from rgexport.export.origin import GEMMA_TERMS
 from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
@@ -22,7 +23,6 @@ PREFIX = "hf:"
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")
 _KEPT = {".gitattributes", CARD}
 """Files that a repository may have before an artifact is there."""
-_TERMS = "https://ai.google.dev/gemma/terms"
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,9 @@ def _warn_of_terms(artifact: Artifact) -> None:
     if licence in (None, "gemma"):
         known = "" if licence else "If it is made from Google's weights: "
         warn(
-            f"{known}the Gemma Terms of Use apply to this artifact too ({_TERMS}): whoever gets it "
-            "must get them, and know that the files were changed. A card of rgexport says both"
+            f"{known}the Gemma Terms of Use apply to this artifact too ({GEMMA_TERMS}): whoever "
+            "gets it must get them, and know that the files were changed. A card of rgexport says "
+            "both"
         )
 
 

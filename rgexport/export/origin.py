@@ -11,6 +11,7 @@ _CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 <<
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RELEASED = {size.hub_id for size in SIZES.values()}
 _PREFIX = "recurrentgemma"
+GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,6 @@ _UNSUPPORTED = (
 """Options that make the adapter more than two matrices for a weight."""
 
 
-Shape = tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class _Pair:
     """Both matrices for one weight."""
@@ -70,10 +67,11 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     fields, path = _config(folder), folder / WEIGHTS
     entries = read_header(path)
     pairs, saved = _pairs(path, entries, fields), _whole_weights(entries)
-    weights = dict(checkpoint.weights)
-    for name, shape in {**{n: x.shape for n, x in saved.items()}, **_shapes(pairs)}.items():
+    shapes = [(name, tensor.shape) for name, tensor in saved.items()]
+    shapes += [(name, pair.shape) for name, pair in pairs.items()]
+    for name, shape in shapes:
         _require_fitting(path, checkpoint, name, shape)
-    weights |= saved
+    weights = {**checkpoint.weights, **saved}
     weights |= {name: _merged(weights[name], pair) for name, pair in pairs.items()}
     return dataclasses.replace(
         checkpoint,
@@ -85,7 +83,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     )
 
 
-def _require_fitting(path: Path, checkpoint: Checkpoint, name: str, shape: Shape) -> None:
+def _require_fitting(path: Path, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     base = checkpoint.weights.get(name)
     if base is None or base.shape != shape:
         found = "does not have" if base is None else f"has as {list(base.shape)}"
@@ -95,21 +93,16 @@ def _require_fitting(path: Path, checkpoint: Checkpoint, name: str, shape: Shape
         )
 
 
-def _shapes(pairs: Mapping[str, _Pair]) -> dict[str, Shape]:
-    return {name: pair.shape for name, pair in pairs.items()}
-
-
 def _whole_weights(entries: Mapping[str, Entry]) -> dict[str, RowTensor]:
     """The embedding, where PEFT has saved it beside its adapter.
 
     A head that is saved too is a copy: the model has none of its own.
     """
-    found = {}
     for key, entry in entries.items():
         match = _WHOLE.fullmatch(key)
-        if match and match["module"] == EMBEDDING.removesuffix(".weight"):
-            found[EMBEDDING] = entry.rows()
-    return found
+        if match and f"{match['module']}.weight" == EMBEDDING:
+            return {EMBEDDING: entry.rows()}
+    return {}
 
 
 def _config(folder: Path) -> Fields:

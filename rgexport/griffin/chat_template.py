@@ -38,6 +38,11 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
         ) from None
 
 
+def chat_template(folder: Path) -> tuple[str, str]:
+    """As `read_chat_template`, or Gemma's template where the folder has none."""
+    return read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")
+
+
 def _read(folder: Path) -> tuple[str, str] | None:
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if jinja.is_file():

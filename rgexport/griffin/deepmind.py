@@ -14,7 +14,7 @@ from rgexport.griffin.inventory import FoundTensor
 from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.orbax_folder import read_orbax
-from rgexport.griffin.stored import Stored
+from rgexport.griffin.stored import RowMajor, Stored
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.griffin.torch_file import locate_tensors
 
@@ -76,7 +76,7 @@ def _rows(tensor: Stored | str) -> FoundTensor:
 
 def _split_up(tensor: Stored | str) -> list[FoundTensor]:
     """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
-    if isinstance(tensor, str) or tensor.shape[:1] != (2,):
+    if not isinstance(tensor, RowMajor) or tensor.shape[:1] != (2,):
         return [_rows(tensor)] * 2  # the inventory reports its shape
     shape = tensor.shape[1:]
     if len(shape) == 2:

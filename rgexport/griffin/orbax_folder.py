@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.griffin.stored import Stored, Transposed
+from rgexport.griffin.stored import RowMajor, Stored, Transposed
 from rgexport.griffin.tensor import RowTensor
 
 METADATA = "_METADATA"
@@ -90,7 +90,7 @@ def _open(folder: Path, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Array(Stored):
+class _Array(RowMajor):
     """A parameter, or an item of its first axis."""
 
     folder: Path
@@ -116,7 +116,7 @@ class _Array(Stored):
         return RowTensor(self.shape[::-1], self.dtype, read)
 
     def item(self, index: int, shape: tuple[int, ...]) -> Stored:
-        """See `Stored`."""
+        """See `RowMajor`."""
         return replace(self, index=index, shape=shape)
 
     def _values(self) -> np.ndarray:

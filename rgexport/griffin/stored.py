@@ -12,7 +12,7 @@ from rgexport.griffin.tensor import RowTensor
 
 
 class Stored(ABC):
-    """A row-major tensor of a checkpoint."""
+    """A tensor of a checkpoint."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -25,13 +25,17 @@ class Stored(ABC):
     def transposed(self) -> RowTensor:
         """The transpose of a matrix, likewise."""
 
+
+class RowMajor(Stored):
+    """One whose items lie one after another."""
+
     @abstractmethod
-    def item(self, index: int, shape: tuple[int, ...]) -> "Stored":
+    def item(self, index: int, shape: tuple[int, ...]) -> Stored:
         """One item of the first axis, in another shape of as many elements."""
 
 
 @dataclass(frozen=True)
-class Located(Stored):
+class Located(RowMajor):
     """A tensor in a file, `offset` bytes from its start."""
 
     path: Path
@@ -49,7 +53,7 @@ class Located(Stored):
         return transposed_rows(self.path, (height, width), self.dtype, self.offset)
 
     def item(self, index: int, shape: tuple[int, ...]) -> Stored:
-        """See `Stored`."""
+        """See `RowMajor`."""
         step = math.prod(shape) * self.dtype.itemsize
         return replace(self, shape=shape, offset=self.offset + index * step)
 
@@ -77,7 +81,3 @@ class Transposed(Stored):
     def transposed(self) -> RowTensor:
         """See `Stored`."""
         return self.base.rows()
-
-    def item(self, index: int, shape: tuple[int, ...]) -> Stored:
-        """No tensor of a checkpoint needs it."""
-        raise NotImplementedError

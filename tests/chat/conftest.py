@@ -12,9 +12,10 @@ import tokenizers
 from tokenizers import decoders, normalizers
 
 from rgexport.chat.model import Model
-from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate
+from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.identity import Identity
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 from tests.toy_session import ToySession
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"

@@ -10,13 +10,14 @@ import sentencepiece
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.gguf_text import Vocabulary
-from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate, load_template
+from rgexport.chat.template import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 from rgexport.runtimes.llama_cpp.library import load_model

@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat import template_sandbox
-from rgexport.chat.template import GEMMA_TEMPLATE, ChatTemplate, load_template
+from rgexport.chat.template import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 
 LITERALS = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<mask>", "<unused7>")
 fragments = st.text(max_size=8) | st.sampled_from(

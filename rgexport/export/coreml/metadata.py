@@ -9,7 +9,7 @@ from rgexport import __version__
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.states import RECURRENT, RECURRENT_OUTPUT, Form
 from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
-from rgexport.export.origin import Origin, origin_of
+from rgexport.export.origin import GEMMA_TERMS, Origin, origin_of
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 
@@ -65,7 +65,7 @@ def _author(origin: Origin) -> str:
 
 def _licence(origin: Origin) -> str:
     if origin.released:
-        return "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
+        return f"Gemma Terms of Use, {GEMMA_TERMS}"
     return origin.licence or "That of the checkpoint it was made from"
 
 

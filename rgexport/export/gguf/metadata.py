@@ -16,7 +16,7 @@ from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import FORMAT_VERSION, Source
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.origin import folder_of, origin_of
+from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.export.typed_json import Mismatch, parse, plain, read
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
         "organization": "Google",
         "license": origin.licence,
         "license.name": "Gemma Terms of Use",
-        "license.link": "https://ai.google.dev/gemma/terms",
+        "license.link": GEMMA_TERMS,
     }
     terms = released if origin.released else {"license": origin.licence}
     return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}

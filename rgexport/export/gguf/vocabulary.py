@@ -18,18 +18,23 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.sentencepiece_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    MAX_BYTES,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_pieces,
+)
 from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.progress import warn
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces, with the same numbers in SentencePiece and llama.cpp."""
-MAX_BYTES = 256 << 20
-"""Of a tokenizer file: Gemma's has 4 MB, or 33 as JSON."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _RUN = re.compile("▁▁+")
 _PADDING_SCORE = -10_000.0
-_BPE = 2
-"""`TrainerSpec.ModelType` in sentencepiece_model.proto."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,9 @@ _Found = tuple[list[_Piece], dict[str, int | None], bool]
 
 
 def _read_sentencepiece(path: Path) -> _Found:
-    # slow to import, and generated without type information
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
-    model = ModelProto.FromString(read_regular(path, MAX_BYTES))
+    model = read_pieces(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != _BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
+    if trainer.model_type != BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
         raise RequestError(
             f"{path} is not a BPE model with byte fallback, as Gemma's is; llama.cpp cannot do "
             "another kind: leave it out to export a model that takes token ids"

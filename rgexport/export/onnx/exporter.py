@@ -11,7 +11,7 @@ from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.genai import require_kernels, write_genai_config
 from rgexport.export.onnx.interface import io_record, state_records, with_interface
-from rgexport.export.onnx.model import build_model, describe
+from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
@@ -54,7 +54,7 @@ def export_onnx(
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
         program = with_interface(trace(checkpoint.config, activation))
         model = build_model(program, storage, profile, exact=options.exact)
-        describe(model, checkpoint.name, options.precision_word, checkpoint.config)
+        add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
         ir.save(model, folder / MODEL_FILE)
         storage.write(folder, checkpoint.weights, statistics)
         manifest = Manifest(

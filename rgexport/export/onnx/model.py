@@ -46,7 +46,7 @@ def build_model(
     return model
 
 
-def describe(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
+def add_description(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
     """Adds what tools such as Netron show of a model, and its sizes for programs that read them."""
     model.doc_string = (
         f"One step of {name}, a Griffin model (arXiv 2402.19427), in {precision}: token ids, their "

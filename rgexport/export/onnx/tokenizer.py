@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -65,10 +66,16 @@ def bytes_to_add(files: Iterable[Path]) -> int:
     found = {path.name: path for path in files}
     if "tokenizer.json" in found or "tokenizer.model" not in found:
         return 0
+    return _converted_bytes(found["tokenizer.model"])
+
+
+@lru_cache(maxsize=1)
+def _converted_bytes(model: Path) -> int:
+    """Plans ask again and again, and the conversion takes seconds."""
     with TemporaryDirectory() as folder:
         made = Path(folder) / "tokenizer.json"
         try:
-            write_tokenizer_json(found["tokenizer.model"], made)
+            write_tokenizer_json(model, made)
         except RequestError:  # the export does without
             return 0
         return made.stat().st_size

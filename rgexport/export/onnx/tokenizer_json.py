@@ -14,14 +14,17 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import is_markup
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-"""Types of pieces in sentencepiece_model.proto."""
-_BPE = 2
-"""`TrainerSpec.ModelType` there."""
-_MAX_BYTES = 256 << 20
+from rgexport.griffin.sentencepiece_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_pieces,
+)
 
 
 def write_tokenizer_json(source: Path, target: Path) -> None:
@@ -33,16 +36,13 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
     Raises:
         RequestError: it is no BPE model with byte fallback, or cannot be read.
     """
-    # slow to import, and generated without type information
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
     try:
-        model = ModelProto.FromString(read_regular(source, _MAX_BYTES))
-        if model.trainer_spec.model_type != _BPE or not model.trainer_spec.byte_fallback:
+        model = read_pieces(source)
+        if model.trainer_spec.model_type != BPE or not model.trainer_spec.byte_fallback:
             raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
         frame = _frame(model)
         pieces = [piece.piece for piece in model.pieces]
-        merged = (_NORMAL, _USER_DEFINED)
+        merged = (NORMAL, USER_DEFINED)
         scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
     except Exception as error:  # of protobuf and tokenizers
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -58,7 +58,7 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
 def _frame(model: Any) -> dict[str, Any]:
     """All of the file but the vocabulary and the merges."""
     trainer = model.trainer_spec
-    added = {i: p for i, p in enumerate(model.pieces) if p.type not in (_NORMAL, _BYTE, _UNUSED)}
+    added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
     engine = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece.piece: i for i, piece in added.items()},
@@ -85,7 +85,7 @@ def _frame(model: Any) -> dict[str, Any]:
 
 def _added(piece: Any) -> tokenizers.AddedToken:
     """Text pieces are found after spaces became "▁", markup as it stands."""
-    special = piece.type in (_UNKNOWN, _CONTROL) or is_markup(piece.piece)
+    special = piece.type in (UNKNOWN, CONTROL) or is_markup(piece.piece)
     return tokenizers.AddedToken(piece.piece, special=special, normalized=not special)
 
 

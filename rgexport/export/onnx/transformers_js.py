@@ -11,7 +11,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import weight_files
 from rgexport.export.onnx.tokenizer import ControlIds
 from rgexport.export.typed_json import plain
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.griffin.chat_template import chat_template
 
 CONFIG = "config.json"
 MODULES = "recurrent_gemma.mjs", "state_file.mjs"
@@ -19,7 +19,7 @@ MODULES = "recurrent_gemma.mjs", "state_file.mjs"
 
 def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
     """Writes `config.json` and copies the modules; `rgexport` in it is what the modules read."""
-    template, _ = read_chat_template(folder) or (GEMMA_TEMPLATE, "")
+    template, _ = chat_template(folder)
     config = manifest.config
     made = {
         "model_type": "recurrent_gemma",

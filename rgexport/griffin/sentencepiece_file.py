@@ -1,0 +1,25 @@
+"""What is in a `tokenizer.model`, as sentencepiece_model.proto declares it."""
+
+from pathlib import Path
+from typing import Any
+
+from rgexport.files.regular_file import read_regular
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of pieces, with the same numbers in llama.cpp."""
+BPE = 2
+"""`TrainerSpec.ModelType`."""
+MAX_BYTES = 256 << 20
+"""Largest file of a vocabulary: Gemma's has 4 MB, or 33 MB as JSON."""
+
+
+def read_pieces(path: Path) -> Any:
+    """The `ModelProto` of a file.
+
+    Raises:
+        Exception: whatever protobuf has against it.
+    """
+    # slow to import, and generated without type information
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    return ModelProto.FromString(read_regular(path, MAX_BYTES))
