@@ -1,5 +1,6 @@
 """`rgexport push` and `hf:` against a fake hub."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -105,8 +106,10 @@ def test_a_manifest_downloads_nothing_but_what_it_lists(run: Run, hub: Hub, arti
     run("push", artifact, "me/demo")
     there = hub.repositories["me/demo"]
     manifest = json.loads(there.files[MANIFEST])
-    manifest["files"]["*"] = {"sha256": "0" * 64, "size": 1}
-    there.files |= {MANIFEST: json.dumps(manifest).encode(), "evil.pkl": b"x"}
+    for name in ("*", "not there"):
+        manifest["files"][name] = {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}
+    more = {MANIFEST: json.dumps(manifest).encode(), "*": b"x", "evil.pkl": b"x"}
+    there.files |= more
     assert "is incomplete" in run("inspect", "hf:me/demo", code=2).stderr
     assert not any("evil.pkl" in asked for asked in hub.asked)
 
