@@ -52,6 +52,8 @@ def export_onnx(
     storage = Storage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
+        # First, so that torch uses the memory again that a large vocabulary takes.
+        ids = complete_tokenizer(folder, tuned=checkpoint.instruction_tuned)
         program = with_interface(trace(checkpoint.config, activation))
         model = build_model(program, storage, profile, exact=options.exact)
         add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
@@ -68,7 +70,6 @@ def export_onnx(
             io=io_record(program),
             **common,
         )
-        ids = complete_tokenizer(folder, tuned=checkpoint.instruction_tuned)
         write_genai_config(folder, checkpoint.config, ids, native=options.genai_native)
         write_web_files(folder, manifest, ids)
         return manifest
