@@ -15,7 +15,7 @@ from rgexport.progress import Advance, task
 SHARD_BYTES = 3_000_000_000
 SLAB_BYTES = 8 << 20
 
-_NAMES = {
+_NAMES: dict[np.dtype, str] = {
     np.dtype(np.uint8): "U8",
     np.dtype(np.int32): "I32",
     **{dtype: name for name, dtype in FLOATS.items()},
