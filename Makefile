@@ -17,9 +17,11 @@ PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration
 NATIVE := $(VENV)/.native
 DOCS := $(VENV)/.docs
 MACHINE ?= here
+PAGE := rgexport/page/page.zip
+PAGE_SOURCES := rgexport/page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/web/*.*)
 NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
-.PHONY: demo docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo demo-web page docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) -s --no-print-directory native
@@ -29,6 +31,13 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 	$(BIN)/rgexport reference --size demo -o $(REFERENCE) --force
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
 
+demo-web: $(INSTALLED) $(PAGE)  ## A page that chats with the bundled model, in a browser.
+	$(BIN)/rgexport onnx --size demo --profile webgpu -o out/demo-webgpu --force
+	$(BIN)/rgexport onnx --size demo --profile wasm -o out/demo-wasm --force
+	$(BIN)/rgexport web out/demo-webgpu out/demo-wasm --serve --open
+
+page: $(PAGE)  ## The page of `rgexport web`, from the sources in page/: takes Node.
+
 # The variable silences an advertisement of the theme's makers, not a warning about our pages.
 docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --strict --quiet
@@ -37,10 +46,10 @@ docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error
 pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
 	$(BIN)/python -m bench.pictures
 
-test: $(DEV) native llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
+test: $(DEV) native $(PAGE) llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(TESTS)
 
-test-all: $(DEV) native llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
+test-all: $(DEV) native $(PAGE) llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
 	$(TESTS) --whole-product
 
 fuzz: $(DEV)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.
@@ -69,12 +78,16 @@ bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: h
 
 clean:
 	rm -f rgexport/kernels/*/librgexport_*
-	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) out dist build page/dist page/node_modules $(PAGE) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
 	@$(BIN)/python -m rgexport.kernels.build --build-folder build/native
 	@touch $@
+
+$(PAGE): $(PAGE_SOURCES)
+	@echo 'Building the page of rgexport web'
+	@$(PYTHON) rgexport/page/build.py
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)

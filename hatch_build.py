@@ -1,7 +1,7 @@
-"""Compiles the native libraries into wheels and editable installs.
+"""Compiles the native libraries into wheels and editable installs, and the chat page into wheels.
 
 Where that is impossible the package is installed without them: it runs on ONNX Runtime's own
-kernels, and quantizes by rounding to nearest.
+kernels, quantizes by rounding to nearest, and `rgexport web` says what is missing.
 """
 
 import importlib.util
@@ -17,11 +17,12 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 BUILDER = Path("rgexport/kernels/build.py")
+PAGE_BUILDER = Path("rgexport/page/build.py")
 CMAKE, NINJA = "cmake>=3.18,<5", "ninja>=1.10,<2"
 
 
-class NativeLibraries(BuildHookInterface):
-    """Runs CMake before a wheel is written."""
+class BuiltParts(BuildHookInterface):
+    """Runs CMake and npm before a wheel is written."""
 
     def dependencies(self) -> list[str]:
         """What a build needs and the system lacks."""
@@ -45,6 +46,7 @@ class NativeLibraries(BuildHookInterface):
             for path, project in zip(made, builder.PROJECTS, strict=True):
                 inside = project.relative_to(root) / path.name
                 build_data["force_include"][str(path)] = str(inside)
+            self._add_page(build_data)
 
     def _build(self, builder: ModuleType, project: Path, editable: bool) -> Path:
         """The library of a project, or the file that says why there is none."""
@@ -62,6 +64,18 @@ class NativeLibraries(BuildHookInterface):
             made = folder / builder.NOT_BUILT
             made.write_text(f"{failed}\n")
             return made
+
+    def _add_page(self, build_data: dict[str, Any]) -> None:
+        """Builds the page, unless that was done already, as in a source distribution."""
+        builder = _load(Path(self.root) / PAGE_BUILDER)
+        page = builder.BUILT
+        try:
+            if not page.is_file():
+                page = builder.build(self._scratch / page.name)
+        except builder.BuildFailed as failed:
+            self.app.display_warning(f"rgexport is installed without its web page: {failed}")
+            return
+        build_data["force_include"][str(page)] = f"rgexport/page/{page.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes the scratch folder."""

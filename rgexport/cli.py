@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from rgexport import __version__, progress
-from rgexport.commands import compress, exports, hub, llama_cpp, proof, serve, state, use
+from rgexport.commands import compress, exports, hub, llama_cpp, proof, serve, state, use, web
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 
@@ -113,6 +113,7 @@ for command in (
         use.generate,
         use.chat,
         serve.serve,
+        web.web,
         state.state,
         use.bench,
     ),

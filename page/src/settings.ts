@@ -1,0 +1,34 @@
+// The page's controls by their ids, and the settings, which the browser keeps.
+
+import type { ReplyOptions } from "./worker";
+
+const DEFAULTS = { temperature: 0, longest: 512 };
+
+/** The element with the id, of the kind that is wanted. */
+export function control<T extends HTMLElement = HTMLElement>(id: string, kind?: new () => T): T {
+  const found = document.getElementById(id);
+  if (!found || (kind && !(found instanceof kind))) throw new Error(`the page lacks ${id}`);
+  return found as T;
+}
+
+export function settings(): ReplyOptions {
+  return { temperature: numberIn("temperature"), longest: numberIn("longest") };
+}
+
+/** What a field says, within its limits. */
+function numberIn(id: keyof typeof DEFAULTS): number {
+  const input = control(id, HTMLInputElement);
+  const number = input.value === "" ? NaN : Number(input.value);
+  if (Number.isNaN(number)) return DEFAULTS[id];
+  const within = Math.min(Math.max(number, Number(input.min)), Number(input.max));
+  return id === "longest" ? Math.round(within) : within;
+}
+
+for (const [id, standard] of Object.entries(DEFAULTS)) {
+  const input = control(id, HTMLInputElement);
+  input.value = localStorage.getItem(id) ?? String(standard);
+  input.onchange = () => {
+    input.value = String(numberIn(id as keyof typeof DEFAULTS));
+    localStorage.setItem(id, input.value);
+  };
+}

@@ -1,0 +1,164 @@
+"""A static site: the chat page, and the files of the models that it runs, in chunks.
+
+A chunk is named by its hash. So any host will do, the page can check what came and go on where a
+download broke, and whatever two models or versions share is loaded once.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import ZipFile
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
+from rgexport.export.onnx.transformers_js import CONFIG
+from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.page.build import BUILT
+from rgexport.progress import Advance, task, warn
+
+CHUNK_BYTES = 8 << 20
+CATALOG = "model.json"
+PROFILES = "webgpu", "wasm"
+"""Those that a browser runs."""
+_NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
+_WELCOME = ("generation_config.json",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`size` bytes of a file from `offset` on."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.file, "rb") as opened:
+            opened.seek(self.offset)
+            return opened.read(self.size)
+
+
+Site = Mapping[str, Part | bytes]
+"""Address, relative to the site's → what is there."""
+
+
+def make_site(artifacts: Sequence[Artifact]) -> Site:
+    """The site for one model, exported for one or for both profiles.
+
+    Raises:
+        RequestError: the page was not built, or an artifact is not for browsers or not for chats.
+    """
+    for artifact in artifacts:
+        _require_suitable(artifact)
+    profiles = [artifact.manifest.profile for artifact in artifacts]
+    if len(set(profiles)) < len(profiles):
+        raise RequestError(
+            f"two artifacts have the profile {profiles[0]}; give one for each of "
+            f"{' and '.join(PROFILES)}"
+        )
+    if not BUILT.is_file():
+        raise RequestError(
+            "this installation has no page, as Node was missing when it was built: install Node, "
+            "then run `make page` in a clone, or install rgexport again"
+        )
+    site: dict[str, Part | bytes] = {}
+    total = sum(path.stat().st_size for artifact in artifacts for path in _files(artifact))
+    with task("Hashing the model", total) as advance:
+        models = [_add_model(site, artifact, advance) for artifact in artifacts]
+    catalog = {"chunk_bytes": CHUNK_BYTES, "models": models}
+    site[CATALOG] = (json.dumps(catalog, indent=1) + "\n").encode()
+    with ZipFile(BUILT) as page:
+        site |= {name: page.read(name) for name in page.namelist()}
+    return site
+
+
+def write_site(site: Site, folder: Path, *, force: bool) -> None:
+    """Writes all files into a folder.
+
+    Raises:
+        RequestError: the folder exists and is no such site, or not without `force`; no space.
+    """
+    total = sum(_size(content) for content in site.values())
+    require_free_disk(folder, total)
+    with (
+        replace_folder(folder, force=force, replaceable=is_site) as new,
+        task("Writing the site", total) as advance,
+    ):
+        for address, content in site.items():
+            path = new / address
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(read(content))
+            advance(_size(content))
+
+
+def is_site(folder: Path) -> bool:
+    """Whether `write_site` may have made a folder."""
+    return all((folder / name).is_file() for name in (CATALOG, "sw.js", "index.html"))
+
+
+def read(content: Part | bytes) -> bytes:
+    """The bytes at an address of a site."""
+    return content if isinstance(content, bytes) else content.read()
+
+
+def _size(content: Part | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.size
+
+
+def _require_suitable(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    if manifest.kind != "onnx" or manifest.profile not in PROFILES:
+        form = manifest.profile if manifest.kind == "onnx" else manifest.kind
+        raise RequestError(
+            f"{artifact.path} is for {form}; a browser needs the profile wasm or webgpu: "
+            "rgexport onnx --profile wasm"
+        )
+    if manifest.instruction_tuned is False:
+        warn(f"{manifest.name} is a base model: it continues text, but answers poorly")
+    if missing := [name for name in _NEEDED if name not in manifest.files]:
+        raise RequestError(
+            f"{artifact.path} lacks {', '.join(missing)}: it has no tokenizer, or an earlier "
+            "rgexport made it; export it again"
+        )
+
+
+def _files(artifact: Artifact) -> list[Path]:
+    names = [*_NEEDED, *weight_files(artifact.manifest)]
+    names += [name for name in _WELCOME if name in artifact.manifest.files]
+    return [artifact.file(name) for name in dict.fromkeys(names)]
+
+
+def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advance) -> Any:
+    """Adds the chunks of a model's files; its entry in the catalog."""
+    files = []
+    for path in _files(artifact):
+        hashes = []
+        for part in _parts(path):
+            with open(path, "rb") as file:
+                name = _hash(file, part)
+            advance(part.size)
+            site[f"chunks/{name}.bin"] = part
+            hashes.append(name)
+        files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
+    return {
+        "name": artifact.manifest.name,
+        "profile": artifact.manifest.profile,
+        "gemma": artifact.origin().licence in (None, "gemma"),
+        "bytes": sum(file["bytes"] for file in files),
+        "files": files,
+    }
+
+
+def _parts(path: Path) -> Iterator[Part]:
+    size = path.stat().st_size
+    for offset in range(0, size, CHUNK_BYTES):
+        yield Part(path, offset, min(CHUNK_BYTES, size - offset))
+
+
+def _hash(file: BinaryIO, part: Part) -> str:
+    file.seek(part.offset)
+    return hashlib.sha256(file.read(part.size)).hexdigest()
