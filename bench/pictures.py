@@ -4,7 +4,9 @@
 
 Runs the commands of `SCENES` and `CHAT` in a pseudo-terminal and writes what it shows at the end
 as `terminal.svg` and `chat.svg`; validates the demo and writes the top of its HTML report as
-`report.png`, which takes Chromium's `chromium-headless-shell`.
+`report.png`; chats in the page of `rgexport web`, on a screen and on a phone, as `page.png` and
+`page-phone.png`. The last three take Chromium, such as Debian's
+`chromium-headless-shell`.
 """
 
 import argparse
@@ -20,6 +22,10 @@ from rich.text import Text
 
 from bench.run import START
 from bench.terminal import Scene, play
+from rgexport.export.opening import open_artifact
+from rgexport.page.site import make_site
+from tests.page.chat_page import Browser
+from tests.page.site_server import serving
 
 COLUMNS = 96
 ROOT = Path(__file__).parents[1]
@@ -46,7 +52,10 @@ CHAT = (
     Scene(("state", "info", "talk.state")),
 )
 """After the scenes before it."""
-REPORT_SIZE = "1100,900"
+REPORT_SIZE = {"width": 1100, "height": 900}
+PAGES = {"page": (1100, 620, "light"), "page-phone": (390, 844, "dark")}
+"""Picture → width and height in pixels, colour scheme."""
+PAGE_MESSAGES = "Hello! How are you?", "What do you see at the harbour?"
 FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" \
 xmlns="http://www.w3.org/2000/svg">
 <!-- Written by `make pictures`. -->
@@ -88,6 +97,7 @@ def main() -> None:
             lines = [line for scene in scenes for line in play(scene, Path(work), COLUMNS)]
             (folder / f"{name}.svg").write_text(terminal_svg(lines, name))
         report_picture(Path(work), (folder / "report.png").absolute())
+        page_pictures(Path(work), folder)
 
 
 def terminal_svg(lines: Sequence[Text], name: str) -> str:
@@ -108,10 +118,25 @@ def report_picture(work: Path, target: Path) -> None:
     """Validates the demo that lies in `work`, and has Chromium draw the top of its report."""
     command = [sys.executable, "-c", START, *VALIDATE, "--html", "report.html"]
     subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL, check=True)
-    browser = ["chromium-headless-shell", "--no-sandbox", "--hide-scrollbars"]
-    options = [f"--window-size={REPORT_SIZE}", f"--screenshot={target}"]
-    page = (work / "report.html").as_uri()
-    subprocess.run([*browser, *options, page], stderr=subprocess.DEVNULL, check=True)
+    with Browser.started() as browser, browser.profile(viewport=REPORT_SIZE) as profile:
+        tab = profile.open((work / "report.html").as_uri())
+        tab.page.screenshot(path=target)
+
+
+def page_pictures(work: Path, folder: Path) -> None:
+    """Chats with the demo in the page of `rgexport web`."""
+    export = [sys.executable, "-c", START, "onnx", "--size", "demo", "--profile", "wasm"]
+    subprocess.run([*export, "-o", "wasm"], cwd=work, stdout=subprocess.DEVNULL, check=True)
+    made = make_site([open_artifact(work / "wasm")])
+    with serving(made) as server, Browser.started() as browser:
+        for name, (width, height, scheme) in PAGES.items():
+            viewport = {"width": width, "height": height}
+            with browser.profile(viewport=viewport, color_scheme=scheme) as profile:
+                tab = profile.open(server.url)
+                tab.wait_until_open()
+                for message in PAGE_MESSAGES:
+                    tab.say(message)
+                tab.page.screenshot(path=folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ export async function download(choice: Choice, progress: Progress): Promise<void
       for (let chunk = missing.pop(); chunk; chunk = missing.pop()) await bring(cache, chunk, advance);
     };
     missing.reverse();
-    await Promise.all(Array.from({ length: PARALLEL }, work));
+    // What the others are about to bring is kept, too.
+    const ended = await Promise.allSettled(Array.from({ length: PARALLEL }, work));
+    for (const one of ended) if (one.status === "rejected") throw one.reason;
   });
 }
 

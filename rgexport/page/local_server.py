@@ -50,14 +50,16 @@ def local_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
         RequestError: the address cannot be used.
     """
     try:
-        return ThreadingHTTPServer((host, port), partial(_Handler, site))
+        return ThreadingHTTPServer((host, port), partial(SiteHandler, site))
     except OSError as error:
         raise RequestError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
         ) from None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class SiteHandler(BaseHTTPRequestHandler):
+    """Answers with what the site has."""
+
     protocol_version = "HTTP/1.1"
 
     def __init__(self, site: Site, *connection: Any):
@@ -86,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if with_body:
-            self.wfile.write(body)
+            self.write_body(body)
+
+    def write_body(self, body: bytes) -> None:
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         """Says nothing of requests."""

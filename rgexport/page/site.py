@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import ZipFile
 
 from rgexport.errors import RequestError
@@ -105,6 +105,11 @@ def read(content: Part | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read()
 
 
+def digest(chunk: bytes) -> str:
+    """The name of a chunk."""
+    return hashlib.sha256(chunk).hexdigest()
+
+
 def _size(content: Part | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.size
 
@@ -138,8 +143,7 @@ def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advan
     for path in _files(artifact):
         hashes = []
         for part in _parts(path):
-            with open(path, "rb") as file:
-                name = _hash(file, part)
+            name = digest(part.read())
             advance(part.size)
             site[f"chunks/{name}.bin"] = part
             hashes.append(name)
@@ -157,8 +161,3 @@ def _parts(path: Path) -> Iterator[Part]:
     size = path.stat().st_size
     for offset in range(0, size, CHUNK_BYTES):
         yield Part(path, offset, min(CHUNK_BYTES, size - offset))
-
-
-def _hash(file: BinaryIO, part: Part) -> str:
-    file.seek(part.offset)
-    return hashlib.sha256(file.read(part.size)).hexdigest()

@@ -1,9 +1,11 @@
 """`rgexport chat` in a pseudo-terminal, driven by keys and read from the screen."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,13 @@ class Terminal:
         }
         arguments = ["-c", ENDLESS + START, "chat", str(artifact), "-n", "100000", "--threads", "1"]
         self.child = pexpect.spawn(
-            sys.executable, arguments, dimensions=(ROWS, columns), env=environment, cwd=folder
+            sys.executable,
+            arguments,
+            dimensions=(ROWS, columns),
+            env=environment,
+            cwd=folder,
+            # Whoever runs the tests in the background has Ctrl-C ignored.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def send(self, keys: str) -> None:

@@ -1,0 +1,321 @@
+"""The chat page in headless Chromium, against rgexport's own replies."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import rgexport
+from rgexport.chat.state_file import read_fields
+from rgexport.export.opening import open_artifact
+from rgexport.page import site
+from tests.page.chat_page import Browser, ChatPage, Profile
+from tests.page.site_server import Broken, SiteServer, serving
+
+MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
+LONGEST = 24
+GREEDY = {"temperature": 0, "max_new_tokens": LONGEST}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(wasm_site: site.Site) -> Iterator[SiteServer]:
+    with serving(wasm_site) as found:
+        yield found
+
+
+@pytest.fixture
+def profile(browser: Browser) -> Iterator[Profile]:
+    with browser.profile() as found:
+        yield found
+
+
+def opened(profile: Profile, server: SiteServer, query: str = "") -> ChatPage:
+    """A tab with the model loaded, and short replies."""
+    tab = profile.open(server.url + query)
+    tab.wait_until_open()
+    limit_replies(tab)
+    return tab
+
+
+def limit_replies(tab: ChatPage) -> None:
+    tab.page.click("summary")
+    tab.page.fill("#longest", str(LONGEST))
+    tab.page.click("summary")
+
+
+def plain(text: str) -> str:
+    """What is left of a reply on the screen, where Markdown joins lines."""
+    return " ".join(text.split())
+
+
+def test_a_conversation_and_its_state(
+    profile: Profile, server: SiteServer, artifact: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The replies are rgexport's, each turn reads its own tokens alone, and the file goes on."""
+    tab = opened(profile, server)
+    assert tab.page.inner_text("#engine").startswith("WASM, ")
+    messages: list = []
+    with rgexport.load(artifact("wasm")) as model:
+        for content in MESSAGES:
+            said = tab.say(content)
+            messages.append({"role": "user", "content": content})
+            reply = model.chat(messages, **GREEDY)
+            messages.append({"role": "assistant", "content": reply.text})
+            assert plain(said) == plain(reply.text)
+            new = reply.prompt_tokens - reply.cached_tokens + reply.new_tokens
+            assert new - 1 <= tab.tokens_read <= new + 3
+        file = tab.save(tmp_path)
+        assert read_fields(file)["messages"] == messages
+        saved = model.load_state(file)
+        more = [*messages, {"role": "user", "content": "And now?"}]
+        reply = model.chat(more, **GREEDY)
+        assert reply.cached_tokens >= saved.position - 1
+    assert plain(tab.say("And now?")) == plain(reply.text)
+    assert "tokens/s" in tab.page.inner_text("#engine")
+    assert tab.said == [] and tab.error == ""
+
+
+def test_a_state_of_ours_is_imported(
+    profile: Profile, server: SiteServer, artifact: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "ours.state"
+    said = [{"role": "user", "content": "Hello! " * 150}]  # beyond the window
+    with rgexport.load(artifact("wasm")) as model:
+        said.append({"role": "assistant", "content": model.chat(said, **GREEDY).text})
+        saved = model.save_state(file, model.conversation_ids(said), said)
+        more = [*said, {"role": "user", "content": "And now?"}]
+        reply = model.chat(more, **GREEDY)
+    tab = opened(profile, server)
+    tab.load(file)
+    tab.page.wait_for_selector("article.assistant")
+    assert plain(tab.messages[0]) == plain(said[0]["content"])
+    assert plain(tab.say("And now?")) == plain(reply.text)
+    assert tab.tokens_read <= reply.prompt_tokens - saved.position + reply.new_tokens
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    tab.load(file)
+    assert "damaged" in tab.wait_for_error()
+    assert len(tab.messages) == 4
+    file.write_bytes(b"no state")
+    tab.load(file)
+    tab.page.wait_for_selector("#error:has-text('no state file')")
+    assert tab.said == []
+
+
+def test_offline_after_the_first_load(profile: Profile, wasm_site: site.Site) -> None:
+    with serving(wasm_site) as server:
+        tab = opened(profile, server)
+        first = tab.say("Hi there")
+        count = len(server.asked)
+    tab.page.reload()  # nothing answers now
+    tab.wait_until_open()
+    assert tab.messages == ["Hi there", first]
+    before = tab.page.inner_text("#engine")
+    assert "tokens/s" not in before
+    assert tab.say("What did I say?")
+    # The turn's own tokens: its four words and marks, and the reply.
+    assert tab.tokens_read <= 16 + LONGEST
+    assert len(server.asked) == count
+    assert [line for line in tab.said if "ERR_CONNECTION_REFUSED" not in line] == []
+
+
+def test_a_broken_download_goes_on(profile: Profile, wasm_site: site.Site) -> None:
+    """What came is kept, over a reload too; nothing that came is asked for again."""
+    chunks = sorted(address for address in wasm_site if address.startswith("chunks/"))
+    broken, came = set(chunks[4:]), set()
+
+    def fault(address: str, body: bytes) -> bytes:
+        if address in broken:
+            return body[: len(body) // 2] if address == chunks[5] else _break()
+        came.add(address)
+        return body
+
+    with serving(wasm_site, fault) as server:
+        tab = profile.open(server.url)
+        assert "What is here is kept; try again" in tab.wait_for_error()
+        assert tab.page.inner_text("#load") == "Try again"
+        missing = sorted(set(chunks) - came)
+        assert len(missing) >= len(broken)
+        broken.clear()
+        server.asked.clear()
+        tab.page.reload()
+        tab.wait_until_open()
+        assert sorted(server.chunks) == missing
+        server.asked.clear()
+        tab.page.reload()
+        tab.wait_until_open()
+        assert server.chunks == []
+
+
+def _break() -> bytes:
+    raise Broken
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_damaged_chunk(profile: Profile, wasm_site: site.Site, lasting: bool) -> None:
+    """It is asked for again; if it stays damaged the page says so, and does not use it."""
+    chosen = max(address for address in wasm_site if address.startswith("chunks/"))
+    answers = []
+
+    def fault(address: str, body: bytes) -> bytes:
+        if address == chosen and (lasting or not answers):
+            answers.append(address)
+            return body[:-1] + bytes([body[-1] ^ 1])
+        return body
+
+    with serving(wasm_site, fault) as server:
+        tab = profile.open(server.url)
+        if lasting:
+            assert "came damaged" in tab.wait_for_error()
+            assert not tab.page.is_visible("#talk")
+        else:
+            tab.wait_until_open()
+        assert server.chunks.count(chosen) == (4 if lasting else 2)
+
+
+def test_a_chunk_that_was_damaged_in_the_storage(profile: Profile, server: SiteServer) -> None:
+    tab = opened(profile, server)
+    tab.page.evaluate(
+        """async () => {
+            const cache = await caches.open("rgexport-weights");
+            const [request] = await cache.keys();
+            await cache.put(request, new Response("nonsense"));
+        }"""
+    )
+    server.asked.clear()
+    tab.page.reload()
+    tab.wait_until_open()
+    assert len(server.chunks) == 1
+
+
+def test_two_tabs(profile: Profile, wasm_site: site.Site) -> None:
+    """They download once, show each other's conversations, and do not write over them."""
+    with serving(wasm_site) as server:
+        tabs = [profile.open(server.url) for _ in range(2)]
+        for tab in tabs:
+            tab.wait_until_open()
+            limit_replies(tab)
+        assert len(server.chunks) == len(set(server.chunks))
+    first, second = tabs
+    said = first.say("Hi there")
+    second.page.click("#list button")
+    second.page.wait_for_selector("article.assistant")
+    assert second.messages == ["Hi there", said]
+    second.say("What did I say?")
+    first.page.locator("article").nth(3).wait_for()
+    assert first.messages == second.messages
+    first.page.once("dialog", lambda dialog: dialog.accept())
+    first.page.click("#delete")
+    second.page.wait_for_selector("#list:empty", state="attached")
+    assert second.messages == [] and first.messages == []
+    assert [line for tab in tabs for line in tab.said if "REFUSED" not in line] == []
+
+
+def test_a_host_that_sends_no_headers(profile: Profile, wasm_site: site.Site) -> None:
+    """The service worker adds those that threads need."""
+    with serving(wasm_site, plain=True) as server:
+        tab = opened(profile, server)
+        assert tab.page.evaluate("crossOriginIsolated")
+        assert tab.say("Hi there") and tab.said == []
+
+
+def test_a_new_version_of_the_site(profile: Profile, wasm_site: site.Site) -> None:
+    """Only chunks that are new are loaded, and old ones are deleted."""
+    with serving(wasm_site) as server:
+        opened(profile, server)
+        catalog = json.loads(site.read(wasm_site[site.CATALOG]))
+        (model,) = catalog["models"]
+        config = next(file for file in model["files"] if file["path"] == "generation_config.json")
+        part = site.read(server.site[f"chunks/{config['chunks'][0]}.bin"]) + b" "
+        name = site.digest(part)
+        old, config["chunks"] = config["chunks"], [name]
+        config["bytes"] += 1
+        model["bytes"] += 1
+        server.site[site.CATALOG] = json.dumps(catalog).encode()
+        server.site[f"chunks/{name}.bin"] = part
+        server.asked.clear()
+        tab = profile.open(server.url)
+        tab.wait_until_open()
+        assert server.chunks == [f"chunks/{name}.bin"]
+        stored = tab.page.evaluate(
+            'async () => (await (await caches.open("rgexport-weights")).keys()).map((r) => r.url)'
+        )
+        assert any(name in url for url in stored) and not any(old[0] in url for url in stored)
+
+
+def test_html_in_a_message_is_text(profile: Profile, server: SiteServer, tmp_path: Path) -> None:
+    """What a model writes, or a file of somebody else holds, runs nothing."""
+    tab = opened(profile, server)
+    tab.say("Hi there")
+    file = tab.save(tmp_path)
+    bad = '<img src=x onerror="document.title=1"> [a](javascript:alert(1)) **bold**'
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    fields = json.loads(header["__metadata__"]["rgexport.state"])
+    fields["messages"] = [{"role": role, "content": bad} for role in ("user", "assistant")]
+    header["__metadata__"]["rgexport.state"] = json.dumps(fields)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    tab.load(file)
+    tab.page.wait_for_selector("article.assistant strong:has-text('bold')")
+    assert tab.page.locator("article img").count() == 0
+    assert tab.page.locator("article a").get_attribute("href") in (None, "")
+    assert "onerror" in tab.messages[0] and "onerror" in tab.messages[1]
+    assert tab.said == []
+
+
+def test_by_the_keyboard(profile: Profile, server: SiteServer) -> None:
+    """A long reply is stopped by Escape; Shift+Enter is a new line; Tab reaches every button."""
+    tab = profile.open(server.url)
+    tab.wait_until_open()
+    page = tab.page
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.type("Tell me a story.")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("A long one.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:visible")
+    page.locator("article.assistant:not(:empty)").wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:visible")
+    assert tab.messages[0] == "Tell me a story.\nA long one."
+    assert page.evaluate("document.activeElement.id") == "text"
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"new", "import", "SUMMARY", "export", "again", "delete", "log", "text"} <= reached
+    page.focus("#again")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:visible")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:visible")
+    assert len(tab.messages) == 2 and tab.said == [] and tab.error == ""
+
+
+def test_webgpu(browser: Browser, built_page: None, artifact: Callable[[str], Path]) -> None:
+    """In software; of two models the page takes that for the graphics card."""
+    both = site.make_site([open_artifact(artifact(name)) for name in ("webgpu", "wasm")])
+    with serving(both) as server, browser.profile() as profile:
+        tab = opened(profile, server, "?device=webgpu")
+        assert tab.page.inner_text("#engine") == "WebGPU"
+        with rgexport.load(artifact("webgpu")) as model:
+            reply = model.chat([{"role": "user", "content": "Hi there"}], **GREEDY)
+        assert plain(tab.say("Hi there")) == plain(reply.text)
+        assert tab.said == [] and tab.error == ""
+        other = opened(profile, server, "?device=wasm")
+        assert other.page.inner_text("#engine").startswith("WASM")
+
+
+def test_a_site_for_graphics_cards_alone(
+    profile: Profile, built_page: None, artifact: Callable[[str], Path]
+) -> None:
+    found = site.make_site([open_artifact(artifact("webgpu"))])
+    with serving(found) as server:
+        tab = profile.open(f"{server.url}?device=wasm")
+        assert "needs WebGPU" in tab.wait_for_error()
+        assert server.chunks == []
