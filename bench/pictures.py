@@ -55,7 +55,7 @@ CHAT = (
 REPORT_SIZE = {"width": 1100, "height": 900}
 PAGES = {"page": (1100, 620, "light"), "page-phone": (390, 844, "dark")}
 """Picture → width and height in pixels, colour scheme."""
-PAGE_MESSAGES = "Hello! How are you?", "What do you see at the harbour?"
+PAGE_MESSAGES = "Hello!", "Do you like music?", "What did you do today?"
 FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" \
 xmlns="http://www.w3.org/2000/svg">
 <!-- Written by `make pictures`. -->

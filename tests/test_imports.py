@@ -17,7 +17,8 @@ FACE = PACKAGE / "__init__.py"
 """Gives `rgexport.load` when it is asked for."""
 MODULES = sorted({*PACKAGE.rglob("*.py")} - {FACE})
 FLOORS = (
-    "griffin kernels quantize export runtimes chat serve page validate compress commands cli".split()
+    *("griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve", "page"),
+    *("validate", "compress", "commands", "cli"),
 )
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "web", "__init__"),

@@ -153,7 +153,7 @@ async function answer(messages: Message[]): Promise<boolean> {
         const made = await engine.reply(messages, settings(), proxy(reply.write));
         current = { ...conversation, messages: made.messages, changed: Date.now() };
         await conversations.put(current, made.state);
-        page.engine.textContent = `${backend}, ${made.tokensPerSecond.toPrecision(2)} tokens/s`;
+        page.engine.textContent = `${backend}, ${rounded(made.tokensPerSecond)} tokens/s`;
         page.engine.dataset.read = String(made.read);
         return true;
       } finally {
@@ -165,6 +165,10 @@ async function answer(messages: Message[]): Promise<boolean> {
   );
   if (!isMine) throw new Error("This conversation is being answered in another tab.");
   return isMine;
+}
+
+function rounded(number: number): string {
+  return number < 10 ? number.toFixed(1) : number.toFixed(0);
 }
 
 /** Takes over what another tab has added to the conversation. */

@@ -28,6 +28,7 @@ def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.num_layers,
+        "block_types": list(config.block_types),
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": 1,
         "head_dim": config.head_dim,
