@@ -22,10 +22,12 @@ from rgexport.griffin.huggingface import HEAD, PREFIX
 from rgexport.griffin.json_fields import Fields, read_json
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
-from rgexport.griffin.tensor import RowTensor
+from rgexport.griffin.tensor import RowTensor, slab_bounds
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPED = "base_model.model."
+_ADDED_BYTES = 8 << 20
+"""Upper bound of what is computed at a time."""
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<embedding>lora_embedding|lora)_(?P<side>[AB])(\.weight|\.default)*"
 )
@@ -196,13 +198,19 @@ def _matrix(entry: Entry) -> np.ndarray:
 
 
 def _merged(base: RowTensor, pair: _Pair) -> RowTensor:
-    """The weight with what the adapter adds, in float32."""
+    """The weight with what the adapter adds, in float32.
+
+    Of the matrix whose size is the vocabulary's, or the layer's outputs, only the rows are read
+    that are asked for.
+    """
+    by_row = pair.a.columns() if pair.is_embedding else pair.b.rows()
 
     def read(start: int, stop: int) -> np.ndarray:
-        a, b = _matrix(pair.a), _matrix(pair.b)
         rows = base.read(start, stop).astype(np.float32)
-        added = a[:, start:stop].T @ b.T if pair.is_embedding else b[start:stop] @ a
-        rows += added * np.float32(pair.scale)
+        inner = _matrix(pair.b).T if pair.is_embedding else _matrix(pair.a)
+        inner = inner * np.float32(pair.scale)
+        for first, last in slab_bounds(stop - start, rows.shape[1] * 4, _ADDED_BYTES):
+            rows[first:last] += by_row.read(start + first, start + last).astype(np.float32) @ inner
         return rows
 
     return RowTensor(base.shape, np.dtype(np.float32), read)

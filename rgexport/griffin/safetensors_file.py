@@ -16,7 +16,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import require_regular
-from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.file_rows import file_rows, transposed_rows
 from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.tensor import DTYPES, RowTensor
 
@@ -57,6 +57,11 @@ class Entry:
     def rows(self) -> RowTensor:
         """The tensor, for a float dtype and at least one axis."""
         return file_rows(self.path, self.shape, FLOATS[self.dtype], self.offset)
+
+    def columns(self) -> RowTensor:
+        """The transpose of a matrix of floats."""
+        height, width = self.shape
+        return transposed_rows(self.path, (height, width), FLOATS[self.dtype], self.offset)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
