@@ -13,7 +13,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact, record_files
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import MODEL_FILE
+from rgexport.export.coreml.package import model_file
 from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.manifest import write_manifest
 from rgexport.export.opening import open_artifact
@@ -246,7 +246,7 @@ def _fit_blobs(path: Path, manifest: CoreMLManifest) -> CoreMLManifest:
         for name, stored in manifest.tensors.items()
         for label, part in stored.parts.items()
     }
-    model = path / MODEL_FILE
+    model = path / model_file()
     program = model.read_bytes()
     for name, digest in manifest.coreml.blobs.items():
         program = program.replace(digest[:16].encode(), blobs[name][:16].encode())

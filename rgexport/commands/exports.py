@@ -96,6 +96,11 @@ def onnx(**request: Any) -> int:
     show_default=True,
     help="io: a float32 input and output; hilo: two float16 states.",
 )
+@click.option(
+    "--split",
+    metavar="SIZE",
+    help="Several packages, each with at most SIZE of weights, such as 1GB; iPhones need it.",
+)
 @output_options
 @check_option
 @verbose
@@ -106,7 +111,11 @@ def coreml(**request: Any) -> int:
     and states.
     """
     from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+    from rgexport.export.request import bytes_of
 
+    split = request.pop("split")
+    if split is not None:
+        request["split"] = int(bytes_of("--split", split))
     return _export_folder("coreml", CoreMLOptions, export_coreml, **request)
 
 

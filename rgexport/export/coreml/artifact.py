@@ -8,16 +8,10 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
+from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.parts import decode
-from rgexport.export.coreml.states import (
-    DECODE,
-    PREFILL,
-    Form,
-    io_record,
-    state_records,
-    stored_states,
-)
+from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment, whole
+from rgexport.export.coreml.states import io_record, state_records, stored_states
 from rgexport.export.manifest import MANIFEST, StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
@@ -33,7 +27,7 @@ Types = dict[str, TensorType]
 
 @dataclass(frozen=True)
 class CoreMLArtifact(Artifact):
-    """A folder with `model.mlpackage` and its manifest."""
+    """A folder with one package or several, and their manifest."""
 
     manifest: CoreMLManifest
 
@@ -50,47 +44,57 @@ class CoreMLArtifact(Artifact):
         """What is wrong with the package; the program first, since a hash says less about it."""
         if missing := [name for name in self._sealed if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        package = open_package(self.path / PACKAGE)
-        wrong = [
-            *check_package(package, self.manifest.tensors),
-            *self._wrong_form(package),
-            *self._wrong_sizes(),
-        ]
+        wrong = [*self._wrong_io(), *self._wrong_packages(), *self._wrong_sizes()]
         return _first(wrong or list(self._wrong_hashes(verify)))
 
-    def _wrong_form(self, package: Package) -> Iterator[str]:
-        """Functions, inputs, outputs and states that a session could not use."""
-        manifest, record = self.manifest, self.manifest.coreml
-        shape = record.prefill_length, record.all_logits, record.recurrent_state
-        form = Form(*shape, manifest.compute)
-        io = io_record(manifest.config, form)
+    def _wrong_io(self) -> Iterator[str]:
+        manifest, form = self.manifest, self.manifest.form
+        io = io_record(manifest.config, form, whole(manifest.config.num_layers))
         if (manifest.states, manifest.io) != (state_records(manifest.config, form), io):
             yield f"{MANIFEST} has other states, inputs or outputs than such a package"
-        tokens = {DECODE: 1, PREFILL: record.prefill_length}
-        if package.functions.keys() != tokens.keys() or package.default_function != DECODE:
+
+    def _wrong_packages(self) -> Iterator[str]:
+        for plan in self.manifest.packages:
+            package = open_package(self.path / plan.name)
+            yield from check_package(package, plan.uses(self.manifest.tensors))
+            yield from self._wrong_form(package, plan)
+
+    def _wrong_form(self, package: Package, plan: PackagePlan) -> Iterator[str]:
+        """Functions, inputs, outputs and states that a session could not use."""
+        expected = list(plan.uses({}))
+        if {*package.functions} != {*expected} or package.default_function != expected[0]:
             found = ", ".join(sorted(package.functions))
+            first, *others = expected
             yield (
-                f"{PACKAGE} has the functions {found}, by default {package.default_function}; "
-                f"expected {DECODE} (the default) and {PREFILL}"
+                f"{plan.name} has the functions {found}, by default {package.default_function}; "
+                f"expected {first} (the default) and {', '.join(others)}"
             )
             return
-        shapes = stored_states(manifest.config, form).items()
-        states = {name: TensorType("float16", shape) for name, shape in shapes}
-        for name, count in tokens.items():
-            function = package.functions[name]
-            yield from _differences(name, "input", function.inputs, _types(io.inputs, count))
-            yield from _differences(name, "output", _outputs(function), _types(io.outputs, count))
-            yield from _differences(name, "state", function.states, states)
+        tokens = {DECODE: 1, PREFILL: self.manifest.coreml.prefill_length}
+        for segment in plan.segments:
+            for name, count in tokens.items():
+                yield from self._wrong_function(
+                    package.functions[segment.function(name)], segment, count
+                )
+
+    def _wrong_function(self, function: Function, segment: Segment, count: int) -> Iterator[str]:
+        config, form, name = self.manifest.config, self.manifest.form, function.name
+        io, shapes = io_record(config, form, segment), stored_states(config, form, segment)
+        states = {state: TensorType("float16", shape) for state, shape in shapes.items()}
+        yield from _differences(name, "input", function.inputs, _types(io.inputs, count))
+        yield from _differences(name, "output", _outputs(function), _types(io.outputs, count))
+        yield from _differences(name, "state", function.states, states)
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
         """Of the file of weights, the parts that were altered are named too."""
         for complaint in super()._wrong_hashes(anew):
             yield complaint
-            if complaint.startswith(WEIGHT_FILE):
-                yield from self._altered_parts()
+            for plan in self.manifest.packages:
+                if complaint.startswith(weight_file(plan.name)):
+                    yield from self._altered_parts(plan)
 
-    def _altered_parts(self) -> Iterator[str]:
-        for name, stored in self.manifest.tensors.items():
+    def _altered_parts(self, plan: PackagePlan) -> Iterator[str]:
+        for name, stored in plan.tensors(self.manifest.tensors).items():
             for label, part in stored.parts.items():
                 digest = hash_file(self.file(part.file), start=part.offset, length=part.nbytes)
                 if digest.sha256 != self.manifest.coreml.blobs[f"{name}.{label}"]:

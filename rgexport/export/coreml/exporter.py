@@ -1,7 +1,7 @@
 """From a checkpoint to a Core ML artifact."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,19 @@ from rgexport.export.checked import SelfCheck
 from rgexport.export.coreml.manifest import CoreMLManifest, CoreMLRecord
 from rgexport.export.coreml.metadata import add_metadata
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import PACKAGE, write_package
-from rgexport.export.coreml.states import io_record, state_records
+from rgexport.export.coreml.package import write_package
+from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
+from rgexport.export.coreml.states import Shape, io_record, state_records
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.scheme import Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 if TYPE_CHECKING:
@@ -50,14 +53,19 @@ def export_coreml(
     build_model = _load_builder()
     config, form = checkpoint.config, options.form
     plan = options.resolve_plan(config)
-    storage = Storage(plan, {name: spec.shape for name, spec in model_tensors(config).items()})
+    shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+    split = _split(config, plan, shapes, options.split)
+    plans = packages(config.num_layers, split)
+    storage = Storage(plan, shapes, plans)
 
     def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
-        model = build_model(trace(config, form.activation), config, storage.tensors, form)
+        program = trace(config, form.activation)
+        models = [build_model(program, config, storage.tensors, form, each) for each in plans]
         blobs = storage.write(folder, checkpoint.weights, statistics)
-        add_metadata(model, checkpoint, options, blobs)
-        write_package(folder, model)
-        _require_sound_package(folder, storage)
+        for each, model in zip(plans, models, strict=True):
+            add_metadata(model, checkpoint, options, each, blobs)
+            write_package(folder, model, each.name)
+            _require_sound_package(folder / each.name, each, storage.tensors)
         return CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,
@@ -65,8 +73,10 @@ def export_coreml(
             plan=plan,
             tensors=storage.tensors,
             states=state_records(config, form),
-            io=io_record(config, form),
-            coreml=CoreMLRecord(form.prefill_length, form.all_logits, form.recurrent_state, blobs),
+            io=io_record(config, form, whole(config.num_layers)),
+            coreml=CoreMLRecord(
+                form.prefill_length, form.all_logits, form.recurrent_state, blobs, split
+            ),
             **common,
         )
 
@@ -89,9 +99,24 @@ def _load_builder() -> "Callable[..., Model]":
     return build_model
 
 
-def _require_sound_package(folder: Path, storage: Storage) -> None:
+def _split(
+    config: GriffinConfig, plan: Plan, shapes: Mapping[str, Shape], limit: int | None
+) -> tuple[int, ...]:
+    """The layers of each package, so that no file of weights has more than `limit` bytes."""
+    if limit is None:
+        return ()
+    tensors = Storage(plan, shapes, packages(config.num_layers, ())).tensors
+    sizes = {
+        name: sum(part.nbytes for part in stored.parts.values()) for name, stored in tensors.items()
+    }
+    return split_by_size(config.num_layers, sizes, limit)
+
+
+def _require_sound_package(
+    path: Path, plan: PackagePlan, tensors: Mapping[str, StoredTensor]
+) -> None:
     """Reads the package back, by code that the writer does not share, and checks it."""
-    if wrong := list(check_package(open_package(folder / PACKAGE), storage.tensors)):
+    if wrong := list(check_package(open_package(path), plan.uses(tensors))):
         raise RequestError(
             f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
             "this is a fault of rgexport, please report it"

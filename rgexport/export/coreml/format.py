@@ -5,8 +5,9 @@ from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import MODEL_FILE, PACKAGE
+from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.parts import part_layouts
+from rgexport.export.coreml.segments import DECODE, ENDS, in_order
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import Manifest
 from rgexport.export.typed_json import Mismatch, label
@@ -28,14 +29,29 @@ The rest of a conversation is an `MLState`; Xcode shows what each feature is.
 runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
+_RUN_SPLIT = """\
+The packages go into an Xcode project, for iOS 18, macOS 15 and later. They are parts of one model.
+A step runs {steps}; each gives the `hidden_state_out` that is the `hidden_state` of the next. For
+{prefill_length} tokens at a time there is a `prefill` beside each `decode`. Each package of layers
+has an `MLState`, and its own rows of `recurrent_state`.
+
+Inputs of the model as a whole: {inputs}.
+Outputs: {outputs}.
+
+    pip install 'rgexport[coreml]'
+    rgexport {verb}
+
+runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
+
+
 class CoreMLFormat(FolderFormat):
-    """A folder with `model.mlpackage` and its manifest."""
+    """A folder with one package or several, and their manifest."""
 
     manifest = CoreMLManifest
     library = "coreml"
     precisions = COREML_PRECISIONS
-    entries = (PACKAGE,)
-    runs_on = f"on iOS 18 and macOS 15: {PACKAGE} goes into an Xcode project"
+    entries = (PACKAGE, ENDS)
+    runs_on = "on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project"
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
         """See `FolderFormat`."""
@@ -52,8 +68,12 @@ class CoreMLFormat(FolderFormat):
         """See `FolderFormat`: checks the length of a chunk, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
-        if MODEL_FILE not in manifest.files:
-            raise Mismatch(f"files: there is no {MODEL_FILE}")
+        layers, split = manifest.config.num_layers, manifest.coreml.split
+        if split and (sum(split) != layers or min(split) < 1):
+            raise Mismatch(f"coreml.split is {list(split)}; expected numbers that sum to {layers}")
+        for file in (model_file(plan.name) for plan in manifest.packages):
+            if file not in manifest.files:
+                raise Mismatch(f"files: there is no {file}")
         if length < 2:
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
         parts = {f"{name}.{part}" for name, t in manifest.tensors.items() for part in t.parts}
@@ -71,7 +91,12 @@ class CoreMLFormat(FolderFormat):
             for values in (manifest.io.inputs, manifest.io.outputs)
         )
         length = manifest.coreml.prefill_length
-        run = _RUN.format(verb=verb, prefill_length=length, inputs=inputs, outputs=outputs)
+        stages = [(plan.name, each.function(DECODE)) for plan, each in in_order(manifest.packages)]
+        steps = [f"`{function}` of `{package}`" for package, function in stages]
+        text = _RUN_SPLIT if len(stages) > 1 else _RUN
+        run = text.format(
+            verb=verb, prefill_length=length, inputs=inputs, outputs=outputs, steps=", ".join(steps)
+        )
         return CardText("Core ML", "soft cap", run)
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:

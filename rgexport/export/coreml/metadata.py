@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rgexport import __version__
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.states import RECURRENT, RECURRENT_OUTPUT, Form
+from rgexport.export.coreml.segments import PackagePlan
+from rgexport.export.coreml.states import HIDDEN, HIDDEN_OUTPUT, RECURRENT, RECURRENT_OUTPUT, Form
 from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
 from rgexport.export.origin import GEMMA_TERMS, Origin, origin_of
 from rgexport.griffin.checkpoint import Checkpoint
@@ -20,11 +21,15 @@ _STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?
 
 
 def add_metadata(
-    model: "Model", checkpoint: Checkpoint, options: CoreMLOptions, blobs: Mapping[str, str]
+    model: "Model",
+    checkpoint: Checkpoint,
+    options: CoreMLOptions,
+    plan: PackagePlan,
+    blobs: Mapping[str, str],
 ) -> None:
     """Adds author, license, description and version, and a line of help for every feature.
 
-    And the hashes in `blobs` (`TENSOR.PART` → SHA-256), so that the weights of a package without
+    And the hashes of its weights in `blobs` (`TENSOR.PART` → SHA-256), so that a package without
     its manifest can be checked too.
     """
     config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
@@ -34,8 +39,7 @@ def add_metadata(
     metadata.versionString = __version__
     metadata.shortDescription = (
         f"{checkpoint.name}, a RecurrentGemma (Griffin) language model, {options.precision_word} "
-        f"weights. Its functions, decode for 1 token and prefill for {form.prefill_length}, share "
-        "weights and states. A new conversation begins with a new state."
+        f"weights. {_contents(plan, form)} A new conversation begins with a new state."
     )
     metadata.userDefined.update(
         {
@@ -43,11 +47,21 @@ def add_metadata(
             "rgexport.precision": options.precision_word,
             "rgexport.compute": options.compute_word,
             CONFIG: json.dumps(config.to_dict()),
-            DIGESTS: json.dumps(short_digests(blobs)),
+            DIGESTS: json.dumps(short_digests(plan.tensors(blobs))),
         }
     )
     for feature in _features(model):
         feature.shortDescription = _help(feature.name, config, form)
+
+
+def _contents(plan: PackagePlan, form: Form) -> str:
+    """The functions of a package, and what it holds of the model."""
+    *segments, last = plan.segments
+    tokens = f"1 token and prefill for {form.prefill_length}"
+    if segments:
+        return f"It has both ends of the model, embed and head; each is decode for {tokens}."
+    part = "" if last.begins else f"It has the layers {last.layers[0]} to {last.layers[-1]}. "
+    return f"{part}Its functions, decode for {tokens}, share weights and states."
 
 
 def _features(model: "Model") -> "Iterator[FeatureDescription]":
@@ -86,6 +100,8 @@ _HELP = {
     "input_ids": "Token ids, as the tokenizer beside the package has them.",
     "position_ids": "Positions of these tokens, counted from 0 where the conversation begins.",
     "logits": "Scores of the next token, after the soft cap, for {logits}.",
+    HIDDEN: "What the package before has made of these tokens.",
+    HIDDEN_OUTPUT: f"What this package has made of these tokens: {HIDDEN} of the next one.",
     RECURRENT: "Hidden states of the RG-LRUs, a row per recurrent layer: zeros at first, "
     f"then {RECURRENT_OUTPUT} of the call before.",
     RECURRENT_OUTPUT: f"Hidden states of the RG-LRUs: {RECURRENT} of the next call.",

@@ -43,8 +43,9 @@ class CoreMLOptions:
     that dtype. `plan` sets for each tensor what `precision`, `block_size`, `symmetric` and
     `embedding_precision` set for all. The `prefill` function takes `prefill_length` tokens and
     gives the logits of the last one, or with `all_logits` of all. The RG-LRU's state is a float32
-    input and output (`io`) or a pair of float16 states (`hilo`). `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan, or to clip search.
+    input and output (`io`) or a pair of float16 states (`hilo`). `split` is the most bytes of
+    weights that a package may have. `algorithm` chooses the levels (`quantize.algorithms`); None
+    leaves it to the plan, or to clip search.
     """
 
     precision: str | None = None
@@ -56,6 +57,7 @@ class CoreMLOptions:
     prefill_length: int = DEFAULT_PREFILL_LENGTH
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
+    split: int | None = None
     algorithm: str | None = None
 
     def __post_init__(self) -> None:

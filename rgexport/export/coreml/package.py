@@ -1,4 +1,4 @@
-"""Writes the folder `model.mlpackage`, with the layout of Core ML's own tools."""
+"""Writes the folder of a package, with the layout of Core ML's own tools."""
 
 import hashlib
 import json
@@ -11,9 +11,22 @@ if TYPE_CHECKING:
 
 PACKAGE = "model.mlpackage"
 _AUTHOR = "com.apple.CoreML"
-MODEL_FILE = f"{PACKAGE}/Data/{_AUTHOR}/model.mlmodel"
-WEIGHT_FILE = f"{PACKAGE}/Data/{_AUTHOR}/weights/weight.bin"
-MANIFEST_FILE = f"{PACKAGE}/Manifest.json"
+
+
+def model_file(package: str = PACKAGE) -> str:
+    """The path of the model file, below the artifact's folder."""
+    return f"{package}/Data/{_AUTHOR}/model.mlmodel"
+
+
+def weight_file(package: str = PACKAGE) -> str:
+    """The path of the file of weights."""
+    return f"{package}/Data/{_AUTHOR}/weights/weight.bin"
+
+
+def manifest_file(package: str = PACKAGE) -> str:
+    """The path of the package's own manifest."""
+    return f"{package}/Manifest.json"
+
 
 _ITEMS = {
     "model.mlmodel": "CoreML Model Specification",
@@ -22,17 +35,17 @@ _ITEMS = {
 """Item of the package → its description, as coremltools writes it."""
 
 
-def write_package(folder: Path, model: "Model") -> None:
-    """Writes the package in `folder`, except for the file of weights.
+def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
+    """Writes the package `name` in `folder`, except for the file of weights.
 
     The same model gives the same bytes: the identifiers of the items are made from its hash.
     """
     data = model.SerializeToString(deterministic=True)
-    path = folder / MODEL_FILE
+    path = folder / model_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     manifest = _manifest(hashlib.sha256(data).hexdigest())
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+    (folder / manifest_file(name)).write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
 
 
 def _manifest(digest: str) -> dict[str, object]:

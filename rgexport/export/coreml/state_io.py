@@ -13,7 +13,7 @@ from rgexport.export.coreml.states import (
     feature_name,
     pair,
 )
-from rgexport.export.program import StepProgram
+from rgexport.export.program import Value
 
 
 class StateIo:
@@ -23,13 +23,13 @@ class StateIo:
     RG-LRU states are the rows of one matrix, which is written at the end.
     """
 
-    def __init__(self, program: StepProgram, inputs: Mapping[str, Var]):
-        """`inputs` are those of the function, its states among them."""
+    def __init__(self, states: Mapping[str, tuple[Value, Value]], inputs: Mapping[str, Var]):
+        """`states`: name → value before and after; `inputs`: the function's, with its states."""
         self._inputs = inputs
-        states = program.states.items()
-        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in states}
-        self._after = {after.name: name for name, (_, after) in states}
-        self._rows: dict[str, Var | None] = {n: None for n, _ in states if n.endswith(".rg_lru")}
+        items = states.items()
+        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
+        self._after = {after.name: name for name, (_, after) in items}
+        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     def read(self, g: Graph, value: str) -> Var | None:
         """The state with the name `value` in the step program; None if that is no state.

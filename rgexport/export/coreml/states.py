@@ -11,19 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rgexport.export.coreml.segments import Segment
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, StateRecord, ValueRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
 
 RecurrentState = Literal["io", "hilo"]
+Shape = tuple[int, ...]
 
 ALIGNMENT = 32
 """Of the last axis of a state, for the Neural Engine."""
 LO_SCALE = 2048.0
 """x = hi + lo / 2048: the rest after float16's 11 bits is scaled up to have 11 bits again."""
-DECODE, PREFILL = "decode", "prefill"
-"""The functions of a package: of one token, and of a fixed number of them."""
 RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
+HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"
+"""Between two packages."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def recurrent_layers(config: GriffinConfig) -> list[str]:
-    """Canonical names of the RG-LRU states, in the order of their rows."""
-    return [spec.name for spec in state_specs(config) if _kind(spec) == "rg_lru"]
+def recurrent_layers(config: GriffinConfig, segment: Segment) -> list[str]:
+    """Canonical names of a segment's RG-LRU states, in the order of their rows."""
+    names = {spec.name: spec for spec in state_specs(config) if _kind(spec) == "rg_lru"}
+    return list(segment.of_layers(names))
 
 
 def pair(name: str) -> tuple[str, str]:
@@ -70,10 +73,11 @@ def pair(name: str) -> tuple[str, str]:
     return f"{name}_hi", f"{name}_lo"
 
 
-def stored_states(config: GriffinConfig, form: Form) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every Core ML state, all float16."""
-    states = [(feature_name(spec.name), spec.shape, form.pairs) for spec in _cached(config)]
-    layers = recurrent_layers(config)
+def stored_states(config: GriffinConfig, form: Form, segment: Segment) -> dict[str, Shape]:
+    """Name → shape of every Core ML state of a segment, all float16."""
+    cached = segment.of_layers({spec.name: spec for spec in _cached(config)})
+    states = [(feature_name(name), spec.shape, form.pairs) for name, spec in cached.items()]
+    layers = recurrent_layers(config, segment)
     if form.recurrent_state == "hilo" and layers:
         states.append((RECURRENT, (len(layers), config.lru_width), True))
     return {
@@ -103,12 +107,20 @@ def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
     return tuple(records)
 
 
-def io_record(config: GriffinConfig, form: Form) -> IoRecord:
-    """Inputs and outputs, with `tokens` for the number of tokens that a function takes."""
+def io_record(config: GriffinConfig, form: Form, segment: Segment) -> IoRecord:
+    """Inputs and outputs of a segment, with `tokens` for the number that a function takes."""
     logits = "tokens" if form.all_logits else 1
-    inputs = [ValueRecord(name, "int32", (1, "tokens")) for name in ("input_ids", "position_ids")]
-    outputs = [ValueRecord("logits", "float32", (1, logits, config.vocab_size))]
-    layers = recurrent_layers(config)
+    hidden = "float32", (1, "tokens", config.width)
+    ids = "int32", (1, "tokens")
+    inputs = [ValueRecord("input_ids", *ids) if segment.begins else ValueRecord(HIDDEN, *hidden)]
+    if segment.layers:
+        inputs.append(ValueRecord("position_ids", *ids))
+    outputs = [
+        ValueRecord("logits", "float32", (1, logits, config.vocab_size))
+        if segment.ends
+        else ValueRecord(HIDDEN_OUTPUT, *hidden)
+    ]
+    layers = recurrent_layers(config, segment)
     if form.recurrent_state == "io" and layers:
         shape = (len(layers), config.lru_width)
         inputs.append(ValueRecord(RECURRENT, "float32", shape))

@@ -1,4 +1,4 @@
-"""Writes the file of weights as a stream: a MIL blob file, version 2.
+"""Writes the files of weights as a stream: a MIL blob file, version 2.
 
 A header of 64 bytes is followed by the blobs, each with its own header of 64 bytes, at multiples of
 64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools' blob reader reads them.
@@ -6,13 +6,14 @@ A header of 64 bytes is followed by the blobs, each with its own header of 64 by
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.parts import encode, part_layouts
+from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import Places, fill
@@ -31,17 +32,32 @@ _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "ui
 
 
 class Storage:
-    """The layout of the file: tensors in the plan's order, one after another."""
+    """The layout of the files: in each, tensors in the plan's order, one after another."""
 
-    def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]]):
-        places = Places(WEIGHT_FILE, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
-        self.tensors = places.tensors(plan, shapes, part_layouts)
-        self.size = places.size
+    def __init__(
+        self,
+        plan: Plan,
+        shapes: Mapping[str, tuple[int, ...]],
+        packages: Sequence[PackagePlan],
+    ):
+        found: dict[str, StoredTensor] = {}
+        self._sizes: dict[str, int] = {}
+        for package in packages:
+            file = weight_file(package.name)
+            places = Places(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
+            found |= places.tensors(package.tensors(plan), shapes, part_layouts)
+            self._sizes[file] = places.size
+        self.tensors = {name: found[name] for name in plan}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self._sizes.values())
 
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
-        """Fills the file in `folder` from `weights`; `statistics` are for algorithms.
+        """Fills the files in `folder` from `weights`; `statistics` are for algorithms.
 
         Returns:
             The SHA-256 of every blob's data, by `TENSOR.PART`.
@@ -50,11 +66,12 @@ class Storage:
             RequestError: a weight that its scheme cannot hold.
             OSError: the disk is full, or the folder cannot be written.
         """
-        path = folder / WEIGHT_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            file.truncate(self.size)
-            self._write_headers(file)
+        for name, size in self._sizes.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.truncate(size)
+                self._write_headers(file, name)
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
         def hash_slab(name: str, parts: Parts) -> None:
@@ -72,8 +89,8 @@ class Storage:
                     blob = f"{name}.{group.prefix}{label}"
                     yield blob, part, blob_dtype(label, group.stored)
 
-    def _write_headers(self, file: BinaryIO) -> None:
-        blobs = list(self._blobs())
+    def _write_headers(self, file: BinaryIO, name: str) -> None:
+        blobs = [blob for blob in self._blobs() if blob[1].file == name]
         file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
         for _, part, dtype in blobs:
             file.seek(part.offset - BLOB_HEADER_BYTES)

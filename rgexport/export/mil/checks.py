@@ -25,8 +25,8 @@ _DIGEST_LENGTH = 16
 """Hexadecimal digits of a SHA-256 that the metadata keep: enough against mistakes."""
 _SHARED = "embed_tokens"
 """The site of the one weight that has another one: the output head uses it too."""
-_TOKENS = "input_ids"
-"""The input whose last axis says how many tokens a function takes."""
+_TOKENS = "position_ids"
+"""The input whose last axis says how many tokens a function takes; each that has states has it."""
 _LABELS = {
     ("const", "val"): "data",
     ("constexpr_blockwise_shift_scale", "scale"): "scales",
@@ -39,15 +39,23 @@ Places = Mapping[str, tuple[Path, int]]
 """`OPERATION.PART` → the file that holds that part of a weight, and where its data begin."""
 
 
-def check_package(package: Package, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Complaints about the package in the folder of an artifact whose manifest has `tensors`."""
+def check_package(
+    package: Package, uses: Mapping[str, Mapping[str, StoredTensor]]
+) -> Iterator[str]:
+    """Complaints about a package in the folder of an artifact.
+
+    Args:
+        package: the package.
+        uses: function → the weights of the artifact's manifest that it shall use.
+    """
     folder = package.path.parent
-    places = {
-        part_name(tensor, label): (folder / part.file, part.offset)
-        for tensor, stored in tensors.items()
-        for label, part in stored.parts.items()
-    }
     for function in package.functions.values():
+        tensors = uses.get(function.name, {})
+        places = {
+            part_name(tensor, label): (folder / part.file, part.offset)
+            for tensor, stored in tensors.items()
+            for label, part in stored.parts.items()
+        }
         yield from check_states(function)
         yield from _check_places(package, function, places)
         yield from _check_uses(function, tensors)
@@ -56,14 +64,17 @@ def check_package(package: Package, tensors: Mapping[str, StoredTensor]) -> Iter
 def check_without_manifest(package: Package) -> Iterator[str]:
     """Complaints about a package of rgexport without its manifest; reads all of its weights.
 
-    All functions must use the same weights, and these must have the hashes in the metadata.
+    The functions of a segment must use the same weights, and all must have the hashes in the
+    metadata.
     """
-    blobs = _blobs(package.functions[package.default_function])
-    places = {name: _place(package, blob) for name, blob in blobs.items()}
+    first: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
+        segment = function.name.rpartition("_")[0]
+        blobs = first.setdefault(segment, _blobs(function))
+        places = {name: _place(package, blob) for name, blob in blobs.items()}
         yield from check_states(function)
         yield from _check_places(package, function, places)
-    yield from _check_digests(package, blobs)
+    yield from _check_digests(package, {k: v for blobs in first.values() for k, v in blobs.items()})
 
 
 def made_by_rgexport(package: Package) -> bool:

@@ -9,12 +9,12 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.coreml.states import feature_name
 from rgexport.export.mil.package import Package, open_package
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner, States
+from rgexport.runtimes.coreml.runner import joined
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.observation import Observation, observed
 
@@ -31,20 +31,24 @@ class CoreMLObserver:
         assert isinstance(artifact.manifest, CoreMLManifest)
         self.lengths = (artifact.manifest.coreml.prefill_length, 1)
         self._sites = {feature_name(site): site for site in sites(artifact.manifest.config)}
-        self._runner = _Kept(open_package(artifact.file(PACKAGE)), tuple(self._sites))
-        self._session = CoreMLSession(artifact, threads=threads, runner=self._runner)
+        self._kept = {
+            plan.name: _Kept(open_package(artifact.file(plan.name)), tuple(self._sites))
+            for plan in artifact.manifest.packages
+        }
+        runner = joined(artifact.manifest, self._kept)
+        self._session = CoreMLSession(artifact, threads=threads, runner=runner)
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
         """Takes tokens [T] from a canonical state of batch 1, in one call of a function."""
         self._session.set_state(state)
         self._session.prefill(tokens[None])
-        given = self._runner.take()
+        given = {name: v for kept in self._kept.values() for name, v in kept.take().items()}
         found = {site: given.pop(name) for name, site in self._sites.items() if name in given}
         return observed(found, self._session.get_state())
 
 
 class _Kept(InterpreterRunner):
-    """Keeps the values of the last call until they are taken."""
+    """Keeps the values of the last calls until they are taken."""
 
     def __init__(self, package: Package, also: Sequence[str]):
         super().__init__(package, also=also)
@@ -58,5 +62,6 @@ class _Kept(InterpreterRunner):
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: States
     ) -> dict[str, np.ndarray]:
-        self._given = super().predict(function, inputs, state)
-        return self._given
+        found = super().predict(function, inputs, state)
+        self._given |= found
+        return found

@@ -10,9 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.package import PACKAGE
-from rgexport.export.coreml.states import DECODE, PREFILL
+from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.segments import PackagePlan, in_order
+from rgexport.export.coreml.states import (
+    HIDDEN,
+    HIDDEN_OUTPUT,
+    RECURRENT,
+    RECURRENT_OUTPUT,
+    recurrent_layers,
+    stored_states,
+)
 from rgexport.export.mil.package import open_package
 
 
@@ -70,7 +77,7 @@ class FrameworkRunner:
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
         """See `Runner`."""
-        outputs = self._models[function].predict(dict(inputs), state=state)
+        outputs = self._models[function].predict(dict(inputs), state=state or None)
         return {name: np.asarray(value) for name, value in outputs.items()}
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
@@ -80,6 +87,12 @@ class FrameworkRunner:
     def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
         """See `Runner`."""
         state.write_state(name, np.ascontiguousarray(value, np.float16))
+
+
+_ROWS = -2
+"""The axis along which packages share a state."""
+_STATELESS: dict[str, np.ndarray] = {}
+"""The state of a package that has none."""
 
 
 def _coremltools() -> Any:
@@ -103,15 +116,91 @@ def _load(tools: Any, path: Path, function: str) -> Any:
         raise RequestError(f"Core ML cannot load {function} of {path}: {reason}") from None
 
 
-def open_runner(artifact: Artifact) -> Runner:
-    """Core ML on macOS, the interpreter elsewhere.
+def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
+    """Core ML on macOS, the interpreter elsewhere, for the packages in the folder of an artifact.
 
     Raises:
-        RequestError: the package cannot be executed here.
+        RequestError: a package cannot be executed here.
     """
-    path = artifact.file(PACKAGE)
+    return joined(
+        manifest, {plan.name: _open(folder / plan.name, plan) for plan in manifest.packages}
+    )
+
+
+def _open(path: Path, plan: PackagePlan) -> Runner:
     if sys.platform == "darwin":
-        return FrameworkRunner(path, (DECODE, PREFILL))
+        return FrameworkRunner(path, plan.uses({}))
     from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 
     return InterpreterRunner(open_package(path))
+
+
+def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+    """The runner of a whole model, from those of its packages by name."""
+    if len(runners) == 1:
+        return next(iter(runners.values()))
+    return Pipeline(manifest, runners)
+
+
+class Pipeline:
+    """Packages that are run in turn; each takes the hidden state of the one before."""
+
+    def __init__(self, manifest: CoreMLManifest, runners: Mapping[str, Runner]):
+        self._runners = runners
+        self.engine = next(iter(runners.values())).engine
+        self.version = next(iter(runners.values())).version
+        config, form = manifest.config, manifest.form
+        self._stages = [
+            (plan.name, segment, len(recurrent_layers(config, segment)))
+            for plan, segment in in_order(manifest.packages)
+        ]
+        self._homes: dict[str, list[str]] = {}
+        """State → the packages that have it, or rows of it."""
+        for package, segment, _ in self._stages:
+            for name in stored_states(config, form, segment):
+                self._homes.setdefault(name, []).append(package)
+
+    def make_state(self) -> Any:
+        """The states of all packages, by name."""
+        stateful = {package for packages in self._homes.values() for package in packages}
+        return {package: self._runners[package].make_state() for package in stateful}
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> dict[str, np.ndarray]:
+        """See `Runner`. Each segment has its own rows of the RG-LRU states."""
+        carried, rows = dict(inputs), inputs.get(RECURRENT)
+        found: dict[str, np.ndarray] = {}
+        first, after = 0, list[np.ndarray]()
+        for package, segment, count in self._stages:
+            wanted = {HIDDEN} if not segment.begins else {"input_ids"}
+            wanted |= {"position_ids"} if segment.layers else set()
+            given = {name: carried[name] for name in wanted}
+            if rows is not None and count:
+                given[RECURRENT] = rows[first : first + count]
+            made = self._runners[package].predict(
+                segment.function(function), given, state.get(package, _STATELESS)
+            )
+            if RECURRENT_OUTPUT in made:
+                after.append(made.pop(RECURRENT_OUTPUT))
+            first += count
+            if HIDDEN_OUTPUT in made:
+                carried[HIDDEN] = made.pop(HIDDEN_OUTPUT)
+            found |= made
+        return found | ({RECURRENT_OUTPUT: np.concatenate(after)} if after else {})
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        """See `Runner`."""
+        return np.concatenate(self._rows_of(state, name), axis=_ROWS)
+
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
+        """See `Runner`."""
+        sizes = [rows.shape[_ROWS] for rows in self._rows_of(state, name)]
+        parts = np.split(value, np.cumsum(sizes[:-1]), axis=_ROWS)
+        for package, part in zip(self._homes[name], parts, strict=True):
+            self._runners[package].write_state(state[package], name, part)
+
+    def _rows_of(self, state: Any, name: str) -> list[np.ndarray]:
+        """What each package has of a state [1, 1, n, width]."""
+        packages = self._homes[name]
+        return [self._runners[each].read_state(state[each], name) for each in packages]

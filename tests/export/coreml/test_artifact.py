@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import MANIFEST_FILE, WEIGHT_FILE
+from rgexport.export.coreml.package import manifest_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import model_tensors
@@ -49,28 +49,28 @@ def complaint(folder):
 
 def test_of_many_altered_blobs_the_number_is_told(exported, copied):
     first = exported[0].manifest.tensors["layers.0.mlp_block.up_proj.weight"].parts["data"]
-    data = bytearray((copied / WEIGHT_FILE).read_bytes())
+    data = bytearray((copied / weight_file()).read_bytes())
     for tensor in exported[0].manifest.tensors.values():
         for part in tensor.parts.values():
             if part.offset >= first.offset:
                 data[part.offset] ^= 1
-    (copied / WEIGHT_FILE).write_bytes(data)
+    (copied / weight_file()).write_bytes(data)
     line = complaint(copied)
     assert "layers.0.mlp_block.up_proj.weight.data" in line and "more" in line
     assert len(line) < 1000
 
 
 def test_what_stands_between_the_weights_counts_too(exported, copied):
-    data = bytearray((copied / WEIGHT_FILE).read_bytes())
+    data = bytearray((copied / weight_file()).read_bytes())
     data[63] ^= 1  # in the file's own header, where nothing is
-    (copied / WEIGHT_FILE).write_bytes(data)
+    (copied / weight_file()).write_bytes(data)
     line = complaint(copied)
     assert "weight.bin was altered" in line and ".data" not in line
 
 
 def test_a_missing_file_is_named(copied):
-    (copied / MANIFEST_FILE).unlink()
-    assert f"{MANIFEST_FILE} is missing" in complaint(copied)
+    (copied / manifest_file()).unlink()
+    assert f"{manifest_file()} is missing" in complaint(copied)
 
 
 @pytest.mark.parametrize("field", ["input", "output", "layout"])

@@ -8,7 +8,7 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.coreml import exporter
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.coreml.package import MANIFEST_FILE, MODEL_FILE, WEIGHT_FILE
+from rgexport.export.coreml.package import manifest_file, model_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.export.opening import open_artifact
@@ -29,7 +29,7 @@ def files_of(folder):
 
 def test_what_is_in_the_folder(model, tmp_path):
     target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    expected = {MANIFEST, "README.md", MODEL_FILE, MANIFEST_FILE, WEIGHT_FILE}
+    expected = {MANIFEST, "README.md", model_file(), manifest_file(), weight_file()}
     assert set(files_of(target)) == expected
     manifest = open_artifact(target).manifest
     assert set(manifest.files) == expected - {MANIFEST}
@@ -61,6 +61,7 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
         "prefill_length": 3,
         "all_logits": False,
         "recurrent_state": "io",
+        "split": [],
     }
     assert run(["inspect", "model-pal4-coreml", "--verify"]) == 0
     shown = capsys.readouterr().out

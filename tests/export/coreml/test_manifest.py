@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import MODEL_FILE
+from rgexport.export.coreml.package import model_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import read_manifest
 
@@ -45,7 +45,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "hash of nothing": (lambda f: f["coreml"]["blobs"].update(x="0" * 64), "x is not a part"),
     "short hash": (lambda f: f["coreml"]["blobs"].update({f"{LINEAR}.data": "0"}), "not a hash"),
     "precision": (lambda f: f.update(precision="q4_0"), "precision is 'q4_0'; .*pal4"),
-    "no program": (lambda f: f["files"].pop(MODEL_FILE), "there is no model.mlpackage"),
+    "no program": (lambda f: f["files"].pop(model_file()), "there is no model.mlpackage"),
     "foreign kind": (lambda f: f.update(kind="onnx"), "ONNX does not have"),
     "layout": (lambda f: f["states"][0].update(layout="heap"), "layout is 'heap'"),
     "ggml": (store(kind="ggml", type="q4_0"), "only GGUF files have ggml types"),

@@ -7,7 +7,7 @@ import pytest
 from rgexport import __version__
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import MODEL_FILE
+from rgexport.export.coreml.package import model_file
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
@@ -20,7 +20,7 @@ def description(artifact):
     from coremltools.proto.Model_pb2 import Model
 
     model = Model()
-    model.ParseFromString((artifact.path / MODEL_FILE).read_bytes())
+    model.ParseFromString((artifact.path / model_file()).read_bytes())
     return model.description
 
 

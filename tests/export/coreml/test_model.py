@@ -8,6 +8,7 @@ import pytest
 
 from rgexport.export.coreml.model import build_model
 from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.segments import packages, whole
 from rgexport.export.coreml.states import Form, state_records, stored_states
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.mil.describe import OPERATIONS
@@ -16,15 +17,17 @@ from rgexport.griffin.layout import EMBEDDING, model_tensors
 from tests.models import ODD_CONFIGS, make_config
 
 CONFIG = make_config("rra", width=64, heads=2, lru_width=96, window=8)
+WHOLE = whole(CONFIG.num_layers)
 
 
 def built(config=CONFIG, precision="fp16", prefill_length=5, **asked):
     """The model of a configuration, and where its weights lie."""
     options = CoreMLOptions(precision=precision, prefill_length=prefill_length, **asked)
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-    tensors = Storage(options.resolve_plan(config), shapes).tensors
+    (plan,) = packages(config.num_layers, ())
+    tensors = Storage(options.resolve_plan(config), shapes, (plan,)).tensors
     program = trace(config, options.form.activation)
-    return build_model(program, config, tensors, options.form), tensors
+    return build_model(program, config, tensors, options.form, plan), tensors
 
 
 def operations(model, function):
@@ -107,13 +110,13 @@ def test_a_weight_takes_no_memory():
 
 def test_states_suit_the_neural_engine():
     for compute in ("fp16", "fp32"):
-        states = stored_states(CONFIG, Form(5, False, "hilo", compute))
+        states = stored_states(CONFIG, Form(5, False, "hilo", compute), WHOLE)
         assert {len(shape) for shape in states.values()} == {4}
         assert {shape[-1] % 32 for shape in states.values()} == {0}
 
 
 def test_states_are_single_in_half_precision_and_pairs_in_full():
-    half, full = (stored_states(CONFIG, Form(5, False, "io", c)) for c in ("fp16", "fp32"))
+    half, full = (stored_states(CONFIG, Form(5, False, "io", c), WHOLE) for c in ("fp16", "fp32"))
     single = {"layers_0_conv1d", "layers_1_conv1d", "layers_2_key", "layers_2_value"}
     assert half.keys() == single
     assert full.keys() == {f"{name}_{half}" for name in single for half in ("hi", "lo")}
@@ -130,7 +133,7 @@ def test_the_recurrent_state_is_a_matrix_or_a_pair(state, features):
         states = {feature.name for feature in function.state}
         assert ("recurrent_state" in inputs) == ("recurrent_state_out" in outputs) == (not features)
         assert {f"recurrent_state_{half}" for half in features} <= states
-        assert states == stored_states(CONFIG, form).keys()
+        assert states == stored_states(CONFIG, form, WHOLE).keys()
     rows = [record for record in state_records(CONFIG, form) if record.name.endswith("rg_lru")]
     assert [record.name for record in rows] == ["layers.0.rg_lru", "layers.1.rg_lru"]
 

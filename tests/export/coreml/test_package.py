@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rgexport.export.coreml.package import MANIFEST_FILE, MODEL_FILE, PACKAGE, write_package
+from rgexport.export.coreml.package import PACKAGE, manifest_file, model_file, write_package
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
 
@@ -29,7 +29,7 @@ def theirs(tmp_path):
 
 def layout(folder):
     """Names of the files, and the package's manifest without its random identifiers."""
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest = json.loads((folder / manifest_file()).read_text())
     root = manifest.pop("rootModelIdentifier")
     entries = manifest.pop("itemInfoEntries")
     items = sorted(json.dumps(item, sort_keys=True) for item in entries.values())
@@ -44,7 +44,7 @@ def test_layout_is_coremltools_own(theirs, tmp_path):
     (ours / weights).mkdir()
     (ours / weights / "weight.bin").touch()
     assert layout(ours) == layout(tmp_path / "theirs")
-    assert (ours / MODEL_FILE).stat().st_size == len(theirs.get_spec().SerializeToString())
+    assert (ours / model_file()).stat().st_size == len(theirs.get_spec().SerializeToString())
 
 
 def test_coremltools_loads_what_was_exported(tmp_path):

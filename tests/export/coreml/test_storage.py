@@ -8,8 +8,9 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export import storage
-from rgexport.export.coreml.package import WEIGHT_FILE
+from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.parts import decode, transform_of
+from rgexport.export.coreml.segments import packages
 from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.scheme import Affine, Float, Palette
@@ -56,9 +57,9 @@ def weights():
 
 
 def written(weights, folder):
-    stored = Storage(PLAN, {name: array.shape for name, array in weights.items()})
+    stored = Storage(PLAN, {n: array.shape for n, array in weights.items()}, packages(8, ()))
     hashes = stored.write(folder, {name: from_array(array) for name, array in weights.items()})
-    return stored, hashes, folder / WEIGHT_FILE
+    return stored, hashes, folder / weight_file()
 
 
 def test_coremltools_reads_every_blob(weights, tmp_path):

@@ -13,7 +13,7 @@ def operation(kind: str, name: str, result: TensorType | None = None, **inputs: 
 
 def complaints(*operations: Operation, tokens: int = 1) -> list[str]:
     row = TensorType("float16", (1, 1, 1, 32))
-    inputs = {"input_ids": TensorType("int32", (1, tokens)), "row": row}
+    inputs = {"position_ids": TensorType("int32", (1, tokens)), "row": row}
     states = {"a": STATE, "b": STATE}
     return list(check_states(Function("main", inputs, states, (), operations)))
 

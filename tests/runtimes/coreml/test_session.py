@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("coremltools")
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.package import PACKAGE, WEIGHT_FILE
+from rgexport.export.coreml.package import PACKAGE, weight_file
 from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
@@ -209,7 +209,7 @@ def test_info(tmp_path: Path) -> None:
     assert info.activation_dtype == "float16" and info.prefill_chunk == 128
     caches = 2 * (2 * 24 * 8 + 2 * 3 * 60)  # float16, without the padding
     assert info.state_bytes == caches + 2 * 60 * 4
-    size = artifact.file(WEIGHT_FILE).stat().st_size
+    size = artifact.file(weight_file()).stat().st_size
     assert 0.95 * size < info.weight_bytes < size, "all but headers and padding"
 
 
