@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from rgexport import __version__, progress
+from rgexport import progress
 from rgexport.commands import compress, exports, hub, llama_cpp, proof, serve, state, use, web
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
@@ -80,6 +80,7 @@ def _fail(message: str) -> int:
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
+    from rgexport import __version__
     from rgexport.kernels.onnx.library import kernels
 
     found = kernels()

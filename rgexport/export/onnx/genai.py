@@ -63,7 +63,8 @@ def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": 1,
         "num_hidden_layers": config.num_layers,
-        "session_options": {"provider_options": []},
+        # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
+        "session_options": {"provider_options": [], "intra_op_num_threads": 0},
         "inputs": {
             "input_ids": "input_ids",
             "position_ids": "position_ids",
