@@ -24,6 +24,8 @@ export interface Catalog {
 export interface Choice {
   model: Model;
   chunkBytes: number;
+  /** All that the site has. */
+  models: Model[];
 }
 
 /** The model for this browser: that for graphics cards if it has WebGPU, else that for processors. */
@@ -34,7 +36,7 @@ export async function chooseModel(): Promise<Choice> {
   const isOffered = catalog.models.some((model) => model.profile === "webgpu");
   for (const profile of isOffered && (await hasWebGpu()) ? ["webgpu", "wasm"] : ["wasm"]) {
     const model = catalog.models.find((one) => one.profile === profile);
-    if (model) return { model, chunkBytes: catalog.chunk_bytes };
+    if (model) return { model, chunkBytes: catalog.chunk_bytes, models: catalog.models };
   }
   throw new Error(
     "This model needs WebGPU, which this browser does not offer here. Try a current Chrome, Edge or Safari.",

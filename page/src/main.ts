@@ -253,7 +253,10 @@ function closeSide(): void {
 
 function listen(): void {
   const buttons: Record<string, () => Promise<unknown>> = {
-    load,
+    load: async () => {
+      void navigator.storage.persist(); // without it a browser may delete the model some day
+      await load();
+    },
     new: async () => busy || (await open()),
     import: async () => page.file.click(),
     export: exportState,

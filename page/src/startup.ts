@@ -1,6 +1,8 @@
 // What a browser must have, and the service worker that lets the page work offline.
 
 const RELOADED = "rgexport-reloaded";
+/** Milliseconds after which the page goes on without the service worker, as after a forced reload. */
+const PATIENCE = 3000;
 
 /** @throws Error if the browser lacks what the page is built on. */
 export function requireBrowser(): void {
@@ -23,8 +25,11 @@ export async function becomeOffline(): Promise<void> {
     navigator.serviceWorker.oncontrollerchange = done;
   });
   await navigator.serviceWorker.register("./sw.js");
-  await navigator.serviceWorker.ready;
-  if (!navigator.serviceWorker.controller) await controlled;
+  const { active } = await navigator.serviceWorker.ready;
+  if (!navigator.serviceWorker.controller) {
+    active?.postMessage("claim"); // a tab that was still loading when it began was not claimed
+    await Promise.race([controlled, new Promise((done) => setTimeout(done, PATIENCE))]);
+  }
   if (crossOriginIsolated || sessionStorage.getItem(RELOADED)) return;
   sessionStorage.setItem(RELOADED, "once");
   location.reload();

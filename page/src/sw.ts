@@ -24,6 +24,10 @@ worker.onactivate = (event) => {
   event.waitUntil(removeOlder().then(() => worker.clients.claim()));
 };
 
+worker.onmessage = (event) => {
+  if (event.data === "claim") event.waitUntil(worker.clients.claim());
+};
+
 worker.onfetch = (event) => {
   const { method, url } = event.request;
   const path = url.startsWith(scope) ? url.slice(scope.length).split(/[?#]/)[0]! : null;

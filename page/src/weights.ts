@@ -59,10 +59,10 @@ export async function readFile(file: ModelFile, chunkBytes: number): Promise<Uin
   return whole;
 }
 
-/** Deletes chunks: all, or those that are not of the model. */
+/** Deletes chunks: all, or those that the site does not have any more. */
 export async function removeChunks(except?: Choice): Promise<void> {
   const cache = await caches.open(CACHE);
-  const kept = new Set(except && chunksOf(except).map((chunk) => chunk.hash));
+  const kept = new Set(except?.models.flatMap(({ files }) => files.flatMap((file) => file.chunks)));
   for (const hash of await namesIn(cache)) {
     if (!kept.has(hash)) await cache.delete(addressOf(hash));
   }
@@ -133,7 +133,6 @@ async function fetchChunk(
 }
 
 async function requireRoom(bytes: number): Promise<void> {
-  await navigator.storage.persist?.(); // the browser may refuse; then it may delete the model some day
   const { quota = Infinity, usage = 0 } = await navigator.storage.estimate();
   if (quota - usage < bytes) {
     throw new Error(

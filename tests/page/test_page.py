@@ -1,6 +1,7 @@
 """The chat page in headless Chromium, against rgexport's own replies."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 
 import rgexport
 from rgexport.chat.state_file import read_fields
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.page import site
 from tests.page.chat_page import Browser, ChatPage, Profile
 from tests.page.site_server import Broken, SiteServer, serving
@@ -191,15 +195,33 @@ def test_a_chunk_that_was_damaged_in_the_storage(profile: Profile, server: SiteS
     assert len(server.chunks) == 1
 
 
-def test_two_tabs(profile: Profile, wasm_site: site.Site) -> None:
+def test_a_large_model_is_loaded_after_a_click(
+    profile: Profile, built_page: None, tmp_path: Path
+) -> None:
+    options = OnnxOptions(profile="wasm", precision="fp32")
+    folder = export_onnx(open_checkpoint(size="demo"), options, tmp_path / "large")
+    with serving(site.make_site([open_artifact(folder)])) as server:
+        tab = profile.open(server.url)
+        tab.page.wait_for_selector("#load:visible")
+        assert re.fullmatch(r"Load the model \(\d\d\.\d MB\)", tab.page.inner_text("#load"))
+        assert server.chunks == []
+        tab.page.click("#load")
+        tab.wait_until_open()
+        server.asked.clear()
+        tab.page.reload()
+        tab.wait_until_open()
+        assert server.chunks == [] and tab.said == []
+
+
+def test_several_tabs(profile: Profile, wasm_site: site.Site) -> None:
     """They download once, show each other's conversations, and do not write over them."""
     with serving(wasm_site) as server:
-        tabs = [profile.open(server.url) for _ in range(2)]
+        tabs = [profile.open(server.url) for _ in range(4)]
         for tab in tabs:
             tab.wait_until_open()
             limit_replies(tab)
         assert len(server.chunks) == len(set(server.chunks))
-    first, second = tabs
+    first, second, *_ = tabs
     said = first.say("Hi there")
     second.page.click("#list button")
     second.page.wait_for_selector("article.assistant")
