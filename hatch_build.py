@@ -70,7 +70,7 @@ class BuiltParts(BuildHookInterface):
         builder = _load(Path(self.root) / PAGE_BUILDER)
         page = builder.BUILT
         try:
-            if not page.is_file():
+            if not builder.is_current():
                 page = builder.build(self._scratch / page.name)
         except builder.BuildFailed as failed:
             self.app.display_warning(f"rgexport is installed without its web page: {failed}")

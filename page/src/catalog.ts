@@ -1,4 +1,4 @@
-// `model.json`: what the site has, as rgexport/web/site.py writes it.
+// `model.json`: what the site has, as rgexport/page/site.py writes it.
 
 export interface ModelFile {
   path: string;
@@ -30,7 +30,7 @@ export interface Choice {
 
 /** The model for this browser: that for graphics cards if it has WebGPU, else that for processors. */
 export async function chooseModel(): Promise<Choice> {
-  const response = await fetch("model.json");
+  const response = await fetch("model.json", { cache: "no-cache" });
   if (!response.ok) throw new Error(`model.json cannot be read (${response.status}): the site is incomplete`);
   const catalog = (await response.json()) as Catalog;
   const isOffered = catalog.models.some((model) => model.profile === "webgpu");

@@ -2,6 +2,7 @@
 
 import type { Message } from "@huggingface/transformers";
 import { openDB, type DBSchema, type IDBPDatabase } from "idb";
+import { scoped } from "./site";
 
 export interface Conversation {
   id: string;
@@ -17,19 +18,23 @@ interface Schema extends DBSchema {
   states: { key: string; value: Uint8Array };
 }
 
-const CHANNEL = "rgexport-conversations";
 const TITLE_LENGTH = 60;
+/** Conversations whose states are kept: a 2B's state takes 34 MB. */
+const STATES = 8;
 
 export class Conversations {
   readonly #database: Promise<IDBPDatabase<Schema>>;
-  readonly #others = new BroadcastChannel(CHANNEL);
+  readonly #others = new BroadcastChannel(scoped("conversations"));
 
   /** @param changed Called with the conversation that another tab changed or deleted. */
   constructor(changed: (id: string) => void) {
-    this.#database = openDB<Schema>("rgexport", 1, {
+    this.#database = openDB<Schema>(scoped("conversations"), 1, {
       upgrade(database) {
         database.createObjectStore("conversations", { keyPath: "id" });
         database.createObjectStore("states");
+      },
+      blocking(_version, _blocked, event) {
+        (event.target as IDBDatabase).close(); // a newer page in another tab needs it
       },
     });
     this.#others.onmessage = ({ data }: MessageEvent<string>) => changed(data);
@@ -49,8 +54,19 @@ export class Conversations {
     return (await this.#database).get("states", id);
   }
 
-  /** Stores both together; without a state the model will read the messages again. */
+  /** Stores both; where there is no room for the state, the model will read the messages again. */
   async put(conversation: Conversation, state: Uint8Array | null): Promise<void> {
+    try {
+      await this.#put(conversation, state);
+    } catch (error) {
+      if (!state || !(error instanceof DOMException)) throw error;
+      await this.#put(conversation, null);
+    }
+    await this.#removeOldStates();
+    this.#others.postMessage(conversation.id);
+  }
+
+  async #put(conversation: Conversation, state: Uint8Array | null): Promise<void> {
     const change = (await this.#database).transaction(["conversations", "states"], "readwrite");
     const states = change.objectStore("states");
     await Promise.all([
@@ -58,7 +74,12 @@ export class Conversations {
       state ? states.put(state, conversation.id) : states.delete(conversation.id),
       change.done,
     ]);
-    this.#others.postMessage(conversation.id);
+  }
+
+  async #removeOldStates(): Promise<void> {
+    const old = (await this.list()).slice(STATES);
+    const database = await this.#database;
+    await Promise.all(old.map(({ id }) => database.delete("states", id)));
   }
 
   async delete(id: string): Promise<void> {

@@ -1,18 +1,23 @@
 // The page: what is on the screen, and what its buttons do. The model is in worker.ts.
 
 import type { Message } from "@huggingface/transformers";
-import { proxy, wrap } from "comlink";
+import { proxy, wrap, type Remote } from "comlink";
 import { chooseModel, megabytes, type Choice } from "./catalog";
 import { conversationOf, Conversations, type Conversation } from "./conversations";
 import { addMessage, beginReply, showMessages } from "./messages";
 import { control, settings } from "./settings";
+import { scoped } from "./site";
 import { becomeOffline, requireBrowser } from "./startup";
 import type { Engine } from "./worker";
 import { removeChunks, storedBytes } from "./weights";
 
 /** Models up to this size are loaded without asking. */
 const SMALL = 32e6;
+/** Set where the user has deleted the model, so that it is not loaded again at once. */
+const DELETED = scoped("deleted");
 const GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use.";
+/** Lines of a message that are shown while it is written. */
+const MOST_LINES = 8;
 
 const page = {
   side: control("side"),
@@ -23,6 +28,7 @@ const page = {
   load: control("load", HTMLButtonElement),
   progress: control("progress", HTMLProgressElement),
   stage: control("stage"),
+  amount: control("amount"),
   talk: control("talk"),
   composer: control("composer", HTMLFormElement),
   text: control("text", HTMLTextAreaElement),
@@ -32,69 +38,70 @@ const page = {
   error: control("error"),
 };
 
-const engine = wrap<Engine>(
-  new Worker(new URL("./worker.ts", import.meta.url), { type: "module", name: "model" }),
-);
-const conversations = new Conversations((id) => void attempt(() => changedElsewhere(id)));
-let choice: Choice;
+let conversations: Conversations;
+let engine: Remote<Engine>;
 let backend = "";
 /** The conversation on the screen; none before the first message. */
 let current: Conversation | undefined;
 let busy = false;
 
-/** Does something that may fail; what goes wrong is shown. */
+/** Does what the user asks for; what goes wrong is shown. */
 async function attempt(action: () => Promise<unknown>): Promise<void> {
   page.error.textContent = "";
   try {
     await action();
   } catch (error) {
-    page.error.textContent = error instanceof Error ? error.message : String(error);
+    show(error);
   }
 }
 
+function show(error: unknown): void {
+  page.error.textContent = error instanceof Error ? error.message : String(error);
+}
+
 async function begin(): Promise<void> {
-  requireBrowser();
-  await becomeOffline();
-  choice = await chooseModel();
-  const { name, bytes, gemma } = choice.model;
-  document.title = name;
-  control("name").textContent = name;
-  control("what").textContent = `Chat with ${name}`;
-  control("about").textContent =
-    `The model (${megabytes(bytes)}) runs in this page: what you write stays on your device. ` +
-    (gemma ? GEMMA_TERMS : "");
-  const stored = await storedBytes(choice);
-  page.load.hidden = false;
-  page.load.textContent = stored ? `Go on loading (${megabytes(bytes - stored)})` : `Load the model (${megabytes(bytes)})`;
-  if (bytes - stored <= SMALL) await load();
+  try {
+    requireBrowser();
+    conversations = new Conversations((id) => void changedElsewhere(id).catch(show));
+    await becomeOffline();
+    const choice = await chooseModel();
+    const { name, bytes, gemma } = choice.model;
+    document.title = name;
+    control("name").textContent = name;
+    control("what").textContent = `Chat with ${name}`;
+    control("about").textContent =
+      `The model (${megabytes(bytes)}) runs in this page: what you write stays on your device. ` +
+      (gemma ? GEMMA_TERMS : "");
+    const stored = await storedBytes(choice);
+    page.load.textContent = stored
+      ? `Go on loading (${megabytes(bytes - stored)})`
+      : `Load the model (${megabytes(bytes)})`;
+    page.load.hidden = false;
+    const isWanted = bytes <= SMALL && !sessionStorage.getItem(DELETED);
+    if (stored === bytes || isWanted) await load();
+  } finally {
+    page.stage.textContent = "";
+  }
 }
 
 async function load(): Promise<void> {
   page.load.hidden = true;
   page.progress.hidden = false;
-  const { bytes } = choice.model;
+  const { worker, failed } = startWorker();
+  engine = wrap<Engine>(worker);
   try {
-    backend = await engine.load(
-      choice,
-      proxy((done, waiting) => {
-        page.progress.value = done / bytes;
-        page.stage.textContent = waiting
-          ? "Waiting for the download in another tab"
-          : `${megabytes(done)} of ${megabytes(bytes)}`;
-      }),
-      proxy(() => {
-        page.progress.removeAttribute("value");
-        page.stage.textContent = "Opening the model";
-      }),
-    );
+    const choice = await chooseModel();
+    backend = await Promise.race([engine.load(choice, ...shown(choice)), failed]);
   } catch (error) {
-    page.stage.textContent = "";
+    worker.terminate();
     page.load.hidden = false;
     page.load.textContent = "Try again";
     throw error;
   } finally {
     page.progress.hidden = true;
+    page.stage.textContent = page.amount.textContent = "";
   }
+  sessionStorage.removeItem(DELETED);
   page.engine.textContent = backend;
   page.welcome.hidden = true;
   page.talk.hidden = false;
@@ -102,8 +109,43 @@ async function load(): Promise<void> {
   await open((await conversations.list())[0]?.id);
 }
 
+/** The model's thread, which begins after the service worker: its policy binds the thread, too. */
+function startWorker(): { worker: Worker; failed: Promise<never> } {
+  const worker = new Worker(new URL("./worker.ts", import.meta.url), { type: "module", name: "model" });
+  const failed = new Promise<never>((_, reject) => {
+    worker.onerror = (event) => reject(new Error(`The model's thread ended: ${event.message || "it did not start"}.`));
+  });
+  return { worker, failed };
+}
+
+/** How the page shows a download, and that the model is being opened. */
+function shown({ model }: Choice): [(done: number, waiting: boolean) => void, () => void] {
+  const progress = (done: number, waiting: boolean): void => {
+    page.progress.value = done / model.bytes;
+    setText(page.stage, waiting ? "Waiting for the download in another tab" : "Downloading");
+    page.amount.textContent = waiting ? "" : `${megabytes(done)} of ${megabytes(model.bytes)}`;
+  };
+  const opening = (): void => {
+    page.progress.removeAttribute("value");
+    page.amount.textContent = "";
+    setText(page.stage, "Opening the model");
+  };
+  return [proxy(progress), proxy(opening)];
+}
+
+/** Screen readers read a status out whenever it is set. */
+function setText(element: HTMLElement, text: string): void {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 /** Shows a conversation, or an empty one. */
 async function open(id?: string): Promise<void> {
+  await take(id);
+  closeSide();
+  page.text.focus();
+}
+
+async function take(id?: string): Promise<void> {
   current = id ? await conversations.get(id) : undefined;
   showMessages(current?.messages ?? []);
   const state = current && (await conversations.state(current.id));
@@ -113,73 +155,79 @@ async function open(id?: string): Promise<void> {
     await engine.open(null); // of another model: the messages are read again with the next one
   }
   await showList();
-  closeSide();
-  page.text.focus();
 }
 
 async function send(): Promise<void> {
   const content = page.text.value.trim();
   if (!content || busy) return;
-  await refresh();
   const message = { role: "user", content };
-  page.text.value = "";
-  addMessage(message);
-  const before = current;
-  const isAnswered = await answer([...(current?.messages ?? []), message]);
-  if (isAnswered || current !== before) return;
-  showMessages(before?.messages ?? []);
-  page.text.value = content;
+  await alone(current?.id ?? crypto.randomUUID(), async (id) => {
+    page.text.value = "";
+    fitText();
+    addMessage(message);
+    try {
+      await answer(id, [...(current?.messages ?? []), message]);
+    } catch (error) {
+      page.text.value ||= content;
+      fitText();
+      throw error;
+    }
+  });
 }
 
 async function again(): Promise<void> {
   if (busy || !current) return;
-  const messages = current.messages.slice(0, current.messages.findLastIndex(({ role }) => role === "user") + 1);
-  if (!messages.length) return;
-  showMessages(messages);
-  if (!(await answer(messages))) showMessages(current.messages);
+  await alone(current.id, async (id) => {
+    const all = current?.messages ?? [];
+    const messages = all.slice(0, all.findLastIndex(({ role }) => role === "user") + 1);
+    if (!messages.length) return;
+    showMessages(messages);
+    await answer(id, messages);
+  });
 }
 
-/** Lets the model answer, and stores what came; false if it could not. */
-async function answer(messages: Message[]): Promise<boolean> {
-  const conversation = conversationOf(messages, current?.id);
-  const isMine = await navigator.locks.request(
-    `rgexport-${conversation.id}`,
-    { ifAvailable: true },
-    async (lock) => {
-      if (!lock) return false;
-      setBusy(true);
-      const reply = beginReply();
-      try {
-        const made = await engine.reply(messages, settings(), proxy(reply.write));
-        current = { ...conversation, messages: made.messages, changed: Date.now() };
-        await conversations.put(current, made.state);
-        page.engine.textContent = `${backend}, ${rounded(made.tokensPerSecond)} tokens/s`;
-        page.engine.dataset.read = String(made.read);
-        return true;
-      } finally {
-        reply.end();
-        setBusy(false);
-        await showList();
-      }
-    },
-  );
-  if (!isMine) throw new Error("This conversation is being answered in another tab.");
-  return isMine;
+/**
+ * Works on a conversation while no other tab does, after taking over what another has changed. If
+ * it fails, what was stored is shown again.
+ */
+async function alone(id: string, work: (id: string) => Promise<void>): Promise<void> {
+  setBusy(true);
+  try {
+    await navigator.locks.request(scoped(id), { ifAvailable: true }, async (lock) => {
+      if (!lock) throw new Error("This conversation is being answered in another tab.");
+      if (current && (await conversations.get(id))?.changed !== current.changed) await take(id);
+      await work(id);
+    });
+  } catch (error) {
+    showMessages(current?.messages ?? []);
+    throw error;
+  } finally {
+    setBusy(false);
+    await showList();
+  }
+}
+
+/** Lets the model answer, and stores what came. */
+async function answer(id: string, messages: Message[]): Promise<void> {
+  const reply = beginReply();
+  try {
+    const made = await engine.reply(messages, settings(), proxy(reply.write));
+    current = conversationOf(made.messages, id);
+    await conversations.put(current, made.state);
+    page.engine.textContent = `${backend}, ${rounded(made.tokensPerSecond)} tokens/s`;
+    page.engine.title = `The last turn took ${made.read} tokens.`;
+  } finally {
+    reply.end();
+  }
 }
 
 function rounded(number: number): string {
   return number < 10 ? number.toFixed(1) : number.toFixed(0);
 }
 
-/** Takes over what another tab has added to the conversation. */
-async function refresh(): Promise<void> {
-  if (!current) return;
-  const stored = await conversations.get(current.id);
-  if (stored && stored.changed !== current.changed) await open(current.id);
-}
-
 async function changedElsewhere(id: string): Promise<void> {
-  if (id === current?.id && !busy) await open((await conversations.get(id)) && id);
+  if (page.talk.hidden) return;
+  if (id === current?.id && !busy) await take((await conversations.get(id)) && id);
   else await showList();
 }
 
@@ -195,8 +243,8 @@ async function showList(): Promise<void> {
     return item;
   });
   page.list.replaceChildren(...items);
-  const { usage = 0 } = await navigator.storage.estimate();
-  control("storage").textContent = `${megabytes(usage)} are stored in this browser.`;
+  const { usage } = (await navigator.storage.estimate?.()) ?? {};
+  control("storage").textContent = usage ? `${megabytes(usage)} are stored in this browser.` : "";
   for (const id of ["export", "again", "delete"]) {
     control(id, HTMLButtonElement).disabled = busy || !current;
   }
@@ -204,12 +252,14 @@ async function showList(): Promise<void> {
 
 async function exportState(): Promise<void> {
   const state = current && (await conversations.state(current.id));
-  if (!current || !state) throw new Error("This conversation has no state yet: say something first.");
+  if (!current || !state) {
+    throw new Error("The model's state is kept for the last conversations only: say something first.");
+  }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([new Uint8Array(state)]));
   link.download = `${current.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}.state`;
   link.click();
-  URL.revokeObjectURL(link.href);
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the download may begin later
 }
 
 async function importState(): Promise<void> {
@@ -229,32 +279,43 @@ async function importState(): Promise<void> {
 
 async function deleteCurrent(): Promise<void> {
   if (busy || !current || !confirm(`Delete “${current.title}”?`)) return;
-  await conversations.delete(current.id);
+  await alone(current.id, async (id) => {
+    await conversations.delete(id);
+    current = undefined;
+  });
   await open((await conversations.list())[0]?.id);
 }
 
 async function removeModel(): Promise<void> {
   if (!confirm("Delete the model from this browser? Conversations stay.")) return;
   await removeChunks();
+  sessionStorage.setItem(DELETED, "yes");
   location.reload();
 }
 
 function setBusy(now: boolean): void {
   busy = now;
+  if (document.activeElement === (now ? page.send : page.stop)) page.text.focus(); // it goes away
   page.send.hidden = now;
   page.stop.hidden = !now;
-  (now ? page.stop : page.text).focus();
 }
 
 function closeSide(): void {
+  if (page.side.contains(document.activeElement)) page.menu.focus();
   page.side.classList.remove("open");
   page.menu.setAttribute("aria-expanded", "false");
+}
+
+/** Where the style sheet cannot do it: a message is shown with all its lines. */
+function fitText(): void {
+  if (CSS.supports("field-sizing", "content")) return;
+  page.text.rows = Math.min(page.text.value.split("\n").length, MOST_LINES);
 }
 
 function listen(): void {
   const buttons: Record<string, () => Promise<unknown>> = {
     load: async () => {
-      void navigator.storage.persist(); // without it a browser may delete the model some day
+      void navigator.storage.persist?.(); // without it a browser may delete the model some day
       await load();
     },
     new: async () => busy || (await open()),
@@ -271,10 +332,12 @@ function listen(): void {
   page.file.onchange = () => void attempt(importState);
   page.composer.onsubmit = (event) => {
     event.preventDefault();
-    void attempt(send);
+    if (!busy) void attempt(send);
   };
+  page.text.oninput = fitText;
   page.text.onkeydown = (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    // Safari ends a composition before it tells of the key: 229.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     page.composer.requestSubmit();
   };
@@ -285,7 +348,7 @@ function listen(): void {
   document.onkeydown = (event) => {
     if (event.key !== "Escape") return;
     if (busy) void engine.stop();
-    closeSide();
+    else closeSide();
   };
 }
 

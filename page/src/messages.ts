@@ -2,15 +2,21 @@
 
 import type { Message } from "@huggingface/transformers";
 import { micromark } from "micromark";
-import { gfm, gfmHtml } from "micromark-extension-gfm";
+import { gfmAutolinkLiteral, gfmAutolinkLiteralHtml } from "micromark-extension-gfm-autolink-literal";
+import { gfmStrikethrough, gfmStrikethroughHtml } from "micromark-extension-gfm-strikethrough";
+import { gfmTable, gfmTableHtml } from "micromark-extension-gfm-table";
 import { textOf } from "./conversations";
 
 const log = document.getElementById("log")!;
 const SPEAKERS: Record<string, string> = { user: "You", assistant: "Model" };
 /** Pixels from the end within which a reader follows what comes. */
 const NEAR = 80;
+const extensions = [gfmAutolinkLiteral(), gfmStrikethrough(), gfmTable()];
+const htmlExtensions = [gfmAutolinkLiteralHtml(), gfmStrikethroughHtml(), gfmTableHtml()];
 
 export function showMessages(messages: Message[]): void {
+  log.setAttribute("aria-live", "off"); // an older conversation is not read out
+  requestAnimationFrame(() => log.setAttribute("aria-live", "polite"));
   log.replaceChildren(...messages.map((message) => element(message.role, textOf(message))));
   log.scrollTop = log.scrollHeight;
 }
@@ -30,7 +36,7 @@ export function beginReply(): { write: (piece: string) => void; end: () => void 
   const draw = (): void => {
     planned = false;
     const follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
-    body.innerHTML = html(text);
+    render(body, text);
     if (follows) log.scrollTop = log.scrollHeight;
   };
   const write = (piece: string): void => {
@@ -47,13 +53,17 @@ function element(role: string, text: string): HTMLElement {
   made.className = role;
   made.setAttribute("aria-label", speaker);
   const body = document.createElement("div");
-  if (role === "assistant") body.innerHTML = html(text);
+  if (role === "assistant") render(body, text);
   else body.textContent = text;
   made.append(body);
   return made;
 }
 
 /** micromark escapes HTML and drops addresses such as `javascript:`. */
-function html(markdown: string): string {
-  return micromark(markdown, { extensions: [gfm()], htmlExtensions: [gfmHtml()] });
+function render(body: Element, markdown: string): void {
+  body.innerHTML = micromark(markdown, { extensions, htmlExtensions });
+  for (const link of body.querySelectorAll("a")) {
+    link.target = "_blank"; // the chat stays
+    link.rel = "noreferrer";
+  }
 }

@@ -1,5 +1,6 @@
 // The page's controls by their ids, and the settings, which the browser keeps.
 
+import { scoped } from "./site";
 import type { ReplyOptions } from "./worker";
 
 const DEFAULTS = { temperature: 0, longest: 512 };
@@ -26,9 +27,26 @@ function numberIn(id: keyof typeof DEFAULTS): number {
 
 for (const [id, standard] of Object.entries(DEFAULTS)) {
   const input = control(id, HTMLInputElement);
-  input.value = localStorage.getItem(id) ?? String(standard);
+  input.value = kept(id) ?? String(standard);
   input.onchange = () => {
     input.value = String(numberIn(id as keyof typeof DEFAULTS));
-    localStorage.setItem(id, input.value);
+    keep(id, input.value);
   };
+}
+
+/** Browsers that forbid cookies forbid this storage, too: then nothing is kept. */
+function kept(id: string): string | null {
+  try {
+    return localStorage.getItem(scoped(id));
+  } catch {
+    return null;
+  }
+}
+
+function keep(id: string, value: string): void {
+  try {
+    localStorage.setItem(scoped(id), value);
+  } catch {
+    return;
+  }
 }

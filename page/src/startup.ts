@@ -1,6 +1,8 @@
 // What a browser must have, and the service worker that lets the page work offline.
 
-const RELOADED = "rgexport-reloaded";
+import { scoped } from "./site";
+
+const RELOADED = scoped("reloaded");
 /** Milliseconds after which the page goes on without the service worker, as after a forced reload. */
 const PATIENCE = 3000;
 
@@ -10,25 +12,37 @@ export function requireBrowser(): void {
     throw new Error("Browsers run this page only over https, or from localhost. Use such an address.");
   }
   const missing = ["caches", "indexedDB", "WebAssembly"].filter((name) => !(name in globalThis));
-  if (!navigator.serviceWorker) missing.push("service workers");
+  for (const name of ["locks", "storage"]) if (!(name in navigator)) missing.push(name);
   if (missing.length) {
-    throw new Error(`This browser lacks ${missing.join(", ")}. A private window may be the cause.`);
+    throw new Error(
+      `This browser lacks ${missing.join(", ")}: it is too old, or a private window forbids it.`,
+    );
   }
 }
 
 /**
  * Waits until the service worker stands between the page and the network. It also sends the headers
- * without which browsers give no threads; a page that came without them is loaded once more.
+ * without which browsers give no threads; a page that came without them is loaded once more. Where
+ * it cannot be installed, the page works online.
  */
 export async function becomeOffline(): Promise<void> {
+  const { serviceWorker } = navigator;
   const controlled = new Promise((done) => {
-    navigator.serviceWorker.oncontrollerchange = done;
+    if (serviceWorker) serviceWorker.oncontrollerchange = done;
   });
-  await navigator.serviceWorker.register("./sw.js");
-  const { active } = await navigator.serviceWorker.ready;
-  if (!navigator.serviceWorker.controller) {
-    active?.postMessage("claim"); // a tab that was still loading when it began was not claimed
-    await Promise.race([controlled, new Promise((done) => setTimeout(done, PATIENCE))]);
+  try {
+    const { installing } = await serviceWorker.register("./sw.js");
+    const failed = new Promise<void>((done) => {
+      installing?.addEventListener("statechange", () => installing.state === "redundant" && done());
+    });
+    const ready = await Promise.race([serviceWorker.ready, failed]);
+    if (!ready) return;
+    if (!serviceWorker.controller) {
+      ready.active?.postMessage("claim"); // a tab that was still loading when it began was not claimed
+      await Promise.race([controlled, new Promise((done) => setTimeout(done, PATIENCE))]);
+    }
+  } catch {
+    return;
   }
   if (crossOriginIsolated || sessionStorage.getItem(RELOADED)) return;
   sessionStorage.setItem(RELOADED, "once");

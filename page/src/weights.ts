@@ -2,12 +2,15 @@
 // broke goes on where it was, and a new version brings only what has changed.
 
 import { megabytes, type Choice, type ModelFile } from "./catalog";
+import { BASE, scoped } from "./site";
 
-const CACHE = "rgexport-weights";
-const LOCK = "rgexport-download";
+const CACHE = scoped("weights");
+const LOCK = scoped("download");
 const PARALLEL = 3;
 /** Seconds to wait before each further try. */
 const PAUSES = [1, 3, 9];
+/** Milliseconds without a byte after which a connection is given up. */
+const STALLED = 60_000;
 
 export type Progress = (bytes: number, waiting: boolean) => void;
 
@@ -112,19 +115,30 @@ async function fetchChunk(
   again: boolean,
   count: (bytes: number) => void,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  // What an earlier try left in the browser's own cache may be what was wrong.
-  const response = await fetch(addressOf(hash), { cache: again ? "reload" : "no-store" });
-  if (!response.ok || !response.body) {
-    throw new Error(`the server answered ${response.status} for a part of the model`);
-  }
+  const stopping = new AbortController();
+  const giveUp = (): void => stopping.abort(new Error("the server sent nothing for a minute"));
+  let waiting = setTimeout(giveUp, STALLED);
   const data = new Uint8Array(bytes);
   let at = 0;
-  const reader = response.body.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    if (at + part.value.length > bytes) break;
-    data.set(part.value, at);
-    at += part.value.length;
-    count(part.value.length);
+  try {
+    // What an earlier try left in the browser's own cache may be what was wrong.
+    const cache = again ? "reload" : "no-store";
+    const response = await fetch(addressOf(hash), { cache, signal: stopping.signal });
+    if (!response.ok || !response.body) {
+      throw new Error(`the server answered ${response.status} for a part of the model`);
+    }
+    const reader = response.body.getReader();
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      clearTimeout(waiting);
+      waiting = setTimeout(giveUp, STALLED);
+      if (at + part.value.length > bytes) throw new Error("a part of the model came damaged");
+      data.set(part.value, at);
+      at += part.value.length;
+      count(part.value.length);
+    }
+  } finally {
+    clearTimeout(waiting);
+    stopping.abort(); // what is left of it
   }
   if (at !== bytes || (await sha256(data)) !== hash) {
     throw new Error("a part of the model came damaged");
@@ -133,7 +147,7 @@ async function fetchChunk(
 }
 
 async function requireRoom(bytes: number): Promise<void> {
-  const { quota = Infinity, usage = 0 } = await navigator.storage.estimate();
+  const { quota = Infinity, usage = 0 } = (await navigator.storage.estimate?.()) ?? {};
   if (quota - usage < bytes) {
     throw new Error(
       `The model takes ${megabytes(bytes)} more, and this browser gives ${megabytes(quota - usage)}. ` +
@@ -153,12 +167,12 @@ function isFull(error: unknown): boolean {
 }
 
 function addressOf(hash: string): string {
-  return new URL(`chunks/${hash}.bin`, self.location.href.replace(/assets\/[^/]*$/, "")).href;
+  return `${BASE}chunks/${hash}.bin`;
 }
 
 async function namesIn(cache: Cache): Promise<Set<string>> {
   const addresses = (await cache.keys()).map((request) => request.url);
-  return new Set(addresses.map((url) => /([0-9a-f]{64})\.bin$/.exec(url)?.[1] ?? ""));
+  return new Set(addresses.map((url) => url.slice(`${BASE}chunks/`.length, -".bin".length)));
 }
 
 async function sha256(data: Uint8Array<ArrayBuffer>): Promise<string> {

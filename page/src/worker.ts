@@ -7,7 +7,7 @@ import {
   TextStreamer,
   type Message,
 } from "@huggingface/transformers";
-import { expose } from "comlink";
+import { expose, transfer } from "comlink";
 import asyncifyLoader from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url";
 import asyncifyBinary from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url";
 import loader from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
@@ -31,9 +31,8 @@ export interface ReplyOptions {
 
 export interface Reply {
   messages: Message[];
-  /** Tokens of the prompt that were read, and of the reply. */
+  /** Tokens that the model took: what is new in the prompt, and the reply. */
   read: number;
-  written: number;
   tokensPerSecond: number;
   /** The conversation as a state file. */
   state: Uint8Array;
@@ -94,13 +93,14 @@ export class Engine {
     });
     const seconds = (performance.now() - first) / 1000;
     const all = made!.generated_text as Message[];
-    return {
+    const state = await chat.model.saveState({ messages: all });
+    const reply = {
       messages: all,
       read: chat.model.tokensRead - before,
-      written,
       tokensPerSecond: written > 1 ? (written - 1) / seconds : 0,
-      state: await chat.model.saveState({ messages: all }),
+      state,
     };
+    return transfer(reply, [state.buffer as ArrayBuffer]);
   }
 
   /** Ends the reply after the token that is being computed. */

@@ -13,7 +13,6 @@ from rgexport.errors import RequestError
 @click.option("-o", "--output", type=FOLDER, help="The folder to write; any web host can serve it.")
 @click.option("--force", is_flag=True, help="Replace an existing site.")
 @click.option("--serve", is_flag=True, help="Serve it on this machine; -o is not needed then.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="For --serve.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -28,7 +27,6 @@ def web(
     output: Path | None,
     force: bool,
     serve: bool,
-    host: str,
     port: int,
     browse: bool,
 ) -> None:
@@ -53,4 +51,4 @@ def web(
         write_site(site, output, force=force)
         click.echo(f"{output} is complete. Put it on any web host, under https.")
     if serve:
-        serve_site(site, host, port, browse=browse)
+        serve_site(site, port, browse=browse)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 SOURCES = Path(__file__).parents[2] / "page"
 BUILT = Path(__file__).with_name("page.zip")
@@ -37,12 +37,22 @@ def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
     return target
 
 
+def is_current() -> bool:
+    """Whether the page is built, and its sources have not changed since."""
+    if not BUILT.is_file():
+        return False
+    sources = [*SOURCES.glob("*.*"), *SOURCES.glob("src/*"), *SOURCES.glob("public/*")]
+    return all(path.stat().st_mtime <= BUILT.stat().st_mtime for path in sources)
+
+
 def _pack(folder: Path, target: Path) -> None:
+    """The same files give the same archive."""
     new = target.with_suffix(".new")
-    with ZipFile(new, "w", ZIP_DEFLATED, compresslevel=9) as packed:
+    with ZipFile(new, "w") as packed:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                packed.write(path, path.relative_to(folder).as_posix())
+                name = ZipInfo(path.relative_to(folder).as_posix())
+                packed.writestr(name, path.read_bytes(), ZIP_DEFLATED, compresslevel=9)
     new.replace(target)
 
 

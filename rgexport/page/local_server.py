@@ -1,6 +1,7 @@
 """Serves a site on this machine, as any web server would its folder."""
 
 import mimetypes
+import sys
 import webbrowser
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +11,8 @@ from rgexport.errors import RequestError
 from rgexport.page.site import Site, read
 from rgexport.progress import note
 
+HOST = "127.0.0.1"
+"""Browsers run the page from this machine, and from others only over https."""
 _TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -26,14 +29,14 @@ _HEADERS = {
 }
 
 
-def serve_site(site: Site, host: str, port: int, *, browse: bool) -> None:
+def serve_site(site: Site, port: int, *, browse: bool) -> None:
     """Serves until Ctrl-C; `browse` opens a browser.
 
     Raises:
         RequestError: the address cannot be used.
     """
-    with local_server(site, host, port) as server:
-        address = f"http://{host}:{server.server_port}/"
+    with local_server(site, port) as server:
+        address = f"http://{HOST}:{server.server_port}/"
         note(f"The page is at {address} (Ctrl-C ends)")
         if browse:
             webbrowser.open(address)
@@ -43,18 +46,27 @@ def serve_site(site: Site, host: str, port: int, *, browse: bool) -> None:
             return
 
 
-def local_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
+def local_server(site: Site, port: int) -> ThreadingHTTPServer:
     """The server, which listens already.
 
     Raises:
         RequestError: the address cannot be used.
     """
     try:
-        return ThreadingHTTPServer((host, port), partial(SiteHandler, site))
+        return _Server((HOST, port), partial(SiteHandler, site))
     except OSError as error:
         raise RequestError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+            f"cannot listen on port {port}: {error.strerror}; choose another --port"
         ) from None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a browser that has left; of other errors all."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class SiteHandler(BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ download broke, and whatever two models or versions share is loaded once.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ CATALOG = "model.json"
 PROFILES = "webgpu", "wasm"
 """Those that a browser runs."""
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
+_ALWAYS = {CATALOG, "index.html", "sw.js"}
+_OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
+"""What a site has at its top, in this version or an earlier one."""
 _WELCOME = ("generation_config.json",)
 
 
@@ -96,8 +100,9 @@ def write_site(site: Site, folder: Path, *, force: bool) -> None:
 
 
 def is_site(folder: Path) -> bool:
-    """Whether `write_site` may have made a folder."""
-    return all((folder / name).is_file() for name in (CATALOG, "sw.js", "index.html"))
+    """Whether `write_site` has made a folder, and nobody has added anything."""
+    names = {path.name for path in folder.iterdir()}
+    return names >= _ALWAYS and all(_OURS.fullmatch(name) for name in names)
 
 
 def read(content: Part | bytes) -> bytes:

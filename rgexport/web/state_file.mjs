@@ -94,7 +94,7 @@ function parsed(bytes) {
 }
 
 /** The header is not covered by the hash, so what it says must fit together. */
-function requireSound(model, header, { position, tokens, has_text: hasText }) {
+function requireSound(model, header, { position, tokens, has_text: hasText, messages = null }) {
   const unseen = tokens - position;
   const counts = [position, tokens].every((n) => Number.isSafeInteger(n) && n >= 0);
   const wanted = hasText ? [[TOKENS, ["I32"], [tokens]]] : [];
@@ -103,6 +103,10 @@ function requireSound(model, header, { position, tokens, has_text: hasText }) {
   }
   const fits = ([name, dtypes, shape]) =>
     header[name] && dtypes.includes(header[name].dtype) && `${header[name].shape}` === `${shape}`;
+  const isMessage = (m) => typeof m?.role === "string" && typeof m.content === "string";
+  if (messages !== null && !(Array.isArray(messages) && messages.every(isMessage))) {
+    throw new Error("the state file is damaged: its messages are no list of roles and texts");
+  }
   if (!counts || unseen < 0 || unseen > 1 || !wanted.every(fits)) {
     throw new Error("the state file is damaged, or of a model with other states");
   }

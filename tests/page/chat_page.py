@@ -1,5 +1,6 @@
 """A browser that shows the chat page, and what a user does with it."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,7 +88,8 @@ class ChatPage:
     @property
     def tokens_read(self) -> int:
         """Tokens that the model read and wrote for the last reply."""
-        return int(self.page.get_attribute("#engine", "data-read") or 0)
+        said = self.page.get_attribute("#engine", "title") or ""
+        return int(re.sub(r"\D", "", said))
 
     @property
     def messages(self) -> list[str]:

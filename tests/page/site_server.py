@@ -67,7 +67,8 @@ class _Handler(SiteHandler):
         super().do_GET()
 
     def send_header(self, keyword: str, value: str) -> None:
-        if self.owner.plain and keyword.startswith("Cross-Origin"):
+        is_bare = self.owner.plain or self.path.startswith("/blog")
+        if is_bare and keyword.startswith("Cross-Origin"):
             return
         super().send_header(keyword, value)
 

@@ -184,7 +184,7 @@ def test_a_chunk_that_was_damaged_in_the_storage(profile: Profile, server: SiteS
     tab = opened(profile, server)
     tab.page.evaluate(
         """async () => {
-            const cache = await caches.open("rgexport-weights");
+            const cache = await caches.open("rgexport-weights /");
             const [request] = await cache.keys();
             await cache.put(request, new Response("nonsense"));
         }"""
@@ -263,7 +263,7 @@ def test_a_new_version_of_the_site(profile: Profile, wasm_site: site.Site) -> No
         tab.wait_until_open()
         assert server.chunks == [f"chunks/{name}.bin"]
         stored = tab.page.evaluate(
-            'async () => (await (await caches.open("rgexport-weights")).keys()).map((r) => r.url)'
+            'async () => (await (await caches.open("rgexport-weights /")).keys()).map((r) => r.url)'
         )
         assert any(name in url for url in stored) and not any(old[0] in url for url in stored)
 
@@ -301,7 +301,7 @@ def test_by_the_keyboard(profile: Profile, server: SiteServer) -> None:
     page.keyboard.type("A long one.")
     page.keyboard.press("Enter")
     page.wait_for_selector("#stop:visible")
-    page.locator("article.assistant:not(:empty)").wait_for()
+    page.wait_for_selector("article.assistant p")
     page.keyboard.press("Escape")
     page.wait_for_selector("#send:visible")
     assert tab.messages[0] == "Tell me a story.\nA long one."
@@ -341,3 +341,145 @@ def test_a_site_for_graphics_cards_alone(
         tab = profile.open(f"{server.url}?device=wasm")
         assert "needs WebGPU" in tab.wait_for_error()
         assert server.chunks == []
+
+
+def test_an_update_of_the_page_works_offline(profile: Profile, wasm_site: site.Site) -> None:
+    """What two versions share, such as ONNX Runtime, is not lost with the older one."""
+    with serving(wasm_site) as server:
+        opened(profile, server).page.close()
+        worker = site.read(wasm_site["sw.js"]).replace(b'version\\":\\"', b'version\\":\\"new-')
+        assert worker != site.read(wasm_site["sw.js"])
+        server.site["sw.js"] = worker
+        tab = opened(profile, server)
+        tab.page.evaluate("async () => (await navigator.serviceWorker.ready).update()")
+        tab.page.wait_for_timeout(2000)
+        tab.page.reload()
+        tab.wait_until_open()
+    tab.page.reload()
+    tab.wait_until_open()
+    assert tab.say("Hi there")
+
+
+@pytest.mark.parametrize("missing", ["manifest.webmanifest", "assets/index"])
+def test_a_host_that_lacks_a_file(profile: Profile, wasm_site: site.Site, missing: str) -> None:
+    """An icon or the manifest do not matter; without a script the page works online."""
+
+    def fault(address: str, body: bytes) -> bytes:
+        # The first time the page itself asks, then its service worker.
+        if address.startswith(missing) and server.asked.count(address) > 1:
+            raise Broken
+        return body
+
+    with serving(wasm_site, fault) as server:
+        tab = opened(profile, server)
+        assert tab.say("Hi there")
+
+
+def test_nothing_goes_to_other_hosts(profile: Profile, server: SiteServer) -> None:
+    """Not from the page, and not from the model's thread, which the page's policy does not bind."""
+    tab = opened(profile, server)
+    with serving({"x": b"x"}) as other:
+        ask = f"async () => fetch('{other.url}x').then(() => 'ok', () => 'refused')"
+        assert tab.page.evaluate(ask) == "refused"
+        (thread,) = (worker for worker in tab.page.workers if "assets/worker" in worker.url)
+        assert thread.evaluate(ask) == "refused"
+        assert other.asked == []
+
+
+def test_a_failed_answer_loses_no_message(profile: Profile, server: SiteServer) -> None:
+    tab = opened(profile, server)
+    tab.say("Hi there")
+    tab.page.evaluate(
+        """async () => {
+            const { id } = await new Promise((done) => {
+                const asked = indexedDB.open("rgexport-conversations /");
+                asked.onsuccess = () => {
+                    const store = asked.result.transaction("conversations");
+                    const all = store.objectStore("conversations").getAll();
+                    all.onsuccess = () => (asked.result.close(), done(all.result[0]));
+                };
+            });
+            await new Promise((held) => navigator.locks.request(`rgexport-${id} /`, () => {
+                held();
+                return new Promise((done) => (window.release = done));
+            }));
+        }"""
+    )
+    before = tab.messages
+    for button in ("#again", "#delete"):
+        tab.page.once("dialog", lambda dialog: dialog.accept())
+        tab.page.click(button)
+        assert "answered in another tab" in tab.wait_for_error()
+        assert tab.messages == before
+        tab.page.evaluate("document.getElementById('error').textContent = ''")
+    tab.page.fill("#text", "What did I say?")
+    tab.page.press("#text", "Enter")
+    assert "answered in another tab" in tab.wait_for_error()
+    assert tab.messages == before and tab.page.input_value("#text") == "What did I say?"
+    tab.page.evaluate("window.release()")
+    tab.page.press("#text", "Enter")
+    tab.page.locator("article").nth(3).wait_for()
+
+
+def test_a_second_enter_does_not_end_the_reply(profile: Profile, server: SiteServer) -> None:
+    tab = opened(profile, server)
+    first = tab.say("Tell me a story.")
+    tab.page.click("#new")
+    tab.page.fill("#text", "Tell me a story.")
+    tab.page.press("#text", "Enter")
+    tab.page.press("#text", "Enter")
+    tab.page.wait_for_selector("#send:visible")
+    assert tab.messages == ["Tell me a story.", first]
+
+
+def test_two_sites_on_one_host(profile: Profile, wasm_site: site.Site) -> None:
+    """Each has its own model, page and conversations, and leaves the rest of the host alone."""
+    rest = {"blog/index.html": b"<p>A blog</p>", "assets/logo.css": b"p { color: red }"}
+    sites = [{f"{folder}{name}": part for name, part in wasm_site.items()} for folder in ("", "b/")]
+    with serving({**sites[0], **sites[1], **rest}) as server:
+        tab = opened(profile, server)
+        tab.say("Hi there")
+        other = opened(profile, server, "b/index.html")
+        assert other.messages == []
+        assert {name.partition("chunks/")[0] for name in server.asked if "chunks/" in name} == {
+            *("", "b/")
+        }
+        blog = profile.open(f"{server.url}blog/index.html")
+        assert not blog.page.evaluate("crossOriginIsolated")
+        for each in (tab, other):
+            each.page.reload()
+            each.wait_until_open()
+        assert len(tab.messages) == 2 and other.messages == []
+
+
+def test_a_deleted_model_is_not_loaded_again_at_once(
+    profile: Profile, wasm_site: site.Site
+) -> None:
+    with serving(wasm_site) as server:
+        tab = opened(profile, server)
+        tab.page.click("summary")
+        tab.page.once("dialog", lambda dialog: dialog.accept())
+        server.asked.clear()
+        tab.page.click("#remove")
+        tab.page.wait_for_selector("#load:visible")
+        assert server.chunks == []
+        tab.page.click("#load")
+        tab.wait_until_open()
+        assert server.chunks
+
+
+def test_a_thread_that_does_not_start(profile: Profile, wasm_site: site.Site) -> None:
+    broken = {name: b"}" if "assets/worker" in name else part for name, part in wasm_site.items()}
+    with serving(broken) as server:
+        tab = profile.open(server.url)
+        assert "The model's thread ended" in tab.wait_for_error()
+        assert tab.page.inner_text("#load") == "Try again"
+
+
+def test_a_server_in_trouble_is_as_good_as_none(profile: Profile, wasm_site: site.Site) -> None:
+    """The list of models that came last is used."""
+    with serving(wasm_site) as server:
+        tab = opened(profile, server)
+        del server.site[site.CATALOG]
+        tab.page.reload()
+        tab.wait_until_open()

@@ -55,10 +55,12 @@ def test_a_site_is_replaced_and_nothing_else(
     refused = rgexport(*asked, folder=tmp_path)
     assert refused.returncode == 2 and "--force" in refused.stderr
     assert rgexport(*asked, "--force", folder=tmp_path).returncode == 0
-    (folder / "sw.js").unlink()  # now it may be anything
-    kept = sorted(folder.rglob("*"))
-    refused = rgexport(*asked, "--force", folder=tmp_path)
-    assert refused.returncode == 2 and sorted(folder.rglob("*")) == kept
+    for change in ((folder / "CNAME").touch, (folder / "sw.js").unlink):
+        change()  # now it may be anything
+        kept = sorted(folder.rglob("*"))
+        refused = rgexport(*asked, "--force", folder=tmp_path)
+        assert refused.returncode == 2 and sorted(folder.rglob("*")) == kept
+        (folder / "CNAME").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_what_a_command_lacks(options: list[str], message: str, tmp_path: Path) 
 
 def test_the_local_server(wasm_site: site.Site) -> None:
     """It has the headers that threads need, and the types that browsers insist on."""
-    server = local_server(wasm_site, "127.0.0.1", 0)
+    server = local_server(wasm_site, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
     try:
@@ -118,7 +120,7 @@ def test_the_local_server(wasm_site: site.Site) -> None:
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(address + wrong)
         with pytest.raises(RequestError, match="cannot listen on .* choose another"):
-            local_server(wasm_site, "127.0.0.1", server.server_port)
+            local_server(wasm_site, server.server_port)
     finally:
         server.shutdown()
         server.server_close()

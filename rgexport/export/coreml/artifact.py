@@ -61,7 +61,7 @@ class CoreMLArtifact(Artifact):
 
     def _wrong_form(self, package: Package, plan: PackagePlan) -> Iterator[str]:
         """Functions, inputs, outputs and states that a session could not use."""
-        expected = list(plan.uses({}))
+        expected = plan.functions
         if {*package.functions} != {*expected} or package.default_function != expected[0]:
             found = ", ".join(sorted(package.functions))
             first, *others = expected

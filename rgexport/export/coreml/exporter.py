@@ -13,7 +13,7 @@ from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import write_package
 from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
 from rgexport.export.coreml.states import Shape, io_record, state_records
-from rgexport.export.coreml.storage import Storage
+from rgexport.export.coreml.storage import MOST_PADDING, Storage
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.mil.checks import check_package
@@ -107,7 +107,8 @@ def _split(
         return ()
     tensors = Storage(plan, shapes, packages(config.num_layers, ())).tensors
     sizes = {
-        name: sum(part.nbytes for part in stored.parts.values()) for name, stored in tensors.items()
+        name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
+        for name, stored in tensors.items()
     }
     return split_by_size(config.num_layers, sizes, limit)
 

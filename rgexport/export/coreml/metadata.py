@@ -39,7 +39,7 @@ def add_metadata(
     metadata.versionString = __version__
     metadata.shortDescription = (
         f"{checkpoint.name}, a RecurrentGemma (Griffin) language model, {options.precision_word} "
-        f"weights. {_contents(plan, form)} A new conversation begins with a new state."
+        f"weights. {_contents(plan, form)}"
     )
     metadata.userDefined.update(
         {
@@ -57,11 +57,16 @@ def add_metadata(
 def _contents(plan: PackagePlan, form: Form) -> str:
     """The functions of a package, and what it holds of the model."""
     *segments, last = plan.segments
-    tokens = f"1 token and prefill for {form.prefill_length}"
     if segments:
-        return f"It has both ends of the model, embed and head; each is decode for {tokens}."
+        return (
+            "It has both ends of the model: embed_decode and head_decode for 1 token, "
+            f"embed_prefill and head_prefill for {form.prefill_length}."
+        )
     part = "" if last.begins else f"It has the layers {last.layers[0]} to {last.layers[-1]}. "
-    return f"{part}Its functions, decode for {tokens}, share weights and states."
+    return (
+        f"{part}Its functions, decode for 1 token and prefill for {form.prefill_length}, share "
+        "weights and states. A new conversation begins with a new state."
+    )
 
 
 def _features(model: "Model") -> "Iterator[FeatureDescription]":

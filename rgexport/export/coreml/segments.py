@@ -44,11 +44,11 @@ class Segment:
         return {name: item for name, item in items.items() if layer_of(name) in self.layers}
 
     def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
-        """The weights that it uses."""
-        return {name: item for name, item in items.items() if self.uses(name)}
+        """The weights that it has."""
+        return {name: item for name, item in items.items() if self.has(name)}
 
-    def uses(self, name: str) -> bool:
-        """Whether it uses a weight."""
+    def has(self, name: str) -> bool:
+        """Whether it has a weight."""
         layer = layer_of(name)
         if layer is not None:
             return layer in self.layers
@@ -67,13 +67,9 @@ class Segment:
 
     def hidden(self, program: StepProgram) -> tuple[Value | None, Value | None]:
         """The values that come from the segment before and go to the one after it."""
-        own, others = ([(n.outputs, n.tensors) for n in nodes] for nodes in self.nodes(program))
-        (made, taken), (made_elsewhere, taken_elsewhere) = (
-            [{value for values in side for value in values} for side in zip(*nodes, strict=True)]
-            if nodes
-            else [set(), set()]
-            for nodes in (own, others)
-        )
+        own, others = self.nodes(program)
+        made, taken = _values(own)
+        made_elsewhere, taken_elsewhere = _values(others)
         before, after = _only(taken & made_elsewhere), _only(made & taken_elsewhere)
         assert (before is None, after is None) == (self.begins, self.ends)
         return before, after
@@ -91,8 +87,13 @@ class PackagePlan:
         return {
             name: item
             for name, item in items.items()
-            if any(segment.uses(name) for segment in self.segments)
+            if any(segment.has(name) for segment in self.segments)
         }
+
+    @property
+    def functions(self) -> list[str]:
+        """The names of its functions; the first is the default."""
+        return [s.function(name) for s in self.segments for name in (DECODE, PREFILL)]
 
     def uses(self, items: Mapping[str, _Item]) -> dict[str, dict[str, _Item]]:
         """Function → the weights that it uses."""
@@ -139,7 +140,7 @@ def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segmen
 def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tuple[int, ...]:
     """How many layers each package gets, for files of at most `limit` bytes; () if one is enough.
 
-    There are as few packages as possible, of sizes as equal as possible.
+    There are as few packages as possible, and the largest of them is as small as possible.
 
     Args:
         num_layers: of the model.
@@ -191,6 +192,12 @@ def _groups(sizes: Sequence[int], limit: int) -> list[int]:
         counts[-1] += 1
         taken += size
     return counts
+
+
+def _values(nodes: Sequence[Node]) -> tuple[set[Value], set[Value]]:
+    """The values that some nodes make, and those that they take."""
+    made = {value for node in nodes for value in node.outputs}
+    return made, {value for node in nodes for value in node.tensors}
 
 
 def _only(values: set[Value]) -> Value | None:

@@ -27,6 +27,8 @@ _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
 BLOB_HEADER_BYTES = _BLOB_HEADER.size
 """A program has the offset of a blob's header; the data follow it."""
+MOST_PADDING = 2 * ALIGNMENT
+"""Bytes that a blob may take beside its data: a header, and what fills up the one before."""
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
 """MIL's `BlobDataType`."""
 

@@ -60,7 +60,7 @@ class _Kept(InterpreterRunner):
         return given
 
     def predict(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: States
+        self, function: str, inputs: Mapping[str, np.ndarray], state: States | None
     ) -> dict[str, np.ndarray]:
         found = super().predict(function, inputs, state)
         self._given |= found

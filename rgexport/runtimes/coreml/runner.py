@@ -4,6 +4,7 @@ import logging
 import platform
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.segments import PackagePlan, in_order
+from rgexport.export.coreml.segments import PackagePlan, Segment, in_order
 from rgexport.export.coreml.states import (
     HIDDEN,
     HIDDEN_OUTPUT,
     RECURRENT,
     RECURRENT_OUTPUT,
+    io_record,
     recurrent_layers,
     stored_states,
 )
@@ -36,7 +38,10 @@ class Runner(Protocol):
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """Runs a function and updates `state`; returns the outputs by name."""
+        """Runs a function and updates `state`; returns the outputs by name.
+
+        A package without states is given None.
+        """
         ...
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
@@ -77,7 +82,7 @@ class FrameworkRunner:
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
         """See `Runner`."""
-        outputs = self._models[function].predict(dict(inputs), state=state or None)
+        outputs = self._models[function].predict(dict(inputs), state=state)
         return {name: np.asarray(value) for name, value in outputs.items()}
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
@@ -91,8 +96,6 @@ class FrameworkRunner:
 
 _ROWS = -2
 """The axis along which packages share a state."""
-_STATELESS: dict[str, np.ndarray] = {}
-"""The state of a package that has none."""
 
 
 def _coremltools() -> Any:
@@ -129,7 +132,7 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
 
 def _open(path: Path, plan: PackagePlan) -> Runner:
     if sys.platform == "darwin":
-        return FrameworkRunner(path, plan.uses({}))
+        return FrameworkRunner(path, plan.functions)
     from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 
     return InterpreterRunner(open_package(path))
@@ -142,6 +145,16 @@ def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
     return Pipeline(manifest, runners)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A segment in a package; `rows`: how many RG-LRU states are its."""
+
+    package: str
+    segment: Segment
+    inputs: list[str]
+    rows: int
+
+
 class Pipeline:
     """Packages that are run in turn; each takes the hidden state of the one before."""
 
@@ -151,14 +164,19 @@ class Pipeline:
         self.version = next(iter(runners.values())).version
         config, form = manifest.config, manifest.form
         self._stages = [
-            (plan.name, segment, len(recurrent_layers(config, segment)))
+            _Stage(
+                plan.name,
+                segment,
+                [value.name for value in io_record(config, form, segment).inputs],
+                len(recurrent_layers(config, segment)),
+            )
             for plan, segment in in_order(manifest.packages)
         ]
         self._homes: dict[str, list[str]] = {}
         """State → the packages that have it, or rows of it."""
-        for package, segment, _ in self._stages:
-            for name in stored_states(config, form, segment):
-                self._homes.setdefault(name, []).append(package)
+        for stage in self._stages:
+            for name in stored_states(config, form, stage.segment):
+                self._homes.setdefault(name, []).append(stage.package)
 
     def make_state(self) -> Any:
         """The states of all packages, by name."""
@@ -169,23 +187,19 @@ class Pipeline:
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
         """See `Runner`. Each segment has its own rows of the RG-LRU states."""
-        carried, rows = dict(inputs), inputs.get(RECURRENT)
-        found: dict[str, np.ndarray] = {}
-        first, after = 0, list[np.ndarray]()
-        for package, segment, count in self._stages:
-            wanted = {HIDDEN} if not segment.begins else {"input_ids"}
-            wanted |= {"position_ids"} if segment.layers else set()
-            given = {name: carried[name] for name in wanted}
-            if rows is not None and count:
-                given[RECURRENT] = rows[first : first + count]
-            made = self._runners[package].predict(
-                segment.function(function), given, state.get(package, _STATELESS)
-            )
+        carried, found = dict(inputs), dict[str, np.ndarray]()
+        rows, first, after = inputs.get(RECURRENT), 0, list[np.ndarray]()
+        for stage in self._stages:
+            if rows is not None:
+                carried[RECURRENT] = rows[first : first + stage.rows]
+                first += stage.rows
+            given = {name: carried[name] for name in stage.inputs}
+            runner, name = self._runners[stage.package], stage.segment.function(function)
+            made = runner.predict(name, given, state.get(stage.package))
             if RECURRENT_OUTPUT in made:
-                after.append(made.pop(RECURRENT_OUTPUT))
-            first += count
+                after.append(made[RECURRENT_OUTPUT])
             if HIDDEN_OUTPUT in made:
-                carried[HIDDEN] = made.pop(HIDDEN_OUTPUT)
+                carried[HIDDEN] = made[HIDDEN_OUTPUT]
             found |= made
         return found | ({RECURRENT_OUTPUT: np.concatenate(after)} if after else {})
 

@@ -1,6 +1,7 @@
 """The patch that docs/development proposes for transformers.js, applied to its sources."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,8 +33,7 @@ def patched() -> Any:
     node_with_packages()
     if not shutil.which("patch"):
         pytest.skip("the program patch is not installed")
-    folder = HERE / "node_modules" / ".patched"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = HERE / "node_modules" / f".patched-{os.getpid()}"
     shutil.copytree(SOURCES, folder / "src")
     shutil.copy(SOURCES.parent / "package.json", folder)
     command = ["patch", "-p3", "--fuzz=0", "-i", PATCH]

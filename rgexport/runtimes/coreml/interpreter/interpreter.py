@@ -124,10 +124,10 @@ class InterpreterRunner:
         return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
 
     def predict(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: States
+        self, function: str, inputs: Mapping[str, np.ndarray], state: States | None
     ) -> dict[str, np.ndarray]:
         """See `Runner`."""
-        return self._functions[function](inputs, state)
+        return self._functions[function](inputs, {} if state is None else state)
 
     def read_state(self, state: States, name: str) -> np.ndarray:
         """See `Runner`; the array must not be changed."""
