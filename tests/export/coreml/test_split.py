@@ -11,6 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import packages, split_by_size
+from rgexport.export.coreml.storage import MOST_PADDING
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
@@ -30,7 +31,8 @@ def both(config, folder: Path, **options) -> tuple[Artifact, Artifact]:
 
 
 def part_bytes(artifact: Artifact, name: str) -> int:
-    return sum(part.nbytes for part in artifact.manifest.tensors[name].parts.values())
+    parts = artifact.manifest.tensors[name].parts.values()
+    return sum(part.nbytes + MOST_PADDING for part in parts)
 
 
 def layer_bytes(artifact: Artifact, layer: int) -> int:
@@ -75,7 +77,7 @@ def test_the_demo_in_packages_of_3_mb(tmp_path: Path, capsys: pytest.CaptureFixt
     artifact = open_artifact(folder, verify=True)
     names = [plan.name for plan in artifact.manifest.packages]
     sizes = [artifact.file(weight_file(name)).stat().st_size for name in names]
-    assert names[0] == "ends.mlpackage" and max(sizes) < 3.01e6
+    assert names[0] == "ends.mlpackage" and max(sizes) <= 3e6
     card = (folder / "README.md").read_text()
     assert all(name in card for name in names)
     assert run(["validate", str(folder), "-m", "demo/model", "--tokens", "300"]) in (0, 1)
