@@ -184,8 +184,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _size(self, value: Any) -> int:
         """Bytes of the text that a value could become; what it holds twice counts twice."""
-        if type(value) in (str, bool):  # nearly all are
+        kind = type(value)
+        if kind in (str, bool):  # nearly all are
             return sys.getsizeof(value)
+        if kind is int and value.bit_length() <= MAX_BITS:
+            return _ITEM
         total, waiting = 0, [value]
         while waiting:
             item = waiting.pop()

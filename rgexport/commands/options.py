@@ -54,6 +54,17 @@ def help_if_alone(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+def port_option(default: int) -> Callable[[_Command], _Command]:
+    """The port of a server."""
+    return click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=default,
+        show_default=True,
+        help="The port to listen on; 0 takes a free one.",
+    )
+
+
 verbose = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="More detail."
 )

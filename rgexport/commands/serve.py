@@ -9,6 +9,7 @@ import click
 from rgexport.commands.options import (
     FOLDER,
     native_option,
+    port_option,
     state_precision,
     threads_option,
     verbose,
@@ -21,13 +22,7 @@ _KEY = "RGEXPORT_API_KEY"
 @click.command()
 @click.argument("artifacts", type=FOLDER, nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8080,
-    show_default=True,
-    help="The port to listen on; 0 takes a free one.",
-)
+@port_option(8080)
 @click.option(
     "--parallel",
     type=click.IntRange(1, 256),

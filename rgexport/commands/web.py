@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from rgexport.commands.options import FOLDER, verbose
+from rgexport.commands.options import FOLDER, port_option, verbose
 from rgexport.errors import RequestError
 
 
@@ -13,13 +13,7 @@ from rgexport.errors import RequestError
 @click.option("-o", "--output", type=FOLDER, help="The folder to write; any web host can serve it.")
 @click.option("--force", is_flag=True, help="Replace an existing site.")
 @click.option("--serve", is_flag=True, help="Serve it on this machine; -o is not needed then.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="For --serve; 0 takes a free one.",
-)
+@port_option(8000)
 @click.option("--open", "browse", is_flag=True, help="With --serve: open a browser.")
 @verbose
 def web(
