@@ -32,7 +32,7 @@ TAGS = "manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch6
 
 TRY = """\
 set -e
-export SSL_CERT_FILE=/ca.crt PIP_CERT=/ca.crt
+export SSL_CERT_FILE=/ca.crt PIP_CERT=/ca.crt REQUESTS_CA_BUNDLE=/ca.crt
 unset PIP_FIND_LINKS
 rm -rf /installed /demo
 {python} -m venv /installed
@@ -75,7 +75,7 @@ def main() -> None:
 def _in_a_bare_root(torch: str) -> None:
     root, prefix = OUT / "x86", Path(sys.base_prefix)
     if not root.exists():
-        _call("debootstrap", "--variant=minbase", RELEASE, root)
+        _call("debootstrap", "--variant=minbase", "--include=libffi8", RELEASE, root)  # for ctypes
     wheels = root / "wheel"
     shutil.rmtree(wheels, ignore_errors=True)
     _call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, ROOT)

@@ -137,7 +137,7 @@ TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
         (
             {"kind": "coreml"},
-            "It runs on iOS 18 and macOS 15: model.mlpackage goes into an Xcode project. It has no "
+            "It runs on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project. It has no "
             "tokenizer; try: rgexport generate out --ids 2",
         ),
         (
