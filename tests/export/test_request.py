@@ -137,8 +137,8 @@ TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
         (
             {"kind": "coreml"},
-            "It runs on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project. It has no "
-            "tokenizer; try: rgexport generate out --ids 2",
+            "It runs on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode "
+            "project. It has no tokenizer; try: rgexport generate out --ids 2",
         ),
         (
             {"files": TOKENIZER, "name": "recurrentgemma-9b"},
