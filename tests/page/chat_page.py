@@ -10,10 +10,13 @@ from typing import Any
 from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
+from tests.page.site_server import SiteServer
 from tests.web.browser import FLAGS, chromium
 
 SECONDS = 1000.0
 PATIENCE = 120 * SECONDS
+LONGEST = 24
+"""Tokens of a reply, so that tests are quick."""
 
 
 @dataclass
@@ -113,3 +116,22 @@ class ChatPage:
 
     def load(self, path: Path) -> None:
         self.page.set_input_files("#file", path)
+
+
+def opened(profile: Profile, server: SiteServer, query: str = "") -> ChatPage:
+    """A tab with the model loaded, and short replies."""
+    tab = profile.open(server.url + query)
+    tab.wait_until_open()
+    limit_replies(tab)
+    return tab
+
+
+def limit_replies(tab: ChatPage) -> None:
+    tab.page.click("summary")
+    tab.page.fill("#longest", str(LONGEST))
+    tab.page.click("summary")
+
+
+def plain(text: str) -> str:
+    """What is left of a reply on the screen, where Markdown joins lines."""
+    return " ".join(text.split())

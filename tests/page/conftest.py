@@ -11,7 +11,8 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.page import build, site
 from tests.built import one_at_a_time
-from tests.page.chat_page import Browser
+from tests.page.chat_page import Browser, Profile
+from tests.page.site_server import SiteServer, serving
 from tests.web.browser import chromium
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
@@ -54,4 +55,16 @@ def browser() -> Iterator[Browser]:
     if not chromium():
         pytest.skip("Chromium is not installed, such as Debian's chromium-headless-shell")
     with Browser.started() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(wasm_site: site.Site) -> Iterator[SiteServer]:
+    with serving(wasm_site) as found:
+        yield found
+
+
+@pytest.fixture
+def profile(browser: Browser) -> Iterator[Profile]:
+    with browser.profile() as found:
         yield found

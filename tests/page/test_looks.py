@@ -1,12 +1,9 @@
 """The page on phones and screens, light and dark: it fits, and axe-core has no complaint."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from rgexport.page import site
 from tests.page.chat_page import Browser, ChatPage
-from tests.page.site_server import SiteServer, serving
+from tests.page.site_server import SiteServer
 from tests.web.npm import HERE, node_with_packages
 
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "screen": (1440, 900)}
@@ -18,12 +15,6 @@ pytestmark = pytest.mark.slow
 def axe() -> str:
     node_with_packages()
     return (HERE / "node_modules" / "axe-core" / "axe.min.js").read_text()
-
-
-@pytest.fixture(scope="module")
-def server(wasm_site: site.Site) -> Iterator[SiteServer]:
-    with serving(wasm_site) as found:
-        yield found
 
 
 def check(tab: ChatPage, axe: str) -> None:
