@@ -12,6 +12,7 @@ export interface Model {
   profile: "webgpu" | "wasm";
   /** Whether Gemma's terms apply. */
   gemma: boolean;
+  /** Of the download: a chunk that occurs twice counts once. */
   bytes: number;
   files: ModelFile[];
 }

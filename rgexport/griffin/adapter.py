@@ -208,9 +208,9 @@ def _merged(base: RowTensor, pair: _Pair) -> RowTensor:
     def read(start: int, stop: int) -> np.ndarray:
         rows = base.read(start, stop).astype(np.float32)
         inner = _matrix(pair.b).T if pair.is_embedding else _matrix(pair.a)
-        inner = inner * np.float32(pair.scale)
         for first, last in slab_bounds(stop - start, rows.shape[1] * 4, _ADDED_BYTES):
-            rows[first:last] += by_row.read(start + first, start + last).astype(np.float32) @ inner
+            outer = by_row.read(start + first, start + last).astype(np.float32)
+            rows[first:last] += (outer * np.float32(pair.scale)) @ inner
         return rows
 
     return RowTensor(base.shape, np.dtype(np.float32), read)

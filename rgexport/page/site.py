@@ -4,7 +4,6 @@ A chunk is named by its hash. So any host will do, the page can check what came 
 download broke, and whatever two models or versions share is loaded once.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
 from rgexport.export.onnx.transformers_js import CONFIG
 from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.files.hashing import hash_file
 from rgexport.page.build import BUILT
 from rgexport.progress import Advance, task, warn
 
@@ -110,11 +110,6 @@ def read(content: Part | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read()
 
 
-def digest(chunk: bytes) -> str:
-    """The name of a chunk."""
-    return hashlib.sha256(chunk).hexdigest()
-
-
 def _size(content: Part | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.size
 
@@ -143,21 +138,24 @@ def _files(artifact: Artifact) -> list[Path]:
 
 
 def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advance) -> Any:
-    """Adds the chunks of a model's files; its entry in the catalog."""
-    files = []
+    """Adds the chunks of a model's files; its entry in the catalog.
+
+    Its `bytes` are those of a download, to which a chunk that occurs twice counts once.
+    """
+    files, sizes = [], dict[str, int]()
     for path in _files(artifact):
         hashes = []
         for part in _parts(path):
-            name = digest(part.read())
-            advance(part.size)
+            name = hash_file(path, advance, part.offset, part.size).sha256
             site[f"chunks/{name}.bin"] = part
+            sizes[name] = part.size
             hashes.append(name)
         files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
     return {
         "name": artifact.manifest.name,
         "profile": artifact.manifest.profile,
         "gemma": artifact.origin().licence in (None, "gemma"),
-        "bytes": sum(file["bytes"] for file in files),
+        "bytes": sum(sizes.values()),
         "files": files,
     }
 

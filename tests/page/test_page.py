@@ -163,6 +163,23 @@ def test_by_the_keyboard(profile: Profile, server: SiteServer) -> None:
     assert len(tab.messages) == 2 and tab.said == [] and tab.error == ""
 
 
+def test_a_temperature(profile: Profile, server: SiteServer) -> None:
+    """Replies differ, and the setting is kept."""
+    tab = opened(profile, server)
+    tab.page.click("summary")
+    tab.page.fill("#temperature", "1.5")
+    tab.page.click("summary")
+    first = tab.say("Tell me a story.")
+    for _ in range(3):
+        tab.page.click("#again")
+        tab.page.wait_for_selector("#stop:visible")
+        tab.page.wait_for_selector("#send:visible")
+    assert tab.messages[1] not in ("", first)
+    tab.page.reload()
+    tab.wait_until_open()
+    assert tab.page.input_value("#temperature") == "1.5" and tab.error == ""
+
+
 def test_webgpu(browser: Browser, built_page: None, artifact: Callable[[str], Path]) -> None:
     """In software; of two models the page takes that for the graphics card."""
     both = site.make_site([open_artifact(artifact(name)) for name in ("webgpu", "wasm")])

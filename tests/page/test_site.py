@@ -32,8 +32,21 @@ def test_files_are_their_chunks(wasm_site: site.Site, artifact: Callable[[str], 
         assert sum(map(len, chunks)) == file["bytes"]
     names = {file["path"] for file in model["files"]}
     assert {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"} < names
-    assert model["bytes"] == sum(file["bytes"] for file in model["files"])
+    names = {name for file in model["files"] for name in file["chunks"]}
+    assert model["bytes"] == sum(len(site.read(wasm_site[f"chunks/{n}.bin"])) for n in names)
     assert {"index.html", "sw.js", "manifest.webmanifest"} < set(wasm_site)
+
+
+def test_a_chunk_that_occurs_twice_is_one_download(
+    built_page: None, monkeypatch: pytest.MonkeyPatch, artifact: Callable[[str], Path]
+) -> None:
+    """Otherwise the page would never have all that it waits for."""
+    monkeypatch.setattr(site, "CHUNK_BYTES", 1024)
+    made = site.make_site([open_artifact(artifact("wasm"))])
+    (model,) = json.loads(site.read(made[site.CATALOG]))["models"]
+    chunks = [part for name, part in made.items() if name.startswith("chunks/")]
+    files = sum(file["bytes"] for file in model["files"])
+    assert model["bytes"] == sum(len(site.read(part)) for part in chunks) < files
 
 
 def test_the_page_names_no_other_host(wasm_site: site.Site) -> None:
