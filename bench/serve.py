@@ -9,6 +9,7 @@ reader waits for the next token while someone else's long prompt is read.
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from rgexport.runtimes.environment import environment
 
 TURNS, WORDS, NEW = 20, 40, 24
 """Turns of a conversation, words of each message, and tokens of each reply."""
-PAUSE = 3.0
+PAUSE = 1.0
 """Seconds between a reply and the next message, at least: the end of the turn is read then."""
 LONG = 4000
 """Tokens of the long prompt."""
@@ -65,9 +66,10 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, default=Path("out/llama/bin/llama-server"))
     parser.add_argument("--rows", default="1,2,4,8,16", help="conversations at once")
     parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--skip", nargs="*", default=[], choices=["turns", "throughput", "waiting"])
     asked = parser.parse_args()
+    gc.disable()  # 8 ms of some first token, in this process
     rows = [int(word) for word in asked.rows.split(",")]
     servers = {"rgexport serve": lambda: ours(asked.artifact, max(rows))}
     if asked.gguf:
@@ -228,25 +230,25 @@ async def _listen(
     if endless:
         body |= {"logit_bias": {"1": -100, "107": -100}, "ignore_eos": True}
     heard = into or Heard(0.0, [], "")
-    heard.began = time.perf_counter()
-    async for event in _events(url, body):
-        for choice in event.get("choices", []):
-            if text := choice["delta"].get("content"):
-                heard.times.append(time.perf_counter())
-                heard.text += text
-        if usage := event.get("usage"):
-            heard.prompt, heard.tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            heard.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    # Without `verify`, each client would read the certificates of the web first: 10 ms.
+    async with httpx.AsyncClient(timeout=3600, verify=False) as client:
+        heard.began = time.perf_counter()
+        async for event in _events(client, url, body):
+            for choice in event.get("choices", []):
+                if text := choice["delta"].get("content"):
+                    heard.times.append(time.perf_counter())
+                    heard.text += text
+            if usage := event.get("usage"):
+                heard.prompt, heard.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                heard.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     heard.times = heard.times or [time.perf_counter()]
     return heard
 
 
-async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    async with (
-        # Without `verify`, each client would read the certificates of the web first: 10 ms.
-        httpx.AsyncClient(timeout=3600, verify=False) as client,
-        client.stream("POST", url + CHAT, json=body) as answer,
-    ):
+async def _events(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    async with client.stream("POST", url + CHAT, json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
