@@ -8,7 +8,7 @@ from rgexport.export.coreml.segments import DECODE, PREFILL
 from rgexport.export.coreml.states import LO_SCALE
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
-from rgexport.processors import usable_processors
+from rgexport.processors import usable_threads
 from rgexport.runtimes.coreml.runner import Runner, open_runner
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
@@ -118,7 +118,7 @@ class CoreMLSession(Session):
         """
         assert isinstance(artifact.manifest, CoreMLManifest)
         self._manifest = artifact.manifest
-        self._threads = threads or usable_processors()
+        self._threads = usable_threads(threads)
         self._files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length

@@ -8,7 +8,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
-from rgexport.processors import usable_processors
+from rgexport.processors import usable_threads
 from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.session import Session, SessionInfo
@@ -65,7 +65,7 @@ class LlamaCppSession(Session):
         self._require_vocabulary(artifact)
         stored = self._llama.llama_model_ftype(self._model.pointer)
         self._settings = Settings(
-            threads=threads or usable_processors(),
+            threads=usable_threads(threads),
             ubatch=ubatch,
             flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
             cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),

@@ -15,7 +15,7 @@ from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, with_num_logits
 from rgexport.export.onnx.native import STOCK, NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
-from rgexport.processors import usable_processors
+from rgexport.processors import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
@@ -61,7 +61,7 @@ class OrtSession(Session):
                 artifact was opened.
         """
         self._manifest = artifact.manifest
-        self._threads = threads or usable_processors()
+        self._threads = usable_threads(threads)
         self._files = UnchangedFiles(artifact, MODEL_FILE)
         self._session, self._kernels, self._weights, stop = _open(
             artifact, self._threads, graph, native

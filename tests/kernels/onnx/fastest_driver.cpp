@@ -74,6 +74,20 @@ void threads_may_share_it() {
           "the chosen way is not taken");
 }
 
+void ways_take_turns_once_more() {
+  Choice choice;
+  const auto run = [&] { return choice.run(1, [](int way) { return way; }); };
+  for (const bool again : {true, false}) {
+    while (choice.chosen() < 0) run();
+    for (int i = 0; i < Choice::kRunsOfIt; ++i) {
+      require(choice.chosen() >= 0, "the ways take turns too early");
+      run();
+    }
+    require((choice.chosen() < 0) == again, again ? "the ways do not take turns again"
+                                                  : "the ways take turns more than twice");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -82,4 +96,5 @@ int main() {
   every_way_gets_all_kinds_of_work();
   work_that_tells_nothing_takes_no_turn();
   threads_may_share_it();
+  ways_take_turns_once_more();
 }

@@ -275,17 +275,22 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   run(set.kernels.many(product.matrix()), product, shape, set.kernels.panel * panels, y.data());
   const bool in_bfloat16 = kind.block < 64 && !std::strcmp(set.name, "amx");
   tell("many", product.wrong(y.data(), in_bfloat16), "wrong");
-  if (shape.count > 5) return failed;
+  if (shape.count > set.kernels.most_several) return failed;
 
   const int64_t part = shape.rows / 3 + 1;
   run(set.kernels.few[0], product, shape, part, y.data());
   tell("few", product.wrong(y.data(), false), "wrong");
+  const auto differing = [&] {
+    int64_t count = 0;
+    for (size_t i = 0; i < y.size(); ++i) count += std::memcmp(&y[i], &other[i], sizeof y[i]) != 0;
+    return count;
+  };
   for (int reading = 1; reading < kReadings; ++reading) {
     run(set.kernels.few[reading], product, shape, part, other.data());
-    int64_t differing = 0;
-    for (size_t i = 0; i < y.size(); ++i) differing += std::memcmp(&y[i], &other[i], sizeof y[i]) != 0;
-    tell("few", differing, "not the same in every reading");
+    tell("few", differing(), "not the same in every reading");
   }
+  run(set.kernels.several, product, shape, part, other.data());
+  tell("several", differing(), "not what each row gives alone");
   return failed;
 }
 
@@ -310,8 +315,10 @@ int64_t check_not_finite(const Set& set, const Product& product, const Shape& sh
   int64_t failed = 0;
   for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
     bool good = poisons_its_row(many, product, shape, part, bad, y.data());
-    if (shape.count <= 5)
+    if (shape.count <= set.kernels.most_several) {
       good &= poisons_its_row(set.kernels.few[0], product, shape, shape.rows, bad, y.data());
+      good &= poisons_its_row(set.kernels.several, product, shape, shape.rows, bad, y.data());
+    }
     if (!good) {
       ++failed;
       std::printf("%s M=%d N=%d K=%d: an activation of %f is lost, or spreads\n", set.name,
@@ -323,8 +330,8 @@ int64_t check_not_finite(const Set& set, const Product& product, const Shape& sh
 
 const Shape kShapes[] = {{1, 1, 1},    {2, 1, 33},   {3, 15, 128},  {4, 16, 100}, {5, 33, 257},
                          {17, 32, 64}, {31, 100, 640}, {33, 7, 1300}, {127, 5, 96},
-                         {19, 300, 700}};
-const Shape kLongShapes[] = {{512, 33, 48}, {513, 16, 272}};
+                         {19, 300, 700}, {6, 9, 203}, {7, 41, 1290}, {8, 22, 530}};
+const Shape kLongShapes[] = {{512, 33, 48}, {513, 16, 272}, {4, 9, 17000}};
 
 }  // namespace
 

@@ -26,6 +26,10 @@ SHAPES = {
 """Batch, tokens, K, N."""
 
 
+MOST_SEVERAL = {"avxvnni": 8, "avx512": 8, "amx": 8}
+"""Up to so many rows, each gives the bits that it gives alone; 4 of the other instruction sets."""
+
+
 def activations(batch: int, tokens: int, columns: int, seed: int = 1) -> np.ndarray:
     """Rows whose codes are certain: nothing that is rounded lies next to a half."""
     rng = np.random.default_rng(seed)
@@ -39,7 +43,7 @@ def activations(batch: int, tokens: int, columns: int, seed: int = 1) -> np.ndar
 
 def in_bfloat16(worker: Worker, w: QuantMatrix, tokens: int) -> bool:
     """Whether both factors are rounded once more: by AMX, for many rows and small blocks."""
-    return worker.instruction_set == "amx" and w.block < 64 and tokens > 3
+    return worker.instruction_set == "amx" and w.block < 64 and tokens > MOST_SEVERAL["amx"]
 
 
 def assert_product(worker: Worker, x: np.ndarray, w: QuantMatrix) -> np.ndarray:
@@ -118,6 +122,20 @@ def test_any_number_of_rows(worker, tokens):
     x = activations(1, tokens, 300)
     w = random_matrix(300, 50, 4, 32)
     assert_product(worker, x, w)
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_several_rows_are_each_alone(worker, bits, block, asymmetric, digits):
+    """Of a batch or of a draft: not a bit is another, in any of their numbers."""
+    most = MOST_SEVERAL.get(worker.instruction_set, 4)
+    x = np.random.default_rng(6).standard_normal((1, most, 1290), np.float32)
+    w = random_matrix(1290, 41, bits, block, asymmetric=asymmetric, bias=True)
+    w = replace(w, digits=min(digits, bits // 4))
+    alone = np.concatenate([worker.run(w.case(x[:, t : t + 1]))["y"] for t in range(most)], 1)
+    for rows in range(2, most + 1):
+        assert np.array_equal(worker.run(w.case(x[:, :rows]))["y"], alone[:, :rows]), rows
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -70,6 +70,28 @@ def test_as_near_to_the_dequantized_reference_as_stock_kernels_are(native):
     assert errors[True] <= 1.5 * errors[False]
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_step_gives_each_row_what_it_gives_it_alone(native, rows):
+    """To the last bit, at different positions, also past the window."""
+    session, config = OrtSession(native), native.manifest.config
+    window = config.window
+    tokens = np.random.default_rng(rows).integers(2, config.vocab_size, (rows, window + 60))
+    before, alone, after = [], [], []
+    for row in range(rows):
+        session.reset(1)
+        session.prefill(tokens[row : row + 1, : (window + 50) // (row + 1)])
+        before.append(session.get_state())
+        alone.append([session.step(tokens[row : row + 1, -i])[0] for i in range(1, 6)])
+        after.append(session.get_state())
+    session.reset(rows)
+    session.set_state({k: np.concatenate([state[k] for state in before]) for k in before[0]})
+    together = [session.step(tokens[:, -i]) for i in range(1, 6)]
+    assert np.array_equal(np.stack(together, 1), np.array(alone))
+    states = session.get_state()
+    for name in states:
+        assert np.array_equal(states[name], np.concatenate([state[name] for state in after])), name
+
+
 def test_library_of_another_machine(artifact, tmp_path, monkeypatch, capsys):
     """It warns and goes on."""
     file = tmp_path / "library.so"

@@ -1,7 +1,8 @@
 // Of several ways to one result, that which takes the least time here.
 //
 // Which it is depends on the processor, on its memory, and on the virtual machine around them. So
-// the ways take turns at first, while they do their work: nothing is computed only to be timed.
+// the ways take turns at first, while they do their work: nothing is computed only to be timed. They
+// do so once more later: at first, pages of memory may still be moving.
 #pragma once
 
 #include <algorithm>
@@ -14,20 +15,21 @@ namespace rgexport {
 template <int kWays>
 class Fastest {
  public:
-  static constexpr int kTurns = 24;  // of each way, then one is chosen
+  static constexpr int kTurns = 24;          // of each way, then one is chosen
+  static constexpr int kRunsOfIt = 1 << 14;  // then the ways take turns again: seconds, with a 2B
 
-  Fastest() {
-    for (auto& of_way : costs_)
-      for (auto& cost : of_way) cost.store(kNever, std::memory_order_relaxed);
-  }
+  Fastest() { begin(); }
 
   // What body(way) gives. `amount` is how much work it does, or 0 if its time tells nothing.
   template <class Body>
   auto run(int64_t amount, const Body& body) {
     const int found = chosen();
-    if (found >= 0 || amount == 0) return body(found >= 0 ? found : 0);
-    const Turn turn(*this, amount);
-    return body(turn.way);
+    if (amount > 0 && found < 0) {
+      const Turn turn(*this, amount);
+      return body(turn.way);
+    }
+    if (amount > 0 && left_.fetch_sub(1, std::memory_order_relaxed) == 1) begin();
+    return body(found >= 0 ? found : 0);
   }
 
   // The way that was found, or -1.
@@ -67,6 +69,13 @@ class Fastest {
     }
   };
 
+  void begin() {
+    for (auto& of_way : costs_)
+      for (auto& cost : of_way) cost.store(kNever, std::memory_order_relaxed);
+    for (auto& taken : taken_) taken.store(0, std::memory_order_relaxed);
+    chosen_.store(-1, std::memory_order_relaxed);
+  }
+
   void choose() {
     int best = 0;
     for (int way = 1; way < kWays; ++way)
@@ -86,6 +95,7 @@ class Fastest {
   std::atomic<int> taken_[kWays] = {};
   std::atomic<unsigned> turns_{0};
   std::atomic<int> chosen_{-1};
+  std::atomic<int64_t> left_{kRunsOfIt};  // of the chosen way, before the next turns
 };
 
 // Which runs of an op show how fast it reads its weights.

@@ -24,6 +24,8 @@ struct Product {
   // What will be read next, or null: it is brought near meanwhile.
   const float* ahead = nullptr;
   int64_t ahead_count = 0;
+  // Adds products to c one after another, as `stream` does: the same bits. Else sums of parts.
+  bool in_order = false;
 };
 
 // Some channels of one sequence of the RG-LRU; all rows are `stride` floats apart.

@@ -35,7 +35,7 @@ struct Tile {
   int64_t b_step;
   float* c;
   int64_t c_row;
-  bool add;
+  bool add, in_order;
   const float* ahead;
   int64_t ahead_step;
 };
@@ -43,6 +43,14 @@ struct Tile {
 template <int Rows, int Vectors>
 void multiply_tile(const Tile& t) {
   Vector sums[Rows][Vectors] = {};
+  const auto each = [&](const auto& body) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) body(sums[i][j], t.c + i * t.c_row + j * kLanes);
+    }
+  };
+  if (t.add && t.in_order) each([](Vector& sum, const float* c) { sum = load(c); });
   for (int64_t k = 0; k < t.depth; ++k) {
     __builtin_prefetch(t.ahead + k * t.ahead_step);
     Vector b[Vectors];
@@ -56,14 +64,8 @@ void multiply_tile(const Tile& t) {
     }
   }
   // What was summed before is added last: the sum of a long row is one of sums of its parts.
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) {
-      float* c = t.c + i * t.c_row + j * kLanes;
-      store(c, t.add ? load(c) + sums[i][j] : sums[i][j]);
-    }
-  }
+  if (t.add && !t.in_order) each([](Vector& sum, const float* c) { sum = load(c) + sum; });
+  each([](const Vector& sum, float* c) { store(c, sum); });
 }
 
 using MultiplyTile = void (*)(const Tile&);
@@ -116,15 +118,15 @@ void pack(const Tile& tile, int64_t columns, float* to) {
 
 // The last columns, fewer than whole vectors: row by row through a buffer.
 void multiply_last(const Product& p, const Tile& whole, int64_t columns) {
-  float row[kTileColumns];
+  float row[kTileColumns] = {};
   Tile tile = whole;
   tile.c = row;
-  tile.add = false;
   for (int64_t i = 0; i < p.rows; ++i) {
     tile.a = whole.a + i * whole.a_row;
-    multiply_tile<1, kTileVectors>(tile);
     float* c = whole.c + i * whole.c_row;
-    for (int64_t j = 0; j < columns; ++j) c[j] = whole.add ? c[j] + row[j] : row[j];
+    for (int64_t j = 0; j < columns && whole.add; ++j) row[j] = c[j];
+    multiply_tile<1, kTileVectors>(tile);
+    for (int64_t j = 0; j < columns; ++j) c[j] = row[j];
   }
 }
 
@@ -145,6 +147,7 @@ void product(const Product& p) {
       tile.c = p.c + first;
       tile.c_row = p.c_row;
       tile.add = p.add || k > 0;
+      tile.in_order = p.in_order;
       const int64_t left = p.columns - first;
       const int64_t columns = left < kTileColumns ? left : kTileColumns;
       const bool whole = columns % kLanes == 0;

@@ -53,6 +53,9 @@ class NextWeights {
         rgexport::fetch(data + at, span.bytes - at < kPiece ? span.bytes - at : kPiece);
     }
 
+    // In a thread that came too late for any part.
+    void leave() { done_.fetch_add(1, std::memory_order_relaxed); }
+
    private:
     // The first bytes of a part, `most` of them, as far as they lie in one matrix.
     Span start(int part, int parts, int64_t most) const {

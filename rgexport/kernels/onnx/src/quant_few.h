@@ -35,11 +35,11 @@ class QuantFew : QuantLayout<Simd> {
   [[gnu::always_inline]] static void multiply(const QuantMatrix& w, const Shape& shape,
                                               const Activations& a, int64_t row, float* y) {
     y += row;
-    for (int64_t m = kDigits - 1; m < a.count; m += kDigits, y += w.rows)
+    for (int64_t m = 0; m < a.count / kDigits; ++m, y += w.rows)
       Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, m, row).multiply(y);
   }
 
-  // kRows rows of weights from `first` on, times one row of activations and the digits before it.
+  // kRows rows of weights from `first` on, times row m of x.
   template <int kBits, int kBlockLanes, int kRows, int kDigits>
   class Rows {
     static constexpr int kShare = kBlockLanes < kLanes ? kBlockLanes : kLanes;
@@ -50,20 +50,21 @@ class QuantFew : QuantLayout<Simd> {
     static constexpr int64_t kAheadBlocks = kReadAhead / (4 * kBlockLanes);
 
    public:
-    Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t index,
-         int64_t first)
+    Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t m, int64_t first)
         : w_(w),
           shape_(shape),
+          a_(a),
+          m_(m),
           first_(first),
           data_(w.data + first * shape.row_bytes),
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
-          stride_(a.stride),
-          codes_(a.codes + index * a.stride),
-          starts_(a.starts + index * a.start_count),
-          x_scales_(a.scales + index * a.blocks),
-          x_sums_(a.sums + index * a.blocks) {}
+          scales_of_line_(kCacheLine / bytes_of(w.scales) - 1),
+          codes_(a.codes + last_digit() * a.stride),
+          starts_(a.starts + last_digit() * a.start_count),
+          x_scales_(a.scales + last_digit() * a.blocks),
+          x_sums_(a.sums + last_digit() * a.blocks) {}
 
     void multiply(float* y) const {
       const int64_t steps = shape_.full_lines / kStepLines;
@@ -77,12 +78,15 @@ class QuantFew : QuantLayout<Simd> {
       }
       for (int r = 0; r < kRows; ++r) {
         float sum = Simd::sum(sums[r]);
-        if (shape_.lines > shape_.full_lines) sum += last_line(r);
+        if (shape_.lines > shape_.full_lines)
+          sum += Base::template last_line<kBits, kBlockLanes, kDigits>(w_, shape_, a_, m_, first_ + r);
         y[r] = sum + (w_.bias ? w_.bias[first_ + r] : 0.0f);
       }
     }
 
    private:
+    int64_t last_digit() const { return (m_ + 1) * kDigits - 1; }  // which has what goes with both
+
     // Whole steps [from, to) of one vector of blocks, with the products of its scales. In one loop,
     // however many there are: AMD's prefetchers know a stream by the load's place in the code, and
     // lose a tenth of the speed where one place is two. Unrolled for small blocks only, whose
@@ -95,21 +99,27 @@ class QuantFew : QuantLayout<Simd> {
       const int8_t* codes = codes_ + from * kStepLines * kLineCodes;
       const int32_t* starts = starts_ + from * kLanes;
       const auto step = [&](int64_t i) {
+        const Int start = Simd::load(starts + i * kLanes);
         Int dots[kRows], before[kRows];
-        for (Int& dot : dots) dot = Simd::load(starts + i * kLanes);
+        for (Int& dot : dots) dot = Base::template open<kBits>(start);
         for (Int& dot : before) dot = Simd::zero();
         for (int64_t l = i * kStepLines; l < (i + 1) * kStepLines; ++l)
           for (int r = 0; r < kRows; ++r) {
-            if (r * kVector % kCacheLine == 0) fetch_ahead(here + (l * kRows + r) * kVector);
-            const Int weights = Simd::load_once(data + r * shape_.row_bytes + l * kVector);
-            const int8_t* line = codes + l * kLineCodes;
-            dots[r] = line_dot(dots[r], weights, line);
-            if (kDigits == 2) before[r] = line_dot(before[r], weights, line - stride_);
+            const int64_t at = (l * kRows + r) * kVector;
+            if (at % kCacheLine == 0) fetch_ahead(here + at);
+            const auto line =
+                Base::template unpack<kBits>(data + r * shape_.row_bytes + l * kVector);
+            const int8_t* here = codes + l * kLineCodes;
+            dots[r] = Base::template line_dot<kBits>(dots[r], line, here);
+            if (kDigits == 2)
+              before[r] = Base::template line_dot<kBits>(before[r], line, here - a_.stride);
           }
-        for (int r = 0; r < kRows; ++r)
-          sums[r] = Simd::fma(Simd::to_float(both(before[r], dots[r])),
+        for (int r = 0; r < kRows; ++r) {
+          const Int dot = Base::template close<kBits>(dots[r], start);
+          sums[r] = Simd::fma(Simd::to_float(Base::template both<kDigits>(before[r], dot)),
                               Simd::template spread<kShare>(products[r] + i * kStepBlocks),
                               sums[r]);
+        }
       };
       if constexpr (kStepBlocks > 1) {
 #pragma GCC unroll 2
@@ -130,7 +140,7 @@ class QuantFew : QuantLayout<Simd> {
       for (int r = 0; r < kRows; ++r) {
         // One vector of each cache line fetches it.
         const int64_t near = kRows * block + r * kLanes;
-        if (near % (kCacheLine / bytes_of(w_.scales)) == 0)
+        if ((near & scales_of_line_) == 0)
           fetch_into<Reading::kCache>(address_of(w_.scales, first_scale_ + near + kAheadBlocks));
         const int64_t at = first_scale_ + r * shape_.blocks + block;
         const Float scales = Base::scales_of(w_, shape_, at, left);
@@ -148,50 +158,15 @@ class QuantFew : QuantLayout<Simd> {
       fetch_into<Reading::kCache>(here + kReadAhead);
     }
 
-    // One line of weights times the activations that it meets: a sum for each lane.
-    static Int line_dot(Int start, Int weights, const int8_t* codes) {
-      if constexpr (kBits == 8) {
-        if constexpr (Simd::kSignedBytes) weights = Simd::flip_sign(weights);
-        return Simd::dot(start, weights, Simd::load(codes));
-      } else {
-        const Int low = Simd::dot_small(start, Simd::low_half(weights), Simd::load(codes));
-        return Simd::dot_small(low, Simd::high_half(weights), Simd::load(codes + kVector));
-      }
-    }
-
-    // Sums of products with both digits.
-    static Int both(Int before, Int dots) {
-      return kDigits == 2 ? Simd::add(Simd::times(before, kDigit), dots) : dots;
-    }
-
-    // The part of a row behind its last whole line, lane by lane: nothing is read behind the row.
-    float last_line(int r) const {
-      alignas(64) uint8_t data[kVector] = {};
-      alignas(64) int32_t dots[kLanes];
-      const int64_t done = shape_.full_lines * kVector, left = shape_.row_bytes - done;
-      std::memcpy(data, data_ + r * shape_.row_bytes + done, left);
-      const int8_t* codes = codes_ + shape_.full_lines * kLineCodes;
-      const Int start = Simd::load(starts_ + shape_.full_lines * kLanes), line = Simd::load(data);
-      Int before = Simd::zero();
-      if (kDigits == 2) before = line_dot(before, line, codes - stride_);
-      Simd::store(dots, both(before, line_dot(start, line, codes)));
-      float sum = 0;
-      for (int64_t lane = 0; lane < left / 4; ++lane) {
-        const int64_t block = (shape_.full_lines * kLanes + lane) / kBlockLanes;
-        const float scale = number_at(w_.scales, first_scale_ + r * shape_.blocks + block);
-        sum += static_cast<float>(dots[lane]) * (scale * x_scales_[block]);
-      }
-      return sum;
-    }
-
     const QuantMatrix& w_;
     const Shape& shape_;
-    const int64_t first_;
+    const Activations& a_;
+    const int64_t m_, first_;
     const uint8_t* const data_;
     const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
-    const int64_t stride_;  // from digit to digit
+    const int64_t scales_of_line_;  // of the cache, less one
     const int8_t* const codes_;
     const int32_t* const starts_;
     const float* const x_scales_;

@@ -124,10 +124,15 @@ class QuantLayout {
   // blocks are there, and at `end` the matrix has its last.
   template <int kBits>
   static Int zeros_of(const uint8_t* from, const uint8_t* end, int64_t left) {
-    alignas(8) uint8_t some[kLanes] = {};
     // Only at the very end: what is written by bytes is slow to read as a whole.
-    if (end - from < kLanes * kBits / 8) from = copy_some(from, (left * kBits + 7) / 8, some);
+    if (__builtin_expect(end - from < kLanes * kBits / 8, 0)) return last_zeros<kBits>(from, left);
     return kBits == 8 ? Simd::widen(from) : Simd::widen_halves(from);
+  }
+  template <int kBits>
+  [[gnu::noinline]] static Int last_zeros(const uint8_t* from, int64_t left) {
+    alignas(8) uint8_t some[kLanes] = {};
+    for (int64_t i = 0; i < (left * kBits + 7) / 8; ++i) some[i] = from[i];
+    return kBits == 8 ? Simd::widen(some) : Simd::widen_halves(some);
   }
 
   // The same, less the middle of the levels.
@@ -147,9 +152,84 @@ class QuantLayout {
     return left < kLanes ? Simd::load_first(floats, left) : Simd::load_float(floats);
   }
 
-  static const uint8_t* copy_some(const uint8_t* from, int64_t bytes, uint8_t* to) {
-    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
-    return to;
+  // A line of stored weights, as dot products take it: 4 bits in two parts.
+  template <int kBits>
+  struct Line {
+    Int parts[kParts<kBits>];
+  };
+  template <int kBits>
+  static Line<kBits> unpack(const uint8_t* data) {
+    const Int line = Simd::load_once(data);
+    if constexpr (kBits == 4) return {{Simd::low_half(line), Simd::high_half(line)}};
+    if constexpr (kBits == 8) return {{Simd::kSignedBytes ? Simd::flip_sign(line) : line}};
+  }
+
+  // Sums of products of one block, lane by lane: open(start), a line_dot for each line, and
+  // close(…, start). In between, those of 4 bits may lie in the unit's own form.
+  template <int kBits>
+  static Int open(Int start) {
+    if constexpr (kBits == 4) return Simd::open_small(start);
+    return start;
+  }
+  template <int kBits>
+  static Int line_dot(Int sums, const Line<kBits>& line, const Line<kBits>& codes) {
+    if constexpr (kBits == 8) return Simd::dot(sums, line.parts[0], codes.parts[0]);
+    if constexpr (kBits == 4) {
+      const Int low = Simd::add_small(sums, line.parts[0], codes.parts[0]);
+      return Simd::add_small(low, line.parts[1], codes.parts[1]);
+    }
+  }
+  template <int kBits>
+  static Int line_dot(Int sums, const Line<kBits>& line, const int8_t* codes) {
+    if constexpr (kBits == 8) return Simd::dot(sums, line.parts[0], Simd::load(codes));
+    if constexpr (kBits == 4) {
+      const Int low = Simd::add_small(sums, line.parts[0], Simd::load(codes));
+      return Simd::add_small(low, line.parts[1], Simd::load(codes + kVector));
+    }
+  }
+  // The codes that a line meets, for several lines.
+  template <int kBits>
+  static Line<kBits> load_codes(const int8_t* codes) {
+    if constexpr (kBits == 8) return {{Simd::load_once(codes)}};
+    if constexpr (kBits == 4) return {{Simd::load_once(codes), Simd::load_once(codes + kVector)}};
+  }
+  template <int kBits>
+  static Int close(Int sums, Int start) {
+    if constexpr (kBits == 4) return Simd::close_small(sums, start);
+    return sums;
+  }
+
+  // Sums of products with both digits.
+  template <int kDigits>
+  static Int both(Int before, Int dots) {
+    return kDigits == 2 ? Simd::add(Simd::times(before, kDigit), dots) : dots;
+  }
+
+  // Row m of x times the part of a row of weights behind its last whole line, lane by lane: nothing is
+  // read behind the row.
+  template <int kBits, int kBlockLanes, int kDigits>
+  static float last_line(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t m,
+                         int64_t row) {
+    alignas(64) uint8_t data[kVector] = {};
+    alignas(64) int32_t dots[kLanes];
+    const int64_t index = (m + 1) * kDigits - 1, done = shape.full_lines * kVector;
+    const int64_t left = shape.row_bytes - done;
+    std::memcpy(data, w.data + row * shape.row_bytes + done, left);
+    const int8_t* codes = a.codes + index * a.stride + shape.full_lines * kCodes<kBits>;
+    const int32_t* starts = a.starts + index * a.start_count + shape.full_lines * kLanes;
+    const Int start = Simd::load(starts);
+    const Line<kBits> line = unpack<kBits>(data);
+    Int before = Simd::zero();
+    if (kDigits == 2) before = line_dot<kBits>(before, line, codes - a.stride);
+    const Int dot = close<kBits>(line_dot<kBits>(open<kBits>(start), line, codes), start);
+    Simd::store(dots, both<kDigits>(before, dot));
+    float sum = 0;
+    for (int64_t lane = 0; lane < left / 4; ++lane) {
+      const int64_t block = (shape.full_lines * kLanes + lane) / kBlockLanes;
+      const float scale = number_at(w.scales, row * shape.blocks + block);
+      sum += static_cast<float>(dots[lane]) * (scale * a.scales[index * a.blocks + block]);
+    }
+    return sum;
   }
 };
 

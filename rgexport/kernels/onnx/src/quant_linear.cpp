@@ -153,6 +153,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
+    if (!parts.any()) return next.leave();  // there are fewer threads than parts
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
     all.each(first, first + 1, [&](int i, int64_t row, int64_t) {
@@ -263,12 +264,15 @@ void QuantLinears::run(Context& context) const {
   if (count == 0) return;
 
   const float* rows = x.as<float>();
-  const auto few = [&](int reading) {
-    return stream(context, quant_kernels().few[reading], all, rows, count, next_weights_);
+  const QuantKernels& kernels = quant_kernels();
+  const auto one = [&](int reading) {
+    return stream(context, kernels.few[reading], all, rows, 1, next_weights_);
   };
   const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), count);
-  const bool enough = count < quant_kernels().most_few ? reading_of(all.w[0], digits_).run(amount, few)
-                                                       : multiply(context, all, rows, count);
+  const bool enough = count == 1 ? reading_of(all.w[0], digits_).run(amount, one)
+                      : count <= kernels.most_several
+                          ? stream(context, kernels.several, all, rows, count, next_weights_)
+                          : multiply(context, all, rows, count);
   if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
 }
 

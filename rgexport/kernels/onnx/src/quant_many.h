@@ -17,9 +17,12 @@ class QuantMany : QuantLayout<Simd> {
   using typename Base::Int;
   using typename Base::Shape;
   // Vectors of outputs in a panel; with them, rows of activations in a tile, as registers allow.
-  static constexpr int kWide = Simd::kWide, kTall = Simd::kTall;
+  static constexpr int kWide = Simd::kWide;
+  template <int kBits>
+  static constexpr int kTall = kBits == 4 ? Simd::kTallSmall : Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
+  static constexpr int32_t kFourBytes = 0x01010101;
 
  public:
   static constexpr int64_t kPanel = kWide * kLanes;
@@ -150,41 +153,48 @@ class QuantMany : QuantLayout<Simd> {
   template <int kBits>
   static void unpack_scales(const QuantMatrix& w, const Shape& shape, int64_t first, int64_t block,
                             int64_t blocks, Panel& panel) {
-    for (int64_t n = 0; n < kPanel; ++n) {
-      const int64_t row = first + n;
-      for (int64_t b = 0; b < blocks; b += kLanes) {
+    const bool zeros = w.zero_points;
+    for (int64_t b = 0; b < blocks; b += kLanes)
+      for (int64_t n = 0; n < kPanel; n += kLanes) {
         const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
-        alignas(64) float scales[kLanes] = {};
-        if (row < w.rows) {
-          const int64_t at = row * shape.blocks + block + b;
-          Simd::store_float(scales, Base::scales_of(w, shape, at, count));
+        Int scales[kLanes], points[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t row = first + n + lane;
+          const int64_t there = row < w.rows ? row : w.rows - 1;  // its results are not written
+          const int64_t at = there * shape.blocks + block + b;
+          scales[lane] = Simd::bits(Base::scales_of(w, shape, at, count));
+          if (zeros) points[lane] = zero_points<kBits>(w, shape, there, block + b, count);
         }
-        for (int64_t i = 0; i < count; ++i) panel.scales[(b + i) * kPanel + n] = scales[i];
-        if (kBits == 4 || w.zero_points)
-          unpack_zeros<kBits>(w, shape, row, block + b, count, scales, b * kPanel + n, panel);
+        Simd::transpose(scales);
+        if (zeros) Simd::transpose(points);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t to = (b + i) * kPanel + n;
+          Simd::store(panel.scales + to, scales[i]);
+          if (kBits == 4) Simd::store(panel.moves + to, zeros ? moves(points[i]) : middle_moves());
+          if (kBits == 8 && zeros) store_zeros(points[i], panel, to);
+        }
       }
-    }
   }
 
-  // A row's zero points of `count` blocks, the first of them to place `to` of the panel.
-  //
-  // Those of 4 bits go into the levels: w − z + 15 is a level without sign, and each group of four
+  template <int kBits>
+  static Int zero_points(const QuantMatrix& w, const Shape& shape, int64_t row, int64_t block,
+                         int64_t count) {
+    const uint8_t* from = w.zero_points + row * shape.zero_point_bytes + block * kBits / 8;
+    const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
+    return Base::template zeros_of<kBits>(from, end, count);
+  }
+
+  // Zero points of 4 bits go into the levels: w − z + 15 is a level without sign, and each group of four
   // columns is moved by four times the same byte. Those of 8 bits go through floats, as what they
   // are beside the middle, times the scale.
-  template <int kBits>
-  static void unpack_zeros(const QuantMatrix& w, const Shape& shape, int64_t row, int64_t block,
-                           int64_t count, const float* scales, int64_t to, Panel& panel) {
-    alignas(64) int32_t zeros[kLanes];
-    Simd::store(zeros, Simd::broadcast(1 << (kBits - 1)));
-    if (w.zero_points && row < w.rows) {
-      const uint8_t* from = w.zero_points + row * shape.zero_point_bytes + block * kBits / 8;
-      const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
-      Simd::store(zeros, Base::template zeros_of<kBits>(from, end, count));
-    }
-    for (int64_t i = 0; i < count; ++i, to += kPanel) {
-      if constexpr (kBits == 4) panel.moves[to] = (kMostHalf - zeros[i]) * 0x01010101;
-      if constexpr (kBits == 8) panel.zeros[to] = scales[i] * static_cast<float>(zeros[i] - 128);
-    }
+  static Int moves(Int points) {
+    const Int most = Simd::broadcast(kMostHalf * kFourBytes);
+    return Simd::add(most, Simd::times(points, -kFourBytes));
+  }
+  static Int middle_moves() { return Simd::broadcast((kMostHalf - 8) * kFourBytes); }
+  static void store_zeros(Int points, Panel& panel, int64_t to) {
+    const Float offsets = Simd::to_float(Simd::add(points, Simd::broadcast(-128)));
+    Simd::store_float(panel.zeros + to, Simd::mul(Simd::load_float(panel.scales + to), offsets));
   }
 
   // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows / kDigits,
@@ -255,19 +265,28 @@ class QuantMany : QuantLayout<Simd> {
   [[gnu::always_inline]] static const uint8_t* multiply_lanes(const int8_t* codes, int64_t stride,
                                                               const uint8_t* weights,
                                                               Int (&dots)[kRows][kWide]) {
-    for (int lane = 0; lane < kShare; ++lane, codes += 4) {
-      unrolled<Base::template kParts<kBits>>([&](auto part) {
+    constexpr int kParts = Base::template kParts<kBits>;
+    constexpr int kGroups = kParts;  // lanes at a time: of 4 bits, as many products as `close` takes
+    for (int lane = 0; lane < kShare; lane += kGroups, codes += 4 * kGroups) {
+      Int sums[kRows][kWide];
+      const auto each = [](const auto& body) {
+        unrolled<kRows>([&](auto r) { unrolled<kWide>([&](auto j) { body(r, j); }); });
+      };
+      each([&](auto r, auto j) { sums[r][j] = Base::template open<kBits>(dots[r][j]); });
+      unrolled<kGroups * kParts>([&](auto g) {
         Int columns[kWide];
         unrolled<kWide>([&](auto j) { columns[j] = Simd::load(weights + j * kVector); });
         weights += kWide * kVector;
         unrolled<kRows>([&](auto r) {
-          const Int x = Simd::broadcast_bytes(codes + r * stride + part * kVector);
+          const int8_t* four = codes + r * stride + g / kParts * 4 + g % kParts * kVector;
+          const Int x = Simd::broadcast_bytes(four);
           unrolled<kWide>([&](auto j) {
-            if constexpr (kBits == 4) dots[r][j] = Simd::dot_small(dots[r][j], columns[j], x);
-            if constexpr (kBits == 8) dots[r][j] = Simd::dot(dots[r][j], columns[j], x);
+            if constexpr (kBits == 4) sums[r][j] = Simd::add_small(sums[r][j], columns[j], x);
+            if constexpr (kBits == 8) sums[r][j] = Simd::dot(sums[r][j], columns[j], x);
           });
         });
       });
+      each([&](auto r, auto j) { dots[r][j] = Base::template close<kBits>(sums[r][j], dots[r][j]); });
     }
     return weights;
   }
@@ -276,7 +295,7 @@ class QuantMany : QuantLayout<Simd> {
   static void tiles(const Activations& a, int64_t from, int64_t to, int64_t line, int64_t block,
                     int64_t blocks, int64_t per_block, const Panel& panel, float* sums) {
     int64_t m = from;
-    constexpr int kHere = kTall / kDigits * kDigits;
+    constexpr int kHere = kTall<kBits> / kDigits * kDigits;
     for (; m + kHere <= to; m += kHere, sums += kHere / kDigits * kPanel)
       tile<kBits, kShare, kHere, kZeros, kDigits>(a, m, line, block, blocks, per_block, panel, sums);
     // The rest of the rows, by a tile of their number.

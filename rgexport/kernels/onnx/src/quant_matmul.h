@@ -66,12 +66,14 @@ struct QuantKernel {
 constexpr int kReadings = 7;
 
 struct QuantKernels {
-  // For few rows of activations: as fast as the weights can be read. All give the same result, and
+  // For one row of activations: as fast as the weights can be read. All give the same result, and
   // only read the weights in different ways; each may be the fastest one somewhere.
   std::array<QuantKernel, kReadings> few;
+  // For several: the same result for each of them.
+  QuantKernel several;
   // For many, by panels of weights that are unpacked once for all rows.
   QuantKernel (*many)(const QuantMatrix&);
-  int64_t most_few;  // from this number of rows on, `many` is the faster one
+  int64_t most_several;  // rows of activations; for more, `many` is the faster one
   int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads
 };

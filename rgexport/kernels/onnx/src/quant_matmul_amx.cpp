@@ -18,7 +18,7 @@ QuantKernel many(const QuantMatrix& w) {
 }  // namespace
 
 QuantKernels quant_kernels_amx() {
-  return {Few::few(), many, Few::kMostFew, kPanel, kPanels};
+  return {Few::few(), Few::several(), many, QuantSeveral<Avx512>::kMost, kPanel, kPanels};
 }
 
 }  // namespace rgexport

@@ -7,7 +7,7 @@ namespace rgexport {
 namespace {
 
 struct Scalar {
-  static constexpr int kLanes = 4, kWide = 2, kTall = 2;
+  static constexpr int kLanes = 4, kWide = 2, kTall = 2, kTallSmall = 2, kSeveralRows = 2, kTogether = 2, kMostSeveral = 4;
   static constexpr bool kSignedBytes = false;
   struct Int {
     uint8_t bytes[16];
@@ -74,6 +74,10 @@ struct Scalar {
     return load(lanes);
   }
   static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
+  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
+  static Int open_small(Int start) { return start; }
+  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
+  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
@@ -94,6 +98,7 @@ struct Scalar {
     return x;
   }
   static void store_float(float* p, Float x) { std::memcpy(p, &x, 16); }
+  static Int bits(Float x) { return load(x.lanes); }
   static Float broadcast_float(float x) { return {{x, x, x, x}}; }
   static Float to_float(Int x) {
     Float y;

@@ -4,6 +4,7 @@
 #include "quant_few.h"
 #include "quant_many.h"
 #include "quant_round.h"
+#include "quant_several.h"
 
 namespace rgexport {
 
@@ -18,10 +19,9 @@ class QuantMatmul : QuantLayout<Simd> {
   using Base::pick;
 
  public:
-  static constexpr int64_t kMostFew = 4;
-
   static QuantKernels kernels() {
-    return {few(), many, kMostFew, QuantMany<Simd>::kPanel, QuantMany<Simd>::kPanels};
+    return {few(), several(), many, QuantSeveral<Simd>::kMost, QuantMany<Simd>::kPanel,
+            QuantMany<Simd>::kPanels};
   }
 
   // Most were the fastest one somewhere: in turn, on Intel's servers; there without AVX-512; on Zen 4
@@ -32,6 +32,9 @@ class QuantMatmul : QuantLayout<Simd> {
             few<Reading<1, Cache::kL2>>(), few<Reading<2, Cache::kL1>>(),
             few<Reading<1, Cache::kNone>>(), few<Reading<1, Cache::kL1>>(),
             few<Reading<1, Cache::kOnce>>()};
+  }
+  static QuantKernel several() {
+    return {code_bytes, padded_blocks, lane_starts, QuantRound<Simd>::round_few, multiply_several};
   }
 
  private:
@@ -54,6 +57,17 @@ class QuantMatmul : QuantLayout<Simd> {
       if constexpr (bits == 8)
         if (a.digits == 2) return Few::template stream<bits, lanes, 2>;
       return Few::template stream<bits, lanes, 1>;
+    };
+    pick(w, instance)(w, a, first, last, y);
+  }
+
+  static void multiply_several(const QuantMatrix& w, const Activations& a, int64_t first,
+                               int64_t last, float* y) {
+    const auto instance = [&](auto bits, auto block) {
+      constexpr int lanes = block * bits / 32;
+      if constexpr (bits == 8)
+        if (a.digits == 2) return QuantSeveral<Simd>::template stream<bits, lanes, 2>;
+      return QuantSeveral<Simd>::template stream<bits, lanes, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

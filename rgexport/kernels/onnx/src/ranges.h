@@ -1,5 +1,6 @@
 // Work that streams through memory: each thread has one contiguous part of it, which keeps the
-// processor's prefetchers going; who is done early takes from the ends of the others' parts.
+// processor's prefetchers going. Who is done early takes the parts that nobody has begun, as when there
+// are fewer threads than parts, and then from the ends of the others' parts.
 #pragma once
 
 #include <atomic>
@@ -26,23 +27,37 @@ class Ranges {
 
   int parts() const { return parts_; }
 
-  // The first item of a part from which nothing was taken.
+  // The first item that is left of a part.
   int64_t first(int part) const {
     return static_cast<int64_t>(left_[part].value.load(std::memory_order_relaxed) >> 32) * grain_;
+  }
+
+  // Whether there is work for one more thread.
+  bool any() const {
+    for (int part = 0; part < parts_; ++part) {
+      const uint64_t left = left_[part].value.load(std::memory_order_relaxed);
+      if (left >> 32 < (left & 0xffffffff)) return true;
+    }
+    return false;
   }
 
   // Runs body(first, last) over part `own`, then over what is left of the others.
   template <class Body>
   void run(int own, const Body& body) {
     int64_t grain;
-    while ((grain = take(own, true)) >= 0) each(grain, body);
-    for (int i = 1; i < parts_; ++i)
+    for (int i = 0; i < parts_; ++i) {
+      const int part = (own + i) % parts_;
+      if (left_[part].begun.exchange(true, std::memory_order_relaxed)) continue;
+      while ((grain = take(part, true)) >= 0) each(grain, body);
+    }
+    for (int i = 0; i < parts_; ++i)
       while ((grain = take((own + i) % parts_, false)) >= 0) each(grain, body);
   }
 
  private:
   struct alignas(64) Left {
     std::atomic<uint64_t> value;
+    std::atomic<bool> begun{false};
   };
 
   static uint64_t pack(uint64_t first, uint64_t last) { return first << 32 | last; }

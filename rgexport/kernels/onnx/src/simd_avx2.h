@@ -11,7 +11,7 @@ namespace {
 
 // Pairs of bytes go to 16 bits first, where nothing saturates.
 struct Avx2 {
-  static constexpr int kLanes = 8, kWide = 2, kTall = 4;
+  static constexpr int kLanes = 8, kWide = 2, kTall = 4, kTallSmall = 3, kSeveralRows = 4, kTogether = 4, kMostSeveral = 4;
   // |w| · ±x fits: 128 · 127 · 2 < 2^15, as 255 · 127 · 2 would not.
   static constexpr bool kSignedBytes = true;
   using Int = __m256i;
@@ -50,6 +50,14 @@ struct Avx2 {
   static Int dot_small(Int sum, Int weights, Int codes) {
     return add_pairs(sum, _mm256_maddubs_epi16(weights, codes));
   }
+  // Sums of eight products of weights from 0 to 15 at most, in 16 bits: 8 · 2 · 15 · 127 < 2^15.
+  static Int open_small(Int) { return zero(); }
+  static Int add_small(Int sums, Int weights, Int codes) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, codes));
+    __asm__("" : "+x"(sums));  // GCC would sum pairs, and have more of them than registers
+    return sums;
+  }
+  static Int close_small(Int sums, Int start) { return add_pairs(start, sums); }
   static Int add_pairs(Int sum, Int pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
@@ -76,6 +84,7 @@ struct Avx2 {
   }
   static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
+  static Int bits(Float x) { return _mm256_castps_si256(x); }
   static Float broadcast_float(float x) { return _mm256_set1_ps(x); }
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
   static Int to_int(Float x) { return _mm256_cvtps_epi32(x); }
@@ -117,7 +126,12 @@ struct Avx2 {
   template <int kShare>
   static Float spread(const float* p) {
     if constexpr (kShare == 8) return _mm256_set1_ps(*p);
-    if constexpr (kShare == 4) return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+    if constexpr (kShare == 4) {
+      double both;
+      std::memcpy(&both, p, sizeof both);
+      return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)),
+                                  _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+    }
     return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
                                     _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
   }
@@ -143,13 +157,17 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
-  static constexpr int kTall = 6;
+  static constexpr int kTall = 6, kTallSmall = 6, kMostSeveral = 8;
   static constexpr bool kSignedBytes = false;
 
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm256_dpbusd_avx_epi32(sum, weights, codes);
   }
   static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
+  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
+  static Int open_small(Int start) { return start; }
+  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
+  static Int close_small(Int sums, Int) { return sums; }
 };
 #endif
 

@@ -11,7 +11,7 @@ namespace rgexport {
 namespace {
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kWide = 3, kTall = 6;
+  static constexpr int kLanes = 16, kWide = 3, kTall = 6, kTallSmall = 6, kSeveralRows = 4, kTogether = 4, kMostSeveral = 8;
   static constexpr bool kSignedBytes = false;
   using Int = __m512i;
   using Float = __m512;
@@ -56,6 +56,10 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
   static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
+  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
+  static Int open_small(Int start) { return start; }
+  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
+  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
@@ -71,6 +75,7 @@ struct Avx512 {
   }
   static Float negative(Float x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  static Int bits(Float x) { return _mm512_castps_si512(x); }
   static Float broadcast_float(float x) { return _mm512_set1_ps(x); }
   static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
   static Int to_int(Float x) { return _mm512_cvtps_epi32(x); }

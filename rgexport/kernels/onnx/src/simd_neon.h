@@ -10,7 +10,7 @@ namespace rgexport {
 namespace {
 
 struct Neon {
-  static constexpr int kLanes = 4, kWide = 4, kTall = 6;
+  static constexpr int kLanes = 4, kWide = 4, kTall = 6, kTallSmall = 6, kSeveralRows = 4, kTogether = 4, kMostSeveral = 4;
   static constexpr bool kSignedBytes = true;  // both factors of vdotq_s32 have a sign
   using Int = int32x4_t;
   using Float = float32x4_t;
@@ -46,6 +46,10 @@ struct Neon {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
   static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
+  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
+  static Int open_small(Int start) { return start; }
+  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
+  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
@@ -62,6 +66,7 @@ struct Neon {
   }
   static Float negative(Float x) { return vnegq_f32(x); }
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }
+  static Int bits(Float x) { return vreinterpretq_s32_f32(x); }
   static Float broadcast_float(float x) { return vdupq_n_f32(x); }
   static Float to_float(Int x) { return vcvtq_f32_s32(x); }
   static Int to_int(Float x) { return vcvtnq_s32_f32(x); }
