@@ -131,7 +131,7 @@ state_options = _options(
     state_precision,
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 256), help="[default: one per core]"
+    "--threads", type=click.IntRange(1, 256), help="[default and most: one per usable processor]"
 )
 sampling_options = _options(
     click.option(

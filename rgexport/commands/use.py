@@ -186,7 +186,12 @@ def _sampling(options: dict[str, Any]) -> Any:
     is_flag=True,
     help="Fill the state with random values instead: quick, same cost per token.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="[default: one per core]")
+@click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 256),
+    help="[default and most: one per usable processor]",
+)
 @click.option(
     "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
 )
