@@ -27,7 +27,7 @@ PASSES = 3
 
 
 def main() -> None:
-    """Prints two tables for each artifact."""
+    """Prints a table, with two lines for each artifact."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("artifacts", type=Path, nargs="*")
     parser.add_argument("--rows", default="1,2,4,8,16", help="beginning with 1")
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"| | {' | '.join(map(str, counts))} |\n|---|{'---|' * len(counts)}")
     for path in asked.artifacts or [storage.artifact for storage in STORAGES.values()]:
         session = open_session(open_artifact(path))
-        name = f"{path.name}, {session.info.kernels or session.info.engine}"
+        name = f"{path.name}, {session.info.title}"
         for kind, axis in (("conversations", 0), ("tokens", 1)):
             times = passes(session, counts, axis, asked.rounds)
             cells = [f"{1e3 * t:.0f} ms ({t / times[0]:.2f})" for t in times]

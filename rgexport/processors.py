@@ -33,22 +33,21 @@ def usable_threads(wanted: int | None) -> int:
     More than there are processors would stop one another: with twice as many, a step takes twice as
     long.
     """
-    return min(wanted or usable_processors(), usable_processors())
+    most = usable_processors()
+    return min(wanted or most, most)
 
 
 def _quotas() -> Iterator[float]:
     """What control groups of both versions allow, in processors."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in _MINE.read_text().splitlines():
             _, controllers, place = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
             top = _GROUPS / "cpu" if controllers else _GROUPS
             folder = top / place.lstrip("/")
-            for group in (
-                folder,
-                *folder.parents,
-            ):  # up to the top, which a container may see alone
+            # Up to the top, which is all that a container may see.
+            for group in (folder, *folder.parents):
                 if group.is_relative_to(top):
                     yield from _quota_of(group)
 

@@ -69,6 +69,7 @@ def serve(
     note(f"{', '.join(models)} at http://{host}:{address[1]}/v1 (Ctrl-C ends)")
     if settings.api_key is None and host not in _LOOPBACK:
         note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+    gc.collect()
     gc.freeze()  # what is there now stays: looking through it took 30 ms of some first token
     try:
         _run(uvicorn.Server(config), opened)

@@ -124,15 +124,17 @@ def test_any_number_of_rows(worker, tokens):
     assert_product(worker, x, w)
 
 
-@pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("bits", "block"), FORMATS)
-def test_several_rows_are_each_alone(worker, bits, block, asymmetric, digits):
-    """Of a batch or of a draft: not a bit is another, in any of their numbers."""
+@pytest.mark.parametrize(
+    ("bits", "block", "digits"),
+    [(*form, digits) for form in FORMATS for digits in range(1, form[0] // 4 + 1)],
+)
+def test_several_rows_are_each_alone(worker, bits, block, digits, asymmetric):
+    """Not a bit is another, with any number of rows."""
     most = MOST_SEVERAL.get(worker.instruction_set, 4)
     x = np.random.default_rng(6).standard_normal((1, most, 1290), np.float32)
     w = random_matrix(1290, 41, bits, block, asymmetric=asymmetric, bias=True)
-    w = replace(w, digits=min(digits, bits // 4))
+    w = replace(w, digits=digits)
     alone = np.concatenate([worker.run(w.case(x[:, t : t + 1]))["y"] for t in range(most)], 1)
     for rows in range(2, most + 1):
         assert np.array_equal(worker.run(w.case(x[:, :rows]))["y"], alone[:, :rows]), rows

@@ -16,7 +16,7 @@ template <int kWays>
 class Fastest {
  public:
   static constexpr int kTurns = 24;          // of each way, then one is chosen
-  static constexpr int kRunsOfIt = 1 << 14;  // then the ways take turns again: seconds, with a 2B
+  static constexpr int kRunsOfIt = 1 << 14;  // then the ways take turns again
 
   Fastest() { begin(); }
 

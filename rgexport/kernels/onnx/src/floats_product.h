@@ -60,7 +60,7 @@ void multiply_tile(const Tile& t) {
     for (int i = 0; i < Rows; ++i) {
       const Vector a = splat(t.a[i * t.a_row + k * t.a_step]);
 #pragma GCC unroll 8
-      for (int j = 0; j < Vectors; ++j) sums[i][j] += a * b[j];
+      for (int j = 0; j < Vectors; ++j) sums[i][j] = multiply_add(a, b[j], sums[i][j]);
     }
   }
   // What was summed before is added last: the sum of a long row is one of sums of its parts.
@@ -171,7 +171,7 @@ template <Cache kCache>
 void add_row(Vector factor, const float* b, int64_t columns, float* c) {
   const auto add = [&](int64_t i, int64_t count) {
     fetch_into<kCache>(b + i + kReadAhead / sizeof(float));
-    store(c + i, load(c + i, count) + factor * load(b + i, count), count);
+    store(c + i, multiply_add(factor, load(b + i, count), load(c + i, count)), count);
   };
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) add(i, kLanes);

@@ -33,6 +33,25 @@ typedef float Vector __attribute__((vector_size(kBytes), may_alias));
 typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(kBytes), may_alias));
 
+// x · y + z, rounded once where there is an instruction for that.
+inline Vector multiply_add(Vector x, Vector y, Vector z) {
+#if defined(__AVX512F__)
+  using Wide = __m512;
+  return reinterpret_cast<Vector>(_mm512_fmadd_ps(
+      reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y), reinterpret_cast<Wide>(z)));
+#elif defined(__FMA__)
+  using Wide = __m256;
+  return reinterpret_cast<Vector>(_mm256_fmadd_ps(
+      reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y), reinterpret_cast<Wide>(z)));
+#elif defined(__aarch64__)
+  using Wide = float32x4_t;
+  return reinterpret_cast<Vector>(vfmaq_f32(
+      reinterpret_cast<Wide>(z), reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y)));
+#else
+  return x * y + z;
+#endif
+}
+
 inline Vector splat(float x) { return x - Vector{}; }
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }

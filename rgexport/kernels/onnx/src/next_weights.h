@@ -40,23 +40,26 @@ class NextWeights {
    public:
     Next(const Weights& weights) : weights_(weights) {}
 
+    // In a thread that begins with the op.
+    void enter() { entered_.fetch_add(1, std::memory_order_relaxed); }
+
     // In a thread that is done with its part of the op: fetches the start of its part of the next,
-    // until all are done. Weights that are gone meanwhile do no harm, for what cannot be fetched is
+    // until all that have begun are done. Weights that are gone meanwhile do no harm, for what cannot be fetched is
     // not.
     void fetch(int part, int parts) {
       constexpr int64_t kMost = 128 << 10, kPiece = 1 << 10;
       done_.fetch_add(1, std::memory_order_relaxed);
       const Span span = start(part, parts, kMost);
       const auto* data = static_cast<const char*>(span.data);
-      for (int64_t at = 0; at < span.bytes && done_.load(std::memory_order_relaxed) < parts;
-           at += kPiece)
+      for (int64_t at = 0; at < span.bytes && others_work(); at += kPiece)
         rgexport::fetch(data + at, span.bytes - at < kPiece ? span.bytes - at : kPiece);
     }
 
-    // In a thread that came too late for any part.
-    void leave() { done_.fetch_add(1, std::memory_order_relaxed); }
-
    private:
+    bool others_work() const {
+      return done_.load(std::memory_order_relaxed) < entered_.load(std::memory_order_relaxed);
+    }
+
     // The first bytes of a part, `most` of them, as far as they lie in one matrix.
     Span start(int part, int parts, int64_t most) const {
       int64_t whole = 0;
@@ -73,7 +76,7 @@ class NextWeights {
     }
 
     const Weights& weights_;
-    std::atomic<int> done_{0};  // threads
+    std::atomic<int> entered_{0}, done_{0};  // threads
   };
 
   // At the start of an op, in the thread that runs the graph: these are the weights that it reads,

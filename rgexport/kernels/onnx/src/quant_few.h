@@ -1,4 +1,4 @@
-// Few rows of activations: the weights stream by, as fast as memory gives them.
+// One row of activations: the weights stream by, as fast as memory gives them.
 #pragma once
 
 #include "quant_layout.h"
@@ -46,6 +46,7 @@ class QuantFew : QuantLayout<Simd> {
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    static_assert(Base::template kFits<kBits, kStepLines, kDigits>);
     // Scales are prefetched with the data that they belong to.
     static constexpr int64_t kAheadBlocks = kReadAhead / (4 * kBlockLanes);
 
@@ -60,7 +61,7 @@ class QuantFew : QuantLayout<Simd> {
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
-          scales_of_line_(kCacheLine / bytes_of(w.scales) - 1),
+          scales_mask_(kCacheLine / bytes_of(w.scales) - 1),
           codes_(a.codes + last_digit() * a.stride),
           starts_(a.starts + last_digit() * a.start_count),
           x_scales_(a.scales + last_digit() * a.blocks),
@@ -109,10 +110,10 @@ class QuantFew : QuantLayout<Simd> {
             if (at % kCacheLine == 0) fetch_ahead(here + at);
             const auto line =
                 Base::template unpack<kBits>(data + r * shape_.row_bytes + l * kVector);
-            const int8_t* here = codes + l * kLineCodes;
-            dots[r] = Base::template line_dot<kBits>(dots[r], line, here);
+            const int8_t* met = codes + l * kLineCodes;
+            dots[r] = Base::template line_dot<kBits>(dots[r], line, met);
             if (kDigits == 2)
-              before[r] = Base::template line_dot<kBits>(before[r], line, here - a_.stride);
+              before[r] = Base::template line_dot<kBits>(before[r], line, met - a_.stride);
           }
         for (int r = 0; r < kRows; ++r) {
           const Int dot = Base::template close<kBits>(dots[r], start);
@@ -140,7 +141,7 @@ class QuantFew : QuantLayout<Simd> {
       for (int r = 0; r < kRows; ++r) {
         // One vector of each cache line fetches it.
         const int64_t near = kRows * block + r * kLanes;
-        if ((near & scales_of_line_) == 0)
+        if ((near & scales_mask_) == 0)
           fetch_into<Reading::kCache>(address_of(w_.scales, first_scale_ + near + kAheadBlocks));
         const int64_t at = first_scale_ + r * shape_.blocks + block;
         const Float scales = Base::scales_of(w_, shape_, at, left);
@@ -166,7 +167,7 @@ class QuantFew : QuantLayout<Simd> {
     const int64_t first_scale_;
     const uint8_t* const zeros_;  // or null
     const uint8_t* const zeros_end_;
-    const int64_t scales_of_line_;  // of the cache, less one
+    const int64_t scales_mask_;  // of those in a line of the cache
     const int8_t* const codes_;
     const int32_t* const starts_;
     const float* const x_scales_;

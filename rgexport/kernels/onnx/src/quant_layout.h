@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "quant_matmul.h"
+#include "unrolled.h"
 
 namespace rgexport {
 
@@ -164,28 +165,36 @@ class QuantLayout {
     if constexpr (kBits == 8) return {{Simd::kSignedBytes ? Simd::flip_sign(line) : line}};
   }
 
-  // Sums of products of one block, lane by lane: open(start), a line_dot for each line, and
-  // close(…, start). In between, those of 4 bits may lie in the unit's own form.
+  // Sums of products of one block, lane by lane: open(start), add for some vectors of weights, and
+  // close(…, start). In between, those of 4 bits may be in 16 bits: kMostShort of them fit.
+  template <int kBits>
+  static constexpr bool kShort = kBits == 4 && Simd::kShortSums;
+  static constexpr int64_t kMostShort = 8;  // of weights from 0 to 15
+  template <int kBits, int64_t kLines, int kDigits>
+  static constexpr bool kFits =
+      !kShort<kBits> || (kLines * kParts<kBits> <= kMostShort && kDigits == 1);
   template <int kBits>
   static Int open(Int start) {
-    if constexpr (kBits == 4) return Simd::open_small(start);
-    return start;
+    return kShort<kBits> ? Simd::zero() : start;
   }
   template <int kBits>
+  static Int add(Int sums, Int weights, Int codes) {
+    if constexpr (kShort<kBits>) return Simd::add_short(sums, weights, codes);
+    else return Simd::dot(sums, weights, codes);
+  }
+  // All of a line.
+  template <int kBits>
   static Int line_dot(Int sums, const Line<kBits>& line, const Line<kBits>& codes) {
-    if constexpr (kBits == 8) return Simd::dot(sums, line.parts[0], codes.parts[0]);
-    if constexpr (kBits == 4) {
-      const Int low = Simd::add_small(sums, line.parts[0], codes.parts[0]);
-      return Simd::add_small(low, line.parts[1], codes.parts[1]);
-    }
+    unrolled<kParts<kBits>>(
+        [&](auto part) { sums = add<kBits>(sums, line.parts[part], codes.parts[part]); });
+    return sums;
   }
   template <int kBits>
   static Int line_dot(Int sums, const Line<kBits>& line, const int8_t* codes) {
-    if constexpr (kBits == 8) return Simd::dot(sums, line.parts[0], Simd::load(codes));
-    if constexpr (kBits == 4) {
-      const Int low = Simd::add_small(sums, line.parts[0], Simd::load(codes));
-      return Simd::add_small(low, line.parts[1], Simd::load(codes + kVector));
-    }
+    unrolled<kParts<kBits>>([&](auto part) {
+      sums = add<kBits>(sums, line.parts[part], Simd::load(codes + part * kVector));
+    });
+    return sums;
   }
   // The codes that a line meets, for several lines.
   template <int kBits>
@@ -195,8 +204,8 @@ class QuantLayout {
   }
   template <int kBits>
   static Int close(Int sums, Int start) {
-    if constexpr (kBits == 4) return Simd::close_small(sums, start);
-    return sums;
+    if constexpr (kShort<kBits>) return Simd::add_pairs(start, sums);
+    else return sums;
   }
 
   // Sums of products with both digits.

@@ -153,7 +153,8 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);
   context.parallel_for(parts.parts(), [&](size_t index) {
-    if (!parts.any()) return next.leave();  // there are fewer threads than parts
+    if (!parts.any()) return;  // there are fewer threads than parts
+    next.enter();
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
     all.each(first, first + 1, [&](int i, int64_t row, int64_t) {

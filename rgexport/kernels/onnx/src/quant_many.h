@@ -19,7 +19,7 @@ class QuantMany : QuantLayout<Simd> {
   // Vectors of outputs in a panel; with them, rows of activations in a tile, as registers allow.
   static constexpr int kWide = Simd::kWide;
   template <int kBits>
-  static constexpr int kTall = kBits == 4 ? Simd::kTallSmall : Simd::kTall;
+  static constexpr int kTall = kBits == 4 ? Simd::kTallHalves : Simd::kTall;
   static constexpr int64_t kPanelBytes = 24 << 10;  // of unpacked weights, which stay in L1
   static constexpr int64_t kMostRows = 512;         // of activations that share a panel
   static constexpr int32_t kFourBytes = 0x01010101;
@@ -266,7 +266,8 @@ class QuantMany : QuantLayout<Simd> {
                                                               const uint8_t* weights,
                                                               Int (&dots)[kRows][kWide]) {
     constexpr int kParts = Base::template kParts<kBits>;
-    constexpr int kGroups = kParts;  // lanes at a time: of 4 bits, as many products as `close` takes
+    constexpr int kGroups = kParts;  // lanes at a time
+    static_assert(2 * kGroups * kParts <= Base::kMostShort, "weights are from 0 to 30");
     for (int lane = 0; lane < kShare; lane += kGroups, codes += 4 * kGroups) {
       Int sums[kRows][kWide];
       const auto each = [](const auto& body) {
@@ -281,8 +282,7 @@ class QuantMany : QuantLayout<Simd> {
           const int8_t* four = codes + r * stride + g / kParts * 4 + g % kParts * kVector;
           const Int x = Simd::broadcast_bytes(four);
           unrolled<kWide>([&](auto j) {
-            if constexpr (kBits == 4) sums[r][j] = Simd::add_small(sums[r][j], columns[j], x);
-            if constexpr (kBits == 8) sums[r][j] = Simd::dot(sums[r][j], columns[j], x);
+            sums[r][j] = Base::template add<kBits>(sums[r][j], columns[j], x);
           });
         });
       });

@@ -7,7 +7,12 @@ namespace rgexport {
 namespace {
 
 struct Scalar {
-  static constexpr int kLanes = 4, kWide = 2, kTall = 2, kTallSmall = 2, kSeveralRows = 2, kTogether = 2, kMostSeveral = 4;
+  static constexpr int kLanes = 4;
+  // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
+  static constexpr int kWide = 2, kTall = 2, kTallHalves = 2;
+  // For several: rows of weights and of activations at a time, and most of the latter.
+  static constexpr int kWeightRows = 2, kTogether = 2, kMostSeveral = 4;
+  static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   struct Int {
     uint8_t bytes[16];
@@ -73,11 +78,6 @@ struct Scalar {
     }
     return load(lanes);
   }
-  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
-  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
-  static Int open_small(Int start) { return start; }
-  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
-  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return broadcast_float(0); }
   static Float load_float(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }

@@ -1,5 +1,5 @@
-// Several rows of activations, such as conversations or the tokens of a draft: a line of weights is
-// unpacked once and meets all of them, still about as fast as memory gives it.
+// Several rows of activations, such as conversations or a few tokens of one: weights are read from memory
+// once, and unpacked for kTogether rows at a time.
 //
 // A row gives what it gives alone, see quant_few.h, to the last bit: the same numbers are added in the
 // same order.
@@ -14,15 +14,15 @@ namespace rgexport {
 template <class Simd>
 class QuantSeveral : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
-  using Base::kCacheLine;
   using Base::kLanes;
   using Base::kVector;
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
-  static constexpr int kRows = Simd::kSeveralRows;  // of weights at a time
-  static constexpr int kTogether = Simd::kTogether;  // of x at a time, as registers allow
-  // Vectors of blocks at a time: what they meet of the activations stays in L1.
+  static constexpr int kRows = Simd::kWeightRows;
+  static constexpr int kTogether = Simd::kTogether;
+  // Vectors of blocks at a time: what they meet of the activations stays in L1, or in L2 where blocks
+  // are large.
   static constexpr int kVectors = 2;
   static constexpr int64_t kBlocks = kVectors * kLanes;
 
@@ -48,6 +48,7 @@ class QuantSeveral : QuantLayout<Simd> {
     // A step is as many blocks as fill a line, or as many lines as hold a block.
     static constexpr int64_t kStepBlocks = kLanes / kShare, kStepLines = kBlockLanes / kShare;
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
+    static_assert(Base::template kFits<kBits, kStepLines, kDigits>);
 
    public:
     Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t first, int64_t rows)

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kRows = 64;      // of a product
 constexpr int64_t kColumns = 128;  // of a product, which is what a thread takes of a head
 constexpr int64_t kFewRows = 3;    // up to so many, time goes into reading whole weights
-constexpr int64_t kSeveralRows = 8;  // up to so many, each gives the bits that it gives alone
+constexpr int64_t kEachAlone = 8;  // up to so many, each gives the bits that it gives alone
 
 struct Gate {
   const float *weight, *bias;  // [heads, block, block], [heads, block]
@@ -55,7 +55,7 @@ void multiply_gate(const Layer& layer, const Gate& gate, const Part& part) {
   task.c = y;
   task.c_row = layer.channels;
   task.add = true;
-  task.in_order = layer.rows <= kSeveralRows;
+  task.in_order = layer.rows <= kEachAlone;
   const float* bias = gate.bias + part.head * block + part.first;
   for (int64_t row = 0; row < part.rows; ++row)
     std::memcpy(y + row * layer.channels, bias, columns * sizeof(float));
@@ -155,7 +155,8 @@ void RgLruScan::run(Context& context) const {
     Ranges threads(heads * layer.parts_of_head(), 1, processors());
     NextWeights::Next next = next_weights_.begin({{weights[0].data, weights[0].size() * 4}});
     context.parallel_for(threads.parts(), [&](size_t own) {
-      if (!threads.any()) return next.leave();
+      if (!threads.any()) return;
+      next.enter();
       const int64_t head = threads.first(own) / layer.parts_of_head();
       for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
       threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });

@@ -11,7 +11,12 @@ namespace {
 
 // Pairs of bytes go to 16 bits first, where nothing saturates.
 struct Avx2 {
-  static constexpr int kLanes = 8, kWide = 2, kTall = 4, kTallSmall = 3, kSeveralRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr int kLanes = 8;
+  // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
+  static constexpr int kWide = 2, kTall = 4, kTallHalves = 3;
+  // For several: rows of weights and of activations at a time, and most of the latter.
+  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr bool kShortSums = true;  // see add_short
   // |w| · ±x fits: 128 · 127 · 2 < 2^15, as 255 · 127 · 2 would not.
   static constexpr bool kSignedBytes = true;
   using Int = __m256i;
@@ -46,18 +51,13 @@ struct Avx2 {
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
     return add_pairs(sum, pairs);
   }
-  // Likewise of weights from 0 to 30, which need no sign.
-  static Int dot_small(Int sum, Int weights, Int codes) {
-    return add_pairs(sum, _mm256_maddubs_epi16(weights, codes));
-  }
-  // Sums of eight products of weights from 0 to 15 at most, in 16 bits: 8 · 2 · 15 · 127 < 2^15.
-  static Int open_small(Int) { return zero(); }
-  static Int add_small(Int sums, Int weights, Int codes) {
+  // Sums in 16 bits, of at most eight products of weights from 0 to 15, or four of 0 to 30: with
+  // 8 · 2 · 15 · 128 they stay below 2^15.
+  static Int add_short(Int sums, Int weights, Int codes) {
     sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, codes));
     __asm__("" : "+x"(sums));  // GCC would sum pairs, and have more of them than registers
     return sums;
   }
-  static Int close_small(Int sums, Int start) { return add_pairs(start, sums); }
   static Int add_pairs(Int sum, Int pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
@@ -157,17 +157,12 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
-  static constexpr int kTall = 6, kTallSmall = 6, kMostSeveral = 8;
-  static constexpr bool kSignedBytes = false;
+  static constexpr int kTall = 6, kTallHalves = 6, kMostSeveral = 8;
+  static constexpr bool kSignedBytes = false, kShortSums = false;
 
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm256_dpbusd_avx_epi32(sum, weights, codes);
   }
-  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
-  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
-  static Int open_small(Int start) { return start; }
-  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
-  static Int close_small(Int sums, Int) { return sums; }
 };
 #endif
 

@@ -11,7 +11,12 @@ namespace rgexport {
 namespace {
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kWide = 3, kTall = 6, kTallSmall = 6, kSeveralRows = 4, kTogether = 4, kMostSeveral = 8;
+  static constexpr int kLanes = 16;
+  // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
+  static constexpr int kWide = 3, kTall = 6, kTallHalves = 6;
+  // For several: rows of weights and of activations at a time, and most of the latter.
+  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 8;
+  static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   using Int = __m512i;
   using Float = __m512;
@@ -55,11 +60,6 @@ struct Avx512 {
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
-  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
-  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
-  static Int open_small(Int start) { return start; }
-  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
-  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return _mm512_setzero_ps(); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }

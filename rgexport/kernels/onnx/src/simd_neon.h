@@ -10,7 +10,12 @@ namespace rgexport {
 namespace {
 
 struct Neon {
-  static constexpr int kLanes = 4, kWide = 4, kTall = 6, kTallSmall = 6, kSeveralRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr int kLanes = 4;
+  // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
+  static constexpr int kWide = 4, kTall = 6, kTallHalves = 6;
+  // For several: rows of weights and of activations at a time, and most of the latter.
+  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = true;  // both factors of vdotq_s32 have a sign
   using Int = int32x4_t;
   using Float = float32x4_t;
@@ -45,11 +50,6 @@ struct Neon {
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
-  static Int dot_small(Int sum, Int weights, Int codes) { return dot(sum, weights, codes); }
-  // Sums of few products of weights from 0 to 15, in a form of this unit's own.
-  static Int open_small(Int start) { return start; }
-  static Int add_small(Int sums, Int weights, Int codes) { return dot_small(sums, weights, codes); }
-  static Int close_small(Int sums, Int) { return sums; }
 
   static Float zero_float() { return vdupq_n_f32(0); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
