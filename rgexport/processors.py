@@ -1,10 +1,9 @@
 """How much is done at once."""
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -39,7 +38,7 @@ def usable_threads(wanted: int | None) -> int:
 
 def _quotas() -> Iterator[float]:
     """What control groups of both versions allow, in processors."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         for line in _MINE.read_text().splitlines():
             _, controllers, place = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
@@ -55,7 +54,7 @@ def _quotas() -> Iterator[float]:
 def _quota_of(group: Path) -> Iterator[float]:
     """What one control group allows, if it limits the time of processors at all."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):  # without a limit: "max", or -1
+        with suppress(OSError, ValueError):  # without a limit: "max", or -1
             time, period = " ".join((group / name).read_text() for name in names).split()
             if int(time) > 0 and int(period) > 0:
                 yield int(time) / int(period)
@@ -68,7 +67,7 @@ def parallel_jobs(most: int | None = None) -> int:
     """
     if _jobs:
         return _jobs[-1]
-    return min(most or usable_processors(), usable_processors())
+    return usable_threads(most)
 
 
 @contextmanager

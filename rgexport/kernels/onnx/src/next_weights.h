@@ -44,8 +44,8 @@ class NextWeights {
     void enter() { entered_.fetch_add(1, std::memory_order_relaxed); }
 
     // In a thread that is done with its part of the op: fetches the start of its part of the next,
-    // until all that have begun are done. Weights that are gone meanwhile do no harm, for what cannot be fetched is
-    // not.
+    // until all that have begun are done. Weights that are gone meanwhile do no harm, for what cannot
+    // be fetched is not.
     void fetch(int part, int parts) {
       constexpr int64_t kMost = 128 << 10, kPiece = 1 << 10;
       done_.fetch_add(1, std::memory_order_relaxed);

@@ -182,7 +182,7 @@ class QuantLayout {
     if constexpr (kShort<kBits>) return Simd::add_short(sums, weights, codes);
     else return Simd::dot(sums, weights, codes);
   }
-  // All of a line.
+  // All of a line, with codes from registers or from memory.
   template <int kBits>
   static Int line_dot(Int sums, const Line<kBits>& line, const Line<kBits>& codes) {
     unrolled<kParts<kBits>>(

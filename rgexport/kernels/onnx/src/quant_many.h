@@ -191,7 +191,7 @@ class QuantMany : QuantLayout<Simd> {
     const Int most = Simd::broadcast(kMostHalf * kFourBytes);
     return Simd::add(most, Simd::times(points, -kFourBytes));
   }
-  static Int middle_moves() { return Simd::broadcast((kMostHalf - 8) * kFourBytes); }
+  static Int middle_moves() { return Simd::broadcast((kMostHalf - Base::template kMiddle<4>) * kFourBytes); }
   static void store_zeros(Int points, Panel& panel, int64_t to) {
     const Float offsets = Simd::to_float(Simd::add(points, Simd::broadcast(-128)));
     Simd::store_float(panel.zeros + to, Simd::mul(Simd::load_float(panel.scales + to), offsets));
