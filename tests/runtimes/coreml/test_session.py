@@ -1,5 +1,6 @@
 """Core ML sessions, in the interpreter, against DeepMind's implementation."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,8 +202,9 @@ def test_long_decays(tmp_path: Path) -> None:
     assert distance(states[1], states[0]) <= 1e-5
 
 
-def test_info(tmp_path: Path) -> None:
+def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ODD_CONFIGS["not_by_32"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     artifact, _ = export_random_coreml(config, tmp_path, "fp16")
     info = CoreMLSession(artifact, threads=3).info
     assert info.engine == "MIL interpreter" and info.threads == 3
