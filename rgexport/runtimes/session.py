@@ -1,6 +1,7 @@
 """The interface that every engine implements."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ class SessionInfo:
     """Whether a chunk can return the logits of all its tokens; if not, it takes single steps."""
     whole_chunks: bool = False
     """Whether tokens that do not fill a chunk are taken in single steps."""
+    exact_tokens: int = 1
+    """Up to so many tokens of a call, of all rows together, give the bits that each gives alone."""
     kernels: str = "stock"
     """`native` and an instruction set where our kernels run, `stock` where only the engine's do."""
 
@@ -82,6 +85,21 @@ class Session(ABC):
         """As `take`; tokens and `num_logits` are checked."""
         ...
 
+    def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        """As `verify`, of tokens that are checked."""
+        self._before = self.get_rows(rows)
+        return self._take(rows, tokens, tokens.shape[1])
+
+    def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
+        """As `accept`, of the tokens of the last `_verify`: from the states before it."""
+        for place, count in enumerate(counts):
+            if count == tokens.shape[1]:
+                continue
+            row = range(rows[place], rows[place] + 1)
+            self._set_rows(row, {n: array[place : place + 1] for n, array in self._before.items()})
+            if count:
+                self._take(row, tokens[place : place + 1, :count], 1)
+
     @abstractmethod
     def get_rows(self, rows: range) -> State:
         """A copy of the canonical state of some rows."""
@@ -102,6 +120,25 @@ class Session(ABC):
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
+
+    def verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        """Takes tokens [R, T], T ≥ 1, of some rows on trial; `accept` must be the next call.
+
+        Returns the logits of all of them, [R, T, vocab]: those of single steps to the last bit, up
+        to `info.exact_tokens`.
+
+        Raises:
+            RequestError: another shape, or an id outside of the vocabulary.
+        """
+        self._tried = rows, checked_tokens(tokens, len(rows), self.vocab_size)
+        return self._verify(*self._tried)
+
+    def accept(self, counts: Sequence[int]) -> None:
+        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them."""
+        rows, tokens = self._tried
+        if len(counts) != len(rows) or not all(0 <= n <= tokens.shape[1] for n in counts):
+            raise ValueError(f"of {tokens.shape} tokens, {counts} cannot be kept")
+        self._accept(rows, tokens, counts)
 
     def set_rows(self, rows: range, state: State) -> None:
         """Lets some rows continue from a canonical state of as many, by any engine.

@@ -1,9 +1,10 @@
-"""Reads the inputs, nodes and external tensors of an ONNX model file, and adds an input.
+"""Reads the inputs, nodes and external tensors of an ONNX model file; adds inputs and outputs.
 
 A runtime asks for these few fields only. They are declared here, as in onnx.proto, so that the core
 needs no package `onnx`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePosixPath
@@ -21,7 +22,12 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
         "input": (11, "Value*"),
         "output": (12, "Value*"),
     },
-    "Node": {"input": (1, "bytes*"), "op_type": (4, "bytes"), "domain": (7, "bytes")},
+    "Node": {
+        "input": (1, "bytes*"),
+        "output": (2, "bytes*"),
+        "op_type": (4, "bytes"),
+        "domain": (7, "bytes"),
+    },
     "Tensor": {
         "dims": (1, "int64*"),
         "data_type": (2, "int32"),
@@ -51,6 +57,7 @@ class ModelNode:
     op: str
     domain: str
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,12 @@ def read_model(model: bytes) -> ModelFile:
         return ModelFile()
 
 
-def with_num_logits(model: bytes) -> bytes:
+def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
     """A serialized model with an input that says for how many last tokens logits are wanted.
 
     In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default,
-    and other programs want it to be 1. What is not declared above stays as it is; so does a damaged
-    model, which the engine refuses.
+    and other programs want it to be 1. The values that are to be `shown` are outputs too. What is
+    not declared above stays as it is; so does a damaged model, which the engine refuses.
     """
     try:
         made = _model_class().FromString(model)
@@ -110,12 +117,14 @@ def with_num_logits(model: bytes) -> bytes:
             count = output.type.tensor_type.shape.dim[1]
             count.ClearField("value")
             count.symbol = NUM_LOGITS.encode()
+    for name in shown:
+        made.graph.output.add(name=name.encode())
     return bytes(made.SerializeToString())
 
 
 def _node(node: Any) -> ModelNode:
-    inputs = tuple(name.decode() for name in node.input)
-    return ModelNode(node.op_type.decode(), node.domain.decode(), inputs)
+    inputs, outputs = (tuple(map(bytes.decode, names)) for names in (node.input, node.output))
+    return ModelNode(node.op_type.decode(), node.domain.decode(), inputs, outputs)
 
 
 def _external(tensor: Any) -> ExternalTensor:

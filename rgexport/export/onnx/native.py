@@ -5,7 +5,7 @@ native kernel.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -18,6 +18,8 @@ SINCE = {"RgLruScan": 2}
 file of an older version, its body runs."""
 STOCK = "stock"
 """The word for the engine's own kernels."""
+_PRODUCTS = {"MatMul", "MatMulNBits", "Gemm"}
+"""Ops of the engine whose sums depend on the number of tokens."""
 _SMALL = 1 << 16
 """Elements. A tensor of fewer is read to fold constants; a larger one is repacked."""
 
@@ -26,20 +28,22 @@ _SMALL = 1 << 16
 class NativeOps:
     """The native kernels for a model file on this machine."""
 
-    ops: dict[str, int]
+    ops: dict[str, int] = field(default_factory=dict)
     """Op of our domain → the number of its nodes in the graph."""
-    native: tuple[str, ...]
+    native: tuple[str, ...] = ()
     """The ops that native kernels compute; of the others, the bodies run."""
-    library: Path | None
+    library: Path | None = None
     """What to register with the engine, if any op is native."""
-    kernels: str
+    kernels: str = STOCK
     """`native` and the instruction set, or `stock`."""
-    reason: str
+    reason: str = ""
     """Why it is `stock`; empty otherwise."""
     weights: tuple[ExternalTensor, ...] = ()
     """External tensors that kernels read in place: the engine does not repack them."""
     small: tuple[ExternalTensor, ...] = ()
     """External tensors that the engine reads by itself, to fold constants."""
+    exact_tokens: int = 1
+    """Up to so many tokens of a step, of all rows together, give the bits that each gives alone."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
@@ -59,7 +63,8 @@ def native_ops(model: Path | bytes) -> NativeOps:
         names = _read_in_place(read)
         weights = tuple(t for t in read.tensors if t.name in names)
         small = tuple(t for t in read.tensors if t.name not in names and prod(t.shape) < _SMALL)
-        return NativeOps(ops, native, path, kernels, "", weights, small)
+        exact = 1 if any(node.op in _PRODUCTS for node in read.nodes) else found.exact_tokens
+        return NativeOps(ops, native, path, kernels, "", weights, small, exact)
     reason = found.reason or f"the file has no op of {', '.join(sorted(found.ops))}"
     return NativeOps(ops, (), None, STOCK, reason)
 

@@ -35,12 +35,14 @@ class Kernels:
         instruction_set: the one in use, of `instruction_sets`; empty if there are no kernels.
         ops: the ops of the domain `ai.rgexport` that have a kernel.
         instruction_sets: those that this processor supports, the least first.
+        exact_tokens: up to so many tokens of a step give the bits that each gives alone.
         reason: why there are no kernels; empty if there are some.
     """
 
     instruction_set: str = ""
     ops: tuple[str, ...] = ()
     instruction_sets: tuple[str, ...] = ()
+    exact_tokens: int = 1
     reason: str = ""
 
 
@@ -72,6 +74,7 @@ def kernels() -> Kernels:
         instruction_set=loaded.rgexport_instruction_set().decode(),
         ops=tuple(name for _, name in _names(loaded.rgexport_op)),
         instruction_sets=tuple(here),
+        exact_tokens=loaded.rgexport_exact_tokens(),
     )
 
 
@@ -106,6 +109,7 @@ def _load(path: Path) -> ctypes.CDLL | str:
         for names in (loaded.rgexport_level, loaded.rgexport_op):
             names.argtypes, names.restype = [ctypes.c_size_t], ctypes.c_char_p
         loaded.rgexport_level_is_here.argtypes = [ctypes.c_size_t]
+        loaded.rgexport_exact_tokens.restype = ctypes.c_int64
         loaded.rgexport_calls.argtypes = [ctypes.c_size_t]
         loaded.rgexport_calls.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:

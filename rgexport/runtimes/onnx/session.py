@@ -12,13 +12,15 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import NUM_LOGITS, with_num_logits
-from rgexport.export.onnx.native import STOCK, NativeOps, native_ops
+from rgexport.export.onnx.model_file import NUM_LOGITS, for_session
+from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
+from rgexport.runtimes.onnx.run import Run
+from rgexport.runtimes.onnx.trial import Trial, state_sites
 from rgexport.runtimes.sequences import checked_tokens
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles
@@ -63,9 +65,10 @@ class OrtSession(Session):
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
         self._files = UnchangedFiles(artifact, MODEL_FILE)
-        self._session, self._kernels, self._weights, stop = _open(
+        self._session, self._native, self._weights, stop = _open(
             artifact, self._threads, graph, native
         )
+        self._exact = min(self._native.exact_tokens, self._manifest.config.window)
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
@@ -85,7 +88,8 @@ class OrtSession(Session):
             weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
             state_bytes=sum(a.nbytes for a in self._states.values()) // len(self._position),
             prefill_chunk=PREFILL_CHUNK,
-            kernels=self._kernels,
+            kernels=self._native.kernels,
+            exact_tokens=self._exact,
         )
 
     @property
@@ -117,6 +121,7 @@ class OrtSession(Session):
         self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
         self._steps: dict[range, _Step] = {}
+        self._trials: dict[tuple[range, int], Trial] = {}
 
     def get_rows(self, rows: range) -> State:
         """A copy of the canonical state of some rows."""
@@ -130,7 +135,7 @@ class OrtSession(Session):
     def close(self) -> None:
         """Frees the weights and the states; the session cannot be used any more."""
         self._stop_advice()
-        del self._steps, self._session, self._weights
+        del self._steps, self._trials, self._session, self._weights
         self._states = {}
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
@@ -146,6 +151,29 @@ class OrtSession(Session):
             if wanted > 0:
                 logits.append(result)
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        if tokens.size > self._exact:
+            return super()._verify(rows, tokens)
+        key = rows, tokens.shape[1]
+        if key not in self._trials:
+            self._trials[key] = self._trial(rows, tokens)
+        logits = np.empty((*tokens.shape, self._vocab), np.float32)
+        self._trials[key].run(tokens, self._next(rows, tokens), logits)
+        return logits
+
+    def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
+        if tokens.size > self._exact:
+            return super()._accept(rows, tokens, counts)
+        self._trials[rows, tokens.shape[1]].accept(counts)
+        self._position[rows.start : rows.stop] += np.array(counts)
+
+    def _trial(self, rows: range, tokens: np.ndarray) -> Trial:
+        ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+        run = self._bind(rows, ids, positions, tokens.shape[1])
+        specs = self._manifest.states
+        states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
+        return Trial(run, ids, positions, states, specs, state_sites(self._manifest.config))
 
     def _set_rows(self, rows: range, state: State) -> None:
         self._files.require()
@@ -186,7 +214,7 @@ class OrtSession(Session):
         run = self._bind(rows, ids, self._next(rows, ids), num_logits)
         return self._logits(rows, run, ids.shape[1], num_logits)
 
-    def _logits(self, rows: range, run: "_Run", tokens: int, count: int) -> np.ndarray:
+    def _logits(self, rows: range, run: Run, tokens: int, count: int) -> np.ndarray:
         """The logits [R, count, vocab] of a run over so many tokens, in a new array."""
         logits = np.empty((len(rows), count, self._vocab), np.float32)
         run.bind(logits, None, "logits")
@@ -200,9 +228,9 @@ class OrtSession(Session):
         positions: np.ndarray = seen + np.arange(ids.shape[1])
         return positions
 
-    def _bind(self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> "_Run":
+    def _bind(self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> Run:
         """Binds all inputs, and the states as outputs too: neighbouring rows are one array."""
-        run = _Run(self._session)
+        run = Run(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
         run.bind(np.array(num_logits), NUM_LOGITS)
@@ -215,42 +243,10 @@ class OrtSession(Session):
 class _Step:
     """A run of one token in each of some rows, whose ids and positions [R, 1] are filled in."""
 
-    def __init__(self, rows: int, bind: Callable[[np.ndarray, np.ndarray, int], "_Run"]):
+    def __init__(self, rows: int, bind: Callable[[np.ndarray, np.ndarray, int], Run]):
         self.ids = np.zeros((rows, 1), np.int64)
         self.positions = np.zeros((rows, 1), np.int64)
         self.run = bind(self.ids, self.positions, 1)
-
-
-class _Run:
-    """Inputs and outputs bound to arrays, which are kept: ONNX Runtime may keep only pointers."""
-
-    def __init__(self, session: ort.InferenceSession):
-        self._session, self._binding = session, session.io_binding()
-        self._arrays: dict[str | None, np.ndarray] = {}
-
-    def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
-        """Binds `array` as the input `source`, and as the output `target`.
-
-        Binding a name again replaces what was bound to it.
-        """
-        self._arrays[source or target] = array
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        if source:
-            self._binding.bind_ortvalue_input(source, value)
-        if target:
-            self._binding.bind_ortvalue_output(target, value)
-
-    def run(self) -> None:
-        """Runs the graph."""
-        self._session.run_with_iobinding(self._binding)
-
-    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Runs the graph; the outputs `names`, none of which is bound."""
-        for name in names:
-            self._binding.bind_output(name)
-        self.run()
-        found = self._binding.get_outputs()[-len(names) :]
-        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
 
 def _canonical(state: StateRecord) -> tuple[int, ...]:
@@ -268,7 +264,7 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
-) -> tuple[ort.InferenceSession, str, MappedWeights | None, Callable[[], None]]:
+) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
     """The session, its kernels, its mapped weights, and what to call before both are freed."""
     _require_version(artifact)
     options = ort.SessionOptions()
@@ -279,12 +275,11 @@ def _open(
     options.enable_mem_pattern = False
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
-    model = with_num_logits(graph or path.read_bytes())
-    kernels, weights = STOCK, None
-    if native:
-        ops = native_ops(model)
-        kernels = _register(options, ops)
-    if kernels != STOCK:
+    model, weights = graph or path.read_bytes(), None
+    ops = _register(options, native_ops(model)) if native else NativeOps()
+    shown = state_sites(artifact.manifest.config).values() if ops.exact_tokens > 1 else ()
+    model = for_session(model, shown)
+    if ops.library:
         weights = MappedWeights(artifact.path, ops.weights)
         weights.read_around(ops.small)
         for name, value in weights.values.items():
@@ -300,7 +295,7 @@ def _open(
     if weights:
         weights.make_resident()
         stack.callback(weights.close)
-    return session, kernels, weights, stack.close
+    return session, ops, weights, stack.close
 
 
 def _require_version(artifact: Artifact) -> None:
@@ -314,13 +309,13 @@ def _require_version(artifact: Artifact) -> None:
         )
 
 
-def _register(options: ort.SessionOptions, native: NativeOps) -> str:
-    """Registers our kernels, if there are any; says which kernels the session will run."""
+def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:
+    """Registers our kernels, if there are any; returns what the session will run."""
     if native.library is None:
-        return native.kernels
+        return native
     try:
         options.register_custom_ops_library(str(native.library))
     except Exception as error:  # built for another machine or another ONNX Runtime
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
-        return STOCK
-    return native.kernels
+        return NativeOps()
+    return native

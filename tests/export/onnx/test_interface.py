@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from rgexport.export.onnx.model_file import with_num_logits
+from rgexport.export.onnx.model_file import for_session
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
@@ -79,4 +79,4 @@ def test_files_of_the_earlier_layout_still_run() -> None:
 
 @pytest.mark.parametrize("model", [b"", b"\xff\xff", b"\x3a\x02\x62\x00"])
 def test_a_damaged_model_is_left_to_the_engine(model: bytes) -> None:
-    assert isinstance(with_num_logits(model), bytes)
+    assert isinstance(for_session(model), bytes)

@@ -271,3 +271,52 @@ def test_threads_do_not_change_a_bit(worker, tokens):
         one, *others = (worker.run(case, threads=n) for n in (1, 2, 3))
         for name, y in one.items():
             assert all(np.array_equal(y, other[name]) for other in others), (case.op, name)
+
+
+def one_by_one(worker, case: Case, states: dict[str, str]) -> Arrays:
+    """The outputs of a case whose tokens come in steps of their own, results put together."""
+    by_token = [name for name in case.inputs if name in {"x", "q", "k", "v", "position_ids"}]
+    tokens = case.inputs[by_token[0]].shape[1]
+    inputs, found = dict(case.inputs), []
+    for i in range(tokens):
+        inputs |= {name: np.ascontiguousarray(case.inputs[name][:, [i]]) for name in by_token}
+        outputs = {
+            name: shape if name in states else (shape[0], 1, *shape[2:])
+            for name, shape in case.outputs.items()
+        }
+        found.append(worker.run(replace(case, inputs=inputs, outputs=outputs)))
+        inputs |= {state: found[-1][name] for name, state in states.items()}
+    return {
+        name: found[-1][name] if name in states else np.concatenate([y[name] for y in found], 1)
+        for name in case.outputs
+    }
+
+
+RING = {"present_key": "past_key", "present_value": "past_value"}
+SHORT_STEPS = {
+    "from_the_first": attention_case(1, 7, 3, 20, 33, positions(1, 7), False),
+    "before_the_window_is_full": attention_case(2, 16, 2, 16, 100, positions(2, 16, 79), False),
+    "where_the_ring_begins_anew": attention_case(2, 9, 3, 20, 50, positions(2, 9, 494), False),
+    "longer_than_the_window": attention_case(1, 11, 2, 8, 3, positions(1, 11, 5), False),
+    "many_parts": attention_case(1, 16, 10, 32, 2048, positions(1, 16, 2300), False),
+    "more_parts_than_tasks": attention_case(1, 5, 1, 8, 5000, positions(1, 5, 4999), False),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_STEPS)
+def test_attention_of_a_short_step_is_that_of_single_tokens(worker, name):
+    """To the last bit."""
+    case = SHORT_STEPS[name]
+    found, expected = worker.run(case), one_by_one(worker, case, RING)
+    for output, y in expected.items():
+        assert np.array_equal(found[output], y), output
+
+
+@pytest.mark.parametrize(("heads", "block"), [(3, 5), (2, 130)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (5, 3)])
+def test_the_scan_of_a_short_step_is_that_of_single_tokens(worker, batch, tokens, heads, block):
+    """To the last bit."""
+    case = scan_case(batch, tokens, heads, block, positions(batch, tokens))
+    found, expected = worker.run(case), one_by_one(worker, case, {"present": "state"})
+    for output, y in expected.items():
+        assert np.array_equal(found[output], y), output

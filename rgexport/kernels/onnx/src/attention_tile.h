@@ -8,6 +8,10 @@
 // as lanes of vectors. A tile goes through its keys block by block with the largest score and the
 // sum of weights so far (the online softmax of arXiv 1805.02867). Where there are few tiles to share
 // among threads, the keys of each are cut into parts that are joined at the end.
+//
+// Where blocks and parts begin depends on the positions of keys, not on where a step begins. So a
+// token of a short step gives the bits that it gives in a step of its own: the same keys are summed
+// in the same order, and keys that it does not see add zeros.
 #pragma once
 
 #include <cmath>
@@ -23,7 +27,8 @@ namespace {
 constexpr int64_t kKeys = 32;        // of a block
 constexpr int64_t kTileLanes = 128;  // of a tile, unless one token has more heads
 constexpr int64_t kTokens = 8;       // of a tile, a multiple of this where that many fit
-constexpr int64_t kMostTasks = 16;   // keys are cut until a row of the batch has so many tasks
+constexpr int64_t kMostTasks = 14;   // keys are cut until a row of the batch has so many tasks
+constexpr int64_t kMostParts = kMostTasks + 2;  // of a tile: the first and the last may be short
 constexpr int64_t kPartKeys = 256;   // of a part, about
 // The score of a key that is not seen: finite, and a weight of 0 next to any key that is.
 constexpr float kUnseen = std::numeric_limits<float>::lowest();
@@ -36,6 +41,8 @@ int64_t parts_of(int64_t count, int64_t part) { return (count + part - 1) / part
 
 struct Shape {
   int64_t batch, tokens, heads, dim, window;
+
+  bool few() const { return tokens <= kEachAlone; }
 };
 
 // A row of the batch.
@@ -45,6 +52,10 @@ struct Sequence {
   // Whether queries also meet the keys that they do not see, as in the graph that is this op's body:
   // with minus infinity added to their scores. Only what is not a number makes a difference to that.
   bool sees_all;
+  // Of few tokens: the keys from number `seam` on to the end of their block, in which the ring ends
+  // and the step begins, copied to lie side by side.
+  int64_t seam;
+  const float *seam_key, *seam_value;
 };
 
 // Keys that lie side by side in memory, and their values.
@@ -53,17 +64,53 @@ struct Keys {
   const float *k, *v;
 };
 
-// The block of keys from c on that lie side by side and come before `end`.
+// The number of the key that begins the block of key c. Blocks are cut at positions that are a
+// multiple of kKeys, and where the ring begins anew, plus the window.
+int64_t block_of(const Shape& shape, const Sequence& row, int64_t c) {
+  const int64_t at = row.position + c;
+  return most(at / kKeys * kKeys, at / shape.window * shape.window) - row.position;
+}
+
+int64_t next_block(const Shape& shape, const Sequence& row, int64_t c) {
+  const int64_t at = row.position + c;
+  return least((at / kKeys + 1) * kKeys, (at / shape.window + 1) * shape.window) - row.position;
+}
+
+// What is left of the block of key c before `end`.
 Keys keys_from(const Shape& shape, const Sequence& row, int64_t c, int64_t end) {
-  const int64_t limit = least(kKeys, end - c);
-  if (limit <= 0) return {c, 0, nullptr, nullptr};
+  const int64_t last = least(next_block(shape, row, c), end);
+  if (c >= last) return {c, 0, nullptr, nullptr};
+  if (row.seam_key && c >= row.seam && c < shape.window) {
+    const int64_t at = (c - row.seam) * shape.dim;
+    return {c, last - c, row.seam_key + at, row.seam_value + at};
+  }
   if (c >= shape.window) {
     const int64_t at = (c - shape.window) * shape.dim;
-    return {c, limit, row.k + at, row.v + at};
+    return {c, last - c, row.k + at, row.v + at};
   }
-  const int64_t slot = (row.position + c) % shape.window;
-  const int64_t count = least(limit, shape.window - most(slot, c));
+  const int64_t slot = (row.position + c) % shape.window, count = least(last, shape.window) - c;
   return {c, count, row.past_key + slot * shape.dim, row.past_value + slot * shape.dim};
+}
+
+// Copies the block in which the ring ends and the step begins, if there is one, to `to`, which has
+// room for kKeys keys and as many values.
+void sew(const Shape& shape, Sequence& row, float* to) {
+  const int64_t window = shape.window;
+  const int64_t oldest = most(0, window - row.position);  // others are before the first token
+  row.seam = most(block_of(shape, row, window), oldest);
+  if (row.seam >= window) return;
+  const int64_t old = window - row.seam;
+  const int64_t added = least(next_block(shape, row, window), window + shape.tokens) - window;
+  const int64_t slot = (row.position + row.seam) % window * shape.dim;
+  float* value = to + kKeys * shape.dim;
+  const auto copy = [&](float* at, const float* past, const float* now) {
+    std::memcpy(at, past + slot, old * shape.dim * sizeof(float));
+    std::memcpy(at + old * shape.dim, now, added * shape.dim * sizeof(float));
+  };
+  copy(to, row.past_key, row.k);
+  copy(value, row.past_value, row.v);
+  row.seam_key = to;
+  row.seam_value = value;
 }
 
 // Some queries of a row with what they have attended to: lane = token · heads + head.
@@ -119,25 +166,26 @@ void rescale(const Tile& tile) {
 void attend_block(const FloatKernels& kernels, const Tile& tile, const Keys& keys,
                   const Keys& next) {
   const int64_t dim = tile.shape.dim;
+  const bool in_order = tile.shape.few();
   kernels.product({keys.count, tile.lanes, dim, keys.k, dim, 1, tile.queries, tile.lanes,
-                   tile.scores, tile.lanes, false, keys.v, keys.count * dim});
+                   tile.scores, tile.lanes, false, keys.v, keys.count * dim, in_order});
   if (keys.first < tile.last - 1 || keys.first + keys.count - 1 > tile.first + tile.shape.window)
     mask(tile, keys);
   if (kernels.softmax(tile.scores, keys.count, {tile.lanes, tile.largest, tile.sum}, tile.rescale))
     rescale(tile);
   kernels.product({tile.count(), dim, keys.count, tile.scores, 1, tile.lanes, keys.v, dim, tile.y,
-                   dim, true, next.k, next.count * dim});
+                   dim, true, next.k, next.count * dim, in_order});
 }
 
-// Attends to part `part` of `parts` of the keys that any query of the tile sees.
-void attend(const FloatKernels& kernels, const Tile& tile, int64_t part, int64_t parts) {
+// Attends to part `part`, of `part_keys`, of the keys that any query of the tile sees.
+void attend(const FloatKernels& kernels, const Tile& tile, int64_t part, int64_t part_keys) {
   const Shape& shape = tile.shape;
   const bool all = tile.row.sees_all;
   const int64_t begin = most(all ? 0 : tile.first, shape.window - tile.row.position);
   const int64_t end = shape.window + (all ? shape.tokens : tile.last);
-  const int64_t blocks = parts_of(end - begin, kKeys);
-  const int64_t first = begin + blocks * part / parts * kKeys;
-  const int64_t last = least(begin + blocks * (part + 1) / parts * kKeys, end);
+  const int64_t position = tile.row.position, index = (position + begin) / part_keys + part;
+  const int64_t first = most(index * part_keys - position, begin);
+  const int64_t last = least((index + 1) * part_keys - position, end);
   for (int64_t lane = 0; lane < tile.lanes; ++lane) {
     tile.largest[lane] = kUnseen;
     tile.sum[lane] = 0;
@@ -165,7 +213,7 @@ void join(const FloatKernels& kernels, const Parts& part, int64_t count, float* 
   const Tile tile = part(0);
   const int64_t dim = tile.shape.dim, queries = tile.count();
   for (int64_t lane = 0; lane < queries; ++lane) {
-    float factors[kMostTasks], largest = kUnseen, sum = 0;
+    float factors[kMostParts], largest = kUnseen, sum = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, part(i).largest[lane]);
     for (int64_t i = 0; i < count; ++i) {
       factors[i] = std::exp(part(i).largest[lane] - largest);
@@ -174,7 +222,7 @@ void join(const FloatKernels& kernels, const Parts& part, int64_t count, float* 
     sum = sum_of_weights(largest, sum);
     for (int64_t i = 0; i < count; ++i) factors[i] /= sum;
     kernels.product({1, dim, count, factors, count, 1, tile.y + lane * dim, queries * dim,
-                     y + lane * dim, dim, false});
+                     y + lane * dim, dim, false, nullptr, 0, tile.shape.few()});
   }
 }
 

@@ -10,6 +10,9 @@
 
 namespace rgexport {
 
+// Up to so many tokens of a step, each gives the bits that it gives alone.
+constexpr int64_t kEachAlone = 16;
+
 // c[m, n] (+)= Σ_k a[m, k] · b[k, n]. Both columns of a and its rows may be apart; b and c have
 // their columns side by side.
 struct Product {

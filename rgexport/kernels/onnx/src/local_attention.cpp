@@ -55,15 +55,22 @@ bool are_finite(const float* x, int64_t count) {
 
 // How the queries of a row are cut.
 struct Plan {
-  int64_t tokens, lanes;  // of a tile
-  int64_t tiles, parts;   // of a row, of a tile
+  int64_t tokens, lanes;      // of a tile
+  int64_t tiles;              // of a row
+  int64_t parts, part_keys;   // of a tile, of a part
 
   Plan(const Shape& shape, int64_t vector) {
     const int64_t fit = most(kTileLanes / shape.heads, 1);
     tokens = least(fit < kTokens ? fit : fit / kTokens * kTokens, shape.tokens);
     lanes = parts_of(tokens * shape.heads, vector) * vector;
     tiles = parts_of(shape.tokens, tokens);
-    parts = most(least((shape.window + shape.tokens) / kPartKeys, kMostTasks / tiles), 1);
+    // What few tokens have for parts is the same for each number of them.
+    const int64_t keys = shape.few() ? shape.window : shape.window + shape.tokens;
+    const int64_t tasks = shape.few() ? kMostTasks : kMostTasks / tiles;
+    const int64_t whole = most(least(keys / kPartKeys, tasks), 1);
+    const bool cut = shape.few() || whole > 1;
+    part_keys = cut ? parts_of(parts_of(keys, whole), kKeys) * kKeys : INT64_MAX;
+    parts = cut ? (shape.window + shape.tokens - 2) / part_keys + 2 : 1;
   }
 };
 
@@ -79,7 +86,7 @@ bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, con
     const Tile tile(shape, row, first, last, plan.lanes, y + first * shape.heads * shape.dim,
                     scratch.data(), scratch.data() + shape.dim * plan.lanes);
     prepare(kernels, tile);
-    attend(kernels, tile, 0, 1);
+    attend(kernels, tile, 0, plan.part_keys);
     for (int64_t lane = 0; lane < tile.count(); ++lane) {
       const float factor = 1 / sum_of_weights(tile.largest[lane], tile.sum[lane]);
       for (int64_t i = 0; i < shape.dim; ++i) tile.y[lane * shape.dim + i] *= factor;
@@ -109,7 +116,7 @@ bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, con
   context.parallel_for(plan.tiles, [&](size_t index) { prepare(kernels, part_of(index, 0)); });
   context.parallel_for(plan.tiles * plan.parts, [&](size_t index) {
     const int64_t part = index % plan.parts;
-    attend(kernels, part_of(index / plan.parts, part), part, plan.parts);
+    attend(kernels, part_of(index / plan.parts, part), part, plan.part_keys);
   });
   for (int64_t index = 0; index < plan.tiles; ++index) {
     const auto part = [&](int64_t i) { return part_of(index, i); };
@@ -171,10 +178,13 @@ void LocalAttention::run(Context& context) const {
   }
   const Plan plan(shape, floats().lanes);
   const auto attend_row = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
+  const Scratch seam(Size(shape.few() ? 2 * kKeys : 0) * shape.dim);
+  if (!seam.data()) return context.refuse("out of memory for keys of %" PRId64, shape.dim);
   for (int64_t b = 0; b < shape.batch; ++b) {
     Sequence row = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
                     v.as<float>() + b * step,          past_key.as<float>() + b * ring,
-                    past_value.as<float>() + b * ring, at[b * shape.tokens], false};
+                    past_value.as<float>() + b * ring, at[b * shape.tokens]};
+    if (shape.few()) sew(shape, row, seam.data());
     float* here = y + b * step * heads_;
     bool enough = attend_row(context, plan, shape, row, here);
     if (enough && shape.tokens > 1 &&

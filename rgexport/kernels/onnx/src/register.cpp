@@ -2,8 +2,10 @@
 #include <atomic>
 
 #include "cpu.h"
+#include "floats.h"
 #include "op.h"
 #include "ops.h"
+#include "quant_matmul.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -127,6 +129,12 @@ EXPORT void* RegisterCustomOps(void* options, const rgexport::ort::ApiBase* base
 
 // The name of the instruction set whose kernels run here.
 EXPORT const char* rgexport_instruction_set() { return rgexport::instruction_set_name(); }
+
+// Up to so many tokens of a step, of all rows together, give the bits that each gives alone.
+EXPORT int64_t rgexport_exact_tokens() {
+  const int64_t several = rgexport::quant_kernels().most_several;
+  return several < rgexport::kEachAlone ? several : rgexport::kEachAlone;
+}
 
 // The names of the levels of this architecture, null after the last one, and which are here.
 EXPORT const char* rgexport_level(size_t index) { return rgexport::level_name(index); }

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t kRows = 64;      // of a product
 constexpr int64_t kColumns = 128;  // of a product, which is what a thread takes of a head
 constexpr int64_t kFewRows = 3;    // up to so many, time goes into reading whole weights
-constexpr int64_t kEachAlone = 8;  // up to so many, each gives the bits that it gives alone
 
 struct Gate {
   const float *weight, *bias;  // [heads, block, block], [heads, block]
