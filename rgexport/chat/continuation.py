@@ -1,6 +1,6 @@
 """A plain text that a model continues, from its beginning or from a saved state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from rgexport.chat.model import Model
@@ -8,7 +8,6 @@ from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply, ReplyOptions
 from rgexport.chat.reply_stream import ReplyStream
-from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError
 
 
@@ -41,15 +40,12 @@ class Continuation:
                 "that text, which is not read again (--prompt-file FILE takes a long one)"
             )
 
-    def run(
-        self, sampling: Sampling, max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
+    def run(self, options: ReplyOptions) -> Iterator[str]:
         """Yields the continuation.
 
         Raises:
             RequestError: the engine failed.
         """
-        options = ReplyOptions(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
         stream = ReplyStream(self._model, Prompt(self.ids), options)
         yield from stream
         self.reply = stream.reply()

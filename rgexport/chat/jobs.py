@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from rgexport.chat.lookup import Lookup
 from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
@@ -86,6 +87,7 @@ class Request:
         ids: the prompt, at least one token.
         listener: hears of the reply.
         sampling: how tokens are chosen.
+        draft: tokens that the reply may repeat.
         max_new_tokens: most tokens of the reply; 0 only reads, and keeps the state.
         stop_ids: tokens that end the reply; they are not part of it.
         keep: lengths of prefixes of the prompt whose states are kept, beside its own.
@@ -98,6 +100,7 @@ class Request:
     ids: Sequence[int]
     listener: Listener
     sampling: Sampling = field(default_factory=Sampling)
+    draft: Sequence[int] = ()
     max_new_tokens: int = 256
     stop_ids: Collection[int] = ()
     keep: Collection[int] = ()
@@ -120,6 +123,7 @@ class Job:
         self.cached = 0
         self.began = self.replied = 0.0
         self.sampler = Sampler(request.sampling, request.ids)
+        self.lookup = Lookup(self.ids, request.draft)
 
     def cancel(self) -> None:
         """Ends it soon; its place is free after the current step."""

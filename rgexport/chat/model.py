@@ -60,6 +60,7 @@ class Model(Prompts):
         *,
         rows: int = 1,
         max_waiting: int = 1024,
+        lookup: bool = True,
         cache_bytes: int = CACHE_BYTES,
         state_folder: Path | None = None,
         folder_bytes: int = FOLDER_BYTES,
@@ -74,6 +75,7 @@ class Model(Prompts):
             identity: what its states are of.
             rows: most conversations that are computed together.
             max_waiting: most requests that wait for their turn.
+            lookup: whether replies may be drafted from what they repeat; they stay the same.
             cache_bytes: memory for states.
             state_folder: where states are kept for the next start.
             folder_bytes: most bytes in that folder.
@@ -102,7 +104,9 @@ class Model(Prompts):
         )
         store = PrefixStore(cache_bytes, folder)
         super().__init__(tokenizer, template, store.length)
-        self.scheduler = Scheduler(session, store, rows=rows, max_waiting=max_waiting)
+        self.scheduler = Scheduler(
+            session, store, rows=rows, max_waiting=max_waiting, lookup=lookup
+        )
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
 
     @property
@@ -197,6 +201,7 @@ class Model(Prompts):
                 ids=prompt.ids,
                 listener=writer,
                 sampling=options.sampling,
+                draft=self.tokenizer.encode_text(options.draft_text),
                 max_new_tokens=options.max_new_tokens,
                 stop_ids=self.tokenizer.stop_ids,
                 keep=prompt.keep,

@@ -24,6 +24,7 @@ class ReplyOptions:
         logprobs: of how many of the most likely tokens to report log probabilities, beside the
             chosen one's; None for none at all.
         mask: what may be written.
+        draft_text: what the reply may repeat: writing is faster where it does.
         client: who asks; clients take turns.
     """
 
@@ -32,6 +33,7 @@ class ReplyOptions:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     mask: Mask | None = None
+    draft_text: str = ""
     client: str = ""
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from rgexport.chat.jobs import Busy, End, EngineError, Job, Reason, Request, Token
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import common_prefix
+from rgexport.chat.speculation import Speculation
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session
@@ -38,6 +39,8 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     read_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -47,7 +50,13 @@ class Scheduler:
     """Runs requests over one session, which it owns."""
 
     def __init__(
-        self, session: Session, store: PrefixStore, *, rows: int = 1, max_waiting: int = 1024
+        self,
+        session: Session,
+        store: PrefixStore,
+        *,
+        rows: int = 1,
+        max_waiting: int = 1024,
+        lookup: bool = True,
     ) -> None:
         """Begins its thread.
 
@@ -56,6 +65,7 @@ class Scheduler:
             store: where states are kept.
             rows: most conversations at once; each takes the memory of a state.
             max_waiting: most requests that wait for a row.
+            lookup: whether steps may check drafts, where the engine gives the same bits then.
         """
         session.reset(rows)
         self.counters = Counters()
@@ -66,6 +76,7 @@ class Scheduler:
         self._writing = 0
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._pace = _Pace(session)
+        self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -247,26 +258,46 @@ class Scheduler:
             return
         self._swap(self._rows.index(job), self._writing)
         self._writing += 1
-        self._choose(job, logits)
+        if ending := self._choose(job, logits):
+            self._leave(job, *ending)
 
     def _write(self) -> None:
-        """One step of all that write."""
+        """One step of all that write, perhaps with tokens that may come next."""
         jobs = self._rows[: self._writing]
         if not jobs:
             return
-        tokens = np.array([[job.ids[-1]] for job in jobs], np.int64)
+        rows, tokens = range(len(jobs)), np.array(self._speculation.tokens(jobs), np.int64)
+        drafted = tokens.shape[1] - 1
+        before = [job.fed for job in jobs]
         started = time.perf_counter()
-        logits = self._session.take(range(len(jobs)), tokens)[:, -1]
+        logits = (self._session.verify if drafted else self._session.take)(rows, tokens)
         seconds = time.perf_counter() - started
+        endings = [self._follow(*each) for each in zip(jobs, tokens, logits, strict=True)]
+        fed = [job.fed - earlier for job, earlier in zip(jobs, before, strict=True)]
+        if drafted:
+            self._session.accept(fed)
         self._pace.step(seconds)
+        self._speculation.passed(len(jobs), tokens.shape[1], time.perf_counter() - started)
         self.counters.steps += 1
         self.counters.step_seconds += seconds
-        for job, row in zip(jobs, logits, strict=True):
-            job.fed += 1
-            self._choose(job, row)
+        self.counters.drafted_tokens += drafted * len(jobs)
+        self.counters.accepted_tokens += sum(fed) - len(jobs)
+        for job, ending in zip(jobs, endings, strict=True):
+            if ending:
+                self._leave(job, *ending)
 
-    def _choose(self, job: Job, logits: np.ndarray) -> None:
-        """Chooses the next token, and ends the reply where that ends it."""
+    def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> "_Ending | None":
+        """Chooses a token after each of `tokens` [T], as long as it is the next one of them."""
+        for i, row in enumerate(logits):
+            job.fed += 1
+            if ending := self._choose(job, row):
+                return ending
+            if i + 1 == len(tokens) or job.ids[-1] != tokens[i + 1]:
+                break
+        return None
+
+    def _choose(self, job: Job, logits: np.ndarray) -> "_Ending | None":
+        """Chooses the next token; how the reply ends, if that ends it."""
         request = job.request
         try:
             mask = request.mask
@@ -274,18 +305,15 @@ class Scheduler:
             if mask:
                 mask.accept(token)
         except RequestError as error:
-            self._leave(job, "error", error)
-            return
+            return "error", error
         if token in request.stop_ids:
-            self._leave(job, "stop")
-            return
+            return "stop", None
         job.ids.append(token)
         job.written += 1
         self.counters.new_tokens += 1
         if not request.listener.token(Token(token, logits)):
-            self._leave(job, "stop")
-        elif job.written >= request.max_new_tokens:
-            self._leave(job, "length")
+            return "stop", None
+        return ("length", None) if job.written >= request.max_new_tokens else None
 
     def _leave(
         self,
@@ -338,6 +366,10 @@ class Scheduler:
             self._set(one, second)
             self._set(other, first)
             self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+
+
+_Ending = tuple[Reason, RequestError | None]
+"""Why a reply ends, and the error if it is one."""
 
 
 class _Pace:

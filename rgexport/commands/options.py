@@ -130,6 +130,19 @@ state_options = _options(
     click.option("--save-state", type=FOLDER, help="Write a state file at the end."),
     state_precision,
 )
+no_lookup = click.option(
+    "--no-lookup",
+    "lookup",
+    flag_value=False,
+    default=True,
+    help="Write token by token: do not check at once what the text may repeat.",
+)
+draft_options = _options(
+    click.option(
+        "--draft-text", type=FOLDER, help="A file that a reply may repeat: it is written faster."
+    ),
+    no_lookup,
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 256), help="[default and most: one per usable processor]"
 )

@@ -9,6 +9,7 @@ import click
 from rgexport.commands.options import (
     FOLDER,
     native_option,
+    no_lookup,
     port_option,
     state_precision,
     threads_option,
@@ -84,6 +85,7 @@ _KEY = "RGEXPORT_API_KEY"
     show_default=True,
     help="Seconds that running replies have when it ends.",
 )
+@no_lookup
 @threads_option
 @click.option("--quiet", is_flag=True, help="No line per request.")
 @native_option
@@ -136,6 +138,7 @@ def serve(
         threads=options["threads"],
         rows=options["parallel"],
         max_waiting=options["max_waiting"],
+        lookup=options["lookup"],
         cache_bytes=int(bytes_of("--cache-size", cache_size)),
         state_folder=state_folder,
         folder_bytes=int(bytes_of("--state-folder-size", state_folder_size)),

@@ -9,6 +9,7 @@ import click
 from rgexport import progress
 from rgexport.commands.options import (
     FOLDER,
+    draft_options,
     native_option,
     sampling_options,
     state_options,
@@ -25,6 +26,7 @@ FORMS = "table", "md", "json", "csv"
 @click.option("--prompt-file", type=FOLDER, help="The same, from a file; - is the input.")
 @click.option("--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids.")
 @click.option("--stop", multiple=True, help="A text that ends the continuation; repeatable.")
+@draft_options
 @sampling_options
 @state_options
 @verbose
@@ -34,6 +36,8 @@ def generate(
     prompt_file: Path | None,
     ids: str | None,
     stop: tuple[str, ...],
+    draft_text: Path | None,
+    lookup: bool,
     max_new_tokens: int,
     threads: int | None,
     load_state: Path | None,
@@ -44,6 +48,7 @@ def generate(
     """Continues a prompt, or a saved state."""
     from rgexport.chat.continuation import Continuation
     from rgexport.chat.from_artifact import continue_ids, open_model, summary
+    from rgexport.chat.reply import ReplyOptions
     from rgexport.chat.state_file import require_replaceable
 
     chosen = _sampling(sampling)
@@ -55,8 +60,8 @@ def generate(
     if prompt_file is not None:
         prompt = _text_of(prompt_file)
     if ids is not None:
-        if load_state or save_state:
-            raise RequestError("--ids goes without --load-state and --save-state")
+        if load_state or save_state or draft_text:
+            raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
         for token in continue_ids(artifact, ids, chosen, max_new_tokens, threads):
             click.echo(f"{token} ", nl=False)
         click.echo()
@@ -65,10 +70,16 @@ def generate(
         raise RequestError(
             "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
         )
-    engine = {"threads": threads, "state_precision": state_precision}
+    options = ReplyOptions(
+        sampling=chosen,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        draft_text=_text_of(draft_text) if draft_text else "",
+    )
+    engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
     with open_model(artifact, chat=False, **engine) as model:
         text = Continuation(model, prompt or "", load_state)
-        for piece in text.run(chosen, max_new_tokens, stop):
+        for piece in text.run(options):
             click.echo(piece, nl=False)
         click.echo()
         progress.note(summary(text.reply))
@@ -83,6 +94,7 @@ def generate(
 @click.option("--read", "document", type=FOLDER, help="A text that the first message is about.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: the reply and its figures as JSON.")
 @click.option("--stop", multiple=True, help="A text that ends a reply; repeatable.")
+@draft_options
 @sampling_options
 @state_options
 @verbose
@@ -93,6 +105,8 @@ def chat(
     document: Path | None,
     as_json: bool,
     stop: tuple[str, ...],
+    draft_text: Path | None,
+    lookup: bool,
     max_new_tokens: int,
     threads: int | None,
     load_state: Path | None,
@@ -111,7 +125,12 @@ def chat(
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
     from rgexport.files.regular_file import read_text
 
-    options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
+    options = ReplyOptions(
+        sampling=_sampling(sampling),
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        draft_text=read_text(draft_text) if draft_text else "",
+    )
     if save_state:
         require_replaceable(save_state)
     if load_state and system:
@@ -123,7 +142,7 @@ def chat(
         raise RequestError("-p is empty; give a message")
     if as_json and prompt is None:
         raise RequestError("--json is for one message; give it with -p")
-    engine = {"threads": threads, "state_precision": state_precision}
+    engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
     with open_model(artifact, chat=True, **engine) as model:
         conversation = Conversation(model, options)
         if load_state:

@@ -13,6 +13,8 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens that were read.",
     "cached_tokens": "Prompt tokens that were known.",
     "new_tokens": "Tokens that were written.",
+    "drafted_tokens": "Tokens that were checked in a step with others.",
+    "accepted_tokens": "Of these, that were right.",
     "steps": "Decoding steps.",
     "read_seconds": "Time spent in reading prompts.",
     "step_seconds": "Time spent in steps.",

@@ -78,6 +78,13 @@ class Generation(_Body):
     id_slot: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
+class Prediction(_Body):
+    """What a reply may repeat."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
 class ChatRequest(Generation):
     """`/v1/chat/completions`."""
 
@@ -86,6 +93,7 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
     tools: list[dict[str, Any]] | None = None
+    prediction: Prediction | None = None
 
 
 class CompletionRequest(Generation):

@@ -12,7 +12,13 @@ from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve.exchange import Limits, Work
 from rgexport.serve.grammar import Grammar, Grammars
-from rgexport.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Generation
+from rgexport.serve.requests import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Prediction,
+)
 
 _ROLES = {"developer": "system"}
 _MOST_PROMPTS = 64
@@ -43,7 +49,10 @@ def chat_works(
     _require_fitting([prompt], limits)
     most = body.max_completion_tokens or body.max_tokens
     logprobs = body.top_logprobs if body.logprobs else None
-    return _works([prompt], body, _options(body, most, logprobs, client, limits), grammars)
+    options = _options(body, most, logprobs, client, limits)
+    if body.prediction:
+        options = replace(options, draft_text=_text(body.prediction))
+    return _works([prompt], body, options, grammars)
 
 
 def completion_works(
@@ -156,7 +165,7 @@ def _ids(prompt: Any) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _text(message: ChatMessage) -> str:
+def _text(message: ChatMessage | Prediction) -> str:
     if isinstance(message.content, str):
         return message.content
     return "\n".join(part.text for part in message.content)

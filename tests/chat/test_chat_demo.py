@@ -126,7 +126,7 @@ def test_a_state_of_one_engine_is_continued_by_each_other(
         for engine, other in artifacts.items():
             with open_model(other, threads=1) as model:
                 continued = Continuation(model, "", file)
-                list(continued.run(Sampling(), 64))
+                list(continued.run(ReplyOptions(max_new_tokens=64)))
             assert continued.reply.cached_tokens == len(ids) - 1
             said[maker, engine] = list(continued.reply.ids)
     first = said["onnx", "onnx"]

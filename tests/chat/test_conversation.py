@@ -315,7 +315,7 @@ def test_a_continuation_of_what_there_is_a_hash_of(
     maker = make_model(gemma)
     maker.save_state(path, maker.text_ids(text), with_text=False)
     known = Continuation(make_model(gemma), f"{text}hello", path)
-    list(known.run(Sampling(), 4))
+    list(known.run(ReplyOptions(max_new_tokens=4)))
     assert known.reply.cached_tokens == len(maker.text_ids(text)) - 1
     with pytest.raises(RequestError, match="must begin with that text"):
         Continuation(make_model(gemma), "hello", path)

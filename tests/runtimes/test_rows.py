@@ -15,6 +15,7 @@ from rgexport.runtimes.session import Session
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.sessions import distance
 
 EXPORTS: dict[str, Callable[..., tuple[Artifact, Any]]] = {
     "onnx": export_random,
@@ -48,14 +49,16 @@ def test_rows_come_and_go(engine: str, name: str, tmp_path: Path) -> None:
     chosen = np.random.default_rng(5)
     session.reset(4)
     rows = [Talk(config, model, chosen) for _ in range(4)]
-    for _ in range(24):
+    for _ in range(30):
         first = int(chosen.integers(4))
         used = range(first, int(chosen.integers(first, 4)) + 1)
-        match chosen.integers(4):
+        match chosen.integers(5):
             case 0:
                 _swap(session, rows, used)
             case 1:
                 _begin(session, rows, used, lambda: Talk(config, model, chosen))
+            case 2:
+                _try(session, rows, used, chosen, TOLERANCE[engine])
             case _:
                 _advance(session, rows, used, int(chosen.choice([1, 1, 3])), TOLERANCE[engine])
     assert [int(p) for p in session.position] == [talk.taken for talk in rows]
@@ -70,6 +73,27 @@ def _advance(session: Session, rows: list[Talk], used: range, count: int, tolera
         rows[row].taken += count
         expected = rows[row].logits[rows[row].taken - 1]
         assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def _try(
+    session: Session,
+    rows: list[Talk],
+    used: range,
+    chosen: np.random.Generator,
+    tolerance: float,
+) -> None:
+    """Of three tokens, or fewer, each row keeps some: what comes after them may be wrong."""
+    count = min(3, *(len(rows[i].tokens) - rows[i].taken for i in used))
+    kept = chosen.integers(0, count + 1, len(used)).tolist()
+    tokens = np.array([rows[i].tokens[rows[i].taken :][:count] for i in used])
+    for row, keep in zip(tokens, kept, strict=True):
+        row[keep:] = chosen.permutation(row[keep:])
+    found = session.verify(used, tokens)
+    session.accept(kept)
+    for row, keep, logits in zip(used, kept, found, strict=True):
+        expected = rows[row].logits[rows[row].taken :][:keep]
+        rows[row].taken += keep
+        assert not keep or distance(logits[:keep], expected) <= tolerance
 
 
 def _swap(session: Session, rows: list[Talk], used: range) -> None:

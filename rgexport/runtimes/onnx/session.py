@@ -14,6 +14,7 @@ from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, for_session
 from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_threads
 from rgexport.progress import warn
@@ -68,7 +69,7 @@ class OrtSession(Session):
         self._session, self._native, self._weights, stop = _open(
             artifact, self._threads, graph, native
         )
-        self._exact = min(self._native.exact_tokens, self._manifest.config.window)
+        self._exact = _exact_tokens(self._native, self._manifest.config)
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
@@ -247,6 +248,15 @@ class _Step:
         self.ids = np.zeros((rows, 1), np.int64)
         self.positions = np.zeros((rows, 1), np.int64)
         self.run = bind(self.ids, self.positions, 1)
+
+
+def _exact_tokens(native: NativeOps, config: GriffinConfig) -> int:
+    """See `SessionInfo.exact_tokens`.
+
+    ONNX Runtime takes cosines and sines four at a time, and what is left over by another formula.
+    """
+    angles = config.rope_dims // 2 if "attention" in config.block_types else 0
+    return 1 if angles % 4 else min(native.exact_tokens, config.window)
 
 
 def _canonical(state: StateRecord) -> tuple[int, ...]:

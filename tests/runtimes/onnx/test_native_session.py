@@ -14,6 +14,8 @@ from rgexport.griffin.reference import Reference
 from rgexport.kernels.onnx.library import NO_NATIVE, calls
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
+from tests.artifacts import export_random
+from tests.models import ODD_CONFIGS
 from tests.sessions import distance, ragged
 
 TOKENS = np.arange(2, 60)[None]
@@ -90,6 +92,56 @@ def test_a_step_gives_each_row_what_it_gives_it_alone(native, rows):
     states = session.get_state()
     for name in states:
         assert np.array_equal(states[name], np.concatenate([state[name] for state in after])), name
+
+
+EXACT = [n for n, c in ODD_CONFIGS.items() if c.rope_dims % 8 == 0 or n == "hawk"]
+"""ONNX Runtime takes cosines and sines four at a time, and what is left over otherwise."""
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_trial_is_single_steps(name, precision, tmp_path):
+    """To the last bit: logits, and states after any number of tokens, in rows of a batch too."""
+    config = ODD_CONFIGS[name]
+    artifact, _ = export_random(config, tmp_path, precision, block_size=16)
+    session = OrtSession(artifact)
+    exact = session.info.exact_tokens
+    if session.info.kernels == "stock":
+        pytest.skip("no native kernels here: not built, or turned off")
+    assert 4 <= exact <= 16
+    rng = np.random.default_rng(0)
+    for rows, count in ((1, exact), (2, exact // 2), (1, 3)):
+        session.reset(rows)
+        session.prefill(rng.integers(0, config.vocab_size, (rows, int(rng.integers(1, 60)))))
+        tokens, before = rng.integers(0, config.vocab_size, (rows, count)), session.get_state()
+        expected = [session.step(tokens[:, i]) for i in range(count)]
+        for kept in range(count + 1):
+            session.set_state(before)
+            found = session.verify(range(rows), tokens)
+            assert np.array_equal(found, np.stack(expected, 1)), f"{rows} x {count}"
+            session.accept([kept, *[count - kept] * (rows - 1)])
+            after = session.get_state()
+            for row, stays in enumerate([kept, *[count - kept] * (rows - 1)]):
+                session.set_state({name: array[row : row + 1] for name, array in before.items()})
+                for token in tokens[row, :stays]:
+                    session.step(token[None])
+                for state, array in session.get_state().items():
+                    assert np.array_equal(after[state][row], array[0]), (state, kept)
+            session.reset(rows)
+
+
+def test_a_trial_of_more_tokens_than_there_are_is_refused(native):
+    session = OrtSession(native)
+    session.verify(range(1), np.array([[2, 3]]))
+    with pytest.raises(ValueError, match="cannot be kept"):
+        session.accept([3])
+
+
+@pytest.mark.parametrize(("name", "precision"), [("regular", "fp32"), ("irregular", "int4")])
+def test_where_the_engine_computes_other_bits_there_are_no_exact_trials(tmp_path, name, precision):
+    """Its products depend on the number of tokens, and its sines where heads are small."""
+    session = OrtSession(export_random(ODD_CONFIGS[name], tmp_path, precision)[0])
+    assert session.info.exact_tokens == 1
 
 
 def test_library_of_another_machine(artifact, tmp_path, monkeypatch, capsys):
