@@ -48,6 +48,7 @@ struct Shape {
 // A row of the batch.
 struct Sequence {
   const float *q, *k, *v, *past_key, *past_value;
+  float* y;          // [tokens · heads, dim]
   int64_t position;  // of its first token
   // Whether queries also meet the keys that they do not see, as in the graph that is this op's body:
   // with minus infinity added to their scores. Only what is not a number makes a difference to that.

@@ -1,5 +1,7 @@
 #include <atomic>
 #include <cinttypes>
+#include <memory>
+#include <new>
 
 #include "attention_tile.h"
 #include "ops.h"
@@ -74,16 +76,23 @@ struct Plan {
   }
 };
 
-// y [tokens · heads, dim] of a row of the batch, a task for each tile; whether there was memory.
-bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, const Sequence& row,
-                     float* y) {
+// Some rows of the batch.
+struct Rows {
+  Sequence* first;
+  int64_t count;
+};
+
+// y of all rows, a task for each tile; whether there was memory.
+bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, const Rows& rows) {
   const FloatKernels& kernels = floats();
   std::atomic<bool> complete{true};
-  context.parallel_for(plan.tiles, [&](size_t index) {
+  context.parallel_for(rows.count * plan.tiles, [&](size_t index) {
     const Scratch scratch(Size(shape.dim + Tile::kScratch) * plan.lanes);
     if (!scratch.data()) return complete.store(false);
-    const int64_t first = index * plan.tokens, last = least(first + plan.tokens, shape.tokens);
-    const Tile tile(shape, row, first, last, plan.lanes, y + first * shape.heads * shape.dim,
+    const Sequence& row = rows.first[index / plan.tiles];
+    const int64_t first = index % plan.tiles * plan.tokens;
+    const int64_t last = least(first + plan.tokens, shape.tokens);
+    const Tile tile(shape, row, first, last, plan.lanes, row.y + first * shape.heads * shape.dim,
                     scratch.data(), scratch.data() + shape.dim * plan.lanes);
     prepare(kernels, tile);
     attend(kernels, tile, 0, plan.part_keys);
@@ -96,31 +105,41 @@ bool attend_by_tiles(Context& context, const Plan& plan, const Shape& shape, con
 }
 
 // The same, a task for each part of the keys of each tile.
-bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, const Sequence& row,
-                     float* y) {
+bool attend_by_parts(Context& context, const Plan& plan, const Shape& shape, const Rows& rows) {
   const FloatKernels& kernels = floats();
+  const int64_t tiles = rows.count * plan.tiles;
   // Of a tile: the queries, y of each part, and what else a part needs.
   const int64_t queries = shape.dim * plan.lanes;
   const int64_t y_floats = plan.tokens * shape.heads * shape.dim;
   const int64_t each = Tile::kScratch * plan.lanes;
   const int64_t tile_floats = queries + plan.parts * (y_floats + each);
-  const Scratch scratch(Size(plan.tiles) * tile_floats);
-  if (!scratch.data()) return false;
+  const Scratch scratch(Size(tiles) * tile_floats);
+  const int64_t seam_floats = shape.few() ? 2 * kKeys * shape.dim : 0;
+  const Scratch seams(Size(rows.count) * seam_floats);
+  if (!scratch.data() || !seams.data()) return false;
   const auto part_of = [&](int64_t index, int64_t part) {
-    const int64_t first = index * plan.tokens, last = least(first + plan.tokens, shape.tokens);
+    const Sequence& row = rows.first[index / plan.tiles];
+    const int64_t first = index % plan.tiles * plan.tokens;
+    const int64_t last = least(first + plan.tokens, shape.tokens);
     float* here = scratch.data() + index * tile_floats;
     float* y = here + queries + part * (last - first) * shape.heads * shape.dim;
     return Tile(shape, row, first, last, plan.lanes, y, here,
                 here + queries + plan.parts * y_floats + part * each);
   };
-  context.parallel_for(plan.tiles, [&](size_t index) { prepare(kernels, part_of(index, 0)); });
-  context.parallel_for(plan.tiles * plan.parts, [&](size_t index) {
+  context.parallel_for(tiles, [&](size_t index) {
+    const int64_t row = index / plan.tiles;
+    if (shape.few() && index % plan.tiles == 0)
+      sew(shape, rows.first[row], seams.data() + row * seam_floats);
+    prepare(kernels, part_of(index, 0));
+  });
+  context.parallel_for(tiles * plan.parts, [&](size_t index) {
     const int64_t part = index % plan.parts;
     attend(kernels, part_of(index / plan.parts, part), part, plan.part_keys);
   });
-  for (int64_t index = 0; index < plan.tiles; ++index) {
+  for (int64_t index = 0; index < tiles; ++index) {
     const auto part = [&](int64_t i) { return part_of(index, i); };
-    join(kernels, part, plan.parts, y + index * y_floats);
+    join(kernels, part, plan.parts,
+         rows.first[index / plan.tiles].y + index % plan.tiles * y_floats);
   }
   return true;
 }
@@ -177,26 +196,26 @@ void LocalAttention::run(Context& context) const {
     return;
   }
   const Plan plan(shape, floats().lanes);
-  const auto attend_row = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
-  const Scratch seam(Size(shape.few() ? 2 * kKeys : 0) * shape.dim);
-  if (!seam.data()) return context.refuse("out of memory for keys of %" PRId64, shape.dim);
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    Sequence row = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
-                    v.as<float>() + b * step,          past_key.as<float>() + b * ring,
-                    past_value.as<float>() + b * ring, at[b * shape.tokens]};
-    if (shape.few()) sew(shape, row, seam.data());
-    float* here = y + b * step * heads_;
-    bool enough = attend_row(context, plan, shape, row, here);
-    if (enough && shape.tokens > 1 &&
-        !(are_finite(here, step * heads_) && are_finite(row.k, step))) {
+  const auto attend_rows = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
+  const std::unique_ptr<Sequence[]> rows(new (std::nothrow) Sequence[shape.batch]);
+  for (int64_t b = 0; b < shape.batch && rows; ++b)
+    rows[b] = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
+               v.as<float>() + b * step,          past_key.as<float>() + b * ring,
+               past_value.as<float>() + b * ring, y + b * step * heads_,
+               at[b * shape.tokens]};
+  bool enough = rows && attend_rows(context, plan, shape, {rows.get(), shape.batch});
+  for (int64_t b = 0; b < shape.batch && enough; ++b) {
+    Sequence& row = rows[b];
+    if (shape.tokens > 1 && !(are_finite(row.y, step * heads_) && are_finite(row.k, step))) {
       row.sees_all = true;
-      enough = attend_row(context, plan, shape, row, here);
+      enough = attend_rows(context, plan, shape, {&row, 1});
     }
-    if (!enough) return context.refuse("out of memory for %" PRId64 " tokens", shape.tokens);
+    if (!enough) break;
     // Only now, since the ring may be the one that was read.
     enter(shape, row.position, row.past_key, row.k, present_key + b * ring);
     enter(shape, row.position, row.past_value, row.v, present_value + b * ring);
   }
+  if (!enough) context.refuse("out of memory for %" PRId64 " tokens", shape.tokens);
 }
 
 }  // namespace rgexport

@@ -107,13 +107,16 @@ class QuantMany : QuantLayout<Simd> {
       const int64_t at = (line + l) * kVector;
       const int64_t left = shape.row_bytes - at;
       for (int wide = 0; wide < kWide; ++wide) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int64_t row = first + wide * kLanes + lane;
-          const uint8_t* data = w.data + row * shape.row_bytes + at;
-          // From L2: of the next rows, and of these what comes next.
-          __builtin_prefetch(data + kLanes * shape.row_bytes);
-          __builtin_prefetch(data + kVector);
-          rows[lane] = row < w.rows ? load_up_to(data, left) : Simd::zero();
+        const int64_t row = first + wide * kLanes, there = w.rows - row;
+        const uint8_t* data = w.data + row * shape.row_bytes + at;
+        if (there >= kLanes && left >= kVector) {
+          for (int lane = 0; lane < kLanes; ++lane, data += shape.row_bytes) {
+            __builtin_prefetch(data + kVector);  // from L2
+            rows[lane] = Simd::load(data);
+          }
+        } else {
+          for (int lane = 0; lane < kLanes; ++lane, data += shape.row_bytes)
+            rows[lane] = lane < there ? load_up_to(data, left) : Simd::zero();
         }
         Simd::transpose(rows);
         for (int lane = 0; lane < kLanes; ++lane) {
