@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.chat.model import load
+from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
+from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.safetensors_file import read_header
 from tests.artifacts import export_random_gguf
 from tests.command_line import rgexport
@@ -108,3 +111,51 @@ def test_nothing_is_overwritten_by_a_state(
     for _ in range(2):
         assert rgexport(*words, "a.state", folder=tmp_path).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"thesis", "folder", "a.state"}
+
+
+REPEATED = "He was the proudest, most disagreeable man in the world. "
+CHOICES = {
+    "greedy": [],
+    "by_chance": ["--temperature", "0.8", "--top-p", "0.9", "--seed", "3"],
+    "with_penalties": ["--repetition-penalty", "1.2", "--stop", "man"],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_drafts_change_no_word(
+    choice: str,
+    demo_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All that is drafted is tried, whether it pays or not."""
+    monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: step)
+    draft = tmp_path / "draft.txt"
+    draft.write_text("Everybody hoped that he would never come there again. " + REPEATED)
+    words = ["generate", str(demo_artifact), "-p", 3 * REPEATED + "He", "-n", "70"]
+    said = []
+    for options in (["--no-lookup"], [], ["--draft-text", str(draft)]):
+        assert run([*words, *CHOICES[choice], *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert len(said[0]) > 10 and said == [said[0]] * 3
+
+
+def test_drafts_are_right_where_a_text_repeats_itself(demo_artifact: Path) -> None:
+    if native_ops(demo_artifact / "model.onnx").exact_tokens == 1:
+        pytest.skip("no native kernels here: not built, or turned off")
+    with load(demo_artifact) as model:
+        model.complete(6 * REPEATED, max_new_tokens=60).reply()
+        counters = model.scheduler.counters
+    assert 0 < counters.accepted_tokens <= counters.drafted_tokens
+    assert counters.steps < 60
+
+
+def test_a_text_that_is_not_there_is_no_draft(
+    demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(demo_artifact), "-n", "1", "--draft-text", "none.txt"]
+    assert run([*words, "-p", "He"]) == 2
+    assert "none.txt" in capsys.readouterr().err
+    assert run([*words, "--ids", "2,3"]) == 2
+    assert "--draft-text" in capsys.readouterr().err

@@ -119,10 +119,21 @@ def test_the_affinity_of_a_conversation_stays(server: Served) -> None:
     assert chat(server, "goodbye").headers[AFFINITY] != first
 
 
+def test_a_prediction_changes_no_reply(server: Served) -> None:
+    plain = chat(server, "hello", max_tokens=12).json()["choices"]
+    for content in ("hello there", [{"type": "text", "text": "hello"}]):
+        prediction = {"type": "content", "content": content}
+        found = chat(server, "hello", max_tokens=12, prediction=prediction)
+        assert found.status_code == 200 and found.json()["choices"] == plain
+    refused = chat(server, "hello", prediction={"type": "tokens", "content": "hello"})
+    assert refused.status_code == 400 and "prediction" in refused.json()["error"]["message"]
+
+
 def test_figures(server: Served) -> None:
     chat(server, "hello")
     text = httpx.get(f"{server.url}/metrics").text
-    for name in ("new_tokens_total", "cached_tokens_total", "running", "state_bytes"):
+    counted = "new_tokens_total", "cached_tokens_total", "drafted_tokens_total"
+    for name in (*counted, "running", "state_bytes"):
         assert f'rgexport_{name}{{model="toy"}}' in text
     assert 'rgexport_http_answers_total{path="/v1/chat/completions",status="200"}' in text
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
