@@ -28,6 +28,10 @@ from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import environment
 
 PROSE, CODE = Path("rgexport/validate/sample.txt"), Path("rgexport/griffin/step.py")
+OWN = {
+    "greedily": Sampling(),
+    "at temperature 0.7": Sampling(temperature=0.7, top_p=0.9, seed=1),
+}
 OWN_TOKENS = 64
 """Tokens that the model writes by itself."""
 
@@ -69,12 +73,6 @@ def measure(path: Path, tokens: int, rounds: int) -> None:
         print(f"\nBy itself, {name}: {verdict} ({right} of {drafted} drafted ones were right).")
     for writer in writers.values():
         writer.close()
-
-
-OWN = {
-    "greedily": Sampling(),
-    "at temperature 0.7": Sampling(temperature=0.7, top_p=0.9, seed=1),
-}
 
 
 def cases(tokens: int) -> dict[str, tuple[list[int], list[int]]]:
@@ -148,7 +146,8 @@ class Writer:
         """Tokens per second of a reply that is given."""
         heard = Heard()
         mask, count = Script(self._vocabulary, reply), len(reply)
-        self._submit(Request(ids=prompt, listener=heard, mask=mask, max_new_tokens=count))
+        asked = Request(ids=prompt, listener=heard, mask=mask, max_new_tokens=count)
+        self._scheduler.submit(asked)
         seconds = heard.wait().write_seconds
         assert heard.tokens == reply
         return (count - 1) / seconds
@@ -157,7 +156,7 @@ class Writer:
         """What the model writes."""
         heard = Heard()
         asked = Request(ids=prompt, listener=heard, sampling=sampling, max_new_tokens=OWN_TOKENS)
-        self._submit(asked)
+        self._scheduler.submit(asked)
         heard.wait()
         return heard.tokens
 
@@ -171,9 +170,6 @@ class Writer:
     def close(self) -> None:
         """Ends it."""
         self._scheduler.close()
-
-    def _submit(self, request: Request) -> None:
-        self._scheduler.submit(request)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Mask(Protocol):
 
 
 Reason = Literal["stop", "length", "cancelled", "error"]
+Ending = tuple[Reason, RequestError | None]
+"""Why a reply ends, and the error if it is one."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ _GRAM = 2
 """Tokens that must be the same, at least."""
 _PLACES = 8
 """Where each such sequence stood last: so many places are compared."""
+_KNOWN, _AT_ONCE = 1 << 16, 1 << 12
+"""Tokens of a longer text that are known, its last ones; those that a step takes in."""
 _PRIOR = {2: 0.15, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.75, 8: 0.8}
 """Tokens that are the same → the chance that the next one is too, before anything is known."""
 _LONGEST = max(_PRIOR)
@@ -33,19 +35,21 @@ class Lookup:
     def __init__(self, ids: Sequence[int], source: Sequence[int] = ()) -> None:
         """Begins with the text so far, a list that grows, and another that it may repeat."""
         self._ids, self._texts = ids, (source, ids)
-        self._indexed = [_GRAM, _GRAM]
-        self._places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self._indexed = [max(_GRAM, len(text) - _KNOWN) for text in self._texts]
+        self._places: dict[int, list[int]] = {}
         self._right = {match: _PRIOR_WEIGHT * chance for match, chance in _PRIOR.items()}
         self._seen = dict.fromkeys(_PRIOR, _PRIOR_WEIGHT)
 
     def draft(self, most: int) -> Draft:
         """At most so many tokens, from the place where most before it is the same, or the last."""
         self._index()
+        if len(self._ids) < _GRAM:
+            return Draft()
         text, end, match = 0, 0, 0
-        for place in reversed(self._places.get(tuple(self._ids[-_GRAM:]), [])):
-            found = self._match(*place)
+        for place in reversed(self._places.get(_key(self._ids, len(self._ids)), [])):
+            found = self._match(place % 2, place // 2)
             if found > match:
-                (text, end), match = place, found
+                text, end, match = place % 2, place // 2, found
         if not match:
             return Draft()
         ids = self._texts[text]
@@ -72,14 +76,20 @@ class Lookup:
     def _index(self) -> None:
         """Notes the places that something has come after."""
         for text, ids in enumerate(self._texts):
-            for end in range(self._indexed[text], len(ids)):
-                places = self._places.setdefault(tuple(ids[end - _GRAM : end]), [])
-                places.append((text, end))
+            stop = min(len(ids), self._indexed[text] + _AT_ONCE)
+            for end in range(self._indexed[text], stop):
+                places = self._places.setdefault(_key(ids, end), [])
+                places.append(2 * end + text)
                 del places[:-_PLACES]
-            self._indexed[text] = max(self._indexed[text], len(ids))
+            self._indexed[text] = max(self._indexed[text], stop)
 
     def _match(self, text: int, end: int) -> int:
         """How many tokens before a place are the last ones of the text, as far as that counts."""
         ids, most = self._texts[text], min(_LONGEST, end, len(self._ids))
         same = (ids[end - 1 - i] == self._ids[-1 - i] for i in range(most))
         return next((i for i, equal in enumerate(same) if not equal), most)
+
+
+def _key(ids: Sequence[int], end: int) -> int:
+    """The last `_GRAM` tokens before a place, as one number: many of them take less memory."""
+    return sum(token << (32 * i) for i, token in enumerate(ids[end - _GRAM : end]))

@@ -75,7 +75,8 @@ class Model(Prompts):
             identity: what its states are of.
             rows: most conversations that are computed together.
             max_waiting: most requests that wait for their turn.
-            lookup: whether replies may be drafted from what they repeat; they stay the same.
+            lookup: whether several tokens are checked at once where a text repeats itself. It
+                changes the speed of a reply, not its text.
             cache_bytes: memory for states.
             state_folder: where states are kept for the next start.
             folder_bytes: most bytes in that folder.
@@ -104,6 +105,7 @@ class Model(Prompts):
         )
         store = PrefixStore(cache_bytes, folder)
         super().__init__(tokenizer, template, store.length)
+        self._drafts = lookup and session.info.exact_tokens > 1
         self.scheduler = Scheduler(
             session, store, rows=rows, max_waiting=max_waiting, lookup=lookup
         )
@@ -141,6 +143,10 @@ class Model(Prompts):
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
         """As `stream`."""
         return ReplyStream(self, self.conversation_prompt(messages), options)
+
+    def draft_of(self, text: str) -> list[int]:
+        """The tokens of a text that replies may repeat; none if this engine checks no drafts."""
+        return self.tokenizer.encode_text(text) if self._drafts else []
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
         """The continuation of a text, piece by piece; for `options` see `stream`."""
@@ -201,7 +207,7 @@ class Model(Prompts):
                 ids=prompt.ids,
                 listener=writer,
                 sampling=options.sampling,
-                draft=self.tokenizer.encode_text(options.draft_text),
+                draft=options.draft,
                 max_new_tokens=options.max_new_tokens,
                 stop_ids=self.tokenizer.stop_ids,
                 keep=prompt.keep,

@@ -24,7 +24,7 @@ class ReplyOptions:
         logprobs: of how many of the most likely tokens to report log probabilities, beside the
             chosen one's; None for none at all.
         mask: what may be written.
-        draft_text: what the reply may repeat: writing is faster where it does.
+        draft: tokens that the reply may repeat, see `Model.draft_of`.
         client: who asks; clients take turns.
     """
 
@@ -33,7 +33,7 @@ class ReplyOptions:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     mask: Mask | None = None
-    draft_text: str = ""
+    draft: Sequence[int] = ()
     client: str = ""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.jobs import Busy, End, EngineError, Job, Reason, Request, Token
+from rgexport.chat.jobs import Busy, End, Ending, EngineError, Job, Reason, Request, Token
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import common_prefix
 from rgexport.chat.speculation import Speculation
@@ -108,11 +108,12 @@ class Scheduler:
         vocab = self._session.vocab_size
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
-        if max(request.ids) >= vocab or min(request.ids) < 0:
-            raise RequestError(
-                f"there is no token id {max(request.ids)}: the model has {vocab} tokens; "
-                "expected ids below that, from the model's own tokenizer"
-            )
+        for ids in filter(len, (request.ids, request.draft)):
+            if max(ids) >= vocab or min(ids) < 0:
+                raise RequestError(
+                    f"there is no token id {max(ids)}: the model has {vocab} tokens; "
+                    "expected ids below that, from the model's own tokenizer"
+                )
         job = Job(request)
         with self._changed:
             if self._closed:
@@ -286,8 +287,8 @@ class Scheduler:
             if ending:
                 self._leave(job, *ending)
 
-    def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> "_Ending | None":
-        """Chooses a token after each of `tokens` [T], as long as it is the next one of them."""
+    def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
+        """Chooses a token after each of `tokens` [T], until one is not the next of them."""
         for i, row in enumerate(logits):
             job.fed += 1
             if ending := self._choose(job, row):
@@ -296,7 +297,7 @@ class Scheduler:
                 break
         return None
 
-    def _choose(self, job: Job, logits: np.ndarray) -> "_Ending | None":
+    def _choose(self, job: Job, logits: np.ndarray) -> Ending | None:
         """Chooses the next token; how the reply ends, if that ends it."""
         request = job.request
         try:
@@ -366,10 +367,6 @@ class Scheduler:
             self._set(one, second)
             self._set(other, first)
             self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
-
-
-_Ending = tuple[Reason, RequestError | None]
-"""Why a reply ends, and the error if it is one."""
 
 
 class _Pace:

@@ -11,6 +11,10 @@ _GAIN = 1.02
 """A pass with drafts must promise so many times the tokens per second of a plain step."""
 _OLD = 0.8
 """What a mean keeps of older figures."""
+_FRESH = 100
+"""Passes after which a figure is no longer trusted: the machine may have other work now."""
+_FORGET = 0.99
+"""What is left, after a plain step, of how far the slope is from the one before all."""
 
 
 class Speculation:
@@ -19,7 +23,9 @@ class Speculation:
     def __init__(self, most_tokens: int) -> None:
         """Begins; a pass over all rows takes at most so many tokens."""
         self._most = most_tokens
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[tuple[int, int], float] = {}
+        self._measured: dict[tuple[int, int], int] = {}
+        self._passes = 0
         self._slope = _SLOPE
         self._drafts: list[tuple[Job, Draft, int]] = []
 
@@ -46,16 +52,24 @@ class Speculation:
         for job, draft, before in self._drafts:
             job.lookup.learn(draft, job.ids[before:])
         self._drafts = []
-        known = self._seconds.get(rows * tokens, seconds)
-        self._seconds[rows * tokens] = _OLD * known + (1 - _OLD) * seconds
-        if tokens > 1 and (step := self._seconds.get(rows)):
-            slope = max(0.0, seconds / step - 1) / (tokens - 1)
+        self._passes += 1
+        known = self._seconds.get((rows, tokens))
+        first = (rows, tokens) not in self._measured
+        self._measured[rows, tokens] = self._passes
+        if first:  # it made its arrays, and tells little
+            return
+        mean = seconds if known is None else _OLD * known + (1 - _OLD) * seconds
+        self._seconds[rows, tokens] = mean
+        if tokens == 1:
+            self._slope = _SLOPE + _FORGET * (self._slope - _SLOPE)
+        elif plain := self._known(rows, 1):
+            slope = max(0.0, seconds / plain - 1) / (tokens - 1)
             self._slope = _OLD * self._slope + (1 - _OLD) * slope
 
     def _length(self, chances: Sequence[Sequence[float]], most: int) -> int:
         """How many drafted tokens of each row promise most tokens per second."""
         rows = len(chances)
-        step = self._seconds.get(rows)
+        step = self._known(rows, 1)
         if not step or not any(chances):
             return 0
         best, length = _GAIN * rows / step, 0
@@ -70,4 +84,9 @@ class Speculation:
         return length
 
     def _time(self, rows: int, tokens: int, step: float) -> float:
-        return self._seconds.get(rows * tokens) or step * (1 + self._slope * (tokens - 1))
+        return self._known(rows, tokens) or step * (1 + self._slope * (tokens - 1))
+
+    def _known(self, rows: int, tokens: int) -> float | None:
+        """How long such a pass takes, if that was measured not long ago."""
+        fresh = self._passes - self._measured.get((rows, tokens), -_FRESH) < _FRESH
+        return self._seconds.get((rows, tokens)) if fresh else None

@@ -135,11 +135,11 @@ no_lookup = click.option(
     "lookup",
     flag_value=False,
     default=True,
-    help="Write token by token: do not check at once what the text may repeat.",
+    help="Turn prompt lookup off: write one token a step.",
 )
 draft_options = _options(
     click.option(
-        "--draft-text", type=FOLDER, help="A file that a reply may repeat: it is written faster."
+        "--draft-text", type=FOLDER, help="A text that replies may repeat: they come sooner."
     ),
     no_lookup,
 )

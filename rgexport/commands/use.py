@@ -1,5 +1,6 @@
 """Commands that run artifacts."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,16 @@ def generate(
         raise RequestError(
             "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
         )
-    options = ReplyOptions(
-        sampling=chosen,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        draft_text=_text_of(draft_text) if draft_text else "",
-    )
+    draft = _draft(draft_text, lookup)
     engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
     with open_model(artifact, chat=False, **engine) as model:
         text = Continuation(model, prompt or "", load_state)
+        options = ReplyOptions(
+            sampling=chosen,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            draft=model.draft_of(draft),
+        )
         for piece in text.run(options):
             click.echo(piece, nl=False)
         click.echo()
@@ -125,12 +127,8 @@ def chat(
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
     from rgexport.files.regular_file import read_text
 
-    options = ReplyOptions(
-        sampling=_sampling(sampling),
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        draft_text=read_text(draft_text) if draft_text else "",
-    )
+    options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
+    draft = _draft(draft_text, lookup)
     if save_state:
         require_replaceable(save_state)
     if load_state and system:
@@ -144,6 +142,7 @@ def chat(
         raise RequestError("--json is for one message; give it with -p")
     engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
     with open_model(artifact, chat=True, **engine) as model:
+        options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
         if load_state:
             conversation.load(load_state)
@@ -159,6 +158,15 @@ def chat(
             pipe_chat(conversation, sys.stdin, sys.stdout)
         if save_state:
             conversation.save(save_state)
+
+
+def _draft(file: Path | None, lookup: bool) -> str:
+    """The text that replies may repeat, "" for none."""
+    from rgexport.files.regular_file import read_text
+
+    if file and not lookup:
+        raise RequestError("--draft-text changes nothing with --no-lookup; leave out one of them")
+    return read_text(file) if file else ""
 
 
 def _text_of(file: Path) -> str:

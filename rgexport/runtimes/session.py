@@ -47,6 +47,9 @@ class Session(ABC):
     are float32.
     """
 
+    _tried: tuple[range, np.ndarray] | None = None
+    """The rows and tokens that `accept` is about."""
+
     @property
     @abstractmethod
     def info(self) -> SessionInfo:
@@ -99,6 +102,7 @@ class Session(ABC):
             self._set_rows(row, {n: array[place : place + 1] for n, array in self._before.items()})
             if count:
                 self._take(row, tokens[place : place + 1, :count], 1)
+        del self._before
 
     @abstractmethod
     def get_rows(self, rows: range) -> State:
@@ -130,14 +134,23 @@ class Session(ABC):
         Raises:
             RequestError: another shape, or an id outside of the vocabulary.
         """
-        self._tried = rows, checked_tokens(tokens, len(rows), self.vocab_size)
-        return self._verify(*self._tried)
+        tokens = checked_tokens(tokens, len(rows), self.vocab_size)
+        logits = self._verify(rows, tokens)
+        self._tried = rows, tokens
+        return logits
 
     def accept(self, counts: Sequence[int]) -> None:
-        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them."""
+        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them.
+
+        Raises:
+            ValueError: there are not so many, or `verify` was not the call before.
+        """
+        if self._tried is None:
+            raise ValueError("no tokens are on trial: call verify first")
         rows, tokens = self._tried
         if len(counts) != len(rows) or not all(0 <= n <= tokens.shape[1] for n in counts):
-            raise ValueError(f"of {tokens.shape} tokens, {counts} cannot be kept")
+            raise ValueError(f"{counts} tokens cannot be kept of {list(tokens.shape)} on trial")
+        self._tried = None
         self._accept(rows, tokens, counts)
 
     def set_rows(self, rows: range, state: State) -> None:

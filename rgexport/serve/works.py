@@ -51,7 +51,13 @@ def chat_works(
     logprobs = body.top_logprobs if body.logprobs else None
     options = _options(body, most, logprobs, client, limits)
     if body.prediction:
-        options = replace(options, draft_text=_text(body.prediction))
+        draft = model.draft_of(_text(body.prediction))
+        if len(draft) > limits.prompt_tokens:
+            raise RequestError(
+                f"prediction has {len(draft)} tokens; this server takes up to "
+                f"{limits.prompt_tokens}"
+            )
+        options = replace(options, draft=draft)
     return _works([prompt], body, options, grammars)
 
 

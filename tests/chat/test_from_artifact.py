@@ -159,3 +159,5 @@ def test_a_text_that_is_not_there_is_no_draft(
     assert "none.txt" in capsys.readouterr().err
     assert run([*words, "--ids", "2,3"]) == 2
     assert "--draft-text" in capsys.readouterr().err
+    assert run([*words, "-p", "He", "--no-lookup"]) == 2
+    assert "changes nothing with --no-lookup" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.chat import speculation
 from rgexport.chat.jobs import End, Request
 from rgexport.chat.lookup import Draft, Lookup
 from rgexport.chat.prefix_store import PrefixStore
@@ -160,6 +159,8 @@ def test_times_are_those_of_this_machine() -> None:
     passes = Speculation(8)
     likely = [[0.9] * 7]
     assert passes._length(likely, 7) == 0, "nothing is known"
+    passes.passed(1, 1, 9.0)
+    assert passes._length(likely, 7) == 0, "the first pass tells nothing"
     passes.passed(1, 1, 1.0)
     assert passes._length(likely, 7) > 1
     for _ in range(30):
@@ -169,4 +170,27 @@ def test_times_are_those_of_this_machine() -> None:
         passes.passed(1, 8, 1.1)
     assert passes._length(likely, 7) == 7
     assert passes._length([[]], 7) == 0
-    assert speculation._GAIN > 1
+
+
+def test_a_bad_time_of_the_machine_is_forgotten() -> None:
+    """The truth is that each further token takes a tenth of a step."""
+    passes, likely = Speculation(8), [[0.9] * 7]
+
+    def run(count: int, slower: float = 1.0) -> int:
+        for _ in range(count):
+            tokens = passes._length(likely, 7) + 1
+            passes.passed(1, tokens, (1 + 0.1 * (tokens - 1)) * (slower if tokens > 1 else 1))
+        return passes._length(likely, 7)
+
+    assert run(40) == 7
+    assert run(40, slower=9) == 0
+    assert run(400) >= 5
+
+
+def test_a_plain_step_is_measured_again() -> None:
+    passes, likely = Speculation(8), [[0.9] * 7]
+    taken = []
+    for _ in range(300):
+        taken.append(passes._length(likely, 7) + 1)
+        passes.passed(1, taken[-1], 1.0)
+    assert 4 <= taken.count(1) <= 12

@@ -107,6 +107,11 @@ def test_all_hear_what_they_would_hear_alone(
     scheduler.close()
 
 
+def test_a_draft_of_another_vocabulary_is_refused(scheduler: Scheduler) -> None:
+    with pytest.raises(RequestError, match=f"no token id {VOCAB}"):
+        ask(scheduler, [1], draft=[1, VOCAB])
+
+
 def test_rows_share_each_step(session: ToySession) -> None:
     scheduler = Scheduler(session, PrefixStore(0), rows=3)
     gate = threading.Event()

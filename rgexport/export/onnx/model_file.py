@@ -57,7 +57,6 @@ class ModelNode:
     op: str
     domain: str
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,9 @@ def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
     """A serialized model with an input that says for how many last tokens logits are wanted.
 
     In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default,
-    and other programs want it to be 1. The values that are to be `shown` are outputs too. What is
-    not declared above stays as it is; so does a damaged model, which the engine refuses.
+    and other programs want it to be 1. The values that are to be `shown` become outputs, if all are
+    there. What is not declared above stays as it is; so does a damaged model, which the engine
+    refuses.
     """
     try:
         made = _model_class().FromString(model)
@@ -117,14 +117,16 @@ def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
             count = output.type.tensor_type.shape.dim[1]
             count.ClearField("value")
             count.symbol = NUM_LOGITS.encode()
-    for name in shown:
-        made.graph.output.add(name=name.encode())
+    names = {name.encode() for name in shown}
+    if names <= {name for node in made.graph.node for name in node.output}:
+        for name in sorted(names - {output.name for output in made.graph.output}):
+            made.graph.output.add(name=name)
     return bytes(made.SerializeToString())
 
 
 def _node(node: Any) -> ModelNode:
-    inputs, outputs = (tuple(map(bytes.decode, names)) for names in (node.input, node.output))
-    return ModelNode(node.op_type.decode(), node.domain.decode(), inputs, outputs)
+    inputs = tuple(name.decode() for name in node.input)
+    return ModelNode(node.op_type.decode(), node.domain.decode(), inputs)
 
 
 def _external(tensor: Any) -> ExternalTensor:

@@ -43,7 +43,8 @@ class NativeOps:
     small: tuple[ExternalTensor, ...] = ()
     """External tensors that the engine reads by itself, to fold constants."""
     exact_tokens: int = 1
-    """Up to so many tokens of a step, of all rows together, give the bits that each gives alone."""
+    """Up to so many tokens of a step, of all rows together, give the bits that each gives alone,
+    if what is left to the engine does."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
@@ -63,7 +64,8 @@ def native_ops(model: Path | bytes) -> NativeOps:
         names = _read_in_place(read)
         weights = tuple(t for t in read.tensors if t.name in names)
         small = tuple(t for t in read.tensors if t.name not in names and prod(t.shape) < _SMALL)
-        exact = 1 if any(node.op in _PRODUCTS for node in read.nodes) else found.exact_tokens
+        others = len(native) < len(ops) or any(node.op in _PRODUCTS for node in read.nodes)
+        exact = 1 if others else found.exact_tokens
         return NativeOps(ops, native, path, kernels, "", weights, small, exact)
     reason = found.reason or f"the file has no op of {', '.join(sorted(found.ops))}"
     return NativeOps(ops, (), None, STOCK, reason)

@@ -10,11 +10,10 @@ import onnxruntime as ort
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, StateRecord
+from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, for_session
 from rgexport.export.onnx.native import NativeOps, native_ops
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_threads
 from rgexport.progress import warn
@@ -69,10 +68,13 @@ class OrtSession(Session):
         self._session, self._native, self._weights, stop = _open(
             artifact, self._threads, graph, native
         )
-        self._exact = _exact_tokens(self._native, self._manifest.config)
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._require_states(artifact)
+        self._exact = 1 if graph else _exact_tokens(self._native, self._manifest)
+        self._sites = state_sites(self._manifest.config) if self._exact > 1 else {}
+        if not {value.name for value in self._session.get_outputs()} >= {*self._sites.values()}:
+            self._exact, self._sites = 1, {}
         self._vocab = artifact.manifest.config.vocab_size
         self._rings = {s.name: s.shape for s in self._manifest.states if s.layout == "ring"}
         self.reset()
@@ -154,7 +156,7 @@ class OrtSession(Session):
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        if tokens.size > self._exact:
+        if not self._is_exact(tokens):
             return super()._verify(rows, tokens)
         key = rows, tokens.shape[1]
         if key not in self._trials:
@@ -164,17 +166,20 @@ class OrtSession(Session):
         return logits
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        if tokens.size > self._exact:
+        if not self._is_exact(tokens):
             return super()._accept(rows, tokens, counts)
         self._trials[rows, tokens.shape[1]].accept(counts)
         self._position[rows.start : rows.stop] += np.array(counts)
+
+    def _is_exact(self, tokens: np.ndarray) -> bool:
+        return 1 < self._exact >= tokens.size
 
     def _trial(self, rows: range, tokens: np.ndarray) -> Trial:
         ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
         run = self._bind(rows, ids, positions, tokens.shape[1])
         specs = self._manifest.states
         states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
-        return Trial(run, ids, positions, states, specs, state_sites(self._manifest.config))
+        return Trial(run, ids, positions, states, specs, self._sites)
 
     def _set_rows(self, rows: range, state: State) -> None:
         self._files.require()
@@ -238,7 +243,22 @@ class OrtSession(Session):
         for record in self._manifest.states:
             state = self._states[record.name][rows.start : rows.stop]
             run.bind(state, record.input, record.output)
+        self._share_outputs(run, ids.shape)
         return run
+
+    def _share_outputs(self, run: Run, shape: tuple[int, ...]) -> None:
+        """Binds what only trials read, in all layers to one array for each kind.
+
+        ONNX Runtime would keep those of all layers until the end of a run. A layer's are read
+        before the next layer, which needs that, writes its own.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        for state, site in self._sites.items():
+            kind = state.rpartition(".")[2]
+            if kind not in arrays:
+                width = self._states[state].shape[-1]
+                arrays[kind] = np.empty((*shape, width), np.float32)
+            run.bind(arrays[kind], None, site)
 
 
 class _Step:
@@ -250,13 +270,17 @@ class _Step:
         self.run = bind(self.ids, self.positions, 1)
 
 
-def _exact_tokens(native: NativeOps, config: GriffinConfig) -> int:
+def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
     """See `SessionInfo.exact_tokens`.
 
     ONNX Runtime takes cosines and sines four at a time, and what is left over by another formula.
+    More tokens than the window has would meet in a slot of a ring, which could not be given back.
     """
+    config = manifest.config
     angles = config.rope_dims // 2 if "attention" in config.block_types else 0
-    return 1 if angles % 4 else min(native.exact_tokens, config.window)
+    if angles % 4 or ACTIVATIONS[manifest.compute] != "float32":
+        return 1
+    return min(native.exact_tokens, config.window)
 
 
 def _canonical(state: StateRecord) -> tuple[int, ...]:
@@ -287,8 +311,8 @@ def _open(
     path = artifact.file(MODEL_FILE)
     model, weights = graph or path.read_bytes(), None
     ops = _register(options, native_ops(model)) if native else NativeOps()
-    shown = state_sites(artifact.manifest.config).values() if ops.exact_tokens > 1 else ()
-    model = for_session(model, shown)
+    exact = not graph and _exact_tokens(ops, artifact.manifest) > 1
+    model = for_session(model, state_sites(artifact.manifest.config).values() if exact else ())
     if ops.library:
         weights = MappedWeights(artifact.path, ops.weights)
         weights.read_around(ops.small)

@@ -135,13 +135,24 @@ def test_a_trial_of_more_tokens_than_there_are_is_refused(native):
     session.verify(range(1), np.array([[2, 3]]))
     with pytest.raises(ValueError, match="cannot be kept"):
         session.accept([3])
+    session.accept([2])
+    with pytest.raises(ValueError, match="call verify first"):
+        session.accept([2])
 
 
 @pytest.mark.parametrize(("name", "precision"), [("regular", "fp32"), ("irregular", "int4")])
 def test_where_the_engine_computes_other_bits_there_are_no_exact_trials(tmp_path, name, precision):
     """Its products depend on the number of tokens, and its sines where heads are small."""
-    session = OrtSession(export_random(ODD_CONFIGS[name], tmp_path, precision)[0])
+    config = ODD_CONFIGS[name]
+    session = OrtSession(export_random(config, tmp_path, precision)[0])
     assert session.info.exact_tokens == 1
+    tokens = np.array([[3, 4, 5]])
+    expected = session.prefill(tokens, 3)
+    for count in (1, 3):  # they work all the same
+        session.reset(1)
+        assert distance(session.verify(range(1), tokens[:, :count]), expected[:, :count]) < 1e-2
+        session.accept([1])
+        assert session.position == 1
 
 
 def test_library_of_another_machine(artifact, tmp_path, monkeypatch, capsys):
