@@ -46,6 +46,8 @@ class ReplyOptions:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if isinstance(self.stop, str):
             raise RequestError(f"stop is {self.stop!r}; expected a list of texts")
+        if isinstance(self.draft, str):
+            raise RequestError("draft is a text; expected its tokens, as Model.draft_of gives them")
 
 
 def reply_options(**options: Any) -> ReplyOptions:

@@ -47,6 +47,7 @@ def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None
         (HELLO, {"temperature": "hot"}, "a value of the wrong type"),
         (HELLO, {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
         (HELLO, {"stop": "a"}, "stop is 'a'; expected a list of texts"),
+        (HELLO, {"draft": "a"}, "draft is a text; expected its tokens"),
     ],
 )
 def test_wrong_arguments_are_one_line(
