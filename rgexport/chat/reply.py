@@ -46,8 +46,6 @@ class ReplyOptions:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if isinstance(self.stop, str):
             raise RequestError(f"stop is {self.stop!r}; expected a list of texts")
-        if isinstance(self.draft, str):
-            raise RequestError("draft is a text; expected its tokens, as Model.draft_of gives them")
 
 
 def reply_options(**options: Any) -> ReplyOptions:
@@ -58,6 +56,8 @@ def reply_options(**options: Any) -> ReplyOptions:
     """
     own = {field.name for field in fields(ReplyOptions)} - {"sampling"}
     chosen = {name: options.pop(name) for name in own & options.keys()}
+    if isinstance(chosen.get("draft"), str):
+        raise RequestError("draft is a text; expected its tokens, as Model.draft_of gives them")
     known = {field.name for field in fields(Sampling)}
     if unknown := sorted(options.keys() - known):
         raise RequestError(
