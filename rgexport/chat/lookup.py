@@ -11,8 +11,9 @@ _GRAM = 2
 """Tokens that must be the same, at least."""
 _PLACES = 8
 """Where each such sequence stood last: so many places are compared."""
-_KNOWN, _AT_ONCE = 1 << 16, 1 << 12
-"""Tokens of a longer text that are known, its last ones; those that a step takes in."""
+_KNOWN, _AT_ONCE = 1 << 16, 512
+"""Tokens of a longer text that are known, its last ones; those that a step takes in, which must not
+keep a first token waiting."""
 _PRIOR = {2: 0.15, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.75, 8: 0.8}
 """Tokens that are the same → the chance that the next one is too, before anything is known."""
 _LONGEST = max(_PRIOR)
@@ -80,7 +81,8 @@ class Lookup:
             for end in range(self._indexed[text], stop):
                 places = self._places.setdefault(_key(ids, end), [])
                 places.append(2 * end + text)
-                del places[:-_PLACES]
+                if len(places) > _PLACES:
+                    del places[0]
             self._indexed[text] = max(self._indexed[text], stop)
 
     def _match(self, text: int, end: int) -> int:
@@ -91,5 +93,5 @@ class Lookup:
 
 
 def _key(ids: Sequence[int], end: int) -> int:
-    """The last `_GRAM` tokens before a place, as one number: many of them take less memory."""
-    return sum(token << (32 * i) for i, token in enumerate(ids[end - _GRAM : end]))
+    """The last `_GRAM` tokens before a place, as one number: that is quick, and takes less memory."""
+    return ids[end - 2] << 32 | ids[end - 1]
