@@ -93,5 +93,5 @@ class Lookup:
 
 
 def _key(ids: Sequence[int], end: int) -> int:
-    """The last `_GRAM` tokens before a place, as one number, which is quick and takes less memory."""
+    """The last `_GRAM` tokens before a place as one number: quick, and small in memory."""
     return ids[end - 2] << 32 | ids[end - 1]
