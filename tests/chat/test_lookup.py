@@ -140,7 +140,8 @@ def test_drafts_change_no_reply(rows: int, asked: list[dict[str, Any]]) -> None:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("rows", [1, 2])
 def test_drafts_save_steps(rows: int) -> None:
-    asked = [{"ids": [1, 2, 3], "max_new_tokens": 120}] * rows
+    # So long that it does not matter when the second one joins.
+    asked = [{"ids": [1, 2, 3], "max_new_tokens": 900}] * rows
     plain, counted = replies(asked, rows=rows, lookup=False)
     found, faster = replies(asked, rows=rows, lookup=True)
     assert found == plain
