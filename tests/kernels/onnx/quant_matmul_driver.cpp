@@ -237,26 +237,37 @@ class Product {
   Exact<double> expected_, in_bfloat16_, sizes_;  // sizes_: of all terms that are added
 };
 
-// The product as the op calls for it: rows of weights in parts.
-void run(const QuantKernel& kernel, const Product& product, const Shape& shape, int64_t part,
-         float* y) {
+// `rows` rows of x, from `row` on, as the op calls for them: rows of weights in parts.
+void run_rows(const QuantKernel& kernel, const Product& product, const Shape& shape, int64_t row,
+              int64_t x_rows, int64_t part, float* y) {
   const QuantMatrix w = product.matrix();
   const int64_t stride = kernel.code_bytes(w), blocks = kernel.padded_blocks(w);
-  const int64_t digits = product.digits(), count = shape.count * digits;
+  const int64_t digits = product.digits(), count = x_rows * digits;
   const int64_t rows = (count + kernel.rows - 1) / kernel.rows * kernel.rows;
   const Exact<int8_t> codes(rows * stride);
   const Exact<float> scales(rows * blocks);
   const Exact<int32_t> sums(rows * blocks);
-  const int64_t start_count = kernel.starts(w);
-  const Exact<int32_t> starts(rows * start_count);
-  const Activations a = {count,         digits,      stride,      codes.data(), blocks,
-                         scales.data(), sums.data(), start_count, starts.data()};
-  for (int64_t i = 0; i < shape.count * shape.rows; ++i) y[i] = NAN;
-  for (int64_t m = shape.count - 1; m >= 0; --m)
+  const Exact<int32_t> starts(rows * blocks);
+  const Activations a = {count,  digits,        stride,      codes.data(),
+                         blocks, scales.data(), sums.data(), starts.data()};
+  y += row * shape.rows;
+  for (int64_t i = 0; i < x_rows * shape.rows; ++i) y[i] = NAN;
+  for (int64_t m = x_rows - 1; m >= 0; --m)
     for (int64_t digit = 0; digit < digits; ++digit)
-      kernel.round(w, product.x() + m * shape.columns, a, m * digits + digit);
+      kernel.round(w, product.x() + (row + m) * shape.columns, a, m * digits + digit);
   for (int64_t first = 0; first < shape.rows; first += part)
     kernel.multiply(w, a, first, std::min(first + part, shape.rows), y);
+}
+
+void run(const QuantKernel& kernel, const Product& product, const Shape& shape, int64_t part,
+         float* y) {
+  run_rows(kernel, product, shape, 0, shape.count, part, y);
+}
+
+// One row after another, as `few` takes them.
+void run_each(const QuantKernel& kernel, const Product& product, const Shape& shape, int64_t part,
+              float* y) {
+  for (int64_t m = 0; m < shape.count; ++m) run_rows(kernel, product, shape, m, 1, part, y);
 }
 
 int64_t check(const Set& set, const Product& product, const Shape& shape, const Kind& kind) {
@@ -278,7 +289,7 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
   if (shape.count > set.kernels.most_several) return failed;
 
   const int64_t part = shape.rows / 3 + 1;
-  run(set.kernels.few[0], product, shape, part, y.data());
+  run_each(set.kernels.few[0], product, shape, part, y.data());
   tell("few", product.wrong(y.data(), false), "wrong");
   const auto differing = [&] {
     int64_t count = 0;
@@ -286,7 +297,7 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
     return count;
   };
   for (int reading = 1; reading < kReadings; ++reading) {
-    run(set.kernels.few[reading], product, shape, part, other.data());
+    run_each(set.kernels.few[reading], product, shape, part, other.data());
     tell("few", differing(), "not the same in every reading");
   }
   run(set.kernels.several, product, shape, part, other.data());
@@ -295,8 +306,8 @@ int64_t check(const Set& set, const Product& product, const Shape& shape, const 
 }
 
 // One number of the middle row becomes `bad`: all of its y are NaN, and no other's.
-bool poisons_its_row(const QuantKernel& kernel, const Product& product, const Shape& shape,
-                     int64_t part, float bad, float* y) {
+bool poisons_its_row(decltype(run) run, const QuantKernel& kernel, const Product& product,
+                     const Shape& shape, int64_t part, float bad, float* y) {
   const int64_t row = shape.count / 2, column = shape.columns * 2 / 3;
   float& x = product.x()[row * shape.columns + column];
   const float before = x;
@@ -314,10 +325,11 @@ int64_t check_not_finite(const Set& set, const Product& product, const Shape& sh
   const QuantKernel many = set.kernels.many(product.matrix());
   int64_t failed = 0;
   for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
-    bool good = poisons_its_row(many, product, shape, part, bad, y.data());
+    bool good = poisons_its_row(run, many, product, shape, part, bad, y.data());
     if (shape.count <= set.kernels.most_several) {
-      good &= poisons_its_row(set.kernels.few[0], product, shape, shape.rows, bad, y.data());
-      good &= poisons_its_row(set.kernels.several, product, shape, shape.rows, bad, y.data());
+      const int64_t all = shape.rows;
+      good &= poisons_its_row(run_each, set.kernels.few[0], product, shape, all, bad, y.data());
+      good &= poisons_its_row(run, set.kernels.several, product, shape, all, bad, y.data());
     }
     if (!good) {
       ++failed;

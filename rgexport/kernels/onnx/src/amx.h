@@ -24,8 +24,6 @@ constexpr int64_t kColumns = 256;   // of a panel at a time, which stay in L1
 constexpr int64_t kPanels = 16;     // that share those of the activations, which stay in L2
 constexpr int64_t kAhead = 512;     // floats of x that are fetched before they are read
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Up to 16 of the numbers that are left, and zeros.
 __m512 load_some(const float* x, int64_t left) {
   if (left < 1) return _mm512_setzero_ps();

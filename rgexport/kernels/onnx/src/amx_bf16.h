@@ -13,7 +13,7 @@ namespace {
 
 class AmxBf16 {
  public:
-  static QuantKernel kernel() { return {code_bytes, none, none, round, multiply, kPair}; }
+  static QuantKernel kernel() { return {code_bytes, none, round, multiply, kPair}; }
 
  private:
   static constexpr int64_t kStep = 32;  // columns that one product of tiles takes

@@ -55,7 +55,7 @@ struct Waiting {
 
 class AmxInt8 : AmxInt8Layout {
  public:
-  static QuantKernel kernel() { return {code_bytes, blocks, none, round, multiply, kPair}; }
+  static QuantKernel kernel() { return {code_bytes, blocks, round, multiply, kPair}; }
 
  private:
   struct Memory {

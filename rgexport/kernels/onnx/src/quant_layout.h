@@ -15,6 +15,7 @@
 
 namespace rgexport {
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
 // The scale of a block of activations whose largest size is `most`, and what they are multiplied by
@@ -107,12 +108,6 @@ class QuantLayout {
     return whole(whole(shape.lines, shape.per_block) * shape.per_line, kLanes) * kLanes;
   }
 
-  // What dot products start from: for few rows each lane of a line, for many each block.
-  static int64_t lane_starts(const QuantMatrix& w) {
-    return whole(w.row_bytes(), kVector) * kLanes;
-  }
-  static int64_t block_starts(const QuantMatrix& w) { return padded_blocks(w); }
-
   // What the starts take from all weights, exactly: the middle of the levels, but bytes that must
   // have a sign have lost it before; for many rows of 4 bits what was added for the zero points.
   template <int kBits>
@@ -136,11 +131,10 @@ class QuantLayout {
     return kBits == 8 ? Simd::widen(some) : Simd::widen_halves(some);
   }
 
-  // The same, less the middle of the levels.
+  // What the middle of the levels is beside them.
   template <int kBits>
-  static Float zero_offsets(const uint8_t* from, const uint8_t* end, int64_t left) {
-    const Int middle = Simd::broadcast(-(1 << (kBits - 1)));
-    return Simd::to_float(Simd::add(zeros_of<kBits>(from, end, left), middle));
+  static Int offsets(const uint8_t* from, const uint8_t* end, int64_t left) {
+    return Simd::sub(Simd::broadcast(1 << (kBits - 1)), zeros_of<kBits>(from, end, left));
   }
 
   // The scales of a vector of blocks, from number `at` of the matrix's on; of them, `left` are wanted,
@@ -159,8 +153,7 @@ class QuantLayout {
     Int parts[kParts<kBits>];
   };
   template <int kBits>
-  static Line<kBits> unpack(const uint8_t* data) {
-    const Int line = Simd::load_once(data);
+  static Line<kBits> unpacked(Int line) {
     if constexpr (kBits == 4) return {{Simd::low_half(line), Simd::high_half(line)}};
     if constexpr (kBits == 8) return {{Simd::kSignedBytes ? Simd::flip_sign(line) : line}};
   }
@@ -182,25 +175,13 @@ class QuantLayout {
     if constexpr (kShort<kBits>) return Simd::add_short(sums, weights, codes);
     else return Simd::dot(sums, weights, codes);
   }
-  // All of a line, with codes from registers or from memory.
-  template <int kBits>
-  static Int line_dot(Int sums, const Line<kBits>& line, const Line<kBits>& codes) {
-    unrolled<kParts<kBits>>(
-        [&](auto part) { sums = add<kBits>(sums, line.parts[part], codes.parts[part]); });
-    return sums;
-  }
+  // All of a line.
   template <int kBits>
   static Int line_dot(Int sums, const Line<kBits>& line, const int8_t* codes) {
     unrolled<kParts<kBits>>([&](auto part) {
       sums = add<kBits>(sums, line.parts[part], Simd::load(codes + part * kVector));
     });
     return sums;
-  }
-  // The codes that a line meets, for several lines.
-  template <int kBits>
-  static Line<kBits> load_codes(const int8_t* codes) {
-    if constexpr (kBits == 8) return {{Simd::load_once(codes)}};
-    if constexpr (kBits == 4) return {{Simd::load_once(codes), Simd::load_once(codes + kVector)}};
   }
   template <int kBits>
   static Int close(Int sums, Int start) {
@@ -211,34 +192,7 @@ class QuantLayout {
   // Sums of products with both digits.
   template <int kDigits>
   static Int both(Int before, Int dots) {
-    return kDigits == 2 ? Simd::add(Simd::times(before, kDigit), dots) : dots;
-  }
-
-  // Row m of x times the part of a row of weights behind its last whole line, lane by lane: nothing is
-  // read behind the row.
-  template <int kBits, int kBlockLanes, int kDigits>
-  static float last_line(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t m,
-                         int64_t row) {
-    alignas(64) uint8_t data[kVector] = {};
-    alignas(64) int32_t dots[kLanes];
-    const int64_t index = (m + 1) * kDigits - 1, done = shape.full_lines * kVector;
-    const int64_t left = shape.row_bytes - done;
-    std::memcpy(data, w.data + row * shape.row_bytes + done, left);
-    const int8_t* codes = a.codes + index * a.stride + shape.full_lines * kCodes<kBits>;
-    const int32_t* starts = a.starts + index * a.start_count + shape.full_lines * kLanes;
-    const Int start = Simd::load(starts);
-    const Line<kBits> line = unpack<kBits>(data);
-    Int before = Simd::zero();
-    if (kDigits == 2) before = line_dot<kBits>(before, line, codes - a.stride);
-    const Int dot = close<kBits>(line_dot<kBits>(open<kBits>(start), line, codes), start);
-    Simd::store(dots, both<kDigits>(before, dot));
-    float sum = 0;
-    for (int64_t lane = 0; lane < left / 4; ++lane) {
-      const int64_t block = (shape.full_lines * kLanes + lane) / kBlockLanes;
-      const float scale = number_at(w.scales, row * shape.blocks + block);
-      sum += static_cast<float>(dots[lane]) * (scale * a.scales[index * a.blocks + block]);
-    }
-    return sum;
+    return kDigits == 2 ? Simd::add(Simd::times(before, Simd::broadcast(kDigit)), dots) : dots;
   }
 };
 

@@ -10,6 +10,7 @@ namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
+constexpr int64_t kGrainRows = 16;         // or a multiple: outputs that lie side by side, at most
 
 // Matrices of one format, and the result of each: [count of x, rows of the matrix].
 struct Products {
@@ -39,13 +40,13 @@ struct Products {
 // Rounded activations in scratch memory, cut into their arrays: `count` rows of x, each in digits.
 class Rounded {
   struct Places {
-    int64_t stride, blocks, starts, at[5] = {};
+    int64_t stride, blocks, at[5] = {};
     Size all = 0;  // bytes
     Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t codes)
-        : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)), starts(kernel.starts(w)) {
+        : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)) {
       const Size rows = (codes + kernel.rows - 1) / kernel.rows * kernel.rows;
       const Size sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
-                            rows * starts * 4};
+                            rows * blocks * 4};
       constexpr int64_t kPart = Scratch::kAlignment;
       for (int i = 0; i < 4; ++i) {
         all = all + sizes[i] + (kPart - 1);
@@ -67,7 +68,6 @@ class Rounded {
                     places_.blocks,
                     reinterpret_cast<float*>(base + places_.at[1]),
                     reinterpret_cast<int32_t*>(base + places_.at[2]),
-                    places_.starts,
                     reinterpret_cast<int32_t*>(base + places_.at[3])};
   }
   explicit operator bool() const { return memory_.data() != nullptr; }
@@ -80,7 +80,7 @@ class Rounded {
     some.codes += first * some.stride;
     some.scales += first * some.blocks;
     some.sums += first * some.blocks;
-    some.starts += first * some.start_count;
+    some.starts += first * some.blocks;
     return some;
   }
 
@@ -148,7 +148,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   Span weights[QuantLinears::kMost];
   for (int i = 0; i < all.matrices; ++i)
     weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
-  Ranges parts(rows, (kGrainBytes / row_bytes + 4) / 4 * 4, processors());
+  Ranges parts(rows, (kGrainBytes / row_bytes / kGrainRows + 1) * kGrainRows, processors());
   const Rounded rounded(kernel, format, parts.parts() * count, all.digits);
   if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);

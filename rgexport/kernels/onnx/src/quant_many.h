@@ -192,7 +192,7 @@ class QuantMany : QuantLayout<Simd> {
   // are beside the middle, times the scale.
   static Int moves(Int points) {
     const Int most = Simd::broadcast(kMostHalf * kFourBytes);
-    return Simd::add(most, Simd::times(points, -kFourBytes));
+    return Simd::add(most, Simd::times(points, Simd::broadcast(-kFourBytes)));
   }
   static Int middle_moves() { return Simd::broadcast((kMostHalf - Base::template kMiddle<4>) * kFourBytes); }
   static void store_zeros(Int points, Panel& panel, int64_t to) {
@@ -211,11 +211,11 @@ class QuantMany : QuantLayout<Simd> {
     const uint8_t* weights = panel.weights;
     const float* x_scales = a.scales + index * a.blocks + block;
     const int32_t* x_sums = a.sums + index * a.blocks + block;
-    const int32_t* starts = a.starts + index * a.start_count + block;
+    const int32_t* starts = a.starts + index * a.blocks + block;
     for (int64_t b = 0; b < blocks; ++b) {
       Int dots[kRows][kWide];
       unrolled<kRows>([&](auto r) {
-        const Int start = Simd::broadcast(starts[r * a.start_count + b]);
+        const Int start = Simd::broadcast(starts[r * a.blocks + b]);
         unrolled<kWide>([&](auto j) { dots[r][j] = start; });
       });
       if constexpr (kShare < kLanes) {
@@ -238,7 +238,7 @@ class QuantMany : QuantLayout<Simd> {
           const int64_t at = b * kPanel + j * kLanes;
           const Float scale = Simd::mul(Simd::load_float(panel.scales + at), wide);
           Int dot = dots[kLast][j];
-          if constexpr (kDigits == 2) dot = Simd::add(Simd::times(dots[kFirst][j], kDigit), dot);
+          if constexpr (kDigits == 2) dot = Simd::add(Simd::times(dots[kFirst][j], Simd::broadcast(kDigit)), dot);
           Float sum = Simd::fma(Simd::to_float(dot), scale, Simd::load_float(to));
           if constexpr (kZeros) {
             int32_t codes = x_sums[kLast * a.blocks + b];

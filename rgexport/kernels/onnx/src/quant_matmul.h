@@ -47,15 +47,13 @@ struct Activations {
   int64_t blocks;       // the matrix's, padded with zeros to a whole number of lines
   float* scales;        // [count, blocks]
   int32_t* sums;        // [count, blocks]: sums of codes
-  int64_t start_count;  // from row to row
-  int32_t* starts;      // [count, start_count]: what a kernel's dot products start from
+  int32_t* starts;      // [count, blocks]: what a kernel's dot products start from
 };
 
 struct QuantKernel {
-  // Bytes of codes, number of blocks, and of starts, that the activations of one row take.
+  // Bytes of codes, and number of blocks, that the activations of one row take.
   int64_t (*code_bytes)(const QuantMatrix&);
   int64_t (*padded_blocks)(const QuantMatrix&);
-  int64_t (*starts)(const QuantMatrix&);
   // Rounds x [columns] to a digit, into row `index` of the activations; after the digits before it.
   void (*round)(const QuantMatrix&, const float* x, const Activations&, int64_t index);
   // Columns [first, last) of y.

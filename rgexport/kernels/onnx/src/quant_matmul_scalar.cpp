@@ -10,8 +10,7 @@ struct Scalar {
   static constexpr int kLanes = 4;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 2, kTall = 2, kTallHalves = 2;
-  // For several: rows of weights and of activations at a time, and most of the latter.
-  static constexpr int kWeightRows = 2, kTogether = 2, kMostSeveral = 4;
+  static constexpr int kTogether = 8;  // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   struct Int {
@@ -67,8 +66,13 @@ struct Scalar {
     return words(word(x, 0) + word(y, 0), word(x, 1) + word(y, 1), word(x, 2) + word(y, 2),
                  word(x, 3) + word(y, 3));
   }
-  static Int times(Int x, int32_t y) {
-    return words(word(x, 0) * y, word(x, 1) * y, word(x, 2) * y, word(x, 3) * y);
+  static Int sub(Int x, Int y) {
+    return words(word(x, 0) - word(y, 0), word(x, 1) - word(y, 1), word(x, 2) - word(y, 2),
+                 word(x, 3) - word(y, 3));
+  }
+  static Int times(Int x, Int y) {
+    return words(word(x, 0) * word(y, 0), word(x, 1) * word(y, 1), word(x, 2) * word(y, 2),
+                 word(x, 3) * word(y, 3));
   }
   static Int dot(Int sum, Int weights, Int codes) {
     int32_t lanes[4];
@@ -129,6 +133,10 @@ struct Scalar {
     }
     return x;
   }
+  static Float add(Float x, Float y) {
+    for (int i = 0; i < 4; ++i) x.lanes[i] += y.lanes[i];
+    return x;
+  }
   static Float mul(Float x, Float y) {
     for (int i = 0; i < 4; ++i) x.lanes[i] *= y.lanes[i];
     return x;
@@ -147,12 +155,25 @@ struct Scalar {
     const float* lanes = sizes.lanes;
     return larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]));
   }
-  static float sum(Float x) { return (x.lanes[0] + x.lanes[1]) + (x.lanes[2] + x.lanes[3]); }
+  // The first half and the second one, and again.
+  static float sum(Float x) { return (x.lanes[0] + x.lanes[2]) + (x.lanes[1] + x.lanes[3]); }
 
-  // Consecutive numbers, each in kShare lanes.
+  // Sums of pairs of neighbours, those of x before those of y.
+  static Int pair_sums(Int x, Int y) {
+    return words(word(x, 0) + word(x, 1), word(x, 2) + word(x, 3), word(y, 0) + word(y, 1),
+                 word(y, 2) + word(y, 3));
+  }
+  // Sums of blocks of kShare lanes, in order, from groups of lines that are such sums.
   template <int kShare>
-  static Float spread(const float* p) {
-    return {{p[0], p[1 / kShare], p[2 / kShare], p[3 / kShare]}};
+  static Int in_order(const Int* groups) {
+    return groups[0];
+  }
+
+  // 16 bytes of each of 4 rows: vector i has the four bytes of all rows from byte 4 i on.
+  template <class Rows>
+  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = load(from(i));
+    transpose(out);
   }
 
   static void transpose(Int (&rows)[4]) {

@@ -11,10 +11,8 @@ namespace rgexport {
 template <class Simd>
 class QuantMatmul : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
-  using Base::block_starts;
   using Base::code_bytes;
   using Base::kLanes;
-  using Base::lane_starts;
   using Base::padded_blocks;
   using Base::pick;
 
@@ -34,18 +32,17 @@ class QuantMatmul : QuantLayout<Simd> {
             few<Reading<1, Cache::kOnce>>()};
   }
   static QuantKernel several() {
-    return {code_bytes, padded_blocks, lane_starts, QuantRound<Simd>::round_few, multiply_several};
+    return {code_bytes, padded_blocks, QuantRound<Simd>::round_few, multiply_several};
   }
 
  private:
   static QuantKernel many(const QuantMatrix&) {
-    return {code_bytes, padded_blocks, block_starts, QuantRound<Simd>::round_many, multiply_many};
+    return {code_bytes, padded_blocks, QuantRound<Simd>::round_many, multiply_many};
   }
 
   template <class Reading>
   static QuantKernel few() {
-    return {code_bytes, padded_blocks, lane_starts, QuantRound<Simd>::round_few,
-            multiply_few<Reading>};
+    return {code_bytes, padded_blocks, QuantRound<Simd>::round_few, multiply_few<Reading>};
   }
 
   template <class Reading>
@@ -64,10 +61,10 @@ class QuantMatmul : QuantLayout<Simd> {
   static void multiply_several(const QuantMatrix& w, const Activations& a, int64_t first,
                                int64_t last, float* y) {
     const auto instance = [&](auto bits, auto block) {
-      constexpr int lanes = block * bits / 32;
+      constexpr int lanes = block * bits / 32, share = lanes < kLanes ? lanes : kLanes;
       if constexpr (bits == 8)
-        if (a.digits == 2) return QuantSeveral<Simd>::template stream<bits, lanes, 2>;
-      return QuantSeveral<Simd>::template stream<bits, lanes, 1>;
+        if (a.digits == 2) return QuantSeveral<Simd>::template stream<bits, share, 2>;
+      return QuantSeveral<Simd>::template stream<bits, share, 1>;
     };
     pick(w, instance)(w, a, first, last, y);
   }

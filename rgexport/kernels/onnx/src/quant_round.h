@@ -28,65 +28,69 @@ class QuantRound : QuantLayout<Simd> {
   }
 
  private:
-  // The columns of a block or of a line of weights, whatever has more: a code is a byte. For few rows,
-  // the second digit's starts and sums are those of both.
+  // The columns of a block or of a line of weights, whatever has more: a code is a byte. Few rows lie
+  // side by side: a line of codes of each, and the numbers of a block of each. There a row has numbers
+  // once, those of its last digit, and starts and sums of both digits.
   template <int kBits, int kBlock, bool kFew>
   struct Chunk {
     static constexpr int64_t kLine = Base::template kCodes<kBits>;
     static constexpr int64_t kColumns = kBlock < kLine ? kLine : kBlock;
     static constexpr int64_t kBlocks = kColumns / kBlock, kBlockLanes = kBlock * kBits / 32;
     static constexpr int kVectors = kLine / kLanes;
+    static constexpr int32_t kTaken =
+        kFew ? Base::template kMiddle<kBits> : Base::template kAdded<kBits>;
 
     static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
-      int8_t* codes = a.codes + index * a.stride;
-      float* scales = a.scales + index * a.blocks;
-      int32_t* sums = a.sums + index * a.blocks;
-      int32_t* starts = a.starts + index * a.start_count;
+      const int64_t rows = a.count / a.digits, step = kFew ? rows : 1;
+      const int64_t first = kFew ? index / a.digits : index * a.blocks;
+      const int64_t line_step = kFew ? a.count * kLine : kLine;
+      int8_t* codes = a.codes + index * (kFew ? kLine : a.stride);
       const bool second = index % a.digits == 1;
-      for (int64_t b = 0; b < a.blocks; ++b) scales[b] = 0, sums[b] = 0;
-      for (int64_t k = 0; k < w.columns; k += kColumns) {
-        alignas(64) int32_t lanes[kLanes];  // sums of codes
-        const int64_t left = w.columns - k, block = k / kBlock;
+      int64_t at = first;  // of a block's numbers
+      for (int64_t k = 0; k < w.columns; k += kColumns, codes += kColumns / kLine * line_step) {
+        const int64_t left = w.columns - k;
+        float scales[kBlocks];
+        int32_t sums[kBlocks] = {};
         if (left >= kColumns) {
           for (int64_t i = 0; i < kColumns; i += kFetched) __builtin_prefetch(x + k + kAhead + i);
-          columns(x + k, second, codes + k, scales + block, sums + block, lanes);
+          columns(x + k, second, codes, line_step, scales, sums);
         } else {
           alignas(64) float padded[kColumns] = {};
           std::memcpy(padded, x + k, left * sizeof(float));
-          columns(padded, second, codes + k, scales + block, sums + block, lanes);
+          columns(padded, second, codes, line_step, scales, sums);
         }
-        for (int i = 0; kFew && i < kLanes; ++i) {
-          const int64_t at = k / kColumns * kLanes + i;
-          starts[at] = -Base::template kMiddle<kBits> * lanes[i];
-          if (second) starts[at] += kDigit * starts[at - a.start_count];
+        for (int64_t b = 0; b < kBlocks; ++b, at += step) {
+          if (kFew && second) sums[b] += kDigit * a.sums[at];
+          a.scales[at] = scales[b];
+          a.sums[at] = sums[b];
+          a.starts[at] = -kTaken * sums[b];
         }
       }
-      for (int64_t b = 0; !kFew && b < a.blocks; ++b)
-        starts[b] = -Base::template kAdded<kBits> * sums[b];
-      for (int64_t b = 0; kFew && second && b < a.blocks; ++b)
-        sums[b] += kDigit * sums[b - a.blocks];
+      for (; at < first + a.blocks * step; at += step)
+        a.scales[at] = 0, a.sums[at] = 0, a.starts[at] = 0;
     }
 
-    static void columns(const float* x, bool second, int8_t* codes, float* scales, int32_t* sums,
-                        int32_t* lanes) {
+    static void columns(const float* x, bool second, int8_t* codes, int64_t stride, float* scales,
+                        int32_t* sums) {
       Digit<Simd> digits[kBlocks];
       for (int64_t b = 0; b < kBlocks; ++b) {
         digits[b] = Digit<Simd>(largest(x + b * kBlock), second);
         scales[b] = digits[b].scale();
       }
       Int all = Simd::zero();
-      for (int64_t line = 0; line < kColumns; line += kLine) {
+      for (int64_t line = 0; line < kColumns; line += kLine, codes += stride) {
         Int rounded[kVectors];
         unrolled<kVectors>([&](auto v) {
           const int64_t at = line + v * kLanes;
           rounded[v] = digits[at / kBlock].codes(Simd::load_float(x + at));
         });
-        all = Simd::add(all, place(rounded, codes + line));
+        all = Simd::add(all, place(rounded, codes));
       }
-      Simd::store(lanes, all);
       if constexpr (kBlocks == 1) {
         *sums = static_cast<int32_t>(Simd::sum(Simd::to_float(all)));
       } else {
+        alignas(64) int32_t lanes[kLanes];
+        Simd::store(lanes, all);
         for (int64_t i = 0; i < kLanes; ++i) sums[i / kBlockLanes] += lanes[i];
       }
     }

@@ -21,6 +21,7 @@ inline void fetch_into(const void* p) {
   if constexpr (kCache == Cache::kL1) __builtin_prefetch(p);
   if constexpr (kCache == Cache::kL2) __builtin_prefetch(p, 0, 2);
   if constexpr (kCache == Cache::kOnce) __builtin_prefetch(p, 0, 0);
+  asm volatile("");  // It stays where it is: GCC would fetch many lines at once.
 }
 
 template <int kRowsAtOnce, Cache kFetchedInto, int64_t kNearBytes = 0>

@@ -14,8 +14,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 2, kTall = 4, kTallHalves = 3;
-  // For several: rows of weights and of activations at a time, and most of the latter.
-  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr int kTogether = 8;  // rows of activations, where there are several
   static constexpr bool kShortSums = true;  // see add_short
   // |w| · ±x fits: 128 · 127 · 2 < 2^15, as 255 · 127 · 2 would not.
   static constexpr bool kSignedBytes = true;
@@ -45,7 +44,8 @@ struct Avx2 {
     return _mm256_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15)));
   }
   static Int add(Int x, Int y) { return _mm256_add_epi32(x, y); }
-  static Int times(Int x, int32_t y) { return _mm256_mullo_epi32(x, broadcast(y)); }
+  static Int sub(Int x, Int y) { return _mm256_sub_epi32(x, y); }
+  static Int times(Int x, Int y) { return _mm256_mullo_epi32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     const Int pairs =
         _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
@@ -101,6 +101,7 @@ struct Avx2 {
     return in_order(_mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
   }
   static Int in_order(Int packed) { return _mm256_permute4x64_epi64(packed, 0xd8); }
+  static Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
   static Float mul(Float x, Float y) { return _mm256_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm256_fmadd_ps(x, y, z); }
   // Sizes as whole numbers, whose order is theirs; what is no number is above all of them and stays.
@@ -122,18 +123,44 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
 
-  // Consecutive numbers, each in kShare lanes.
+  // Sums of pairs of neighbours, in each 128 bits those of x before those of y.
+  static Int pair_sums(Int x, Int y) {
+    const Float a = _mm256_castsi256_ps(x), b = _mm256_castsi256_ps(y);
+    return add(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+               _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+  }
+  // Sums of blocks of kShare lanes, in order, from groups of lines: 128 bits of each are such sums of the
+  // lines' 128 bits.
   template <int kShare>
-  static Float spread(const float* p) {
-    if constexpr (kShare == 8) return _mm256_set1_ps(*p);
-    if constexpr (kShare == 4) {
-      double both;
-      std::memcpy(&both, p, sizeof both);
-      return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)),
-                                  _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+  static Int in_order(const Int* groups) {
+    if constexpr (kShare == 8) {
+      return add(_mm256_permute2x128_si256(groups[0], groups[1], 0x20),
+                 _mm256_permute2x128_si256(groups[0], groups[1], 0x31));
+    } else if constexpr (kShare == 4) {
+      return _mm256_permutevar8x32_epi32(groups[0], _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+    } else {
+      return _mm256_permute4x64_epi64(groups[0], 0xd8);
     }
-    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                    _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+  }
+
+  // 16 bytes of each of 8 rows: vector i has the four bytes of all rows from byte 4 i on.
+  template <class Rows>
+  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
+    Int pairs[4];  // of rows i, 4 + i
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int r) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(4 * r + i)));
+      };
+      pairs[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+    }
+    const Int low0 = _mm256_unpacklo_epi32(pairs[0], pairs[1]);
+    const Int low1 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
+    const Int high0 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
+    const Int high1 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
+    out[0] = _mm256_unpacklo_epi64(low0, low1);
+    out[1] = _mm256_unpackhi_epi64(low0, low1);
+    out[2] = _mm256_unpacklo_epi64(high0, high1);
+    out[3] = _mm256_unpackhi_epi64(high0, high1);
   }
 
   static void transpose(Int (&rows)[8]) {
@@ -157,7 +184,7 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
-  static constexpr int kTall = 6, kTallHalves = 6, kMostSeveral = 8;
+  static constexpr int kTall = 6, kTallHalves = 6;
   static constexpr bool kSignedBytes = false, kShortSums = false;
 
   static Int dot(Int sum, Int weights, Int codes) {

@@ -14,8 +14,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 3, kTall = 6, kTallHalves = 6;
-  // For several: rows of weights and of activations at a time, and most of the latter.
-  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 8;
+  static constexpr int kTogether = 16;  // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   using Int = __m512i;
@@ -56,7 +55,8 @@ struct Avx512 {
     return _mm512_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15)));
   }
   static Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
-  static Int times(Int x, int32_t y) { return _mm512_mullo_epi32(x, broadcast(y)); }
+  static Int sub(Int x, Int y) { return _mm512_sub_epi32(x, y); }
+  static Int times(Int x, Int y) { return _mm512_mullo_epi32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
@@ -95,6 +95,7 @@ struct Avx512 {
   static Int in_order(Int packed) {
     return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), packed);
   }
+  static Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
   static Float mul(Float x, Float y) { return _mm512_mul_ps(x, y); }
   static Float fma(Float x, Float y, Float z) { return _mm512_fmadd_ps(x, y, z); }
   // Sizes as whole numbers, whose order is theirs; what is no number is above all of them and stays.
@@ -108,26 +109,55 @@ struct Avx512 {
   }
   static float sum(Float x) { return _mm512_reduce_add_ps(x); }
 
-  // Consecutive numbers, each in kShare lanes.
+  // Sums of pairs of neighbours, in each 128 bits those of x before those of y.
+  static Int pair_sums(Int x, Int y) {
+    const Float a = _mm512_castsi512_ps(x), b = _mm512_castsi512_ps(y);
+    return add(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+               _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+  }
+  // Sums of blocks of kShare lanes, in order, from groups of lines: 128 bits of each are such sums of the
+  // lines' 128 bits.
   template <int kShare>
-  static Float spread(const float* p) {
+  static Int in_order(const Int* groups) {
     if constexpr (kShare == 16) {
-      return _mm512_set1_ps(*p);
+      return quarter_sums(quarter_sums(groups[0], groups[1]), quarter_sums(groups[2], groups[3]));
     } else if constexpr (kShare == 8) {
-      const __m512 both = _mm512_castsi512_ps(
-          _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((may_alias, aligned(4)))*>(p)));
-      return _mm512_permutevar_ps(both, order<8>());
+      return _mm512_permutexvar_epi32(
+          _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0),
+          quarter_sums(groups[0], groups[1]));
     } else if constexpr (kShare == 4) {
-      return _mm512_permutexvar_ps(order<4>(), _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+      return _mm512_permutexvar_epi32(
+          _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), groups[0]);
     } else {
-      return _mm512_permutexvar_ps(order<2>(), _mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
+      return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), groups[0]);
     }
   }
+  // Sums of neighbours among the quarters.
+  static Int quarter_sums(Int x, Int y) {
+    return add(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+  }
 
-  template <int kShare>
-  static Int order() {
-    const Int lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_srli_epi32(lanes, kShare == 8 ? 3 : kShare == 4 ? 2 : 1);
+  // 16 bytes of each of 16 rows: vector i has the four bytes of all rows from byte 4 i on.
+  template <class Rows>
+  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
+    Int quads[4];  // of rows i, 4 + i, 8 + i, 12 + i
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int r) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(4 * r + i)));
+      };
+      quads[i] = _mm512_castsi128_si512(row(0));
+      quads[i] = _mm512_inserti32x4(quads[i], row(1), 1);
+      quads[i] = _mm512_inserti32x4(quads[i], row(2), 2);
+      quads[i] = _mm512_inserti32x4(quads[i], row(3), 3);
+    }
+    const Int low0 = _mm512_unpacklo_epi32(quads[0], quads[1]);
+    const Int low1 = _mm512_unpacklo_epi32(quads[2], quads[3]);
+    const Int high0 = _mm512_unpackhi_epi32(quads[0], quads[1]);
+    const Int high1 = _mm512_unpackhi_epi32(quads[2], quads[3]);
+    out[0] = _mm512_unpacklo_epi64(low0, low1);
+    out[1] = _mm512_unpackhi_epi64(low0, low1);
+    out[2] = _mm512_unpacklo_epi64(high0, high1);
+    out[3] = _mm512_unpackhi_epi64(high0, high1);
   }
 
   static void transpose(Int (&rows)[16]) {

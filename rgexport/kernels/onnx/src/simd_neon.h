@@ -13,8 +13,7 @@ struct Neon {
   static constexpr int kLanes = 4;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 4, kTall = 6, kTallHalves = 6;
-  // For several: rows of weights and of activations at a time, and most of the latter.
-  static constexpr int kWeightRows = 4, kTogether = 4, kMostSeveral = 4;
+  static constexpr int kTogether = 8;  // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = true;  // both factors of vdotq_s32 have a sign
   using Int = int32x4_t;
@@ -46,7 +45,8 @@ struct Neon {
     return vld1q_s32(all);
   }
   static Int add(Int x, Int y) { return vaddq_s32(x, y); }
-  static Int times(Int x, int32_t y) { return vmulq_n_s32(x, y); }
+  static Int sub(Int x, Int y) { return vsubq_s32(x, y); }
+  static Int times(Int x, Int y) { return vmulq_s32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
   }
@@ -78,21 +78,31 @@ struct Neon {
   }
   static Int even_bytes(Int a, Int b) { return words(vuzp1q_u8(bytes(a), bytes(b))); }
   static Int odd_bytes(Int a, Int b) { return words(vuzp2q_u8(bytes(a), bytes(b))); }
+  static Float add(Float x, Float y) { return vaddq_f32(x, y); }
   static Float mul(Float x, Float y) { return vmulq_f32(x, y); }
   static Float fma(Float x, Float y, Float z) { return vfmaq_f32(z, x, y); }
   // What is no number is above all sizes, and stays: so it is in these instructions.
   static Float max_size(Float most, Float x) { return vmaxq_f32(most, vabsq_f32(x)); }
   static float max(Float x) { return vmaxvq_f32(x); }
-  static float sum(Float x) { return vaddvq_f32(x); }
+  // The first half and the second one, and again.
+  static float sum(Float x) {
+    const float32x2_t both = vadd_f32(vget_low_f32(x), vget_high_f32(x));
+    return vget_lane_f32(both, 0) + vget_lane_f32(both, 1);
+  }
 
-  // Consecutive numbers, each in kShare lanes.
+  // Sums of pairs of neighbours, those of x before those of y.
+  static Int pair_sums(Int x, Int y) { return vpaddq_s32(x, y); }
+  // Sums of blocks of kShare lanes, in order, from groups of lines that are such sums.
   template <int kShare>
-  static Float spread(const float* p) {
-    if constexpr (kShare == 4) {
-      return vdupq_n_f32(*p);
-    } else {
-      return vcombine_f32(vdup_n_f32(p[0]), vdup_n_f32(p[1]));
-    }
+  static Int in_order(const Int* groups) {
+    return groups[0];
+  }
+
+  // 16 bytes of each of 4 rows: vector i has the four bytes of all rows from byte 4 i on.
+  template <class Rows>
+  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = load(from(i));
+    transpose(out);
   }
 
   static void transpose(Int (&rows)[4]) {
