@@ -1,8 +1,8 @@
 // One row of activations: the weights stream by, as fast as memory gives them.
 //
-// The products of a row of weights lie where its lines have them, until those of kLanes blocks are there
-// and become one vector, with a block in each lane. What follows, see QuantLayout::Sum, is the same in
-// quant_several.h.
+// The products of a row of weights lie where its lines have them, until those of kLanes blocks are there.
+// Then they become one vector with a block in each lane, which is scaled and added to the sums of the
+// vectors before it. quant_several.h adds the same numbers in the same order.
 #pragma once
 
 #include "quant_layout.h"
@@ -31,7 +31,8 @@ class QuantFew : QuantLayout<Simd> {
     int64_t row = first;
     for (; row + kRows <= last; row += kRows)
       Rows<kBits, kBlockLanes, kRows, kDigits>(w, shape, a, row).multiply(y + row);
-    for (; row < last; ++row) Rows<kBits, kBlockLanes, 1, kDigits>(w, shape, a, row).multiply(y + row);
+    for (; row < last; ++row)
+      Rows<kBits, kBlockLanes, 1, kDigits>(w, shape, a, row).multiply(y + row);
   }
 
  private:
@@ -66,13 +67,17 @@ class QuantFew : QuantLayout<Simd> {
       int64_t line = 0;
       for (int64_t block = 0; block < shape_.blocks; block += kLanes, line += kShare * kStepLines)
         add(line, block, sums);
-      for (int r = 0; r < kRows; ++r) y[r] = Simd::sum(sums[r]) + (bias_ ? bias_[r] : 0.0f);
+      for (int r = 0; r < kRows; ++r) {
+        const float sum = Simd::sum(sums[r]);
+        y[r] = bias_ ? sum + bias_[r] : sum;
+      }
     }
 
    private:
-    static constexpr int kLast = kDigits - 1;  // the digit that has what goes with both
+    static constexpr int kLast = kDigits - 1;  // whose numbers are those of both
 
-    // A vector of blocks, in one place of the code: AMD's prefetchers know a stream by where it is loaded.
+    // A vector of blocks. There is one loop over them: AMD's prefetchers know a stream by the load's place
+    // in the code.
     [[gnu::always_inline]] void add(int64_t line, int64_t block, Float (&sums)[kRows]) const {
       Int dots[kRows];
       products(line, dots);
@@ -104,11 +109,13 @@ class QuantFew : QuantLayout<Simd> {
         const int64_t first = line + g * kLines;
         Int steps[kGroup][kRows];
         if (first + kLines <= shape_.full_lines) {
-          unrolled<kGroup>([&](auto i) { step<true>(first + i * kStepLines, steps[i]); });
+          unrolled<kGroup>([&](auto i) { step<true>(first, i, steps[i]); });
         } else {
-          Int some[kGroup][kRows];  // `steps` stay in registers
+          Int some[kGroup][kRows];  // steps[] stays in registers
           last_steps(first, some);
-          unrolled<kGroup * kRows>([&](auto i) { steps[i / kRows][i % kRows] = some[i / kRows][i % kRows]; });
+          unrolled<kGroup * kRows>([&](auto i) {
+            steps[i / kRows][i % kRows] = some[i / kRows][i % kRows];
+          });
         }
         for (int r = 0; r < kRows; ++r) {
           Int sum = Simd::pair_sums(steps[0][r], steps[1][r]);
@@ -117,35 +124,41 @@ class QuantFew : QuantLayout<Simd> {
           groups[r][g] = sum;
         }
       });
-      for (int r = 0; r < kRows; ++r) dots[r] = Simd::template in_order<kShare>(groups[r]);
+      for (int r = 0; r < kRows; ++r) dots[r] = Simd::template blocks_in_order<kShare>(groups[r]);
     }
 
+    // Where not all lines are there, or none is.
     [[gnu::noinline]] void last_steps(int64_t first, Int (&steps)[kGroup][kRows]) const {
 #pragma GCC unroll 1
-      for (int i = 0; i < kGroup; ++i) step<false>(first + i * kStepLines, steps[i]);
+      for (int i = 0; i < kGroup; ++i) step<false>(first, i, steps[i]);
     }
 
-    // Those with the blocks of a line, or with the block of some lines.
+    // Those with the blocks of a line, or with the block of some lines: of step `index` of a group, which
+    // begins with line `first`.
     template <bool kAll>
-    [[gnu::always_inline]] void step(int64_t line, Int (&dots)[kRows]) const {
+    [[gnu::always_inline]] void step(int64_t first, int index, Int (&dots)[kRows]) const {
+      const int64_t line = first + index * kStepLines;
       Int before[kRows];
       for (int r = 0; r < kRows; ++r) dots[r] = before[r] = Simd::zero();
       if (!kAll && line >= shape_.lines) return;
       const uint8_t* data = data_ + line * kVector;
-      const uint8_t* here = data_ + line * kVector * kRows;
+      const uint8_t* group = data_ + first * kVector * kRows;
       const int8_t* codes = a_.codes + line * kDigits * kLineCodes;
       for (int64_t l = 0; l < kStepLines; ++l, codes += kDigits * kLineCodes)
         for (int r = 0; r < kRows; ++r) {
-          const int64_t at = (l * kRows + r) * kVector;
-          if (at % kCacheLine == 0) fetch_ahead(here + at);
+          // Each line of the cache once, but twice where a group has less.
+          const int64_t at = ((index * kStepLines + l) * kRows + r) * kVector;
+          if (at % kCacheLine == 0) fetch_ahead(group + at);
           const uint8_t* from = data + r * shape_.row_bytes + l * kVector;
           const auto weights = Base::template unpacked<kBits>(
               kAll || line + l < shape_.full_lines ? Simd::load_once(from) : last_line(from));
           dots[r] = Base::template line_dot<kBits>(dots[r], weights, codes + kLast * kLineCodes);
           if (kDigits == 2) before[r] = Base::template line_dot<kBits>(before[r], weights, codes);
         }
-      for (int r = 0; r < kRows; ++r)
-        dots[r] = Base::template both<kDigits>(before[r], Base::template close<kBits>(dots[r], Simd::zero()));
+      for (int r = 0; r < kRows; ++r) {
+        const Int dot = Base::template close<kBits>(dots[r], Simd::zero());
+        dots[r] = Base::template both<kDigits>(before[r], dot);
+      }
     }
 
     // Nothing is read behind the row.

@@ -10,7 +10,7 @@ namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
-constexpr int64_t kGrainRows = 16;         // or a multiple: outputs that lie side by side, at most
+constexpr int64_t kGrainRows = 16;         // or a multiple: the most outputs that lie side by side
 
 // Matrices of one format, and the result of each: [count of x, rows of the matrix].
 struct Products {

@@ -5,9 +5,8 @@
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
 // ONNX Runtime's MatMulNBits does at accuracy level 4. With two digits, what that leaves of them is
 // rounded to int8 once more, with 1/254 of the scale, and x̂ is the sum of both. The inner sum is exact
-// in int32, with two exceptions: what zero points of a matrix's own are beside the middle of the
-// levels may go through floats, where they have 8 bits or rows are few; and for many rows and small
-// blocks on AMX there is amx_bf16.h.
+// in int32, with two exceptions for many rows: what zero points of 8 bits are beside the middle of the
+// levels may go through floats; and for small blocks on AMX there is amx_bf16.h.
 #pragma once
 
 #include <array>
@@ -38,7 +37,9 @@ struct QuantMatrix {
 // half a unit of the one is 127 of the other.
 constexpr int kDigit = 254;
 
-// Rounded rows of activations; `codes` are what a kernel reads, in its order.
+// Rounded rows of activations; `codes` are what a kernel reads, in its order. For few rows they lie
+// otherwise than said here: a line of codes of each row, then the next line of each; and the numbers of
+// one block of all rows, then those of the next block, where rows are those of x.
 struct Activations {
   int64_t count;        // rows: of x, times digits
   int64_t digits;       // rows, one behind another, that are one of x: 1, or 2 with weights of 8 bits

@@ -125,20 +125,22 @@ void unpack(const QuantMatrix& w, const Blocks& blocks, int64_t first, Panel& pa
 // ---- Activations ----------------------------------------------------------------------------
 
 // NEON has for each line of weights the codes that low halves meet, then those for high halves.
-void pack_row(const QuantMatrix& w, const int8_t* codes, int64_t columns, int8_t* out) {
-  const int64_t parts = 8 / w.bits;
+template <int64_t kParts>
+void pack_row(const int8_t* codes, int64_t columns, int8_t* out) {
   for (int64_t g = 0; g < columns / 8; ++g) {
-    const int64_t line = g / (2 * parts), half = g / parts % 2, part = g % parts;
-    std::memcpy(out + g * kGroup, codes + (line * parts + part) * kLine + half * 8, 8);
+    const int64_t line = g / (2 * kParts), half = g / kParts % 2, part = g % kParts;
+    std::memcpy(out + g * kGroup, codes + (line * kParts + part) * kLine + half * 8, 8);
   }
 }
 
 void pack(const QuantMatrix& w, const Activations& a, const Blocks& blocks, int64_t first,
           Panel& panel) {
   const int64_t at = blocks.first * blocks.size;
+  const auto pack_codes = w.bits == 4 ? pack_row<2> : pack_row<1>;
   for (int64_t i = 0; i < kRows; ++i) {
     const int64_t pair = i / 2, side = i % 2, row = least(first + i, a.count - 1);
-    pack_row(w, a.codes + row * a.stride + at, blocks.columns, panel.codes + 16 * pair + 8 * side);
+    pack_codes(a.codes + row * a.stride + at, blocks.columns,
+               panel.codes + 16 * pair + 8 * side);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t from = row * a.blocks + blocks.first + b;
       const float scale = a.scales[from], sum = scale * static_cast<float>(a.sums[from]);

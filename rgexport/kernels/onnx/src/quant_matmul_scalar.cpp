@@ -97,10 +97,6 @@ struct Scalar {
       x.lanes[i] = half_to_float(static_cast<const uint16_t*>(p) + i);
     return x;
   }
-  static Float negative(Float x) {
-    for (float& lane : x.lanes) lane = -lane;
-    return x;
-  }
   static void store_float(float* p, Float x) { std::memcpy(p, &x, 16); }
   static Int bits(Float x) { return load(x.lanes); }
   static Float broadcast_float(float x) { return {{x, x, x, x}}; }
@@ -165,7 +161,7 @@ struct Scalar {
   }
   // Sums of blocks of kShare lanes, in order, from groups of lines that are such sums.
   template <int kShare>
-  static Int in_order(const Int* groups) {
+  static Int blocks_in_order(const Int* groups) {
     return groups[0];
   }
 

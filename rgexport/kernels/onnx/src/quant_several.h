@@ -25,6 +25,7 @@ class QuantSeveral : QuantLayout<Simd> {
   static constexpr int64_t kAhead = 512;      // bytes of a row, from what is read to what is fetched
   static constexpr int64_t kMostBlock = 256;  // bytes
   static constexpr int64_t kPieceLines = 32;  // that all rows of x meet: whole blocks
+  // An even number of blocks of 4 bits, whose zero points share a byte in pairs: they have 128 bytes.
   static_assert(kPieceLines * kVector % kMostBlock == 0);
 
  public:
@@ -36,13 +37,12 @@ class QuantSeveral : QuantLayout<Simd> {
                      float* y) {
     const Shape shape(w);
     for (int64_t n = first; n < last; n += kLanes) {
-      const int64_t width = last - n < kLanes ? last - n : kLanes;
-      Panel<kBits, kShare, kDigits>(w, shape, a, n, width).multiply(y + n);
+      Panel<kBits, kShare, kDigits>(w, shape, a, n, least(last - n, kLanes)).multiply(y + n);
     }
   }
 
  private:
-  // Where kLanes rows are read: each fourth one has a pointer.
+  // Where kLanes rows are read: each fourth one has a pointer. (x86 has no addresses with a factor of 3.)
   class Rows {
    public:
     Rows(const uint8_t* data, int64_t stride) : stride_(stride), three_(3 * stride) {
@@ -60,7 +60,7 @@ class QuantSeveral : QuantLayout<Simd> {
     int64_t stride_, three_;
   };
 
-  // Which lines of the cache are fetched: as many of each row as of the others, one row after another.
+  // The next lines of the cache to fetch: one of each row in turn, then the next one of each.
   class Fetched {
    public:
     Fetched(const uint8_t* data, int64_t stride) : at_(data), stride_(stride), three_(3 * stride) {}
@@ -89,7 +89,7 @@ class QuantSeveral : QuantLayout<Simd> {
     static constexpr bool kShort = Base::template kShort<kBits>;
     static constexpr int kLineBlocks = kLanes / kShare;  // with scales of their own
     static constexpr bool kInLine = kShare < kLanes;
-    // Lanes of a line with one scale, or as many as are transposed at a time.
+    // Lanes that are multiplied between open and close: those with one scale, but not fewer than kGroup.
     static constexpr int kRun = kShare < kGroup ? kGroup : kShare, kRuns = kLanes / kRun;
     static constexpr int kFetchEvery = kCacheLine / kVector;
     static constexpr int kRunBlocks = kRun / kShare;
@@ -127,6 +127,7 @@ class QuantSeveral : QuantLayout<Simd> {
     }
 
    private:
+    // One row of y, from the sums of its blocks.
     void write(float (&sums)[kLanes][kLanes], float* y) const {
       for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i)
@@ -183,9 +184,7 @@ class QuantSeveral : QuantLayout<Simd> {
       for (int64_t i = 0; i < kLanes; ++i) Simd::store(offsets_[b + i], points[i]);
     }
 
-    int64_t row(int lane) const {
-      return first_ + (lane < there_ ? lane : there_ - 1);
-    }
+    int64_t row(int lane) const { return first_ + least(lane, there_ - 1); }
 
     // The lines times the rows of x from number m on: each time as many as there are instances for.
     template <int kRows = Simd::kTogether>
@@ -223,12 +222,13 @@ class QuantSeveral : QuantLayout<Simd> {
       const int64_t lines = lines_, per_block = shape_.per_block;
       const int64_t count = a_.count / kDigits, at = block_ * count + m;
       const int64_t line_codes = a_.count * kLineCodes;
-      // Lanes: of more rows, GCC would keep the sums in memory.
+      // Lanes in one piece of code: with many rows, GCC would keep the sums in memory if they were more.
       constexpr int kUnrolled = kRows > 8 ? kGroup : kRun;
       const int8_t* codes = a_.codes + line_ * line_codes + m * kDigits * kLineCodes;
-      Numbers numbers = {a_.starts + at, a_.sums + at, a_.scales + at, scales_, offsets_, count, block_};
+      Numbers numbers = {a_.starts + at, a_.sums + at, a_.scales + at, scales_,
+                         offsets_,       count,        block_};
       Rows rows(data_, stride_);
-      Fetched fetched(data_, stride_);
+      Fetched fetched(rows_ + line_ * kVector, shape_.row_bytes);
       for (int64_t line = 0; line < lines;) {
         const int64_t ahead = ahead_of(line);
 #pragma GCC unroll 1
@@ -273,8 +273,8 @@ class QuantSeveral : QuantLayout<Simd> {
       unrolled<kRunBlocks>([&](auto block) {
         const Float scale = Simd::load_float(*numbers.scales);
         unrolled<kRows>([&](auto r) {
-          const Int before = total<kRows>(dots.before[r], block);
-          Int dot = Base::template both<kDigits>(before, total<kRows>(dots.last[r], block));
+          const Int before = total(dots.before[r], block);
+          Int dot = Base::template both<kDigits>(before, total(dots.last[r], block));
           if (w_.zero_points)
             dot = Simd::add(dot, Simd::times(Simd::load(*numbers.offsets),
                                              Simd::broadcast(numbers.x_sums[r])));
@@ -287,7 +287,7 @@ class QuantSeveral : QuantLayout<Simd> {
       });
     }
 
-    template <int kRows, int kSums>
+    template <int kSums>
     [[gnu::always_inline]] static Int total(const Int (&sums)[kSums], int block) {
       Int all = sums[block];
       unrolled<kSums / kRunBlocks - 1>([&](auto i) {
@@ -296,7 +296,7 @@ class QuantSeveral : QuantLayout<Simd> {
       return all;
     }
 
-    // Four lanes of a line.
+    // kGroup lanes of a line.
     template <int kRows, int kIndex>
     [[gnu::always_inline]] static void add_group(const Rows& rows, const Fetched& fetched,
                                                  int64_t ahead, const int8_t* codes,
@@ -311,9 +311,10 @@ class QuantSeveral : QuantLayout<Simd> {
         fetch<lane>(fetched, ahead);
         const auto weights = Base::template unpacked<kBits>(columns[i]);
         unrolled<kParts>([&](auto part) {
-          [[maybe_unused]] constexpr int sum = (lane * kParts + part) * kRunBlocks % Dots<kRows>::kSums + block;
+          [[maybe_unused]] constexpr int sum =
+              (lane * kParts + part) * kRunBlocks % Dots<kRows>::kSums + block;
           unrolled<kRows>([&](auto r) {
-            // The last digit has what goes with both.
+            // Those of the last digit.
             const int8_t* code =
                 codes + ((r + 1) * kDigits - 1) * kLineCodes + 4 * lane + part * kVector;
             const Int x = Simd::broadcast_bytes(code);
@@ -334,12 +335,12 @@ class QuantSeveral : QuantLayout<Simd> {
         });
     }
 
-    // From a block to what is fetched with it, in these rows or in the next ones.
+    // How far ahead of a line is fetched: in these rows, or behind their end in the next kLanes rows.
     int64_t ahead_of(int64_t line) const {
       return (line_ + line) * kVector + ahead_ < shape_.row_bytes ? ahead_ : behind_;
     }
 
-    // One line of the cache for as many lanes as fill it: many at once would keep the loads waiting.
+    // One line of the cache for each 64 bytes that are multiplied: many at once would keep loads waiting.
     template <int kLane>
     [[gnu::always_inline]] static void fetch(const Fetched& fetched, int64_t ahead) {
       if constexpr (kLane % kFetchEvery == 0) {
@@ -352,8 +353,8 @@ class QuantSeveral : QuantLayout<Simd> {
     const QuantMatrix& w_;
     const Shape& shape_;
     const Activations& a_;
-    const int64_t first_, there_;  // rows of weights that a vector of outputs has
-    const int64_t before_, width_;  // of them, which outputs are wanted
+    const int64_t first_, there_;   // rows of weights that a vector of outputs has
+    const int64_t before_, width_;  // how many of them are before those that are wanted, and the latter
     const uint8_t* const rows_;
     const int64_t ahead_, behind_;  // what is fetched in these rows, and in the next ones
     int64_t line_, lines_, block_, stride_;

@@ -82,7 +82,6 @@ struct Avx2 {
     const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
     return _mm256_and_ps(all, _mm256_castsi256_ps(wanted));
   }
-  static Float negative(Float x) { return _mm256_sub_ps(_mm256_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Int bits(Float x) { return _mm256_castps_si256(x); }
   static Float broadcast_float(float x) { return _mm256_set1_ps(x); }
@@ -132,7 +131,7 @@ struct Avx2 {
   // Sums of blocks of kShare lanes, in order, from groups of lines: 128 bits of each are such sums of the
   // lines' 128 bits.
   template <int kShare>
-  static Int in_order(const Int* groups) {
+  static Int blocks_in_order(const Int* groups) {
     if constexpr (kShare == 8) {
       return add(_mm256_permute2x128_si256(groups[0], groups[1], 0x20),
                  _mm256_permute2x128_si256(groups[0], groups[1], 0x31));

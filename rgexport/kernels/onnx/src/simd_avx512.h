@@ -73,7 +73,6 @@ struct Avx512 {
     const uint32_t lanes = (1u << (count < kLanes ? count : kLanes)) - 1;
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
   }
-  static Float negative(Float x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static Int bits(Float x) { return _mm512_castps_si512(x); }
   static Float broadcast_float(float x) { return _mm512_set1_ps(x); }
@@ -107,7 +106,13 @@ struct Avx512 {
     return _mm_cvtss_f32(
         _mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(sizes)))));
   }
-  static float sum(Float x) { return _mm512_reduce_add_ps(x); }
+  // The first half and the second one, and so on.
+  static float sum(Float x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
 
   // Sums of pairs of neighbours, in each 128 bits those of x before those of y.
   static Int pair_sums(Int x, Int y) {
@@ -118,7 +123,7 @@ struct Avx512 {
   // Sums of blocks of kShare lanes, in order, from groups of lines: 128 bits of each are such sums of the
   // lines' 128 bits.
   template <int kShare>
-  static Int in_order(const Int* groups) {
+  static Int blocks_in_order(const Int* groups) {
     if constexpr (kShare == 16) {
       return quarter_sums(quarter_sums(groups[0], groups[1]), quarter_sums(groups[2], groups[3]));
     } else if constexpr (kShare == 8) {

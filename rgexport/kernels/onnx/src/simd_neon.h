@@ -60,11 +60,11 @@ struct Neon {
     return vld1q_f32(all);
   }
   static Float load_first_half(const void* p, int64_t count, int64_t) {
+    if (count >= kLanes) return vcvt_f32_f16(vld1_f16(static_cast<const float16_t*>(p)));
     float16_t some[4] = {};
-    std::memcpy(some, p, (count < kLanes ? count : kLanes) * sizeof *some);
+    std::memcpy(some, p, count * sizeof *some);
     return vcvt_f32_f16(vld1_f16(some));
   }
-  static Float negative(Float x) { return vnegq_f32(x); }
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }
   static Int bits(Float x) { return vreinterpretq_s32_f32(x); }
   static Float broadcast_float(float x) { return vdupq_n_f32(x); }
@@ -94,7 +94,7 @@ struct Neon {
   static Int pair_sums(Int x, Int y) { return vpaddq_s32(x, y); }
   // Sums of blocks of kShare lanes, in order, from groups of lines that are such sums.
   template <int kShare>
-  static Int in_order(const Int* groups) {
+  static Int blocks_in_order(const Int* groups) {
     return groups[0];
   }
 
