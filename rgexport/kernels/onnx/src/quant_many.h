@@ -59,10 +59,7 @@ class QuantMany : QuantLayout<Simd> {
   struct Panel {
     alignas(64) uint8_t weights[kPanelBytes];
     alignas(64) float scales[kPanelBytes / 16];
-    union {  // for zero points of 8 bits; for all of 4
-      alignas(64) float zeros[kPanelBytes / 16];
-      alignas(64) int32_t moves[kPanelBytes / 16];
-    };
+    alignas(64) int32_t moves[kPanelBytes / 16];  // by zero points: of levels of 4 bits; of sums of 8
     alignas(64) float y[kPanels][kMostRows * kPanel];
   };
 
@@ -174,7 +171,8 @@ class QuantMany : QuantLayout<Simd> {
           const int64_t to = (b + i) * kPanel + n;
           Simd::store(panel.scales + to, scales[i]);
           if (kBits == 4) Simd::store(panel.moves + to, zeros ? moves(points[i]) : middle_moves());
-          if (kBits == 8 && zeros) store_zeros(points[i], panel, to);
+          if (kBits == 8 && zeros)
+            Simd::store(panel.moves + to, Simd::sub(Simd::broadcast(128), points[i]));
         }
       }
   }
@@ -188,16 +186,14 @@ class QuantMany : QuantLayout<Simd> {
   }
 
   // Zero points of 4 bits go into the levels: w − z + 15 is a level without sign, and each group of four
-  // columns is moved by four times the same byte. Those of 8 bits go through floats, as what they
-  // are beside the middle, times the scale.
+  // columns is moved by four times the same byte. Of 8 bits, what the middle is beside them meets the sums
+  // of codes.
   static Int moves(Int points) {
     const Int most = Simd::broadcast(kMostHalf * kFourBytes);
     return Simd::add(most, Simd::times(points, Simd::broadcast(-kFourBytes)));
   }
-  static Int middle_moves() { return Simd::broadcast((kMostHalf - Base::template kMiddle<4>) * kFourBytes); }
-  static void store_zeros(Int points, Panel& panel, int64_t to) {
-    const Float offsets = Simd::to_float(Simd::add(points, Simd::broadcast(-128)));
-    Simd::store_float(panel.zeros + to, Simd::mul(Simd::load_float(panel.scales + to), offsets));
+  static Int middle_moves() {
+    return Simd::broadcast((kMostHalf - Base::template kMiddle<4>) * kFourBytes);
   }
 
   // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows / kDigits,
@@ -231,22 +227,19 @@ class QuantMany : QuantLayout<Simd> {
       }
       unrolled<kRows / kDigits>([&](auto r) {
         constexpr int kFirst = r * kDigits, kLast = kFirst + kDigits - 1;
-        const float x_scale = x_scales[kLast * a.blocks + b];
-        const Float wide = Simd::broadcast_float(x_scale);
+        const Float x_scale = Simd::broadcast_float(x_scales[kLast * a.blocks + b]);
         unrolled<kWide>([&](auto j) {
           float* to = y + r * kPanel + j * kLanes;
           const int64_t at = b * kPanel + j * kLanes;
-          const Float scale = Simd::mul(Simd::load_float(panel.scales + at), wide);
+          const Float scale = Simd::mul(Simd::load_float(panel.scales + at), x_scale);
           Int dot = dots[kLast][j];
-          if constexpr (kDigits == 2) dot = Simd::add(Simd::times(dots[kFirst][j], Simd::broadcast(kDigit)), dot);
-          Float sum = Simd::fma(Simd::to_float(dot), scale, Simd::load_float(to));
+          dot = Base::template both<kDigits>(dots[kFirst][j], dot);
           if constexpr (kZeros) {
             int32_t codes = x_sums[kLast * a.blocks + b];
             if constexpr (kDigits == 2) codes += kDigit * x_sums[kFirst * a.blocks + b];
-            const float x_sum = -x_scale * static_cast<float>(codes);
-            sum = Simd::fma(Simd::load_float(panel.zeros + at), Simd::broadcast_float(x_sum), sum);
+            dot = Simd::add(dot, Simd::times(Simd::load(panel.moves + at), Simd::broadcast(codes)));
           }
-          Simd::store_float(to, sum);
+          Simd::store_float(to, Simd::fma(Simd::to_float(dot), scale, Simd::load_float(to)));
         });
       });
       // The sums stay in memory, in L1: the registers are for the products.

@@ -5,8 +5,8 @@
 // x̂ are the activations of a row, rounded to int8 with one scale for each block of weights, as
 // ONNX Runtime's MatMulNBits does at accuracy level 4. With two digits, what that leaves of them is
 // rounded to int8 once more, with 1/254 of the scale, and x̂ is the sum of both. The inner sum is exact
-// in int32, with two exceptions for many rows: what zero points of 8 bits are beside the middle of the
-// levels may go through floats; and for small blocks on AMX there is amx_bf16.h.
+// in int32, with two exceptions for many rows: on AMX and i8mm, what zero points of 8 bits are beside the
+// middle of the levels goes through floats; and for small blocks on AMX there is amx_bf16.h.
 #pragma once
 
 #include <array>

@@ -10,7 +10,7 @@ struct Scalar {
   static constexpr int kLanes = 4;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 2, kTall = 2, kTallHalves = 2;
-  static constexpr int kTogether = 8;  // rows of activations, where there are several
+  static constexpr int kTogether = 2;  // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   struct Int {
@@ -165,20 +165,20 @@ struct Scalar {
     return groups[0];
   }
 
-  // 16 bytes of each of 4 rows: vector i has the four bytes of all rows from byte 4 i on.
-  template <class Rows>
-  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
-    for (int i = 0; i < 4; ++i) out[i] = load(from(i));
-    transpose(out);
+  // 16 bytes from one place: as many 128 bits as a vector has.
+  template <class From>
+  static Int load_quarters(const From& from) {
+    return load(from(0));
   }
 
-  static void transpose(Int (&rows)[4]) {
+  static void transpose_fours(Int* rows) {
     Int columns[4];
     for (int c = 0; c < 4; ++c) {
       columns[c] = words(word(rows[0], c), word(rows[1], c), word(rows[2], c), word(rows[3], c));
     }
     std::memcpy(rows, columns, sizeof(columns));
   }
+  static void transpose(Int (&rows)[4]) { transpose_fours(rows); }
 };
 
 }  // namespace

@@ -302,7 +302,11 @@ class QuantSeveral : QuantLayout<Simd> {
                                                  int64_t ahead, const int8_t* codes,
                                                  Dots<kRows>& dots) {
       Int columns[kGroup], sums[kRows][kRunBlocks];
-      Simd::columns([&](int r) { return rows.at(r) + kIndex * 4 * kGroup; }, columns);
+      unrolled<kGroup>([&](auto i) {
+        columns[i] = Simd::load_quarters(
+            [&](int quarter) { return rows.at(4 * quarter + i) + kIndex * 4 * kGroup; });
+      });
+      Simd::transpose_fours(columns);
       if constexpr (kShort)
         unrolled<kRows * kRunBlocks>(
             [&](auto i) { sums[i / kRunBlocks][i % kRunBlocks] = Simd::zero(); });

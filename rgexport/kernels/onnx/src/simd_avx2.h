@@ -142,38 +142,31 @@ struct Avx2 {
     }
   }
 
-  // 16 bytes of each of 8 rows: vector i has the four bytes of all rows from byte 4 i on.
-  template <class Rows>
-  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
-    Int pairs[4];  // of rows i, 4 + i
-    for (int i = 0; i < 4; ++i) {
-      const auto row = [&](int r) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(4 * r + i)));
-      };
-      pairs[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
-    }
-    const Int low0 = _mm256_unpacklo_epi32(pairs[0], pairs[1]);
-    const Int low1 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
-    const Int high0 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
-    const Int high1 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-    out[0] = _mm256_unpacklo_epi64(low0, low1);
-    out[1] = _mm256_unpackhi_epi64(low0, low1);
-    out[2] = _mm256_unpacklo_epi64(high0, high1);
-    out[3] = _mm256_unpackhi_epi64(high0, high1);
+  // 16 bytes from each of two places.
+  template <class From>
+  [[gnu::always_inline]] static Int load_quarters(const From& from) {
+    const auto half = [&](int i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(i)));
+    };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(half(0)), half(1), 1);
+  }
+
+  // In each 128 bits, four rows of four become columns.
+  static void transpose_fours(Int* rows) {
+    const Int low0 = _mm256_unpacklo_epi32(rows[0], rows[1]);
+    const Int low1 = _mm256_unpacklo_epi32(rows[2], rows[3]);
+    const Int high0 = _mm256_unpackhi_epi32(rows[0], rows[1]);
+    const Int high1 = _mm256_unpackhi_epi32(rows[2], rows[3]);
+    rows[0] = _mm256_unpacklo_epi64(low0, low1);
+    rows[1] = _mm256_unpackhi_epi64(low0, low1);
+    rows[2] = _mm256_unpacklo_epi64(high0, high1);
+    rows[3] = _mm256_unpackhi_epi64(high0, high1);
   }
 
   static void transpose(Int (&rows)[8]) {
-    Int pairs[8], fours[8];
-    for (int i = 0; i < 8; i += 2) {
-      pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
-      pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-      fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-      fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
+    Int fours[8];
+    for (int i = 0; i < 8; ++i) fours[i] = rows[i];
+    for (int i = 0; i < 8; i += 4) transpose_fours(fours + i);
     for (int c = 0; c < 4; ++c) {
       rows[c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x20);
       rows[4 + c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x31);

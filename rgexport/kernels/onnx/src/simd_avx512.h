@@ -142,41 +142,34 @@ struct Avx512 {
     return add(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
   }
 
-  // 16 bytes of each of 16 rows: vector i has the four bytes of all rows from byte 4 i on.
-  template <class Rows>
-  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
-    Int quads[4];  // of rows i, 4 + i, 8 + i, 12 + i
-    for (int i = 0; i < 4; ++i) {
-      const auto row = [&](int r) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(4 * r + i)));
-      };
-      quads[i] = _mm512_castsi128_si512(row(0));
-      quads[i] = _mm512_inserti32x4(quads[i], row(1), 1);
-      quads[i] = _mm512_inserti32x4(quads[i], row(2), 2);
-      quads[i] = _mm512_inserti32x4(quads[i], row(3), 3);
-    }
-    const Int low0 = _mm512_unpacklo_epi32(quads[0], quads[1]);
-    const Int low1 = _mm512_unpacklo_epi32(quads[2], quads[3]);
-    const Int high0 = _mm512_unpackhi_epi32(quads[0], quads[1]);
-    const Int high1 = _mm512_unpackhi_epi32(quads[2], quads[3]);
-    out[0] = _mm512_unpacklo_epi64(low0, low1);
-    out[1] = _mm512_unpackhi_epi64(low0, low1);
-    out[2] = _mm512_unpacklo_epi64(high0, high1);
-    out[3] = _mm512_unpackhi_epi64(high0, high1);
+  // 16 bytes from each of four places.
+  template <class From>
+  [[gnu::always_inline]] static Int load_quarters(const From& from) {
+    const auto quarter = [&](int q) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(q)));
+    };
+    Int all = _mm512_castsi128_si512(quarter(0));
+    all = _mm512_inserti32x4(all, quarter(1), 1);
+    all = _mm512_inserti32x4(all, quarter(2), 2);
+    return _mm512_inserti32x4(all, quarter(3), 3);
+  }
+
+  // In each 128 bits, four rows of four become columns.
+  static void transpose_fours(Int* rows) {
+    const Int low0 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    const Int low1 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    const Int high0 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const Int high1 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    rows[0] = _mm512_unpacklo_epi64(low0, low1);
+    rows[1] = _mm512_unpackhi_epi64(low0, low1);
+    rows[2] = _mm512_unpacklo_epi64(high0, high1);
+    rows[3] = _mm512_unpackhi_epi64(high0, high1);
   }
 
   static void transpose(Int (&rows)[16]) {
-    Int pairs[16], fours[16];
-    for (int i = 0; i < 16; i += 2) {
-      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-      fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
+    Int fours[16];
+    for (int i = 0; i < 16; ++i) fours[i] = rows[i];
+    for (int i = 0; i < 16; i += 4) transpose_fours(fours + i);
     // fours[4 i + c] has, in 128-bit lane q, column 4 q + c of rows 4 i … 4 i + 3.
     for (int c = 0; c < 4; ++c) {
       const Int low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);

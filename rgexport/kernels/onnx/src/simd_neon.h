@@ -98,14 +98,13 @@ struct Neon {
     return groups[0];
   }
 
-  // 16 bytes of each of 4 rows: vector i has the four bytes of all rows from byte 4 i on.
-  template <class Rows>
-  [[gnu::always_inline]] static void columns(const Rows& from, Int (&out)[4]) {
-    for (int i = 0; i < 4; ++i) out[i] = load(from(i));
-    transpose(out);
+  // 16 bytes from one place: as many 128 bits as a vector has.
+  template <class From>
+  static Int load_quarters(const From& from) {
+    return load(from(0));
   }
 
-  static void transpose(Int (&rows)[4]) {
+  static void transpose_fours(Int* rows) {
     const Int even0 = vtrn1q_s32(rows[0], rows[1]), odd0 = vtrn2q_s32(rows[0], rows[1]);
     const Int even1 = vtrn1q_s32(rows[2], rows[3]), odd1 = vtrn2q_s32(rows[2], rows[3]);
     rows[0] = vcombine_s32(vget_low_s32(even0), vget_low_s32(even1));
@@ -113,6 +112,7 @@ struct Neon {
     rows[2] = vcombine_s32(vget_high_s32(even0), vget_high_s32(even1));
     rows[3] = vcombine_s32(vget_high_s32(odd0), vget_high_s32(odd1));
   }
+  static void transpose(Int (&rows)[4]) { transpose_fours(rows); }
 };
 
 }  // namespace
