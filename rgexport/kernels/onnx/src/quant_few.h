@@ -107,6 +107,10 @@ class QuantFew : QuantLayout<Simd> {
       Int groups[kRows][kGroups];
       unrolled<kGroups>([&](auto g) {
         const int64_t first = line + g * kLines;
+        if (g > 0 && first >= shape_.lines) {
+          for (int r = 0; r < kRows; ++r) groups[r][g] = Simd::zero();
+          return;
+        }
         Int steps[kGroup][kRows];
         if (first + kLines <= shape_.full_lines) {
           unrolled<kGroup>([&](auto i) { step<true>(first, i, steps[i]); });
