@@ -13,6 +13,7 @@ namespace fuzz {
 
 using stand_in::Buffer;
 using stand_in::kFloat;
+using stand_in::kBfloat16;
 using stand_in::kFloat16;
 using stand_in::kInt64;
 using stand_in::kUint8;
@@ -110,7 +111,7 @@ class Maker {
     const bool flat = bytes_.one_in(8);
     for (int64_t n : rows) {
       const Dims dims = flat ? Dims{n * blocks} : Dims{n, blocks};
-      bytes_.one_in(2) ? add_halves(node, dims) : add_floats(node, dims);
+      bytes_.one_in(2) ? add_halves(node, kFloat16, dims) : add_floats(node, dims);
     }
     for (int64_t n : rows)
       if (bytes_.one_in(2)) {
@@ -135,7 +136,8 @@ class Maker {
     const int64_t channels = heads * block;
     add_floats(node, {s.batch, s.tokens, channels});
     for (int gate = 0; gate < 2; ++gate) {
-      add_floats(node, {heads, block, block});
+      const Dims dims = {heads, block, block};
+      bytes_.one_in(2) ? add_halves(node, kBfloat16, dims) : add_floats(node, dims);
       add_floats(node, {heads, block});
     }
     add_floats(node, {channels});
@@ -215,13 +217,15 @@ class Maker {
   }
 
   // Mostly of sizes from 2^-8 to 2^-1, rarely of any bits.
-  void add_halves(Node& node, const Dims& dims) {
-    auto made = tensor(kFloat16, dims);
+  void add_halves(Node& node, ElementType type, const Dims& dims) {
+    auto made = tensor(type, dims);
     const bool any = bytes_.one_in(4);
+    const uint32_t least = type == kFloat16 ? 0x1c00 : 0x3b80;
+    const uint32_t count = type == kFloat16 ? 0x1c00 : 0x380;
     uint32_t seed = bytes_.next();
     for (size_t i = 0; i < made->buffer->bytes() / sizeof(uint16_t); ++i) {
       const uint32_t bits = random(seed) >> 16;
-      made->as<uint16_t>()[i] = any ? bits : (bits & 0x8000) | (0x1c00 + bits % 0x1c00);
+      made->as<uint16_t>()[i] = any ? bits : (bits & 0x8000) | (least + bits % count);
     }
     node.inputs.push_back(std::move(made));
   }
@@ -295,7 +299,7 @@ class Maker {
   }
 
   void type(Node& node, size_t index) {
-    const ElementType types[] = {kFloat, kFloat16, kUint8, kInt64, kDouble, kInt8};
+    const ElementType types[] = {kFloat, kFloat16, kBfloat16, kUint8, kInt64, kDouble, kInt8};
     if (node.inputs[index]) replace(node, index, bytes_.one_of(types), node.inputs[index]->dims);
   }
 

@@ -16,6 +16,14 @@ inline float half_value(uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
+// Likewise of a bfloat16: the first half of a float.
+inline float bfloat16_value(uint16_t bits) {
+  const uint32_t all = uint32_t{bits} << 16;
+  float value;
+  std::memcpy(&value, &all, sizeof value);
+  return value;
+}
+
 inline Array copy_of(const stand_in::Tensor* tensor) {
   Array copy;
   if (!tensor) return copy;
@@ -27,9 +35,12 @@ inline Array copy_of(const stand_in::Tensor* tensor) {
     to.assign(from, from + tensor->buffer->bytes() / sizeof *from);
   };
   if (tensor->type == stand_in::kFloat) add(copy.floats);
-  if (tensor->type == stand_in::kFloat16)
-    for (size_t i = 0; i < tensor->buffer->bytes() / sizeof(uint16_t); ++i)
-      copy.floats.push_back(half_value(tensor->as<uint16_t>()[i]));
+  const bool half = tensor->type == stand_in::kFloat16;
+  if (half || tensor->type == stand_in::kBfloat16)
+    for (size_t i = 0; i < tensor->buffer->bytes() / sizeof(uint16_t); ++i) {
+      const uint16_t bits = tensor->as<uint16_t>()[i];
+      copy.floats.push_back(half ? half_value(bits) : bfloat16_value(bits));
+    }
   if (tensor->type == stand_in::kUint8) add(copy.bytes);
   if (tensor->type == stand_in::kInt64) add(copy.positions);
   return copy;

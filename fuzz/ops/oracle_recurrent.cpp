@@ -65,8 +65,9 @@ bool is_sound_scan(const Question& q) {
   if (!x.given || x.type != stand_in::kFloat || x.dims.size() != 3 || w.size() != 3) return false;
   const int64_t batch = x.dims[0], tokens = x.dims[1], channels = x.dims[2];
   if (w[0] * w[1] != channels) return false;
+  const Dims matrices = {w[0], w[1], w[1]};
   for (size_t i : {1, 3})
-    if (!q.input(i).is(stand_in::kFloat, {w[0], w[1], w[1]}) ||
+    if (!(q.input(i).is(stand_in::kFloat, matrices) || q.input(i).is(stand_in::kBfloat16, matrices)) ||
         !q.input(i + 1).is(stand_in::kFloat, {w[0], w[1]}))
       return false;
   return q.input(5).is(stand_in::kFloat, {channels}) &&

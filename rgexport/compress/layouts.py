@@ -61,6 +61,7 @@ class FormatLayouts:
         header: bytes before each part.
         beside: bytes of all that is not weights, about.
         row_groups: whether the rows of a matrix may have several layouts.
+        bfloat16_gates: whether matrices of gates may be bfloat16.
     """
 
     schemes: tuple[Uniform, ...]
@@ -70,6 +71,7 @@ class FormatLayouts:
     header: int
     beside: Callable[[Checkpoint], int]
     row_groups: bool = True
+    bfloat16_gates: bool = False
 
     def options(self, shape: Shape) -> dict[Uniform, int]:
         """The layouts that fit a matrix, each once, with its bytes; float32 if none does."""
@@ -120,6 +122,7 @@ def _in_folder(kind: str, fit: Callable[[Uniform, Shape], Scheme], *more: Unifor
         alignment,
         header,
         partial(_folder_bytes, kind),
+        bfloat16_gates=kind == "onnx",
     )
 
 

@@ -16,7 +16,8 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import amount, group, task
 from rgexport.quantize.allocation import Choice, Front, Option, solve
 from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Plan, Uniform
+from rgexport.quantize.plan import bfloat16_gates
+from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
 _ATTEMPTS = 4
@@ -98,6 +99,8 @@ class Planner:
         losses = Losses(checkpoint.config, checkpoint.weights, calibration, self._statistics)
         importance = losses.row_importance() if layouts.row_groups else None
         self._items = items_of(checkpoint.config, importance)
+        exact = bfloat16_gates(checkpoint.config, checkpoint.weights)
+        self._gates: Plan = dict.fromkeys(exact if layouts.bfloat16_gates else (), BFLOAT16)
         self._schemes: list[list[Uniform]] = []
         self._front = self._predicted(losses)
         self._scale = 1.0
@@ -185,7 +188,7 @@ class Planner:
 
     def _plan(self, choice: Choice) -> Plan:
         layouts = [own[pick] for own, pick in zip(self._schemes, choice.picks, strict=True)]
-        return plan_of(self._checkpoint.config, self._items, layouts)
+        return plan_of(self._checkpoint.config, self._items, layouts) | self._gates
 
     def _point(self, choice: Choice) -> Point:
         size = self._layouts.artifact_bytes(self._plan(choice), self._checkpoint)

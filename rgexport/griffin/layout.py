@@ -12,7 +12,8 @@ from rgexport.griffin.layer import Op, Role, all_ops, layer_ops
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
 """Roles that may be stored in fewer than 16 bits.
 
-All others stay float32 in every format, except that the biases of linears may be float16.
+All others stay float32 in every format, except that the biases of linears may be float16, and the
+matrices of gates bfloat16 where the checkpoint has them so.
 """
 
 EMBEDDING = "embed_tokens.weight"

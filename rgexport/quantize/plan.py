@@ -10,9 +10,11 @@ from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.griffin.tensor import DTYPES, WeightSource
 from rgexport.quantize.algorithms import require_known
 from rgexport.quantize.row_groups import group_sizes
 from rgexport.quantize.scheme import (
+    BFLOAT16,
     BLOCKS,
     Affine,
     Float,
@@ -46,8 +48,6 @@ COREML_PRECISIONS: dict[str, Scheme] = {
 
 _FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
 """For tensors that are never quantized."""
-_BIAS: tuple[Scheme, ...] = (*_FULL, Float("float16"))
-"""For the biases of linears."""
 
 
 def choose_scheme(
@@ -110,6 +110,26 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     }
 
 
+def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
+    """The matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
+    return frozenset(
+        name
+        for name, spec in model_tensors(config).items()
+        if _is_gate_matrix(spec) and name in weights and weights[name].dtype == DTYPES["bfloat16"]
+    )
+
+
+def without_bfloat16(plan: Plan) -> Plan:
+    """The plan with float32 instead, for who cannot read bfloat16."""
+    return {
+        name: Float("float32") if scheme == BFLOAT16 else scheme for name, scheme in plan.items()
+    }
+
+
+def _is_gate_matrix(spec: TensorSpec) -> bool:
+    return spec.role == "gate" and len(spec.shape) == 3
+
+
 def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
     """Whether the tensor `name` is the bias of a linear."""
     weight = tensors.get(name.removesuffix("bias") + "weight")
@@ -153,15 +173,23 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
         name: _read_scheme(path, name, fields, tensors[name]) for name, fields in entries.items()
     }
     for name, scheme in plan.items():
-        role = tensors[name].role
-        allowed = _BIAS if is_linear_bias(name, tensors) else _FULL
-        if role not in QUANTIZABLE and scheme not in allowed:
-            stays = "float32 or float16" if allowed is _BIAS else "float32"
-            raise RequestError(
-                f"the plan {path} stores {name} as {scheme_to_dict(scheme)}; "
-                f"a {role} stays {stays} in every format"
-            )
+        if rule := _broken_rule(name, scheme, tensors):
+            stored = scheme_to_dict(scheme)
+            raise RequestError(f"the plan {path} stores {name} as {stored}; {rule}")
     return plan
+
+
+def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -> str | None:
+    """The rule that a scheme breaks, if any."""
+    role = tensors[name].role
+    if role in QUANTIZABLE:
+        return "only the matrices of gates may be bfloat16" if scheme == BFLOAT16 else None
+    shorter = [Float("float16")] if is_linear_bias(name, tensors) else []
+    shorter += [BFLOAT16] if _is_gate_matrix(tensors[name]) else []
+    if scheme in (*_FULL, *shorter):
+        return None
+    stays = " or ".join(["float32", *(one.dtype for one in shorter)])
+    return f"a {role} stays {stays} in every format"
 
 
 def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:

@@ -12,14 +12,14 @@ from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.row_ranges import count_rows, row_bounds
 
 FloatDtype = Literal["float32", "float16"]
-_FLOAT_BITS = {"float32": 32.0, "float16": 16.0}
+_FLOAT_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 
 
 @dataclass(frozen=True)
 class Float:
     """Floats in `dtype`."""
 
-    dtype: FloatDtype
+    dtype: Literal["float32", "float16", "bfloat16"]
     kind: Literal["float"] = "float"
     algorithm: ClassVar[str] = "cast"
 
@@ -152,6 +152,8 @@ Plan = dict[str, Scheme]
 
 BLOCKS = (16, 32, 64, 128)
 """Block sizes that a user may ask for."""
+BFLOAT16 = Float("bfloat16")
+"""For the matrices of gates that a checkpoint has in bfloat16: nothing is lost."""
 INT8_ROWS = Affine(8, None, symmetric=True)
 """One scale per row, the only int8 that integer matrix products can take."""
 
@@ -178,8 +180,8 @@ def uniform_schemes(scheme: Scheme) -> tuple[Uniform, ...]:
 
 
 def coarsest(schemes: Iterable[Scheme]) -> Uniform:
-    """The scheme with the fewest bits, of tensors and of row groups."""
-    uniform = (one for scheme in schemes for one in uniform_schemes(scheme))
+    """The scheme with the fewest bits, of tensors and of row groups; `BFLOAT16` loses nothing."""
+    uniform = (one for scheme in schemes for one in uniform_schemes(scheme) if one != BFLOAT16)
     return min(uniform, key=lambda scheme: scheme.bits_per_weight)
 
 

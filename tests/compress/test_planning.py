@@ -100,7 +100,7 @@ def test_a_size_is_kept(planner, text, checkpoint):
             Target("kl", 1e-7),
             r"--target-kl is 1e-07, which no plan reaches; expected .*e-05 or more",
         ),
-        (Target("size", 1e6), "--target-size is 1.00 MB, .* expected 8.* MB or more"),
+        (Target("size", 1e6), "--target-size is 1.00 MB, .* expected 7.* MB or more"),
         (Target("bits", 3), "--bits is 3, .* expected 4.125 or more"),
     ],
 )

@@ -29,6 +29,8 @@ from tests.models import ODD_CONFIGS
 CONFIG = ODD_CONFIGS["irregular"]
 LINEAR = "layers.0.mlp_block.up_proj.weight"
 LINEAR_BIAS = "layers.0.mlp_block.up_proj.bias"
+GATE = "layers.0.temporal_block.rg_lru.input_gate_weight"
+GATE_BIAS = "layers.0.temporal_block.rg_lru.input_gate_bias"
 CONV_BIAS = "layers.0.temporal_block.conv_1d.bias"
 
 
@@ -48,7 +50,7 @@ def test_every_tensor_has_a_scheme_by_its_role() -> None:
     assert plan.keys() == model_tensors(CONFIG).keys()
     assert plan["embed_tokens.weight"] == Affine(8, 64, symmetric=True)
     assert plan[LINEAR] == Affine(4, 32, symmetric=False)
-    assert plan["layers.0.temporal_block.rg_lru.input_gate_weight"] == Float("float32")
+    assert plan[GATE] == Float("float32")
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -72,6 +74,9 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         ({"final_norm.weight": {"kind": "ggml", "type": "f16"}}, "stays float32"),
         ({CONV_BIAS: {"kind": "float", "dtype": "float16"}}, "stays float32"),
         ({LINEAR_BIAS: {"kind": "palette"}}, "stays float32 or float16"),
+        ({GATE: {"kind": "float", "dtype": "float16"}}, "stays float32 or bfloat16"),
+        ({GATE_BIAS: {"kind": "float", "dtype": "bfloat16"}}, "a gate stays float32 in"),
+        ({LINEAR: {"kind": "float", "dtype": "bfloat16"}}, "only the matrices of gates"),
         ({LINEAR: {"kind": "ggml", "type": "q4_k_m"}}, "type = 'q4_k_m'"),
         ({"layers.9.mlp_block.up_proj.weight": {}}, "layers.9"),
     ],

@@ -34,7 +34,8 @@ DEFAULT_TYPE = "q4_k_m"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 """Precision word of the other formats → file type."""
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
-_FLOATS = {"float32": "f32", "float16": "f16"}
+_FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "f32"}
+"""Only gates are bfloat16 in a plan, and those are f32 in a file."""
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 """File types that are no mix, and that importances do not change."""
 _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")

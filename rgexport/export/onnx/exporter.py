@@ -20,6 +20,7 @@ from rgexport.export.onnx.transformers_js import write_web_files
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
@@ -44,7 +45,9 @@ def export_onnx(
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
             cannot be written, too little disk, an option that does not fit.
     """
-    plan, activation = options.resolve_plan(checkpoint.config), ACTIVATIONS[options.compute_word]
+    gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
+    plan = options.resolve_plan(checkpoint.config, gates)
+    activation = ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
     if options.genai_native:

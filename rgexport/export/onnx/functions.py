@@ -66,25 +66,27 @@ RgLruScan (
     x, input_weight, input_bias, recurrence_weight, recurrence_bias, decay, position_ids, state
 ) => (h, present, input_gate, recurrence_gate)
 {{
+    input_matrix = Cast <to = {int(DTYPES["float32"])}> (input_weight)
+    recurrence_matrix = Cast <to = {int(DTYPES["float32"])}> (recurrence_weight)
     batch_tokens = Constant <value_ints = [0, 0]> ()
     heads_block = Shape <start = 0, end = 2> (input_weight)
     by_head = Concat <axis = 0> (batch_tokens, heads_block)
     like_x = Constant <value_ints = [0, 0, -1]> ()
     apart = Reshape (x, by_head)
     heads = Transpose <perm = [0, 2, 1, 3]> (apart)
-    input_product = MatMul (heads, input_weight)
+    input_product = MatMul (heads, input_matrix)
     input_tokens = Transpose <perm = [0, 2, 1, 3]> (input_product)
     input_sum = Add (input_tokens, input_bias)
     input_gate = Reshape (input_sum, like_x)
-    recurrence_product = MatMul (heads, recurrence_weight)
+    recurrence_product = MatMul (heads, recurrence_matrix)
     recurrence_tokens = Transpose <perm = [0, 2, 1, 3]> (recurrence_product)
     recurrence_sum = Add (recurrence_tokens, recurrence_bias)
     recurrence_gate = Reshape (recurrence_sum, like_x)
 {_SCAN}}}
 """
 """The scan with its gates, each a batched `MatMul` with a matrix per block of channels: weights
-[heads, block, block], biases [heads, block], the others as above. The gates are results too, to be
-compared with a reference."""
+[heads, block, block] in float32 or bfloat16, biases [heads, block], the others as above. The gates
+are results too, to be compared with a reference."""
 
 
 QUANT_LINEAR_LEVEL = 4

@@ -15,6 +15,7 @@ MICROSOFT = "com.microsoft"
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,

@@ -1,5 +1,6 @@
 """What a user can ask of an ONNX export."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -20,8 +21,14 @@ from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.algorithms import filled
 from rgexport.quantize.fitting import least_padded, with_dtype
-from rgexport.quantize.plan import choose_scheme, choose_schemes, make_plan, precision_of
-from rgexport.quantize.scheme import BLOCKS, Affine, Plan, Scheme, uniform_schemes
+from rgexport.quantize.plan import (
+    choose_scheme,
+    choose_schemes,
+    make_plan,
+    precision_of,
+    without_bfloat16,
+)
+from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
 _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
@@ -85,8 +92,12 @@ class OnnxOptions:
         """`compute`, or its default."""
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
-    def resolve_plan(self, config: GriffinConfig) -> Plan:
+    def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
         """The plan for a model: blocks that fit its rows, unless they were given in a plan.
+
+        Args:
+            config: the model's shape.
+            gates: the matrices that the checkpoint has in bfloat16, and may stay so.
 
         Raises:
             RequestError: an unknown word or block size.
@@ -98,6 +109,10 @@ class OnnxOptions:
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
+            if self.precision_word not in ACTIVATIONS:
+                plan |= dict.fromkeys(gates, BFLOAT16)
+        if not self._profile.functions:
+            plan = without_bfloat16(plan)
         plan = filled(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 

@@ -66,7 +66,8 @@ class LoweringProfile:
     even_zero_points: bool = False
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
-    """Whether ops of our own domain stay functions, which native kernels can replace."""
+    """Whether ops of our own domain stay functions, which native kernels can replace; they may have
+    gates in bfloat16."""
     files: FileLimit | None = None
     """How large the files of weights may be; None for no limit."""
 

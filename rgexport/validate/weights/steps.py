@@ -16,8 +16,12 @@ _FLOATS = {
     "float16": (10, 2.0**-24),
     "f16": (10, 2.0**-24),
     "bf16": (7, 2.0**-126),
+    "bfloat16": (23, 2.0**-126),
 }
-"""dtype or ggml type → binary digits after the point, smallest step."""
+"""dtype or ggml type → binary digits after the point, smallest step.
+
+In ONNX, bfloat16 holds what the checkpoint has in bfloat16: nothing may be rounded.
+"""
 
 
 @dataclass(frozen=True)

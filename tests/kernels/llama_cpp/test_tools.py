@@ -28,6 +28,9 @@ TEXT = SAMPLE.partition("<start_of_turn>")[0].rstrip("\n")
 CHUNK = 512
 EXACT = "-fa", "off", "-ctk", "f32", "-ctv", "f32"
 """Attention and its cache in float32."""
+_NGRAM = "--spec-ngram-simple-size"
+DRAFTS = "--spec-type", "ngram-simple", f"{_NGRAM}-n", "4", f"{_NGRAM}-m", "8"
+"""Eight tokens are drafted by what followed the last four before."""
 PROMPTS = "Once upon a time", "It is a truth universally acknowledged, that", "To install it, run"
 
 
@@ -101,12 +104,12 @@ def test_imatrix_serves_our_exporter(llama_tools, demo, text, tmp_path):
 
 @pytest.fixture(scope="module")
 def server(llama_tools: Path, demo: Path) -> Iterator[str]:
-    """The address of a llama-server with two slots."""
+    """The address of a llama-server with two slots, which drafts from what it has seen."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = "--host", "127.0.0.1", "--port", str(port)
-    options = "-np", "2", "-c", "2048", "-t", "1", *EXACT
+    options = "-np", "2", "-c", "2048", "-t", "1", *EXACT, *DRAFTS
     command = [str(llama_tools / "llama-server"), "-m", str(demo), *place, *options]
     log = demo.with_name("server.log")
     with (
@@ -156,6 +159,14 @@ def test_server_keeps_conversations_apart(server):
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         together = pool.map(completion, [server] * 6, PROMPTS * 2)
         assert list(together) == alone * 2
+
+
+def test_server_drafts_from_its_prompt(server, demo, capsys):
+    prompt = " ".join(["The cat sat on the mat. The dog sat on the mat."] * 2)[:-5]
+    assert run(["generate", str(demo), "-p", prompt, "-n", "200", "--threads", "1"]) == 0
+    answer = ask(server, "/completion", prompt=prompt, n_predict=200, temperature=0)
+    assert answer["content"] == capsys.readouterr().out.removesuffix("\n")
+    assert answer["timings"]["draft_n_accepted"] > 0
 
 
 def test_server_chats(server):

@@ -14,6 +14,7 @@ namespace {
 
 using stand_in::Dims;
 using stand_in::ElementType;
+using stand_in::kBfloat16;
 using stand_in::kFloat;
 using stand_in::kFloat16;
 using stand_in::kInt64;
@@ -48,7 +49,9 @@ std::unique_ptr<stand_in::Tensor> tensor_of(const Input& input, stand_in::Memory
     seed = seed * 1664525 + 1013904223;
     if (input.type == kFloat) tensor->as<float>()[i] = input.middle + int32_t(seed) * 0x1p-31f;
     // Of both signs and below 0.5, also the smallest ones.
-    if (input.type == kFloat16) tensor->as<uint16_t>()[i] = (seed >> 16) % 0x3800 + (seed >> 16 & 0x8000);
+    const uint32_t half = input.type == kFloat16 ? 0x3800 : 0x3f00;
+    if (stand_in::size_of(input.type) == 2)
+      tensor->as<uint16_t>()[i] = (seed >> 16) % half + (seed >> 16 & 0x8000);
     if (input.type == kUint8) tensor->as<uint8_t>()[i] = seed >> 24;
     if (input.type == kInt64) tensor->as<int64_t>()[i] = input.start + i % input.dims[1];
   }
@@ -156,12 +159,15 @@ void scan(std::vector<Case>& cases) {
     for (Blocks b : {Blocks{1, 1}, {3, 5}, {4, 16}, {10, 25}, {2, 130}}) {
       const int64_t channels = b.heads * b.block;
       const Input weight = floats({b.heads, b.block, b.block}), bias = floats({b.heads, b.block});
+      const Input half = {kBfloat16, weight.dims};
       const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
-      cases.push_back({"RgLruScan",
-                       {},
-                       {floats({step.batch, step.tokens, channels}), weight, bias, weight, bias,
-                        decay, positions(step.batch, step.tokens, step.batch == 1), state},
-                       {{1, 7}}});
+      for (const Input& second : {weight, half})
+        cases.push_back({"RgLruScan",
+                         {},
+                         {floats({step.batch, step.tokens, channels}), b.heads > 2 ? half : weight,
+                          bias, second, bias, decay,
+                          positions(step.batch, step.tokens, step.batch == 1), state},
+                         {{1, 7}}});
     }
 }
 

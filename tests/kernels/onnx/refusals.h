@@ -169,6 +169,7 @@ const Row kScan[] = {
     {"[1, 6]", input_is(0, {1, 6})},
     {"[2, 3, 3]", input_is(1, {3, 2, 2})},
     {"[2, 3, 3, 1]", input_is(3, {2, 3, 3, 1})},
+    {"type", input_is(3, {2, 3, 3}, stand_in::kFloat16)},
     {"[6]", input_is(2, {6})},
     {"[5]", input_is(5, {5})},
     {"[2]", input_is(6, {2}, stand_in::kInt64)},

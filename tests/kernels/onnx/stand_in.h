@@ -69,7 +69,7 @@ inline size_t size_of(ElementType type) {
   constexpr int kDouble = 11, kInt8 = 3;
   switch (static_cast<int>(type)) {
     case kFloat: return 4;
-    case kFloat16: return 2;
+    case kFloat16: case kBfloat16: return 2;
     case kUint8: case kInt8: return 1;
     case kInt64: case kDouble: return 8;
     case kUndefined: break;

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -60,9 +61,29 @@ def test_scan(worker, batch, tokens, heads, block, in_place):
     assert_close(worker.run(case), oracles.rg_lru_scan(*case.inputs.values()))
 
 
-def test_the_body_is_the_scan_too(stock, in_place):
+@pytest.mark.parametrize(("heads", "block"), [(1, 1), (3, 5), (4, 16), (2, 130)])
+@pytest.mark.parametrize(("batch", "tokens"), [*SIZES, (2, 4), (1, 24), (3, 64)])
+def test_gates_in_bfloat16_give_the_bits_of_float32(worker, batch, tokens, heads, block):
+    case = scan_case(batch, tokens, heads, block, positions(batch, tokens))
+    short, wide = in_bfloat16(case)
+    expected = worker.run(wide)
+    for name, found in worker.run(short).items():
+        np.testing.assert_array_equal(found, expected[name])
+
+
+def in_bfloat16(case: Case) -> tuple[Case, Case]:
+    """The case with gates of bfloat16, and with the same numbers in float32."""
+    gates = ("input_weight", "recurrence_weight")
+    short = {name: case.inputs[name].astype(ml_dtypes.bfloat16) for name in gates}
+    wide = {name: array.astype(np.float32) for name, array in short.items()}
+    return tuple(replace(case, inputs=case.inputs | gates) for gates in (short, wide))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_body_is_the_scan_too(stock, in_place, bfloat16):
     case = scan_case(3, 40, 5, 14, positions(3, 40), in_place)
-    assert_close(stock.run(case), oracles.rg_lru_scan(*case.inputs.values()))
+    case, wide = in_bfloat16(case) if bfloat16 else (case, case)
+    assert_close(stock.run(case), oracles.rg_lru_scan(*wide.inputs.values()))
 
 
 def test_scan_forgets_where_a_position_is_zero(worker, in_place):

@@ -105,12 +105,13 @@ void multiply_rows(const Product& p, Tile& whole, int64_t vectors) {
   whole.ahead = tile.ahead;
 }
 
-// Copies a panel of b, with zeros after its last column.
-void pack(const Tile& tile, int64_t columns, float* to) {
-  for (int64_t k = 0; k < tile.depth; ++k) {
+// Copies a panel of b of `depth` rows, with zeros after its last column.
+template <class Stored>
+void pack(const Stored* b, int64_t step, int64_t depth, int64_t columns, float* to) {
+  for (int64_t k = 0; k < depth; ++k) {
     for (int64_t j = 0; j < kTileVectors; ++j) {
       const int64_t left = columns - j * kLanes;
-      const Vector x = left > 0 ? load(tile.b + k * tile.b_step + j * kLanes, left) : Vector{};
+      const Vector x = left > 0 ? load(b + k * step + j * kLanes, left) : Vector{};
       store(to + k * kTileColumns + j * kLanes, x);
     }
   }
@@ -134,7 +135,7 @@ void product(const Product& p) {
   alignas(kBytes) float packed[kDepth * kTileColumns];
   const int64_t depth = p.rows < kTileRows ? kStreamDepth : kDepth;
   Tile tile;
-  tile.ahead = p.ahead ? p.ahead : p.b;
+  tile.ahead = p.ahead ? p.ahead : p.a;
   tile.ahead_step = ahead_step(p);
   for (int64_t k = 0; k < p.depth; k += depth) {
     for (int64_t first = 0; first < p.columns; first += kTileColumns) {
@@ -142,8 +143,6 @@ void product(const Product& p) {
       tile.a = p.a + k * p.a_step;
       tile.a_row = p.a_row;
       tile.a_step = p.a_step;
-      tile.b = p.b + k * p.b_step + first;
-      tile.b_step = p.b_step;
       tile.c = p.c + first;
       tile.c_row = p.c_row;
       tile.add = p.add || k > 0;
@@ -152,10 +151,14 @@ void product(const Product& p) {
       const int64_t columns = left < kTileColumns ? left : kTileColumns;
       const bool whole = columns % kLanes == 0;
       const bool apart = p.b_step > kTileColumns && p.rows >= kPackRows;
-      if (!whole || apart) {
-        pack(tile, columns, packed);
-        tile.b = packed;
-        tile.b_step = kTileColumns;
+      const int64_t at = k * p.b_step + first;
+      const bool direct = whole && !apart && !p.b_bfloat16;
+      tile.b = direct ? p.b + at : packed;
+      tile.b_step = direct ? p.b_step : kTileColumns;
+      if (p.b_bfloat16) {
+        pack(p.b_bfloat16 + at, p.b_step, tile.depth, columns, packed);
+      } else if (!direct) {
+        pack(p.b + at, p.b_step, tile.depth, columns, packed);
       }
       if (whole) {
         multiply_rows(p, tile, columns / kLanes);
@@ -167,10 +170,10 @@ void product(const Product& p) {
 }
 
 // Adds a multiple of a row of b to a row of c.
-template <Cache kCache>
-void add_row(Vector factor, const float* b, int64_t columns, float* c) {
+template <Cache kCache, class Stored>
+void add_row(Vector factor, const Stored* b, int64_t columns, float* c) {
   const auto add = [&](int64_t i, int64_t count) {
-    fetch_into<kCache>(b + i + kReadAhead / sizeof(float));
+    fetch_into<kCache>(b + i + kReadAhead / sizeof(Stored));
     store(c + i, multiply_add(factor, load(b + i, count), load(c + i, count)), count);
   };
   int64_t i = 0;
@@ -180,14 +183,18 @@ void add_row(Vector factor, const float* b, int64_t columns, float* c) {
 
 // Goes once through b, from its first number to its last: read four rows at a time, it comes a
 // seventh slower on AMD's Zen 4.
-template <Cache kCache>
-void stream(const Product& p) {
+template <Cache kCache, class Stored>
+void stream(const Product& p, const Stored* b) {
   for (int64_t row = 0; row < p.rows && !p.add; ++row)
     for (int64_t i = 0; i < p.columns; ++i) p.c[row * p.c_row + i] = 0;
   for (int64_t k = 0; k < p.depth; ++k)
     for (int64_t row = 0; row < p.rows; ++row)
-      add_row<kCache>(splat(p.a[row * p.a_row + k * p.a_step]), p.b + k * p.columns, p.columns,
+      add_row<kCache>(splat(p.a[row * p.a_row + k * p.a_step]), b + k * p.columns, p.columns,
                       p.c + row * p.c_row);
+}
+template <Cache kCache>
+void stream(const Product& p) {
+  p.b_bfloat16 ? stream<kCache>(p, p.b_bfloat16) : stream<kCache>(p, p.b);
 }
 
 // `to` [columns, lanes] = factor · from [rows, columns], transposed.

@@ -32,6 +32,7 @@ constexpr int kLanes = kBytes / sizeof(float);
 typedef float Vector __attribute__((vector_size(kBytes), may_alias));
 typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(kBytes), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
 
 // x · y + z, rounded once where there is an instruction for that.
 inline Vector multiply_add(Vector x, Vector y, Vector z) {
@@ -56,14 +57,21 @@ inline Vector splat(float x) { return x - Vector{}; }
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 
+// Numbers in bfloat16, which are the first halves of floats.
+inline Vector load(const uint16_t* from) {
+  const Halves first = *reinterpret_cast<const Halves*>(from);
+  return reinterpret_cast<Vector>(__builtin_convertvector(first, Integers) << 16);
+}
+
 inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
 
 // The first `count` lanes, zeros after them.
-inline Vector load(const float* from, int64_t count) {
+template <class Stored>
+inline Vector load(const Stored* from, int64_t count) {
   if (count >= kLanes) return load(from);
-  Vector x{};
-  for (int64_t i = 0; i < count; ++i) x[i] = from[i];
-  return x;
+  Stored some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return load(some);
 }
 
 inline void store(float* to, Vector x, int64_t count) {

@@ -16,7 +16,7 @@ constexpr int64_t kMostElements = int64_t{1} << 56;
 
 // What is wrong with an input, or null.
 const char* wrong(const Tensor& tensor, ElementType wanted) {
-  const bool either = wanted == kFloatOrHalf && (tensor.type == kFloat || tensor.type == kFloat16);
+  const bool either = wanted < 0 && (tensor.type == kFloat || tensor.type == -wanted);
   if (tensor.type != wanted && !either) return "has another type of elements than this op takes";
   Size all = 1;
   for (size_t i = 0; i < tensor.rank; ++i) {

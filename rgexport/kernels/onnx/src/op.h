@@ -19,9 +19,10 @@ namespace rgexport {
 constexpr size_t kMaxInputs = 13;
 constexpr size_t kMaxRank = 4;
 
-// The type of an input that may be float32 or float16. ONNX Runtime lets every type pass; `Context`
-// refuses the others.
-constexpr ort::ElementType kFloatOrHalf = ort::kUndefined;
+// The types of an input that may be float32 or another one. ONNX Runtime lets every type pass;
+// `Context` refuses the others.
+constexpr auto kFloatOrHalf = static_cast<ort::ElementType>(-ort::kFloat16);
+constexpr auto kFloatOrBfloat16 = static_cast<ort::ElementType>(-ort::kBfloat16);
 
 struct Signature {
   const char* name;

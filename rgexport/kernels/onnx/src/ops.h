@@ -46,16 +46,16 @@ class QuantLinear : public QuantLinears {
   explicit QuantLinear(const Attributes& attributes) : QuantLinears(attributes, kCount) {}
 };
 
-// The RG-LRU of arXiv 2402.19427 with its gates: x [B, T, R]; weight [heads, block, block] and bias
-// [heads, block] of the input gate and of the recurrence gate, R = heads · block; decay [R],
-// position_ids [B, T], state [B, R] → h [B, T, R], present [B, R], and what the gates give before
-// the sigmoid, each [B, T, R], for who looks into a model.
+// The RG-LRU of arXiv 2402.19427 with its gates: x [B, T, R]; weight [heads, block, block], in float32
+// or in bfloat16, and bias [heads, block] of the input gate and of the recurrence gate, R = heads ·
+// block; decay [R], position_ids [B, T], state [B, R] → h [B, T, R], present [B, R], and what the gates
+// give before the sigmoid, each [B, T, R], for who looks into a model.
 class RgLruScan {
  public:
   static constexpr Signature kSignature = {
       "RgLruScan", 8, 8,
-      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
-       ort::kFloat},
+      {ort::kFloat, kFloatOrBfloat16, ort::kFloat, kFloatOrBfloat16, ort::kFloat, ort::kFloat,
+       ort::kInt64, ort::kFloat},
       4, 2};
   explicit RgLruScan(const Attributes&) {}
   void run(Context&) const;

@@ -61,7 +61,10 @@ struct Registered {
     op.version = kApiVersion;
     op.GetName = [](const CustomOp*) { return Op::kSignature.name; };
     op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
-    op.GetInputType = [](const CustomOp*, size_t i) { return Op::kSignature.input_types[i]; };
+    op.GetInputType = [](const CustomOp*, size_t i) {
+      const ElementType type = Op::kSignature.input_types[i];
+      return type < 0 ? kUndefined : type;
+    };
     op.GetInputTypeCount = [](const CustomOp*) { return Op::kSignature.inputs; };
     op.GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
     op.GetOutputTypeCount = [](const CustomOp*) { return Op::kSignature.outputs; };

@@ -15,8 +15,15 @@ constexpr int64_t kColumns = 128;  // of a product, which is what a thread takes
 constexpr int64_t kFewRows = 3;    // up to so many, time goes into reading whole weights
 
 struct Gate {
-  const float *weight, *bias;  // [heads, block, block], [heads, block]
-  float* y;                    // [rows, channels], before the sigmoid
+  const Tensor& weight;  // [heads, block, block], float32 or bfloat16
+  const float* bias;     // [heads, block]
+  float* y;              // [rows, channels], before the sigmoid
+
+  bool is_half() const { return weight.type == ort::kBfloat16; }
+  int64_t bytes() const { return weight.size() * (is_half() ? 2 : 4); }
+  const void* of_head(int64_t head) const {
+    return static_cast<const char*>(weight.data) + head * (bytes() / weight.dims[0]);
+  }
 };
 
 struct Layer {
@@ -49,7 +56,9 @@ void multiply_gate(const Layer& layer, const Gate& gate, const Part& part) {
   task.a = layer.x + part.row * layer.channels + part.head * block;
   task.a_row = layer.channels;
   task.a_step = 1;
-  task.b = gate.weight + part.head * block * block + part.first;
+  const int64_t at = part.head * block * block + part.first;
+  task.b = gate.is_half() ? nullptr : gate.weight.as<float>() + at;
+  task.b_bfloat16 = gate.is_half() ? gate.weight.as<uint16_t>() + at : nullptr;
   task.b_step = block;
   task.c = y;
   task.c_row = layer.channels;
@@ -135,8 +144,8 @@ void RgLruScan::run(Context& context) const {
   const int64_t present_dims[] = {x.dims[0], channels};
   float* h = context.output(0, x.dims, 3);
   float* present = context.output(1, present_dims, 2);
-  float* gates[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
-  if (!h || !present || !gates[0] || !gates[1]) return;
+  float* results[] = {context.output(2, x.dims, 3), context.output(3, x.dims, 3)};
+  if (!h || !present || !results[0] || !results[1]) return;
   const int64_t rows = x.dims[0] * x.dims[1];
   if (x.size() == 0) {  // no token: the state is what it was
     if (present != state.data && state.size() > 0)
@@ -145,19 +154,19 @@ void RgLruScan::run(Context& context) const {
   }
 
   static Fastest<kStreams> streams;
-  streams.run(timed_runs_.amount(2 * weights[0].size() * 4, rows), [&](int way) {
+  const Gate both[] = {{weights[0], biases[0].as<float>(), results[0]},
+                       {weights[1], biases[1].as<float>(), results[1]}};
+  streams.run(timed_runs_.amount(both[0].bytes() + both[1].bytes(), rows), [&](int way) {
     const Layer layer = {x.dims[1], rows, block, channels,
-                         x.as<float>(), decay.as<float>(), state.as<float>(),
-                         {{weights[0].as<float>(), biases[0].as<float>(), gates[0]},
-                          {weights[1].as<float>(), biases[1].as<float>(), gates[1]}},
+                         x.as<float>(), decay.as<float>(), state.as<float>(), {both[0], both[1]},
                          positions.as<int64_t>(), h, present, floats().stream[way]};
     Ranges threads(heads * layer.parts_of_head(), 1, processors());
-    NextWeights::Next next = next_weights_.begin({{weights[0].data, weights[0].size() * 4}});
+    NextWeights::Next next = next_weights_.begin({{weights[0].data, both[0].bytes()}});
     context.parallel_for(threads.parts(), [&](size_t own) {
       if (!threads.any()) return;
       next.enter();
       const int64_t head = threads.first(own) / layer.parts_of_head();
-      for (const Gate& gate : layer.gates) fetch(gate.weight + head * block * block, kAhead);
+      for (const Gate& gate : layer.gates) fetch(gate.of_head(head), kAhead);
       threads.run(own, [&](int64_t part, int64_t) { run_part(layer, part); });
       next.fetch(own, threads.parts());
     });

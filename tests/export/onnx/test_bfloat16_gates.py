@@ -1,0 +1,102 @@
+"""Gates that a checkpoint has in bfloat16 stay so: half of the bytes, the same numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.layout import model_tensors
+from rgexport.kernels.onnx.library import NO_NATIVE
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import BFLOAT16, Affine, Float
+from rgexport.runtimes.onnx.session import OrtSession
+from tests.models import (
+    ODD_CONFIGS,
+    deepmind_logits,
+    deepmind_model,
+    random_weights,
+    write_hugging_face,
+)
+from tests.sessions import distance, random_tokens
+
+CONFIG = ODD_CONFIGS["irregular"]
+GATES = {name for name, spec in model_tensors(CONFIG).items() if spec.role == "gate"}
+MATRICES = {name for name in GATES if name.endswith("weight")}
+
+
+def exported(folder: Path, dtype: str, **options) -> Artifact:
+    """From weights that bfloat16 holds, in a checkpoint of that dtype."""
+    weights = {name: in_bfloat16(array) for name, array in random_weights(CONFIG).items()}
+    model = write_hugging_face(CONFIG, weights, folder / dtype, dtype=dtype)
+    target = folder / f"{dtype}-{'-'.join(map(str, options.values()))}"
+    return open_artifact(export_onnx(open_checkpoint(model), OnnxOptions(**options), target))
+
+
+def in_bfloat16(array: np.ndarray) -> np.ndarray:
+    return array.astype("bfloat16").astype(np.float32)
+
+
+def dtypes(artifact: Artifact, names: set[str]) -> set[str]:
+    return {artifact.manifest.tensors[name].parts["data"].dtype for name in names}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_results_are_those_of_float32_gates(native, tmp_path, monkeypatch):
+    if not native:
+        monkeypatch.setenv(NO_NATIVE, "1")
+    short, wide = (exported(tmp_path, dtype) for dtype in ("bfloat16", "float32"))
+    assert dtypes(short, MATRICES) == {"bfloat16"} and dtypes(wide, MATRICES) == {"float32"}
+    assert dtypes(short, GATES - MATRICES) == {"float32"}
+    tokens = random_tokens(CONFIG, 2, 30)
+    first, second = sessions = [OrtSession(artifact) for artifact in (short, wide)]
+    for session in sessions:
+        session.reset(2)
+    for at in (slice(0, 25), slice(25, 26), slice(26, 30)):
+        count = len(range(30)[at])
+        found = first.prefill(tokens[:, at], count)
+        np.testing.assert_array_equal(found, second.prefill(tokens[:, at], count))
+
+
+def test_the_model_is_deepminds(tmp_path):
+    """As near as int8 weights are."""
+    artifact = exported(tmp_path, "bfloat16", precision="int8")
+    tokens = random_tokens(CONFIG, 1, 30)
+    weights = {name: in_bfloat16(array) for name, array in random_weights(CONFIG).items()}
+    expected = deepmind_logits(deepmind_model(CONFIG, weights), tokens)
+    assert distance(OrtSession(artifact).prefill(tokens, 30), expected) < 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"profile": "wasm"}, {"profile": "webgpu"}, {"precision": "fp32"}]
+)
+def test_elsewhere_they_are_float32(options, tmp_path):
+    assert dtypes(exported(tmp_path, "bfloat16", **options), GATES) == {"float32"}
+
+
+def test_a_plan_says_it(tmp_path):
+    eight = Affine(8, 64, symmetric=True)
+    plan = make_plan(CONFIG, eight, eight)
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model", dtype="bfloat16")
+    checkpoint = open_checkpoint(model)
+    wide = open_artifact(export_onnx(checkpoint, OnnxOptions(plan=plan), tmp_path / "wide"))
+    assert dtypes(wide, MATRICES) == {"float32"}
+    asked = plan | dict.fromkeys(MATRICES, BFLOAT16)
+    short = open_artifact(export_onnx(checkpoint, OnnxOptions(plan=asked), tmp_path / "short"))
+    assert dtypes(short, MATRICES) == {"bfloat16"}
+    web = OnnxOptions(plan=asked, profile="wasm").resolve_plan(CONFIG)
+    assert {web[name] for name in MATRICES} == {Float("float32")}
+
+
+def test_what_bfloat16_would_round_is_refused(tmp_path):
+    eight = Affine(8, 64, symmetric=True)
+    plan = make_plan(CONFIG, eight, eight) | dict.fromkeys(MATRICES, BFLOAT16)
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    with pytest.raises(RequestError, match="gate_weight: .*bfloat16 would round; store it as"):
+        export_onnx(open_checkpoint(model), OnnxOptions(plan=plan), tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
