@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4,8,16", help="conversations at once")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--repetitions", type=int, default=9, help="of throughput, a third")
+    parser.add_argument("--no-lookup", action="store_true", help="no drafts, as of unlike texts")
     parser.add_argument("--skip", nargs="*", default=[], choices=["turns", "throughput", "waiting"])
     asked = parser.parse_args()
     gc.disable()  # 8 ms of some first token, in this process
     rows = [int(word) for word in asked.rows.split(",")]
-    servers = {"rgexport serve": lambda: ours(asked.artifact, max(rows))}
+    more = ["--no-lookup"] if asked.no_lookup else []
+    servers = {"rgexport serve": lambda: ours(asked.artifact, max(rows), *more)}
     if asked.gguf:
-        servers["rgexport serve, GGUF"] = lambda: ours(asked.gguf, max(rows))
+        servers["rgexport serve, GGUF"] = lambda: ours(asked.gguf, max(rows), *more)
         servers["llama-server, GGUF"] = lambda: theirs(asked.llama_server, asked.gguf, max(rows))
     print(f"{environment()['cpu']}, {environment()['cores']} cores; {asked.artifact.name}\n")
     for name, server in servers.items():
@@ -151,15 +153,18 @@ def steps_per_second(artifact: Path, rows: int) -> float:
 
 
 def throughput_line(name: str, url: str, artifact: Path, rows: list[int], repetitions: int) -> str:
-    """Tokens a second of all together, and as a share of the engine's, measured in turns."""
-    cells = []
+    """Tokens a second of all together: as a share of the engine's, measured in turns, and as a
+    multiple of what the first number of conversations gets."""
+    cells, first = [], 0.0
     for count in rows:
         served, alone = [], []
         for _ in range(repetitions):
             alone.append(steps_per_second(artifact, count))
             served.append(asyncio.run(_together(url, count)))
         share = median(served) / median(alone)
-        cells.append(f"{count}: {median(served):.1f}/s ({share:.2f})")
+        first = first or median(served)
+        times = median(served) / first
+        cells.append(f"{count}: {median(served):.1f}/s ({share:.2f} of the engine, {times:.1f} x)")
     return f"| {name} | {' | '.join(cells)} |"
 
 
