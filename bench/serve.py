@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4,8,16", help="conversations at once")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--repetitions", type=int, default=9, help="of throughput, a third")
-    parser.add_argument("--no-lookup", action="store_true", help="no drafts, as of unlike texts")
+    parser.add_argument("--no-lookup", action="store_true", help="as for texts that do not repeat")
     parser.add_argument("--skip", nargs="*", default=[], choices=["turns", "throughput", "waiting"])
     asked = parser.parse_args()
     gc.disable()  # 8 ms of some first token, in this process
@@ -153,8 +153,7 @@ def steps_per_second(artifact: Path, rows: int) -> float:
 
 
 def throughput_line(name: str, url: str, artifact: Path, rows: list[int], repetitions: int) -> str:
-    """Tokens a second of all together: as a share of the engine's, measured in turns, and as a
-    multiple of what the first number of conversations gets."""
+    """Tokens a second of all: as a share of the engine's, and times those of the first number."""
     cells, first = [], 0.0
     for count in rows:
         served, alone = [], []

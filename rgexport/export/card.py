@@ -20,8 +20,8 @@ _TEMPLATE = """\
 # {name}: {precision} for {engine}
 
 `{name}`{tuned}, exported by rgexport {version}. Weights are stored as {precision}, activations
-are computed as {compute}. Always float32: norms, the RG-LRU with its gates and its state, and the
-{float32}.
+are computed as {compute}. Always computed in float32: norms, the RG-LRU with its gates and its
+state, and the {float32}.
 
 | tensors | stored as | weights | size | bits per weight |
 |---|---|---|---|---|

@@ -1,7 +1,7 @@
 """The quantization plan: how each tensor is stored."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,11 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
     )
 
 
-def without_bfloat16(plan: Plan) -> Plan:
-    """The plan with float32 instead, for who cannot read bfloat16."""
+def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
+    """The plan with bfloat16 for no other tensors than `names`: float32 for the rest of them."""
     return {
-        name: Float("float32") if scheme == BFLOAT16 else scheme for name, scheme in plan.items()
+        name: Float("float32") if scheme == BFLOAT16 and name not in names else scheme
+        for name, scheme in plan.items()
     }
 
 
@@ -188,8 +189,8 @@ def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -
     shorter += [BFLOAT16] if _is_gate_matrix(tensors[name]) else []
     if scheme in (*_FULL, *shorter):
         return None
-    stays = " or ".join(["float32", *(one.dtype for one in shorter)])
-    return f"a {role} stays {stays} in every format"
+    allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
+    return f"a {role} is never quantized; expected {allowed}"
 
 
 def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:

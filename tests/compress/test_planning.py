@@ -15,8 +15,8 @@ from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.plan import load_plan
-from rgexport.quantize.scheme import Mixed
+from rgexport.quantize.plan import bfloat16_gates, load_plan
+from rgexport.quantize.scheme import BFLOAT16, Mixed
 
 FEW = replace(
     layouts_of("onnx"),
@@ -75,6 +75,9 @@ def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
     assert 4.59 < 8 * total / weights <= 4.6
     assert found.chosen.bits == pytest.approx(8 * total / weights, rel=1e-6)
     assert isinstance(found.plan["embed_tokens.weight"], Mixed)
+    gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
+    assert gates and {found.plan[name] for name in gates} == {BFLOAT16}
+    assert not layouts_of("coreml").bfloat16_gates and not layouts_of("gguf").bfloat16_gates
     bits, losses = zip(*((point.bits, point.kl) for point in found.front), strict=True)
     assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
     assert found.front[0].bits == pytest.approx(4.125)

@@ -26,7 +26,7 @@ from rgexport.quantize.plan import (
     choose_schemes,
     make_plan,
     precision_of,
-    without_bfloat16,
+    with_bfloat16,
 )
 from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
@@ -97,22 +97,22 @@ class OnnxOptions:
 
         Args:
             config: the model's shape.
-            gates: the matrices that the checkpoint has in bfloat16, and may stay so.
+            gates: the matrices that the checkpoint has in bfloat16. They stay so if others are
+                quantized, and the profile has our functions.
 
         Raises:
             RequestError: an unknown word or block size.
         """
-        plan = self.plan
+        plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
             words = self.precision_word, self._embedding_word
             chosen = choose_schemes(words, self._scheme, self.block_size, self.symmetric)
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
-            if self.precision_word not in ACTIVATIONS:
-                plan |= dict.fromkeys(gates, BFLOAT16)
-        if not self._profile.functions:
-            plan = without_bfloat16(plan)
+            if any(isinstance(scheme, Affine) for scheme in chosen):
+                plan |= dict.fromkeys(exact, BFLOAT16)
+        plan = with_bfloat16(plan, exact)
         plan = filled(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 

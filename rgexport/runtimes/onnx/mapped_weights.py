@@ -20,8 +20,9 @@ from rgexport.runtimes.onnx.huge_pages import Area, BackgroundAdvice, advise
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""
-_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16}
-"""The types that native kernels read: onnx.proto's number → numpy's type."""
+_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 16: np.uint16}
+"""The types that native kernels read: onnx.proto's number → numpy's type; 16 is bfloat16, which
+numpy lacks."""
 
 
 class MappedWeights:
@@ -42,7 +43,9 @@ class MappedWeights:
             array = self._view(tensor)
             if array is not None:
                 self._arrays.append(array)
-                self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+                self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                    array, tensor.data_type
+                )
 
     def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
         """Reads the huge pages that hold tensors which the engine is going to read by itself.

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.native import native_ops
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -15,6 +16,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.kernels.onnx.library import NO_NATIVE
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import BFLOAT16, Affine, Float
+from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.models import (
     ODD_CONFIGS,
@@ -72,8 +74,22 @@ def test_the_model_is_deepminds(tmp_path):
     assert distance(OrtSession(artifact).prefill(tokens, 30), expected) < 0.1
 
 
+def test_kernels_read_all_weights_where_the_file_is_mapped(tmp_path):
+    artifact = exported(tmp_path, "bfloat16")
+    weights = native_ops(artifact.file(MODEL_FILE)).weights
+    assert MATRICES <= {tensor.name for tensor in weights}
+    mapped = MappedWeights(artifact.path, weights).values
+    assert mapped.keys() == {tensor.name for tensor in weights}
+
+
 @pytest.mark.parametrize(
-    "options", [{"profile": "wasm"}, {"profile": "webgpu"}, {"precision": "fp32"}]
+    "options",
+    [
+        {"profile": "wasm"},
+        {"profile": "webgpu"},
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+    ],
 )
 def test_elsewhere_they_are_float32(options, tmp_path):
     assert dtypes(exported(tmp_path, "bfloat16", **options), GATES) == {"float32"}
@@ -93,10 +109,19 @@ def test_a_plan_says_it(tmp_path):
     assert {web[name] for name in MATRICES} == {Float("float32")}
 
 
-def test_what_bfloat16_would_round_is_refused(tmp_path):
+def test_what_bfloat16_would_round_is_float32(tmp_path):
+    """A plan of a model in bfloat16, for one of the same shape that was tuned in float32."""
     eight = Affine(8, 64, symmetric=True)
     plan = make_plan(CONFIG, eight, eight) | dict.fromkeys(MATRICES, BFLOAT16)
     model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
-    with pytest.raises(RequestError, match="gate_weight: .*bfloat16 would round; store it as"):
-        export_onnx(open_checkpoint(model), OnnxOptions(plan=plan), tmp_path / "artifact")
-    assert not (tmp_path / "artifact").exists()
+    target = export_onnx(open_checkpoint(model), OnnxOptions(plan=plan), tmp_path / "artifact")
+    assert dtypes(open_artifact(target), GATES) == {"float32"}
+
+
+def test_activations_in_float16_take_them_too(tmp_path):
+    artifact = exported(tmp_path, "bfloat16", compute="fp16")
+    assert dtypes(artifact, MATRICES) == {"bfloat16"}
+    wide = exported(tmp_path, "float32", compute="fp16")
+    tokens = random_tokens(CONFIG, 1, 12)
+    found, expected = (OrtSession(one).prefill(tokens, 12) for one in (artifact, wide))
+    np.testing.assert_array_equal(found, expected)

@@ -159,12 +159,12 @@ void scan(std::vector<Case>& cases) {
     for (Blocks b : {Blocks{1, 1}, {3, 5}, {4, 16}, {10, 25}, {2, 130}}) {
       const int64_t channels = b.heads * b.block;
       const Input weight = floats({b.heads, b.block, b.block}), bias = floats({b.heads, b.block});
-      const Input half = {kBfloat16, weight.dims};
+      const Input bfloat16 = {kBfloat16, weight.dims};
       const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
-      for (const Input& second : {weight, half})
+      for (const Input& second : {weight, bfloat16})
         cases.push_back({"RgLruScan",
                          {},
-                         {floats({step.batch, step.tokens, channels}), b.heads > 2 ? half : weight,
+                         {floats({step.batch, step.tokens, channels}), b.heads > 2 ? bfloat16 : weight,
                           bias, second, bias, decay,
                           positions(step.batch, step.tokens, step.batch == 1), state},
                          {{1, 7}}});

@@ -76,7 +76,7 @@ def in_bfloat16(case: Case) -> tuple[Case, Case]:
     gates = ("input_weight", "recurrence_weight")
     short = {name: case.inputs[name].astype(ml_dtypes.bfloat16) for name in gates}
     wide = {name: array.astype(np.float32) for name, array in short.items()}
-    return tuple(replace(case, inputs=case.inputs | gates) for gates in (short, wide))
+    return tuple(replace(case, inputs=case.inputs | matrices) for matrices in (short, wide))
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

@@ -13,7 +13,7 @@ from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.runtimes.onnx import mapped_weights
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 
-FLOAT32, UINT8, INT64 = 1, 2, 7
+FLOAT32, UINT8, INT64, BFLOAT16 = 1, 2, 7, 16
 MIB = 1 << 20
 SIZE = 40 * MIB
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of mappings")
@@ -54,6 +54,11 @@ def test_values_are_those_of_the_file(folder):
     np.testing.assert_array_equal(weights.values["bytes"].numpy(), expected)
     floats = weights.values["floats"].numpy()
     assert floats.shape == (2, 8) and floats.tobytes() == data[64:128]
+
+
+def test_bfloat16_is_mapped_too(folder):
+    found = MappedWeights(folder, [tensor("halves", BFLOAT16, (2, 8), 64)]).values["halves"]
+    assert (found.data_type(), found.shape()) == ("tensor(bfloat16)", [2, 8])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ struct Product {
   int64_t ahead_count = 0;
   // Adds products to c one after another, as `stream` does: the same bits. Else sums of parts.
   bool in_order = false;
-  const uint16_t* b_bfloat16 = nullptr;  // where b is null
+  const uint16_t* b_bfloat16 = nullptr;  // b in bfloat16; then b is null
 };
 
 // Some channels of one sequence of the RG-LRU; all rows are `stride` floats apart.

@@ -19,8 +19,8 @@ namespace rgexport {
 constexpr size_t kMaxInputs = 13;
 constexpr size_t kMaxRank = 4;
 
-// The types of an input that may be float32 or another one. ONNX Runtime lets every type pass;
-// `Context` refuses the others.
+// The types of an input that may be float32 or another one, which is written as its negative number.
+// ONNX Runtime lets every type pass; `Context` refuses the others.
 constexpr auto kFloatOrHalf = static_cast<ort::ElementType>(-ort::kFloat16);
 constexpr auto kFloatOrBfloat16 = static_cast<ort::ElementType>(-ort::kBfloat16);
 

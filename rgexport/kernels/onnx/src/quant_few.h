@@ -131,7 +131,7 @@ class QuantFew : QuantLayout<Simd> {
       for (int r = 0; r < kRows; ++r) dots[r] = Simd::template blocks_in_order<kShare>(groups[r]);
     }
 
-    // Where not all lines are there, or none is.
+    // Where not all lines are there.
     [[gnu::noinline]] void last_steps(int64_t first, Int (&steps)[kGroup][kRows]) const {
 #pragma GCC unroll 1
       for (int i = 0; i < kGroup; ++i) step<false>(first, i, steps[i]);

@@ -19,8 +19,8 @@ struct Gate {
   const float* bias;     // [heads, block]
   float* y;              // [rows, channels], before the sigmoid
 
-  bool is_half() const { return weight.type == ort::kBfloat16; }
-  int64_t bytes() const { return weight.size() * (is_half() ? 2 : 4); }
+  bool is_bfloat16() const { return weight.type == ort::kBfloat16; }
+  int64_t bytes() const { return weight.size() * (is_bfloat16() ? 2 : 4); }
   const void* of_head(int64_t head) const {
     return static_cast<const char*>(weight.data) + head * (bytes() / weight.dims[0]);
   }
@@ -57,8 +57,8 @@ void multiply_gate(const Layer& layer, const Gate& gate, const Part& part) {
   task.a_row = layer.channels;
   task.a_step = 1;
   const int64_t at = part.head * block * block + part.first;
-  task.b = gate.is_half() ? nullptr : gate.weight.as<float>() + at;
-  task.b_bfloat16 = gate.is_half() ? gate.weight.as<uint16_t>() + at : nullptr;
+  task.b = gate.is_bfloat16() ? nullptr : gate.weight.as<float>() + at;
+  task.b_bfloat16 = gate.is_bfloat16() ? gate.weight.as<uint16_t>() + at : nullptr;
   task.b_step = block;
   task.c = y;
   task.c_row = layer.channels;
