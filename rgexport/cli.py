@@ -9,7 +9,18 @@ from typing import NoReturn
 import click
 
 from rgexport import progress
-from rgexport.commands import compress, exports, hub, llama_cpp, proof, serve, state, use, web
+from rgexport.commands import (
+    compress,
+    evaluate,
+    exports,
+    hub,
+    llama_cpp,
+    proof,
+    serve,
+    state,
+    use,
+    web,
+)
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 
@@ -118,7 +129,8 @@ for command in (
         state.state,
         use.bench,
     ),
-    *(proof.inspect, exports.random, proof.reference, proof.validate, llama_cpp.llama_cpp),
+    *(proof.inspect, exports.random, proof.reference, proof.validate, evaluate.evaluate),
+    llama_cpp.llama_cpp,
     *(compress.calibrate, compress.quantize, hub.push),
 ):
     rgexport.add_command(command)

@@ -18,7 +18,7 @@ FACE = PACKAGE / "__init__.py"
 MODULES = sorted({*PACKAGE.rglob("*.py")} - {FACE})
 FLOORS = (
     *("griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve", "page"),
-    *("validate", "compress", "commands", "cli"),
+    *("validate", "evaluate", "compress", "commands", "cli"),
 )
 ANYWHERE = {
     *("errors", "files", "formats", "processors", "progress", "tables", "web", "__init__"),
@@ -40,6 +40,7 @@ NEEDS_TORCH = {
     "compress/grams.py",
     "compress/head.py",
     "compress/statistics.py",
+    "evaluate/reference_session.py",
     "validate/reference/whole_model.py",
     "validate/reference/deepmind_model.py",
     "validate/reference/hugging_face_model.py",

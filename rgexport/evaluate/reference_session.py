@@ -1,0 +1,79 @@
+"""A checkpoint behind the Session interface: the float32 reference in torch."""
+
+import numpy as np
+
+from rgexport import __version__
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import POSITION, State, state_specs, zero_state
+from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.session import Session, SessionInfo
+
+_ROOM = 2 << 30
+"""Bytes beside the weights, where all of them are kept in memory."""
+
+
+class ReferenceSession(Session):
+    """The original model; its weights stay in memory if they fit, else layers are read anew."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        """Opens it; weights are read when they are needed."""
+        import torch
+
+        weights = checkpoint.weights.values()
+        self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
+        available = available_bytes()
+        keep = available is None or self._bytes + _ROOM <= available
+        self._config = checkpoint.config
+        self._reference = Reference(checkpoint.config, checkpoint.weights, keep=keep)
+        self._threads, self._version = torch.get_num_threads(), torch.__version__
+        self.reset()
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this session runs."""
+        state = sum(4 * int(np.prod(shape)) for shape in self.state_shapes.values())
+        return SessionInfo(
+            engine=f"rgexport {__version__} reference, torch",
+            engine_version=self._version,
+            threads=self._threads,
+            activation_dtype="float32",
+            weight_bytes=self._bytes,
+            state_bytes=state,
+            prefill_chunk=512,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per token."""
+        return self._config.vocab_size
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each state."""
+        return {spec.name: spec.shape for spec in state_specs(self._config)}
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen so far, [B] int64."""
+        return self._state[POSITION].copy()
+
+    def reset(self, batch: int = 1) -> None:
+        """Clears the state, and sets the number of conversations."""
+        self._state = zero_state(self._config, batch)
+
+    def get_rows(self, rows: range) -> State:
+        """A copy of the canonical state of some rows."""
+        return {name: array[rows.start : rows.stop].copy() for name, array in self._state.items()}
+
+    def close(self) -> None:
+        """Nothing is held that has to be given back."""
+
+    def _set_rows(self, rows: range, state: State) -> None:
+        for name, array in self._state.items():
+            array[rows.start : rows.stop] = state[name]
+
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        hidden, after = self._reference.run(tokens, self.get_rows(rows))
+        self._set_rows(rows, after)
+        return self._reference.logits(hidden[:, -num_logits:])

@@ -1,0 +1,1 @@
+"""The suites, each in a module of its own; `registry` lists them."""

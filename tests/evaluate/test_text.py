@@ -1,0 +1,177 @@
+"""The suite `text` against DeepMind's model and llama-perplexity, and runs that are cut off."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rgexport.cli import run
+from rgexport.evaluate import run as runner
+from rgexport.evaluate.request import Request
+from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.suites import text
+from rgexport.griffin.checkpoint import demo_folder
+from tests.llama_tools import run_tool
+from tests.models import (
+    deepmind_logits,
+    deepmind_model,
+    make_config,
+    random_weights,
+    write_hugging_face,
+)
+
+CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=40)
+TOKENIZER = "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
+PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> tuple[Path, dict]:
+    weights = random_weights(CONFIG)
+    folder = write_hugging_face(CONFIG, weights, tmp_path / "model")
+    for name in TOKENIZER:
+        shutil.copy(demo_folder() / name, folder)
+    return folder, weights
+
+
+def test_losses_are_deepminds(model, tmp_path):
+    folder, weights = model
+    file = tmp_path / "prose.txt"
+    file.write_text(PROSE)
+    subject, request = open_subject(str(folder)), Request(texts=(file,), context=32)
+    deepmind, session = deepmind_model(CONFIG, weights), subject.session()
+    pieces = list(text.pieces(subject, request))
+    assert [piece.work["context"] for piece in pieces] == [None, 32]
+    assert subject.tokenizer is not None
+    ids = np.array([2, *subject.tokenizer.encode_text(PROSE)])
+    whole = text.measure(subject, session, pieces[0].work, request)
+    assert sum(whole["sums"]) == pytest.approx(nats(deepmind, ids).sum(), rel=1e-5)
+    assert whole["bytes"] == len(PROSE.encode()) and sum(whole["counts"]) == len(ids) - 1
+    chunks = text.measure(subject, session, pieces[1].work, request)
+    expected = []
+    for start in range(0, len(ids) - 31, 32):
+        chunk = ids[start : start + 32].copy()
+        chunk[0] = 2
+        expected += nats(deepmind, chunk)[16:].tolist()
+    assert sum(chunks["counts"]) == len(expected)
+    assert sum(chunks["sums"]) == pytest.approx(sum(expected), rel=1e-5)
+
+
+def nats(model, ids: np.ndarray) -> np.ndarray:
+    logits = torch.from_numpy(deepmind_logits(model, ids[None])).double()
+    found = torch.log_softmax(logits[0, :-1], -1)
+    return -found[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])].numpy()
+
+
+def test_domains_are_folders(tmp_path):
+    for name in ("a/one.txt", "a/two.md", "b/deep/three.txt", "four.txt", "b/picture.png"):
+        file = tmp_path / "texts" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    found = text.documents([tmp_path / "texts", tmp_path / "texts" / "four.txt"])
+    assert [(d.name, d.domain) for d in found] == [
+        ("a/one.txt", "a"),
+        ("a/two.md", "a"),
+        ("b/deep/three.txt", "b"),
+        ("four.txt", "texts"),
+        ("four.txt", "four"),
+    ]
+
+
+class Killed(Exception):
+    """Stands for a signal."""
+
+
+def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
+    subjects = [open_subject(str(model[0]))]
+    request = Request(trials=8, farthest=64, context=32)
+    names, whole = ["text", "memory"], tmp_path / "whole"
+    expected = runner.evaluate(subjects, names, request, whole)
+    done, put = [], runner.Results.put
+
+    def put_three(results, piece, result):
+        if len(done) == 3:
+            raise Killed
+        done.append(piece.key)
+        put(results, piece, result)
+
+    monkeypatch.setattr(runner.Results, "put", put_three)
+    with pytest.raises(Killed):
+        runner.evaluate(subjects, names, request, tmp_path / "killed")
+    redone = []
+    monkeypatch.setattr(
+        runner.Results, "put", lambda self, p, r: (redone.append(p.key), put(self, p, r))
+    )
+    found = runner.evaluate(subjects, names, request, tmp_path / "killed")
+    assert found["models"] == expected["models"]
+    assert len(redone) == len(list((whole / "pieces").iterdir())) - 3
+    assert not {*redone} & {*done}
+
+
+def test_a_damaged_piece_is_done_again(model, tmp_path):
+    subjects, request = [open_subject(str(model[0]))], Request(context=32)
+    expected = runner.evaluate(subjects, ["text"], request, tmp_path / "results")
+    for file in (tmp_path / "results" / "pieces").iterdir():
+        file.write_text(file.read_text()[:40])
+    assert runner.evaluate(subjects, ["text"], request, tmp_path / "results") == expected
+
+
+def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
+    target = tmp_path / "results"
+    asked = "--suite", "text", "--limit", "600", "-o", str(target)
+    assert run(["evaluate", "demo", str(demo_artifact), *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "more nats per token than demo" in shown and str(target / "evaluation.json") in shown
+    original, artifact = json.loads((target / "evaluation.json").read_text())["models"]
+    first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
+    gap = artifact["differences"]["text"]["domains"][0]["nll"]
+    assert gap["value"] == pytest.approx(second["nll"][0] - first["nll"][0])
+    assert gap["low"] < gap["value"] < gap["high"]
+    assert first["perplexity"] == pytest.approx(math.exp(first["nll"][0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["demo", "--suite", "tekst"], "--suite is 'tekst'; expected one of text, memory"),
+        (["demo", "demo"], "two models are called demo; rename"),
+        (["nowhere/at/all"], "nowhere/at/all"),
+        (["demo", "--suite", "text", "--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_wrong_requests(arguments, line, tmp_path, capsys):
+    assert run(["evaluate", *arguments, "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and re.search(line, error[0])
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path, capsys):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text("mine")
+    assert run(["evaluate", str(model[0]), "--suite", "text", "-o", str(folder)]) == 2
+    assert "thesis is no folder of results; expected" in capsys.readouterr().err
+    assert [file.read_text() for file in folder.iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
+def test_chunks_are_llama_perplexitys(llama_tools, tmp_path):
+    file, text_file = tmp_path / "demo.gguf", tmp_path / "text.txt"
+    assert run(["gguf", "--size", "demo", "--type", "f32", "--no-check", "-o", str(file)]) == 0
+    text_file.write_text((Path(text.__file__).parents[2] / "validate" / "sample.txt").read_text())
+    options = "-c", "256", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"
+    asked = "--no-escape", "-m", file, "-f", text_file, *options
+    printed = run_tool(llama_tools / "llama-perplexity", *asked, ending="Final estimate")
+    final = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
+    assert final is not None
+    folder = tmp_path / "results"
+    words = f"--suite text --text {text_file} --context 256 -o {folder}".split()
+    assert run(["evaluate", str(file), *words]) == 0
+    model = json.loads((folder / "evaluation.json").read_text())["models"][0]
+    ours = next(d for d in model["suites"]["text"]["domains"] if d["context"] == 256)
+    assert ours["perplexity"] == pytest.approx(float(final[1]), rel=2e-4)
