@@ -44,7 +44,7 @@ def evaluate(
     MODEL is an artifact of any format, a checkpoint, or `demo`; the first one is what the others
     are compared with.
     """
-    from rgexport.evaluate.report import as_text, write_json
+    from rgexport.evaluate.report import JSON, as_text, write_files
     from rgexport.evaluate.request import Request
     from rgexport.evaluate.run import evaluate as run
     from rgexport.evaluate.run import require_known
@@ -53,4 +53,4 @@ def evaluate(
     names = require_known(suites)
     found = run(open_subjects(models), names, Request(texts=texts, **settings), output)
     click.echo(as_text(found), nl=False)
-    click.echo(f"All figures are in {write_json(found, output)}")
+    click.echo(f"{write_files(found, output)} has the curves, {output / JSON} all figures.")

@@ -1,97 +1,37 @@
-"""What was found, as tables and as JSON."""
+"""What was found: tables for a terminal, an HTML page, and JSON."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rgexport.evaluate.page import render_page
 from rgexport.evaluate.pieces import Result
+from rgexport.evaluate.tables import memory_tables, text_table
 from rgexport.files.atomic import replace_file
-from rgexport.progress import amount
-from rgexport.tables import Row, Table, render
+from rgexport.tables import Table, render
 
-FILE = "evaluation.json"
+JSON, PAGE = "evaluation.json", "evaluation.html"
 
 
-def write_json(found: Result, folder: Path) -> Path:
-    """Writes all figures to a file in the folder of the results."""
-    target = folder / FILE
+def write_files(found: Result, folder: Path) -> Path:
+    """Writes all figures and the page to the folder of the results; returns the page."""
+    _write(folder / JSON, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    _write(folder / PAGE, render_page(found, JSON))
+    return folder / PAGE
+
+
+def _write(target: Path, text: str) -> None:
     with replace_file(target, force=True, replaceable=lambda path: True) as file:
-        file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return target
+        file.write_text(text, "utf-8")
 
 
 def as_text(found: Result) -> str:
-    """A table for each suite."""
+    """A table for each suite, or for each task of one."""
     return render(_tables(found["models"]))
 
 
 def _tables(models: Sequence[Result]) -> Iterator[Table]:
     if "text" in models[0]["suites"]:
-        yield _text_table(models)
+        yield text_table(models)
     if "memory" in models[0]["suites"]:
-        yield from _memory_tables(models)
-
-
-def _text_table(models: Sequence[Result]) -> Table:
-    rows: list[Row] = []
-    for model in models:
-        for entry in model["suites"]["text"]["domains"]:
-            bits = entry["bits_per_byte"]
-            gap = _gap_of(model, entry)
-            way = "continuous" if entry["context"] is None else f"chunks of {entry['context']}"
-            rows.append(
-                (
-                    model["label"],
-                    entry["domain"],
-                    way,
-                    f"{entry['tokens']:,}",
-                    f"{entry['perplexity']:.3f}",
-                    "" if bits is None else f"{bits:.4f}",
-                    "" if gap is None else _with_error(gap),
-                    amount(model["bytes"]),
-                )
-            )
-    header = ("model", "domain", "read", "tokens", "perplexity", "bits/byte", "more nats", "size")
-    title = f"Texts; more nats per token than {models[0]['label']}, with their 95 % interval"
-    return Table(title, header, rows, header[3:])
-
-
-def _gap_of(model: Result, entry: Result) -> Result | None:
-    """The difference to the first model in a row of the table."""
-    place = entry["domain"], entry["context"]
-    gaps = model.get("differences", {}).get("text", {"domains": []})["domains"]
-    return next((gap["nll"] for gap in gaps if (gap["domain"], gap["context"]) == place), None)
-
-
-def _with_error(gap: Result) -> str:
-    error = "" if gap["high"] is None else f" ± {gap['high'] - gap['value']:.4f}"
-    return f"{gap['value']:+.4f}{error}"
-
-
-def _memory_tables(models: Sequence[Result]) -> Iterator[Table]:
-    """A table for each task: a row for each model, a column for each distance.
-
-    A star marks what differs from the first model by more than chance: p below 0.05.
-    """
-    for index, first in enumerate(models[0]["suites"]["memory"]["tasks"]):
-        distances = [f"{point['distance']:,}" for point in first["points"]]
-        rows: list[Row] = []
-        for model in models:
-            one = model["suites"]["memory"]["tasks"][index]
-            sure = _differing(model, one["task"])
-            cells = [f"{p['value']:.2f}{'*' * (p['distance'] in sure)}" for p in one["points"]]
-            half = "" if one["half"] is None else f"{one['half']:,.0f}"
-            rows.append((model["label"], *cells, half))
-        title = (
-            f"Memory, {first['task']}: right answers after so many tokens; "
-            f"{first['chance']:.2f} by chance; * differs from {models[0]['label']} (p < 0.05)"
-        )
-        header = ("model", *distances, "half at")
-        yield Table(title, header, rows, header[1:])
-
-
-def _differing(model: Result, task: str) -> set[int]:
-    """The distances at which a model differs from the first one."""
-    points = model.get("differences", {}).get("memory", {"points": []})["points"]
-    own = (point for point in points if point["task"] == task)
-    return {point["distance"] for point in own if point["p"] is not None and point["p"] < 0.05}
+        yield from memory_tables(models)

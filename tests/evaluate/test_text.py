@@ -127,6 +127,8 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
     assert run(["evaluate", "demo", str(demo_artifact), *asked]) == 0
     shown = capsys.readouterr().out
     assert "more nats per token than demo" in shown and str(target / "evaluation.json") in shown
+    page = (target / "evaluation.html").read_text()
+    assert page.count("<svg") == 1 and "<script" not in page and "Loss by position" in page
     original, artifact = json.loads((target / "evaluation.json").read_text())["models"]
     first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
     gap = artifact["differences"]["text"]["domains"][0]["nll"]

@@ -21,13 +21,17 @@ Show = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), ascending in x; `kind` is a CSS class, `names` are written beside dots."""
+    """Points (x, y), ascending in x; `kind` is a CSS class, `names` are written beside dots.
+
+    `intervals` are error bars (x, low, high).
+    """
 
     kind: str
     label: str
     points: Sequence[Point]
     dots: bool = False
     names: Sequence[str] = ()
+    intervals: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ class Chart:
         return [(one, " ".join(_path(self._places(one)))) for one in lines]
 
     @property
+    def error_bars(self) -> list[tuple[Series, str]]:
+        """The intervals of each series, as a path."""
+        return [(one, " ".join(self._bars(one))) for one in self.series if one.intervals]
+
+    @property
     def dots(self) -> list[tuple[Series, list[Point]]]:
         """The dots' pixels."""
         dotted = [one for one in self.series if one.dots]
@@ -108,6 +117,11 @@ class Chart:
         """Of each x, what the series have there; empty where one has nothing."""
         xs = sorted({x for one in self.series for x, _ in one.points})
         return [[self.show_x(x), *(self._cell(one, x) for one in self.series)] for x in xs]
+
+    def _bars(self, series: Series) -> Iterator[str]:
+        x_axis = self.x
+        for x, low, high in series.intervals:
+            yield f"M{x_axis(x):g} {self.y(low):g}V{self.y(high):g}"
 
     def _cell(self, series: Series, x: float) -> str:
         return ", ".join(self.show_y(y) for at, y in series.points if at == x)
