@@ -10,7 +10,9 @@ from rgexport.commands.options import FOLDER, verbose
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--suite", "suites", multiple=True, metavar="NAME", help="text or memory. [all]")
+@click.option(
+    "--suite", "suites", multiple=True, metavar="NAME", help="text, memory or noise. [all]"
+)
 @click.option(
     "-o",
     "--output",

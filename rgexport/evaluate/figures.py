@@ -47,7 +47,7 @@ def share(right: int, count: int) -> Estimate:
     )
 
 
-def mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+def mean(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     """A mean per item, from sums over clusters of items whose errors are not independent.
 
     The interval is that of the ratio of two sums, from the spread of the clusters (Cochran,
@@ -60,7 +60,7 @@ def mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
 
 
 def mean_difference(
-    first: Sequence[float], second: Sequence[float], counts: Sequence[int]
+    first: Sequence[float], second: Sequence[float], counts: Sequence[float]
 ) -> Difference:
     """As `mean`, of what the second's sums are above the first's, cluster by cluster."""
     gaps = np.asarray(second, np.float64) - np.asarray(first, np.float64)

@@ -6,7 +6,7 @@ from itertools import cycle
 
 from rgexport import __version__
 from rgexport.evaluate.pieces import Result
-from rgexport.evaluate.tables import memory_tables, text_table
+from rgexport.evaluate.tables import memory_tables, noise_table, text_table
 from rgexport.tables import Table
 from rgexport.validate.report import chart
 from rgexport.validate.report.chart import Chart, Series, linear_axis, share_axis
@@ -57,6 +57,8 @@ def _sections(models: Sequence[Result]) -> Iterator[Section]:
         tasks = range(len(models[0]["suites"]["memory"]["tasks"]))
         charts = [_memory_chart(models, task) for task in tasks]
         yield Section("Memory", list(memory_tables(models)), charts)
+    if "noise" in models[0]["suites"]:
+        yield Section("Noise", [noise_table(models)], [])
 
 
 def _position_chart(models: Sequence[Result]) -> Chart:

@@ -11,11 +11,11 @@ from rgexport.errors import RequestError
 from rgexport.evaluate.pieces import Piece, Result, Results
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
-from rgexport.evaluate.suites import memory, text
+from rgexport.evaluate.suites import memory, noise, text
 from rgexport.progress import note, task
 from rgexport.runtimes.environment import environment
 
-SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory)}
+SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory, noise)}
 """Name → module with `pieces`, `measure`, `summary` and `differences`."""
 
 

@@ -70,3 +70,18 @@ def _differing(model: Result, task: str) -> set[int]:
     points = model.get("differences", {}).get("memory", {"points": []})["points"]
     own = (point for point in points if point["task"] == task)
     return {point["distance"] for point in own if point["p"] is not None and point["p"] < 0.05}
+
+
+def noise_table(models: Sequence[Result]) -> Table:
+    """A row for each kind of noise, two columns for each model."""
+    rows: list[Row] = []
+    for index, first in enumerate(models[0]["suites"]["noise"]["noises"]):
+        cells = []
+        for model in models:
+            one = model["suites"]["noise"]["noises"][index]
+            cells += [_with_error(one["more"]), f"{100 * one['flips']['value']:.1f} %"]
+        if first["noise"] != "none":
+            rows.append((first["noise"], *cells))
+    columns = [f"{model['label']}{end}" for model in models for end in (", nats", ", flips")]
+    title = "Noise: more nats per token than after a clean text, and other likeliest tokens"
+    return Table(title, ("noise", *columns), rows, columns)

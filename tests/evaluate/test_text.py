@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +14,24 @@ from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import text
-from rgexport.griffin.checkpoint import demo_folder
+from tests.evaluate.small_model import small_model
 from tests.llama_tools import run_tool
-from tests.models import (
-    deepmind_logits,
-    deepmind_model,
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.models import deepmind_logits, deepmind_model
 
-CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=40)
-TOKENIZER = "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> tuple[Path, dict]:
-    weights = random_weights(CONFIG)
-    folder = write_hugging_face(CONFIG, weights, tmp_path / "model")
-    for name in TOKENIZER:
-        shutil.copy(demo_folder() / name, folder)
-    return folder, weights
+def model(tmp_path: Path) -> Path:
+    return small_model(tmp_path)[0]
 
 
-def test_losses_are_deepminds(model, tmp_path):
-    folder, weights = model
+def test_losses_are_deepminds(tmp_path):
+    folder, config, weights = small_model(tmp_path)
     file = tmp_path / "prose.txt"
     file.write_text(PROSE)
     subject, request = open_subject(str(folder)), Request(texts=(file,), context=32)
-    deepmind, session = deepmind_model(CONFIG, weights), subject.session()
+    deepmind, session = deepmind_model(config, weights), subject.session()
     pieces = list(text.pieces(subject, request))
     assert [piece.work["context"] for piece in pieces] == [None, 32]
     assert subject.tokenizer is not None
@@ -88,7 +75,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
-    subjects = [open_subject(str(model[0]))]
+    subjects = [open_subject(str(model))]
     request = Request(trials=8, farthest=64, context=32)
     names, whole = ["text", "memory"], tmp_path / "whole"
     expected = runner.evaluate(subjects, names, request, whole)
@@ -114,7 +101,7 @@ def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
 
 
 def test_a_damaged_piece_is_done_again(model, tmp_path):
-    subjects, request = [open_subject(str(model[0]))], Request(context=32)
+    subjects, request = [open_subject(str(model))], Request(context=32)
     expected = runner.evaluate(subjects, ["text"], request, tmp_path / "results")
     for file in (tmp_path / "results" / "pieces").iterdir():
         file.write_text(file.read_text()[:40])
@@ -140,7 +127,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["demo", "--suite", "tekst"], "--suite is 'tekst'; expected one of text, memory"),
+        (["demo", "--suite", "tekst"], "--suite is 'tekst'; expected one of text, memory, noise"),
         (["demo", "demo"], "two models are called demo; rename"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["demo", "--suite", "text", "--text", "missing.txt"], "missing.txt"),
@@ -156,7 +143,7 @@ def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path, capsys):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "evaluation.json").write_text("mine")
-    assert run(["evaluate", str(model[0]), "--suite", "text", "-o", str(folder)]) == 2
+    assert run(["evaluate", str(model), "--suite", "text", "-o", str(folder)]) == 2
     assert "thesis is no folder of results; expected" in capsys.readouterr().err
     assert [file.read_text() for file in folder.iterdir()] == ["mine"]
 
