@@ -17,8 +17,8 @@ from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.progress import amount
 from rgexport.quantize.scheme import Plan, scheme_to_dict
 from rgexport.tables import Table, render
-from rgexport.validate.report import chart
 from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
+from rgexport.validate.report.page import templates_of
 from rgexport.validate.report.words import number, plus_minus
 
 _ELSEWHERE = (
@@ -92,24 +92,16 @@ class PlanReport:
 
     def page(self) -> str:
         """An HTML page that needs nothing else."""
-        import jinja2
-
-        loaders = [jinja2.PackageLoader(f"rgexport.{p}") for p in ("compress", "validate.report")]
-        environment = jinja2.Environment(
-            loader=jinja2.ChoiceLoader(loaders),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["visible"] = str
-        environment.globals["plot"] = chart
-        return environment.get_template("plan.html.j2").render(
-            report=self,
-            front=self._front(),
-            layouts=self._layouts(),
-            chart=self._chart(),
-            rgexport=__version__,
+        return (
+            templates_of("compress")
+            .get_template("plan.html.j2")
+            .render(
+                report=self,
+                front=self._front(),
+                layouts=self._layouts(),
+                chart=self._chart(),
+                rgexport=__version__,
+            )
         )
 
     def _chart(self) -> Chart:

@@ -8,9 +8,8 @@ from rgexport import __version__
 from rgexport.evaluate.pieces import Result
 from rgexport.evaluate.tables import memory_tables, noise_table, text_table
 from rgexport.tables import Table
-from rgexport.validate.report import chart
 from rgexport.validate.report.chart import Chart, Series, linear_axis, share_axis
-from rgexport.validate.report.page import visible
+from rgexport.validate.report.page import templates_of
 from rgexport.validate.report.words import number, percent
 
 _LINES = "plain", "twin", "original", "pale", "twin dashed", "original dashed", "plain dashed"
@@ -28,25 +27,17 @@ class Section:
 
 def render_page(found: Result, json_name: str) -> str:
     """The page; `json_name` is the file beside it that has the numbers."""
-    import jinja2
-
-    loaders = [jinja2.PackageLoader(f"rgexport.{p}") for p in ("evaluate", "validate.report")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["visible"] = visible
-    environment.globals["plot"] = chart
     models = found["models"]
-    return environment.get_template("evaluation.html.j2").render(
-        title="What " + ", ".join(model["label"] for model in models) + " can do",
-        sections=list(_sections(models)),
-        environment=found["environment"],
-        json=json_name,
-        rgexport=__version__,
+    return (
+        templates_of("evaluate")
+        .get_template("evaluation.html.j2")
+        .render(
+            title="What " + ", ".join(model["label"] for model in models) + " can do",
+            sections=list(_sections(models)),
+            environment=found["environment"],
+            json=json_name,
+            rgexport=__version__,
+        )
     )
 
 

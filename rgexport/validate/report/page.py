@@ -28,6 +28,7 @@ from rgexport.validate.report.words import (
 from rgexport.validate.result import Result, write_text
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 _SHOWN = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍", "\x7f": "␡"}
@@ -47,18 +48,10 @@ def write_html(results: Sequence[Result], path: Path) -> None:
 
 def render_page(results: Sequence[Result]) -> str:
     """The page: the verdict first; of several artifacts their table next."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rgexport.validate.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = templates_of()
     filters = amount, breakable, check_words, number, percent, piece, site_evidence, value_words
-    environment.filters |= {f.__name__: f for f in (*filters, visible)}
-    environment.globals |= {"plot": chart, "grades": GRADES}
+    environment.filters |= {f.__name__: f for f in filters}
+    environment.globals["grades"] = GRADES
     return environment.get_template("page.html.j2").render(
         views=[view(f"a{index}", result) for index, result in enumerate(results, 1)],
         verdict=verdict(check for result in results for check in result.checks),
@@ -68,6 +61,23 @@ def render_page(results: Sequence[Result]) -> str:
         environment=results[0].environment,
         rgexport=results[0].environment["rgexport"],
     )
+
+
+def templates_of(*packages: str) -> "Environment":
+    """The templates of packages of `rgexport`, which may use those of reports: charts, style."""
+    import jinja2
+
+    places = (f"rgexport.{package}" for package in (*packages, "validate.report"))
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(place) for place in places]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["visible"] = visible
+    environment.globals["plot"] = chart
+    return environment
 
 
 def piece(text: str) -> str:
