@@ -30,9 +30,21 @@ from rgexport.commands.options import FOLDER, verbose
     show_default=True,
     help="Tokens of a chunk, for the figure of llama-perplexity.",
 )
-@click.option("--trials", type=click.IntRange(2), default=32, show_default=True)
+@click.option(
+    "--trials",
+    type=click.IntRange(2),
+    default=32,
+    show_default=True,
+    help="Episodes of each task of memory.",
+)
 @click.option("--farthest", type=click.IntRange(32), help="Tokens to remember over. [4 windows]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of what is drawn in memory and noise.",
+)
 @verbose
 def evaluate(
     models: tuple[str, ...],

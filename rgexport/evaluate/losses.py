@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rgexport.errors import RequestError
 from rgexport.runtimes.session import Session
 
 _LOGITS_BYTES = 64 << 20
@@ -12,6 +13,9 @@ def losses(session: Session, tokens: np.ndarray) -> np.ndarray:
     """Nats of tokens 1 … T - 1 of each row, float64 [R, T - 1], for a session of R rows.
 
     The states go on from where they are, and afterwards have seen all but the last token.
+
+    Raises:
+        RequestError: the model gives NaN or infinite logits.
     """
     rows, count = len(tokens), tokens.shape[1] - 1
     chunk = max(
@@ -30,4 +34,9 @@ def nats(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     largest = logits.max(-1, keepdims=True)
     sums = np.exp(logits - largest).sum(-1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[..., None], -1)[..., 0].astype(np.float64)
-    return largest[..., 0] + np.log(sums) - chosen
+    found: np.ndarray = largest[..., 0] + np.log(sums) - chosen
+    if not np.isfinite(found).all():
+        raise RequestError(
+            "the model's logits are NaN or infinite; check the artifact with `rgexport validate`"
+        )
+    return found

@@ -57,8 +57,8 @@ def _position_chart(models: Sequence[Result]) -> Chart:
         Series(
             kind,
             model["label"],
-            [(_middle(point), point["nll"][0]) for point in curve],
-            intervals=[(_middle(p), *p["nll"][1:]) for p in curve if p["nll"][1] is not None],
+            [(_start(point), point["nll"][0]) for point in curve],
+            intervals=[(_start(p), *p["nll"][1:]) for p in curve if p["nll"][1] is not None],
         )
         for kind, model in zip(cycle(_LINES), models, strict=False)
         for curve in [model["suites"]["text"]["by_position"]]
@@ -75,8 +75,8 @@ def _position_chart(models: Sequence[Result]) -> Chart:
     )
 
 
-def _middle(point: Result) -> float:
-    """The first tokens of a document have no power of two."""
+def _start(point: Result) -> float:
+    """Where a point is drawn: the first tokens of a document have no power of two."""
     return float(max(point["from"], 32))
 
 

@@ -18,6 +18,9 @@ from rgexport.files.regular_file import read_regular
 Result = dict[str, Any]
 """What a piece gave, as JSON."""
 _DIGITS = 20
+_VERSION = 1
+"""Of what suites do: results of another version do not count."""
+_MARK = "made by rgexport evaluate"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Piece:
     @property
     def key(self) -> str:
         """A name that no piece with other work has."""
-        text = json.dumps([self.subject, self.suite, self.work], sort_keys=True)
+        text = json.dumps([_VERSION, self.subject, self.suite, self.work], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
@@ -53,12 +56,14 @@ class Results:
             RequestError: it has anything but results.
         """
         self._pieces = folder / "pieces"
-        if folder.exists() and not self._pieces.is_dir() and not _is_empty(folder):
+        mark = self._pieces / _MARK
+        if folder.exists() and not mark.is_file() and not _is_empty(folder):
             raise RequestError(
                 f"{folder} is no folder of results; expected one of an earlier run, an empty one, "
                 "or none: pass another with -o"
             )
         self._pieces.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
     def get(self, piece: Piece) -> Result | None:
         """What a piece gave, or None where it is not done, or its file is damaged."""

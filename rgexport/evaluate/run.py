@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,9 @@ def evaluate(
     Raises:
         RequestError: a model or a text does not fit a suite, or cannot be opened.
     """
+    if request.farthest is None:
+        window = max(subject.config.window for subject in subjects)
+        request = replace(request, farthest=memory.farthest(window))
     results = Results(folder)
     planned = [
         (subject, name, piece)

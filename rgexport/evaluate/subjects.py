@@ -13,8 +13,9 @@ from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import means_artifact, open_artifact
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
-from rgexport.runtimes.engine import open_session
+from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.session import Session
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ class Subject:
     def identity(self) -> str:
         """What tells it from every other model: a hash of its files' hashes."""
         if isinstance(self.opened, Artifact):
-            facts = self.opened.manifest.to_dict()
+            manifest = self.opened.manifest
+            kind, records = manifest.kind, list(manifest.files.values())
         else:
             from rgexport.griffin.checks import require_sound
 
-            files = require_sound(self.opened)
-            facts = {name: record.sha256 for name, record in files.items()}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            kind, records = "checkpoint", list(require_sound(self.opened).values())
+            records += [hash_file(path) for path in self.opened.tokenizer_files]
+        hashes = sorted(record.sha256 for record in records)
+        facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -61,6 +65,28 @@ class Subject:
             return open_tokenizer(self.opened) if self.opened.manifest.has_tokenizer else None
         files = self.opened.tokenizer_files
         return load_tokenizer(files[0].parent) if files else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without a bos; there must be a tokenizer."""
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_text(text)
+
+    @property
+    def bos(self) -> list[int]:
+        """What a text begins with: one id, or none."""
+        bos = self.tokenizer.bos_id if self.tokenizer else None
+        return [] if bos is None else [bos]
+
+    def require_tokenizer(self, suite: str) -> None:
+        """Refuses a suite of texts for a model that takes ids.
+
+        Raises:
+            RequestError: it has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite memory"
+            )
 
     def session(self) -> Session:
         """A session, which the caller closes.
@@ -79,10 +105,11 @@ def open_subject(argument: str) -> Subject:
     """An artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`.
 
     Raises:
-        RequestError: it is neither, or it is damaged.
+        RequestError: it is neither, it is damaged, or its engine is missing.
     """
     if means_artifact(Path(argument)):
         artifact = open_artifact(argument)
+        engine_of(artifact.manifest.kind).require()
         return Subject(artifact.path.name, artifact.manifest.config, artifact)
     from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
     from rgexport.griffin.sizes import SIZE_WORDS

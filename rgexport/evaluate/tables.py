@@ -55,14 +55,19 @@ def memory_tables(models: Sequence[Result]) -> Iterator[Table]:
             one = model["suites"]["memory"]["tasks"][index]
             sure = _differing(model, one["task"])
             cells = [f"{p['value']:.2f}{'*' * (p['distance'] in sure)}" for p in one["points"]]
-            half = "" if one["half"] is None else f"{one['half']:,.0f}"
-            rows.append((model["label"], *cells, half))
+            rows.append((model["label"], *cells, _half(one)))
         title = (
             f"Memory, {first['task']}: right answers after so many tokens; "
             f"{first['chance']:.2f} by chance; * differs from {models[0]['label']} (p < 0.05)"
         )
         header = ("model", *distances, "half at")
         yield Table(title, header, rows, header[1:])
+
+
+def _half(one: Result) -> str:
+    if one["half"] is not None:
+        return f"{one['half']:,.0f}"
+    return "at chance" if one["points"][0]["low"] <= one["chance"] else "beyond"
 
 
 def _differing(model: Result, task: str) -> set[int]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.evaluate.figures import mean, mean_difference, share
+from rgexport.evaluate.figures import mean, mean_difference, share, student
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,26 @@ def test_a_share_is_in_its_interval(drawn):
 def test_a_mean_of_equal_clusters_is_that_of_their_means():
     sums = np.random.default_rng(0).normal(10, 3, 50)
     found = mean(sums, [4] * 50)
-    error = 1.959964 * (sums / 4).std(ddof=1) / 50**0.5
+    error = 2.009575 * (sums / 4).std(ddof=1) / 50**0.5  # Student's t with 49
     assert found.value == pytest.approx(sums.sum() / 200)
-    assert found.high - found.value == pytest.approx(error)
+    assert found.high - found.value == pytest.approx(error, rel=1e-5)
     assert found.count == 200
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (9, 2.26216), (99, 1.98422)]
+)
+def test_student(freedom, t):
+    assert student(freedom) == pytest.approx(t, rel=0.01)
+
+
+@pytest.mark.parametrize("clusters", [2, 4, 40])
+def test_intervals_hold_the_truth_as_often_as_they_say(clusters):
     """Clusters whose tokens have an error in common, as neighbours in a text do."""
     rng, held = np.random.default_rng(1), 0
     for _ in range(400):
-        counts = rng.integers(20, 64, 40)
-        errors = rng.normal(0, 0.5, 40)
+        counts = rng.integers(40, 64, clusters)
+        errors = rng.normal(0, 0.5, clusters)
         sums = [
             c * (2 + e) + rng.normal(0, 1, c).sum() for c, e in zip(counts, errors, strict=True)
         ]
@@ -59,7 +67,7 @@ def test_differences_are_of_pairs():
     first = rng.normal(100, 50, 200)
     found = mean_difference(first, first + rng.normal(0.6, 1, 200), [10] * 200)
     assert found.low < 0.06 < found.high and found.high - found.low < 0.04
-    assert found.p < 1e-4
+    assert found.p == pytest.approx(1e-4)
     same = mean_difference(first, first, [10] * 200)
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
 
@@ -68,3 +76,11 @@ def test_one_cluster_tells_nothing_of_its_error():
     found = mean([12.0], [4])
     assert (found.value, found.low, found.high) == (3, None, None)
     assert mean_difference([1.0], [2.0], [4]).p is None
+
+
+@pytest.mark.parametrize("differing", [1, 3, 12])
+def test_p_is_that_of_the_sign_test_where_all_differences_are_alike(differing):
+    """One side wins each of so many trials, and the others are ties."""
+    second = [1.0] * differing + [0.0] * 20
+    found = mean_difference([0.0] * len(second), second, [1] * len(second))
+    assert found.p == pytest.approx(2 * 0.5**differing, abs=0.02)

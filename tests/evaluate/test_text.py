@@ -14,9 +14,16 @@ from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import text
-from tests.evaluate.small_model import small_model
+from rgexport.griffin.checkpoint import demo_folder
+from tests.evaluate.small_model import CONFIG, small_model
 from tests.llama_tools import run_tool
-from tests.models import deepmind_logits, deepmind_model
+from tests.models import (
+    deepmind_logits,
+    deepmind_model,
+    make_config,
+    random_weights,
+    write_hugging_face,
+)
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
 
@@ -60,7 +67,7 @@ def test_domains_are_folders(tmp_path):
         file = tmp_path / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
-    found = text.documents([tmp_path / "texts", tmp_path / "texts" / "four.txt"])
+    found = text.documents((tmp_path / "texts", tmp_path / "texts" / "four.txt"))
     assert [(d.name, d.domain) for d in found] == [
         ("a/one.txt", "a"),
         ("a/two.md", "a"),
@@ -96,7 +103,7 @@ def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
     )
     found = runner.evaluate(subjects, names, request, tmp_path / "killed")
     assert found["models"] == expected["models"]
-    assert len(redone) == len(list((whole / "pieces").iterdir())) - 3
+    assert len(redone) == len(list((whole / "pieces").glob("*.json"))) - 3
     assert not {*redone} & {*done}
 
 
@@ -164,3 +171,37 @@ def test_chunks_are_llama_perplexitys(llama_tools, tmp_path):
     model = json.loads((folder / "evaluation.json").read_text())["models"][0]
     ours = next(d for d in model["suites"]["text"]["domains"] if d["context"] == 256)
     assert ours["perplexity"] == pytest.approx(float(final[1]), rel=2e-4)
+
+
+def test_models_of_other_shapes_and_vocabularies_stand_side_by_side(tmp_path, capsys):
+    """Each has a window and a tokenizer of its own; what cannot be compared is left out."""
+    small, _, _ = small_model(tmp_path / "small")
+    words = f"--suite text --suite memory --trials 8 --farthest 64 --context 32 -o {tmp_path / 'r'}"
+    assert run(["evaluate", "demo", str(small), "--limit", "100", *words.split()]) == 0
+    assert "Memory, copying" in capsys.readouterr().out
+
+
+def test_no_tokenizer_is_told_by_name(tmp_path, capsys):
+    config = make_config("rra", width=64, heads=4)
+    model = write_hugging_face(config, random_weights(config), tmp_path / "model")
+    assert run(["evaluate", str(model), "-o", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert "has no tokenizer, which the suite text needs; pass --suite memory" in error
+
+
+def test_a_config_is_part_of_what_a_model_is(model):
+    before = open_subject(str(model)).identity
+    edited = json.loads((model / "config.json").read_text())
+    edited["attention_window_size"] = 24
+    (model / "config.json").write_text(json.dumps(edited))
+    assert open_subject(str(model)).identity != before
+
+
+def test_logits_that_are_no_numbers_are_told_of(tmp_path, capsys):
+    weights = random_weights(CONFIG)
+    weights["final_norm.weight"][:] = 3e38
+    model = write_hugging_face(CONFIG, weights, tmp_path / "model")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (model / name).write_bytes((demo_folder() / name).read_bytes())
+    assert run(["evaluate", str(model), "--suite", "text", "-o", str(tmp_path / "r")]) == 2
+    assert "logits are NaN or infinite" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""The suites, each in a module of its own; `registry` lists them."""
+"""The suites, each in a module of its own; `run.SUITES` lists them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import RequestError
 from rgexport.validate.text import built_in_text
 
 _NOUNS = """
@@ -23,6 +24,8 @@ morning reason girl guy moment air teacher force
 """.split()
 _LEAST = 16
 """Nouns of one token that are needed; a vocabulary with fewer is taken by ids."""
+_FEWEST = _LEAST + 14 + 6
+"""Ids of a vocabulary: symbols, digits, marks, and some for the filler."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +79,49 @@ def words_of(tokenizer: Tokenizer | None, vocab_size: int) -> Words:
         if len(symbols) >= _LEAST:
             encode = tokenizer.encode_text
             digits = [encode(str(digit))[-1] for digit in range(10)]
-            filler = np.array(encode(built_in_text()), np.int64)
             lead, copied = encode("\nThe pass key is "), encode("\nThe list is")
+            own = {*symbols, *digits, *encode(":")}
+            filler = np.array([i for i in encode(built_in_text()) if i not in own], np.int64)
             return Words(symbols, digits, encode(":"), encode("\n"), lead, copied, filler)
     return _ids(vocab_size)
 
 
 def _ids(vocab_size: int) -> Words:
-    """Every id has one part: symbols, digits and marks first, all others are filler."""
-    free = list(range(min(3, max(0, vocab_size - 36)), vocab_size))
-    count = max(2, min(_LEAST, (len(free) - 14) // 2))
-    symbols, rest = free[:count], free[count:]
-    digits, marks = (rest[:10] or symbols), (rest[10:14] or symbols)
-    others = np.array(rest[14:] or symbols, np.int64)
-    filler = np.random.default_rng(0).choice(others, 1 << 14)
-    mark = [[marks[i % len(marks)]] for i in range(4)]
-    return Words(symbols, digits, mark[0], mark[1], mark[2], mark[3], filler)
+    """Each id has one part; those of symbols, digits and marks are spread over the vocabulary.
+
+    Raises:
+        RequestError: the vocabulary is too small.
+    """
+    first = min(3, max(0, vocab_size - _FEWEST))  # what is special is there as a rule
+    if vocab_size < _FEWEST:
+        raise RequestError(
+            f"a vocabulary of {vocab_size} is too small for the suite memory; expected {_FEWEST}"
+        )
+    chosen = np.linspace(first, vocab_size - 1, _LEAST + 14).astype(int)
+    random = np.random.default_rng(0)
+    own = random.permutation(chosen).tolist()
+    others = np.setdiff1d(np.arange(first, vocab_size), chosen)
+    between, end, passkey, copied = ([token] for token in own[_LEAST + 10 :])
+    symbols, digits = own[:_LEAST], own[_LEAST : _LEAST + 10]
+    return Words(symbols, digits, between, end, passkey, copied, random.choice(others, 1 << 14))
 
 
 def _pairs(words: Words, random: np.random.Generator, pairs: int, asked: int) -> Episode:
-    pairs = min(pairs, len(words.symbols) // 2)
-    chosen = random.permutation(words.symbols).tolist()
-    keys, values = chosen[:pairs], chosen[pairs : 2 * pairs]
+    chosen = random.permutation(words.symbols)[: 2 * pairs].tolist()
+    keys, values = chosen[:pairs], chosen[pairs:]
     told = [token for pair in zip(keys, values, strict=True) for token in _line(words, *pair)]
+    order = random.permutation(pairs)[:asked].tolist()
+    leads = [[], *[words.end] * (asked - 1)]
     questions = [
-        Question([keys[i], *words.between], values[i], sorted(values))
-        for i in random.permutation(len(keys))[:asked].tolist()
+        Question([*lead, keys[i], *words.between], values[i], sorted({*values} - given))
+        for lead, i, given in zip(leads, order, _before([values[i] for i in order]), strict=True)
     ]
     return Episode(told, questions)
+
+
+def _before(answers: list[int]) -> list[set[int]]:
+    """What was answered before each answer: no value comes twice."""
+    return [{*answers[:place]} for place in range(len(answers))]
 
 
 def _line(words: Words, key: int, value: int) -> list[int]:
@@ -125,20 +143,21 @@ def _induction(words: Words, random: np.random.Generator) -> Episode:
     )
 
 
-def _sequence(lead: list[int], ids: list[int], candidates: list[int], words: Words) -> Episode:
-    first, *others = ids
-    questions = [Question(lead, first, candidates)]
-    questions += [Question([], token, candidates) for token in others]
-    return Episode([*lead, *ids, *words.end], questions)
-
-
 def _passkey(words: Words, random: np.random.Generator) -> Episode:
-    return _sequence(words.passkey, random.choice(words.digits, 4).tolist(), words.digits, words)
+    ids = random.choice(words.digits, 4).tolist()
+    leads = [words.passkey, [], [], []]
+    questions = [Question(lead, i, words.digits) for lead, i in zip(leads, ids, strict=True)]
+    return Episode([*words.passkey, *ids, *words.end], questions)
 
 
 def _copying(words: Words, random: np.random.Generator) -> Episode:
+    """The last word is not asked for: it is the only one that is left."""
     ids = random.permutation(words.symbols)[:8].tolist()
-    return _sequence(words.copy, ids, sorted(ids), words)
+    questions = [
+        Question([] if place else words.copy, token, sorted(ids[place:]))
+        for place, token in enumerate(ids[:-1])
+    ]
+    return Episode([*words.copy, *ids, *words.end], questions)
 
 
 def _counting(words: Words, random: np.random.Generator) -> Episode:
@@ -148,11 +167,11 @@ def _counting(words: Words, random: np.random.Generator) -> Episode:
     told = [
         token
         for number in numbers
-        for token in [*[mark] * number, *words.between, words.digits[number], *words.end]
+        for token in [*[mark] * number, *words.end, *_line(words, mark, words.digits[number])]
     ]
     asked = int(random.integers(1, most + 1))
-    told += [words.symbols[1]] * (most - asked) + [mark] * asked
-    question = Question(words.between, words.digits[asked], words.digits[1 : most + 1])
+    told += [words.symbols[1]] * (most - asked) + [mark] * asked + words.end
+    question = Question([mark, *words.between], words.digits[asked], words.digits[1 : most + 1])
     return Episode(told, [question])
 
 
@@ -165,4 +184,5 @@ TASKS: dict[str, Callable[[Words, np.random.Generator], Episode]] = {
     "counting": _counting,
 }
 """Name → what makes an episode: one pair; one of four pairs; four of eight pairs; four digits;
-eight words in their order; how often a word was said."""
+eight words in their order; how often a word was said. Of `induction`, only the right candidate was
+told: it shows that something is known, the others whether what belongs together is."""

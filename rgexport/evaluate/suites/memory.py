@@ -5,6 +5,7 @@ then the state from before the questions goes on. So the farthest distance costs
 all.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,9 +29,13 @@ _NEAREST, _STEP = 16, 4
 _FARTHEST_WINDOWS = 4
 
 
-def distances(window: int, farthest: int | None) -> list[int]:
-    """Tokens between what was told and the question: from 16 to four windows, or to `farthest`."""
-    last = farthest or max(_FARTHEST_WINDOWS * window, _NEAREST * _STEP)
+def farthest(window: int) -> int:
+    """The largest distance that is asked for by default: four windows."""
+    return max(_FARTHEST_WINDOWS * window, _NEAREST * _STEP)
+
+
+def distances(last: int) -> list[int]:
+    """Tokens between what was told and the question: from 16 to the `last`."""
     found, at = [], _NEAREST
     while at < last:
         found.append(at)
@@ -40,7 +45,7 @@ def distances(window: int, farthest: int | None) -> list[int]:
 
 def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     """A piece for each task and batch of episodes, through all distances."""
-    far = distances(subject.config.window, request.farthest)
+    far = distances(request.farthest or farthest(subject.config.window))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)
@@ -57,7 +62,7 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
 def measure(
     subject: Subject, session: Session, work: Mapping[str, Any], request: Request
 ) -> Result:
-    """Which answers are right: distance → [rows, questions], and the number of candidates."""
+    """Which answers are right: distance → [rows, questions]; chance, and a hash of all ids."""
     words = words_of(subject.tokenizer, session.vocab_size)
     numbers = range(work["first"], work["first"] + work["rows"])
     randoms = [_random(work, number) for number in numbers]
@@ -72,7 +77,10 @@ def measure(
         seen, state = distance, session.get_state()
         right[str(distance)] = _asked(session, episodes).tolist()
         session.set_state(state)
-    return {"right": right, "candidates": len(episodes[0].questions[0].candidates)}
+    candidates = [len(question.candidates) for question in episodes[0].questions]
+    hashed = hashlib.sha256(repr((episodes, starts)).encode() + words.filler.tobytes())
+    chance = float(np.mean(1 / np.array(candidates)))
+    return {"right": right, "chance": chance, "ids": hashed.hexdigest()}
 
 
 def _random(work: Mapping[str, Any], number: int) -> np.random.Generator:
@@ -80,9 +88,7 @@ def _random(work: Mapping[str, Any], number: int) -> np.random.Generator:
 
 
 def _begun(subject: Subject, episodes: Sequence[Episode]) -> np.ndarray:
-    tokenizer = subject.tokenizer
-    start = [] if tokenizer is None or tokenizer.bos_id is None else [tokenizer.bos_id]
-    return np.array([[*start, *episode.told] for episode in episodes], np.int64)
+    return np.array([[*subject.bos, *episode.told] for episode in episodes], np.int64)
 
 
 def _asked(session: Session, episodes: Sequence[Episode]) -> np.ndarray:
@@ -112,7 +118,7 @@ def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
     tasks: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     chances = {}
     for work, result in found:
-        chances[work["task"]] = 1 / result["candidates"]
+        chances[work["task"]] = result["chance"]
         for distance, rows in result["right"].items():
             tasks[work["task"]][int(distance)] += [float(np.mean(row)) for row in rows]
     return {"tasks": [_of_task(task, far, chances[task]) for task, far in tasks.items()]}
@@ -125,6 +131,8 @@ def differences(
     """What a second model's accuracy is above the first's on the same episodes."""
     gaps: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
     for (work, one), (_, other) in zip(first, second, strict=True):
+        if one["ids"] != other["ids"]:
+            continue
         for distance, rows in one["right"].items():
             pairs = zip(rows, other["right"][distance], strict=True)
             gaps[work["task"], int(distance)] += [(sum(a), sum(b), len(a)) for a, b in pairs]
@@ -140,8 +148,8 @@ def _of_task(task: str, by_distance: Mapping[int, Sequence[float]], chance: floa
     points = []
     for distance in sorted(by_distance):
         each = by_distance[distance]
-        estimate = share(round(sum(each)), len(each))
-        points.append({"distance": distance} | asdict(estimate) | {"value": float(np.mean(each))})
+        estimate = share(sum(each), len(each))
+        points.append({"distance": distance} | asdict(estimate))
     return {"task": task, "chance": chance, "points": points, "half": _half(points, chance)}
 
 

@@ -15,7 +15,6 @@ from zlib import crc32
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.pieces import Piece, Result
@@ -29,7 +28,7 @@ SPOILT, KEPT = 600, 300
 """Characters of a passage that are spoilt, about, and that follow them."""
 _SHARE = 0.1
 """Of the characters or words that a kind of noise changes."""
-_MOST_PASSAGES = 40
+_MOST_PASSAGES, _NEAR = 40, 100
 _ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 _BESIDE = {key: right for row in _ROWS for key, right in pairwise(row)}
 _MARKERS = "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "[INST]", "</s>"
@@ -101,8 +100,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 
 def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     """A piece for each document and kind of noise."""
-    if subject.tokenizer is None:
-        raise RequestError(f"{subject.label} has no tokenizer; leave out --suite noise")
+    subject.require_tokenizer(NAME)
     for document in documents(request.texts):
         if not (count := len(passages(document.text))):
             continue
@@ -121,13 +119,14 @@ def passages(text: str) -> list[tuple[str, str]]:
     while (middle := _gap(text, start + SPOILT)) and (end := _gap(text, middle + KEPT)):
         found.append((text[start:middle], text[middle:end]))
         start = end
-    step = max(1, len(found) // _MOST_PASSAGES)
-    return found[::step][:_MOST_PASSAGES]
+    chosen = np.linspace(0, len(found) - 1, min(len(found), _MOST_PASSAGES)).astype(int)
+    return [found[i] for i in chosen.tolist()]
 
 
 def _gap(text: str, at: int) -> int | None:
-    match = re.compile(r"\s").search(text, at)
-    return match.start() if match else None
+    """The next space, where one is near; None behind the end."""
+    match = re.compile(r"\s").search(text, at, at + _NEAR)
+    return match.start() if match else at if at < len(text) else None
 
 
 def measure(
@@ -139,8 +138,8 @@ def measure(
     sums, counts, tops, hashed = [], [], [], hashlib.sha256()
     for index, (context, rest) in enumerate(passages(document.text)):
         random = np.random.default_rng([work["seed"], crc32(work["noise"].encode()), index])
-        ids = _encoded(subject, rest)
-        before = [*_start(subject), *_encoded(subject, spoil(context, random))]
+        ids = subject.encode(rest)
+        before = [*subject.bos, *subject.encode(spoil(context, random))]
         session.reset()
         logits = session.prefill(np.array([before + ids[:-1]]), len(ids))
         sums.append(float(nats(logits, np.array([ids])).sum()))
@@ -148,16 +147,6 @@ def measure(
         tops.append(logits[0].argmax(-1).tolist())
         hashed.update(np.array(ids).tobytes())
     return {"sums": sums, "counts": counts, "tops": tops, "ids": hashed.hexdigest()}
-
-
-def _start(subject: Subject) -> list[int]:
-    assert subject.tokenizer is not None
-    return [] if subject.tokenizer.bos_id is None else [subject.tokenizer.bos_id]
-
-
-def _encoded(subject: Subject, text: str) -> list[int]:
-    assert subject.tokenizer is not None
-    return subject.tokenizer.encode_text(text)
 
 
 def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:

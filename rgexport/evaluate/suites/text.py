@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ BLOCK = 64
 """Tokens whose losses are kept as one sum: neighbours are alike, so errors are of blocks."""
 _ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
 _BUILT_IN = "built-in"
+_LONGEST_TOKEN = 32
+"""Characters of a token, at most, when a long text is cut before it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,11 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def documents(paths: Sequence[Path]) -> list[Document]:
+@cache
+def documents(paths: tuple[Path, ...]) -> list[Document]:
     """The files, and the texts of the folders; without any, the text that comes with rgexport.
+
+    They are read once, and each is there once.
 
     The domain of a file is its name without ending; that of a file in a folder is the folder below
     it, such as `prose` of `texts/prose/emma.txt` for `texts`.
@@ -56,7 +62,7 @@ def documents(paths: Sequence[Path]) -> list[Document]:
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
-    return [document for path in paths for document in _found(path)]
+    return list(dict.fromkeys(document for path in paths for document in _found(path)))
 
 
 def _found(path: Path) -> Iterator[Document]:
@@ -68,15 +74,17 @@ def _found(path: Path) -> Iterator[Document]:
         raise RequestError(f"{path} has no texts; expected files that end in {', '.join(_ENDINGS)}")
     for file in files:
         parts = file.relative_to(path).parts
-        yield Document("/".join(parts), parts[0] if len(parts) > 1 else path.name, read_text(file))
+        domain = parts[0] if len(parts) > 1 else path.resolve().name
+        yield Document("/".join(parts), domain, read_text(file))
 
 
 def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     """A piece for each document and each way to read it."""
-    if subject.tokenizer is None:
-        raise RequestError(f"{subject.label} has no tokenizer; leave out --suite text")
+    subject.require_tokenizer(NAME)
     for document in documents(request.texts):
         ids = _ids(subject, document, request.limit)
+        if len(ids) < 2:
+            raise RequestError(f"{document.name} is too short; expected a text of 2 tokens or more")
         for context in (None, request.context):
             if context is not None and len(ids) < context:
                 continue
@@ -111,20 +119,16 @@ def _bytes(subject: Subject, ids: np.ndarray) -> int:
 
 def _ids(subject: Subject, document: Document, limit: int | None) -> np.ndarray:
     """A bos and the document, at most `limit` tokens, int64."""
-    tokenizer = subject.tokenizer
-    assert tokenizer is not None
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return np.array(start + tokenizer.encode_text(document.text), np.int64)[:limit]
+    text = document.text if limit is None else document.text[: limit * _LONGEST_TOKEN]
+    return np.array([*subject.bos, *subject.encode(text)], np.int64)[:limit]
 
 
 def _chunk_losses(subject: Subject, session: Session, ids: np.ndarray, context: int) -> np.ndarray:
     """Of the second halves of whole chunks, whose first token becomes a bos."""
-    assert subject.tokenizer is not None
     found = []
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
-        if subject.tokenizer.bos_id is not None:
-            chunk[0] = subject.tokenizer.bos_id
+        chunk[: len(subject.bos)] = subject.bos
         session.reset()
         found.append(losses(session, chunk[None])[0, context // 2 :])
     return np.concatenate(found)
@@ -159,8 +163,10 @@ def differences(
     Documents that the two read as other tokens are left out.
     """
     groups = defaultdict(list)
-    for (work, one), (_, other) in zip(first, second, strict=True):
-        if one["ids"] == other["ids"]:
+    others = {_place(work): result for work, result in second}
+    for work, one in first:
+        other = others.get(_place(work), {})
+        if one["ids"] == other.get("ids"):
             groups[work["domain"], work["context"]].append((one, other))
     return {
         "domains": [
@@ -168,6 +174,10 @@ def differences(
             for (domain, context), pairs in groups.items()
         ]
     }
+
+
+def _place(work: Mapping[str, Any]) -> tuple[Any, ...]:
+    return work["document"], work["domain"], work["sha256"], work["context"]
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]]) -> Difference:
