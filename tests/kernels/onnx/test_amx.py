@@ -20,6 +20,7 @@ CPU = _CPUINFO.read_text() if _CPUINFO.exists() else ""
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # with a build, and all products, in emulated instructions
     needs_compiler,
     pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}"),
     pytest.mark.skipif(

@@ -14,6 +14,7 @@ from tests.kernels.onnx import programs
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # with the build, which takes minutes on a busy machine
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]
 
