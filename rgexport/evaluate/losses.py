@@ -4,28 +4,22 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.runtimes.session import Session
-
-_LOGITS_BYTES = 64 << 20
-"""Of the logits that are there at once."""
+from rgexport.validate.measure import blocks
 
 
 def losses(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Nats of tokens 1 … T - 1 of each row, float64 [R, T - 1], for a session of R rows.
+    """Nats of tokens 1 … T - 1 of a text [T], float64 [T - 1], from the beginning on.
 
-    The states go on from where they are, and afterwards have seen all but the last token.
+    Afterwards the session has seen all but the last token.
 
     Raises:
         RequestError: the model gives NaN or infinite logits.
     """
-    rows, count = len(tokens), tokens.shape[1] - 1
-    chunk = max(
-        1, min(session.info.prefill_chunk, _LOGITS_BYTES // (4 * rows * session.vocab_size))
-    )
-    found = np.empty((rows, count))
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        logits = session.prefill(tokens[:, start:stop], stop - start)
-        found[:, start:stop] = nats(logits, tokens[:, start + 1 : stop + 1])
+    session.reset()
+    found = np.empty(len(tokens) - 1)
+    for start, stop in blocks(session, [len(found)]):
+        logits = session.prefill(tokens[None, start:stop], stop - start)
+        found[start:stop] = nats(logits, tokens[None, start + 1 : stop + 1])[0]
     return found
 
 

@@ -17,6 +17,8 @@ from rgexport.runtimes.environment import environment
 
 SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory, noise)}
 """Name → module with `pieces`, `measure`, `summary` and `differences`."""
+Found = tuple[Mapping[str, Any], Result]
+"""The work of a piece, and what it gave."""
 
 
 def require_known(names: Sequence[str]) -> list[str]:
@@ -44,57 +46,58 @@ def evaluate(
         request = replace(request, farthest=memory.farthest(window))
     results = Results(folder)
     planned = [
-        (subject, name, piece)
+        (subject, [piece for name in names for piece in SUITES[name].pieces(subject, request)])
         for subject in subjects
-        for name in names
-        for piece in SUITES[name].pieces(subject, request)
     ]
-    missing = [entry for entry in planned if results.get(entry[2]) is None]
-    if len(missing) < len(planned):
-        note(f"{len(planned) - len(missing)} of {len(planned)} pieces are done already.")
-    for subject in subjects:
-        own = [(name, piece) for one, name, piece in missing if one is subject]
-        if own:
-            _measure(subject, own, request, results)
-    return _summed(subjects, names, planned, results, request)
+    every = [piece for _, own in planned for piece in own]
+    done = {piece.key: kept for piece in every if (kept := results.get(piece))}
+    if done:
+        note(f"{len(done)} of {len(every)} pieces are done already.")
+    for subject, own in planned:
+        if missing := [piece for piece in own if piece.key not in done]:
+            done |= _measure(subject, missing, request, results)
+    found = [_by_suite(names, own, done) for _, own in planned]
+    models = [_summed(subject, own, found[0]) for subject, own in zip(subjects, found, strict=True)]
+    asked = asdict(request) | {"texts": [str(path) for path in request.texts]}
+    return {"request": asked, "environment": environment(), "models": models}
 
 
 def _measure(
-    subject: Subject, own: Sequence[tuple[str, Piece]], request: Request, results: Results
-) -> None:
+    subject: Subject, missing: Sequence[Piece], request: Request, results: Results
+) -> dict[str, Result]:
+    """What pieces give, by their keys; each is kept as soon as it is done."""
+    done = {}
     session = subject.session()
     try:
-        total = sum(piece.tokens for _, piece in own)
+        total = sum(piece.tokens for piece in missing)
         with task(f"Evaluating {subject.label}", total, "tokens") as advance:
-            for name, piece in own:
+            for piece in missing:
                 began = time.perf_counter()
-                found = SUITES[name].measure(subject, session, piece.work, request)
-                results.put(piece, found | {"seconds": time.perf_counter() - began})
+                found = SUITES[piece.suite].measure(subject, session, piece.work, request)
+                done[piece.key] = found | {"seconds": time.perf_counter() - began}
+                results.put(piece, done[piece.key])
                 advance(piece.tokens)
     finally:
         session.close()
+    return done
+
+
+def _by_suite(
+    names: Sequence[str], own: Sequence[Piece], done: Mapping[str, Result]
+) -> dict[str, list[Found]]:
+    return {
+        name: [(piece.work, done[piece.key]) for piece in own if piece.suite == name]
+        for name in names
+    }
 
 
 def _summed(
-    subjects: Sequence[Subject],
-    names: Sequence[str],
-    planned: Sequence[tuple[Subject, str, Piece]],
-    results: Results,
-    request: Request,
+    subject: Subject, own: Mapping[str, list[Found]], first: Mapping[str, list[Found]]
 ) -> Result:
-    def found(subject: Subject, name: str) -> list[tuple[Mapping[str, Any], Result]]:
-        own = (p for one, suite, p in planned if one is subject and suite == name)
-        return [(piece.work, result) for piece in own if (result := results.get(piece))]
-
-    models: list[dict[str, Any]] = []
-    for subject in subjects:
-        suites = {name: SUITES[name].summary(found(subject, name)) for name in names}
-        model = {"label": subject.label, "bytes": subject.size, "suites": suites}
-        if subject is not subjects[0]:
-            model["differences"] = {
-                name: SUITES[name].differences(found(subjects[0], name), found(subject, name))
-                for name in names
-            }
-        models.append(model)
-    asked = asdict(request) | {"texts": [str(path) for path in request.texts]}
-    return {"request": asked, "environment": environment(), "models": models}
+    """The figures of a model, and how they differ from the first one's."""
+    suites = {name: SUITES[name].summary(found) for name, found in own.items()}
+    model = {"label": subject.label, "bytes": subject.size, "suites": suites}
+    if own is first:
+        return model
+    gaps = {name: SUITES[name].differences(first[name], found) for name, found in own.items()}
+    return model | {"differences": gaps}

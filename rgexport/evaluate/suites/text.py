@@ -106,8 +106,7 @@ def measure(
     ids = _ids(subject, document, work["limit"])
     found = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
     if work["context"] is None:
-        session.reset()
-        each = losses(session, ids[None])[0]
+        each = losses(session, ids)
         return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
     return found | _summed(_chunk_losses(subject, session, ids, work["context"]))
 
@@ -129,8 +128,7 @@ def _chunk_losses(subject: Subject, session: Session, ids: np.ndarray, context: 
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
         chunk[: len(subject.bos)] = subject.bos
-        session.reset()
-        found.append(losses(session, chunk[None])[0, context // 2 :])
+        found.append(losses(session, chunk)[context // 2 :])
     return np.concatenate(found)
 
 
