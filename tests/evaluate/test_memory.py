@@ -120,8 +120,8 @@ def test_guesses_are_at_chance():
 
 
 def test_the_state_of_a_distance_is_not_that_of_the_questions_before():
-    """Whoever heard the answers already would know them at the next distance."""
-    session = Remembering(window=100)
+    """Answers that are heard at 256 would lie in this window at 1,024, what was told does not."""
+    session = Remembering(window=900)
     curve = curves(session, ["copying"], farthest=1024)["copying"]
     first, last = curve["points"][0], curve["points"][-1]
     assert first["value"] == 1 and last["low"] <= curve["chance"] <= last["high"]

@@ -18,6 +18,7 @@ from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
+from rgexport.validate.weights.steps import step_sizes
 from tests.models import (
     ODD_CONFIGS,
     deepmind_logits,
@@ -72,6 +73,15 @@ def test_the_model_is_deepminds(tmp_path):
     weights = {name: in_bfloat16(array) for name, array in random_weights(CONFIG).items()}
     expected = deepmind_logits(deepmind_model(CONFIG, weights), tokens)
     assert distance(OrtSession(artifact).prefill(tokens, 30), expected) < 0.1
+
+
+def test_validation_allows_no_rounding_of_them(tmp_path):
+    """The checkpoint has these numbers, so half a step of bfloat16 would be a fault."""
+    artifact = exported(tmp_path, "bfloat16")
+    for name in MATRICES:
+        w = artifact.weights[name].whole().reshape(len(artifact.weights[name].whole()), -1)
+        steps = step_sizes(name, w, artifact.manifest.tensors[name]).step
+        assert (steps <= np.maximum(np.abs(w) * 2.0**-22, 2.0**-126)).all()
 
 
 def test_kernels_read_all_weights_where_the_file_is_mapped(tmp_path):
