@@ -49,7 +49,7 @@ pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made b
 test: $(DEV) native $(PAGE) llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
 	$(TESTS)
 
-test-all: $(DEV) native $(PAGE) llama llama-tools  ## With every combination of the tests' parameters, not only every pair.
+test-all: $(DEV) native $(PAGE) llama llama-tools  ## With every combination of the tests' parameters, and what takes many minutes: an hour or two.
 	$(TESTS) --whole-product
 
 fuzz: $(DEV)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.

@@ -27,6 +27,7 @@ HELD_OUT = {
     "chat": "134 whole conversations, every 30th",
     "moby_dick": "*Moby-Dick* (no line of it in training, nor another book by Melville)",
 }
+MEMORY = "| tasks of memory | `demo/episodes.py` | made up | | {share:.0f} % |"
 CARD = """---
 license: other
 language: en
@@ -105,7 +106,8 @@ def write_card(path: Path, result: dict) -> None:
     bits, size = result["held_out_bits_per_byte"], result["held_out_bytes"]
     rows = [f"| {what} | {bits[key]:.3f} | {size[key]:,} |" for key, what in HELD_OUT.items()]
     tokens = result["source_tokens"]
-    sources = [
+    sources = [MEMORY.format(share=100 * MIXTURE["memory"])]
+    sources += [
         f"| {what} | {where} | {licence} | {tokens[key]:,} | {100 * MIXTURE[key]:.0f} % |"
         for key, (what, where, licence) in SOURCES.items()
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from model import Griffin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizer import BOS, END_OF_TURN, EOS, PAD
 
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
@@ -32,6 +32,12 @@ def write(model: Griffin, tokenizer: Path, folder: Path) -> None:
         {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"], **tokens},
     )
     write_json(folder / "tokenizer_config.json", tokenizer_configuration() | tokens)
+
+
+def read(model: Griffin, folder: Path) -> None:
+    """Takes the weights of a folder that `write` made."""
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})
 
 
 def configuration(model: Griffin) -> dict[str, object]:

@@ -23,6 +23,7 @@ import tokenizer
 import torch
 from card import figures, write_card
 from data import encode
+from episodes import Episodes
 from model import Griffin, Shape
 from reference import Reference
 from trainer import Trainer
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=85.0, help="time to train for")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, default=Path("out/demo-cache"), help="downloads")
+    parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keep_memory()
@@ -41,14 +43,20 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     corpus = text.build(fetch.fetch(args.cache))
-    pieces = args.cache / "tokenizer.model"
-    tokenizer.train(tokenizer_lines(corpus), Shape().vocab, pieces)
+    pieces = (args.start or args.cache) / "tokenizer.model"
+    if args.start is None:
+        tokenizer.train(tokenizer_lines(corpus), Shape().vocab, pieces)
     tokenizer.check(pieces)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
     documents = encode(processor, corpus.train)
 
     model = Griffin(Shape())
-    run = Trainer(model, documents, args.output / "checkpoint.pt", args.seed).run(args.minutes)
+    if args.start is not None:
+        export.read(model, args.start)
+    prose = [d for source, own in documents.items() if source != "chat" for d in own]
+    episodes = Episodes(pieces.parent, prose)
+    checkpoint = args.output / "checkpoint.pt"
+    run = Trainer(model, documents, episodes, checkpoint, args.seed).run(args.minutes)
     export.write(model, pieces, args.output)
     held_out = encode(processor, corpus.held_out)
     bits = evaluate.bits_per_byte(Reference(args.output).logits, held_out, corpus.held_out)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from data import Documents, batches
+from episodes import Episodes
 from model import Griffin
 from muon import optimizers
 from ops import CappedLoss
@@ -26,10 +27,22 @@ def schedule(progress: float) -> float:
     return min(1.0, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
 
 
+def clock() -> float:
+    """Seconds that this process had all processors for: other work does not count."""
+    return time.process_time() / (os.cpu_count() or 1)
+
+
 class Trainer:
     """One run; its checkpoint is taken up again where there is one."""
 
-    def __init__(self, model: Griffin, documents: Documents, checkpoint: Path, seed: int) -> None:
+    def __init__(
+        self,
+        model: Griffin,
+        documents: Documents,
+        episodes: Episodes,
+        checkpoint: Path,
+        seed: int,
+    ) -> None:
         self.model = model
         self.forward = torch.compile(model)
         self.optimizers = optimizers(model)
@@ -38,17 +51,17 @@ class Trainer:
         self.steps, self.spent = 0, 0.0
         if checkpoint.exists():
             self.resume()
-        self.rows = batches(documents, ROWS, LENGTH, seed + self.steps)
+        self.rows = batches(documents, episodes, ROWS, LENGTH, seed + self.steps)
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def run(self, minutes: float) -> dict[str, float]:
         """Trains for `minutes`, those before a checkpoint included."""
         self.learn(next(self.rows)[:MICRO])  # compiles, off the clock
         self.zero_grad()
-        begun = time.monotonic() - self.spent
+        begun = clock() - self.spent
         saved = reported = self.spent
         losses: list[float] = []
-        while (spent := time.monotonic() - begun) < 60 * minutes:
+        while (spent := clock() - begun) < 60 * minutes:
             losses.append(self.step(schedule(spent / (60 * minutes))))
             self.spent = spent
             if spent - reported > REPORT_EVERY:

@@ -22,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-product",
         action="store_true",
-        help="every combination of a test's parameters, not only as many as hold every pair",
+        help="every combination of a test's parameters, not only as many as hold every pair; and "
+        "tests that take many minutes",
     )
 
 
@@ -43,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("whole_product"):
-        kept = pairwise(items)
+        kept = [item for item in pairwise(items) if not item.get_closest_marker("thorough")]
         left = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept

@@ -160,6 +160,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "missing gguf": ("chat nowhere.gguf", "there is no nowhere.gguf"),
     "foreign gguf": ("generate text.gguf -p x", "text.gguf is not a GGUF file"),
     "inspect foreign gguf": ("inspect text.gguf", "text.gguf is not a GGUF file"),
+    "evaluate no gguf": ("evaluate text.gguf", "text.gguf is not a GGUF file"),
     "unknown option": ("onnx --quick", "--quick"),
     "unknown command": ("convert", "convert"),
     "option without value": ("onnx -m", "requires an argument"),

@@ -57,8 +57,8 @@ def calibrate(
     """
     from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.compress.calibrate import calibrate as run
-    from rgexport.compress.cluster import connected
     from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.runtimes.cluster import connected
 
     asked = CalibrationOptions(**options)
     checkpoint = open_checkpoint(
@@ -109,9 +109,9 @@ def quantize(
     What each layout costs is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.compress.cluster import connected
     from rgexport.compress.quantize import PlanOptions, closing_line, make_plan
     from rgexport.griffin.checkpoint import open_checkpoint
+    from rgexport.runtimes.cluster import connected
 
     asked = PlanOptions(**options)
     checkpoint = open_checkpoint(

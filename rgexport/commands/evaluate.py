@@ -5,13 +5,17 @@ from typing import Any
 
 import click
 
-from rgexport.commands.options import FOLDER, verbose
+from rgexport.commands.options import FOLDER, cluster_option, threads_option, verbose
 
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
-    "--suite", "suites", multiple=True, metavar="NAME", help="text, memory or noise. [all]"
+    "--suite",
+    "suites",
+    multiple=True,
+    metavar="NAME",
+    help="text, memory, noise, window, length or tasks. [the first three]",
 )
 @click.option(
     "-o",
@@ -43,28 +47,47 @@ from rgexport.commands.options import FOLDER, verbose
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of what is drawn in memory and noise.",
+    help="Of what is drawn in memory, noise and tasks.",
 )
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    default=1 << 15,
+    show_default=True,
+    help="Tokens of length.",
+)
+@click.option("--state", type=FOLDER, help="State file that length goes on from.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task of lm_eval for tasks.")
+@click.option("--task-files", type=FOLDER, help="Folder of task files of lm_eval.")
+@click.option("--examples", type=click.IntRange(1), help="Most examples of a task.")
+@threads_option
+@cluster_option
 @verbose
 def evaluate(
     models: tuple[str, ...],
     suites: tuple[str, ...],
     output: Path,
     texts: tuple[Path, ...],
+    threads: int | None,
+    cluster: str | None,
     **settings: Any,
 ) -> None:
     """Measures what models can do: texts, and what they remember.
 
-    MODEL is an artifact of any format, a checkpoint, or `demo`; the first one is what the others
-    are compared with.
+    MODEL is an artifact of any format, another GGUF file, a checkpoint, or `demo`; the first one is
+    what the others are compared with.
     """
     from rgexport.evaluate.report import JSON, as_text, write_files
     from rgexport.evaluate.request import Request
     from rgexport.evaluate.run import evaluate as run
     from rgexport.evaluate.run import require_known
     from rgexport.evaluate.subjects import open_subjects
+    from rgexport.runtimes.cluster import connected
 
-    names = require_known(suites)
-    found = run(open_subjects(models), names, Request(texts=texts, **settings), output)
+    names = require_known(suites, settings["tasks"])
+    subjects = open_subjects(models)
+    request = Request(folder=output, texts=texts, **settings)
+    with connected(cluster) as workers:
+        found = run(subjects, names, request, threads=threads, workers=workers)
     click.echo(as_text(found), nl=False)
     click.echo(f"{write_files(found, output)} has the curves, {output / JSON} all figures.")

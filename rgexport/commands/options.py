@@ -81,7 +81,7 @@ adapter_option = click.option(
 model_options = _options(
     click.option("-m", "--model", help="A folder, a DeepMind .pt file, or a hub id."),
     click.option("--size", metavar=SIZES, help="Instead of -m: a released model, or the demo."),
-    click.option("--window", type=int, help="Window of a DeepMind checkpoint. [default: 2048]"),
+    click.option("--window", type=int, help="A smaller window; or that of a DeepMind file. [2048]"),
     click.option("--soft-cap", type=float, help="Cap of the logits of one. [default: 30]"),
     adapter_option,
 )
@@ -104,8 +104,7 @@ plan_option = click.option(
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",
-    help="A Dask scheduler, such as tcp://host:8786, whose workers share the work of a calibration "
-    "and of what uses it.",
+    help="A Dask scheduler, such as tcp://host:8786, whose workers share the work.",
 )
 quality_options = _options(
     click.option(

@@ -10,7 +10,7 @@ import numpy as np
 
 from rgexport import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.compress.cluster import Cluster
+from rgexport.compress.cluster import spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text
 from rgexport.compress.sampling import sample
 from rgexport.compress.work import StatisticsFile, Work, open_work
@@ -35,6 +35,7 @@ from rgexport.quantize.calibration_format import (
     Provenance,
     arrays_of,
 )
+from rgexport.runtimes.cluster import Cluster
 from rgexport.validate.reference_pass import torch_device
 
 SUFFIX = ".calibration"
@@ -306,7 +307,7 @@ def collect(
     frequency = (counts / len(text.tokens)).astype(np.float32)
     file.write(texts | {FREQUENCY: frequency})
     model = Reference(config, checkpoint.weights, device=device)
-    run = partial(run_layer, model) if workers is None else workers.run_layer(checkpoint, device)
+    run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
     Collector(model, text, gradients, work, file, options.seed, run).collect()
 
 

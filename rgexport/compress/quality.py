@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, calibrate
-from rgexport.compress.cluster import Cluster, connected
+from rgexport.compress.cluster import spread_statistics
 from rgexport.export.verified import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, note
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.runtimes.cluster import Cluster, connected
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def known_statistics(
         if workers is None:
             yield Calibrated(found, checkpoint.config)
         else:
-            yield workers.statistics(found, checkpoint.config)
+            yield spread_statistics(workers, found, checkpoint.config)
 
 
 def _calibration(checkpoint: Checkpoint, file: Path | None, workers: Cluster | None) -> Calibration:

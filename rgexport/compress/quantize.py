@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.compress.cluster import Cluster
+from rgexport.compress.cluster import spread_statistics
 from rgexport.compress.layouts import layouts_of
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.plan_file import PlanReport, is_plan, write_json
@@ -19,6 +19,7 @@ from rgexport.files.atomic import check_file_target, replace_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.runtimes.cluster import Cluster
 from rgexport.validate.result import write_text
 
 
@@ -92,7 +93,7 @@ def make_plan(
     sequences = _sequences(checkpoint, calibration, options)
     hashes = require_sound(checkpoint).values()
     calibration.require_for(record.sha256 for record in hashes)
-    statistics = workers.statistics(calibration, checkpoint.config) if workers else None
+    statistics = spread_statistics(workers, calibration, checkpoint.config) if workers else None
     planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
     report = PlanReport(
         planner.find(options.target, sequences),

@@ -8,14 +8,19 @@ from rgexport.validate.measure import blocks
 
 
 def losses(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Nats of tokens 1 … T - 1 of a text [T], float64 [T - 1], from the beginning on.
+    """As `further_losses`, from the beginning on."""
+    session.reset()
+    return further_losses(session, tokens)
+
+
+def further_losses(session: Session, tokens: np.ndarray) -> np.ndarray:
+    """Nats of tokens 1 … T - 1 of a text [T], float64 [T - 1], by the session's state.
 
     Afterwards the session has seen all but the last token.
 
     Raises:
         RequestError: the model gives NaN or infinite logits.
     """
-    session.reset()
     found = np.empty(len(tokens) - 1)
     for start, stop in blocks(session, [len(found)]):
         logits = session.prefill(tokens[None, start:stop], stop - start)

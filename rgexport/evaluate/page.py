@@ -1,12 +1,12 @@
 """What was found as one HTML page that needs nothing else, neither network nor script."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 from rgexport import __version__
 from rgexport.evaluate.pieces import Result
-from rgexport.evaluate.tables import memory_tables, noise_table, text_table
+from rgexport.evaluate.tables import TABLES, by_window
 from rgexport.tables import Table
 from rgexport.validate.report.chart import Chart, Series, linear_axis, share_axis
 from rgexport.validate.report.page import templates_of
@@ -42,17 +42,12 @@ def render_page(found: Result, json_name: str) -> str:
 
 
 def _sections(models: Sequence[Result]) -> Iterator[Section]:
-    if "text" in models[0]["suites"]:
-        yield Section("Texts", [text_table(models)], [_position_chart(models)])
-    if "memory" in models[0]["suites"]:
-        tasks = range(len(models[0]["suites"]["memory"]["tasks"]))
-        charts = [_memory_chart(models, task) for task in tasks]
-        yield Section("Memory", list(memory_tables(models)), charts)
-    if "noise" in models[0]["suites"]:
-        yield Section("Noise", [noise_table(models)], [])
+    for suite in models[0]["suites"]:
+        charts = _CHARTS.get(suite, lambda models: [])
+        yield Section(suite.capitalize(), list(TABLES[suite](models)), list(charts(models)))
 
 
-def _position_chart(models: Sequence[Result]) -> Chart:
+def _position_chart(models: Sequence[Result]) -> Iterator[Chart]:
     series = [
         Series(
             kind,
@@ -63,7 +58,7 @@ def _position_chart(models: Sequence[Result]) -> Chart:
         for kind, model in zip(cycle(_LINES), models, strict=False)
         for curve in [model["suites"]["text"]["by_position"]]
     ]
-    return Chart(
+    yield Chart(
         title="Loss by position",
         summary="Mean loss of tokens from each power of two on, from the start of a document.",
         labels=("tokens before", "nats per token"),
@@ -78,6 +73,11 @@ def _position_chart(models: Sequence[Result]) -> Chart:
 def _start(point: Result) -> float:
     """Where a point is drawn: the first tokens of a document have no power of two."""
     return float(max(point["from"], 32))
+
+
+def _memory_charts(models: Sequence[Result]) -> Iterator[Chart]:
+    for task in range(len(models[0]["suites"]["memory"]["tasks"])):
+        yield _memory_chart(models, task)
 
 
 def _memory_chart(models: Sequence[Result], task: int) -> Chart:
@@ -104,3 +104,76 @@ def _memory_chart(models: Sequence[Result], task: int) -> Chart:
         limit=Series("limit", "chance", [(x, chance) for x in ends]),
         doubling=True,
     )
+
+
+def _window_charts(models: Sequence[Result]) -> Iterator[Chart]:
+    """Loss by window, and memory with the windows of each model."""
+    if "text" in models[0]["suites"]["window"]["windows"][0]:
+        yield _loss_by_window(models)
+    for model in models:
+        for chart in _memory_charts(by_window(model)):
+            yield replace(chart, title=f"{model['label']}: {chart.title}")
+
+
+def _loss_by_window(models: Sequence[Result]) -> Chart:
+    series = []
+    for kind, model in zip(cycle(_LINES), models, strict=False):
+        rows = model["suites"]["window"]["windows"]
+        first = [(max(1, row["window"]), row["text"]["domains"][0]["nll"]) for row in rows]
+        points = sorted((float(window), nll[0]) for window, nll in first)
+        bars = [(float(window), *nll[1:]) for window, nll in first if nll[1] is not None]
+        series.append(Series(kind, model["label"], points, intervals=bars))
+    return Chart(
+        title="Loss by window",
+        summary="Mean loss of the first domain; a window of 0 is drawn at 1.",
+        labels=("tokens of the window", "nats per token"),
+        series=series,
+        y=linear_axis([y for one in series for _, y in one.points]),
+        column="window",
+        show_y=number,
+        doubling=True,
+    )
+
+
+def _length_charts(models: Sequence[Result]) -> Iterator[Chart]:
+    """Loss, norm and time by tokens read."""
+    if len(models[0]["suites"]["length"]["points"]) < 2:
+        return
+    for title, unit, of in (
+        ("Loss by length", "nats per token", lambda point: point["nll"][0]),
+        ("Largest norm of a recurrent state", "norm", _largest_norm),
+        ("Time of a step", "ms", lambda point: 1000 * point["step_seconds"]),
+    ):
+        series = [
+            Series(kind, model["label"], _curve(model["suites"]["length"]["points"], of))
+            for kind, model in zip(cycle(_LINES), models, strict=False)
+        ]
+        yield Chart(
+            title=title,
+            summary="By the tokens of one text that were read before, its state carried on.",
+            labels=("tokens", unit),
+            series=series,
+            y=linear_axis([y for one in series for _, y in one.points]),
+            column="tokens",
+            show_y=number,
+            doubling=True,
+        )
+
+
+def _curve(
+    points: Sequence[Result], of: Callable[[Result], float | None]
+) -> list[tuple[float, float]]:
+    return [(float(point["to"]), y) for point in points if (y := of(point)) is not None]
+
+
+def _largest_norm(point: Result) -> float | None:
+    return max(point["norms"].values()) if point["norms"] else None
+
+
+_CHARTS: dict[str, Callable[[Sequence[Result]], Iterable[Chart]]] = {
+    "text": _position_chart,
+    "memory": _memory_charts,
+    "window": _window_charts,
+    "length": _length_charts,
+}
+"""Suite → its charts; some have tables alone."""

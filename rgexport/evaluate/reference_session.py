@@ -16,9 +16,12 @@ _ROOM = 2 << 30
 class ReferenceSession(Session):
     """The original model; its weights stay in memory if they fit, else layers are read anew."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        """Opens it; weights are read when they are needed."""
+    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None):
+        """Opens it; weights are read when they are needed. All of torch gets the `threads`."""
         import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
 
         weights = checkpoint.weights.values()
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)

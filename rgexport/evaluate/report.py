@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rgexport.evaluate.page import render_page
 from rgexport.evaluate.pieces import Result
-from rgexport.evaluate.tables import memory_tables, noise_table, text_table
+from rgexport.evaluate.tables import TABLES
 from rgexport.files.atomic import replace_file
 from rgexport.tables import Table, render
 
@@ -31,9 +31,5 @@ def as_text(found: Result) -> str:
 
 
 def _tables(models: Sequence[Result]) -> Iterator[Table]:
-    if "text" in models[0]["suites"]:
-        yield text_table(models)
-    if "memory" in models[0]["suites"]:
-        yield from memory_tables(models)
-    if "noise" in models[0]["suites"]:
-        yield noise_table(models)
+    for suite in models[0]["suites"]:
+        yield from TABLES[suite](models)

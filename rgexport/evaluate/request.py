@@ -1,7 +1,8 @@
 """What a user asks `evaluate` for."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,17 +10,48 @@ class Request:
     """The settings of all suites.
 
     Attributes:
-        texts: files and folders for `text`; none for the text that comes with rgexport.
-        limit: most tokens of a document, or None.
+        folder: of the results; `length` leaves state files there, too.
+        texts: files and folders of texts; none for the text that comes with rgexport.
+        limit: most tokens of a document in `text`, or None.
         context: tokens of a chunk.
         trials: of each task and distance in `memory`.
         farthest: the largest distance of `memory`, in tokens.
+        length: tokens of `length`.
+        state: a state file that `length` goes on from.
+        tasks: names of tasks of lm_eval, or of `task_files`.
+        task_files: a folder of task files.
+        examples: most examples of a task, or None.
         seed: of all that is drawn.
     """
 
+    folder: Path = Path("evaluation")
     texts: tuple[Path, ...] = ()
     limit: int | None = None
     context: int = 512
     trials: int = 32
     farthest: int | None = None
+    length: int = 1 << 15
+    state: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_files: Path | None = None
+    examples: int | None = None
     seed: int = 0
+
+    def resolved(self) -> "Request":
+        """With paths that other processes find."""
+        return replace(
+            self,
+            folder=self.folder.resolve(),
+            texts=tuple(path.resolve() for path in self.texts),
+            state=self.state and self.state.resolve(),
+            task_files=self.task_files and self.task_files.resolve(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        paths = {
+            "folder": str(self.folder),
+            "state": self.state and str(self.state),
+            "task_files": self.task_files and str(self.task_files),
+        }
+        return asdict(self) | paths | {"texts": [str(path) for path in self.texts]}

@@ -1,94 +1,156 @@
-"""Runs suites: opens each model once, does what is missing, and sums up."""
+"""Runs suites: does what is missing, here or on a cluster, and sums up."""
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.evaluate.pieces import Piece, Result, Results
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
-from rgexport.evaluate.suites import memory, noise, text
+from rgexport.evaluate.suites import BY_DEFAULT, SUITES, memory, tasks
+from rgexport.evaluate.worker import Chain, Job, Worker, do_job, unfinished
+from rgexport.processors import usable_threads
 from rgexport.progress import note, task
+from rgexport.runtimes.cluster import Cluster
 from rgexport.runtimes.environment import environment
 
-SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory, noise)}
-"""Name → module with `pieces`, `measure`, `summary` and `differences`."""
 Found = tuple[Mapping[str, Any], Result]
 """The work of a piece, and what it gave."""
 
 
-def require_known(names: Sequence[str]) -> list[str]:
-    """The suites that are asked for; all where none is.
+def require_known(names: Sequence[str], asked: Sequence[str] = ()) -> list[str]:
+    """The suites that are asked for; those of `BY_DEFAULT` where none is.
+
+    `asked` are the tasks of the suite `tasks`.
 
     Raises:
-        RequestError: there is no such suite.
+        RequestError: there is no such suite, or no task for it.
     """
     for name in names:
         if name not in SUITES:
             raise RequestError(f"--suite is {name!r}; expected one of {', '.join(SUITES)}")
-    return [name for name in SUITES if name in names] if names else list(SUITES)
+    if tasks.NAME in names and not asked:
+        raise RequestError(
+            "--suite tasks needs --task NAME: a task of lm_eval, or one of --task-files"
+        )
+    usual = (*BY_DEFAULT, tasks.NAME) if asked else BY_DEFAULT
+    return [name for name in SUITES if name in (names or usual)]
 
 
 def evaluate(
-    subjects: Sequence[Subject], names: Sequence[str], request: Request, folder: Path
+    subjects: Sequence[Subject],
+    names: Sequence[str],
+    request: Request,
+    *,
+    threads: int | None = None,
+    workers: Cluster | None = None,
 ) -> Result:
-    """All suites on all models; what `folder` has is not done again.
+    """All suites on all models; what the folder has is not done again.
+
+    Args:
+        subjects: the first is what the others are compared with.
+        names: of the suites.
+        request: for all of them.
+        threads: of a session; by default, all that a process may use.
+        workers: of a cluster, that do the work; by default, this process does.
 
     Raises:
         RequestError: a model or a text does not fit a suite, or cannot be opened.
     """
     if request.farthest is None:
-        window = max(subject.config.window for subject in subjects)
+        window = max(subject.window for subject in subjects)
         request = replace(request, farthest=memory.farthest(window))
-    results = Results(folder)
+    results = Results(request.folder)
     planned = [
         (subject, [piece for name in names for piece in SUITES[name].pieces(subject, request)])
         for subject in subjects
     ]
-    every = [piece for _, own in planned for piece in own]
-    done = {piece.key: kept for piece in every if (kept := results.get(piece))}
-    if done:
-        note(f"{len(done)} of {len(every)} pieces are done already.")
-    for subject, own in planned:
-        if missing := [piece for piece in own if piece.key not in done]:
-            done |= _measure(subject, missing, request, results)
-    found = [_by_suite(names, own, done) for _, own in planned]
+    _do(planned, request, results, usable_threads(threads), workers)
+    found = [_by_suite(names, own, results, request) for _, own in planned]
     models = [_summed(subject, own, found[0]) for subject, own in zip(subjects, found, strict=True)]
-    asked = asdict(request) | {"texts": [str(path) for path in request.texts]}
-    return {"request": asked, "environment": environment(), "models": models}
+    return {"request": request.to_dict(), "environment": environment(), "models": models}
 
 
-def _measure(
-    subject: Subject, missing: Sequence[Piece], request: Request, results: Results
-) -> dict[str, Result]:
-    """What pieces give, by their keys; each is kept as soon as it is done."""
-    done = {}
-    session = subject.session()
-    try:
-        total = sum(piece.tokens for piece in missing)
-        with task(f"Evaluating {subject.label}", total, "tokens") as advance:
-            for piece in missing:
-                began = time.perf_counter()
-                found = SUITES[piece.suite].measure(subject, session, piece.work, request)
-                done[piece.key] = found | {"seconds": time.perf_counter() - began}
-                results.put(piece, done[piece.key])
-                advance(piece.tokens)
-    finally:
-        session.close()
-    return done
+def _do(
+    planned: Sequence[tuple[Subject, Sequence[Piece]]],
+    request: Request,
+    results: Results,
+    threads: int,
+    workers: Cluster | None,
+) -> None:
+    missing = [
+        (subject, [todo for chain in _chains(own) if (todo := unfinished(chain, results))])
+        for subject, own in planned
+    ]
+    every = sum(len(own) for _, own in planned)
+    left = sum(len(chain) for _, chains in missing for chain in chains)
+    if left < every:
+        note(f"{every - left} of {every} pieces are done already.")
+    if workers:
+        _spread(missing, request, threads, workers)
+    else:
+        _here(missing, request, results, threads)
+
+
+def _chains(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces in their order; those that go on from the one before are in one chain."""
+    chains: list[list[Piece]] = []
+    for piece in pieces:
+        if piece.after and chains and chains[-1][-1].key == piece.after:
+            chains[-1].append(piece)
+        else:
+            chains.append([piece])
+    return chains
+
+
+Missing = Sequence[tuple[Subject, Sequence[Chain]]]
+
+
+def _here(missing: Missing, request: Request, results: Results, threads: int) -> None:
+    for subject, chains in missing:
+        if not chains:
+            continue
+        worker = Worker(threads)
+        try:
+            with task(f"Evaluating {subject.label}", _tokens(chains), "tokens") as advance:
+                for chain in chains:
+                    worker.do(subject, chain, request, results, advance)
+        finally:
+            worker.close()
+
+
+def _spread(missing: Missing, request: Request, threads: int, workers: Cluster) -> None:
+    """Each chain is a job; the workers keep what pieces gave, in the folder of the results."""
+    request = request.resolved()
+    jobs = [
+        (chain, workers.start(do_job, Job(subject.argument, chain, request, threads)))
+        for subject, chains in missing
+        for chain in chains
+    ]
+    with task("Evaluating on the cluster", _tokens([c for c, _ in jobs]), "tokens") as advance:
+        for chain, future in jobs:
+            workers.result(future)
+            advance(_tokens([chain]))
+
+
+def _tokens(chains: Sequence[Chain]) -> int:
+    return sum(piece.tokens for chain in chains for piece in chain)
 
 
 def _by_suite(
-    names: Sequence[str], own: Sequence[Piece], done: Mapping[str, Result]
+    names: Sequence[str], own: Sequence[Piece], results: Results, request: Request
 ) -> dict[str, list[Found]]:
-    return {
-        name: [(piece.work, done[piece.key]) for piece in own if piece.suite == name]
-        for name in names
-    }
+    """What pieces gave; of `tasks`, what lm_eval makes of it."""
+    found: dict[str, list[Found]] = {name: [] for name in names}
+    for piece in own:
+        result = results.get(piece)
+        if result is None:
+            raise RequestError(f"the result of a piece is gone from {results}; run it again")
+        found[piece.suite].append((piece.work, result))
+    if tasks.NAME in found:
+        found[tasks.NAME] = tasks.scored(found[tasks.NAME], request)
+    return found
 
 
 def _summed(

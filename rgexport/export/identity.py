@@ -1,9 +1,12 @@
 """What a saved state is of: the same model may have been exported many times."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rgexport.export.manifest import Manifest
+from rgexport.files.hashing import FileRecord
+from rgexport.griffin.config import GriffinConfig
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,16 @@ class Identity:
 
 def identity_of(manifest: Manifest, template: str) -> Identity:
     """What states of an artifact are of; `template` is the text of its chat template."""
-    files = sorted(record.sha256 for record in manifest.source.files.values())
-    cap = repr(manifest.config.soft_cap)
-    return Identity(
-        manifest.name, _hash("\n".join([*files, cap])), manifest.config.window, _hash(template)
-    )
+    return identity_of_files(manifest.name, manifest.source.files, manifest.config, template)
+
+
+def identity_of_files(
+    name: str, files: Mapping[str, FileRecord], config: GriffinConfig, template: str
+) -> Identity:
+    """What states of a checkpoint with such weight files are of."""
+    hashes = sorted(record.sha256 for record in files.values())
+    weights = _hash("\n".join([*hashes, repr(config.soft_cap)]))
+    return Identity(name, weights, config.window, _hash(template))
 
 
 def _hash(text: str) -> str:

@@ -63,7 +63,7 @@ def open_checkpoint(
         model: a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
             flax release, an orbax folder), a `.pt` file, or a hub id, which may be downloaded.
         size: instead of `model`, one of `SIZE_WORDS`.
-        window: the attention window, for files that do not state it.
+        window: the attention window: smaller than what the files state, or what they do not state.
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
         adapter: the folder of a LoRA adapter to merge, see `griffin.adapter`.
 

@@ -24,12 +24,12 @@ def read_config(
 ) -> GriffinConfig:
     """The configuration in a `config.json`, in any dialect that the hub or transformers writes.
 
-    Defaults are those of transformers' RecurrentGemmaConfig; `window` and `soft_cap` are used where
-    the file does not state these fields.
+    Defaults are those of transformers' RecurrentGemmaConfig. `soft_cap` is used where the file does
+    not state it. `window` may be smaller than what the file states.
 
     Raises:
         RequestError: a field is wrong, contradicts another, or asks for something that no
-            RecurrentGemma has; or the file states another `window` or `soft_cap`.
+            RecurrentGemma has; or the file states a smaller window or another `soft_cap`.
     """
     fields = read_json(path)
     _check_kind(fields)
@@ -44,8 +44,7 @@ def read_config(
         raise fields.wrong("intermediate_size", "an even number, twice the width of a branch")
     head_dim, rope_dims, theta = _attention(fields, width, heads, "attention" in types)
     scaled = fields.boolean("embeddings_scale_by_sqrt_dim", True)
-    _check_option(fields, "attention_window_size", window, "--window")
-    _check_option(fields, "logits_soft_cap", soft_cap, "--soft-cap")
+    _check_soft_cap(fields, soft_cap)
     return GriffinConfig(
         vocab_size=fields.integer("vocab_size", 256_000),
         width=width,
@@ -55,7 +54,7 @@ def read_config(
         num_heads=heads,
         head_dim=head_dim,
         block_types=types,
-        window=fields.integer("attention_window_size", window or 2048),
+        window=_window(fields, window),
         conv_width=fields.integer("conv1d_width", 4, minimum=2),
         rope_dims=rope_dims,
         rope_theta=theta,
@@ -141,11 +140,22 @@ def _soft_cap(fields: Fields, given: float | None) -> float:
     return fields.number("logits_soft_cap", 30.0 if given is None else given, zero=True)
 
 
-def _check_option(fields: Fields, name: str, given: float | None, option: str) -> None:
+def _window(fields: Fields, given: int | None) -> int:
+    stated = fields.integer("attention_window_size", given or 2048)
+    if given is not None and given > stated:
+        raise RequestError(
+            f"{fields.where} states attention_window_size {stated}, --window says {given}; "
+            "expected at most as many: the model was not trained to look further back"
+        )
+    return stated if given is None else given
+
+
+def _check_soft_cap(fields: Fields, given: float | None) -> None:
+    name = "logits_soft_cap"
     stated = fields.values.get(name)
     if given is not None and name in fields and stated != given:
         raise RequestError(
-            f"{fields.where} states {name} {stated!r}, {option} says {given:g}; the option is "
+            f"{fields.where} states {name} {stated!r}, --soft-cap says {given:g}; the option is "
             "for DeepMind .pt files, which state none: leave it out"
         )
 

@@ -204,7 +204,8 @@ def local_attention(
         weights = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
         attended = torch.einsum("bhts,bsd->bthd", weights.to(v.dtype), values[:, slots])
         out[:, start : start + rows] = attended.flatten(-2)
-    return out, keys[:, -window:].clone(), values[:, -window:].clone()
+    gone = q.shape[1]
+    return out, keys[:, gone:].clone(), values[:, gone:].clone()
 
 
 @local_attention.register_fake

@@ -11,6 +11,8 @@ than the file is cut.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,10 +97,26 @@ def read_header(path: Path) -> GgufHeader:
         RequestError: the file cannot be read, is no GGUF file, or its header contradicts itself
             or the file's size.
     """
+    with _opened(path) as cursor:
+        return _read(cursor)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values alone, of a file whose tensors may be of types that `read_header` does not know.
+
+    Raises:
+        RequestError: as `read_header`, but for what is said of tensors.
+    """
+    with _opened(path) as cursor:
+        return _read_values(cursor).values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["Cursor"]:
     try:
         size = require_regular(path)
         with path.open("rb") as file:
-            return _read(Cursor(path, file, size, MAX_HEADER_BYTES))
+            yield Cursor(path, file, size, MAX_HEADER_BYTES)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -164,7 +182,24 @@ class Cursor:
         return RequestError(f"{self.path} is damaged: {what}; copy or download it again")
 
 
+@dataclass(frozen=True)
+class _Values:
+    """What comes before the tensors, and how many there are; see `GgufHeader`."""
+
+    version: int
+    num_tensors: int
+    values: dict[str, Any]
+    spans: dict[str, tuple[int, int]]
+
+
 def _read(cursor: Cursor) -> GgufHeader:
+    start = _read_values(cursor)
+    infos = [_read_info(cursor) for _ in range(start.num_tensors)]
+    tensors = _place(cursor, infos, _alignment(cursor, start.values))
+    return GgufHeader(cursor.path, start.version, start.values, start.spans, tensors)
+
+
+def _read_values(cursor: Cursor) -> _Values:
     version = _read_version(cursor)
     num_tensors, num_values = cursor.integer(8), cursor.integer(8)
     values: dict[str, Any] = {}
@@ -175,9 +210,7 @@ def _read(cursor: Cursor) -> GgufHeader:
             raise cursor.damaged(f"its header has {key} twice")
         values[key] = _value(cursor, cursor.integer(4))
         spans[key] = start, cursor.at
-    infos = [_read_info(cursor) for _ in range(num_tensors)]
-    tensors = _place(cursor, infos, _alignment(cursor, values))
-    return GgufHeader(cursor.path, version, values, spans, tensors)
+    return _Values(version, num_tensors, values, spans)
 
 
 def _name(cursor: Cursor) -> str:

@@ -32,6 +32,15 @@ class Engine(ABC):
         """As `session`, with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
+    def narrow_session(
+        self, artifact: Artifact, window: int, *, threads: int | None = None
+    ) -> Session:
+        """See `open_narrow_session`; by default, an engine takes the window of the artifact."""
+        raise RequestError(
+            f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
+            "or a checkpoint: export it again with --window"
+        )
+
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `open_observer`; by default, an engine shows no intermediate values."""
         raise RequestError(
@@ -64,6 +73,27 @@ def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool =
     """
     engine = engine_of(artifact.manifest.kind)
     return (engine.lean_session if lean else engine.session)(artifact, threads=threads)
+
+
+def require_narrower(artifact: Artifact, window: int) -> None:
+    """Refuses a window that is larger than the artifact's.
+
+    Raises:
+        RequestError: it is, or it is negative.
+    """
+    own = artifact.manifest.config.window
+    if not 0 <= window <= own:
+        raise RequestError(f"the window is {window}; expected 0 to {own}, that of {artifact.path}")
+
+
+def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None = None) -> Session:
+    """A session in which attention sees `window` tokens before its own, fewer than it could.
+
+    Raises:
+        RequestError: the engine is missing, cannot open the model, or cannot do that; or the
+            artifact's window is smaller.
+    """
+    return engine_of(artifact.manifest.kind).narrow_session(artifact, window, threads=threads)
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:

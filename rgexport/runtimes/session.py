@@ -160,7 +160,7 @@ class Session(ABC):
             RequestError: a name or shape does not fit this model (dtypes are converted), or a file
                 of the artifact changed while the session was open.
         """
-        require_fitting(state, self.state_shapes)
+        self._require_fitting(state)
         self._set_rows(rows, state)
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
@@ -181,10 +181,14 @@ class Session(ABC):
         Raises:
             RequestError: see `set_rows`.
         """
-        require_fitting(state, self.state_shapes)
+        self._require_fitting(state)
         if len(state[POSITION]) != len(self._all):
             self.reset(len(state[POSITION]))
         self._set_rows(self._all, state)
+
+    def _require_fitting(self, state: State) -> None:
+        """Refuses a state of another model."""
+        require_fitting(state, self.state_shapes)
 
     @property
     def _all(self) -> range:

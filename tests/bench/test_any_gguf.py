@@ -10,7 +10,6 @@ import pytest
 from bench import any_gguf
 from bench.any_gguf import AnyGguf
 from bench.gemma_shape import write_gemma
-from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.bench import measure as bench
 from tests.bench.test_gemma_shape import SMALL
@@ -23,23 +22,6 @@ pytestmark = needs_llama_cpp
 def gemma(tmp_path: Path) -> Path:
     write_gemma(tmp_path / "small.gguf", SMALL)
     return tmp_path / "small.gguf"
-
-
-def test_goes_on_from_a_state(gemma):
-    session = AnyGguf(gemma, 64)
-    tokens = np.arange(20)[None]
-    session.prefill(tokens)
-    state = session.get_state()
-    expected = [session.step(np.array([token])) for token in (7, 8)]
-    assert state[POSITION] == [20] and session.position == [22]
-    session.prefill(tokens[:, :5])
-    for _ in range(2):
-        session.set_state(state)
-        for token, logits in zip((7, 8), expected, strict=True):
-            np.testing.assert_array_equal(session.step(np.array([token])), logits)
-    session.reset()
-    again = session.prefill(tokens)
-    assert session.position == [20] and again.shape == (1, 1, SMALL.vocab_size)
 
 
 def test_depths_are_reached_once(gemma, monkeypatch, capsys, tmp_path):
@@ -77,10 +59,3 @@ def test_doubled_state_is_that_of_the_tokens_twice(gemma):
     expected = session.step(np.array([3]))
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < 2e-2 * scale < np.abs(once - expected).max()
-
-
-def test_no_room(gemma):
-    session = AnyGguf(gemma, 256)
-    session.prefill(np.zeros((1, 250), int))
-    with pytest.raises(RequestError, match="llama.cpp stopped"):
-        session.prefill(np.zeros((1, 10), int))

@@ -10,10 +10,11 @@ import pytest
 from distributed import Client, LocalCluster
 
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
-from rgexport.compress.cluster import connected
+from rgexport.compress.cluster import spread_statistics
 from rgexport.compress.quantize import PlanOptions, make_plan
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.runtimes.cluster import connected
 from tests.command_line import rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 
@@ -90,7 +91,7 @@ def test_a_killed_worker_changes_nothing(
 
 
 def test_nobody_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rgexport.compress.cluster._SECONDS", 1)
+    monkeypatch.setattr("rgexport.runtimes.cluster._SECONDS", 1)
     with (
         pytest.raises(RequestError, match=r"where no Dask scheduler answers \(.*dask scheduler"),
         connected("tcp://127.0.0.1:9"),
@@ -125,6 +126,6 @@ def test_workers_need_the_files(
     checkpoint = open_checkpoint(model)
     with connected(address) as workers:
         assert workers is not None
-        statistics = workers.statistics(found, checkpoint.config)("embed_tokens.weight")
+        statistics = spread_statistics(workers, found, checkpoint.config)("embed_tokens.weight")
         with pytest.raises(RequestError, match="does not have the calibration"):
             statistics.encode("embed_tokens.weight", *[None] * 3)  # type: ignore[union-attr]

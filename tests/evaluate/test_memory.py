@@ -81,6 +81,7 @@ def curves(session, tasks=("induction", "recall", "copying"), trials=64, farthes
     for task in tasks:
         for first in range(0, trials, memory.ROWS):
             work = {"task": task, "first": first, "rows": memory.ROWS, "distances": far, "seed": 3}
+            work |= {"from": 0, "to": far[-1]}
             found.append((work, memory.measure(NoWords(), session, work, Request())))
     return {entry["task"]: entry for entry in memory.summary(found)["tasks"]}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,10 @@ class Killed(Exception):
 
 def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
     subjects = [open_subject(str(model))]
-    request = Request(trials=8, farthest=64, context=32)
     names, whole = ["text", "memory"], tmp_path / "whole"
-    expected = runner.evaluate(subjects, names, request, whole)
+    request = Request(folder=whole, trials=8, farthest=64, context=32)
+    expected = runner.evaluate(subjects, names, request)
+    request = replace(request, folder=tmp_path / "killed")
     done, put = [], runner.Results.put
 
     def put_three(results, piece, result):
@@ -96,23 +98,23 @@ def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner.Results, "put", put_three)
     with pytest.raises(Killed):
-        runner.evaluate(subjects, names, request, tmp_path / "killed")
+        runner.evaluate(subjects, names, request)
     redone = []
     monkeypatch.setattr(
         runner.Results, "put", lambda self, p, r: (redone.append(p.key), put(self, p, r))
     )
-    found = runner.evaluate(subjects, names, request, tmp_path / "killed")
+    found = runner.evaluate(subjects, names, request)
     assert found["models"] == expected["models"]
     assert len(redone) == len(list((whole / "pieces").glob("*.json"))) - 3
     assert not {*redone} & {*done}
 
 
 def test_a_damaged_piece_is_done_again(model, tmp_path):
-    subjects, request = [open_subject(str(model))], Request(context=32)
-    expected = runner.evaluate(subjects, ["text"], request, tmp_path / "results")
+    subjects, request = [open_subject(str(model))], Request(folder=tmp_path / "results", context=32)
+    expected = runner.evaluate(subjects, ["text"], request)
     for file in (tmp_path / "results" / "pieces").iterdir():
         file.write_text(file.read_text()[:40])
-    assert runner.evaluate(subjects, ["text"], request, tmp_path / "results") == expected
+    assert runner.evaluate(subjects, ["text"], request) == expected
 
 
 def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):

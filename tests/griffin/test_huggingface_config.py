@@ -1,5 +1,6 @@
 """config.json in all dialects, and every way in which it can be wrong."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,9 @@ def test_options_fill_in_but_never_contradict(tmp_path: Path) -> None:
     config = read(tmp_path, bare, window=96, soft_cap=0.0)
     assert (config.window, config.soft_cap) == (96, 0.0)
     assert read(tmp_path, HUB_2B, window=2048, soft_cap=30.0) == CONFIG_2B
-    with pytest.raises(RequestError, match="attention_window_size 2048, --window says 96"):
-        read(tmp_path, HUB_2B, window=96)
+    assert read(tmp_path, HUB_2B, window=96) == dataclasses.replace(CONFIG_2B, window=96)
+    with pytest.raises(RequestError, match="attention_window_size 2048, --window says 4096"):
+        read(tmp_path, HUB_2B, window=4096)
     with pytest.raises(RequestError, match="logits_soft_cap 30.0, --soft-cap says 0"):
         read(tmp_path, HUB_2B, soft_cap=0.0)
 

@@ -2,7 +2,7 @@
 
 A batch of episodes reads on through all distances: at each of them the questions are asked, and
 then the state from before the questions goes on. So the farthest distance costs about as much as
-all.
+all. A long way is cut into pieces that go on from one another.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy as np
 
 from rgexport.evaluate.figures import mean_difference, share
-from rgexport.evaluate.pieces import Piece, Result
+from rgexport.evaluate.pieces import Piece, Result, chained
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
 from rgexport.evaluate.suites.episodes import TASKS, Episode, Question, words_of
@@ -27,6 +27,8 @@ ROWS = 8
 _NEAREST, _STEP = 16, 4
 """The first distance; each of the next is so many times as far."""
 _FARTHEST_WINDOWS = 4
+_SPAN = 1 << 15
+"""Most tokens that an episode reads in a piece."""
 
 
 def farthest(window: int) -> int:
@@ -44,19 +46,25 @@ def distances(last: int) -> list[int]:
 
 
 def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
-    """A piece for each task and batch of episodes, through all distances."""
-    far = distances(request.farthest or farthest(subject.config.window))
+    """A chain of pieces for each task and batch of episodes, through all distances."""
+    far = distances(request.farthest or farthest(subject.window))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)
-            work = {
-                "task": task,
-                "first": first,
-                "rows": rows,
-                "distances": far,
-                "seed": request.seed,
-            }
-            yield Piece(subject.identity, NAME, work, rows * far[-1])
+            batch = {"task": task, "first": first, "rows": rows, "seed": request.seed}
+            yield from chained(
+                [
+                    Piece(subject.identity, NAME, batch | way, rows * (way["to"] - way["from"]))
+                    for way in _ways(far)
+                ]
+            )
+
+
+def _ways(far: Sequence[int]) -> Iterator[dict[str, Any]]:
+    stops = [*range(_SPAN, far[-1], _SPAN), far[-1]]
+    for start, stop in zip([0, *stops], stops, strict=False):
+        asked = [distance for distance in far if start < distance <= stop]
+        yield {"from": start, "to": stop, "distances": asked}
 
 
 def measure(
@@ -68,15 +76,18 @@ def measure(
     randoms = [_random(work, number) for number in numbers]
     episodes = [TASKS[work["task"]](words, random) for random in randoms]
     starts = [int(random.integers(len(words.filler))) for random in randoms]
-    session.reset(len(episodes))
-    session.prefill(_begun(subject, episodes))
-    seen, right = 0, {}
-    for distance in work["distances"]:
-        places = np.array(starts)[:, None] + np.arange(seen, distance)
+    seen, right = work["from"], {}
+    if seen == 0:
+        session.reset(len(episodes))
+        session.prefill(_begun(subject, episodes))
+    for stop in sorted({*work["distances"], work["to"]}):
+        places = np.array(starts)[:, None] + np.arange(seen, stop)
         session.prefill(words.filler[places % len(words.filler)])
-        seen, state = distance, session.get_state()
-        right[str(distance)] = _asked(session, episodes).tolist()
-        session.set_state(state)
+        seen = stop
+        if stop in work["distances"]:
+            state = session.get_state()
+            right[str(stop)] = _asked(session, episodes).tolist()
+            session.set_state(state)
     candidates = [len(question.candidates) for question in episodes[0].questions]
     hashed = hashlib.sha256(repr((episodes, starts)).encode() + words.filler.tobytes())
     chance = float(np.mean(1 / np.array(candidates)))

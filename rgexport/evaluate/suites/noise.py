@@ -20,7 +20,7 @@ from rgexport.evaluate.losses import nats
 from rgexport.evaluate.pieces import Piece, Result
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
-from rgexport.evaluate.suites.text import documents
+from rgexport.evaluate.suites.text import documents, the_document
 from rgexport.runtimes.session import Session
 
 NAME = "noise"
@@ -133,7 +133,7 @@ def measure(
     subject: Subject, session: Session, work: Mapping[str, Any], request: Request
 ) -> Result:
     """Of each passage: the loss of what follows, and the likeliest token at each place of it."""
-    document = next(d for d in documents(request.texts) if d.sha256 == work["sha256"])
+    document = the_document(work, request)
     spoil = NOISES[work["noise"]]
     sums, counts, tops, hashed = [], [], [], hashlib.sha256()
     for index, (context, rest) in enumerate(passages(document.text)):

@@ -102,13 +102,25 @@ def measure(
     subject: Subject, session: Session, work: Mapping[str, Any], request: Request
 ) -> Result:
     """The losses of a document, in sums of blocks: of `context` tokens each, or of all in one."""
-    document = next(d for d in documents(request.texts) if d.sha256 == work["sha256"])
+    document = the_document(work, request)
     ids = _ids(subject, document, work["limit"])
     found = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
     if work["context"] is None:
         each = losses(session, ids)
         return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
     return found | _summed(_chunk_losses(subject, session, ids, work["context"]))
+
+
+def the_document(work: Mapping[str, Any], request: Request) -> Document:
+    """The document of a piece.
+
+    Raises:
+        RequestError: it is not there, or not any more.
+    """
+    for document in documents(request.texts):
+        if document.sha256 == work["sha256"]:
+            return document
+    raise RequestError(f"the text {work['document']} has changed, or a worker has another one")
 
 
 def _bytes(subject: Subject, ids: np.ndarray) -> int:

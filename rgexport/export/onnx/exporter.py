@@ -58,7 +58,7 @@ def export_onnx(
         # First, so that torch uses the memory again that a large vocabulary takes.
         ids = complete_tokenizer(folder, tuned=checkpoint.instruction_tuned)
         program = with_interface(trace(checkpoint.config, activation))
-        model = build_model(program, storage, profile, exact=options.exact)
+        model = build_model(program, storage.tensors, profile, exact=options.exact)
         add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
         ir.save(model, folder / MODEL_FILE)
         storage.write(folder, checkpoint.weights, statistics)

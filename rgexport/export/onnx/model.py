@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from rgexport import __version__
+from rgexport.export.manifest import StoredTensor
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
@@ -14,7 +15,6 @@ from rgexport.export.onnx.interface import state_records
 from rgexport.export.onnx.lowering import Lowering, lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import LoweringProfile
-from rgexport.export.onnx.storage import Storage
 from rgexport.export.program import StepProgram, Value
 from rgexport.griffin.config import GriffinConfig
 
@@ -24,13 +24,17 @@ _EXACT = 1
 
 
 def build_model(
-    program: StepProgram, storage: Storage, profile: LoweringProfile, *, exact: bool
+    program: StepProgram,
+    tensors: dict[str, StoredTensor],
+    profile: LoweringProfile,
+    *,
+    exact: bool,
 ) -> ir.Model:
-    """The model for a profile; its initializers point into the files of `storage`."""
+    """The model for a profile; its initializers point to where `tensors` are stored."""
     level = _EXACT if exact else profile.accuracy_level
-    emitter = Emitter(storage.tensors, level, native=profile.functions)
+    emitter = Emitter(tensors, level, native=profile.functions)
     if profile.functions:
-        program = fused(program, storage.tensors, rounded=level == QUANT_LINEAR_LEVEL)
+        program = fused(program, tensors, rounded=level == QUANT_LINEAR_LEVEL)
     graph = _build_graph(program, emitter, profile.lowerings)
     model = ir.Model(
         graph,

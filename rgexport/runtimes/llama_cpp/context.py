@@ -1,6 +1,7 @@
 """A llama.cpp context of several sequences: tokens in, logits out, states in and out."""
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,45 +36,51 @@ class Settings:
     watch: Any = None
 
 
-class Context:
-    """The memory of `batch` sequences; it keeps its model alive.
-
-    Beside the cache of the window, llama.cpp keeps one for layers without a window. There are no
-    such layers, but every token takes a cell of it, and only this cache can become full: `room` is
-    the number of its cells per sequence. A saved state does not include it, so `write` frees all
-    of its cells.
+class AnyContext:
+    """The memory of `batch` sequences in llama.cpp; it keeps its model alive.
 
     Attributes:
         batch: number of sequences.
-        room: tokens that a sequence can take until its state must be written again.
+        room: tokens that a sequence can take.
         chunk: most tokens of one sequence in one call.
         rows: most logits of one sequence in one call.
     """
 
+    _flags = 0
+    """What a saved state has: all of a sequence."""
+
     def __init__(
-        self, model: Handle, config: GriffinConfig, settings: Settings, batch: int
+        self, model: Handle, vocab_size: int, batch: int, parameters: Any, keep: Any = None
     ) -> None:
-        """Opens a context.
+        """Opens a context with parameters of llama.cpp, such as `common_parameters`.
 
         Raises:
             RequestError: too many sequences for llama.cpp, or too little memory.
         """
         self._llama = bindings()
         require_batch(batch)
-        parameters = _parameters(self._llama, config, settings, batch)
         with logged():
             pointer = self._llama.llama_init_from_model(model.pointer, parameters)
-            self._handle = Handle(pointer, self._llama.llama_free, keep=(model, settings))
+            self._handle = Handle(pointer, self._llama.llama_free, keep=(model, keep))
         if not pointer:
             raise RequestError(f"llama.cpp cannot run this model: {complaint()}")
-        self._memory = self._llama.llama_get_memory(pointer)
-        self._vocab_size = config.vocab_size
-        self._sequences = np.arange(batch, dtype=np.int32)
-        self._layout = Layout(config, settings.cache_type, not settings.flash_attention, batch)
+        self.pointer = pointer
+        self.memory = self._llama.llama_get_memory(pointer)
+        self._vocab_size = vocab_size
+        self._numbers = np.arange(batch, dtype=np.int32)
         self.batch = batch
-        self.room: int = self._llama.llama_n_ctx_seq(pointer)
-        self.chunk: int = parameters.n_batch // batch
+        shared = batch if parameters.kv_unified else 1
+        self.room: int = self._llama.llama_n_ctx_seq(pointer) // shared
+        self.chunk: int = self._llama.llama_n_batch(pointer) // batch
         self.rows: int = parameters.n_outputs_max // batch
+
+    def calls(self, count: int, num_logits: int) -> Iterator[tuple[slice, int]]:
+        """Cuts `count` tokens into what one call takes, each with how many logits are wanted."""
+        first, start = count - num_logits, 0
+        while start < count:
+            stop = min(start + self.chunk, max(first, start) + self.rows, count)
+            yield slice(start, stop), max(0, stop - max(first, start))
+            start = stop
 
     def decode(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
@@ -88,66 +95,65 @@ class Context:
         """
         with logged():
             batch = self._batch(sequences, tokens, positions, wanted)
-            status = self._llama.llama_decode(self._handle.pointer, batch)
+            status = self._llama.llama_decode(self.pointer, batch)
         if status != 0:
             raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
         shape = len(tokens), wanted, self._vocab_size
         if not wanted:
             return np.empty(shape, np.float32)
-        logits = self._llama.llama_get_logits(self._handle.pointer)
+        logits = self._llama.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(logits, shape).copy()
 
     def clear(self) -> None:
         """Forgets all sequences."""
-        self._llama.llama_memory_clear(self._memory, True)
+        self._llama.llama_memory_clear(self.memory, True)
 
     def forget(self, sequence: int) -> None:
         """Forgets one sequence."""
-        self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self._llama.llama_memory_seq_rm(self.memory, sequence, -1, -1)
 
-    def read(self, sequence: int) -> State:
-        """The canonical state, without a batch axis, of a sequence that has seen a token.
+    def saved_bytes(self, sequence: int) -> int:
+        """The size of what `save` gives."""
+        size: int = self._llama.llama_state_seq_get_size_ext(self.pointer, sequence, self._flags)
+        return size
+
+    def save(self, sequence: int) -> np.ndarray:
+        """The state of a sequence that has seen a token, in llama.cpp's own form, uint8 [N].
 
         Raises:
-            RequestError: llama.cpp's layout is not the one that we know.
+            RequestError: llama.cpp failed; with its reason.
         """
-        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        size = self._llama.llama_state_seq_get_size_ext(self._handle.pointer, sequence, flags)
-        buffer = (ctypes.c_uint8 * size)()
-        with logged():
-            done = self._llama.llama_state_seq_get_data_ext(
-                self._handle.pointer, buffer, size, sequence, flags
-            )
-        if not size or done != size:
+        data = np.empty(self.saved_bytes(sequence), np.uint8)
+        if not self._move(self._llama.llama_state_seq_get_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
-        return unpack(bytes(buffer), self._layout)
+        return data
 
-    def write(self, sequence: int, state: State) -> None:
-        """Sets an empty sequence to a state as `read` returns it.
+    def restore(self, sequence: int, data: np.ndarray) -> None:
+        """Sets an empty sequence to what `save` gave.
 
         Raises:
             RequestError: llama.cpp does not take it.
         """
-        data = pack(state, self._layout)
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        with logged():
-            done = self._llama.llama_state_seq_set_data_ext(
-                self._handle.pointer, buffer, len(data), sequence, flags
-            )
-        if done != len(data):
+        if not self._move(self._llama.llama_state_seq_set_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
 
     def close(self) -> None:
         """Frees the context, which cannot be used any more."""
         self._handle.close()
 
+    def _move(self, function: Any, data: np.ndarray, sequence: int) -> bool:
+        """Whether llama.cpp wrote or read all of the data."""
+        place = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        with logged():
+            done = function(self.pointer, place, data.size, sequence, self._flags)
+        return bool(done == data.size > 0)
+
     def _batch(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
     ) -> Any:
         """All tokens of the first sequence, then those of the next; it keeps its arrays alive."""
         batch, count = tokens.shape
-        addresses = self._sequences.ctypes.data + 4 * np.array(sequences, np.uintp)
+        addresses = self._numbers.ctypes.data + 4 * np.array(sequences, np.uintp)
         last = np.arange(count) >= count - wanted
         columns = {
             "token": tokens.astype(np.int32).reshape(-1),
@@ -163,6 +169,41 @@ class Context:
         return found
 
 
+class Context(AnyContext):
+    """The memory of sequences of a Griffin model.
+
+    Beside the cache of the window, llama.cpp keeps one for layers without a window. There are no
+    such layers, but every token takes a cell of it, and only this cache can become full: `room` is
+    the number of its cells per sequence, and a sequence can take so many tokens until its state
+    must be written again. A saved state does not include it, so `write` frees all of its cells.
+    """
+
+    def __init__(
+        self, model: Handle, config: GriffinConfig, settings: Settings, batch: int
+    ) -> None:
+        """Opens a context; see `AnyContext`."""
+        parameters = _parameters(config, settings, batch)
+        super().__init__(model, config.vocab_size, batch, parameters, keep=settings)
+        self._flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        self._layout = Layout(config, settings.cache_type, not settings.flash_attention, batch)
+
+    def read(self, sequence: int) -> State:
+        """The canonical state, without a batch axis, of a sequence that has seen a token.
+
+        Raises:
+            RequestError: llama.cpp's layout is not the one that we know.
+        """
+        return unpack(self.save(sequence).tobytes(), self._layout)
+
+    def write(self, sequence: int, state: State) -> None:
+        """Sets an empty sequence to a state as `read` returns it.
+
+        Raises:
+            RequestError: llama.cpp does not take it.
+        """
+        self.restore(sequence, np.frombuffer(pack(state, self._layout), np.uint8))
+
+
 def require_batch(batch: int) -> None:
     """Refuses a number of sequences.
 
@@ -174,25 +215,35 @@ def require_batch(batch: int) -> None:
         raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
 
 
-def _parameters(llama: Any, config: GriffinConfig, settings: Settings, batch: int) -> Any:
-    """The parameters of memory and arithmetic; all others keep llama.cpp's defaults."""
-    parameters = llama.llama_context_default_params()
-    tokens = max(settings.ubatch, batch)
-    rows = min(tokens, LOGITS_BYTES // (4 * config.vocab_size))
+def common_parameters(vocab_size: int, batch: int, threads: int, ubatch: int) -> Any:
+    """What all contexts have; all other parameters keep llama.cpp's defaults."""
+    parameters = bindings().llama_context_default_params()
+    tokens = max(ubatch, batch)
+    rows = min(tokens, LOGITS_BYTES // (4 * vocab_size))
     values = {
-        "n_ctx": 2 * (config.window + 1 + settings.ubatch) * batch,
         "n_batch": tokens,
-        "n_ubatch": settings.ubatch,
+        "n_ubatch": ubatch,
         "n_seq_max": batch,
         "n_outputs_max": max(rows, batch),
-        "n_threads": settings.threads,
-        "n_threads_batch": settings.threads,
-        "flash_attn_type": int(settings.flash_attention),
-        "type_k": TYPES[settings.cache_type],
-        "type_v": TYPES[settings.cache_type],
+        "n_threads": threads,
+        "n_threads_batch": threads,
         "swa_full": False,
         "kv_unified": False,
         "no_perf": True,
+    }
+    for name, value in values.items():
+        setattr(parameters, name, value)
+    return parameters
+
+
+def _parameters(config: GriffinConfig, settings: Settings, batch: int) -> Any:
+    """The parameters of memory and arithmetic."""
+    parameters = common_parameters(config.vocab_size, batch, settings.threads, settings.ubatch)
+    values = {
+        "n_ctx": 2 * (config.window + 1 + settings.ubatch) * batch,
+        "flash_attn_type": int(settings.flash_attention),
+        "type_k": TYPES[settings.cache_type],
+        "type_v": TYPES[settings.cache_type],
     }
     if settings.watch is not None:
         values["cb_eval"] = settings.watch

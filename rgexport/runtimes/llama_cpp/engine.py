@@ -30,6 +30,14 @@ class LlamaCppEngine(Engine):
 
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
+    def narrow_session(
+        self, artifact: Artifact, window: int, *, threads: int | None = None
+    ) -> Session:
+        """By an override of the metadata."""
+        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+
+        return LlamaCppSession(artifact, threads=threads, window=window)
+
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `Engine`."""
         from rgexport.runtimes.llama_cpp.observer import LlamaCppObserver

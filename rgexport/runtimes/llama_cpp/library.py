@@ -5,17 +5,18 @@ import functools
 import importlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
+from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.kernels.llama_cpp import port
 from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
-_UNKNOWN_ARCHITECTURE = "unknown model architecture"
+_UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"
 _ERROR, _CONTINUED = 4, 5
 """Of `enum ggml_log_level` (ggml.h)."""
 
@@ -130,8 +131,16 @@ class Handle:
             self._finalizer()
 
 
-def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Handle:
+def load_model(
+    path: Path,
+    *,
+    vocab_only: bool = False,
+    mmap: bool = True,
+    metadata: Mapping[str, int] | None = None,
+) -> Handle:
     """Loads a .gguf file: all of it, or its metadata and vocabulary.
+
+    `metadata` are numbers and flags that replace those of the file.
 
     Raises:
         NotInstalled: it is a stock llama.cpp, which does not know the architecture.
@@ -140,6 +149,8 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
+    overrides = _overrides(metadata or {})
+    parameters.kv_overrides = overrides
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
     advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
     with logged(), advised as advice:
@@ -158,3 +169,17 @@ def load_model(path: Path, *, vocab_only: bool = False, mmap: bool = True) -> Ha
             f"({reason}); {REMEDY}"
         )
     raise RequestError(f"llama.cpp cannot load {path}: {reason}")
+
+
+def _overrides(metadata: Mapping[str, int]) -> Any:
+    """An array for `kv_overrides`, which ends with an empty key; None where there are none."""
+    llama = bindings()
+    if not metadata:
+        return None
+    array = (llama.llama_model_kv_override * (len(metadata) + 1))()
+    for entry, (key, value) in zip(array, metadata.items(), strict=False):
+        kind, field = ("BOOL", "val_bool") if isinstance(value, bool) else ("INT", "val_i64")
+        entry.tag = getattr(llama, f"LLAMA_KV_OVERRIDE_TYPE_{kind}")
+        entry.key = key.encode()
+        setattr(entry.value, field, value)
+    return array

@@ -7,8 +7,10 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.processors import usable_threads
+from rgexport.runtimes.engine import require_narrower
 from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.session import Session, SessionInfo
@@ -19,6 +21,8 @@ UBATCH = 512
 LAST_POSITION = 2**31 - 1
 """llama.cpp counts positions in 32 bits."""
 
+_WINDOW = f"{ARCHITECTURE}.attention.sliding_window"
+"""The key of the window, the token itself included."""
 _ALL_F32, _FLOATS = 0, (0, 1, 32)
 """`LLAMA_FTYPE_ALL_F32`; that, `MOSTLY_F16` and `MOSTLY_BF16` (llama.h)."""
 
@@ -41,6 +45,7 @@ class LlamaCppSession(Session):
         flash_attention: bool | None = None,
         cache_type: str | None = None,
         mmap: bool = True,
+        window: int | None = None,
         watch: Any = None,
     ):
         """Loads the model.
@@ -52,6 +57,8 @@ class LlamaCppSession(Session):
             flash_attention: whether attention is one fused operation; by default see above.
             cache_type: `float32` or `float16` for keys and values; by default see above.
             mmap: whether weights stay in the file's pages, where llama.cpp can use them so.
+            window: of attention; that of the file, by default, which is the most it can be. With 0,
+                a token sees only itself.
             watch: see `Settings`.
 
         Raises:
@@ -61,7 +68,13 @@ class LlamaCppSession(Session):
         self._llama = bindings()
         self._config = artifact.manifest.config
         self._files = UnchangedFiles(artifact)
-        self._model = load_model(artifact.path, mmap=mmap)
+        changed = {}
+        if window is not None:
+            require_narrower(artifact, window)
+            changed = {_WINDOW: window + 1}
+            # The state keeps one key where the window is 0: no later token sees it.
+            self._config = dataclasses.replace(self._config, window=max(1, window))
+        self._model = load_model(artifact.path, mmap=mmap, metadata=changed)
         self._require_vocabulary(artifact)
         stored = self._llama.llama_model_ftype(self._model.pointer)
         self._settings = Settings(
@@ -167,14 +180,8 @@ class LlamaCppSession(Session):
             )
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        context, count = self._open, tokens.shape[1]
-        first = count - num_logits
-        logits, start = [], 0
-        while start < count:
-            stop = min(start + context.chunk, max(first, start) + context.rows, count)
-            wanted = max(0, stop - max(first, start))
-            logits.append(self._decode(rows, tokens[:, start:stop], wanted))
-            start = stop
+        calls = self._open.calls(tokens.shape[1], num_logits)
+        logits = [self._decode(rows, tokens[:, part], wanted) for part, wanted in calls]
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def _decode(self, rows: range, tokens: np.ndarray, wanted: int) -> np.ndarray:

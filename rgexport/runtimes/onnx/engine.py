@@ -6,7 +6,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
-from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.engine import Engine, require_narrower
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
@@ -19,6 +19,17 @@ class OnnxEngine(Engine):
         from rgexport.runtimes.onnx.session import OrtSession
 
         return OrtSession(artifact, threads=threads)
+
+    def narrow_session(
+        self, artifact: Artifact, window: int, *, threads: int | None = None
+    ) -> Session:
+        """The weights in another graph, which takes torch to trace."""
+        from rgexport.export.onnx.narrowing import narrowed
+        from rgexport.runtimes.onnx.session import OrtSession
+
+        require_narrower(artifact, window)
+        narrow, graph = narrowed(artifact, window)
+        return OrtSession(narrow, threads=threads, graph=graph)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `Engine`."""

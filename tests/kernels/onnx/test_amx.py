@@ -29,7 +29,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "every"), [("optimized", 1), ("address", 3), ("undefined", 3)])
+SANITIZED = [pytest.param(kind, 3, marks=pytest.mark.thorough) for kind in ("address", "undefined")]
+
+
+@pytest.mark.parametrize(("kind", "every"), [("optimized", 1), *SANITIZED])
 def test_emulated(kind, every):
     """All products, or every third one, since sanitizers make the emulation slow."""
     driver = programs.amx(kind) / programs.DRIVER

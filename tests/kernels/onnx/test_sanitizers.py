@@ -19,7 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["address", "undefined", "thread"])
+THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in ("undefined", "thread")]
+
+
+@pytest.fixture(scope="module", params=["address", *THOROUGH])
 def program(request) -> tuple[Path, Path]:
     """The program, and the library for it."""
     folder = programs.sanitized(request.param)

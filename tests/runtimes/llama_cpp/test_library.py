@@ -45,12 +45,18 @@ def test_without_the_right_llama_cpp(
 
 
 @needs_llama_cpp
-def test_stock_llama_cpp(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stock_llama_cpp(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a stock one says of our files, this one says of those of an unknown architecture."""
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
     foreign = tmp_path / "foreign.gguf"
     foreign.write_bytes(artifact.path.read_bytes().replace(b"recurrentgemma", b"recurrentgemmb"))
     capfd.readouterr()
+    with pytest.raises(RequestError, match="cannot load .*architecture: 'recurrentgemmb'$"):
+        load_model(foreign)
+    unknown = library._UNKNOWN_ARCHITECTURE.replace("gemma", "gemmb")
+    monkeypatch.setattr(library, "_UNKNOWN_ARCHITECTURE", unknown)
     with pytest.raises(RequestError, match="is a stock one, which cannot run .*foreign.gguf") as e:
         load_model(foreign)
     assert str(e.value).endswith(f"; {BUILD} installs the one that runs RecurrentGemma")

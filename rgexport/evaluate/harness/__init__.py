@@ -1,0 +1,1 @@
+"""The tasks of lm_eval, and the answers of a model to what they ask."""

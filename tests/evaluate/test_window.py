@@ -1,0 +1,148 @@
+"""Narrower windows against DeepMind's model with that window, and the suite `window`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rgexport.cli import run
+from rgexport.errors import RequestError
+from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.suites import window
+from rgexport.export.opening import open_artifact
+from rgexport.runtimes.engine import open_narrow_session, open_session
+from tests.artifacts import (
+    export_random,
+    export_random_coreml,
+    export_random_gguf,
+    require_ggml,
+)
+from tests.evaluate.small_model import small_model
+from tests.models import deepmind_logits, deepmind_model, make_config, write_hugging_face
+
+CONFIG = make_config("raraa", width=64, heads=4, lru_width=96, window=24)
+TOKENS = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 70))
+
+
+@pytest.fixture
+def deepminds(monkeypatch):
+    """Of whole sequences: a cache of no tokens, which is not asked for here, would be an error."""
+
+    def logits(weights, narrow):
+        config = dataclasses.replace(CONFIG, window=narrow)
+        return deepmind_logits(deepmind_model(config, weights), TOKENS)
+
+    monkeypatch.setattr(
+        "recurrentgemma.torch.modules._attention_cache_from_prompt", lambda *a, **more: None
+    )
+    return logits
+
+
+def logits(session):
+    """In two parts, with the state given and taken in between."""
+    session.reset(2)
+    first = session.prefill(TOKENS[:, :33], 33)
+    state = session.get_state()
+    session.reset(2)
+    session.set_state(state)
+    rest = session.prefill(TOKENS[:, 33:60], 27)
+    steps = [session.step(TOKENS[:, t])[:, None] for t in range(60, 70)]
+    return np.concatenate([first, rest, *steps], axis=1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    artifact, weights = export_random(CONFIG, tmp_path_factory.mktemp("onnx"))
+    return artifact, weights
+
+
+@pytest.mark.parametrize("narrow", window.windows(24))
+@pytest.mark.parametrize("profile", ["cpu", "webgpu", "wasm"])
+def test_an_onnx_graph_is_deepminds_with_that_window(narrow, profile, made, deepminds, tmp_path):
+    artifact, weights = made
+    if profile != "cpu":
+        artifact, weights = export_random(CONFIG, tmp_path, profile=profile)
+    session = open_narrow_session(artifact, narrow)
+    assert np.abs(logits(session) - deepminds(weights, narrow)).max() < 1e-4
+    session.close()
+
+
+@pytest.mark.parametrize("narrow", window.windows(24))
+def test_the_reference_is_deepminds_with_that_window(narrow, made, deepminds, tmp_path):
+    model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
+    session = open_subject(str(model)).session(narrow)
+    assert np.abs(logits(session) - deepminds(made[1], narrow)).max() < 1e-4
+
+
+@pytest.mark.parametrize("narrow", window.windows(24))
+def test_a_gguf_is_deepminds_with_that_window(narrow, deepminds, tmp_path):
+    require_ggml()
+    artifact, weights = export_random_gguf(CONFIG, tmp_path, "f32")
+    session = open_narrow_session(artifact, narrow)
+    assert np.abs(logits(session) - deepminds(weights, narrow)).max() < 2e-4
+    session.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_it_is_what_an_export_with_that_window_would_be(precision, made, tmp_path):
+    model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
+    for name, more in (("full", ()), ("narrow", ("--window", "6"))):
+        asked = "onnx", "-m", model, "--precision", precision, "--no-check", *more
+        assert run([*map(str, asked), "-o", str(tmp_path / name)]) == 0
+    narrow, full = (open_artifact(tmp_path / name) for name in ("narrow", "full"))
+    assert narrow.manifest.config.window == 6
+    of_export, of_full = open_session(narrow), open_narrow_session(full, 6)
+    assert np.array_equal(logits(of_export), logits(of_full))
+    assert of_export.info.state_bytes == of_full.info.state_bytes
+    of_export.close()
+    of_full.close()
+
+
+@pytest.mark.parametrize("wrong", [-1, 25])
+def test_a_window_that_is_none(wrong, made):
+    with pytest.raises(RequestError, match=f"the window is {wrong}; expected 0 to 24"):
+        open_narrow_session(made[0], wrong)
+
+
+def test_a_core_ml_package_keeps_its_window(tmp_path):
+    artifact, _ = export_random_coreml(CONFIG, tmp_path)
+    with pytest.raises(RequestError, match=r"cannot be changed; expected an ONNX.*--window"):
+        open_narrow_session(artifact, 6)
+
+
+def test_the_suite(tmp_path, capsys):
+    """The full window is what the suites say by themselves, and each narrower one is compared."""
+    model, config, _ = small_model(tmp_path)
+    words = "--trials 8 --farthest 64 --context 4096 --limit 300 --threads 1"
+    for suites, folder in (("text memory", "apart"), ("window", "together")):
+        asked = [word for suite in suites.split() for word in ("--suite", suite)]
+        target = tmp_path / folder
+        assert run(["evaluate", str(model), *asked, *words.split(), "-o", str(target)]) == 0
+    shown = capsys.readouterr().out
+    assert "Windows: perplexity" in shown
+    apart, together = (
+        json.loads((tmp_path / folder / "evaluation.json").read_text())["models"][0]["suites"]
+        for folder in ("apart", "together")
+    )
+    rows = together["window"]["windows"]
+    assert [row["window"] for row in rows] == window.windows(config.window)
+    assert {name: rows[0][name] for name in apart} == apart
+    assert [row["state_bytes"] for row in rows] == sorted(
+        (row["state_bytes"] for row in rows), reverse=True
+    )
+    gaps = [row["text_above_full"]["domains"][0]["nll"]["value"] for row in rows]
+    nll = [row["text"]["domains"][0]["nll"][0] for row in rows]
+    assert gaps == pytest.approx([each - nll[0] for each in nll]) and len({*nll}) == len(nll)
+    page = (tmp_path / "together" / "evaluation.html").read_text()
+    assert page.count("<svg") == 7 and "Loss by window" in page
+
+
+def test_a_model_without_attention_is_told_of(tmp_path, capsys):
+    config = make_config("rr", width=64, heads=4)
+    artifact, _ = export_random(config, tmp_path)
+    asked = "evaluate", str(artifact.path), "--suite", "window", "-o", str(tmp_path / "r")
+    assert run([*asked]) == 2
+    assert "has no attention, which the suite window is about" in capsys.readouterr().err
+    assert not Path(tmp_path / "r" / "evaluation.json").exists()
