@@ -1,7 +1,6 @@
 """The training loop: until the minutes are over, wherever that leaves the step count."""
 
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,8 @@ from model import Griffin
 from muon import optimizers
 from ops import CappedLoss
 from torch import Tensor
+
+from rgexport.processors import usable_processors
 
 ROWS, LENGTH, MICRO = 4, 1024, 1  # a step's rows, tokens a row, rows that a thread takes at a time
 WARMUP, DECAY_FROM = 0.01, 0.3  # fractions of the training time
@@ -29,7 +30,7 @@ def schedule(progress: float) -> float:
 
 def clock() -> float:
     """Seconds that this process had all processors for: other work does not count."""
-    return time.process_time() / (os.cpu_count() or 1)
+    return time.process_time() / usable_processors()
 
 
 class Trainer:
@@ -52,7 +53,7 @@ class Trainer:
         if checkpoint.exists():
             self.resume()
         self.rows = batches(documents, episodes, ROWS, LENGTH, seed + self.steps)
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(usable_processors())
 
     def run(self, minutes: float) -> dict[str, float]:
         """Trains for `minutes`, those before a checkpoint included."""

@@ -26,13 +26,18 @@ from rgexport.commands.options import FOLDER, cluster_option, threads_option, ve
     help="Folder of the results; a run that was cut off goes on there.",
 )
 @click.option("--text", "texts", type=FOLDER, multiple=True, help="File or folder. [built in]")
-@click.option("--limit", type=click.IntRange(2), help="Most tokens of a text.")
+@click.option("--limit", type=click.IntRange(2), help="Most tokens of a document in text.")
 @click.option(
     "--context",
     type=click.IntRange(4),
     default=512,
     show_default=True,
     help="Tokens of a chunk, for the figure of llama-perplexity.",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="Also read texts in pieces of --context that overlap: tokens between two beginnings.",
 )
 @click.option(
     "--trials",
@@ -72,19 +77,20 @@ def evaluate(
     cluster: str | None,
     **settings: Any,
 ) -> None:
-    """Measures what models can do: texts, and what they remember.
+    """Measures what models can do: texts, memory, windows, a million tokens, benchmarks.
 
     MODEL is an artifact of any format, another GGUF file, a checkpoint, or `demo`; the first one is
     what the others are compared with.
     """
     from rgexport.evaluate.report import JSON, as_text, write_files
-    from rgexport.evaluate.request import Request
+    from rgexport.evaluate.request import Request, require_overlap
     from rgexport.evaluate.run import evaluate as run
     from rgexport.evaluate.run import require_known
     from rgexport.evaluate.subjects import open_subjects
     from rgexport.runtimes.cluster import connected
 
     names = require_known(suites, settings["tasks"])
+    require_overlap(settings["stride"], settings["context"])
     subjects = open_subjects(models)
     request = Request(folder=output, texts=texts, **settings)
     with connected(cluster) as workers:

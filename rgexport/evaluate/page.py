@@ -108,8 +108,7 @@ def _memory_chart(models: Sequence[Result], task: int) -> Chart:
 
 def _window_charts(models: Sequence[Result]) -> Iterator[Chart]:
     """Loss by window, and memory with the windows of each model."""
-    if "text" in models[0]["suites"]["window"]["windows"][0]:
-        yield _loss_by_window(models)
+    yield _loss_by_window(models)
     for model in models:
         for chart in _memory_charts(by_window(model)):
             yield replace(chart, title=f"{model['label']}: {chart.title}")
@@ -140,13 +139,19 @@ def _length_charts(models: Sequence[Result]) -> Iterator[Chart]:
     if len(models[0]["suites"]["length"]["points"]) < 2:
         return
     for title, unit, of in (
-        ("Loss by length", "nats per token", lambda point: point["nll"][0]),
+        ("Loss by length", "nats per token", _loss),
         ("Largest norm of a recurrent state", "norm", _largest_norm),
         ("Time of a step", "ms", lambda point: 1000 * point["step_seconds"]),
     ):
         series = [
-            Series(kind, model["label"], _curve(model["suites"]["length"]["points"], of))
+            Series(
+                kind,
+                model["label"],
+                _curve(points, of),
+                intervals=_bars(points) if of is _loss else (),
+            )
             for kind, model in zip(cycle(_LINES), models, strict=False)
+            for points in [model["suites"]["length"]["points"]]
         ]
         yield Chart(
             title=title,
@@ -164,6 +169,16 @@ def _curve(
     points: Sequence[Result], of: Callable[[Result], float | None]
 ) -> list[tuple[float, float]]:
     return [(float(point["to"]), y) for point in points if (y := of(point)) is not None]
+
+
+def _bars(points: Sequence[Result]) -> list[tuple[float, float, float]]:
+    known = (point for point in points if point["nll"][1] is not None)
+    return [(float(point["to"]), *point["nll"][1:]) for point in known]
+
+
+def _loss(point: Result) -> float | None:
+    value: float = point["nll"][0]
+    return value
 
 
 def _largest_norm(point: Result) -> float | None:

@@ -6,16 +6,18 @@ same; so a run that was cut off goes on with the pieces that are missing.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
+from filelock import FileLock
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import replace_file
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.state import State
 
@@ -54,6 +56,10 @@ class Piece:
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
+Chain = Sequence[Piece]
+"""Pieces that go on from one another: one process does them, one after another."""
+
+
 def chained(pieces: Sequence[Piece]) -> Iterator[Piece]:
     """The pieces, each of which goes on from the one before."""
     after: str | None = None
@@ -66,9 +72,7 @@ class Results:
     """A folder with a file for each piece that is done."""
 
     def __init__(self, folder: Path):
-        """`folder` is made if it is not there.
-
-        The folder may be used by several processes at once.
+        """`folder` is made if it is not there; several processes may use it at once.
 
         Raises:
             RequestError: it has anything but results.
@@ -94,8 +98,8 @@ class Results:
     def put(self, piece: Piece, result: Result) -> None:
         """Keeps what a piece gave; the file is there as a whole or not at all."""
         entry = {"suite": piece.suite, "work": dict(piece.work), "result": result}
-        with replace_file(self._file(piece), force=True, replaceable=lambda path: True) as file:
-            file.write_text(json.dumps(entry, indent=1) + "\n")
+        data = (json.dumps(entry, indent=1) + "\n").encode()
+        _write(self._file(piece), lambda file: file.write(data))
 
     def has_state(self, key: str) -> bool:
         """Whether the state that a piece left is there."""
@@ -112,27 +116,56 @@ class Results:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, BadZipFile):
             raise RequestError(
-                f"{self._state_file(key)} is damaged; remove it and run the command again"
+                f"{self._state_file(key)} is gone or damaged; remove it and run the command again"
             ) from None
 
     def keep_state(self, key: str, state: State) -> None:
         """Keeps the state that a piece left."""
-        path = self._state_file(key)
-        with (
-            replace_file(path, force=True, replaceable=lambda path: True) as partial,
-            partial.open("wb") as file,
-        ):
-            np.savez(file, **state)  # type: ignore[arg-type]  # `allow_pickle` is no state
+        # `allow_pickle` is no name of a state.
+        _write(self._state_file(key), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
 
     def drop_state(self, key: str) -> None:
         """Removes a state that nobody goes on from any more."""
         self._state_file(key).unlink(missing_ok=True)
+
+    def alone(self, chain: Chain) -> AbstractContextManager[Any]:
+        """While one process is at a chain, others wait: each would drop the states of the other.
+
+        A single piece may be done twice: what it gives is the same.
+        """
+        return FileLock(self._pieces / f"{chain[-1].key}.lock") if len(chain) > 1 else nullcontext()
 
     def _file(self, piece: Piece) -> Path:
         return self._pieces / f"{piece.key}.json"
 
     def _state_file(self, key: str) -> Path:
         return self._pieces / f"{key}.npz"
+
+
+def unfinished(chain: Chain, results: Results) -> list[Piece]:
+    """The pieces of a chain that have to be done, also again for the sake of a state that is lost.
+
+    A piece that is to be done needs the state of the one before it.
+    """
+    found: list[Piece] = []
+    for piece in reversed(chain):
+        needed = bool(found) and found[-1].after == piece.key
+        if results.get(piece) is None or (needed and not results.has_state(piece.key)):
+            found.append(piece)
+    return found[::-1]
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that appears as a whole, whoever else writes it at the same time."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from rgexport import __version__
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION, State, state_specs, zero_state
+from rgexport.processors import usable_threads
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
@@ -21,7 +22,7 @@ class ReferenceSession(Session):
         import torch
 
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(usable_threads(threads))
 
         weights = checkpoint.weights.values()
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rgexport.errors import RequestError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -14,6 +16,7 @@ class Request:
         texts: files and folders of texts; none for the text that comes with rgexport.
         limit: most tokens of a document in `text`, or None.
         context: tokens of a chunk.
+        stride: tokens from one overlapping piece of `context` tokens to the next; None for no such.
         trials: of each task and distance in `memory`.
         farthest: the largest distance of `memory`, in tokens.
         length: tokens of `length`.
@@ -28,6 +31,7 @@ class Request:
     texts: tuple[Path, ...] = ()
     limit: int | None = None
     context: int = 512
+    stride: int | None = None
     trials: int = 32
     farthest: int | None = None
     length: int = 1 << 15
@@ -41,10 +45,10 @@ class Request:
         """With paths that other processes find."""
         return replace(
             self,
-            folder=self.folder.resolve(),
-            texts=tuple(path.resolve() for path in self.texts),
-            state=self.state and self.state.resolve(),
-            task_files=self.task_files and self.task_files.resolve(),
+            folder=self.folder.absolute(),
+            texts=tuple(path.absolute() for path in self.texts),
+            state=self.state and self.state.absolute(),
+            task_files=self.task_files and self.task_files.absolute(),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,3 +59,15 @@ class Request:
             "task_files": self.task_files and str(self.task_files),
         }
         return asdict(self) | paths | {"texts": [str(path) for path in self.texts]}
+
+
+def require_overlap(stride: int | None, context: int) -> None:
+    """Refuses a stride that would leave tokens out.
+
+    Raises:
+        RequestError: it is as long as a piece, or longer.
+    """
+    if stride is not None and stride >= context:
+        raise RequestError(
+            f"--stride is {stride}, --context {context}; expected a stride of less than the context"
+        )

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.pieces import Piece, Result, Results
+from rgexport.evaluate.pieces import Chain, Piece, Result, Results, unfinished
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
 from rgexport.evaluate.suites import BY_DEFAULT, SUITES, memory, tasks
-from rgexport.evaluate.worker import Chain, Job, Worker, do_job, unfinished
-from rgexport.processors import usable_threads
+from rgexport.evaluate.worker import Job, Worker, do_job, forget
 from rgexport.progress import note, task
 from rgexport.runtimes.cluster import Cluster
 from rgexport.runtimes.environment import environment
@@ -34,8 +34,8 @@ def require_known(names: Sequence[str], asked: Sequence[str] = ()) -> list[str]:
         raise RequestError(
             "--suite tasks needs --task NAME: a task of lm_eval, or one of --task-files"
         )
-    usual = (*BY_DEFAULT, tasks.NAME) if asked else BY_DEFAULT
-    return [name for name in SUITES if name in (names or usual)]
+    wanted = {*(names or BY_DEFAULT), *([tasks.NAME] if asked else [])}
+    return [name for name in SUITES if name in wanted]
 
 
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
         (subject, [piece for name in names for piece in SUITES[name].pieces(subject, request)])
         for subject in subjects
     ]
-    _do(planned, request, results, usable_threads(threads), workers)
+    _do(planned, request, results, threads, workers)
     found = [_by_suite(names, own, results, request) for _, own in planned]
     models = [_summed(subject, own, found[0]) for subject, own in zip(subjects, found, strict=True)]
     return {"request": request.to_dict(), "environment": environment(), "models": models}
@@ -76,7 +76,7 @@ def _do(
     planned: Sequence[tuple[Subject, Sequence[Piece]]],
     request: Request,
     results: Results,
-    threads: int,
+    threads: int | None,
     workers: Cluster | None,
 ) -> None:
     missing = [
@@ -107,7 +107,7 @@ def _chains(pieces: Sequence[Piece]) -> list[list[Piece]]:
 Missing = Sequence[tuple[Subject, Sequence[Chain]]]
 
 
-def _here(missing: Missing, request: Request, results: Results, threads: int) -> None:
+def _here(missing: Missing, request: Request, results: Results, threads: int | None) -> None:
     for subject, chains in missing:
         if not chains:
             continue
@@ -120,18 +120,20 @@ def _here(missing: Missing, request: Request, results: Results, threads: int) ->
             worker.close()
 
 
-def _spread(missing: Missing, request: Request, threads: int, workers: Cluster) -> None:
+def _spread(missing: Missing, request: Request, threads: int | None, workers: Cluster) -> None:
     """Each chain is a job; the workers keep what pieces gave, in the folder of the results."""
-    request = request.resolved()
+    request, run = request.resolved(), uuid4().hex
     jobs = [
-        (chain, workers.start(do_job, Job(subject.argument, chain, request, threads)))
+        Job(run, subject.argument, chain, request, threads)
         for subject, chains in missing
         for chain in chains
     ]
-    with task("Evaluating on the cluster", _tokens([c for c, _ in jobs]), "tokens") as advance:
-        for chain, future in jobs:
+    with task("Evaluating on the cluster", _tokens([j.chain for j in jobs]), "tokens") as advance:
+        futures = [workers.start(do_job, job) for job in jobs]
+        for job, future in zip(jobs, futures, strict=True):
             workers.result(future)
-            advance(_tokens([chain]))
+            advance(_tokens([job.chain]))
+    workers.everywhere(forget)
 
 
 def _tokens(chains: Sequence[Chain]) -> int:

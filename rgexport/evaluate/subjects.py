@@ -126,8 +126,22 @@ class Subject:
         """
         if self.tokenizer is None:
             raise RequestError(
-                f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite memory"
+                f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite "
+                "memory, or put a tokenizer into the checkpoint's folder and export it again"
             )
+
+    def require_narrowing(self) -> None:
+        """Refuses a model whose window of attention cannot be made smaller.
+
+        Raises:
+            RequestError: see there.
+        """
+        if self.config is None:
+            raise RequestError(f"the window of {self.label} is fixed: it was not made by rgexport")
+        if "attention" not in self.config.block_types:
+            raise RequestError(f"{self.label} has no attention, whose window could be smaller")
+        if isinstance(self.opened, Artifact):
+            engine_of(self.opened.manifest.kind).require_narrowing(self.opened)
 
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
         """A session, which the caller closes; perhaps with a smaller window.
@@ -160,18 +174,19 @@ def open_subject(argument: str) -> Subject:
     """
     if foreign := find_foreign(Path(argument)):
         engine_of("gguf").require()
-        return Subject(str(foreign.path.resolve()), foreign.path.name, None, foreign)
+        return Subject(str(foreign.path.absolute()), foreign.path.name, None, foreign)
     if means_artifact(Path(argument)):
         artifact = open_artifact(argument)
         engine_of(artifact.manifest.kind).require()
-        own = argument if is_hub_name(argument) else str(artifact.path.resolve())
+        own = argument if is_hub_name(argument) else str(artifact.path.absolute())
         return Subject(own, artifact.path.name, artifact.manifest.config, artifact)
     from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
     from rgexport.griffin.sizes import SIZE_WORDS
 
     by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
     checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)
-    own = str(Path(argument).resolve()) if Path(argument).exists() else argument
+    is_path = not by_size and Path(argument).exists()
+    own = str(Path(argument).absolute()) if is_path else argument
     return Subject(own, checkpoint.name, checkpoint.config, checkpoint)
 
 
@@ -184,5 +199,5 @@ def open_subjects(arguments: Sequence[str]) -> list[Subject]:
     subjects = [open_subject(argument) for argument in arguments]
     labels = [subject.label for subject in subjects]
     if twice := {label for label in labels if labels.count(label) > 1}:
-        raise RequestError(f"two models are called {min(twice)}; rename one of their folders")
+        raise RequestError(f"two models are called {min(twice)}; rename one of them")
     return subjects

@@ -14,12 +14,11 @@ def text_tables(models: Sequence[Result]) -> Iterator[Table]:
         for entry in model["suites"]["text"]["domains"]:
             bits = entry["bits_per_byte"]
             gap = _gap_of(model, entry)
-            way = "continuous" if entry["context"] is None else f"chunks of {entry['context']}"
             rows.append(
                 (
                     model["label"],
                     entry["domain"],
-                    way,
+                    _way(entry),
                     f"{entry['tokens']:,}",
                     f"{entry['perplexity']:.3f}",
                     "" if bits is None else f"{bits:.4f}",
@@ -34,9 +33,20 @@ def text_tables(models: Sequence[Result]) -> Iterator[Table]:
 
 def _gap_of(model: Result, entry: Result) -> Result | None:
     """The difference to the first model in a row of the table."""
-    place = entry["domain"], entry["context"]
     gaps = model.get("differences", {}).get("text", {"domains": []})["domains"]
-    return next((gap["nll"] for gap in gaps if (gap["domain"], gap["context"]) == place), None)
+    same = (gap for gap in gaps if all(gap[key] == entry[key] for key in _PLACE))
+    return next((gap["nll"] for gap in same), None)
+
+
+_PLACE = "domain", "context", "stride"
+
+
+def _way(entry: Result) -> str:
+    if entry["context"] is None:
+        return "continuous"
+    if entry["stride"] is None:
+        return f"chunks of {entry['context']}"
+    return f"{entry['context']}, stride {entry['stride']}"
 
 
 def _with_error(gap: Result) -> str:
@@ -100,7 +110,7 @@ def window_tables(models: Sequence[Result]) -> Iterator[Table]:
     for model in models:
         for row in model["suites"]["window"]["windows"]:
             cells = [f"{entry['perplexity']:.3f}" for entry in _domains(row)]
-            gaps = row.get("text_above_full", {"domains": []})["domains"]
+            gaps = row["text_above_full"]["domains"]
             cells += [_with_error(gap["nll"]) for gap in gaps]
             rows.append(
                 (
@@ -120,7 +130,7 @@ def window_tables(models: Sequence[Result]) -> Iterator[Table]:
 
 
 def _domains(row: Result) -> list[Result]:
-    found: list[Result] = row.get("text", {"domains": []})["domains"]
+    found: list[Result] = row["text"]["domains"]
     return found
 
 

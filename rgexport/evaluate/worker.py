@@ -1,19 +1,18 @@
 """Does pieces, in this process or in a worker of a cluster."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.pieces import Piece, Results
+from rgexport.evaluate.harness.tasks import load_tasks
+from rgexport.evaluate.pieces import Chain, Piece, Results, unfinished
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject, open_subject
 from rgexport.evaluate.suites import SUITES
+from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.session import Session
-
-Chain = Sequence[Piece]
-"""Pieces that go on from one another: one process does them, one after another."""
 
 
 class Worker:
@@ -31,32 +30,40 @@ class Worker:
         chain: Chain,
         request: Request,
         results: Results,
-        advance: Callable[[int], None],
+        advance: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """Does pieces of one model, and keeps what each gave; `advance` gets the tokens read.
+        """Does what is missing of a chain of one model, and keeps what each piece gave.
+
+        `advance` gets the tokens of each.
 
         Raises:
             RequestError: the model cannot be opened or measured.
         """
-        for piece in chain:
-            session = self._opened(subject, piece.work.get("window"))
-            if piece.after:
-                session.set_state(results.state(piece.after))
-            began = time.perf_counter()
-            found = SUITES[piece.suite].measure(subject, session, piece.work, request)
-            seconds = time.perf_counter() - began
-            if piece.leaves:
-                results.keep_state(piece.key, session.get_state())
-            results.put(piece, found | {"seconds": seconds})
-            if piece.after:
-                results.drop_state(piece.after)
-            advance(piece.tokens)
+        with results.alone(chain):
+            missing = unfinished(chain, results)
+            advance(sum(piece.tokens for piece in chain if piece not in missing))
+            for piece in missing:
+                self._do(subject, piece, request, results)
+                advance(piece.tokens)
 
     def close(self) -> None:
         """Closes the session."""
         if self._session is not None:
             self._session.close()
         self._session = self._of = None
+
+    def _do(self, subject: Subject, piece: Piece, request: Request, results: Results) -> None:
+        session = self._opened(subject, piece.work.get("window"))
+        if piece.after:
+            session.set_state(results.state(piece.after))
+        began = time.perf_counter()
+        found = SUITES[piece.suite].measure(subject, session, piece.work, request)
+        seconds = time.perf_counter() - began
+        if piece.leaves:
+            results.keep_state(piece.key, session.get_state())
+        results.put(piece, found | {"seconds": seconds, "threads": session.info.threads})
+        if piece.after:
+            results.drop_state(piece.after)
 
     def _opened(self, subject: Subject, window: int | None) -> Session:
         of = subject.identity, window
@@ -68,19 +75,46 @@ class Worker:
 
 @dataclass(frozen=True)
 class Job:
-    """A chain, and what another process needs for it."""
+    """A chain, and what another process needs for it.
 
+    `run` is another text for each command: files may change between them.
+    """
+
+    run: str
     argument: str
     chain: Chain
     request: Request
     threads: int | None
 
 
+class _Kept:
+    """What a process of a cluster keeps from job to job of one command."""
+
+    def __init__(self, run: str, threads: int | None):
+        self.run, self.worker = run, Worker(threads)
+        self._subjects: dict[str, Subject] = {}
+        for function in (documents, load_tasks):
+            function.cache_clear()
+
+    def subject(self, argument: str, identity: str) -> Subject:
+        if argument not in self._subjects:
+            try:
+                self._subjects = {argument: open_subject(argument)}
+            except RequestError as error:
+                raise RequestError(
+                    f"a worker of the cluster cannot open {argument}: {error}; put it where all "
+                    "workers see it under this path"
+                ) from None
+        if self._subjects[argument].identity != identity:
+            raise RequestError(
+                f"a worker of the cluster has other files at {argument}; put the same there"
+            )
+        return self._subjects[argument]
+
+
 _lock = Lock()
-_worker: Worker | None = None
-"""Of this process: the threads of a Dask worker take turns."""
-_subjects: dict[tuple[str, str], Subject] = {}
-"""By the argument, and the identity that was asked for."""
+"""The threads of a Dask worker take turns."""
+_kept: _Kept | None = None
 
 
 def do_job(job: Job) -> None:
@@ -90,44 +124,28 @@ def do_job(job: Job) -> None:
         RequestError: this machine does not see the model, the texts or the folder of the results;
             or see `Worker.do`.
     """
-    global _worker
+    global _kept
     with _lock:
         if not job.request.folder.is_dir():
             raise RequestError(
                 f"a worker of the cluster does not see {job.request.folder}; put it where all "
                 "workers see it under this path, with -o"
             )
-        results = Results(job.request.folder)
-        subject = _subject(job.argument, job.chain[0].subject)
-        _worker = _worker or Worker(job.threads)
-        missing = unfinished(job.chain, results)
-        _worker.do(subject, missing, job.request, results, lambda tokens: None)
+        if _kept is None or _kept.run != job.run:
+            _close()
+            _kept = _Kept(job.run, job.threads)
+        subject = _kept.subject(job.argument, job.chain[0].subject)
+        _kept.worker.do(subject, job.chain, job.request, Results(job.request.folder))
 
 
-def _subject(argument: str, identity: str) -> Subject:
-    if (argument, identity) not in _subjects:
-        try:
-            found = open_subject(argument)
-        except RequestError as error:
-            raise RequestError(
-                f"a worker of the cluster cannot open {argument}: {error}; put it where all "
-                "workers see it under this path"
-            ) from None
-        if found.identity != identity:
-            raise RequestError(f"a worker of the cluster has other files at {argument}")
-        _subjects.clear()
-        _subjects[argument, identity] = found
-    return _subjects[argument, identity]
+def forget() -> None:
+    """Gives back what a process of a cluster has kept."""
+    with _lock:
+        _close()
 
 
-def unfinished(chain: Chain, results: Results) -> list[Piece]:
-    """The pieces of a chain that have to be done, also again for the sake of a state that is lost.
-
-    A piece that is to be done needs the state of the one before it.
-    """
-    found: list[Piece] = []
-    for piece in reversed(chain):
-        needed = bool(found) and found[-1].after == piece.key
-        if results.get(piece) is None or (needed and not results.has_state(piece.key)):
-            found.append(piece)
-    return found[::-1]
+def _close() -> None:
+    global _kept
+    if _kept is not None:
+        _kept.worker.close()
+    _kept = None

@@ -38,6 +38,11 @@ class Cluster:
             with self._connected():
                 return self._client.submit(function, *arguments, pure=False)
 
+    def everywhere(self, function: Callable[[], Any]) -> None:
+        """Calls a function in the process of each worker that is there now."""
+        with self._connected():
+            self._client.run(function)
+
     def result(self, future: Any) -> Any:
         """Waits for a future.
 

@@ -32,14 +32,22 @@ class Engine(ABC):
         """As `session`, with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
-    def narrow_session(
-        self, artifact: Artifact, window: int, *, threads: int | None = None
-    ) -> Session:
-        """See `open_narrow_session`; by default, an engine takes the window of the artifact."""
+    def require_narrowing(self, artifact: Artifact) -> None:
+        """Checks that `narrow_session` can be had; by default, it cannot.
+
+        Raises:
+            RequestError: the engine takes the window that the artifact has.
+        """
         raise RequestError(
             f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
             "or a checkpoint: export it again with --window"
         )
+
+    def narrow_session(
+        self, artifact: Artifact, window: int, *, threads: int | None = None
+    ) -> Session:
+        """See `open_narrow_session`."""
+        raise NotImplementedError
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `open_observer`; by default, an engine shows no intermediate values."""
@@ -75,17 +83,6 @@ def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool =
     return (engine.lean_session if lean else engine.session)(artifact, threads=threads)
 
 
-def require_narrower(artifact: Artifact, window: int) -> None:
-    """Refuses a window that is larger than the artifact's.
-
-    Raises:
-        RequestError: it is, or it is negative.
-    """
-    own = artifact.manifest.config.window
-    if not 0 <= window <= own:
-        raise RequestError(f"the window is {window}; expected 0 to {own}, that of {artifact.path}")
-
-
 def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None = None) -> Session:
     """A session in which attention sees `window` tokens before its own, fewer than it could.
 
@@ -93,7 +90,12 @@ def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None 
         RequestError: the engine is missing, cannot open the model, or cannot do that; or the
             artifact's window is smaller.
     """
-    return engine_of(artifact.manifest.kind).narrow_session(artifact, window, threads=threads)
+    engine = engine_of(artifact.manifest.kind)
+    engine.require_narrowing(artifact)
+    own = artifact.manifest.config.window
+    if not 0 <= window <= own:
+        raise RequestError(f"the window is {window}; expected 0 to {own}, that of {artifact.path}")
+    return engine.narrow_session(artifact, window, threads=threads)
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:

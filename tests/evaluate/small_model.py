@@ -11,10 +11,12 @@ CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=40)
 _TOKENIZER = "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
 
 
-def small_model(folder: Path) -> tuple[Path, GriffinConfig, Weights]:
+def small_model(
+    folder: Path, config: GriffinConfig = CONFIG, seed: int = 0
+) -> tuple[Path, GriffinConfig, Weights]:
     """Its folder, its shape and its weights."""
-    weights = random_weights(CONFIG)
-    model = write_hugging_face(CONFIG, weights, folder / "model")
+    weights = random_weights(config, seed)
+    model = write_hugging_face(config, weights, folder / "model")
     for name in _TOKENIZER:
         shutil.copy(demo_folder() / name, model)
-    return model, CONFIG, weights
+    return model, config, weights

@@ -1,9 +1,11 @@
 """Suites on the processes of a Dask cluster: the same figures, also when a worker is lost."""
 
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.cluster import connected
 from tests.evaluate.small_model import small_model
 from tests.evaluate.test_length import without_times
@@ -37,11 +40,19 @@ def request_in(folder: Path) -> Request:
     return Request(folder=folder, trials=8, farthest=64, context=32, limit=200, length=9000)
 
 
-def evaluated(model: Path, folder: Path, address: str | None = None) -> list[object]:
+def evaluated(
+    model: Path,
+    folder: Path,
+    address: str | None = None,
+    *,
+    suites: Sequence[str] = SUITES,
+    text: Path | None = None,
+) -> list[object]:
+    request = replace(request_in(folder), texts=(text,) if text else ())
+    documents.cache_clear()
     with connected(address) as workers:
-        found = runner.evaluate(
-            [open_subject(str(model))], SUITES, request_in(folder), threads=1, workers=workers
-        )
+        subjects = [open_subject(str(model))]
+        found = runner.evaluate(subjects, suites, request, threads=1, workers=workers)
     models: list[object] = without_times(found["models"])
     return models
 
@@ -71,6 +82,23 @@ def test_a_killed_worker_changes_nothing(model: Path, address: str, tmp_path: Pa
     assert killed and found == expected
     names = [sorted(p.name for p in f.glob("pieces/*")) for f in (folder, tmp_path / "here")]
     assert names[0] == names[1]
+
+
+def test_workers_outlive_a_command(model: Path, address: str, tmp_path: Path) -> None:
+    """What they have read is read again: texts and models are other ones under the same names."""
+    text, folder = tmp_path / "a.txt", tmp_path / "model"
+    shutil.copytree(model, folder)
+    for number, words in enumerate(("One and two. " * 40, "Three or four? " * 40)):
+        text.write_text(words)
+        other, *_ = small_model(tmp_path / str(number), seed=number)
+        shutil.copy(other / "model.safetensors", folder / "model.safetensors")
+        found = [
+            evaluated(
+                folder, tmp_path / f"{number}{where}", where, suites=["text", "length"], text=text
+            )
+            for where in (None, address)
+        ]
+        assert found[0] == found[1]
 
 
 def test_workers_need_the_files(model: Path, address: str, tmp_path: Path) -> None:

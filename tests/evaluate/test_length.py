@@ -117,6 +117,37 @@ def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, made, request_o
     assert not list(pieces.glob("*.npz"))
 
 
+def test_each_state_has_figures_of_its_own(made, request_of):
+    """Two states at the same place of one text, of different bits, give different losses."""
+    folder = made[0]
+    assert (
+        run(
+            [
+                "onnx",
+                "-m",
+                str(folder / "model"),
+                "--int4",
+                "--no-check",
+                "-o",
+                str(folder / "int4"),
+            ]
+        )
+        == 0
+    )
+    subjects = [open_subject(str(folder / name)) for name in ("onnx", "int4")]
+    runner.evaluate(subjects, ["length"], request_of("first"))
+    found = []
+    for subject in subjects:
+        state = length.state_file(subject, 200, request_of("first"))
+        again = request_of("second", state=state)
+        (model,) = runner.evaluate(subjects[:1], ["length"], again)["models"]
+        found.append([point["nll"] for point in model["suites"]["length"]["points"]])
+        assert length.state_file(subject, 400, again) != length.state_file(
+            subject, 400, request_of()
+        )
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("engine", ["model", "onnx", "model.gguf"])
 def test_another_engine_goes_on_from_a_state_file(engine, made, request_of):
     require_ggml()

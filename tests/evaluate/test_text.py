@@ -57,6 +57,27 @@ def test_losses_are_deepminds(tmp_path):
     assert sum(chunks["sums"]) == pytest.approx(sum(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize(("context", "stride"), [(32, 8), (33, 13), (400, 100), (32, 31)])
+def test_strided_losses_are_deepminds(context, stride, tmp_path):
+    """Each token once, by the piece in which the most tokens are before it, as far as pieces go."""
+    folder, config, weights = small_model(tmp_path)
+    file = tmp_path / "prose.txt"
+    file.write_text(PROSE)
+    subject = open_subject(str(folder))
+    request = Request(texts=(file,), context=context, stride=stride)
+    piece = next(p for p in text.pieces(subject, request) if p.work["stride"])
+    found = text.measure(subject, subject.session(), piece.work, request)
+    assert subject.tokenizer is not None
+    ids, deepmind = subject.tokenizer.encode_text(PROSE), deepmind_model(config, weights)
+    expected, room = [], context - 1
+    for place in range(len(ids)):
+        start = 0 if place < room else ((place - room) // stride + 1) * stride
+        behind = np.array([2, *ids[start : place + 1]])
+        expected.append(nats(deepmind, behind)[-1])
+    assert sum(found["counts"]) == len(ids) and found["bytes"] == len(PROSE.encode())
+    assert sum(found["sums"]) == pytest.approx(sum(expected), rel=1e-5)
+
+
 def nats(model, ids: np.ndarray) -> np.ndarray:
     logits = torch.from_numpy(deepmind_logits(model, ids[None])).double()
     found = torch.log_softmax(logits[0, :-1], -1)
@@ -136,6 +157,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["demo", "--stride", "512"], "--stride is 512, --context 512; expected a stride of less"),
         (["demo", "--suite", "tekst"], "--suite is 'tekst'; expected one of text, memory, noise"),
         (["demo", "demo"], "two models are called demo; rename"),
         (["nowhere/at/all"], "nowhere/at/all"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,9 +139,12 @@ def test_the_suite(tmp_path, capsys):
 
 
 def test_a_model_without_attention_is_told_of(tmp_path, capsys):
-    config = make_config("rr", width=64, heads=4)
-    artifact, _ = export_random(config, tmp_path)
-    asked = "evaluate", str(artifact.path), "--suite", "window", "-o", str(tmp_path / "r")
-    assert run([*asked]) == 2
-    assert "has no attention, which the suite window is about" in capsys.readouterr().err
-    assert not Path(tmp_path / "r" / "evaluation.json").exists()
+    """Before anything is measured."""
+    small = small_model(tmp_path / "small")[0]
+    model, *_ = small_model(
+        tmp_path / "bare", make_config("rr", width=64, heads=4, vocab_size=8192)
+    )
+    asked = "evaluate", str(small), str(model.rename(tmp_path / "bare" / "rr"))
+    assert run([*asked, "--suite", "window", "-o", str(tmp_path / "r")]) == 2
+    assert "rr has no attention, whose window could be smaller" in capsys.readouterr().err
+    assert not [*(tmp_path / "r" / "pieces").glob("*.json")]

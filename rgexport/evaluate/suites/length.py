@@ -6,6 +6,7 @@ on from there with `--state`.
 """
 
 import hashlib
+import json
 import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
@@ -18,14 +19,20 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.state_file import SavedState, read_state, require_same_model, write_state
+from rgexport.chat.state_file import (
+    SavedState,
+    read_fields,
+    read_state,
+    require_same_model,
+    write_state,
+)
 from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import further_losses
 from rgexport.evaluate.pieces import Piece, Result, chained
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
-from rgexport.evaluate.suites.text import documents
+from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
 from rgexport.griffin.state import State
 from rgexport.runtimes.memory import rss_bytes
 from rgexport.runtimes.session import Session
@@ -58,11 +65,9 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
         RequestError: the state file is of another model or text, or behind the end.
     """
     subject.require_tokenizer(NAME)
-    start, end = _start(subject, request), request.length
-    far = marks(start, end)
-    ids = key_of(_ids(subject, request)[: end + 1])[1]
+    text, end = _text(subject, request), request.length
+    start, far = text["start"], marks(text["start"], end)
     stops = sorted({*far, *range(start + _PIECE, end, _PIECE)})
-    text: dict[str, Any] = {"ids": ids, "start": start}
     stretches = [
         text | {"from": first, "to": stop, "mark": stop in far}
         for first, stop in zip([start, *stops], stops, strict=False)
@@ -74,8 +79,13 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     yield from chained(found)
 
 
-def _start(subject: Subject, request: Request) -> int:
-    return 0 if request.state is None else _saved(subject, request).position
+def _text(subject: Subject, request: Request) -> dict[str, Any]:
+    """What is read, from where on, and from which state; all pieces have it."""
+    ids = key_of(_ids(subject, request)[: request.length + 1])[1]
+    if request.state is None:
+        return {"ids": ids, "start": 0, "state": None}
+    saved = _saved(subject, request)
+    return {"ids": ids, "start": saved.position, "state": read_fields(request.state)["sha256"]}
 
 
 def _saved(subject: Subject, request: Request) -> SavedState:
@@ -104,7 +114,8 @@ def _ids(subject: Subject, request: Request) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _text_ids(subject: Subject, texts: tuple[Path, ...], count: int) -> np.ndarray:
-    text = "\n\n".join(document.text for document in documents(texts))
+    longest = count * LONGEST_TOKEN
+    text = "\n\n".join(document.text[:longest] for document in documents(texts))[:longest]
     ids = np.array(subject.encode(text), np.int64)
     if not len(ids):
         raise RequestError("the texts are empty")
@@ -114,7 +125,13 @@ def _text_ids(subject: Subject, texts: tuple[Path, ...], count: int) -> np.ndarr
 def measure(
     subject: Subject, session: Session, work: Mapping[str, Any], request: Request
 ) -> Result:
-    """Losses of a stretch in sums of blocks; at a mark also norms, states and times."""
+    """Losses of a stretch in sums of blocks; at a mark also norms, states and times.
+
+    Raises:
+        RequestError: the texts or the state file are not those of the piece.
+    """
+    if any(work[name] != value for name, value in _text(subject, request).items()):
+        raise RequestError("the texts of length have changed, or a worker has others")
     ids = _ids(subject, request)
     if "turns" in work:
         return _in_turns(subject, session, work["turns"], ids, request)
@@ -141,7 +158,7 @@ def _at_mark(
     state = session.get_state()
     recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
     found = {
-        "step_seconds": float(np.median(_timed(session, ids[position : position + _STEPS]))),
+        "step_seconds": float(np.median(timed(session, ids[position : position + _STEPS]))),
         "rss_bytes": rss_bytes(),
         "norms": {name: float(np.linalg.norm(array)) for name, array in recurrent.items()},
         "states": {name: _packed(array) for name, array in recurrent.items()},
@@ -157,9 +174,10 @@ def _at_mark(
 
 
 def state_file(subject: Subject, position: int, request: Request) -> Path:
-    """Where the state after so many tokens is left."""
-    text = hashlib.sha256(_ids(subject, request).tobytes()).hexdigest()[:8]
-    return request.folder / "states" / f"{subject.label}-{text}-{position}.safetensors"
+    """Where the state after so many tokens is left: one file for each model, text and beginning."""
+    of = json.dumps([subject.identity, _text(subject, request)], sort_keys=True)
+    name = f"{subject.label}-{position}-{hashlib.sha256(of.encode()).hexdigest()[:8]}"
+    return request.folder / "states" / f"{name}.safetensors"
 
 
 def _in_turns(
@@ -175,7 +193,7 @@ def _in_turns(
     for _ in range(_TURNS):
         for found, position, state in zip(seconds, positions, states, strict=True):
             session.set_state(state)
-            found.append(float(np.median(_timed(session, ids[position : position + _STEPS]))))
+            found.append(float(np.median(timed(session, ids[position : position + _STEPS]))))
     return {"positions": list(positions), "step_seconds": seconds}
 
 
@@ -186,7 +204,7 @@ def _marked(subject: Subject, position: int, request: Request) -> State:
     return read_state(path, subject.state_shapes).state
 
 
-def _timed(session: Session, ids: np.ndarray) -> list[float]:
+def timed(session: Session, ids: np.ndarray) -> list[float]:
     """Seconds of each step but the first, which binds buffers."""
     found = []
     for token in ids:

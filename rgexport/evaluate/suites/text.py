@@ -2,7 +2,8 @@
 
 *Continuous* is the way in which the model is used: one pass over a whole document, whose state is
 carried on. *Chunks* is what llama-perplexity measures: pieces of `context` tokens, each from the
-beginning, of which the second half counts.
+beginning, of which the second half counts. *Strided* is what a model of limited context is measured
+by: pieces that overlap, of which those tokens count that the piece before has not counted.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ BLOCK = 64
 """Tokens whose losses are kept as one sum: neighbours are alike, so errors are of blocks."""
 _ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
 _BUILT_IN = "built-in"
-_LONGEST_TOKEN = 32
+LONGEST_TOKEN = 32
 """Characters of a token, at most, when a long text is cut before it is encoded."""
 
 
@@ -85,8 +86,8 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
         ids = _ids(subject, document, request.limit)
         if len(ids) < 2:
             raise RequestError(f"{document.name} is too short; expected a text of 2 tokens or more")
-        for context in (None, request.context):
-            if context is not None and len(ids) < context:
+        for context, stride in _ways(request):
+            if stride is None and context is not None and len(ids) < context:
                 continue
             work = {
                 "document": document.name,
@@ -94,8 +95,16 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
                 "sha256": document.sha256,
                 "limit": request.limit,
                 "context": context,
+                "stride": stride,
             }
-            yield Piece(subject.identity, NAME, work, len(ids))
+            times = context / stride if context and stride else 1
+            yield Piece(subject.identity, NAME, work, int(times * len(ids)))
+
+
+def _ways(request: Request) -> list[tuple[int | None, int | None]]:
+    """Context and stride: none of both for continuous, only a context for chunks."""
+    strided = [] if request.stride is None else [(request.context, request.stride)]
+    return [(None, None), (request.context, None), *strided]
 
 
 def measure(
@@ -107,6 +116,9 @@ def measure(
     found = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
     if work["context"] is None:
         each = losses(session, ids)
+        return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
+    if work["stride"] is not None:
+        each = _strided_losses(subject, session, ids, work["context"], work["stride"])
         return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
     return found | _summed(_chunk_losses(subject, session, ids, work["context"]))
 
@@ -130,7 +142,7 @@ def _bytes(subject: Subject, ids: np.ndarray) -> int:
 
 def _ids(subject: Subject, document: Document, limit: int | None) -> np.ndarray:
     """A bos and the document, at most `limit` tokens, int64."""
-    text = document.text if limit is None else document.text[: limit * _LONGEST_TOKEN]
+    text = document.text if limit is None else document.text[: limit * LONGEST_TOKEN]
     return np.array([*subject.bos, *subject.encode(text)], np.int64)[:limit]
 
 
@@ -144,6 +156,24 @@ def _chunk_losses(subject: Subject, session: Session, ids: np.ndarray, context: 
     return np.concatenate(found)
 
 
+def _strided_losses(
+    subject: Subject, session: Session, ids: np.ndarray, context: int, stride: int
+) -> np.ndarray:
+    """Of all tokens but the first; each piece begins with a bos, which is one of its tokens."""
+    bos = np.array(subject.bos, np.int64)
+    text, found, counted = ids[len(bos) :], [], 0
+    room = context - len(bos)
+    for start in range(0, len(text), stride):
+        stop = min(start + room, len(text))
+        each = losses(session, np.concatenate([bos, text[start:stop]]))
+        new = stop - counted
+        found.append(each[max(0, len(each) - new) :])
+        counted = stop
+        if stop == len(text):
+            break
+    return np.concatenate(found)
+
+
 def _summed(each: np.ndarray) -> Result:
     starts = np.arange(0, len(each), BLOCK)
     counts = np.diff([*starts, len(each)])
@@ -154,11 +184,11 @@ def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
     """By domain and way of reading: perplexity, bits per byte, and the curve by position."""
     groups = defaultdict(list)
     for work, result in found:
-        groups[work["domain"], work["context"]].append(result)
+        groups[work["domain"], work["context"], work["stride"]].append(result)
     return {
         "domains": [
-            {"domain": domain, "context": context} | _of_documents(results)
-            for (domain, context), results in groups.items()
+            {"domain": domain, "context": context, "stride": stride} | _of_documents(results)
+            for (domain, context, stride), results in groups.items()
         ],
         "by_position": _by_position([r for work, r in found if work["context"] is None]),
     }
@@ -177,17 +207,18 @@ def differences(
     for work, one in first:
         other = others.get(_place(work), {})
         if one["ids"] == other.get("ids"):
-            groups[work["domain"], work["context"]].append((one, other))
+            groups[work["domain"], work["context"], work["stride"]].append((one, other))
     return {
         "domains": [
-            {"domain": domain, "context": context, "nll": asdict(_difference(pairs))}
-            for (domain, context), pairs in groups.items()
+            {"domain": domain, "context": context, "stride": stride}
+            | {"nll": asdict(_difference(pairs))}
+            for (domain, context, stride), pairs in groups.items()
         ]
     }
 
 
 def _place(work: Mapping[str, Any]) -> tuple[Any, ...]:
-    return work["document"], work["domain"], work["sha256"], work["context"]
+    return tuple(work[key] for key in ("document", "domain", "sha256", "context", "stride"))
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]]) -> Difference:

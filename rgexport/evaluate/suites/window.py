@@ -3,7 +3,6 @@
 The smallest is 0: a token sees only itself, and only the recurrent states remember.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -11,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.evaluate.pieces import Piece, Result
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
 from rgexport.evaluate.suites import memory, text
+from rgexport.evaluate.suites.length import timed
 from rgexport.runtimes.session import Session
 
 NAME = "window"
@@ -35,16 +34,13 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     """For each window: the texts, the tasks of `memory`, and the time of a step.
 
     Raises:
-        RequestError: no layer of the model has attention, or it is no model of ours.
+        RequestError: no layer of the model has attention, its window cannot be changed, or it has
+            no tokenizer.
     """
-    if subject.config is None:
-        raise RequestError(f"the window of {subject.label} is fixed: it was not made by rgexport")
-    if "attention" not in subject.config.block_types:
-        raise RequestError(f"{subject.label} has no attention, which the suite {NAME} is about")
+    subject.require_tokenizer(NAME)
+    subject.require_narrowing()
     for window in windows(subject.window):
         for suite in _INNER.values():
-            if suite is text and subject.tokenizer is None:
-                continue
             before: Piece | None = None
             for inner in suite.pieces(subject, request):
                 if inner.work.get("context") is not None:
@@ -67,11 +63,7 @@ def measure(
     full = subject.window
     session.reset()
     session.prefill(random.integers(session.vocab_size, size=(1, full)))
-    seconds = []
-    for token in random.integers(session.vocab_size, size=_STEPS):
-        began = time.perf_counter()
-        session.step(np.array([token]))
-        seconds.append(time.perf_counter() - began)
+    seconds = timed(session, random.integers(session.vocab_size, size=_STEPS))
     return {"step_seconds": float(np.median(seconds)), "state_bytes": session.info.state_bytes}
 
 
@@ -85,25 +77,23 @@ def summary(found: Found) -> Result:
 def _of_window(window: int, own: Mapping[str, Found], full: Mapping[str, Found]) -> Result:
     speed = own[_SPEED][0][1]
     row = {key: speed[key] for key in ("step_seconds", "state_bytes")} | {"window": window}
-    for suite in _INNER.values():
-        if suite.NAME in own:
-            row[suite.NAME] = suite.summary(own[suite.NAME])
-            row[f"{suite.NAME}_above_full"] = suite.differences(full[suite.NAME], own[suite.NAME])
+    for name, suite in _INNER.items():
+        row[name] = suite.summary(own[name])
+        row[f"{name}_above_full"] = suite.differences(full[name], own[name])
     return row
 
 
 def differences(first: Found, second: Found) -> Result:
-    """For each window, as the suites within; by their order, as windows may differ."""
-    rows = []
-    pairs = zip(_by_window(first).items(), _by_window(second).items(), strict=False)
-    for (window, one), (_, other) in pairs:
-        inner = {
-            suite.NAME: suite.differences(one[suite.NAME], other[suite.NAME])
-            for suite in _INNER.values()
-            if suite.NAME in one.keys() & other.keys()
-        }
-        rows.append({"window": window} | inner)
-    return {"windows": rows}
+    """For each window that both have, as the suites within."""
+    others = _by_window(second)
+    return {
+        "windows": [
+            {"window": window}
+            | {name: s.differences(own[name], others[window][name]) for name, s in _INNER.items()}
+            for window, own in _by_window(first).items()
+            if window in others
+        ]
+    }
 
 
 def _by_window(found: Found) -> dict[int, dict[str, Found]]:

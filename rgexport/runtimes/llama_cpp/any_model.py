@@ -165,6 +165,8 @@ class AnyModelSession(Session):
         self._put(rows, state)
 
     def _put(self, rows: range, state: State) -> None:
+        if rows == self._all:
+            self._open.clear()  # what is left in between would change how the cache is filled
         for place, row in enumerate(rows):
             self._open.forget(row)
             if state[POSITION][place]:

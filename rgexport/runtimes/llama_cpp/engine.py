@@ -30,6 +30,9 @@ class LlamaCppEngine(Engine):
 
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
+    def require_narrowing(self, artifact: Artifact) -> None:
+        """See `Engine`."""
+
     def narrow_session(
         self, artifact: Artifact, window: int, *, threads: int | None = None
     ) -> Session:

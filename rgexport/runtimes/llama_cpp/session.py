@@ -10,7 +10,6 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.processors import usable_threads
-from rgexport.runtimes.engine import require_narrower
 from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.session import Session, SessionInfo
@@ -70,7 +69,6 @@ class LlamaCppSession(Session):
         self._files = UnchangedFiles(artifact)
         changed = {}
         if window is not None:
-            require_narrower(artifact, window)
             changed = {_WINDOW: window + 1}
             # The state keeps one key where the window is 0: no later token sees it.
             self._config = dataclasses.replace(self._config, window=max(1, window))

@@ -6,7 +6,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
-from rgexport.runtimes.engine import Engine, require_narrower
+from rgexport.runtimes.engine import Engine
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
@@ -20,6 +20,10 @@ class OnnxEngine(Engine):
 
         return OrtSession(artifact, threads=threads)
 
+    def require_narrowing(self, artifact: Artifact) -> None:
+        """See `Engine`; it takes torch, whose absence is told of as that of every package."""
+        import rgexport.export.onnx.narrowing  # noqa: F401
+
     def narrow_session(
         self, artifact: Artifact, window: int, *, threads: int | None = None
     ) -> Session:
@@ -27,7 +31,6 @@ class OnnxEngine(Engine):
         from rgexport.export.onnx.narrowing import narrowed
         from rgexport.runtimes.onnx.session import OrtSession
 
-        require_narrower(artifact, window)
         narrow, graph = narrowed(artifact, window)
         return OrtSession(narrow, threads=threads, graph=graph)
 

@@ -66,6 +66,20 @@ def test_goes_on_from_a_state(window, tmp_path):
     assert distance(found, expected) < FLOAT16
 
 
+def test_where_a_state_is_set_changes_no_bit(llama):
+    """In the session that it is of, or in a fresh one: runs that are cut off end the same."""
+    session, tokens = session_of(llama), np.random.default_rng(1).integers(0, VOCAB, (8, 300))
+    session.reset(8)
+    session.prefill(tokens[:, :200])
+    state = session.get_state()
+    session.prefill(tokens[:, 200:231])
+    found = []
+    for each in (session, session_of(llama)):
+        each.set_state(state)
+        found.append(each.prefill(tokens[:, 200:], 60))
+    assert np.array_equal(*found)
+
+
 def test_a_sequence_without_tokens_has_no_state(llama):
     session = session_of(llama)
     session.reset(2)
