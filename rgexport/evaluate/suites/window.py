@@ -37,8 +37,8 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
         RequestError: no layer of the model has attention, its window cannot be changed, or it has
             no tokenizer.
     """
-    subject.require_tokenizer(NAME)
     subject.require_narrowing()
+    subject.require_tokenizer(NAME)
     for window in windows(subject.window):
         for suite in _INNER.values():
             before: Piece | None = None
