@@ -3,8 +3,8 @@
     python -m bench.evaluation [--model demo/model] [--docs docs/examples] [--more WORD …]
 
 Exports the model to `out/evaluation`, and runs `rgexport evaluate` there: all suites but `tasks`.
-Half an hour on two cores, after `make llama-tools`; what is there is not done again. `--more` are
-further arguments of `evaluate`, such as `--trials 8`.
+To be run in the repository's root: a quarter of an hour on two cores, after `make llama-tools`. What
+is there is not done again. `--more` are further arguments of `evaluate`, such as `--trials 8`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from bench.quality import TEXTS
 from bench.run import command
 from rgexport.evaluate.report import JSON, PAGE
 
-ROOT = Path(__file__).parents[1]
 FOLDER = Path("out/evaluation")
 CALIBRATION = "texts.calibration"
 ARTIFACTS = {
@@ -32,8 +31,8 @@ SUITES = "text", "memory", "noise", "window", "length"
 def main() -> None:
     """Makes what is missing, measures, and copies the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/examples")
+    parser.add_argument("--model", type=Path, default=Path("demo/model"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/examples"))
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[])
     asked = parser.parse_args()
     folder = FOLDER / asked.model.resolve().name
@@ -45,7 +44,7 @@ def main() -> None:
             words = words.replace(CALIBRATION, str(folder / CALIBRATION))
             command(*words.split(), "-m", asked.model, "-o", folder / name)
     suites = [word for suite in SUITES for word in ("--suite", suite)]
-    texts = [word for text in TEXTS.values() for word in ("--text", ROOT / text)]
+    texts = [word for text in TEXTS.values() for word in ("--text", text)]
     models, results = [folder / name for name in ARTIFACTS], folder / "results"
     command("evaluate", *models, *suites, *texts, "-o", results, *asked.more)
     asked.docs.mkdir(parents=True, exist_ok=True)

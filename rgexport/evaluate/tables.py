@@ -1,5 +1,6 @@
 """The figures of suites as tables."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from rgexport.evaluate.pieces import Result
@@ -8,27 +9,30 @@ from rgexport.tables import Row, Table
 
 
 def text_tables(models: Sequence[Result]) -> Iterator[Table]:
-    """A row for each model, domain and way of reading."""
-    rows: list[Row] = []
+    """A row for each domain, way of reading and model."""
+    entries: dict[Row, list[tuple[Result, Result]]] = defaultdict(list)
     for model in models:
         for entry in model["suites"]["text"]["domains"]:
-            bits = entry["bits_per_byte"]
-            gap = _gap_of(model, entry)
-            rows.append(
-                (
-                    model["label"],
-                    entry["domain"],
-                    _way(entry),
-                    f"{entry['tokens']:,}",
-                    f"{entry['perplexity']:.3f}",
-                    "" if bits is None else f"{bits:.4f}",
-                    "" if gap is None else _with_error(gap),
-                    amount(model["bytes"]),
-                )
-            )
-    header = ("model", "domain", "read", "tokens", "perplexity", "bits/byte", "more nats", "size")
+            entries[entry["domain"], _way(entry)].append((model, entry))
+    rows = [
+        (*place, model["label"], *_text_cells(model, entry))
+        for place, alike in entries.items()
+        for model, entry in alike
+    ]
+    header = ("domain", "read", "model", "tokens", "perplexity", "bits/byte", "more nats", "size")
     title = f"Texts; more nats per token than {models[0]['label']}, with their 95 % interval"
     yield Table(title, header, rows, header[3:])
+
+
+def _text_cells(model: Result, entry: Result) -> Row:
+    bits, gap = entry["bits_per_byte"], _gap_of(model, entry)
+    return (
+        f"{entry['tokens']:,}",
+        f"{entry['perplexity']:.3f}",
+        "" if bits is None else f"{bits:.4f}",
+        "" if gap is None else _with_error(gap),
+        amount(model["bytes"]),
+    )
 
 
 def _gap_of(model: Result, entry: Result) -> Result | None:
