@@ -3,8 +3,8 @@
     python -m bench.evaluation [--model demo/model] [--docs docs/examples] [--more WORD …]
 
 Exports the model to `out/evaluation`, and runs `rgexport evaluate` there: all suites but `tasks`.
-To be run in the repository's root: a quarter of an hour on two cores, after `make llama-tools`. What
-is there is not done again. `--more` are further arguments of `evaluate`, such as `--trials 8`.
+To be run in the repository's root: a quarter of an hour on two cores, after `make llama-tools`.
+What is there is not done again. `--more` are further arguments of `evaluate`, such as `--trials 8`.
 """
 
 import argparse
