@@ -118,13 +118,13 @@ def _loss_by_window(models: Sequence[Result]) -> Chart:
     series = []
     for kind, model in zip(cycle(_LINES), models, strict=False):
         rows = model["suites"]["window"]["windows"]
-        first = [(max(1, row["window"]), row["text"]["domains"][0]["nll"]) for row in rows]
-        points = sorted((float(window), nll[0]) for window, nll in first)
-        bars = [(float(window), *nll[1:]) for window, nll in first if nll[1] is not None]
+        losses = [(float(max(1, row["window"])), row["all_texts"]["nll"]) for row in rows]
+        points = sorted((window, nll[0]) for window, nll in losses)
+        bars = [(window, *nll[1:]) for window, nll in losses if nll[1] is not None]
         series.append(Series(kind, model["label"], points, intervals=bars))
     return Chart(
         title="Loss by window",
-        summary="Mean loss of the first domain; a window of 0 is drawn at 1.",
+        summary="Mean loss of all texts; a window of 0 is drawn at 1.",
         labels=("tokens of the window", "nats per token"),
         series=series,
         y=linear_axis([y for one in series for _, y in one.points]),

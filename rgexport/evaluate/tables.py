@@ -109,33 +109,23 @@ def noise_tables(models: Sequence[Result]) -> Iterator[Table]:
 
 def window_tables(models: Sequence[Result]) -> Iterator[Table]:
     """Loss, state and speed by window; then tables of memory, a row for each window."""
-    rows: list[Row] = []
-    domains = [entry["domain"] for entry in _domains(models[0]["suites"]["window"]["windows"][0])]
-    for model in models:
-        for row in model["suites"]["window"]["windows"]:
-            cells = [f"{entry['perplexity']:.3f}" for entry in _domains(row)]
-            gaps = row["text_above_full"]["domains"]
-            cells += [_with_error(gap["nll"]) for gap in gaps]
-            rows.append(
-                (
-                    model["label"],
-                    f"{row['window']:,}",
-                    *cells,
-                    amount(row["state_bytes"]),
-                    f"{1000 * row['step_seconds']:.2f}",
-                )
-            )
-    losses = [*domains, *(f"{domain}, more nats" for domain in domains)]
-    header = ("model", "window", *losses, "state", "ms/token")
-    title = "Windows: perplexity, nats above the full window, bytes of state, time of a step"
+    rows = [
+        (
+            model["label"],
+            f"{row['window']:,}",
+            f"{row['all_texts']['perplexity']:.3f}",
+            _with_error(row["all_texts_above_full"]),
+            amount(row["state_bytes"]),
+            f"{1000 * row['step_seconds']:.2f}",
+        )
+        for model in models
+        for row in model["suites"]["window"]["windows"]
+    ]
+    header = ("model", "window", "perplexity", "more nats", "state", "ms/token")
+    title = "Windows: perplexity of all texts, nats above the full window, state, time of a step"
     yield Table(title, header, rows, header[1:])
     for model in models:
         yield from memory_tables(by_window(model))
-
-
-def _domains(row: Result) -> list[Result]:
-    found: list[Result] = row["text"]["domains"]
-    return found
 
 
 def by_window(model: Result) -> list[Result]:

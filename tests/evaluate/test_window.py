@@ -134,6 +134,9 @@ def test_the_suite(tmp_path, capsys):
     gaps = [row["text_above_full"]["domains"][0]["nll"]["value"] for row in rows]
     nll = [row["text"]["domains"][0]["nll"][0] for row in rows]
     assert gaps == pytest.approx([each - nll[0] for each in nll]) and len({*nll}) == len(nll)
+    assert rows[0]["all_texts_above_full"]["value"] == 0
+    (single,) = rows[1]["text"]["domains"]
+    assert rows[1]["all_texts"] == single | {"domain": "all"}
     page = (tmp_path / "together" / "evaluation.html").read_text()
     assert page.count("<svg") == 7 and "Loss by window" in page
 

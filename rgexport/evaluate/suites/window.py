@@ -68,7 +68,10 @@ def measure(
 
 
 def summary(found: Found) -> Result:
-    """For each window what the suites within say, and what the loss is above the full one's."""
+    """For each window what the suites within say, also beside the full one.
+
+    `all_texts` is the loss over all domains.
+    """
     own = _by_window(found)
     full = next(iter(own.values()))
     return {"windows": [_of_window(window, own[window], full) for window in own]}
@@ -80,7 +83,15 @@ def _of_window(window: int, own: Mapping[str, Found], full: Mapping[str, Found])
     for name, suite in _INNER.items():
         row[name] = suite.summary(own[name])
         row[f"{name}_above_full"] = suite.differences(full[name], own[name])
+    texts, full_texts = (_in_one_domain(found[text.NAME]) for found in (own, full))
+    (row["all_texts"],) = text.summary(texts)["domains"]
+    (gap,) = text.differences(full_texts, texts)["domains"]
+    row["all_texts_above_full"] = gap["nll"]
     return row
+
+
+def _in_one_domain(found: Found) -> Found:
+    return [({**work, "domain": "all"}, result) for work, result in found]
 
 
 def differences(first: Found, second: Found) -> Result:
