@@ -12,7 +12,7 @@ from rgexport.cli import run
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
-from rgexport.evaluate.suites import length
+from rgexport.evaluate.suites import length, memory
 from rgexport.griffin.state import POSITION
 from tests.artifacts import require_ggml
 from tests.evaluate.small_model import small_model
@@ -161,6 +161,18 @@ def test_another_engine_goes_on_from_a_state_file(engine, made, request_of):
     for point, same in zip(found["points"], expected["points"][2:], strict=True):
         assert point["to"] == same["to"]
         assert point["nll"][0] == pytest.approx(same["nll"][0], rel=1e-4)
+
+
+def test_memory_in_pieces_is_memory_in_one(made, request_of, monkeypatch):
+    subjects = [open_subject(str(made[0] / "onnx"))]
+    found = []
+    for span in (1000, 70, 64, 33):
+        monkeypatch.setattr(memory, "_SPAN", span)
+        request = request_of(str(span), trials=10, farthest=200)
+        found.append(runner.evaluate(subjects, ["memory"], request)["models"])
+        chains = len(memory.TASKS) * 2
+        assert len([*request.folder.glob("pieces/*.json")]) == chains * -(-200 // span)
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_states_that_do_not_fit(made, request_of, tmp_path, capsys):

@@ -22,6 +22,7 @@ from tests.evaluate.small_model import small_model
 from tests.models import deepmind_logits, deepmind_model, make_config, write_hugging_face
 
 CONFIG = make_config("raraa", width=64, heads=4, lru_width=96, window=24)
+WINDOWS = [*window.windows(24), 1]
 TOKENS = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 70))
 
 
@@ -57,7 +58,7 @@ def made(tmp_path_factory):
     return artifact, weights
 
 
-@pytest.mark.parametrize("narrow", window.windows(24))
+@pytest.mark.parametrize("narrow", WINDOWS)
 @pytest.mark.parametrize("profile", ["cpu", "webgpu", "wasm"])
 def test_an_onnx_graph_is_deepminds_with_that_window(narrow, profile, made, deepminds, tmp_path):
     artifact, weights = made
@@ -68,14 +69,14 @@ def test_an_onnx_graph_is_deepminds_with_that_window(narrow, profile, made, deep
     session.close()
 
 
-@pytest.mark.parametrize("narrow", window.windows(24))
+@pytest.mark.parametrize("narrow", WINDOWS)
 def test_the_reference_is_deepminds_with_that_window(narrow, made, deepminds, tmp_path):
     model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
     session = open_subject(str(model)).session(narrow)
     assert np.abs(logits(session) - deepminds(made[1], narrow)).max() < 1e-4
 
 
-@pytest.mark.parametrize("narrow", window.windows(24))
+@pytest.mark.parametrize("narrow", WINDOWS)
 def test_a_gguf_is_deepminds_with_that_window(narrow, deepminds, tmp_path):
     require_ggml()
     artifact, weights = export_random_gguf(CONFIG, tmp_path, "f32")
