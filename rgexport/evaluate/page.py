@@ -106,6 +106,30 @@ def _memory_chart(models: Sequence[Result], task: int) -> Chart:
     )
 
 
+def _noise_charts(models: Sequence[Result]) -> Iterator[Chart]:
+    """For each kind of noise, how fast it is forgotten."""
+    for index, first in enumerate(models[0]["suites"]["noise"]["noises"]):
+        if first["noise"] == "none":
+            continue
+        series = []
+        for kind, model in zip(cycle(_LINES), models, strict=False):
+            curve = model["suites"]["noise"]["noises"][index]["by_distance"]
+            points = [(float(point["token"]), point["more"]["value"]) for point in curve]
+            known = (p for p in curve if p["more"]["low"] is not None)
+            bars = [(float(p["token"]), p["more"]["low"], p["more"]["high"]) for p in known]
+            series.append(Series(kind, model["label"], points, intervals=bars))
+        yield Chart(
+            title=f"After {first['noise']}",
+            summary="More nats per token than after the clean text, from that token on.",
+            labels=("tokens after the noise", "more nats"),
+            series=series,
+            y=linear_axis([y for one in series for _, y in one.points]),
+            column="token",
+            show_y=number,
+            doubling=True,
+        )
+
+
 def _window_charts(models: Sequence[Result]) -> Iterator[Chart]:
     """Loss by window, and memory with the windows of each model."""
     yield _loss_by_window(models)
@@ -188,6 +212,7 @@ def _largest_norm(point: Result) -> float | None:
 _CHARTS: dict[str, Callable[[Sequence[Result]], Iterable[Chart]]] = {
     "text": _position_chart,
     "memory": _memory_charts,
+    "noise": _noise_charts,
     "window": _window_charts,
     "length": _length_charts,
 }

@@ -40,7 +40,7 @@ def test_losses_and_flips_are_deepminds(tmp_path):
         (piece.work, noise.measure(subject, session, piece.work, request))
         for piece in noise.pieces(subject, request)
     ]
-    tops = {}
+    tops, losses = {}, {}
     for work, result in found:
         if work["noise"] in ("none", "upper case"):
             spoil = noise.NOISES[work["noise"]]
@@ -48,10 +48,20 @@ def test_losses_and_flips_are_deepminds(tmp_path):
             each = [logits_of(deepmind, subject, *part) for part in parts]
             expected = [nats(logits, ids).sum() for logits, ids in each]
             np.testing.assert_allclose(result["sums"], expected, rtol=1e-4)
+            losses[work["noise"]] = [nats(logits, ids) for logits, ids in each]
             tops[work["noise"]] = np.concatenate([logits.argmax(-1) for logits, _ in each])
     summed = {entry["noise"]: entry for entry in noise.summary(found)["noises"]}
     flips = (tops["none"] != tops["upper case"]).mean()
     assert summed["upper case"]["flips"]["value"] == pytest.approx(flips)
+    grown = [b - a for a, b in zip(losses["none"], losses["upper case"], strict=True)]
+    for point, part in zip(
+        summed["upper case"]["by_distance"], [slice(0, 1), slice(1, 3), slice(3, 7)], strict=False
+    ):
+        expected = np.concatenate([gap[part] for gap in grown]).mean()
+        assert point["token"] == part.start + 1
+        assert point["more"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    longest = max(map(len, grown))
+    assert 2 ** len(summed["upper case"]["by_distance"]) > longest
     assert summed["none"]["more"] == {"value": 0, "low": 0, "high": 0, "p": 1}
     same = noise.differences(found, found)["noises"]
     assert {entry["value"] for entry in same} == {0.0}

@@ -132,21 +132,21 @@ def _gap(text: str, at: int) -> int | None:
 def measure(
     subject: Subject, session: Session, work: Mapping[str, Any], request: Request
 ) -> Result:
-    """Of each passage: the loss of what follows, and the likeliest token at each place of it."""
+    """Of each passage: the losses of what follows, and the likeliest token at each place of it."""
     document = the_document(work, request)
     spoil = NOISES[work["noise"]]
-    sums, counts, tops, hashed = [], [], [], hashlib.sha256()
+    each, tops, hashed = [], [], hashlib.sha256()
     for index, (context, rest) in enumerate(passages(document.text)):
         random = np.random.default_rng([work["seed"], crc32(work["noise"].encode()), index])
         ids = subject.encode(rest)
         before = [*subject.bos, *subject.encode(spoil(context, random))]
         session.reset()
         logits = session.prefill(np.array([before + ids[:-1]]), len(ids))
-        sums.append(float(nats(logits, np.array([ids])).sum()))
-        counts.append(len(ids))
+        each.append(nats(logits, np.array([ids]))[0].tolist())
         tops.append(logits[0].argmax(-1).tolist())
         hashed.update(np.array(ids).tobytes())
-    return {"sums": sums, "counts": counts, "tops": tops, "ids": hashed.hexdigest()}
+    found = {"sums": list(map(sum, each)), "counts": list(map(len, each)), "nats": each}
+    return found | {"tops": tops, "ids": hashed.hexdigest()}
 
 
 def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
@@ -171,7 +171,27 @@ def _of_noise(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Result:
         "nll": asdict(mean(after, counts)),
         "more": asdict(mean_difference(before, after, counts)),
         "flips": asdict(mean(flips, counts)),
+        "by_distance": list(_by_distance(pairs)),
     }
+
+
+def _by_distance(pairs: Sequence[tuple[Result, Result]]) -> Iterator[Result]:
+    """What the loss is above that of the clean text from the first token, the second, the fourth…
+
+    An entry goes up to the next one.
+    """
+    longest = max(count for _, result in pairs for count in result["counts"])
+    for power in range((longest - 1).bit_length() + 1):
+        start, stop = (1 << power) - 1, (1 << power + 1) - 1
+        parts = [
+            (sum(clean[start:stop]), sum(spoilt[start:stop]), len(clean[start:stop]))
+            for one, other in pairs
+            for clean, spoilt in zip(one["nats"], other["nats"], strict=True)
+            if len(clean) > start
+        ]
+        if parts:
+            gap = mean_difference(*zip(*parts, strict=True))
+            yield {"token": start + 1, "more": asdict(gap)}
 
 
 def differences(

@@ -158,11 +158,14 @@ def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axi
 
 
 def linear_axis(values: Sequence[float]) -> Axis:
-    """From 0 to a round number above all values."""
-    highest = max((v for v in values if math.isfinite(v)), default=0) or 1.0
-    unit = 10.0 ** math.floor(math.log10(highest))
-    high = next(f * unit for f in (1, 2, 3, 5, 10) if f * unit >= highest)
-    return Axis(0, high, [(high * fifth / 5, f"{high * fifth / 5:.3g}") for fifth in range(6)])
+    """From 0, or below all values, to a round number above all of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    reach = max(map(abs, finite), default=0) or 1.0
+    unit = 10.0 ** math.floor(math.log10(reach))
+    high = next(f * unit for f in (1, 2, 3, 5, 10) if f * unit >= reach)
+    below = math.ceil(-5 * min([0, *finite]) / high)
+    ticks = [high * fifth / 5 for fifth in range(-below, 6)]
+    return Axis(ticks[0], high, [(tick, f"{tick:.3g}") for tick in ticks])
 
 
 def share_axis(values: Sequence[float]) -> Axis:
