@@ -58,13 +58,26 @@ def _position_chart(models: Sequence[Result]) -> Iterator[Chart]:
         for kind, model in zip(cycle(_LINES), models, strict=False)
         for curve in [model["suites"]["text"]["by_position"]]
     ]
-    yield Chart(
-        title="Loss by position",
-        summary="Mean loss of tokens from each power of two on, from the start of a document.",
-        labels=("tokens before", "nats per token"),
+    yield _lines(
+        "Loss by position",
+        "Mean loss of tokens from each power of two on, from the start of a document.",
+        ("tokens before", "nats per token"),
+        "tokens before",
+        series,
+    )
+
+
+def _lines(
+    title: str, summary: str, labels: tuple[str, str], column: str, series: Sequence[Series]
+) -> Chart:
+    """Numbers by tokens, which are drawn by their logarithm; see `Chart`."""
+    return Chart(
+        title=title,
+        summary=summary,
+        labels=labels,
         series=series,
         y=linear_axis([y for one in series for _, y in one.points]),
-        column="tokens before",
+        column=column,
         show_y=number,
         doubling=True,
     )
@@ -118,15 +131,12 @@ def _noise_charts(models: Sequence[Result]) -> Iterator[Chart]:
             known = (p for p in curve if p["more"]["low"] is not None)
             bars = [(float(p["token"]), p["more"]["low"], p["more"]["high"]) for p in known]
             series.append(Series(kind, model["label"], points, intervals=bars))
-        yield Chart(
-            title=f"After {first['noise']}",
-            summary="More nats per token than after the clean text, from that token on.",
-            labels=("tokens after the noise", "more nats"),
-            series=series,
-            y=linear_axis([y for one in series for _, y in one.points]),
-            column="token",
-            show_y=number,
-            doubling=True,
+        yield _lines(
+            f"After {first['noise']}",
+            "More nats per token than after the clean text, from that token on.",
+            ("tokens after the noise", "more nats"),
+            "token",
+            series,
         )
 
 
@@ -146,15 +156,12 @@ def _loss_by_window(models: Sequence[Result]) -> Chart:
         points = sorted((window, nll[0]) for window, nll in losses)
         bars = [(window, *nll[1:]) for window, nll in losses if nll[1] is not None]
         series.append(Series(kind, model["label"], points, intervals=bars))
-    return Chart(
-        title="Loss by window",
-        summary="Mean loss of all texts; a window of 0 is drawn at 1.",
-        labels=("tokens of the window", "nats per token"),
-        series=series,
-        y=linear_axis([y for one in series for _, y in one.points]),
-        column="window",
-        show_y=number,
-        doubling=True,
+    return _lines(
+        "Loss by window",
+        "Mean loss of all texts; a window of 0 is drawn at 1.",
+        ("tokens of the window", "nats per token"),
+        "window",
+        series,
     )
 
 
@@ -177,15 +184,12 @@ def _length_charts(models: Sequence[Result]) -> Iterator[Chart]:
             for kind, model in zip(cycle(_LINES), models, strict=False)
             for points in [model["suites"]["length"]["points"]]
         ]
-        yield Chart(
-            title=title,
-            summary="By the tokens of one text that were read before, its state carried on.",
-            labels=("tokens", unit),
-            series=series,
-            y=linear_axis([y for one in series for _, y in one.points]),
-            column="tokens",
-            show_y=number,
-            doubling=True,
+        yield _lines(
+            title,
+            "By the tokens of one text that were read before, its state carried on.",
+            ("tokens", unit),
+            "tokens",
+            series,
         )
 
 
