@@ -39,7 +39,6 @@ class Piece:
         work: what is to be done, as JSON.
         tokens: that the model has to read, for estimates of time.
         after: the key of the piece whose state this one goes on from.
-        leaves: whether its state is kept, for the piece after it.
     """
 
     subject: str
@@ -47,7 +46,6 @@ class Piece:
     work: Mapping[str, Any]
     tokens: int
     after: str | None = None
-    leaves: bool = False
 
     @property
     def key(self) -> str:
@@ -64,7 +62,7 @@ def chained(pieces: Sequence[Piece]) -> Iterator[Piece]:
     """The pieces, each of which goes on from the one before."""
     after: str | None = None
     for piece in pieces:
-        yield replace(piece, after=after, leaves=piece is not pieces[-1])
+        yield replace(piece, after=after)
         after = piece.key
 
 
@@ -131,9 +129,10 @@ class Results:
     def alone(self, chain: Chain) -> AbstractContextManager[Any]:
         """While one process is at a chain, others wait: each would drop the states of the other.
 
-        A single piece may be done twice: what it gives is the same.
+        A piece without a state may be done twice: what it gives is the same.
         """
-        return FileLock(self._pieces / f"{chain[-1].key}.lock") if len(chain) > 1 else nullcontext()
+        states = any(piece.after for piece in chain)
+        return FileLock(self._pieces / f"{chain[-1].key}.lock") if states else nullcontext()
 
     def _file(self, piece: Piece) -> Path:
         return self._pieces / f"{piece.key}.json"

@@ -141,7 +141,7 @@ class Subject:
         if "attention" not in self.config.block_types:
             raise RequestError(f"{self.label} has no attention, whose window could be smaller")
         if isinstance(self.opened, Artifact):
-            engine_of(self.opened.manifest.kind).require_narrowing(self.opened)
+            engine_of(self.opened.manifest.kind).narrowing(self.opened)
 
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
         """A session, which the caller closes; perhaps with a smaller window.

@@ -42,8 +42,9 @@ class Worker:
         with results.alone(chain):
             missing = unfinished(chain, results)
             advance(sum(piece.tokens for piece in chain if piece not in missing))
+            followed = {piece.after for piece in missing}
             for piece in missing:
-                self._do(subject, piece, request, results)
+                self._do(subject, piece, request, results, piece.key in followed)
                 advance(piece.tokens)
 
     def close(self) -> None:
@@ -52,14 +53,17 @@ class Worker:
             self._session.close()
         self._session = self._of = None
 
-    def _do(self, subject: Subject, piece: Piece, request: Request, results: Results) -> None:
+    def _do(
+        self, subject: Subject, piece: Piece, request: Request, results: Results, followed: bool
+    ) -> None:
+        """Does one piece; its state is kept if another one goes on from it."""
         session = self._opened(subject, piece.work.get("window"))
         if piece.after:
             session.set_state(results.state(piece.after))
         began = time.perf_counter()
         found = SUITES[piece.suite].measure(subject, session, piece.work, request)
         seconds = time.perf_counter() - began
-        if piece.leaves:
+        if followed:
             results.keep_state(piece.key, session.get_state())
         results.put(piece, found | {"seconds": seconds, "threads": session.info.threads})
         if piece.after:

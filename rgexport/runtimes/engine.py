@@ -1,7 +1,7 @@
 """Opening sessions and observers: each format has an engine that runs its artifacts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from rgexport.errors import RequestError
@@ -11,6 +11,9 @@ from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
+
+Narrowing = Callable[[int, int | None], Session]
+"""Opens a session with so many tokens of window, and so many threads."""
 
 
 class Engine(ABC):
@@ -32,8 +35,8 @@ class Engine(ABC):
         """As `session`, with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
-    def require_narrowing(self, artifact: Artifact) -> None:
-        """Checks that `narrow_session` can be had; by default, it cannot.
+    def narrowing(self, artifact: Artifact) -> Narrowing:
+        """What opens sessions with a smaller window; by default, there is nothing that can.
 
         Raises:
             RequestError: the engine takes the window that the artifact has.
@@ -42,12 +45,6 @@ class Engine(ABC):
             f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
             "or a checkpoint: export it again with --window"
         )
-
-    def narrow_session(
-        self, artifact: Artifact, window: int, *, threads: int | None = None
-    ) -> Session:
-        """See `open_narrow_session`."""
-        raise NotImplementedError
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `open_observer`; by default, an engine shows no intermediate values."""
@@ -90,12 +87,11 @@ def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None 
         RequestError: the engine is missing, cannot open the model, or cannot do that; or the
             artifact's window is smaller.
     """
-    engine = engine_of(artifact.manifest.kind)
-    engine.require_narrowing(artifact)
+    narrowing = engine_of(artifact.manifest.kind).narrowing(artifact)
     own = artifact.manifest.config.window
     if not 0 <= window <= own:
         raise RequestError(f"the window is {window}; expected 0 to {own}, that of {artifact.path}")
-    return engine.narrow_session(artifact, window, threads=threads)
+    return narrowing(window, threads)
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:

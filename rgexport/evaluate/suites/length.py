@@ -79,6 +79,7 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
     yield from chained(found)
 
 
+@lru_cache(maxsize=1)
 def _text(subject: Subject, request: Request) -> dict[str, Any]:
     """What is read, from where on, and from which state; all pieces have it."""
     ids = key_of(_ids(subject, request)[: request.length + 1])[1]
@@ -119,7 +120,8 @@ def _text_ids(subject: Subject, texts: tuple[Path, ...], count: int) -> np.ndarr
     ids = np.array(subject.encode(text), np.int64)
     if not len(ids):
         raise RequestError("the texts are empty")
-    return np.array([*subject.bos, *np.resize(ids, count - len(subject.bos))])
+    bos = np.array(subject.bos, np.int64)
+    return np.concatenate([bos, np.resize(ids, count - len(bos))])
 
 
 def measure(

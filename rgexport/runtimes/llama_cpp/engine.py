@@ -1,7 +1,7 @@
 """The engine of GGUF files."""
 
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.engine import Engine, Narrowing
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
@@ -30,16 +30,11 @@ class LlamaCppEngine(Engine):
 
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
-    def require_narrowing(self, artifact: Artifact) -> None:
-        """See `Engine`."""
-
-    def narrow_session(
-        self, artifact: Artifact, window: int, *, threads: int | None = None
-    ) -> Session:
-        """By an override of the metadata."""
+    def narrowing(self, artifact: Artifact) -> Narrowing:
+        """See `Engine`: by an override of the metadata."""
         from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 
-        return LlamaCppSession(artifact, threads=threads, window=window)
+        return lambda window, threads: LlamaCppSession(artifact, threads=threads, window=window)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `Engine`."""

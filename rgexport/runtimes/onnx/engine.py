@@ -6,7 +6,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
-from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.engine import Engine, Narrowing
 from rgexport.runtimes.observation import Observer
 from rgexport.runtimes.session import Session
 
@@ -20,19 +20,16 @@ class OnnxEngine(Engine):
 
         return OrtSession(artifact, threads=threads)
 
-    def require_narrowing(self, artifact: Artifact) -> None:
-        """See `Engine`; it takes torch, whose absence is told of as that of every package."""
-        import rgexport.export.onnx.narrowing  # noqa: F401
-
-    def narrow_session(
-        self, artifact: Artifact, window: int, *, threads: int | None = None
-    ) -> Session:
-        """The weights in another graph, which takes torch to trace."""
+    def narrowing(self, artifact: Artifact) -> Narrowing:
+        """See `Engine`: the weights in another graph, which takes torch to trace."""
         from rgexport.export.onnx.narrowing import narrowed
         from rgexport.runtimes.onnx.session import OrtSession
 
-        narrow, graph = narrowed(artifact, window)
-        return OrtSession(narrow, threads=threads, graph=graph)
+        def open_narrow(window: int, threads: int | None) -> Session:
+            narrow, graph = narrowed(artifact, window)
+            return OrtSession(narrow, threads=threads, graph=graph)
+
+        return open_narrow
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `Engine`."""
