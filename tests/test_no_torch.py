@@ -94,6 +94,15 @@ def test_validate_against_a_reference_file(demo_artifact, tmp_path):
     assert len(result.stderr.splitlines()) == 1 and "is truncated" in result.stderr
 
 
+def test_evaluate(demo_artifact, tmp_path):
+    """Of an int4 artifact, all suites but `window`, which traces a graph."""
+    suites = ("--suite", "text", "--suite", "noise", "--suite", "length", "--length", "300")
+    asked = "evaluate", demo_artifact, *suites, "--threads", "1"
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert "Texts; more nats" in result.stdout and "Length: speed" in result.stdout
+
+
 SMALL = """
 from dataclasses import replace
 from rgexport.griffin.sizes import SIZES
@@ -118,7 +127,13 @@ def test_random(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["onnx --size demo --int4 -o out", "validate {artifact}", "reference --size demo -o out"],
+    [
+        "onnx --size demo --int4 -o out",
+        "validate {artifact}",
+        "reference --size demo -o out",
+        "evaluate {artifact} --suite text --suite window",
+        "evaluate demo --suite text",
+    ],
 )
 def test_what_needs_torch_says_so_in_one_line(demo_artifact, tmp_path, command):
     asked = command.format(artifact=demo_artifact).split()

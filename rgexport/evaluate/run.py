@@ -61,11 +61,11 @@ def evaluate(
     if request.farthest is None:
         window = max(subject.window for subject in subjects)
         request = replace(request, farthest=memory.farthest(window))
-    results = Results(request.folder)
     planned = [
         (subject, [piece for name in names for piece in SUITES[name].pieces(subject, request)])
         for subject in subjects
     ]
+    results = Results(request.folder)  # which is not made for a wrong request
     _do(planned, request, results, threads, workers)
     found = [_by_suite(names, own, results, request) for _, own in planned]
     models = [_summed(subject, own, found[0]) for subject, own in zip(subjects, found, strict=True)]

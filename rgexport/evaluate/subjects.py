@@ -180,6 +180,7 @@ def open_subject(argument: str) -> Subject:
         engine_of(artifact.manifest.kind).require()
         own = argument if is_hub_name(argument) else str(artifact.path.absolute())
         return Subject(own, artifact.path.name, artifact.manifest.config, artifact)
+    import rgexport.evaluate.reference_session  # noqa: F401  # needs torch: told of at once
     from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
     from rgexport.griffin.sizes import SIZE_WORDS
 
