@@ -1,15 +1,17 @@
 """The figures and the model card that go with the weights."""
 
-import os
 import platform
 from pathlib import Path
 
 import torch
-from data import MIXTURE, Documents
+from data import Documents
 from evaluate import CONTEXT
 from model import Griffin
 from text import Corpus
 
+from rgexport.processors import usable_processors
+
+FIGURES = "figures.json"
 SOURCES = {
     "austen": ("five Austen novels", "Debian `r-cran-janeaustenr`", "public domain (package: MIT)"),
     "chat": ("two-person small talk", "PyPI `chitchat-dataset` 0.9.0", "MIT"),
@@ -27,7 +29,7 @@ HELD_OUT = {
     "chat": "134 whole conversations, every 30th",
     "moby_dick": "*Moby-Dick* (no line of it in training, nor another book by Melville)",
 }
-MEMORY = "| tasks of memory | `demo/episodes.py` | made up | | {share:.0f} % |"
+MEMORY = "| tasks of memory | `demo/episodes.py` | made up | | {shares} |"
 CARD = """---
 license: other
 language: en
@@ -37,8 +39,8 @@ pipeline_tag: text-generation
 
 # RecurrentGemma demo, {millions:.1f} M parameters
 
-A RecurrentGemma (Griffin) of {layers} layers and width {width}, trained from nothing in
-{minutes:.0f} minutes on {threads} CPU cores ({cpu}): {tokens:.1f} M tokens at {speed:.0f} tokens/s.
+A RecurrentGemma (Griffin) of {layers} layers and width {width}, trained from nothing on CPUs.
+{stages}
 It is a real, if very small, language model: good for trying an export, for parity tests and for a
 few lines of small talk, and for nothing that matters. It holds no weights of Google's and is not
 affiliated with Google; the architecture is that of arXiv 2404.07839.
@@ -60,19 +62,24 @@ transcript, its turn markup included: `<start_of_turn>user` and so on count as l
 
 ## Training data
 
-| text | from | licence | tokens | share of training |
-|---|---|---|---|---|
+| text | from | licence | tokens | {names} |
+|---|---|---|---|{rules}|
 {sources}
 
+The last columns are the shares of the tokens in each stage of the training.
 `python demo/train.py -o DIR` in the project's repository makes such a model again. The chats are
 what students typed: expect chattiness, typing errors and no knowledge.
 """
 
 
 def figures(
-    model: Griffin, documents: Documents, corpus: Corpus, bits: dict[str, float], run: dict
+    model: Griffin,
+    documents: Documents,
+    corpus: Corpus,
+    bits: dict[str, float],
+    stages: dict[str, dict],
 ) -> dict:
-    """Everything that figures.json says."""
+    """Everything that figures.json says; `stages` are the runs and machines of the training."""
     return {
         "held_out_bits_per_byte": {source: round(value, 4) for source, value in bits.items()},
         "held_out_bytes": {k: sum(len(t.encode()) for t in v) for k, v in corpus.held_out.items()},
@@ -81,16 +88,14 @@ def figures(
         "layers": model.shape.layers,
         "width": model.shape.width,
         "vocab": model.shape.vocab,
-        "tokens_trained": run["tokens"],
-        "steps": run["steps"],
-        "minutes": run["minutes"],
-        "tokens_per_second": round(run["tokens"] / run["minutes"] / 60),
         "source_tokens": {k: sum(map(len, v)) for k, v in documents.items()},
-        "mixture": MIXTURE,
-        "cpu": cpu_name(),
-        "threads": os.cpu_count(),
-        "torch": torch.__version__,
+        "stages": stages,
     }
+
+
+def machine() -> dict[str, str | int]:
+    """What a stage was trained on."""
+    return {"cpu": cpu_name(), "threads": usable_processors(), "torch": torch.__version__}
 
 
 def cpu_name() -> str:
@@ -106,18 +111,34 @@ def write_card(path: Path, result: dict) -> None:
     bits, size = result["held_out_bits_per_byte"], result["held_out_bytes"]
     rows = [f"| {what} | {bits[key]:.3f} | {size[key]:,} |" for key, what in HELD_OUT.items()]
     tokens = result["source_tokens"]
-    sources = [MEMORY.format(share=100 * MIXTURE["memory"])]
-    sources += [
-        f"| {what} | {where} | {licence} | {tokens[key]:,} | {100 * MIXTURE[key]:.0f} % |"
+    stages = result["stages"]
+    sources = [
+        f"| {what} | {where} | {licence} | {tokens[key]:,} | {_shares(stages, key)} |"
         for key, (what, where, licence) in SOURCES.items()
     ]
+    if "memory" in stages:
+        sources.append(MEMORY.format(shares=_shares(stages, "memory")))
     card = CARD.format(
-        **{key: result[key] for key in ("layers", "width", "vocab", "minutes", "cpu", "threads")},
+        **{key: result[key] for key in ("layers", "width", "vocab")},
         millions=result["parameters"] / 1e6,
-        tokens=result["tokens_trained"] / 1e6,
-        speed=result["tokens_per_second"],
+        stages="\n".join(_told(name, stage) for name, stage in stages.items()),
+        names=" | ".join(stages),
+        rules="|".join(["---"] * len(stages)),
         context=result["evaluation_context"],
         figures="\n".join(rows),
         sources="\n".join(sources),
     )
     path.write_text(card, "utf-8")
+
+
+def _told(name: str, stage: dict) -> str:
+    tokens, seconds = stage["tokens"], 60 * stage["minutes"]
+    return (
+        f"Stage *{name}*: {tokens / 1e6:.1f} M tokens in {stage['minutes']:.0f} minutes on "
+        f"{stage['threads']} cores ({stage['cpu']}), {tokens / seconds:.0f} tokens/s."
+    )
+
+
+def _shares(stages: dict[str, dict], source: str) -> str:
+    shares = [stage["mixture"].get(source, 0.0) for stage in stages.values()]
+    return " | ".join(f"{100 * share:.0f} %" for share in shares)

@@ -9,16 +9,25 @@ from episodes import Episodes
 from tokenizer import BOS
 from torch import Tensor
 
-# Share of the training tokens. What is nearest to the held-out texts is seen most often.
-MIXTURE = {
-    "memory": 0.40,
-    "chat": 0.19,
-    "austen": 0.18,
-    "speeches": 0.08,
-    "classics": 0.06,
-    "bible": 0.05,
-    "wordnet": 0.04,
+Mixture = dict[str, float]
+"""Source → its share of the training tokens."""
+
+# What is nearest to the held-out texts is seen most often.
+_TEXTS = {
+    "chat": 0.32,
+    "austen": 0.30,
+    "speeches": 0.13,
+    "classics": 0.10,
+    "bible": 0.08,
+    "wordnet": 0.07,
 }
+_MEMORY = 0.40
+STAGES: dict[str, Mixture] = {
+    "texts": _TEXTS,
+    "memory": {"memory": _MEMORY}
+    | {source: round((1 - _MEMORY) * share, 2) for source, share in _TEXTS.items()},
+}
+"""What the model learns, one after another: the language, then also to remember."""
 
 Documents = dict[str, list[np.ndarray]]
 
@@ -71,17 +80,17 @@ def epochs(
 
 
 def batches(
-    documents: Documents, episodes: Episodes, rows: int, length: int, seed: int
+    mixture: Mixture, documents: Documents, episodes: Episodes, rows: int, length: int, seed: int
 ) -> Iterator[Tensor]:
-    """Endless [rows, length + 1] batches in the proportions of `MIXTURE`."""
+    """Endless [rows, length + 1] batches in the proportions of the mixture."""
     rng = np.random.default_rng(seed)
     streams = [
         episodes.rows(length, rng)
         if source == "memory"
         else epochs(source, documents[source], length, rng)
-        for source in MIXTURE
+        for source in mixture
     ]
-    shares = np.array(list(MIXTURE.values()))
+    shares = np.array(list(mixture.values()))
     shares /= shares.sum()
     drawn = np.zeros(len(shares))
     while True:

@@ -1,11 +1,13 @@
-"""Trains the demo model from nothing: `python demo/train.py --minutes 85 -o DIR`.
+"""Trains the demo model from nothing: `python demo/train.py -o DIR`.
 
 Fetches the texts, trains a tokenizer and a RecurrentGemma of 11 M parameters on the CPU until the
-minutes are over, and writes a Hugging Face folder with the held-out figures beside it.
+minutes are over, and writes a Hugging Face folder with the held-out figures beside it. The model
+after the first stage stays in `DIR/texts`; a stage that is done is not done again.
 """
 
 import argparse
 import ctypes
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -21,8 +23,8 @@ import sentencepiece
 import text
 import tokenizer
 import torch
-from card import figures, write_card
-from data import encode
+from card import FIGURES, figures, machine, write_card
+from data import STAGES, encode
 from episodes import Episodes
 from model import Griffin, Shape
 from reference import Reference
@@ -32,38 +34,56 @@ from trainer import Trainer
 def main() -> None:
     """Everything, in order."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=85.0, help="time to train for")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs=len(STAGES),
+        metavar=tuple(stage.upper() for stage in STAGES),
+        default=(87.0, 85.0),
+        help="time to train for, on the texts alone and then with the tasks of memory",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, default=Path("out/demo-cache"), help="downloads")
-    parser.add_argument("--start", type=Path, help="model folder to go on from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keep_memory()
     torch.manual_seed(args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
 
     corpus = text.build(fetch.fetch(args.cache))
-    pieces = (args.start or args.cache) / "tokenizer.model"
-    if args.start is None:
+    folders = {"texts": args.output / "texts", "memory": args.output}
+    begun = is_done(folders["texts"])
+    pieces = (folders["texts"] if begun else args.cache) / "tokenizer.model"
+    if not begun:
         tokenizer.train(tokenizer_lines(corpus), Shape().vocab, pieces)
     tokenizer.check(pieces)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
     documents = encode(processor, corpus.train)
+    held_out = encode(processor, corpus.held_out)
+    episodes = Episodes(
+        pieces.parent, [d for s, own in documents.items() if s != "chat" for d in own]
+    )
 
     model = Griffin(Shape())
-    if args.start is not None:
-        export.read(model, args.start)
-    prose = [d for source, own in documents.items() if source != "chat" for d in own]
-    episodes = Episodes(pieces.parent, prose)
-    checkpoint = args.output / "checkpoint.pt"
-    run = Trainer(model, documents, episodes, checkpoint, args.seed).run(args.minutes)
-    export.write(model, pieces, args.output)
-    held_out = encode(processor, corpus.held_out)
-    bits = evaluate.bits_per_byte(Reference(args.output).logits, held_out, corpus.held_out)
-    result = figures(model, documents, corpus, bits, run)
-    export.write_json(args.output / "figures.json", result)
-    write_card(args.output / "README.md", result)
-    print(bits)
+    stages: dict[str, dict] = {}
+    for (stage, folder), minutes in zip(folders.items(), args.minutes, strict=True):
+        if not is_done(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint = folder / "checkpoint.pt"
+            trainer = Trainer(model, STAGES[stage], documents, episodes, checkpoint, args.seed)
+            stages[stage] = trainer.run(minutes) | {"mixture": STAGES[stage]} | machine()
+            export.write(model, pieces, folder)
+            bits = evaluate.bits_per_byte(Reference(folder).logits, held_out, corpus.held_out)
+            print(stage, bits)
+            result = figures(model, documents, corpus, bits, stages)
+            write_card(folder / "README.md", result)
+            export.write_json(folder / FIGURES, result)
+        stages = json.loads((folder / FIGURES).read_text())["stages"]
+        export.read(model, folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a stage has ended there: its figures come last."""
+    return (folder / FIGURES).exists()
 
 
 def keep_memory() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Documents, batches
+from data import Documents, Mixture, batches
 from episodes import Episodes
 from model import Griffin
 from muon import optimizers
@@ -39,6 +39,7 @@ class Trainer:
     def __init__(
         self,
         model: Griffin,
+        mixture: Mixture,
         documents: Documents,
         episodes: Episodes,
         checkpoint: Path,
@@ -52,11 +53,11 @@ class Trainer:
         self.steps, self.spent = 0, 0.0
         if checkpoint.exists():
             self.resume()
-        self.rows = batches(documents, episodes, ROWS, LENGTH, seed + self.steps)
+        self.rows = batches(mixture, documents, episodes, ROWS, LENGTH, seed + self.steps)
         self.pool = ThreadPoolExecutor(usable_processors())
 
     def run(self, minutes: float) -> dict[str, float]:
-        """Trains for `minutes`, those before a checkpoint included."""
+        """Trains for `minutes`, those before a checkpoint included; what that was, in figures."""
         self.learn(next(self.rows)[:MICRO])  # compiles, off the clock
         self.zero_grad()
         begun = clock() - self.spent
