@@ -39,8 +39,11 @@ pipeline_tag: text-generation
 
 # RecurrentGemma demo, {millions:.1f} M parameters
 
-A RecurrentGemma (Griffin) of {layers} layers and width {width}, trained from nothing on CPUs.
+A RecurrentGemma (Griffin) of {layers} layers and width {width}, trained from nothing on CPUs, stage
+by stage:
+
 {stages}
+
 It is a real, if very small, language model: good for trying an export, for parity tests and for a
 few lines of small talk, and for nothing that matters. It holds no weights of Google's and is not
 affiliated with Google; the architecture is that of arXiv 2404.07839.
@@ -134,8 +137,8 @@ def write_card(path: Path, result: dict) -> None:
 def _told(name: str, stage: dict) -> str:
     tokens, seconds = stage["tokens"], 60 * stage["minutes"]
     return (
-        f"Stage *{name}*: {tokens / 1e6:.1f} M tokens in {stage['minutes']:.0f} minutes on "
-        f"{stage['threads']} cores ({stage['cpu']}), {tokens / seconds:.0f} tokens/s."
+        f"- *{name}*: {tokens / 1e6:.1f} M tokens in {stage['minutes']:.0f} minutes on "
+        f"{stage['threads']} cores ({stage['cpu']}), {tokens / seconds:.0f} tokens/s"
     )
 
 

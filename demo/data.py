@@ -1,6 +1,7 @@
 """Token streams and the endless shuffled mixture of training rows made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import sentencepiece
@@ -21,13 +22,47 @@ _TEXTS = {
     "bible": 0.08,
     "wordnet": 0.07,
 }
-_MEMORY = 0.40
-STAGES: dict[str, Mixture] = {
-    "texts": _TEXTS,
-    "memory": {"memory": _MEMORY}
-    | {source: round((1 - _MEMORY) * share, 2) for source, share in _TEXTS.items()},
+_MEMORY = {
+    "memory": 0.40,
+    "chat": 0.19,
+    "austen": 0.18,
+    "speeches": 0.08,
+    "classics": 0.06,
+    "bible": 0.05,
+    "wordnet": 0.04,
 }
-"""What the model learns, one after another: the language, then also to remember."""
+_CHAT = {
+    "chat": 0.58,
+    "memory": 0.15,
+    "austen": 0.13,
+    "speeches": 0.04,
+    "classics": 0.04,
+    "bible": 0.03,
+    "wordnet": 0.03,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training, in which the learning rate falls to zero once.
+
+    Attributes:
+        mixture: what is read.
+        minutes: by default.
+        rate: of the peak learning rates.
+    """
+
+    mixture: Mixture
+    minutes: float
+    rate: float = 1.0
+
+
+STAGES = {
+    "texts": Stage(_TEXTS, 87.0),
+    "memory": Stage(_MEMORY, 85.0),
+    "chat": Stage(_CHAT, 28.0, 0.4),
+}
+"""The language, then also to remember, and then the small talk that was lost over it."""
 
 Documents = dict[str, list[np.ndarray]]
 
@@ -80,7 +115,12 @@ def epochs(
 
 
 def batches(
-    mixture: Mixture, documents: Documents, episodes: Episodes, rows: int, length: int, seed: int
+    mixture: Mixture,
+    documents: Documents,
+    episodes: Episodes,
+    rows: int,
+    length: int,
+    seed: Sequence[int],
 ) -> Iterator[Tensor]:
     """Endless [rows, length + 1] batches in the proportions of the mixture."""
     rng = np.random.default_rng(seed)

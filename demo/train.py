@@ -1,8 +1,8 @@
 """Trains the demo model from nothing: `python demo/train.py -o DIR`.
 
 Fetches the texts, trains a tokenizer and a RecurrentGemma of 11 M parameters on the CPU until the
-minutes are over, and writes a Hugging Face folder with the held-out figures beside it. The model
-after the first stage stays in `DIR/texts`; a stage that is done is not done again.
+minutes are over, and writes a Hugging Face folder with the held-out figures beside it. What stages
+before the last made stays in folders of their names there. A stage that is done is not done again.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import ctypes
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # One thread for each piece of a batch and none within: no barrier ever waits for a busy core.
@@ -24,7 +25,7 @@ import text
 import tokenizer
 import torch
 from card import FIGURES, figures, machine, write_card
-from data import STAGES, encode
+from data import STAGES, Documents, encode
 from episodes import Episodes
 from model import Griffin, Shape
 from reference import Reference
@@ -39,8 +40,8 @@ def main() -> None:
         type=float,
         nargs=len(STAGES),
         metavar=tuple(stage.upper() for stage in STAGES),
-        default=(87.0, 85.0),
-        help="time to train for, on the texts alone and then with the tasks of memory",
+        default=[stage.minutes for stage in STAGES.values()],
+        help="time to train for in each stage",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, default=Path("out/demo-cache"), help="downloads")
@@ -49,36 +50,64 @@ def main() -> None:
     keep_memory()
     torch.manual_seed(args.seed)
 
-    corpus = text.build(fetch.fetch(args.cache))
-    folders = {"texts": args.output / "texts", "memory": args.output}
-    begun = is_done(folders["texts"])
-    pieces = (folders["texts"] if begun else args.cache) / "tokenizer.model"
-    if not begun:
+    *before, last = STAGES
+    folders = {stage: args.output / stage for stage in before} | {last: args.output}
+    material = prepare(args.cache, folders[before[0]])
+    model = Griffin(Shape())
+    stages: dict[str, dict] = {}
+    for number, (name, folder) in enumerate(folders.items()):
+        if not is_done(folder):
+            learn(model, name, args.minutes[number], (args.seed, number), material, stages, folder)
+        stages = json.loads((folder / FIGURES).read_text())["stages"]
+        export.read(model, folder)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all stages learn from, and are measured on."""
+
+    corpus: text.Corpus
+    tokenizer: Path
+    documents: Documents
+    held_out: Documents
+    episodes: Episodes
+
+
+def prepare(cache: Path, first: Path) -> Material:
+    """Fetches and encodes the texts; the tokenizer is that of the first stage, if it is done."""
+    corpus = text.build(fetch.fetch(cache))
+    pieces = (first if is_done(first) else cache) / "tokenizer.model"
+    if not is_done(first):
         tokenizer.train(tokenizer_lines(corpus), Shape().vocab, pieces)
     tokenizer.check(pieces)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
-    documents = encode(processor, corpus.train)
-    held_out = encode(processor, corpus.held_out)
-    episodes = Episodes(
-        pieces.parent, [d for s, own in documents.items() if s != "chat" for d in own]
-    )
+    documents, held_out = (encode(processor, texts) for texts in (corpus.train, corpus.held_out))
+    prose = [d for source, own in documents.items() if source != "chat" for d in own]
+    return Material(corpus, pieces, documents, held_out, Episodes(pieces.parent, prose))
 
-    model = Griffin(Shape())
-    stages: dict[str, dict] = {}
-    for (stage, folder), minutes in zip(folders.items(), args.minutes, strict=True):
-        if not is_done(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint = folder / "checkpoint.pt"
-            trainer = Trainer(model, STAGES[stage], documents, episodes, checkpoint, args.seed)
-            stages[stage] = trainer.run(minutes) | {"mixture": STAGES[stage]} | machine()
-            export.write(model, pieces, folder)
-            bits = evaluate.bits_per_byte(Reference(folder).logits, held_out, corpus.held_out)
-            print(stage, bits)
-            result = figures(model, documents, corpus, bits, stages)
-            write_card(folder / "README.md", result)
-            export.write_json(folder / FIGURES, result)
-        stages = json.loads((folder / FIGURES).read_text())["stages"]
-        export.read(model, folder)
+
+def learn(
+    model: Griffin,
+    name: str,
+    minutes: float,
+    seed: Sequence[int],
+    material: Material,
+    before: dict[str, dict],
+    folder: Path,
+) -> None:
+    """One stage; `before` are the runs of those before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stage, documents, checkpoint = STAGES[name], material.documents, folder / "checkpoint.pt"
+    trainer = Trainer(model, stage, documents, material.episodes, checkpoint, seed)
+    run = trainer.run(minutes) | {"mixture": stage.mixture, "rate": stage.rate} | machine()
+    export.write(model, material.tokenizer, folder)
+    corpus = material.corpus
+    logits = Reference(folder).logits
+    bits = evaluate.bits_per_byte(logits, material.held_out, corpus.held_out)
+    print(name, bits)
+    result = figures(model, documents, corpus, bits, before | {name: run})
+    write_card(folder / "README.md", result)
+    export.write_json(folder / FIGURES, result)
 
 
 def is_done(folder: Path) -> bool:

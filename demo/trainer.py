@@ -2,12 +2,13 @@
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import Documents, Mixture, batches
+from data import Documents, Stage, batches
 from episodes import Episodes
 from model import Griffin
 from muon import optimizers
@@ -39,21 +40,21 @@ class Trainer:
     def __init__(
         self,
         model: Griffin,
-        mixture: Mixture,
+        stage: Stage,
         documents: Documents,
         episodes: Episodes,
         checkpoint: Path,
-        seed: int,
+        seed: Sequence[int],
     ) -> None:
         self.model = model
         self.forward = torch.compile(model)
         self.optimizers = optimizers(model)
-        self.peaks = [group["lr"] for group in self.groups()]
+        self.peaks = [stage.rate * group["lr"] for group in self.groups()]
         self.checkpoint = checkpoint
         self.steps, self.spent = 0, 0.0
         if checkpoint.exists():
             self.resume()
-        self.rows = batches(mixture, documents, episodes, ROWS, LENGTH, seed + self.steps)
+        self.rows = batches(stage.mixture, documents, episodes, ROWS, LENGTH, [*seed, self.steps])
         self.pool = ThreadPoolExecutor(usable_processors())
 
     def run(self, minutes: float) -> dict[str, float]:
