@@ -7,6 +7,9 @@ from rgexport.evaluate.pieces import Result
 from rgexport.progress import amount
 from rgexport.tables import Row, Table
 
+_COLUMNS = 10
+"""Most distances in a table of `memory`: ten are as wide as a terminal."""
+
 
 def text_tables(models: Sequence[Result]) -> Iterator[Table]:
     """A row for each domain, way of reading and model."""
@@ -59,17 +62,19 @@ def _with_error(gap: Result) -> str:
 
 
 def memory_tables(models: Sequence[Result]) -> Iterator[Table]:
-    """A table for each task: a row for each model, a column for each distance.
+    """A table for each task: a row for each model, columns for distances.
 
     A star marks what differs from the first model by more than chance: p below 0.05.
     """
     for index, first in enumerate(models[0]["suites"]["memory"]["tasks"]):
-        distances = [f"{point['distance']:,}" for point in first["points"]]
+        shown = _shown(len(first["points"]))
+        distances = [f"{first['points'][place]['distance']:,}" for place in shown]
         rows: list[Row] = []
         for model in models:
             one = model["suites"]["memory"]["tasks"][index]
             sure = _differing(model, one["task"])
-            cells = [f"{p['value']:.2f}{'*' * (p['distance'] in sure)}" for p in one["points"]]
+            points = [one["points"][place] for place in shown]
+            cells = [f"{p['value']:.2f}{'*' * (p['distance'] in sure)}" for p in points]
             rows.append((model["label"], *cells, _half(one)))
         title = (
             f"Memory, {first['task']}: right answers after so many tokens; "
@@ -77,6 +82,11 @@ def memory_tables(models: Sequence[Result]) -> Iterator[Table]:
         )
         header = ("model", *distances, "half at")
         yield Table(title, header, rows, header[1:])
+
+
+def _shown(count: int) -> range:
+    """Places of the distances that have a column: every other one where they are many."""
+    return range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
 
 
 def _half(one: Result) -> str:

@@ -24,7 +24,7 @@ from rgexport.runtimes.session import Session
 NAME = "memory"
 ROWS = 8
 """Episodes of a batch."""
-_NEAREST, _STEP = 16, 4
+_NEAREST, _STEP = 16, 2
 """The first distance; each of the next is so many times as far."""
 _FARTHEST_WINDOWS = 4
 _SPAN = 1 << 15
@@ -33,7 +33,7 @@ _SPAN = 1 << 15
 
 def farthest(window: int) -> int:
     """The largest distance that is asked for by default: four windows."""
-    return max(_FARTHEST_WINDOWS * window, _NEAREST * _STEP)
+    return _FARTHEST_WINDOWS * max(window, _NEAREST)
 
 
 def distances(last: int) -> list[int]:

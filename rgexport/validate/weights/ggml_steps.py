@@ -31,6 +31,7 @@ class Blocks:
         grouped: weights whose steps are multiples of one number, so that small steps are not
             exact: the largest step of the group counts for all of it. These types choose their
             steps for the least squared error. 0 for the other types.
+        scales: the largest of those multiples, which multiplies what rounding does to the number.
     """
 
     size: int
@@ -38,6 +39,12 @@ class Blocks:
     asymmetric: bool = False
     clips: bool = False
     grouped: int = 0
+    scales: int = 1
+
+    @property
+    def least(self) -> float:
+        """What rounding may do to the step of a block, however small it is."""
+        return self.scales * _LEAST
 
 
 BLOCKS = {
@@ -46,11 +53,11 @@ BLOCKS = {
     "q5_0": Blocks(32, 16, clips=True),
     "q4_1": Blocks(32, 15, asymmetric=True),
     "q5_1": Blocks(32, 31, asymmetric=True),
-    "q2_k": Blocks(16, 3, asymmetric=True, grouped=256),
-    "q3_k": Blocks(16, 4, clips=True, grouped=256),
-    "q4_k": Blocks(32, 15, asymmetric=True, grouped=256),
-    "q5_k": Blocks(32, 31, asymmetric=True, grouped=256),
-    "q6_k": Blocks(16, 32, clips=True, grouped=256),
+    "q2_k": Blocks(16, 3, asymmetric=True, grouped=256, scales=15),
+    "q3_k": Blocks(16, 4, clips=True, grouped=256, scales=32),
+    "q4_k": Blocks(32, 15, asymmetric=True, grouped=256, scales=63),
+    "q5_k": Blocks(32, 31, asymmetric=True, grouped=256, scales=63),
+    "q6_k": Blocks(16, 32, clips=True, grouped=256, scales=128),
 }
 """Type → its blocks (ggml-quants.c: quantize_row_*_ref)."""
 
@@ -59,7 +66,8 @@ def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
     """The step at each of the weights [rows, columns]; the columns are whole blocks."""
     exact, base = _exact_steps(w, blocks)
     # half a step, and what the rounding of scale and minimum adds to it, twice
-    moved = blocks.below * np.maximum(exact * _HALF, _LEAST) + np.maximum(base * _HALF, _LEAST)
+    moved = blocks.below * np.maximum(exact * _HALF, blocks.least)
+    moved += np.maximum(base * _HALF, blocks.least)
     step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
     if blocks.grouped:
         step = _largest_of_group(step, blocks)
@@ -69,10 +77,12 @@ def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
 def own_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
     """The step of each weight's own block in a grouped type, as rounding to nearest has it.
 
-    Scales are multiples of a fraction of the group's largest one, so none is much smaller.
+    Scales are multiples of a fraction of the group's largest one, so none is much smaller. And
+    blocks may be too small for float16, which may store them as zeros.
     """
     own, _ = _exact_steps(w, blocks)
-    least = np.maximum(_largest_of_group(own, blocks) * _LEAST_SCALE, NEGLIGIBLE)
+    rounded = np.float32(2 * blocks.below * blocks.least)
+    least = np.maximum(_largest_of_group(own, blocks) * _LEAST_SCALE, rounded)
     return np.repeat(np.maximum(own, least), blocks.size, axis=1)
 
 

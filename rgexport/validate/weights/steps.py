@@ -117,12 +117,13 @@ def step_sizes(
     if scheme.label in _FLOATS:
         return StepSizes(_float_steps(w, *_FLOATS[scheme.label]))
     blocks = BLOCKS[scheme.label]
-    step = ggml_steps.block_steps(w, blocks)
+    step, grid = ggml_steps.block_steps(w, blocks), ggml_steps.block_grid(w, blocks)
+    outermost = (step if grid is None else grid) * np.float32(blocks.below - 1)
     return StepSizes(
         step,
         own=ggml_steps.own_steps(w, blocks) if blocks.grouped else None,
-        limit=step * np.float32(blocks.below - 1) if blocks.clips else None,
-        grid=ggml_steps.block_grid(w, blocks),
+        limit=outermost if blocks.clips else None,
+        grid=grid,
     )
 
 

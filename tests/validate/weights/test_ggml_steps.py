@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.export.manifest import StoredTensor
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
+from rgexport.validate.weights.steps import shown_rounding
 from rgexport.validate.weights.weight_limits import weight_checks
 from tests.llama_tools import needs_llama_cpp
 from tests.validate.weights.stored import draw, error_of, passes, store
@@ -49,6 +51,19 @@ def test_a_wrong_scale_or_block_is_seen(kind: str) -> None:
     block = store(w, scheme).copy()
     block[7, 256:512] = np.roll(block[7, 256:512], 1)
     assert not passes(error_of(w, block, scheme))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-5, 5e-5, 3e-4])
+def test_neurons_that_are_almost_zero_pass(kind: str, size: float) -> None:
+    """Their scales are too small for float16, with the weights or with a sketch of them."""
+    w, scheme = draw("normal", (64, 512)), Ggml(kind)
+    w[::16] *= size
+    stored = store(w, scheme)
+    assert passes(error_of(w, stored, scheme))
+    noise, _ = shown_rounding("w", stored, StoredTensor(w.shape, scheme, {}))
+    assert (np.square(stored - w).sum(1) / noise).max() < 6
 
 
 def test_steps_of_decays() -> None:
