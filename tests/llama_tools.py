@@ -18,7 +18,7 @@ def llama_tools() -> Path:
 
 
 def run_tool(
-    tool: Path, *arguments: str | Path, timeout: float = 300, ending: str = "", tries: int = 3
+    tool: Path, *arguments: str | Path, timeout: float = 300, ending: str = "", tries: int = 8
 ) -> str:
     """Runs one of them and gives what it printed; a failure shows all of it.
 

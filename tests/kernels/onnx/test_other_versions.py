@@ -36,7 +36,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.kernels.onnx.library import calls
 from rgexport.runtimes.onnx.session import OrtSession
 session = OrtSession(open_artifact(sys.argv[1]), threads=2)
-tokens = np.random.default_rng(7).integers(0, session.vocab_size, (1, sum({CHUNKS})))
+tokens = np.random.default_rng(8).integers(0, session.vocab_size, (1, sum({CHUNKS})))
 logits, start = [], 0
 for size in {CHUNKS}:
     logits.append(session.prefill(tokens[:, start : start + size], size))
