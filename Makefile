@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and i
 	-@$(MAKE) -s --no-print-directory native
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
-	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 40 --temperature 0.7 --seed 2
+	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 40 --temperature 0.7 --seed 8
 	$(BIN)/rgexport reference --size demo -o $(REFERENCE) --force
 	$(BIN)/rgexport validate $(DEMO) --reference $(REFERENCE) --html out/demo-report.html
 
