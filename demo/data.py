@@ -62,7 +62,7 @@ STAGES = {
     "memory": Stage(_MEMORY, 85.0),
     "chat": Stage(_CHAT, 28.0, 0.4),
 }
-"""The language, then also to remember, and then the small talk that was lost over it."""
+"""The language; then to remember, too; then small talk, which became worse over that."""
 
 Documents = dict[str, list[np.ndarray]]
 

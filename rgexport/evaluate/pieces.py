@@ -24,7 +24,7 @@ from rgexport.griffin.state import State
 Result = dict[str, Any]
 """What a piece gave, as JSON."""
 _DIGITS = 20
-_VERSION = 3
+_VERSION = 4
 """Of what suites do: results of another version do not count."""
 _MARK = "made by rgexport evaluate"
 

@@ -10,6 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.suites import memory
 from rgexport.evaluate.suites.episodes import TASKS, words_of
+from rgexport.evaluate.tables import memory_tables
 from rgexport.griffin.checkpoint import demo_folder
 
 VOCAB, GOLDEN = 400, (5**0.5 - 1) / 2
@@ -157,6 +158,23 @@ def test_filler_of_words_has_none_of_them():
 def test_a_vocabulary_may_be_too_small():
     with pytest.raises(RequestError, match="a vocabulary of 20 is too small"):
         words_of(None, 20)
+
+
+def test_a_table_shows_every_other_one_of_many_distances():
+    def header(count):
+        points = [
+            {"distance": distance, "value": 1.0, "low": 0.9, "high": 1.0}
+            for distance in memory.distances(16 << count - 1)
+        ]
+        entry = {"task": "recall", "chance": 0.25, "half": None, "points": points}
+        model = {"label": "m", "suites": {"memory": {"tasks": [entry]}}}
+        (table,) = memory_tables([model])
+        assert all(len(row) == len(table.header) for row in table.rows)
+        return table.header[1:-1]
+
+    assert header(2) == ("16", "32") and len(header(10)) == 10
+    assert header(11) == ("16", "64", "256", "1,024", "4,096", "16,384")
+    assert header(12) == ("32", "128", "512", "2,048", "8,192", "32,768")
 
 
 def test_distances():

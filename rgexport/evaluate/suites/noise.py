@@ -145,8 +145,7 @@ def measure(
         each.append(nats(logits, np.array([ids]))[0].tolist())
         tops.append(logits[0].argmax(-1).tolist())
         hashed.update(np.array(ids).tobytes())
-    found = {"sums": list(map(sum, each)), "counts": list(map(len, each)), "nats": each}
-    return found | {"tops": tops, "ids": hashed.hexdigest()}
+    return {"nats": each, "tops": tops, "ids": hashed.hexdigest()}
 
 
 def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
@@ -159,8 +158,9 @@ def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
 
 
 def _of_noise(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Result:
-    counts = [count for _, result in pairs for count in result["counts"]]
-    before, after = ([x for pair in pairs for x in pair[side]["sums"]] for side in (0, 1))
+    each = [nats for _, result in pairs for nats in result["nats"]]
+    after, counts = list(map(sum, each)), list(map(len, each))
+    before = [sum(nats) for clean, _ in pairs for nats in clean["nats"]]
     flips = [
         sum(a != b for a, b in zip(first, second, strict=True))
         for one, other in pairs
@@ -180,7 +180,7 @@ def _by_distance(pairs: Sequence[tuple[Result, Result]]) -> Iterator[Result]:
 
     An entry goes up to the next one.
     """
-    longest = max(count for _, result in pairs for count in result["counts"])
+    longest = max(len(nats) for _, result in pairs for nats in result["nats"])
     for power in range((longest - 1).bit_length() + 1):
         start, stop = (1 << power) - 1, (1 << power + 1) - 1
         parts = [
@@ -205,10 +205,10 @@ def differences(
         other = sides[1][sha256, kind]
         if one["ids"] != other["ids"]:
             continue
-        clean = [side[sha256, "none"]["sums"] for side in sides]
-        grown = [np.subtract(r["sums"], c) for r, c in zip((one, other), clean, strict=True)]
-        for kept, new in zip(gaps[kind], (*grown, one["counts"]), strict=True):
-            kept.extend(new)
+        for kept, result, side in zip(gaps[kind], (one, other), sides, strict=False):
+            clean = side[sha256, "none"]["nats"]
+            kept += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
+        gaps[kind][2] += map(len, one["nats"])
     return {
         "noises": [
             {"noise": kind} | asdict(mean_difference(*columns)) for kind, columns in gaps.items()

@@ -39,12 +39,13 @@ def test_what_ggml_stores_passes(
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", FOUR_BITS_OR_MORE)
-def test_a_wrong_scale_or_block_is_seen(kind: str) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.02, 0.005])
+def test_a_wrong_scale_or_block_is_seen(kind: str, size: float) -> None:
     """A scale off by three percent, which hides in the noise of four bits.
 
     The noise of two bits is 30 %, and the least squared error alone makes scales 2 to 6 % smaller.
     """
-    w, scheme = draw("normal", (64, 512), size=1.0), Ggml(kind)
+    w, scheme = draw("normal", (64, 512), size=size), Ggml(kind)
     assert passes(error_of(w, store(w, scheme), scheme))
     for gain in (0.97, 1.03):
         assert not passes(error_of(w, store(w, scheme, gain), scheme))
