@@ -1,6 +1,6 @@
 """What a scheduler is asked, and what it answers."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -94,6 +94,9 @@ class Request:
         stop_ids: tokens that end the reply; they are not part of it.
         keep: lengths of prefixes of the prompt whose states are kept, beside its own.
         mask: what may be written.
+        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, part
+            by part, in the scheduler's thread. The whole prompt is read then, even where a state
+            after a part of it is known.
         client: who asks; clients take turns.
         first: whether it goes before all others.
         lasting: whether the states of the prompt's and the reply's end go into a folder, too.
@@ -107,6 +110,7 @@ class Request:
     stop_ids: Collection[int] = ()
     keep: Collection[int] = ()
     mask: Mask | None = None
+    prompt_logits: Callable[[Sequence[int], np.ndarray], None] | None = None
     client: str = ""
     first: bool = False
     lasting: bool = True

@@ -201,7 +201,7 @@ class Model(Prompts):
                     return
             deliver(last)
 
-        writer = Writer(self.tokenizer, len(prompt.ids), options, deliver, end)
+        writer = Writer(self.tokenizer, prompt.ids, options, deliver, end)
         return self.scheduler.submit(
             Request(
                 ids=prompt.ids,
@@ -212,6 +212,7 @@ class Model(Prompts):
                 stop_ids=self.tokenizer.stop_ids,
                 keep=prompt.keep,
                 mask=options.mask,
+                prompt_logits=writer.prompt if options.prompt_logprobs else None,
                 client=options.client,
                 lasting=prompt.messages is None,
             )

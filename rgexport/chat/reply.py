@@ -23,6 +23,8 @@ class ReplyOptions:
         stop: texts that end the reply and are not part of it.
         logprobs: of how many of the most likely tokens to report log probabilities, beside the
             chosen one's; None for none at all.
+        prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
+            probabilities. The whole prompt is read then, whatever was read before.
         mask: what may be written.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
         client: who asks; clients take turns.
@@ -32,6 +34,7 @@ class ReplyOptions:
     max_new_tokens: int = 1024
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     mask: Mask | None = None
     draft: Sequence[int] = ()
     client: str = ""
@@ -72,10 +75,13 @@ def reply_options(**options: Any) -> ReplyOptions:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token, its log probability before penalties and temperature, and the most likely ones."""
+    """A token, its log probability before penalties and temperature, and the most likely ones.
+
+    The log probability of a prompt's first token is None.
+    """
 
     id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -136,17 +142,17 @@ class Writer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_tokens: int,
+        prompt: Sequence[int],
         options: ReplyOptions,
         deliver: Deliver,
         end: Callable[[Reply | RequestError], None],
     ) -> None:
         """Begins a reply; `deliver` gets its pieces, `end` what it ends with."""
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
-        self._prompt_tokens, self._logprobs = prompt_tokens, options.logprobs
+        self._prompt_tokens, self._logprobs = len(prompt), options.logprobs
         self._deliver, self._end = deliver, end
         self._said: list[str] = []
-        self._waiting: list[Chosen] = []
+        self._waiting = [Chosen(prompt[0], None, ())] if options.prompt_logprobs else []
         self._ids: list[int] = []
 
     def token(self, token: Token) -> bool:
@@ -156,6 +162,11 @@ class Writer:
             self._waiting.append(chosen(token, self._logprobs))
         self._say(self._stop.add(self._decoder.add(token.id)))
         return self._stop.found is None
+
+    def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
+        """Takes the next tokens of the prompt, and the logits [T, vocab] that predict them."""
+        for token, row in zip(ids, logits, strict=True):
+            self._waiting.append(chosen(Token(token, row), self._logprobs or 0))
 
     def end(self, end: End) -> None:
         """Takes the end."""

@@ -27,6 +27,8 @@ _REST = 1.5
 """A chunk may be so many times as long, rather than to leave a short one."""
 _TILE = 64
 """Chunks are multiples of this if they can be: engines are slower at fewer tokens."""
+_LOGITS_BYTES = 32 << 20
+"""Most bytes of logits, where those of all tokens of a chunk are wanted."""
 _READING_SECONDS, _READING_STEPS = 2.5, 1.5
 """How long a chunk may take: alone, and in steps if others write."""
 
@@ -76,6 +78,7 @@ class Scheduler:
         self._writing = 0
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._pace = _Pace(session)
+        self._scored_chunk = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -200,7 +203,7 @@ class Scheduler:
         self.counters.requests += 1
         job.began = time.perf_counter()
         self._rows.append(job)
-        prefix = self._store.longest(job.ids)
+        prefix = None if job.request.prompt_logits else self._store.longest(job.ids)
         if prefix is None:
             empty = self._empty | {POSITION: np.zeros(1, np.int64)}
             self._set(len(self._rows) - 1, empty)
@@ -213,7 +216,7 @@ class Scheduler:
 
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
-        if not (reading := self._rows[self._writing :]):
+        if job.request.prompt_logits or not (reading := self._rows[self._writing :]):
             return False
         known = self._store.length(job.ids)
         for other in reading:
@@ -234,12 +237,15 @@ class Scheduler:
         job = min(reading, key=lambda job: job.began)
         row = self._rows.index(job)
         place, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
+        if job.request.prompt_logits:
+            chunk = min(chunk, self._scored_chunk)
         stop = place if place - job.fed <= _REST * chunk else job.fed + chunk
         started = time.perf_counter()
         tokens = np.array([job.ids[job.fed : stop]], np.int64)
-        logits = self._session.take(range(row, row + 1), tokens)[0, -1]
+        logits = self._take_prompt(job, row, tokens)
         seconds = time.perf_counter() - started
-        self._pace.read(tokens.size, seconds)
+        if not job.request.prompt_logits:  # it takes longer, and no other prompt does
+            self._pace.read(tokens.size, seconds)
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
         job.fed = stop
@@ -250,6 +256,15 @@ class Scheduler:
         self._store.put(job.ids[:stop], state, logits if ended else None, lasting=kept)
         if ended:
             self._reply(job, logits, state)
+
+    def _take_prompt(self, job: Job, row: int, tokens: np.ndarray) -> np.ndarray:
+        """Reads tokens [1, T] of a prompt; returns the logits [vocab] after the last one."""
+        hear, start = job.request.prompt_logits, job.fed + 1
+        logits = self._session.take(range(row, row + 1), tokens, tokens.size if hear else 1)[0]
+        if hear:
+            predicted = job.request.ids[start : start + tokens.size]
+            hear(predicted, logits[: len(predicted)])
+        return logits[-1]
 
     def _reply(self, job: Job, logits: np.ndarray | None, state: State) -> None:
         """Begins to write, from the logits and the state after the prompt."""

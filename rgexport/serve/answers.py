@@ -20,6 +20,7 @@ class Answer:
         model: the name that it is given under.
         tokenizer: of the model.
         chat: whether it is one of `/v1/chat/completions`.
+        n: number of replies to each prompt.
         logprobs: whether log probabilities were asked for.
     """
 
@@ -27,6 +28,7 @@ class Answer:
     tokenizer: Tokenizer
     chat: bool
     logprobs: bool
+    n: int = 1
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -45,7 +47,7 @@ class Answer:
             )
         return self._object("chat.completion") | {
             "choices": choices,
-            "usage": usage(replies),
+            "usage": usage(replies, self.n),
             "timings": timings(replies[0]),
         }
 
@@ -68,7 +70,10 @@ class Answer:
 
     def costs(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """The chunk that has the usage alone."""
-        return self._object("chat.completion.chunk") | {"choices": [], "usage": usage(replies)}
+        return self._object("chat.completion.chunk") | {
+            "choices": [],
+            "usage": usage(replies, self.n),
+        }
 
     def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, **said, "finish_reason": reason}
@@ -97,14 +102,18 @@ class Answer:
         return {"content": content}
 
     def _of_completion(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
-        tops = [{self._text(i): logprob for i, logprob in token.top} for token in tokens]
+        # Nothing predicts a prompt's first token: OpenAI's answers have nulls for it.
+        tops = [
+            None if token.logprob is None else {self._text(i): logprob for i, logprob in token.top}
+            for token in tokens
+        ]
         return {
             "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": tops,
         }
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         return {
             "id": token,
             "token": self._text(token),
@@ -116,10 +125,12 @@ class Answer:
         return self.tokenizer.surface(token).decode("utf-8", "replace")
 
 
-def usage(replies: Sequence[Reply]) -> dict[str, Any]:
-    """OpenAI's usage: the prompt counts once, what was known of it as in the first reply."""
-    prompt, new = replies[0].prompt_tokens, sum(reply.new_tokens for reply in replies)
-    cached = min(reply.cached_tokens for reply in replies)
+def usage(replies: Sequence[Reply], n: int = 1) -> dict[str, Any]:
+    """Returns OpenAI's usage of `n` replies to each prompt: a prompt counts once, not `n` times."""
+    by_prompt = [replies[start : start + n] for start in range(0, len(replies), n)]
+    prompt = sum(group[0].prompt_tokens for group in by_prompt)
+    cached = sum(min(reply.cached_tokens for reply in group) for group in by_prompt)
+    new = sum(reply.new_tokens for reply in replies)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,

@@ -121,7 +121,13 @@ class Server:
 def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     """The app that serves these models."""
     server = Server(models, settings)
-    app = FastAPI(title="rgexport", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="rgexport",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors.RESPONSES,
+    )
     errors.install(app)
     _generation_routes(app, server)
     _text_routes(app, server)
@@ -155,7 +161,7 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
         name, model, grammars = server.model(body.model)
         asked = model, grammars, body, _client(request), limits
         works = await run_in_threadpool(chat_works, *asked)
-        answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs)
+        answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
         return await _respond(request, body, answer, works)
 
     @app.post("/v1/completions", response_model=None)
@@ -163,7 +169,8 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
         name, model, grammars = server.model(body.model)
         asked = model, grammars, body, _client(request), limits
         works = await run_in_threadpool(completion_works, *asked)
-        answer = Answer(name, model.tokenizer, chat=False, logprobs=body.logprobs is not None)
+        logprobs = body.logprobs is not None
+        answer = Answer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
         return await _respond(request, body, answer, works)
 
     async def _respond(

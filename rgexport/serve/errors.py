@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rgexport.chat.jobs import Busy, EngineError
@@ -13,6 +14,28 @@ from rgexport.progress import warn
 
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
+
+
+class ErrorObject(BaseModel):
+    """The members of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of an answer that is an error, for the published schema."""
+
+    error: ErrorObject
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many."},
+    "5XX": {"model": ErrorBody, "description": "The server or its engine failed."},
+}
+"""Answers that every route may give."""
 
 
 class NotFound(RequestError):

@@ -5,7 +5,7 @@ Fields that are not listed are ignored, as clients expect.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
 _INT64 = 2**63 - 1
@@ -15,8 +15,31 @@ StopText = Annotated[str, StringConstraints(max_length=1000)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Adds null to the types of each optional field, in the published schema."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            types = field.pop("anyOf", None) or [_without_annotations(field)]
+            field["anyOf"] = types if {"type": "null"} in types else [*types, {"type": "null"}]
+
+
+def _without_annotations(field: dict[str, Any]) -> dict[str, Any]:
+    """Takes the type and its limits out of a field, and leaves its title and default there."""
+    names = [name for name in field if name not in ("title", "default", "description")]
+    return {name: field.pop(name) for name in names}
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """An object that a client sends; a field that is null counts as left out."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_allow_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class TextPart(_Body):

@@ -22,6 +22,7 @@ from rgexport.serve.requests import (
 
 _ROLES = {"developer": "system"}
 _MOST_PROMPTS = 64
+_MOST_SCORED_TOKENS = 1 << 16
 _COMPLETION_TOKENS = 16
 """Tokens of a completion that does not say how many, as OpenAI has it."""
 
@@ -77,6 +78,9 @@ def completion_works(
     _require_fitting(prompts, limits)
     most = body.max_tokens or _COMPLETION_TOKENS
     options = _options(body, most, body.logprobs, client, limits)
+    if body.echo and body.logprobs is not None:
+        _require_scorable(prompts)
+        options = replace(options, prompt_logprobs=True)
     works = _works(prompts, body, options, grammars)
     if body.echo:
         return [replace(w, before=model.tokenizer.decode(w.prompt.ids)) for w in works]
@@ -110,6 +114,15 @@ def _require_fitting(prompts: Sequence[Prompt], limits: Limits) -> None:
     if longest > limits.prompt_tokens:
         raise RequestError(
             f"the prompt has {longest} tokens; this server takes up to {limits.prompt_tokens}"
+        )
+
+
+def _require_scorable(prompts: Sequence[Prompt]) -> None:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest > _MOST_SCORED_TOKENS:
+        raise RequestError(
+            f"echo: the prompt has {longest} tokens; log probabilities are reported of up to "
+            f"{_MOST_SCORED_TOKENS}; leave echo or logprobs out"
         )
 
 

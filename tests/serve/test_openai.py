@@ -2,19 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import numpy as np
 import pytest
 
 from rgexport.chat.sampling import log_probabilities
+from rgexport.serve.requests import ChatRequest, CompletionRequest
+from tests.chat.conftest import json_folder
 from tests.serve.conftest import Serve, Served
 from tests.toy_session import ToySession
 
+__all__ = ["json_folder"]  # a fixture
 openai = pytest.importorskip("openai")
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -180,9 +185,78 @@ def test_completions(client: Any, server: Served) -> None:
     )
     assert found.choices[0].text == "hello the model" + alone
     assert found.choices[1].text.startswith("it is 42") and found.choices[1].index == 1
-    assert len(found.choices[0].logprobs.tokens) == 4
+    assert len(found.choices[0].logprobs.tokens) == len(ids) + 4
+    assert found.usage.prompt_tokens == len(ids) + len(server.model.text_ids("it is 42"))
     again = client.completions.create(model="toy", prompt=ids, max_tokens=4, temperature=0)
     assert again.choices[0].text == alone
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_prompts_log_probabilities(
+    stream: bool, client: Any, server: Served
+) -> None:
+    """Also where the server knows the state after the prompt, and over several chunks."""
+    ids = server.model.text_ids("hello the model " * 30)
+    server.model.read(ids).result()
+    server.model.scheduler._scored_chunk = 50
+    answer = client.completions.create(
+        model="toy", prompt=ids, max_tokens=2, temperature=0, echo=True, logprobs=3, stream=stream
+    )
+    parts = [c.choices[0].logprobs for c in (answer if stream else [answer]) if c.choices]
+    logprobs = [value for part in parts if part for value in part.token_logprobs]
+    tops = [top for part in parts if part for top in part.top_logprobs]
+    expected = ToySession(server.model.vocab_size).prefill(np.array([ids]), len(ids))[0]
+    rows = log_probabilities(expected)
+    assert len(logprobs) == len(tops) == len(ids) + 2
+    assert logprobs[0] is None and tops[0] is None
+    assert logprobs[1 : len(ids)] == pytest.approx(rows[range(len(ids) - 1), ids[1:]], abs=1e-5)
+    best = np.sort(rows[:-1], axis=1)[:, :-4:-1]
+    for top, values in zip(tops[1 : len(ids)], best, strict=True):
+        assert max(top.values()) == pytest.approx(values[0], abs=1e-5) and len(top) <= 3
+
+
+def test_lm_eval_scores_over_http(server: Served, json_folder: Path, tmp_path: Path) -> None:
+    """lm_eval's `local-completions` gets the log likelihoods that the model itself gives."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    shutil.copy(json_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>", "eos_token": "<eos>"}')
+    client = completions.LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", tokenizer=str(tmp_path), model="toy"
+    )
+    pair = "hello the", " model said"
+    request = Instance("loglikelihood", {}, pair, 0)
+    ((likelihood, is_greedy),) = client.loglikelihood([request])
+    context, whole = client.tok_encode(pair[0]), client.tok_encode("".join(pair))
+    logits = ToySession(server.model.vocab_size).prefill(np.array([whole]), len(whole))[0]
+    rows = log_probabilities(logits)[len(context) - 1 : -1]
+    expected = rows[range(len(rows)), whole[len(context) :]]
+    assert likelihood == pytest.approx(expected.sum(), abs=1e-5) and likelihood < -1
+    assert is_greedy == bool((rows.argmax(1) == whole[len(context) :]).all())
+
+
+def test_null_counts_as_left_out(server: Served) -> None:
+    names = [*ChatRequest.model_fields, "user"]
+    asked = {name: None for name in names} | {"messages": HELLO, "max_tokens": 3, "seed": 1}
+    asked["stream_options"] = {"include_usage": None}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=asked).status_code == 200
+    asked = {name: None for name in CompletionRequest.model_fields} | {"prompt": "hello"}
+    assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    jsonschema.Draft202012Validator(
+        {"$ref": "#/components/schemas/CompletionRequest", **schema}
+    ).validate(asked)
+    asked["prompt"] = None
+    answer = httpx.post(f"{server.url}/v1/completions", json=asked)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+
+
+def test_the_schema_has_the_statuses_of_answers(server: Served) -> None:
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for routes in paths.values():
+        for operation in routes.values():
+            assert "422" not in operation["responses"] and "4XX" in operation["responses"]
 
 
 @pytest.mark.parametrize(
