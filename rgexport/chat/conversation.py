@@ -72,7 +72,11 @@ class Conversation:
             if key_of(ids[: key[0]]) != key:
                 raise RequestError(f"this is not the text that {path} was made from; give that one")
         self._document, self._unread = document, None
-        self.model.read(ids).result()
+        reading = self.model.read(ids)
+        try:
+            reading.result()
+        finally:
+            reading.cancel()  # whoever interrupts the waiting ends the reading
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:

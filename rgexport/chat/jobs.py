@@ -70,7 +70,10 @@ class End:
 
 
 class Listener(Protocol):
-    """Hears of a reply in the scheduler's thread, so it must not wait."""
+    """Hears of a reply in the scheduler's thread, so it must not wait.
+
+    The end of a reply that never had a row may come from the thread of another request.
+    """
 
     def token(self, token: Token) -> bool:
         """Takes the next token; whether the reply goes on."""
@@ -97,8 +100,9 @@ class Request:
         prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, part
             by part, in the scheduler's thread. The whole prompt is read then, even where a state
             after a part of it is known.
-        client: who asks; clients take turns.
-        first: whether it goes before all others.
+        client: who asks; clients take turns, and share the rows.
+        namespace: states are found only by requests of the same one.
+        first: whether it goes before the others of its client.
         lasting: whether the states of the prompt's and the reply's end go into a folder, too.
     """
 
@@ -112,8 +116,23 @@ class Request:
     mask: Mask | None = None
     prompt_logits: Callable[[Sequence[int], np.ndarray], None] | None = None
     client: str = ""
+    namespace: str = ""
     first: bool = False
     lasting: bool = True
+
+
+def require_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuses ids that the model does not have.
+
+    Raises:
+        RequestError: there is one; the message names the first.
+    """
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"there is no token id {wrong}: the model has {vocab_size} tokens; "
+            f"expected ids from 0 to {vocab_size - 1}, from the model's own tokenizer"
+        )
 
 
 class Job:
@@ -127,12 +146,19 @@ class Job:
         self.ids = list(request.ids)
         self.written = 0
         self.cached = 0
+        self.stored = 0
+        """Tokens of `ids` after which the state was last stored."""
+        self.paused: State | None = None
+        """The state of its row, while another client has that row."""
         self.began = self.replied = 0.0
         self.sampler = Sampler(request.sampling, request.ids)
         self.lookup = Lookup(self.ids, request.draft)
 
     def cancel(self) -> None:
-        """Ends it soon; its place is free after the current step."""
+        """Ends it after the current step or chunk; it stops counting as waiting at once.
+
+        Only sets a flag, so that a finalizer may call it in any thread, whatever lock that holds.
+        """
         self.cancelled = True
 
     def stops(self) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.jobs import End, Job, Request, Token
+from rgexport.chat.jobs import End, Job, Request, Token, require_ids
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore, StateFolder
 from rgexport.chat.prompts import Prompt, Prompts
@@ -142,7 +142,9 @@ class Model(Prompts):
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
         """As `stream`."""
-        return ReplyStream(self, self.conversation_prompt(messages), options)
+        return ReplyStream(
+            self, self.conversation_prompt(messages, namespace=options.namespace), options
+        )
 
     def draft_of(self, text: str) -> list[int]:
         """The tokens of a text that replies may repeat; none if this engine checks no drafts."""
@@ -154,8 +156,9 @@ class Model(Prompts):
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
         """As `stream`, for asyncio."""
-        prompt = self.conversation_prompt(messages)
-        async with contextlib.aclosing(self.deliver(prompt, reply_options(**options))) as pieces:
+        chosen = reply_options(**options)
+        prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
+        async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Piece):
                     yield piece.text
@@ -195,9 +198,9 @@ class Model(Prompts):
         """
 
         def end(last: Reply | RequestError) -> None:
-            if isinstance(last, Reply) and prompt.messages is not None:
+            if isinstance(last, Reply) and last.reason != "cancelled" and prompt.messages:
                 with contextlib.suppress(RuntimeError):  # it is shut down while replies end
-                    self._settling.submit(self._settle, prompt, prompt.messages, last, deliver)
+                    self._settling.submit(self._settle, prompt, options, last, deliver)
                     return
             deliver(last)
 
@@ -214,18 +217,32 @@ class Model(Prompts):
                 mask=options.mask,
                 prompt_logits=writer.prompt if options.prompt_logprobs else None,
                 client=options.client,
+                namespace=options.namespace,
                 lasting=prompt.messages is None,
             )
         )
 
-    def read(self, ids: Sequence[int], *, first: bool = False) -> Future[End]:
-        """Reads tokens, so that prompts which begin with them go on from there."""
+    def read(
+        self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
+    ) -> Future[End]:
+        """Reads tokens, so that prompts which begin with them go on from there.
+
+        Cancelling the future ends the reading. For the options see `Request`.
+        """
         done = Future[End]()
-        request = Request(ids=ids, listener=_Reading(done), max_new_tokens=0, first=first)
-        self.scheduler.submit(request)
+        request = Request(
+            ids=ids,
+            listener=_Reading(done),
+            max_new_tokens=0,
+            client=client,
+            namespace=namespace,
+            first=first,
+        )
+        job = self.scheduler.submit(request)
+        done.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
         return done
 
-    def state(self, ids: Sequence[int]) -> State:
+    def state(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
         """The canonical state of batch 1 (`griffin.state`) after these tokens.
 
         They are read if they were not. The arrays are the caller's own.
@@ -233,10 +250,14 @@ class Model(Prompts):
         Raises:
             RequestError: there are none, or the model was closed.
         """
-        found = self.read(ids).result().state
-        if found is None:
+        reading = self.read(ids, client=client, namespace=namespace)
+        try:
+            state = reading.result().state
+        finally:
+            reading.cancel()  # whoever interrupts the waiting ends the reading
+        if state is None:
             raise RequestError("the model was closed before the text was read")
-        return {name: array.copy() for name, array in found.items()}
+        return {name: array.copy() for name, array in state.items()}
 
     def save_state(
         self,
@@ -245,6 +266,8 @@ class Model(Prompts):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
+        client: str = "",
+        namespace: str = "",
     ) -> SavedState:
         """Writes a state file of what these tokens lead to; they are read if they were not.
 
@@ -257,7 +280,8 @@ class Model(Prompts):
         """
         path = Path(path)
         require_replaceable(path)
-        state = self.state(ids[:-1] or ids)
+        require_ids(ids, self.vocab_size)
+        state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
         info = f"{self.info.engine} {self.info.engine_version}"
         seen = int(state[POSITION][0])
         saved = SavedState(
@@ -271,8 +295,8 @@ class Model(Prompts):
         write_state(path, saved, precision=self._precision)
         return saved
 
-    def load_state(self, path: str | Path) -> SavedState:
-        """Takes a state file: prompts that begin with its tokens go on from there.
+    def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
+        """Takes a state file: prompts of the namespace that begin with its tokens go on from there.
 
         Raises:
             RequestError: it is damaged, or of another model, window or chat template.
@@ -280,7 +304,7 @@ class Model(Prompts):
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
-        self.scheduler.store.add(saved.key, saved.state)
+        self.scheduler.store.add(saved.key, saved.state, namespace=namespace)
         return saved
 
     def close(self) -> None:
@@ -302,7 +326,7 @@ class Model(Prompts):
         self.close()
 
     def _settle(
-        self, prompt: Prompt, messages: tuple[Message, ...], reply: Reply, deliver: Deliver
+        self, prompt: Prompt, options: ReplyOptions, reply: Reply, deliver: Deliver
     ) -> None:
         """Reads the end of the turn, so that the next one goes on from there.
 
@@ -311,13 +335,15 @@ class Model(Prompts):
         reply is read again, as the template renders it.
         """
         with contextlib.suppress(RequestError):
-            said = [*messages, {"role": "assistant", "content": reply.text}]
-            ids = self.conversation_ids(said)
-            done = self.read(ids, first=True)
-            done.add_done_callback(lambda _: self._forget(prompt.ids, reply.ids, ids))
+            said = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
+            ids, namespace = self.conversation_ids(said), options.namespace
+            done = self.read(ids, client=options.client, namespace=namespace, first=True)
+            done.add_done_callback(lambda _: self._forget(prompt.ids, reply.ids, ids, namespace))
         deliver(reply)
 
-    def _forget(self, prompt: list[int], reply: Sequence[int], settled: list[int]) -> None:
+    def _forget(
+        self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
+    ) -> None:
         """Frees the state of a reply as it was written: that of its template serves from now on.
 
         The last token was fed only where a stop token came after it.
@@ -325,7 +351,7 @@ class Model(Prompts):
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
             if count > 0 and ids != settled:
-                self.scheduler.store.forget(ids)
+                self.scheduler.store.forget(ids, namespace)
 
 
 @dataclass(frozen=True)
@@ -339,7 +365,9 @@ class _Reading:
         return False
 
     def end(self, end: End) -> None:
-        """Takes the end."""
+        """Takes the end, unless the caller has cancelled the future."""
+        if not self.done.set_running_or_notify_cancel():
+            return
         if end.error is not None:
             self.done.set_exception(end.error)
         else:

@@ -9,6 +9,13 @@ Key = tuple[int, str]
 """Number of tokens, and the SHA-256 of them as int32, little-endian."""
 
 
+def in_namespace(key: Key, namespace: str) -> Key:
+    """The key in a namespace: it tells nothing of the keys of the same text in others."""
+    if not namespace:
+        return key
+    return key[0], hashlib.sha256(f"{namespace}:{key[1]}".encode()).hexdigest()
+
+
 def key_of(ids: Sequence[int] | np.ndarray) -> Key:
     """The key of these tokens."""
     (key,) = keys_of(ids, [len(ids)])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.chat.prefix_key import Key, key_of, keys_of
+from rgexport.chat.prefix_key import Key, in_namespace, key_of, keys_of
 from rgexport.chat.state_file import SavedState, read_state, write_state
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
@@ -151,7 +151,10 @@ _WAITING = 4
 
 
 class PrefixStore:
-    """The states of a process, in at most so many bytes of memory."""
+    """The states of a process, in at most so many bytes of memory.
+
+    A state is found only in the namespace that it was put into; "" is that of a single user.
+    """
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
         """Begins empty, but for what the folder has."""
@@ -172,38 +175,46 @@ class PrefixStore:
         logits: np.ndarray | None = None,
         *,
         lasting: bool = True,
+        namespace: str = "",
     ) -> None:
         """Keeps the state after `ids`; in the folder, too, if it is `lasting`."""
-        self.add(key_of(ids), state, logits, lasting=lasting)
+        self.add(key_of(ids), state, logits, lasting=lasting, namespace=namespace)
 
     def add(
-        self, key: Key, state: State, logits: np.ndarray | None = None, *, lasting: bool = True
+        self,
+        key: Key,
+        state: State,
+        logits: np.ndarray | None = None,
+        *,
+        lasting: bool = True,
+        namespace: str = "",
     ) -> None:
         """As `put`, for tokens of which only the key is known."""
+        key = in_namespace(key, namespace)
         self._remember(key, Prefix(key[0], state, logits))
         if self._folder and lasting:
             self._folder.save(key, state)
 
-    def forget(self, ids: Sequence[int]) -> None:
+    def forget(self, ids: Sequence[int], namespace: str = "") -> None:
         """Frees the memory of the state after `ids`."""
         with self._lock:
-            if before := self._entries.pop(key_of(ids), None):
+            if before := self._entries.pop(in_namespace(key_of(ids), namespace), None):
                 self._nbytes -= before.nbytes
 
-    def longest(self, ids: Sequence[int]) -> Prefix | None:
+    def longest(self, ids: Sequence[int], namespace: str = "") -> Prefix | None:
         """The state of the longest prefix that is known and can be continued.
 
         A state of all tokens can be if it has logits; else a token must be left to be read.
         """
-        for key in self._known(ids):
+        for key in self._known(ids, namespace):
             found = self._get(key)
             if found and (found.length < len(ids) or found.logits is not None):
                 return found
         return None
 
-    def length(self, ids: Sequence[int]) -> int:
+    def length(self, ids: Sequence[int], namespace: str = "") -> int:
         """The tokens of the longest prefix that is known; nothing is loaded."""
-        return next((key[0] for key in self._known(ids)), 0)
+        return next((key[0] for key in self._known(ids, namespace)), 0)
 
     def clear(self) -> None:
         """Forgets what is in memory."""
@@ -216,12 +227,13 @@ class PrefixStore:
         if self._folder:
             self._folder.close()
 
-    def _known(self, ids: Sequence[int]) -> list[Key]:
+    def _known(self, ids: Sequence[int], namespace: str) -> list[Key]:
         """The keys of known prefixes, the longest first."""
         with self._lock:
             known = {*self._entries, *(self._folder.keys if self._folder else ())}
         lengths = sorted({length for length, _ in known if length <= len(ids)})
-        return [key for key in keys_of(ids, lengths) if key in known][::-1]
+        keys = (in_namespace(key, namespace) for key in keys_of(ids, lengths))
+        return [key for key in keys if key in known][::-1]
 
     def _get(self, key: Key) -> Prefix | None:
         with self._lock:

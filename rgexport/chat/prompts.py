@@ -36,19 +36,24 @@ class Prompts:
     """Makes the prompts of one model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, known: Callable[[list[int]], int]
+        self, tokenizer: Tokenizer, template: ChatTemplate, known: Callable[[list[int], str], int]
     ) -> None:
-        """Takes the vocabulary, the template, and what counts the tokens that need no reading."""
+        """Takes the vocabulary, the template, and what counts the tokens known in a namespace."""
         self.tokenizer, self.template, self._known = tokenizer, template, known
 
     def conversation_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        namespace: str = "",
     ) -> Prompt:
         """The tokens of a conversation up to where the model's reply begins.
 
         Args:
             messages: its turns.
             tools: what the template tells the model of, if it has a place for them.
+            namespace: states of this one are known, see `ReplyOptions`.
 
         Raises:
             RequestError: the template refuses the messages.
@@ -57,7 +62,7 @@ class Prompts:
             render = self.template.render_ids
             return Prompt(render(self.tokenizer, messages, True, tools))
         ids = self._render(messages, reply=True)
-        known = self._known(ids)
+        known = self._known(ids, namespace)
         return Prompt(ids, tuple(self._places(messages, ids, known)), tuple(messages))
 
     def text_ids(self, text: str) -> list[int]:

@@ -27,7 +27,8 @@ class ReplyOptions:
             probabilities. The whole prompt is read then, whatever was read before.
         mask: what may be written.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
-        client: who asks; clients take turns.
+        client: who asks; clients take turns, and share the rows.
+        namespace: states are found only by replies of the same one.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -38,6 +39,7 @@ class ReplyOptions:
     mask: Mask | None = None
     draft: Sequence[int] = ()
     client: str = ""
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         """Refuses what is outside its range.

@@ -1,6 +1,7 @@
 """A reply as an iterator, for who is not in asyncio."""
 
 import queue
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,22 @@ if TYPE_CHECKING:
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come; `reply` waits for the end."""
+    """The pieces of a reply as they come; `reply` waits for the end.
+
+    A stream that nobody refers to any more cancels its reply.
+    """
 
     def __init__(self, model: "Model", prompt: Prompt, options: ReplyOptions) -> None:
         """Begins the reply."""
         self._arrived: queue.SimpleQueue[Piece | Reply | RequestError] = queue.SimpleQueue()
         self._job = model.start(prompt, options, self._arrived.put)
-        self._reply: Reply | None = None
-        self.failed = False
+        self._end: Reply | RequestError | None = None
+        weakref.finalize(self, self._job.cancel).atexit = False
+
+    @property
+    def failed(self) -> bool:
         """Whether the engine ended the reply by an error."""
+        return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:
         """The next piece."""
@@ -39,25 +47,24 @@ class ReplyStream(Iterator[str]):
         """The whole reply.
 
         Raises:
-            RequestError: the engine failed.
+            RequestError: the engine failed; raised again by each call.
         """
         for _ in self:
             pass
-        assert self._reply is not None
-        return self._reply
+        assert isinstance(self._end, Reply)
+        return self._end
 
     def cancel(self) -> None:
         """Ends the reply soon; what was said is kept."""
         self._job.cancel()
 
     def _next_item(self) -> Piece | None:
-        if self._reply is not None:
-            return None
-        item = self._arrived.get()
-        if isinstance(item, RequestError):
-            self.failed = True
-            raise item
-        if isinstance(item, Reply):
-            self._reply = item
-            return None
-        return item
+        """Returns the next piece, or None after the last one; raises the error that was the end."""
+        if self._end is None:
+            item = self._arrived.get()
+            if isinstance(item, Piece):
+                return item
+            self._end = item
+        if isinstance(self._end, RequestError):
+            raise self._end
+        return None

@@ -3,34 +3,44 @@
 One thread owns the session. Its rows are conversations: the first ones write, one token each in a
 common step; the others read their prompts, in chunks between the steps. A row is taken and given
 back between steps. What is read is kept in a prefix store, so that no prompt is read twice.
+
+Clients share the rows and the chunks: a row goes to the client that has the fewest, if need be from
+one that has two more, whose job is paused. That is cheap, for a state has a fixed size.
 """
 
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.jobs import Busy, End, Ending, EngineError, Job, Reason, Request, Token
+from rgexport.chat.admission import Admission
+from rgexport.chat.jobs import (
+    End,
+    Ending,
+    EngineError,
+    Job,
+    Reason,
+    Request,
+    Token,
+    require_ids,
+)
+from rgexport.chat.pace import Pace
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import common_prefix
 from rgexport.chat.speculation import Speculation
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
+from rgexport.progress import warn
 from rgexport.runtimes.session import Session
 
-_CHUNKS = 16, 512
-"""Fewest and most tokens that are read at once."""
 _REST = 1.5
 """A chunk may be so many times as long, rather than to leave a short one."""
-_TILE = 64
-"""Chunks are multiples of this if they can be: engines are slower at fewer tokens."""
 _LOGITS_BYTES = 32 << 20
 """Most bytes of logits, where those of all tokens of a chunk are wanted."""
-_READING_SECONDS, _READING_STEPS = 2.5, 1.5
-"""How long a chunk may take: alone, and in steps if others write."""
 
 
 @dataclass
@@ -65,22 +75,25 @@ class Scheduler:
         Args:
             session: the model.
             store: where states are kept.
-            rows: most conversations at once; each takes the memory of a state.
+            rows: most conversations at once; each takes the memory of a state, and that of
+                another one while clients share too few rows.
             max_waiting: most requests that wait for a row.
             lookup: whether steps may check drafts, where the engine gives the same bits then.
         """
         session.reset(rows)
         self.counters = Counters()
         self._session, self._store = session, store
-        self._capacity, self._max_waiting = rows, max_waiting
+        self._capacity = rows
         self._empty = {name: np.zeros((1, *s)) for name, s in session.state_shapes.items()}
         self._rows: list[Job] = []
         self._writing = 0
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._pace = _Pace(session)
+        self._admission = Admission(rows, max_waiting)
+        self._last_read: dict[str, float] = {}
+        """Client whose prompts are read → when the last chunk ended."""
+        self._pace = Pace(session)
         self._scored_chunk = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
-        self._changed, self._closed = threading.Condition(), False
+        self._closing, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -97,8 +110,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that wait for a row."""
-        with self._changed:
-            return sum(map(len, self._waiting.values()))
+        return self._admission.waiting
 
     def submit(self, request: Request) -> Job:
         """Lets a request wait for its turn.
@@ -108,41 +120,29 @@ class Scheduler:
             RequestError: there is nothing to read, an id is outside of the vocabulary, or the
                 scheduler is closed.
         """
-        vocab = self._session.vocab_size
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
-        for ids in filter(len, (request.ids, request.draft)):
-            if max(ids) >= vocab or min(ids) < 0:
-                raise RequestError(
-                    f"there is no token id {max(ids)}: the model has {vocab} tokens; "
-                    "expected ids below that, from the model's own tokenizer"
-                )
+        for ids in (request.ids, request.draft):
+            require_ids(ids, self._session.vocab_size)
         job = Job(request)
-        with self._changed:
-            if self._closed:
-                raise RequestError("the model is closed")
-            if not request.first and sum(map(len, self._waiting.values())) >= self._max_waiting:
-                raise Busy(f"{self._max_waiting} requests wait already; try again later")
-            self._waiting.setdefault(request.client, deque())
-            if request.first:
-                self._waiting[request.client].appendleft(job)
-                self._waiting.move_to_end(request.client, last=False)
-            else:
-                self._waiting[request.client].append(job)
-            self._changed.notify()
+        for cancelled in self._admission.take_cancelled(paused=False):
+            self._end(cancelled, "cancelled")
+        if displaced := self._admission.add(job):
+            self._end(displaced, "error", self._admission.busy())
         return job
 
     def close(self) -> None:
         """Ends all replies, waits for the current step, and closes the session."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._admission.close()
         self._thread.join()
-        self._store.close()
-        self._session.close()
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                with contextlib.closing(self._session):
+                    self._store.close()
 
     def _run(self) -> None:
-        while self._has_work():
+        while self._admission.wait_for_work(running=bool(self._rows)):
             try:
                 self._drop_cancelled()
                 self._admit()
@@ -150,91 +150,102 @@ class Scheduler:
                 self._write()
             except Exception as error:
                 self._fail(error)
-        for job in [*self._rows, *self._taken()]:
-            job.request.listener.end(End("cancelled", job.cached))
-
-    def _has_work(self) -> bool:
-        """Waits for work; False when the scheduler is closed."""
-        with self._changed:
-            while not (self._closed or self._rows or self._waiting):
-                self._changed.wait()
-            return not self._closed
-
-    def _taken(self, most: int | None = None) -> list[Job]:
-        """Waiting jobs, at most so many, one of each client in turn."""
-        found: list[Job] = []
-        with self._changed:
-            while self._waiting and (most is None or len(found) < most):
-                client, jobs = self._waiting.popitem(last=False)
-                found.append(jobs.popleft())
-                if jobs:
-                    self._waiting[client] = jobs
-        return found
+        for job in [*self._rows, *iter(lambda: self._admission.take({}), None)]:
+            self._end(job, "cancelled")
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in self._rows if job.cancelled]:
             self._leave(job, "cancelled")
-        with self._changed:
-            gone = [job for jobs in self._waiting.values() for job in jobs if job.cancelled]
-            for job in gone:
-                jobs = self._waiting[job.request.client]
-                jobs.remove(job)
-                if not jobs:
-                    del self._waiting[job.request.client]
-        for job in gone:
-            job.request.listener.end(End("cancelled"))
+        for job in self._admission.take_cancelled():
+            self._end(job, "cancelled")
+            if job.paused is not None and job.fed > job.stored:
+                self._keep(job, job.paused, lasting=False)
 
     def _admit(self) -> None:
-        """Gives free rows to those that wait, with the longest prefix that is known."""
-        jobs = self._taken(self._capacity - len(self._rows))
+        """Gives rows to those that wait, with the longest prefix that is known."""
+        postponed: list[Job] = []
         try:
-            while jobs:
-                job = jobs.pop(0)
-                if self._is_being_read(job):
-                    self._put_back(job)
-                else:
-                    self._begin(job)
+            for _ in range(self._capacity):
+                job = self._next_job(postponed)
+                if job is None:
+                    return
+                if job.cancelled or self._is_being_read(job):
+                    postponed.append(job)
+                    continue
+                if len(self._rows) == self._capacity:
+                    self._pause_one()
+                self._begin(job)
         finally:
-            for job in reversed(jobs):  # after an error
-                self._put_back(job)
+            for job in reversed(postponed):
+                self._admission.put_back(job)
+
+    def _next_job(self, postponed: list[Job]) -> Job | None:
+        """Takes a job that may have a row; None where there is none, or no row for it.
+
+        Where all rows are taken, its client must have two fewer than another one.
+        """
+        rows = _by_client(self._rows)
+        turns = rows + _by_client(postponed)
+        if len(self._rows) < self._capacity:
+            return self._admission.take(turns)
+        most = max(rows.values()) - 2
+        if most < 0 or self._admission.paused >= self._capacity:
+            return None
+        return self._admission.take(turns, most)
+
+    def _pause_one(self) -> None:
+        """Takes a row from the client that has most: the one of its youngest job."""
+        ((client, _),) = _by_client(self._rows).most_common(1)
+        job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
+        row = self._rows.index(job)
+        job.paused = self._get(row)
+        self._remove(row)
+        self._admission.put_back(job)
 
     def _begin(self, job: Job) -> None:
         """Gives a job the next row."""
+        row = len(self._rows)
+        self._rows.append(job)
+        if job.paused is not None:
+            self._set(row, job.paused)
+            job.paused = None
+            if job.replied:
+                self._start_writing(job)
+            return
         self.counters.requests += 1
         job.began = time.perf_counter()
-        self._rows.append(job)
-        prefix = None if job.request.prompt_logits else self._store.longest(job.ids)
+        prefix = None
+        if not job.request.prompt_logits:
+            prefix = self._store.longest(job.ids, job.request.namespace)
         if prefix is None:
-            empty = self._empty | {POSITION: np.zeros(1, np.int64)}
-            self._set(len(self._rows) - 1, empty)
+            self._set(row, self._empty | {POSITION: np.zeros(1, np.int64)})
             return
-        self._set(len(self._rows) - 1, prefix.state)
-        job.fed = job.cached = prefix.length
+        self._set(row, prefix.state)
+        job.fed = job.cached = job.stored = prefix.length
         self.counters.cached_tokens += prefix.length
         if prefix.length == len(job.ids):
             self._reply(job, prefix.logits, prefix.state)
 
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
-        if job.request.prompt_logits or not (reading := self._rows[self._writing :]):
+        namespace = job.request.namespace
+        reading = [
+            other for other in self._rows[self._writing :] if other.request.namespace == namespace
+        ]
+        if job.paused is not None or job.request.prompt_logits or not reading:
             return False
-        known = self._store.length(job.ids)
+        known = self._store.length(job.ids, namespace)
         for other in reading:
             shared = common_prefix(job.ids, other.ids)
             if any(known < stop <= shared for stop in other.stops()):
                 return True
         return False
 
-    def _put_back(self, job: Job) -> None:
-        with self._changed:
-            self._waiting.setdefault(job.request.client, deque()).appendleft(job)
-
     def _read(self) -> None:
         """Reads a chunk of one prompt, or up to where its state is to be kept."""
-        reading = self._rows[self._writing :]
-        if not reading:
+        job = self._next_to_read()
+        if job is None:
             return
-        job = min(reading, key=lambda job: job.began)
         row = self._rows.index(job)
         place, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
         if job.request.prompt_logits:
@@ -249,11 +260,12 @@ class Scheduler:
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
         job.fed = stop
+        self._last_read[job.request.client] = time.perf_counter()
         if stop < place:
             return
         state, ended = self._get(row), stop == len(job.ids)
-        kept = job.request.lasting or not ended
-        self._store.put(job.ids[:stop], state, logits if ended else None, lasting=kept)
+        lasting = job.request.lasting or not ended
+        self._keep(job, state, logits if ended else None, lasting=lasting)
         if ended:
             self._reply(job, logits, state)
 
@@ -266,16 +278,30 @@ class Scheduler:
             hear(predicted, logits[: len(predicted)])
         return logits[-1]
 
+    def _next_to_read(self) -> Job | None:
+        """The oldest job of the client whose last chunk was read before those of the others."""
+        reading = [job for job in self._rows[self._writing :] if not job.cancelled]
+        clients = {job.request.client for job in reading}
+        self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
+        return min(
+            reading,
+            key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began),
+            default=None,
+        )
+
     def _reply(self, job: Job, logits: np.ndarray | None, state: State) -> None:
         """Begins to write, from the logits and the state after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
             return
+        self._start_writing(job)
+        if ending := self._advance(job, logits):
+            self._leave(job, *ending)
+
+    def _start_writing(self, job: Job) -> None:
         self._swap(self._rows.index(job), self._writing)
         self._writing += 1
-        if ending := self._choose(job, logits):
-            self._leave(job, *ending)
 
     def _write(self) -> None:
         """One step of all that write, perhaps with tokens that may come next."""
@@ -306,11 +332,18 @@ class Scheduler:
         """Chooses a token after each of `tokens` [T], until one is not the next of them."""
         for i, row in enumerate(logits):
             job.fed += 1
-            if ending := self._choose(job, row):
+            if ending := self._advance(job, row):
                 return ending
             if i + 1 == len(tokens) or job.ids[-1] != tokens[i + 1]:
                 break
         return None
+
+    def _advance(self, job: Job, logits: np.ndarray) -> Ending | None:
+        """As `_choose`; whatever fails there, also a listener, ends this reply alone."""
+        try:
+            return self._choose(job, logits)
+        except Exception as error:
+            return "error", EngineError(f"a reply cannot go on: {error!r}")
 
     def _choose(self, job: Job, logits: np.ndarray) -> Ending | None:
         """Chooses the next token; how the reply ends, if that ends it."""
@@ -340,29 +373,56 @@ class Scheduler:
     ) -> None:
         """Keeps the state of a row, gives the row back, and tells the listener."""
         row = self._rows.index(job)
-        if job.written and reason != "error":
-            kept = job.request.lasting
-            self._store.put(job.ids[: job.fed], self._get(row), lasting=kept)
+        if reason != "error" and job.fed > job.stored:
+            lasting = job.request.lasting and reason != "cancelled"
+            self._keep(job, self._get(row), lasting=lasting)
+        self._remove(row)
+        self._end(job, reason, error, state)
+
+    def _keep(
+        self, job: Job, state: State, logits: np.ndarray | None = None, *, lasting: bool
+    ) -> None:
+        """Stores the state after what a row has seen."""
+        namespace = job.request.namespace
+        ids = job.ids[: job.fed]
+        self._store.put(ids, state, logits, lasting=lasting, namespace=namespace)
+        job.stored = job.fed
+
+    def _remove(self, row: int) -> None:
+        """Gives a row back."""
         if row < self._writing:
             self._writing -= 1
             self._move(self._writing, row)
             row = self._writing
         self._move(len(self._rows) - 1, row)
         self._rows.pop()
+
+    def _end(
+        self,
+        job: Job,
+        reason: Reason,
+        error: RequestError | None = None,
+        state: State | None = None,
+    ) -> None:
+        """Frees the place of a job without a row, and tells the listener."""
+        self._admission.end(job)
         now = time.perf_counter()
         replied = job.replied or now
-        job.request.listener.end(
-            End(reason, job.cached, replied - job.began, now - replied, error, state)
-        )
+        read_seconds = replied - (job.began or replied)
+        end = End(reason, job.cached, read_seconds, now - replied, error, state)
+        try:
+            job.request.listener.end(end)
+        except Exception as failure:
+            warn(f"the end of a reply could not be told: {failure!r}")
 
     def _fail(self, error: Exception) -> None:
         """Ends all replies after an error of the engine, whose states may be wrong now."""
-        told = EngineError(f"the engine: {error}")
+        failure = EngineError(f"the engine: {error}")
         jobs, self._rows, self._writing = self._rows, [], 0
         with contextlib.suppress(Exception):  # then each request will hear of it
             self._session.reset(self._capacity)
         for job in jobs:
-            job.request.listener.end(End("error", job.cached, error=told))
+            self._end(job, "error", failure)
 
     def _get(self, row: int) -> State:
         return self._session.get_rows(range(row, row + 1))
@@ -384,33 +444,6 @@ class Scheduler:
             self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
 
 
-class _Pace:
-    """How many tokens to read at once, so that no one who writes waits long."""
-
-    def __init__(self, session: Session) -> None:
-        info = session.info
-        self._unit = info.prefill_chunk if info.whole_chunks else _CHUNKS[0]
-        self._token_seconds = self._step_seconds = 0.0
-
-    def read(self, tokens: int, seconds: float) -> None:
-        """Notes how long a chunk took."""
-        if tokens >= _CHUNKS[0]:
-            self._token_seconds = _mean(self._token_seconds, seconds / tokens)
-
-    def step(self, seconds: float) -> None:
-        """Notes how long a step took."""
-        self._step_seconds = _mean(self._step_seconds, seconds)
-
-    def chunk(self, *, alone: bool) -> int:
-        """Most tokens of the next chunk."""
-        seconds = _READING_SECONDS if alone else _READING_STEPS * self._step_seconds
-        if not self._token_seconds:
-            return self._unit * 4
-        fitting = int(seconds / self._token_seconds)
-        unit = self._unit * max(1, _TILE // self._unit) if fitting >= _TILE else self._unit
-        return max(self._unit, min(fitting // unit * unit, _CHUNKS[1]))
-
-
-def _mean(before: float, now: float) -> float:
-    """A mean in which older figures count less and less."""
-    return now if not before else 0.8 * before + 0.2 * now
+def _by_client(jobs: Iterable[Job]) -> Counter[str]:
+    """Returns the number of jobs by client."""
+    return Counter(job.request.client for job in jobs)

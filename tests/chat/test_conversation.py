@@ -117,7 +117,13 @@ def test_a_reply_that_is_closed_keeps_what_was_said(
     said = conversation.messages[-1]["content"]
     assert conversation.last and conversation.last.reason == "cancelled"
     assert said.startswith(first) and len(conversation.last.ids) < 10**5
+    ids = [*conversation.model.conversation_prompt(conversation.messages[:-1]).ids]
+    written, fed = [*ids, *conversation.last.ids], session.fed
     settle(conversation)
+    assert session.fed == fed + 1, "no token is read after the end of a reply that was left"
+    known = conversation.model.scheduler.store.longest(written)
+    assert known and known.length == len(written) - 1
+    assert say(conversation, session, "and now", [EOS]) == ""
     assert_settled(conversation)
 
 
