@@ -1,6 +1,7 @@
 """`rgexport serve`."""
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ _KEY = "RGEXPORT_API_KEY"
     show_default=True,
     help="Seconds that running replies have when it ends.",
 )
+@click.option(
+    "--share-prefixes",
+    is_flag=True,
+    help="Let prompts go on from what other clients have sent; states with names are everybody's.",
+)
+@click.option(
+    "--trusted-proxy",
+    multiple=True,
+    metavar="ADDRESS",
+    help="A proxy's address or network; its X-Forwarded-For names the client.",
+)
 @no_lookup
 @threads_option
 @click.option("--quiet", is_flag=True, help="No line per request.")
@@ -132,6 +144,8 @@ def serve(
         limits=limits,
         saved=saved,
         log=not options["quiet"],
+        share_prefixes=options["share_prefixes"],
+        trusted_proxies=_proxies(options["trusted_proxy"]),
     )
     models = open_models(
         list(artifacts),
@@ -145,6 +159,18 @@ def serve(
         state_precision=options["state_precision"],
     )
     run(models, settings, host=host, port=port, grace_seconds=options["grace"])
+
+
+def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """Checks the addresses: a name would never be that of a connection."""
+    for address in addresses:
+        try:
+            ip_network(address)
+        except ValueError as error:
+            raise RequestError(
+                f"--trusted-proxy: {error}; expected an address such as 10.0.0.9 or 10.0.0.0/24"
+            ) from None
+    return addresses
 
 
 def _key(given: str | None, file: Path | None) -> str | None:

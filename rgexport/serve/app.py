@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport import __version__
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply
-from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve import errors
 from rgexport.serve.answers import Answer
-from rgexport.serve.exchange import Exchange, Gone, Limits, Work
+from rgexport.serve.clients import Client, client_of
+from rgexport.serve.exchange import EventStream, Exchange, Gone, Limits, Work, while_there
 from rgexport.serve.grammar import Grammars
 from rgexport.serve.metrics import Metrics
 from rgexport.serve.middleware import Guard
@@ -34,12 +33,12 @@ from rgexport.serve.requests import (
     TemplateRequest,
     TokenizeRequest,
 )
+from rgexport.serve.slots import Slots, slot_after, slot_from
 from rgexport.serve.works import chat_works, completion_works, messages_of
 
 AFFINITY = "X-Conversation"
 """Header whose value is the same for all turns of a conversation, for a load balancer."""
 _CLIENT_CLOSED = 499
-_MOST_SLOTS = 1024
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -54,6 +53,9 @@ class Settings:
         body_bytes: largest request.
         saved: the folder of states that clients name; None for none.
         log: whether there is a line per request.
+        share_prefixes: whether a client's prompts go on from what other clients have sent, and
+            states with names are everybody's.
+        trusted_proxies: addresses whose X-Forwarded-For header says who the client is.
     """
 
     api_key: str | None = None
@@ -62,20 +64,8 @@ class Settings:
     body_bytes: int = 8 << 20
     saved: Path | None = None
     log: bool = True
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The last conversation of a slot, its reply included, or a text; `count` tokens of it."""
-
-    count: int
-    messages: tuple[Message, ...] | None
-    known: tuple[int, ...] = ()
-    """Its tokens, where they need not be rendered."""
-
-    def ids(self, model: Model) -> list[int]:
-        """Its tokens."""
-        return [*self.known] if self.known else model.conversation_ids(self.messages or ())
+    share_prefixes: bool = False
+    trusted_proxies: tuple[str, ...] = ()
 
 
 class Server:
@@ -84,7 +74,7 @@ class Server:
     def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
         self.models, self.settings = dict(models), settings
         self.metrics = Metrics(self.models)
-        self.slots: dict[tuple[str, int], _Slot] = {}
+        self.slots = Slots()
         self._grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
         }
@@ -104,18 +94,10 @@ class Server:
             )
         return name, self.models[name], self._grammars[name]
 
-    def remember(self, name: str, slot: int, prompt: Prompt, reply: Reply) -> None:
-        """Notes what a slot has last seen."""
-        self.slots.pop((name, slot), None)
-        count = reply.prompt_tokens + reply.new_tokens
-        if prompt.messages is None:
-            seen = _Slot(count, None, (*prompt.ids, *reply.ids))
-        else:
-            said = {"role": "assistant", "content": reply.text}
-            seen = _Slot(count, (*prompt.messages, said))
-        self.slots[name, slot] = seen
-        while len(self.slots) > _MOST_SLOTS:
-            self.slots.pop(next(iter(self.slots)))
+    def client(self, request: Request) -> Client:
+        """Returns the client of a request."""
+        settings = self.settings
+        return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
 
 
 def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
@@ -150,6 +132,10 @@ def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
         metrics=server.metrics,
         log=settings.log,
     )
+    if settings.trusted_proxies:
+        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
     return app
 
 
@@ -159,33 +145,34 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         name, model, grammars = server.model(body.model)
-        asked = model, grammars, body, _client(request), limits
-        works = await run_in_threadpool(chat_works, *asked)
+        asked = model, grammars, body, server.client(request), limits
         answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
-        return await _respond(request, body, answer, works)
+        return await _respond(request, body, answer, partial(chat_works, *asked))
 
     @app.post("/v1/completions", response_model=None)
     async def complete(request: Request, body: CompletionRequest) -> Response:
         name, model, grammars = server.model(body.model)
-        asked = model, grammars, body, _client(request), limits
-        works = await run_in_threadpool(completion_works, *asked)
+        asked = model, grammars, body, server.client(request), limits
         logprobs = body.logprobs is not None
         answer = Answer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
-        return await _respond(request, body, answer, works)
+        return await _respond(request, body, answer, partial(completion_works, *asked))
 
     async def _respond(
-        request: Request, body: Generation, answer: Answer, works: list[Work]
+        request: Request, body: Generation, answer: Answer, make_works: Callable[[], list[Work]]
     ) -> Response:
-        first, model = works[0].prompt, server.models[answer.model]
-        finished = partial(server.remember, answer.model, body.id_slot, first)
-        exchange = Exchange(request, model, answer, works, limits, finished)
-        headers = {AFFINITY: _affinity(first)}
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = exchange.events(with_usage=with_usage)
-            headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        owner, model = server.client(request).owner, server.models[answer.model]
+
+        def finished(reply: Reply) -> None:
+            slot = slot_after(works[0].prompt, reply)
+            server.slots.put(owner, answer.model, body.id_slot, slot)
+
         try:
+            works = await while_there(request, make_works)
+            exchange = Exchange(request, model, answer, works, limits, finished)
+            headers = {AFFINITY: _affinity(works[0].prompt)}
+            if body.stream:
+                with_usage = bool(body.stream_options and body.stream_options.include_usage)
+                return EventStream(exchange, headers, with_usage=with_usage)
             return JSONResponse(await exchange.whole(), headers=headers)
         except Gone:
             return Response(status_code=_CLIENT_CLOSED)
@@ -215,40 +202,49 @@ def _text_routes(app: FastAPI, server: Server) -> None:
 
 def _state_routes(app: FastAPI, server: Server) -> None:
     @app.get("/slots", response_model=None)
-    def slots() -> list[dict[str, Any]]:
+    def slots(request: Request) -> list[dict[str, Any]]:
         return [
-            {"id": slot, "model": name, "n_prompt_tokens": seen.count}
-            for (name, slot), seen in [*server.slots.items()]
+            {"id": number, "model": name, "n_prompt_tokens": slot.count}
+            for name, number, slot in server.slots.of(server.client(request).owner)
         ]
 
     @app.post("/slots/{slot}", response_model=None)
     def act(
-        slot: int, action: Literal["save", "restore", "erase"], body: SlotRequest | None = None
+        request: Request,
+        slot: int,
+        action: Literal["save", "restore", "erase"],
+        body: SlotRequest | None = None,
     ) -> dict[str, Any]:
-        body = body or SlotRequest()
+        body, client = body or SlotRequest(), server.client(request)
         name, model, _ = server.model(body.model)
-        path = _saved(server.settings.saved, body.filename)
-        known = server.slots.get((name, slot))
+        path = _saved(server.settings.saved, client, body.filename)
+        known = server.slots.get(client.owner, name, slot)
         if action == "restore":
             there = _there(path, body.filename)
             with _without_folder(there):
-                saved = model.load_state(there)
-            if saved.tokens is not None:
-                messages = None if saved.messages is None else (*saved.messages,)
-                server.slots[name, slot] = _Slot(saved.count, messages, (*saved.tokens.tolist(),))
+                saved = model.load_state(there, namespace=client.namespace)
+            if restored := slot_from(saved):
+                server.slots.put(client.owner, name, slot, restored)
             return {"id_slot": slot, "filename": body.filename, "n_restored": saved.position}
         if action == "erase" and path is not None:
             _there(path, body.filename).unlink(missing_ok=True)
             return {"id_slot": slot, "filename": body.filename}
         if action == "erase":
-            erased = server.slots.pop((name, slot), None)
+            erased = server.slots.pop(client.owner, name, slot)
             return {"id_slot": slot, "n_erased": erased.count if erased else 0}
         if path is None:
             raise RequestError("filename: it is missing; give a name for the state")
         if known is None:
             raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
         with _without_folder(path):
-            saved = model.save_state(path, known.ids(model), known.messages)
+            _make_folder(path.parent)
+            saved = model.save_state(
+                path,
+                known.ids(model),
+                known.messages,
+                client=client.name,
+                namespace=client.namespace,
+            )
         return {
             "id_slot": slot,
             "filename": body.filename,
@@ -281,10 +277,6 @@ def _model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "rgexport"}
 
 
-def _client(request: Request) -> str:
-    return request.client.host if request.client else ""
-
-
 def _affinity(prompt: Prompt) -> str:
     """A hash of how a conversation begins: up to its first user's message."""
     begin = ""
@@ -296,14 +288,21 @@ def _affinity(prompt: Prompt) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _saved(folder: Path | None, name: str | None) -> Path | None:
-    """The place of a name within the folder of states."""
+def _saved(folder: Path | None, client: Client, name: str | None) -> Path | None:
+    """The place of a name within the client's folder of states."""
     if name is None:
         return None
     if folder is None:
         raise RequestError("this server keeps no states: it was started without --state-folder")
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), "see `SlotRequest`"
-    return folder / f"{name}.state"
+    return client.folder(folder) / f"{name}.state"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"there is no folder for your states: {error.strerror}") from None
 
 
 @contextmanager

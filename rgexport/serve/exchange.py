@@ -6,9 +6,12 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio.to_thread
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from rgexport.chat.jobs import Job
 from rgexport.chat.model import Model
@@ -20,6 +23,7 @@ from rgexport.serve.errors import TooLong, as_error
 
 _DONE = b"data: [DONE]\n\n"
 Item = Piece | Reply | RequestError
+_Result = TypeVar("_Result")
 
 
 class Gone(Exception):  # noqa: N818
@@ -82,8 +86,13 @@ class Exchange:
                 take = partial(self._take, index)
                 self._jobs.append(model.start(work.prompt, work.options, take))
         except RequestError:
-            self._cancel()
+            self.cancel()
             raise
+
+    def cancel(self) -> None:
+        """Ends the replies that are under way."""
+        for job in self._jobs:
+            job.cancel()
 
     async def whole(self) -> dict[str, Any]:
         """The answer, when all replies have ended.
@@ -161,16 +170,53 @@ class Exchange:
                 yield index, item
         finally:
             leaving.cancel()
-            self._cancel()
+            self.cancel()
 
     async def _wait_until_gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(self._request)
         self._arrived.put_nowait((0, Gone()))
 
-    def _cancel(self) -> None:
-        for job in self._jobs:
-            job.cancel()
+
+class EventStream(StreamingResponse):
+    """The answer as server-sent events; its replies end with it, also if it never begins."""
+
+    def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
+        headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        events = exchange.events(with_usage=with_usage)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.cancel()
+
+
+async def until_gone(request: Request) -> None:
+    """Waits until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_there(request: Request, function: Callable[[], _Result]) -> _Result:
+    """Returns what a function returns in a thread; skips it if it has no thread yet.
+
+    Raises:
+        Gone: the client leaves before it returns.
+    """
+    run = anyio.to_thread.run_sync(function, abandon_on_cancel=True)
+    result, leaving = asyncio.ensure_future(run), asyncio.create_task(until_gone(request))
+    try:
+        await asyncio.wait((result, leaving), return_when=asyncio.FIRST_COMPLETED)
+        value = result.result() if result.done() else None
+        if value is None or leaving.done():
+            raise Gone
+        return value
+    finally:
+        result.cancel()
+        leaving.cancel()
 
 
 def _event(body: dict[str, Any]) -> bytes:

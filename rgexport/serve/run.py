@@ -55,6 +55,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
         timeout_graceful_shutdown=grace_seconds,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,

@@ -10,6 +10,7 @@ from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
+from rgexport.serve.clients import Client
 from rgexport.serve.exchange import Limits, Work
 from rgexport.serve.grammar import Grammar, Grammars
 from rgexport.serve.requests import (
@@ -36,7 +37,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
 
 
 def chat_works(
-    model: Model, grammars: Grammars, body: ChatRequest, client: str, limits: Limits
+    model: Model, grammars: Grammars, body: ChatRequest, client: Client, limits: Limits
 ) -> list[Work]:
     """The replies that a chat asks for.
 
@@ -46,7 +47,9 @@ def chat_works(
     model.require_chat()
     if body.tools and "tools" not in model.template.source:
         raise RequestError("tools: the chat template of this model has none; leave tools out")
-    prompt = model.conversation_prompt(messages_of(body.messages), tools=body.tools or None)
+    prompt = model.conversation_prompt(
+        messages_of(body.messages), tools=body.tools or None, namespace=client.namespace
+    )
     _require_fitting([prompt], limits)
     most = body.max_completion_tokens or body.max_tokens
     logprobs = body.top_logprobs if body.logprobs else None
@@ -63,7 +66,7 @@ def chat_works(
 
 
 def completion_works(
-    model: Model, grammars: Grammars, body: CompletionRequest, client: str, limits: Limits
+    model: Model, grammars: Grammars, body: CompletionRequest, client: Client, limits: Limits
 ) -> list[Work]:
     """The replies that a completion asks for: `n` of each prompt.
 
@@ -99,13 +102,14 @@ def _works(
 
 
 def _options(
-    body: Generation, most: int | None, logprobs: int | None, client: str, limits: Limits
+    body: Generation, most: int | None, logprobs: int | None, client: Client, limits: Limits
 ) -> ReplyOptions:
     return ReplyOptions(
         max_new_tokens=min(most or limits.new_tokens, limits.new_tokens),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop or (),
         logprobs=logprobs,
-        client=body.user or client,
+        client=client.name,
+        namespace=client.namespace,
     )
 
 

@@ -46,7 +46,9 @@ def served(
 @contextmanager
 def served_model(model: Model, settings: Settings) -> Iterator[str]:
     """The address of a server of this model, which is closed at the end."""
-    config = uvicorn.Config(create_app({model.name: model}, settings), port=0, log_config=None)
+    config = uvicorn.Config(
+        create_app({model.name: model}, settings), port=0, log_config=None, proxy_headers=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -302,7 +302,7 @@ def test_an_answer_names_no_path_of_the_machine(server: Served, tmp_path: Path) 
     server.model.scheduler.store.clear()
     chat(server, "hello")
     post(server, "/slots/0?action=save", {"filename": "broken"})
-    saved = next(iter(tmp_path.parent.glob("saved*/broken.state")))
+    saved = next(iter(tmp_path.parent.glob("saved*/*/broken.state")))
     saved.write_bytes(b"half")
     answer = post(server, "/slots/0?action=restore", {"filename": "broken"})
     assert answer.status_code == 400 and str(saved.parent) not in answer.text

@@ -214,7 +214,7 @@ def test_nothing_is_left_behind(server: Served) -> None:
     asyncio.run(all_of_them())
     idle(server.model)
     assert server.model.scheduler.store.nbytes <= before
-    assert len(server.model.scheduler._waiting) == 0
+    assert not server.model.scheduler._admission._live
 
 
 @pytest.mark.parametrize("streaming", [True, False])

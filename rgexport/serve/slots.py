@@ -1,0 +1,75 @@
+"""Slots: the last conversations of each client, by number, as llama-server has them."""
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+from rgexport.chat.model import Model
+from rgexport.chat.prompts import Prompt
+from rgexport.chat.reply import Reply
+from rgexport.chat.state_file import SavedState
+from rgexport.chat.template import Message
+
+_MOST_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The last conversation of a slot, its reply included, or a text; `count` tokens of it."""
+
+    count: int
+    messages: tuple[Message, ...] | None
+    known: tuple[int, ...] = ()
+    """Its tokens, where they need not be rendered."""
+
+    def ids(self, model: Model) -> list[int]:
+        """Its tokens."""
+        return [*self.known] if self.known else model.conversation_ids(self.messages or ())
+
+
+def slot_after(prompt: Prompt, reply: Reply) -> Slot:
+    """Returns a prompt with its reply."""
+    count = reply.prompt_tokens + reply.new_tokens
+    if prompt.messages is None:
+        return Slot(count, None, (*prompt.ids, *reply.ids))
+    return Slot(count, (*prompt.messages, {"role": "assistant", "content": reply.text}))
+
+
+def slot_from(saved: SavedState) -> Slot | None:
+    """Returns the text of a saved state, None if the file does not have it."""
+    if saved.tokens is None:
+        return None
+    messages = None if saved.messages is None else (*saved.messages,)
+    return Slot(saved.count, messages, (*saved.tokens.tolist(),))
+
+
+class Slots:
+    """The slots of all clients. Where there are too many, the client with most loses its oldest."""
+
+    def __init__(self, most: int = _MOST_SLOTS) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._slots: dict[tuple[str, str, int], Slot] = {}
+
+    def get(self, owner: str, model: str, number: int) -> Slot | None:
+        """Returns a slot of a client."""
+        with self._lock:
+            return self._slots.get((owner, model, number))
+
+    def put(self, owner: str, model: str, number: int, slot: Slot) -> None:
+        """Replaces a slot of a client."""
+        with self._lock:
+            self._slots.pop((owner, model, number), None)
+            self._slots[owner, model, number] = slot
+            while len(self._slots) > self._most:
+                ((most, _),) = Counter(key[0] for key in self._slots).most_common(1)
+                self._slots.pop(next(key for key in self._slots if key[0] == most))
+
+    def pop(self, owner: str, model: str, number: int) -> Slot | None:
+        """Removes a slot of a client, and returns it."""
+        with self._lock:
+            return self._slots.pop((owner, model, number), None)
+
+    def of(self, owner: str) -> list[tuple[str, int, Slot]]:
+        """Returns model, number and contents of each slot of a client."""
+        with self._lock:
+            return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]
