@@ -1,6 +1,7 @@
 """State files, which travel between machines and engines."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fuzz.readers.references import mutate_hashed
 from fuzz.readers.target import Target, oracle, require
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
+    LOGITS,
     METADATA,
     TOKENS,
     TOKENS_SHA256,
@@ -31,8 +33,9 @@ def _seeds(folder: Path) -> Iterable[bytes]:
     talk = [{"role": "user", "content": "hello"}]
     ids = np.arange(4)
     sealed = SavedState(_IDENTITY, key_of(ids), state | {POSITION: np.array([4], np.int64)})
-    write_state(folder / "a.state", sealed)
-    yield (folder / "a.state").read_bytes()
+    for logits in (None, np.ones(3, np.float32)):
+        write_state(folder / "a.state", replace(sealed, logits=logits, artifact="an artifact"))
+        yield (folder / "a.state").read_bytes()
     for count, messages, precision in ((3, None, None), (9, talk, "fp16")):
         seen = state | {POSITION: np.array([count - 1], np.int64)}
         ids = np.arange(count)
@@ -52,6 +55,8 @@ def _agree(data: bytes, folder: Path, found: SavedState) -> None:
     """With the safetensors package, and with the rules that engines rely on."""
     arrays = oracle(lambda: load(data), "safetensors refuses it")
     text = {TOKENS, TOKENS_SHA256}
+    logits = arrays.pop(LOGITS, None)
+    require((found.logits is None) == (logits is None), "it has other logits")
     require(arrays.keys() - text == {*SHAPES}, "it has other arrays", arrays.keys())
     require(len(arrays.keys() & text) == 1, "it has not one of tokens and hash", arrays.keys())
     require((found.tokens is None) == (TOKENS not in arrays), "it has other tokens")

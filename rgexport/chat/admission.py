@@ -58,6 +58,18 @@ class Admission:
             self._changed.wait_for(lambda: self._closed or running or self._queues)
             return not self._closed
 
+    def wait_for_folder(self, seconds: float) -> None:
+        """Waits at most so long if the folder of states still reads for a job."""
+        with self._changed:
+            jobs = [job for queue in self._queues.values() for job in queue]
+            if any(job.fetch is not None and job.fetch.pending for job in jobs):
+                self._changed.wait(seconds)
+
+    def wake(self) -> None:
+        """Ends the scheduler's waiting."""
+        with self._changed:
+            self._changed.notify()
+
     def take(self, running: Mapping[str, int], most: int | None = None) -> Job | None:
         """Takes the next job of the client with the fewest rows; equal clients take turns.
 

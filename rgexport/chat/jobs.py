@@ -8,6 +8,7 @@ import numpy as np
 
 from rgexport.chat.lookup import Lookup
 from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 
@@ -145,6 +146,10 @@ class Job:
         """Tokens of `ids` that the row's state has seen."""
         self.ids = list(request.ids)
         self.written = 0
+        self.fetch: Fetch | None = None
+        """What the folder of states reads for it."""
+        self.foreign = False
+        """Whether its state follows from one that another artifact has computed."""
         self.cached = 0
         self.stored = 0
         """Tokens of `ids` after which the state was last stored."""

@@ -6,6 +6,8 @@ print(model.chat([{"role": "user", "content": "Hello"}]).text)
 
 import asyncio
 import contextlib
+import hashlib
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import numpy as np
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, Job, Request, Token, require_ids
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.prefix_store import PrefixStore, StateFolder
+from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import Prompt, Prompts
 from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer, reply_options
 from rgexport.chat.reply_stream import ReplyStream
@@ -31,18 +33,21 @@ from rgexport.chat.state_file import (
     require_same_model,
     write_state,
 )
+from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.identity import Identity, identity_of
+from rgexport.export.identity import Identity, artifact_hash, identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import Session, SessionInfo
 
 CACHE_BYTES, FOLDER_BYTES = 1 << 30, 10 << 30
 """Memory and disk for states by default: 30 and 300 of a 2B's."""
+_WAITING_SHARE = 4
+"""States that wait to be written take at most this part of the memory for states."""
 
 
 class Model(Prompts):
@@ -58,6 +63,7 @@ class Model(Prompts):
         template: ChatTemplate,
         identity: Identity,
         *,
+        artifact: str = "",
         rows: int = 1,
         max_waiting: int = 1024,
         lookup: bool = True,
@@ -73,6 +79,7 @@ class Model(Prompts):
             tokenizer: its vocabulary.
             template: how conversations are written.
             identity: what its states are of.
+            artifact: a hash of the artifact.
             rows: most conversations that are computed together.
             max_waiting: most requests that wait for their turn.
             lookup: whether several tokens are checked at once where a text repeats itself. It
@@ -91,18 +98,20 @@ class Model(Prompts):
         self.identity = identity
         self.info, self._shapes = session.info, session.state_shapes
         self.vocab_size = session.vocab_size
-        self._precision = state_precision
-        folder = (
-            None
-            if state_folder is None
-            else StateFolder(
+        self.state_precision = state_precision
+        self._artifact = _numeric_identity(artifact, session.info, state_precision)
+        folder = None
+        if state_folder is not None:
+            folder = StateFolder(
                 state_folder,
                 identity,
                 self._shapes,
+                artifact=self._artifact,
+                vocab_size=self.vocab_size,
                 max_bytes=folder_bytes,
+                waiting_bytes=cache_bytes // _WAITING_SHARE,
                 precision=state_precision,
             )
-        )
         store = PrefixStore(cache_bytes, folder)
         super().__init__(tokenizer, template, store.length)
         self._drafts = lookup and session.info.exact_tokens > 1
@@ -282,18 +291,29 @@ class Model(Prompts):
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
         state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
-        info = f"{self.info.engine} {self.info.engine_version}"
+        saved = self.saved_state(ids, state, messages, with_text=with_text)
+        write_state(path, saved, precision=self.state_precision)
+        return saved
+
+    def saved_state(
+        self,
+        ids: Sequence[int],
+        state: State,
+        messages: Sequence[Message] | None = None,
+        *,
+        with_text: bool = True,
+    ) -> SavedState:
+        """Returns the contents of a state file of these tokens, see `save_state`."""
         seen = int(state[POSITION][0])
-        saved = SavedState(
+        return SavedState(
             self.identity,
             key_of(ids[:seen]),
             state,
             np.array(ids, np.int64) if with_text else None,
             messages if with_text else None,
-            info,
+            f"{self.info.engine} {self.info.engine_version}",
+            artifact=self._artifact,
         )
-        write_state(path, saved, precision=self._precision)
-        return saved
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
         """Takes a state file: prompts of the namespace that begin with its tokens go on from there.
@@ -304,7 +324,8 @@ class Model(Prompts):
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
-        self.scheduler.store.add(saved.key, saved.state, namespace=namespace)
+        is_foreign = saved.artifact != self._artifact
+        self.scheduler.store.add(saved.key, saved.state, foreign=is_foreign, namespace=namespace)
         return saved
 
     def close(self) -> None:
@@ -392,4 +413,12 @@ def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any
     """As `load`, for an artifact that is open."""
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     identity = identity_of(artifact.manifest, template.source)
-    return Model(open_session(artifact, threads=threads), tokenizer, template, identity, **options)
+    session = open_session(artifact, threads=threads)
+    options["artifact"] = artifact_hash(artifact.manifest)
+    return Model(session, tokenizer, template, identity, **options)
+
+
+def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:
+    """Returns a hash of all that the bits of a state file depend on."""
+    facts = [artifact, info.engine, info.engine_version, info.kernels, info.activation_dtype]
+    return hashlib.sha256(json.dumps([*facts, precision]).encode()).hexdigest()

@@ -41,6 +41,8 @@ _REST = 1.5
 """A chunk may be so many times as long, rather than to leave a short one."""
 _LOGITS_BYTES = 32 << 20
 """Most bytes of logits, where those of all tokens of a chunk are wanted."""
+_FOLDER_SECONDS = 0.02
+"""Longest time that a scheduler with nothing else to do waits for the folder at once."""
 
 
 @dataclass
@@ -146,6 +148,7 @@ class Scheduler:
             try:
                 self._drop_cancelled()
                 self._admit()
+                self._wait_for_folder()
                 self._read()
                 self._write()
             except Exception as error:
@@ -169,7 +172,7 @@ class Scheduler:
                 job = self._next_job(postponed)
                 if job is None:
                     return
-                if job.cancelled or self._is_being_read(job):
+                if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
                     postponed.append(job)
                     continue
                 if len(self._rows) == self._capacity:
@@ -216,12 +219,14 @@ class Scheduler:
         job.began = time.perf_counter()
         prefix = None
         if not job.request.prompt_logits:
-            prefix = self._store.longest(job.ids, job.request.namespace)
+            prefix = self._store.longest(job.ids, job.request.namespace, job.fetch)
+        job.fetch = None
         if prefix is None:
             self._set(row, self._empty | {POSITION: np.zeros(1, np.int64)})
             return
         self._set(row, prefix.state)
         job.fed = job.cached = job.stored = prefix.length
+        job.foreign = prefix.foreign
         self.counters.cached_tokens += prefix.length
         if prefix.length == len(job.ids):
             self._reply(job, prefix.logits, prefix.state)
@@ -240,6 +245,20 @@ class Scheduler:
             if any(known < stop <= shared for stop in other.stops()):
                 return True
         return False
+
+    def _is_being_fetched(self, job: Job) -> bool:
+        """Returns whether the store's folder still reads a longer prefix than memory has."""
+        if job.paused is not None or job.request.prompt_logits:
+            return False
+        job.fetch = job.fetch or self._store.fetch(
+            job.ids, self._admission.wake, job.request.namespace
+        )
+        return job.fetch is not None and job.fetch.pending
+
+    def _wait_for_folder(self) -> None:
+        """Waits a little if there is nothing to do before the folder has answered."""
+        if not self._rows:
+            self._admission.wait_for_folder(_FOLDER_SECONDS)
 
     def _read(self) -> None:
         """Reads a chunk of one prompt, or up to where its state is to be kept."""
@@ -385,7 +404,9 @@ class Scheduler:
         """Stores the state after what a row has seen."""
         namespace = job.request.namespace
         ids = job.ids[: job.fed]
-        self._store.put(ids, state, logits, lasting=lasting, namespace=namespace)
+        self._store.put(
+            ids, state, logits, lasting=lasting, foreign=job.foreign, namespace=namespace
+        )
         job.stored = job.fed
 
     def _remove(self, row: int) -> None:

@@ -3,15 +3,14 @@
 A safetensors file. Its arrays are the canonical states (`griffin.state`) of one conversation
 without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N], or
 instead only their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the
-last: to go on with a state, a token is needed that it has not seen. Its metadata have one JSON
-object, see `_fields`.
+last: to go on with a state, a token is needed that it has not seen, or the `logits` of the last
+one, float32 [vocab]. Its metadata have one JSON object, see `_fields`.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +24,21 @@ from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
 from rgexport.files.atomic import check_place
+from rgexport.files.durable import write_file
 from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
 from rgexport.griffin.safetensors_writer import header
 from rgexport.griffin.state import POSITION, State
 
 METADATA = "rgexport.state"
 FORMAT_VERSION = 2
-TOKENS, TOKENS_SHA256 = "tokens", "tokens_sha256"
+TOKENS, TOKENS_SHA256, LOGITS = "tokens", "tokens_sha256", "logits"
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
 _ALWAYS_FLOAT32 = ".rg_lru"
-_TEXT: dict[str, dict[str, np.dtype]] = {
+_BESIDE: dict[str, dict[str, np.dtype]] = {
     TOKENS: {"I32": np.dtype(np.int32)},
     TOKENS_SHA256: {"U8": np.dtype(np.uint8)},
+    LOGITS: {"F32": np.dtype(np.float32)},
 }
 """Array that is no state → its dtype, in the file and in numpy."""
 _FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
@@ -55,6 +56,8 @@ class SavedState:
             key is known.
         messages: the conversation, if it is one.
         engine: what made it.
+        logits: those of the last token that the state has seen, [vocab]; None if they are unknown.
+        artifact: a hash of what computed it; empty if that is unknown.
     """
 
     identity: Identity
@@ -63,6 +66,8 @@ class SavedState:
     tokens: np.ndarray | None = None
     messages: Sequence[Message] | None = None
     engine: str = ""
+    logits: np.ndarray | None = None
+    artifact: str = ""
 
     @property
     def position(self) -> int:
@@ -105,31 +110,38 @@ def is_state_file(path: Path) -> bool:
         return False
 
 
-def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> None:
-    """Writes a file that appears complete or not at all, in place of any that is there.
+def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
+    """Writes a file that appears complete or not at all; returns its size.
 
     Args:
-        path: the file.
+        path: the file; it replaces any that is there.
         saved: its contents.
         precision: one of `PRECISIONS`; None keeps what the engine has.
+
+    Raises:
+        RequestError: it cannot be written; the cause is the error of the system.
     """
+    return write_parts(path, state_parts(saved, precision))
+
+
+def write_parts(path: Path, parts: Sequence[memoryview]) -> int:
+    """Writes a file of these parts, see `write_state`."""
+    try:
+        write_file(path, parts)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror or error}") from error
+    return sum(part.nbytes for part in parts)
+
+
+def state_parts(saved: SavedState, precision: str | None = None) -> list[memoryview]:
+    """Returns the contents of a file, in parts, see `write_state`."""
     arrays = _stored(saved, precision)
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.data)
     fields = _fields(saved, digest.hexdigest())
     begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: fields})
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with partial.open("wb") as file:
-            file.write(begin)
-            for array in arrays.values():
-                file.write(array.data)
-        partial.replace(path)
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    return [memoryview(begin), *(array.data for array in arrays.values())]
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
@@ -139,14 +151,14 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         RequestError: it is none, is damaged, or is of a model with other states.
     """
     fields, entries = read_fields(path), read_header(path)
-    found = {name: entry.shape for name, entry in entries.items() if name not in _TEXT}
+    found = {name: entry.shape for name, entry in entries.items() if name not in _BESIDE}
     if found != dict(shapes):
         raise RequestError(
             f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
     arrays = _read_arrays(path, fields, entries)
-    tokens, sha256 = arrays.pop(TOKENS, None), arrays.pop(TOKENS_SHA256, None)
+    tokens, sha256, logits = (arrays.pop(name, None) for name in _BESIDE)
     position = fields["position"]
     if tokens is not None:
         key = key_of(tokens[:position])
@@ -161,6 +173,8 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         None if tokens is None else tokens.astype(np.int64),
         fields["messages"],
         fields["engine"],
+        logits,
+        fields.get("artifact", ""),
     )
 
 
@@ -178,12 +192,15 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     """All arrays, if they are those that the metadata tell of."""
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
-    with path.open("rb") as file:
-        for name, entry in entries.items():
-            file.seek(entry.offset)
-            data = file.read(entry.nbytes)
-            digest.update(data)
-            arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
+    try:
+        with path.open("rb") as file:
+            for name, entry in entries.items():
+                file.seek(entry.offset)
+                data = file.read(entry.nbytes)
+                digest.update(data)
+                arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
     if digest.hexdigest() != fields["sha256"] or not _is_of(fields, arrays):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     return arrays
@@ -192,11 +209,13 @@ def _read_arrays(
 def _is_of(fields: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
     """Whether the tokens, or their hash, are what the metadata tell of."""
     count, position = fields["tokens"], fields["position"]
-    text = {name: arrays[name].shape for name in _TEXT if name in arrays}
+    shapes = {name: arrays[name].shape for name in _BESIDE if name in arrays}
+    if len(shapes.pop(LOGITS, (0,))) != 1:
+        return False
     if fields["has_text"]:
         unseen = count - position
-        return text == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
-    sealed = text == {TOKENS_SHA256: (32,)} and fields["messages"] is None
+        return shapes == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
+    sealed = shapes == {TOKENS_SHA256: (32,)} and fields["messages"] is None
     return sealed and count == position >= 0
 
 
@@ -256,6 +275,8 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
             if name.endswith(_ALWAYS_FLOAT32):
                 dtype = np.dtype(np.float32)
             arrays[name] = np.ascontiguousarray(array[0], dtype)
+    if saved.logits is not None:
+        arrays[LOGITS] = np.ascontiguousarray(saved.logits, np.float32)
     return arrays
 
 
@@ -269,6 +290,7 @@ def _fields(saved: SavedState, sha256: str) -> str:
         "has_text": saved.tokens is not None,
         "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
         "engine": saved.engine,
+        "artifact": saved.artifact,
         "tool": f"rgexport {__version__}",
         "sha256": sha256,
     }
@@ -293,6 +315,7 @@ def _is_valid(fields: dict[str, Any]) -> bool:
         and "messages" in fields
         and isinstance(identity, dict)
         and {name: type(value) for name, value in identity.items()} == kinds
+        and isinstance(fields.get("artifact", ""), str)
         and (messages is None or (isinstance(messages, list) and all(map(_is_message, messages))))
     )
 
@@ -304,7 +327,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
-    dtypes = _TEXT.get(name, _FLOATS)
+    dtypes = _BESIDE.get(name, _FLOATS)
     if entry.dtype not in dtypes:
         raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
     return dtypes[entry.dtype]

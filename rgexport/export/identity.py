@@ -1,6 +1,7 @@
 """What a saved state is of: the same model may have been exported many times."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class Identity:
 def identity_of(manifest: Manifest, template: str) -> Identity:
     """What states of an artifact are of; `template` is the text of its chat template."""
     return identity_of_files(manifest.name, manifest.source.files, manifest.config, template)
+
+
+def artifact_hash(manifest: Manifest) -> str:
+    """Returns a hash of all that an artifact consists of; it differs between two precisions."""
+    return _hash(json.dumps(manifest.to_dict(), sort_keys=True))
 
 
 def identity_of_files(

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.prefix_store import PrefixStore, StateFolder
+from rgexport.chat.prefix_store import Prefix, PrefixStore
+from rgexport.chat.state_file import read_fields
+from rgexport.chat.state_folder import StateFolder
 from rgexport.export.identity import Identity
 from rgexport.griffin.state import POSITION, State
 
 SHAPES = {"layers.0.rg_lru": (64,)}
 IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)
+FP32, INT4 = "f" * 64, "4" * 64
+"""Hashes of two artifacts."""
 IDS = st.lists(st.integers(0, 2), max_size=8)
 
 
@@ -36,14 +41,14 @@ def test_the_longest_prefix_that_can_be_continued(
     store, latest = PrefixStore(1 << 20), dict[tuple[int, ...], bool]()
     for ids, with_logits in known:
         store.put(ids, state_of(ids), np.zeros(3) if with_logits else None)
-        latest[tuple(ids)] = with_logits
+        latest[tuple(ids)] = with_logits or latest.get(tuple(ids), False)
     fitting = [
         len(ids)
         for ids, logits in latest.items()
         if list(ids) == asked[: len(ids)] and (logits or len(ids) < len(asked))
     ]
     found = store.longest(asked)
-    assert (found.length if found else 0) == max(fitting, default=0)
+    assert (found.length if found else 0) == max(fitting, default=0) == store.length(asked)
     if found:
         expected = state_of(asked[: found.length])
         np.testing.assert_array_equal(found.state["layers.0.rg_lru"], expected["layers.0.rg_lru"])
@@ -55,14 +60,32 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
         store.put([token], state_of([token]))
     assert store.longest([0, 9]) is not None
     store.put([3], state_of([3]))
-    assert [store.length([token]) for token in range(4)] == [1, 0, 1, 1]
+    assert [store.length([token, 9]) for token in range(4)] == [1, 0, 1, 1]
     assert store.nbytes == 3 * NBYTES
     store.put([3], state_of([3]))
     assert store.nbytes == 3 * NBYTES, "the same again takes nothing"
 
 
-def folder(path: Path, max_bytes: int = 1 << 20, identity: Identity = IDENTITY) -> StateFolder:
-    return StateFolder(path, identity, SHAPES, max_bytes=max_bytes)
+def folder(
+    path: Path, max_bytes: int = 1 << 20, identity: Identity = IDENTITY, artifact: str = FP32
+) -> StateFolder:
+    return StateFolder(
+        path,
+        identity,
+        SHAPES,
+        artifact=artifact,
+        vocab_size=3,
+        max_bytes=max_bytes,
+        waiting_bytes=1 << 20,
+    )
+
+
+def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
+    """The longest prefix, after the folder has been read."""
+    fetch = store.fetch(ids, lambda: None)
+    if fetch:
+        fetch.wait()
+    return store.longest(ids, fetch)
 
 
 def test_a_folder_serves_the_next_process(tmp_path: Path) -> None:
@@ -71,7 +94,7 @@ def test_a_folder_serves_the_next_process(tmp_path: Path) -> None:
         store.put(list(range(length)), state_of(list(range(length))))
     store.close()
     again = PrefixStore(NBYTES, folder(tmp_path))
-    found = again.longest([0, 1, 2, 3, 9])
+    found = longest(again, [0, 1, 2, 3, 9])
     assert found and found.length == 4
     assert found.state["layers.0.rg_lru"][0, :5].tolist() == [0, 1, 2, 3, 0]
     again.close()
@@ -86,8 +109,66 @@ def test_another_model_has_another_folder(tmp_path: Path) -> None:
         Identity("toy", "ab" * 32, 9, "cd" * 32),
     ):
         store = PrefixStore(NBYTES, folder(tmp_path, identity=other))
-        assert store.longest([1, 2, 3]) is None
+        assert longest(store, [1, 2, 3]) is None
         store.close()
+
+
+def test_another_artifact_has_other_states(tmp_path: Path) -> None:
+    """Even where a file lies in the wrong folder."""
+    store = PrefixStore(NBYTES, folder(tmp_path, artifact=INT4))
+    store.put([1, 2], state_of([1, 2]))
+    store.close()
+    (file,) = tmp_path.glob("*/*.state")
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
+    store.close()
+    (other,) = {*tmp_path.iterdir()} - {file.parent}
+    file.rename(other / file.name)
+    store = PrefixStore(NBYTES, folder(tmp_path))
+    assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
+    store.put([1, 2], state_of([1, 2]))
+    store.close()
+    assert read_fields(other / file.name)["artifact"] == FP32, "it is replaced"
+
+
+def test_states_of_other_artifacts_are_trimmed_first(tmp_path: Path) -> None:
+    store = PrefixStore(NBYTES, folder(tmp_path, artifact=INT4))
+    store.put([1], state_of([1]))
+    store.close()
+    (old,) = tmp_path.glob("*/*.state")
+    beside = tmp_path / "notes"
+    beside.write_bytes(bytes(5000))
+    os.utime(old, (0, 0))
+    store = PrefixStore(NBYTES, folder(tmp_path, old.stat().st_size))
+    store.put([2], state_of([2]))
+    store.close()
+    assert len([*tmp_path.glob("*/*.state")]) == 1 and not old.exists() and beside.exists()
+
+
+def test_what_another_artifact_computed_is_not_written(tmp_path: Path) -> None:
+    store = PrefixStore(1 << 20, folder(tmp_path))
+    store.add(key_of([1, 2]), state_of([1, 2]), foreign=True)
+    found = longest(store, [1, 2, 3])
+    assert found and found.foreign
+    store.close()
+    assert not [*tmp_path.glob("*/*.state")]
+
+
+def test_logits_outlive_a_state_without_them_and_a_restart(tmp_path: Path) -> None:
+    store, logits = PrefixStore(1 << 20, folder(tmp_path)), np.arange(3, dtype=np.float32)
+    store.put([1, 2], state_of([1, 2]))
+    assert store.length([1, 2]) == 0, "without logits, a token must be left"
+    store.put([1, 2], state_of([1, 2]), logits)
+    store.put([1, 2], state_of([1, 2]))
+    for text in ([1, 2], [1, 2, 3]):
+        found = store.longest(text)
+        assert found and found.logits is logits and store.length(text) == 2
+    store.close()
+    again = PrefixStore(1 << 20, folder(tmp_path))
+    found = longest(again, [1, 2])
+    assert found and found.logits is not None and found.logits.tolist() == [0, 1, 2]
+    assert again.length([1, 2]) == 2
+    again.close()
 
 
 def test_a_folder_is_trimmed(tmp_path: Path) -> None:
@@ -121,7 +202,7 @@ def test_a_damaged_file_is_not_used(
         long.write_bytes(short.read_bytes())
     else:
         long.unlink()
-    found = store.longest([1, 2, 3])
+    found = longest(store, [1, 2, 3])
     assert found and found.length == 1
     assert (damage == "cut") == ("a saved state is not used" in capsys.readouterr().err)
     store.close()
@@ -137,7 +218,7 @@ def test_a_kill_leaves_no_half_file(tmp_path: Path) -> None:
     os.utime(half, (0, 0))
     (place / f".{name}.partial-00000001").write_bytes(b"being written")
     store = PrefixStore(NBYTES, folder(tmp_path))
-    assert store.longest([1, 2]) is None
+    assert longest(store, [1, 2]) is None
     store.close()
     assert [path.name[-1] for path in place.iterdir()] == ["1"]
 
@@ -166,11 +247,14 @@ def test_threads_share_a_store() -> None:
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     stores = [PrefixStore(1 << 20, folder(tmp_path)) for _ in range(2)]
-    assert stores[1].longest([1, 2, 3]) is None
+    assert longest(stores[1], [1, 2, 3]) is None
     stores[0].put([1, 2], state_of([1, 2]))
     stores[0].close()
-    found = stores[1].longest([1, 2, 3])
-    assert found and found.length == 2
+    end = time.monotonic() + 30
+    while not (found := longest(stores[1], [1, 2, 3])):
+        assert time.monotonic() < end, "it looks for files of others now and then"
+        time.sleep(0.05)
+    assert found.length == 2
     stores[1].close()
 
 

@@ -1,0 +1,55 @@
+"""Files that are on the disk, complete, when a call returns."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+PARTIAL = ".{}.partial-{}"
+"""Name of a file that is being written: the final name, and eight random digits."""
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
+"""Errors of systems, and of folders that may not be read, that synchronize no folders."""
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Writes a file in place of any that is there; a failure leaves what was there.
+
+    Raises:
+        OSError: the disk is full or fails, or the folder cannot be written to.
+    """
+    partial = path.with_name(PARTIAL.format(path.name, secrets.token_hex(4)))
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a disk that fails may fail here, too
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the entries of a folder on the disk, where the system can.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
