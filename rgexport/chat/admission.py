@@ -1,4 +1,4 @@
-"""Requests under way: how many there may be, and whose turn is next."""
+"""Admission of requests: limits their number and chooses the next one."""
 
 import threading
 from collections import OrderedDict, deque

@@ -183,7 +183,7 @@ class Scheduler:
                 self._admission.put_back(job)
 
     def _next_job(self, postponed: list[Job]) -> Job | None:
-        """Takes a job that may have a row; None where there is none, or no row for it.
+        """Takes the next job that may have a row; returns None if no job may.
 
         Where all rows are taken, its client must have two fewer than another one.
         """
@@ -298,7 +298,7 @@ class Scheduler:
         return logits[-1]
 
     def _next_to_read(self) -> Job | None:
-        """The oldest job of the client whose last chunk was read before those of the others."""
+        """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows[self._writing :] if not job.cancelled]
         clients = {job.request.client for job in reading}
         self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
@@ -358,7 +358,7 @@ class Scheduler:
         return None
 
     def _advance(self, job: Job, logits: np.ndarray) -> Ending | None:
-        """As `_choose`; whatever fails there, also a listener, ends this reply alone."""
+        """Chooses the next token; any failure, also of the listener, ends this reply alone."""
         try:
             return self._choose(job, logits)
         except Exception as error:

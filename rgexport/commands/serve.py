@@ -30,7 +30,7 @@ _KEY = "RGEXPORT_API_KEY"
     type=click.IntRange(1, 256),
     default=8,
     show_default=True,
-    help="Conversations that are computed together; each takes the memory of a state.",
+    help="Conversations that are computed together; each takes the memory of one or two states.",
 )
 @click.option(
     "--max-waiting",
@@ -162,7 +162,7 @@ def serve(
 
 
 def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:
-    """Checks the addresses: a name would never be that of a connection."""
+    """Raises RequestError for a text that is no address and no network."""
     for address in addresses:
         try:
             ip_network(address)

@@ -33,7 +33,7 @@ from rgexport.serve.requests import (
     TemplateRequest,
     TokenizeRequest,
 )
-from rgexport.serve.slots import Slots, slot_after, slot_from
+from rgexport.serve.slots import ClientSlots, slot_after, slot_from
 from rgexport.serve.works import chat_works, completion_works, messages_of
 
 AFFINITY = "X-Conversation"
@@ -74,7 +74,7 @@ class Server:
     def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
         self.models, self.settings = dict(models), settings
         self.metrics = Metrics(self.models)
-        self.slots = Slots()
+        self.slots = ClientSlots()
         self._grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
         }

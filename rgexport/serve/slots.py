@@ -43,7 +43,7 @@ def slot_from(saved: SavedState) -> Slot | None:
     return Slot(saved.count, messages, (*saved.tokens.tolist(),))
 
 
-class Slots:
+class ClientSlots:
     """The slots of all clients. Where there are too many, the client with most loses its oldest."""
 
     def __init__(self, most: int = _MOST_SLOTS) -> None:

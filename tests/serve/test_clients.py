@@ -23,7 +23,7 @@ from rgexport.serve.answers import Answer
 from rgexport.serve.app import Settings
 from rgexport.serve.clients import network_of
 from rgexport.serve.exchange import EventStream, Exchange, Limits, Work
-from rgexport.serve.slots import Slot, Slots
+from rgexport.serve.slots import ClientSlots, Slot
 from tests.serve.conftest import Serve, Served
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -126,7 +126,7 @@ def test_states_with_names_are_shared_if_prefixes_are(serve: Serve, tmp_path: Pa
 
 
 def test_a_client_cannot_push_out_the_slots_of_others() -> None:
-    slots = Slots(3)
+    slots = ClientSlots(3)
     for owner, number in (("ann", 0), ("bob", 0), ("bob", 1), ("bob", 2), ("bob", 3)):
         slots.put(owner, "toy", number, Slot(number, None))
     assert [number for _, number, _ in slots.of("ann")] == [0]

@@ -176,6 +176,7 @@ def test_the_key_comes_from_three_places(source: str, demo_artifact: Path, tmp_p
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8080"),
         (["--state-folder", "/proc/none"], "/proc/none"),
         (["--state-precision", "int8"], "expected fp32 or fp16"),
+        (["--trusted-proxy", "proxy.example"], "expected an address such as 10.0.0.9"),
     ],
 )
 def test_what_cannot_be_served(
