@@ -16,20 +16,21 @@ class Admission:
 
     def __init__(self, rows: int, max_waiting: int) -> None:
         self._rows, self._max_waiting = rows, max_waiting
-        self._changed, self._closed = threading.Condition(), False
+        self.changed, self._closed = threading.Condition(), False
+        """Notified when there is work, or when there will be no more."""
         self._live: set[Job] = set()
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
 
     @property
     def waiting(self) -> int:
         """Number of jobs that wait for a row."""
-        with self._changed:
+        with self.changed:
             return sum(not job.cancelled for queue in self._queues.values() for job in queue)
 
     @property
     def paused(self) -> int:
         """Number of jobs that had a row and wait for another one."""
-        with self._changed:
+        with self.changed:
             return sum(job.paused is not None for queue in self._queues.values() for job in queue)
 
     def add(self, job: Job) -> Job | None:
@@ -42,20 +43,20 @@ class Admission:
             Busy: too many wait, and this client has as many in its queue as any other.
             RequestError: the scheduler is closed.
         """
-        with self._changed:
+        with self.changed:
             if self._closed:
                 raise RequestError("the model is closed")
             displaced = self._displaced_by(job) if self._is_full_for(job) else None
             queue = self._queues.setdefault(job.request.client, deque())
             (queue.appendleft if job.request.first else queue.append)(job)
             self._live.add(job)
-            self._changed.notify()
+            self.changed.notify()
         return displaced
 
     def wait_for_work(self, *, running: bool) -> bool:
         """Returns True once there is work, False when the scheduler is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or running or self._queues)
+        with self.changed:
+            self.changed.wait_for(lambda: self._closed or running or self._queues)
             return not self._closed
 
     def wait_for_folder(self, seconds: float) -> None:
@@ -77,7 +78,7 @@ class Admission:
             running: number of rows by client.
             most: most rows that this client may have.
         """
-        with self._changed:
+        with self.changed:
             if not self._queues:
                 return None
             client = min(self._queues, key=lambda client: running.get(client, 0))
@@ -91,12 +92,12 @@ class Admission:
 
     def put_back(self, job: Job) -> None:
         """Lets a job be the next one of its client."""
-        with self._changed:
+        with self.changed:
             self._queues.setdefault(job.request.client, deque()).appendleft(job)
 
     def take_cancelled(self, *, paused: bool = True) -> list[Job]:
         """Takes the cancelled jobs out of the queues, perhaps without those that are paused."""
-        with self._changed:
+        with self.changed:
             waiting = [job for queue in self._queues.values() for job in queue]
             jobs = [job for job in waiting if job.cancelled and (paused or job.paused is None)]
             for job in jobs:
@@ -105,14 +106,14 @@ class Admission:
 
     def end(self, job: Job) -> None:
         """Frees the place of a job that has left its row or its queue."""
-        with self._changed:
+        with self.changed:
             self._live.discard(job)
 
     def close(self) -> None:
         """Refuses further jobs and wakes the scheduler."""
-        with self._changed:
+        with self.changed:
             self._closed = True
-            self._changed.notify()
+            self.changed.notify()
 
     def _is_full_for(self, job: Job) -> bool:
         """Returns whether as many jobs as may be are under way.

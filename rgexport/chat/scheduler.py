@@ -166,18 +166,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives rows to those that wait, with the longest prefix that is known."""
-        postponed: list[Job] = []
+        postponed: list[Job] = []  # also the one at hand, so that an error does not lose it
         try:
             for _ in range(self._capacity):
                 job = self._next_job(postponed)
                 if job is None:
                     return
+                postponed.append(job)
                 if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
-                    postponed.append(job)
                     continue
                 if len(self._rows) == self._capacity:
                     self._pause_one()
-                self._begin(job)
+                self._begin(postponed.pop())
         finally:
             for job in reversed(postponed):
                 self._admission.put_back(job)

@@ -85,7 +85,7 @@ class Exchange:
             for index, work in enumerate(works):
                 take = partial(self._take, index)
                 self._jobs.append(model.start(work.prompt, work.options, take))
-        except RequestError:
+        except BaseException:
             self.cancel()
             raise
 

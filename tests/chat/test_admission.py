@@ -175,3 +175,25 @@ def test_nobody_waits_for_the_prompt_of_another_namespace(session: ToySession) -
     assert [each.wait().cached_tokens for each in heard] == [0, 0]
     blocker.wait()
     scheduler.close()
+
+
+def test_an_error_while_a_row_is_freed_loses_no_job(
+    session: ToySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, gate = Scheduler(session, PrefixStore(0), rows=2), threading.Event()
+    heard = [ask(scheduler, [i], 10**6, client="a") for i in range(2)]
+    heard.append(ask(scheduler, [2], 10**6, client="a", listener=Heard(then=gate.set)))
+    while not (heard[0].tokens and heard[1].tokens):
+        time.sleep(0.001)
+
+    def broken(rows: range) -> Any:
+        monkeypatch.undo()
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(session, "get_rows", broken)
+    other = ask(scheduler, [3], 2, client="b")
+    assert "the engine: no memory" in str(heard[0].wait().error)
+    assert other.wait().reason == "length", "it has its turn after the error"
+    assert gate.wait(30)
+    scheduler.close()
+    assert heard[2].wait().reason == "cancelled"

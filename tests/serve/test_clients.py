@@ -254,13 +254,13 @@ def test_who_leaves_before_the_text_is_tokenized_asks_for_nothing(
 
 
 def test_a_stream_that_never_begins_ends_its_replies(serve: Serve) -> None:
-    """The client has left before the first event: nobody iterates over the answer."""
+    """The client leaves while the headers wait to be sent: nobody iterates over the answer."""
 
     async def receive() -> dict[str, str]:
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        pass
+        await asyncio.Event().wait()
 
     async def answer(server: Served) -> None:
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
