@@ -28,6 +28,11 @@ class Admission:
             return sum(not job.cancelled for queue in self._queues.values() for job in queue)
 
     @property
+    def has_queues(self) -> bool:
+        """Whether a job waits, cancelled ones included; takes no lock."""
+        return bool(self._queues)
+
+    @property
     def paused(self) -> int:
         """Number of jobs that had a row and wait for another one."""
         with self.changed:
@@ -97,9 +102,11 @@ class Admission:
 
     def take_cancelled(self, *, paused: bool = True) -> list[Job]:
         """Takes the cancelled jobs out of the queues, perhaps without those that are paused."""
+        if not self._queues:
+            return []
         with self.changed:
-            waiting = [job for queue in self._queues.values() for job in queue]
-            jobs = [job for job in waiting if job.cancelled and (paused or job.paused is None)]
+            cancelled = [job for queue in self._queues.values() for job in queue if job.cancelled]
+            jobs = [job for job in cancelled if paused or job.paused is None]
             for job in jobs:
                 self._remove(job)
         return jobs

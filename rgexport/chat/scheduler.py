@@ -187,11 +187,12 @@ class Scheduler:
 
         Where all rows are taken, its client must have two fewer than another one.
         """
-        rows = _by_client(self._rows)
-        turns = rows + _by_client(postponed)
+        if not self._admission.has_queues:
+            return None
+        turns = _by_client([*self._rows, *postponed])
         if len(self._rows) < self._capacity:
             return self._admission.take(turns)
-        most = max(rows.values()) - 2
+        most = max(_by_client(self._rows).values()) - 2
         if most < 0 or self._admission.paused >= self._capacity:
             return None
         return self._admission.take(turns, most)
@@ -300,12 +301,12 @@ class Scheduler:
     def _next_to_read(self) -> Job | None:
         """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows[self._writing :] if not job.cancelled]
+        if not reading:
+            return None
         clients = {job.request.client for job in reading}
         self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
         return min(
-            reading,
-            key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began),
-            default=None,
+            reading, key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began)
         )
 
     def _reply(self, job: Job, logits: np.ndarray | None, state: State) -> None:
