@@ -16,6 +16,12 @@ class NotInstalled(RequestError):
     """A program or package that the request needs is missing, or is unsuitable."""
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """Returns the error of the operating system that led to this one, if one did."""
+    causes = error, error.__cause__, error.__context__
+    return next((each for each in causes if isinstance(each, OSError)), None)
+
+
 def printable(text: str, kept: str = "") -> str:
     """`text` with `?` for control characters, except those in `kept`."""
     if text.isprintable():

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.chat.prefix_key import Key
+from rgexport.files.durable import remove_abandoned
 
 _FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
 """Name of the folder of an artifact; earlier versions had one for each model and window."""
 _FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
-_PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}")
-_ABANDONED_SECONDS = 600
-"""A partial file that was not written to for so long is what a killed process left."""
 
 
 def file_name(key: Key) -> str:
@@ -127,8 +125,8 @@ class FolderIndex:
             for entry in _entries(Path(folder.path)):
                 if _FILE.fullmatch(entry.name):
                     yield folder.name, entry.name
-                elif _PARTIAL.fullmatch(entry.name):
-                    _remove_abandoned(entry)
+                else:
+                    remove_abandoned(entry)
 
     def _status(self, name: tuple[str, str]) -> os.stat_result | None:
         with suppress(OSError):
@@ -163,9 +161,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
-
-
-def _remove_abandoned(entry: os.DirEntry[str]) -> None:
-    with suppress(OSError):
-        if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
-            os.unlink(entry.path)

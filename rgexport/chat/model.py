@@ -261,12 +261,14 @@ class Model(Prompts):
         """
         reading = self.read(ids, client=client, namespace=namespace)
         try:
-            state = reading.result().state
+            return _copy_of(reading.result())
         finally:
             reading.cancel()  # whoever interrupts the waiting ends the reading
-        if state is None:
-            raise RequestError("the model was closed before the text was read")
-        return {name: array.copy() for name, array in state.items()}
+
+    async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
+        """As `state`, for asyncio."""
+        reading = self.read(ids, client=client, namespace=namespace)
+        return _copy_of(await asyncio.wrap_future(reading))
 
     def save_state(
         self,
@@ -393,6 +395,12 @@ class _Reading:
             self.done.set_exception(end.error)
         else:
             self.done.set_result(end)
+
+
+def _copy_of(end: End) -> State:
+    if end.state is None:
+        raise RequestError("the model was closed before the text was read")
+    return {name: array.copy() for name, array in end.state.items()}
 
 
 def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Model:

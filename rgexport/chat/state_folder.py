@@ -17,7 +17,7 @@ import numpy as np
 from rgexport.chat.folder_index import FolderIndex, file_name
 from rgexport.chat.prefix_key import Key
 from rgexport.chat.state_file import SavedState, read_state, write_state
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, system_error
 from rgexport.export.identity import Identity
 from rgexport.griffin.state import State
 from rgexport.progress import warn
@@ -224,7 +224,7 @@ class StateFolder:
             self._index.discard(key)
             return None
         except Exception as error:  # whatever a file does, the thread goes on
-            is_transient = _system_error(error) is not None
+            is_transient = system_error(error) is not None
             self._avoid(key, _AVOID_SECONDS if is_transient else float("inf"))
             self._warn("a saved state is not used", error)
             return None
@@ -284,7 +284,7 @@ class StateFolder:
 
     def _warn(self, what: str, error: Exception) -> None:
         """Warns once of a kind of failure, and again if it is still there much later."""
-        system = _system_error(error)
+        system = system_error(error)
         kind, now = (what, system.errno if system else type(error)), time.monotonic()
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:
             self._warned[kind] = now
@@ -299,9 +299,3 @@ class StateFolder:
 def _nbytes(saved: SavedState) -> int:
     arrays = [*saved.state.values(), *([] if saved.logits is None else [saved.logits])]
     return sum(array.nbytes for array in arrays) + _OVERHEAD_BYTES
-
-
-def _system_error(error: Exception) -> OSError | None:
-    """Returns the error of the operating system that led to this one."""
-    causes = error, error.__cause__, error.__context__
-    return next((each for each in causes if isinstance(each, OSError)), None)

@@ -75,6 +75,20 @@ _KEY = "RGEXPORT_API_KEY"
     metavar="SIZE",
     help="Most bytes of the states there.",
 )
+@click.option(
+    "--max-saved-states",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Most states that a client may save there by name.",
+)
+@click.option(
+    "--saved-states-size",
+    default="10GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most bytes of the states that clients save.",
+)
 @state_precision
 @click.option("--api-key", help=f"What clients must present; or the variable {_KEY}.")
 @click.option("--api-key-file", type=FOLDER, help="The same, in a file.")
@@ -109,6 +123,7 @@ def serve(
     cache_size: str,
     state_folder: Path | None,
     state_folder_size: str,
+    saved_states_size: str,
     api_key: str | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
@@ -143,6 +158,8 @@ def serve(
         cors_origins=cors_origin,
         limits=limits,
         saved=saved,
+        most_saved=options["max_saved_states"],
+        saved_bytes=int(bytes_of("--saved-states-size", saved_states_size)),
         log=not options["quiet"],
         share_prefixes=options["share_prefixes"],
         trusted_proxies=_proxies(options["trusted_proxy"]),

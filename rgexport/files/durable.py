@@ -2,13 +2,16 @@
 
 import errno
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-PARTIAL = ".{}.partial-{}"
-"""Name of a file that is being written: the final name, and eight random digits."""
+_PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}")
+_ABANDONED_SECONDS = 600
+"""A partial file that was not written to for so long is what a killed process left."""
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
 """Errors of systems, and of folders that may not be read, that synchronize no folders."""
 
@@ -19,7 +22,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     Raises:
         OSError: the disk is full or fails, or the folder cannot be written to.
     """
-    partial = path.with_name(PARTIAL.format(path.name, secrets.token_hex(4)))
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with partial.open("wb") as file:
             for part in parts:
@@ -32,6 +35,14 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_abandoned(entry: os.DirEntry[str]) -> None:
+    """Removes a file that a killed process has left half-written; leaves all others."""
+    with suppress(OSError):
+        if _PARTIAL.fullmatch(entry.name):
+            if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
+                os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,15 +1,14 @@
 """The HTTP interface: OpenAI's, with llama-server's additions."""
 
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport import __version__
@@ -24,6 +23,7 @@ from rgexport.serve.exchange import EventStream, Exchange, Gone, Limits, Work, w
 from rgexport.serve.grammar import Grammars
 from rgexport.serve.metrics import Metrics
 from rgexport.serve.middleware import Guard
+from rgexport.serve.named_states import NamedStates
 from rgexport.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -52,6 +52,8 @@ class Settings:
         limits: what a request may cost.
         body_bytes: largest request.
         saved: the folder of states that clients name; None for none.
+        most_saved: most states of a client in it.
+        saved_bytes: most bytes of the states of all clients.
         log: whether there is a line per request.
         share_prefixes: whether a client's prompts go on from what other clients have sent, and
             states with names are everybody's.
@@ -63,6 +65,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     body_bytes: int = 8 << 20
     saved: Path | None = None
+    most_saved: int = 100
+    saved_bytes: int = 10 << 30
     log: bool = True
     share_prefixes: bool = False
     trusted_proxies: tuple[str, ...] = ()
@@ -75,6 +79,9 @@ class Server:
         self.models, self.settings = dict(models), settings
         self.metrics = Metrics(self.models)
         self.slots = ClientSlots()
+        self.saved = NamedStates(
+            settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
+        )
         self._grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
         }
@@ -209,48 +216,37 @@ def _state_routes(app: FastAPI, server: Server) -> None:
         ]
 
     @app.post("/slots/{slot}", response_model=None)
-    def act(
+    async def act(
         request: Request,
         slot: int,
         action: Literal["save", "restore", "erase"],
         body: SlotRequest | None = None,
     ) -> dict[str, Any]:
         body, client = body or SlotRequest(), server.client(request)
-        name, model, _ = server.model(body.model)
-        path = _saved(server.settings.saved, client, body.filename)
-        known = server.slots.get(client.owner, name, slot)
-        if action == "restore":
-            there = _there(path, body.filename)
-            with _without_folder(there):
-                saved = model.load_state(there, namespace=client.namespace)
-            if restored := slot_from(saved):
-                server.slots.put(client.owner, name, slot, restored)
-            return {"id_slot": slot, "filename": body.filename, "n_restored": saved.position}
-        if action == "erase" and path is not None:
-            _there(path, body.filename).unlink(missing_ok=True)
-            return {"id_slot": slot, "filename": body.filename}
-        if action == "erase":
-            erased = server.slots.pop(client.owner, name, slot)
+        model_name, model, _ = server.model(body.model)
+        key, name = (client.owner, model_name, slot), body.filename
+        if action == "erase" and name is None:
+            erased = server.slots.pop(*key)
             return {"id_slot": slot, "n_erased": erased.count if erased else 0}
-        if path is None:
+        if name is None:
             raise RequestError("filename: it is missing; give a name for the state")
-        if known is None:
+        answer: dict[str, Any] = {"id_slot": slot, "filename": name}
+        if action == "erase":
+            await server.saved.erase(client, name)
+            return answer
+        if action == "restore":
+            saved = await server.saved.restore(client, name, model)
+            if restored := slot_from(saved):
+                server.slots.put(*key, restored)
+            return answer | {"n_restored": saved.position}
+        await server.saved.require_room(client, name)
+        if (seen := server.slots.get(*key)) is None:
             raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
-        with _without_folder(path):
-            _make_folder(path.parent)
-            saved = model.save_state(
-                path,
-                known.ids(model),
-                known.messages,
-                client=client.name,
-                namespace=client.namespace,
-            )
-        return {
-            "id_slot": slot,
-            "filename": body.filename,
-            "n_saved": saved.position,
-            "n_written": path.stat().st_size,
-        }
+        ids = await run_in_threadpool(seen.ids, model)
+        state = await model.astate(ids[:-1] or ids, client=client.name, namespace=client.namespace)
+        saved = model.saved_state(ids, state, seen.messages)
+        written = await server.saved.save(client, name, model, saved)
+        return answer | {"n_saved": saved.position, "n_written": written}
 
 
 def _status_routes(app: FastAPI, server: Server) -> None:
@@ -286,35 +282,3 @@ def _affinity(prompt: Prompt) -> str:
             break
     data = begin.encode("utf-8", "replace") if begin else repr(prompt.ids[:64]).encode()
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _saved(folder: Path | None, client: Client, name: str | None) -> Path | None:
-    """The place of a name within the client's folder of states."""
-    if name is None:
-        return None
-    if folder is None:
-        raise RequestError("this server keeps no states: it was started without --state-folder")
-    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), "see `SlotRequest`"
-    return client.folder(folder) / f"{name}.state"
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"there is no folder for your states: {error.strerror}") from None
-
-
-@contextmanager
-def _without_folder(path: Path) -> Iterator[None]:
-    """Names a file in errors as its client does."""
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(str(error).replace(str(path), path.stem)) from None
-
-
-def _there(path: Path | None, name: str | None) -> Path:
-    if path is None or not path.is_file():
-        raise errors.NotFound(f"filename: there is no saved state {name!r}", "filename")
-    return path

@@ -50,6 +50,10 @@ class TooLong(RequestError):
     """An answer took longer than it may."""
 
 
+class DiskFailed(RequestError):
+    """The disk of this machine failed; later it may work again."""
+
+
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
@@ -63,6 +67,8 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
         return 404, error_object(str(error), _KINDS[404], error.param)
     if isinstance(error, TooLong):
         return 504, error_object(str(error), SERVER)
+    if isinstance(error, DiskFailed):
+        return 503, error_object(str(error), SERVER)
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)

@@ -74,6 +74,28 @@ def test_ids_without_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no vocabulary" in line
 
 
+def test_a_folder_serves_only_the_artifact_that_computed_its_states(
+    demo_artifact: Path, tmp_path: Path
+) -> None:
+    """A state file that is loaded by name goes on in another artifact, but not into its folder."""
+    states, saved = tmp_path / "states", tmp_path / "a.state"
+    ask = {"max_new_tokens": 1, "temperature": 0.0}
+    with load(demo_artifact, state_folder=states) as model:
+        model.complete(PROMPT, **ask).reply()
+        model.save_state(saved, model.text_ids(PROMPT))
+    fp32 = export("onnx", tmp_path)
+    with load(fp32, state_folder=states) as model:
+        assert model.complete(PROMPT, **ask).reply().cached_tokens == 0
+    with load(fp32, state_folder=tmp_path / "empty") as model:
+        model.load_state(saved)
+        assert model.complete(PROMPT, **ask).reply().cached_tokens > 0
+    assert not [*tmp_path.glob("empty/*/*.state")]
+    for changed in ({"state_precision": "fp16"}, {}):
+        with load(demo_artifact, state_folder=states, **changed) as model:
+            again = model.complete(PROMPT, **ask).reply()
+            assert again.cached_tokens == (0 if changed else again.prompt_tokens)
+
+
 def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     """Its size is that of the states: less than 1 % is added."""
     (tmp_path / "book.txt").write_text(PROMPT * 200)
