@@ -4,8 +4,8 @@
 
 The engine is a toy, the rest is the server's own: HTTP without a network, conversations, states in
 a folder, states by name. The disk has another fault in every second period of requests. Where the
-system lets it, the folder is a small file system that is really full in some periods. Prints memory,
-handles and threads on the way; at the end it reads each saved state that was acknowledged.
+system lets it, the folder is a small file system that is really full in some periods. Prints
+memory, handles and threads on the way; at the end it reads each state whose save was acknowledged.
 """
 
 import argparse

@@ -266,7 +266,7 @@ class Model(Prompts):
             reading.cancel()  # whoever interrupts the waiting ends the reading
 
     async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """As `state`, for asyncio."""
+        """Returns what `state` returns, without holding up the event loop."""
         reading = self.read(ids, client=client, namespace=namespace)
         return _copy_of(await asyncio.wrap_future(reading))
 

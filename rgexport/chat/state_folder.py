@@ -110,7 +110,7 @@ class StateFolder:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
         except OSError as error:
-            raise RequestError(f"cannot make {self._folder}: {error.strerror}") from None
+            raise RequestError(f"cannot use {self._folder}: {error.strerror}") from None
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()
         self._waiting_nbytes = 0
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()

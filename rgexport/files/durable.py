@@ -17,7 +17,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EP
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Writes a file in place of any that is there; a failure leaves what was there.
+    """Writes a file, or replaces it; if that fails, an earlier file is unchanged.
 
     Raises:
         OSError: the disk is full or fails, or the folder cannot be written to.

@@ -173,6 +173,7 @@ def test_the_key_comes_from_three_places(source: str, demo_artifact: Path, tmp_p
         (["--api-key", ""], "the API key is empty"),
         (["--api-key-file", "none"], "cannot read none"),
         (["--cache-size", "many"], "--cache-size is 'many'; expected a number of bytes"),
+        (["--saved-states-size", "many"], "--saved-states-size is 'many'; expected a number"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8080"),
         (["--state-folder", "/proc/none"], "/proc/none"),
         (["--state-precision", "int8"], "expected fp32 or fp16"),
