@@ -24,7 +24,7 @@ from rgexport.progress import warn
 
 BACK_OFF_SECONDS = 1.0, 60.0
 """Time without writing after a first failure, and most after repeated ones."""
-READ_SECONDS = 2.0
+READ_SECONDS = 5.0
 """A request waits so long for a state to be read, then reads its prompt instead."""
 CLOSE_SECONDS = 10.0
 _AVOID_SECONDS = 60.0

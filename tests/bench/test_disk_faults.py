@@ -6,13 +6,11 @@ import pytest
 
 from bench import disk_faults
 from bench.disk_faults import Disk, run
-from rgexport.serve import named_states
 
 
 def test_nothing_hangs_and_nothing_acknowledged_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named_states, "DISK_SECONDS", 0.2)
     monkeypatch.setattr(disk_faults, "_HANGING_SECONDS", 0.5)
     disk = Disk(tmp_path / "states", monkeypatch)
     report = run(disk, 400, period=20)

@@ -31,6 +31,7 @@ def read(model: Model, *texts: list[int]) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyDisk:
+    monkeypatch.setattr(state_folder, "READ_SECONDS", 60.0)  # the machine may be busy
     return FaultyDisk(tmp_path / "states", monkeypatch)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.chat import state_folder
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import Prefix, PrefixStore
 from rgexport.chat.state_file import read_fields
@@ -64,6 +65,12 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert store.nbytes == 3 * NBYTES
     store.put([3], state_of([3]))
     assert store.nbytes == 3 * NBYTES, "the same again takes nothing"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for states however busy the machine is."""
+    monkeypatch.setattr(state_folder, "READ_SECONDS", 60.0)
 
 
 def folder(
