@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rgexport.chat.jobs import Busy, Job
 from rgexport.errors import RequestError
@@ -64,17 +64,22 @@ class Admission:
             self.changed.wait_for(lambda: self._closed or running or self._queues)
             return not self._closed
 
+    def wait(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Waits at most so long, or until a call in another thread makes `until` true."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._closed or until(), seconds)
+
     def wait_for_folder(self, seconds: float) -> None:
         """Waits at most so long if the folder of states still reads for a job."""
-        with self._changed:
+        with self.changed:
             jobs = [job for queue in self._queues.values() for job in queue]
             if any(job.fetch is not None and job.fetch.pending for job in jobs):
-                self._changed.wait(seconds)
+                self.changed.wait(seconds)
 
     def wake(self) -> None:
         """Ends the scheduler's waiting."""
-        with self._changed:
-            self._changed.notify()
+        with self.changed:
+            self.changed.notify()
 
     def take(self, running: Mapping[str, int], most: int | None = None) -> Job | None:
         """Takes the next job of the client with the fewest rows; equal clients take turns.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
+
+if TYPE_CHECKING:
+    from rgexport.chat.masks import ReplyMask
 
 KEPT_EVERY = 512
 """Tokens of a long prompt after which its state is kept."""
@@ -25,14 +28,18 @@ class EngineError(RequestError):
 
 
 class Mask(Protocol):
-    """What a grammar allows next."""
+    """The tokens that a grammar allows next, for one reply.
+
+    Other threads call it, one at a time, while the model takes its step. An error of a mask ends
+    its reply alone, and so does a mask that takes longer than `masks.MASK_SECONDS` for a token.
+    """
 
     def allowed(self) -> np.ndarray:
-        """Bool [vocab]."""
+        """Returns which tokens may come next, bool [vocab]."""
         ...
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen."""
+        """Takes the token that was chosen; not called for the last one of a reply."""
         ...
 
 
@@ -97,7 +104,7 @@ class Request:
         max_new_tokens: most tokens of the reply; 0 only reads, and keeps the state.
         stop_ids: tokens that end the reply; they are not part of it.
         keep: lengths of prefixes of the prompt whose states are kept, beside its own.
-        mask: what may be written.
+        mask: the tokens that may be written; no other request has it.
         prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, part
             by part, in the scheduler's thread. The whole prompt is read then, even where a state
             after a part of it is known.
@@ -158,6 +165,9 @@ class Job:
         self.began = self.replied = 0.0
         self.sampler = Sampler(request.sampling, request.ids)
         self.lookup = Lookup(self.ids, request.draft)
+        self.mask: ReplyMask | None = None
+        self.held: np.ndarray | None = None
+        """Logits whose mask is not ready: the row takes no step until it is."""
 
     def cancel(self) -> None:
         """Ends it after the current step or chunk; it stops counting as waiting at once.

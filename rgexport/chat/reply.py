@@ -25,7 +25,7 @@ class ReplyOptions:
             chosen one's; None for none at all.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
             probabilities. The whole prompt is read then, whatever was read before.
-        mask: what may be written.
+        mask: the tokens that may be written, see `jobs.Mask`; each reply needs its own.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
         client: who asks; clients take turns, and share the rows.
         namespace: states are found only by replies of the same one.

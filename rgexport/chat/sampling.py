@@ -89,14 +89,17 @@ class Sampler:
         counted = prompt if options.repetition_penalty != 1 else ()
         self._prompt = np.unique(np.array(counted, np.int64))
         self._reply = Counter[int]()
+        bias = options.logit_bias
+        self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._biases = np.fromiter(bias.values(), np.float32, len(bias))
 
-    def __call__(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
-        """The next token for logits [vocab], of the tokens that `allowed` [vocab] has.
+    def __call__(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
+        """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each.
 
         Raises:
             RequestError: the logits are NaN or infinite, or nothing is allowed.
         """
-        token = self._choose(self._changed(logits, allowed))
+        token = self._choose(self._changed(logits, mask))
         self._reply[token] += 1
         return token
 
@@ -112,10 +115,10 @@ class Sampler:
         place = _draw(weights, self._random.random())
         return place if tokens is None else int(tokens[place])
 
-    def _changed(self, logits: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
-        """The logits after biases and penalties, in a copy if there are any."""
-        if allowed is not None:
-            logits = np.where(allowed, logits, np.float32(-np.inf))
+    def _changed(self, logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """The logits after mask, biases and penalties, in a copy if there are any."""
+        if mask is not None:
+            logits = logits + mask
         if not self.options.changes_logits:
             return logits
         logits, options = logits.copy(), self.options
@@ -126,9 +129,8 @@ class Sampler:
         factor = np.float32(options.repetition_penalty)
         logits[seen] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
-        for token, bias in options.logit_bias.items():
-            if token < len(logits):
-                logits[token] += np.float32(bias)
+        known = self._biased < len(logits)
+        logits[self._biased[known]] += self._biases[known]
         return logits
 
 

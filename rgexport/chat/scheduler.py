@@ -28,6 +28,7 @@ from rgexport.chat.jobs import (
     Token,
     require_ids,
 )
+from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.pace import Pace
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import common_prefix
@@ -43,6 +44,9 @@ _LOGITS_BYTES = 32 << 20
 """Most bytes of logits, where those of all tokens of a chunk are wanted."""
 _FOLDER_SECONDS = 0.02
 """Longest time that a scheduler with nothing else to do waits for the folder at once."""
+_MASK_STEPS, _POLL_SECONDS = 0.25, 0.05
+"""Longest wait of a step for masks, in steps; interval at which cancelled replies are looked for
+while all rows wait for their masks."""
 
 
 @dataclass
@@ -95,6 +99,8 @@ class Scheduler:
         self._pace = Pace(session)
         self._scored_chunk = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
+        self._masks = MaskThreads(session.vocab_size, self._admission.wake)
+        self._mask_deadline = 0.0
         self._closing, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -140,6 +146,7 @@ class Scheduler:
         with self._closing:
             if not self._closed:
                 self._closed = True
+                self._masks.close()
                 with contextlib.closing(self._session):
                     self._store.close()
 
@@ -150,6 +157,7 @@ class Scheduler:
                 self._admit()
                 self._wait_for_folder()
                 self._read()
+                self._resume()
                 self._write()
             except Exception as error:
                 self._fail(error)
@@ -213,11 +221,13 @@ class Scheduler:
         if job.paused is not None:
             self._set(row, job.paused)
             job.paused = None
-            if job.replied:
-                self._start_writing(job)
+            if job.replied and job.held is None:
+                self._join_step(job)
             return
         self.counters.requests += 1
         job.began = time.perf_counter()
+        if job.request.mask is not None:
+            job.mask = ReplyMask(job.request.mask, self._masks)
         prefix = None
         if not job.request.prompt_logits:
             prefix = self._store.longest(job.ids, job.request.namespace, job.fetch)
@@ -300,7 +310,9 @@ class Scheduler:
 
     def _next_to_read(self) -> Job | None:
         """Returns the oldest prompt of the client that was read least recently."""
-        reading = [job for job in self._rows[self._writing :] if not job.cancelled]
+        reading = [
+            job for job in self._rows[self._writing :] if job.held is None and not job.cancelled
+        ]
         if not reading:
             return None
         clients = {job.request.client for job in reading}
@@ -315,13 +327,30 @@ class Scheduler:
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
             return
-        self._start_writing(job)
+        self._go_on(job, logits)
+
+    def _go_on(self, job: Job, logits: np.ndarray) -> None:
+        """Lets a row outside of the step choose its next token, and join the step."""
         if ending := self._advance(job, logits):
             self._leave(job, *ending)
+        elif job.held is None:
+            self._join_step(job)
 
-    def _start_writing(self, job: Job) -> None:
+    def _join_step(self, job: Job) -> None:
         self._swap(self._rows.index(job), self._writing)
         self._writing += 1
+
+    def _resume(self) -> None:
+        """Lets held rows go on whose masks are ready; waits for one if no other row can run."""
+        held = [(job, job.held) for job in self._rows if job.held is not None]
+        if held and len(held) == len(self._rows):
+            self._admission.wait(_POLL_SECONDS, until=self._can_go_on)
+        for job, logits in held:
+            self._go_on(job, logits)
+
+    def _can_go_on(self) -> bool:
+        has_room = self._admission.has_queues and len(self._rows) < self._capacity
+        return has_room or any(job.mask is not None and job.mask.is_ready for job in self._rows)
 
     def _write(self) -> None:
         """One step of all that write, perhaps with tokens that may come next."""
@@ -334,6 +363,7 @@ class Scheduler:
         started = time.perf_counter()
         logits = (self._session.verify if drafted else self._session.take)(rows, tokens)
         seconds = time.perf_counter() - started
+        self._mask_deadline = time.perf_counter() + _MASK_STEPS * seconds
         endings = [self._follow(*each) for each in zip(jobs, tokens, logits, strict=True)]
         fed = [job.fed - earlier for job, earlier in zip(jobs, before, strict=True)]
         if drafted:
@@ -347,6 +377,9 @@ class Scheduler:
         for job, ending in zip(jobs, endings, strict=True):
             if ending:
                 self._leave(job, *ending)
+            elif job.held is not None:
+                self._writing -= 1
+                self._swap(self._rows.index(job), self._writing)
 
     def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
         """Chooses a token after each of `tokens` [T], until one is not the next of them."""
@@ -354,7 +387,7 @@ class Scheduler:
             job.fed += 1
             if ending := self._advance(job, row):
                 return ending
-            if i + 1 == len(tokens) or job.ids[-1] != tokens[i + 1]:
+            if job.held is not None or i + 1 == len(tokens) or job.ids[-1] != tokens[i + 1]:
                 break
         return None
 
@@ -366,13 +399,18 @@ class Scheduler:
             return "error", EngineError(f"a reply cannot go on: {error!r}")
 
     def _choose(self, job: Job, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token; how the reply ends, if that ends it."""
-        request = job.request
+        """Chooses the next token, or holds the row until its mask is ready.
+
+        Returns how the reply ends, if that ends it.
+        """
+        request, bias, job.held = job.request, None, None
         try:
-            mask = request.mask
-            token = job.sampler(logits, None if mask is None else mask.allowed())
-            if mask:
-                mask.accept(token)
+            if job.mask is not None:
+                bias = job.mask.bias(self._mask_deadline - time.perf_counter())
+                if bias is None:
+                    job.held = logits
+                    return None
+            token = job.sampler(logits, bias)
         except RequestError as error:
             return "error", error
         if token in request.stop_ids:
@@ -382,7 +420,11 @@ class Scheduler:
         self.counters.new_tokens += 1
         if not request.listener.token(Token(token, logits)):
             return "stop", None
-        return ("length", None) if job.written >= request.max_new_tokens else None
+        if job.written >= request.max_new_tokens:
+            return "length", None
+        if job.mask is not None:
+            job.mask.accept(token)
+        return None
 
     def _leave(
         self,
@@ -428,6 +470,8 @@ class Scheduler:
     ) -> None:
         """Frees the place of a job without a row, and tells the listener."""
         self._admission.end(job)
+        if job.mask is not None:
+            job.mask.cancel()
         now = time.perf_counter()
         replied = job.replied or now
         read_seconds = replied - (job.began or replied)

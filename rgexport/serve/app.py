@@ -1,8 +1,9 @@
 """The HTTP interface: OpenAI's, with llama-server's additions."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,16 @@ from rgexport.errors import RequestError
 from rgexport.serve import errors
 from rgexport.serve.answers import Answer
 from rgexport.serve.clients import Client, client_of
-from rgexport.serve.exchange import EventStream, Exchange, Gone, Limits, Work, while_there
+from rgexport.serve.compiling import Compiler
+from rgexport.serve.exchange import (
+    EventStream,
+    Exchange,
+    Gone,
+    Limits,
+    Work,
+    until_gone,
+    while_there,
+)
 from rgexport.serve.grammar import Grammars
 from rgexport.serve.metrics import Metrics
 from rgexport.serve.middleware import Guard
@@ -82,11 +92,12 @@ class Server:
         self.saved = NamedStates(
             settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
         )
+        self.compiler = Compiler()
         self._grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
         }
 
-    def model(self, name: str) -> tuple[str, Model, Grammars]:
+    def model(self, name: str) -> tuple[str, Model]:
         """A model by its name; the only one by any.
 
         Raises:
@@ -99,7 +110,21 @@ class Server:
             raise errors.NotFound(
                 f"there is no model {name!r} here; expected one of {known}", "model"
             )
-        return name, self.models[name], self._grammars[name]
+        return name, self.models[name]
+
+    async def with_grammar(self, name: str, works: list[Work], request: Request) -> list[Work]:
+        """Returns the works of a request to a model with masks, if they have a grammar.
+
+        Raises:
+            Busy: too many grammars wait.
+            Gone: the client has left.
+            RequestError: the grammar cannot be used.
+        """
+        if (source := works[0].grammar) is None:
+            return works
+        until_left = partial(until_gone, request)
+        compiled = await self.compiler.compile(self._grammars[name], source, until_left)
+        return [replace(w, options=replace(w.options, mask=compiled.mask())) for w in works]
 
     def client(self, request: Request) -> Client:
         """Returns the client of a request."""
@@ -110,12 +135,19 @@ class Server:
 def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     """The app that serves these models."""
     server = Server(models, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.compiler.close()
+
     app = FastAPI(
         title="rgexport",
         version=__version__,
         docs_url=None,
         redoc_url=None,
         responses=errors.RESPONSES,
+        lifespan=lifespan,
     )
     errors.install(app)
     _generation_routes(app, server)
@@ -151,15 +183,15 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
-        name, model, grammars = server.model(body.model)
-        asked = model, grammars, body, server.client(request), limits
+        name, model = server.model(body.model)
+        asked = model, body, server.client(request), limits
         answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
         return await _respond(request, body, answer, partial(chat_works, *asked))
 
     @app.post("/v1/completions", response_model=None)
     async def complete(request: Request, body: CompletionRequest) -> Response:
-        name, model, grammars = server.model(body.model)
-        asked = model, grammars, body, server.client(request), limits
+        name, model = server.model(body.model)
+        asked = model, body, server.client(request), limits
         logprobs = body.logprobs is not None
         answer = Answer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
         return await _respond(request, body, answer, partial(completion_works, *asked))
@@ -175,6 +207,7 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
 
         try:
             works = await while_there(request, make_works)
+            works = await server.with_grammar(answer.model, works, request)
             exchange = Exchange(request, model, answer, works, limits, finished)
             headers = {AFFINITY: _affinity(works[0].prompt)}
             if body.stream:
@@ -188,18 +221,18 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
 def _text_routes(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", response_model=None)
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        _, model, _ = server.model(body.model)
+        _, model = server.model(body.model)
         encode = model.text_ids if body.add_special else model.tokenizer.encode_text
         return {"tokens": encode(body.content)}
 
     @app.post("/detokenize", response_model=None)
     def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        _, model, _ = server.model(body.model)
+        _, model = server.model(body.model)
         return {"content": model.tokenizer.decode(body.tokens)}
 
     @app.post("/apply-template", response_model=None)
     def apply_template(body: TemplateRequest) -> dict[str, Any]:
-        _, model, _ = server.model(body.model)
+        _, model = server.model(body.model)
         ids = model.conversation_prompt(messages_of(body.messages)).ids
         special = {token: text for text, token in model.tokenizer.special.items()}
         pieces = [special.get(i) or model.tokenizer.surface(i) for i in ids]
@@ -223,7 +256,7 @@ def _state_routes(app: FastAPI, server: Server) -> None:
         body: SlotRequest | None = None,
     ) -> dict[str, Any]:
         body, client = body or SlotRequest(), server.client(request)
-        model_name, model, _ = server.model(body.model)
+        model_name, model = server.model(body.model)
         key, name = (client.owner, model_name, slot), body.filename
         if action == "erase" and name is None:
             erased = server.slots.pop(*key)

@@ -20,6 +20,7 @@ from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
 from rgexport.serve.errors import TooLong, as_error
+from rgexport.serve.grammar import GrammarSource
 
 _DONE = b"data: [DONE]\n\n"
 Item = Piece | Reply | RequestError
@@ -49,11 +50,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """One reply to make; `before` is what its text begins with."""
+    """One reply to make.
+
+    Attributes:
+        prompt: the tokens to read.
+        options: how to reply.
+        before: what its text begins with.
+        grammar: what its text must fit.
+    """
 
     prompt: Prompt
     options: ReplyOptions
     before: str = ""
+    grammar: GrammarSource | None = None
 
 
 class Exchange:
@@ -217,6 +226,12 @@ async def while_there(request: Request, function: Callable[[], _Result]) -> _Res
     finally:
         result.cancel()
         leaving.cancel()
+
+
+async def until_gone(request: Request) -> None:
+    """Waits until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -1,116 +1,222 @@
-"""Replies that fit a JSON schema, a grammar or a regular expression, by llguidance.
-
-Its masks take 0.01 ms of a step at a vocabulary of 256,000 (`python -m bench.grammar`).
-"""
+"""Replies that fit a JSON schema, a grammar or a regular expression, by llguidance."""
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import NotInstalled, RequestError, one_line
 
 if TYPE_CHECKING:
     import llguidance
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """Without it a model may write blanks for ever."""
+_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
+"""Lower than llguidance's: a grammar compiles in about a second; its states take 250 MB at most."""
+_MOST_SCHEMA_CHARACTERS = 150_000
+"""OpenAI allows 120,000 in the names and values of a schema."""
+_MOST_KNOWN = 16
+"""Grammars that are kept compiled for the next request."""
+_SHORT_SECONDS = 0.001
+"""After a mask that took longer, tokens are consumed without the interpreter's lock."""
+
+
+@dataclass(frozen=True)
+class GrammarSource:
+    """The text of a grammar; equal ones are compiled once."""
+
+    kind: Literal["json", "regex", "grammar"]
+    text: str
+
+
+def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
+    """Returns the grammar of JSON that fits a schema, or of any object.
+
+    Raises:
+        RequestError: the schema is too long.
+    """
+    text = json.dumps(({"type": "object"} if schema is None else schema) | _COMPACT)
+    if len(text) > _MOST_SCHEMA_CHARACTERS:
+        raise RequestError(
+            f"the JSON schema has {len(text)} characters; "
+            f"this server takes up to {_MOST_SCHEMA_CHARACTERS}"
+        )
+    return GrammarSource("json", text)
 
 
 class Grammar:
-    """What is allowed next: the mask of one reply."""
+    """The mask of one reply."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int) -> None:
-        self._matcher, self._size = matcher, vocab_size
-        words = -(-vocab_size // 32)
-        self._bits = np.zeros((1, words), np.int32)
+    def __init__(
+        self, matcher: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", vocab_size: int
+    ) -> None:
+        """Takes a matcher of its own, and one in an error state."""
+        self._matcher, self._failed, self._size = matcher, failed, vocab_size
+        self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
+        self._seconds = 0.0
 
     def allowed(self) -> np.ndarray:
-        """Bool [vocab]."""
+        """Returns which tokens may come next, bool [vocab].
+
+        Raises:
+            RequestError: the grammar is beyond llguidance's limits.
+        """
         import llguidance.numpy
 
+        started = time.perf_counter()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
+        self._seconds = time.perf_counter() - started
+        self._require_no_error()  # in an error state it allows the end alone
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
-        found: np.ndarray = bits[: self._size].astype(bool)
-        return found
+        return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
         """Takes the token that was chosen.
 
         Raises:
-            RequestError: the grammar is too much for llguidance.
+            RequestError: the grammar is beyond llguidance's limits.
         """
-        if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise RequestError(f"the grammar cannot go on: {self._matcher.get_error()}")
+        if self._seconds < _SHORT_SECONDS:
+            self._matcher.consume_token(token)
+        else:  # only a call for two matchers releases the lock of the interpreter
+            _executor().consume_token_par([(self._matcher, token), (self._failed, token)])
+        self._require_no_error()
+
+    def _require_no_error(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise RequestError(f"the grammar cannot go on: {reason}")
+
+
+class CompiledGrammar:
+    """A grammar that makes the masks of any number of replies."""
+
+    def __init__(
+        self, matcher: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", vocab_size: int
+    ) -> None:
+        """Takes a matcher at its start, and one in an error state."""
+        self._matcher, self._failed, self._size = matcher, failed, vocab_size
+
+    def mask(self) -> Grammar:
+        """Returns the mask of another reply."""
+        return Grammar(self._matcher.deep_copy(), self._failed.deep_copy(), self._size)
 
 
 class Grammars:
-    """Makes masks for one vocabulary."""
+    """The grammars of one vocabulary; those used last are kept compiled."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Takes the vocabulary, and the number of a model's logits."""
         self._tokenizer, self._size = tokenizer, vocab_size
+        self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def json(self, schema: dict[str, Any] | None = None) -> Grammar:
-        """Replies that are JSON, and fit a schema if there is one.
-
-        Raises:
-            RequestError: the schema cannot be used.
-        """
-        schema = {"type": "object"} if schema is None else schema
-        matcher = self._guide().LLMatcher
-        return self._made(matcher.grammar_from_json_schema, json.dumps(schema | _COMPACT))
-
-    def regex(self, expression: str) -> Grammar:
-        """Replies that fit a regular expression.
+    def known(self, source: GrammarSource) -> CompiledGrammar | None:
+        """Returns a grammar that was compiled before.
 
         Raises:
-            RequestError: it cannot be used.
+            RequestError: it could not be used.
         """
-        return self._made(self._guide().LLMatcher.grammar_from_regex, expression)
+        with self._lock:
+            if source not in self._known:
+                return None
+            self._known.move_to_end(source)
+            compiled = self._known[source]
+        if isinstance(compiled, RequestError):
+            raise RequestError(str(compiled))
+        return compiled
 
-    def grammar(self, text: str) -> Grammar:
-        """Replies that fit a grammar in Lark's form, or in llama.cpp's (GBNF).
+    def compile(self, source: GrammarSource) -> CompiledGrammar:
+        """Returns a compiled grammar; it takes up to seconds if the grammar is new.
 
         Raises:
-            RequestError: it cannot be used.
+            RequestError: the grammar cannot be used.
         """
-        guide = self._guide()
-        from llguidance.gbnf_to_lark import any_to_lark
-
-        return self._made(lambda g: guide.LLMatcher.grammar_from_lark(any_to_lark(g)), text)
-
-    def _made(self, read: Any, source: str) -> Grammar:
-        guide, vocabulary = self._guide(), self._vocabulary
+        if compiled := self.known(source):
+            return compiled
         try:
-            matcher = guide.LLMatcher(vocabulary, read(source), log_level=0)
+            compiled = self._compiled(source)
+        except NotInstalled:
+            raise
+        except RequestError as error:
+            self._keep(source, error)
+            raise
+        self._keep(source, compiled)
+        return compiled
+
+    def _keep(self, source: GrammarSource, compiled: CompiledGrammar | RequestError) -> None:
+        with self._lock:
+            self._known[source] = compiled
+            while len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+
+    def _compiled(self, source: GrammarSource) -> CompiledGrammar:
+        guide, vocabulary = _llguidance(), self._vocabulary
+        try:
+            limits = guide.LLParserLimits(**_LIMITS)
+            matcher = guide.LLMatcher(vocabulary, _guidance(source), log_level=0, limits=limits)
         except Exception as error:  # it raises ValueError, TypeError and its own
-            raise RequestError(f"the grammar cannot be used: {error}") from None
+            raise RequestError(f"the grammar cannot be used: {one_line(str(error))}") from None
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
-        return Grammar(matcher, self._size)
-
-    @staticmethod
-    def _guide() -> Any:
-        try:
-            import llguidance
-        except ModuleNotFoundError:
-            raise NotInstalled(
-                "grammars and JSON schemas need llguidance: pip install 'rgexport[serve]'"
-            ) from None
-        return llguidance
+            reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
+            raise RequestError(f"the grammar cannot be used: {reason}")
+        compiled = CompiledGrammar(matcher, self._failed, self._size)
+        compiled.mask().allowed()
+        return compiled
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
         """The vocabulary as llguidance sees it; seconds for 256,000 tokens, once."""
-        guide, tokenizer = self._guide(), self._tokenizer
+        guide, tokenizer = _llguidance(), self._tokenizer
         return guide.LLTokenizer(guide.TokenizerWrapper(_Vocabulary(tokenizer, self._size)))
+
+    @functools.cached_property
+    def _failed(self) -> Any:
+        return _llguidance().LLMatcher(self._vocabulary, "no grammar", log_level=0)
+
+
+def _guidance(source: GrammarSource) -> str:
+    """Returns a grammar in a form that llguidance reads."""
+    matcher = _llguidance().LLMatcher
+    if source.kind == "json":
+        return str(matcher.grammar_from_json_schema(source.text))
+    if source.kind == "regex":
+        return str(matcher.grammar_from_regex(source.text))
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    return str(matcher.grammar_from_lark(any_to_lark(source.text)))
+
+
+_threads = threading.local()
+
+
+def _executor() -> "llguidance.LLExecutor":
+    """Returns the executor of this thread; its own thread has the same priority."""
+    if not hasattr(_threads, "executor"):
+        _threads.executor = _llguidance().LLExecutor(1)
+    executor: llguidance.LLExecutor = _threads.executor
+    return executor
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ModuleNotFoundError:
+        raise NotInstalled(
+            "grammars and JSON schemas need llguidance: pip install 'rgexport[serve]'"
+        ) from None
+    return llguidance
 
 
 class _Vocabulary:
-    """What `llguidance.TokenizerWrapper` asks of a tokenizer."""
+    """A tokenizer as `llguidance.TokenizerWrapper` asks for it."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}

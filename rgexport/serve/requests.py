@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 16, 20, 16, 1024
 _INT64 = 2**63 - 1
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, StringConstraints(max_length=1000)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
@@ -90,7 +91,7 @@ class Generation(_Body):
     repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None

@@ -12,7 +12,7 @@ from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve.clients import Client
 from rgexport.serve.exchange import Limits, Work
-from rgexport.serve.grammar import Grammar, Grammars
+from rgexport.serve.grammar import GrammarSource, json_source
 from rgexport.serve.requests import (
     ChatMessage,
     ChatRequest,
@@ -36,9 +36,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
     ]
 
 
-def chat_works(
-    model: Model, grammars: Grammars, body: ChatRequest, client: Client, limits: Limits
-) -> list[Work]:
+def chat_works(model: Model, body: ChatRequest, client: Client, limits: Limits) -> list[Work]:
     """The replies that a chat asks for.
 
     Raises:
@@ -62,11 +60,11 @@ def chat_works(
                 f"{limits.prompt_tokens}"
             )
         options = replace(options, draft=draft)
-    return _works([prompt], body, options, grammars)
+    return _works([prompt], body, options)
 
 
 def completion_works(
-    model: Model, grammars: Grammars, body: CompletionRequest, client: Client, limits: Limits
+    model: Model, body: CompletionRequest, client: Client, limits: Limits
 ) -> list[Work]:
     """The replies that a completion asks for: `n` of each prompt.
 
@@ -84,21 +82,17 @@ def completion_works(
     if body.echo and body.logprobs is not None:
         _require_scorable(prompts)
         options = replace(options, prompt_logprobs=True)
-    works = _works(prompts, body, options, grammars)
+    works = _works(prompts, body, options)
     if body.echo:
         return [replace(w, before=model.tokenizer.decode(w.prompt.ids)) for w in works]
     return works
 
 
-def _works(
-    prompts: Sequence[Prompt], body: Generation, options: ReplyOptions, grammars: Grammars
-) -> list[Work]:
-    """`n` replies to each prompt, each with a seed and a grammar of its own."""
-    return [
-        Work(prompt, replace(options, sampling=_sampling(body, choice), mask=_mask(grammars, body)))
-        for prompt in prompts
-        for choice in range(body.n)
-    ]
+def _works(prompts: Sequence[Prompt], body: Generation, options: ReplyOptions) -> list[Work]:
+    """Returns `n` replies to each prompt, each with a seed of its own."""
+    grammar = _grammar_source(body)
+    choices = [replace(options, sampling=_sampling(body, choice)) for choice in range(body.n)]
+    return [Work(prompt, choice, grammar=grammar) for prompt in prompts for choice in choices]
 
 
 def _options(
@@ -150,8 +144,8 @@ def _sampling(body: Generation, choice: int) -> Sampling:
     )
 
 
-def _mask(grammars: Grammars, body: Generation) -> Grammar | None:
-    """What may be written, by the one field that says so."""
+def _grammar_source(body: Generation) -> GrammarSource | None:
+    """Returns the grammar of the one field that has one."""
     form = body.response_format
     wanted = {
         "response_format": form is not None and form.type != "text",
@@ -161,14 +155,14 @@ def _mask(grammars: Grammars, body: Generation) -> Grammar | None:
     if sum(wanted.values()) > 1:
         raise RequestError(f"{' and '.join(n for n, w in wanted.items() if w)}: give only one")
     if body.grammar is not None:
-        return grammars.grammar(body.grammar)
+        return GrammarSource("grammar", body.grammar)
     if body.regex is not None:
-        return grammars.regex(body.regex)
+        return GrammarSource("regex", body.regex)
     if form is None or form.type == "text":
         return None
     if form.type == "json_schema" and form.json_schema is None:
         raise RequestError("response_format: its json_schema is missing")
-    return grammars.json(form.json_schema.schema_ if form.json_schema else None)
+    return json_source(form.json_schema.schema_ if form.json_schema else None)
 
 
 def _prompts(

@@ -153,9 +153,9 @@ def test_penalties_are_those_of_their_definitions() -> None:
 def test_a_mask_leaves_the_best_that_is_allowed() -> None:
     logits = np.array([3.0, 2.0, 1.0], np.float32)
     sampler = Sampler(Sampling(logit_bias={2: -5.0}))
-    assert sampler(logits, np.array([False, True, True])) == 1
+    assert sampler(logits, np.array([-np.inf, 0, 0], np.float32)) == 1
     with pytest.raises(RequestError, match="NaN or infinite"):
-        sampler(logits, np.zeros(3, bool))
+        sampler(logits, np.full(3, -np.inf, np.float32))
 
 
 def test_log_probabilities_are_those_of_the_softmax() -> None:

@@ -1,0 +1,149 @@
+"""The masks of replies, computed in other threads while the model takes its step."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+import numpy as np
+
+from rgexport.chat.daemon_executor import DaemonExecutor
+from rgexport.chat.jobs import Mask
+from rgexport.errors import RequestError
+
+MASK_SECONDS = 0.5
+"""Longest time for the mask of one token; typical ones take less than a thousandth of it."""
+_QUICK_SECONDS = 0.01
+"""A reply with a slower mask waits behind other slow ones from then on."""
+_QUEUE_SECONDS = 30.0
+"""Longest time that a mask waits for masks of other replies."""
+_CLOSING_SECONDS = 1.0
+_BIAS = np.array([-np.inf, 0.0], np.float32)
+
+
+class MaskThreads:
+    """Two threads that compute masks: one for quick grammars, one for slow ones."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        ready: Callable[[], None],
+        *,
+        seconds: float = MASK_SECONDS,
+        quick_seconds: float = _QUICK_SECONDS,
+    ) -> None:
+        """Starts no thread before the first mask.
+
+        Args:
+            vocab_size: length of a mask.
+            ready: called by other threads when a mask is there.
+            seconds: longest time for the mask of one token.
+            quick_seconds: longest time of a mask in the first thread.
+        """
+        self.vocab_size, self.seconds, self.quick_seconds = vocab_size, seconds, quick_seconds
+        self._ready = ready
+        self._quick = DaemonExecutor("masks")
+        self._slow = DaemonExecutor("slow masks", low_priority=True)
+
+    def submit(self, compute: Callable[[], np.ndarray], *, slow: bool) -> Future[np.ndarray]:
+        """Computes a mask in the thread for quick or for slow ones."""
+        future = (self._slow if slow else self._quick).submit(compute)
+        future.add_done_callback(lambda _: self._ready())
+        return future
+
+    def close(self) -> None:
+        """Ends the threads; a mask that takes too long is left to the end of the process."""
+        for thread in (self._quick, self._slow):
+            thread.shutdown(_CLOSING_SECONDS)
+
+
+class ReplyMask:
+    """The mask of one reply: the next one is computed as soon as a token is accepted."""
+
+    def __init__(self, mask: Mask, threads: MaskThreads) -> None:
+        """Starts to compute the mask of the first token."""
+        self._mask, self._threads = mask, threads
+        self._slow = False
+        self._start(None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next mask, or an error instead of it, is there."""
+        return self._bias.done() or self._is_overdue()
+
+    def bias(self, seconds: float) -> np.ndarray | None:
+        """Returns what the mask adds to logits [vocab]: 0 or -inf.
+
+        Args:
+            seconds: how long to wait for a mask that is not there; a slow one is not waited for.
+
+        Returns:
+            None if the mask is not ready.
+
+        Raises:
+            RequestError: the mask failed, or takes too long.
+        """
+        if seconds > 0 and not self._slow and not self._bias.done():
+            self._wait(seconds)
+        if self._bias.done():
+            return self._bias.result()
+        if self._is_overdue():
+            raise RequestError(self._overdue_text())
+        return None
+
+    def accept(self, token: int) -> None:
+        """Takes the token that was chosen, and starts to compute the mask of the next one."""
+        self._start(token)
+
+    def cancel(self) -> None:
+        """Skips a computation that has not begun."""
+        self._bias.cancel()
+
+    def _start(self, token: int | None) -> None:
+        self._queued, self._began = time.perf_counter(), 0.0
+        self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            self._bias.exception(seconds)
+        except TimeoutError:
+            return
+
+    def _compute(self, token: int | None) -> np.ndarray:
+        """Computes the mask after `token`, in another thread."""
+        self._began = time.perf_counter()
+        try:
+            if token is not None:
+                self._mask.accept(token)
+            allowed = np.asarray(self._mask.allowed())
+        except RequestError:
+            raise
+        except Exception as error:  # of a mask that a program passed in
+            raise RequestError(f"the mask failed: {error}") from error
+        if allowed.shape != (self._threads.vocab_size,) or allowed.dtype != bool:
+            raise RequestError(
+                f"the mask is {allowed.dtype} {list(allowed.shape)}; "
+                f"expected bool [{self._threads.vocab_size}]"
+            )
+        if not allowed.any():
+            raise RequestError("the mask allows no token")
+        bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
+        seconds = time.perf_counter() - self._began
+        if seconds > self._threads.seconds:
+            raise RequestError(self._overdue_text())
+        self._slow = self._slow or seconds > self._threads.quick_seconds
+        return bias
+
+    def _is_overdue(self) -> bool:
+        now = time.perf_counter()
+        if self._began:
+            return now - self._began > self._threads.seconds
+        return now - self._queued > _QUEUE_SECONDS
+
+    def _overdue_text(self) -> str:
+        if self._began:
+            return (
+                f"the grammar takes longer than {self._threads.seconds:g} s for one token; "
+                "use a simpler grammar or schema"
+            )
+        return f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
