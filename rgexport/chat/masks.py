@@ -11,8 +11,8 @@ from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Mask
 from rgexport.errors import RequestError
 
-MASK_SECONDS = 0.5
-"""Longest time for the mask of one token; typical ones take less than a thousandth of it."""
+MASK_SECONDS = 1.0
+"""Longest time for the mask of one token; most take less than a thousandth of it."""
 _QUICK_SECONDS = 0.01
 """A reply with a slower mask waits behind other slow ones from then on."""
 _QUEUE_SECONDS = 30.0

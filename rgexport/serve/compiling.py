@@ -61,11 +61,9 @@ class Compiler:
         """Ends the thread; a grammar that takes too long is left to the end of the process."""
         self._thread.shutdown(_CLOSING_SECONDS)
 
-    def _too_slow(self, future: Future[CompiledGrammar]) -> RequestError:
-        if future.cancel():
-            return Busy(
-                f"other grammars are compiled for over {self._seconds:g} s; try again later"
-            )
+    def _too_slow(self, call: Future[CompiledGrammar]) -> RequestError:
+        if call.cancel():
+            return Busy(f"other grammars took {self._seconds:g} s to compile; try again later")
         return RequestError(
             f"the grammar takes longer than {self._seconds:g} s to compile; "
             "use a simpler grammar or schema"

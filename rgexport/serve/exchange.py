@@ -228,11 +228,5 @@ async def while_there(request: Request, function: Callable[[], _Result]) -> _Res
         leaving.cancel()
 
 
-async def until_gone(request: Request) -> None:
-    """Waits until the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _event(body: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode("utf-8", "replace")

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """Without it a model may write blanks for ever."""
-_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
-"""Lower than llguidance's: a grammar compiles in about a second; its states take 250 MB at most."""
+_LIMITS = {
+    "max_grammar_size": 20_000,
+    "max_items_in_row": 1000,
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,
+}
+"""Below llguidance's defaults, so that a grammar compiles in about a second, a mask takes a second
+or two at most, and the states of a grammar take up to 250 MB."""
 _MOST_SCHEMA_CHARACTERS = 150_000
 """OpenAI allows 120,000 in the names and values of a schema."""
 _MOST_KNOWN = 16
