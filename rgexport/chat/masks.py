@@ -17,7 +17,7 @@ _QUICK_SECONDS = 0.01
 """A reply with a slower mask waits behind other slow ones from then on."""
 _QUEUE_SECONDS = 30.0
 """Longest time that a mask waits for masks of other replies."""
-_CLOSING_SECONDS = 1.0
+_CLOSING_SECONDS = 0.2
 _BIAS = np.array([-np.inf, 0.0], np.float32)
 
 

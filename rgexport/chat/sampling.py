@@ -92,6 +92,7 @@ class Sampler:
         bias = options.logit_bias
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
         self._biases = np.fromiter(bias.values(), np.float32, len(bias))
+        self._largest_biased = max(bias, default=0)
 
     def __call__(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
         """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each.
@@ -129,8 +130,11 @@ class Sampler:
         factor = np.float32(options.repetition_penalty)
         logits[seen] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
-        known = self._biased < len(logits)
-        logits[self._biased[known]] += self._biases[known]
+        if self._largest_biased >= len(logits):
+            known = self._biased < len(logits)
+            self._biased, self._biases = self._biased[known], self._biases[known]
+            self._largest_biased = 0
+        logits[self._biased] += self._biases
         return logits
 
 

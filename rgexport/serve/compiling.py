@@ -17,7 +17,7 @@ ClientLeft = Callable[[], Coroutine[Any, Any, None]]
 
 COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
 """Longest wait for a grammar; most that wait at once."""
-_CLOSING_SECONDS = 1.0
+_CLOSING_SECONDS = 0.2
 
 
 class Compiler:

@@ -150,6 +150,11 @@ def test_penalties_are_those_of_their_definitions() -> None:
     assert logits.tolist() == [2.0, 2.0, -2.0, 1.0, 0.5], "the session's logits stay"
 
 
+def test_a_bias_of_an_unknown_token_is_ignored() -> None:
+    sampler = Sampler(Sampling(logit_bias={0: -2.5, 7: 9.0, 1: 1.0}))
+    assert [sampler(np.array([3.0, 0.0, 2.0], np.float32)) for _ in range(2)] == [2, 2]
+
+
 def test_a_mask_leaves_the_best_that_is_allowed() -> None:
     logits = np.array([3.0, 2.0, 1.0], np.float32)
     sampler = Sampler(Sampling(logit_bias={2: -5.0}))
