@@ -341,7 +341,7 @@ class Scheduler:
         self._writing += 1
 
     def _resume(self) -> None:
-        """Lets held rows go on whose masks are ready; waits for one if no other row can run."""
+        """Resumes held rows with ready masks; waits for a mask if no other row can run."""
         held = [(job, job.held) for job in self._rows if job.held is not None]
         if held and len(held) == len(self._rows):
             self._admission.wait(_POLL_SECONDS, until=self._can_go_on)

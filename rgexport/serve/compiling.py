@@ -21,7 +21,7 @@ _CLOSING_SECONDS = 0.2
 
 
 class Compiler:
-    """A thread that compiles grammars in order; it skips those whose clients have left."""
+    """A thread that compiles grammars in order, and skips those of clients that left."""
 
     def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
         """Takes the longest wait for a grammar, and how many may wait."""
