@@ -21,7 +21,7 @@ _CLOSING_SECONDS = 0.2
 
 
 class Compiler:
-    """A thread that compiles grammars in order, and skips those of clients that left."""
+    """A queue of grammars and the thread that compiles them, unless their clients have left."""
 
     def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
         """Takes the longest wait for a grammar, and how many may wait."""
