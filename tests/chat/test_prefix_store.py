@@ -92,7 +92,7 @@ def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
     fetch = store.fetch(ids, lambda: None)
     if fetch:
         fetch.wait()
-    return store.longest(ids, fetch)
+    return store.longest(ids, fetch=fetch)
 
 
 def test_a_folder_serves_the_next_process(tmp_path: Path) -> None:
