@@ -111,14 +111,17 @@ def make_plan(
 
 def _check_targets(target: Path, force: bool) -> None:
     if target.suffix == ".html":
-        raise RequestError(f"-o is {target}, which is the page's place; pass a name such as p.json")
+        raise RequestError(
+            f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "
+            "such as plan.json"
+        )
     check_file_target(target, force=force, replaceable=is_plan)
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
 
 
 def page_of(target: Path) -> Path:
-    """Where the page of a plan's file is."""
-    return target.with_suffix(".html")
+    """Returns the path of a plan's page, where the plan may be called `plan-4.25`."""
+    return target.with_name(f"{target.name}.html")
 
 
 def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:

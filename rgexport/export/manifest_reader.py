@@ -14,6 +14,7 @@ from rgexport.export.manifest import (
     StoredTensor,
 )
 from rgexport.export.typed_json import Mismatch, label, read
+from rgexport.files.names import stays_inside
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
@@ -138,9 +139,7 @@ def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: Fol
 
 
 def _is_safe(name: str) -> bool:
-    path = PurePosixPath(name)
-    plain = name.isprintable() and name not in ("", MANIFEST) and not set(name) & set("\\:\0")
-    return plain and str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
 
 
 def _require(condition: object, complaint: str) -> None:

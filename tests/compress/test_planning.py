@@ -134,8 +134,13 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     page_of(tmp_path / "other.json").write_text("mine")
     with pytest.raises(RequestError, match="--force"):
         make_plan(checkpoint, options, tmp_path / "other.json")
-    with pytest.raises(RequestError, match="which is the page's place"):
+    with pytest.raises(RequestError, match="a plan is JSON"):
         make_plan(checkpoint, options, tmp_path / "plan.html")
+
+
+def test_numbers_in_names_are_no_endings(tmp_path):
+    pages = {page_of(tmp_path / name).name for name in ("plan-4.25", "plan-4.5", "plan.json")}
+    assert pages == {"plan-4.25.html", "plan-4.5.html", "plan.json.html"}
 
 
 def test_only_plans_are_replaced(tmp_path):

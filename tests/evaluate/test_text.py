@@ -99,6 +99,14 @@ def test_domains_are_folders(tmp_path):
     ]
 
 
+def test_numbers_in_names_are_no_endings(tmp_path):
+    paths = tuple(tmp_path / name for name in ("temperature-0.25", "temperature-0.5", "a.b.txt"))
+    for path in paths:
+        path.write_text(path.name)
+    domains = [document.domain for document in text.documents(paths)]
+    assert domains == ["temperature-0.25", "temperature-0.5", "a.b"]
+
+
 class Killed(Exception):
     """Stands for a signal."""
 

@@ -22,6 +22,7 @@ from rgexport.evaluate.losses import losses
 from rgexport.evaluate.pieces import Piece, Result
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
+from rgexport.files.names import without_ending
 from rgexport.files.regular_file import read_text
 from rgexport.runtimes.session import Session
 from rgexport.validate.text import built_in_text
@@ -55,8 +56,8 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
     They are read once, and each is there once.
 
-    The domain of a file is its name without ending; that of a file in a folder is the folder below
-    it, such as `prose` of `texts/prose/emma.txt` for `texts`.
+    The domain of a file is its name without an ending such as `.txt`; that of a file in a folder is
+    the folder below it, such as `prose` of `texts/prose/emma.txt` for `texts`.
 
     Raises:
         RequestError: a file that is not there or not UTF-8, or a folder without texts.
@@ -68,7 +69,8 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
 def _found(path: Path) -> Iterator[Document]:
     if not path.is_dir():
-        yield Document(path.name, path.stem, read_text(path))
+        domain = without_ending(path.name, _ENDINGS)
+        yield Document(path.name, domain, read_text(path))
         return
     files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS and file.is_file())
     if not files:

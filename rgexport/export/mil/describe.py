@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.export.mil.checks import check_without_manifest, made_by_rgexport
-from rgexport.export.mil.package import Package, file_values, open_package
+from rgexport.export.mil.package import PACKAGE_SUFFIX, Package, file_values, open_package
 from rgexport.export.mil.program import Function, TensorType
 from rgexport.progress import amount
 from rgexport.tables import Row, Table
@@ -44,7 +44,7 @@ def describe_package(path: Path) -> dict[str, Any]:
     kinds = {op.type for function in package.functions.values() for op in function.walk()}
     return {
         "kind": KIND,
-        "name": path.resolve().stem,
+        "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),
         "path": str(path),
         "specification_version": package.specification_version,
         "default_function": package.default_function,

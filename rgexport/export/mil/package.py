@@ -13,11 +13,12 @@ from rgexport.export.mil import decoder
 from rgexport.export.mil.blob import Blob, BlobFile
 from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import FileValue, Function
+from rgexport.files.names import stays_inside
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.json_fields import read_json
 
 _MANIFEST, _DATA = "Manifest.json", "Data"
-_SUFFIX = ".mlpackage"
+PACKAGE_SUFFIX = ".mlpackage"
 _MAIN = "main"
 """What the only function of a model is called."""
 _MODEL_PATH = "@model_path/"
@@ -52,7 +53,7 @@ class Package:
 
 def means_package(path: Path) -> bool:
     """Whether a path names a package, by its suffix or as a folder with a package's manifest."""
-    if path.suffix == _SUFFIX:
+    if path.suffix == PACKAGE_SUFFIX:
         return not path.is_file()
     return (path / _MANIFEST).is_file() and (path / _DATA).is_dir()
 
@@ -135,11 +136,9 @@ def _weight_file(folder: Path, model: Path, name: str) -> Path:
 
 def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
     """The file `relative` to `base`, which must be in `folder` after links are resolved."""
-    parts = PurePosixPath(relative)
-    path = base / parts
+    path = base / PurePosixPath(relative)
     root = os.path.realpath(folder)
-    safe = "\0" not in relative and not parts.is_absolute() and ".." not in parts.parts
-    if not safe or os.path.commonpath([root, os.path.realpath(path)]) != root:
+    if not stays_inside(relative) or os.path.commonpath([root, os.path.realpath(path)]) != root:
         raise RequestError(f"{source} is damaged: {relative!r} leads out of {folder}")
     try:
         there = path.is_file()

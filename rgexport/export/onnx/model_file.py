@@ -7,11 +7,12 @@ needs no package `onnx`.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import PurePosixPath
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+
+from rgexport.files.names import stays_inside
 
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
@@ -89,7 +90,7 @@ def read_model(model: bytes) -> ModelFile:
         tensors = (_external(tensor) for tensor in external)
         return ModelFile(
             tuple(_node(node) for node in found.graph.node),
-            tuple(tensor for tensor in tensors if _lies_inside(tensor.file) and tensor.offset >= 0),
+            tuple(tensor for tensor in tensors if stays_inside(tensor.file) and tensor.offset >= 0),
             {opset.domain.decode(): opset.version for opset in found.opset_import},
         )
     except (DecodeError, ValueError):
@@ -136,13 +137,6 @@ def _external(tensor: Any) -> ExternalTensor:
         raise ValueError(f"no tensor of ours has the shape {shape}")
     file, offset = places.get(b"location", b"").decode(), int(places.get(b"offset", b"0"))
     return ExternalTensor(tensor.name.decode(), tensor.data_type, shape, file, offset)
-
-
-def _lies_inside(location: str) -> bool:
-    """Whether a file is in the model's folder; the engine refuses models with other files."""
-    path = PurePosixPath(location)
-    plain = location.isprintable() and not set(location) & set("\\:") and path.parts
-    return bool(plain) and not path.is_absolute() and ".." not in path.parts
 
 
 @cache

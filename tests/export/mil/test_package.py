@@ -112,6 +112,12 @@ def test_inspect_describes_a_package_of_another_tool(saved: Path, capsys: Any) -
     assert found["size"] == sum(record["size"] for record in found["files"].values())
 
 
+def test_a_name_may_end_in_a_number(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    copied = shutil.copytree(saved, tmp_path / "tiny-4.25")
+    assert run(["inspect", str(copied), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "tiny-4.25"
+
+
 def test_inspect_shows_it_as_text(saved: Path, capsys: Any) -> None:
     assert run(["inspect", str(saved)]) == 0
     text = capsys.readouterr().out
