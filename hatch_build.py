@@ -1,7 +1,7 @@
 """Compiles the native libraries into wheels and editable installs, and the chat page into wheels.
 
-Where that is impossible the package is installed without them: it runs on ONNX Runtime's own
-kernels, quantizes by rounding to nearest, and `rgexport web` says what is missing.
+What cannot be built is left out, each part for itself, with a warning and a file in its place that
+says why. A wheel with any library is for this platform; one without is for all.
 """
 
 import importlib.util
@@ -18,6 +18,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 BUILDER = Path("rgexport/kernels/build.py")
 PAGE_BUILDER = Path("rgexport/page/build.py")
+WITHOUT = {
+    "onnx": "models run on ONNX Runtime's own kernels, slower",
+    "rounding": "weights are rounded to nearest, and calibrations cannot be used",
+}
+"""Project → what an installation without its library does."""
 CMAKE, NINJA = "cmake>=3.18,<5", "ninja>=1.10,<2"
 
 
@@ -39,7 +44,7 @@ class BuiltParts(BuildHookInterface):
         made = [
             self._build(builder, project, version == "editable") for project in builder.PROJECTS
         ]
-        if all(path.name != builder.NOT_BUILT for path in made):
+        if any(path.name != builder.NOT_BUILT for path in made):  # one binary is enough
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{_platform()}"
         if version != "editable":
@@ -58,8 +63,8 @@ class BuiltParts(BuildHookInterface):
             return builder.build(project, folder, objects)
         except builder.BuildFailed as failed:
             self.app.display_warning(
-                f"rgexport is installed without the library of {project.name}: it runs on ONNX "
-                f"Runtime's own kernels, slower, or rounds weights to nearest: {failed}"
+                f"rgexport lacks the library of {project.name}: {WITHOUT[project.name]}; "
+                f"`rgexport --version` says so, too: {failed}"
             )
             made = folder / builder.NOT_BUILT
             made.write_text(f"{failed}\n")

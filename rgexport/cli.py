@@ -93,11 +93,13 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
         return
     from rgexport import __version__
     from rgexport.kernels.onnx.library import kernels
+    from rgexport.kernels.rounding.library import unusable
 
     found = kernels()
     sets = ", ".join(found.instruction_sets)
     built = f"{found.instruction_set} (of {sets} here)" if found.ops else f"none: {found.reason}"
-    click.echo(f"rgexport {__version__}\nnative kernels: {built}")
+    levels = f"none: {reason}" if (reason := unusable()) else "built"
+    click.echo(f"rgexport {__version__}\nnative kernels: {built}\nlibrary of levels: {levels}")
     context.exit()
 
 
@@ -108,7 +110,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
     expose_value=False,
     is_eager=True,
     callback=_show_version,
-    help="Show the version, and the native kernels that were built.",
+    help="Show the version, and which native libraries were built.",
 )
 @verbose
 @click.pass_context

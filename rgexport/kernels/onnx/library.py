@@ -6,7 +6,6 @@ counters are those of the sessions of this process.
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from rgexport.errors import RequestError
+from rgexport.kernels.native_library import library_path, why_missing
 
 NO_NATIVE = "RGEXPORT_NO_NATIVE"
 """The environment variable that turns the kernels off, with any value but "" and "0"."""
@@ -21,10 +21,7 @@ CPU = "RGEXPORT_CPU"
 """The environment variable that limits the instruction set; the library reads it once."""
 
 FOLDER = Path(__file__).parent
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-LIBRARY = FOLDER / f"librgexport_onnx{_SUFFIX}"
-NOT_BUILT = FOLDER / "not-built.txt"
-"""The file that says why an installation has no library."""
+LIBRARY = library_path(FOLDER)
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,7 @@ def _usable() -> ctypes.CDLL | str:
     if turned_off():
         return f"{NO_NATIVE} turns them off"
     if not LIBRARY.is_file():
-        if NOT_BUILT.is_file():
-            return f"they could not be built when rgexport was installed; {NOT_BUILT} says why"
-        return "they are not built; run `python -m rgexport.kernels.build`"
+        return why_missing(LIBRARY.parent)
     loaded = _load(LIBRARY)
     if isinstance(loaded, ctypes.CDLL):
         _require_known_set(loaded)

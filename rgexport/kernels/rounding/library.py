@@ -5,7 +5,6 @@ on threads, nor on which rows are given together. Calls do not hold the interpre
 """
 
 import ctypes
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.kernels.native_library import library_path, why_missing
 
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-LIBRARY = Path(__file__).parent / f"librgexport_rounding{_SUFFIX}"
+LIBRARY = library_path(Path(__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,13 @@ class Factors:
 
 def is_there() -> bool:
     """Whether the library can be used on this machine."""
-    return isinstance(_load(), ctypes.CDLL)
+    return not unusable()
+
+
+def unusable() -> str:
+    """Returns why the library cannot be used, or "" if it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else ""
 
 
 def search(
@@ -165,8 +170,7 @@ def _library() -> ctypes.CDLL:
     loaded = _load()
     if isinstance(loaded, str):
         raise RequestError(
-            f"this needs the library that chooses levels, but {loaded}; build it with "
-            "`python -m rgexport.kernels.build`, or take --quality fast"
+            f"this needs the library that chooses levels, but {loaded}; or take --quality fast"
         )
     return loaded
 
@@ -186,7 +190,7 @@ _SIGNATURES: dict[str, Sequence[type]] = {
 def _load() -> ctypes.CDLL | str:
     """The library with the types of its functions, or why there is none."""
     if not LIBRARY.is_file():
-        return "it is not built"
+        return why_missing(LIBRARY.parent)
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
         for name, types in _SIGNATURES.items():

@@ -162,8 +162,8 @@ def by_default(plan: Plan) -> Plan:
     if library.is_there():
         return by_algorithm(plan, "search")
     warn(
-        "weights are rounded to nearest: the library that chooses better levels is not built; "
-        "build it with `python -m rgexport.kernels.build`"
+        "weights are rounded to nearest, as the library that chooses better levels is missing: "
+        f"{library.unusable()}"
     )
     return by_algorithm(plan, "rtn")
 

@@ -18,6 +18,7 @@ from tests.command_line import ROOT
 from tests.kernels.onnx import programs
 
 NO_COMPILER = "no-such-compiler"
+PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
 PACKAGE = library.FOLDER.parents[1]
 OF_A_WHEEL = [
     *programs.LIBRARY,
@@ -69,8 +70,7 @@ def wheel(folder: Path, compiler: str = COMPILER) -> None:
 @pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
 def test_a_wheel_has_the_library_and_its_platform(tmp_path):
     (made,) = built(wheel, OF_A_WHEEL).glob("*.whl")
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert made.name.endswith(f"-py3-none-{platform}.whl")
+    assert made.name.endswith(f"-py3-none-{PLATFORM}.whl")
     inside = zipfile.ZipFile(made).namelist()
     assert f"rgexport/kernels/onnx/{library.LIBRARY.name}" in inside
     assert f"rgexport/kernels/rounding/{rounding.LIBRARY.name}" in inside
@@ -101,3 +101,23 @@ def test_a_wheel_without_a_compiler_says_so(tmp_path):
     for project in PROJECTS:
         why = inside.read(f"rgexport/kernels/{project.name}/{NOT_BUILT}").decode()
         assert NO_COMPILER in why
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the broken compiler is a shell script")
+def test_a_wheel_with_one_of_two_libraries_is_for_this_platform(tmp_path):
+    """Tagged for any platform, it would be installed where that library cannot be loaded."""
+    compiler = tmp_path / "broken-for-onnx"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *kernels/onnx/*) exit 1;; esac\n{COMPILER} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    wheel(tmp_path / "wheels", str(compiler))
+    (made,) = (tmp_path / "wheels").glob("*.whl")
+    assert made.name.endswith(f"-py3-none-{PLATFORM}.whl")
+    inside = zipfile.ZipFile(made)
+    (facts,) = (name for name in inside.namelist() if name.endswith(".dist-info/WHEEL"))
+    assert b"Root-Is-Purelib: false" in inside.read(facts)
+    assert inside.getinfo(f"rgexport/kernels/rounding/{rounding.LIBRARY.name}").file_size
+    why = inside.read(f"rgexport/kernels/onnx/{NOT_BUILT}").decode()
+    assert compiler.name in why and library.LIBRARY.name not in str(inside.namelist())

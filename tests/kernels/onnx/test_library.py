@@ -14,6 +14,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.onnx.native import DOMAIN, VERSION
+from rgexport.kernels.build import NOT_BUILT
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding
 from tests.kernels.onnx import programs
@@ -82,10 +83,9 @@ def test_can_be_turned_off(monkeypatch, value, off):
 def test_says_why_there_is_none(monkeypatch, tmp_path):
     monkeypatch.delenv(library.NO_NATIVE, raising=False)
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
-    monkeypatch.setattr(library, "NOT_BUILT", tmp_path / "why.txt")
     assert "rgexport.kernels.build" in library.kernels().reason
-    (tmp_path / "why.txt").write_text("no compiler")
-    assert str(tmp_path / "why.txt") in library.kernels().reason
+    (tmp_path / NOT_BUILT).write_text("no compiler")
+    assert str(tmp_path / NOT_BUILT) in library.kernels().reason
     (tmp_path / "none.so").write_bytes(b"not a library")
     assert library.library() is None
     assert "cannot be loaded" in library.kernels().reason
