@@ -23,6 +23,10 @@ LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES.pare
 DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h"))]
 DRIVER = "quant_matmul_driver"
 
+ORT_HEADERS = Path("/usr/include/onnxruntime")
+"""Of Debian's libonnxruntime-dev."""
+RUNTIMES = HERE / "several_runtimes.cpp", HERE.parent / "load_library.h"
+
 ARM = "aarch64-linux-gnu"
 ARM_COMPILER = f"{ARM}-g++"
 ARM_SETS = "scalar", "neon", "i8mm"
@@ -119,6 +123,32 @@ def fastest(sanitizer: str) -> Path:
 def _fastest(folder: Path, sanitizer: str) -> None:
     flags = "-Wall", "-Werror", "-O1", "-pthread", f"-fsanitize={sanitizer}"
     _compile(COMPILER, *flags, HERE / "fastest_driver.cpp", "-o", folder / "fastest")
+
+
+def two_tables() -> Path:
+    """The folder with `two_tables`."""
+    return built(_two_tables, [*DRIVERS, INCLUDED / "ort_abi.h"])
+
+
+def _two_tables(folder: Path) -> None:
+    _compile(
+        COMPILER, "-O1", "-pthread", HERE / "two_tables.cpp", "-o", folder / "two_tables", "-ldl"
+    )
+
+
+def several_runtimes() -> Path:
+    """The folder with `several_runtimes`."""
+    return built(_several_runtimes, RUNTIMES)
+
+
+def _several_runtimes(folder: Path) -> None:
+    compile_several_runtimes(COMPILER, folder / "several_runtimes", "-ldl")
+
+
+def compile_several_runtimes(compiler: str, program: Path, *flags: str) -> None:
+    """Compiles the program for the system that a compiler is for."""
+    places = f"-I{HERE.parent}", "-isystem", str(ORT_HEADERS)
+    _compile(compiler, "-Wall", "-Wextra", *places, RUNTIMES[0], "-o", program, *flags)
 
 
 def _build_driver(

@@ -1,5 +1,7 @@
 // The ops of this library, as ONNX Runtime and library.py see them.
 #include <atomic>
+#include <mutex>
+#include <new>
 
 #include "cpu.h"
 #include "floats.h"
@@ -19,24 +21,26 @@ namespace {
 using namespace ort;
 
 constexpr char kDomain[] = "ai.rgexport";
-const void* const* api = nullptr;
 
 template <class Op>
 struct Registered {
   static inline std::atomic<int64_t> calls{0};
 
+  // `api` is of the ONNX Runtime that made it: a process may have several.
   struct Kernel {
-    Kernel(const void* const* table, const void* info)
-        : op(Attributes(table, info)), constants(table, info, Op::kSignature) {}
+    Kernel(const void* const* api, const void* info)
+        : api(api), op(Attributes(api, info)), constants(api, info, Op::kSignature) {}
+    const void* const* const api;
     const Op op;
     const Constants constants;
   };
 
   // The only file that is compiled with exceptions: what the standard library throws ends here.
   static Status* create(const CustomOp*, const void* table, const void* info, void** kernel) {
+    const auto api = static_cast<const void* const*>(table);
     *kernel = nullptr;
     try {
-      *kernel = new Kernel(static_cast<const void* const*>(table), info);
+      *kernel = new Kernel(api, info);
       return nullptr;
     } catch (...) {
       return failure(api, "no memory is left for a kernel");
@@ -44,7 +48,7 @@ struct Registered {
   }
   static Status* compute(void* kernel, void* context) {
     calls.fetch_add(1, std::memory_order_relaxed);
-    const auto& [op, constants] = *static_cast<const Kernel*>(kernel);
+    const auto& [api, op, constants] = *static_cast<const Kernel*>(kernel);
     try {
       Context run(api, context, Op::kSignature, constants);
       if (!run.refused()) op.run(run);
@@ -104,17 +108,37 @@ const Row kOps[] = {
 };
 constexpr size_t kCount = sizeof kOps / sizeof *kOps;
 
-// Makes the domain with all ops; it lives as long as the process, as the sessions that use it may.
-bool make_domain(void** domain) {
-  const auto done = [](Status* status) {
+// Makes the domain with all ops; null if that fails.
+void* make_domain(const void* const* api) {
+  const auto done = [api](Status* status) {
     if (status) call<void>(api, kReleaseStatus, status);
     return !status;
   };
-  bool made = done(call<Status*>(api, kCreateCustomOpDomain, &kDomain[0], domain));
+  void* domain = nullptr;
+  bool made = done(call<Status*>(api, kCreateCustomOpDomain, &kDomain[0], &domain));
   for (const Row& row : kOps) {
-    made = made && done(call<Status*>(api, kCustomOpDomain_Add, *domain, row.op));
+    made = made && done(call<Status*>(api, kCustomOpDomain_Add, domain, row.op));
   }
-  return made;
+  return made ? domain : nullptr;
+}
+
+// Returns the domain of the ONNX Runtime whose table `api` is; null if it cannot be made. It lives as
+// long as the process, as the sessions that use it may.
+void* domain_of(const void* const* api) {
+  struct Entry {
+    const void* const* api;
+    void* domain;
+    const Entry* next;
+  };
+  static std::mutex mutex;
+  static const Entry* first = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Entry* entry = first; entry; entry = entry->next)
+    if (entry->api == api) return entry->domain;
+  void* domain = make_domain(api);
+  const Entry* entry = domain ? new (std::nothrow) Entry{api, domain, first} : nullptr;
+  if (entry) first = entry;
+  return domain;
 }
 
 }  // namespace
@@ -122,12 +146,11 @@ bool make_domain(void** domain) {
 
 EXPORT void* RegisterCustomOps(void* options, const rgexport::ort::ApiBase* base) {
   using namespace rgexport;
-  api = base->GetApi(kApiVersion);
+  const void* const* api = base->GetApi(kApiVersion);
   if (!api) return nullptr;  // an older one: the bodies of the functions run
-  static void* domain = nullptr;
-  static const bool made = make_domain(&domain);
-  return made ? call<Status*>(api, kAddCustomOpDomain, options, domain)
-              : failure(api, "the domain ai.rgexport cannot be made");
+  void* domain = domain_of(api);
+  return domain ? call<Status*>(api, kAddCustomOpDomain, options, domain)
+                : failure(api, "the domain ai.rgexport cannot be made");
 }
 
 // The name of the instruction set whose kernels run here.
