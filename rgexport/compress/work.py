@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import COMPLETE
+from rgexport.files.atomic import COMPLETE, rename
 from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.safetensors_writer import header
 from rgexport.quantize.calibration_format import Arrays, Provenance
@@ -38,7 +38,7 @@ class Work:
             np.save(file, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._path(name))
+        rename(partial, self._path(name))
 
     def load(self, name: str) -> np.ndarray | None:
         """An array, None if it is not there.

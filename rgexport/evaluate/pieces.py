@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from rgexport.errors import RequestError
+from rgexport.files.atomic import rename
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.state import State
 
@@ -160,7 +161,7 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         with partial.open("wb") as file:
             write(file)
-        partial.replace(path)
+        rename(partial, path)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
     finally:

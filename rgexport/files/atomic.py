@@ -10,7 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rgexport.errors import RequestError
+from rgexport.files.names import windows_objection
 from rgexport.progress import amount, warn
 
 Replaceable = Callable[[Path], bool]
@@ -29,6 +32,9 @@ COMPLETE = "complete"
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_WINDOWS = os.name == "nt"
+_PAUSES = 0.05, 0.1, 0.2, 0.4, 0.4
+"""Seconds between attempts to rename or remove what another program has open."""
 
 
 @contextmanager
@@ -76,7 +82,7 @@ def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Ite
         folder = real.with_name(f"{real.name}.partial")
         yield folder
         check_file_target(target, force=force, replaceable=replaceable)
-        (folder / COMPLETE).replace(real)
+        _move(folder / COMPLETE, real)
         _remove(folder)
 
 
@@ -150,6 +156,8 @@ def check_place(target: Path) -> Path:
         RequestError: nothing can be put there, whatever is there.
     """
     real = Path(os.path.realpath(target))
+    if _WINDOWS and (objection := windows_objection(target.name)):
+        raise RequestError(f"cannot write {target}: the name {objection}; pass another -o")
     if Path.cwd().is_relative_to(real):
         raise RequestError(
             f"cannot write {target}: it is the current folder or holds it; pass another -o"
@@ -194,7 +202,10 @@ def _locked(target: Path, real: Path) -> Iterator[None]:
         yield
     finally:
         # Removed while it is held: whoever has opened it meanwhile sees that it has no name.
-        path.unlink(missing_ok=True)
+        # Windows removes no open file; there, the release removes it, unless another run has
+        # opened it.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -212,22 +223,79 @@ def _remove(entry: Path) -> None:
         if entry.is_dir():
             for folder, _, _ in os.walk(entry):
                 os.chmod(folder, 0o700)  # what is in a read-only folder cannot be removed
-            shutil.rmtree(entry, ignore_errors=True)
+            shutil.rmtree(entry, onerror=_remove_read_only)
         else:
-            entry.unlink(missing_ok=True)
+            _retry(partial(entry.unlink, missing_ok=True))
     if os.path.lexists(entry):
         warn(f"{entry} cannot be removed; remove it yourself")
 
 
+def _remove_read_only(remove: Callable[[str], object], path: str, error: object) -> None:
+    """Removes what `shutil.rmtree` could not: Windows keeps read-only files, and open ones."""
+    with suppress(OSError):
+        if remove in (os.unlink, os.rmdir):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+            _retry(partial(remove, path))
+
+
 def _move(new: Path, target: Path) -> None:
-    """Renames; where the target is a folder, `new` is the old one afterwards, or is gone."""
-    if not target.is_dir():  # a rename replaces a file in one step
-        new.replace(target)
-    elif not _exchange(new, target):
-        old = new.with_name(new.name + "-old")
-        target.rename(old)
-        new.rename(target)
-        _remove(old)
+    """Renames; where the target is a folder, `new` is the old one afterwards, or is gone.
+
+    Raises:
+        RequestError: a program has a file of `target` open, and the system does not allow that.
+    """
+    try:
+        if not target.is_dir():  # a rename replaces a file in one step
+            rename(new, target)
+        elif not _exchange(new, target):
+            _replace_in_two_steps(new, target)
+    except PermissionError as error:
+        raise RequestError(
+            f"cannot replace {target}: {error.strerror}; close the programs that use it, or pass "
+            "another -o"
+        ) from error
+
+
+def _replace_in_two_steps(new: Path, target: Path) -> None:
+    old = new.with_name(new.name + "-old")
+    rename(target, old)
+    try:
+        rename(new, target)
+    except OSError:
+        rename(old, target)
+        raise
+    _remove(old)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder; replaces a file that is there, even if it is read-only.
+
+    Raises:
+        OSError: it cannot be done, even a second later.
+    """
+    try:
+        _retry(partial(os.replace, source, target))
+    except PermissionError:
+        if not _WINDOWS or not target.is_file() or target.stat().st_mode & stat.S_IWUSR:
+            raise
+        target.chmod(0o600)  # Windows replaces no read-only file
+        os.replace(source, target)
+
+
+def _retry(change: Callable[[], object]) -> None:
+    """Makes a change of a folder; on Windows, tries again for a second.
+
+    There, virus scanners and search indexes hold a new file open for a moment, in which nobody can
+    rename or remove it.
+    """
+    for seconds in _PAUSES if _WINDOWS else ():
+        try:
+            change()
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    change()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -198,7 +198,7 @@ def test_read_only_parent(unprivileged):
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
     write(tmp_path / "out")
-    monkeypatch.setattr(atomic.shutil, "rmtree", lambda folder, ignore_errors: None)
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda folder, **options: None)
     write(tmp_path / "out", force=True)
     left = next(tmp_path.glob(".out.partial-*"))
     assert capsys.readouterr().err == f"Warning: {left} cannot be removed; remove it yourself\n"
