@@ -11,8 +11,14 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 SOURCES = Path(__file__).parents[2] / "page"
+LIBRARY = Path(__file__).parents[1] / "web"
+"""The npm package that the page includes."""
 BUILT = Path(__file__).with_name("page.zip")
-_INSTALL = "install --ignore-scripts --no-audit --no-fund --no-package-lock".split()
+_INSTALL = "ci --ignore-scripts --no-audit --no-fund".split()
+"""Installs exactly what `package-lock.json` lists, so that each build has the same bytes."""
+_SHOWN_LINES = 20
+_UNIX = 3
+"""The system that an archive names as its maker, whichever system packs it."""
 
 
 class BuildFailed(Exception):
@@ -31,28 +37,36 @@ def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
     for arguments in (_INSTALL, ["run", "build"]):
         done = subprocess.run([npm, *arguments], cwd=sources, capture_output=True, text=True)
         if done.returncode:
-            last = (done.stdout + done.stderr).strip().splitlines()[-20:]
-            raise BuildFailed("\n".join([f"npm {arguments[0]} failed:", *last]))
+            raise BuildFailed(f"npm {arguments[0]} failed:\n{_reason(done.stdout + done.stderr)}")
     _pack(sources / "dist", target)
     return target
+
+
+def _reason(output: str) -> str:
+    """Returns the lines from the first error on, or the last lines if none is called an error."""
+    lines = output.strip().splitlines()
+    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_SHOWN_LINES)
+    return "\n".join(lines[first:][:_SHOWN_LINES])
 
 
 def is_current() -> bool:
     """Whether the page is built, and its sources have not changed since."""
     if not BUILT.is_file():
         return False
-    sources = [*SOURCES.glob("*.*"), *SOURCES.glob("src/*"), *SOURCES.glob("public/*")]
+    folders = SOURCES, SOURCES / "src", SOURCES / "public", LIBRARY
+    sources = [path for folder in folders for path in folder.glob("*.*")]
     return all(path.stat().st_mtime <= BUILT.stat().st_mtime for path in sources)
 
 
 def _pack(folder: Path, target: Path) -> None:
-    """The same files give the same archive."""
+    """Writes an archive that depends only on the names and bytes of the files."""
     new = target.with_suffix(".new")
     with ZipFile(new, "w") as packed:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                name = ZipInfo(path.relative_to(folder).as_posix())
-                packed.writestr(name, path.read_bytes(), ZIP_DEFLATED, compresslevel=9)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
+            entry = ZipInfo(name)
+            entry.create_system = _UNIX
+            packed.writestr(entry, path.read_bytes(), ZIP_DEFLATED, compresslevel=9)
     new.replace(target)
 
 
