@@ -1,6 +1,7 @@
 import type {
   Message,
   PreTrainedModel,
+  PreTrainedTokenizer,
   PretrainedModelOptions,
   TextGenerationPipeline,
 } from "@huggingface/transformers";
@@ -9,6 +10,8 @@ import type {
 export declare class RecurrentGemmaForCausalLM extends PreTrainedModel {
   /** Tokens that were read so far, of prompts and of replies. */
   tokensRead: number;
+  /** The vocabulary; without it, a reply that is not spelled as the tokenizer would is read again. */
+  tokenizer: PreTrainedTokenizer | null;
   /** Computes the next logits; the library calls it for each token. */
   _forward: (...inputs: unknown[]) => Promise<unknown>;
   /** Forgets all texts. */

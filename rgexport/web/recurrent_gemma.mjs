@@ -92,7 +92,9 @@ export class States extends DynamicCache {
 export class RecurrentGemmaForCausalLM extends PreTrainedModel {
   /** Tokens that were read so far, of prompts and of replies. */
   tokensRead = 0;
-  /** @type {States[]} The last one first. */
+  /** The vocabulary, by which the text of a reply is found again in other tokens. */
+  tokenizer = null;
+  /** @type {{states: States, pending: bigint[]}[]} The newest first; `pending` is the token after its states. */
   #remembered = [];
 
   /** As the library's; the files of the weights are those that config.json lists. */
@@ -138,24 +140,36 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     if (mask.tolist().flat().some((seen) => Number(seen) === 0)) {
       throw new Error("texts of unequal length were padded; a recurrent model reads them one by one");
     }
-    const own = options.past_key_values ? null : (this.#longest(rows) ?? begun(rows.length));
-    const states = own ?? options.past_key_values;
-    try {
-      const given = { ...options, attention_mask: mask, past_key_values: states };
-      const made = await super.generate(given);
-      this.#remember(states);
-      if (made.past_key_values) return made; // the caller has the states now
-      await own?.dispose();
-      return made;
-    } catch (error) {
-      await own?.dispose();
-      throw error;
+    if (options.past_key_values || rows.length !== 1) {
+      const states = options.past_key_values ?? begun(rows.length);
+      return this.#generate(options, input, mask, states, !options.past_key_values);
     }
+    const { states, prompt } = this.#resume(rows[0].map(BigInt));
+    const [ids, ones] = [prompt, Array(prompt.length).fill(1)].map((row) => int64(row, [1, row.length]));
+    const made = await this.#generate(options, ids, ones, states, true);
+    // The caller gets the prompt in the tokens that it gave.
+    const given = (sequences) => withPrompt(rows[0], prompt.length, sequences);
+    return made.sequences ? { ...made, sequences: given(made.sequences) } : given(made);
+  }
+
+  /** Continues the states, which are freed if they are `ours` and the caller does not get them. */
+  async #generate({ inputs: _, ...options }, input_ids, attention_mask, states, ours) {
+    let made;
+    try {
+      made = await super.generate({ ...options, input_ids, attention_mask, past_key_values: states });
+      const sequences = made.sequences ?? made;
+      if (states.ids.length === 1) {
+        this.#remember(states, sequences.tolist()[0].map(BigInt).slice(states.get_seq_length()));
+      }
+    } finally {
+      if (ours && !made?.past_key_values) await states.dispose();
+    }
+    return made;
   }
 
   /** Forgets all texts. */
   async forget() {
-    for (const states of this.#remembered.splice(0)) await states.dispose();
+    for (const { states } of this.#remembered.splice(0)) await states.dispose();
   }
 
   async dispose() {
@@ -169,13 +183,13 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
    * @returns {Promise<Uint8Array>} A safetensors file.
    */
   async saveState({ messages = null, precision } = {}) {
-    const states = this.#remembered[0];
-    if (!states) throw new Error("nothing was read yet: there is no state to save");
+    if (!this.#remembered.length) throw new Error("nothing was read yet: there is no state to save");
+    const [{ states, pending }] = this.#remembered;
     const arrays = {};
     for (const { input, name } of this.config.rgexport.states) {
       arrays[name] = await numbersOf(states[input]);
     }
-    return writeState(this.config.rgexport, states.ids[0], arrays, { messages, precision });
+    return writeState(this.config.rgexport, states.ids[0], arrays, { messages, precision, pending });
   }
 
   /**
@@ -190,7 +204,7 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
       tensors[input] = new Tensor(dtype, arrays[name], [1, ...shape]);
     }
     const states = new States([ids.slice(0, position)], tensors);
-    this.#remember(states);
+    this.#remember(states, ids.slice(position));
     await states.dispose();
     return { ids, messages };
   }
@@ -229,25 +243,26 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     return outputs;
   }
 
-  /** The states after the longest known beginning of a text, at least one token before its end. */
-  #longest(rows) {
-    if (rows.length !== 1) return undefined;
-    const [wanted] = rows;
-    const begins = ({ ids: [known] }) =>
-      known.length < wanted.length && known.every((id, i) => id === BigInt(wanted[i]));
-    const found = this.#remembered.filter(begins);
-    return found.sort((a, b) => b.get_seq_length() - a.get_seq_length())[0]?.fork();
+  /** The known states from which the fewest tokens of a text are left to read, and its tokens. */
+  #resume(wanted) {
+    const options = this.#remembered.map(({ states, pending }) => {
+      const [seen] = states.ids;
+      if (begins(wanted, seen)) return { states, prompt: wanted };
+      const prompt = this.tokenizer && respelled(this.tokenizer, [...seen, ...pending], wanted);
+      return prompt && begins(prompt, seen) ? { states, prompt } : null;
+    });
+    const unreadCount = ({ states, prompt }) => prompt.length - states.get_seq_length();
+    const [best] = options.filter(Boolean).sort((a, b) => unreadCount(a) - unreadCount(b));
+    return best ? { states: best.states.fork(), prompt: best.prompt } : { states: begun(1), prompt: wanted };
   }
 
-  #remember(states) {
+  #remember(states, pending = []) {
     if (states.ids.length !== 1) return; // batches are not looked up
     const [ids] = states.ids;
-    const isSame = (other) =>
-      other.ids[0].length === ids.length && other.ids[0].every((id, i) => id === ids[i]);
-    const same = this.#remembered.findIndex(isSame);
-    if (same >= 0) this.#remembered.splice(same, 1)[0].dispose();
-    this.#remembered.unshift(states.fork());
-    for (const old of this.#remembered.splice(REMEMBERED)) old.dispose();
+    const same = this.#remembered.findIndex((other) => areEqual(other.states.ids[0], ids));
+    if (same >= 0) this.#remembered.splice(same, 1)[0].states.dispose();
+    this.#remembered.unshift({ states: states.fork(), pending });
+    for (const old of this.#remembered.splice(REMEMBERED)) old.states.dispose();
   }
 }
 
@@ -261,6 +276,7 @@ export async function textGeneration(model, options = {}) {
     AutoTokenizer.from_pretrained(model, options),
     RecurrentGemmaForCausalLM.from_pretrained(model, options),
   ]);
+  made.tokenizer = tokenizer;
   return new TextGenerationPipeline({ task: "text-generation", model: made, tokenizer });
 }
 
@@ -287,6 +303,47 @@ function unread(rows, inputs) {
   const states = inputs.past_key_values;
   const rest = rows.map((row) => row.slice(states.get_seq_length()).map(BigInt));
   return { ...inputs, input_ids: int64(rest.flat(), [rest.length, rest[0].length]) };
+}
+
+/** Whether a text has more tokens than those that it begins with. */
+function begins(text, ids) {
+  return ids.length < text.length && areEqual(ids, text.slice(0, ids.length));
+}
+
+function areEqual(left, right) {
+  return left.length === right.length && left.every((id, i) => id === right[i]);
+}
+
+/**
+ * The tokens `wanted`, whose beginning is replaced by other tokens with the same text; null if `known`
+ * has another text. A model may spell a reply otherwise than the tokenizer does, and a template
+ * trims its end. The two are compared from one special token to the next.
+ */
+function respelled(tokenizer, known, wanted) {
+  const special = new Set(tokenizer.all_special_ids.map(BigInt));
+  const [before, after] = [known, wanted].map((ids) => segments(ids, special));
+  const texts = { skip_special_tokens: false, clean_up_tokenization_spaces: false };
+  const text = (ids) => tokenizer.decode(ids, texts).trimEnd();
+  const isSame = (ids, i) => after[i] && (areEqual(ids, after[i]) || text(ids) === text(after[i]));
+  if (!before.every(isSame)) return null;
+  return [...known, ...after.slice(before.length).flat()];
+}
+
+/** A text in pieces: the special tokens, and what is between them. */
+function segments(ids, special) {
+  const pieces = [];
+  for (const [i, id] of ids.entries()) {
+    const goesOn = i > 0 && !special.has(id) && !special.has(ids[i - 1]);
+    if (goesOn) pieces.at(-1).push(id);
+    else pieces.push([id]);
+  }
+  return pieces;
+}
+
+/** Generated sequences, whose first `count` tokens are replaced by a prompt. */
+function withPrompt(prompt, count, sequences) {
+  const rows = sequences.tolist().map((row) => [...prompt, ...row.slice(count)]);
+  return int64(rows.flat(), [rows.length, rows[0].length]);
 }
 
 function int64(numbers, dims) {

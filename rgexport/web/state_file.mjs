@@ -10,13 +10,15 @@ const TOKENS = "tokens";
  * @param {object} model `rgexport` of config.json: the model's identity, and its states.
  * @param {bigint[]} ids The tokens that the states have seen.
  * @param {Record<string, Float32Array | Uint16Array>} arrays State → numbers as the graph has them.
+ * @param {object} options `pending`: the token after these, which the states have not seen, in a list.
  * @returns {Promise<Uint8Array>}
  */
-export async function writeState(model, ids, arrays, { messages = null, precision } = {}) {
+export async function writeState(model, ids, arrays, { messages = null, precision, pending = [] } = {}) {
   if (![undefined, "fp32", "fp16"].includes(precision)) {
     throw new Error(`the precision of states is ${precision}; expected fp32 or fp16`);
   }
-  const entries = [[TOKENS, "I32", [ids.length], Int32Array.from(ids, Number)]];
+  const tokens = Int32Array.from([...ids, ...pending], Number);
+  const entries = [[TOKENS, "I32", [tokens.length], tokens]];
   for (const { name, layout, dtype, shape } of model.states) {
     const half = precision ? precision === "fp16" && !name.endsWith(".rg_lru") : dtype === "float16";
     const numbers = turned(layout, shape, asFloats(arrays[name], dtype), ids.length, true);
@@ -27,7 +29,7 @@ export async function writeState(model, ids, arrays, { messages = null, precisio
   const fields = {
     format_version: FORMAT_VERSION,
     identity: model.identity,
-    tokens: ids.length,
+    tokens: tokens.length,
     position: ids.length,
     has_text: true,
     messages,
