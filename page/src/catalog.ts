@@ -10,8 +10,10 @@ export interface ModelFile {
 export interface Model {
   name: string;
   profile: "webgpu" | "wasm";
-  /** Whether Gemma's terms apply. */
+  /** Whether it is made of Google's weights, so that Gemma's terms apply. */
   gemma: boolean;
+  /** As the model's card names it; null or absent if it does not. */
+  licence?: string | null;
   /** Of the download: a chunk that occurs twice counts once. */
   bytes: number;
   files: ModelFile[];
@@ -31,9 +33,7 @@ export interface Choice {
 
 /** The model for this browser: that for graphics cards if it has WebGPU, else that for processors. */
 export async function chooseModel(): Promise<Choice> {
-  const response = await fetch("model.json", { cache: "no-cache" });
-  if (!response.ok) throw new Error(`model.json cannot be read (${response.status}): the site is incomplete`);
-  const catalog = (await response.json()) as Catalog;
+  const catalog = await readCatalog();
   const isOffered = catalog.models.some((model) => model.profile === "webgpu");
   for (const profile of isOffered && (await hasWebGpu()) ? ["webgpu", "wasm"] : ["wasm"]) {
     const model = catalog.models.find((one) => one.profile === profile);
@@ -42,6 +42,21 @@ export async function chooseModel(): Promise<Choice> {
   throw new Error(
     "This model needs WebGPU, which this browser does not offer here. Try a current Chrome, Edge or Safari.",
   );
+}
+
+async function readCatalog(): Promise<Catalog> {
+  const response = await fetch("model.json", { cache: "no-cache" }).catch(() => {
+    throw new Error("The server does not answer. Check the connection, then try again.");
+  });
+  if (!response.ok) {
+    throw new Error(
+      `The site is incomplete: its list of models, model.json, cannot be read (${response.status}). ` +
+        "Try again, or tell whoever runs the site.",
+    );
+  }
+  return (await response.json().catch(() => {
+    throw new Error("The site's list of models, model.json, is damaged. Tell whoever runs the site.");
+  })) as Catalog;
 }
 
 /** Whether WebGPU runs on a graphics card; `?device=webgpu` and `?device=wasm` decide it by hand. */

@@ -2,20 +2,24 @@
 
 import type { Message } from "@huggingface/transformers";
 import { proxy, wrap, type Remote } from "comlink";
-import { chooseModel, megabytes, type Choice } from "./catalog";
+import { chooseModel, megabytes, type Choice, type Model } from "./catalog";
 import { conversationOf, Conversations, type Conversation } from "./conversations";
+import { sentence } from "./errors";
 import { addMessage, beginReply, showMessages } from "./messages";
 import { control, settings } from "./settings";
 import { scoped } from "./site";
 import { becomeOffline, requireBrowser } from "./startup";
 import type { Engine } from "./worker";
-import { removeChunks, storedBytes } from "./weights";
+import { NO_ROOM, removeChunks, storedBytes } from "./weights";
 
 /** Models up to this size are loaded without asking. */
 const SMALL = 32e6;
 /** Set where the user has deleted the model, so that it is not loaded again at once. */
 const DELETED = scoped("deleted");
-const GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use.";
+const GEMMA_TERMS =
+  "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.";
+const NOT_STORED =
+  "The browser's storage is full: the page works now, but not offline, and the next visit loads it again.";
 /** Lines of a message that are shown while it is written. */
 const MOST_LINES = 8;
 
@@ -35,6 +39,8 @@ const page = {
   send: control("send", HTMLButtonElement),
   stop: control("stop", HTMLButtonElement),
   file: control("file", HTMLInputElement),
+  unsaved: control("unsaved"),
+  notice: control("notice"),
   error: control("error"),
 };
 
@@ -44,10 +50,14 @@ let backend = "";
 /** The conversation on the screen; none before the first message. */
 let current: Conversation | undefined;
 let busy = false;
+/** What the button below the model's name does: it goes on where the last attempt failed. */
+let proceed: () => Promise<void> = load;
+/** Whether the user was told that the storage is too small, and so may load without it. */
+let lacksRoom = false;
 
 /** Does what the user asks for; what goes wrong is shown. */
 async function attempt(action: () => Promise<unknown>): Promise<void> {
-  page.error.textContent = "";
+  page.error.textContent = page.notice.textContent = "";
   try {
     await action();
   } catch (error) {
@@ -56,51 +66,96 @@ async function attempt(action: () => Promise<unknown>): Promise<void> {
 }
 
 function show(error: unknown): void {
-  page.error.textContent = error instanceof Error ? error.message : String(error);
+  page.error.textContent = sentence(error);
+}
+
+/** Says what is kept in this tab alone. */
+function showUnsaved(count: number, reason: unknown): void {
+  const what = count > 1 ? `${count} conversations are` : "A conversation is";
+  const text = count
+    ? `${what} not saved. ${sentence(reason)} Until that is done, this tab alone has what you wrote, and ` +
+      "goes on trying to save it. “Save as a file” keeps a copy."
+    : reason
+      ? `Conversations cannot be read. ${sentence(reason)}`
+      : "";
+  setText(page.unsaved, text);
 }
 
 async function begin(): Promise<void> {
-  try {
-    requireBrowser();
-    conversations = new Conversations((id) => void changedElsewhere(id).catch(show));
-    await becomeOffline();
+  requireBrowser();
+  conversations = new Conversations({
+    changed: (id, copy) => void changedElsewhere(id, copy).catch(show),
+    unsaved: showUnsaved,
+  });
+  await offer();
+}
+
+/** Shows the site's model, and loads it where nobody has to be asked. */
+async function offer(): Promise<void> {
+  const { choice, stored } = await retryable(offer, async () => {
+    setText(page.stage, "Starting");
+    await becomeOffline(() => setText(page.notice, NOT_STORED));
     const choice = await chooseModel();
-    const { name, bytes, gemma } = choice.model;
-    document.title = name;
-    control("name").textContent = name;
-    control("what").textContent = `Chat with ${name}`;
-    control("about").textContent =
-      `The model (${megabytes(bytes)}) runs in this page: what you write stays on your device. ` +
-      (gemma ? GEMMA_TERMS : "");
-    const stored = await storedBytes(choice);
-    page.load.textContent = stored
-      ? `Go on loading (${megabytes(bytes - stored)})`
-      : `Load the model (${megabytes(bytes)})`;
+    return { choice, stored: await storedBytes(choice) };
+  });
+  const { name, bytes } = choice.model;
+  document.title = name;
+  control("name").textContent = name;
+  control("what").textContent = `Chat with ${name}`;
+  control("about").textContent =
+    `The model (${megabytes(bytes)}) runs in this page: what you write stays on your device. ` +
+    termsOf(choice.model);
+  page.load.textContent = stored
+    ? `Go on loading (${megabytes(bytes - stored)})`
+    : `Load the model (${megabytes(bytes)})`;
+  page.load.hidden = false;
+  proceed = load;
+  const isWanted = bytes <= SMALL && !sessionStorage.getItem(DELETED);
+  if (stored === bytes || isWanted) await load();
+}
+
+function termsOf({ gemma, licence }: Model): string {
+  if (gemma) return GEMMA_TERMS;
+  return licence ? `Its licence: ${licence}.` : "";
+}
+
+/** Does something during which there is no button; if it fails, the button does `again`. */
+async function retryable<T>(again: () => Promise<void>, action: () => Promise<T>): Promise<T> {
+  const hadFocus = document.activeElement === page.load;
+  page.load.hidden = true;
+  try {
+    return await action();
+  } catch (error) {
+    lacksRoom ||= error instanceof Error && error.name === NO_ROOM;
+    proceed = again;
+    page.load.textContent = lacksRoom ? "Load without storing it" : "Try again";
     page.load.hidden = false;
-    const isWanted = bytes <= SMALL && !sessionStorage.getItem(DELETED);
-    if (stored === bytes || isWanted) await load();
+    if (hadFocus) page.load.focus();
+    throw error;
   } finally {
     page.stage.textContent = "";
   }
 }
 
 async function load(): Promise<void> {
-  page.load.hidden = true;
-  page.progress.hidden = false;
   const { worker, failed } = startWorker();
   engine = wrap<Engine>(worker);
-  try {
-    const choice = await chooseModel();
-    backend = await Promise.race([engine.load(choice, ...shown(choice)), failed]);
-  } catch (error) {
-    worker.terminate();
-    page.load.hidden = false;
-    page.load.textContent = "Try again";
-    throw error;
-  } finally {
-    page.progress.hidden = true;
-    page.stage.textContent = page.amount.textContent = "";
-  }
+  const loaded = await retryable(load, async () => {
+    page.progress.hidden = false;
+    try {
+      const choice = await chooseModel();
+      const mustStore = choice.model.bytes > SMALL && !lacksRoom;
+      return await Promise.race([engine.load(choice, mustStore, ...shown(choice)), failed]);
+    } catch (error) {
+      worker.terminate();
+      throw error;
+    } finally {
+      page.progress.hidden = true;
+      page.amount.textContent = "";
+    }
+  });
+  if (!loaded.isStored) setText(page.notice, NOT_STORED);
+  backend = loaded.backend;
   sessionStorage.removeItem(DELETED);
   page.engine.textContent = backend;
   page.welcome.hidden = true;
@@ -195,7 +250,8 @@ async function alone(id: string, work: (id: string) => Promise<void>): Promise<v
   try {
     await navigator.locks.request(scoped(id), { ifAvailable: true }, async (lock) => {
       if (!lock) throw new Error("This conversation is being answered in another tab.");
-      if (current && (await conversations.get(id))?.changed !== current.changed) await take(id);
+      const stored = current && (await conversations.get(id));
+      if (stored && stored.changed !== current?.changed) await take(id);
       await work(id);
     });
   } catch (error) {
@@ -225,9 +281,9 @@ function rounded(number: number): string {
   return number < 10 ? number.toFixed(1) : number.toFixed(0);
 }
 
-async function changedElsewhere(id: string): Promise<void> {
+async function changedElsewhere(id: string, copy = id): Promise<void> {
   if (page.talk.hidden) return;
-  if (id === current?.id && !busy) await take((await conversations.get(id)) && id);
+  if (id === current?.id && !busy) await take((await conversations.get(copy)) && copy);
   else await showList();
 }
 
@@ -316,7 +372,7 @@ function listen(): void {
   const buttons: Record<string, () => Promise<unknown>> = {
     load: async () => {
       void navigator.storage.persist?.(); // without it a browser may delete the model some day
-      await load();
+      await proceed();
     },
     new: async () => busy || (await open()),
     import: async () => page.file.click(),
@@ -350,6 +406,10 @@ function listen(): void {
     if (busy) void engine.stop();
     else closeSide();
   };
+  onbeforeunload = (event) => {
+    if (conversations?.isUnsaved) event.preventDefault();
+  };
+  onunhandledrejection = ({ reason }) => show(reason);
 }
 
 listen();

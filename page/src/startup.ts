@@ -3,6 +3,8 @@
 import { scoped } from "./site";
 
 const RELOADED = scoped("reloaded");
+/** The lock of every tab that runs this version: the name of its script has the hash of the contents. */
+const RUNNING = scoped(`running ${import.meta.url.split("/").at(-1)}`);
 /** Milliseconds after which the page goes on without the service worker, as after a forced reload. */
 const PATIENCE = 3000;
 
@@ -24,9 +26,12 @@ export function requireBrowser(): void {
  * Waits until the service worker stands between the page and the network. It also sends the headers
  * without which browsers give no threads; a page that came without them is loaded once more. Where
  * it cannot be installed, the page works online.
+ * @param notStored Called when the browser has no room for the page's files.
  */
-export async function becomeOffline(): Promise<void> {
+export async function becomeOffline(notStored: () => void): Promise<void> {
   const { serviceWorker } = navigator;
+  await holdVersion();
+  if (serviceWorker) serviceWorker.onmessage = ({ data }) => data === "not stored" && notStored();
   const controlled = new Promise((done) => {
     if (serviceWorker) serviceWorker.oncontrollerchange = done;
   });
@@ -41,6 +46,7 @@ export async function becomeOffline(): Promise<void> {
       ready.active?.postMessage("claim"); // a tab that was still loading when it began was not claimed
       await Promise.race([controlled, new Promise((done) => setTimeout(done, PATIENCE))]);
     }
+    serviceWorker.controller?.postMessage("started");
   } catch {
     return;
   }
@@ -48,4 +54,12 @@ export async function becomeOffline(): Promise<void> {
   sessionStorage.setItem(RELOADED, "once");
   location.reload();
   await new Promise(() => undefined);
+}
+
+/** Says for as long as this tab is open that it needs the files of its version. */
+async function holdVersion(): Promise<void> {
+  await new Promise<void>((held, failed) => {
+    const forever = (): Promise<never> => (held(), new Promise(() => undefined));
+    navigator.locks.request(RUNNING, { mode: "shared" }, forever).catch(failed);
+  });
 }

@@ -1,7 +1,9 @@
 // The model's files in the browser's cache: in chunks named by their hashes, so that a download that
-// broke goes on where it was, and a new version brings only what has changed.
+// broke goes on where it was, and a new version brings only what has changed. Where the cache has no
+// room, chunks are held in memory until the model is opened.
 
 import { megabytes, type Choice, type ModelFile } from "./catalog";
+import { isFull, sentence } from "./errors";
 import { BASE, scoped } from "./site";
 
 const CACHE = scoped("weights");
@@ -12,6 +14,14 @@ const PAUSES = [1, 3, 9];
 /** Milliseconds without a byte after which a connection is given up. */
 const STALLED = 60_000;
 
+type Data = Uint8Array<ArrayBuffer>;
+
+/** Chunks that could not be stored, by their hashes. */
+const held = new Map<string, Data>();
+
+/** The name of the error that a model without room in the storage ends with. */
+export const NO_ROOM = "NoRoom";
+
 export type Progress = (bytes: number, waiting: boolean) => void;
 
 /** How many bytes of the model are here. */
@@ -21,11 +31,13 @@ export async function storedBytes(choice: Choice): Promise<number> {
 }
 
 /**
- * Brings what is missing. Of several tabs one downloads, and the others wait for it.
+ * Brings what is missing; returns whether all of it is stored. Of several tabs one downloads, and the
+ * others wait for it.
+ * @param mustStore Whether it fails where the storage has no room, with an error named `NO_ROOM`.
  * @throws Error if the server does not answer, or answers with something else.
  */
-export async function download(choice: Choice, progress: Progress): Promise<void> {
-  if ((await storedBytes(choice)) === choice.model.bytes) return;
+export async function download(choice: Choice, mustStore: boolean, progress: Progress): Promise<boolean> {
+  if ((await storedBytes(choice)) === choice.model.bytes) return true;
   progress(0, true);
   await navigator.locks.request(LOCK, async () => {
     const cache = await caches.open(CACHE);
@@ -33,33 +45,53 @@ export async function download(choice: Choice, progress: Progress): Promise<void
     const missing = chunksOf(choice).filter(({ hash }) => !found.has(hash));
     let bytes = choice.model.bytes - sum(missing.map((chunk) => chunk.bytes));
     progress(bytes, false);
-    await requireRoom(sum(missing.map((chunk) => chunk.bytes)));
+    if (mustStore) await requireRoom(sum(missing.map((chunk) => chunk.bytes)));
     const advance = (more: number): void => progress((bytes += more), false);
     const work = async (): Promise<void> => {
-      for (let chunk = missing.pop(); chunk; chunk = missing.pop()) await bring(cache, chunk, advance);
+      for (let chunk = missing.pop(); chunk; chunk = missing.pop()) {
+        const data = await bring(chunk, advance);
+        await store(cache, chunk, data).catch((error: unknown) => {
+          if (mustStore) throw isFull(error) ? noRoom(sentence(error)) : error;
+          held.set(chunk!.hash, data);
+        });
+      }
     };
     missing.reverse();
     // What the others are about to bring is kept, too.
     const ended = await Promise.allSettled(Array.from({ length: PARALLEL }, work));
     for (const one of ended) if (one.status === "rejected") throw one.reason;
   });
+  return held.size === 0;
 }
 
 /** A file of the model, put together; a chunk that was damaged since is brought again. */
-export async function readFile(file: ModelFile, chunkBytes: number): Promise<Uint8Array<ArrayBuffer>> {
+export async function readFile(file: ModelFile, chunkBytes: number): Promise<Data> {
   const cache = await caches.open(CACHE);
   const whole = new Uint8Array(file.bytes);
   for (const [i, chunk] of partsOf(file, chunkBytes).entries()) {
-    let stored = await cache.match(addressOf(chunk.hash));
-    let data = stored && new Uint8Array(await stored.arrayBuffer());
-    if (!data || (await sha256(data)) !== chunk.hash) {
-      await bring(cache, chunk, () => undefined);
-      stored = await cache.match(addressOf(chunk.hash));
-      data = new Uint8Array(await stored!.arrayBuffer());
-    }
+    const data = held.get(chunk.hash) ?? (await storedOrBrought(cache, chunk));
     whole.set(data, i * chunkBytes);
   }
   return whole;
+}
+
+/** Frees the chunks of these files, where they are held in memory. */
+export function release(files: ModelFile[]): void {
+  for (const hash of files.flatMap(({ chunks }) => chunks)) held.delete(hash);
+}
+
+async function storedOrBrought(cache: Cache, chunk: Chunk): Promise<Data> {
+  const stored = await cache.match(addressOf(chunk.hash));
+  const data = stored && new Uint8Array(await stored.arrayBuffer());
+  if (data && (await sha256(data)) === chunk.hash) return data;
+  const brought = await bring(chunk, () => undefined);
+  await store(cache, chunk, brought).catch(() => undefined); // it is here all the same
+  return brought;
+}
+
+async function store(cache: Cache, { hash }: Chunk, data: Data): Promise<void> {
+  const type = { "Content-Type": "application/octet-stream" };
+  await cache.put(addressOf(hash), new Response(data, { headers: type }));
 }
 
 /** Deletes chunks: all, or those that the site does not have any more. */
@@ -89,7 +121,8 @@ function chunksOf({ model, chunkBytes }: Choice): Chunk[] {
   return [...new Map(all.map((chunk) => [chunk.hash, chunk])).values()];
 }
 
-async function bring(cache: Cache, chunk: Chunk, advance: (bytes: number) => void): Promise<void> {
+/** Asks for a chunk, several times if need be. */
+async function bring(chunk: Chunk, advance: (bytes: number) => void): Promise<Data> {
   for (let attempt = 0; ; attempt++) {
     let got = 0;
     const count = (bytes: number): void => {
@@ -97,14 +130,13 @@ async function bring(cache: Cache, chunk: Chunk, advance: (bytes: number) => voi
       advance(bytes);
     };
     try {
-      const data = await fetchChunk(chunk, attempt > 0, count);
-      const type = { "Content-Type": "application/octet-stream" };
-      await cache.put(addressOf(chunk.hash), new Response(data, { headers: type }));
-      return;
+      return await fetchChunk(chunk, attempt > 0, count);
     } catch (error) {
       advance(-got);
       const pause = PAUSES[attempt];
-      if (pause === undefined || isFull(error)) throw explained(error);
+      if (pause === undefined) {
+        throw new Error(`The download stopped: ${sentence(error)}. What is here is kept; try again.`);
+      }
       await new Promise((done) => setTimeout(done, pause * 1000));
     }
   }
@@ -114,7 +146,7 @@ async function fetchChunk(
   { hash, bytes }: Chunk,
   again: boolean,
   count: (bytes: number) => void,
-): Promise<Uint8Array<ArrayBuffer>> {
+): Promise<Data> {
   const stopping = new AbortController();
   const giveUp = (): void => stopping.abort(new Error("the server sent nothing for a minute"));
   let waiting = setTimeout(giveUp, STALLED);
@@ -149,23 +181,19 @@ async function fetchChunk(
 async function requireRoom(bytes: number): Promise<void> {
   const { quota = Infinity, usage = 0 } = (await navigator.storage.estimate?.()) ?? {};
   if (quota - usage < bytes) {
-    throw new Error(
+    throw noRoom(
       `The model takes ${megabytes(bytes)} more, and this browser gives ${megabytes(quota - usage)}. ` +
         "Free space on the device, or leave private browsing.",
     );
   }
 }
 
-function explained(error: unknown): Error {
-  const reason = error instanceof Error ? error.message : String(error);
-  if (isFull(error)) return new Error("The browser's storage is full. Free space on the device, then go on.");
-  return new Error(`The download stopped: ${reason}. What is here is kept; try again.`);
+/** An error whose name survives the way to the page's thread. */
+function noRoom(message: string): Error {
+  const error = new Error(`${message} Without storing it, the model is downloaded at each visit.`);
+  error.name = NO_ROOM;
+  return error;
 }
-
-function isFull(error: unknown): boolean {
-  return error instanceof DOMException && error.name === "QuotaExceededError";
-}
-
 function addressOf(hash: string): string {
   return `${BASE}chunks/${hash}.bin`;
 }
@@ -175,7 +203,7 @@ async function namesIn(cache: Cache): Promise<Set<string>> {
   return new Set(addresses.map((url) => url.slice(`${BASE}chunks/`.length, -".bin".length)));
 }
 
-async function sha256(data: Uint8Array<ArrayBuffer>): Promise<string> {
+async function sha256(data: Data): Promise<string> {
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -14,7 +14,7 @@ import loader from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
 import binary from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
 import { textGeneration, type TextGeneration } from "rgexport-web";
 import type { Choice } from "./catalog";
-import { download, readFile, removeChunks, type Progress } from "./weights";
+import { download, readFile, release, removeChunks, type Progress } from "./weights";
 
 /** WebGPU needs the build that can wait for the card; the other is smaller and faster. */
 const BUILDS = {
@@ -38,13 +38,20 @@ export interface Reply {
   state: Uint8Array;
 }
 
+export interface Loaded {
+  /** On what the model runs. */
+  backend: string;
+  /** Whether the next visit has the model without a download. */
+  isStored: boolean;
+}
+
 export class Engine {
   #chat: TextGeneration | undefined;
   readonly #stopping = new InterruptableStoppingCriteria();
 
-  /** Downloads what is missing, and opens the model; says on what it runs. */
-  async load(choice: Choice, progress: Progress, opening: () => void): Promise<string> {
-    await download(choice, progress);
+  /** Downloads what is missing, and opens the model; `mustStore` as in `download`. */
+  async load(choice: Choice, mustStore: boolean, progress: Progress, opening: () => void): Promise<Loaded> {
+    const isStored = await download(choice, mustStore, progress);
     await removeChunks(choice);
     opening();
     const { profile, files } = choice.model;
@@ -54,9 +61,11 @@ export class Engine {
     const externalData = await Promise.all(
       weights.map(async (file) => ({ path: file.path, data: await readFile(file, choice.chunkBytes) })),
     );
+    release(weights);
     this.#chat = await textGeneration("model", { device: profile, session_options: { externalData } });
     letMessagesIn(this.#chat.model);
-    return profile === "webgpu" ? "WebGPU" : `WASM, ${threads} thread${threads > 1 ? "s" : ""}`;
+    const wasm = `WASM, ${threads} thread${threads > 1 ? "s" : ""}`;
+    return { backend: profile === "webgpu" ? "WebGPU" : wasm, isStored };
   }
 
   /** Goes on from a state file, or begins anew; returns the messages that it has seen. */

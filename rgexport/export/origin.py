@@ -11,6 +11,8 @@ _CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 <<
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RELEASED = {size.hub_id for size in SIZES.values()}
 _PREFIX = "recurrentgemma"
+GEMMA = "gemma"
+"""The hub's word for Gemma's terms."""
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
@@ -31,15 +33,14 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     """The origin of a checkpoint."""
     hub_id = _hub_id(checkpoint)
     if hub_id in _RELEASED:
-        return Origin(hub_id, "gemma")
+        return Origin(hub_id, GEMMA)
     return Origin(hub_id, _licence(folder_of(checkpoint) / "README.md"))
 
 
 def origin_of_card(path: Path) -> Origin:
     """What the YAML header of an artifact's card says."""
     head = _head(path)
-    base = re.search(r"^base_model: *([\w./-]+) *$", head, re.MULTILINE)
-    return Origin(base[1] if base else None, _licence_in(head))
+    return Origin(_base_in(head), _licence_in(head))
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
@@ -75,5 +76,13 @@ def _head(card: Path) -> str:
 
 
 def _licence_in(head: str) -> str | None:
-    found = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
-    return found[1] if found else None
+    """The licence that a card names; Gemma's terms where it names Google's weights alone."""
+    if match := re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE):
+        return match[1]
+    return GEMMA if _base_in(head) in _RELEASED else None
+
+
+def _base_in(head: str) -> str | None:
+    """The model that a card says its own is made from, in a line or as the first of a list."""
+    match = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
+    return match[1] if match else None

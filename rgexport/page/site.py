@@ -14,8 +14,10 @@ from zipfile import ZipFile
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import CARD
 from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
 from rgexport.export.onnx.transformers_js import CONFIG
+from rgexport.export.origin import GEMMA, GEMMA_TERMS
 from rgexport.files.atomic import replace_folder, require_free_disk
 from rgexport.files.hashing import hash_file
 from rgexport.page.build import BUILT
@@ -25,6 +27,8 @@ CHUNK_BYTES = 8 << 20
 CATALOG = "model.json"
 PROFILES = "webgpu", "wasm"
 """Those that a browser runs."""
+_UNNAMED = "other"
+"""The hub's word for a licence that has none."""
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
 _ALWAYS = {CATALOG, "index.html", "sw.js"}
 _OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
@@ -124,6 +128,12 @@ def _require_suitable(artifact: Artifact) -> None:
         )
     if manifest.instruction_tuned is False:
         warn(f"{manifest.name} is a base model: it continues text, but answers poorly")
+    if artifact.origin().licence is None:
+        warn(
+            f"the card of {manifest.name} names no licence, so the page names none: add `license:` "
+            f"to the head of {artifact.file(CARD)}. If the model is made from Google's weights, "
+            f"write `license: {GEMMA}`, as the Gemma Terms of Use apply ({GEMMA_TERMS})"
+        )
     if missing := [name for name in _NEEDED if name not in manifest.files]:
         raise RequestError(
             f"{artifact.path} lacks {', '.join(missing)}: it has no tokenizer, or an earlier "
@@ -151,10 +161,12 @@ def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advan
             sizes[name] = part.size
             hashes.append(name)
         files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
+    licence = artifact.origin().licence
     return {
         "name": artifact.manifest.name,
         "profile": artifact.manifest.profile,
-        "gemma": artifact.origin().licence in (None, "gemma"),
+        "gemma": licence == GEMMA,
+        "licence": None if licence == _UNNAMED else licence,
         "bytes": sum(sizes.values()),
         "files": files,
     }

@@ -102,6 +102,11 @@ class ChatPage:
     def error(self) -> str:
         return self.page.inner_text("#error")
 
+    @property
+    def unsaved(self) -> str:
+        """What the page says of conversations that it could not store."""
+        return self.page.inner_text("#unsaved")
+
     def wait_for_error(self) -> str:
         self.page.wait_for_selector("#error:not(:empty)")
         return self.error

@@ -9,7 +9,7 @@ import pytest
 
 from rgexport.export.opening import open_artifact
 from rgexport.page import site
-from tests.page.chat_page import Profile, opened
+from tests.page.chat_page import Browser, Profile, opened
 from tests.page.site_server import Broken, SiteServer, serving
 
 pytestmark = pytest.mark.slow
@@ -262,6 +262,32 @@ def test_a_server_in_trouble_is_as_good_as_none(profile: Profile, wasm_site: sit
         del server.site[site.CATALOG]
         tab.page.reload()
         tab.wait_until_open()
+
+
+def test_a_site_that_lacks_its_catalog_for_a_while(profile: Profile, wasm_site: site.Site) -> None:
+    with serving(wasm_site) as server:
+        catalog = server.site.pop(site.CATALOG)
+        tab = profile.open(server.url)
+        assert "model.json, cannot be read (404)" in tab.wait_for_error()
+        assert tab.page.inner_text("#load") == "Try again"
+        tab.page.click("#load")
+        tab.page.wait_for_selector("#load:visible")
+        assert "model.json" in tab.wait_for_error()
+        assert tab.page.evaluate("document.activeElement.id") == "load"
+        server.site[site.CATALOG] = b"{"
+        tab.page.click("#load")
+        tab.page.wait_for_selector("#error:has-text('is damaged')")
+        server.site[site.CATALOG] = catalog
+        tab.page.click("#load")
+        tab.wait_until_open()
+        assert tab.error == ""
+
+
+def test_a_browser_without_scripts(browser: Browser, server: SiteServer) -> None:
+    with browser.profile(java_script_enabled=False) as profile:
+        page = profile.open(server.url).page
+        assert "needs JavaScript" in page.inner_text("main")
+        assert "Starting" not in page.inner_text("main") and not page.is_visible("#new")
 
 
 def test_html_in_a_message_is_text(profile: Profile, server: SiteServer, tmp_path: Path) -> None:

@@ -49,6 +49,20 @@ def test_a_conversation_and_its_state(
     assert tab.said == [] and tab.error == ""
 
 
+def test_each_token_is_read_once(profile: Profile, server: SiteServer, tmp_path: Path) -> None:
+    """Five replies that a limit cuts, in tokens that the tokenizer would seldom choose."""
+    tab = opened(profile, server)
+    tab.page.click("summary")
+    tab.page.fill("#temperature", "2")
+    tab.page.click("summary")
+    seen = 0
+    for number in range(5):
+        tab.say(f"Tell me story number {number}.")
+        position = read_fields(tab.save(tmp_path))["position"]
+        assert tab.tokens_read == position - seen
+        seen = position
+
+
 def test_a_state_of_ours_is_imported(
     profile: Profile, server: SiteServer, artifact: Callable[[str], Path], tmp_path: Path
 ) -> None:

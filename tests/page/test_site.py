@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.export.manifest import CARD
 from rgexport.export.opening import open_artifact
 from rgexport.page import build, site
 from rgexport.page.local_server import local_server
@@ -90,6 +92,37 @@ def test_artifacts_that_no_browser_runs(
     opened = open_artifact(artifact("wasm"))
     with pytest.raises(RequestError, match=message):
         site.make_site([replace(opened, manifest=replace(opened.manifest, **change))])
+
+
+@pytest.mark.parametrize(
+    ("head", "gemma", "licence"),
+    [
+        ("license: gemma", True, "gemma"),
+        ("license: apache-2.0\nbase_model: someone/griffin", False, "apache-2.0"),
+        ("license: other", False, None),
+        ("base_model: google/recurrentgemma-2b-it", True, "gemma"),
+        ("base_model:\n- google/recurrentgemma-9b", True, "gemma"),
+        ("base_model: someone/griffin", False, None),
+    ],
+)
+def test_the_terms_are_those_of_the_card(
+    built_page: None,
+    artifact: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    head: str,
+    gemma: bool,
+    licence: str | None,
+) -> None:
+    """Gemma's terms are shown for Google's weights alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(artifact("wasm"), folder)
+    (folder / CARD).write_text(f"---\n{head}\n---\n\n# A model\n")
+    made = site.make_site([open_artifact(folder)])
+    (model,) = json.loads(site.read(made[site.CATALOG]))["models"]
+    assert (model["gemma"], model["licence"]) == (gemma, licence)
+    has_licence = "license" in head or gemma
+    assert ("names no licence" in capsys.readouterr().err) != has_licence
 
 
 def test_two_of_a_profile(artifact: Callable[[str], Path]) -> None:
