@@ -11,6 +11,7 @@ from rgexport.export.folder import export_folder
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import IoRecord, Manifest, StoredTensor
 from rgexport.export.storage import Places, fill
+from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
@@ -103,7 +104,7 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     places = Places(DATA, alignment=1)
     tensors = places.tensors(plan, shapes, ToyFormat().part_layouts)
 
-    def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
+    def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         (folder / DATA).write_bytes(bytes(places.size))
         fill(folder, tensors, checkpoint.weights, _encode)
         return Manifest(

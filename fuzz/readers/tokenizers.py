@@ -185,7 +185,9 @@ def _agree_on_vocabulary(data: bytes, folder: Path, found: Vocabulary) -> None:
     """One entry per row; texts are those of the engine, but for runs of spaces."""
     require(len(found.tokens) == len(found.scores) == len(found.types) == ROWS, "no entry per row")
     require(len(set(found.tokens)) == ROWS, "a token twice")
-    ids = found.bos_id, found.eos_id, found.unknown_id, found.padding_id
+    control = found.control
+    tokens = control.bos, control.eos, control.unk, control.pad
+    ids = [token and token.id for token in tokens]
     require(all(i is None or 0 <= i < ROWS for i in ids), "an id outside of the vocabulary", ids)
     pieces: Any = _engine_pieces(folder)
     for index, piece in pieces.items():

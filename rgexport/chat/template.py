@@ -11,8 +11,7 @@ import jinja2
 from rgexport.chat.template_sandbox import Sandbox
 from rgexport.chat.tokenizer import CUT, Tokenizer
 from rgexport.errors import RequestError
-from rgexport.griffin.chat_template import chat_template
-from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.chat_template import chat_template, missing_turns
 
 Message = Mapping[str, str]
 """`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""
@@ -89,9 +88,7 @@ class ChatTemplate:
         Raises:
             RequestError: they would become plain text.
         """
-        used = [token for token in (START_OF_TURN, END_OF_TURN) if token in self.source]
-        missing = [token for token in used if token not in tokenizer.special]
-        if missing:
+        if missing := missing_turns(self.source, tokenizer.special):
             raise RequestError(
                 f"the tokenizer has no {' and no '.join(missing)}, which the chat template "
                 f"({self.origin}) needs; this model cannot chat: use `rgexport generate`"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
-from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
+from rgexport.griffin.markup import END_OF_TURN
 from rgexport.griffin.sentencepiece_file import MAX_BYTES
-from rgexport.griffin.tokenizer_files import control_token_names
 
 CUT = "\ud800"
 """Marks the place of a cut: a lone surrogate, which no encodable text contains."""
@@ -205,14 +205,6 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     engine = sentencepiece.SentencePieceProcessor()
     engine.LoadFromSerializedProto(read_regular(path, MAX_BYTES))
     size = engine.GetPieceSize()
-    # User-defined pieces have the score 0; learned pieces that look like markup do not.
-    special = {
-        engine.IdToPiece(i): i
-        for i in range(size)
-        if engine.IsControl(i)
-        or engine.IsUnknown(i)
-        or (engine.GetScore(i) == 0 and not engine.IsByte(i) and is_markup(engine.IdToPiece(i)))
-    }
 
     def surface(token: int) -> bytes:
         if not 0 <= token < size or engine.IsControl(token):
@@ -221,18 +213,8 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
             return " ⁇ ".encode()  # SentencePiece's unk_surface
         return _surface(engine.IdToPiece(token))
 
-    def known(token: int) -> int | None:
-        return token if token >= 0 else None
-
-    return Tokenizer(
-        size,
-        special,
-        known(engine.bos_id()),
-        known(engine.eos_id()),
-        _guarded(path)(engine.EncodeAsIds),
-        surface,
-        known(engine.unk_id()),
-    )
+    encode = _guarded(path)(engine.EncodeAsIds)
+    return _tokenizer(size, sentencepiece_tokens(engine), encode, surface)
 
 
 def _read_json(path: Path) -> Tokenizer:
@@ -247,16 +229,12 @@ def _read_json(path: Path) -> Tokenizer:
     engine = tokenizers.Tokenizer.from_file(str(path))
     engine.no_truncation()
     engine.no_padding()
-    added = layout.get("added_tokens", [])
-    literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
-    pieces = engine.get_vocab(with_added_tokens=True)
-    special = {literal: pieces[literal] for literal in literals}
-    names = control_token_names(path.parent)
-    control = {special.get(names[key]) for key in ("bos_token", "eos_token", "pad_token")}
+    tokens = json_tokens(layout, engine.get_vocab(with_added_tokens=True), path.parent)
+    silent = {token.id for token in (tokens.bos, tokens.eos, tokens.pad) if token is not None}
 
     def surface(token: int) -> bytes:
         piece = engine.id_to_token(token) if token >= 0 else None
-        return b"" if piece is None or token in control else _surface(piece)
+        return b"" if piece is None or token in silent else _surface(piece)
 
     @_guarded(path)
     def encode(text: str) -> list[int]:
@@ -265,17 +243,26 @@ def _read_json(path: Path) -> Tokenizer:
         ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
-    size, unknown = engine.get_vocab_size(), layout["model"].get("unk_token")
+    size = engine.get_vocab_size()
     if any(engine.id_to_token(token) is None for token in range(size)):
         raise RequestError(f"{path} has gaps between its token ids; put tokenizer.model beside it")
+    return _tokenizer(size, tokens, encode, surface)
+
+
+def _tokenizer(
+    size: int,
+    tokens: ControlTokens,
+    encode: Callable[[str], list[int]],
+    surface: Callable[[int], bytes],
+) -> Tokenizer:
     return Tokenizer(
         size,
-        special,
-        special.get(names["bos_token"]),
-        special.get(names["eos_token"]),
+        tokens.special,
+        None if tokens.bos is None else tokens.bos.id,
+        None if tokens.eos is None else tokens.eos.id,
         encode,
         surface,
-        None if unknown is None else engine.token_to_id(unknown),
+        None if tokens.unk is None else tokens.unk.id,
     )
 
 

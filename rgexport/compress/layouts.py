@@ -11,8 +11,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.format import folder_format
 from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.export.onnx.tokenizer import bytes_to_add
 from rgexport.export.storage import Places
+from rgexport.export.tokenizer import bytes_to_add
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.fitting import fitted
@@ -152,8 +152,7 @@ def _bytes_beside(scheme: Scheme, rows: int) -> int:
 def _folder_bytes(kind: str, checkpoint: Checkpoint) -> int:
     """Of a tokenizer, a graph and a manifest."""
     tokenizer = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
-    if kind == "onnx":
-        tokenizer += bytes_to_add(checkpoint.tokenizer_files)
+    tokenizer += bytes_to_add(checkpoint.tokenizer_files)
     return tokenizer + _GRAPH_BYTES[kind] * checkpoint.config.num_layers
 
 

@@ -14,6 +14,7 @@ from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
 from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.origin import origin_of
+from rgexport.export.tokenizer import ControlIds, complete_tokenizer
 from rgexport.files.atomic import check_target, replace_folder, require_free_disk
 from rgexport.files.page_cache import forget
 from rgexport.griffin.checkpoint import Checkpoint
@@ -21,12 +22,13 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import expect_stages, group, warn
 
-_GRAPH_BYTES = 16 << 20
-"""Upper bound of everything in the folder but the weights and the tokenizer."""
+_GRAPH_BYTES = 64 << 20
+"""Upper bound of everything in the folder but the weights and the checkpoint's tokenizer files:
+`tokenizer.json` has 33 MB for Gemma's vocabulary."""
 
-WriteModel = Callable[[Path, dict[str, Any]], Manifest]
+WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
 """Writes the model into a folder; gets the fields of a manifest that do not depend on the format,
-and gives the manifest, but for the hashes of the files."""
+and the ids of control tokens. Returns the manifest without the hashes of the files."""
 
 
 def export_folder(
@@ -65,7 +67,9 @@ def export_folder(
     with replace_folder(target, force=force, replaceable=is_artifact) as folder:
         for path in checkpoint.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
-        manifest = write_model(folder, _common(checkpoint, hashes, tools))
+        # First, so that torch uses the memory again that a large vocabulary takes.
+        ids = complete_tokenizer(folder, checkpoint.name)
+        manifest = write_model(folder, _common(checkpoint, hashes, tools), ids)
         manifest = manifest.with_files(record_files(folder))
         manifest = manifest.with_check(_checked(folder, manifest, check))
         write_card(folder, manifest, origin_of(checkpoint))

@@ -1,11 +1,19 @@
 """Reads the chat template of a model folder."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
+from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
+from rgexport.progress import warn
 
+JINJA_FILE = "chat_template.jinja"
+"""It decides where tokenizer_config.json has a template, too."""
+BUILT_IN = "built-in"
+"""The origin of a template that no file has."""
 # As in the tokenizer_config.json of google/recurrentgemma-2b-it.
 GEMMA_TEMPLATE = (
     "{{ bos_token }}"
@@ -40,11 +48,41 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
 
 def chat_template(folder: Path) -> tuple[str, str]:
     """As `read_chat_template`, or Gemma's template where the folder has none."""
-    return read_chat_template(folder) or (GEMMA_TEMPLATE, "built-in")
+    return read_chat_template(folder) or (GEMMA_TEMPLATE, BUILT_IN)
+
+
+def chosen_template(folder: Path, special: Container[str], name: str) -> str | None:
+    """Returns the template that a chat with a model uses, for its artifact; None if it has none.
+
+    Warns if such a chat would be refused.
+
+    Args:
+        folder: has the checkpoint's tokenizer.
+        special: the literals of its control tokens and its markup.
+        name: the model's, for the warning.
+
+    Raises:
+        RequestError: as `read_chat_template`.
+    """
+    source, origin = chat_template(folder)
+    missing = missing_turns(source, special)
+    if not missing:
+        return source
+    warn(
+        f"{name} cannot chat: its tokenizer has no {' and no '.join(missing)}, which the chat "
+        f"template ({origin}) needs"
+    )
+    return None if origin == BUILT_IN else source
+
+
+def missing_turns(template: str, special: Container[str]) -> list[str]:
+    """Returns the turn tokens that a template writes but a vocabulary lacks."""
+    turns = (START_OF_TURN, END_OF_TURN)
+    return [turn for turn in turns if turn in template and turn not in special]
 
 
 def _read(folder: Path) -> tuple[str, str] | None:
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    jinja, config = folder / JINJA_FILE, folder / TOKENIZER_CONFIG
     if jinja.is_file():
         return read_regular(jinja).decode(), jinja.name
     if not config.is_file():

@@ -23,3 +23,18 @@ def read_pieces(path: Path) -> Any:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     return ModelProto.FromString(read_regular(path, MAX_BYTES))
+
+
+def is_gemmas_kind(model: Any) -> bool:
+    """Returns whether it is a BPE model with byte fallback whose spaces are "▁"."""
+    trainer = model.trainer_spec
+    is_bpe = trainer.model_type == BPE and trainer.byte_fallback
+    return bool(is_bpe and model.normalizer_spec.escape_whitespaces)
+
+
+def normalization(model: Any) -> str | None:
+    """Returns the name of the rule by which a model changes text before it splits it."""
+    spec = model.normalizer_spec
+    if not (spec.precompiled_charsmap or spec.remove_extra_whitespaces):
+        return None
+    return spec.name or "whitespace"

@@ -18,6 +18,7 @@ from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
+from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
@@ -58,7 +59,7 @@ def export_coreml(
     plans = packages(config.num_layers, split)
     storage = Storage(plan, shapes, plans)
 
-    def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
+    def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         program = trace(config, form.activation)
         models = [build_model(program, config, storage.tensors, form, each) for each in plans]
         blobs = storage.write(folder, checkpoint.weights, statistics)

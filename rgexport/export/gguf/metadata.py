@@ -18,7 +18,7 @@ from rgexport.export.manifest import FORMAT_VERSION, Source
 from rgexport.export.manifest_reader import check_config
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.export.typed_json import Mismatch, parse, plain, read
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
 from rgexport.griffin.config import GriffinConfig
@@ -120,33 +120,26 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
     yield Value("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
     yield Value("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
     yield Value("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
-    ids = {
-        "bos": vocabulary.bos_id,
-        "eos": vocabulary.eos_id,
-        "unknown": vocabulary.unknown_id,
-        "padding": vocabulary.padding_id,
-        "eot": vocabulary.end_of_turn_id,
+    control = vocabulary.control
+    tokens = {
+        "bos": control.bos,
+        "eos": control.eos,
+        "unknown": control.unk,
+        "padding": control.pad,
+        "eot": control.end_of_turn,
     }
-    for name, token in ids.items():
+    for name, token in tokens.items():
         if token is not None:
-            yield Value(f"tokenizer.ggml.{name}_token_id", token, Kind.UINT32)
+            yield Value(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
     flags = {
-        "add_bos_token": vocabulary.bos_id is not None,
+        "add_bos_token": control.bos is not None,
         "add_eos_token": False,
         "add_space_prefix": vocabulary.add_space_prefix,
     }
     for name, flag in flags.items():
         yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
-    if template := _chat_template(checkpoint, vocabulary):
+    if template := chosen_template(folder_of(checkpoint), control.special, checkpoint.name):
         yield Value("tokenizer.chat_template", template, Kind.STRING)
-
-
-def _chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
-    """The checkpoint's template, or Gemma's for an instruction-tuned model without one."""
-    if found := read_chat_template(folder_of(checkpoint)):
-        return found[0]
-    has_turns = vocabulary.end_of_turn_id is not None
-    return GEMMA_TEMPLATE if checkpoint.instruction_tuned and has_turns else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

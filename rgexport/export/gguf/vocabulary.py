@@ -17,9 +17,9 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
-from rgexport.griffin.markup import END_OF_TURN, is_markup
+from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
+from rgexport.griffin.markup import is_markup
 from rgexport.griffin.sentencepiece_file import (
-    BPE,
     BYTE,
     CONTROL,
     MAX_BYTES,
@@ -27,9 +27,10 @@ from rgexport.griffin.sentencepiece_file import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    is_gemmas_kind,
+    normalization,
     read_pieces,
 )
-from rgexport.griffin.tokenizer_files import control_token_names
 from rgexport.progress import warn
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -39,21 +40,13 @@ _PADDING_SCORE = -10_000.0
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry per row of the embedding; ids are None where there is no such token."""
+    """One entry per row of the embedding, and the control tokens."""
 
     tokens: list[str]
     scores: np.ndarray
     types: np.ndarray
-    bos_id: int | None
-    eos_id: int | None
-    unknown_id: int | None
-    padding_id: int | None
+    control: ControlTokens
     add_space_prefix: bool
-
-    @property
-    def end_of_turn_id(self) -> int | None:
-        """The id of `<end_of_turn>`."""
-        return self.tokens.index(END_OF_TURN) if END_OF_TURN in self.tokens else None
 
 
 _Piece = tuple[str, float, int]
@@ -67,18 +60,13 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
         RequestError: it cannot be read, llama.cpp would split text differently, or it has more
             tokens than the embedding has rows.
     """
-    import sentencepiece  # slow to load
-
     paths = {path.name: path for path in files}
     name = next((name for name in _READERS if name in paths), None)
     if name is None:
         return None
     path = paths[name]
     try:
-        vocabulary = _make(path, vocab_size, *_READERS[name](path))
-        if name == "tokenizer.model":  # SentencePiece refuses more than a protobuf parser
-            sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return vocabulary
+        return _make(path, vocab_size, *_READERS[name](path))
     except RequestError:
         raise
     except Exception as error:  # of protobuf, JSON, and tokenizers
@@ -93,7 +81,7 @@ def _make(
     path: Path,
     vocab_size: int,
     pieces: list[_Piece],
-    ids: dict[str, int | None],
+    control: ControlTokens,
     add_space_prefix: bool,
 ) -> Vocabulary:
     if len(pieces) > vocab_size:
@@ -114,7 +102,7 @@ def _make(
         tokens=tokens,
         scores=np.array(scores, np.float32),
         types=np.array(types, np.int32),
-        **ids,
+        control=control,
         add_space_prefix=add_space_prefix,
     )
 
@@ -138,33 +126,26 @@ def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
             yield text.replace("▁", " "), score, USER_DEFINED
 
 
-_Found = tuple[list[_Piece], dict[str, int | None], bool]
+_Found = tuple[list[_Piece], ControlTokens, bool]
 
 
 def _read_sentencepiece(path: Path) -> _Found:
+    import sentencepiece  # slow to load
+
     model = read_pieces(path)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != BPE or not trainer.byte_fallback or not normalizer.escape_whitespaces:
+    if not is_gemmas_kind(model):
         raise RequestError(
             f"{path} is not a BPE model with byte fallback, as Gemma's is; llama.cpp cannot do "
             "another kind: leave it out to export a model that takes token ids"
         )
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+    if rule := normalization(model):
         warn(
-            f"{path} normalizes text ({normalizer.name or 'whitespace'}), which llama.cpp does "
-            "not: it will split some texts differently"
+            f"{path} normalizes text ({rule}), which llama.cpp does not: it will split some texts "
+            "differently"
         )
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
-    ids = {
-        f"{name}_id": index if 0 <= index < len(pieces) else None
-        for name, index in (
-            ("bos", trainer.bos_id),
-            ("eos", trainer.eos_id),
-            ("unknown", trainer.unk_id),
-            ("padding", trainer.pad_id),
-        )
-    }
-    return pieces, ids, normalizer.add_dummy_prefix
+    engine = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return pieces, sentencepiece_tokens(engine), model.normalizer_spec.add_dummy_prefix
 
 
 def _read_json(path: Path) -> _Found:
@@ -185,28 +166,17 @@ def _read_json(path: Path) -> _Found:
         raise RequestError(
             f"{path} has gaps between its token ids, or one id twice; put tokenizer.model beside it"
         )
-    names, unknown = control_token_names(path.parent), model.get("unk_token")
-    ids = {
-        "bos_id": known.get(names["bos_token"]),
-        "eos_id": known.get(names["eos_token"]),
-        "unknown_id": known.get(unknown) if unknown else None,
-        "padding_id": known.get(names["pad_token"]),
-    }
     added = layout.get("added_tokens", [])
-    kinds = {token["content"]: _kind_of_added(token, names) for token in added}
-    kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)} | {unknown: UNKNOWN}
+    kinds = {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in added}
+    kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)}
+    kinds[model.get("unk_token")] = UNKNOWN
     scores = _merge_scores(model["merges"])
     lowest = -float(len(scores))
     pieces = [
         (text, 0.0, kinds[text]) if text in kinds else (text, scores.get(text, lowest), NORMAL)
         for text in sorted(known, key=lambda text: known[text])
     ]
-    return pieces, ids, _prepends_space(layout)
-
-
-def _kind_of_added(token: dict[str, Any], names: dict[str, str]) -> int:
-    control = token["special"] or token["content"] in names.values()
-    return CONTROL if control else USER_DEFINED
+    return pieces, json_tokens(layout, known, path.parent), _prepends_space(layout)
 
 
 def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
-from rgexport.export.onnx.tokenizer import complete_tokenizer
 from rgexport.export.onnx.transformers_js import write_web_files
+from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -54,9 +54,7 @@ def export_onnx(
         require_kernels()  # before minutes of work
     storage = Storage(plan, shapes, profile.files)
 
-    def write_model(folder: Path, common: dict[str, Any]) -> Manifest:
-        # First, so that torch uses the memory again that a large vocabulary takes.
-        ids = complete_tokenizer(folder, tuned=checkpoint.instruction_tuned)
+    def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
         program = with_interface(trace(checkpoint.config, activation))
         model = build_model(program, storage.tensors, profile, exact=options.exact)
         add_description(model, checkpoint.name, options.precision_word, checkpoint.config)

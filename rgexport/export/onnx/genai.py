@@ -7,13 +7,12 @@ updated in place, so a conversation may be longer than the window.
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.tokenizer import ControlIds
+from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.config import GriffinConfig
 from rgexport.kernels.onnx import library
 
@@ -79,7 +78,7 @@ def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
     }
     model = {
         "type": "decoder",
-        **asdict(ids),
+        **ids.fields(),
         "context_length": _CONTEXT,
         "vocab_size": config.vocab_size,
         "decoder": decoder,

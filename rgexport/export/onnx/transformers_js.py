@@ -9,7 +9,7 @@ from rgexport import __version__, web
 from rgexport.export.identity import identity_of
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import weight_files
-from rgexport.export.onnx.tokenizer import ControlIds
+from rgexport.export.tokenizer import ControlIds
 from rgexport.export.typed_json import plain
 from rgexport.griffin.chat_template import chat_template
 
@@ -24,7 +24,7 @@ def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
     made = {
         "model_type": "recurrent_gemma",
         "architectures": ["RecurrentGemmaForCausalLM"],
-        **asdict(ids),
+        **ids.fields(),
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.num_layers,

@@ -156,9 +156,9 @@ def test_deepmind_files_have_their_released_names(tmp_path):
     assert values["tokenizer.chat_template"] == GEMMA_TEMPLATE
 
 
-def test_base_models_get_no_template(tmp_path):
+def test_base_models_get_the_template_that_a_chat_uses(tmp_path):
     values = told(open_checkpoint(with_tokenizer(released(tmp_path / "recurrentgemma-2b"))))
-    assert "tokenizer.chat_template" not in values
+    assert values["tokenizer.chat_template"] == GEMMA_TEMPLATE
 
 
 def test_a_template_that_cannot_be_read_ends_the_export(tmp_path):

@@ -96,8 +96,9 @@ def test_pieces_scores_and_ids_are_those_of_sentencepiece(engine, vocabulary):
         assert vocabulary.tokens[index] == engine.IdToPiece(index)
         assert vocabulary.scores[index] == engine.GetScore(index)
         assert (vocabulary.types[index] == BYTE) == engine.IsByte(index)
-    ids = vocabulary.padding_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.unknown_id
-    assert ids == (0, 1, 2, 3) and vocabulary.end_of_turn_id == 107
+    control = vocabulary.control
+    tokens = control.pad, control.eos, control.bos, control.unk, control.end_of_turn
+    assert [token and token.id for token in tokens] == [0, 1, 2, 3, 107]
     assert not vocabulary.add_space_prefix
     assert vocabulary.scores.dtype == np.float32 and vocabulary.types.dtype == np.int32
 
@@ -115,7 +116,8 @@ def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_pa
     found = read(converted(tmp_path))
     assert found.tokens == vocabulary.tokens
     np.testing.assert_array_equal(found.types, vocabulary.types)
-    assert (found.bos_id, found.eos_id, found.unknown_id, found.padding_id) == (2, 1, 3, 0)
+    tokens = found.control.bos, found.control.eos, found.control.unk, found.control.pad
+    assert [token and token.id for token in tokens] == [2, 1, 3, 0]
     merged = [i for i in range(SIZE) if found.types[i] == NORMAL and len(found.tokens[i]) > 1]
     order = np.argsort(-found.scores[merged], kind="stable")
     assert (np.diff(vocabulary.scores[merged][order]) <= 0).all()
@@ -153,8 +155,8 @@ def test_normalization(tmp_path, capsys):
 REFUSED: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "unigram": (lambda m: setattr(m.trainer_spec, "model_type", 1), "not a BPE model"),
     "no bytes": (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "not a BPE model"),
-    "more tokens than rows": (lambda m: m.pieces.add(piece="more"), "8193 tokens .* 8192 rows"),
-    "twice": (lambda m: setattr(m.pieces[8000], "piece", "▁the"), "same token twice"),
+    "more tokens than rows": (lambda m: m.pieces.add(piece="8193rd"), "8193 tokens .* 8192 rows"),
+    "twice": (lambda m: setattr(m.pieces[8000], "piece", "▁the"), "▁the is already defined"),
 }
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.export.onnx.tokenizer_json import write_tokenizer_json
+from rgexport.export.tokenizer_json import write_tokenizer_json
 
-MODEL = Path(__file__).parents[3] / "demo" / "model" / "tokenizer.model"
+MODEL = Path(__file__).parents[2] / "demo" / "model" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Gemma's SentencePiece model as `tokenizer.json`, for onnxruntime-genai and transformers.js.
+"""Writes a SentencePiece model as `tokenizer.json`, which other programs read.
 
 A vocabulary has 256,000 pieces and half a million merges. They are written one by one: the library
 that reads them would take 250 MB for them.
@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from rgexport.errors import RequestError
+from rgexport.griffin.control_tokens import ControlTokens, sentencepiece_tokens
 from rgexport.griffin.markup import is_markup
 from rgexport.griffin.sentencepiece_file import (
-    BPE,
     BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    is_gemmas_kind,
     read_pieces,
 )
 
@@ -38,9 +40,10 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
     """
     try:
         model = read_pieces(source)
-        if model.trainer_spec.model_type != BPE or not model.trainer_spec.byte_fallback:
+        if not is_gemmas_kind(model):
             raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
-        frame = _frame(model)
+        engine = sentencepiece.SentencePieceProcessor(model_file=str(source))
+        frame = _frame(model, sentencepiece_tokens(engine))
         pieces = [piece.piece for piece in model.pieces]
         merged = (NORMAL, USER_DEFINED)
         scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
@@ -50,37 +53,50 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
             f"{source} cannot be converted to tokenizer.json ({reason}); copy it again from the "
             "original checkpoint, or put its tokenizer.json beside it"
         ) from None
-    del model
+    del model, engine
     with target.open("w", encoding="utf-8") as file:
         file.writelines(_filled(frame, _vocabulary(pieces), _merges(pieces, scores)))
 
 
-def _frame(model: Any) -> dict[str, Any]:
-    """All of the file but the vocabulary and the merges."""
-    trainer = model.trainer_spec
+def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
+    """Returns all of the file but the vocabulary and the merges."""
     added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
     engine = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece.piece: i for i, piece in added.items()},
             merges=[],
-            unk_token=model.pieces[trainer.unk_id].piece,
+            unk_token=tokens.unk and tokens.unk.piece,
             fuse_unk=True,
             byte_fallback=True,
         )
     )
     engine.add_tokens([_added(piece) for piece in added.values()])
-    engine.normalizer = normalizers.Replace(" ", "▁")
+    engine.normalizer = _normalizer(model.normalizer_spec)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     engine.decoder = decoders.Sequence(steps)
-    if trainer.bos_id >= 0:
-        bos = model.pieces[trainer.bos_id].piece
+    if tokens.bos is not None:
+        bos = tokens.bos.piece
         engine.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, trainer.bos_id)],
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, tokens.bos.id)],
         )
     frame: dict[str, Any] = json.loads(engine.to_str())
     return frame
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """Changes text as SentencePiece does before it splits it."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(tokenizers.Regex("^ +| +$"), ""))
+        steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    spaces = normalizers.Replace(" ", "▁")
+    return normalizers.Sequence([*steps, spaces]) if steps else spaces
 
 
 def _added(piece: Any) -> tokenizers.AddedToken:
