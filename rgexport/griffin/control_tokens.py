@@ -24,7 +24,7 @@ _CONVENTIONAL = {
 """Names that Gemma and SentencePiece use, for a tokenizer.json whose settings are missing."""
 
 
-class Token(NamedTuple):
+class ControlToken(NamedTuple):
     """A token by its id and its literal."""
 
     id: int
@@ -43,17 +43,17 @@ class ControlTokens:
         special: literal → id of every piece that plain text must not be encoded to.
     """
 
-    bos: Token | None
-    eos: Token | None
-    unk: Token | None
-    pad: Token | None
+    bos: ControlToken | None
+    eos: ControlToken | None
+    unk: ControlToken | None
+    pad: ControlToken | None
     special: Mapping[str, int]
 
     @property
-    def end_of_turn(self) -> Token | None:
+    def end_of_turn(self) -> ControlToken | None:
         """`<end_of_turn>`, which ends a reply as `eos` does."""
         index = self.special.get(END_OF_TURN)
-        return None if index is None else Token(index, END_OF_TURN)
+        return None if index is None else ControlToken(index, END_OF_TURN)
 
     def names(self) -> dict[str, str | None]:
         """Returns the entries of tokenizer_config.json, such as `bos_token`."""
@@ -67,8 +67,8 @@ def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
     User-defined pieces have the score 0; learned pieces that look like markup do not.
     """
 
-    def token(index: int) -> Token | None:
-        return Token(index, engine.IdToPiece(index)) if index >= 0 else None
+    def token(index: int) -> ControlToken | None:
+        return ControlToken(index, engine.IdToPiece(index)) if index >= 0 else None
 
     special = {
         engine.IdToPiece(i): i
@@ -102,14 +102,16 @@ def json_tokens(
     names = _named_tokens(folder)
     unknown = layout["model"].get("unk_token")
 
-    def token(key: str) -> Token | None:
+    def token(key: str) -> ControlToken | None:
         choices = (names[key],) if key in names else _CONVENTIONAL[key]
-        return next((Token(special[name], name) for name in choices if name in special), None)
+        return next(
+            (ControlToken(special[name], name) for name in choices if name in special), None
+        )
 
     return ControlTokens(
         bos=token("bos_token"),
         eos=token("eos_token"),
-        unk=Token(pieces[unknown], unknown) if unknown in pieces else None,
+        unk=ControlToken(pieces[unknown], unknown) if unknown in pieces else None,
         pad=token("pad_token"),
         special=special,
     )
