@@ -2,10 +2,10 @@
 
     python -m bench.genai out/demo-int4 [-o out/genai]
 
-Each release gets an environment of its own under `-o`, where it stays. The table says whether all
-logits were equal to the last bit, and the time of a prompt and of single steps as multiples of
-plain ONNX Runtime's, in turns with it. An artifact that was exported with `--genai-native` runs
-with our kernels in both.
+Each release gets an environment of its own under `-o`, where it stays. The table says whether the
+logits after all prompts were equal to the last bit, and the time of a prompt and of single steps as
+multiples of plain ONNX Runtime's, in turns with it. An artifact that was exported with
+`--genai-native` runs with our kernels in both.
 """
 
 import argparse

@@ -4,15 +4,16 @@ It needs nothing but those two and numpy, so it runs in an environment of any of
 
     python bench/in_genai.py ARTIFACT [--kernels LIBRARY] [--chat MESSAGE MESSAGE …]
 
-It prints JSON: the largest difference of any logit over a prompt, single steps and later chunks;
-whether the same tokens were chosen; the replies to the messages; and the seconds of both engines,
-measured in turns.
+The loop is that of docs/genai.md: nobody asks for logits between two tokens, and replies are cut.
+It prints JSON: the largest difference of any logit after each prompt; whether the same tokens were
+chosen; the replies to the messages; and the seconds of both engines, measured in turns.
 """
 
 import argparse
 import json
 import os
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import numpy as np
 import onnxruntime as ort
 import onnxruntime_genai as genai
 
-PROMPT, STEPS, LATER = 700, 600, (50, 1, 50)
+PROMPT, STEPS = 700, 600
+REPLY, LATER = 40, (50, 1, 20)
+"""Most tokens of a reply, and the lengths of later prompts in turns."""
 END = "<end_of_turn>\n"
 TURN = "<start_of_turn>user\n{}" + END + "<start_of_turn>model\n"
 
@@ -68,65 +71,79 @@ class Genai:
         self._generator = genai.Generator(self.model, parameters)
 
     def take(self, ids: list[int]) -> np.ndarray:
-        """The logits after these tokens."""
+        """Returns the logits after these tokens."""
         self._generator.append_tokens(np.array(ids, np.int32))
-        return self.logits()
-
-    def choose(self) -> int:
-        """The next token; it is taken when the logits after it are asked for."""
-        self._generator.generate_next_token()
-        return int(self._generator.get_next_tokens()[0])
-
-    def logits(self) -> np.ndarray:
-        """The logits after the last token."""
         logits: np.ndarray = self._generator.get_logits().reshape(-1)
         return logits
 
+    def choose(self) -> int:
+        """Returns the next token, which the model takes when it chooses another one."""
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0])
+
+    def cut(self) -> None:
+        """Ends a reply that did not end by itself: the model takes the last token."""
+        self._generator.get_logits()
+
+
+class Comparison:
+    """Both engines over the same conversation.
+
+    Attributes:
+        chosen: tokens of all replies so far.
+        same: whether both engines chose the same ones.
+        worst: the largest difference of any logit after a prompt.
+        seconds: of each engine, for the first prompt and for the steps.
+    """
+
+    def __init__(self, folder: Path, kernels: str | None):
+        self._theirs, self._plain = Genai(folder), Plain(folder, kernels)
+        self._ends = ends(folder)
+        self.chosen, self.same, self.worst = 0, True, 0.0
+        self.seconds = {"genai": [0.0, 0.0], "onnxruntime": [0.0, 0.0]}
+
+    def turn(self, prompt: list[int]) -> list[int]:
+        """Takes a prompt and a reply; returns the token that ended it, if it was not cut."""
+        part = 0 if self.chosen == 0 else None
+        logits = self._timed("onnxruntime", part, self._plain.take, prompt)
+        difference = self._timed("genai", part, self._theirs.take, prompt) - logits
+        self.worst = max(self.worst, float(np.abs(difference).max()))
+        for _ in range(REPLY):
+            token = self._timed("genai", 1, self._theirs.choose)
+            self.chosen += 1
+            self.same = self.same and token == int(logits.argmax())
+            if token in self._ends:
+                return [token]
+            logits = self._timed("onnxruntime", 1, self._plain.take, [token])
+        self._timed("genai", 1, self._theirs.cut)
+        return []
+
+    def _timed(self, engine: str, part: int | None, call: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*arguments)
+        if part is not None:
+            self.seconds[engine][part] += time.perf_counter() - start
+        return result
+
 
 def compare(folder: Path, kernels: str | None) -> dict[str, Any]:
-    """Both engines over the same tokens."""
+    """Runs turns of random prompts through both engines."""
     manifest = json.loads((folder / "rgexport.json").read_text("utf-8"))
     rng = np.random.default_rng(5)
-
-    def tokens(count: int) -> list[int]:
-        return [int(i) for i in rng.integers(0, manifest["config"]["vocab_size"], count)]
-
-    theirs, plain = Genai(folder), Plain(folder, kernels)
-    seconds = {"genai": [0.0, 0.0], "onnxruntime": [0.0, 0.0]}
-
-    def timed(engine: str, place: int, call: Any, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        found = call(*arguments)
-        seconds[engine][place] += time.perf_counter() - start
-        return found
-
-    def both(ids: list[int]) -> float:
-        found = timed("genai", 0, theirs.take, ids)
-        nonlocal logits
-        logits = timed("onnxruntime", 0, plain.take, ids)
-        return float(np.abs(found - logits).max())
-
-    logits = np.zeros(0)
-    worst, same, chosen = both(tokens(PROMPT)), True, 0
-    token, last = -1, ends(folder)
-    for _ in range(STEPS):
-        if token not in last:
-            token = timed("genai", 1, theirs.choose)
-            same, chosen = same and token == int(logits.argmax()), chosen + 1
-        if token in last:  # it is not taken, and no other one is chosen after it
-            worst = max(worst, both([int(logits.argmax())]))
-            continue
-        logits = timed("onnxruntime", 1, plain.take, [token])
-        worst = max(worst, float(np.abs(timed("genai", 1, theirs.logits) - logits).max()))
-    for count in LATER:
-        worst = max(worst, both(tokens(count)))
+    comparison, lengths = Comparison(folder, kernels), cycle(LATER)
+    unread: list[int] = []
+    length = PROMPT
+    while comparison.chosen < STEPS:
+        prompt = [int(i) for i in rng.integers(0, manifest["config"]["vocab_size"], length)]
+        unread = comparison.turn(unread + prompt)  # what ends a reply was not taken
+        length = next(lengths)
     return {
         "genai": genai.__version__,
         "onnxruntime": ort.__version__,
-        "chosen_tokens": chosen,
-        "same_tokens": same,
-        "largest_difference": worst,
-        "seconds": seconds,
+        "chosen_tokens": comparison.chosen,
+        "same_tokens": comparison.same,
+        "largest_difference": comparison.worst,
+        "seconds": comparison.seconds,
     }
 
 
@@ -146,9 +163,10 @@ def chat(folder: Path, messages: list[str], most: int = 64) -> list[str]:
         said: list[int] = []
         while len(said) < most and (token := engine.choose()) not in ends(folder):
             said.append(token)
+        if len(said) == most:
+            engine.cut()
         replies.append(tokenizer.decode(np.array(said, np.int32)))
-        engine.take([int(i) for i in tokenizer.encode(END.strip())])  # what ends it was not taken
-        before = "\n"
+        before = END  # it was not taken
     return replies
 
 

@@ -20,7 +20,7 @@ from tests.web.npm import install_our_package, node_with_packages
 DEMO = HERE.parents[1] / "demo" / "model"
 GUIDE = (HERE.parents[1] / "docs" / "transformers-js.md").read_text("utf-8")
 TOKENS = 8
-MODELS = "recurrentgemma-2b-it-int4-onnx", "recurrentgemma-2b-it-int8-wasm"
+MODELS = "recurrentgemma-2b-it-int4-onnx", "recurrentgemma-2b-it-int8-onnx-wasm"
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,13 @@
 """Artifacts in onnxruntime-genai, which runs them as they are."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import rgexport
@@ -21,6 +24,8 @@ from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS
 
 DEMO = Path(__file__).parents[3] / "demo" / "model"
+ROUNDING = 1e-4
+"""Logits differ by this much between a text that is read at once and one that is read in parts."""
 
 
 def export_demo(target: Path, model: Path = DEMO, **options) -> Path:
@@ -118,3 +123,110 @@ def test_a_tokenizer_that_cannot_be_converted_is_told(tmp_path: Path, capsys) ->
     assert "only rgexport will take text with this artifact" in capsys.readouterr().err
     assert config_of(artifact)["eos_token_id"] == [1] and config_of(artifact)["bos_token_id"] == 2
     assert not (artifact / "tokenizer.json").exists()
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo under the name that the guide's model has."""
+    pytest.importorskip("onnxruntime_genai")
+    target = tmp_path_factory.mktemp("guide") / "recurrentgemma-2b-it-int4-onnx"
+    return export_demo(target, precision="fp32")
+
+
+def examples() -> list[str]:
+    text = (DEMO.parents[1] / "docs" / "genai.md").read_text("utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run_examples(folder: Path, *codes: str) -> dict[str, Any]:
+    """Runs code as a script beside the artifact; returns its variables."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        for code in codes:
+            exec(code, names)
+    return names
+
+
+def plain_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    from bench.in_genai import Plain  # needs onnxruntime-genai
+
+    return Plain(folder, None).take(ids)
+
+
+def difference(names: dict[str, Any], folder: Path, ids: list[int]) -> float:
+    """The largest difference of genai's logits from those of plain ONNX Runtime."""
+    logits = names["generator"].get_logits().reshape(-1)
+    return float(np.abs(logits - plain_logits(folder, ids)).max())
+
+
+@pytest.mark.parametrize("most", [2, 256])
+def test_the_guides_conversation_is_ours(guided: Path, most: int, capsys) -> None:
+    """Replies that are cut after two tokens, and replies that the model ends."""
+    code = examples()[0].replace("most=256", f"most={most}")
+    names = run_examples(guided, code.replace("\nreply(", "\nprint(); reply("))
+    said = capsys.readouterr().out.strip().splitlines()
+    messages: list = []
+    with rgexport.load(guided) as model:
+        for content, text in zip(("Hi!", "And you?"), said, strict=True):
+            messages.append({"role": "user", "content": content})
+            reply = model.chat(messages, temperature=0, max_new_tokens=most)
+            assert text == reply.text and reply.reason == ("length" if most == 2 else "stop")
+            messages.append({"role": "assistant", "content": reply.text})
+    assert names["generator"].token_count() < 256
+
+
+def test_a_cut_reply_loses_its_last_token_without_get_logits(guided: Path) -> None:
+    start = examples()[0].partition("\ndef reply")[0]
+    cut = """
+ids = tokenizer.encode("<bos>Once upon a time").tolist()
+generator.append_tokens(ids)
+for _ in range(5):
+    generator.generate_next_token()
+    ids.append(int(generator.get_next_tokens()[0]))
+"""
+    more = """
+turn = tokenizer.encode("<end_of_turn>\\n").tolist()
+generator.append_tokens(turn)
+"""
+    whole = run_examples(guided, start, cut, "generator.get_logits()", more)
+    assert difference(whole, guided, whole["ids"] + whole["turn"]) < ROUNDING
+    lost = run_examples(guided, start, cut, more)
+    assert difference(lost, guided, lost["ids"] + lost["turn"]) > 0.01
+
+
+@pytest.mark.parametrize(("words", "right"), [(1, True), (300, False)])
+def test_going_back_is_right_within_the_window_alone(
+    guided: Path, words: int, right: bool, capsys
+) -> None:
+    conversation, going_back = examples()
+    names = run_examples(guided, conversation.partition("\nreply(")[0])
+    ids = names["tokenizer"].encode("<bos>" + "Hi! " * words).tolist()
+    going_back = going_back.replace('tokenizer.encode("<bos>" + turn.format("Hi!"))', str(ids))
+    exec(going_back, names)
+    names["generator"].append_tokens(ids[1:9])
+    assert (difference(names, guided, ids + ids[1:9]) < ROUNDING) == right
+
+
+def test_going_back_needs_a_snapshot(guided: Path) -> None:
+    names = run_examples(guided, examples()[0].partition("\ndef reply")[0])
+    names["generator"].append_tokens([2, 651, 603])
+    with pytest.raises(Exception, match="not supported without a snapshot"):
+        names["generator"].rewind_to(2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "right"), [(["Hi there", "So what"], True), (["Hi", "A b c d"], False)]
+)
+def test_batches_are_right_where_lengths_are_equal(
+    guided: Path, texts: list[str], right: bool
+) -> None:
+    start = examples()[0].partition("\ndef reply")[0]
+    names = run_examples(guided, start.replace("max_length=4096", "max_length=64, batch_size=2"))
+    tokenizer, generator = names["tokenizer"], names["generator"]
+    rows = [tokenizer.encode(text).tolist() for text in texts]
+    assert (len(rows[0]) == len(rows[1])) == right
+    generator.append_tokens(tokenizer.encode_batch(texts))
+    logits = generator.get_logits().reshape(2, -1)
+    expected = np.stack([plain_logits(guided, ids) for ids in rows])
+    assert (np.abs(logits - expected).max() < ROUNDING) == right
