@@ -30,6 +30,15 @@ class CardText:
     run: str
 
 
+def installation(extra: str = "") -> str:
+    """Returns the sentence of a card that says how to install rgexport, perhaps with an extra."""
+    package = f"'.[{extra}]'" if extra else "."
+    return (
+        f"rgexport is not on PyPI yet: `pip install {package}` in a clone of its repository\n"
+        "installs it (`docs/getting-started.md` there). Then"
+    )
+
+
 class Format(ABC):
     """What all formats define."""
 

@@ -16,7 +16,7 @@ from rgexport.export.describe import as_text, describe
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.scheme import Affine, Float, Ggml
-from tests.artifacts import export_random_coreml
+from tests.artifacts import export_random_coreml, export_random_gguf
 from tests.models import ODD_CONFIGS
 
 UNKNOWN = Origin(None, None)
@@ -41,6 +41,8 @@ def test_card_says_what_it_is(made):
     assert "# small: int4 for ONNX Runtime\n" in text
     assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
     assert "Gemma Terms of Use" in text and "{" not in text
+    assert "`pip install .` in a clone" in text and "pip install rgexport" not in text
+    assert "onnxruntime_genai.Model" in text and "on the device `cpu`" in text
 
 
 def test_what_chose_the_levels(made):
@@ -82,6 +84,15 @@ def test_card_for_a_browser(made):
     assert "# small: int4 for onnxruntime-web (webgpu)\n" in text
     assert 'import * as ort from "onnxruntime-web/webgpu";' in text
     assert 'externalData: ["model.onnx.data"]' in text and "{{" not in text
+    assert "onnxruntime_genai.Model" in text and "on the device `webgpu`" in text
+
+
+def test_card_of_a_gguf_file(tmp_path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    text = card(artifact.manifest)
+    assert "`pip install .` in a clone" in text and "{" not in text
+    assert "rgexport llama-cpp build\n    rgexport generate FILE.gguf" in text
+    assert "`llama-server`" in text and "onnxruntime_genai" not in text
 
 
 def test_card_of_a_core_ml_package(tmp_path):
@@ -91,7 +102,8 @@ def test_card_of_a_core_ml_package(tmp_path):
     assert "# model: int4 for Core ML\n" in text
     assert "`prefill` takes\n7; " in text and "{" not in text
     assert "`position_ids`, `recurrent_state`" in text
-    assert "pip install 'rgexport[coreml]'" in text and "ONNX" not in text
+    assert "`pip install '.[coreml]'` in a clone" in text and "ONNX" not in text
+    assert "swift-transformers reads `tokenizer.json`" in text
 
 
 def test_card_says_how_the_check_ended(made):

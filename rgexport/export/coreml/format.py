@@ -8,7 +8,7 @@ from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.parts import part_layouts
 from rgexport.export.coreml.segments import DECODE, ENDS, in_order
-from rgexport.export.format import CardText, FolderFormat, Layouts
+from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import Manifest
 from rgexport.export.typed_json import Mismatch, label
 from rgexport.quantize.plan import COREML_PRECISIONS
@@ -23,7 +23,11 @@ Inputs: {inputs}.
 Outputs: {outputs}.
 The rest of a conversation is an `MLState`; Xcode shows what each feature is.
 
-    pip install 'rgexport[coreml]'
+The Swift package swift-transformers reads `tokenizer.json`. `docs/coreml.md` in rgexport's
+repository has Swift code for a conversation.
+
+{install}, in this folder,
+
     rgexport {verb}
 
 runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
@@ -38,7 +42,11 @@ has an `MLState`, and its own rows of `recurrent_state`.
 Inputs of the model as a whole: {inputs}.
 Outputs: {outputs}.
 
-    pip install 'rgexport[coreml]'
+The Swift package swift-transformers reads `tokenizer.json`. `docs/coreml.md` in rgexport's
+repository has Swift code for a conversation.
+
+{install}, in this folder,
+
     rgexport {verb}
 
 runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
@@ -95,7 +103,12 @@ class CoreMLFormat(FolderFormat):
         steps = [f"`{function}` of `{package}`" for package, function in stages]
         text = _RUN_SPLIT if len(stages) > 1 else _RUN
         run = text.format(
-            verb=verb, prefill_length=length, inputs=inputs, outputs=outputs, steps=", ".join(steps)
+            verb=verb,
+            install=installation("coreml"),
+            prefill_length=length,
+            inputs=inputs,
+            outputs=outputs,
+            steps=", ".join(steps),
         )
         return CardText("Core ML", "soft cap", run)
 

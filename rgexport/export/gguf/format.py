@@ -3,17 +3,20 @@
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FileFormat
+from rgexport.export.format import CardText, FileFormat, installation
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
 
 _RUN = """\
-    pip install rgexport
+{install}, beside the file:
+
     rgexport llama-cpp build
     rgexport {verb}
 
-Stock llama.cpp, ollama and LM Studio do not know the architecture yet."""
+`rgexport llama-cpp build --tools` also builds llama.cpp's own programs, such as `llama-server`,
+which take the file as well (`docs/gguf.md` in rgexport's repository). Stock llama.cpp, ollama and
+LM Studio do not know the architecture yet."""
 
 
 class GgufFormat(FileFormat):
@@ -39,7 +42,7 @@ class GgufFormat(FileFormat):
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         """See `Format`."""
-        run = _RUN.format(verb=verb.replace(" .", " FILE.gguf", 1))
+        run = _RUN.format(install=installation(), verb=verb.replace(" .", " FILE.gguf", 1))
         return CardText("llama.cpp", "softmax", run)
 
 

@@ -3,15 +3,18 @@
 from pathlib import Path
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FolderFormat, Layouts
+from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts, weight_files
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
 _DESKTOP = """\
-    pip install rgexport
+{install}, in this folder:
+
     rgexport {verb}
+
+{runtimes}
 
 `model.onnx` runs in any ONNX Runtime, without custom ops. Its inputs are `input_ids` and
 `position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
@@ -26,10 +29,20 @@ In a browser, with onnxruntime-web 1.30 or later, without custom ops:
     }});
 
 Its inputs are `input_ids` and `position_ids` [batch, tokens] and the states of {layers} layers, all
-zeros at first; its outputs are `logits` and the new states. On a desktop:
+zeros at first; its outputs are `logits` and the new states. On a desktop,
+{install}, in this folder:
 
-    pip install rgexport
-    rgexport {verb}"""
+    rgexport {verb}
+
+{runtimes}"""
+_RUNTIMES = """\
+Two more runtimes take the folder as it is; `docs/genai.md` and `docs/transformers-js.md` in
+rgexport's repository have examples:
+
+| runtime | how |
+|---|---|
+| onnxruntime-genai 0.14 or later | `onnxruntime_genai.Model(FOLDER)`, by `genai_config.json` |
+| transformers.js 4.2 or later, on the device `{device}` | `textGeneration` of `recurrent_gemma.mjs` |"""
 
 
 class OnnxFormat(FolderFormat):
@@ -54,7 +67,9 @@ class OnnxFormat(FolderFormat):
             engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
         files = ", ".join(f'"{name}"' for name in weight_files(manifest))
         facts = {"layers": manifest.config.num_layers, "profile": manifest.profile, "data": files}
-        return CardText(engine, "softmax", run.format(verb=verb, **facts))
+        runtimes = _RUNTIMES.format(device=manifest.profile)
+        text = run.format(verb=verb, install=installation(), runtimes=runtimes, **facts)
+        return CardText(engine, "softmax", text)
 
 
 FORMAT = OnnxFormat()
