@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,8 @@ from tests.models import (
     random_weights,
     write_hugging_face,
 )
+
+Change = Callable[[dict[str, Any]], object]
 
 
 def make_sound(folder: Path, *command: str) -> Path:
@@ -261,6 +265,82 @@ def test_damaged_artifact(command, made, name, request, tmp_path, monkeypatch, c
     shutil.copytree(request.getfixturevalue(made), "sound")
     truncate(f"**/{name}")(Path("sound"))
     assert_matches(name, refused(command.split(), capsys))
+
+
+def state(number: int = 0, **fields: Any) -> Change:
+    """Changes a state of a manifest."""
+    return lambda manifest: manifest["states"][number].update(fields)
+
+
+def value(side: str, number: int, **fields: Any) -> Change:
+    """Changes an input or output of a manifest."""
+    return lambda manifest: manifest["io"][side][number].update(fields)
+
+
+WRONG_STATES: dict[str, tuple[Change, str]] = {
+    "none": (lambda m: m.update(states=[]), "states has 0 entries; expected 4"),
+    "missing": (lambda m: m["states"].pop(), "states has 3 entries; expected 4"),
+    "doubled": (lambda m: m["states"].append(m["states"][0]), "states has 5 entries; expected 4"),
+    "another's name": (state(2, name="layers.0.conv1d"), r"states\[2\].name is 'layers.0.conv1d'"),
+    "unknown name": (state(name="layers.7.key\x1b[2J"), r"states\[0\].name is 'layers.7.key\\x1b"),
+    "huge": (state(shape=[1 << 50]), r"states\[0\].shape is \(11.*; expected \("),
+    "below zero": (state(shape=[-1]), r"states\[0\].shape is \(-1,\)"),
+    "100,001 dimensions": (state(shape=[1] * 100_001), r"states\[0\].shape is \(1, 1, "),
+    "no shape": (state(shape=[]), r"states\[0\].shape is \(\)"),
+    "dtype": (state(dtype="nonsense"), r"states\[0\].dtype is 'nonsense'; expected 'float32'"),
+    "object dtype": (state(dtype="O"), r"states\[0\].dtype is 'O'"),
+    "layout": (state(layout="row"), r"states\[0\].layout is 'row'"),
+    "input": (state(input="input_ids"), r"states\[0\].input is 'input_ids'; expected"),
+    "output": (state(output="logits"), r"states\[0\].output is 'logits'; expected"),
+    "no inputs": (lambda m: m["io"].update(inputs=[]), "io.inputs has 0 entries; expected "),
+    "other ids": (value("inputs", 0, dtype="float32"), r"io.inputs\[0\].dtype is 'float32'"),
+    "logits": (value("outputs", 0, shape=[1 << 60]), r"io.outputs\[0\].shape is \(11.*; expected"),
+    "endless window": (
+        lambda m: m["config"].update(window=2**31 - 1),
+        "config.window is 2147483647: the state .* would take .* expected at most 1.07 GB",
+    ),
+    "another window": (
+        lambda m: m["config"].update(window=5),
+        r"states\[2\].shape is \(1, 16, 16\); expected \(1, 5, 16\)",
+    ),
+}
+COMMANDS = (
+    "generate sound --ids 2",
+    "chat sound -p hello",
+    "serve sound --port 0",
+    "validate sound",
+    "bench sound -p 1 -n 1 -r 1",
+    "inspect sound",
+    "evaluate sound --suite text",
+    "web sound -o site",
+    "state load sound no-file",
+)
+
+
+def edit_manifest(folder: Path, change: Change) -> None:
+    fields = json.loads((folder / "rgexport.json").read_text())
+    change(fields)
+    (folder / "rgexport.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("case", WRONG_STATES)
+def test_wrong_states(case, artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(artifact, "sound")
+    change, complaint = WRONG_STATES[case]
+    edit_manifest(Path("sound"), change)
+    for command in COMMANDS[:1] if case != "huge" else COMMANDS:
+        line = refused(command.split(), capsys)
+        assert_matches(f"rgexport.json is damaged: {complaint}", line)
+
+
+@pytest.mark.parametrize("case", ["missing", "doubled", "huge", "dtype", "logits"])
+def test_wrong_states_of_a_package(case, package, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(package, "sound")
+    edit_manifest(Path("sound"), WRONG_STATES[case][0])
+    line = refused(["generate", "sound", "--ids", "2"], capsys)
+    assert_matches(r"rgexport.json is damaged: (states|io.outputs)", line)
 
 
 @pytest.mark.parametrize("harm", ["header", "data"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.formats import FORMATS, format_on
 from rgexport.quantize.scheme import Scheme
 
@@ -92,6 +92,13 @@ class FolderFormat(Format):
         Raises:
             RequestError: the format does not have that scheme, or not for that shape.
         """
+
+    def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
+        """Derives the states, inputs and outputs that a manifest must have from its other fields.
+
+        A format without a graph has none.
+        """
+        return (), IoRecord((), ())
 
     def check_manifest(self, manifest: Manifest) -> None:
         """Checks the fields that only manifests of this format have.

@@ -1,6 +1,9 @@
 """Reads and checks the manifest of an artifact folder."""
 
+import dataclasses
+import math
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +22,11 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
+from rgexport.progress import amount
 from rgexport.quantize.scheme import Float, Ggml
+
+MAX_STATE_BYTES = 1 << 30
+"""The largest state of a conversation in float32: twenty times a 9B's."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,10 +98,11 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
             f"tensors.{name} is not stored as the plan says",
         )
         _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
-    known = {spec.name for spec in state_specs(manifest.config)}
-    for state in manifest.states:
-        _require(state.name in known, f"states: the model has no {label(state.name)}")
     form.check_manifest(manifest)
+    states, io = form.interface(manifest)
+    _check_records("states", manifest.states, states)
+    _check_records("io.inputs", manifest.io.inputs, io.inputs)
+    _check_records("io.outputs", manifest.io.outputs, io.outputs)
 
 
 def check_config(config: GriffinConfig) -> None:
@@ -110,6 +118,12 @@ def check_config(config: GriffinConfig) -> None:
             least = 0 if name in ("soft_cap", "rms_eps") else 1e-30
             _require(least <= value <= MAX_NUMBER, f"config.{name} is {value}")
     _require(config.block_types, "config.block_types is empty; expected one for each layer")
+    state = sum(4 * math.prod(spec.shape) for spec in state_specs(config))
+    _require(
+        state <= MAX_STATE_BYTES,
+        f"config.window is {config.window}: the state of a conversation would take "
+        f"{amount(state)}; expected at most {amount(MAX_STATE_BYTES)}",
+    )
     heads, width, rotated = config.lru_heads, config.lru_width, config.rope_dims
     _require(
         "recurrent" not in config.block_types or width % heads == 0,
@@ -119,6 +133,21 @@ def check_config(config: GriffinConfig) -> None:
         "attention" not in config.block_types or rotated <= config.head_dim,
         f"config.rope_dims is {rotated}; expected at most head_dim, {config.head_dim}",
     )
+
+
+def _check_records(place: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
+    """Compares records of a manifest with those that follow from its configuration."""
+    _require(
+        len(records) == len(expected),
+        f"{place} has {len(records)} entries; expected {len(expected)}",
+    )
+    for index, (record, right) in enumerate(zip(records, expected, strict=True)):
+        for name, value in ((f.name, getattr(record, f.name)) for f in dataclasses.fields(right)):
+            _require(
+                value == getattr(right, name),
+                f"{place}[{index}].{name} is {reprlib.repr(value)}; "
+                f"expected {getattr(right, name)!r}",
+            )
 
 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:

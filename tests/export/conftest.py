@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from rgexport.export.artifact import record_files
 from rgexport.export.manifest import (
@@ -15,6 +17,8 @@ from rgexport.export.manifest import (
     StoredTensor,
     write_manifest,
 )
+from rgexport.export.onnx.format import OnnxFormat
+from rgexport.export.onnx.model_file import DTYPES
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize import affine
@@ -67,7 +71,6 @@ def made(tmp_path: Path) -> Made:
                 parts[label] = StoredPart("model.onnx.data", data.tell(), rows.dtype.name, shape)
                 data.write(rows.tobytes())
             tensors[name] = StoredTensor(spec.shape, plan[name], parts)
-    (folder / "model.onnx").write_bytes(b"graph")
     manifest = Manifest(
         name="small",
         created_with={"rgexport": "0"},
@@ -81,10 +84,23 @@ def made(tmp_path: Path) -> Made:
         states=(),
         io=IoRecord((), ()),
         instruction_tuned=False,
-        files=record_files(folder),
+        files={},
     )
+    states, io = OnnxFormat().interface(manifest)
+    write_empty_graph(io, folder / "model.onnx")
+    manifest = dataclasses.replace(manifest, states=states, io=io, files=record_files(folder))
     write_manifest(folder, manifest)
     return Made(folder, manifest, weights)
+
+
+def write_empty_graph(io: IoRecord, path: Path) -> None:
+    """Writes a model that has these inputs and outputs, and nothing else."""
+    numbers = {dtype: number for number, dtype in DTYPES.items()}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(v.name, numbers[v.dtype], v.shape) for v in values]
+        for values in (io.inputs, io.outputs)
+    )
+    onnx.save(helper.make_model(helper.make_graph([], "empty", inputs, outputs)), path)
 
 
 def _encode(rows: np.ndarray, scheme: Scheme) -> affine.Parts:

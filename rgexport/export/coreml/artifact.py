@@ -10,9 +10,9 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.parts import decode
-from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment, whole
-from rgexport.export.coreml.states import io_record, state_records, stored_states
-from rgexport.export.manifest import MANIFEST, StoredTensor, ValueRecord
+from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.states import io_record, stored_states
+from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import Function, TensorType
@@ -44,14 +44,8 @@ class CoreMLArtifact(Artifact):
         """What is wrong with the package; the program first, since a hash says less about it."""
         if missing := [name for name in self._sealed if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        wrong = [*self._wrong_io(), *self._wrong_packages(), *self._wrong_sizes()]
+        wrong = [*self._wrong_packages(), *self._wrong_sizes()]
         return _first(wrong or list(self._wrong_hashes(verify)))
-
-    def _wrong_io(self) -> Iterator[str]:
-        manifest, form = self.manifest, self.manifest.form
-        io = io_record(manifest.config, form, whole(manifest.config.num_layers))
-        if (manifest.states, manifest.io) != (state_records(manifest.config, form), io):
-            yield f"{MANIFEST} has other states, inputs or outputs than such a package"
 
     def _wrong_packages(self) -> Iterator[str]:
         for plan in self.manifest.packages:

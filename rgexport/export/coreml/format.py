@@ -7,9 +7,10 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.parts import part_layouts
-from rgexport.export.coreml.segments import DECODE, ENDS, in_order
+from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
+from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.export.typed_json import Mismatch, label
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.quantize.scheme import Scheme
@@ -71,6 +72,12 @@ class CoreMLFormat(FolderFormat):
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         """See `FolderFormat`."""
         return part_layouts(shape, scheme)
+
+    def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
+        """See `FolderFormat`."""
+        assert isinstance(manifest, CoreMLManifest)
+        config, form = manifest.config, manifest.form
+        return state_records(config, form), io_record(config, form, whole(config.num_layers))
 
     def check_manifest(self, manifest: Manifest) -> None:
         """See `FolderFormat`: checks the length of a chunk, and the hashes of all parts."""

@@ -1,10 +1,15 @@
 """An ONNX artifact: its files, the parts of its tensors, and its facts for `inspect`."""
 
+import reprlib
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import COLUMNS, Manifest
+from rgexport.export.manifest import COLUMNS, Manifest, ValueRecord
+from rgexport.export.onnx.model_file import read_graph, read_model
 from rgexport.export.onnx.native import native_ops
 from rgexport.export.row_groups import grouped_layouts
 from rgexport.quantize import affine
@@ -26,6 +31,16 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
+    def complaints(self, verify: bool) -> list[str]:
+        """See `Artifact`; the graph comes last, since a hash tells more of one that was altered."""
+        return super().complaints(verify) or list(self._wrong_graph())
+
+    def _wrong_graph(self) -> Iterator[str]:
+        """Compares the graph's inputs and outputs with those of the manifest."""
+        graph, io = read_model(read_graph(self.file(MODEL_FILE))), self.manifest.io
+        yield from _differences("input", graph.inputs, io.inputs)
+        yield from _differences("output", graph.outputs, io.outputs)
+
     def facts(self) -> dict[str, Any]:
         """The profile, and which kernels would run the graph on this machine."""
         found = native_ops(self.file(MODEL_FILE))
@@ -34,6 +49,21 @@ class OnnxArtifact(Artifact):
             "profile": self.manifest.profile,
             "kernels": kernels | {"native": list(found.native), "ops": found.ops},
         }
+
+
+def _differences(
+    kind: str, values: Sequence[ValueRecord], expected: Sequence[ValueRecord]
+) -> Iterator[str]:
+    """Describes the first difference, whatever the order."""
+    by_name = attrgetter("name")
+    for value, right in zip_longest(sorted(values, key=by_name), sorted(expected, key=by_name)):
+        if value != right:
+            yield f"{MODEL_FILE}: {kind} {_shown(value)}; expected {_shown(right)}"
+            return
+
+
+def _shown(value: ValueRecord | None) -> str:
+    return f"{value.name} {value.dtype} {reprlib.repr(value.shape)}" if value else "none"
 
 
 def weight_files(manifest: Manifest) -> list[str]:

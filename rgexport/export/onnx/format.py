@@ -4,8 +4,9 @@ from pathlib import Path
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts, weight_files
+from rgexport.export.onnx.interface import expected_interface
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
@@ -59,6 +60,10 @@ class OnnxFormat(FolderFormat):
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         """See `FolderFormat`."""
         return part_layouts(shape, scheme)
+
+    def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
+        """See `FolderFormat`."""
+        return expected_interface(manifest)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         """See `FolderFormat`."""

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
+from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.export.program import Node, StepProgram, Value
+from rgexport.griffin.state import state_specs
 
 _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "rg_lru": ("recurrent_state", "canonical"),
@@ -42,14 +44,10 @@ def with_interface(program: StepProgram) -> StepProgram:
 
 def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
     """The states of a program with the names of their inputs and outputs in the graph."""
-    records = []
-    for name, (value, _) in program.states.items():
-        _, layer, kind = name.split(".")
-        word, layout = _STATES[kind]
-        shape = tuple(value.size(axis) for axis in range(1, len(value.shape)))
-        names = (f"past_key_values.{layer}.{word}", f"present.{layer}.{word}")
-        records.append(StateRecord(name, shape, value.dtype, layout, *names))
-    return tuple(records)
+    return tuple(
+        _state_record(name, tuple(map(value.size, range(1, len(value.shape)))), value.dtype)
+        for name, (value, _) in program.states.items()
+    )
 
 
 def io_record(program: StepProgram) -> IoRecord:
@@ -64,6 +62,39 @@ def io_record(program: StepProgram) -> IoRecord:
         (*(record(v, v.name) for v in plain), *(record(v, s.input) for s, (v, _) in states)),
         (record(program.logits, "logits"), *(record(v, s.output) for s, (_, v) in states)),
     )
+
+
+def expected_interface(manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
+    """Derives the states, inputs and outputs of a graph from the sizes in its manifest.
+
+    In graphs of an earlier release `num_logits` is an input, and rings have no axis for the head.
+    """
+    config = manifest.config
+    earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
+    batch, logits, head = ("batch", NUM_LOGITS, ()) if earlier else ("batch_size", 1, (1,))
+    states = []
+    for spec in state_specs(config, ACTIVATIONS[manifest.compute]):
+        is_ring = _STATES[spec.name.rpartition(".")[2]][1] == "ring"
+        states.append(
+            _state_record(spec.name, (*(head if is_ring else ()), *spec.shape), spec.dtype)
+        )
+    inputs = [
+        ValueRecord(name, "int64", (batch, "tokens")) for name in ("input_ids", "position_ids")
+    ]
+    if earlier:
+        inputs.append(ValueRecord(NUM_LOGITS, "int64", ()))
+    outputs = [ValueRecord("logits", "float32", (batch, logits, config.vocab_size))]
+    for state in states:
+        inputs.append(ValueRecord(state.input, state.dtype, (batch, *state.shape)))
+        outputs.append(ValueRecord(state.output, state.dtype, (batch, *state.shape)))
+    return tuple(states), IoRecord(tuple(inputs), tuple(outputs))
+
+
+def _state_record(name: str, shape: tuple[int, ...], dtype: str) -> StateRecord:
+    _, layer, kind = name.split(".")
+    word, layout = _STATES[kind]
+    names = f"past_key_values.{layer}.{word}", f"present.{layer}.{word}"
+    return StateRecord(name, shape, dtype, layout, *names)
 
 
 def _with_values(node: Node, shaped: Mapping[str, Value]) -> Node:

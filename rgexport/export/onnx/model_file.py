@@ -1,4 +1,4 @@
-"""Reads the inputs, nodes and external tensors of an ONNX model file; adds inputs and outputs.
+"""Reads inputs, outputs, nodes and external tensors of an ONNX model file; adds inputs and outputs.
 
 A runtime asks for these few fields only. They are declared here, as in onnx.proto, so that the core
 needs no package `onnx`.
@@ -7,12 +7,15 @@ needs no package `onnx`.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from rgexport.export.manifest import ValueRecord
 from rgexport.files.names import stays_inside
+from rgexport.files.regular_file import read_regular
 
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
@@ -47,6 +50,10 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
 _LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
 _MAX_RANK = 8
 _INT64 = 7
+DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 16: "bfloat16"}
+"""Numbers of onnx.proto for the dtypes that artifacts have."""
+MAX_NODES = 100_000
+"""The most nodes that are read: forty times those of a 9B."""
 NUM_LOGITS = "num_logits"
 """The initializer that says for how many last tokens there are logits, a scalar int64."""
 
@@ -78,19 +85,34 @@ class ModelFile:
 
     nodes: tuple[ModelNode, ...] = ()
     tensors: tuple[ExternalTensor, ...] = ()
+    inputs: tuple[ValueRecord, ...] = ()
+    outputs: tuple[ValueRecord, ...] = ()
     versions: dict[str, int] = field(default_factory=dict)
     """Domain → version of its op set that the model imports."""
+
+
+def read_graph(path: Path) -> bytes:
+    """Reads a serialized model, whose weights are in other files.
+
+    Raises:
+        RequestError: it is too large for a graph.
+    """
+    return read_regular(path)
 
 
 def read_model(model: bytes) -> ModelFile:
     """The nodes and external tensors of a serialized model, without those of subgraphs."""
     try:
         found = _model_class().FromString(model)
+        if len(found.graph.node) > MAX_NODES:
+            return ModelFile()
         external = (t for t in found.graph.initializer if t.data_location == _LOCATIONS["EXTERNAL"])
         tensors = (_external(tensor) for tensor in external)
         return ModelFile(
             tuple(_node(node) for node in found.graph.node),
             tuple(tensor for tensor in tensors if stays_inside(tensor.file) and tensor.offset >= 0),
+            tuple(map(_value, found.graph.input)),
+            tuple(map(_value, found.graph.output)),
             {opset.domain.decode(): opset.version for opset in found.opset_import},
         )
     except (DecodeError, ValueError):
@@ -128,6 +150,15 @@ def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
 def _node(node: Any) -> ModelNode:
     inputs = tuple(name.decode() for name in node.input)
     return ModelNode(node.op_type.decode(), node.domain.decode(), inputs)
+
+
+def _value(value: Any) -> ValueRecord:
+    tensor = value.type.tensor_type
+    shape = (
+        dim.value if dim.HasField("value") else dim.symbol.decode() for dim in tensor.shape.dim
+    )
+    dtype = DTYPES.get(tensor.elem_type, f"type {tensor.elem_type}")
+    return ValueRecord(value.name.decode(), dtype, tuple(shape))
 
 
 def _external(tensor: Any) -> ExternalTensor:

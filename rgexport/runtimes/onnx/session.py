@@ -70,7 +70,6 @@ class OrtSession(Session):
         )
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
-        self._require_states(artifact)
         self._exact = 1 if graph else _exact_tokens(self._native, self._manifest)
         self._sites = state_sites(self._manifest.config) if self._exact > 1 else {}
         if not {value.name for value in self._session.get_outputs()} >= {*self._sites.values()}:
@@ -196,16 +195,6 @@ class OrtSession(Session):
         if name not in self._rings:
             return array.copy()
         return _rolled(array.reshape(len(array), *self._rings[name][-2:]), -position)
-
-    def _require_states(self, artifact: Artifact) -> None:
-        """Checks the manifest's names against the graph: the manifest itself has no hash."""
-        graph = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
-        missing = [s.name for s in self._manifest.states if not {s.input, s.output} <= graph]
-        if missing:
-            raise RequestError(
-                f"{artifact.path} is damaged: the graph lacks the states {', '.join(missing[:3])} "
-                "as the manifest names them; export it again"
-            )
 
     def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         """One token [R, 1] a row, with bindings that are kept."""
