@@ -1,9 +1,14 @@
 """The command line as a user runs it: in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from rgexport.cli import run
 
 ROOT = Path(__file__).parents[1]
 START = "from rgexport.cli import main; main()"
@@ -22,3 +27,25 @@ def rgexport(
     return subprocess.run(
         program, cwd=folder, env=variables, input=text, capture_output=True, text=True, timeout=300
     )
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must be refused; returns the line."""
+    before = tree(Path())
+    capsys.readouterr()
+    code = run(arguments)
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    *progress, line = captured.err.splitlines()
+    assert line.startswith("Error: ") and 20 < len(line) < 1000 and line.isprintable()
+    assert not any("Error" in other or "Traceback" in other for other in progress)
+    assert tree(Path()) == before
+    return line
+
+
+def tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def assert_matches(complaint: str, line: str) -> None:
+    assert re.search(complaint, line), line

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine, Float, Mixed, RowGroup, scheme_to_dict
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
-from tests.command_line import rgexport
+from tests.command_line import assert_matches, refused, rgexport
 from tests.models import (
     ODD_CONFIGS,
     make_config,
@@ -44,24 +43,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sound(tmp_path_factory.mktemp("package"), "coreml", "--prefill-length", "4")
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a command that must be refused; returns the line."""
-    before = tree(Path())
-    capsys.readouterr()
-    code = run(arguments)
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    *progress, line = captured.err.splitlines()
-    assert line.startswith("Error: ") and 20 < len(line) < 1000 and line.isprintable()
-    assert not any("Error" in other or "Traceback" in other for other in progress)
-    assert tree(Path()) == before
-    return line
-
-
-def tree(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*"))
-
-
 # Checkpoints: each row breaks a sound Hugging Face folder.
 
 
@@ -73,10 +54,6 @@ def test_broken_checkpoint(case, command, tmp_path, monkeypatch, capsys):
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
     assert_matches(complaint, refused(command.split(), capsys))
-
-
-def assert_matches(complaint: str, line: str) -> None:
-    assert re.search(complaint, line), line
 
 
 @pytest.mark.parametrize("case", BROKEN_PT)

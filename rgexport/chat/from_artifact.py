@@ -18,7 +18,7 @@ from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo
 
 
-def open_model(path: Path, *, chat: bool, **options: Any) -> Model:
+def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
     """Opens an artifact; for `options` see `model.open_model`.
 
     Warns if the self-check of its export failed, or if it shall `chat` and was not tuned for that.
@@ -26,7 +26,7 @@ def open_model(path: Path, *, chat: bool, **options: Any) -> Model:
     Raises:
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
     """
-    artifact = _open(path)
+    artifact = _open(path, allow_foreign)
     if chat and artifact.manifest.instruction_tuned is False:
         warn(
             f"{artifact.manifest.name} is a base model: it continues text, but answers poorly; "
@@ -40,7 +40,13 @@ def open_model(path: Path, *, chat: bool, **options: Any) -> Model:
 
 
 def continue_ids(
-    path: Path, ids: str, sampling: Sampling, max_new_tokens: int, threads: int | None
+    path: Path,
+    ids: str,
+    sampling: Sampling,
+    max_new_tokens: int,
+    threads: int | None,
+    *,
+    allow_foreign: bool = False,
 ) -> Iterator[int]:
     """Continues ids such as `2,651,603`; no token ends that early.
 
@@ -51,7 +57,7 @@ def continue_ids(
     if not words or not all(word.isascii() and word.isdigit() for word in words):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
     prompt = np.array([[int(word) for word in words]], np.int64)
-    session = open_session(_open(path), threads=threads)
+    session = open_session(_open(path, allow_foreign), threads=threads)
     _tell(session.info)
     sampler = Sampler(sampling, prompt[0].tolist())
     token = sampler(session.prefill(prompt)[0, -1])
@@ -72,9 +78,9 @@ def summary(reply: Reply) -> str:
     )
 
 
-def _open(path: Path) -> Artifact:
+def _open(path: Path, allow_foreign: bool) -> Artifact:
     """Opens an artifact; warns if the self-check of its export failed."""
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, allow_foreign=allow_foreign)
     if (found := artifact.manifest.check).status == "unverified":
         warn(f"what {path} says may be wrong. {found.sentence}")
     return artifact

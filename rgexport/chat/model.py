@@ -403,18 +403,22 @@ def _copy_of(end: End) -> State:
     return {name: array.copy() for name, array in end.state.items()}
 
 
-def load(path: str | Path, *, threads: int | None = None, **options: Any) -> Model:
+def load(
+    path: str | Path, *, threads: int | None = None, allow_foreign: bool = False, **options: Any
+) -> Model:
     """Opens an artifact.
 
     Args:
         path: an artifact of any format, or `hf:owner/name`.
         threads: processors that the engine uses; all, by default.
+        allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
+            can take any time and memory.
         options: see `Model`.
 
     Raises:
         RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
     """
-    return open_model(open_artifact(path), threads=threads, **options)
+    return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
 
 
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:

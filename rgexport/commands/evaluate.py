@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from rgexport.commands.options import FOLDER, cluster_option, threads_option, verbose
+from rgexport.commands.options import (
+    FOLDER,
+    cluster_option,
+    foreign_option,
+    threads_option,
+    verbose,
+)
 
 
 @click.command()
@@ -67,6 +73,7 @@ from rgexport.commands.options import FOLDER, cluster_option, threads_option, ve
 @click.option("--examples", type=click.IntRange(1), help="Most examples of a task.")
 @threads_option
 @cluster_option
+@foreign_option
 @verbose
 def evaluate(
     models: tuple[str, ...],
@@ -75,6 +82,7 @@ def evaluate(
     texts: tuple[Path, ...],
     threads: int | None,
     cluster: str | None,
+    allow_foreign: bool,
     **settings: Any,
 ) -> None:
     """Measures what models can do: texts, memory, windows, a million tokens, benchmarks.
@@ -91,7 +99,7 @@ def evaluate(
 
     names = require_known(suites, settings["tasks"])
     require_overlap(settings["stride"], settings["context"])
-    subjects = open_subjects(models)
+    subjects = open_subjects(models, allow_foreign=allow_foreign)
     request = Request(folder=output, texts=texts, **settings)
     with connected(cluster) as workers:
         found = run(subjects, names, request, threads=threads, workers=workers)

@@ -75,6 +75,11 @@ native_option = click.option(
     callback=_set_no_native,
     help=f"Use only the engine's own kernels, as with {NO_NATIVE}=1.",
 )
+foreign_option = click.option(
+    "--allow-foreign",
+    is_flag=True,
+    help="Run ONNX graphs with ops that rgexport does not write, from someone you trust.",
+)
 adapter_option = click.option(
     "--adapter", type=FOLDER, help="The folder of a LoRA adapter (PEFT) to merge into the model."
 )

@@ -9,6 +9,7 @@ from rgexport.commands.options import (
     FOLDER,
     SIZES,
     adapter_option,
+    foreign_option,
     model_options,
     native_option,
     verbose,
@@ -109,6 +110,7 @@ def reference(
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--html", "html_file", type=FOLDER, help="Also write an HTML report.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
+@foreign_option
 @native_option
 @verbose
 def validate(
@@ -121,6 +123,7 @@ def validate(
     bisect: bool,
     bench: bool,
     min_quality: Any,
+    allow_foreign: bool,
     **files: Any,
 ) -> int:
     """Compares artifacts with the reference: exit code 0 if all pass, 1 if one does not.
@@ -141,5 +144,6 @@ def validate(
         bisect=bisect,
         bench=bench,
         min_quality=min_quality,
+        allow_foreign=allow_foreign,
     )
     return validate_artifacts(artifacts, asked, **files)

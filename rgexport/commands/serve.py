@@ -9,6 +9,7 @@ import click
 
 from rgexport.commands.options import (
     FOLDER,
+    foreign_option,
     native_option,
     no_lookup,
     port_option,
@@ -114,6 +115,7 @@ _KEY = "RGEXPORT_API_KEY"
 @no_lookup
 @threads_option
 @click.option("--quiet", is_flag=True, help="No line per request.")
+@foreign_option
 @native_option
 @verbose
 def serve(
@@ -167,6 +169,7 @@ def serve(
     models = open_models(
         list(artifacts),
         threads=options["threads"],
+        allow_foreign=options["allow_foreign"],
         rows=options["parallel"],
         max_waiting=options["max_waiting"],
         lookup=options["lookup"],

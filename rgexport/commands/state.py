@@ -7,6 +7,7 @@ import click
 
 from rgexport.commands.options import (
     FOLDER,
+    foreign_option,
     help_if_alone,
     native_option,
     state_precision,
@@ -36,6 +37,7 @@ def state(context: click.Context) -> None:
 @click.option("-o", "--output", type=FOLDER, required=True, help="The state file.")
 @threads_option
 @click.option("--force", is_flag=True, help="Replace an earlier one.")
+@foreign_option
 @native_option
 @verbose
 def save(
@@ -47,6 +49,7 @@ def save(
     output: Path,
     threads: int | None,
     force: bool,
+    allow_foreign: bool,
 ) -> None:
     """Reads a text once, and saves the state."""
     from rgexport.chat.from_artifact import open_model
@@ -59,7 +62,11 @@ def save(
     written = read_text(text)
     if not written.strip():
         raise RequestError(f"{text} is empty; there is nothing to read")
-    engine = {"threads": threads, "state_precision": state_precision}
+    engine: dict[str, Any] = {
+        "threads": threads,
+        "state_precision": state_precision,
+        "allow_foreign": allow_foreign,
+    }
     with open_model(artifact, chat=not plain, **engine) as model:
         messages = None if plain else [{"role": "user", "content": written}]
         ids = model.text_ids(written) if messages is None else model.opening_ids(messages)

@@ -11,6 +11,7 @@ from rgexport import progress
 from rgexport.commands.options import (
     FOLDER,
     draft_options,
+    foreign_option,
     native_option,
     sampling_options,
     state_options,
@@ -30,6 +31,7 @@ FORMS = "table", "md", "json", "csv"
 @draft_options
 @sampling_options
 @state_options
+@foreign_option
 @verbose
 def generate(
     artifact: Path,
@@ -44,6 +46,7 @@ def generate(
     load_state: Path | None,
     save_state: Path | None,
     state_precision: str | None,
+    allow_foreign: bool,
     **sampling: Any,
 ) -> None:
     """Continues a prompt, or a saved state."""
@@ -63,7 +66,9 @@ def generate(
     if ids is not None:
         if load_state or save_state or draft_text:
             raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
-        for token in continue_ids(artifact, ids, chosen, max_new_tokens, threads):
+        for token in continue_ids(
+            artifact, ids, chosen, max_new_tokens, threads, allow_foreign=allow_foreign
+        ):
             click.echo(f"{token} ", nl=False)
         click.echo()
         return
@@ -72,7 +77,12 @@ def generate(
             "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
         )
     draft = _draft(draft_text, lookup)
-    engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
+    engine: dict[str, Any] = {
+        "threads": threads,
+        "state_precision": state_precision,
+        "lookup": lookup,
+        "allow_foreign": allow_foreign,
+    }
     with open_model(artifact, chat=False, **engine) as model:
         text = Continuation(model, prompt or "", load_state)
         options = ReplyOptions(
@@ -99,6 +109,7 @@ def generate(
 @draft_options
 @sampling_options
 @state_options
+@foreign_option
 @verbose
 def chat(
     artifact: Path,
@@ -114,6 +125,7 @@ def chat(
     load_state: Path | None,
     save_state: Path | None,
     state_precision: str | None,
+    allow_foreign: bool,
     **sampling: Any,
 ) -> None:
     """Chats with an instruction-tuned model.
@@ -140,7 +152,12 @@ def chat(
         raise RequestError("-p is empty; give a message")
     if as_json and prompt is None:
         raise RequestError("--json is for one message; give it with -p")
-    engine = {"threads": threads, "state_precision": state_precision, "lookup": lookup}
+    engine: dict[str, Any] = {
+        "threads": threads,
+        "state_precision": state_precision,
+        "lookup": lookup,
+        "allow_foreign": allow_foreign,
+    }
     with open_model(artifact, chat=True, **engine) as model:
         options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
@@ -222,6 +239,7 @@ def _sampling(options: dict[str, Any]) -> Any:
 @click.option(
     "-o", "--output", "form", type=click.Choice(FORMS), default="table", show_default=True
 )
+@foreign_option
 @native_option
 @verbose
 def bench(
@@ -231,6 +249,7 @@ def bench(
     n_depth: str,
     threads: int | None,
     form: str,
+    allow_foreign: bool,
     **options: Any,
 ) -> None:
     """Measures tokens per second, beside how fast the machine reads memory.
@@ -241,4 +260,5 @@ def bench(
     from rgexport.runtimes.bench.rows import WRITERS
 
     request = BenchRequest.parse(n_prompt, n_gen, n_depth, **options)
-    click.echo(WRITERS[form](bench_artifact(artifact, request, threads=threads)), nl=False)
+    rows = bench_artifact(artifact, request, threads=threads, allow_foreign=allow_foreign)
+    click.echo(WRITERS[form](rows), nl=False)

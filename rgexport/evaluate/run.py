@@ -124,7 +124,7 @@ def _spread(missing: Missing, request: Request, threads: int | None, workers: Cl
     """Each chain is a job; the workers keep what pieces gave, in the folder of the results."""
     request, run = request.resolved(), uuid4().hex
     jobs = [
-        Job(run, subject.argument, chain, request, threads)
+        Job(run, subject.argument, chain, request, threads, subject.allow_foreign)
         for subject, chains in missing
         for chain in chains
     ]

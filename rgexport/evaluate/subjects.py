@@ -74,6 +74,11 @@ class Subject:
         return identity_of_files(self.label, require_sound(self.opened), self.opened.config, "")
 
     @property
+    def allow_foreign(self) -> bool:
+        """Whether engines may run an artifact's graph with ops that rgexport does not write."""
+        return isinstance(self.opened, Artifact) and self.opened.allow_foreign
+
+    @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of each canonical state, without the batch axis."""
         return {spec.name: spec.shape for spec in state_specs(self.config)} if self.config else {}
@@ -164,7 +169,7 @@ class Subject:
         return ReferenceSession(replace(self.opened, config=config), threads=threads)
 
 
-def open_subject(argument: str) -> Subject:
+def open_subject(argument: str, *, allow_foreign: bool = False) -> Subject:
     """An artifact, a GGUF file of any model, or a checkpoint.
 
     A checkpoint is a folder, a `.pt` file, or a word such as `demo`.
@@ -176,8 +181,9 @@ def open_subject(argument: str) -> Subject:
         engine_of("gguf").require()
         return Subject(str(foreign.path.absolute()), foreign.path.name, None, foreign)
     if means_artifact(Path(argument)):
-        artifact = open_artifact(argument)
+        artifact = open_artifact(argument, allow_foreign=allow_foreign)
         engine_of(artifact.manifest.kind).require()
+        engine_of(artifact.manifest.kind).require_trusted(artifact)
         own = argument if is_hub_name(argument) else str(artifact.path.absolute())
         return Subject(own, artifact.path.name, artifact.manifest.config, artifact)
     import rgexport.evaluate.reference_session  # noqa: F401  # needs torch: told of at once
@@ -191,13 +197,13 @@ def open_subject(argument: str) -> Subject:
     return Subject(own, checkpoint.name, checkpoint.config, checkpoint)
 
 
-def open_subjects(arguments: Sequence[str]) -> list[Subject]:
+def open_subjects(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[Subject]:
     """All of them; the first one is what the others are compared with.
 
     Raises:
         RequestError: one cannot be opened, or is given twice.
     """
-    subjects = [open_subject(argument) for argument in arguments]
+    subjects = [open_subject(argument, allow_foreign=allow_foreign) for argument in arguments]
     labels = [subject.label for subject in subjects]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise RequestError(f"two models are called {min(twice)}; rename one of them")

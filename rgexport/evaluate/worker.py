@@ -89,6 +89,7 @@ class Job:
     chain: Chain
     request: Request
     threads: int | None
+    allow_foreign: bool = False
 
 
 class _Kept:
@@ -100,10 +101,12 @@ class _Kept:
         for function in (documents, load_tasks):
             function.cache_clear()
 
-    def subject(self, argument: str, identity: str) -> Subject:
+    def subject(self, job: Job) -> Subject:
+        argument, identity = job.argument, job.chain[0].subject
         if argument not in self._subjects:
             try:
-                self._subjects = {argument: open_subject(argument)}
+                opened = open_subject(argument, allow_foreign=job.allow_foreign)
+                self._subjects = {argument: opened}
             except RequestError as error:
                 raise RequestError(
                     f"a worker of the cluster cannot open {argument}: {error}; put it where all "
@@ -138,7 +141,7 @@ def do_job(job: Job) -> None:
         if _kept is None or _kept.run != job.run:
             _close()
             _kept = _Kept(job.run, job.threads)
-        subject = _kept.subject(job.argument, job.chain[0].subject)
+        subject = _kept.subject(job)
         _kept.worker.do(subject, job.chain, job.request, Results(job.request.folder))
 
 

@@ -1,7 +1,7 @@
 """An opened artifact: its files checked, its weights dequantized."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    allow_foreign: bool = field(default=False, kw_only=True)
+    """Whether an engine may run a graph with ops that rgexport does not write."""
 
     def file(self, name: str) -> Path:
         """The path of the file `name` of the manifest."""

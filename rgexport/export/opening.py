@@ -1,5 +1,6 @@
 """Opens artifacts of all formats."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rgexport.errors import RequestError
@@ -13,7 +14,9 @@ from rgexport.griffin.checkpoint import means_checkpoint
 from rgexport.progress import note
 
 
-def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
+def open_artifact(
+    path: Path | str, *, verify: bool = False, allow_foreign: bool = False
+) -> Artifact:
     """Opens an artifact and checks that its files are those that were exported.
 
     Names, sizes and headers are always checked; hashes are computed where a file was not seen
@@ -23,6 +26,7 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     Args:
         path: the artifact, a file or package in its folder, or `hf:owner/name`.
         verify: see above.
+        allow_foreign: whether engines may run a graph with ops that rgexport does not write.
 
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
@@ -49,7 +53,7 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
         )
     if notes := artifact.notes():
         note(f"Note: {folder} has changed since it was exported: {'; '.join(notes)}.")
-    return artifact
+    return replace(artifact, allow_foreign=allow_foreign)
 
 
 def means_artifact(path: Path) -> bool:

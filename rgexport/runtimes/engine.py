@@ -27,6 +27,14 @@ class Engine(ABC):
         """
         return  # most come with every install
 
+    def require_trusted(self, artifact: Artifact) -> None:
+        """Checks what an artifact would run, before there is a session; by default, nothing.
+
+        Raises:
+            RequestError: it would run what rgexport does not write, or allocate too much.
+        """
+        return
+
     @abstractmethod
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         """See `open_session`."""

@@ -4,6 +4,7 @@ import gc
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -16,7 +17,7 @@ from rgexport.serve.app import Settings, create_app
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
-def open_models(artifacts: list[Path], **options: object) -> dict[str, Model]:
+def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     """Opens the artifacts, by name; of two of one name, the second has that of its folder.
 
     Raises:

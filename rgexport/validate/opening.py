@@ -12,6 +12,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, warn
+from rgexport.runtimes.engine import engine_of
 from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
@@ -37,6 +38,7 @@ class Request:
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
         min_quality: the lowest grade that will do; None where any will.
+        allow_foreign: whether a graph with ops that rgexport does not write may run.
     """
 
     model: str | None = None
@@ -49,6 +51,7 @@ class Request:
     bisect: bool = False
     bench: bool = False
     min_quality: GradeName | None = None
+    allow_foreign: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,8 @@ def open_all(path: Path, request: Request) -> Opened:
     make = None
     if request.reference is None or find_spec("torch") is not None:
         make = torch_reference(request.device)
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, allow_foreign=request.allow_foreign)
+    engine_of(artifact.manifest.kind).require_trusted(artifact)
     manifest = artifact.manifest
     if request.reference is not None:
         check_fits(request.reference, manifest)

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET, GraphBuilder
+from rgexport.export.onnx.graph import DTYPES, OPSET, GraphBuilder
 from rgexport.export.onnx.native import DOMAIN
+from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.program import Node
 
 _SCAN = """

@@ -9,9 +9,6 @@ import onnx_ir as ir
 OPSET = 23
 """The first one with RMSNormalization and RotaryEmbedding as single nodes."""
 
-MICROSOFT = "com.microsoft"
-"""Domain of ONNX Runtime's own ops, in every stock build."""
-
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,

@@ -12,7 +12,7 @@ from rgexport.export.onnx.functions import (
     QUANT_LINEAR_SIZES,
     QUANT_LINEARS,
 )
-from rgexport.export.onnx.graph import MICROSOFT
+from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.affine import block_size, num_blocks

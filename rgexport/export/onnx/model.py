@@ -10,10 +10,11 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
-from rgexport.export.onnx.graph import DTYPES, MICROSOFT, OPSET
+from rgexport.export.onnx.graph import DTYPES, OPSET
 from rgexport.export.onnx.interface import state_records
 from rgexport.export.onnx.lowering import Lowering, lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
+from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.onnx.profiles import LoweringProfile
 from rgexport.export.program import StepProgram, Value
 from rgexport.griffin.config import GriffinConfig

@@ -18,23 +18,40 @@ from rgexport.files.names import stays_inside
 from rgexport.files.regular_file import read_regular
 
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
-    "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*")},
+    "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*"), "function": (25, "Function*")},
     "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
+    "Function": {"node": (7, "Node*")},
     "Graph": {
         "node": (1, "Node*"),
         "initializer": (5, "Tensor*"),
         "input": (11, "Value*"),
         "output": (12, "Value*"),
+        "sparse": (15, "Sparse*"),
     },
     "Node": {
         "input": (1, "bytes*"),
         "output": (2, "bytes*"),
         "op_type": (4, "bytes"),
+        "attribute": (5, "Attribute*"),
         "domain": (7, "bytes"),
     },
+    "Attribute": {
+        "name": (1, "bytes"),
+        "i": (3, "int64"),
+        "t": (5, "Tensor"),
+        "g": (6, "Graph"),
+        "ints": (8, "int64*"),
+        "tensors": (10, "Tensor*"),
+        "graphs": (11, "Graph*"),
+        "sparse": (22, "Sparse"),
+    },
+    "Sparse": {"dims": (3, "int64*")},
     "Tensor": {
         "dims": (1, "int64*"),
         "data_type": (2, "int32"),
+        "int32_data": (5, "int32*"),
+        "int64_data": (7, "int64*"),
+        "raw_data": (9, "bytes"),
         "name": (8, "bytes"),
         "external_data": (13, "Entry*"),
         "data_location": (14, "Location"),
@@ -47,7 +64,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Dim": {"value": (1, "int64"), "symbol": (2, "bytes")},
 }
 """Message → field → its number and type; `*` means repeated."""
-_LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
+LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
 _MAX_RANK = 8
 _INT64 = 7
 DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 16: "bfloat16"}
@@ -100,14 +117,29 @@ def read_graph(path: Path) -> bytes:
     return read_regular(path)
 
 
+def parse_model(model: bytes) -> Any:
+    """Parses a serialized model, as a message of the schema above.
+
+    Raises:
+        DecodeError: it is damaged, or its subgraphs are nested too deeply.
+    """
+    return _model_class().FromString(model)
+
+
+def subgraphs(node: Any) -> list[Any]:
+    """Returns the graphs that a node runs, such as the body of a loop."""
+    inner = [a.g for a in node.attribute if a.HasField("g")]
+    return inner + [graph for a in node.attribute for graph in a.graphs]
+
+
 def read_model(model: bytes) -> ModelFile:
     """The nodes and external tensors of a serialized model, without those of subgraphs."""
     try:
-        found = _model_class().FromString(model)
+        found = parse_model(model)
         if len(found.graph.node) > MAX_NODES:
             return ModelFile()
-        external = (t for t in found.graph.initializer if t.data_location == _LOCATIONS["EXTERNAL"])
-        tensors = (_external(tensor) for tensor in external)
+        external = (t for t in found.graph.initializer if t.data_location == LOCATIONS["EXTERNAL"])
+        tensors = (external_tensor(tensor) for tensor in external)
         return ModelFile(
             tuple(_node(node) for node in found.graph.node),
             tuple(tensor for tensor in tensors if stays_inside(tensor.file) and tensor.offset >= 0),
@@ -128,7 +160,7 @@ def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
     refuses.
     """
     try:
-        made = _model_class().FromString(model)
+        made = parse_model(model)
     except DecodeError:
         return model
     if NUM_LOGITS.encode() not in (value.name for value in made.graph.input):
@@ -161,7 +193,12 @@ def _value(value: Any) -> ValueRecord:
     return ValueRecord(value.name.decode(), dtype, tuple(shape))
 
 
-def _external(tensor: Any) -> ExternalTensor:
+def external_tensor(tensor: Any) -> ExternalTensor:
+    """Reads the place of a tensor whose bytes are in another file.
+
+    Raises:
+        ValueError: its shape, offset or file name cannot be one of ours.
+    """
     places = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
@@ -175,7 +212,7 @@ def _model_class() -> Any:
     """The class of `Model` messages."""
     file = descriptor_pb2.FileDescriptorProto(name="onnx.proto", package="rgexport")
     locations = file.enum_type.add(name="Location")
-    for word, number in _LOCATIONS.items():
+    for word, number in LOCATIONS.items():
         locations.value.add(name=word, number=number)
     for message, fields in _SCHEMA.items():
         described = file.message_type.add(name=message)

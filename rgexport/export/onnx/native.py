@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from rgexport.export.onnx.model_file import ExternalTensor, ModelFile, read_model
+from rgexport.export.onnx.model_file import ExternalTensor, ModelFile, read_graph, read_model
 from rgexport.kernels.onnx import library as build
 
 DOMAIN, VERSION = "ai.rgexport", 2
@@ -53,7 +53,7 @@ def native_ops(model: Path | bytes) -> NativeOps:
     Raises:
         RequestError: the environment asks for an instruction set that does not exist.
     """
-    read = read_model(model if isinstance(model, bytes) else model.read_bytes())
+    read = read_model(model if isinstance(model, bytes) else read_graph(model))
     counts = Counter(node.op for node in read.nodes if node.domain == DOMAIN)
     ops = dict(sorted(counts.items()))
     found, path = build.kernels(), build.library()

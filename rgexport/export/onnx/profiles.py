@@ -7,33 +7,15 @@ import onnx_ir as ir
 
 from rgexport.export.manifest import Profile
 from rgexport.export.onnx import wasm_ops, webgpu_ops
-from rgexport.export.onnx.functions import DOMAIN
-from rgexport.export.onnx.graph import MICROSOFT
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
+from rgexport.export.onnx.operators import OPERATORS, Ops
 from rgexport.export.onnx.storage import FileLimit
 from rgexport.quantize.plan import PRECISIONS, WEB_PRECISIONS
 from rgexport.quantize.scheme import INT8_ROWS, FloatDtype, Plan, Scheme
 
-Ops = Mapping[str, frozenset[str]]
-"""Domain → names of ops."""
-
 WEB_FILES = FileLimit(filled=10**9, largest=2**30)
 """Browsers do not reliably allocate larger buffers. Only the embedding of a 9B in int8 exceeds 10⁹
 bytes: it is in a file of its own, of 1,048,576,000."""
-
-_WORDS = """
-Abs Add And BitShift BitwiseAnd Cast Concat Constant Cos Div Equal Exp Expand Gather Gelu Gemm
-GreaterOrEqual Identity Less LessOrEqual MatMul Mod Mul Neg RMSNormalization Range Reshape
-RotaryEmbedding Scan ScatterND Shape Sigmoid Sin Slice Softmax Softplus Sqrt Squeeze Sub Tanh
-Transpose Unsqueeze Where
-"""
-_NATIVE = """
-AddRmsNorm CausalConv1d GeluMul LocalAttention QuantLinear QuantLinear2 QuantLinear3 RgLruScan
-RmsNorm SoftCap
-"""
-_EVERYWHERE = frozenset(_WORDS.split())
-"""Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
-
 
 FINE_HEAD = {"int4": "int8"}
 """The embedding is the output head, too: in four bits it would make half of the loss, with a
@@ -45,8 +27,6 @@ class LoweringProfile:
     """How a step program becomes a graph for one kind of runtime."""
 
     name: Profile
-    ops: Ops
-    """All ops that the graph may have, also in bodies of functions and in subgraphs."""
     precision: str
     """The default precision word."""
     precisions: Mapping[str, Scheme] = field(default_factory=lambda: PRECISIONS)
@@ -70,6 +50,11 @@ class LoweringProfile:
     gates in bfloat16."""
     files: FileLimit | None = None
     """How large the files of weights may be; None for no limit."""
+
+    @property
+    def ops(self) -> Ops:
+        """All ops that the graph may have, also in bodies of functions and in subgraphs."""
+        return OPERATORS[self.name]
 
     def is_exact(self, plan: Plan, asked: bool) -> bool:
         """Whether activations are never rounded to int8, because the user asked or by itself."""
@@ -97,11 +82,6 @@ PROFILES: dict[str, LoweringProfile] = {
     for profile in (
         LoweringProfile(
             name="cpu",
-            ops={
-                "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor"},
-                MICROSOFT: frozenset({"MatMulNBits"}),
-                DOMAIN: frozenset(_NATIVE.split()),
-            },
             precision="int4",
             embeddings=FINE_HEAD,
             accuracy_level=4,
@@ -111,10 +91,6 @@ PROFILES: dict[str, LoweringProfile] = {
         ),
         LoweringProfile(
             name="wasm",
-            ops={
-                "": _EVERYWHERE | {"MatMulInteger", "Max", "ReduceMax", "Round", "Split"},
-                MICROSOFT: frozenset({"MatMulNBits"}),
-            },
             precision="int8",
             precisions=WEB_PRECISIONS,
             embeddings=FINE_HEAD,
@@ -124,10 +100,6 @@ PROFILES: dict[str, LoweringProfile] = {
         ),
         LoweringProfile(
             name="webgpu",
-            ops={
-                "": frozenset(webgpu_ops.KERNELS.split()),
-                MICROSOFT: frozenset({"GatherBlockQuantized", "LinearAttention", "MatMulNBits"}),
-            },
             precision="int4",
             precisions=WEB_PRECISIONS,
             even_zero_points=True,  # for GatherBlockQuantized

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import linear_ops
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.graph import MICROSOFT
+from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
 from rgexport.quantize.affine import num_blocks

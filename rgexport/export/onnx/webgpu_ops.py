@@ -11,7 +11,8 @@ import onnx_ir as ir
 from rgexport.export.onnx import linear_ops
 from rgexport.export.onnx.attention_ops import ring_attention
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.graph import END, MICROSOFT, GraphBuilder
+from rgexport.export.onnx.graph import END, GraphBuilder
+from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.quantize.affine import block_size, num_blocks
@@ -149,12 +150,6 @@ def _float(g: GraphBuilder, positions: ir.Value) -> ir.Value:
     return g.cast(positions, "float32")
 
 
-KERNELS = """
-Abs Add And Cast Concat Cos Div Equal Exp Expand Floor Gather Gelu Gemm GreaterOrEqual Identity Less
-LessOrEqual Log MatMul Mul Neg RMSNormalization Range Relu Reshape RotaryEmbedding ScatterND Shape
-Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
-"""
-"""The ops that a graph may have, all with kernels in onnxruntime-web 1.30."""
 LOWERINGS = {
     "embedding": embedding,
     "gelu": gelu,

@@ -113,13 +113,19 @@ def _lengths(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def bench_artifact(path: Path, request: BenchRequest, *, threads: int | None = None) -> list[Row]:
+def bench_artifact(
+    path: Path,
+    request: BenchRequest,
+    *,
+    threads: int | None = None,
+    allow_foreign: bool = False,
+) -> list[Row]:
     """Opens an artifact and measures it.
 
     Raises:
         RequestError: the artifact is not valid, or there is too little memory.
     """
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
     session = open_session(artifact, threads=threads)
     took = time.perf_counter() - began

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
+from rgexport.export.onnx.allocations import require_trusted
+from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import read_graph
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
 from rgexport.runtimes.engine import Engine, Narrowing
@@ -13,6 +16,10 @@ from rgexport.runtimes.session import Session
 
 class OnnxEngine(Engine):
     """ONNX Runtime, which comes with every install."""
+
+    def require_trusted(self, artifact: Artifact) -> None:
+        """See `Engine`."""
+        require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         """See `Engine`."""

@@ -11,15 +11,16 @@ import onnxruntime as ort
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
+from rgexport.export.onnx.allocations import require_trusted
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import NUM_LOGITS, for_session
+from rgexport.export.onnx.model_file import NUM_LOGITS, for_session, read_graph
 from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
 from rgexport.processors import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
-from rgexport.runtimes.onnx.run import Run
+from rgexport.runtimes.onnx.run import Run, engine_errors
 from rgexport.runtimes.onnx.trial import Trial, state_sites
 from rgexport.runtimes.sequences import checked_tokens
 from rgexport.runtimes.session import Session, SessionInfo
@@ -28,7 +29,8 @@ from rgexport.runtimes.unchanged_files import UnchangedFiles
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
-_ERRORS_ONLY = 3
+_SILENT = 4
+"""Severity of the log: errors are raised, and their lines have names from the file as they are."""
 _NEEDED = {"webgpu": (1, 25)}
 """Profile → the first ONNX Runtime with all its ops on a CPU, if pyproject allows older ones."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -292,13 +294,14 @@ def _open(
     _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _SILENT
     # A memory pattern takes a block for all tensors of a run, beside the arena of the first run:
     # 180 MB for prompts of a 2B, without a gain in time.
     options.enable_mem_pattern = False
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
     path = artifact.file(MODEL_FILE)
-    model, weights = graph or path.read_bytes(), None
+    model, weights = graph or read_graph(path), None
+    require_trusted(artifact, model)
     ops = _register(options, native_ops(model)) if native else NativeOps()
     exact = not graph and _exact_tokens(ops, artifact.manifest) > 1
     model = for_session(model, state_sites(artifact.manifest.config).values() if exact else ())
@@ -307,12 +310,8 @@ def _open(
         weights.read_around(ops.small)
         for name, value in weights.values.items():
             options.add_initializer(name, value)
-    try:
-        with huge_pages() as advice:
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT raises a dozen pybind types without a common base.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(f"ONNX Runtime {ort.__version__} cannot open {path}: {reason}") from None
+    with engine_errors(f"open {path}"), huge_pages() as advice:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     stack = ExitStack()
     stack.callback(advice.stop)
     if weights:

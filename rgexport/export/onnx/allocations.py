@@ -1,0 +1,219 @@
+"""Bounds on the tensors that a graph declares, before an engine allocates them.
+
+Sizes that a graph computes from its inputs are not known here. Those that it computes from
+constants are: an engine would allocate such tensors while it opens the file, to fold constants.
+"""
+
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from rgexport.errors import RequestError, one_line
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest, StoredPart
+from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import (
+    LOCATIONS,
+    ExternalTensor,
+    external_tensor,
+    parse_model,
+    subgraphs,
+)
+from rgexport.export.onnx.operators import require_known_ops
+
+MOST_ELEMENTS = 1 << 28
+"""Of a tensor that is no weight: a GB in float32."""
+_VIEWS = 4
+"""How many times a graph may name the bytes of the weights; the embedding is named twice."""
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 9: 1, 10: 2, 12: 4, 16: 2}
+"""Number of onnx.proto for a dtype → bytes of an item; 8 for all others."""
+_SMALL = 64
+"""The most items of a constant that is read: sizes and shapes have few."""
+
+Sizes = Sequence[int | None]
+"""The items of an integer tensor; None for those that are not known."""
+
+
+def require_trusted(artifact: Artifact, model: bytes) -> None:
+    """Refuses a graph with ops that rgexport does not write, or with tensors that no model has.
+
+    With `allow_foreign`, any op may be in it, and weights may lie anywhere in the files.
+
+    Raises:
+        RequestError: there is such an op or tensor.
+    """
+    path, manifest = artifact.file(MODEL_FILE), artifact.manifest
+    try:
+        parsed = parse_model(model)
+    except DecodeError:
+        raise RequestError(f"{path} is not an ONNX model, or is damaged") from None
+    if not artifact.allow_foreign:
+        require_known_ops(path, parsed, manifest.profile)
+    tensors = []
+    for scope in (parsed.graph, *parsed.function):
+        tensors += _Scope(path, scope, ChainMap()).external
+    if not artifact.allow_foreign:
+        _require_stored(path, tensors, manifest)
+    size, total = sum(map(_nbytes, tensors)), sum(file.size for file in manifest.files.values())
+    if size > _VIEWS * total:
+        raise RequestError(
+            f"{path} declares {size} bytes of weights in files of {total}; expected at most "
+            f"{_VIEWS} times as many: export the model again"
+        )
+
+
+def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
+    """Checks that each tensor lies within a part of a weight."""
+    parts: dict[str, list[StoredPart]] = {}
+    for stored in manifest.tensors.values():
+        for part in stored.parts.values():
+            parts.setdefault(part.file, []).append(part)
+    starts = {file: {part.offset: part.nbytes for part in each} for file, each in parts.items()}
+    for tensor in tensors:
+        if _nbytes(tensor) > starts.get(tensor.file, {}).get(tensor.offset, -1):
+            raise RequestError(
+                f"{path} has the tensor {one_line(tensor.name)} of {_nbytes(tensor)} bytes, where "
+                "rgexport.json has no weight of that size: the file is not rgexport's export; if "
+                "you trust who made it, pass --allow-foreign (in Python, allow_foreign=True)"
+            )
+
+
+def _nbytes(tensor: ExternalTensor) -> int:
+    return prod(tensor.shape) * _ITEM_BYTES.get(tensor.data_type, 8)
+
+
+class _Scope:
+    """A graph or a body of a function: its constants, and the least size of its values."""
+
+    def __init__(self, path: Path, scope: Any, outer: "ChainMap[bytes, Sizes | None]") -> None:
+        self._path = path
+        self.external: list[ExternalTensor] = []
+        self._known = outer.new_child()
+        self._least: dict[bytes, int] = {}
+        for tensor in getattr(scope, "initializer", ()):
+            self._known[tensor.name] = self._tensor(tensor)
+        for sparse in getattr(scope, "sparse", ()):
+            self._require_small(prod(sparse.dims), "a sparse tensor")
+        for node in scope.node:
+            self._node(node)
+
+    def _node(self, node: Any) -> None:
+        inputs = [self._known.get(name) for name in node.input]
+        operation = node.op_type.decode(errors="replace")
+        sizes = self._constant(node)
+        if operation in _FOLDED and None not in (inputs or [None]):
+            sizes = _FOLDED[operation](inputs)
+        elif operation == "Concat":
+            sizes = [item for each in inputs for item in ([None] if each is None else each)]
+            sizes = sizes if len(sizes) <= _SMALL else None
+        least = _least_elements(operation, inputs, [self._least.get(n, 1) for n in node.input])
+        self._require_small(least, operation)
+        for name in node.output[:1]:
+            self._known[name], self._least[name] = sizes, least
+        for graph in subgraphs(node):
+            self.external += _Scope(self._path, graph, self._known).external
+
+    def _constant(self, node: Any) -> Sizes | None:
+        """The items of a constant that stands in an attribute."""
+        sizes: Sizes | None = None
+        for attribute in node.attribute:
+            self._require_small(prod(attribute.sparse.dims), "a sparse tensor")
+            for tensor in (attribute.t, *attribute.tensors):
+                sizes = self._tensor(tensor)
+            if attribute.name == b"value_ints":
+                sizes = list(attribute.ints)
+            elif attribute.name == b"value_int":
+                sizes = [attribute.i]
+        return sizes if node.op_type == b"Constant" else None
+
+    def _tensor(self, tensor: Any) -> Sizes | None:
+        if tensor.data_location == LOCATIONS["EXTERNAL"]:
+            try:
+                self.external.append(external_tensor(tensor))
+            except ValueError as error:
+                raise RequestError(f"{self._path} is damaged: {error}") from None
+            return None
+        self._require_small(prod(tensor.dims), "a constant")
+        return _items(tensor)
+
+    def _require_small(self, elements: int, of: str) -> None:
+        if elements > MOST_ELEMENTS:
+            raise RequestError(
+                f"{self._path} declares {elements} elements in {one_line(of)}; expected at most "
+                f"{MOST_ELEMENTS}: it is not a model that rgexport exports"
+            )
+
+
+def _items(tensor: Any) -> Sizes | None:
+    """The integers of a small tensor in the file."""
+    dtype = {6: "<i4", 7: "<i8"}.get(tensor.data_type)
+    if dtype is None or prod(tensor.dims) > _SMALL:
+        return None
+    if len(tensor.raw_data) % np.dtype(dtype).itemsize == 0 and tensor.raw_data:
+        return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
+    return [*tensor.int64_data, *tensor.int32_data]
+
+
+def _elementwise(function: Callable[[int, int], int]) -> Callable[[list[Any]], Sizes]:
+    def fold(inputs: list[Any]) -> Sizes:
+        left, right = inputs
+        count = max(len(left), len(right))
+        pairs = zip(_spread(left, count), _spread(right, count), strict=False)
+        return [
+            None if left is None or right is None else min(function(left, right), MOST_ELEMENTS)
+            for left, right in pairs
+        ]
+
+    return fold
+
+
+def _spread(items: Sizes, count: int) -> Sizes:
+    return list(items) * count if len(items) == 1 else items
+
+
+# A product is cut at the limit, so that numbers do not grow without end.
+_FOLDED: dict[str, Callable[[list[Any]], Sizes]] = {
+    "Add": _elementwise(operator.add),
+    "Sub": _elementwise(operator.sub),
+    "Mul": _elementwise(operator.mul),
+    **dict.fromkeys(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"), lambda i: i[0]),
+}
+"""Op → the items of its result from those of its inputs."""
+_SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
+"""Op → its input that is the shape of its result."""
+_GROWING: dict[str, Callable[[list[int]], int]] = {
+    "Concat": sum,
+    "Tile": max,
+    "Identity": max,
+    "Cast": max,
+    "Add": max,
+    "Mul": max,
+}
+"""Op → how its result's size follows from those of its inputs."""
+
+
+def _least_elements(operation: str, inputs: list[Sizes | None], least: list[int]) -> int:
+    """The elements that a result has at least, as far as constants tell."""
+    elements = _GROWING[operation](least) if operation in _GROWING and least else 1
+    if _SHAPES.get(operation, len(inputs)) < len(inputs):
+        elements = max(elements, _product(inputs[_SHAPES[operation]]))
+    elif operation == "Tile" and len(inputs) > 1:
+        elements *= _product(inputs[1])
+    elif operation == "OneHot" and len(inputs) > 1:
+        elements = _product(inputs[1])
+    elif operation == "Range" and len(inputs) == 3:
+        start, limit, delta = (each[0] if each else None for each in inputs)
+        if start is not None and limit is not None and delta:
+            elements = max(1, (limit - start) // delta)
+    return elements
+
+
+def _product(sizes: Sizes | None) -> int:
+    """The product of what is known; sizes below 1 stand for others."""
+    return prod(max(1, size) for size in sizes or () if size is not None)
