@@ -23,6 +23,7 @@ from rgexport.commands import (
 )
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
+from rgexport.printing import print_result
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
@@ -67,6 +68,8 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)")
     except (click.ClickException, RequestError, OSError) as error:
         return _fail(error_line(error))
+    except MemoryError as error:
+        return _fail(f"there is too little memory ({one_line(str(error)) or 'none is left'})")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in CONVERTERS:
@@ -99,7 +102,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
     sets = ", ".join(found.instruction_sets)
     built = f"{found.instruction_set} (of {sets} here)" if found.ops else f"none: {found.reason}"
     levels = f"none: {reason}" if (reason := unusable()) else "built"
-    click.echo(f"rgexport {__version__}\nnative kernels: {built}\nlibrary of levels: {levels}")
+    print_result(f"rgexport {__version__}\nnative kernels: {built}\nlibrary of levels: {levels}")
     context.exit()
 
 

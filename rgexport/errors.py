@@ -1,5 +1,8 @@
 """The one error type that a user sees, and how untrusted text is shown."""
 
+import json
+import unicodedata
+
 MOST_SHOWN = 900
 """Characters of a message; a longer one loses its middle."""
 
@@ -22,11 +25,24 @@ def system_error(error: BaseException) -> OSError | None:
     return next((each for each in causes if isinstance(each, OSError)), None)
 
 
+_HARMFUL = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+"""Categories of characters that a terminal obeys or hides, or that change the order of others."""
+_JOINERS = "\u200c\u200d"
+"""Of this category but harmless: scripts and emoji need them."""
+
+
 def printable(text: str, kept: str = "") -> str:
-    """`text` with `?` for control characters, except those in `kept`."""
+    """Escapes control characters, except those in `kept`, as JSON does.
+
+    So text that is JSON means the same afterwards.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in kept else "?" for c in text)
+    return "".join(c if c in kept or not _is_harmful(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def _is_harmful(character: str) -> bool:
+    return unicodedata.category(character) in _HARMFUL and character not in _JOINERS
 
 
 def one_line(text: str) -> str:

@@ -81,7 +81,7 @@ class Work:
     @property
     def title(self) -> str:
         """The label after its number."""
-        return f"{self.number or ''}{self.label}"
+        return f"{self.number or ''}{printable(self.label)}"
 
     def line(self, columns: int | None = None, *, ended: bool = False) -> str:
         """Label, size, time and time left, in one line of at most so many columns."""

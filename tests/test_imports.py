@@ -21,7 +21,17 @@ FLOORS = (
     *("validate", "evaluate", "compress", "commands", "cli"),
 )
 ANYWHERE = {
-    *("errors", "files", "formats", "processors", "progress", "tables", "web", "__init__"),
+    *(
+        "errors",
+        "files",
+        "formats",
+        "printing",
+        "processors",
+        "progress",
+        "tables",
+        "web",
+        "__init__",
+    ),
 }
 """What every floor may import."""
 
@@ -130,6 +140,7 @@ def test_readers_of_packages_share_nothing_with_the_emitter(folder):
 
 
 ERRORS = {"rgexport.errors.RequestError", "rgexport.errors.one_line"}
+PRINTING = {"rgexport.printing.print_result", "rgexport.printing.print_reply"}
 
 
 def test_command_line_loads_nothing_but_click():
@@ -138,4 +149,4 @@ def test_command_line_loads_nothing_but_click():
     roots = {name.split(".")[0] for name in loaded}
     assert roots - sys.stdlib_module_names == {"click", "rgexport"}
     ours = {n for n in loaded if n.startswith("rgexport") and "commands" not in n}
-    assert ours == {"rgexport.progress", *ERRORS}
+    assert ours == {"rgexport.progress", *ERRORS, *PRINTING}

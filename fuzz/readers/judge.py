@@ -19,6 +19,7 @@ NOISE_BYTES = 24 << 20
 """By which the memory of a process grows for other reasons, such as the fuzzer's own corpus."""
 _HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Categories of characters that a terminal may take for more than a sign on a line."""
+_JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Judge:
 
 
 def _judge_line(line: str) -> Outcome:
-    harmful = {unicodedata.category(c) for c in line} & _HARMFUL
+    harmful = {unicodedata.category(c) for c in line if c not in _JOINERS} & _HARMFUL
     if harmful:
         return Outcome("found", "a line that a terminal would obey", repr(line))
     if not 10 < len(line) <= MOST_LINE:

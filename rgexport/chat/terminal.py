@@ -12,6 +12,7 @@ import platformdirs
 from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
 from rgexport.errors import RequestError, printable
+from rgexport.printing import print_reply, shown_reply
 from rgexport.progress import note
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROMPT = "> "
-_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""What could move the cursor or change the terminal."""
 GREETING = (
     "Enter sends, Alt-Enter begins a new line. Ctrl-C ends a reply and keeps it, Ctrl-D ends the "
     "chat. /help lists the commands."
@@ -44,10 +43,8 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
                 note(answer)
                 continue
             for piece in answer:
-                output.write(piece)
-                output.flush()
-            output.write("\n")
-            output.flush()
+                print_reply(piece, output)
+            print_reply("\n", output)
 
 
 def one_message(
@@ -59,12 +56,12 @@ def one_message(
         RequestError: the template refuses it, or the engine failed.
     """
     for piece in conversation.send(text):
-        output.write("" if as_json else piece)
-        output.flush()
+        print_reply("" if as_json else piece, output)
     if as_json:
         assert conversation.last
-        json.dump(dataclasses.asdict(conversation.last), output, ensure_ascii=False)
-    output.write("\n")
+        fields = json.dumps(dataclasses.asdict(conversation.last), ensure_ascii=False)
+        print_reply(fields, output)
+    print_reply("\n", output)
 
 
 def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
@@ -101,12 +98,12 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
     answer = _answer(conversation, line)
     if isinstance(answer, str):
-        console.print(answer.translate(_CONTROLS), style="dim", markup=False)
+        console.print(shown_reply(answer), style="dim", markup=False)
         return
     with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                shown.add(piece.translate(_CONTROLS))
+                shown.add(shown_reply(piece))
         except KeyboardInterrupt:
             shown.add(" [stopped]")
     if conversation.last and conversation.last.reason == "length":

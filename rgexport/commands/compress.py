@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from rgexport.commands.options import FOLDER, cluster_option, model_options, verbose
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -67,7 +68,7 @@ def calibrate(
     target = output or Path(f"{checkpoint.name}{SUFFIX}")
     with connected(cluster) as workers:
         done = run(checkpoint, asked, target, force=force, workers=workers)
-    click.echo(closing_line(checkpoint, done))
+    print_result(closing_line(checkpoint, done))
 
 
 @click.command()
@@ -120,5 +121,5 @@ def quantize(
     target = output or Path(f"{checkpoint.name}-{asked.format}.plan.json")
     with connected(cluster) as workers:
         report = make_plan(checkpoint, asked, target, force=force, workers=workers)
-    click.echo(report.as_text(), nl=False)
-    click.echo(closing_line(checkpoint, asked, target))
+    print_result(report.as_text(), end="")
+    print_result(closing_line(checkpoint, asked, target))

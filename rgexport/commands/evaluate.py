@@ -12,6 +12,7 @@ from rgexport.commands.options import (
     threads_option,
     verbose,
 )
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -103,5 +104,5 @@ def evaluate(
     request = Request(folder=output, texts=texts, **settings)
     with connected(cluster) as workers:
         found = run(subjects, names, request, threads=threads, workers=workers)
-    click.echo(as_text(found), nl=False)
-    click.echo(f"{write_files(found, output)} has the curves, {output / JSON} all figures.")
+    print_result(as_text(found), end="")
+    print_result(f"{write_files(found, output)} has the curves, {output / JSON} all figures.")

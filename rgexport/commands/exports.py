@@ -20,6 +20,7 @@ from rgexport.commands.options import (
     width_options,
 )
 from rgexport.errors import RequestError
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -198,7 +199,7 @@ def _close(target: Path) -> int:
     if progress.verbose:
         progress.detail(as_text(describe(str(target))))
     for line in filter(None, (check_line(artifact), closing_line(artifact))):
-        click.echo(line)
+        print_result(line)
     return 1 if artifact.manifest.check.status == "unverified" else 0
 
 
@@ -267,4 +268,4 @@ def random(size: str, seed: int, output: Path, force: bool) -> None:
     from rgexport.griffin.synthetic import write_random
 
     write_random(size, output, seed=seed, force=force)
-    click.echo(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")
+    print_result(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")

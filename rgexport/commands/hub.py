@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from rgexport.commands.options import FOLDER, verbose
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -27,4 +28,4 @@ def push(artifact: Path, repo: str, public: bool, force: bool) -> None:
     verb = "chat" if opened.manifest.instruction_tuned else "generate"
     file = f"/{artifact.name}" if opened.path.is_file() else ""
     name = PREFIX + repo.removeprefix(PREFIX)
-    click.echo(f"{page} has it. Try: rgexport {verb} {name}{file}")
+    print_result(f"{page} has it. Try: rgexport {verb} {name}{file}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from rgexport.commands.options import FOLDER, help_if_alone, verbose
+from rgexport.printing import print_result
 
 
 @click.group("llama-cpp", invoke_without_command=True)
@@ -23,9 +24,9 @@ def patch(checkout: Path) -> None:
 
     changed = patch_checkout(checkout)
     for path in changed:
-        click.echo(f"{checkout / path}")
+        print_result(f"{checkout / path}")
     done = "is patched" if changed else "is patched already"
-    click.echo(f"{checkout} {done}. Build it as usual: it runs RecurrentGemma.")
+    print_result(f"{checkout} {done}. Build it as usual: it runs RecurrentGemma.")
 
 
 @llama_cpp.command()
@@ -43,4 +44,4 @@ def build(output: Path, no_install: bool, tools: bool) -> None:
     """
     from rgexport.kernels.llama_cpp.build import build as build_wheel
 
-    click.echo(build_wheel(output, tools=tools, install=not no_install))
+    print_result(build_wheel(output, tools=tools, install=not no_install))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from rgexport import progress
+from rgexport.printing import print_result
 
 SIZES = "demo|2b|2b-it|9b|9b-it"
 FOLDER = click.Path(path_type=Path)
@@ -51,7 +52,7 @@ def _no_native() -> Iterator[None]:
 def help_if_alone(context: click.Context) -> None:
     """Prints the help of a group that no command came after."""
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        print_result(context.get_help())
 
 
 def port_option(default: int) -> Callable[[_Command], _Command]:

@@ -14,6 +14,7 @@ from rgexport.commands.options import (
     native_option,
     verbose,
 )
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -32,7 +33,7 @@ def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) ->
     from rgexport.export.describe import as_json, as_text, describe
 
     description = describe(thing, size=size, verify=verify)
-    click.echo((as_json if to_json else as_text)(description), nl=False)
+    print_result((as_json if to_json else as_text)(description), end="")
     return 1 if description.get("problems") else 0
 
 
@@ -73,7 +74,7 @@ def reference(
         model, size=size, window=window, soft_cap=soft_cap, adapter=adapter
     )
     target = output or Path(f"{checkpoint.name}.reference")
-    click.echo(closing_line(capture(checkpoint, target, **request)))
+    print_result(closing_line(capture(checkpoint, target, **request)))
 
 
 @click.command()

@@ -15,6 +15,7 @@ from rgexport.commands.options import (
     verbose,
 )
 from rgexport.errors import RequestError
+from rgexport.printing import print_result
 
 
 @click.group(invoke_without_command=True)
@@ -72,7 +73,7 @@ def save(
         ids = model.text_ids(written) if messages is None else model.opening_ids(messages)
         saved = model.save_state(output, ids, messages, with_text=not no_text)
     told = f"{output} has {saved.count} tokens in {amount(output.stat().st_size)}. "
-    click.echo(told + _next_step(artifact, output, plain=plain, has_text=not no_text))
+    print_result(told + _next_step(artifact, output, plain=plain, has_text=not no_text))
 
 
 @state.command()
@@ -94,7 +95,7 @@ def load(artifact: Path, file: Path) -> None:
     step = _next_step(
         artifact, file, plain=saved.messages is None, has_text=saved.tokens is not None
     )
-    click.echo(f"{file} fits: {saved.count} tokens. {step}")
+    print_result(f"{file} fits: {saved.count} tokens. {step}")
 
 
 @state.command()
@@ -109,10 +110,10 @@ def info(file: Path, as_json: bool) -> None:
     fields = read_fields(file)
     require_intact(file)
     if as_json:
-        click.echo(json.dumps(fields, ensure_ascii=False))
+        print_result(json.dumps(fields, ensure_ascii=False))
         return
     for name, value in _lines(fields).items():
-        click.echo(f"{name:<9} {value}")
+        print_result(f"{name:<9} {value}")
 
 
 def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:

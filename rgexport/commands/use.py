@@ -18,6 +18,7 @@ from rgexport.commands.options import (
     verbose,
 )
 from rgexport.errors import RequestError
+from rgexport.printing import print_reply, print_result
 
 FORMS = "table", "md", "json", "csv"
 
@@ -69,8 +70,8 @@ def generate(
         for token in continue_ids(
             artifact, ids, chosen, max_new_tokens, threads, allow_foreign=allow_foreign
         ):
-            click.echo(f"{token} ", nl=False)
-        click.echo()
+            print_result(f"{token} ", end="")
+        print_result("")
         return
     if prompt is None and load_state is None:
         raise RequestError(
@@ -92,8 +93,8 @@ def generate(
             draft=model.draft_of(draft),
         )
         for piece in text.run(options):
-            click.echo(piece, nl=False)
-        click.echo()
+            print_reply(piece)
+        print_result("")
         progress.note(summary(text.reply))
         if save_state:
             text.save(save_state)
@@ -261,4 +262,4 @@ def bench(
 
     request = BenchRequest.parse(n_prompt, n_gen, n_depth, **options)
     rows = bench_artifact(artifact, request, threads=threads, allow_foreign=allow_foreign)
-    click.echo(WRITERS[form](rows), nl=False)
+    print_result(WRITERS[form](rows), end="")

@@ -6,6 +6,7 @@ import click
 
 from rgexport.commands.options import FOLDER, port_option, verbose
 from rgexport.errors import RequestError
+from rgexport.printing import print_result
 
 
 @click.command()
@@ -43,6 +44,6 @@ def web(
     site = make_site([open_artifact(path) for path in artifacts])
     if output:
         write_site(site, output, force=force)
-        click.echo(f"{output} is complete. Put it on any web host, under https.")
+        print_result(f"{output} is complete. Put it on any web host, under https.")
     if serve:
         serve_site(site, port, browse=browse)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rgexport.errors import printable
+
 Status = Literal["verified", "unverified", "skipped"]
 
 
@@ -38,7 +40,7 @@ class CheckRecord:
     @property
     def sentence(self) -> str:
         """All of it in one line of printable characters."""
-        return "".join(c if c.isprintable() else "?" for c in self._sentence())
+        return printable(self._sentence())
 
     def _sentence(self) -> str:
         if self.status == "skipped":

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.export.opening import open_artifact
+from rgexport.printing import print_result
 from rgexport.progress import expect_stages, note
 from rgexport.validate.checks import parse_limits
 from rgexport.validate.comparing import compare_all
@@ -109,4 +110,5 @@ def _report(results: list[Result], json_file: Path | None, html_file: Path | Non
         write_html(results, html_file)
     # Last: who reads it may leave after a few lines, as `head` does.
     one = len(results) == 1
-    print(render(results[0], html_file) if one else render_several(results, html_file), end="")
+    text = render(results[0], html_file) if one else render_several(results, html_file)
+    print_result(text, end="")

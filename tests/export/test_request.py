@@ -103,7 +103,7 @@ CHECKED = CheckRecord(
     [
         (NOT_ASKED_FOR, None),
         # A manifest may be from anybody: its texts are shown on one line.
-        (skipped("a\x1bb\nc"), "Not checked: a?b?c. Do it later: rgexport validate out"),
+        (skipped("a\x1bb\nc"), "Not checked: a\\u001bb\\nc. Do it later: rgexport validate out"),
         (
             CheckRecord(status="unverified", reason="so"),
             "Checked: unverified, since so. Look closer: rgexport validate out",

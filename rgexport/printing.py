@@ -1,0 +1,29 @@
+"""Results for people and programs, on stdout; remarks go through `progress` to stderr."""
+
+import sys
+from typing import TextIO
+
+import click
+
+from rgexport.errors import printable
+
+_LINES = "\n\t"
+_MARKS = "\u061c\u200e\u200f"
+"""Direction marks, which replies in Arabic and Hebrew have."""
+
+
+def print_result(text: str, *, end: str = "\n") -> None:
+    """Prints a result; control characters of names in it are escaped."""
+    click.echo(printable(text, kept=_LINES) + end, nl=False)
+
+
+def print_reply(piece: str, stream: TextIO | None = None) -> None:
+    """Prints a piece of what a model writes: as it is, but for control characters on a terminal."""
+    stream = stream or sys.stdout
+    stream.write(shown_reply(piece) if stream.isatty() else piece)
+    stream.flush()
+
+
+def shown_reply(piece: str) -> str:
+    """Escapes control characters in a piece of what a model writes."""
+    return printable(piece, kept=_LINES + _MARKS)

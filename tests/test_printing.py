@@ -1,0 +1,98 @@
+"""What is printed: control characters are escaped in one place, and all text passes through it."""
+
+import ast
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import rgexport
+from rgexport.errors import one_line, printable
+from rgexport.printing import print_reply, print_result
+from rgexport.progress import note
+from rgexport.tables import Table, render
+
+HARMFUL = {
+    "clear": ("a\x1b[2Jb", "a\\u001b[2Jb"),
+    "title": ("\x1b]0;x\x07", "\\u001b]0;x\\u0007"),
+    "link": ("\x1b]8;;http://a\x1b\\b", "\\u001b]8;;http://a\\u001b\\b"),
+    "one byte": ("\x9b2J", "\\u009b2J"),
+    "delete": ("a\x7f\x08", "a\\u007f\\b"),
+    "override": ("model\u202egpj.exe", "model\\u202egpj.exe"),
+    "isolate": ("\u2066a\u2069", "\\u2066a\\u2069"),
+    "tag": ("a\U000e0041", "a\\udb40\\udc41"),
+    "surrogate": ("\udc9b", "\\udc9b"),
+    "return": ("good\rbad", "good\\rbad"),
+}
+LEGIT = [
+    "漢字\u3000é",
+    "👨\u200d👩\u200d👧 ❤\ufe0f",
+    "می\u200cخواهم",
+    "a\u00a0b",
+    "שלום",
+    "🐢",
+    "\u0378",
+]
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_control_characters_are_escaped_wherever_text_is_printed(case, capsys):
+    text, shown = HARMFUL[case]
+    print_result(text)
+    assert capsys.readouterr().out == f"{shown}\n"
+    note(text)
+    assert capsys.readouterr().err == f"{shown}\n"
+    assert shown in render([Table(text, (text,), [(text,)]), text])
+    if case != "return":
+        assert one_line(text) == shown
+
+
+@pytest.mark.parametrize("text", LEGIT)
+def test_other_text_stays(text, capsys):
+    assert printable(text) == text
+    print_result(text)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_json_means_the_same_afterwards(capsys):
+    fields = {"name": "".join(text for text, _ in HARMFUL.values() if text != "\udc9b")}
+    print_result(json.dumps(fields, ensure_ascii=False))
+    assert json.loads(capsys.readouterr().out) == fields
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"), [(io.StringIO(), "\x1b[2J\u200f"), (Terminal(), "\\u001b[2J\u200f")]
+)
+def test_replies_are_escaped_on_terminals_alone(stream, shown):
+    print_reply("\x1b[2J\u200f", stream)
+    assert stream.getvalue() == shown
+
+
+def test_nothing_prints_elsewhere():
+    """Two modules run as programs; what they print is for developers."""
+    package = Path(rgexport.__file__).parent
+    printing = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and _prints(node.func)
+    }
+    programs = {"kernels/build.py", "validate/report/schema.py"}
+    log = {"kernels/llama_cpp/command.py"}
+    assert printing == {"printing.py", "progress.py", *programs, *log}
+
+
+def _prints(function: ast.expr) -> bool:
+    return ast.unparse(function) in (
+        "print",
+        "click.echo",
+        "click.secho",
+        "stream.write",
+        "sys.stdout.write",
+    )
