@@ -158,6 +158,15 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "calibrate nothing": ("calibrate", "a model is needed"),
     "calibration target": ("calibrate -m model -o text.gguf --force", "something else than what"),
     "no tokens": ("calibrate -m model --tokens 0", "--tokens is 0; expected at least 1"),
+    "endless tokens": (
+        f"calibrate -m model --tokens {2**62}",
+        "--tokens is 4611686018427387904; expected at most 268435456",
+    ),
+    "endless held out": (f"calibrate -m model --held-out {2**62}", "--held-out is .* at most"),
+    "endless seed": (
+        f"calibrate -m model --seed {2**64}",
+        "--seed is .* at most 9223372036854775807",
+    ),
     "no mixture": (
         "calibrate -m model --tokens 8 --sampled 9",
         "--sampled 9 is more than --tokens 8",
@@ -205,6 +214,11 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "two prompts": ("generate sound -p a --ids 1", "one of --prompt and --ids; both"),
     "words as ids": ("generate sound --ids a,b", "expected token ids"),
     "no ids": ("generate sound --ids ,", "expected token ids"),
+    "ids beyond 64 bits": (
+        f"generate sound --ids 2,{2**63}",
+        "token id 9223372036854775808 is outside of the vocabulary of 64",
+    ),
+    "endless ids": (f"generate sound --ids {'9' * 5000}", "--ids has a number of 5000 digits"),
     "ids outside": ("generate sound --ids 2,64", "64"),
     "temperature": ("generate sound --ids 2 --temperature -1", "temperature is -1"),
     "no new tokens": ("generate sound --ids 2 -n 0", "-n"),

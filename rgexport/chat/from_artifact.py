@@ -17,6 +17,9 @@ from rgexport.progress import amount, detail, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo
 
+_DIGITS = 20
+"""The most digits of a token id that an error shows."""
+
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
     """Opens an artifact; for `options` see `model.open_model`.
@@ -56,8 +59,14 @@ def continue_ids(
     words = ids.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdigit() for word in words):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
-    prompt = np.array([[int(word) for word in words]], np.int64)
-    session = open_session(_open(path, allow_foreign), threads=threads)
+    if longest := max((len(word) for word in words if len(word) > _DIGITS), default=0):
+        raise RequestError(f"--ids has a number of {longest} digits; expected token ids")
+    artifact, numbers = _open(path, allow_foreign), [int(word) for word in words]
+    size = artifact.manifest.config.vocab_size
+    if max(numbers) >= size:  # before NumPy sees a number that has more than 64 bits
+        raise RequestError(f"token id {max(numbers)} is outside of the vocabulary of {size}")
+    prompt = np.array([numbers], np.int64)
+    session = open_session(artifact, threads=threads)
     _tell(session.info)
     sampler = Sampler(sampling, prompt[0].tolist())
     token = sampler(session.prefill(prompt)[0, -1])

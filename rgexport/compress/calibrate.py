@@ -47,6 +47,9 @@ _SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 
 """Width up to which more tokens take seconds; whether it is small → how many there are, and the
 part of them that is added as held-out text."""
 
+_MOST_TOKENS = 1 << 28
+"""Years of work; their ids alone take 2 GB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
@@ -78,15 +81,17 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         """Refuses contradictions."""
-        for name, value, least in (
-            ("--tokens", self.tokens, 1),
-            ("--gradient-tokens", self.gradient_tokens, 1),
-            ("--seed", self.seed, 0),
-            ("--sampled", self.sampled, 0),
-            ("--held-out", self.held_out, 0),
+        for name, value, least, most in (
+            ("--tokens", self.tokens, 1, _MOST_TOKENS),
+            ("--gradient-tokens", self.gradient_tokens, 1, _MOST_TOKENS),
+            ("--seed", self.seed, 0, 2**63 - 1),
+            ("--sampled", self.sampled, 0, _MOST_TOKENS),
+            ("--held-out", self.held_out, 0, _MOST_TOKENS),
         ):
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}; expected at least {least}")
+            if value is not None and value > most:
+                raise RequestError(f"{name} is {value}; expected at most {most}")
         if self.tokens is None or self.sampled is None:
             return
         if self.sampled > self.tokens:

@@ -13,7 +13,6 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import require_regular
-from rgexport.quantize.ggml_mix import EMBEDDING
 from rgexport.quantize.gguf_header import (
     Cursor,
     GgufHeader,
@@ -57,8 +56,6 @@ class Imatrix:
         found = self.entries.get(name)
         if found is None or len(found) == columns:
             return found
-        if name == EMBEDDING:  # llama-imatrix may have recorded the token ids as its inputs
-            return None
         raise RequestError(
             f"{self.path} has {len(found)} importances for {name}, which has {columns} columns: "
             "it was made for another model"

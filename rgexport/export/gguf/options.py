@@ -169,15 +169,18 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Name → importances of the tensors that are quantized.
+    """Name → importances of the tensors that are quantized; the sizes of all are checked.
 
     Raises:
         RequestError: the importance matrix was made for another model.
     """
-    quantized = [tensor for tensor in tensors if TYPES[types[tensor.name]].is_quantized]
     imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
-    found = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in quantized}
-    return {name: columns for name, columns in found.items() if columns is not None}
+    importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in tensors}
+    return {
+        name: columns
+        for name, columns in importances.items()
+        if columns is not None and TYPES[types[name]].is_quantized
+    }
 
 
 def _planned(tensor: FileTensor, plan: Plan) -> Ggml:

@@ -35,6 +35,8 @@ from rgexport.validate.weights.sketch import sketch_shape
 
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""
+_STREAMED = "full.logits", "kept.logits", "states.", "checkpoints."
+"""Beginnings of the names of large arrays of finite numbers."""
 _ANY = -1
 """A length that does not follow from the header."""
 
@@ -166,6 +168,7 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
     """Refuses values that would lead out of an array later, or are not finite."""
     vocab, ids = reference.header.config.vocab_size, reference.arrays["kept.ids"]
     full = np.isin(np.arange(len(counts)), reference.full_positions)
+    squares = reference.arrays["squares"].whole()
     greedy = [reference.greedy(index) for index in range(len(reference.header.prompts))]
     rules = {
         "full.positions": _is_inside(reference.full_positions.tolist(), 0, len(counts)),
@@ -175,7 +178,7 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
         "kept.ids": _are_ids(ids.whole(), vocab),
         "greedy": all(_are_ids(found, vocab) for found in greedy),
         "sums": _finite(reference.sums),
-        "squares": _finite(reference.arrays["squares"].whole()),
+        "squares": _finite(squares) and bool((squares >= 0).all()),
         "weights": all(
             _finite(reference.sketch(name)) for name in model_tensors(reference.header.config)
         ),
@@ -186,10 +189,21 @@ def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
     for name, holds in rules.items():
         if not holds:
             raise _damaged(reference.path, f"{name} has impossible values")
+    if not _are_distinct(ids.whole(), counts, vocab):
+        raise _damaged(reference.path, "kept.ids has an id twice at a position")
+    for name, array in reference.arrays.items():
+        if name.startswith(_STREAMED) and not all(_finite(rows) for _, rows in array.slabs()):
+            raise _damaged(reference.path, f"{name} has impossible values")
 
 
 def _are_ids(values: np.ndarray, vocab: int) -> bool:
     return bool(((values >= 0) & (values < vocab)).all())
+
+
+def _are_distinct(ids: np.ndarray, counts: np.ndarray, vocab: int) -> bool:
+    """Whether no position keeps an id twice; `ids` are those of all positions."""
+    places = np.repeat(np.arange(len(counts)), counts) * vocab + ids
+    return len(np.unique(places)) == len(ids)
 
 
 def _finite(values: np.ndarray) -> bool:

@@ -127,11 +127,18 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
     assert "\n" not in str(raised.value)
 
 
+def nan(values: np.ndarray) -> np.ndarray:
+    return np.full_like(values, np.nan)
+
+
 @pytest.mark.parametrize(
     ("array", "values"),
     [
         ("tokens", np.full(23, 64)),
-        ("kept.ids", None),
+        ("kept.ids", lambda ids: ids + 60),
+        ("kept.ids", lambda ids: ids * 0 - 1),
+        ("kept.ids", lambda ids: ids * 0 + np.iinfo(np.int32).max),
+        ("kept.ids", lambda ids: ids * 0),
         ("full.positions", np.array([22, 2])),
         ("full.positions", np.array([2, 23])),
         ("kept.counts", np.full(23, 1)),
@@ -144,7 +151,13 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
         ("activations", np.zeros((3, 2, 31), np.float32)),
         ("activations", np.zeros((2, 2, 32), np.float32)),
         ("activations", np.full((3, 2, 32), np.inf, np.float32)),
-        ("squares", np.full(29, np.nan)),
+        ("squares", nan),
+        ("squares", lambda squares: -squares),
+        ("states.1.layers.0.rg_lru", np.full(32, np.nan, np.float32)),
+        ("states.1.layers.1.key", np.full((8, 16), np.inf, np.float32)),
+        ("checkpoints.1.layers.0.rg_lru", np.full((2, 32), np.nan, np.float32)),
+        ("full.logits", np.full((2, 64), np.nan, np.float32)),
+        ("kept.logits", nan),
         ("squares", np.zeros(3)),
         ("weights.final_norm.weight", None),
         ("weights.final_norm.weight", np.full((32, 1), np.nan, np.float32)),
@@ -158,11 +171,14 @@ def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], li
     ],
 )
 def test_impossible_values(
-    tmp_path: Path, content: Content, array: str, values: np.ndarray | None
+    tmp_path: Path,
+    content: Content,
+    array: str,
+    values: np.ndarray | Callable[[np.ndarray], np.ndarray] | None,
 ) -> None:
     header, arrays = content
-    if array == "kept.ids":
-        values = arrays[array] + 60
+    if callable(values):
+        values = values(arrays[array])
     if values is None:
         del arrays[array]
     else:
