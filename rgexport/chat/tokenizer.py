@@ -8,7 +8,6 @@ produce its id.
 import codecs
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rgexport.files.regular_file import read_regular
 from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
 from rgexport.griffin.markup import END_OF_TURN
 from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
 
 CUT = "\ud800"
 """Marks the place of a cut: a lone surrogate, which no encodable text contains."""
@@ -218,15 +218,14 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> Tokenizer:
-    import tokenizers
-
-    layout = json.loads(read_regular(path, MAX_BYTES))
+    file = read_tokenizer_json(path)
+    layout = file.fields
     if not layout["model"].get("byte_fallback"):
         raise RequestError(
             f"{path} is a {layout['model'].get('type')} tokenizer without byte fallback; "
             "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
         )
-    engine = tokenizers.Tokenizer.from_file(str(path))
+    engine = file.engine()
     engine.no_truncation()
     engine.no_padding()
     tokens = json_tokens(layout, engine.get_vocab(with_added_tokens=True), path.parent)
@@ -240,7 +239,8 @@ def _read_json(path: Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         # Runs of spaces are added tokens, which are matched before spaces become "▁". So spaces
         # are replaced first; then they match as in SentencePiece.
-        ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
+        with panics_raised(path):
+            ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
     size = engine.get_vocab_size()

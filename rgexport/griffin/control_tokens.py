@@ -11,6 +11,7 @@ from rgexport.files.regular_file import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.sentencepiece_file import MAX_BYTES
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
+from rgexport.griffin.tokenizer_json import read_tokenizer_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -123,8 +124,7 @@ def read_control_tokens(folder: Path) -> ControlTokens:
     Raises:
         RequestError: the tokenizer cannot be read.
     """
-    import sentencepiece  # both are slow to load
-    import tokenizers
+    import sentencepiece  # slow to load
 
     try:
         model = folder / "tokenizer.model"
@@ -132,9 +132,9 @@ def read_control_tokens(folder: Path) -> ControlTokens:
             engine = sentencepiece.SentencePieceProcessor()
             engine.LoadFromSerializedProto(read_regular(model, MAX_BYTES))
             return sentencepiece_tokens(engine)
-        content = read_regular(folder / "tokenizer.json", MAX_BYTES)
-        pieces = tokenizers.Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
-        return json_tokens(json.loads(content), pieces, folder)
+        file = read_tokenizer_json(folder / "tokenizer.json")
+        pieces = file.engine().get_vocab(with_added_tokens=True)
+        return json_tokens(file.fields, pieces, folder)
     except Exception as error:  # of JSON and of both engines
         raise RequestError(f"the tokenizer cannot be read ({error})") from None
 

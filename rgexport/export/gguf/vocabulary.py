@@ -6,7 +6,6 @@ other markup become CONTROL, while HTML tags and runs of line breaks and tabs, w
 user-defined.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
 from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
 from rgexport.griffin.markup import is_markup
 from rgexport.griffin.sentencepiece_file import (
     BYTE,
     CONTROL,
-    MAX_BYTES,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -31,6 +28,7 @@ from rgexport.griffin.sentencepiece_file import (
     normalization,
     read_pieces,
 )
+from rgexport.griffin.tokenizer_json import read_tokenizer_json
 from rgexport.progress import warn
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -150,18 +148,15 @@ def _read_sentencepiece(path: Path) -> _Found:
 
 def _read_json(path: Path) -> _Found:
     """Reads Hugging Face's conversion, whose merges are sorted by the scores of their results."""
-    import tokenizers
-
-    content = read_regular(path, MAX_BYTES)
-    engine = tokenizers.Tokenizer.from_buffer(content)
-    layout = json.loads(content)
+    file = read_tokenizer_json(path)
+    layout = file.fields
     model = layout["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise RequestError(
             f"{path} is a {model.get('type')} tokenizer without byte fallback; "
             "expected a conversion of Gemma's SentencePiece model; put tokenizer.model beside it"
         )
-    known = engine.get_vocab(with_added_tokens=True)
+    known = file.engine().get_vocab(with_added_tokens=True)
     if sorted(known.values()) != list(range(len(known))):
         raise RequestError(
             f"{path} has gaps between its token ids, or one id twice; put tokenizer.model beside it"
