@@ -98,6 +98,7 @@ class Model(Prompts):
         self.identity = identity
         self.info, self._shapes = session.info, session.state_shapes
         self.vocab_size = session.vocab_size
+        self.require_unchanged = session.require_unchanged
         self.state_precision = state_precision
         self._artifact = _numeric_identity(artifact, session.info, state_precision)
         folder = None
@@ -157,7 +158,7 @@ class Model(Prompts):
 
     def draft_of(self, text: str) -> list[int]:
         """The tokens of a text that replies may repeat; none if this engine checks no drafts."""
-        return self.tokenizer.encode_text(text) if self._drafts else []
+        return self.encode(text) if self._drafts else []
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
         """The continuation of a text, piece by piece; for `options` see `stream`."""

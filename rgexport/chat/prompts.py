@@ -1,8 +1,9 @@
 """Prompts: the tokens of texts and conversations, and where their states are worth keeping."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,12 @@ from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 
+_LONG_TEXT, _LONG_CONVERSATION = 1 << 14, 1 << 18
+"""Characters of a message, and of all, from which a conversation is prepared elsewhere."""
+_SLICE, _SHARE = 1 << 14, 7 / 8
+"""Characters that are counted at once; the least share of their tokens that the whole text has."""
+_CHARACTERS = 4
+"""Characters of a token, about."""
 _TURN_TOKENS = 16
 """More than a template writes around a message."""
 _LAST_TURNS = 4
@@ -33,7 +40,16 @@ class Prompt:
 
 
 class Prompts:
-    """Makes the prompts of one model."""
+    """Makes the prompts of one model.
+
+    Attributes:
+        most_tokens: tokens of the longest prompt that is accepted; None for any.
+        elsewhere: calls a function with the prompts of the same model in another process, and the
+            arguments after it; long texts are encoded there. None if there is no such process.
+    """
+
+    most_tokens: int | None = None
+    elsewhere: Callable[..., Any] | None = None
 
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate, known: Callable[[list[int], str], int]
@@ -58,6 +74,12 @@ class Prompts:
         Raises:
             RequestError: the template refuses the messages.
         """
+        if self.elsewhere and _is_long(messages, tools):
+            prompt: Prompt = self.elsewhere(Prompts.conversation_prompt, messages, tools)
+            known = self._known(prompt.ids, namespace) if prompt.keep else 0
+            return replace(prompt, keep=tuple(length for length in prompt.keep if length > known))
+        if self.most_tokens is not None:
+            self._require_few_tokens([message["content"] for message in messages])
         if tools:
             render = self.template.render_ids
             return Prompt(render(self.tokenizer, messages, True, tools))
@@ -72,10 +94,22 @@ class Prompts:
             RequestError: there are none.
         """
         bos = self.tokenizer.bos_id
-        ids = [*([] if bos is None else [bos]), *self.tokenizer.encode_text(text)]
+        ids = [*([] if bos is None else [bos]), *self.encode(text)]
         if not ids:
             raise RequestError("the prompt is empty and the tokenizer has no bos; give a prompt")
         return ids
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text alone.
+
+        Raises:
+            RequestError: there are more than `most_tokens`, by far.
+        """
+        if self.elsewhere and len(text) > _LONG_TEXT:
+            ids: list[int] = self.elsewhere(Prompts.encode, text)
+            return ids
+        self._require_few_tokens([text])
+        return self.tokenizer.encode_text(text)
 
     def opening_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation up to where the text of its last message can go on.
@@ -96,7 +130,27 @@ class Prompts:
         Raises:
             RequestError: the template refuses the messages.
         """
+        if self.elsewhere and _is_long(messages):
+            ids: list[int] = self.elsewhere(Prompts.conversation_ids, messages)
+            return ids
         return self._render(messages, reply=False)
+
+    def _require_few_tokens(self, texts: Sequence[str]) -> None:
+        """Refuses texts that are far too long without encoding them to their end.
+
+        Raises:
+            RequestError: they have more than `most_tokens`.
+        """
+        most, count = self.most_tokens, 0
+        if most is None or sum(map(len, texts)) <= _CHARACTERS * most:
+            return
+        for text in texts:
+            for start in range(0, len(text), _SLICE):
+                count += len(self.tokenizer.encode_text(text[start : start + _SLICE]))
+                if _SHARE * count > most:
+                    raise RequestError(
+                        f"the text has more than {most} tokens; this server takes up to {most}"
+                    )
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
         """The tokens of a conversation.
@@ -138,6 +192,13 @@ class Prompts:
         with contextlib.suppress(RequestError):
             return common_prefix(ids, self._render(messages, reply=False))
         return 0
+
+
+def _is_long(messages: Sequence[Message], tools: Sequence[Any] | None = None) -> bool:
+    sizes = [len(message["content"]) for message in messages]
+    if tools:
+        sizes.append(len(json.dumps(tools)))
+    return max(sizes, default=0) > _LONG_TEXT or sum(sizes) > _LONG_CONVERSATION
 
 
 def _require_messages(messages: Sequence[Message]) -> None:

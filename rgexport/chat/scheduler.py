@@ -40,6 +40,8 @@ from rgexport.runtimes.session import Session
 
 _REST = 1.5
 """A chunk may be so many times as long, rather than to leave a short one."""
+_MOST_FAILURES = 3
+"""Passes in a row that may fail before the engine counts as broken."""
 _LOGITS_BYTES = 32 << 20
 """Most bytes of logits, where those of all tokens of a chunk are wanted."""
 _FOLDER_SECONDS = 0.02
@@ -102,6 +104,7 @@ class Scheduler:
         self._masks = MaskThreads(session.vocab_size, self._admission.wake)
         self._mask_deadline = 0.0
         self._closing, self._closed = threading.Lock(), False
+        self._passed, self._longest_pass, self._failures = time.monotonic(), 0.0, 0
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -120,6 +123,25 @@ class Scheduler:
         """Requests that wait for a row."""
         return self._admission.waiting
 
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._rows) or self._admission.has_queues
+
+    def problem(self, patience: float) -> str | None:
+        """Returns why replies do not go on; None if they do. It waits for nothing.
+
+        Args:
+            patience: longest seconds of a pass, unless an earlier one took a quarter of them.
+        """
+        silence = time.monotonic() - self._passed
+        if not self._thread.is_alive():
+            return "its scheduler has ended"
+        if self._failures >= _MOST_FAILURES:
+            return "its engine fails at every request"
+        if self._has_work and silence > max(patience, 4 * self._longest_pass):
+            return f"it has made no progress for {silence:.0f} s"
+        return None
+
     def submit(self, request: Request) -> Job:
         """Lets a request wait for its turn.
 
@@ -135,6 +157,8 @@ class Scheduler:
         job = Job(request)
         for cancelled in self._admission.take_cancelled(paused=False):
             self._end(cancelled, "cancelled")
+        if not self._has_work:
+            self._passed = time.monotonic()
         if displaced := self._admission.add(job):
             self._end(displaced, "error", self._admission.busy())
         return job
@@ -159,8 +183,13 @@ class Scheduler:
                 self._read()
                 self._resume()
                 self._write()
+                self._failures = 0
             except Exception as error:
+                self._failures += 1
                 self._fail(error)
+            now = time.monotonic()
+            self._longest_pass = max(self._longest_pass, now - self._passed)
+            self._passed = now
         for job in [*self._rows, *iter(lambda: self._admission.take({}), None)]:
             self._end(job, "cancelled")
 

@@ -93,7 +93,36 @@ _KEY = "RGEXPORT_API_KEY"
 @state_precision
 @click.option("--api-key", help=f"What clients must present; or the variable {_KEY}.")
 @click.option("--api-key-file", type=FOLDER, help="The same, in a file.")
-@click.option("--cors-origin", multiple=True, help="A web page's origin that may use it.")
+@click.option(
+    "--cors-origin", multiple=True, help="A web page's origin that may use it; * for all."
+)
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="Another name that requests may give the server; * for all.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Connections at once.",
+)
+@click.option(
+    "--max-connections-per-address",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="The same, from one address; 0 behind a proxy, where all have one address.",
+)
+@click.option(
+    "--stall-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds without progress after which /health says 503.",
+)
 @click.option(
     "--grace",
     type=click.IntRange(0),
@@ -129,14 +158,17 @@ def serve(
     api_key: str | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
+    allowed_host: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Serves artifacts over HTTP, as OpenAI's interface does."""
     try:
         from rgexport.serve.app import Settings
+        from rgexport.serve.connections import Connections
         from rgexport.serve.exchange import Limits
-        from rgexport.serve.run import open_models
+        from rgexport.serve.run import Listening, open_models, openers
         from rgexport.serve.run import serve as run
+        from rgexport.serve.text_process import TextProcess
     except ModuleNotFoundError as error:
         raise RequestError(f"serve needs {error.name}: pip install 'rgexport[serve]'") from None
     from rgexport.export.request import bytes_of
@@ -158,6 +190,7 @@ def serve(
     settings = Settings(
         api_key=key,
         cors_origins=cors_origin,
+        allowed_hosts=_host_names(allowed_host),
         limits=limits,
         saved=saved,
         most_saved=options["max_saved_states"],
@@ -178,7 +211,24 @@ def serve(
         folder_bytes=int(bytes_of("--state-folder-size", state_folder_size)),
         state_precision=options["state_precision"],
     )
-    run(models, settings, host=host, port=port, grace_seconds=options["grace"])
+    text_process = TextProcess(openers(models, list(artifacts), limits.prompt_tokens))
+    connections = Connections(options["max_connections"], options["max_connections_per_address"])
+    listening = Listening(host, port, options["grace"], connections, options["stall_seconds"])
+    run(models, settings, text_process, listening)
+
+
+def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names in lower case.
+
+    Raises:
+        RequestError: one has a port, or is no name.
+    """
+    from rgexport.serve.host_names import ANY, host_name
+
+    for name in names:
+        if name != ANY and host_name(name) != name.lower():
+            raise RequestError(f"--allowed-host is {name!r}; expected a name such as chat.example")
+    return tuple(name.lower() for name in names)
 
 
 def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:

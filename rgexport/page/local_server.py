@@ -10,6 +10,7 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.page.site import Site, read
 from rgexport.progress import note
+from rgexport.serve.host_names import is_allowed
 
 HOST = "127.0.0.1"
 """Browsers run the page from this machine, and from others only over https."""
@@ -85,6 +86,11 @@ class SiteHandler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:
+        # A page of another site whose name was led here (DNS rebinding) must not read this one.
+        host = self.headers.get("Host")
+        if host is not None and not is_allowed(host, ("localhost",)):
+            self.send_error(403, "This server has another name")
+            return
         address = self.path.split("?")[0].removeprefix("/") or "index.html"
         content = self.site.get(address)
         if content is None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.sequences import checked_tokens, require_fitting
+from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Session(ABC):
     are float32.
     """
 
+    _opened_files: Sequence[UnchangedFiles] = ()
+    """The files that `require_unchanged` compares."""
     _tried: tuple[range, np.ndarray] | None = None
     """The rows and tokens that `accept` is about."""
 
@@ -193,6 +196,15 @@ class Session(ABC):
     @property
     def _all(self) -> range:
         return range(len(self.position))
+
+    def require_unchanged(self) -> None:
+        """Checks that the artifact's files are those that were opened. Any thread may call it.
+
+        Raises:
+            RequestError: one was written to, cut, replaced or removed.
+        """
+        for files in self._opened_files:
+            files.require()
 
     @abstractmethod
     def close(self) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport import __version__
@@ -17,23 +16,19 @@ from rgexport.chat.model import Model
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply
 from rgexport.errors import RequestError
-from rgexport.serve import errors
+from rgexport.serve import errors, texts
 from rgexport.serve.answers import Answer
+from rgexport.serve.bodies import JsonRoute
 from rgexport.serve.clients import Client, client_of
 from rgexport.serve.compiling import Compiler
-from rgexport.serve.exchange import (
-    EventStream,
-    Exchange,
-    Gone,
-    Limits,
-    Work,
-    until_gone,
-    while_there,
-)
+from rgexport.serve.exchange import EventStream, Exchange, Limits, Work, until_gone
 from rgexport.serve.grammar import Grammars
+from rgexport.serve.health import Health
 from rgexport.serve.metrics import Metrics
-from rgexport.serve.middleware import Guard
+from rgexport.serve.middleware import Guard, Record
 from rgexport.serve.named_states import NamedStates
+from rgexport.serve.offload import Offload, kind_of
+from rgexport.serve.origins import Origins
 from rgexport.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -44,11 +39,11 @@ from rgexport.serve.requests import (
     TokenizeRequest,
 )
 from rgexport.serve.slots import ClientSlots, slot_after, slot_from
+from rgexport.serve.text_process import TextProcess, with_prompts
 from rgexport.serve.works import chat_works, completion_works, messages_of
 
 AFFINITY = "X-Conversation"
 """Header whose value is the same for all turns of a conversation, for a load balancer."""
-_CLIENT_CLOSED = 499
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -58,7 +53,8 @@ class Settings:
 
     Attributes:
         api_key: what clients must present; None lets all in.
-        cors_origins: web pages that may use it.
+        cors_origins: origins of web pages that may use it; `*` for all.
+        allowed_hosts: names that requests may give the server, beside addresses; `*` for all.
         limits: what a request may cost.
         body_bytes: largest request.
         saved: the folder of states that clients name; None for none.
@@ -72,6 +68,7 @@ class Settings:
 
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ("localhost",)
     limits: Limits = field(default_factory=Limits)
     body_bytes: int = 8 << 20
     saved: Path | None = None
@@ -93,6 +90,8 @@ class Server:
             settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
         )
         self.compiler = Compiler()
+        for model in self.models.values():
+            model.most_tokens = settings.limits.prompt_tokens
         self._grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in self.models.items()
         }
@@ -132,9 +131,25 @@ class Server:
         return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
 
 
-def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
-    """The app that serves these models."""
+def create_app(
+    models: Mapping[str, Model],
+    settings: Settings,
+    *,
+    text_process: TextProcess | None = None,
+    health: Health | None = None,
+) -> FastAPI:
+    """Returns the app that serves these models.
+
+    Args:
+        models: the models by name.
+        settings: how it is set up.
+        text_process: a process for long texts; they are read in threads if there is none.
+        health: the check of the models; a new one if there is none.
+    """
     server = Server(models, settings)
+    if text_process:
+        for name, model in models.items():
+            model.elsewhere = partial(text_process.call, with_prompts, name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -149,11 +164,21 @@ def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
         responses=errors.RESPONSES,
         lifespan=lifespan,
     )
+    app.router.route_class = JsonRoute
+    app.state.offload = Offload(text_process)
     errors.install(app)
     _generation_routes(app, server)
     _text_routes(app, server)
     _state_routes(app, server)
-    _status_routes(app, server)
+    _status_routes(app, server, health or Health(models))
+    _add_middlewares(app, server)
+    return app
+
+
+def _add_middlewares(app: FastAPI, server: Server) -> None:
+    """Adds them from the inside out: CORS headers must be on what `Guard` refuses, too."""
+    settings = server.settings
+    app.add_middleware(Guard, api_key=settings.api_key, body_bytes=settings.body_bytes)
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -164,85 +189,76 @@ def create_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=[AFFINITY],
         )
-    app.add_middleware(
-        Guard,
-        api_key=settings.api_key,
-        body_bytes=settings.body_bytes,
-        metrics=server.metrics,
-        log=settings.log,
-    )
+    app.add_middleware(Origins, hosts=settings.allowed_hosts, pages=settings.cors_origins)
+    app.add_middleware(Record, metrics=server.metrics, log=settings.log)
     if settings.trusted_proxies:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
-    return app
 
 
 def _generation_routes(app: FastAPI, server: Server) -> None:
-    limits = server.settings.limits
+    limits, offload = server.settings.limits, app.state.offload
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         name, model = server.model(body.model)
-        asked = model, body, server.client(request), limits
         answer = Answer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
-        return await _respond(request, body, answer, partial(chat_works, *asked))
+        return await _respond(request, body, answer, chat_works)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(request: Request, body: CompletionRequest) -> Response:
         name, model = server.model(body.model)
-        asked = model, body, server.client(request), limits
         logprobs = body.logprobs is not None
         answer = Answer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
-        return await _respond(request, body, answer, partial(completion_works, *asked))
+        return await _respond(request, body, answer, completion_works)
 
     async def _respond(
-        request: Request, body: Generation, answer: Answer, make_works: Callable[[], list[Work]]
+        request: Request, body: Generation, answer: Answer, make_works: Callable[..., list[Work]]
     ) -> Response:
-        owner, model = server.client(request).owner, server.models[answer.model]
+        client, model = server.client(request), server.models[answer.model]
+        kind = kind_of(len(await request.body()))
+        works = await offload.run(kind, request, make_works, model, body, client, limits)
+        works = await server.with_grammar(answer.model, works, request)
 
         def finished(reply: Reply) -> None:
             slot = slot_after(works[0].prompt, reply)
-            server.slots.put(owner, answer.model, body.id_slot, slot)
+            server.slots.put(client.owner, answer.model, body.id_slot, slot)
 
-        try:
-            works = await while_there(request, make_works)
-            works = await server.with_grammar(answer.model, works, request)
-            exchange = Exchange(request, model, answer, works, limits, finished)
-            headers = {AFFINITY: _affinity(works[0].prompt)}
-            if body.stream:
-                with_usage = bool(body.stream_options and body.stream_options.include_usage)
-                return EventStream(exchange, headers, with_usage=with_usage)
-            return JSONResponse(await exchange.whole(), headers=headers)
-        except Gone:
-            return Response(status_code=_CLIENT_CLOSED)
+        exchange = Exchange(request, model, answer, works, limits, finished)
+        headers = {AFFINITY: _affinity(works[0].prompt)}
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(exchange, headers, with_usage=with_usage)
+        return JSONResponse(await exchange.whole(), headers=headers)
 
 
 def _text_routes(app: FastAPI, server: Server) -> None:
+    async def answer(
+        request: Request, name: str, size: int, function: Callable[..., bytes], *args: Any
+    ) -> Response:
+        name, model = server.model(name)
+        content = await app.state.offload.with_prompts(request, name, model, size, function, *args)
+        return Response(content, media_type="application/json")
+
     @app.post("/tokenize", response_model=None)
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        _, model = server.model(body.model)
-        encode = model.text_ids if body.add_special else model.tokenizer.encode_text
-        return {"tokens": encode(body.content)}
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        size = len(body.content)
+        return await answer(request, body.model, size, texts.tokens, body.content, body.add_special)
 
     @app.post("/detokenize", response_model=None)
-    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        _, model = server.model(body.model)
-        return {"content": model.tokenizer.decode(body.tokens)}
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+        return await answer(request, body.model, len(body.tokens), texts.text, body.tokens)
 
     @app.post("/apply-template", response_model=None)
-    def apply_template(body: TemplateRequest) -> dict[str, Any]:
-        _, model = server.model(body.model)
-        ids = model.conversation_prompt(messages_of(body.messages)).ids
-        special = {token: text for text, token in model.tokenizer.special.items()}
-        pieces = [special.get(i) or model.tokenizer.surface(i) for i in ids]
-        data = b"".join(p.encode() if isinstance(p, str) else p for p in pieces)
-        return {"prompt": data.decode("utf-8", "replace"), "tokens": ids}
+    async def apply_template(request: Request, body: TemplateRequest) -> Response:
+        size, messages = len(await request.body()), messages_of(body.messages)
+        return await answer(request, body.model, size, texts.template, messages)
 
 
 def _state_routes(app: FastAPI, server: Server) -> None:
     @app.get("/slots", response_model=None)
-    def slots(request: Request) -> list[dict[str, Any]]:
+    async def slots(request: Request) -> list[dict[str, Any]]:
         return [
             {"id": number, "model": name, "n_prompt_tokens": slot.count}
             for name, number, slot in server.slots.of(server.client(request).owner)
@@ -275,24 +291,29 @@ def _state_routes(app: FastAPI, server: Server) -> None:
         await server.saved.require_room(client, name)
         if (seen := server.slots.get(*key)) is None:
             raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
-        ids = await run_in_threadpool(seen.ids, model)
+        ids = await app.state.offload.run("long", request, seen.ids, model)
         state = await model.astate(ids[:-1] or ids, client=client.name, namespace=client.namespace)
         saved = model.saved_state(ids, state, seen.messages)
         written = await server.saved.save(client, name, model, saved)
         return answer | {"n_saved": saved.position, "n_written": written}
 
 
-def _status_routes(app: FastAPI, server: Server) -> None:
+def _status_routes(app: FastAPI, server: Server, health: Health) -> None:
     @app.get("/health", response_model=None)
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def healthy() -> JSONResponse:
+        problems = health.problems()
+        if not problems:
+            return JSONResponse({"status": "ok"})
+        reason = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        error = errors.error_object(reason, errors.SERVER)
+        return JSONResponse({"status": "error", "reason": reason} | error, 503)
 
     @app.get("/v1/models", response_model=None)
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(name) for name in server.models]}
 
     @app.get("/v1/models/{name}", response_model=None)
-    def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, Any]:
         if name not in server.models:
             raise errors.NotFound(f"there is no model {name!r} here", "model")
         return _model_card(name)

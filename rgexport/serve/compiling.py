@@ -9,7 +9,7 @@ from typing import Any
 from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
 from rgexport.errors import RequestError
-from rgexport.serve.exchange import Gone
+from rgexport.serve.errors import Gone
 from rgexport.serve.grammar import CompiledGrammar, Grammars, GrammarSource
 
 ClientLeft = Callable[[], Coroutine[Any, Any, None]]

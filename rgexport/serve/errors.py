@@ -1,8 +1,9 @@
 """OpenAI's error objects, for whatever goes wrong."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from rgexport.errors import RequestError, one_line
 from rgexport.progress import warn
 
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
+_CLIENT_CLOSED = 499
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
 
 
@@ -38,12 +40,28 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """Answers that every route may give."""
 
 
+class Gone(Exception):  # noqa: N818
+    """The client has left."""
+
+
 class NotFound(RequestError):
     """The field `param` names what there is not."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class InvalidBody(RequestError):
+    """An error in the field `param` of a request's body; None for the whole body."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type["InvalidBody"], tuple[str, str | None]]:
+        """Keeps the field when the error comes from another process."""
+        return InvalidBody, (str(self), self.param)
 
 
 class TooLong(RequestError):
@@ -59,6 +77,13 @@ def error_object(message: str, kind: str, param: str | None = None) -> dict[str,
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
 
 
+def error_response(
+    status: int, message: str, kind: str = INVALID, param: str | None = None
+) -> JSONResponse:
+    """Returns the answer with an error object."""
+    return JSONResponse(error_object(message, kind, param), status)
+
+
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the body for an error of ours."""
     if isinstance(error, Busy):
@@ -72,13 +97,24 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)
+    if isinstance(error, InvalidBody):
+        return 400, error_object(str(error), INVALID, error.param)
     if isinstance(error, RequestError):
         return 400, error_object(str(error), INVALID)
     return 500, error_object("the server failed; its log says why", SERVER)
 
 
+def invalid_body(errors: Sequence[Any]) -> InvalidBody:
+    """Returns the error for what pydantic found, which may be a problem of each type of a union."""
+    error = max(errors, key=lambda problem: len(problem["loc"]))  # of a union: the nearest
+    param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
+    if not param:
+        return InvalidBody("the body is not a JSON object")
+    return InvalidBody(f"{param}: {error['msg']}", one_line(param))
+
+
 def _is_type(part: str | int) -> bool:
-    """Whether a part of a place is the name of a type of a union, which no client knows."""
+    """Returns whether a part of a place names a type of a union, which no client knows."""
     return part in ("str", "int") or "[" in str(part)
 
 
@@ -87,21 +123,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union: the nearest
-        if found["type"] == "json_invalid":
-            return JSONResponse(error_object("the body is not JSON", INVALID), 400)
-        place = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
-        if not place:
-            message = "the body is not a JSON object; is Content-Type application/json?"
-            return JSONResponse(error_object(message, INVALID), 400)
-        body = error_object(f"{place}: {found['msg']}", INVALID, one_line(place))
-        return JSONResponse(body, 400)
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+        status, body = as_error(invalid_body(problems))
+        return JSONResponse(body, status)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         kind = _KINDS.get(error.status_code, INVALID)
         body = error_object(str(error.detail), kind)
         return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Gone)
+    async def left(request: Request, error: Gone) -> Response:
+        return Response(status_code=_CLIENT_CLOSED)
 
     @app.exception_handler(RequestError)
     async def failed(request: Request, error: RequestError) -> JSONResponse:

@@ -6,9 +6,8 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -19,16 +18,11 @@ from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
-from rgexport.serve.errors import TooLong, as_error
+from rgexport.serve.errors import Gone, TooLong, as_error
 from rgexport.serve.grammar import GrammarSource
 
 _DONE = b"data: [DONE]\n\n"
 Item = Piece | Reply | RequestError
-_Result = TypeVar("_Result")
-
-
-class Gone(Exception):  # noqa: N818
-    """The client has left."""
 
 
 @dataclass(frozen=True)
@@ -207,25 +201,6 @@ async def until_gone(request: Request) -> None:
     """Waits until the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def while_there(request: Request, function: Callable[[], _Result]) -> _Result:
-    """Returns what a function returns in a thread; skips it if it has no thread yet.
-
-    Raises:
-        Gone: the client leaves before it returns.
-    """
-    run = anyio.to_thread.run_sync(function, abandon_on_cancel=True)
-    result, leaving = asyncio.ensure_future(run), asyncio.create_task(until_gone(request))
-    try:
-        await asyncio.wait((result, leaving), return_when=asyncio.FIRST_COMPLETED)
-        value = result.result() if result.done() else None
-        if value is None or leaving.done():
-            raise Gone
-        return value
-    finally:
-        result.cancel()
-        leaving.cancel()
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -1,53 +1,36 @@
-"""What stands before every request: the key, the size of the body, the log, the figures."""
+"""The middlewares around every request: the log, the key, the size and the time of the body."""
 
 import asyncio
 import hmac
-import json
 import time
-from typing import Any
+import traceback
 
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rgexport.progress import note
-from rgexport.serve.errors import INVALID, error_object
+from rgexport.progress import note, warn
+from rgexport.serve.errors import INVALID, SERVER, error_response
 from rgexport.serve.metrics import Metrics
 
 _BODY_SECONDS = 60.0
-"""How long a part of a request may take to come."""
+"""Time in which a whole request must arrive."""
 _OPEN = {"/health"}
 """Paths that need no key."""
 
 
-class Guard:
-    """An ASGI middleware; a stream passes through it piece by piece."""
+class Record:
+    """An ASGI middleware that counts answers and logs a line for each, without its text."""
 
-    def __init__(
-        self, app: ASGIApp, *, api_key: str | None, body_bytes: int, metrics: Metrics, log: bool
-    ) -> None:
-        """See `app.Settings`."""
-        self._app, self._key, self._most = app, api_key, body_bytes
-        self._metrics, self._log = metrics, log
-        self._too_large = f"the request is larger than {body_bytes} bytes"
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, log: bool) -> None:
+        self._app, self._metrics, self._log = app, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or answers it."""
+        """Runs the app, and notes its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status, size, whole = time.perf_counter(), 0, 0, False
-
-        async def limited() -> Message:
-            nonlocal size, whole
-            try:
-                message = await asyncio.wait_for(receive(), None if whole else _BODY_SECONDS)
-            except TimeoutError:
-                raise HTTPException(408, "the rest of the request does not come") from None
-            whole = not message.get("more_body", False)
-            size += len(message.get("body", b""))
-            if size > self._most:
-                raise HTTPException(413, self._too_large)
-            return message
+        started, status = time.perf_counter(), 0
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -56,36 +39,91 @@ class Guard:
             await send(message)
 
         try:
-            refused = self._refused(scope)
-            if refused:
-                await _answer(noted, *refused)
-            else:
-                await self._app(scope, limited, noted)
+            await self._app(scope, receive, noted)
         finally:
-            self._done(scope, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.answered(route, status, seconds)
+            if self._log:
+                note(f"{scope['method']} {route} {status or 'left'} {1e3 * seconds:.0f} ms")
 
-    def _refused(self, scope: Scope) -> tuple[int, dict[str, Any]] | None:
+
+class Guard:
+    """An ASGI middleware that checks key, size and time, and answers unexpected errors."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
+        """See `app.Settings`."""
+        self._app, self._key, self._body_bytes = app, api_key, body_bytes
+        self._too_large = f"the request is larger than {body_bytes} bytes"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request through, or answers it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if refusal := self._refusal(scope):
+            await refusal(scope, receive, send)
+            return
+        has_started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, self._limited(receive), noted)
+        except Exception as error:
+            if has_started:
+                raise
+            warn(f"{scope['method']} {scope['path']}: {_place(error)}")
+            failure = error_response(500, "the server failed; its log says why", SERVER)
+            await failure(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
-                return 401, error_object("the API key is missing or wrong", "authentication_error")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # A proxy in front may believe the other one, and see another request in the rest.
+            message = "Content-Length and Transfer-Encoding exclude each other; send one of them"
+            response = error_response(400, message)
+            response.headers["Connection"] = "close"
+            return response
+        if self._key is not None and scope["path"] not in _OPEN:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            is_right = hmac.compare_digest(key.strip(), self._key.encode())
+            if scheme.lower() != b"bearer" or not is_right:
+                message = "the API key is missing or wrong"
+                response = error_response(401, message, "authentication_error")
+                response.headers["WWW-Authenticate"] = "Bearer"
+                return response
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._most:
-            return 413, error_object(self._too_large, INVALID)
+        if length.isdigit() and int(length[:20]) > self._body_bytes:
+            return error_response(413, self._too_large, INVALID)
         return None
 
-    def _done(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        self._metrics.answered(route, status, seconds)
-        if self._log:
-            note(f"{scope['method']} {route} {status or 'left'} {1e3 * seconds:.0f} ms")
+    def _limited(self, receive: Receive) -> Receive:
+        """Wraps `receive`: a body that is too large, or takes too long, is an error."""
+        end = asyncio.get_running_loop().time() + _BODY_SECONDS
+        size, is_whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else end):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the request did not arrive within {_BODY_SECONDS:g} s"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
+            is_whole = not message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if size > self._body_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return limited
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+def _place(error: Exception) -> str:
+    """Returns the error's type and where it was raised; its message may hold a user's text."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {last.filename}:{last.lineno}"

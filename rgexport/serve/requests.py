@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 16, 20, 16, 1024
 _INT64 = 2**63 - 1
 
+FirstError = Field(fail_fast=True)
+"""Ends the check of a list at its first error: a list of a million has no million errors."""
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], FirstError]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, StringConstraints(max_length=1000)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -54,7 +57,7 @@ class ChatMessage(_Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FirstError]
 
 
 class JsonSchema(_Body):
@@ -94,7 +97,9 @@ class Generation(_Body):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: (
+        StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None
+    ) = None
     response_format: ResponseFormat | None = None
     grammar: Annotated[str, StringConstraints(max_length=100_000)] | None = None
     regex: Annotated[str, StringConstraints(max_length=10_000)] | None = None
@@ -106,24 +111,24 @@ class Prediction(_Body):
     """What a reply may repeat."""
 
     type: Literal["content"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FirstError]
 
 
 class ChatRequest(Generation):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FirstError] | None = None
     prediction: Prediction | None = None
 
 
 class CompletionRequest(Generation):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | list[Id] | list[list[Id]]
+    prompt: str | Annotated[list[str], FirstError] | Ids | Annotated[list[Ids], FirstError]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
     suffix: str | None = None
@@ -141,14 +146,14 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """`/detokenize`."""
 
-    tokens: list[Id]
+    tokens: Ids
     model: str = ""
 
 
 class TemplateRequest(_Body):
     """`/apply-template`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     model: str = ""
 
 

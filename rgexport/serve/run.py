@@ -1,20 +1,51 @@
 """Running the server until it is told to end."""
 
+import contextlib
+import functools
 import gc
 import signal
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
+from rgexport.chat.prompts import Prompts
 from rgexport.errors import RequestError
 from rgexport.progress import note
 from rgexport.serve.app import Settings, create_app
+from rgexport.serve.connections import Connections, protocol
+from rgexport.serve.health import STALL_SECONDS, Health
+from rgexport.serve.host_names import ANY, authority_of
+from rgexport.serve.text_process import TextProcess, open_prompts
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_OTHER_FILES = 256
+"""Files, beside connections, that a server may have open."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The address of a server, and its limits.
+
+    Attributes:
+        host: the address.
+        port: the port; 0 for any that is free.
+        grace_seconds: time that running replies have at the end.
+        connections: limits on connections.
+        stall_seconds: longest time without progress that counts as healthy.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    grace_seconds: int = 30
+    connections: Connections = field(default_factory=Connections)
+    stall_seconds: float = STALL_SECONDS
 
 
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
@@ -43,41 +74,96 @@ def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     return found
 
 
+def openers(
+    models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
+) -> dict[str, functools.partial[Prompts]]:
+    """Returns functions that open the tokenizers of `models`, in another process."""
+    return {
+        name: functools.partial(open_prompts, path.resolve(), model.identity, most_tokens)
+        for (name, model), path in zip(models.items(), artifacts, strict=True)
+    }
+
+
 def serve(
-    models: dict[str, Model], settings: Settings, *, host: str, port: int, grace_seconds: int
+    models: dict[str, Model],
+    settings: Settings,
+    text_process: TextProcess,
+    listening: Listening,
 ) -> None:
     """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk.
 
     Raises:
         RequestError: the address cannot be used.
     """
-    config = uvicorn.Config(
-        create_app(models, settings),
+    opened = _listen(listening.host, listening.port)
+    address = authority_of(listening.host, opened.getsockname()[1])
+    note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
+    if settings.api_key is None and listening.host not in _LOOPBACK:
+        note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through it took 30 ms of some first token
+    health = Health(models, stall_seconds=listening.stall_seconds)
+    hosts = {*settings.allowed_hosts, *_own_names(listening.host, settings.api_key)}
+    app = create_app(
+        models, replace(settings, allowed_hosts=(*hosts,)), text_process=text_process, health=health
+    )
+    health.start()
+    try:
+        _run(uvicorn.Server(_config(app, listening)), opened)
+    finally:
+        health.close()
+        text_process.close()
+        for model in models.values():
+            model.close()
+
+
+def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
+    _allow_files(listening.connections.most + _OTHER_FILES)
+    return uvicorn.Config(
+        app,
+        http=protocol(listening.connections),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
-        timeout_graceful_shutdown=grace_seconds,
+        timeout_graceful_shutdown=listening.grace_seconds,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
+
+
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        opened = socket.create_server((host, port), family=_family(host), reuse_port=False)
+        return socket.create_server((host, port), family=_family(host), reuse_port=False)
     except OSError as error:
         raise RequestError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+            f"cannot listen on {authority_of(host, port)}: {error.strerror}; "
+            "choose another --host or --port"
         ) from None
-    address = opened.getsockname()
-    note(f"{', '.join(models)} at http://{host}:{address[1]}/v1 (Ctrl-C ends)")
-    if settings.api_key is None and host not in _LOOPBACK:
-        note("Warning: whoever reaches this address can use it; --api-key keeps others out")
-    gc.collect()
-    gc.freeze()  # what is there now stays: looking through it took 30 ms of some first token
-    try:
-        _run(uvicorn.Server(config), opened)
-    finally:
-        for model in models.values():
-            model.close()
+
+
+def _own_names(host: str, api_key: str | None) -> set[str]:
+    """Returns the names that requests may give a server which listens at `host`.
+
+    Who has a key is no page that was led here. So others than this machine may use any name if
+    there is one.
+    """
+    if host in _LOOPBACK:
+        return {"localhost"}
+    machine = socket.gethostname().lower()
+    return {ANY} if api_key else {"localhost", host.lower(), machine, f"{machine}.local"}
+
+
+def _allow_files(count: int) -> None:
+    """Lets the process open so many files, where its limit is lower and may be raised."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < count:
+            most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _run(server: uvicorn.Server, opened: socket.socket) -> None:

@@ -1,6 +1,7 @@
 """The files of a site, and the command that makes it."""
 
 import hashlib
+import http.client
 import json
 import re
 import shutil
@@ -56,6 +57,28 @@ def test_the_page_names_no_other_host(wasm_site: site.Site) -> None:
     html = site.read(wasm_site["index.html"]).decode()
     assert not re.search(r"""(src|href)=["'](https?:)?//""", html)
     assert "default-src 'self'" in html
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_name_that_was_led_here_reads_nothing(method: str) -> None:
+    """The page of a name that an attacker lets point to this machine (DNS rebinding)."""
+    with local_server({"index.html": b"the page"}, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for host, status in {
+            "localhost": 200,
+            f"127.0.0.1:{server.server_port}": 200,
+            "[::1]": 200,
+            "evil.test": 403,
+            "127.0.0.1.evil.test": 403,
+        }.items():
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+            connection.request(method, "/", headers={"Host": host})
+            answer = connection.getresponse()
+            assert answer.status == status and (b"the page" in answer.read()) == (
+                status == 200 and method == "GET"
+            )
+            connection.close()
+        server.shutdown()
 
 
 def test_a_site_is_replaced_and_nothing_else(

@@ -14,6 +14,7 @@ from rgexport.chat.model import Model
 from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.serve.app import Settings, create_app
+from rgexport.serve.connections import Connections, protocol
 from tests.chat.conftest import IDENTITY, gemma, sentencepiece_folder, template
 from tests.toy_session import ToySession
 
@@ -30,6 +31,8 @@ class Served:
 
 
 Serve = Callable[..., Any]
+PARTS = {"connections", "text_process", "health"}
+"""Arguments of `served_model`; others are those of a model."""
 
 
 @contextmanager
@@ -37,17 +40,27 @@ def served(
     tokenizer: Tokenizer, template: ChatTemplate, settings: Settings, **options: Any
 ) -> Iterator[Served]:
     session = ToySession(tokenizer.vocab_size)
+    parts = {name: options.pop(name) for name in PARTS & options.keys()}
     options = {"rows": 4} | options
     model = Model(session, tokenizer, template, IDENTITY, **options)
-    with served_model(model, settings) as url:
+    with served_model(model, settings, **parts) as url:
         yield Served(url, model, session)
 
 
 @contextmanager
-def served_model(model: Model, settings: Settings) -> Iterator[str]:
+def served_model(
+    model: Model,
+    settings: Settings,
+    connections: Connections | None = None,
+    **parts: Any,
+) -> Iterator[str]:
     """The address of a server of this model, which is closed at the end."""
     config = uvicorn.Config(
-        create_app({model.name: model}, settings), port=0, log_config=None, proxy_headers=False
+        create_app({model.name: model}, settings, **parts),
+        http=protocol(connections or Connections()),
+        port=0,
+        log_config=None,
+        proxy_headers=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -126,7 +126,7 @@ def test_who_vanishes_frees_the_row(streaming: bool, serve: Serve) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         data = json.dumps(body("hello", max_tokens=10**7, stream=streaming)).encode()
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             while not server.model.scheduler.counters.new_tokens:
                 time.sleep(0.01)
@@ -140,7 +140,7 @@ def test_a_reader_that_does_not_read_holds_nobody_up(serve: Serve) -> None:
         data = json.dumps(body("hello", max_tokens=4000, stream=True)).encode()
         with socket.create_connection((host, int(port))) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             deaf.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             for i in range(5):
                 answer = httpx.post(
@@ -153,7 +153,7 @@ def test_a_full_queue_is_429(serve: Serve) -> None:
     with serve(rows=1, max_waiting=1) as server:
         host, port = server.url.removeprefix("http://").split(":")
         data = json.dumps(body("hello", max_tokens=4000, stream=True)).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
         opened = []
         try:

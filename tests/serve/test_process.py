@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,7 +35,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         end = time.monotonic() + 60
-        while not (match := re.search(r"(http://[\d.]+:\d+)/v1", "\n".join(self.lines))):
+        while not (match := re.search(r"(http://\S+:\d+)/v1", "\n".join(self.lines))):
             assert self.process.poll() is None and time.monotonic() < end, self.lines
             time.sleep(0.02)
         self.url = match[1]
@@ -151,6 +152,55 @@ def test_running_replies_end_before_it_does(demo_artifact: Path) -> None:
     assert "Traceback" not in log
 
 
+def test_an_address_of_ipv6(demo_artifact: Path) -> None:
+    with serving(demo_artifact, "--host", "::1") as server:
+        assert server.url.startswith("http://[::1]:")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def children(process: int) -> set[int]:
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return {int(child) for each in lists for child in each.read_text().split()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks at Linux's processes")
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_for_long_texts_ends_with_the_server(
+    kind: signal.Signals, demo_artifact: Path
+) -> None:
+    with serving(demo_artifact) as server:
+        assert not children(server.process.pid)
+        text = {"content": "The sea. " * 20_000}
+        assert httpx.post(f"{server.url}/tokenize", json=text, timeout=60).status_code == 200
+        others = children(server.process.pid)
+        assert others
+        server.process.send_signal(kind)
+        assert server.process.wait(60) == (0 if kind == signal.SIGTERM else -kind)
+        until(lambda: all(map(has_ended, others)))
+    assert "Traceback" not in "\n".join(server.lines)
+
+
+def has_ended(process: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+
+
+def test_names_and_connections_are_limited(demo_artifact: Path) -> None:
+    options = ("--allowed-host", "Chat.example", "--max-connections-per-address", "2")
+    with serving(demo_artifact, *options) as server:
+        address = f"{server.url}/health"
+        for host, status in {"chat.example": 200, "evil.test": 403}.items():
+            assert httpx.get(address, headers={"Host": host}).status_code == status
+        port = int(server.url.rpartition(":")[2])
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        assert silent[0].recv(1) == b"", "the third one took its place"
+        assert httpx.get(address).status_code == 200
+        for each in silent:
+            each.close()
+
+
 @pytest.mark.parametrize("source", ["option", "file", "variable"])
 def test_the_key_comes_from_three_places(source: str, demo_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sesame\n")
@@ -175,6 +225,8 @@ def test_the_key_comes_from_three_places(source: str, demo_artifact: Path, tmp_p
         (["--cache-size", "many"], "--cache-size is 'many'; expected a number of bytes"),
         (["--saved-states-size", "many"], "--saved-states-size is 'many'; expected a number"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8080"),
+        (["--host", "1::2::3"], "cannot listen on [1::2::3]:8080"),
+        (["--allowed-host", "chat.example:80"], "expected a name such as chat.example"),
         (["--state-folder", "/proc/none"], "/proc/none"),
         (["--state-precision", "int8"], "expected fp32 or fp16"),
         (["--trusted-proxy", "proxy.example"], "expected an address such as 10.0.0.9"),

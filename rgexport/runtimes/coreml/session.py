@@ -119,7 +119,7 @@ class CoreMLSession(Session):
         assert isinstance(artifact.manifest, CoreMLManifest)
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
-        self._files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
+        self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length
         self._vocab = artifact.manifest.config.vocab_size
@@ -159,7 +159,7 @@ class CoreMLSession(Session):
 
     def reset(self, batch: int = 1) -> None:
         """Clears the state, and sets the number of conversations."""
-        self._require_files()
+        self.require_unchanged()
         self._rows = [Row(self._states) for _ in range(batch)]
 
     def get_rows(self, rows: range) -> State:
@@ -178,15 +178,11 @@ class CoreMLSession(Session):
         return np.stack([self._take_row(self._rows[index], ids, first) for index, ids in pairs])
 
     def _set_rows(self, rows: range, state: State) -> None:
-        self._require_files()
+        self.require_unchanged()
         for place, index in enumerate(rows):
             row = self._rows[index] = Row(self._states)
             row.position = int(state[POSITION][place])
             self._states.set(row, {name: state[name][place] for name in self._states.shapes})
-
-    def _require_files(self) -> None:
-        for files in self._files:
-            files.require()
 
     def _take_row(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
         """Takes tokens [T] of one sequence; logits [T - first, vocab] of those from `first` on.

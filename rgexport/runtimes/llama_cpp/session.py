@@ -66,7 +66,7 @@ class LlamaCppSession(Session):
         """
         self._llama = bindings()
         self._config = artifact.manifest.config
-        self._files = UnchangedFiles(artifact)
+        self._opened_files = (UnchangedFiles(artifact),)
         changed = {}
         if window is not None:
             changed = {_WINDOW: window + 1}
@@ -121,7 +121,7 @@ class LlamaCppSession(Session):
             RequestError: too many for llama.cpp, or too little memory; or the file has changed, and
                 perhaps the session's weights with it.
         """
-        self._files.require()
+        self.require_unchanged()
         require_batch(batch)  # before the context that is there is closed
         if self._context is None or self._context.batch != batch:
             self._close_context()
@@ -193,7 +193,7 @@ class LlamaCppSession(Session):
         return logits
 
     def _set_rows(self, rows: range, state: State) -> None:
-        self._files.require()
+        self.require_unchanged()
         furthest = int(state[POSITION].max(initial=0))
         if furthest > LAST_POSITION:
             raise RequestError(

@@ -66,7 +66,7 @@ class OrtSession(Session):
         """
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
-        self._files = UnchangedFiles(artifact, MODEL_FILE)
+        self._opened_files = (UnchangedFiles(artifact, MODEL_FILE),)
         self._session, self._native, self._weights, stop = _open(
             artifact, self._threads, graph, native
         )
@@ -120,7 +120,7 @@ class OrtSession(Session):
 
     def reset(self, batch: int = 1) -> None:
         """Clears the state, and sets the number of conversations."""
-        self._files.require()
+        self.require_unchanged()
         specs = self._manifest.states
         self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
@@ -183,7 +183,7 @@ class OrtSession(Session):
         return Trial(run, ids, positions, states, specs, self._sites)
 
     def _set_rows(self, rows: range, state: State) -> None:
-        self._files.require()
+        self.require_unchanged()
         place = slice(rows.start, rows.stop)
         self._position[place] = position = state[POSITION]
         for name, buffer in self._states.items():

@@ -1,0 +1,86 @@
+"""Work of requests that does not run on the event loop: in threads, or in a process."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+
+from rgexport.chat.model import Model
+from rgexport.serve.bodies import parse
+from rgexport.serve.errors import Gone
+from rgexport.serve.exchange import until_gone
+from rgexport.serve.text_process import TextProcess, with_prompts
+
+LONG = 1 << 16
+"""Bytes of a body from which its work is long."""
+Kind = Literal["short", "long"]
+_THREADS: dict[Kind, int] = {"short": 8, "long": 2}
+"""Threads of each kind of work: none of them can hold up the others."""
+
+
+class Offload:
+    """Runs work beside the event loop; it is skipped if the client leaves before it begins."""
+
+    def __init__(self, text_process: TextProcess | None) -> None:
+        """Takes the process for long work, which is done in threads if there is none."""
+        self._text_process = text_process
+
+    async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
+        """Returns a body as an object, see `bodies.parse`."""
+        if self._text_process and len(data) > LONG:
+            return await self.run("long", request, self._text_process.call, parse, kind, data)
+        return await self.run(kind_of(len(data)), request, parse, kind, data)
+
+    async def with_prompts(
+        self,
+        request: Request,
+        name: str,
+        model: Model,
+        size: int,
+        function: Callable[..., bytes],
+        *args: Any,
+    ) -> bytes:
+        """Returns `function(prompts of the model, *args)`; `size` says how much work that is."""
+        if self._text_process and size > LONG:
+            call = self._text_process.call
+            return await self.run("long", request, call, with_prompts, name, function, *args)
+        return await self.run(kind_of(size), request, function, model, *args)
+
+    async def run(
+        self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Returns `function(*args)`, computed in a thread of this kind of work.
+
+        Raises:
+            Gone: the client left first.
+        """
+        job = asyncio.ensure_future(
+            anyio.to_thread.run_sync(
+                functools.partial(function, *args),
+                limiter=self._limiters[kind],
+                abandon_on_cancel=True,
+            )
+        )
+        leaving = asyncio.ensure_future(until_gone(request))
+        try:
+            await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not job.done():
+                raise Gone
+            return job.result()
+        finally:
+            leaving.cancel()
+            job.cancel()
+
+    @functools.cached_property
+    def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
+        """Made inside the event loop, which they belong to."""
+        return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
+
+
+def kind_of(size: int) -> Kind:
+    """Returns which threads work for a body of so many bytes."""
+    return "long" if size > LONG else "short"

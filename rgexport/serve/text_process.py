@@ -1,0 +1,155 @@
+"""A process for long texts and bodies.
+
+Parsing and tokenizing megabytes takes seconds of a processor, and much of it holds the
+interpreter's lock, which the scheduler's thread needs for every step. In a process of low priority
+it delays nobody who writes.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from rgexport.chat.artifact_text import open_template, open_tokenizer
+from rgexport.chat.jobs import EngineError
+from rgexport.chat.prompts import Prompts
+from rgexport.errors import RequestError
+from rgexport.export.identity import Identity, identity_of
+from rgexport.export.opening import open_artifact
+from rgexport.progress import warn
+from rgexport.serve.errors import TooLong
+
+_SECONDS = 120.0
+"""Longest time of a call."""
+_NICE = 10
+"""How much lower its priority is."""
+
+Openers = Mapping[str, Callable[[], Prompts]]
+"""Name of a model → function that opens its tokenizer and template."""
+
+
+class TextProcess:
+    """The process: it starts at the first call, and does one call at a time."""
+
+    def __init__(self, openers: Openers) -> None:
+        """Takes functions that can be pickled."""
+        self._openers = dict(openers)
+        self._turn = threading.Lock()
+        self._process: SpawnProcess | None = None
+        self._connection: Connection | None = None
+        self._closed = False
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns `function(*args)`, computed in the process; all of it must be picklable.
+
+        Raises:
+            TooLong: it takes too long; the process is ended.
+            EngineError: the process ended.
+            RequestError: what the function raised.
+        """
+        with self._turn:
+            try:
+                is_error, result = self._answer(function, args)
+            except (EOFError, OSError):
+                self._end()
+                raise EngineError("the process for long texts ended; memory may be full") from None
+            except TooLong:
+                self._end()
+                raise
+        if is_error:
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Ends the process and what it is doing."""
+        self._closed = True
+        if self._process:
+            self._process.kill()
+
+    def _answer(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+        if self._closed:
+            raise RequestError("the server ends")
+        connection = self._connection or self._start()
+        connection.send((function, args))
+        if not connection.poll(_SECONDS):
+            raise TooLong(f"the text takes longer than {_SECONDS:g} s to read; send less at once")
+        answer: tuple[bool, Any] = connection.recv()
+        return answer
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._openers), name="long texts", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that a process that has ended is noticed
+        return self._connection
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.join()
+        if self._connection:
+            self._connection.close()
+        self._process = self._connection = None
+
+
+def open_prompts(path: Path, identity: Identity, most_tokens: int) -> Prompts:
+    """Opens what makes prompts of an artifact, without its weights.
+
+    Raises:
+        EngineError: it is another artifact than `identity`.
+    """
+    artifact = open_artifact(path)
+    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
+    if identity_of(artifact.manifest, template.source) != identity:
+        raise EngineError(f"{path} changed while it was open; start the server again")
+    prompts = Prompts(tokenizer, template, known=lambda ids, namespace: 0)
+    prompts.most_tokens = most_tokens
+    return prompts
+
+
+def with_prompts(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function, in the process, with the prompts of a model before its arguments."""
+    return function(_opened(name), *args)
+
+
+_openers: dict[str, Callable[[], Prompts]] = {}
+"""Set in the process alone."""
+
+
+@functools.cache
+def _opened(name: str) -> Prompts:
+    return _openers[name]()
+
+
+def _serve(connection: Connection, openers: dict[str, Callable[[], Prompts]]) -> None:
+    """Answers calls until the other side has closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    _openers.update(openers)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(function, args))
+
+
+def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Returns whether a call failed, and its result or its error."""
+    try:
+        return False, function(*args)
+    except RequestError as error:
+        return True, error
+    except Exception as error:
+        warn(f"the process for long texts: {type(error).__name__}")
+        return True, EngineError(f"the process for long texts: {type(error).__name__}")
