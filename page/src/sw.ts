@@ -119,17 +119,25 @@ async function olderCaches(): Promise<string[]> {
   return names.filter((name) => name !== CACHE && `${name} `.startsWith(`${SITE} `));
 }
 
+/** Whether each tab holds a lock of this version: those that just begin, or are of an early version, hold none. */
 async function isEveryTabCurrent(): Promise<boolean> {
   const { held = [] } = await worker.navigator.locks.query();
-  const current = new Set(held.filter(({ name }) => RUNNING.has(name!)).map(({ clientId }) => clientId));
+  const running = held.map(({ name }) => name!).filter((name) => isLockOfTab(name));
+  return running.every((name) => RUNNING.has(name)) && running.length >= (await tabs()).length;
+}
+
+function isLockOfTab(name: string): boolean {
+  return name.startsWith("rgexport-running ") && name.endsWith(` ${scope.pathname}`);
+}
+
+async function tabs(): Promise<readonly WindowClient[]> {
   const windows = await worker.clients.matchAll({ type: "window", includeUncontrolled: true });
-  return windows.filter(({ url }) => url.startsWith(scope.href)).every(({ id }) => current.has(id));
+  return windows.filter(({ url }) => url.startsWith(scope.href));
 }
 
 /** Tells the tabs, which say it once. */
 async function tellNotStored(): Promise<void> {
-  const windows = await worker.clients.matchAll({ type: "window", includeUncontrolled: true });
-  for (const tab of windows) if (tab.url.startsWith(scope.href)) tab.postMessage("not stored");
+  for (const tab of await tabs()) tab.postMessage("not stored");
 }
 
 /** Whether a file's name has the hash of its contents. */

@@ -1,11 +1,12 @@
 """Two builds of the chat page on one host, one after the other, in several tabs."""
 
 import re
+import time
 
 import pytest
 
 from rgexport.page import site
-from tests.page.chat_page import Profile, opened
+from tests.page.chat_page import PATIENCE, SECONDS, ChatPage, Profile, opened
 from tests.page.site_server import serving
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,20 @@ def rebuilt(files: site.Site) -> dict[str, site.Part | bytes]:
     return made
 
 
+IS_UPDATED = """async () => {
+    const { active, waiting, installing } = await navigator.serviceWorker.getRegistration();
+    const isNew = (await caches.keys()).some((name) => name.includes(" new-"));
+    return isNew && !installing && !waiting && active.state === "activated";
+}"""
 CACHES = "async () => (await caches.keys()).filter((name) => name.includes('-page '))"
+
+
+def wait_until(tab: ChatPage, condition: str, argument: str = "") -> None:
+    """Waits for an asynchronous condition, which `wait_for_function` does not wait for."""
+    end = time.monotonic() + PATIENCE / SECONDS
+    while not tab.page.evaluate(condition, argument):
+        assert time.monotonic() < end, f"not in {PATIENCE / SECONDS} s: {condition}"
+        tab.page.wait_for_timeout(100)
 
 
 def test_an_old_tab_works_after_an_update(profile: Profile, wasm_site: site.Site) -> None:
@@ -50,13 +64,7 @@ def test_an_old_tab_works_after_an_update(profile: Profile, wasm_site: site.Site
         server.site.clear()
         server.site.update(rebuilt(wasm_site))
         new = profile.open(server.url)
-        new.page.wait_for_function(
-            "async () => (await caches.keys()).some((name) => name.includes(' new-'))"
-        )
-        new.page.wait_for_function(
-            "async () => (await navigator.serviceWorker.getRegistration()).active && "
-            "!(await navigator.serviceWorker.getRegistration()).installing"
-        )
+        wait_until(new, IS_UPDATED)
         new.page.reload()
         new.wait_until_open()
         assert "NewBuild" in new.page.content() and "NewBuild" not in old.page.content()
@@ -67,9 +75,7 @@ def test_an_old_tab_works_after_an_update(profile: Profile, wasm_site: site.Site
         old.page.close()
         new.page.reload()
         new.wait_until_open()
-        new.page.wait_for_function(
-            "async (first) => !(await caches.keys()).includes(first)", arg=first
-        )
+        wait_until(new, "async (first) => !(await caches.keys()).includes(first)", first)
         assert len(new.page.evaluate(CACHES)) == 1
     new.page.reload()  # nothing answers now
     new.wait_until_open()
