@@ -24,6 +24,7 @@ from rgexport.serve.app import Settings
 from rgexport.serve.clients import network_of
 from rgexport.serve.exchange import EventStream, Exchange, Limits, Work
 from rgexport.serve.slots import ClientSlots, Slot
+from rgexport.serve.text_process import TextProcess
 from tests.serve.conftest import Serve, Served
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -158,7 +159,7 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(
     monkeypatch.setattr(
         run, "_run", lambda server, opened: (servers.append(server), opened.close())
     )
-    run.serve({}, Settings(), host="127.0.0.1", port=0, grace_seconds=0)
+    run.serve({}, Settings(), TextProcess({}), run.Listening(port=0, grace_seconds=0))
     assert servers[0].config.proxy_headers is False
 
 

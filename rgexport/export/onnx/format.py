@@ -43,7 +43,7 @@ rgexport's repository have examples:
 | runtime | how |
 |---|---|
 | onnxruntime-genai 0.14 or later | `onnxruntime_genai.Model(FOLDER)`, by `genai_config.json` |
-| transformers.js 4.2 or later, device `{device}` | `textGeneration` of `recurrent_gemma.mjs` |"""
+| transformers.js 4.2 or later, on the device `{device}` | `recurrent_gemma.mjs` |"""
 
 
 class OnnxFormat(FolderFormat):
