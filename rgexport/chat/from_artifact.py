@@ -59,9 +59,9 @@ def continue_ids(
     words = ids.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdigit() for word in words):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
-    if longest := max((len(word) for word in words if len(word) > _DIGITS), default=0):
+    if longest := max((n for n in map(len, words) if n > _DIGITS), default=0):
         raise RequestError(f"--ids has a number of {longest} digits; expected token ids")
-    artifact, numbers = _open(path, allow_foreign), [int(word) for word in words]
+    artifact, numbers = _open(path, allow_foreign), list(map(int, words))
     size = artifact.manifest.config.vocab_size
     if max(numbers) >= size:  # before NumPy sees a number that has more than 64 bits
         raise RequestError(f"token id {max(numbers)} is outside of the vocabulary of {size}")

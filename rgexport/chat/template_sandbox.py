@@ -22,13 +22,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 1 << 18
-"""Characters of a template: ten times the longest that is known."""
+MAX_SOURCE, MAX_TOKENS = 1 << 16, 1 << 14
+"""Characters and lexical tokens of a template: four times those of the longest that is known."""
 BYTES = 16 << 20
 """What a rendering may make, beside `PER_BYTE` for each byte of its messages."""
 PER_BYTE = 64
+STEPS, PER_MESSAGE, BYTES_PER_STEP = 200_000, 200, 64
+"""Operations of a rendering: about a second on a slow machine. More are allowed for each message,
+and for so many bytes of messages."""
+_SCANNED = 1024
+"""Bytes of text that an operation may read; reading more counts as several."""
 SECONDS = 5.0
-"""Processor time of a rendering."""
+"""Processor time of a rendering, if a step takes longer than is known."""
 MAX_BITS = 1 << 12
 """Bits of a whole number."""
 MAX_INDENT = 16
@@ -40,6 +45,8 @@ _Generators = GeneratorType | map | filter
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
+_INSTANT = {"count", "d", "default", "first", "last", "length"}
+"""Filters that do not read what they are given."""
 _TEXT_METHODS = """capitalize casefold count endswith find index isalnum isalpha isdigit islower
 isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rpartition
 rsplit rstrip split splitlines startswith strip title upper""".split()
@@ -59,8 +66,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._charged(name, call) for name, call in filters.items()}
         del self.tests["in"]  # `select('in', ...)` would scan a list for each item of a list
         self.globals |= functions | {"cycler": _unstable, "lipsum": _unstable}
-        self._left = self._all = sys.maxsize
-        self._left = self._all = BYTES + PER_BYTE * self._size(messages)
+        self._left = self._all = self._steps = sys.maxsize
+        size = self._size(messages)
+        self._left = self._all = BYTES + PER_BYTE * size
+        self._steps = STEPS + PER_MESSAGE * len(messages) + size // BYTES_PER_STEP
+        self._all_steps = self._steps
         self._began, self._computed = time.monotonic(), time.thread_time()
 
     def template(self, source: str) -> Any:
@@ -71,15 +81,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """
         return self.template_class.from_code(self, _code(source), self.make_globals(None))
 
-    def charge(self, size: int = 0) -> None:
-        """Takes a step and `size` bytes from the budget.
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """Raises the error that is being handled.
+
+        Jinja would first look up the line of each call in a table of all lines.
+        """
+        raise
+
+    def charge(self, size: int = 0, scanned: int = 0) -> None:
+        """Takes a step, `size` bytes, and steps for `scanned` bytes of text from the budget.
 
         Raises:
             TemplateError: the budget or the time is used up.
         """
         self._left -= _STEP + size
+        self._steps -= 1 + scanned // _SCANNED
         if self._left < 0:
             raise self._too_much()
+        if self._steps < 0:
+            raise TemplateError(f"it takes more than {self._all_steps} steps")
         # Processor time takes a system call, so the other clock is asked first.
         if (
             time.monotonic() - self._began > SECONDS
@@ -89,8 +109,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def made(self, value: Any) -> Any:
         """`value`, after it was charged."""
-        self.charge(self._size(value))
+        size = self._size(value)
+        self.charge(size, size)
         return value
+
+    def compared(self, value: Any) -> Any:
+        """`value`, after its reading was charged."""
+        self._charge_reading(value)
+        return value
+
+    def _charge_reading(self, value: Any) -> None:
+        """Charges half a step for each item, and text by its length."""
+        size = self._size(value)
+        self.charge(scanned=size if isinstance(value, str) else size * _SCANNED // (2 * _ITEM))
 
     def written(self, value: Any) -> Any:
         """`value`, which becomes text now.
@@ -130,6 +161,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             args = _listed(args)
             given = [*args, *kwargs.values()]
+            self.charge(scanned=len(owner))
             subject, rest = (given[0], [owner]) if obj.__name__ == "join" else (owner, given)
             self._charge_expansion(obj.__name__, subject, *rest)
         return self.made(super().call(context, obj, *args, **kwargs))
@@ -146,6 +178,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateError(f"it uses a {type(subject).__name__} as text")
             if name == "replace" and kwargs:
                 raise TemplateError("it names an argument of replace")
+            if name not in _INSTANT:
+                self._charge_reading(subject)
             self._charge_expansion(name, subject, *rest, *kwargs.values())
             return self.made(call(*args, **kwargs))
 
@@ -239,7 +273,15 @@ class _Charging(NodeTransformer):
         self.generic_visit(node)
         return _call("made", [node], node.lineno)
 
-    visit_Dict = visit_Compare = visit_List  # long texts take long to compare
+    visit_Dict = visit_List
+
+    def visit_Compare(self, node: Any) -> nodes.Node:
+        """Charges both sides: long texts take long to compare."""
+        self.generic_visit(node)
+        for side in (node, *node.ops):
+            side.expr = _call("compared", [side.expr], node.lineno)
+        compared: nodes.Node = node
+        return compared
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         """Charges a tuple that is no target of an assignment."""
@@ -273,6 +315,9 @@ def _code(source: str) -> CodeType:
     if len(source) > MAX_SOURCE:
         raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
     sandbox = Sandbox([])
+    for count, _ in enumerate(sandbox.lex(source)):
+        if count >= MAX_TOKENS:
+            raise TemplateError(f"it has more than {MAX_TOKENS} tokens")
     tree = _Charging().visit(sandbox.parse(source))
     tree.set_environment(sandbox)
     return sandbox.compile(tree)

@@ -135,17 +135,17 @@ def check_config(config: GriffinConfig) -> None:
     )
 
 
-def _check_records(place: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
+def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
     """Compares records of a manifest with those that follow from its configuration."""
     _require(
         len(records) == len(expected),
-        f"{place} has {len(records)} entries; expected {len(expected)}",
+        f"{field} has {len(records)} entries; expected {len(expected)}",
     )
     for index, (record, right) in enumerate(zip(records, expected, strict=True)):
         for name, value in ((f.name, getattr(record, f.name)) for f in dataclasses.fields(right)):
             _require(
                 value == getattr(right, name),
-                f"{place}[{index}].{name} is {reprlib.repr(value)}; "
+                f"{field}[{index}].{name} is {reprlib.repr(value)}; "
                 f"expected {getattr(right, name)!r}",
             )
 

@@ -137,16 +137,16 @@ def _wrong_steps(field: str, value: Any, types: list[str]) -> Iterator[str]:
         yield f"{field} makes a text more than {_MOST_GROWTH} times as long"
 
 
-def _wrong_pattern(place: str, pattern: Any) -> Iterator[str]:
+def _wrong_pattern(label: str, pattern: Any) -> Iterator[str]:
     if pattern is None:
         return
     text = _text(pattern, "String") if isinstance(pattern, dict) else pattern
     expression = _text(pattern, "Regex")
     if expression is not None and not _SIMPLE.fullmatch(str(expression)):
-        yield f"{place} is the regular expression {expression!r:.40}; expected a text"
-    yield from _long(place, text if expression is None else expression, _MOST_TEXT)
+        yield f"{label} is the regular expression {expression!r:.40}; expected a text"
+    yield from _long(label, text if expression is None else expression, _MOST_TEXT)
     if text == "" or (text is None and expression is None):
-        yield f"{place} is empty"
+        yield f"{label} is empty"
 
 
 def _growth(step: Mapping[str, Any]) -> float:
@@ -163,7 +163,7 @@ def _text(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _long(place: str, text: Any, most: int) -> Iterator[str]:
+def _long(label: str, text: Any, most: int) -> Iterator[str]:
     if text is not None and (not isinstance(text, str) or len(text) > most):
         size = f"{len(text)} characters" if isinstance(text, str) else f"{text!r:.40}"
-        yield f"{place} is {size}; expected a text of at most {most}"
+        yield f"{label} is {size}; expected a text of at most {most}"

@@ -1,8 +1,10 @@
 """Chat templates: the ids of the whole, and messages that cannot leave their place."""
 
 import json
+import math
 from pathlib import Path
 
+import jinja2
 import pytest
 import sentencepiece
 from hypothesis import assume, given, settings
@@ -184,7 +186,7 @@ def test_copies_of_a_text_are_charged(copies: str) -> None:
 
 
 def test_the_budget_is_for_each_rendering() -> None:
-    template = ChatTemplate("{% for i in range(99999) %}{{ i }}{% endfor %}", "test")
+    template = ChatTemplate("{% for i in range(59999) %}{{ i }}{% endfor %}", "test")
     assert len({template.render([], False) for _ in range(3)}) == 1
 
 
@@ -192,6 +194,74 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.0)
     with pytest.raises(RequestError, match="runs longer than 0 s"):
         ChatTemplate("{% for i in range(99) %}{% endfor %}", "test").render([], False)
+
+
+SLOW = {
+    "rounds": "{% for a in range(9999) %}{% for b in range(99) %}{% endfor %}{% endfor %}",
+    "comparisons": "{% set a = 'a' * 99999 %}{% set b = a ~ '' %}"
+    "{% for i in range(9999) %}{% if a == b %}{% endif %}{% endfor %}",
+    "searches": "{% set a = 'a' * 99999 %}{% for i in range(9999) %}{% if 'b' in a %}{% endif %}"
+    "{% endfor %}",
+    "counts": "{% set a = 'a' * 99999 %}{% for i in range(9999) %}{% set b = a.count('b') %}"
+    "{% endfor %}",
+    "filters": "{% set a = 'a' * 99999 %}{% for i in range(9999) %}{% set b = a | int %}"
+    "{% endfor %}",
+    "list comparisons": "{% set a = range(9999) | list %}{% for i in range(999) %}"
+    "{% if a == a %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_steps_are_counted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "SECONDS", math.inf)
+    with pytest.raises(RequestError, match="takes more than 2[0-9]{5} steps"):
+        ChatTemplate(SLOW[case], "test").render([], False)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ 1 }}\n" * 5000, "more than 16384 tokens"),
+        ("{{" + "~".join("a" * 9000) + "}}", "more than 16384 tokens"),
+        ("\n" * 65537, "has 65537 characters; expected at most 65536"),
+    ],
+)
+def test_what_takes_long_to_compile_is_refused(source: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        ChatTemplate(source, "test").render([], False)
+
+
+def test_no_line_is_looked_up_for_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an error in a thousand calls, Jinja looks up each one among all lines."""
+    monkeypatch.setattr(jinja2.Template, "get_corresponding_lineno", None)
+    source = "{% macro f() %}{{ f() }}{% endmacro %}" + "\n" * 5000 + "{{ f() }}"
+    with pytest.raises(RequestError, match="recursion"):
+        ChatTemplate(source, "test").render([], False)
+
+
+TOOLS = """
+{%- macro kind(p) %}{% if p.type is string %}{{ p.type }}{% elif p.items %}list{% endif %}
+{%- endmacro %}
+{%- for tool in tools %}{{ tool.name }}({% for name, p in tool.parameters.items() %}
+{{- name }}: {{ kind(p) }}{% if p.description %} // {{ p.description | trim }}{% endif %}
+{%- if name in tool.required %}!{% endif %}{% if not loop.last %}, {% endif %}{% endfor %})
+{%- endfor %}
+{%- for m in messages %}{% if m.role == "user" %}U{% else %}A{% endif %}: {{ m.content | trim }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("source", [GEMMA_TEMPLATE, TOOLS + "{# long #}" * 4000])
+def test_known_kinds_of_templates_take_a_fraction(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 messages of 10 kB, and 100 tools with 10 parameters."""
+    parameter = {"type": "string", "description": "what it is " * 20}
+    parameters = {f"p{n}": parameter for n in range(10)}
+    tool = {"name": "f", "parameters": parameters, "required": ["p1"]}
+    messages = turns(["ab " * 3000] * 501)
+    monkeypatch.setattr(template_sandbox, "STEPS", template_sandbox.STEPS // 4)
+    text = ChatTemplate(source, "test").render(messages, True, tools=[tool] * 100, bos_token="")
+    assert text.count("ab ab") >= 501
 
 
 def test_long_conversations_have_room() -> None:

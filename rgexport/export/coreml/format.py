@@ -74,7 +74,7 @@ class CoreMLFormat(FolderFormat):
         return part_layouts(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """See `FolderFormat`."""
+        """Derives the interface of a package, see `FolderFormat`."""
         assert isinstance(manifest, CoreMLManifest)
         config, form = manifest.config, manifest.form
         return state_records(config, form), io_record(config, form, whole(config.num_layers))

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredPart
+from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import (
     LOCATIONS,
@@ -70,13 +70,10 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
 
 def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
     """Checks that each tensor lies within a part of a weight."""
-    parts: dict[str, list[StoredPart]] = {}
-    for stored in manifest.tensors.values():
-        for part in stored.parts.values():
-            parts.setdefault(part.file, []).append(part)
-    starts = {file: {part.offset: part.nbytes for part in each} for file, each in parts.items()}
+    weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
+    sizes = {(part.file, part.offset): part.nbytes for part in weights}
     for tensor in tensors:
-        if _nbytes(tensor) > starts.get(tensor.file, {}).get(tensor.offset, -1):
+        if _nbytes(tensor) > sizes.get((tensor.file, tensor.offset), -1):
             raise RequestError(
                 f"{path} has the tensor {one_line(tensor.name)} of {_nbytes(tensor)} bytes, where "
                 "rgexport.json has no weight of that size: the file is not rgexport's export; if "
@@ -110,7 +107,7 @@ class _Scope:
         if operation in _FOLDED and None not in (inputs or [None]):
             sizes = _FOLDED[operation](inputs)
         elif operation == "Concat":
-            sizes = [item for each in inputs for item in ([None] if each is None else each)]
+            sizes = [item for items in inputs for item in ([None] if items is None else items)]
             sizes = sizes if len(sizes) <= _SMALL else None
         least = _least_elements(operation, inputs, [self._least.get(n, 1) for n in node.input])
         self._require_small(least, operation)
@@ -162,12 +159,11 @@ def _items(tensor: Any) -> Sizes | None:
 
 def _elementwise(function: Callable[[int, int], int]) -> Callable[[list[Any]], Sizes]:
     def fold(inputs: list[Any]) -> Sizes:
-        left, right = inputs
-        count = max(len(left), len(right))
-        pairs = zip(_spread(left, count), _spread(right, count), strict=False)
+        first, second = inputs
+        count = max(len(first), len(second))
+        pairs = zip(_spread(first, count), _spread(second, count), strict=False)
         return [
-            None if left is None or right is None else min(function(left, right), MOST_ELEMENTS)
-            for left, right in pairs
+            None if a is None or b is None else min(function(a, b), MOST_ELEMENTS) for a, b in pairs
         ]
 
     return fold
@@ -208,12 +204,12 @@ def _least_elements(operation: str, inputs: list[Sizes | None], least: list[int]
     elif operation == "OneHot" and len(inputs) > 1:
         elements = _product(inputs[1])
     elif operation == "Range" and len(inputs) == 3:
-        start, limit, delta = (each[0] if each else None for each in inputs)
+        start, limit, delta = (items[0] if items else None for items in inputs)
         if start is not None and limit is not None and delta:
             elements = max(1, (limit - start) // delta)
     return elements
 
 
 def _product(sizes: Sizes | None) -> int:
-    """The product of what is known; sizes below 1 stand for others."""
+    """Multiplies the known sizes; those below 1 stand for others."""
     return prod(max(1, size) for size in sizes or () if size is not None)

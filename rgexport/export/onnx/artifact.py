@@ -32,11 +32,11 @@ class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
     def complaints(self, verify: bool) -> list[str]:
-        """See `Artifact`; the graph comes last, since a hash tells more of one that was altered."""
+        """Lists all that is wrong; the graph comes last, since hashes tell more of an altered one."""
         return super().complaints(verify) or list(self._wrong_graph())
 
     def _wrong_graph(self) -> Iterator[str]:
-        """Compares the graph's inputs and outputs with those of the manifest."""
+        """Compares inputs and outputs of the graph with the manifest."""
         graph, io = read_model(read_graph(self.file(MODEL_FILE))), self.manifest.io
         yield from _differences("input", graph.inputs, io.inputs)
         yield from _differences("output", graph.outputs, io.outputs)

@@ -62,7 +62,7 @@ class OnnxFormat(FolderFormat):
         return part_layouts(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """See `FolderFormat`."""
+        """Derives the interface of a graph, see `FolderFormat`."""
         return expected_interface(manifest)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:

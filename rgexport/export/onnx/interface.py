@@ -92,8 +92,8 @@ def expected_interface(manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoR
 
 def _state_record(name: str, shape: tuple[int, ...], dtype: str) -> StateRecord:
     _, layer, kind = name.split(".")
-    word, layout = _STATES[kind]
-    names = f"past_key_values.{layer}.{word}", f"present.{layer}.{word}"
+    graph_name, layout = _STATES[kind]
+    names = f"past_key_values.{layer}.{graph_name}", f"present.{layer}.{graph_name}"
     return StateRecord(name, shape, dtype, layout, *names)
 
 

@@ -109,7 +109,7 @@ class ModelFile:
 
 
 def read_graph(path: Path) -> bytes:
-    """Reads a serialized model, whose weights are in other files.
+    """Reads a serialized model without its weights.
 
     Raises:
         RequestError: it is too large for a graph.
@@ -194,7 +194,7 @@ def _value(value: Any) -> ValueRecord:
 
 
 def external_tensor(tensor: Any) -> ExternalTensor:
-    """Reads the place of a tensor whose bytes are in another file.
+    """Reads where the bytes of an external tensor are.
 
     Raises:
         ValueError: its shape, offset or file name cannot be one of ours.

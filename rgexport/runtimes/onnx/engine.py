@@ -18,7 +18,7 @@ class OnnxEngine(Engine):
     """ONNX Runtime, which comes with every install."""
 
     def require_trusted(self, artifact: Artifact) -> None:
-        """See `Engine`."""
+        """Checks the graph, see `Engine`."""
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:

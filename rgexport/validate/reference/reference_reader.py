@@ -201,9 +201,9 @@ def _are_ids(values: np.ndarray, vocab: int) -> bool:
 
 
 def _are_distinct(ids: np.ndarray, counts: np.ndarray, vocab: int) -> bool:
-    """Whether no position keeps an id twice; `ids` are those of all positions."""
-    places = np.repeat(np.arange(len(counts)), counts) * vocab + ids
-    return len(np.unique(places)) == len(ids)
+    """Checks that no position keeps an id twice."""
+    keys = np.repeat(np.arange(len(counts)), counts) * vocab + ids
+    return len(np.unique(keys)) == len(ids)
 
 
 def _finite(values: np.ndarray) -> bool:
