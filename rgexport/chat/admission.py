@@ -22,6 +22,11 @@ class Admission:
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
 
     @property
+    def most(self) -> int:
+        """Largest number of jobs at once, those that go first aside."""
+        return self._rows + self._max_waiting
+
+    @property
     def waiting(self) -> int:
         """Number of jobs that wait for a row."""
         with self.changed:
@@ -134,7 +139,7 @@ class Admission:
         """
         first = job.request.first
         count = sum(each.request.first == first and not each.cancelled for each in self._live)
-        return count >= (self._rows if first else self._rows + self._max_waiting)
+        return count >= (self._rows if first else self.most)
 
     def _displaced_by(self, job: Job) -> Job:
         longest = max(self._queues.values(), key=len, default=deque[Job]())

@@ -114,6 +114,11 @@ class Scheduler:
         return self._store
 
     @property
+    def most_requests(self) -> int:
+        """Largest number of requests that may run and wait."""
+        return self._admission.most
+
+    @property
     def running(self) -> int:
         """Requests that have a row."""
         return len(self._rows)

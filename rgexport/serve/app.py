@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -166,6 +167,7 @@ def create_app(
     )
     app.router.route_class = JsonRoute
     app.state.offload = Offload(text_process)
+    app.state.exchanges = WeakSet[Exchange]()
     errors.install(app)
     _generation_routes(app, server)
     _text_routes(app, server)
@@ -226,6 +228,7 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
             server.slots.put(client.owner, answer.model, body.id_slot, slot)
 
         exchange = Exchange(request, model, answer, works, limits, finished)
+        app.state.exchanges.add(exchange)
         headers = {AFFINITY: _affinity(works[0].prompt)}
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

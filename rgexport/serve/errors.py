@@ -72,6 +72,24 @@ class DiskFailed(RequestError):
     """The disk of this machine failed; later it may work again."""
 
 
+class ServerEnds(RequestError):
+    """The server ends before the answer is complete."""
+
+    def __init__(self) -> None:
+        super().__init__("the server ends; send the request again later")
+
+
+_STATUSES: dict[type[RequestError], tuple[int, str]] = {
+    Busy: (429, BUSY),
+    NotFound: (404, _KINDS[404]),
+    TooLong: (504, SERVER),
+    DiskFailed: (503, SERVER),
+    ServerEnds: (503, SERVER),
+    RequestError: (400, INVALID),
+}
+"""Error → status and type of the answer; the first one that fits."""
+
+
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
@@ -85,22 +103,13 @@ def error_response(
 
 
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and the body for an error of ours."""
-    if isinstance(error, Busy):
-        return 429, error_object(str(error), BUSY)
-    if isinstance(error, NotFound):
-        return 404, error_object(str(error), _KINDS[404], error.param)
-    if isinstance(error, TooLong):
-        return 504, error_object(str(error), SERVER)
-    if isinstance(error, DiskFailed):
-        return 503, error_object(str(error), SERVER)
+    """Returns the status and the body of the answer."""
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)
-    if isinstance(error, InvalidBody):
-        return 400, error_object(str(error), INVALID, error.param)
-    if isinstance(error, RequestError):
-        return 400, error_object(str(error), INVALID)
+    for kind, (status, name) in _STATUSES.items():
+        if isinstance(error, kind):
+            return status, error_object(str(error), name, getattr(error, "param", None))
     return 500, error_object("the server failed; its log says why", SERVER)
 
 

@@ -18,7 +18,7 @@ from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
 from rgexport.errors import RequestError
 from rgexport.serve.answers import Answer
-from rgexport.serve.errors import Gone, TooLong, as_error
+from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
 from rgexport.serve.grammar import GrammarSource
 
 _DONE = b"data: [DONE]\n\n"
@@ -75,8 +75,13 @@ class Exchange:
 
         Raises:
             Busy: too many requests wait.
-            RequestError: a prompt cannot be read.
+            RequestError: a prompt cannot be read, or there are more replies than may ever wait.
         """
+        if len(works) > (most := model.scheduler.most_requests):
+            raise RequestError(
+                f"n: the request asks for {len(works)} replies; this server takes up to {most} at "
+                "once; send several requests"
+            )
         self._request, self._answer, self._works = request, answer, works
         self._limits, self._finished = limits, finished
         self._arrived: asyncio.Queue[tuple[int, Item | Gone]] = asyncio.Queue()
@@ -96,6 +101,10 @@ class Exchange:
         """Ends the replies that are under way."""
         for job in self._jobs:
             job.cancel()
+
+    def stop(self) -> None:
+        """Ends the answer with an error, because the server ends."""
+        self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
         """The answer, when all replies have ended.

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rgexport.progress import note, warn
-from rgexport.serve.errors import INVALID, SERVER, error_response
+from rgexport.serve.errors import INVALID, SERVER, ServerEnds, error_response
 from rgexport.serve.metrics import Metrics
 
 _BODY_SECONDS = 60.0
@@ -73,6 +73,9 @@ class Guard:
 
         try:
             await self._app(scope, self._limited(receive), noted)
+        except asyncio.CancelledError:  # uvicorn's, when the time of running replies is over
+            if not has_started:
+                await error_response(503, str(ServerEnds()), SERVER)(scope, receive, send)
         except Exception as error:
             if has_started:
                 raise

@@ -1,5 +1,6 @@
 """Running the server until it is told to end."""
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -24,6 +25,8 @@ from rgexport.serve.health import STALL_SECONDS, Health
 from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.text_process import TextProcess, open_prompts
 
+_ANSWER_SECONDS = 1.0
+"""Time for sending errors, before connections are closed."""
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _OTHER_FILES = 256
 """Files, beside connections, that a server may have open."""
@@ -109,12 +112,31 @@ def serve(
     )
     health.start()
     try:
-        _run(uvicorn.Server(_config(app, listening)), opened)
+        _run(_Server(_config(app, listening)), opened)
     finally:
         health.close()
         text_process.close()
         for model in models.values():
             model.close()
+
+
+class _Server(uvicorn.Server):
+    """A server that ends running answers with an error, shortly before uvicorn cancels them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for running answers, but no longer than their time."""
+        seconds = (self.config.timeout_graceful_shutdown or 0) - _ANSWER_SECONDS
+        timer = asyncio.get_running_loop().call_later(seconds, self._stop_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _stop_answers(self) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        for exchange in list(app.state.exchanges):
+            exchange.stop()
 
 
 def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
@@ -127,7 +149,7 @@ def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
-        timeout_graceful_shutdown=listening.grace_seconds,
+        timeout_graceful_shutdown=max(1, listening.grace_seconds),
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )

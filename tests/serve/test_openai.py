@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rgexport.chat.sampling import log_probabilities
+from rgexport.serve.app import Settings
 from rgexport.serve.requests import ChatRequest, CompletionRequest
 from tests.chat.conftest import json_folder
 from tests.serve.conftest import Serve, Served
@@ -312,3 +313,32 @@ def test_hugging_faces_client_talks_with_it(server: Served) -> None:
     assert whole.choices[0].message.content == expected
     chunks = client.chat_completion(HELLO, model="toy", stream=True, **asked)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+
+
+def test_requests_that_find_a_row_do_not_count_as_waiting(serve: Serve) -> None:
+    asked: dict[str, Any] = {"messages": HELLO, "max_tokens": 2}
+    with serve(rows=8, max_waiting=0) as server:
+        url = f"{server.url}/v1/chat/completions"
+        assert httpx.post(url, json=asked).status_code == 200
+        assert httpx.post(url, json=asked | {"n": 8}).status_code == 200
+    with serve(rows=8, max_waiting=4) as server:
+        url = f"{server.url}/v1/chat/completions"
+        assert len(httpx.post(url, json=asked | {"n": 8}).json()["choices"]) == 8
+
+
+def test_more_replies_than_can_ever_wait_are_refused(serve: Serve) -> None:
+    with serve(rows=2, max_waiting=30) as server:
+        asked = {"prompt": ["hello"] * 64, "n": 16, "max_tokens": 1}
+        answer = httpx.post(f"{server.url}/v1/completions", json=asked)
+        assert answer.status_code == 400
+        assert "asks for 1024 replies; this server takes up to 32" in answer.text
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_of_a_key_has_any_case(serve: Serve, scheme: str) -> None:
+    with serve(Settings(api_key="secret", log=False)) as server:
+        for key, status in (("secret", 200), ("Secret", 401), ("secret2", 401)):
+            headers = {"Authorization": f"{scheme} {key}"}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+        headers = {"Authorization": "Basic secret"}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
