@@ -67,7 +67,7 @@ class BuiltParts(BuildHookInterface):
                 f"`rgexport --version` says so, too: {failed}"
             )
             made = folder / builder.NOT_BUILT
-            made.write_text(f"{failed}\n")
+            made.write_text(f"{failed}\n", "utf-8")
             return made
 
     def _add_page(self, build_data: dict[str, Any]) -> None:

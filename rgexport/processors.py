@@ -39,7 +39,7 @@ def usable_threads(wanted: int | None) -> int:
 def _quotas() -> Iterator[float]:
     """What control groups of both versions allow, in processors."""
     with suppress(OSError, ValueError):
-        for line in _MINE.read_text().splitlines():
+        for line in _MINE.read_text("utf-8").splitlines():
             _, controllers, place = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -55,7 +55,7 @@ def _quota_of(group: Path) -> Iterator[float]:
     """What one control group allows, if it limits the time of processors at all."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with suppress(OSError, ValueError):  # without a limit: "max", or -1
-            time, period = " ".join((group / name).read_text() for name in names).split()
+            time, period = " ".join((group / name).read_text("utf-8") for name in names).split()
             if int(time) > 0 and int(period) > 0:
                 yield int(time) / int(period)
 

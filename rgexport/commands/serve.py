@@ -249,7 +249,7 @@ def _key(given: str | None, file: Path | None) -> str | None:
         raise RequestError("--api-key and --api-key-file exclude each other")
     if file is not None:
         try:
-            given = file.read_text().strip()
+            given = file.read_text("utf-8").strip()
         except (OSError, ValueError) as error:
             raise RequestError(f"cannot read {file}: {error}") from None
     key = given if given is not None else os.environ.get(_KEY)

@@ -80,7 +80,8 @@ def open_work(folder: Path, request: Mapping[str, Any], *, force: bool) -> Work:
         _require_same(folder, request, force)
     if not (folder / _REQUEST).exists():
         folder.mkdir(exist_ok=True)
-        (folder / _REQUEST).write_text(json.dumps(request, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(request, indent=2, sort_keys=True) + "\n"
+        (folder / _REQUEST).write_text(text, "utf-8")
     return Work(folder)
 
 

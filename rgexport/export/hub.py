@@ -4,7 +4,7 @@ import glob
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
@@ -34,21 +34,22 @@ class HubName:
     revision: str | None
 
 
-def is_hub_name(path: Path | str) -> bool:
+def is_hub_name(path: PurePath | str) -> bool:
     """Whether a path is meant to be an artifact of the hub."""
     return str(path).startswith(PREFIX)
 
 
-def parse(path: Path | str) -> HubName:
+def parse(path: PurePath | str) -> HubName:
     """What `hf:owner/name[/FILE.gguf][@REVISION]` says.
 
     Raises:
         RequestError: it says nothing of that kind.
     """
-    match = _NAME.fullmatch(str(path).removeprefix(PREFIX))
-    if not match or ".." in str(path):
+    text = path.as_posix() if isinstance(path, PurePath) else path  # without Windows' backslashes
+    match = _NAME.fullmatch(text.removeprefix(PREFIX))
+    if not match or ".." in text:
         raise RequestError(
-            f"{path} is no artifact of the hub; expected {PREFIX}owner/name, perhaps followed by "
+            f"{text} is no artifact of the hub; expected {PREFIX}owner/name, perhaps followed by "
             "/FILE.gguf or @REVISION"
         )
     file = match["file"]

@@ -1,9 +1,11 @@
 """What a user asks an export for, and what the export answers."""
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import Any
 
 from rgexport.errors import RequestError
@@ -176,9 +178,9 @@ def default_target(model: str, precision: str, kind: str, profile: str = "cpu") 
 
 
 def as_argument(path: Path) -> str:
-    """A path, quoted for a shell."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    """Returns a path, quoted for a shell of this system."""
+    text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
+    return list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 def closing_line(artifact: Artifact) -> str:

@@ -177,7 +177,10 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
     Raises:
         RequestError: fewer than `needed_bytes` are free.
     """
-    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    place = folder.absolute()
+    there = next((p for p in [place, *place.parents] if p.exists()), None)
+    if there is None:
+        raise RequestError(f"cannot write {folder}: there is no drive {place.anchor}")
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise RequestError(

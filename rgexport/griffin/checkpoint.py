@@ -78,7 +78,7 @@ def open_checkpoint(
         base = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
         return with_adapter(base, adapter)
     try:
-        name, path = _find_size(str(size)) if model is None else _find_model(str(model))
+        name, path = _find_size(str(size)) if model is None else _find_model(model)
         found = _deepmind_path(path)
         if found is not None:
             return _open_deepmind(name, found, window, soft_cap)
@@ -139,13 +139,14 @@ def _find_hub(hub_id: str) -> tuple[str, Path]:
     return hub_id.rpartition("/")[2], fetch_model(hub_id)
 
 
-def _find_model(model: str) -> tuple[str, Path]:
+def _find_model(model: str | Path) -> tuple[str, Path]:
     path = Path(os.path.expanduser(model))
     if path.exists():
         return _display_name(path), path
-    if _HUB_ID.fullmatch(model):
+    hub_id = model.as_posix() if isinstance(model, Path) else model  # without Windows' backslashes
+    if _HUB_ID.fullmatch(hub_id):
         try:
-            return _find_hub(model)
+            return _find_hub(hub_id)
         except RequestError as error:  # a mistyped folder looks like a hub id
             raise RequestError(f"{error} (there is no folder {model})") from None
     raise RequestError(

@@ -64,7 +64,7 @@ def _unreadable(folder: Path, error: ValueError) -> RequestError:
 
 
 def _place(folder: Path) -> dict[str, Any]:
-    files = {"driver": "file", "path": f"{folder.resolve()}/"}
+    files = {"driver": "file", "path": f"{folder.resolve().as_posix()}/"}
     if (folder / _DATABASE).is_file():
         return {"driver": "ocdbt", "base": files}
     return files

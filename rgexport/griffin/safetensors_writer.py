@@ -39,7 +39,7 @@ def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHA
         places = zip(files, shards, strict=True)
         weight_map = {PREFIX + name: file for file, shard in places for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _shard_name(index: int, count: int) -> str:

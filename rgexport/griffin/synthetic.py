@@ -65,7 +65,7 @@ def write_random(
     dialect: Dialect = "block_types" if word.startswith("9b") else "_block_types"
     fields = to_hugging_face(config, dialect) | {"torch_dtype": dtype, MARK: {"seed": seed}}
     with replace_folder(target, force=force, replaceable=_is_random) as folder:
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         _write_tokenizer(folder, config.vocab_size, chat=word.endswith("-it"))
         weights = random_weights(config, seed=seed, dtype=dtype)
         write_weights(folder, weights, shard_bytes=shard_bytes)
@@ -108,7 +108,7 @@ def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
     settings = json.loads((demo / "tokenizer_config.json").read_bytes())
     if not chat:
         settings.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     for name in ("special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(demo / name, folder / name)
 

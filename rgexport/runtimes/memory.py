@@ -22,7 +22,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def rss_bytes() -> int | None:
     """What this process holds now; None where it is unknown (it is known on Linux only)."""
     try:
-        pages = int(_STATM.read_text().split()[1])
+        pages = int(_STATM.read_text("utf-8").split()[1])
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -71,7 +71,7 @@ def _left_in_container() -> int | None:
 
 def _number(file: Path) -> int | None:
     try:
-        return int(file.read_text())
+        return int(file.read_text("utf-8"))
     except (OSError, ValueError):  # no such file, or `max`
         return None
 
@@ -79,7 +79,7 @@ def _number(file: Path) -> int | None:
 def _fields(file: Path) -> dict[str, int]:
     """The numbers in lines such as `name 12 kB`; none where there is no such file."""
     try:
-        pairs = (line.split()[:2] for line in file.read_text().splitlines())
+        pairs = (line.split()[:2] for line in file.read_text("utf-8").splitlines())
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
     except OSError:
         return {}

@@ -45,7 +45,8 @@ def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     manifest = _manifest(hashlib.sha256(data).hexdigest())
-    (folder / manifest_file(name)).write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+    (folder / manifest_file(name)).write_text(text, "utf-8")
 
 
 def _manifest(digest: str) -> dict[str, object]:

@@ -118,7 +118,7 @@ def _large_mappings() -> set[Area]:
     """The large writable mappings without a file; none where the system does not list them."""
     found = set()
     with suppress(OSError):
-        for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+        for line in _MAPS.read_text("utf-8", "surrogateescape").splitlines():
             addresses, access, _, _, inode, *_ = line.split(maxsplit=5)
             start, end = (int(address, 16) for address in addresses.split("-"))
             if access == "rw-p" and inode == "0" and end - start >= _LEAST:
