@@ -26,6 +26,9 @@ from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
+REDIRECTED = "utf-8" if os.name == "nt" and not os.environ.get("PYTHONIOENCODING") else None
+"""The encoding of pipes and files as stdin and stdout, where it is not the system's: Windows' code
+pages lack most characters of a model's replies."""
 CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
 """What the core install lacks, and the extra that brings it."""
 
@@ -48,6 +51,9 @@ def _prepare_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding=REDIRECTED)
     if isinstance(sys.stdout, io.TextIOWrapper):  # stderr never fails on what it cannot encode
         sys.stdout.reconfigure(errors="replace")
 

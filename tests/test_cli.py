@@ -1,6 +1,7 @@
 """The command line as a whole: exit codes, streams, and a quick start."""
 
 import html
+import io
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport import __version__
+from rgexport import __version__, cli
 from rgexport.cli import rgexport as command_line
 from rgexport.cli import run
 from rgexport.validate.report.page import visible
@@ -214,6 +215,17 @@ def test_closed_streams(demo_artifact, tmp_path, command, closed):
     assert bool(done.stdout) != silent
     assert b"prompt tokens" not in done.stdout
     assert {path: path.read_bytes() for path in demo_artifact.iterdir()} == before
+
+
+def test_windows_pipes_carry_every_character(monkeypatch):
+    """Its code pages would turn what a model writes, or is to read, into question marks."""
+    monkeypatch.setattr(cli, "REDIRECTED", "utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("λ".encode()), "cp1252"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    cli._prepare_streams()
+    print(sys.stdin.read(), end="", flush=True)
+    assert written.getvalue() == "λ".encode()
 
 
 def test_output_encoding_that_lacks_characters(tmp_path):

@@ -177,10 +177,10 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
     Raises:
         RequestError: fewer than `needed_bytes` are free.
     """
-    place = folder.absolute()
-    there = next((p for p in [place, *place.parents] if p.exists()), None)
+    absolute = folder.absolute()
+    there = next((p for p in [absolute, *absolute.parents] if p.exists()), None)
     if there is None:
-        raise RequestError(f"cannot write {folder}: there is no drive {place.anchor}")
+        raise RequestError(f"cannot write {folder}: there is no drive {absolute.anchor}")
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise RequestError(
