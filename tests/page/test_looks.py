@@ -46,6 +46,9 @@ def test_every_state_of_the_page(
         check(tab, axe)
         tab.say("Tell me a story. " + "Averylongword" * 20)
         check(tab, axe)
+        for each in ("unsaved", "notice", "error"):
+            page.evaluate(f"document.getElementById('{each}').textContent = 'Storage is full.'")
+        check(tab, axe)
         if page.is_visible("#menu"):
             assert not page.is_visible("#new")
             page.click("#menu")

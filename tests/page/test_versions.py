@@ -39,7 +39,10 @@ def rebuilt(files: site.Site) -> dict[str, site.Part | bytes]:
 
 IS_UPDATED = """async () => {
     const { active, waiting, installing } = await navigator.serviceWorker.getRegistration();
-    const isNew = (await caches.keys()).some((name) => name.includes(" new-"));
+    const stored = await Promise.all(
+        (await caches.keys()).map(async (name) => (await caches.open(name)).keys())
+    );
+    const isNew = stored.flat().some(({ url }) => url.includes("NewBuild"));
     return isNew && !installing && !waiting && active.state === "activated";
 }"""
 CACHES = "async () => (await caches.keys()).filter((name) => name.includes('-page '))"
