@@ -73,8 +73,8 @@ function show(error: unknown): void {
 function showUnsaved(count: number, reason: unknown): void {
   const what = count > 1 ? `${count} conversations are` : "A conversation is";
   const text = count
-    ? `${what} not saved. ${sentence(reason)} Until that is done, this tab alone has what you wrote, and ` +
-      "goes on trying to save it. “Save as a file” keeps a copy."
+    ? `${what} not saved. ${sentence(reason)} This tab keeps what you wrote, and goes on trying; ` +
+      "“Save as a file” makes a copy."
     : reason
       ? `Conversations cannot be read. ${sentence(reason)}`
       : "";
