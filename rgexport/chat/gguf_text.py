@@ -14,10 +14,12 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
-from rgexport.griffin.sentencepiece_file import NORMAL, USER_DEFINED
+from rgexport.griffin.sentencepiece_file import NORMAL, UNKNOWN, USER_DEFINED
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
 
 TYPES_KEY, TEMPLATE_KEY = "tokenizer.ggml.token_type", "tokenizer.chat_template"
+_BOS_KEY, _EOS_KEY = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"
+"""llama.cpp takes Llama's ids where a file has none; here there is no such token then."""
 _SPACE_IN_FRONT = "tokenizer.ggml.add_space_prefix"
 
 UNKNOWN_SURFACE = " ⁇ ".encode()
@@ -34,7 +36,8 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
         RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
     """
     vocabulary = Vocabulary(load_model(artifact.path, vocab_only=True))
-    types = artifact.header.values.get(TYPES_KEY)
+    values = artifact.header.values
+    types = values.get(TYPES_KEY)
     if types is None or not vocabulary.understands_text:
         raise RequestError(
             f"{artifact.path} has no vocabulary, which text needs; put tokenizer.model into the "
@@ -47,11 +50,11 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
     return Tokenizer(
         vocab_size=vocabulary.size,
         special={piece: token for piece, token in special.items() if piece not in overruled},
-        bos_id=vocabulary.bos_id,
-        eos_id=vocabulary.eos_id,
+        bos_id=vocabulary.bos_id if _BOS_KEY in values else None,
+        eos_id=vocabulary.eos_id if _EOS_KEY in values else None,
         raw_encode=_matching(overruled, vocabulary.encode),
         surface=vocabulary.surface,
-        unknown_id=special.get("<unk>"),
+        unknown_id=next((token for token, kind in enumerate(types) if kind == UNKNOWN), None),
     )
 
 

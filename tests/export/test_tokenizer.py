@@ -6,18 +6,22 @@ from pathlib import Path
 import pytest
 import transformers
 
+from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.export.tokenizer import complete_tokenizer
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.control_tokens import read_control_tokens
 from rgexport.quantize.gguf_header import read_header
+from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
 from tests.vocabularies import ODD_VOCABULARIES, SIZE, write_vocabulary
 
@@ -119,6 +123,22 @@ def test_every_format_has_the_same_tokens_and_template(vocabulary: str, tmp_path
     assert all((coreml / name).read_bytes() == (onnx / name).read_bytes() for name in FILES)
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("vocabulary", ODD_VOCABULARIES)
+def test_llama_cpp_reads_what_a_chat_reads(vocabulary: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model", vocabulary)
+    gguf = export_gguf(source, GgufOptions(type="f32"), tmp_path / "model.gguf")
+    ours, theirs = load_tokenizer(tmp_path / "model"), open_tokenizer(open_artifact(gguf))
+    assert (theirs.bos_id, theirs.stop_ids) == (ours.bos_id, ours.stop_ids)
+    assert theirs.unknown_id == ours.unknown_id
+    for text in TEXTS:
+        assert theirs.encode_text(text) == ours.encode_text(text)
+    if can_chat(ours):
+        template = open_template(open_artifact(gguf))
+        ids = template.render_ids(theirs, MESSAGES, True)
+        assert ids == load_template(tmp_path / "model").render_ids(ours, MESSAGES, True)
+
+
 def test_what_a_checkpoint_names_is_kept_unless_the_vocabulary_lacks_it(tmp_path: Path) -> None:
     folder = write_vocabulary(tmp_path, **ODD_VOCABULARIES["brackets"])
     named = {"bos_token": "<bos>", "eos_token": {"content": "<end_of_turn>"}, "model_max_length": 9}
@@ -151,8 +171,6 @@ def test_a_model_that_cannot_chat_is_told(tmp_path: Path, capsys) -> None:
 
 
 def test_damaged_settings_end_the_export_in_one_line(tmp_path: Path) -> None:
-    from rgexport.errors import RequestError
-
     folder = write_vocabulary(tmp_path)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "tokenizer_config.json").write_text("[1")

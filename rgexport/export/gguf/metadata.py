@@ -123,7 +123,7 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
     control = vocabulary.control
     tokens = {
         "bos": control.bos,
-        "eos": control.eos,
+        "eos": control.eos or control.end_of_turn,  # llama.cpp assumes 2 where there is none
         "unknown": control.unk,
         "padding": control.pad,
         "eot": control.end_of_turn,
