@@ -124,7 +124,12 @@ class Client:
         return str((await self._say(number, slot=999)).status_code)
 
     async def _restore(self, number: int) -> str:
-        return str((await self._act("restore", f"s{number // 20 % NAMES}", 998)).status_code)
+        name = f"s{number // 20 % NAMES}"
+        was_there = name in self.acknowledged
+        status = (await self._act("restore", name, 998)).status_code
+        if was_there and status == 404:
+            self.report.lost.append(f"{name}: it was not found")
+        return str(status)
 
     async def _save(self, number: int) -> str:
         turn = number // 20

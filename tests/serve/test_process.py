@@ -98,6 +98,23 @@ def test_a_restart_costs_nothing_more(demo_artifact: Path, tmp_path: Path) -> No
         assert cached(fresh) == 0 and said(fresh) == said(answer)
 
 
+def test_a_folder_that_becomes_a_file_stops_neither_chats_nor_the_end(
+    demo_artifact: Path, tmp_path: Path
+) -> None:
+    states = tmp_path / "states"
+    with serving(demo_artifact, "--state-folder", states, "--quiet") as server:
+        server.chat("Hello!")
+        until(lambda: [*states.glob("*-*/*.state")] != [])
+        states.rename(tmp_path / "aside")
+        states.write_bytes(b"a file")
+        for number in range(8):
+            server.chat(f"Hello {number}!")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+    assert sum("are not saved at the moment" in line for line in server.lines) == 1
+    assert not any("Traceback" in line for line in server.lines)
+
+
 def test_killed_under_load(demo_artifact: Path, tmp_path: Path) -> None:
     """No half file is taken for a state; the next start serves what is whole."""
     options = ("--state-folder", tmp_path / "states", "--quiet", "--parallel", "4")
