@@ -86,6 +86,18 @@ def test_a_hash_is_enough_for_who_has_the_text(tmp_path: Path) -> None:
         read_state(path, SHAPES)
 
 
+def test_logits_keep_their_precision(tmp_path: Path) -> None:
+    path, logits = tmp_path / "a.state", np.array([1e-3, 70000.0], np.float32)
+    saved = replace(saved_state(pending=0), logits=logits, artifact="fp32")
+    write_state(path, saved, precision="fp16")
+    found = read_state(path, SHAPES)
+    assert found.logits is not None and found.artifact == "fp32"
+    np.testing.assert_array_equal(found.logits, logits)
+    write_state(path, replace(saved, logits=np.ones((2, 2), np.float32)))
+    with pytest.raises(RequestError, match="is damaged"):
+        read_state(path, SHAPES)
+
+
 def test_any_safetensors_library_reads_it(tmp_path: Path) -> None:
     saved, path = saved_state(), tmp_path / "a.state"
     write_state(path, saved)
