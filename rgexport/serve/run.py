@@ -7,6 +7,7 @@ import gc
 import signal
 import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ def serve(
     finally:
         health.close()
         text_process.close()
-        for model in models.values():
-            model.close()
+        with ThreadPoolExecutor() as pool:  # at once: each may wait for a disk
+            list(pool.map(Model.close, models.values()))
 
 
 class _Server(uvicorn.Server):
