@@ -119,7 +119,9 @@ def test_a_burst_of_grammars_stops_nobody(serve: Serve, gate: Gate) -> None:
             body |= schema_body(optional_strings(100, pattern=f"^[a-z]{{3,{9 + i}}}$"))
             data = json.dumps(body).encode()
             _, writer = await asyncio.open_connection(host, int(port))
-            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = (
+                f"POST {COMPLETIONS} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+            )
             writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             await writer.drain()
             if i == 0:

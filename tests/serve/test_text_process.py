@@ -34,7 +34,7 @@ MESSAGES = [
 
 
 def opened(folder: Path, most_tokens: int | None = None) -> Prompts:
-    prompts = Prompts(load_tokenizer(folder), load_template(folder), known=lambda ids: 0)
+    prompts = Prompts(load_tokenizer(folder), load_template(folder), known=lambda ids, namespace: 0)
     prompts.most_tokens = most_tokens
     return prompts
 
@@ -116,7 +116,7 @@ def test_places_that_are_known_are_not_kept(
     there.elsewhere = functools.partial(process.call, with_prompts, "toy")
     keep = there.conversation_prompt(MESSAGES).keep
     assert len(keep) > 1
-    there._known = lambda ids: min(keep)
+    there._known = lambda ids, namespace: min(keep)
     assert sorted(there.conversation_prompt(MESSAGES).keep) == sorted(keep)[1:]
 
 
