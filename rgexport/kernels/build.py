@@ -59,11 +59,17 @@ def build(project: Path, target: Path, build_folder: Path | None = None, *option
 
 
 def _generator() -> list[str]:
-    """CMake's options for Ninja if it is installed; else Make, or CMake's default on Windows."""
+    """Returns CMake's options for Clang in Visual Studio; elsewhere for Ninja, or none for Make.
+
+    On Windows, Ninja would take the first compiler of the path, such as a GCC whose own libraries
+    users do not have. `CXX` or `CMAKE_GENERATOR` chooses another one.
+    """
+    if sys.platform == "win32" and not os.environ.get("CXX"):
+        return [] if os.environ.get("CMAKE_GENERATOR") else ["-T", "ClangCL"]
     ninja = program("ninja")
     if ninja is not None:
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    if sys.platform != "win32" and program("make") is None:
+    if program("make") is None and sys.platform != "win32":
         raise BuildFailed("neither Ninja nor Make is installed")
     return []
 

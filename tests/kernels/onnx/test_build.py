@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.kernels.build import NOT_BUILT, PROJECTS, BuildFailed, build
+from rgexport.kernels.build import NOT_BUILT, PROJECTS, BuildFailed, _generator, build
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding
 from tests.built import COMPILER, built
@@ -42,6 +42,16 @@ def test_says_that_there_is_no_cmake(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildFailed, match="CMake"):
         build(library.FOLDER, tmp_path / "target")
+
+
+def test_windows_takes_clang_of_visual_studio(monkeypatch):
+    """Ninja would take a GCC of the path, whose own libraries users do not have."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    for variable in ("CXX", "CMAKE_GENERATOR"):
+        monkeypatch.delenv(variable, raising=False)
+    assert _generator() == ["-T", "ClangCL"]
+    monkeypatch.setenv("CMAKE_GENERATOR", "Ninja")
+    assert _generator() == []
 
 
 def test_a_broken_source_leaves_the_library_that_is_there(monkeypatch, tmp_path):

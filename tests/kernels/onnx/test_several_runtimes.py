@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from rgexport.export.onnx.graph import OPSET
 from rgexport.kernels.onnx import library
 from tests.kernels.onnx import programs
 from tests.kernels.onnx.one_node import Case, model, run_model
@@ -15,24 +16,29 @@ from tests.kernels.onnx.one_node import Case, model, run_model
 DEBIANS = Path("/usr/lib/x86_64-linux-gnu/libonnxruntime.so")
 OURS = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
 
+OPSET_OF_BOTH = 21
+
 pytestmark = [
     programs.needs_compiler,
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]
 
 
-def norm() -> tuple[bytes, np.ndarray, str]:
-    """A model of one op for early releases, an input, and the bits of its output."""
+def norm() -> Case:
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((1, 3, 64), np.float32), rng.standard_normal(64, np.float32)
-    case = Case(
+    return Case(
         "RmsNorm", {"x": x, "weight": weight}, {"y": x.shape}, weights=frozenset({"weight"})
     )
+
+
+def model_and_bits(case: Case, opset: int = OPSET) -> tuple[bytes, str]:
+    """A model of one op, in an opset that a release may know, and the bits of its output."""
     made = onnx.load_from_string(model(case))
-    next(opset for opset in made.opset_import if not opset.domain).version = 21
-    outputs, _ = run_model(made.SerializeToString(), {"x": x}, {}, case.outputs)
+    next(imported for imported in made.opset_import if not imported.domain).version = opset
+    outputs, _ = run_model(made.SerializeToString(), {"x": case.given["x"]}, {}, case.outputs)
     bits = outputs["y"].view(np.uint32).ravel()
-    return made.SerializeToString(), x, "".join(f"{word:08x}" for word in bits)
+    return made.SerializeToString(), "".join(f"{word:08x}" for word in bits)
 
 
 def text_of(x: np.ndarray) -> str:
@@ -55,7 +61,8 @@ def test_a_run_calls_the_runtime_that_made_the_kernel():
     reason="not installed: a second ONNX Runtime, such as Debian's libonnxruntime-dev",
 )
 def test_two_releases_in_one_process(tmp_path):
-    made, x, expected = norm()
+    x = norm().given["x"]
+    made, expected = model_and_bits(norm(), OPSET_OF_BOTH)
     (tmp_path / "norm.onnx").write_bytes(made)
     program = programs.several_runtimes() / "several_runtimes"
     command = [program, library.LIBRARY, tmp_path / "norm.onnx", str(x.shape[-1])]

@@ -13,7 +13,11 @@ from tests.built import COMPILER, built
 from tests.command_line import ROOT
 
 FOLDER = library.LIBRARY.parent
-SOURCES = [*sorted((FOLDER / "src").iterdir()), FOLDER / "CMakeLists.txt"]
+CPU = FOLDER.parent / "onnx" / "src"
+SOURCES = [
+    *sorted((FOLDER / "src").iterdir()),
+    *(FOLDER / "CMakeLists.txt", CPU / "cpu.cpp", CPU / "cpu.h"),
+]
 PROGRAM = """
 import sys
 from pathlib import Path

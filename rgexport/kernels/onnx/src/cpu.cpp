@@ -61,11 +61,12 @@ bool avx2() {
 
 bool avx_vnni() { return avx2() && has(cpuid(7, 1).eax, bit(4)); }
 
-bool avx512_vnni() {
-  return avx2() && has(saved_registers(), 0xe6) &&                      // masks, ZMM
-         has(cpuid(7).ebx, bit(16) | bit(17) | bit(30) | bit(31)) &&    // F, DQ, BW, VL
-         has(cpuid(7).ecx, bit(11));                                    // VNNI
+bool avx512() {
+  return avx2() && has(saved_registers(), 0xe6) &&                   // masks, ZMM
+         has(cpuid(7).ebx, bit(16) | bit(17) | bit(30) | bit(31));   // F, DQ, BW, VL
 }
+
+bool avx512_vnni() { return avx512() && has(cpuid(7).ecx, bit(11)); }
 
 // Linux lets a process use the tiles after it has asked for them; so does its virtual machine.
 bool tiles_allowed() {
@@ -144,5 +145,13 @@ const char* instruction_set_name() { return level().name; }
 const char* level_name(size_t index) { return index < kCount ? kLevels[index].name : nullptr; }
 
 bool level_is_here(size_t index) { return index < kCount && kLevels[index].here(); }
+
+#if defined(__x86_64__)
+bool has_avx2() { return avx2(); }
+bool has_avx512() { return avx512(); }
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
 
 }  // namespace rgexport

@@ -20,4 +20,8 @@ const char* level_name(size_t index);
 // Whether this processor and its operating system have level `index`.
 bool level_is_here(size_t index);
 
+// Whether they have AVX2 with FMA; AVX-512 with F, DQ, BW and VL, which VNNI need not come with.
+bool has_avx2();
+bool has_avx512();
+
 }  // namespace rgexport

@@ -2,25 +2,26 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu.h"
 #include "kernels.h"
 
+#if defined(_WIN32)
+#define RGEXPORT_API extern "C" __declspec(dllexport)
+#else
 #define RGEXPORT_API extern "C" __attribute__((visibility("default")))
+#endif
 
 using namespace rgexport;
 
 namespace {
 
-#ifdef RGEXPORT_X86
+#if defined(__x86_64__)
 const Kernels& best() {
   const char* most = std::getenv("RGEXPORT_CPU");
   const bool scalar = most && !std::strcmp(most, "scalar");
   const bool no_512 = most && (!std::strcmp(most, "avx2") || !std::strcmp(most, "avxvnni"));
-  __builtin_cpu_init();
-  if (scalar || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-    return base_kernels();
-  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return has_512 && !no_512 ? avx512_kernels() : avx2_kernels();
+  if (scalar || !has_avx2()) return base_kernels();
+  return has_avx512() && !no_512 ? avx512_kernels() : avx2_kernels();
 }
 #else
 const Kernels& best() { return base_kernels(); }
