@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,16 @@ def test_imatrix_serves_our_exporter(llama_tools, demo, text, tmp_path):
     run_tool(llama_tools / "llama-bench", "-m", target, "-p", 8, "-n", 8, "-r", 1, "-t", 1)
 
 
-@pytest.fixture(scope="module")
-def server(llama_tools: Path, demo: Path) -> Iterator[str]:
-    """The address of a llama-server with two slots, which drafts from what it has seen."""
+@contextmanager
+def serving(tools: Path, model: Path, *options: str) -> Iterator[str]:
+    """Runs a llama-server with two slots, and gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = "--host", "127.0.0.1", "--port", str(port)
-    options = "-np", "2", "-c", "2048", "-t", "1", *EXACT, *DRAFTS
-    command = [str(llama_tools / "llama-server"), "-m", str(demo), *place, *options]
-    log = demo.with_name("server.log")
+    always = "-np", "2", "-c", "2048", "-t", "1", *EXACT
+    command = [str(tools / "llama-server"), "-m", str(model), *place, *always, *options]
+    log = model.with_name("server.log")
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=output) as process,
@@ -122,6 +123,13 @@ def server(llama_tools: Path, demo: Path) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="module")
+def server(llama_tools: Path, demo: Path) -> Iterator[str]:
+    """The address of a server that drafts from what it has seen."""
+    with serving(llama_tools, demo, *DRAFTS) as address:
+        yield address
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -174,3 +182,46 @@ def test_server_chats(server):
     answer = ask(server, "/v1/chat/completions", messages=said, max_tokens=8, temperature=0)
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] <= 8
+
+
+def chat(address: str, messages: list[dict[str, str]], *, cached: bool = True) -> tuple[str, Any]:
+    """Returns the reply, and how many tokens were used for it."""
+    answer = ask(
+        address,
+        "/v1/chat/completions",
+        messages=messages,
+        max_tokens=24,
+        temperature=0,
+        id_slot=0,
+        cache_prompt=cached,
+    )
+    return answer["choices"][0]["message"]["content"], answer["usage"]
+
+
+def require_cached(address: str, messages: list[dict[str, str]], most_read: int) -> None:
+    """Checks how many tokens of a turn are read, and that the reply is that to the whole text."""
+    reply, usage = chat(address, messages)
+    read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < read <= most_read
+    assert reply == chat(address, messages, cached=False)[0]
+
+
+@pytest.mark.parametrize("options", [(), DRAFTS], ids=["plain", "drafts"])
+def test_server_reads_only_the_new_tokens_of_a_turn(llama_tools, demo, options):
+    """After a text that is longer than the attention window (256)."""
+    story = {"role": "user", "content": "Once there was a king who had three daughters. " * 40}
+    with serving(llama_tools, demo, *options) as address:
+        reply, usage = chat(address, [story])
+        assert usage["prompt_tokens"] > 300
+        said = [story, {"role": "assistant", "content": reply}]
+        require_cached(address, [*said, {"role": "user", "content": "And you?"}], 32)
+
+
+def test_server_goes_back_to_a_checkpoint(llama_tools, demo):
+    """Where the last message is another one, only that is read again."""
+    story = {"role": "user", "content": "Once there was a king who had three daughters. " * 40}
+    with serving(llama_tools, demo) as address:
+        reply, _ = chat(address, [story])
+        said = [story, {"role": "assistant", "content": reply}]
+        chat(address, [*said, {"role": "user", "content": "And you? " * 8}])
+        require_cached(address, [*said, {"role": "user", "content": "Who am I?"}], 64)
