@@ -104,11 +104,8 @@ class _Scope:
         inputs = [self._known.get(name) for name in node.input]
         operation = node.op_type.decode(errors="replace")
         sizes = self._constant(node)
-        if operation in _FOLDED and None not in (inputs or [None]):
-            sizes = _FOLDED[operation](inputs)
-        elif operation == "Concat":
-            sizes = [item for items in inputs for item in ([None] if items is None else items)]
-            sizes = sizes if len(sizes) <= _SMALL else None
+        if operation != "Constant":
+            sizes = _folded(operation, inputs)
         least = _least_elements(operation, inputs, [self._least.get(n, 1) for n in node.input])
         self._require_small(least, operation)
         for name in node.output[:1]:
@@ -123,7 +120,7 @@ class _Scope:
             self._require_small(prod(attribute.sparse.dims), "a sparse tensor")
             for tensor in (attribute.t, *attribute.tensors):
                 sizes = self._tensor(tensor)
-            if attribute.name == b"value_ints":
+            if attribute.name == b"value_ints" and len(attribute.ints) <= _SMALL:
                 sizes = list(attribute.ints)
             elif attribute.name == b"value_int":
                 sizes = [attribute.i]
@@ -149,38 +146,46 @@ class _Scope:
 
 def _items(tensor: Any) -> Sizes | None:
     """The integers of a small tensor in the file."""
-    dtype = {6: "<i4", 7: "<i8"}.get(tensor.data_type)
-    if dtype is None or prod(tensor.dims) > _SMALL:
+    dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
+    if dtype is None or not 0 <= count <= _SMALL:
         return None
-    if len(tensor.raw_data) % np.dtype(dtype).itemsize == 0 and tensor.raw_data:
+    size = count * np.dtype(dtype).itemsize
+    if len(tensor.raw_data) == size:
         return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
-    return [*tensor.int64_data, *tensor.int32_data]
+    return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
 
 
-def _elementwise(function: Callable[[int, int], int]) -> Callable[[list[Any]], Sizes]:
-    def fold(inputs: list[Any]) -> Sizes:
-        first, second = inputs
-        count = max(len(first), len(second))
-        pairs = zip(_spread(first, count), _spread(second, count), strict=False)
-        return [
-            None if a is None or b is None else min(function(a, b), MOST_ELEMENTS) for a, b in pairs
-        ]
-
-    return fold
+def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
+    """The items of a node's first result, as far as they follow from those of its inputs."""
+    if operation in _SAME:
+        return inputs[0] if inputs else None
+    if operation == "Concat":
+        items = [item for sizes in inputs for item in ([None] if sizes is None else sizes)]
+        return items if len(items) <= _SMALL else None
+    if operation not in _ARITHMETIC or len(inputs) != 2:
+        return None
+    first, second = inputs
+    if first is None or second is None:
+        return None
+    count = max(len(first), len(second))
+    pairs = zip(_spread(first, count), _spread(second, count), strict=False)
+    return [_computed(_ARITHMETIC[operation], a, b) for a, b in pairs]
 
 
 def _spread(items: Sizes, count: int) -> Sizes:
     return list(items) * count if len(items) == 1 else items
 
 
-# A product is cut at the limit, so that numbers do not grow without end.
-_FOLDED: dict[str, Callable[[list[Any]], Sizes]] = {
-    "Add": _elementwise(operator.add),
-    "Sub": _elementwise(operator.sub),
-    "Mul": _elementwise(operator.mul),
-    **dict.fromkeys(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"), lambda i: i[0]),
-}
-"""Op → the items of its result from those of its inputs."""
+def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
+    """A result that is cut at the limit, so that numbers do not grow without end."""
+    if a is None or b is None:
+        return None
+    return max(-MOST_ELEMENTS - 1, min(function(a, b), MOST_ELEMENTS + 1))
+
+
+_SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+"""Ops that keep the items of their first input."""
+_ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
 _SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
 """Op → its input that is the shape of its result."""
 _GROWING: dict[str, Callable[[list[int]], int]] = {

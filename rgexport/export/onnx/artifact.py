@@ -32,7 +32,7 @@ class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
     def complaints(self, verify: bool) -> list[str]:
-        """Lists what is wrong; the graph comes last, since a hash tells more of an altered one."""
+        """Lists the complaints; the graph comes last: a hash tells more of an altered one."""
         return super().complaints(verify) or list(self._wrong_graph())
 
     def _wrong_graph(self) -> Iterator[str]:
