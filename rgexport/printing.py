@@ -14,7 +14,8 @@ _MARKS = "\u061c\u200e\u200f"
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Prints a result; control characters of names in it are escaped."""
-    click.echo(printable(text, kept=_LINES) + end, nl=False)
+    # Without a file, click would write UTF-8 where ASCII is asked for.
+    click.echo(printable(text, kept=_LINES) + end, nl=False, file=sys.stdout)
 
 
 def print_reply(piece: str, stream: TextIO | None = None) -> None:
