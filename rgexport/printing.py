@@ -3,8 +3,6 @@
 import sys
 from typing import TextIO
 
-import click
-
 from rgexport.errors import printable
 
 _LINES = "\n\t"
@@ -14,8 +12,7 @@ _MARKS = "\u061c\u200e\u200f"
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Prints a result; control characters of names in it are escaped."""
-    # Without a file, click would write UTF-8 where ASCII is asked for.
-    click.echo(printable(text, kept=_LINES) + end, nl=False, file=sys.stdout)
+    print(printable(text, kept=_LINES), end=end, flush=True)
 
 
 def print_reply(piece: str, stream: TextIO | None = None) -> None:

@@ -84,7 +84,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "text as weights": (then(save, put("model.safetensors", b"hello " * 99)), "model.safetensors"),
     "name that a terminal obeys": (
         edited(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
-        r"tensor \?\[2J\?\]0;x\? has",
+        r"tensor \\u001b\[2J\\u001b\]0;x\\u0007 has",
     ),
     "name without an end": (edited(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
     "untied head": (

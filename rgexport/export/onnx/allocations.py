@@ -5,6 +5,8 @@ constants are: an engine would allocate such tensors while it opens the file, to
 """
 
 import operator
+import sys
+from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from math import prod
@@ -71,9 +73,12 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
 def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
     """Checks that each tensor lies within a part of a weight."""
     weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
-    sizes = {(part.file, part.offset): part.nbytes for part in weights}
+    spans = sorted((part.file, part.offset, part.offset + part.nbytes) for part in weights)
     for tensor in tensors:
-        if _nbytes(tensor) > sizes.get((tensor.file, tensor.offset), -1):
+        start, stop = tensor.offset, tensor.offset + _nbytes(tensor)
+        before = bisect_right(spans, (tensor.file, start, sys.maxsize)) - 1
+        file, _, end = spans[max(0, before)]
+        if before < 0 or file != tensor.file or stop > end:
             raise RequestError(
                 f"{path} has the tensor {one_line(tensor.name)} of {_nbytes(tensor)} bytes, where "
                 "rgexport.json has no weight of that size: the file is not rgexport's export; if "

@@ -79,4 +79,4 @@ def test_states_that_the_manifest_misnames(field, copied):
     fields = json.loads((copied / MANIFEST).read_text())
     fields["states"][0][field] = "hilo" if field == "layout" else "elsewhere"
     (copied / MANIFEST).write_text(json.dumps(fields))
-    assert "rgexport.json has other states" in complaint(copied)
+    assert f"rgexport.json is damaged: states[0].{field} is" in complaint(copied)
