@@ -248,7 +248,7 @@ export class RecurrentGemmaForCausalLM extends PreTrainedModel {
     const options = this.#remembered.map(({ states, pending }) => {
       const [seen] = states.ids;
       if (begins(wanted, seen)) return { states, prompt: wanted };
-      const prompt = this.tokenizer && respelled(this.tokenizer, [...seen, ...pending], wanted);
+      const prompt = this.tokenizer && respelled(this.tokenizer, seen, pending, wanted);
       return prompt && begins(prompt, seen) ? { states, prompt } : null;
     });
     const unreadCount = ({ states, prompt }) => prompt.length - states.get_seq_length();
@@ -315,15 +315,22 @@ function areEqual(left, right) {
 }
 
 /**
- * The tokens `wanted`, whose beginning is replaced by other tokens with the same text; null if `known`
- * has another text. A model may spell a reply otherwise than the tokenizer does, and a template
- * trims its end. The two are compared from one special token to the next.
+ * The tokens `wanted`, whose beginning is replaced by the tokens `seen` and `pending` with the same text;
+ * null if they have another text. A model may spell a reply otherwise than the tokenizer does, and a template
+ * trims it. The two are compared from one special token to the next.
  */
-function respelled(tokenizer, known, wanted) {
+function respelled(tokenizer, seen, pending, wanted) {
   const special = new Set(tokenizer.all_special_ids.map(BigInt));
+  // The template has an end of its own, whichever token ended the reply.
+  const known = [...seen, ...pending.filter((id) => !special.has(id))];
   const [before, after] = [known, wanted].map((ids) => segments(ids, special));
   const texts = { skip_special_tokens: false, clean_up_tokenization_spaces: false };
-  const text = (ids) => tokenizer.decode(ids, texts).trimEnd();
+  // A prompt ends with that by which replies begin.
+  const opening = tokenizer.decode(after.at(-1), texts);
+  const text = (ids) => {
+    const whole = tokenizer.decode(ids, texts);
+    return whole.startsWith(opening) ? opening + whole.slice(opening.length).trim() : whole;
+  };
   const isSame = (ids, i) => after[i] && (areEqual(ids, after[i]) || text(ids) === text(after[i]));
   if (!before.every(isSame)) return null;
   return [...known, ...after.slice(before.length).flat()];

@@ -35,19 +35,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(open_checkpoint(str(DEMO)), OnnxOptions(precision="int4"), folder)
 
 
-REPLIES: dict[str, list[bytes]] = {
+REPLIES: dict[str, list[bytes | str]] = {
     "in other pieces": [b"H", b"e", b"l", b"l", b"o", b"."],
     "cut in a word": [b"Hello", b",", b" wo"],
     "with lines that the template trims": [b"Hello", b".", b"\n", b"\n", b"\n"],
+    "with a space that the template trims": [b" I", b"t", b"."],
     "cut in a character": [b"Hello", b".", b"\xf0"],
-    "in other pieces, to its end": [b"H", b"i", b""],
+    "in other pieces, to the end of the turn": [b"H", b"i", END_OF_TURN],
+    "in other pieces, to the end of the text": [b"H", b"i", "<eos>"],
+    "of one word": [b"Hello", END_OF_TURN],
 }
-"""Replies, piece by piece; the empty piece ends a turn."""
+"""Replies, piece by piece; names are those of special tokens."""
 
 
-def tokens_of(pieces: list[bytes], tokenizer: Tokenizer) -> list[int]:
+def tokens_of(pieces: list[bytes | str], tokenizer: Tokenizer) -> list[int]:
     ids = {tokenizer.surface(i): i for i in reversed(range(tokenizer.vocab_size))}
-    return [ids[piece] if piece else tokenizer.special[END_OF_TURN] for piece in pieces]
+    return [tokenizer.special[p] if isinstance(p, str) else ids[p] for p in pieces]
 
 
 def conversation(artifact: Path, turns: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
