@@ -97,9 +97,9 @@ class Client:
         """Name → the tokens of the last save that was answered with 200."""
         self.later: dict[str, list[list[int]]] = {}
         """Name → the tokens of saves after that one, which may have come to the disk."""
-        settings = Settings(saved=saved, log=False)
+        settings = Settings(saved=saved, share_prefixes=True, log=False)
         transport = httpx.ASGITransport(create_app({model.name: model}, settings))
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def send(self, number: int) -> None:
         """Sends a request of the kind that its number says."""

@@ -30,7 +30,7 @@ def test_what_was_overwritten_is_not_shown():
 def test_scene_is_what_a_user_sees(tmp_path):
     lines = [line.plain for line in play(Scene(("--version",)), tmp_path, 80)]
     assert lines[0] == "$ rgexport --version" and "rgexport" in lines[1]
-    assert "native kernels" in lines[2] and lines[3:] == [""]
+    assert "native kernels" in lines[2] and "library of levels" in lines[3] and lines[4:] == [""]
 
 
 def test_failure_ends_it(tmp_path):

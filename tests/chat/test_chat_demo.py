@@ -72,7 +72,10 @@ def test_state_equals_one_prefill_of_the_template(
             for piece, _ in enumerate(reply):
                 if turn == 2 and piece == 4:
                     reply.close()
-            assert conversation.last and conversation.last.cached_tokens == len(known)
+            assert conversation.last
+            unread = len(known) - conversation.last.cached_tokens
+            # A reply that was closed is known as far as it was written, not to its turn's end.
+            assert unread == 0 if turn != 3 else 0 < unread < 8
         rendered = model.conversation_ids(conversation.messages)
         model.read(rendered).result()
         found = model.scheduler.store.longest(rendered)
