@@ -38,6 +38,11 @@ class Admission:
         return bool(self._queues)
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether there are as many jobs as may be, cancelled ones included; takes no lock."""
+        return len(self._live) >= self.most
+
+    @property
     def paused(self) -> int:
         """Number of jobs that had a row and wait for another one."""
         with self.changed:
@@ -138,8 +143,12 @@ class Admission:
         Readings that go first follow a reply and count by themselves: at most one for each row.
         """
         first = job.request.first
-        count = sum(each.request.first == first and not each.cancelled for each in self._live)
-        return count >= (self._rows if first else self.most)
+        most = self._rows if first else self.most
+        if len(self._live) < most:
+            return False
+        return (
+            sum(each.request.first == first and not each.cancelled for each in self._live) >= most
+        )
 
     def _displaced_by(self, job: Job) -> Job:
         longest = max(self._queues.values(), key=len, default=deque[Job]())

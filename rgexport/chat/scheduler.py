@@ -160,8 +160,9 @@ class Scheduler:
         for ids in (request.ids, request.draft):
             require_ids(ids, self._session.vocab_size)
         job = Job(request)
-        for cancelled in self._admission.take_cancelled(paused=False):
-            self._end(cancelled, "cancelled")
+        if self._admission.is_crowded:
+            for cancelled in self._admission.take_cancelled(paused=False):
+                self._end(cancelled, "cancelled")
         if not self._has_work:
             self._passed = time.monotonic()
         if displaced := self._admission.add(job):

@@ -63,10 +63,22 @@ class Grammar:
     def __init__(
         self, matcher: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", vocab_size: int
     ) -> None:
-        """Takes a matcher of its own, and one in an error state."""
-        self._matcher, self._failed, self._size = matcher, failed, vocab_size
-        self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
+        """Takes a matcher at the start of the grammar, and one in an error state."""
+        self._start, self._failed_start, self._size = matcher, failed, vocab_size
         self._seconds = 0.0
+
+    # Copied by the thread that computes masks, when the reply has its turn.
+    @functools.cached_property
+    def _matcher(self) -> "llguidance.LLMatcher":
+        return self._start.deep_copy()
+
+    @functools.cached_property
+    def _failed(self) -> "llguidance.LLMatcher":
+        return self._failed_start.deep_copy()
+
+    @functools.cached_property
+    def _bits(self) -> np.ndarray:
+        return np.zeros((1, -(-self._size // 32)), np.int32)
 
     def allowed(self) -> np.ndarray:
         """Returns which tokens may come next, bool [vocab].
@@ -112,7 +124,7 @@ class CompiledGrammar:
 
     def mask(self) -> Grammar:
         """Returns the mask of another reply."""
-        return Grammar(self._matcher.deep_copy(), self._failed.deep_copy(), self._size)
+        return Grammar(self._matcher, self._failed, self._size)
 
 
 class Grammars:
