@@ -117,14 +117,18 @@ class Admission:
 
     def take_cancelled(self, *, paused: bool = True) -> list[Job]:
         """Takes the cancelled jobs out of the queues, perhaps without those that are paused."""
-        if not self._queues:
-            return []
+        taken: list[Job] = []
         with self.changed:
-            cancelled = [job for queue in self._queues.values() for job in queue if job.cancelled]
-            jobs = [job for job in cancelled if paused or job.paused is None]
-            for job in jobs:
-                self._remove(job)
-        return jobs
+            for client, queue in [*self._queues.items()]:
+                leaving = {j for j in queue if j.cancelled and (paused or j.paused is None)}
+                if not leaving:
+                    continue
+                taken += [job for job in queue if job in leaving]
+                if staying := [job for job in queue if job not in leaving]:
+                    self._queues[client] = deque(staying)
+                else:
+                    del self._queues[client]
+        return taken
 
     def end(self, job: Job) -> None:
         """Frees the place of a job that has left its row or its queue."""

@@ -1,5 +1,6 @@
 """What a scheduler is asked, and what it answers."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -163,11 +164,15 @@ class Job:
         self.paused: State | None = None
         """The state of its row, while another client has that row."""
         self.began = self.replied = 0.0
-        self.sampler = Sampler(request.sampling, request.ids)
         self.lookup = Lookup(self.ids, request.draft)
         self.mask: ReplyMask | None = None
         self.held: np.ndarray | None = None
         """Logits whose mask is not ready: the row takes no step until it is."""
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The sampler, which takes as long to make as all else; replies that are left need none."""
+        return Sampler(self.request.sampling, self.request.ids)
 
     def cancel(self) -> None:
         """Ends it after the current step or chunk; it stops counting as waiting at once.

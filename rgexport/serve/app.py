@@ -229,6 +229,7 @@ def _generation_routes(app: FastAPI, server: Server) -> None:
 
         exchange = Exchange(request, model, answer, works, limits, finished)
         app.state.exchanges.add(exchange)
+        await exchange.start()
         headers = {AFFINITY: _affinity(works[0].prompt)}
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -6,6 +6,7 @@ import functools
 import gc
 import signal
 import socket
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from rgexport.serve.health import STALL_SECONDS, Health
 from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.text_process import TextProcess, open_prompts
 
+_SWITCH_SECONDS = 0.001
+"""Time after which a thread gives up the interpreter's lock, which the scheduler needs several times
+in each step."""
 _ANSWER_SECONDS = 1.0
 """Time for sending errors, before connections are closed."""
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -104,6 +108,7 @@ def serve(
     note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
     if settings.api_key is None and listening.host not in _LOOPBACK:
         note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what is there now stays: looking through it took 30 ms of some first token
     health = Health(models, stall_seconds=listening.stall_seconds)

@@ -270,6 +270,7 @@ def test_a_stream_that_never_begins_ends_its_replies(serve: Serve) -> None:
         exchange = Exchange(
             Request(scope, receive), server.model, shape, [work], Limits(), lambda _: None
         )
+        await exchange.start()
         await EventStream(exchange, {}, with_usage=False)(scope, receive, send)
 
     with serve() as server:
