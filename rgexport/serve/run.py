@@ -28,7 +28,7 @@ from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.text_process import TextProcess, open_prompts
 
 _SWITCH_SECONDS = 0.001
-"""Time after which a thread gives up the interpreter's lock, which the scheduler needs several times
+"""Time after which a thread gives up the interpreter's lock; the scheduler needs that several times
 in each step."""
 _ANSWER_SECONDS = 1.0
 """Time for sending errors, before connections are closed."""
