@@ -135,6 +135,7 @@ class Client:
         turn = number // 20
         slot, name = turn, f"s{turn % NAMES}"
         answer = await self._say(number, slot=slot)
+        assert answer.status_code == 200, answer.text
         said = {"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"]}
         ids = self.model.conversation_ids([_user(number), said])
         self.later.setdefault(name, []).append(ids)
