@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.random import default_rng
 
 from rgexport.errors import RequestError
 
@@ -85,7 +86,7 @@ class Sampler:
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
         """Begins a reply to `prompt`, whose tokens `repetition_penalty` counts, too."""
         self.options = options
-        self._random = np.random.default_rng(options.seed)
+        self._random = default_rng(options.seed)
         counted = prompt if options.repetition_penalty != 1 else ()
         self._prompt = np.unique(np.array(counted, np.int64))
         self._reply = Counter[int]()

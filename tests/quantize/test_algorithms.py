@@ -69,7 +69,7 @@ def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
     assert [x.algorithm for x in by_default(plan).values()] == ["rtn", "cast", "kmeans"]
-    assert "rounded to nearest: the library" in capsys.readouterr().err
+    assert "rounded to nearest, as the library" in capsys.readouterr().err
     assert by_default({"b": Float("float32")}) and capsys.readouterr().err == ""
 
 

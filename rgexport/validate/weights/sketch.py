@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import PCG64  # here, since threads that import it at once recurse
 
 from rgexport.griffin.tensor import RowTensor, slab_bounds
 
@@ -83,7 +84,7 @@ def directions(columns: int, count: int) -> np.ndarray:
     They are the same wherever a file is read: PCG64's raw numbers do not change between releases
     of numpy (NEP 19).
     """
-    words = np.random.PCG64(_SEED).random_raw(-(-columns * count // 64))
+    words = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: columns * count]
     signs = 1.0 - 2.0 * bits.reshape(count, columns)
     return np.vstack([np.ones(columns), signs])
