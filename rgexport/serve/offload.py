@@ -16,10 +16,13 @@ from rgexport.serve.exchange import until_gone
 from rgexport.serve.text_process import TextProcess, with_prompts
 
 LONG = 1 << 16
-"""Bytes of a body from which its work is long."""
+"""Bytes of a body from which it is parsed in the process for long texts."""
+_SHORT = 1 << 14
+"""Bytes of a body up to which its work is short: no text in it is long for `chat.prompts`."""
 Kind = Literal["short", "long"]
-_THREADS: dict[Kind, int] = {"short": 8, "long": 2}
-"""Threads of each kind of work: none of them can hold up the others."""
+_THREADS: dict[Kind, int] = {"short": 3, "long": 2}
+"""Threads of each kind of work: none can hold up the others. They are few, since all of them want
+the interpreter's lock, which the scheduler needs."""
 
 
 class Offload:
@@ -83,4 +86,4 @@ class Offload:
 
 def kind_of(size: int) -> Kind:
     """Returns which threads work for a body of so many bytes."""
-    return "long" if size > LONG else "short"
+    return "long" if size > _SHORT else "short"

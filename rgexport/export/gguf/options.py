@@ -169,13 +169,16 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Name → importances of the tensors that are quantized; the sizes of all are checked.
+    """Name → importances of the tensors that are quantized; the sizes of all quantizable ones count.
+
+    Gates are none: llama-imatrix has the importances of all their blocks in one row.
 
     Raises:
         RequestError: the importance matrix was made for another model.
     """
     imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
-    importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in tensors}
+    checked = [tensor for tensor in tensors if tensor.quantizable]
+    importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in checked}
     return {
         name: columns
         for name, columns in importances.items()
