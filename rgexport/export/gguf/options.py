@@ -169,7 +169,7 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Name → importances of the tensors that are quantized; the sizes of all quantizable ones count.
+    """Name → importances of the quantized tensors; the sizes of all quantizable ones are checked.
 
     Gates are none: llama-imatrix has the importances of all their blocks in one row.
 
