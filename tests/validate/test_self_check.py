@@ -147,7 +147,10 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         "the largest difference from the dequantized reference.* beyond 0.001",
     ),
     "weights": (spoil_scales, "the difference from the original .* beyond"),
-    "unusable": (break_graph, "ONNX Runtime .* cannot open model.onnx: .*NoSuchOperator"),
+    "unusable": (
+        break_graph,
+        "model.onnx has the op .*NoSuchOperator, which rgexport does not write",
+    ),
     "fails": (break_engine, "onnxruntime .* cannot run it: a fault of two lines"),
 }
 
