@@ -149,7 +149,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "weights": (spoil_scales, "the difference from the original .* beyond"),
     "unusable": (
         break_graph,
-        "model.onnx has the op .*NoSuchOperator, which rgexport does not write",
+        "has the op .*NoSuchOperator, which rgexport does not write",
     ),
     "fails": (break_engine, "onnxruntime .* cannot run it: a fault of two lines"),
 }
