@@ -11,8 +11,6 @@ one that has two more, whose job is paused. That is cheap, for a state has a fix
 import contextlib
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +30,10 @@ from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.pace import Pace
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import common_prefix
+from rgexport.chat.rows import Rows, count_by_client
 from rgexport.chat.speculation import Speculation
 from rgexport.errors import RequestError
-from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.state import State
 from rgexport.progress import warn
 from rgexport.runtimes.session import Session
 
@@ -88,13 +87,10 @@ class Scheduler:
             max_waiting: most requests that wait for a row.
             lookup: whether steps may check drafts, where the engine gives the same bits then.
         """
-        session.reset(rows)
         self.counters = Counters()
         self._session, self._store = session, store
         self._capacity = rows
-        self._empty = {name: np.zeros((1, *s)) for name, s in session.state_shapes.items()}
-        self._rows: list[Job] = []
-        self._writing = 0
+        self._rows = Rows(session, rows)
         self._admission = Admission(rows, max_waiting)
         self._last_read: dict[str, float] = {}
         """Client whose prompts are read → when the last chunk ended."""
@@ -218,7 +214,7 @@ class Scheduler:
                 postponed.append(job)
                 if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
                     continue
-                if len(self._rows) == self._capacity:
+                if self._rows.is_full:
                     self._pause_one()
                 self._begin(postponed.pop())
         finally:
@@ -232,32 +228,30 @@ class Scheduler:
         """
         if not self._admission.has_queues:
             return None
-        turns = _by_client([*self._rows, *postponed])
-        if len(self._rows) < self._capacity:
+        turns = count_by_client([*self._rows, *postponed])
+        if not self._rows.is_full:
             return self._admission.take(turns)
-        most = max(_by_client(self._rows).values()) - 2
+        most = max(count_by_client(self._rows).values()) - 2
         if most < 0 or self._admission.paused >= self._capacity:
             return None
         return self._admission.take(turns, most)
 
     def _pause_one(self) -> None:
         """Takes a row from the client that has most: the one of its youngest job."""
-        ((client, _),) = _by_client(self._rows).most_common(1)
+        ((client, _),) = count_by_client(self._rows).most_common(1)
         job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
-        row = self._rows.index(job)
-        job.paused = self._get(row)
-        self._remove(row)
+        job.paused = self._rows.state(job)
+        self._rows.remove(job)
         self._admission.put_back(job)
 
     def _begin(self, job: Job) -> None:
         """Gives a job the next row."""
-        row = len(self._rows)
-        self._rows.append(job)
+        self._rows.add(job)
         if job.paused is not None:
-            self._set(row, job.paused)
+            self._rows.set_state(job, job.paused)
             job.paused = None
             if job.replied and job.held is None:
-                self._join_step(job)
+                self._rows.start_writing(job)
             return
         self.counters.requests += 1
         job.began = time.perf_counter()
@@ -267,10 +261,9 @@ class Scheduler:
         if not job.request.prompt_logits:
             prefix = self._store.longest(job.ids, job.request.namespace, job.fetch)
         job.fetch = None
+        self._rows.set_state(job, None if prefix is None else prefix.state)
         if prefix is None:
-            self._set(row, self._empty | {POSITION: np.zeros(1, np.int64)})
             return
-        self._set(row, prefix.state)
         job.fed = job.cached = job.stored = prefix.length
         job.foreign = prefix.foreign
         self.counters.cached_tokens += prefix.length
@@ -280,9 +273,7 @@ class Scheduler:
     def _is_being_read(self, job: Job) -> bool:
         """Whether another row will soon keep a longer prefix than what is known."""
         namespace = job.request.namespace
-        reading = [
-            other for other in self._rows[self._writing :] if other.request.namespace == namespace
-        ]
+        reading = [other for other in self._rows.others if other.request.namespace == namespace]
         if job.paused is not None or job.request.prompt_logits or not reading:
             return False
         known = self._store.length(job.ids, namespace)
@@ -311,14 +302,13 @@ class Scheduler:
         job = self._next_to_read()
         if job is None:
             return
-        row = self._rows.index(job)
-        place, chunk = job.stops()[0], self._pace.chunk(alone=not self._writing)
+        place, chunk = job.stops()[0], self._pace.chunk(alone=not self._rows.writing)
         if job.request.prompt_logits:
             chunk = min(chunk, self._scored_chunk)
         stop = place if place - job.fed <= _REST * chunk else job.fed + chunk
         started = time.perf_counter()
         tokens = np.array([job.ids[job.fed : stop]], np.int64)
-        logits = self._take_prompt(job, row, tokens)
+        logits = self._take_prompt(job, tokens)
         seconds = time.perf_counter() - started
         if not job.request.prompt_logits:  # it takes longer, and no other prompt does
             self._pace.read(tokens.size, seconds)
@@ -328,16 +318,17 @@ class Scheduler:
         self._last_read[job.request.client] = time.perf_counter()
         if stop < place:
             return
-        state, ended = self._get(row), stop == len(job.ids)
+        state, ended = self._rows.state(job), stop == len(job.ids)
         lasting = job.request.lasting or not ended
         self._keep(job, state, logits if ended else None, lasting=lasting)
         if ended:
             self._reply(job, logits, state)
 
-    def _take_prompt(self, job: Job, row: int, tokens: np.ndarray) -> np.ndarray:
+    def _take_prompt(self, job: Job, tokens: np.ndarray) -> np.ndarray:
         """Reads tokens [1, T] of a prompt; returns the logits [vocab] after the last one."""
         hear, start = job.request.prompt_logits, job.fed + 1
-        logits = self._session.take(range(row, row + 1), tokens, tokens.size if hear else 1)[0]
+        row = self._rows.range(job)
+        logits = self._session.take(row, tokens, tokens.size if hear else 1)[0]
         if hear:
             predicted = job.request.ids[start : start + tokens.size]
             hear(predicted, logits[: len(predicted)])
@@ -345,9 +336,7 @@ class Scheduler:
 
     def _next_to_read(self) -> Job | None:
         """Returns the oldest prompt of the client that was read least recently."""
-        reading = [
-            job for job in self._rows[self._writing :] if job.held is None and not job.cancelled
-        ]
+        reading = [job for job in self._rows.others if job.held is None and not job.cancelled]
         if not reading:
             return None
         clients = {job.request.client for job in reading}
@@ -369,11 +358,7 @@ class Scheduler:
         if ending := self._advance(job, logits):
             self._leave(job, *ending)
         elif job.held is None:
-            self._join_step(job)
-
-    def _join_step(self, job: Job) -> None:
-        self._swap(self._rows.index(job), self._writing)
-        self._writing += 1
+            self._rows.start_writing(job)
 
     def _resume(self) -> None:
         """Resumes held rows with ready masks; waits for a mask if no other row can run."""
@@ -384,12 +369,12 @@ class Scheduler:
             self._go_on(job, logits)
 
     def _can_go_on(self) -> bool:
-        has_room = self._admission.has_queues and len(self._rows) < self._capacity
+        has_room = self._admission.has_queues and not self._rows.is_full
         return has_room or any(job.mask is not None and job.mask.is_ready for job in self._rows)
 
     def _write(self) -> None:
         """One step of all that write, perhaps with tokens that may come next."""
-        jobs = self._rows[: self._writing]
+        jobs = self._rows.writing
         if not jobs:
             return
         rows, tokens = range(len(jobs)), np.array(self._speculation.tokens(jobs), np.int64)
@@ -413,8 +398,7 @@ class Scheduler:
             if ending:
                 self._leave(job, *ending)
             elif job.held is not None:
-                self._writing -= 1
-                self._swap(self._rows.index(job), self._writing)
+                self._rows.stop_writing(job)
 
     def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
         """Chooses a token after each of `tokens` [T], until one is not the next of them."""
@@ -469,11 +453,10 @@ class Scheduler:
         state: State | None = None,
     ) -> None:
         """Keeps the state of a row, gives the row back, and tells the listener."""
-        row = self._rows.index(job)
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
-            self._keep(job, self._get(row), lasting=lasting)
-        self._remove(row)
+            self._keep(job, self._rows.state(job), lasting=lasting)
+        self._rows.remove(job)
         self._end(job, reason, error, state)
 
     def _keep(
@@ -486,15 +469,6 @@ class Scheduler:
             ids, state, logits, lasting=lasting, foreign=job.foreign, namespace=namespace
         )
         job.stored = job.fed
-
-    def _remove(self, row: int) -> None:
-        """Gives a row back."""
-        if row < self._writing:
-            self._writing -= 1
-            self._move(self._writing, row)
-            row = self._writing
-        self._move(len(self._rows) - 1, row)
-        self._rows.pop()
 
     def _end(
         self,
@@ -519,32 +493,8 @@ class Scheduler:
     def _fail(self, error: Exception) -> None:
         """Ends all replies after an error of the engine, whose states may be wrong now."""
         failure = EngineError(f"the engine: {error}")
-        jobs, self._rows, self._writing = self._rows, [], 0
+        jobs = self._rows.clear()
         with contextlib.suppress(Exception):  # then each request will hear of it
             self._session.reset(self._capacity)
         for job in jobs:
             self._end(job, "error", failure)
-
-    def _get(self, row: int) -> State:
-        return self._session.get_rows(range(row, row + 1))
-
-    def _set(self, row: int, state: State) -> None:
-        self._session.set_rows(range(row, row + 1), state)
-
-    def _move(self, source: int, target: int) -> None:
-        """Lets a row take the place of another one, which is not needed any more."""
-        if source != target:
-            self._set(target, self._get(source))
-            self._rows[target] = self._rows[source]
-
-    def _swap(self, one: int, other: int) -> None:
-        if one != other:
-            first, second = self._get(one), self._get(other)
-            self._set(one, second)
-            self._set(other, first)
-            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
-
-
-def _by_client(jobs: Iterable[Job]) -> Counter[str]:
-    """Returns the number of jobs by client."""
-    return Counter(job.request.client for job in jobs)
