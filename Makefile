@@ -7,6 +7,8 @@ MINUTES ?= 10
 # One worker for each core; each takes about 1 GB.
 WORKERS ?= auto
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
+# With SKIPS='--expected-skips .ci/skips.txt', a test that is skipped for another reason fails.
+SKIPS ?=
 DEV := $(VENV)/.dev
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
@@ -21,7 +23,7 @@ PAGE := rgexport/page/page.zip
 PAGE_SOURCES := rgexport/page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/web/*.*)
 NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
-.PHONY: demo demo-web page docs pictures test test-all fuzz native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) -s --no-print-directory native
@@ -46,10 +48,13 @@ docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error
 pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
 	$(BIN)/python -m bench.pictures
 
-test: $(DEV) native $(PAGE) llama llama-tools  ## Builds llama.cpp first, if it is not built: some minutes.
-	$(TESTS)
+test: $(DEV) native  ## The tests that prove the product: at most 8 minutes on two cores.
+	$(TESTS) -m 'not full and not nightly' $(SKIPS)
 
-test-all: $(DEV) native $(PAGE) llama llama-tools  ## With every combination of the tests' parameters, and what takes many minutes: an hour or two.
+test-full: test $(PAGE) llama llama-tools  ## All that continuous integration runs: with browsers, llama.cpp (built first: some minutes), emulated processors.
+	$(TESTS) -m 'full and not nightly' $(SKIPS)
+
+test-nightly: $(DEV) native $(PAGE) llama llama-tools  ## Everything, with every combination of the tests' parameters: an hour or two.
 	$(TESTS) --whole-product
 
 fuzz: $(DEV)  ## The native ops and every reader of files, for MINUTES each; takes clang with libFuzzer.

@@ -9,13 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import (
-    edit_header,
-    make_config,
-    random_weights,
-    write_deepmind,
-    write_hugging_face,
-)
+from tests.deepmind import write_deepmind
+from tests.models import edit_header, make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
 WEIGHTS = random_weights(CONFIG)

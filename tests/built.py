@@ -1,4 +1,4 @@
-"""Caches what tests compile in `build/tests`, until its sources, flags or compiler change."""
+"""Caches what tests compile and export in `build/tests`, until what it is made from changes."""
 
 import hashlib
 import inspect
@@ -33,14 +33,20 @@ def built(
         compiler: the one that `make` calls.
     """
     name = "-".join([make.__name__.strip("_"), *arguments])
-    folder = FOLDER / f"{name}.{_digest([Path(inspect.getfile(make)), *sources], compiler)}"
+    digest = digest_of([Path(inspect.getfile(make)), *sources], _version(compiler), *_flags())
+    return filled(name, digest, lambda folder: make(folder, *arguments))
+
+
+def filled(name: str, digest: str, fill: Callable[[Path], object]) -> Path:
+    """Returns the folder that `fill(folder)` filled for this digest of what it depends on."""
+    folder = FOLDER / f"{name}.{digest}"
     with one_at_a_time(name):
         if not folder.is_dir():
             for older in FOLDER.glob(f"{name}.*/"):
                 shutil.rmtree(older)
             new = FOLDER / f"{name}.new"
             new.mkdir()
-            make(new, *arguments)
+            fill(new)
             new.rename(folder)
     return folder
 
@@ -51,12 +57,16 @@ def one_at_a_time(name: str) -> FileLock:
     return FileLock(FOLDER / f"{name}.lock")
 
 
-def _digest(files: Iterable[Path], compiler: str) -> str:
-    flags = [os.environ.get(name) for name in _VARIABLES]
-    digest = hashlib.sha256(f"{_version(compiler)}{flags}".encode())
+def digest_of(files: Iterable[Path], *words: str) -> str:
+    """Returns a hash of the contents of files, and of words."""
+    digest = hashlib.sha256(repr(words).encode())
     for path in files:
         digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _flags() -> list[str]:
+    return [os.environ.get(name, "") for name in _VARIABLES]
 
 
 @cache

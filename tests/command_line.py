@@ -1,5 +1,7 @@
-"""The command line as a user runs it: in a process of its own."""
+"""The command line, in this process or in one of its own."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -21,12 +23,31 @@ def rgexport(
     text: str = "",
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command in `folder`, with `text` as its input and `before` run ahead of it."""
+    """Runs a command in `folder`, with `text` as its input.
+
+    It runs in this process, unless code runs `before` it or the environment differs.
+    """
+    words = [str(argument) for argument in arguments]
+    if not before and environment is None:
+        return _in_this_process(words, folder, text)
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
-    program = [sys.executable, "-c", f"{before}\n{START}", *map(str, arguments)]
+    program = [sys.executable, "-c", f"{before}\n{START}", *words]
     return subprocess.run(
         program, cwd=folder, env=variables, input=text, capture_output=True, text=True, timeout=300
     )
+
+
+def _in_this_process(words: list[str], folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdin", io.StringIO(text))
+        code = run(words)
+    return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

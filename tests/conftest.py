@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from rgexport.cli import run
-from tests.llama_tools import llama_tools
+from tests.artifacts import export_demo
+from tests.llama_tools import llama_tools, needs_llama_cpp
 from tests.pairs import pairwise
+from tests.skips import ExpectedSkips
 
 __all__ = ["llama_tools"]  # a fixture for all
+
+FOLDERS_OF_FULL = {"page", "web", "kernels/llama_cpp", "runtimes/llama_cpp", "fuzz"}
+"""Folders whose tests are all marked `full`."""
 
 # On a busy machine every way of making inputs is slow.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
@@ -22,18 +26,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-product",
         action="store_true",
-        help="every combination of a test's parameters, not only as many as hold every pair; and "
-        "tests that take many minutes",
+        help="every combination of a test's parameters, not only as many as hold every pair",
+    )
+    parser.addoption(
+        "--expected-skips", type=Path, metavar="FILE", help="other skips fail; see tests/skips.py"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each parallel test process its own processors.
+    """Registers the list of skips, and gives each parallel test process its own processors.
 
     Engines start a busy thread for each processor that they may use: with twice as many threads as
     processors, everything takes several times as long.
     """
     worker = getattr(config, "workerinput", None)
+    if worker is None and (expected := config.getoption("expected_skips")):
+        config.pluginmanager.register(ExpectedSkips(expected))
     if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
         index, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
         own = sorted(os.sched_getaffinity(0))[index::count]
@@ -43,11 +51,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _needs_an_engine_of_its_own(item):
+            item.add_marker(pytest.mark.full)
     if not config.getoption("whole_product"):
-        kept = [item for item in pairwise(items) if not item.get_closest_marker("thorough")]
+        kept = pairwise(items)
         left = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept
+
+
+def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
+    """Returns whether a test needs what `make test` does not install: Node or llama.cpp."""
+    folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
+    return (
+        folder in FOLDERS_OF_FULL
+        or "llama_tools" in item.fixturenames
+        or needs_llama_cpp.mark in item.iter_markers()
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,5 +83,5 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled demo model in int4, made by the command line."""
     target = tmp_path_factory.mktemp("demo") / "demo-int4-onnx"
-    assert run(["onnx", "--size", "demo", "--int4", "-o", str(target)]) == 0
+    export_demo(target, "onnx", "--int4")
     return target

@@ -1,4 +1,4 @@
-"""Small Griffin models of odd shapes, their weights, and DeepMind's implementation as oracle."""
+"""Small Griffin models of odd shapes, and their weights."""
 
 import json
 from collections.abc import Callable
@@ -6,12 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from recurrentgemma import common
-from recurrentgemma.torch import Griffin
 
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.deepmind import GLOBAL_NAMES, NAMES
 from rgexport.griffin.huggingface import HEAD, SINGLE
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import TensorSpec, model_tensors
@@ -116,31 +112,6 @@ def weight_source(weights: Weights) -> WeightSource:
     return {name: from_array(array) for name, array in weights.items()}
 
 
-def deepmind_state_dict(weights: Weights) -> dict[str, torch.Tensor]:
-    """The weights by DeepMind's names and in its orientation."""
-    local = {canonical: name for name, canonical in NAMES.items()}
-    whole = {canonical: name for name, canonical in GLOBAL_NAMES.items()}
-    state: dict[str, np.ndarray] = {}
-    for name, array in weights.items():
-        if name in whole:
-            state[whole[name]] = array
-            continue
-        _, index, rest = name.split(".", 2)
-        prefix = f"blocks.{index}."
-        if rest.startswith("mlp_block.up_proj"):
-            continue
-        if rest.startswith("mlp_block.gate_proj"):
-            pair = np.stack([array, weights[name.replace("gate_proj", "up_proj")]])
-            weight = pair.ndim == 3
-            pair = pair.swapaxes(1, 2) if weight else pair[:, None, None]
-            state[f"{prefix}mlp_block.ffw_up.{'w' if weight else 'b'}"] = pair
-        elif rest == "temporal_block.conv_1d.weight":
-            state[f"{prefix}recurrent_block.conv_1d.w"] = array[:, 0].T
-        else:
-            state[prefix + local[rest]] = array
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
-
-
 def write_hugging_face(
     config: GriffinConfig,
     weights: Weights,
@@ -175,44 +146,3 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-
-
-def write_deepmind(weights: Weights, folder: Path, *, dtype: str = "float32") -> Path:
-    """Writes the model as DeepMind's `.pt`, without a tokenizer; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = deepmind_state_dict(weights)
-    state = {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
-    torch.save(state, folder / "model.pt")
-    return folder / "model.pt"
-
-
-def deepmind_model(config: GriffinConfig, weights: Weights) -> Griffin:
-    """DeepMind's model in float32 with these weights."""
-    types = common.TemporalBlockType
-    model = Griffin(
-        common.GriffinConfig(
-            vocab_size=config.vocab_size,
-            width=config.width,
-            mlp_expanded_width=config.mlp_width,
-            num_heads=config.num_heads,
-            block_types=tuple(types[kind.upper()] for kind in config.block_types),
-            embeddings_scale_by_sqrt_dim=config.embedding_scale != 1.0,
-            attention_window_size=config.window,
-            logits_soft_cap=config.soft_cap,
-            lru_width=config.lru_width,
-        ),
-        gradient_checkpointing=False,
-        dtype=torch.float32,
-    )
-    state = {name: value.float() for name, value in deepmind_state_dict(weights).items()}
-    model.load_state_dict(state, strict=True)
-    return model.eval()
-
-
-@torch.no_grad()
-def deepmind_logits(model: Griffin, tokens: np.ndarray, start: int = 0) -> np.ndarray:
-    """Logits [B, T, vocab] of one pass over tokens [B, T], the first at position `start`."""
-    batch, length = tokens.shape
-    positions = torch.arange(start, start + length).repeat(batch, 1)
-    logits, _ = model(torch.from_numpy(tokens.astype(np.int64)), positions)
-    return logits.numpy()

@@ -15,12 +15,7 @@ from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine, Float, Mixed, RowGroup, scheme_to_dict
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
 from tests.command_line import assert_matches, refused, rgexport
-from tests.models import (
-    ODD_CONFIGS,
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from tests.command_line import rgexport
-from tests.models import ODD_CONFIGS, random_weights, write_deepmind
+from tests.deepmind import write_deepmind
+from tests.models import ODD_CONFIGS, random_weights
 
 BLOCK = """
 import sys

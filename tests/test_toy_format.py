@@ -11,13 +11,8 @@ from rgexport.export.opening import open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.engine import open_session
-from tests.models import (
-    deepmind_logits,
-    deepmind_model,
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import make_config, random_weights, write_hugging_face
 from tests.toy_format import DATA, FLOORS, KIND, export_toy
 
 CONFIG = make_config("ra", width=32, heads=2, lru_width=48, vocab_size=300)

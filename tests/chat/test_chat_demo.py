@@ -49,7 +49,7 @@ def _gguf(folder: Path, kind: str) -> Path:
     return export_gguf(open_checkpoint(size="demo"), GgufOptions(type=kind), folder / "demo.gguf")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("export", "precision"),
     [
@@ -112,7 +112,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_state_of_one_engine_is_continued_by_each_other(
     artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:

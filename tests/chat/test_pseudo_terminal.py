@@ -14,7 +14,7 @@ from tests.command_line import ROOT, START
 
 pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals"),
 ]
 

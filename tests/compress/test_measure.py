@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.compress.measure import Original, _Sums
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, random_weights, weight_source
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS, random_weights, weight_source
 
 
 def log_softmax(logits):

@@ -42,7 +42,7 @@ def loss(artifact, calibration, weights) -> float:
     return total
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "words",
     [
@@ -77,7 +77,7 @@ def test_better_quality_has_less_loss(words, model, calibration, tmp_path):
     assert best < 0.95 * default
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_best_makes_a_calibration_and_takes_it_again(model, tmp_path):
     words = ("onnx", "-m", model, "--int4", "--quality", "best", "--no-check", "--force")
     first = rgexport(*words, folder=tmp_path)

@@ -28,7 +28,8 @@ from tests.compress.collected import (
     run,
     sequences,
 )
-from tests.models import ODD_CONFIGS, deepmind_model, random_weights, weight_source
+from tests.deepmind import deepmind_model
+from tests.models import ODD_CONFIGS, random_weights, weight_source
 
 
 def close(found: np.ndarray, expected: np.ndarray, limit: float = 2e-5) -> bool:

@@ -15,8 +15,8 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import length, memory
 from rgexport.griffin.state import POSITION
 from tests.artifacts import require_ggml
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
-from tests.models import deepmind_logits, deepmind_model
 
 LENGTH = 700
 

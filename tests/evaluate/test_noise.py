@@ -8,8 +8,8 @@ from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import noise
 from rgexport.validate.text import built_in_text
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
-from tests.models import deepmind_logits, deepmind_model
 
 TEXT = built_in_text()
 

@@ -301,7 +301,7 @@ def test_wrong_requests(words, line, model, files, capsys, tmp_path):
     assert len(error) == 1 and re.search(line, error[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_names_are_no_paths(files):
     """lm_eval would load a file by its path, with all that it names."""
     name = str(files / "choices.yaml")

@@ -16,15 +16,10 @@ from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import text
 from rgexport.griffin.checkpoint import demo_folder
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import CONFIG, small_model
 from tests.llama_tools import run_tool
-from tests.models import (
-    deepmind_logits,
-    deepmind_model,
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.models import make_config, random_weights, write_hugging_face
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
 
@@ -187,7 +182,7 @@ def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path, capsys):
     assert [file.read_text() for file in folder.iterdir()] == ["mine"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_chunks_are_llama_perplexitys(llama_tools, tmp_path):
     file, text_file = tmp_path / "demo.gguf", tmp_path / "text.txt"
     assert run(["gguf", "--size", "demo", "--type", "f32", "--no-check", "-o", str(file)]) == 0

@@ -18,8 +18,9 @@ from tests.artifacts import (
     export_random_gguf,
     require_ggml,
 )
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
-from tests.models import deepmind_logits, deepmind_model, make_config, write_hugging_face
+from tests.models import make_config, write_hugging_face
 
 CONFIG = make_config("raraa", width=64, heads=4, lru_width=96, window=24)
 WINDOWS = [*window.windows(24), 1]

@@ -13,7 +13,7 @@ from rgexport.files.atomic import require_free_disk
 from tests.files import windows_rules
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options", [["onnx", "--int4"], ["gguf", "--type", "f32"], ["coreml", "--precision", "fp16"]]
 )

@@ -21,7 +21,8 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.source import find_original
 from tests.command_line import rgexport as run
-from tests.models import make_config, random_weights, write_deepmind, write_hugging_face
+from tests.deepmind import write_deepmind
+from tests.models import make_config, random_weights, write_hugging_face
 from tests.sessions import distance, random_tokens
 
 SHAPE = make_config("rar", width=64, heads=4, lru_width=96, window=32)

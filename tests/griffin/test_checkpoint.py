@@ -14,13 +14,13 @@ from rgexport.griffin import checkpoint as module
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.huggingface import INDEX, SINGLE
 from rgexport.griffin.safetensors_writer import write_weights
+from tests.deepmind import write_deepmind
 from tests.models import (
     ODD_CONFIGS,
     Weights,
     edit_header,
     random_weights,
     weight_source,
-    write_deepmind,
     write_hugging_face,
 )
 

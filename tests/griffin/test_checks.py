@@ -131,12 +131,13 @@ print((peak() - before) // 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 @pytest.mark.parametrize("layout", ["hf", "pt"])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, layout: str) -> None:
     """A model of 340 MB is read within 60 MB."""
-    from tests.models import make_config, write_deepmind
+    from tests.deepmind import write_deepmind
+    from tests.models import make_config
 
     config = make_config("ra", width=1024, heads=4, mlp_width=16_384, vocab_size=20_000)
     weights = random_weights(config)

@@ -17,7 +17,8 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.griffin.torch_file import locate_tensors
-from tests.models import ODD_CONFIGS, random_weights, write_deepmind, write_hugging_face
+from tests.deepmind import write_deepmind
+from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 
 RECURRENT, ATTENTION = common.TemporalBlockType.RECURRENT, common.TemporalBlockType.ATTENTION
 

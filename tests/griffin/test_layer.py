@@ -15,7 +15,8 @@ from rgexport.griffin.layer import all_ops
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.griffin.sites import HEAD_SITES, sites
 from rgexport.runtimes.llama_cpp.observer import taps
-from tests.models import ODD_CONFIGS, deepmind_model, random_weights
+from tests.deepmind import deepmind_model
+from tests.models import ODD_CONFIGS, random_weights
 
 CONFIG = ODD_CONFIGS["regular"]
 FROM_LLAMA_CPP = {"Qcur", "Kcur", "Vcur", "kqv_out"}

@@ -6,13 +6,8 @@ import torch
 
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
-from tests.models import (
-    ODD_CONFIGS,
-    deepmind_logits,
-    deepmind_model,
-    random_weights,
-    weight_source,
-)
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS, random_weights, weight_source
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)

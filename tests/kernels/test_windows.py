@@ -54,7 +54,7 @@ def linear() -> Case:
 OPS = {"RmsNorm": norm, "QuantLinear": linear}
 
 needs_wine = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def _levels_for_windows(folder: Path) -> None:
@@ -144,7 +144,7 @@ def _fetch(folder: Path) -> None:
 
 
 @needs_wine
-@pytest.mark.thorough  # MinGW compiles the kernels for minutes
+@pytest.mark.nightly  # MinGW compiles the kernels for minutes
 @pytest.mark.skipif(not programs.ORT_HEADERS.is_dir(), reason="not installed: libonnxruntime-dev")
 @pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
 @pytest.mark.parametrize("cpu", SETS)

@@ -1,5 +1,6 @@
 """The demo as a site, and a browser to show it in."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,10 +23,9 @@ DEMO = Path(__file__).parents[2] / "demo" / "model"
 def built_page() -> None:
     with one_at_a_time("page"):
         if not build.BUILT.is_file():
-            try:
-                build.build()
-            except build.BuildFailed as failed:
-                pytest.skip(f"the page cannot be built: {str(failed)[:200]}")
+            if not shutil.which("npm"):
+                pytest.skip("Node and npm are not installed")
+            build.build()
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_an_archive_depends_on_names_and_bytes_alone(tmp_path: Path) -> None:
     assert archives[0] == archives[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_builds_are_equal(tmp_path: Path) -> None:
     """They install into different folders, from nothing."""
     archives = []

@@ -12,7 +12,7 @@ from rgexport.page import site
 from tests.page.chat_page import Browser, Profile, opened
 from tests.page.site_server import Broken, SiteServer, serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def test_a_broken_download_goes_on(profile: Profile, wasm_site: site.Site) -> None:

@@ -19,7 +19,7 @@ from tests.page.site_server import SiteServer, serving
 MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
 GREEDY = {"temperature": 0, "max_new_tokens": LONGEST}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def test_a_conversation_and_its_state(

@@ -14,7 +14,7 @@ from tests.page.site_server import SiteServer, serving
 
 NOT_STORED = "storage is full: the page works now, but not offline"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def set_quota(tab: ChatPage, server: SiteServer, size: int | None) -> None:

@@ -9,7 +9,7 @@ from rgexport.page import site
 from tests.page.chat_page import PATIENCE, SECONDS, ChatPage, Profile, opened
 from tests.page.site_server import serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 _ASSET = re.compile(r"assets/(?P<stem>[\w.-]+?)-(?P<hash>[\w-]{8})\.(?P<end>js|css)")
 

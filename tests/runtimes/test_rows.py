@@ -13,8 +13,9 @@ from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 from tests.sessions import distance
 
 EXPORTS: dict[str, Callable[..., tuple[Artifact, Any]]] = {

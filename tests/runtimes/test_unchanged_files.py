@@ -83,10 +83,9 @@ def test_noticed_when_a_session_opens(artifact):
         open_session(artifact)
 
 
+@pytest.mark.parametrize("exported", ["onnx", "coreml"], indirect=True)
 def test_other_files_of_a_folder_may_change(artifact):
     """They were read when the artifact was opened."""
-    if artifact.path.is_file():
-        pytest.skip("it is one file")
     session = open_session(artifact)
     (artifact.path / "README.md").write_text("another card")
     session.reset()

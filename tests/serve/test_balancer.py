@@ -15,7 +15,7 @@ from tests.command_line import ROOT
 from tests.serve.test_process import CHAT, Process, cached, said
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy"),
 ]
 

@@ -64,7 +64,7 @@ ARTIFACTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command",
     [

@@ -18,7 +18,7 @@ import pytest
 
 from tests.command_line import ROOT, START, rgexport
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 CHAT = "/v1/chat/completions"
 
 

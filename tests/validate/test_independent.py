@@ -13,7 +13,7 @@ from rgexport.cli import run
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
-from tests.models import deepmind_logits, deepmind_model
+from tests.deepmind import deepmind_logits, deepmind_model
 
 TEXT = Path(__file__).with_name("unseen.txt")
 TOKENS = 600

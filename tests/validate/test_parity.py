@@ -11,11 +11,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
-from tests.models import (
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.models import make_config, random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG, KINDS
 
 Clean = Callable[[str], Path]

@@ -11,7 +11,8 @@ from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.validate import source
 from rgexport.validate.source import find_original
-from tests.models import random_weights, write_deepmind
+from tests.deepmind import write_deepmind
+from tests.models import random_weights
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.web.npm import install_our_package, node_with_packages
 
 DEMO = HERE.parents[1] / "demo" / "model"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

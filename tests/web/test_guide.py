@@ -22,7 +22,7 @@ GUIDE = (HERE.parents[1] / "docs" / "transformers-js.md").read_text("utf-8")
 TOKENS = 8
 MODELS = "recurrentgemma-2b-it-int4-onnx", "recurrentgemma-2b-it-int8-onnx-wasm"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from rgexport.export.mil.program import Function, Name
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import distance, random_tokens
 
 FP32, SCAN = 2e-5, 1e-5

@@ -69,7 +69,7 @@ def test_logits_and_states_are_those_of_one_package(config, options, tmp_path: P
     np.testing.assert_array_equal(one, several)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_demo_in_packages_of_3_mb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
     assert run(["coreml", "--size", "demo", "--split", "3MB", "-o", str(folder)]) == 0

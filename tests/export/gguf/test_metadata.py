@@ -16,7 +16,8 @@ from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
 from tests.artifacts import export_random_gguf
-from tests.models import ODD_CONFIGS, make_config, random_weights, write_deepmind
+from tests.deepmind import write_deepmind
+from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
 
 U32, I32, F32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32

@@ -19,13 +19,8 @@ from rgexport.quantize.scheme import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.weights.steps import step_sizes
-from tests.models import (
-    ODD_CONFIGS,
-    deepmind_logits,
-    deepmind_model,
-    random_weights,
-    write_hugging_face,
-)
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 from tests.sessions import distance, random_tokens
 
 CONFIG = ODD_CONFIGS["irregular"]

@@ -14,7 +14,8 @@ from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 from tests.sessions import distance, ragged, random_tokens
 
 EARLIER = Path(__file__).with_name("earlier_layout")

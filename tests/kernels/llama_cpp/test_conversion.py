@@ -21,7 +21,7 @@ PATCH = ROOT / "docs" / "development" / "llama-cpp" / "conversion.patch"
 NEEDED = "conversion/", "gguf-py/", "convert_hf_to_gguf.py"
 NAMES = {"general.architecture", "general.file_type", "general.quantization_version"}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

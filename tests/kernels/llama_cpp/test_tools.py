@@ -20,8 +20,8 @@ from sentencepiece import SentencePieceProcessor
 import rgexport.validate
 from rgexport.cli import run
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import run_tool
-from tests.models import deepmind_logits, deepmind_model
 
 SAMPLE = Path(rgexport.validate.__file__).with_name("sample.txt").read_text("utf-8")
 TEXT = SAMPLE.partition("<start_of_turn>")[0].rstrip("\n")

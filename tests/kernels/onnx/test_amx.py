@@ -19,7 +19,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 CPU = _CPUINFO.read_text() if _CPUINFO.exists() else ""
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.timeout(1800),  # with a build, and all products, in emulated instructions
     needs_compiler,
     pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}"),
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 
-SANITIZED = [pytest.param(kind, 3, marks=pytest.mark.thorough) for kind in ("address", "undefined")]
+SANITIZED = [pytest.param(kind, 3, marks=pytest.mark.nightly) for kind in ("address", "undefined")]
 
 
 @pytest.mark.parametrize(("kind", "every"), [("optimized", 1), *SANITIZED])

@@ -16,7 +16,7 @@ MISSING = [tool for tool in (programs.ARM_COMPILER, EMULATOR) if not shutil.whic
 PROCESSORS = {"cortex-a72": "scalar", "neoverse-n1": "neon", "max": "i8mm"}
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}"),
 ]
 

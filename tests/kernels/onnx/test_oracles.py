@@ -10,7 +10,7 @@ from tests.kernels.onnx import programs
 from tests.kernels.onnx.programs import needs_compiler
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     needs_compiler,
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]

@@ -39,14 +39,14 @@ def test_no_way_changes_a_bit(worker, op):
     assert worker.submit(different_results, model(case), fed, 300) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_compiler
 @pytest.mark.skipif(not HERE, reason="no native kernels")
 def test_products():
     assert_products_right([programs.native() / programs.DRIVER])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["thread", "undefined"])
 def test_the_fastest_is_found(sanitizer):

@@ -13,16 +13,16 @@ from rgexport.kernels.onnx import library
 from tests.kernels.onnx import programs
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.timeout(1800),  # with the build, which takes minutes on a busy machine
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]
 
 
-THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in ("undefined", "thread")]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("undefined", "thread")]
 
 
-@pytest.fixture(scope="module", params=["address", *THOROUGH])
+@pytest.fixture(scope="module", params=["address", *NIGHTLY])
 def program(request) -> tuple[Path, Path]:
     """The program, and the library for it."""
     folder = programs.sanitized(request.param)

@@ -43,7 +43,7 @@ def runtime() -> str:
     return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is loaded as on Linux")
 @pytest.mark.parametrize("cpu", ["scalar", "avx2", "avx512"])
 def test_clean(cpu: str) -> None:

@@ -12,7 +12,8 @@ from rgexport.export.mil.package import open_package
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.runtimes.engine import open_session
 from tests.artifacts import export_planned_coreml
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 from tests.row_groups import split_plan
 from tests.sessions import distance, ragged, random_tokens
 

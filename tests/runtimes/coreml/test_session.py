@@ -20,8 +20,8 @@ from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, export_random_coreml
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
-from tests.runtimes.deepmind_step import deepmind_step
+from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
+from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import check_refusals, distance, ragged, random_tokens
 
 FP32, FP16, SAME = 2e-5, 3e-2, 1e-5

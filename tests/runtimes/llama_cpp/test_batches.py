@@ -9,8 +9,9 @@ import pytest
 
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
 from tests.artifacts import export_random_gguf
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 
 pytestmark = needs_llama_cpp
 

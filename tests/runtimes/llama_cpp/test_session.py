@@ -15,9 +15,9 @@ from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
 from tests.artifacts import export_random, export_random_gguf
+from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
 from tests.llama_tools import needs_llama_cpp
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model, make_config
-from tests.runtimes.deepmind_step import deepmind_step
+from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import check_refusals, distance, random_tokens
 
 pytestmark = needs_llama_cpp

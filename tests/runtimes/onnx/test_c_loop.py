@@ -19,7 +19,7 @@ HEADERS = Path("/usr/include/onnxruntime")
 COMPILER = shutil.which("cc")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not COMPILER, reason="not installed: cc"),
     pytest.mark.skipif(
         not (HEADERS / "onnxruntime_c_api.h").is_file(),

@@ -13,7 +13,8 @@ from rgexport.export.onnx import wasm_ops
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 from tests.sessions import distance, ragged, random_tokens
 
 LIMITS = {

@@ -8,7 +8,8 @@ import pytest
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_planned, load_graph
-from tests.models import ODD_CONFIGS, deepmind_logits, deepmind_model
+from tests.deepmind import deepmind_logits, deepmind_model
+from tests.models import ODD_CONFIGS
 from tests.row_groups import split_plan
 from tests.sessions import distance, ragged, random_tokens
 

@@ -20,14 +20,8 @@ from rgexport.quantize.scheme import Affine, FloatDtype
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
-from tests.models import (
-    ODD_CONFIGS,
-    deepmind_logits,
-    deepmind_model,
-    make_config,
-    weight_source,
-)
-from tests.runtimes.deepmind_step import deepmind_step
+from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
+from tests.models import ODD_CONFIGS, make_config, weight_source
 from tests.sessions import check_refusals, distance, ragged, random_tokens
 
 FP32, FP16, EXACT, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2

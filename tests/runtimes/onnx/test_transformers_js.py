@@ -30,7 +30,7 @@ MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
 TOKENS = 8
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

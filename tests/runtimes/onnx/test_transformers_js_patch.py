@@ -24,7 +24,7 @@ from tests.web.npm import HERE, node_with_packages
 PATCH = ROOT / "docs" / "development" / "transformers-js" / "recurrent_gemma.patch"
 SOURCES = HERE / "node_modules" / "@huggingface" / "transformers" / "src"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ SHARE = 1e-3
 ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
 """The ops of a WebGPU graph that ONNX Runtime runs on the CPU, as they handle shapes and int64."""
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
