@@ -1,6 +1,7 @@
 """Options, fixtures and the choice of cases for all tests."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ __all__ = ["llama_tools"]  # a fixture for all
 
 FOLDERS_OF_FULL = {"page", "web", "kernels/llama_cpp", "runtimes/llama_cpp", "fuzz"}
 """Folders whose tests are all marked `full`."""
+MODULE_OF_FULL = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.(full|nightly)\b", re.MULTILINE)
 
 # On a busy machine every way of making inputs is slow.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
@@ -49,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
             os.sched_setaffinity(0, own)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out modules whose tests are all `full`, where those are: they import more packages."""
+    if "not full" not in config.getoption("markexpr") or collection_path.suffix != ".py":
+        return None
+    is_full = MODULE_OF_FULL.search(collection_path.read_text("utf-8")) is not None
+    return is_full or _folder(collection_path) in FOLDERS_OF_FULL or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
@@ -63,12 +73,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
     """Returns whether a test needs what `make test` does not install: Node or llama.cpp."""
-    folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
     return (
-        folder in FOLDERS_OF_FULL
+        _folder(item.path) in FOLDERS_OF_FULL
         or "llama_tools" in item.fixturenames
         or needs_llama_cpp.mark in item.iter_markers()
     )
+
+
+def _folder(path: Path) -> str:
+    return path.parent.relative_to(Path(__file__).parent).as_posix()
 
 
 @pytest.fixture(autouse=True, scope="session")

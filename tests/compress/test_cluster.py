@@ -18,6 +18,7 @@ from rgexport.runtimes.cluster import connected
 from tests.command_line import rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 
+pytestmark = pytest.mark.full
 OPTIONS = CalibrationOptions(tokens=400, gradient_tokens=100, device="cpu")
 
 

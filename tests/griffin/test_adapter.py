@@ -25,6 +25,7 @@ from tests.deepmind import write_deepmind
 from tests.models import make_config, random_weights, write_hugging_face
 from tests.sessions import distance, random_tokens
 
+pytestmark = pytest.mark.full
 SHAPE = make_config("rar", width=64, heads=4, lru_width=96, window=32)
 LINEARS = "linear_x linear_y linear_out q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 

@@ -21,6 +21,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.source import find_original
 
+pytestmark = pytest.mark.full
 TYPES = common.TemporalBlockType
 SHAPES: dict[str, dict[str, Any]] = {
     "regular": {"block_types": (TYPES.RECURRENT, TYPES.ATTENTION), "lru_width": 24},
