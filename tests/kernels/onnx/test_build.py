@@ -76,7 +76,7 @@ def wheel(folder: Path, compiler: str = COMPILER) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.full
+@pytest.mark.nightly  # compiles the kernels anew
 @pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
 def test_a_wheel_has_the_library_and_its_platform(tmp_path):
     (made,) = built(wheel, OF_A_WHEEL).glob("*.whl")
@@ -101,7 +101,7 @@ def test_a_wheel_has_the_library_and_its_platform(tmp_path):
     assert path.startswith(str(tmp_path)) and tuple(ops) == library.kernels().ops
 
 
-@pytest.mark.full
+@pytest.mark.nightly  # compiles the kernels anew
 def test_a_wheel_without_a_compiler_says_so(tmp_path):
     wheel(tmp_path, NO_COMPILER)
     (made,) = tmp_path.glob("*.whl")
@@ -113,7 +113,7 @@ def test_a_wheel_without_a_compiler_says_so(tmp_path):
         assert NO_COMPILER in why
 
 
-@pytest.mark.full
+@pytest.mark.nightly  # compiles the kernels anew
 @pytest.mark.skipif(os.name != "posix", reason="the broken compiler is a shell script")
 def test_a_wheel_with_one_of_two_libraries_is_for_this_platform(tmp_path):
     """Tagged for any platform, it would be installed where that library cannot be loaded."""
