@@ -21,6 +21,7 @@ from tests.command_line import ROOT
 from tests.models import ODD_CONFIGS
 from tests.sessions import distance
 
+pytestmark = pytest.mark.nightly
 VERSIONS = ["1.23.0", "1.27.0"]
 """The oldest that pyproject.toml allows, and one between it and the newest."""
 CHUNKS = 1, 40, 3, 1

@@ -19,6 +19,7 @@ OURS = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.
 OPSET_OF_BOTH = 21
 
 pytestmark = [
+    pytest.mark.full,
     programs.needs_compiler,
     pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason),
 ]

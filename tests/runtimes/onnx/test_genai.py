@@ -23,6 +23,7 @@ from rgexport.kernels.onnx import library
 from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS
 
+pytestmark = pytest.mark.full
 DEMO = Path(__file__).parents[3] / "demo" / "model"
 ROUNDING = 1e-4
 """Logits differ by this much between a text that is read at once and one that is read in parts."""
