@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 from bench import onnx_op
-from bench.onnx_models import STORAGES, Storage, op_model
+from bench.onnx_models import STORAGES, op_model
 from rgexport.kernels.onnx.library import library
 from rgexport.quantize import affine
 from rgexport.quantize.scheme import Affine
@@ -54,17 +54,3 @@ def test_rates_of_all(monkeypatch):
     for shape in found["shapes"]:
         assert shape["rates"].keys() == names
         assert all(len(rates) == 2 and min(rates) > 0 for rates in shape["rates"].values())
-
-
-def test_a_rate_counts_two_operations_a_weight(monkeypatch):
-    monkeypatch.setattr(onnx_op, "SHAPES", ((128, 32),))
-    monkeypatch.setattr(onnx_op, "_calls", lambda *asked: {"it": lambda: None})
-    monkeypatch.setattr(onnx_op, "seconds", lambda call: 0.5)
-    (shape,) = onnx_op.op_alone(Namespace(rounds=1))["shapes"]
-    assert shape["rates"] == {"it": [2 * 512 * 128 * 32 / 0.5]}
-
-
-def test_storages_name_their_files():
-    assert (
-        Storage(4, 32).artifact.name == "2b-int4-32" and Storage(8, 128).label == "int8, block 128"
-    )

@@ -5,6 +5,9 @@ import pytest
 from bench.read_speed import c_roofline
 
 
+pytestmark = pytest.mark.full
+
+
 @pytest.mark.parametrize("huge", [True, False])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_it_answers_as_often_as_it_is_asked(threads, huge):

@@ -5,6 +5,9 @@ import pytest
 from bench import system_tricks
 
 
+pytestmark = pytest.mark.full
+
+
 @pytest.mark.parametrize("with_it", [True, False])
 @pytest.mark.parametrize("name", system_tricks.TRICKS)
 def test_a_figure(name, with_it, demo_artifact, monkeypatch):

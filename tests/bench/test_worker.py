@@ -11,6 +11,9 @@ from rgexport.export.onnx.native import native_ops
 from rgexport.kernels.onnx.library import NO_NATIVE
 
 
+pytestmark = pytest.mark.full
+
+
 def stands_still(process: int) -> bool:
     """Whether it does so soon: a signal takes its time."""
     until = time.monotonic() + 5
