@@ -4,7 +4,6 @@ import pytest
 
 from bench.read_speed import c_roofline
 
-
 pytestmark = pytest.mark.full
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from bench import system_tricks
 
-
 pytestmark = pytest.mark.full
 
 

@@ -10,7 +10,6 @@ from bench.worker import Worker
 from rgexport.export.onnx.native import native_ops
 from rgexport.kernels.onnx.library import NO_NATIVE
 
-
 pytestmark = pytest.mark.full
 
 
