@@ -1,0 +1,518 @@
+"""Measures which small faults in the sources the tests notice.
+
+    python -m bench.mutations --list
+    nice python -m bench.mutations --tier full --output before.json [--quick]
+    nice python -m bench.mutations --tier test --output after.json --same-as before.json
+    python -m bench.mutations --output after.json --compare before.json
+
+Draws forty mutations with a seed (`bench.mutants`) and makes each in a git worktree below
+`build/mutations`, which is kept for its compiled objects; `git worktree prune` forgets it after
+`make clean`. The native libraries and the page must be built here, by `make native page llama
+llama-tools`. Tests that are likely to notice a mutation run first. A test that fails counts if it
+passes without the mutation. The run goes on where an earlier one with the same output ended.
+"""
+
+import argparse
+import ast
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import tomllib
+import venv
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from bench.mutants import KINDS, Mutation, draw
+from bench.run import START
+
+ROOT = Path(__file__).parents[1]
+SEED = 44
+TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
+"""Tier → the markers of tests that it leaves out, as `make test` and `make test-full` do."""
+CAUGHT = "caught", "timeout"
+NOT_QUICKLY = "not caught by its own folders"
+NOT_BUILT, GONE = "does not compile", "the line is gone"
+_NONE_FAILED = 0, 5
+"""Exit codes of pytest: all passed, or none was selected."""
+_PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/page/page.zip"
+_LLAMA = "out/llama"
+TESTS = "tests"
+
+
+def committed_texts(root: Path, revision: str) -> dict[str, str]:
+    """Returns the package's and the page's sources; a file that is no text is left out."""
+    archive = _git(root, "archive", revision, "rgexport", "page")
+    texts = {}
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        for member in tar.getmembers():
+            if file := tar.extractfile(member):
+                try:
+                    texts[member.name] = file.read().decode()
+                except UnicodeDecodeError:
+                    continue
+    return texts
+
+
+def _git(folder: Path, *arguments: str | Path) -> bytes:
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, stdout=subprocess.PIPE
+    ).stdout
+
+
+def likely_tests(root: Path, file: str) -> list[list[str]]:
+    """Returns tests that are likely to notice a change of a file, the most likely first.
+
+    Each group comes with what is to be run next: tests in the folder that mirrors the file's, if
+    they import its module or name the file; the whole folder; and then all other tests that do so,
+    with the folders that mirror those of the modules that import it.
+    """
+    path, mirror = Path(file), _mirror(root, Path(file))
+    names = {".".join(m.with_suffix("").parts) for m in _modules(root, path)}
+    names = {name.removesuffix(".__init__") for name in names}
+    direct, folders = set(), set()
+    for source in (p for top in ("rgexport", "tests") for p in (root / top).rglob("*.py")):
+        text, name = source.read_text(), source.relative_to(root).as_posix()
+        imports = bool(names & _imports(text))
+        if source.name.startswith("test_") and (imports or path.name in text):
+            direct.add(name)
+        elif imports and name.startswith("rgexport/"):
+            folders.add(_mirror(root, Path(name)))
+    inside = (
+        {name for name in direct if name.startswith(f"{mirror}/")} if mirror != TESTS else set()
+    )
+    by_name = sorted(inside, key=lambda name: (not name.endswith(f"/test_{path.stem}.py"), name))
+    others = [*sorted(direct - inside), *sorted(folders - {mirror, TESTS})]
+    return [group for group in (by_name, [mirror] if mirror != TESTS else [], others) if group]
+
+
+def _modules(root: Path, path: Path) -> list[Path]:
+    """Returns the module, or the modules of the nearest package if the file is no Python."""
+    if path.suffix == ".py":
+        return [path]
+    folder = Path("rgexport/page") if path.parts[0] == "page" else path.parent
+    while folder != Path("rgexport") and not any((root / folder).glob("*.py")):
+        folder = folder.parent
+    if folder == Path("rgexport"):
+        return []
+    return [module.relative_to(root) for module in (root / folder).glob("*.py")]
+
+
+@cache
+def _imports(text: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _mirror(root: Path, path: Path) -> str:
+    """Returns the folder of tests for a file of the package or the page."""
+    parts = ("page",) if path.parts[0] == "page" else path.parts[1:-1]
+    while parts and not (root / TESTS).joinpath(*parts).is_dir():
+        parts = parts[:-1]
+    return "/".join((TESTS, *parts))
+
+
+class NotBuilt(Exception):
+    """A mutation that does not compile."""
+
+
+class Checkout:
+    """A git worktree in which one mutation after the other is tested.
+
+    Attributes:
+        folder: the worktree.
+    """
+
+    def __init__(self, folder: Path, revision: str, built: Path = ROOT) -> None:
+        """Checks out the revision.
+
+        Args:
+            folder: of an earlier run, or new.
+            revision: the commit.
+            built: the checkout with the native libraries, the page and llama.cpp.
+        """
+        self.folder, self._built, self._python = folder, built, sys.executable
+        if (folder / ".git").is_file():  # else git would change the repository around it
+            _git(folder, "checkout", "-q", "--force", "--detach", revision)
+            _git(folder, "clean", "-fdq")
+        else:
+            _git(built, "worktree", "add", "-f", "-q", "--detach", folder, revision)
+        self._restore_products()
+
+    def _restore_products(self) -> None:
+        for pattern in _PRODUCTS:
+            for product in self._built.glob(pattern):
+                shutil.copy2(product, self.folder / product.relative_to(self._built))
+        self._link_llama(self._built / _LLAMA)
+
+    def _link_llama(self, target: Path) -> None:
+        link = self.folder / _LLAMA
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+
+    def apply(self, mutation: Mutation) -> None:
+        """Writes the mutated line, and builds what it is compiled into.
+
+        Raises:
+            NotBuilt: the compiler refuses it.
+            LookupError: the line is no longer there.
+        """
+        path = self.folder / mutation.file
+        mutated = mutation.apply(path.read_text("utf-8")) if path.is_file() else None
+        if mutated is None:
+            raise LookupError
+        path.write_text(mutated, "utf-8")
+        for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):  # as old and as large
+            cached.unlink()
+        for prefix, build in _BUILDS:
+            if mutation.file.startswith(prefix) and path.suffix not in (".py", ".j2"):
+                build(self)
+                break
+
+    def undo(self) -> None:
+        """Restores the sources, and what is built of them."""
+        changed = _git(self.folder, "diff", "--name-only").decode().split()
+        _git(self.folder, "checkout", "-q", "--", ".")
+        for path in map(self.folder.joinpath, changed):
+            for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
+                cached.unlink()
+        self._restore_products()
+        self._python = sys.executable
+
+    def _build_native(self) -> None:
+        self._build("-m", "rgexport.kernels.build", "--build-folder", "build/native")
+
+    def _build_page(self) -> None:
+        self._build("rgexport/page/build.py")
+
+    def _build_llama(self) -> None:
+        """Builds llama.cpp beside the worktree, and installs it in an environment there.
+
+        That environment sees the packages of this one, but its llama.cpp comes first.
+        """
+        llama, environment = (Path(f"{self.folder}-{name}") for name in ("llama", "env"))
+        llama.mkdir(exist_ok=True)
+        for archive in (self._built / _LLAMA).glob("*.tar.gz"):
+            shutil.copy2(archive, llama)
+        self._link_llama(llama)
+        self._build("-c", START, "llama-cpp", "build", "-o", _LLAMA, "--tools", "--no-install")
+        venv.create(environment, clear=True, with_pip=False)
+        (site,) = environment.glob("lib/python*/site-packages")
+        packages = [path for path in sys.path if path.endswith("-packages")]
+        (site / "outer.pth").write_text("\n".join(packages))
+        (wheel,) = llama.glob("*.whl")
+        self._build("-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
+        self._python = str(environment / "bin" / "python")
+
+    def _build(self, *arguments: str) -> None:
+        if self._run(*arguments).returncode:
+            raise NotBuilt
+
+    def selection(self, tier: str) -> list[str]:
+        """Returns pytest's options for a tier, as far as the revision has its markers."""
+        project = tomllib.loads((self.folder / "pyproject.toml").read_text("utf-8"))
+        known = {
+            row.partition(":")[0] for row in project["tool"]["pytest"]["ini_options"]["markers"]
+        }
+        left_out = [f"not {marker}" for marker in TIERS[tier] if marker in known]
+        return ["-m", " and ".join(left_out)] if left_out else []
+
+    def test(self, *arguments: str, limit: float) -> tuple[int, list[str]]:
+        """Runs tests until one fails; returns pytest's exit code, and the tests that failed."""
+        failed = self.folder / ".pytest_cache" / "v" / "cache" / "lastfailed"
+        failed.unlink(missing_ok=True)
+        code = self._run("-m", "pytest", "-x", "-q", "--tb=no", *arguments, limit=limit)
+        return code, list(json.loads(failed.read_text())) if failed.is_file() else []
+
+    def _build(self, *arguments: str) -> None:
+        if self._run(*arguments):
+            raise NotBuilt
+
+    def _run(self, *arguments: str, limit: float | None = None) -> int:
+        """Runs Python in the worktree; returns its exit code."""
+        scripts = str(Path(sys.executable).parent)
+        variables = {"PYTHONPATH": str(self.folder), "PATH": f"{scripts}:{os.environ['PATH']}"}
+        with Path(f"{self.folder}.log").open("a") as log:
+            print("$", *arguments, file=log, flush=True)
+            process = subprocess.Popen(
+                [self._python, *arguments],
+                cwd=self.folder,
+                env=os.environ | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                return process.wait(limit)
+            finally:
+                with suppress(ProcessLookupError):  # what the tests started
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+_BUILDS: tuple[tuple[str, Callable[[Checkout], None]], ...] = (
+    ("rgexport/kernels/llama_cpp/", Checkout._build_llama),
+    ("rgexport/kernels/", Checkout._build_native),
+    ("rgexport/web/", Checkout._build_page),
+    ("page/", Checkout._build_page),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A mutation, and whether the tests noticed it."""
+
+    number: int
+    mutation: Mutation
+    outcome: str
+    test: str = ""
+    """The test that failed."""
+    seconds: int = 0
+    not_built: tuple[str, ...] = ()
+    """Mutations drawn before this one that do not compile."""
+
+
+class Measurement:
+    """The results of a run, in a file that the next run goes on with."""
+
+    def __init__(self, file: Path, header: dict[str, Any], *, quick: bool, limit: float) -> None:
+        """Reads the results of an earlier run.
+
+        Raises:
+            SystemExit: they are of another tier, seed or commit.
+        """
+        self._file, self._header, self._quick, self._limit = file, header, quick, limit
+        self._lock = threading.Lock()
+        self.results: dict[int, Result] = {}
+        self._clean: dict[str, bool] = {}
+        """Test → whether it passes without a mutation."""
+        if file.is_file():
+            data = json.loads(file.read_text())
+            if data["header"] != header:
+                sys.exit(f"{file} holds results of {data['header']}, not of {header}; name another")
+            self.results, self._clean = read_results(file), data["clean"]
+
+    def save(self, result: Result) -> None:
+        """Adds a result to the file."""
+        with self._lock:
+            self.results[result.number] = result
+            results = [asdict(self.results[number]) for number in sorted(self.results)]
+            data = {"header": self._header, "clean": self._clean, "results": results}
+            new = self._file.with_suffix(".new")
+            new.write_text(json.dumps(data, indent=1, ensure_ascii=False))
+            new.replace(self._file)
+
+    def is_done(self, number: int) -> bool:
+        """Returns whether the run can skip a mutation."""
+        result = self.results.get(number)
+        return result is not None and (self._quick or result.outcome != NOT_QUICKLY)
+
+    def measure(self, number: int, candidates: Sequence[Mutation], checkout: Checkout) -> None:
+        """Tests the first mutation that compiles, and saves the result."""
+        began, not_built = time.monotonic(), []
+        for mutation in candidates:
+            try:
+                outcome, test = self._judge(number, mutation, checkout)
+            except NotBuilt:
+                not_built.append(f"{mutation.file}:{mutation.line}: {mutation.after.strip()}")
+                continue
+            finally:
+                checkout.undo()
+            break
+        else:
+            mutation, outcome, test = candidates[0], NOT_BUILT, ""
+        seconds = round(time.monotonic() - began)
+        result = Result(number, mutation, outcome, test, seconds, tuple(not_built))
+        self.save(result)
+        print(_row(result), flush=True)
+
+    def _judge(self, number: int, mutation: Mutation, checkout: Checkout) -> tuple[str, str]:
+        groups = likely_tests(checkout.folder, mutation.file)
+        passed: list[str] = []
+        if number in self.results:  # by its own folders
+            passed, groups = sum(groups, []), []
+        try:
+            checkout.apply(mutation)
+        except LookupError:
+            return GONE, ""
+        for paths in [*groups, *([] if self._quick else [[TESTS]])]:
+            try:
+                if test := self._failing(_without(paths, passed), passed, mutation, checkout):
+                    return "caught", test
+            except subprocess.TimeoutExpired:
+                return "timeout", ""
+            passed += paths
+        return NOT_QUICKLY if self._quick else "survived", ""
+
+    def _failing(
+        self, paths: list[str], passed: list[str], mutation: Mutation, checkout: Checkout
+    ) -> str:
+        """Returns a test that fails because of the mutation; empty if there is none."""
+        selection = checkout.selection(self._header["tier"])
+        ignored = [f"--ignore={path}" for path in passed]
+        while paths:
+            bad = [f"--deselect={test}" for test, passes in self._clean.items() if not passes]
+            arguments = *selection, *ignored, *bad, *paths
+            code, failed = checkout.test(*arguments, limit=self._limit)
+            if code in _NONE_FAILED:
+                break
+            test = failed[0] if failed else f"pytest, which ended with exit code {code}"
+            trial = failed[:1] or ["--collect-only", *arguments]
+            if test not in self._clean or not failed:
+                checkout.undo()
+                passes = checkout.test(*trial, limit=self._limit)[0] in _NONE_FAILED
+                with self._lock:
+                    self._clean[test] = passes
+                checkout.apply(mutation)
+            if self._clean[test]:
+                return test
+            if not failed:
+                sys.exit(f"the tests do not start; see {checkout.folder}.log")
+        return ""
+
+
+def _without(paths: Sequence[str], passed: Sequence[str]) -> list[str]:
+    return [path for path in paths if not any(f"{path}/".startswith(f"{p}/") for p in passed)]
+
+
+def read_results(file: Path) -> dict[int, Result]:
+    """Returns the results in a file by their numbers."""
+    results = {}
+    for row in json.loads(file.read_text())["results"]:
+        row |= {"mutation": Mutation(**row["mutation"]), "not_built": tuple(row["not_built"])}
+        results[row["number"]] = Result(**row)
+    return results
+
+
+def candidates(texts: dict[str, str], seed: int) -> dict[int, list[Mutation]]:
+    """Returns the mutation of each number, followed by those that replace it if need be."""
+    drawn = draw(texts, seed)
+    rows = [drawn[kind.name][i :: kind.count] for kind in KINDS for i in range(kind.count)]
+    return dict(enumerate(rows, 1))
+
+
+def run(
+    measurement: Measurement, rows: dict[int, list[Mutation]], checkouts: list[Checkout]
+) -> None:
+    """Measures the mutations that have no result yet, each checkout one at a time."""
+    idle: queue.Queue[Checkout] = queue.Queue()
+    for checkout in checkouts:
+        idle.put(checkout)
+
+    def measure(number: int) -> None:
+        checkout = idle.get()
+        try:
+            measurement.measure(number, rows[number], checkout)
+        finally:
+            idle.put(checkout)
+
+    numbers = [number for number in sorted(rows) if not measurement.is_done(number)]
+    with ThreadPoolExecutor(len(checkouts)) as pool:
+        list(pool.map(measure, numbers))
+
+
+def _row(result: Result) -> str:
+    mutation, test = result.mutation, f" by `{result.test}`" if result.test else ""
+    return f"{_about(result.number, mutation)} {result.outcome}{test}, {result.seconds} s |"
+
+
+def _about(number: int, mutation: Mutation) -> str:
+    before, after = (
+        " ".join(line.split()).replace("|", "\\|") for line in (mutation.before, mutation.after)
+    )
+    place = f"{mutation.file}:{mutation.line}"
+    return f"| {number} | {mutation.operator} | {place} | `` {before} `` → `` {after} `` |"
+
+
+def compare(before: dict[int, Result], after: dict[int, Result]) -> str:
+    """Returns the outcomes of two runs as a Markdown table."""
+    lines = ["| | operator | line | change | before | after |", "|---|---|---|---|---|---|"]
+    by_mutation = {result.mutation: result.outcome for result in after.values()}
+    for number, result in sorted(before.items()):
+        outcome = by_mutation.get(result.mutation, "not measured")
+        lines.append(f"{_about(number, result.mutation)} {result.outcome} | {outcome} |")
+    totals = f"Caught: {_count(before)} before, {_count(after)} after."
+    return "\n".join([*lines, "", totals])
+
+
+def _count(results: dict[int, Result]) -> str:
+    return f"{sum(r.outcome in CAUGHT for r in results.values())} of {len(results)}"
+
+
+def survivors(results: dict[int, Result], texts: dict[str, str]) -> str:
+    """Returns the mutations that no test noticed, with the lines around them."""
+    shown = []
+    for number, result in sorted(results.items()):
+        if result.outcome in ("survived", NOT_QUICKLY):
+            mutation, i = result.mutation, result.mutation.line - 1
+            lines = [f"  {line}" for line in texts[mutation.file].splitlines()]
+            lines[i : i + 1] = [f"- {mutation.before}", f"+ {mutation.after}"]
+            context = "\n".join(lines[max(0, i - 4) : i + 6])
+            shown.append(f"{number}: {mutation.file}:{mutation.line} {result.outcome}\n{context}\n")
+    return "\n".join(shown)
+
+
+def main() -> None:
+    """Lists, measures or compares."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="print the mutations only")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--revision", default="HEAD", help="the commit whose tests are measured")
+    parser.add_argument("--tier", choices=TIERS, default="full")
+    parser.add_argument("--quick", action="store_true", help="run only the likely tests")
+    parser.add_argument("--only", help="numbers of mutations, such as 3,17")
+    parser.add_argument("--jobs", type=int, default=1, help="worktrees that are used at once")
+    parser.add_argument("--minutes", type=float, default=120, help="for one run of pytest")
+    parser.add_argument("--output", type=Path, help="the file of results")
+    parser.add_argument("--same-as", type=Path, help="take the mutations from this file of results")
+    parser.add_argument("--compare", type=Path, help="compare the output with this earlier one")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutations")
+    asked = parser.parse_args()
+    if not asked.list and asked.output is None:
+        parser.error("name a file of results with --output, or use --list")
+    if asked.compare:
+        print(compare(read_results(asked.compare), read_results(asked.output)))
+        return
+    revision = _git(ROOT, "rev-parse", f"{asked.revision}^{{commit}}").decode().strip()
+    texts = committed_texts(ROOT, revision)
+    if asked.same_as:
+        rows = {n: [result.mutation] for n, result in read_results(asked.same_as).items()}
+    else:
+        rows = candidates(texts, asked.seed)
+    if asked.only:
+        rows = {number: rows[number] for number in map(int, asked.only.split(","))}
+    if asked.list:
+        print("| | operator | line | change |\n|---|---|---|---|")
+        print(*(_about(number, row[0]) for number, row in rows.items()), sep="\n")
+        return
+    header = {"seed": asked.seed, "revision": revision, "tier": asked.tier}
+    limit = asked.minutes * 60
+    measurement = Measurement(asked.output, header, quick=asked.quick, limit=limit)
+    checkouts = [Checkout(asked.folder / f"tree-{i}", revision) for i in range(asked.jobs)]
+    if checkouts[0].test("--collect-only", limit=limit)[0]:
+        sys.exit(f"the tests cannot be collected; see {checkouts[0].folder}.log")
+    run(measurement, rows, checkouts)
+    print(f"\nCaught: {_count(measurement.results)}.\n\n{survivors(measurement.results, texts)}")
+
+
+if __name__ == "__main__":
+    main()
