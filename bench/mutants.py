@@ -1,4 +1,4 @@
-"""Mutations: small faults in single lines of the committed sources, drawn with a seed."""
+"""Mutations, which are small faults in single lines, and the tests that probably notice them."""
 
 import ast
 import random
@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import PurePosixPath
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
+
+TESTS = "tests"
+"""The folder of all tests."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,22 @@ _UNTESTED = re.compile(
 """Names of what tests need not notice: text for people, durations, sizes of caches."""
 
 _CLOCK = re.compile("perf_counter|monotonic")
-_COMPARISONS: dict[type[ast.cmpop], tuple[str, str]] = {
-    ast.Lt: ("<", "<="),
-    ast.LtE: ("<=", "<"),
-    ast.Gt: (">", ">="),
-    ast.GtE: (">=", ">"),
-    ast.Eq: ("==", "!="),
-    ast.NotEq: ("!=", "=="),
-    ast.Is: ("is", "is not"),
-    ast.IsNot: ("is not", "is"),
-    ast.In: ("in", "not in"),
-    ast.NotIn: ("not in", "in"),
+_SWAPS = {
+    **dict(zip("< <= > >= == != === !==".split(), "<= < >= > != == !== ===".split(), strict=True)),
+    **dict(zip("+ - += -= && || and or".split(), "- + -= += || && or and".split(), strict=True)),
+    **dict(zip("is,is not,in,not in".split(","), "is not,is,not in,in".split(","), strict=True)),
+    **dict(zip("min max minimum maximum".split(), "max min maximum minimum".split(), strict=True)),
+    **{"true": "false", "false": "true", "True": "False", "False": "True"},
 }
-_EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
+"""Token → the token that replaces it."""
+_OPERATORS: dict[str, dict[type[ast.AST], str]] = {
+    "comparison swapped": {
+        **{ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="},
+        **{ast.Is: "is", ast.IsNot: "is not", ast.In: "in", ast.NotIn: "not in"},
+    },
+    "+ and - swapped": {ast.Add: "+", ast.Sub: "-"},
+    "and and or swapped": {ast.And: "and", ast.Or: "or"},
+}
 _FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 _TEXTS = ast.JoinedStr, ast.Raise, ast.Assert
 _ANNOTATIONS = "annotation", "returns", "decorator_list"
@@ -91,8 +98,9 @@ def python_edits(text: str) -> Iterator[tuple[str, _Edit]]:
 
 def _functions(node: ast.AST, scope: str) -> Iterator[tuple[str, ast.AST]]:
     for child in ast.iter_child_nodes(node):
-        named = isinstance(child, (*_FUNCTIONS, ast.ClassDef))
-        name = f"{scope}.{child.name}".strip(".") if named else scope
+        name = scope
+        if isinstance(child, (*_FUNCTIONS, ast.ClassDef)):
+            name = f"{scope}.{child.name}".strip(".")
         if isinstance(child, _FUNCTIONS) and not (_UNTESTED.search(child.name)):
             yield name, child
         yield from _functions(child, name)
@@ -137,23 +145,21 @@ def _end(node: ast.AST) -> _Place:
 
 def _node_edits(node: ast.AST, function: ast.AST) -> Iterator[_NodeEdit]:
     match node:
-        case ast.Compare(left, [operator], [right]):
-            old, new = _COMPARISONS[type(operator)]
-            yield _between("comparison swapped", left, right, old, new)
-        case ast.BinOp(left, ast.Add() | ast.Sub() as operator, right):
-            if not _is_text(left) and not _is_text(right):
-                signs = ("+", "-") if isinstance(operator, ast.Add) else ("-", "+")
-                yield _between("+ and - swapped", left, right, *signs)
-        case ast.BoolOp(operator, [left, right]):
-            words = ("and", "or") if isinstance(operator, ast.And) else ("or", "and")
-            yield _between("and and or swapped", left, right, *words)
+        case (
+            ast.Compare(left, [operator], [right])
+            | ast.BinOp(left, operator, right)
+            | ast.BoolOp(operator, [left, right])
+        ) if not _is_text(left) and not _is_text(right) or isinstance(node, ast.Compare):
+            for name, tokens in _OPERATORS.items():
+                if old := tokens.get(type(operator)):
+                    yield name, _end(left), _start(right), partial(_swap_first, old)
         case ast.UnaryOp(ast.Not()):
             yield "boolean negated", _start(node), _end(node), lambda old: old[len("not ") :]
         case ast.If(test) | ast.IfExp(test):
             yield "boolean negated", _start(test), _end(test), "not ({})".format
-        case ast.Constant(bool(value)):
-            yield "boolean negated", _start(node), _end(node), lambda old: str(not value)
-        case ast.Constant(int(value)):
+        case ast.Constant(bool()):
+            yield "boolean negated", _start(node), _end(node), _SWAPS.__getitem__
+        case ast.Constant(int()):
             yield "constant changed by one", _start(node), _end(node), _next_number
         case ast.Return(ast.expr() as value) if not isinstance(value, (ast.Constant, *_TEXTS)):
             is_bool = _last_name(getattr(function, "returns", None) or value) == "bool"
@@ -163,18 +169,18 @@ def _node_edits(node: ast.AST, function: ast.AST) -> Iterator[_NodeEdit]:
             yield "statement removed", _start(node), _end(node), lambda old: "pass"
         case ast.Assign([ast.Attribute() | ast.Subscript()]) | ast.AugAssign():
             yield "statement removed", _start(node), _end(node), lambda old: "pass"
-        case ast.Call(ast.Name(name) | ast.Attribute(attr=name) as called) if name in _EXTREMES:
+        case ast.Call(ast.Name(name) | ast.Attribute(attr=name) as called) if name in _SWAPS:
             row, column = _end(called)
             start = row, column - len(name)
-            yield "min and max swapped", start, (row, column), lambda old: _EXTREMES[old]
+            yield "min and max swapped", start, (row, column), _SWAPS.__getitem__
 
 
 def _next_number(digits: str) -> str:
     return str(int(digits) + 1) if digits.isdigit() else digits
 
 
-def _between(operator: str, left: ast.AST, right: ast.AST, old: str, new: str) -> _NodeEdit:
-    return operator, _end(left), _start(right), lambda gap: gap.replace(old, new, 1)
+def _swap_first(token: str, code: str) -> str:
+    return code.replace(token, _SWAPS[token], 1)
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -182,11 +188,6 @@ def _is_text(node: ast.AST) -> bool:
     return is_string or isinstance(node, ast.JoinedStr | ast.List | ast.Tuple)
 
 
-_SWAPS = {
-    **dict(zip("< <= > >= == != === !==".split(), "<= < >= > != == !== ===".split(), strict=True)),
-    **dict(zip("+ - += -= && || and or".split(), "- + -= += || && or and".split(), strict=True)),
-    **{"true": "false", "false": "true", "min": "max", "max": "min"},
-}
 _TOKENS = {
     "comparison swapped": r"(?<= )([<>]=?|[=!]==?)(?= )",
     "+ and - swapped": r"(?<= )[+-]=?(?= )",
@@ -255,10 +256,8 @@ def template_edits(text: str) -> Iterator[tuple[str, _Edit]]:
                 yield scope, _Edit("filter removed", number, start, end, "")
             if condition := re.match(r" *(?:el)?if (.*\S)", code):
                 start, end = (tag.start(1) + place for place in condition.span(1))
-                yield (
-                    scope,
-                    _Edit("boolean negated", number, start, end, f"not ({line[start:end]})"),
-                )
+                negated = f"not ({line[start:end]})"
+                yield scope, _Edit("boolean negated", number, start, end, negated)
 
 
 def _token_edits(code: str, number: int, shift: int) -> Iterator[_Edit]:
@@ -375,3 +374,58 @@ def _one_for_each_scope(
         after = before[: edit.start] + edit.replacement + before[edit.end :]
         mutations.append(Mutation(kind.name, edit.operator, file, edit.line, before, after, scope))
     return mutations
+
+
+def likely_tests(root: Path, file: str) -> list[list[str]]:
+    """Returns tests that are likely to notice a change of a file, the most likely first.
+
+    Each group comes with what is to be run next: tests in the folder that mirrors the file's, if
+    they import its module or name the file; the whole folder; and then all other tests that do so,
+    with the folders that mirror those of the modules that import it.
+    """
+    path, mirror = Path(file), _mirror(root, Path(file))
+    names = {".".join(m.with_suffix("").parts) for m in _modules(root, path)}
+    names = {name.removesuffix(".__init__") for name in names}
+    direct, folders = set(), set()
+    for source in (p for top in ("rgexport", "tests") for p in (root / top).rglob("*.py")):
+        text, name = source.read_text(), source.relative_to(root).as_posix()
+        imports = bool(names & _imports(text))
+        if source.name.startswith("test_") and (imports or path.name in text):
+            direct.add(name)
+        elif imports and name.startswith("rgexport/"):
+            folders.add(_mirror(root, Path(name)))
+    inside = {name for name in direct if name.startswith(f"{mirror}/")}
+    by_name = sorted(inside, key=lambda name: (not name.endswith(f"/test_{path.stem}.py"), name))
+    others = [*sorted(direct - inside), *sorted(folders - {mirror, TESTS})]
+    return [group for group in (by_name, [mirror], others) if group and group != [TESTS]]
+
+
+def _modules(root: Path, path: Path) -> list[Path]:
+    """Returns the module, or the modules of the nearest package if the file is no Python."""
+    if path.suffix == ".py":
+        return [path]
+    folder = Path("rgexport/page") if path.parts[0] == "page" else path.parent
+    while folder != Path("rgexport") and not any((root / folder).glob("*.py")):
+        folder = folder.parent
+    if folder == Path("rgexport"):
+        return []
+    return [module.relative_to(root) for module in (root / folder).glob("*.py")]
+
+
+@cache
+def _imports(text: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _mirror(root: Path, path: Path) -> str:
+    """Returns the folder of tests for a file of the package or the page."""
+    parts = ("page",) if path.parts[0] == "page" else path.parts[1:-1]
+    while parts and not (root / TESTS).joinpath(*parts).is_dir():
+        parts = parts[:-1]
+    return "/".join((TESTS, *parts))

@@ -13,10 +13,8 @@ passes without the mutation. The run goes on where an earlier one with the same 
 """
 
 import argparse
-import ast
 import json
 import os
-import queue
 import shutil
 import signal
 import subprocess
@@ -30,15 +28,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from difflib import unified_diff
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from bench.mutants import KINDS, Mutation, draw
+from bench.mutants import KINDS, TESTS, Mutation, draw, likely_tests
 from bench.run import START
 
 ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "mutations"
 SEED = 44
 TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
 """Tier → the markers of tests that it leaves out, as `make test` and `make test-full` do."""
@@ -47,23 +46,19 @@ NOT_QUICKLY = "not caught by its own folders"
 NOT_BUILT, GONE = "does not compile", "the line is gone"
 _NONE_FAILED = 0, 5
 """Exit codes of pytest: all passed, or none was selected."""
+_LIMIT_SECONDS = 7200
+"""The longest run of pytest; each test also has a limit of its own."""
 _PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/page/page.zip"
 _LLAMA = "out/llama"
-TESTS = "tests"
+_RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 def committed_texts(root: Path, revision: str) -> dict[str, str]:
-    """Returns the package's and the page's sources; a file that is no text is left out."""
+    """Returns the files of the package and of the page."""
     archive = _git(root, "archive", revision, "rgexport", "page")
-    texts = {}
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
-        for member in tar.getmembers():
-            if file := tar.extractfile(member):
-                try:
-                    texts[member.name] = file.read().decode()
-                except UnicodeDecodeError:
-                    continue
-    return texts
+        files = ((member.name, tar.extractfile(member)) for member in tar.getmembers())
+        return {name: file.read().decode(errors="replace") for name, file in files if file}
 
 
 def _git(folder: Path, *arguments: str | Path) -> bytes:
@@ -72,82 +67,15 @@ def _git(folder: Path, *arguments: str | Path) -> bytes:
     ).stdout
 
 
-def likely_tests(root: Path, file: str) -> list[list[str]]:
-    """Returns tests that are likely to notice a change of a file, the most likely first.
-
-    Each group comes with what is to be run next: tests in the folder that mirrors the file's, if
-    they import its module or name the file; the whole folder; and then all other tests that do so,
-    with the folders that mirror those of the modules that import it.
-    """
-    path, mirror = Path(file), _mirror(root, Path(file))
-    names = {".".join(m.with_suffix("").parts) for m in _modules(root, path)}
-    names = {name.removesuffix(".__init__") for name in names}
-    direct, folders = set(), set()
-    for source in (p for top in ("rgexport", "tests") for p in (root / top).rglob("*.py")):
-        text, name = source.read_text(), source.relative_to(root).as_posix()
-        imports = bool(names & _imports(text))
-        if source.name.startswith("test_") and (imports or path.name in text):
-            direct.add(name)
-        elif imports and name.startswith("rgexport/"):
-            folders.add(_mirror(root, Path(name)))
-    inside = (
-        {name for name in direct if name.startswith(f"{mirror}/")} if mirror != TESTS else set()
-    )
-    by_name = sorted(inside, key=lambda name: (not name.endswith(f"/test_{path.stem}.py"), name))
-    others = [*sorted(direct - inside), *sorted(folders - {mirror, TESTS})]
-    return [group for group in (by_name, [mirror] if mirror != TESTS else [], others) if group]
-
-
-def _modules(root: Path, path: Path) -> list[Path]:
-    """Returns the module, or the modules of the nearest package if the file is no Python."""
-    if path.suffix == ".py":
-        return [path]
-    folder = Path("rgexport/page") if path.parts[0] == "page" else path.parent
-    while folder != Path("rgexport") and not any((root / folder).glob("*.py")):
-        folder = folder.parent
-    if folder == Path("rgexport"):
-        return []
-    return [module.relative_to(root) for module in (root / folder).glob("*.py")]
-
-
-@cache
-def _imports(text: str) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def _mirror(root: Path, path: Path) -> str:
-    """Returns the folder of tests for a file of the package or the page."""
-    parts = ("page",) if path.parts[0] == "page" else path.parts[1:-1]
-    while parts and not (root / TESTS).joinpath(*parts).is_dir():
-        parts = parts[:-1]
-    return "/".join((TESTS, *parts))
-
-
 class NotBuilt(Exception):
     """A mutation that does not compile."""
 
 
 class Checkout:
-    """A git worktree in which one mutation after the other is tested.
-
-    Attributes:
-        folder: the worktree.
-    """
+    """A git worktree in which one mutation after the other is tested."""
 
     def __init__(self, folder: Path, revision: str, built: Path = ROOT) -> None:
-        """Checks out the revision.
-
-        Args:
-            folder: of an earlier run, or new.
-            revision: the commit.
-            built: the checkout with the native libraries, the page and llama.cpp.
-        """
+        """Checks out the revision; `built` has the native libraries, the page and llama.cpp."""
         self.folder, self._built, self._python = folder, built, sys.executable
         if (folder / ".git").is_file():  # else git would change the repository around it
             _git(folder, "checkout", "-q", "--force", "--detach", revision)
@@ -180,8 +108,7 @@ class Checkout:
         if mutated is None:
             raise LookupError
         path.write_text(mutated, "utf-8")
-        for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):  # as old and as large
-            cached.unlink()
+        _forget_bytecode(path)
         for prefix, build in _BUILDS:
             if mutation.file.startswith(prefix) and path.suffix not in (".py", ".j2"):
                 build(self)
@@ -191,9 +118,8 @@ class Checkout:
         """Restores the sources, and what is built of them."""
         changed = _git(self.folder, "diff", "--name-only").decode().split()
         _git(self.folder, "checkout", "-q", "--", ".")
-        for path in map(self.folder.joinpath, changed):
-            for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
-                cached.unlink()
+        for path in changed:
+            _forget_bytecode(self.folder / path)
         self._restore_products()
         self._python = sys.executable
 
@@ -222,24 +148,19 @@ class Checkout:
         self._build("-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
         self._python = str(environment / "bin" / "python")
 
-    def _build(self, *arguments: str) -> None:
-        if self._run(*arguments).returncode:
-            raise NotBuilt
-
     def selection(self, tier: str) -> list[str]:
         """Returns pytest's options for a tier, as far as the revision has its markers."""
         project = tomllib.loads((self.folder / "pyproject.toml").read_text("utf-8"))
-        known = {
-            row.partition(":")[0] for row in project["tool"]["pytest"]["ini_options"]["markers"]
-        }
+        rows = project["tool"]["pytest"]["ini_options"]["markers"]
+        known = {row.partition(":")[0] for row in rows}
         left_out = [f"not {marker}" for marker in TIERS[tier] if marker in known]
         return ["-m", " and ".join(left_out)] if left_out else []
 
-    def test(self, *arguments: str, limit: float) -> tuple[int, list[str]]:
+    def test(self, *arguments: str) -> tuple[int, list[str]]:
         """Runs tests until one fails; returns pytest's exit code, and the tests that failed."""
         failed = self.folder / ".pytest_cache" / "v" / "cache" / "lastfailed"
         failed.unlink(missing_ok=True)
-        code = self._run("-m", "pytest", "-x", "-q", "--tb=no", *arguments, limit=limit)
+        code = self._run("-m", "pytest", "-x", "-q", "--tb=no", *arguments, limit=_LIMIT_SECONDS)
         return code, list(json.loads(failed.read_text())) if failed.is_file() else []
 
     def _build(self, *arguments: str) -> None:
@@ -261,11 +182,12 @@ class Checkout:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            _RUNNING.add(process)
             try:
                 return process.wait(limit)
             finally:
-                with suppress(ProcessLookupError):  # what the tests started
-                    os.killpg(process.pid, signal.SIGKILL)
+                _RUNNING.remove(process)
+                _kill(process)
                 process.wait()
 
 
@@ -275,6 +197,25 @@ _BUILDS: tuple[tuple[str, Callable[[Checkout], None]], ...] = (
     ("rgexport/web/", Checkout._build_page),
     ("page/", Checkout._build_page),
 )
+
+
+def _forget_bytecode(path: Path) -> None:
+    """Removes compiled code that looks current if the source changed within a second."""
+    for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        cached.unlink()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process, and what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ends the run at once, because of a signal; results are complete up to here."""
+    for process in list(_RUNNING):
+        _kill(process)
+    os._exit(128 + number)
 
 
 @dataclass(frozen=True)
@@ -294,13 +235,13 @@ class Result:
 class Measurement:
     """The results of a run, in a file that the next run goes on with."""
 
-    def __init__(self, file: Path, header: dict[str, Any], *, quick: bool, limit: float) -> None:
+    def __init__(self, file: Path, header: dict[str, Any], *, quick: bool) -> None:
         """Reads the results of an earlier run.
 
         Raises:
             SystemExit: they are of another tier, seed or commit.
         """
-        self._file, self._header, self._quick, self._limit = file, header, quick, limit
+        self._file, self._header, self._quick = file, header, quick
         self._lock = threading.Lock()
         self.results: dict[int, Result] = {}
         self._clean: dict[str, bool] = {}
@@ -372,14 +313,14 @@ class Measurement:
         while paths:
             bad = [f"--deselect={test}" for test, passes in self._clean.items() if not passes]
             arguments = *selection, *ignored, *bad, *paths
-            code, failed = checkout.test(*arguments, limit=self._limit)
+            code, failed = checkout.test(*arguments)
             if code in _NONE_FAILED:
                 break
             test = failed[0] if failed else f"pytest, which ended with exit code {code}"
             trial = failed[:1] or ["--collect-only", *arguments]
             if test not in self._clean or not failed:
                 checkout.undo()
-                passes = checkout.test(*trial, limit=self._limit)[0] in _NONE_FAILED
+                passes = checkout.test(*trial)[0] in _NONE_FAILED
                 with self._lock:
                     self._clean[test] = passes
                 checkout.apply(mutation)
@@ -413,21 +354,15 @@ def candidates(texts: dict[str, str], seed: int) -> dict[int, list[Mutation]]:
 def run(
     measurement: Measurement, rows: dict[int, list[Mutation]], checkouts: list[Checkout]
 ) -> None:
-    """Measures the mutations that have no result yet, each checkout one at a time."""
-    idle: queue.Queue[Checkout] = queue.Queue()
-    for checkout in checkouts:
-        idle.put(checkout)
-
-    def measure(number: int) -> None:
-        checkout = idle.get()
-        try:
-            measurement.measure(number, rows[number], checkout)
-        finally:
-            idle.put(checkout)
-
+    """Measures the mutations that have no result yet, in each checkout one after the other."""
     numbers = [number for number in sorted(rows) if not measurement.is_done(number)]
+
+    def measure(i: int) -> None:
+        for number in numbers[i :: len(checkouts)]:
+            measurement.measure(number, rows[number], checkouts[i])
+
     with ThreadPoolExecutor(len(checkouts)) as pool:
-        list(pool.map(measure, numbers))
+        list(pool.map(measure, range(len(checkouts))))
 
 
 def _row(result: Result) -> str:
@@ -462,17 +397,15 @@ def survivors(results: dict[int, Result], texts: dict[str, str]) -> str:
     """Returns the mutations that no test noticed, with the lines around them."""
     shown = []
     for number, result in sorted(results.items()):
+        mutation, text = result.mutation, texts.get(result.mutation.file, "")
         if result.outcome in ("survived", NOT_QUICKLY):
-            mutation, i = result.mutation, result.mutation.line - 1
-            lines = [f"  {line}" for line in texts[mutation.file].splitlines()]
-            lines[i : i + 1] = [f"- {mutation.before}", f"+ {mutation.after}"]
-            context = "\n".join(lines[max(0, i - 4) : i + 6])
-            shown.append(f"{number}: {mutation.file}:{mutation.line} {result.outcome}\n{context}\n")
+            lines = text.splitlines(), (mutation.apply(text) or text).splitlines()
+            changed = list(unified_diff(*lines, n=4, lineterm=""))[2:]
+            shown += [f"{number}: {mutation.file}: {result.outcome}", *changed, ""]
     return "\n".join(shown)
 
 
-def main() -> None:
-    """Lists, measures or compares."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the mutations only")
     parser.add_argument("--seed", type=int, default=SEED)
@@ -481,14 +414,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="run only the likely tests")
     parser.add_argument("--only", help="numbers of mutations, such as 3,17")
     parser.add_argument("--jobs", type=int, default=1, help="worktrees that are used at once")
-    parser.add_argument("--minutes", type=float, default=120, help="for one run of pytest")
     parser.add_argument("--output", type=Path, help="the file of results")
     parser.add_argument("--same-as", type=Path, help="take the mutations from this file of results")
     parser.add_argument("--compare", type=Path, help="compare the output with this earlier one")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutations")
     asked = parser.parse_args()
     if not asked.list and asked.output is None:
         parser.error("name a file of results with --output, or use --list")
+    return asked
+
+
+def _prepare(tier: str) -> None:
+    """Ends the program if something is not built, and lets a signal end the tests, too."""
+    needed = _PRODUCTS[:1] if tier == "test" else (*_PRODUCTS, f"{_LLAMA}/bin")
+    if missing := [pattern for pattern in needed if not any(ROOT.glob(pattern))]:
+        sys.exit(f"not built: {', '.join(missing)}; run make native page llama llama-tools")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+
+
+def main() -> None:
+    """Lists, measures or compares."""
+    asked = _arguments()
     if asked.compare:
         print(compare(read_results(asked.compare), read_results(asked.output)))
         return
@@ -504,11 +450,11 @@ def main() -> None:
         print("| | operator | line | change |\n|---|---|---|---|")
         print(*(_about(number, row[0]) for number, row in rows.items()), sep="\n")
         return
+    _prepare(asked.tier)
     header = {"seed": asked.seed, "revision": revision, "tier": asked.tier}
-    limit = asked.minutes * 60
-    measurement = Measurement(asked.output, header, quick=asked.quick, limit=limit)
-    checkouts = [Checkout(asked.folder / f"tree-{i}", revision) for i in range(asked.jobs)]
-    if checkouts[0].test("--collect-only", limit=limit)[0]:
+    measurement = Measurement(asked.output, header, quick=asked.quick)
+    checkouts = [Checkout(FOLDER / f"tree-{i}", revision) for i in range(asked.jobs)]
+    if checkouts[0].test("--collect-only")[0]:
         sys.exit(f"the tests cannot be collected; see {checkouts[0].folder}.log")
     run(measurement, rows, checkouts)
     print(f"\nCaught: {_count(measurement.results)}.\n\n{survivors(measurement.results, texts)}")

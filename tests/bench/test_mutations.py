@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.mutants import KINDS, Mutation, c_edits, draw, patch_edits, python_edits, template_edits
-from bench.mutations import (
-    NOT_QUICKLY,
-    Checkout,
-    Measurement,
-    compare,
+from bench.mutants import (
+    KINDS,
+    Mutation,
+    c_edits,
+    draw,
     likely_tests,
-    run,
-    survivors,
+    patch_edits,
+    python_edits,
+    template_edits,
 )
+from bench.mutations import NOT_QUICKLY, Checkout, Measurement, compare, run, survivors
 from tests.command_line import ROOT
 
 PROJECT = {
@@ -79,7 +80,7 @@ def checkout(project: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
 
 
 def measurement(folder: Path, *, quick: bool = False) -> Measurement:
-    return Measurement(folder / "results.json", {"tier": "full"}, quick=quick, limit=100)
+    return Measurement(folder / "results.json", {"tier": "full"}, quick=quick)
 
 
 def mutation(file: str, line: int, before: str, after: str) -> Mutation:
@@ -198,7 +199,7 @@ def test_a_test_that_fails_only_with_the_mutation_catches_it(
     assert survived.outcome == "survived"
     assert (replaced.outcome, replaced.mutation) == ("caught", COMPILES)
     assert len(replaced.not_built) == 1
-    assert "-     return min(a, b)\n+     return max(a, b)" in survivors(measured.results, PROJECT)
+    assert "-    return min(a, b)\n+    return max(a, b)" in survivors(measured.results, PROJECT)
     assert git(checkout.folder, "status", "--porcelain") == ""
     assert git(project, "status", "--porcelain") == "?? results.json\n"
 
@@ -216,7 +217,7 @@ def test_a_run_goes_on_where_the_earlier_one_ended(project: Path, checkout: Chec
     assert f"{NOT_QUICKLY} | survived |" in table
     assert "Caught: 1 of 2 before, 1 of 2 after." in table
     with pytest.raises(SystemExit, match="name another"):
-        Measurement(project / "results.json", {"tier": "test"}, quick=False, limit=1)
+        Measurement(project / "results.json", {"tier": "test"}, quick=False)
 
 
 @pytest.mark.parametrize(
