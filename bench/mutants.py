@@ -4,7 +4,7 @@ import ast
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -379,37 +379,47 @@ def _one_for_each_scope(
 def likely_tests(root: Path, file: str) -> list[list[str]]:
     """Returns tests that are likely to notice a change of a file, the most likely first.
 
-    Each group comes with what is to be run next: tests in the folder that mirrors the file's, if
-    they import its module or name the file; the whole folder; and then all other tests that do so,
-    with the folders that mirror those of the modules that import it.
+    The groups are: tests in the folder that mirrors the file's, if they import its module or name
+    the file; those that import a module that does so; the whole folder; and all other tests that
+    import the module, with the folders that mirror those of the modules that do.
     """
     path, mirror = Path(file), _mirror(root, Path(file))
-    names = {".".join(m.with_suffix("").parts) for m in _modules(root, path)}
+    paths = [path for top in ("rgexport", TESTS) for path in (root / top).rglob("*.py")]
+    texts = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in paths}
+    direct = _importers(texts, _modules(root, path))
+    modules = {name for name in direct if name.startswith("rgexport/")}
+    direct |= {name for name, text in texts.items() if path.name in text}
+    tests, indirect = (
+        {name for name in names if Path(name).name.startswith("test_")}
+        for names in (direct, _importers(texts, modules))
+    )
+    near = [
+        sorted(
+            (name for name in names if name.startswith(f"{mirror}/")),
+            key=lambda name: (not name.endswith(f"/test_{path.stem}.py"), name),
+        )
+        for names in (tests, indirect - tests)
+    ]
+    folders = {_mirror(root, Path(name)) for name in modules} - {mirror, TESTS}
+    others = [*sorted(tests - {*near[0]}), *sorted(folders)]
+    return [group for group in (*near, [mirror], others) if group and group != [TESTS]]
+
+
+def _importers(texts: Mapping[str, str], modules: Iterable[str]) -> set[str]:
+    names = {module.removesuffix(".py").replace("/", ".") for module in modules}
     names = {name.removesuffix(".__init__") for name in names}
-    direct, folders = set(), set()
-    for source in (p for top in ("rgexport", "tests") for p in (root / top).rglob("*.py")):
-        text, name = source.read_text(), source.relative_to(root).as_posix()
-        imports = bool(names & _imports(text))
-        if source.name.startswith("test_") and (imports or path.name in text):
-            direct.add(name)
-        elif imports and name.startswith("rgexport/"):
-            folders.add(_mirror(root, Path(name)))
-    inside = {name for name in direct if name.startswith(f"{mirror}/")}
-    by_name = sorted(inside, key=lambda name: (not name.endswith(f"/test_{path.stem}.py"), name))
-    others = [*sorted(direct - inside), *sorted(folders - {mirror, TESTS})]
-    return [group for group in (by_name, [mirror], others) if group and group != [TESTS]]
+    return {name for name, text in texts.items() if names & _imports(text)}
 
 
-def _modules(root: Path, path: Path) -> list[Path]:
+def _modules(root: Path, path: Path) -> list[str]:
     """Returns the module, or the modules of the nearest package if the file is no Python."""
     if path.suffix == ".py":
-        return [path]
-    folder = Path("rgexport/page") if path.parts[0] == "page" else path.parent
-    while folder != Path("rgexport") and not any((root / folder).glob("*.py")):
+        return [path.as_posix()]
+    in_page = path.parts[0] == "page" or path.parts[:2] == ("rgexport", "web")
+    folder = Path("rgexport/page") if in_page else path.parent
+    while not any((root / folder).glob("*.py")):
         folder = folder.parent
-    if folder == Path("rgexport"):
-        return []
-    return [module.relative_to(root) for module in (root / folder).glob("*.py")]
+    return [module.relative_to(root).as_posix() for module in (root / folder).glob("*.py")]
 
 
 @cache

@@ -43,7 +43,7 @@ TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
 """Tier → the markers of tests that it leaves out, as `make test` and `make test-full` do."""
 CAUGHT = "caught", "timeout"
 NOT_QUICKLY = "not caught by its own folders"
-NOT_BUILT, GONE = "does not compile", "the line is gone"
+NOT_MADE = "does not compile, or the line is gone"
 _NONE_FAILED = 0, 5
 """Exit codes of pytest: all passed, or none was selected."""
 _LIMIT_SECONDS = 7200
@@ -62,13 +62,11 @@ def committed_texts(root: Path, revision: str) -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str | Path) -> bytes:
-    return subprocess.run(
-        ["git", *arguments], cwd=folder, check=True, stdout=subprocess.PIPE
-    ).stdout
+    return subprocess.check_output(["git", *arguments], cwd=folder)
 
 
-class NotBuilt(Exception):
-    """A mutation that does not compile."""
+class NotMade(Exception):
+    """A mutation that does not compile, or whose line is gone."""
 
 
 class Checkout:
@@ -100,13 +98,12 @@ class Checkout:
         """Writes the mutated line, and builds what it is compiled into.
 
         Raises:
-            NotBuilt: the compiler refuses it.
-            LookupError: the line is no longer there.
+            NotMade: the compiler refuses it, or the line is no longer there.
         """
         path = self.folder / mutation.file
         mutated = mutation.apply(path.read_text("utf-8")) if path.is_file() else None
         if mutated is None:
-            raise LookupError
+            raise NotMade
         path.write_text(mutated, "utf-8")
         _forget_bytecode(path)
         for prefix, build in _BUILDS:
@@ -165,7 +162,7 @@ class Checkout:
 
     def _build(self, *arguments: str) -> None:
         if self._run(*arguments):
-            raise NotBuilt
+            raise NotMade
 
     def _run(self, *arguments: str, limit: float | None = None) -> int:
         """Runs Python in the worktree; returns its exit code."""
@@ -236,11 +233,7 @@ class Measurement:
     """The results of a run, in a file that the next run goes on with."""
 
     def __init__(self, file: Path, header: dict[str, Any], *, quick: bool) -> None:
-        """Reads the results of an earlier run.
-
-        Raises:
-            SystemExit: they are of another tier, seed or commit.
-        """
+        """Reads the results of an earlier run, which must be of the same commit, seed and tier."""
         self._file, self._header, self._quick = file, header, quick
         self._lock = threading.Lock()
         self.results: dict[int, Result] = {}
@@ -273,14 +266,14 @@ class Measurement:
         for mutation in candidates:
             try:
                 outcome, test = self._judge(number, mutation, checkout)
-            except NotBuilt:
+            except NotMade:
                 not_built.append(f"{mutation.file}:{mutation.line}: {mutation.after.strip()}")
                 continue
             finally:
                 checkout.undo()
             break
         else:
-            mutation, outcome, test = candidates[0], NOT_BUILT, ""
+            mutation, outcome, test = candidates[0], NOT_MADE, ""
         seconds = round(time.monotonic() - began)
         result = Result(number, mutation, outcome, test, seconds, tuple(not_built))
         self.save(result)
@@ -291,13 +284,12 @@ class Measurement:
         passed: list[str] = []
         if number in self.results:  # by its own folders
             passed, groups = sum(groups, []), []
-        try:
-            checkout.apply(mutation)
-        except LookupError:
-            return GONE, ""
+        checkout.apply(mutation)
         for paths in [*groups, *([] if self._quick else [[TESTS]])]:
             try:
-                if test := self._failing(_without(paths, passed), passed, mutation, checkout):
+                inside = tuple(f"{path}/" for path in passed)
+                new = [path for path in paths if not f"{path}/".startswith(inside)]
+                if test := self._failing(new, passed, mutation, checkout):
                     return "caught", test
             except subprocess.TimeoutExpired:
                 return "timeout", ""
@@ -329,10 +321,6 @@ class Measurement:
             if not failed:
                 sys.exit(f"the tests do not start; see {checkout.folder}.log")
         return ""
-
-
-def _without(paths: Sequence[str], passed: Sequence[str]) -> list[str]:
-    return [path for path in paths if not any(f"{path}/".startswith(f"{p}/") for p in passed)]
 
 
 def read_results(file: Path) -> dict[int, Result]:
@@ -371,11 +359,9 @@ def _row(result: Result) -> str:
 
 
 def _about(number: int, mutation: Mutation) -> str:
-    before, after = (
-        " ".join(line.split()).replace("|", "\\|") for line in (mutation.before, mutation.after)
-    )
-    place = f"{mutation.file}:{mutation.line}"
-    return f"| {number} | {mutation.operator} | {place} | `` {before} `` → `` {after} `` |"
+    lines = (" ".join(line.split()) for line in (mutation.before, mutation.after))
+    change = " → ".join(f"`` {line} ``" for line in lines).replace("|", "\\|")
+    return f"| {number} | {mutation.operator} | {mutation.file}:{mutation.line} | {change} |"
 
 
 def compare(before: dict[int, Result], after: dict[int, Result]) -> str:
