@@ -66,7 +66,7 @@ def _git(folder: Path, *arguments: str | Path) -> bytes:
 
 
 class NotMade(Exception):
-    """A mutation that does not compile, or whose line is gone."""
+    """Raised for a mutation that does not compile, or whose line is gone."""
 
 
 class Checkout:
@@ -112,7 +112,7 @@ class Checkout:
                 break
 
     def undo(self) -> None:
-        """Restores the sources, and what is built of them."""
+        """Restores the sources and what is built from them."""
         changed = _git(self.folder, "diff", "--name-only").decode().split()
         _git(self.folder, "checkout", "-q", "--", ".")
         for path in changed:
