@@ -33,6 +33,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.mutants import KINDS, TESTS, Mutation, draw, likely_tests
 from bench.run import START
 
@@ -44,12 +46,12 @@ TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
 CAUGHT = "caught", "timeout"
 NOT_QUICKLY = "not caught by its own folders"
 NOT_MADE = "does not compile, or the line is gone"
-_NONE_FAILED = 0, 5
-"""Exit codes of pytest: all passed, or none was selected."""
-_LIMIT_SECONDS = 7200
-"""The longest run of pytest; each test also has a limit of its own."""
+_NONE_FAILED = 0, 5  # exit codes of pytest: all passed, or none was selected
+_LIMIT_SECONDS = 7200  # of a run of pytest; each test has a limit, too
 _PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/page/page.zip"
 _LLAMA = "out/llama"
+_NATIVE = "-m", "rgexport.kernels.build", "--build-folder", "build/native"
+_PAGE = "rgexport/page/build.py"
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
@@ -106,7 +108,7 @@ class Checkout:
             raise NotMade
         path.write_text(mutated, "utf-8")
         _forget_bytecode(path)
-        for prefix, build in _BUILDS:
+        for prefix, build in _BUILDS.items():
             if mutation.file.startswith(prefix) and path.suffix not in (".py", ".j2"):
                 build(self)
                 break
@@ -119,12 +121,6 @@ class Checkout:
             _forget_bytecode(self.folder / path)
         self._restore_products()
         self._python = sys.executable
-
-    def _build_native(self) -> None:
-        self._build("-m", "rgexport.kernels.build", "--build-folder", "build/native")
-
-    def _build_page(self) -> None:
-        self._build("rgexport/page/build.py")
 
     def _build_llama(self) -> None:
         """Builds llama.cpp beside the worktree, and installs it in an environment there.
@@ -188,12 +184,12 @@ class Checkout:
                 process.wait()
 
 
-_BUILDS: tuple[tuple[str, Callable[[Checkout], None]], ...] = (
-    ("rgexport/kernels/llama_cpp/", Checkout._build_llama),
-    ("rgexport/kernels/", Checkout._build_native),
-    ("rgexport/web/", Checkout._build_page),
-    ("page/", Checkout._build_page),
-)
+_BUILDS: dict[str, Callable[[Checkout], None]] = {
+    "rgexport/kernels/llama_cpp/": Checkout._build_llama,
+    "rgexport/kernels/": lambda checkout: checkout._build(*_NATIVE),
+    "rgexport/web/": lambda checkout: checkout._build(_PAGE),
+    "page/": lambda checkout: checkout._build(_PAGE),
+}
 
 
 def _forget_bytecode(path: Path) -> None:
@@ -203,7 +199,11 @@ def _forget_bytecode(path: Path) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process, and what it has started."""
+    """Kills a process and what it has started; compilers that Ninja runs are in other groups."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -223,7 +223,6 @@ class Result:
     mutation: Mutation
     outcome: str
     test: str = ""
-    """The test that failed."""
     seconds: int = 0
     not_built: tuple[str, ...] = ()
     """Mutations drawn before this one that do not compile."""
