@@ -23,7 +23,7 @@ PAGE := rgexport/page/page.zip
 PAGE_SOURCES := rgexport/page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/web/*.*)
 NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
-.PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools clean
+.PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools release clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
 	-@$(MAKE) -s --no-print-directory native
@@ -80,6 +80,9 @@ bench-export: $(DEV)  ## Export and decode at 2B size: needs 8 GB of disk and so
 
 bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/MACHINE/llama_cpp.md.
 	$(BIN)/python -m bench.llama --docs docs/$(MACHINE)
+
+release:  ## Checks everything and tags the commit, such as VERSION=0.1.0; pushes nothing.
+	@.ci/release '$(VERSION)'
 
 clean:
 	rm -f rgexport/kernels/*/librgexport_*

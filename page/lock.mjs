@@ -8,4 +8,4 @@ for (const entry of Object.values(lock.packages)) {
   delete entry.funding;
   if (!entry.link) delete entry.resolved;
 }
-writeFileSync(FILE, JSON.stringify(lock, null, 2) + "\n");
+writeFileSync(FILE, `${JSON.stringify(lock, null, 2)}\n`);

@@ -9,7 +9,9 @@ function listOfFiles(): Plugin {
     generateBundle(_, bundle) {
       const worker = bundle["sw.js"];
       if (worker?.type !== "chunk") throw new Error("the build has no service worker");
-      const assets = Object.keys(bundle).filter((name) => name.startsWith("assets/")).sort();
+      const assets = Object.keys(bundle)
+        .filter((name) => name.startsWith("assets/"))
+        .sort();
       // ONNX Runtime's are large, and a browser needs one of two.
       const large = assets.filter((name) => name.includes("ort-wasm"));
       const needed = assets.filter((name) => !large.includes(name));

@@ -14,7 +14,10 @@ from rgexport.cli import rgexport as command_line
 from tests.command_line import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+OUTSIDE = [
+    ROOT / f"{name}.md"
+    for name in ("README", "CONTRIBUTING", "CHANGELOG", "CODE_OF_CONDUCT", "SECURITY")
+]
 """What mkdocs does not look at; `make docs` checks the links of all others."""
 
 

@@ -2,7 +2,8 @@
 
 /** What the user is told of errors by these names, whatever their message. */
 const MEANINGS: Record<string, string> = {
-  QuotaExceededError: "The browser's storage is full. Free space on the device, or delete conversations here.",
+  QuotaExceededError:
+    "The browser's storage is full. Free space on the device, or delete conversations here.",
   AbortError: "The browser stopped this before it was done. Try again.",
   InvalidStateError: "The browser has closed its storage. Reload the page.",
   NotFoundError: "The browser no longer has what was stored. Reload the page.",
@@ -24,7 +25,9 @@ export function sentence(error: unknown): string {
     return `The model's engine failed (code ${error}), often for lack of memory. Close other tabs, then reload the page.`;
   }
   if (isFull(error) || !message?.trim()) {
-    return MEANINGS[name] ?? `Something failed, and the browser does not say what (${name}). Reload the page.`;
+    return (
+      MEANINGS[name] ?? `Something failed, and the browser does not say what (${name}). Reload the page.`
+    );
   }
   return message;
 }

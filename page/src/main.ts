@@ -168,7 +168,8 @@ async function load(): Promise<void> {
 function startWorker(): { worker: Worker; failed: Promise<never> } {
   const worker = new Worker(new URL("./worker.ts", import.meta.url), { type: "module", name: "model" });
   const failed = new Promise<never>((_, reject) => {
-    worker.onerror = (event) => reject(new Error(`The model's thread ended: ${event.message || "it did not start"}.`));
+    worker.onerror = (event) =>
+      reject(new Error(`The model's thread ended: ${event.message || "it did not start"}.`));
   });
   return { worker, failed };
 }
@@ -406,10 +407,10 @@ function listen(): void {
     if (busy) void engine.stop();
     else closeSide();
   };
-  onbeforeunload = (event) => {
+  window.onbeforeunload = (event) => {
     if (conversations?.isUnsaved) event.preventDefault();
   };
-  onunhandledrejection = ({ reason }) => show(reason);
+  window.onunhandledrejection = ({ reason }) => show(reason);
 }
 
 listen();

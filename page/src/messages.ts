@@ -44,7 +44,11 @@ export function beginReply(): { write: (piece: string) => void; end: () => void 
     if (!planned) requestAnimationFrame(draw);
     planned = true;
   };
-  return { write, end: () => (draw(), made.removeAttribute("aria-busy")) };
+  const end = (): void => {
+    draw();
+    made.removeAttribute("aria-busy");
+  };
+  return { write, end };
 }
 
 function element(role: string, text: string): HTMLElement {

@@ -59,7 +59,10 @@ export async function becomeOffline(notStored: () => void): Promise<void> {
 /** Says for as long as this tab is open that it needs the files of its version. */
 async function holdVersion(): Promise<void> {
   await new Promise<void>((held, failed) => {
-    const forever = (): Promise<never> => (held(), new Promise(() => undefined));
+    const forever = (): Promise<never> => {
+      held();
+      return new Promise(() => undefined);
+    };
     navigator.locks.request(RUNNING, { mode: "shared" }, forever).catch(failed);
   });
 }

@@ -19,7 +19,9 @@ const HEADERS = {
   "Content-Security-Policy": PAGE.policy,
 };
 /** The locks that tabs of this version hold; see startup.ts. */
-const RUNNING = new Set(PAGE.needed.map((file) => `rgexport-running ${file.split("/").at(-1)} ${scope.pathname}`));
+const RUNNING = new Set(
+  PAGE.needed.map((file) => `rgexport-running ${file.split("/").at(-1)} ${scope.pathname}`),
+);
 
 worker.oninstall = (event) => {
   const install = async (): Promise<void> => {
@@ -78,7 +80,9 @@ async function fill(): Promise<void> {
 
 /** Stores what is missing and removes what is old; what fails is done at the next start of the page. */
 async function tidy(): Promise<void> {
-  await fill().then(removeOlder).catch(() => undefined);
+  await fill()
+    .then(removeOlder)
+    .catch(() => undefined);
 }
 
 async function keep(file: string, response: Response): Promise<void> {

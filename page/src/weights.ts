@@ -46,7 +46,10 @@ export async function download(choice: Choice, mustStore: boolean, progress: Pro
     let bytes = choice.model.bytes - sum(missing.map((chunk) => chunk.bytes));
     progress(bytes, false);
     if (mustStore) await requireRoom(sum(missing.map((chunk) => chunk.bytes)));
-    const advance = (more: number): void => progress((bytes += more), false);
+    const advance = (more: number): void => {
+      bytes += more;
+      progress(bytes, false);
+    };
     const work = async (): Promise<void> => {
       for (let chunk = missing.pop(); chunk; chunk = missing.pop()) {
         const data = await bring(chunk, advance);

@@ -9,11 +9,11 @@ namespace {
 // Products of two blocks, or of one, that wait to be added to sums.
 struct Waiting {
   int64_t blocks = 0;
-  const int32_t* products;     // [blocks][4 tiles]
-  const float* x_scales[2];    // of a tile of rows: [blocks][16]
+  const int32_t* products;   // [blocks][4 tiles]
+  const float* x_scales[2];  // of a tile of rows: [blocks][16]
   const int32_t* x_sums[2];
   const float *scales, *zeros;  // [blocks][32]
-  float* sums;                 // [4 tiles]
+  float* sums;                  // [4 tiles]
 
   // Adds `kCount` rows of tile `tall` of rows, from `first` on.
   template <int kBlocks, bool kZeros, int kCount>

@@ -29,7 +29,7 @@ constexpr int64_t kTileLanes = 128;  // of a tile, unless one token has more hea
 constexpr int64_t kTokens = 8;       // of a tile, a multiple of this where that many fit
 constexpr int64_t kMostTasks = 14;   // keys are cut until there are so many for a row, or a tile
 constexpr int64_t kMostParts = kMostTasks + 2;  // of a tile: the first and the last may be short
-constexpr int64_t kPartKeys = 256;   // of a part, about
+constexpr int64_t kPartKeys = 256;              // of a part, about
 // The score of a key that is not seen: finite, and a weight of 0 next to any key that is.
 constexpr float kUnseen = std::numeric_limits<float>::lowest();
 

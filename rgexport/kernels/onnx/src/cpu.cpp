@@ -37,7 +37,8 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t part = 0) {
   Registers r;
-  __get_cpuid_count(leaf, part, &r.eax, &r.ebx, &r.ecx, &r.edx);  // zeros where there is no such leaf
+  __get_cpuid_count(leaf, part, &r.eax, &r.ebx, &r.ecx,
+                    &r.edx);  // zeros where there is no such leaf
   return r;
 }
 
@@ -53,17 +54,16 @@ uint64_t saved_registers() {
 }
 
 bool avx2() {
-  return has(saved_registers(), 0x6) &&            // XMM, YMM
+  return has(saved_registers(), 0x6) &&  // XMM, YMM
          // FMA, AVX, F16C
-         has(cpuid(1).ecx, bit(12) | bit(28) | bit(29)) &&
-         has(cpuid(7).ebx, bit(5));                // AVX2
+         has(cpuid(1).ecx, bit(12) | bit(28) | bit(29)) && has(cpuid(7).ebx, bit(5));  // AVX2
 }
 
 bool avx_vnni() { return avx2() && has(cpuid(7, 1).eax, bit(4)); }
 
 bool avx512() {
-  return avx2() && has(saved_registers(), 0xe6) &&                   // masks, ZMM
-         has(cpuid(7).ebx, bit(16) | bit(17) | bit(30) | bit(31));   // F, DQ, BW, VL
+  return avx2() && has(saved_registers(), 0xe6) &&                  // masks, ZMM
+         has(cpuid(7).ebx, bit(16) | bit(17) | bit(30) | bit(31));  // F, DQ, BW, VL
 }
 
 bool avx512_vnni() { return avx512() && has(cpuid(7).ecx, bit(11)); }
@@ -89,7 +89,7 @@ bool amx() {
 #elif defined(__aarch64__)
 
 #if defined(__linux__)
-bool dotprod() { return getauxval(AT_HWCAP) & (1u << 20); }  // HWCAP_ASIMDDP
+bool dotprod() { return getauxval(AT_HWCAP) & (1u << 20); }               // HWCAP_ASIMDDP
 bool i8mm() { return dotprod() && (getauxval(AT_HWCAP2) & (1u << 13)); }  // HWCAP2_I8MM
 #elif defined(__APPLE__)
 bool feature(const char* name) {

@@ -46,8 +46,8 @@ inline Vector multiply_add(Vector x, Vector y, Vector z) {
       reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y), reinterpret_cast<Wide>(z)));
 #elif defined(__aarch64__)
   using Wide = float32x4_t;
-  return reinterpret_cast<Vector>(vfmaq_f32(
-      reinterpret_cast<Wide>(z), reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y)));
+  return reinterpret_cast<Vector>(
+      vfmaq_f32(reinterpret_cast<Wide>(z), reinterpret_cast<Wide>(x), reinterpret_cast<Wide>(y)));
 #else
   return x * y + z;
 #endif
@@ -123,7 +123,8 @@ inline Vector exponential(Vector x) {
   const Vector shifted = x * 1.44269504f + kRound;
   const Vector whole = shifted - kRound;
   const Vector r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-  const Integers n = reinterpret_cast<Integers>(shifted) - reinterpret_cast<Integers>(splat(kRound));
+  const Integers n =
+      reinterpret_cast<Integers>(shifted) - reinterpret_cast<Integers>(splat(kRound));
   // exp(r) = 1 + r + r² q(r)
   Vector q = splat(kExp[0]);
   q = q * r + kExp[1];

@@ -37,7 +37,8 @@ bool are_positions(Context& context, const int64_t* positions, const Shape& shap
     for (int64_t i = 1; i < shape.tokens && !context.refused(); ++i)
       if (positions[i] != positions[0] + i)
         context.refuse("position_ids must go up by one from token to token, but %" PRId64
-                       " comes after %" PRId64, positions[i], positions[i - 1]);
+                       " comes after %" PRId64,
+                       positions[i], positions[i - 1]);
     if (context.refused()) return false;
   }
   return true;
@@ -57,9 +58,9 @@ bool are_finite(const float* x, int64_t count) {
 
 // How the queries of a row are cut.
 struct Plan {
-  int64_t tokens, lanes;      // of a tile
-  int64_t tiles;              // of a row
-  int64_t parts, part_keys;   // of a tile, of a part
+  int64_t tokens, lanes;     // of a tile
+  int64_t tiles;             // of a row
+  int64_t parts, part_keys;  // of a tile, of a part
 
   Plan(const Shape& shape, int64_t vector) {
     const int64_t fit = most(kTileLanes / shape.heads, 1);
@@ -158,15 +159,18 @@ bool are_right(Context& context, const Tensor (&inputs)[6], int64_t heads) {
     return false;
   };
   if (k.rank != 3 || k.dims[2] < 1) return refuse("k must be [batch, tokens, dim]", k);
-  const int64_t batch = k.dims[0], tokens = k.dims[1], dim = k.dims[2], window = window_of(past_key);
+  const int64_t batch = k.dims[0], tokens = k.dims[1], dim = k.dims[2],
+                window = window_of(past_key);
   if (heads < 1 || q.rank != 3 || q.dims[2] % dim != 0 || q.dims[2] / dim != heads ||
       !q.is({batch, tokens, q.dims[2]}))
     return refuse("q must be [batch, tokens, heads x dim]", q);
   if (!v.has_shape_of(k)) return refuse("v must be as k", v);
   if (!(past_key.is({batch, 1, window, dim}) || past_key.is({batch, window, dim})) || window < 1)
     return refuse("past_key must be [batch, 1, window, dim]", past_key);
-  if (!past_value.has_shape_of(past_key)) return refuse("past_value must be as past_key", past_value);
-  if (!positions.is({batch, tokens})) return refuse("position_ids must be [batch, tokens]", positions);
+  if (!past_value.has_shape_of(past_key))
+    return refuse("past_value must be as past_key", past_value);
+  if (!positions.is({batch, tokens}))
+    return refuse("position_ids must be [batch, tokens]", positions);
   return true;
 }
 
@@ -199,9 +203,12 @@ void LocalAttention::run(Context& context) const {
   const auto attend_rows = plan.parts > 1 ? attend_by_parts : attend_by_tiles;
   const std::unique_ptr<Sequence[]> rows(new (std::nothrow) Sequence[shape.batch]);
   for (int64_t b = 0; b < shape.batch && rows; ++b)
-    rows[b] = {q.as<float>() + b * step * heads_, k.as<float>() + b * step,
-               v.as<float>() + b * step,          past_key.as<float>() + b * ring,
-               past_value.as<float>() + b * ring, y + b * step * heads_,
+    rows[b] = {q.as<float>() + b * step * heads_,
+               k.as<float>() + b * step,
+               v.as<float>() + b * step,
+               past_key.as<float>() + b * ring,
+               past_value.as<float>() + b * ring,
+               y + b * step * heads_,
                at[b * shape.tokens]};
   bool enough = rows && attend_rows(context, plan, shape, {rows.get(), shape.batch});
   for (int64_t b = 0; b < shape.batch && enough; ++b) {

@@ -155,7 +155,8 @@ void Context::refuse(const char* format, ...) {
 
 void Context::each(size_t count, void (*body)(void*, size_t), void* user) {
   if (!count) return;
-  done(kKernelContext_ParallelFor, static_cast<const void*>(context_), body, count, size_t{0}, user);
+  done(kKernelContext_ParallelFor, static_cast<const void*>(context_), body, count, size_t{0},
+       user);
 }
 
 bool Context::kept(Status* status) {

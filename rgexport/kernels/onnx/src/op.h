@@ -29,8 +29,8 @@ struct Signature {
   size_t inputs;
   size_t required;  // the inputs after these are optional
   ort::ElementType input_types[kMaxInputs];
-  size_t outputs;   // all of them float32
-  int since = 1;    // the version of the domain in which the op became what it is
+  size_t outputs;  // all of them float32
+  int since = 1;   // the version of the domain in which the op became what it is
 };
 
 struct Tensor {
@@ -120,8 +120,9 @@ class Context {
   template <class Body>
   void parallel_for(size_t count, const Body& body) {
     if (count == 1) return body(0);
-    each(count, [](void* user, size_t index) { (*static_cast<const Body*>(user))(index); },
-         const_cast<Body*>(&body));
+    each(
+        count, [](void* user, size_t index) { (*static_cast<const Body*>(user))(index); },
+        const_cast<Body*>(&body));
   }
 
   // The first refusal, or null; the caller releases it.

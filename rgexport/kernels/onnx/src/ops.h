@@ -2,8 +2,8 @@
 #pragma once
 
 #include "fastest.h"
-#include "op.h"
 #include "next_weights.h"
+#include "op.h"
 
 namespace rgexport {
 
@@ -53,10 +53,13 @@ class QuantLinear : public QuantLinears {
 class RgLruScan {
  public:
   static constexpr Signature kSignature = {
-      "RgLruScan", 8, 8,
+      "RgLruScan",
+      8,
+      8,
       {ort::kFloat, kFloatOrBfloat16, ort::kFloat, kFloatOrBfloat16, ort::kFloat, ort::kFloat,
        ort::kInt64, ort::kFloat},
-      4, 2};
+      4,
+      2};
   explicit RgLruScan(const Attributes&) {}
   void run(Context&) const;
 
@@ -72,8 +75,11 @@ class RgLruScan {
 class LocalAttention {
  public:
   static constexpr Signature kSignature = {
-      "LocalAttention", 6, 6,
-      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64}, 3};
+      "LocalAttention",
+      6,
+      6,
+      {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64},
+      3};
   explicit LocalAttention(const Attributes&);
   void run(Context&) const;
 

@@ -41,7 +41,14 @@ enum Slot : size_t {
   kKernelContext_ParallelFor = 274,
 };
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum ElementType : int {
+  kUndefined = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt64 = 7,
+  kFloat16 = 10,
+  kBfloat16 = 16
+};
 enum Presence : int { kRequired = 0, kOptional = 1 };
 
 struct CustomOp {

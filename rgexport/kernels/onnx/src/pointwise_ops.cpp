@@ -81,8 +81,8 @@ void RmsNorm::run(Context& context) const {
   if (context.refused() || !fits(context, x, weight)) return;
   float* y = context.output(0, x.dims, x.rank);
   if (!y) return;
-  norm_rows(context, x.size(), {weight.size(), x.as<float>(), nullptr, weight.as<float>(), eps_,
-                                nullptr, y});
+  norm_rows(context, x.size(),
+            {weight.size(), x.as<float>(), nullptr, weight.as<float>(), eps_, nullptr, y});
 }
 
 AddRmsNorm::AddRmsNorm(const Attributes& attributes) : eps_(attributes.real("eps", 1e-6f)) {}
@@ -94,8 +94,8 @@ void AddRmsNorm::run(Context& context) const {
   float* sum = context.output(0, x.dims, x.rank);
   float* y = context.output(1, x.dims, x.rank);
   if (!sum || !y) return;
-  norm_rows(context, x.size(), {weight.size(), x.as<float>(), residual.as<float>(),
-                                weight.as<float>(), eps_, sum, y});
+  norm_rows(context, x.size(),
+            {weight.size(), x.as<float>(), residual.as<float>(), weight.as<float>(), eps_, sum, y});
 }
 
 }  // namespace rgexport

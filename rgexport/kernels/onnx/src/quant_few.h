@@ -51,10 +51,7 @@ class QuantFew : QuantLayout<Simd> {
 
    public:
     Rows(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t first)
-        : w_(w),
-          shape_(shape),
-          a_(a),
-          data_(w.data + first * shape.row_bytes),
+        : w_(w), shape_(shape), a_(a), data_(w.data + first * shape.row_bytes),
           first_scale_(first * shape.blocks),
           zeros_(w.zero_points ? w.zero_points + first * shape.zero_point_bytes : nullptr),
           zeros_end_(w.zero_points ? w.zero_points + w.rows * shape.zero_point_bytes : nullptr),
@@ -117,9 +114,8 @@ class QuantFew : QuantLayout<Simd> {
         } else {
           Int some[kGroup][kRows];  // steps[] stays in registers
           last_steps(first, some);
-          unrolled<kGroup * kRows>([&](auto i) {
-            steps[i / kRows][i % kRows] = some[i / kRows][i % kRows];
-          });
+          unrolled<kGroup * kRows>(
+              [&](auto i) { steps[i / kRows][i % kRows] = some[i / kRows][i % kRows]; });
         }
         for (int r = 0; r < kRows; ++r) {
           Int sum = Simd::pair_sums(steps[0][r], steps[1][r]);

@@ -33,11 +33,9 @@ class Digit {
  public:
   Digit() = default;
   Digit(float most, bool second)  // `most` is the largest size in the block
-      : inverse_(Simd::broadcast_float(inverse_of(most))),
-        next_(Simd::broadcast_float(kDigit)),
+      : inverse_(Simd::broadcast_float(inverse_of(most))), next_(Simd::broadcast_float(kDigit)),
         taken_(Simd::broadcast_float(-scale_of(most))),
-        scale_(second ? scale_of(most) / kDigit : scale_of(most)),
-        second_(second) {}
+        scale_(second ? scale_of(most) / kDigit : scale_of(most)), second_(second) {}
 
   float scale() const { return scale_; }
   typename Simd::Int codes(Float x) const {
@@ -172,8 +170,10 @@ class QuantLayout {
   }
   template <int kBits>
   static Int add(Int sums, Int weights, Int codes) {
-    if constexpr (kShort<kBits>) return Simd::add_short(sums, weights, codes);
-    else return Simd::dot(sums, weights, codes);
+    if constexpr (kShort<kBits>)
+      return Simd::add_short(sums, weights, codes);
+    else
+      return Simd::dot(sums, weights, codes);
   }
   // All of a line.
   template <int kBits>
@@ -185,8 +185,10 @@ class QuantLayout {
   }
   template <int kBits>
   static Int close(Int sums, Int start) {
-    if constexpr (kShort<kBits>) return Simd::add_pairs(start, sums);
-    else return sums;
+    if constexpr (kShort<kBits>)
+      return Simd::add_pairs(start, sums);
+    else
+      return sums;
   }
 
   // Sums of products with both digits.

@@ -45,8 +45,7 @@ class Rounded {
     Places(const QuantKernel& kernel, const QuantMatrix& w, int64_t codes)
         : stride(kernel.code_bytes(w)), blocks(kernel.padded_blocks(w)) {
       const Size rows = (codes + kernel.rows - 1) / kernel.rows * kernel.rows;
-      const Size sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4,
-                            rows * blocks * 4};
+      const Size sizes[] = {rows * stride, rows * blocks * 4, rows * blocks * 4, rows * blocks * 4};
       constexpr int64_t kPart = Scratch::kAlignment;
       for (int i = 0; i < 4; ++i) {
         all = all + sizes[i] + (kPart - 1);
@@ -146,8 +145,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
   const QuantMatrix& format = all.w[0];
   const int64_t row_bytes = format.row_bytes(), rows = all.rows();
   Span weights[QuantLinears::kMost];
-  for (int i = 0; i < all.matrices; ++i)
-    weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
+  for (int i = 0; i < all.matrices; ++i) weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
   Ranges parts(rows, (kGrainBytes / row_bytes / kGrainRows + 1) * kGrainRows, processors());
   const Rounded rounded(kernel, format, parts.parts() * count, all.digits);
   if (!rounded) return false;
@@ -157,9 +155,8 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
     next.enter();
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
-    all.each(first, first + 1, [&](int i, int64_t row, int64_t) {
-      fetch(all.w[i].data + row * row_bytes, kAhead);
-    });
+    all.each(first, first + 1,
+             [&](int i, int64_t row, int64_t) { fetch(all.w[i].data + row * row_bytes, kAhead); });
     const Activations a = rounded.rows(own * count, count);
     for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a);
     parts.run(own, [&](int64_t from, int64_t to) {
@@ -226,10 +223,8 @@ bool multiply(Context& context, const Products& all, const float* x, int64_t cou
 }  // namespace
 
 QuantLinears::QuantLinears(const Attributes& attributes, int matrices)
-    : matrices_(matrices),
-      columns_(attributes.integer("K", 0)),
-      bits_(attributes.integer("bits", 4)),
-      block_(attributes.integer("block_size", 32)),
+    : matrices_(matrices), columns_(attributes.integer("K", 0)),
+      bits_(attributes.integer("bits", 4)), block_(attributes.integer("block_size", 32)),
       digits_(attributes.integer("digits", 1)) {
   constexpr const char* kRows[kMost] = {"N", "N2", "N3"};
   for (int i = 0; i < matrices; ++i) rows_[i] = attributes.integer(kRows[i], 0);

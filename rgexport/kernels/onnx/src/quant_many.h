@@ -11,8 +11,8 @@ class QuantMany : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
   using Base::kCacheLine;
   using Base::kLanes;
-  using Base::kVector;
   using Base::kMostHalf;
+  using Base::kVector;
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
@@ -59,7 +59,8 @@ class QuantMany : QuantLayout<Simd> {
   struct Panel {
     alignas(64) uint8_t weights[kPanelBytes];
     alignas(64) float scales[kPanelBytes / 16];
-    alignas(64) int32_t moves[kPanelBytes / 16];  // by zero points: of levels of 4 bits; of sums of 8
+    alignas(
+        64) int32_t moves[kPanelBytes / 16];  // by zero points: of levels of 4 bits; of sums of 8
     alignas(64) float y[kPanels][kMostRows * kPanel];
   };
 
@@ -80,8 +81,8 @@ class QuantMany : QuantLayout<Simd> {
     int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
     const bool zeros = kBits == 8 && w.zero_points;
-    const auto run = zeros ? tiles<kBits, kShare, kBits == 8, kDigits>
-                           : tiles<kBits, kShare, false, kDigits>;
+    const auto run =
+        zeros ? tiles<kBits, kShare, kBits == 8, kDigits> : tiles<kBits, kShare, false, kDigits>;
     for (int64_t n = p.first; n < p.last; n += kPanel) {
       unpack_scales<kBits>(w, shape, n, block, blocks, panel);
       unpack<kBits, kShare>(w, shape, n, p.line, p.lines, panel);
@@ -193,7 +194,7 @@ class QuantMany : QuantLayout<Simd> {
     return Simd::add(most, Simd::times(points, Simd::broadcast(-kFourBytes)));
   }
   static Int middle_moves() {
-    return Simd::broadcast((kMostHalf - Base::template kMiddle<4>) * kFourBytes);
+    return Simd::broadcast((kMostHalf - Base::template kMiddle<4>)*kFourBytes);
   }
 
   // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows / kDigits,
@@ -277,12 +278,13 @@ class QuantMany : QuantLayout<Simd> {
         unrolled<kRows>([&](auto r) {
           const int8_t* four = codes + r * stride + g / kParts * 4 + g % kParts * kVector;
           const Int x = Simd::broadcast_bytes(four);
-          unrolled<kWide>([&](auto j) {
-            sums[r][j] = Base::template add<kBits>(sums[r][j], columns[j], x);
-          });
+          unrolled<kWide>(
+              [&](auto j) { sums[r][j] = Base::template add<kBits>(sums[r][j], columns[j], x); });
         });
       });
-      each([&](auto r, auto j) { dots[r][j] = Base::template close<kBits>(sums[r][j], dots[r][j]); });
+      each([&](auto r, auto j) {
+        dots[r][j] = Base::template close<kBits>(sums[r][j], dots[r][j]);
+      });
     }
     return weights;
   }
@@ -293,7 +295,8 @@ class QuantMany : QuantLayout<Simd> {
     int64_t m = from;
     constexpr int kHere = kTall<kBits> / kDigits * kDigits;
     for (; m + kHere <= to; m += kHere, sums += kHere / kDigits * kPanel)
-      tile<kBits, kShare, kHere, kZeros, kDigits>(a, m, line, block, blocks, per_block, panel, sums);
+      tile<kBits, kShare, kHere, kZeros, kDigits>(a, m, line, block, blocks, per_block, panel,
+                                                  sums);
     // The rest of the rows, by a tile of their number.
     if constexpr (kHere > kDigits) {
       if (m < to)

@@ -41,14 +41,14 @@ constexpr int kDigit = 254;
 // otherwise than said here: a line of codes of each row, then the next line of each; and the numbers of
 // one block of all rows, then those of the next block, where rows are those of x.
 struct Activations {
-  int64_t count;        // rows: of x, times digits
-  int64_t digits;       // rows, one behind another, that are one of x: 1, or 2 with weights of 8 bits
-  int64_t stride;       // bytes of codes from row to row
-  int8_t* codes;        // [count, stride]
-  int64_t blocks;       // the matrix's, padded with zeros to a whole number of lines
-  float* scales;        // [count, blocks]
-  int32_t* sums;        // [count, blocks]: sums of codes
-  int32_t* starts;      // [count, blocks]: what a kernel's dot products start from
+  int64_t count;    // rows: of x, times digits
+  int64_t digits;   // rows, one behind another, that are one of x: 1, or 2 with weights of 8 bits
+  int64_t stride;   // bytes of codes from row to row
+  int8_t* codes;    // [count, stride]
+  int64_t blocks;   // the matrix's, padded with zeros to a whole number of lines
+  float* scales;    // [count, blocks]
+  int32_t* sums;    // [count, blocks]: sums of codes
+  int32_t* starts;  // [count, blocks]: what a kernel's dot products start from
 };
 
 struct QuantKernel {
@@ -72,8 +72,8 @@ struct QuantKernels {
   QuantKernel several;
   // For many, by panels of weights that are unpacked once for all rows.
   QuantKernel (*many)(const QuantMatrix&);
-  int64_t most_several;  // rows of activations; for more, `many` is the faster one
-  int64_t panel;     // columns of y that `many` takes at a time: `first` is a multiple of it
+  int64_t most_several;     // rows of activations; for more, `many` is the faster one
+  int64_t panel;            // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads
 };
 // y is [count / digits, rows of the matrix].

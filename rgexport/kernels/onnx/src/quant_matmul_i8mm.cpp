@@ -17,16 +17,16 @@ QuantKernels quant_kernels_neon();
 
 namespace {
 
-constexpr int64_t kPairs = 4;                // of rows, and of outputs, in a tile
+constexpr int64_t kPairs = 4;  // of rows, and of outputs, in a tile
 constexpr int64_t kRows = 2 * kPairs;
-constexpr int64_t kTiles = 4;                // that share packed activations
+constexpr int64_t kTiles = 4;  // that share packed activations
 constexpr int64_t kPanel = kTiles * kRows;
-constexpr int64_t kGroup = 16 * kPairs;       // bytes of eight columns of all pairs
-constexpr int64_t kLine = 16;                // bytes of stored weights that are unpacked at once
-constexpr int64_t kColumns = 512;            // of a panel at a time
+constexpr int64_t kGroup = 16 * kPairs;  // bytes of eight columns of all pairs
+constexpr int64_t kLine = 16;            // bytes of stored weights that are unpacked at once
+constexpr int64_t kColumns = 512;        // of a panel at a time
 constexpr int64_t kGroups = kColumns / 8;
 constexpr int64_t kMostBlocks = kColumns / 16;
-constexpr int64_t kMostRows = 512;           // of activations that share a panel
+constexpr int64_t kMostRows = 512;  // of activations that share a panel
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -38,7 +38,7 @@ struct Panel {
   float scales[kMostBlocks][kTiles][kPairs][4];
   float zeros[kMostBlocks][kTiles][kPairs][4];  // zero points times scales, for the floats
   float x_scales[kMostBlocks][kPairs][4];
-  float x_sums[kMostBlocks][kPairs][4];         // times scales
+  float x_sums[kMostBlocks][kPairs][4];  // times scales
   float y[kMostRows / kRows][kTiles][kPairs][kPairs][4];
 };
 
@@ -51,8 +51,7 @@ Panel& scratch() {
 struct Blocks {
   int64_t first, count, size, columns, all;
 
-  Blocks(const QuantMatrix& w, int64_t at)
-      : first(at), size(w.block), all(w.blocks()) {
+  Blocks(const QuantMatrix& w, int64_t at) : first(at), size(w.block), all(w.blocks()) {
     count = least(all - first, kColumns / size);
     columns = count * size;
   }
@@ -93,8 +92,8 @@ void unpack_pair(const QuantMatrix& w, const Blocks& blocks, int64_t row, int8_t
                                   vcombine_u8(vget_high_u8(lines[0]), vget_high_u8(lines[1]))};
     for (int64_t half = 0; half < 2 && at + 8 * half < bytes; ++half) {
       const int64_t column = (at + 8 * half) * parts;
-      const uint8x16_t shifts = vcombine_u8(shift(w, blocks, rows[0], column),
-                                            shift(w, blocks, rows[1], column));
+      const uint8x16_t shifts =
+          vcombine_u8(shift(w, blocks, rows[0], column), shift(w, blocks, rows[1], column));
       for (int64_t part = 0; part < parts; ++part) {
         uint8x16_t levels = halves[half];
         if (w.bits == 4) levels = part ? vshrq_n_u8(levels, 4) : vandq_u8(levels, vdupq_n_u8(15));
@@ -107,8 +106,7 @@ void unpack_pair(const QuantMatrix& w, const Blocks& blocks, int64_t row, int8_t
 void unpack(const QuantMatrix& w, const Blocks& blocks, int64_t first, Panel& panel) {
   for (int64_t i = 0; i < kPanel; ++i) {
     const int64_t tile = i / kRows, pair = i % kRows / 2, side = i % 2, row = first + i;
-    if (side == 0)
-      unpack_pair(w, blocks, row, panel.weights[tile] + 16 * pair);
+    if (side == 0) unpack_pair(w, blocks, row, panel.weights[tile] + 16 * pair);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t block = blocks.first + b;
       const float scale = row < w.rows ? number_at(w.scales, row * blocks.all + block) : 0.0f;
@@ -139,8 +137,7 @@ void pack(const QuantMatrix& w, const Activations& a, const Blocks& blocks, int6
   const auto pack_codes = w.bits == 4 ? pack_row<2> : pack_row<1>;
   for (int64_t i = 0; i < kRows; ++i) {
     const int64_t pair = i / 2, side = i % 2, row = least(first + i, a.count - 1);
-    pack_codes(a.codes + row * a.stride + at, blocks.columns,
-               panel.codes + 16 * pair + 8 * side);
+    pack_codes(a.codes + row * a.stride + at, blocks.columns, panel.codes + 16 * pair + 8 * side);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t from = row * a.blocks + blocks.first + b;
       const float scale = a.scales[from], sum = scale * static_cast<float>(a.sums[from]);
@@ -163,9 +160,8 @@ void multiply(const Blocks& blocks, const Panel& panel, int64_t tile, float (*y)
     unrolled<kPairs * kPairs>([&](auto i) { dots[i / kPairs][i % kPairs] = vdupq_n_s32(0); });
     for (int64_t g = b * groups; g < (b + 1) * groups; ++g) {
       int8x16_t weights[kPairs];
-      unrolled<kPairs>([&](auto j) {
-        weights[j] = vld1q_s8(panel.weights[tile] + g * kGroup + 16 * j);
-      });
+      unrolled<kPairs>(
+          [&](auto j) { weights[j] = vld1q_s8(panel.weights[tile] + g * kGroup + 16 * j); });
       unrolled<kPairs>([&](auto i) {
         const int8x16_t codes = vld1q_s8(panel.codes + g * kGroup + 16 * i);
         unrolled<kPairs>([&](auto j) { dots[i][j] = vmmlaq_s32(dots[i][j], codes, weights[j]); });

@@ -10,7 +10,7 @@ struct Scalar {
   static constexpr int kLanes = 4;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 2, kTall = 2, kTallHalves = 2;
-  static constexpr int kTogether = 2;  // rows of activations, where there are several
+  static constexpr int kTogether = 2;        // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   struct Int {

@@ -18,7 +18,11 @@ class QuantMatmul : QuantLayout<Simd> {
 
  public:
   static QuantKernels kernels() {
-    return {few(), several(), many, QuantSeveral<Simd>::kMost, QuantMany<Simd>::kPanel,
+    return {few(),
+            several(),
+            many,
+            QuantSeveral<Simd>::kMost,
+            QuantMany<Simd>::kPanel,
             QuantMany<Simd>::kPanels};
   }
 
@@ -27,8 +31,8 @@ class QuantMatmul : QuantLayout<Simd> {
   // who cannot tell yet.
   static std::array<QuantKernel, kReadings> few() {
     return {few<Reading<1, Cache::kL2, 2048>>(), few<Reading<2, Cache::kL2, 4096>>(),
-            few<Reading<1, Cache::kL2>>(), few<Reading<2, Cache::kL1>>(),
-            few<Reading<1, Cache::kNone>>(), few<Reading<1, Cache::kL1>>(),
+            few<Reading<1, Cache::kL2>>(),       few<Reading<2, Cache::kL1>>(),
+            few<Reading<1, Cache::kNone>>(),     few<Reading<1, Cache::kL1>>(),
             few<Reading<1, Cache::kOnce>>()};
   }
   static QuantKernel several() {
@@ -69,8 +73,8 @@ class QuantMatmul : QuantLayout<Simd> {
     pick(w, instance)(w, a, first, last, y);
   }
 
-  static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first,
-                            int64_t last, float* y) {
+  static void multiply_many(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
+                            float* y) {
     const auto instance = [&](auto bits, auto block) {
       constexpr int lanes = block * bits / 32, share = lanes < kLanes ? lanes : kLanes;
       if constexpr (bits == 8)

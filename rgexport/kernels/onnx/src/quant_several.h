@@ -21,8 +21,8 @@ class QuantSeveral : QuantLayout<Simd> {
   using typename Base::Float;
   using typename Base::Int;
   using typename Base::Shape;
-  static constexpr int kGroup = 4;            // lanes of a line that are transposed at a time
-  static constexpr int64_t kAhead = 512;      // bytes of a row, from what is read to what is fetched
+  static constexpr int kGroup = 4;        // lanes of a line that are transposed at a time
+  static constexpr int64_t kAhead = 512;  // bytes of a row, from what is read to what is fetched
   static constexpr int64_t kMostBlock = 256;  // bytes
   static constexpr int64_t kPieceLines = 32;  // that all rows of x meet: whole blocks
   // An even number of blocks of 4 bits, whose zero points share a byte in pairs: they have 128 bytes.
@@ -97,15 +97,11 @@ class QuantSeveral : QuantLayout<Simd> {
    public:
     Panel(const QuantMatrix& w, const Shape& shape, const Activations& a, int64_t first,
           int64_t width)
-        : w_(w),
-          shape_(shape),
-          a_(a),
-          first_(w.rows < kLanes ? 0 : first + kLanes < w.rows ? first : w.rows - kLanes),
-          there_(w.rows < kLanes ? w.rows : kLanes),
-          before_(first - first_),
-          width_(width),
-          rows_(w.data + first_ * shape.row_bytes),
-          ahead_(least(shape.row_bytes, kAhead)),
+        : w_(w), shape_(shape), a_(a), first_(w.rows < kLanes           ? 0
+                                              : first + kLanes < w.rows ? first
+                                                                        : w.rows - kLanes),
+          there_(w.rows < kLanes ? w.rows : kLanes), before_(first - first_), width_(width),
+          rows_(w.data + first_ * shape.row_bytes), ahead_(least(shape.row_bytes, kAhead)),
           behind_(ahead_ + (kLanes - 1) * shape.row_bytes) {}
 
     void multiply(float* y) {
@@ -131,8 +127,8 @@ class QuantSeveral : QuantLayout<Simd> {
     void write(float (&sums)[kLanes][kLanes], float* y) const {
       for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i)
-          Simd::store_float(
-              sums[i], Simd::add(Simd::load_float(sums[i]), Simd::load_float(sums[i + half])));
+          Simd::store_float(sums[i],
+                            Simd::add(Simd::load_float(sums[i]), Simd::load_float(sums[i + half])));
       if (w_.bias) {
         alignas(64) float bias[kLanes] = {};
         std::memcpy(bias, w_.bias + first_, there_ * sizeof(float));
@@ -276,12 +272,12 @@ class QuantSeveral : QuantLayout<Simd> {
           const Int before = total(dots.before[r], block);
           Int dot = Base::template both<kDigits>(before, total(dots.last[r], block));
           if (w_.zero_points)
-            dot = Simd::add(dot, Simd::times(Simd::load(*numbers.offsets),
-                                             Simd::broadcast(numbers.x_sums[r])));
+            dot = Simd::add(
+                dot, Simd::times(Simd::load(*numbers.offsets), Simd::broadcast(numbers.x_sums[r])));
           const Float x_scale = Simd::broadcast_float(numbers.x_scales[r]);
           float* sum = sums[r][numbers.block % kLanes];
-          Simd::store_float(
-              sum, Simd::fma(Simd::to_float(dot), Simd::mul(scale, x_scale), Simd::load_float(sum)));
+          Simd::store_float(sum, Simd::fma(Simd::to_float(dot), Simd::mul(scale, x_scale),
+                                           Simd::load_float(sum)));
         });
         numbers.advance();
       });
@@ -290,9 +286,8 @@ class QuantSeveral : QuantLayout<Simd> {
     template <int kSums>
     [[gnu::always_inline]] static Int total(const Int (&sums)[kSums], int block) {
       Int all = sums[block];
-      unrolled<kSums / kRunBlocks - 1>([&](auto i) {
-        all = Simd::add(all, sums[(i + 1) * kRunBlocks + block]);
-      });
+      unrolled<kSums / kRunBlocks - 1>(
+          [&](auto i) { all = Simd::add(all, sums[(i + 1) * kRunBlocks + block]); });
       return all;
     }
 
@@ -357,8 +352,9 @@ class QuantSeveral : QuantLayout<Simd> {
     const QuantMatrix& w_;
     const Shape& shape_;
     const Activations& a_;
-    const int64_t first_, there_;   // rows of weights that a vector of outputs has
-    const int64_t before_, width_;  // how many of them are before those that are wanted, and the latter
+    const int64_t first_, there_;  // rows of weights that a vector of outputs has
+    const int64_t before_,
+        width_;  // how many of them are before those that are wanted, and the latter
     const uint8_t* const rows_;
     const int64_t ahead_, behind_;  // what is fetched in these rows, and in the next ones
     int64_t line_, lines_, block_, stride_;

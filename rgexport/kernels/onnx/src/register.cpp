@@ -101,10 +101,9 @@ Row row() {
 }
 
 const Row kOps[] = {
-    row<QuantLinear<1>>(), row<QuantLinear<2>>(),  row<QuantLinear<3>>(),
-    row<RgLruScan>(),      row<LocalAttention>(),  row<CausalConv1d>(),
-    row<GeluMul>(),        row<RmsNorm>(),         row<AddRmsNorm>(),
-    row<SoftCap>(),
+    row<QuantLinear<1>>(), row<QuantLinear<2>>(), row<QuantLinear<3>>(), row<RgLruScan>(),
+    row<LocalAttention>(), row<CausalConv1d>(),   row<GeluMul>(),        row<RmsNorm>(),
+    row<AddRmsNorm>(),     row<SoftCap>(),
 };
 constexpr size_t kCount = sizeof kOps / sizeof *kOps;
 

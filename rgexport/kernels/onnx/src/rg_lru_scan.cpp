@@ -126,7 +126,8 @@ bool are_right(Context& context, const Tensor& x, const Tensor (&weights)[2],
   for (const Tensor& bias : biases)
     if (!bias.is({heads, block})) return refuse("biases must be [heads, block]", bias);
   if (!decay.is({channels})) return refuse("decay must be [channels]", decay);
-  if (!positions.is({batch, tokens})) return refuse("position_ids must be [batch, tokens]", positions);
+  if (!positions.is({batch, tokens}))
+    return refuse("position_ids must be [batch, tokens]", positions);
   if (!state.is({batch, channels})) return refuse("state must be [batch, channels]", state);
   return true;
 }
@@ -157,9 +158,18 @@ void RgLruScan::run(Context& context) const {
   const Gate both[] = {{weights[0], biases[0].as<float>(), results[0]},
                        {weights[1], biases[1].as<float>(), results[1]}};
   streams.run(timed_runs_.amount(both[0].bytes() + both[1].bytes(), rows), [&](int way) {
-    const Layer layer = {x.dims[1], rows, block, channels,
-                         x.as<float>(), decay.as<float>(), state.as<float>(), {both[0], both[1]},
-                         positions.as<int64_t>(), h, present, floats().stream[way]};
+    const Layer layer = {x.dims[1],
+                         rows,
+                         block,
+                         channels,
+                         x.as<float>(),
+                         decay.as<float>(),
+                         state.as<float>(),
+                         {both[0], both[1]},
+                         positions.as<int64_t>(),
+                         h,
+                         present,
+                         floats().stream[way]};
     Ranges threads(heads * layer.parts_of_head(), 1, processors());
     NextWeights::Next next = next_weights_.begin({{weights[0].data, both[0].bytes()}});
     context.parallel_for(threads.parts(), [&](size_t own) {

@@ -14,7 +14,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 2, kTall = 4, kTallHalves = 3;
-  static constexpr int kTogether = 8;  // rows of activations, where there are several
+  static constexpr int kTogether = 8;       // rows of activations, where there are several
   static constexpr bool kShortSums = true;  // see add_short
   // |w| · ±x fits: 128 · 127 · 2 < 2^15, as 255 · 127 · 2 would not.
   static constexpr bool kSignedBytes = true;

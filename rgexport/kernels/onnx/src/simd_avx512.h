@@ -14,7 +14,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 3, kTall = 6, kTallHalves = 6;
-  static constexpr int kTogether = 16;  // rows of activations, where there are several
+  static constexpr int kTogether = 16;       // rows of activations, where there are several
   static constexpr bool kShortSums = false;  // see add_short
   static constexpr bool kSignedBytes = false;
   using Int = __m512i;

@@ -13,8 +13,8 @@ struct Neon {
   static constexpr int kLanes = 4;
   // For many rows of activations: vectors of outputs in a tile, and rows with weights of 8 and 4 bits.
   static constexpr int kWide = 4, kTall = 6, kTallHalves = 6;
-  static constexpr int kTogether = 8;  // rows of activations, where there are several
-  static constexpr bool kShortSums = false;  // see add_short
+  static constexpr int kTogether = 8;         // rows of activations, where there are several
+  static constexpr bool kShortSums = false;   // see add_short
   static constexpr bool kSignedBytes = true;  // both factors of vdotq_s32 have a sign
   using Int = int32x4_t;
   using Float = float32x4_t;

@@ -9,8 +9,8 @@ namespace {
 
 // `choose(row, levels, column, target)` gives the level of a weight whose best value is `target`.
 template <class Levels, class Choose>
-void feed_back(const float* weights, int64_t rows, const Grid& grid, const float* m,
-               const float* d, double* loss, const Choose& choose) {
+void feed_back(const float* weights, int64_t rows, const Grid& grid, const float* m, const float* d,
+               double* loss, const Choose& choose) {
   const int64_t columns = grid.columns;
   Memory<float> sums(kRows * columns);
   for (int64_t first = 0; first < rows; first += kRows) {
@@ -50,13 +50,13 @@ void loss_on(const float* weights, int64_t rows, const Grid& grid, const float* 
 void feedback(const float* weights, int64_t rows, Grid grid, const float* m, const float* d,
               uint8_t* levels, double* loss) {
   (grid.table ? feedback_on<TableLevels> : feedback_on<EvenLevels>)(weights, rows, grid, m, d,
-                                                                     levels, loss);
+                                                                    levels, loss);
 }
 
 void loss(const float* weights, int64_t rows, Grid grid, const float* m, const float* d,
           const uint8_t* levels, double* loss) {
   (grid.table ? loss_on<TableLevels> : loss_on<EvenLevels>)(weights, rows, grid, m, d, levels,
-                                                             loss);
+                                                            loss);
 }
 
 }  // namespace

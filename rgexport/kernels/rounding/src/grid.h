@@ -13,10 +13,8 @@ struct EvenLevels {
   float top;
 
   EvenLevels(const Grid& grid, int64_t row)
-      : scale(grid.scale + row * grid.groups()),
-        offset(grid.offset + row * grid.groups()),
-        group(grid.group),
-        top(grid.top) {}
+      : scale(grid.scale + row * grid.groups()), offset(grid.offset + row * grid.groups()),
+        group(grid.group), top(grid.top) {}
   float value(int64_t column, uint8_t level) const {
     const int64_t g = column / group;
     return fma(scale[g], static_cast<float>(level), offset[g]);

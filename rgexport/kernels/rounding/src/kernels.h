@@ -48,7 +48,7 @@ struct Kernels {
   // the levels (`scale` and `offset` are written); then each level in turn becomes the best for all
   // others.
   void (*refine)(const float* weights, int64_t rows, Grid grid, const float* zeros, bool half,
-                const float* h, int rounds, uint8_t* levels);
+                 const float* h, int rounds, uint8_t* levels);
 };
 
 const Kernels& base_kernels();

@@ -108,8 +108,8 @@ void fit_scales(const float* weights, int64_t rows, const Grid& grid, float* sca
   }
   ScaleFit fit(groups);
   for (int64_t r = 0; r < rows; ++r)
-    fit.apply(a.data() + r * squares, b.data() + r * groups, scale + r * groups,
-              zero + r * groups, grid.top, half);
+    fit.apply(a.data() + r * squares, b.data() + r * groups, scale + r * groups, zero + r * groups,
+              grid.top, half);
 }
 
 void fit_all_scales(const float* weights, int64_t rows, const Grid& grid, float* scale,

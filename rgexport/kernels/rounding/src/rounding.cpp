@@ -49,7 +49,8 @@ RGEXPORT_API void rgexport_feedback(const float* weights, int64_t rows, int64_t 
                                     int64_t group, float top, const float* scale,
                                     const float* offset, const float* table, const float* m,
                                     const float* d, uint8_t* levels, double* loss) {
-  kernels().feedback(weights, rows, {columns, group, top, scale, offset, table}, m, d, levels, loss);
+  kernels().feedback(weights, rows, {columns, group, top, scale, offset, table}, m, d, levels,
+                     loss);
 }
 
 RGEXPORT_API void rgexport_loss(const float* weights, int64_t rows, int64_t columns, int64_t group,
