@@ -46,6 +46,7 @@ def test_gguf(tmp_path):
     assert json.loads(result.stdout)["precision"] == "f16"
 
 
+@pytest.mark.full
 def test_core_ml_package(tmp_path):
     result = rgexport("coreml", "--size", "demo", "--int4", "--no-check", folder=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -69,6 +69,7 @@ def matrix_bytes(plan, config):
     return total, weights
 
 
+@pytest.mark.full
 def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
     found = planner.find(Target("bits", 4.6), text)
     total, weights = matrix_bytes(found.plan, checkpoint.config)
@@ -84,12 +85,14 @@ def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
     assert found.front[-1].bits == pytest.approx(8.5)
 
 
+@pytest.mark.full
 def test_a_quality_is_reached(planner, text):
     found = planner.find(Target("kl", 0.005), text)
     assert found.measured.kl == pytest.approx(0.005, rel=0.1)
     assert found.measured.tokens == sum(map(len, text))
 
 
+@pytest.mark.full
 def test_a_size_is_kept(planner, text, checkpoint):
     found = planner.find(Target("size", 8_500_000), text[:1])
     assert 0.99 * 8_500_000 < found.chosen.size <= 8_500_000
