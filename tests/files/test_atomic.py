@@ -1,6 +1,7 @@
 """Folders and files appear complete or not at all, whatever happens meanwhile."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -275,6 +276,34 @@ def test_two_writers_of_one_target(tmp_path):
     assert writer.returncode == 0
     assert entries(tmp_path) == ["other", "out"]
     assert content(target).read_text() == "ours, whole"
+
+
+def test_a_lock_file_that_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    """An earlier run removes the file between open and flock: that lock excludes nobody."""
+    lock, flock = tmp_path / ".out.lock", fcntl.flock
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        lock.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with pytest.raises(RequestError, match="another run is writing"):
+        write(tmp_path / "out")
+    assert entries(tmp_path) == []
+
+
+def test_the_lock_file_of_the_next_run_stays(tmp_path, monkeypatch):
+    lock = tmp_path / ".out.lock"
+
+    class Slow(atomic.FileLock):
+        def release(self, force: bool = False) -> None:
+            if self.is_locked:
+                lock.write_text("")  # the next run begins after the removal, before the release
+            super().release(force)
+
+    monkeypatch.setattr(atomic, "FileLock", Slow)
+    write(tmp_path / "out")
+    assert entries(tmp_path) == [".out.lock", "out"]
 
 
 def test_neighbour_with_a_similar_name_is_not_swept(tmp_path):
