@@ -19,7 +19,7 @@ from fuzz.readers.target import Target, WrongAccept, oracle, require
 from rgexport.errors import RequestError
 from rgexport.export.describe import describe
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.metadata import MANIFEST_KEY
+from rgexport.export.gguf.embedded import MANIFEST_KEY
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import GgufHeader, read_header

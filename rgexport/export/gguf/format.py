@@ -36,7 +36,7 @@ class GgufFormat(FileFormat):
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
         """See `FileFormat`."""
-        from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
+        from rgexport.export.gguf.artifact import open_gguf
 
         return open_gguf(path, verify=verify)
 

@@ -9,8 +9,9 @@ from gguf import GGUFReader, GGUFValueType
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.gguf.embedded import MANIFEST_KEY
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.metadata import MANIFEST_KEY, metadata
+from rgexport.export.gguf.metadata import metadata
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
