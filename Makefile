@@ -8,6 +8,7 @@ MINUTES ?= 10
 WORKERS ?= auto
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
 DEV := $(VENV)/.dev
+LINT := $(VENV)/.lint
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama
@@ -62,7 +63,7 @@ llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
 
 llama-tools: $(LLAMA_TOOLS)  ## llama-quantize, llama-perplexity and others, in out/llama/bin.
 
-lint: $(DEV)
+lint: $(LINT)  ## Installs no more than ruff, mypy and the packages whose types mypy reads.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -100,6 +101,12 @@ $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 $(DOCS): $(DEV)
 	$(BIN)/python -m pip install -q --group docs
 	touch $@
+
+$(LINT): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q --group lint
+	@touch $@
 
 # What the demo needs; --group, below, needs pip 25.1 or later.
 $(INSTALLED): pyproject.toml hatch_build.py
