@@ -60,8 +60,10 @@ NEEDS_TORCH = {
 FENCED = {
     "torch": NEEDS_TORCH,
     "gguf": {"export/gguf/exporter.py", "export/gguf/metadata.py"},
-    **dict.fromkeys(("onnx", "onnx_ir", "coremltools", "prompt_toolkit"), set()),
-    **dict.fromkeys(("datasets", "distributed", "llama_cpp", "lm_eval", "tensorstore"), set()),
+    **dict.fromkeys(("onnx", "onnx_ir", "coremltools", "prompt_toolkit"), frozenset()),
+    **dict.fromkeys(
+        ("datasets", "distributed", "llama_cpp", "lm_eval", "tensorstore"), frozenset()
+    ),
 }
 """Package of an extra → modules that import it when they are loaded."""
 IMPLEMENTATIONS = {"recurrentgemma", "transformers", "triton"}

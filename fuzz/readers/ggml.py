@@ -94,7 +94,7 @@ def _agree_on_header(data: bytes, folder: Path, header: GgufHeader) -> None:
 def _same(value: Any, field: Any) -> bool:
     if field.types[0] != gguf.GGUFValueType.ARRAY:
         other = field.contents()
-        return bool(value == other or value != value and other != other)
+        return bool(value == other or (value != value and other != other))
     if isinstance(value, list):
         return bool(value == field.contents())
     if not len(field.data):  # gguf-py tells nothing of an empty array

@@ -32,7 +32,7 @@ class GgufFormat(FileFormat):
 
     def owns(self, path: Path) -> bool:
         """By the file's first bytes or, where there is no file, by its name."""
-        return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
+        return is_gguf(path) or (path.suffix == ".gguf" and not path.is_dir())
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
         """See `FileFormat`."""

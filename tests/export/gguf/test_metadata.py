@@ -165,7 +165,7 @@ def test_base_models_get_the_template_that_a_chat_uses(tmp_path):
 def test_a_template_that_cannot_be_read_ends_the_export(tmp_path):
     folder = with_tokenizer(released(tmp_path / "model"))
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(RequestError, match="chat template .* cannot be read"):
+    with pytest.raises(RequestError, match=r"chat template .* cannot be read"):
         options = GgufOptions(type="f16")
         export_gguf(open_checkpoint(folder), options, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out*"))
