@@ -9,7 +9,9 @@ WORKERS ?= auto
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
 # With SKIPS='--expected-skips .ci/skips.txt', a test that is skipped for another reason fails.
 SKIPS ?=
+TEST := $(VENV)/.test
 DEV := $(VENV)/.dev
+LINT := $(VENV)/.lint
 DEMO := out/demo-int4-onnx
 REFERENCE := out/demo.reference
 LLAMA := out/llama
@@ -48,10 +50,10 @@ docs: $(DOCS)  ## The documentation as a site in out/site; a warning is an error
 pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made by running the demo.
 	$(BIN)/python -m bench.pictures
 
-test: $(DEV) native  ## The tests that prove the product: at most 8 minutes on two cores.
+test: $(TEST) native  ## The tests that prove the product: at most 8 minutes on two cores.
 	$(TESTS) -m 'not full and not nightly' $(SKIPS)
 
-test-full: test $(PAGE) llama llama-tools  ## All that continuous integration runs: with browsers, llama.cpp (built first: some minutes), emulated processors.
+test-full: test $(DEV) $(PAGE) llama llama-tools  ## All that continuous integration runs: with browsers, llama.cpp (built first: some minutes), emulated processors.
 	$(TESTS) -m 'full and not nightly' $(SKIPS)
 
 test-nightly: $(DEV) native $(PAGE) llama llama-tools  ## Everything, with every combination of the tests' parameters: an hour or two.
@@ -67,7 +69,7 @@ llama: $(LLAMA_WHEEL)  ## llama-cpp-python with RecurrentGemma, in .venv.
 
 llama-tools: $(LLAMA_TOOLS)  ## llama-quantize, llama-perplexity and others, in out/llama/bin.
 
-lint: $(DEV)
+lint: $(LINT)  ## Installs no more than ruff, mypy and the packages whose types mypy reads.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -105,9 +107,15 @@ $(LLAMA_TOOLS): $(LLAMA_WHEEL)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA) --tools --no-install
 	touch $@
 
-$(DOCS): $(DEV)
+$(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install -q --group docs
-	touch $@
+	@touch $@
+
+$(LINT): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q --group lint
+	@touch $@
 
 # What the demo needs; --group, below, needs pip 25.1 or later.
 $(INSTALLED): pyproject.toml hatch_build.py
@@ -117,7 +125,12 @@ $(INSTALLED): pyproject.toml hatch_build.py
 	@$(BIN)/python -m pip install -q -e '.[export]'
 	@touch $@
 
-# What tests, lint and benchmarks need beyond that.
-$(DEV): $(INSTALLED)
-	$(BIN)/python -m pip install -q -e '.[export,coreml,serve]' --group dev
-	touch $@
+# What `make test` needs beyond that.
+$(TEST): $(INSTALLED)
+	$(BIN)/python -m pip install -q -e '.[export,coreml,serve,chat]' --group test --group oracle
+	@touch $@
+
+# What other tests, fuzzers and benchmarks need beyond that.
+$(DEV): $(TEST)
+	$(BIN)/python -m pip install -q --group dev
+	@touch $@

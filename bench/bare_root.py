@@ -149,8 +149,8 @@ def _arm_packages() -> Path:
         wheels = OUT / "arm-wheels"
         platforms = [f"--platform={tag}" for tag in TAGS]
         kinds = f"--python-version={PYTHON}", "--only-binary=:all:"
-        core = "click filelock gguf huggingface_hub jinja2 ml_dtypes numpy onnxruntime platformdirs"
-        core += " prompt_toolkit protobuf rich sentencepiece tokenizers"
+        core = "click filelock huggingface_hub jinja2 ml_dtypes numpy onnxruntime platformdirs"
+        core += " protobuf rich sentencepiece tokenizers"
         _call(
             sys.executable,
             "-m",

@@ -60,7 +60,7 @@ class Shape:
         }
 
 
-def write_gemma(target: Path, shape: Shape = Shape(), seed: int = 0) -> None:  # noqa: B008
+def write_gemma(target: Path, shape: Shape = Shape(), seed: int = 0) -> None:
     """Writes the file; matrices are Q4_0, norms ones in float32."""
     partial = target.with_name(f".{target.name}.partial")
     writer = GGUFWriter(partial, ARCHITECTURE)

@@ -142,10 +142,11 @@ def main() -> None:
     if not calibration.exists():
         calibrated = command("calibrate", "-m", asked.model, "-o", calibration)
         _keep("calibration", calibrated)
-    rows = []
-    for recipe in RECIPES:
-        if not asked.only or any(word in recipe.name for word in asked.only):
-            rows.append(_measured(recipe, asked.model, checkpoint, texts, calibration))
+    rows = [
+        _measured(recipe, asked.model, checkpoint, texts, calibration)
+        for recipe in RECIPES
+        if not asked.only or any(word in recipe.name for word in asked.only)
+    ]
     text = page(rows, sum(ids.size for ids in texts.values()))
     if asked.docs:
         (asked.docs / "quality.md").write_text(text)

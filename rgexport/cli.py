@@ -29,8 +29,14 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 REDIRECTED = "utf-8" if os.name == "nt" and not os.environ.get("PYTHONIOENCODING") else None
 """The encoding of pipes and files as stdin and stdout, where it is not the system's: Windows' code
 pages lack most characters of a model's replies."""
-CONVERTERS = {"torch": "export", "onnx": "export", "onnx_ir": "export", "coremltools": "coreml"}
-"""What the core install lacks, and the extra that brings it."""
+_PACKAGES = {
+    "export": ("torch", "onnx", "onnx_ir"),
+    "coreml": ("coremltools",),
+    "gguf": ("gguf",),
+    "serve": ("anyio", "fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"),
+}
+EXTRAS = {package: extra for extra, packages in _PACKAGES.items() for package in packages}
+"""Package that the core install lacks → the extra that brings it."""
 
 
 def main() -> NoReturn:
@@ -50,7 +56,8 @@ def _prepare_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for the whole process
+            setattr(sys, name, stream)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding=REDIRECTED)
@@ -78,10 +85,10 @@ def run(arguments: list[str]) -> int:
         return _fail(f"there is too little memory ({one_line(str(error)) or 'none is left'})")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in CONVERTERS:
+        if package not in EXTRAS:
             raise
-        extra = CONVERTERS[package]
-        return _fail(f"this command needs {package}: pip install 'rgexport[{extra}]'")
+        install = f"pip install 'rgexport[{EXTRAS[package]}]'"
+        return _fail(f"this command needs {package}: {install}")
 
 
 def error_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ def check_refusals(session: Session) -> None:
         session.prefill(np.zeros((2, 3), np.int64))
     state = session.get_state()
     del state["layers.0.rg_lru"]
-    with pytest.raises(RequestError, match="layers.0.rg_lru is missing"):
+    with pytest.raises(RequestError, match=r"layers.0.rg_lru is missing"):
         session.set_state(state)
-    with pytest.raises(RequestError, match="layers.0.conv1d has shape"):
+    with pytest.raises(RequestError, match=r"layers.0.conv1d has shape"):
         session.set_state(session.get_state() | {"layers.0.conv1d": np.zeros((1, 2, 64))})

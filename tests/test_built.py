@@ -16,7 +16,7 @@ def make(folder: Path, *words: str) -> None:
     sleep(0.01)
     MADE.append(folder)
     if "broken" in words:
-        raise ValueError
+        raise ValueError("broken")
     (folder / "it").write_text(" ".join(words))
 
 
@@ -46,7 +46,7 @@ def test_is_made_again_from_other_sources_or_flags(source, monkeypatch):
 
 def test_a_failed_build_is_not_kept(source):
     for _ in range(2):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="broken"):
             built(make, [source], "broken")
     assert len(MADE) == 2
 

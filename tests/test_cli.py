@@ -212,7 +212,7 @@ def test_closed_streams(demo_artifact, tmp_path, command, closed):
         timeout=120,
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    silent = ">&-" in closed.split() or asked[0] == "chat" and "<&-" in closed
+    silent = ">&-" in closed.split() or (asked[0] == "chat" and "<&-" in closed)
     assert bool(done.stdout) != silent
     assert b"prompt tokens" not in done.stdout
     assert {path: path.read_bytes() for path in demo_artifact.iterdir()} == before

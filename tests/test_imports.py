@@ -4,7 +4,9 @@ Checked on the syntax trees, so that imports inside functions count, too.
 """
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +57,18 @@ NEEDS_TORCH = {
     "validate/reference/deepmind_model.py",
     "validate/reference/hugging_face_model.py",
 }
-CONVERTERS = {"torch": NEEDS_TORCH, "onnx": set(), "onnx_ir": set(), "coremltools": set()}
+FENCED = {
+    "torch": NEEDS_TORCH,
+    "gguf": {"export/gguf/exporter.py", "export/gguf/metadata.py"},
+    **dict.fromkeys(("onnx", "onnx_ir", "coremltools", "prompt_toolkit"), frozenset()),
+    **dict.fromkeys(
+        ("datasets", "distributed", "llama_cpp", "lm_eval", "tensorstore"), frozenset()
+    ),
+}
+"""Package of an extra → modules that import it when they are loaded."""
+IMPLEMENTATIONS = {"recurrentgemma", "transformers", "triton"}
+"""Packages that a user installs for a reference of another implementation, or for a GPU."""
+
 EMITTERS = "export/onnx/", "export/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""
 
@@ -115,17 +128,47 @@ def test_imports_go_one_way():
     assert wrong == []
 
 
+def requirements(*extras: str) -> set[str]:
+    """Returns the packages of the core and of these extras, as they are imported."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"]]
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines}
+
+
+def test_the_core_installs_what_it_imports():
+    """And no more: each package is imported by a module that belongs to no extra."""
+    core = [module for module in MODULES if not name_of(module).startswith((*EMITTERS, "serve/"))]
+    roots = {
+        name.removeprefix("google.").split(".")[0]
+        for module in core
+        for name in imports(ast.parse(module.read_text()))
+    }
+    assert requirements() <= roots
+    loaded = {n.split(".")[0] for module in core for n in imports_on_load(module)}
+    others = loaded - requirements() - FENCED.keys() - sys.stdlib_module_names
+    assert others == {"google", "rgexport", *IMPLEMENTATIONS}
+
+
+def test_the_server_installs_what_it_imports():
+    server = [module for module in MODULES if name_of(module).startswith("serve/")]
+    loaded = {n.split(".")[0] for module in server for n in imports_on_load(module)}
+    others = loaded - requirements("serve") - sys.stdlib_module_names
+    assert others == {"rgexport", "starlette"}  # fastapi brings starlette
+
+
 def test_the_face_loads_nothing():
     assert imports_on_load(FACE) == {"os", "typing.TYPE_CHECKING", "typing.Any"}
 
 
-def test_converters_are_fenced():
+def test_packages_of_extras_are_fenced():
     outside = [module for module in MODULES if not name_of(module).startswith(EMITTERS)]
     wrong = [
         f"{name_of(module)} imports {name}"
         for module in outside
         for name in imports_on_load(module)
-        if name_of(module) not in CONVERTERS.get(name.split(".")[0], {name_of(module)})
+        if name_of(module) not in FENCED.get(name.split(".")[0], {name_of(module)})
     ]
     assert outside and wrong == []
 

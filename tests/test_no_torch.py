@@ -1,4 +1,4 @@
-"""Running an artifact needs no torch and no converter: with them made unimportable, all works."""
+"""Running an artifact needs no extra: with their packages made unimportable, all works."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from tests.models import ODD_CONFIGS, random_weights
 
 BLOCK = """
 import sys
-converters = "torch", "onnx", "onnx_ir", "coremltools"
-for name in (*converters, "jax", "flax", "safetensors", "recurrentgemma"):
+extras = "torch", "onnx", "onnx_ir", "coremltools", "gguf", "prompt_toolkit", "fastapi"
+for name in (*extras, "jax", "flax", "safetensors", "recurrentgemma"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
 
@@ -39,7 +39,8 @@ def test_use_of_an_artifact(use, demo_artifact, tmp_path):
 
 def test_gguf(tmp_path):
     asked = "gguf", "--size", "demo", "--type", "f16"
-    result = rgexport(*asked, folder=tmp_path, before=BLOCK)
+    block = BLOCK.replace(', "gguf"', "")
+    result = rgexport(*asked, folder=tmp_path, before=block)
     assert result.returncode == 0, result.stderr
     assert "Not checked: " in result.stdout and "rgexport[export]" in result.stdout
     result = rgexport("inspect", "demo-F16.gguf", "--json", folder=tmp_path, before=BLOCK)
@@ -146,10 +147,19 @@ def test_what_needs_torch_says_so_in_one_line(demo_artifact, tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
-def test_core_ml_without_coremltools(tmp_path):
-    block = "import sys; sys.modules['coremltools'] = None"
-    result = rgexport("coreml", "--size", "demo", "-o", "out", folder=tmp_path, before=block)
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("coreml --size demo -o out", "coremltools", "coreml"),
+        ("gguf --size demo --type f16 -o out.gguf", "gguf", "gguf"),
+        ("serve {artifact} --port 0", "fastapi", "serve"),
+    ],
+)
+def test_an_extra_that_is_missing(demo_artifact, tmp_path, command, package, extra):
+    block = f"import sys; sys.modules[{package!r}] = None"
+    asked = command.format(artifact=demo_artifact).split()
+    result = rgexport(*asked, folder=tmp_path, before=block)
     assert result.returncode == 2 and result.stdout == ""
-    line = "Error: this command needs coremltools: pip install 'rgexport[coreml]'"
+    line = f"Error: this command needs {package}: pip install 'rgexport[{extra}]'"
     assert result.stderr.splitlines()[-1] == line and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

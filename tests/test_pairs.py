@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import combinations, product
+from math import prod
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.pairs import pairwise
+from tests.pairs import covering_rows, pairwise
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ def test_every_pair_is_kept(sizes):
     assert pairs(kept) == pairs(whole)
     assert kept == [case for case in whole if case in set(kept)]
     assert len(kept) < len(whole) or 1 in sizes
+
+
+@given(st.lists(st.integers(1, 7), min_size=3, max_size=6))
+def test_few_rows_hold_every_pair(sizes):
+    values = [[f"{name}" for name in range(size)] for size in sizes]
+    rows = covering_rows(values)
+    assert rows == covering_rows(values) and {*rows} <= {*product(*values)}
+    for one, other in combinations(range(len(sizes)), 2):
+        held = {(row[one], row[other]) for row in rows}
+        assert held == {*product(values[one], values[other])}
+    least = prod(sorted(sizes)[-2:])
+    assert len(set(rows)) == len(rows) <= 2 * least
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"), [((3, 3, 3, 3), 12), ((2,) * 10, 12), ((4, 4, 4, 4, 4), 28)]
+)
+def test_rows_are_few(sizes, most):
+    """At most so many; the smallest possible numbers are 9, 6 and 16."""
+    assert len(covering_rows([[str(name) for name in range(size)] for size in sizes])) <= most
 
 
 def test_other_cases_all_run():

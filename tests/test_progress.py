@@ -84,8 +84,8 @@ def test_a_long_stage_tells_ever_more_seldom_that_it_goes_on(capsys, clock):
 
 
 def test_no_end_after_a_failure(capsys):
-    with pytest.raises(ValueError), progress.task("Quantizing", 0):
-        raise ValueError
+    with pytest.raises(ValueError, match="broken"), progress.task("Quantizing", 0):
+        raise ValueError("broken")
     assert capsys.readouterr().err == ""
     assert progress._open == []
 

@@ -1,5 +1,7 @@
 """A toy engine behind the Session interface."""
 
+from typing import ClassVar
+
 import numpy as np
 
 from rgexport.griffin.state import POSITION, State
@@ -18,7 +20,7 @@ class ToySession(Session):
     info = SessionInfo("toy", "1", 1, "float32", 0, 0, 64)
     vocab_size = 0
     position = np.zeros(0, np.int64)
-    state_shapes = {MEMORY: (SIZE,)}
+    state_shapes: ClassVar = {MEMORY: (SIZE,)}
 
     def __init__(self, vocab_size: int) -> None:
         rng = np.random.default_rng(0)

@@ -155,7 +155,7 @@ def agree(data: bytes, folder: Path, answer: Answer) -> None:
         require(array.shape == manifest.tensors[name].shape, "a weight of another shape", name)
         for part in manifest.tensors[name].parts.values():
             inside = (
-                0 <= part.offset
+                part.offset >= 0
                 and part.offset + part.nbytes <= (folder / part.file).stat().st_size
             )
             require(inside, "a part outside of its file", name)

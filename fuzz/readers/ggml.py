@@ -19,7 +19,7 @@ from fuzz.readers.target import Target, WrongAccept, oracle, require
 from rgexport.errors import RequestError
 from rgexport.export.describe import describe
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.metadata import MANIFEST_KEY
+from rgexport.export.gguf.embedded import MANIFEST_KEY
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import GgufHeader, read_header
@@ -94,7 +94,7 @@ def _agree_on_header(data: bytes, folder: Path, header: GgufHeader) -> None:
 def _same(value: Any, field: Any) -> bool:
     if field.types[0] != gguf.GGUFValueType.ARRAY:
         other = field.contents()
-        return bool(value == other or value != value and other != other)
+        return bool(value == other or (value != value and other != other))
     if isinstance(value, list):
         return bool(value == field.contents())
     if not len(field.data):  # gguf-py tells nothing of an empty array

@@ -5,6 +5,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from contextlib import suppress
 from random import Random
 
 from fuzz.readers import bytes_mutator as raw
@@ -142,8 +143,6 @@ def _other(piece: bytes, random: Random) -> bytes:
 def _opcodes(data: bytes) -> list[bytes]:
     """The pickle cut into its opcodes, as far as it is one."""
     starts = []
-    try:
+    with suppress(Exception):  # it is cut where it is damaged
         starts += [place for _, _, place in pickletools.genops(data)]
-    except Exception:  # it is cut where it is damaged
-        pass
     return [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=False)]

@@ -124,7 +124,8 @@ def main() -> None:
         f"-artifact_prefix={request['findings']}/",
     ]
     arguments = [sys.argv[0], *flags, str(corpus), str(seeds)]
-    sys.stderr = open(os.devnull, "w")  # readers tell how far they are; libFuzzer writes past it
+    # Readers tell how far they are; libFuzzer writes past it.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
     atheris.Setup(arguments, worker.execute, custom_mutator=mutate)
     atheris.Fuzz()
 

@@ -15,7 +15,7 @@ from rgexport.runtimes.memory import peak_rss_bytes
 Replies = Generator[str, None, None]
 
 
-class Quit(Exception):  # noqa: N818
+class Quit(Exception):
     """The chat ends."""
 
 

@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-
-import platformdirs
 
 from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
@@ -20,9 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROMPT = "> "
-GREETING = (
-    "Enter sends, Alt-Enter begins a new line. Ctrl-C ends a reply and keeps it, Ctrl-D ends the "
-    "chat. /help lists the commands."
+GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
+EDITOR = "Enter sends, Alt-Enter begins a new line."
+NO_EDITOR = (
+    "Each line is a message. Messages of several lines, their history and completion: "
+    "pip install 'rgexport[chat]'."
 )
 
 
@@ -65,16 +65,16 @@ def one_message(
 
 
 def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
-    """The chat at a terminal: a line editor, and replies in Markdown as they are written."""
+    """Chats at a terminal: a line editor, and replies in Markdown as they are written."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    session = _prompt_session()
-    console.print(GREETING, style="dim")
+    read_message, usage = _editor()
+    console.print(f"{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
         while True:
             try:
-                line = session.prompt(PROMPT)
+                line = read_message(PROMPT)
                 if line.strip():
                     _show(conversation, line, console)
             except KeyboardInterrupt:
@@ -110,6 +110,16 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 
 
+def _editor() -> tuple[Callable[[str], str], str]:
+    """Returns a function that prompts for a message, and a line about its keys."""
+    try:
+        return _prompt_session().prompt, EDITOR
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "prompt_toolkit":
+            raise
+        return input, NO_EDITOR
+
+
 def _prompt_session() -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -138,6 +148,7 @@ def _prompt_session() -> "PromptSession[str]":
 
 def _history() -> Any:
     """Earlier messages, in a file that only the user reads; in memory where none can be made."""
+    import platformdirs
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = Path(platformdirs.user_state_dir("rgexport")) / "chat-history"

@@ -162,16 +162,13 @@ def serve(
     **options: Any,
 ) -> None:
     """Serves artifacts over HTTP, as OpenAI's interface does."""
-    try:
-        from rgexport.serve.app import Settings
-        from rgexport.serve.connections import Connections
-        from rgexport.serve.exchange import Limits
-        from rgexport.serve.run import Listening, open_models, openers
-        from rgexport.serve.run import serve as run
-        from rgexport.serve.text_process import TextProcess
-    except ModuleNotFoundError as error:
-        raise RequestError(f"serve needs {error.name}: pip install 'rgexport[serve]'") from None
     from rgexport.export.request import bytes_of
+    from rgexport.serve.app import Settings
+    from rgexport.serve.connections import Connections
+    from rgexport.serve.exchange import Limits
+    from rgexport.serve.run import Listening, open_models, openers
+    from rgexport.serve.run import serve as run
+    from rgexport.serve.text_process import TextProcess
 
     key = _key(api_key, api_key_file)
     saved = state_folder and state_folder / "saved"

@@ -40,9 +40,9 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 def remove_abandoned(entry: os.DirEntry[str]) -> None:
     """Removes a file that a killed process has left half-written; leaves all others."""
     with suppress(OSError):
-        if _PARTIAL.fullmatch(entry.name):
-            if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
-                os.unlink(entry.path)
+        abandoned = time.time() - _ABANDONED_SECONDS
+        if _PARTIAL.fullmatch(entry.name) and entry.stat().st_mtime < abandoned:
+            os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:

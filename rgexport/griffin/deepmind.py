@@ -145,9 +145,10 @@ def infer_config(
 def _shape(path: Path, stored: Tensors, pattern: str, rank: int) -> tuple[int, ...]:
     """The shape of the first tensor of that name and rank, without empty axes."""
     for name, tensor in stored.items():
-        if re.fullmatch(pattern, name) and isinstance(tensor, Stored):
-            if len(tensor.shape) == rank and all(tensor.shape):
-                return tensor.shape
+        if not re.fullmatch(pattern, name) or not isinstance(tensor, Stored):
+            continue
+        if len(tensor.shape) == rank and all(tensor.shape):
+            return tensor.shape
     readable = pattern.replace("\\", "").replace(".d+.", ".0.")
     raise RequestError(
         f"{path} is not a DeepMind Griffin checkpoint: it has no {rank}-dimensional {readable}"

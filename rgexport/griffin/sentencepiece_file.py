@@ -20,7 +20,7 @@ def read_pieces(path: Path) -> Any:
         Exception: whatever protobuf has against it.
     """
     # slow to import, and generated without type information
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     return ModelProto.FromString(read_regular(path, MAX_BYTES))
 

@@ -144,7 +144,10 @@ class MlpBlock(nn.Module):
         return self.down_proj(ops.mul(gate, self.up_proj(x), f"{self.site}.mul"))
 
 
-_TEMPORAL = {"recurrent": RecurrentBlock, "attention": AttentionBlock}
+_TEMPORAL: dict[str, type[RecurrentBlock] | type[AttentionBlock]] = {
+    "recurrent": RecurrentBlock,
+    "attention": AttentionBlock,
+}
 
 
 class Layer(nn.Module):

@@ -95,7 +95,7 @@ def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
     except RequestError:
         return
     # slow to import, and generated without type information
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString((demo / "tokenizer.model").read_bytes())
     if len(model.pieces) > vocab_size:

@@ -168,6 +168,9 @@ def _q6_k(blocks: Blocks) -> Scales:
     return scale, -32 * scale
 
 
+_NO_BIAS = np.uint8(0)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where a block has its levels and scales.
@@ -184,7 +187,7 @@ class _Layout:
     top: int
     planes: tuple[_Plane, ...]
     scales: Callable[[Blocks], Scales]
-    bias: np.uint8 = np.uint8(0)
+    bias: np.uint8 = _NO_BIAS
 
 
 _LAYOUTS = {

@@ -40,7 +40,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """Answers that every route may give."""
 
 
-class Gone(Exception):  # noqa: N818
+class Gone(Exception):
     """The client has left."""
 
 

@@ -24,5 +24,5 @@ def test_it_reads_the_pages_of_a_file(tmp_path):
 def test_it_ends_with_the_block():
     with c_roofline(1, 1 << 20) as read_speed:
         read_speed()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="closed file"):
         read_speed()

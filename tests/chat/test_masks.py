@@ -178,7 +178,7 @@ def test_a_mask_that_waited_too_long_for_others_ends_the_reply(
     waiting = ReplyMask(GatedMask(), threads)
     assert first.reached.wait(30) and waiting.bias(0) is None
     time.sleep(0.1)
-    with pytest.raises(RequestError, match="waited longer than 0.05 s for others"):
+    with pytest.raises(RequestError, match=r"waited longer than 0.05 s for others"):
         waiting.bias(0)
     first.gate.set()
     threads.close()

@@ -1,5 +1,6 @@
 """Continuous batching over a toy engine: whoever shares a batch hears what it would hear alone."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +138,7 @@ def test_a_prompt_is_read_between_the_steps_of_others(
     writer.wait()
     chunks = [place for place, (_, tokens) in enumerate(session.calls) if tokens > 1]
     assert len(chunks) > 3
-    assert all(after - before > 1 for before, after in zip(chunks, chunks[1:], strict=False))
+    assert all(after - before > 1 for before, after in itertools.pairwise(chunks))
 
 
 def test_what_was_read_is_not_read_again(scheduler: Scheduler, session: ToySession) -> None:

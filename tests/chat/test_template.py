@@ -214,7 +214,7 @@ SLOW = {
 @pytest.mark.parametrize("case", SLOW)
 def test_steps_are_counted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "SECONDS", math.inf)
-    with pytest.raises(RequestError, match="takes more than 2[0-9]{5} steps"):
+    with pytest.raises(RequestError, match=r"takes more than 2[0-9]{5} steps"):
         ChatTemplate(SLOW[case], "test").render([], False)
 
 

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rgexport.chat.commands import COMMANDS
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.model import Model
 from rgexport.chat.reply import ReplyOptions
-from rgexport.chat.terminal import one_message, pipe_chat
+from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
@@ -127,6 +129,20 @@ def test_one_message(conversation: Conversation) -> None:
     found = json.loads(output.getvalue())
     assert found["text"] == said(conversation)[-1]
     assert {"reason", "prompt_tokens", "cached_tokens", "ids", "read_seconds"} <= found.keys()
+
+
+def test_a_terminal_without_prompt_toolkit(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["hi", "/nothing", "/quit"])
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    screen = Console(file=io.StringIO(), width=200)
+    terminal_chat(conversation, screen)
+    assert said(conversation) == ["hi", "hello"] and not list(lines)
+    text = screen.file.getvalue()
+    assert "pip install 'rgexport[chat]'" in text and "Alt-Enter" not in text
+    assert "hello" in text and "there is no command /nothing" in text
 
 
 def test_input_that_is_not_utf8(conversation: Conversation) -> None:

@@ -126,7 +126,7 @@ def test_a_damaged_file_of_ours_is_refused(key, tmp_path):
         f"rgexport.{key}".encode(), f"rgfxport.{key}".encode()
     )
     artifact.path.write_bytes(damaged)
-    with pytest.raises(RequestError, match="was not made by rgexport|is damaged"):
+    with pytest.raises(RequestError, match=r"was not made by rgexport|is damaged"):
         open_subject(str(artifact.path))
 
 

@@ -108,7 +108,7 @@ def test_workers_need_the_files(model: Path, address: str, tmp_path: Path) -> No
     try:
         with (
             connected(address) as workers,
-            pytest.raises(RequestError, match="a worker of the cluster cannot open .*model"),
+            pytest.raises(RequestError, match=r"a worker of the cluster cannot open .*model"),
         ):
             runner.evaluate([subject], ["text"], request_in(tmp_path / "r"), workers=workers)
     finally:

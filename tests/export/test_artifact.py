@@ -127,7 +127,7 @@ def test_verify_does_not_use_the_cache(made):
     flip(path)
     remember_verified(made.folder, made.manifest)
     open_artifact(made.folder)
-    with pytest.raises(RequestError, match="model.onnx.data was altered"):
+    with pytest.raises(RequestError, match=r"model.onnx.data was altered"):
         open_artifact(made.folder, verify=True)
 
 

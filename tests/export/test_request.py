@@ -53,7 +53,7 @@ def test_what_chooses_levels(quality, calibration, plan, word):
 
 def test_a_calibration_is_for_the_best_quality():
     with pytest.raises(
-        RequestError, match="--quality fast takes no calibration; .* --quality best"
+        RequestError, match=r"--quality fast takes no calibration; .* --quality best"
     ):
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
@@ -83,7 +83,7 @@ def test_weights_without_levels_have_no_quality(command, word, tmp_path):
 
 def test_words_are_those_of_the_format():
     assert precision_word("pal4", False, False, "coreml") == "pal4"
-    with pytest.raises(RequestError, match="'pal4'; expected one of fp32, fp16, int8, int4$"):
+    with pytest.raises(RequestError, match=r"'pal4'; expected one of fp32, fp16, int8, int4$"):
         precision_word("pal4", False, False, "onnx")
 
 

@@ -174,7 +174,7 @@ def test_damaged_settings_end_the_export_in_one_line(tmp_path: Path) -> None:
     folder = write_vocabulary(tmp_path)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(RequestError, match="tokenizer_config.json cannot be read .*copy it again"):
+    with pytest.raises(RequestError, match=r"tokenizer_config.json cannot be read .*copy it again"):
         complete_tokenizer(folder, "model")
 
 

@@ -27,8 +27,30 @@ def oracle() -> sentencepiece.SentencePieceProcessor:
 
 
 PARTS = st.sampled_from(
-    ["a", "the ", " ", "  ", "\n", "\t", "▁", "é", "🙂", "漢", "\u200b", "<", "<b>", "<table>"]
-    + ["<mask>", "<start_of_turn>", "<unused1>", "0", "…", " token", "izer", "\u0000"]
+    [
+        "a",
+        "the ",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "▁",
+        "é",
+        "🙂",
+        "漢",
+        "\u200b",
+        "<",
+        "<b>",
+        "<table>",
+        "<mask>",
+        "<start_of_turn>",
+        "<unused1>",
+        "0",
+        "…",
+        " token",
+        "izer",
+        "\x00",
+    ]
 )
 
 
@@ -59,7 +81,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=12, model_type="unigram"
     )
-    with pytest.raises(RequestError, match="cannot be converted to tokenizer.json .it is no BPE"):
+    with pytest.raises(RequestError, match=r"cannot be converted to tokenizer.json .it is no BPE"):
         write_tokenizer_json(tmp_path / "m.model", tmp_path / "made")
     (tmp_path / "m.model").write_bytes(b"\xff\xff")
     with pytest.raises(RequestError, match="copy it again from the original checkpoint"):

@@ -42,5 +42,5 @@ def test_paths_are_quoted_for_its_shell(monkeypatch):
 
 def test_a_drive_that_is_not_there(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    with pytest.raises(RequestError, match="cannot write .*: there is no drive"):
+    with pytest.raises(RequestError, match=r"cannot write .*: there is no drive"):
         require_free_disk(Path("out"), 1)

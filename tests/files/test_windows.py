@@ -47,7 +47,7 @@ def test_read_only_files_are_replaced(tmp_path, kind, capsys):
 def test_what_a_program_has_open_stays(tmp_path, kind):
     write(tmp_path / "out", "ours, old", kind=kind)
     with content(tmp_path / "out").open() as reader:
-        with pytest.raises(RequestError, match="cannot replace .*out: .*; close the programs"):
+        with pytest.raises(RequestError, match=r"cannot replace .*out: .*; close the programs"):
             write(tmp_path / "out", kind=kind, force=True)
         assert reader.read() == "ours, old"
     assert entries(tmp_path) == ["out"] and is_ours(tmp_path / "out")
@@ -92,6 +92,6 @@ def test_work_that_a_later_run_continues(tmp_path):
 
 @pytest.mark.parametrize("name", ["con", "nul.onnx", "plan-4.", "a:b", "a?"])
 def test_names_that_windows_cannot_have_are_refused(tmp_path, name):
-    with pytest.raises(RequestError, match="cannot write .*: the name .*; pass another -o"):
+    with pytest.raises(RequestError, match=r"cannot write .*: the name .*; pass another -o"):
         write(tmp_path / name)
     assert entries(tmp_path) == []

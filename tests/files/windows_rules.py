@@ -3,6 +3,7 @@
 Only files that this process has open or mapped count, as the system lists them.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -92,9 +93,7 @@ def _removing(release: Callable[[Any], None]) -> Callable[[Any], None]:
     def release_and_remove(lock: Any) -> None:
         """On Windows, filelock removes the file when it is closed."""
         release(lock)
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
-        except OSError:
-            pass
 
     return release_and_remove

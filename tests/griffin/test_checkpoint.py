@@ -106,7 +106,7 @@ def test_index_problems(tmp_path: Path, weights: Weights) -> None:
     for wrong in ("../secret", "/etc/passwd", "a\\b", "", "..", 7, None):
         with pytest.raises(RequestError, match="expected a file name in the folder"):
             problems(places | {name: wrong})
-    with pytest.raises(RequestError, match="has no model-9.safetensors, which"):
+    with pytest.raises(RequestError, match=r"has no model-9.safetensors, which"):
         problems(places | {name: "model-9.safetensors"})
     with pytest.raises(RequestError, match="has no weight_map"):
         problems({})

@@ -241,7 +241,7 @@ def test_matrices_may_be_stored_transposed(tmp_path: Path, state: dict[str, torc
 @pytest.mark.parametrize("drop", ["blocks.1.attention_block", "blocks.1."])
 def test_a_layer_without_a_kind(tmp_path: Path, state: dict[str, torch.Tensor], drop: str) -> None:
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(drop)}
-    with pytest.raises(RequestError, match="blocks.1 has no temporal block"):
+    with pytest.raises(RequestError, match=r"blocks.1 has no temporal block"):
         open_checkpoint(save(tmp_path, rest))
 
 

@@ -195,7 +195,7 @@ def test_options_fill_in_but_never_contradict(tmp_path: Path) -> None:
     assert read(tmp_path, HUB_2B, window=96) == dataclasses.replace(CONFIG_2B, window=96)
     with pytest.raises(RequestError, match="attention_window_size 2048, --window says 4096"):
         read(tmp_path, HUB_2B, window=4096)
-    with pytest.raises(RequestError, match="logits_soft_cap 30.0, --soft-cap says 0"):
+    with pytest.raises(RequestError, match=r"logits_soft_cap 30.0, --soft-cap says 0"):
         read(tmp_path, HUB_2B, soft_cap=0.0)
 
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = write(tmp_path, "regular", database=True)
     for file in folder.rglob("d/*"):
         file.write_bytes(b"damaged")
-    with pytest.raises(RequestError, match="cannot be read|has no 2-dimensional"):
+    with pytest.raises(RequestError, match=r"cannot be read|has no 2-dimensional"):
         open_checkpoint(folder, window=8)
     (folder / "manifest.ocdbt").write_bytes(b"damaged")
     with pytest.raises(RequestError, match="flax cannot be read"):

@@ -123,8 +123,10 @@ def test_sound_file(case, tmp_path):
 
 def test_a_panic_is_one_line(tmp_path):
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
-    with pytest.raises(RequestError, match="tokenizers failed on .*: it broke"):
-        with panics_raised(tmp_path):
-            raise panic("it broke")
+    with (
+        pytest.raises(RequestError, match=r"tokenizers failed on .*: it broke"),
+        panics_raised(tmp_path),
+    ):
+        raise panic("it broke")
     with pytest.raises(KeyboardInterrupt), panics_raised(tmp_path):
         raise KeyboardInterrupt

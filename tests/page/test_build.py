@@ -81,6 +81,6 @@ def test_an_outdated_lockfile_is_refused(tmp_path: Path) -> None:
     package = json.loads((clone / "package.json").read_text())
     package["dependencies"]["idb"] = "^7.0.0"
     (clone / "package.json").write_text(json.dumps(package))
-    with pytest.raises(build.BuildFailed, match="(?s)npm ci failed:.*in sync"):
+    with pytest.raises(build.BuildFailed, match=r"(?s)npm ci failed:.*in sync"):
         build.build(tmp_path / "page.zip", clone)
     assert not (tmp_path / "page.zip").exists()

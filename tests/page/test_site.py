@@ -157,7 +157,7 @@ def test_an_installation_without_the_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, artifact: Callable[[str], Path]
 ) -> None:
     monkeypatch.setattr(site, "BUILT", tmp_path / "page.zip")
-    with pytest.raises(RequestError, match="Node was missing .* `make page`"):
+    with pytest.raises(RequestError, match=r"Node was missing .* `make page`"):
         site.make_site([open_artifact(artifact("wasm"))])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.BuildFailed, match="npm are not installed"):
@@ -188,7 +188,7 @@ def test_the_local_server(wasm_site: site.Site) -> None:
         for wrong in ("../pyproject.toml", "chunks/", "%2e%2e/x"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(address + wrong)
-        with pytest.raises(RequestError, match="cannot listen on .* choose another"):
+        with pytest.raises(RequestError, match=r"cannot listen on .* choose another"):
             local_server(wasm_site, server.server_port)
     finally:
         server.shutdown()

@@ -30,7 +30,7 @@ INT4 = Affine(4, 32, symmetric=False)
 def test_what_a_float_cannot_hold_is_named():
     rows = np.array([[1.0, 70_000.0]], np.float32)
     assert encode("w", rows, Float("float32"))["data"][0, 1] == 70_000
-    with pytest.raises(RequestError, match="w: a weight of 7e.04 is more than float16 holds"):
+    with pytest.raises(RequestError, match=r"w: a weight of 7e.04 is more than float16 holds"):
         encode("w", rows, Float("float16"))
 
 

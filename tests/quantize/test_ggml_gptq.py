@@ -1,5 +1,7 @@
 """GPTQ in ggml's types: other levels on ggml's own scales, and less loss."""
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def correlated(draw: np.random.Generator, columns: int, cuts: tuple[int, ...] = 
     inputs = (mixed + draw.standard_normal(mixed.shape)) * np.exp(draw.normal(0, 1, columns))
     h = (inputs.T @ inputs / len(inputs)).astype(np.float32)
     edges = [0, *cuts, columns]
-    blocks = [h[a:b, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [h[a:b, a:b] for a, b in itertools.pairwise(edges)]
     return statistics_of(blocks, len(inputs))
 
 
@@ -139,5 +141,5 @@ def test_floats_have_no_levels(kind: str) -> None:
 
 def test_without_h_it_is_refused() -> None:
     rows, only = np.zeros((1, 32), np.float32), Statistics(np.ones(32, np.float32))
-    with pytest.raises(RequestError, match="w: gptq needs statistics .* --calibration FILE"):
+    with pytest.raises(RequestError, match=r"w: gptq needs statistics .* --calibration FILE"):
         encode("w", rows, Ggml("q4_0", algorithm="gptq"), only)

@@ -136,7 +136,7 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.delenv(ggml_library.LIBRARY_PATH, raising=False)
     monkeypatch.setattr(ggml_library, "find_spec", lambda name: None)
     with pytest.raises(
-        RequestError, match="llama-cpp-python, which is missing.*rgexport llama-cpp build"
+        RequestError, match=r"llama-cpp-python, which is missing.*rgexport llama-cpp build"
     ):
         quantize_rows(normal(1, 32), "q4_0")
 
@@ -156,7 +156,7 @@ def test_a_library_of_other_types_is_refused(
 ) -> None:
     monkeypatch.setitem(TYPES, "q4_k", GgmlType("q4_k", 12, 256, 148))
     ggml_library._load.cache_clear()
-    with pytest.raises(RequestError, match="type 12 is q4_k with 256 weights in 144 bytes.*148"):
+    with pytest.raises(RequestError, match=r"type 12 is q4_k with 256 weights in 144 bytes.*148"):
         load_library()
 
 

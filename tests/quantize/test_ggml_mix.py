@@ -155,7 +155,7 @@ def test_rows_of_no_whole_blocks_fall_back(word: str, columns: int, expected: st
     "text", ["attn_v", "=q8_0", "attn_v=", "attn_v=q9_0", "(=q8_0", "a{2,1}=f16"]
 )
 def test_wrong_overrides(text: str) -> None:
-    with pytest.raises(RequestError, match="expected|regular"):
+    with pytest.raises(RequestError, match=r"expected|regular"):
         parse_override(text)
 
 

@@ -40,9 +40,9 @@ def test_file_types_are_those_of_llama_cpp(word: str) -> None:
 
 
 def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(RequestError, match="'q4_k_x'.*f32.*q4_k_m.*q2_k_s.*q5_k$"):
+    with pytest.raises(RequestError, match=r"'q4_k_x'.*f32.*q4_k_m.*q2_k_s.*q5_k$"):
         find_file_type("q4_k_x")
-    with pytest.raises(RequestError, match="'q4_k_m'.*f32.*q4_k.*q6_k$"):
+    with pytest.raises(RequestError, match=r"'q4_k_m'.*f32.*q4_k.*q6_k$"):
         find_type("q4_k_m")
 
 

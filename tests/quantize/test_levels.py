@@ -144,5 +144,5 @@ def test_hard_weights(rows, scheme, word):
 
 def test_weights_beyond_float16_are_refused():
     for word in ("search", "gptq"):
-        with pytest.raises(RequestError, match="w: its weights need a scale of .*float16"):
+        with pytest.raises(RequestError, match=r"w: its weights need a scale of .*float16"):
             stored(weights(2, 64) * 1e6, SYMMETRIC, word, statistics(64))

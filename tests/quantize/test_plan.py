@@ -98,7 +98,7 @@ def test_a_palette_gives_a_plan_its_name() -> None:
     plan = make_plan(CONFIG, Palette(), Affine(8, None, symmetric=True))
     assert precision_of(plan) == "pal4"
     assert choose_scheme("pal4", words=COREML_PRECISIONS) == Palette()
-    with pytest.raises(RequestError, match="expected one of fp32, fp16, int8, int4$"):
+    with pytest.raises(RequestError, match=r"expected one of fp32, fp16, int8, int4$"):
         choose_scheme("pal4")
 
 

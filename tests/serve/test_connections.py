@@ -51,42 +51,51 @@ def is_healthy(server: Served) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: loc"])
 def test_headers_that_do_not_come_end_the_connection(sent: bytes, serve: Serve) -> None:
-    with serve(connections=Connections(header_seconds=QUICK)) as server:
-        with connect(server) as connection:
-            connection.sendall(sent)
-            assert is_closed(connection)
+    with (
+        serve(connections=Connections(header_seconds=QUICK)) as server,
+        connect(server) as connection,
+    ):
+        connection.sendall(sent)
+        assert is_closed(connection)
 
 
 def test_headers_that_come_slowly_end_the_connection(serve: Serve) -> None:
     """Each byte would start a time limit of the pauses again."""
-    with serve(connections=Connections(header_seconds=QUICK)) as server:
-        with connect(server) as connection, contextlib.suppress(ConnectionError):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
-            connection.settimeout(0.02)
-            for _ in range(3000):
-                connection.sendall(b"x")
-                with contextlib.suppress(TimeoutError):
-                    assert connection.recv(100) == b""
-                    return
-            pytest.fail("it is still open")
+    with (
+        serve(connections=Connections(header_seconds=QUICK)) as server,
+        connect(server) as connection,
+        contextlib.suppress(ConnectionError),
+    ):
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        connection.settimeout(0.02)
+        for _ in range(3000):
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(100) == b""
+                return
+        pytest.fail("it is still open")
 
 
 def test_the_next_request_of_a_connection_has_the_same_limit(serve: Serve) -> None:
-    with serve(connections=Connections(header_seconds=QUICK)) as server:
-        with connect(server) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b"200 OK" in connection.recv(1000)
-            connection.sendall(b"GET /hea")
-            assert is_closed(connection)
+    with (
+        serve(connections=Connections(header_seconds=QUICK)) as server,
+        connect(server) as connection,
+    ):
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in connection.recv(1000)
+        connection.sendall(b"GET /hea")
+        assert is_closed(connection)
 
 
 def test_a_request_may_take_longer_than_its_headers(serve: Serve) -> None:
-    with serve(connections=Connections(header_seconds=QUICK)) as server:
-        with connect(server) as connection:
-            connection.sendall(HEAD + b"Content-Length: 16\r\n\r\n")
-            time.sleep(2 * QUICK)
-            connection.sendall(b'{"content": "x"}')
-            assert b"200 OK" in connection.recv(1000)
+    with (
+        serve(connections=Connections(header_seconds=QUICK)) as server,
+        connect(server) as connection,
+    ):
+        connection.sendall(HEAD + b"Content-Length: 16\r\n\r\n")
+        time.sleep(2 * QUICK)
+        connection.sendall(b'{"content": "x"}')
+        assert b"200 OK" in connection.recv(1000)
 
 
 def test_a_body_must_come_in_time_as_a_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

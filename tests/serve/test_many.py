@@ -47,7 +47,7 @@ async def garbage(url: str, seed: int) -> None:
     host, port = url.removeprefix("http://").split(":")
     data = random.Random(seed).randbytes(2000)
     begins = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999\r\n\r\n")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    _reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(begins[seed % 2] + data)
     await asyncio.sleep(0.2)
     writer.close()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_rows_do_not_depend_on_the_blocks(n: int, vocab: int, cuts: list[int], b
         patch.setattr(metrics, "_BLOCK_VALUES", block)
         parts = [
             metrics.compare_logits(reference[a:b], candidate[a:b], after[a:b])
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in itertools.pairwise(bounds)
         ]
     assert np.array_equal(np.concatenate(parts), whole)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 import tracemalloc
 
@@ -52,7 +53,7 @@ def test_worst_positions_do_not_depend_on_the_blocks(length: int, cuts: list[int
     a, b = rng.normal(size=(2, length, 9))
     worst = WorstPositions(tokens)
     bounds = sorted({0, length, *(min(cut, length) for cut in cuts)})
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         worst.see(start, kl[start:stop], a[start:stop], b[start:stop])
     found = worst.found
     assert [place.position for place in found] == np.argsort(-kl)[:WORST].tolist()

@@ -1,5 +1,6 @@
 """The grades: limits are inclusive, the worse number decides, and margins name other grades."""
 
+import itertools
 import math
 
 import click
@@ -30,7 +31,7 @@ def graded(
 
 def test_each_grade_is_wider_than_the_one_before() -> None:
     assert tuple(grade.name for grade in GRADES) == GRADE_NAMES
-    for better, worse in zip(GRADES, GRADES[1:], strict=False):
+    for better, worse in itertools.pairwise(GRADES):
         assert better.kl < worse.kl and better.top1 > worse.top1
     assert GRADES[-1].kl == math.inf and GRADES[-1].top1 == 0
 

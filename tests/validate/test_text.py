@@ -63,7 +63,7 @@ def test_cutting_keeps_the_limit_and_wastes_nothing(text: str, limit: int, bos: 
 def test_without_a_tokenizer_ids_are_random_and_repeatable() -> None:
     found = choose_text(None, vocab_size=50, window=100)
     assert len(found.tokens) == 401 and found.bytes is None
-    assert 0 <= found.tokens.min() and found.tokens.max() < 50
+    assert found.tokens.min() >= 0 and found.tokens.max() < 50
     assert len(set(found.tokens.tolist())) == 50
     assert np.array_equal(found.tokens, random_text(50, 401).tokens)
     assert len(choose_text(None, vocab_size=50, window=100, limit=9000).tokens) == 9000

@@ -6,6 +6,7 @@ all. A long way is cut into pieces that go on from one another.
 """
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -173,7 +174,7 @@ def _half(points: Sequence[Result], chance: float) -> float | None:
     if points[0]["low"] <= chance:
         return None
     middle = (top + chance) / 2
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["value"] <= middle:
             part = (before["value"] - middle) / (before["value"] - after["value"])
             return float(before["distance"] * (after["distance"] / before["distance"]) ** part)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf import algorithms, integrity
-from rgexport.export.gguf.metadata import MANIFEST_KEY, EmbeddedManifest, read_embedded
+from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin
@@ -248,6 +247,8 @@ def _dequantize(rows: np.ndarray, kind: str) -> np.ndarray:
     """Rows as stored, uint8 [n, bytes], as float32 [n, weights]."""
     if kind == "f32":
         return rows.view(np.float32)
+    from gguf import GGMLQuantizationType, quants  # an extra; only validation dequantizes
+
     return quants.dequantize(rows, GGMLQuantizationType(TYPES[kind].value))
 
 

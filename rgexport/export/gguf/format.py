@@ -32,11 +32,11 @@ class GgufFormat(FileFormat):
 
     def owns(self, path: Path) -> bool:
         """By the file's first bytes or, where there is no file, by its name."""
-        return is_gguf(path) or path.suffix == ".gguf" and not path.is_dir()
+        return is_gguf(path) or (path.suffix == ".gguf" and not path.is_dir())
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
         """See `FileFormat`."""
-        from rgexport.export.gguf.artifact import open_gguf  # loads gguf, rarely needed
+        from rgexport.export.gguf.artifact import open_gguf
 
         return open_gguf(path, verify=verify)
 

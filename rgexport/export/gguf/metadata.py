@@ -6,25 +6,24 @@ import math
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 from gguf import GGUFValueType as Kind
 
 from rgexport import __version__
+from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
-from rgexport.export.manifest import FORMAT_VERSION, Source
-from rgexport.export.manifest_reader import check_config
+from rgexport.export.manifest import Source
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
-from rgexport.export.typed_json import Mismatch, parse, plain, read
+from rgexport.export.typed_json import plain
 from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 
-MANIFEST_KEY = "rgexport.manifest"
 CONTEXT_LENGTH = 1 << 20
 """A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
@@ -140,38 +139,6 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
         yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
     if template := chosen_template(folder_of(checkpoint), control.special, checkpoint.name):
         yield Value("tokenizer.chat_template", template, Kind.STRING)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbeddedManifest:
-    """The half of a manifest that is in the metadata; the other half is read from the header.
-
-    It does not depend on how tensors are stored, so it stays true when another tool quantizes the
-    file. The fields are those of `Manifest`.
-    """
-
-    format_version: int = FORMAT_VERSION
-    kind: Literal["gguf"] = "gguf"
-    name: str
-    created_with: dict[str, str]
-    source: Source
-    config: GriffinConfig
-    instruction_tuned: bool | None
-
-
-def read_embedded(text: str) -> EmbeddedManifest:
-    """Reads and checks an embedded manifest.
-
-    Raises:
-        Mismatch: no JSON, another format version, or a value of the wrong type.
-    """
-    fields = parse(text)
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if version != FORMAT_VERSION:
-        raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
-    embedded = read(EmbeddedManifest, fields)
-    check_config(embedded.config)
-    return embedded
 
 
 def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:

@@ -49,14 +49,16 @@ def unpack(archive: Path, tree: Path) -> None:
     """Unpacks the archive without its git history into `tree`, unless that exists."""
     if tree.is_dir():
         return
-    with replace_folder(tree, force=False, replaceable=lambda _: False) as partial:
-        with tarfile.open(archive) as source:
-            # Python before 3.11.4 lacks the filter; the archive's hash was checked anyway.
-            source.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
-            for member in source:
-                inner = PurePosixPath(member.name).parts[1:]
-                if inner and ".git" not in inner:
-                    source.extract(member.replace(name="/".join(inner)), partial)
+    with (
+        replace_folder(tree, force=False, replaceable=lambda _: False) as partial,
+        tarfile.open(archive) as source,
+    ):
+        # Python before 3.11.4 lacks the filter; the archive's hash was checked anyway.
+        source.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        for member in source:
+            inner = PurePosixPath(member.name).parts[1:]
+            if inner and ".git" not in inner:
+                source.extract(member.replace(name="/".join(inner)), partial)
 
 
 def apply_port(archive: Path, tree: Path) -> None:

@@ -267,9 +267,11 @@ def write_reference(
         offset = end
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replace_file(path, force=force, replaceable=is_reference) as partial:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.writelines(array.tobytes() for array in arrays.values())
-            file.flush()
-            os.fsync(file.fileno())
+    with (
+        replace_file(path, force=force, replaceable=is_reference) as partial,
+        partial.open("wb") as file,
+    ):
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(array.tobytes() for array in arrays.values())
+        file.flush()
+        os.fsync(file.fileno())

@@ -78,7 +78,7 @@ def test_a_plan_of_another_format_is_made_to_fit(model, tmp_path):
 
 def test_a_package_that_would_be_wrong_is_not_made(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "check_package", lambda *_: ["decode: a is not b"])
-    with pytest.raises(RequestError, match="1 complaint.*decode: a is not b.*fault of rgexport"):
+    with pytest.raises(RequestError, match=r"1 complaint.*decode: a is not b.*fault of rgexport"):
         export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

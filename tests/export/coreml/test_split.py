@@ -107,7 +107,7 @@ def test_a_manifest_with_another_split_is_refused(tmp_path: Path) -> None:
     for wrong in ([1, 1], [4, 0], [5, -1]):
         fields["coreml"]["split"] = wrong
         path.write_text(json.dumps(fields))
-        with pytest.raises(RequestError, match="coreml.split"):
+        with pytest.raises(RequestError, match=r"coreml.split"):
             open_artifact(split.path)
 
 

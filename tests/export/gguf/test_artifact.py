@@ -187,7 +187,7 @@ def test_files_of_other_tools(case, tmp_path):
 
 
 def test_a_manifest_of_another_version(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.export.gguf.metadata.FORMAT_VERSION", 2)
+    monkeypatch.setattr("rgexport.export.gguf.embedded.FORMAT_VERSION", 2)
     path = copy(sound, tmp_path, lambda data: None)
     assert "format version is 1; this rgexport reads 2" in refusal(path)
 

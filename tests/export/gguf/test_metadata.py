@@ -9,8 +9,9 @@ from gguf import GGUFReader, GGUFValueType
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.gguf.embedded import MANIFEST_KEY
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.metadata import MANIFEST_KEY, metadata
+from rgexport.export.gguf.metadata import metadata
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
@@ -165,7 +166,7 @@ def test_base_models_get_the_template_that_a_chat_uses(tmp_path):
 def test_a_template_that_cannot_be_read_ends_the_export(tmp_path):
     folder = with_tokenizer(released(tmp_path / "model"))
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(RequestError, match="chat template .* cannot be read"):
+    with pytest.raises(RequestError, match=r"chat template .* cannot be read"):
         options = GgufOptions(type="f16")
         export_gguf(open_checkpoint(folder), options, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out*"))

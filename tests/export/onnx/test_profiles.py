@@ -96,7 +96,7 @@ def test_sites_keep_their_names(profile: str, tmp_path: Path) -> None:
     model = load_graph(export_random(config, tmp_path, "int8", profile=profile)[0])
     values = {value for node in model.graph.node for value in node.output}
     assert set(sites(config)) <= values
-    assert [value.name for value in model.graph.output][0] == "logits"
+    assert next(value.name for value in model.graph.output) == "logits"
 
 
 NOT_ALLOWED = {

@@ -71,7 +71,7 @@ def deepmind_perplexity() -> list[float]:
     return (losses.cumsum(0) / torch.arange(1, len(losses) + 1)).exp().tolist()
 
 
-@pytest.mark.parametrize("options, tolerance", [(EXACT, 1e-4), ((), 3e-3)], ids=["f32", "f16"])
+@pytest.mark.parametrize(("options", "tolerance"), [(EXACT, 1e-4), ((), 3e-3)], ids=["f32", "f16"])
 def test_perplexity_is_deepminds(llama_tools, demo, text, deepmind_perplexity, options, tolerance):
     """Without options, llama.cpp attends in float16."""
     asked = "--no-escape", "-m", demo, "-f", text, "-c", CHUNK, "-b", CHUNK, "-ub", 64, "-t", 1

@@ -60,7 +60,7 @@ def test_a_broken_source_leaves_the_library_that_is_there(monkeypatch, tmp_path)
     (sources / "cpu.cpp").write_text("this is not C++")
     there = tmp_path / library.LIBRARY.name
     there.write_text("the one before")
-    with pytest.raises(BuildFailed, match="cpu.cpp"):
+    with pytest.raises(BuildFailed, match=r"cpu.cpp"):
         build(tmp_path / "sources", tmp_path)
     assert there.read_text() == "the one before"
 

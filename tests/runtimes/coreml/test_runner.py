@@ -104,7 +104,7 @@ def test_the_double_has_what_coremltools_has() -> None:
 
 
 def test_what_core_ml_refuses_is_one_line(artifact: Artifact) -> None:
-    with pytest.raises(RequestError, match="Core ML cannot load other of .*: no function other"):
+    with pytest.raises(RequestError, match=r"Core ML cannot load other of .*: no function other"):
         FrameworkRunner(artifact.file(PACKAGE), ["other"])
 
 

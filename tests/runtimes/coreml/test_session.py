@@ -68,9 +68,10 @@ def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
     tokens = random_tokens(config, 1, 4 * config.window)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = open_session(artifact)
-    found = []
-    for start in range(0, tokens.shape[1], 8):
-        found.append(session.prefill(tokens[:, start : start + 8])[:, -1])
+    found = [
+        session.prefill(tokens[:, start : start + 8])[:, -1]
+        for start in range(0, tokens.shape[1], 8)
+    ]
     assert distance(np.stack(found, 1), expected[:, 7::8]) <= FP16
 
 

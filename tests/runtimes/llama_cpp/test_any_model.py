@@ -105,11 +105,11 @@ def test_memory_is_bounded(llama, monkeypatch):
     session = session_of(llama)
     session.prefill(TOKENS[:1, :500])
     monkeypatch.setattr(any_model, "available_bytes", lambda: 100_000)
-    with pytest.raises(RequestError, match="llama.gguf keeps 275 kB of 1 texts of 1,024 tok"):
+    with pytest.raises(RequestError, match=r"llama.gguf keeps 275 kB of 1 texts of 1,024 tok"):
         session.prefill(TOKENS[:1, :100])
     assert session.position == [500]  # and it can still be used
     session.prefill(TOKENS[:1, :10])
-    with pytest.raises(RequestError, match="llama.gguf keeps 1.10 MB of 8 texts of 512 tokens"):
+    with pytest.raises(RequestError, match=r"llama.gguf keeps 1.10 MB of 8 texts of 512 tokens"):
         session.reset(8)
 
 
@@ -122,7 +122,7 @@ def test_learned_positions_end(tmp_path):
 
 def test_what_tells_no_next_token(tmp_path):
     path = write_llama(tmp_path / "x.gguf", vocab_size=VOCAB, **{"attention.causal": False})
-    with pytest.raises(RequestError, match="x.gguf does not tell the next token of a text"):
+    with pytest.raises(RequestError, match=r"x.gguf does not tell the next token of a text"):
         session_of(path)
 
 
@@ -134,7 +134,7 @@ def test_states_of_another_model(llama, tmp_path):
         session.set_state(state)
     session.prefill(TOKENS[:1, :10])
     state = session.get_state()
-    with pytest.raises(RequestError, match="llama.cpp cannot restore the state"):
+    with pytest.raises(RequestError, match=r"llama.cpp cannot restore the state"):
         session.set_state(state | {DATA: state[DATA][:, ::-1]})
 
 

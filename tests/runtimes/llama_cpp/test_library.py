@@ -53,11 +53,11 @@ def test_stock_llama_cpp(
     foreign = tmp_path / "foreign.gguf"
     foreign.write_bytes(artifact.path.read_bytes().replace(b"recurrentgemma", b"recurrentgemmb"))
     capfd.readouterr()
-    with pytest.raises(RequestError, match="cannot load .*architecture: 'recurrentgemmb'$"):
+    with pytest.raises(RequestError, match=r"cannot load .*architecture: 'recurrentgemmb'$"):
         load_model(foreign)
     unknown = library._UNKNOWN_ARCHITECTURE.replace("gemma", "gemmb")
     monkeypatch.setattr(library, "_UNKNOWN_ARCHITECTURE", unknown)
-    with pytest.raises(RequestError, match="is a stock one, which cannot run .*foreign.gguf") as e:
+    with pytest.raises(RequestError, match=r"is a stock one, which cannot run .*foreign.gguf") as e:
         load_model(foreign)
     assert str(e.value).endswith(f"; {BUILD} installs the one that runs RecurrentGemma")
     assert capfd.readouterr() == ("", "")
@@ -77,7 +77,7 @@ def test_damaged_file(damage: Callable[[bytes], bytes], complaint: str, tmp_path
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(damage(artifact.path.read_bytes()))
-    with pytest.raises(RequestError, match="llama.cpp cannot load .*damaged.gguf: ") as error:
+    with pytest.raises(RequestError, match=r"llama.cpp cannot load .*damaged.gguf: ") as error:
         load_model(damaged)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)

@@ -69,7 +69,7 @@ def test_another_layout_is_refused() -> None:
         drifted[at] ^= 0x40
     cut = [data[:end] for end in (0, 3, 20, 300, len(data) - 1)]
     for damaged in (*map(bytes, changed), *cut, data + bytes(4)):
-        with pytest.raises(RequestError, match="not laid out as .* (expected|cells in)"):
+        with pytest.raises(RequestError, match=r"not laid out as .* (expected|cells in)"):
             unpack(damaged, LAYOUT)
     moved = bytearray(data)
     moved[16] ^= 0x40

@@ -86,7 +86,7 @@ def test_kernels_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(RequestError, match="changes nothing in --profile wasm"):
         OnnxOptions(profile="wasm", genai_native=True)
     monkeypatch.setenv(library.NO_NATIVE, "1")
-    with pytest.raises(RequestError, match="--genai-native copies .* RGEXPORT_NO_NATIVE turns"):
+    with pytest.raises(RequestError, match=r"--genai-native copies .* RGEXPORT_NO_NATIVE turns"):
         export_demo(tmp_path / "demo", genai_native=True)
     assert not (tmp_path / "demo").exists()
 

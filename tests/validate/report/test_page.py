@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
@@ -106,7 +107,7 @@ def test_a_screen_reader_finds_its_way(page: Page) -> None:
     assert page.named("html") == [{"lang": "en"}]
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 def test_the_verdict_comes_first(result: Result, alone: Result) -> None:

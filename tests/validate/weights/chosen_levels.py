@@ -74,8 +74,7 @@ def _candidates(w: np.ndarray, scheme: Affine) -> list[Grid]:
         scale = _kept(f * (high - low) / levels, scheme)
         zero = np.rint(levels / 2 - (high + low)[:, None] / (2 * scale))
         plain = np.rint(-low[:, None] / scale)
-        for one in (zero - 1, zero, zero + 1, plain):
-            found.append((scale, np.clip(one, 0, levels)))
+        found.extend((scale, np.clip(one, 0, levels)) for one in (zero - 1, zero, zero + 1, plain))
     return found
 
 

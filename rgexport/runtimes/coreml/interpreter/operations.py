@@ -81,7 +81,8 @@ def _softmax(given: Given) -> Call:
 
 def _mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
     """As `np.mean`, in a third of its time."""
-    total: np.ndarray = np.add.reduce(x, axis=axis, keepdims=keepdims)
+    add: Callable[..., np.ndarray] = np.add.reduce  # numpy's overloads take no `bool`
+    total = add(x, axis=axis, keepdims=keepdims)
     return total / np.float32(x.size // max(1, total.size))
 
 

@@ -77,9 +77,10 @@ class Slots:
 
     def load(self, value: Constant) -> np.ndarray | Weight:
         """A constant as an array, or a large one of floats as a weight that is read later."""
-        if isinstance(value, FileValue) and value.type.dtype in _FLOATS and value.type.shape:
-            if value.type.nbytes > SMALL_BYTES:
-                return file_weight(self._package, value, self._cache)
+        type = value.type
+        is_large = type.dtype in _FLOATS and type.shape and type.nbytes > SMALL_BYTES
+        if isinstance(value, FileValue) and is_large:
+            return file_weight(self._package, value, self._cache)
         return whole_constant(self._package, value)
 
     def widened(self, slot: int) -> int:
