@@ -149,7 +149,7 @@ def _node_edits(node: ast.AST, function: ast.AST) -> Iterator[_NodeEdit]:
             ast.Compare(left, [operator], [right])
             | ast.BinOp(left, operator, right)
             | ast.BoolOp(operator, [left, right])
-        ) if not _is_text(left) and not _is_text(right) or isinstance(node, ast.Compare):
+        ) if (not _is_text(left) and not _is_text(right)) or isinstance(node, ast.Compare):
             for name, tokens in _OPERATORS.items():
                 if old := tokens.get(type(operator)):
                     yield name, _end(left), _start(right), partial(_swap_first, old)

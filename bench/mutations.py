@@ -282,7 +282,7 @@ class Measurement:
         groups = likely_tests(checkout.folder, mutation.file)
         passed: list[str] = []
         if number in self.results:  # by its own folders
-            passed, groups = sum(groups, []), []
+            passed, groups = [path for group in groups for path in group], []
         checkout.apply(mutation)
         for paths in [*groups, *([] if self._quick else [[TESTS]])]:
             try:
