@@ -20,6 +20,7 @@ from rgexport.runtimes.cluster import connected
 from tests.evaluate.small_model import small_model
 from tests.evaluate.test_length import without_times
 
+pytestmark = pytest.mark.full  # a cluster's processes each import torch
 SUITES = ["text", "memory", "noise", "window", "length"]
 
 

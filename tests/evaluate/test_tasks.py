@@ -117,7 +117,7 @@ def write_tasks(folder: Path, written: dict[str, str]) -> Path:
 
 
 def hflm(model: Path, files: Path) -> dict[str, Any]:
-    """What lm_eval finds with its own model; it looks for documents where it is started."""
+    """Returns what lm_eval itself finds; it looks for documents in the working folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -131,11 +131,12 @@ def hflm(model: Path, files: Path) -> dict[str, Any]:
 
 
 def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, monkeypatch):
+    """Also in pieces of five requests."""
+    monkeypatch.setattr(tasks, "REQUESTS", 5)
     monkeypatch.chdir(files)
     expected = hflm(model, files)
-    artifact = export_onnx(
-        open_checkpoint(model), OnnxOptions(precision="fp32"), tmp_path / "artifact"
-    )
+    artifact = tmp_path / "artifact"
+    export_onnx(open_checkpoint(model), OnnxOptions(precision="fp32"), artifact)
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     asked = [word for name in TASKS for word in ("--task", name)]
@@ -146,75 +147,29 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
     assert re.search(r"choices +tokens read +\d\d\d of \d\d\d ", shown)
     assert {line.split()[0] for line in remarks.splitlines()} == {"Checking", "Evaluating"}
     assert "bits_per_byte" in Path("results/evaluation.html").read_text()
-    for model_found in json.loads(Path("results/evaluation.json").read_text())["models"]:
-        for entry in model_found["suites"]["tasks"]["tasks"]:
-            own = expected["results"][entry["task"]]
+    for each in json.loads(Path("results/evaluation.json").read_text())["models"]:
+        entries = {entry["task"]: entry for entry in each["suites"]["tasks"]["tasks"]}
+        assert entries["choices"]["shots"] == 3
+        for task, entry in entries.items():
             for figure in entry["metrics"]:
                 # Perplexities are powers of e.
-                assert figure["value"] == pytest.approx(own[f"{figure['metric']},none"], rel=1e-4)
-    request = Request(tasks=(*TASKS,), task_files=files)
-    answers = answers_of(expected)
-    for subject in (open_subject(str(model)), open_subject(str(artifact))):
-        results = runner.Results(Path("results"))
-        for piece in tasks.pieces(subject, request):
-            found = results.get(piece)["answers"]
-            part = load_tasks(request.tasks, files, None, 0).asked[piece.work["task"]]
-            assert len(part) == len(found) > 1
-            for one, answer in zip(part, found, strict=True):
-                other = answers[piece.work["task"], one.arguments]
-                assert_near(answer, other)
-
-
-def answers_of(found: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """Task and arguments → answer."""
-    return {
+                value = expected["results"][task][f"{figure['metric']},none"]
+                assert figure["value"] == pytest.approx(value, rel=1e-4)
+    answers = {
         (task, json.dumps(arguments)): answer[0]
-        for task, samples in found["samples"].items()
+        for task, samples in expected["samples"].items()
         for sample in samples
         for arguments, answer in zip(sample["arguments"], sample["resps"], strict=True)
     }
-
-
-def assert_near(answer: Any, other: Any) -> None:
-    if isinstance(answer, str):
-        assert answer == other
-    elif isinstance(answer, float):
-        assert answer == pytest.approx(other, abs=1e-4)
-    else:
-        assert answer[0] == pytest.approx(other[0], abs=1e-4) and answer[1] == other[1]
-
-
-class Killed(Exception):
-    """Stands for a signal."""
-
-
-def test_a_run_that_was_killed_goes_on(model, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "REQUESTS", 5)
-    subjects = [open_subject(str(model))]
-    request = Request(folder=tmp_path / "whole", tasks=("choices", "replies"), task_files=files)
-    expected = runner.evaluate(subjects, ["tasks"], request)
-    done, put = [], runner.Results.put
-
-    def put_two(results, piece, result):
-        if len(done) == 2:
-            raise Killed
-        done.append(piece.key)
-        put(results, piece, result)
-
-    monkeypatch.setattr(runner.Results, "put", put_two)
-    again = Request(folder=tmp_path / "again", tasks=request.tasks, task_files=files)
-    with pytest.raises(Killed):
-        runner.evaluate(subjects, ["tasks"], again)
-    load_tasks.cache_clear()  # as another process does
-    monkeypatch.setattr(
-        runner.Results, "put", lambda self, p, r: (done.append(p.key), put(self, p, r))
-    )
-    found = runner.evaluate(subjects, ["tasks"], again)
-    assert found["models"] == expected["models"]
-    assert len(done) == len({*done}) == len(list((tmp_path / "whole" / "pieces").glob("*.json")))
-    assert len(done) == 4
-    choices = expected["models"][0]["suites"]["tasks"]["tasks"][0]
-    assert choices["shots"] == 3 and choices["metrics"][0]["count"] == 4
+    request = Request(tasks=(*TASKS,), task_files=files)
+    every = load_tasks(request.tasks, files, None, 0).asked
+    for subject in (open_subject(str(model)), open_subject(str(artifact))):
+        results = runner.Results(Path("results"))
+        for piece in tasks.pieces(subject, request):
+            task, first, count = (piece.work[key] for key in ("task", "first", "requests"))
+            found = results.get(piece)["answers"]
+            for one, answer in zip(every[task][first : first + count], found, strict=True):
+                assert answer == pytest.approx(answers[task, one.arguments], abs=1e-4)
 
 
 def test_other_documents_are_other_work(model, files, tmp_path):

@@ -10,8 +10,7 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import window
-from rgexport.export.opening import open_artifact
-from rgexport.runtimes.engine import open_narrow_session, open_session
+from rgexport.runtimes.engine import open_narrow_session
 from tests.artifacts import (
     export_random,
     export_random_coreml,
@@ -84,21 +83,6 @@ def test_a_gguf_is_deepminds_with_that_window(narrow, deepminds, tmp_path):
     session = open_narrow_session(artifact, narrow)
     assert np.abs(logits(session) - deepminds(weights, narrow)).max() < 2e-4
     session.close()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_it_is_what_an_export_with_that_window_would_be(precision, made, tmp_path):
-    model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
-    for name, more in (("full", ()), ("narrow", ("--window", "6"))):
-        asked = "onnx", "-m", model, "--precision", precision, "--no-check", *more
-        assert run([*map(str, asked), "-o", str(tmp_path / name)]) == 0
-    narrow, full = (open_artifact(tmp_path / name) for name in ("narrow", "full"))
-    assert narrow.manifest.config.window == 6
-    of_export, of_full = open_session(narrow), open_narrow_session(full, 6)
-    assert np.array_equal(logits(of_export), logits(of_full))
-    assert of_export.info.state_bytes == of_full.info.state_bytes
-    of_export.close()
-    of_full.close()
 
 
 @pytest.mark.parametrize("wrong", [-1, 25])

@@ -22,6 +22,10 @@ def failed(result: Result) -> list[str]:
     return [check.name for check in result.checks if not check.passed]
 
 
+COSTS = {"fp32": 0, "fp16": 1e-9, "int8": 1e-5, "int4": 1e-2, "int4-exact": 1e-2}
+"""Kind → the least KL that it costs; the next kind's is the most."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_clean_artifacts_pass(clean: Clean, checkpoint: Path, kind: str) -> None:
     result = validate_artifact(clean(kind), Request(model=str(checkpoint)))
@@ -32,17 +36,15 @@ def test_clean_artifacts_pass(clean: Clean, checkpoint: Path, kind: str) -> None
     assert [error.name for error in result.weights] == list(model_tensors(CONFIG))
     assert result.original is not None
     assert result.original.kl.mean >= 0.9 * result.twin.kl.mean
+    least, most = COSTS[kind], min((c for c in COSTS.values() if c > COSTS[kind]), default=1)
+    assert least <= result.original.kl.mean < most
 
 
-def test_precision_costs_what_it_should(clean: Clean, checkpoint: Path) -> None:
-    cost = {}
-    for kind in ("fp32", "fp16", "int8", "int4-exact"):
-        original = validate_artifact(
-            clean(kind), Request(model=str(checkpoint), max_tokens=40)
-        ).original
-        assert original is not None
-        cost[kind] = original.kl.mean
-    assert cost["fp32"] < 1e-9 < cost["fp16"] < 1e-5 < cost["int8"] < 1e-2 < cost["int4-exact"]
+def test_without_the_original(clean: Clean) -> None:
+    result = validate_artifact(clean("int4"))
+    assert result.verdict == "PASS"
+    assert result.original is None and result.weights is None and not result.source.found
+    assert result.source.made_from == "original"
 
 
 @pytest.mark.parametrize(
@@ -54,13 +56,6 @@ def test_a_graph_that_differs_from_its_manifest_fails(spoil: Spoil, config: dict
     assert result.verdict == "FAIL"
 
 
-def test_without_the_original(clean: Clean) -> None:
-    result = validate_artifact(clean("int4"))
-    assert result.verdict == "PASS"
-    assert result.original is None and result.weights is None and not result.source.found
-    assert result.source.made_from == "original"
-
-
 def test_another_model_of_the_same_shape_is_compared(clean: Clean, tmp_path: Path) -> None:
     cousin = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300, window=20)
     folder = write_hugging_face(cousin, random_weights(cousin, seed=1), tmp_path / "cousin")
@@ -69,13 +64,6 @@ def test_another_model_of_the_same_shape_is_compared(clean: Clean, tmp_path: Pat
     assert result.source.config_differences == ("window: 16 → 20",)
     assert {"original.rms"} < set(failed(result))
     assert "twin.logits" not in failed(result)
-
-
-def test_a_model_of_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
-    other = make_config("rra", width=64, heads=4, lru_width=128, vocab_size=300)
-    folder = write_hugging_face(other, random_weights(other), tmp_path / "other")
-    with pytest.raises(RequestError, match=r"linear_y.weight has shape \[96, 64\]"):
-        validate_artifact(clean("fp32"), Request(model=str(folder)))
 
 
 def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +78,3 @@ def test_without_torch(clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", no_torch)
     with pytest.raises(RequestError, match=r"needs torch .* 'rgexport\[export\]'"):
         validate_artifact(clean("fp32"))
-
-
-def test_an_unknown_device(clean: Clean) -> None:
-    with pytest.raises(RequestError, match="torch cannot use the device 'abacus'"):
-        validate_artifact(clean("fp32"), Request(device="abacus"))

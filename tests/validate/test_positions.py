@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.validate import metrics
-from rgexport.validate.measure import measure
 from rgexport.validate.positions import (
     BLOCKS,
     CHOICES,
@@ -18,7 +17,6 @@ from rgexport.validate.positions import (
     position_blocks,
     token_text,
 )
-from tests.validate.toys import VOCAB, ToySession, toy_pass
 
 
 def rows_of(kl: np.ndarray) -> np.ndarray:
@@ -103,16 +101,3 @@ def test_a_speller_shows_special_tokens_and_parts_of_characters() -> None:
     spell = token_text(tokenizer)
     assert spell([0, 1, 2, 3]) == "<bos>a é"
     assert spell([2]) == "\\xc3"
-
-
-def test_a_measurement_carries_both_for_both_references() -> None:
-    tokens = np.random.default_rng(1).integers(0, VOCAB, 300)
-    found = measure(ToySession(), tokens, [toy_pass(tokens), toy_pass(tokens, seed=1)])
-    assert len(found.comparisons) == 2
-    for side in found.comparisons:
-        assert len(side.blocks) == BLOCKS and len(side.worst) == WORST
-        assert side.worst[0].position == side.kl.worst_position
-        assert side.worst[0].context is None
-    assert side.worst[0].kl == side.kl.max
-    place = side.worst[0]
-    assert place.next_token == tokens[place.position + 1]

@@ -28,13 +28,6 @@ def graded(
     )
 
 
-def test_each_grade_is_wider_than_the_one_before() -> None:
-    assert tuple(grade.name for grade in GRADES) == GRADE_NAMES
-    for better, worse in zip(GRADES, GRADES[1:], strict=False):
-        assert better.kl < worse.kl and better.top1 > worse.top1
-    assert GRADES[-1].kl == math.inf and GRADES[-1].top1 == 0
-
-
 def test_the_command_offers_all_grades() -> None:
     (option,) = [one for one in validate.params if one.name == "min_quality"]
     assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == GRADE_NAMES

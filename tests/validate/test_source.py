@@ -24,15 +24,6 @@ def named(manifest: Manifest, name: str) -> Manifest:
     return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name=name))
 
 
-def demo(manifest: Manifest) -> Manifest:
-    return named(manifest, "demo")
-
-
-def test_the_given_model(manifest: Manifest, checkpoint: Path) -> None:
-    found = find_original(manifest, str(checkpoint))
-    assert found is not None and found.same_files and found.config_differences == ()
-
-
 def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(
     manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -43,16 +34,20 @@ def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(
     assert found is not None and found.config_differences == ()
 
 
-def test_no_original_is_guessed(manifest: Manifest) -> None:
-    assert find_original(manifest, None) is None
-
-
 def test_the_demo_is_found(
     manifest: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    demo = named(manifest, "demo")
     monkeypatch.setattr(checkpoints, "demo_folder", lambda: checkpoint)
-    found = find_original(demo(manifest), None)
-    assert found is not None and found.same_files
+    found = find_original(demo, None)
+    assert found is not None and found.same_files and found.config_differences == ()
+    assert find_original(manifest, None) is None
+
+    def missing() -> Path:
+        raise RequestError("not bundled")
+
+    monkeypatch.setattr(checkpoints, "demo_folder", missing)
+    assert find_original(demo, None) is None
 
 
 def test_a_released_model_is_found_in_the_hub_cache(
@@ -75,17 +70,9 @@ def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
     data[-1] ^= 1
     weights.write_bytes(data)
     monkeypatch.setattr(checkpoints, "demo_folder", lambda: other)
-    assert find_original(demo(manifest), None) is None
+    assert find_original(named(manifest, "demo"), None) is None
     given = find_original(manifest, str(other))
     assert given is not None and not given.same_files
-
-
-def test_an_install_without_the_demo(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Path:
-        raise RequestError("not bundled")
-
-    monkeypatch.setattr(checkpoints, "demo_folder", missing)
-    assert find_original(demo(manifest), None) is None
 
 
 def test_a_missing_or_damaged_model(manifest: Manifest, checkpoint: Path, tmp_path: Path) -> None:

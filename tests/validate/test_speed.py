@@ -41,20 +41,6 @@ def test_rates_are_those_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clocked.closed == 1
 
 
-def test_an_odd_call_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocked = Clocked(monkeypatch, ToySession(), took=0.001)
-    calls = 0
-
-    def seconds(run: Callable[[], None]) -> float:
-        nonlocal calls
-        calls += 1
-        return 0.9 if calls % 7 == 0 else clocked._seconds(run)
-
-    monkeypatch.setattr(speed, "seconds", seconds)
-    found = measured(clocked)
-    assert found.decode == pytest.approx(1000) and found.prefill == pytest.approx(1000)
-
-
 def test_a_slow_engine_takes_two_tokens_and_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     clocked = Clocked(monkeypatch, WholeChunksSession(chunk_logits=True), took=20)
     found = measured(clocked)

@@ -11,21 +11,6 @@ from rgexport.validate.text import built_in_text, choose_text, encode, random_te
 from tests.validate.toys import VOCAB, character_tokenizer
 
 
-def test_the_built_in_text_is_varied() -> None:
-    text = built_in_text()
-    assert 5_000 < len(text) < 8_000
-    for part in ("def moving_average", "| Jan", "Als der Zug", "今日は", "🎒", "<start_of_turn>"):
-        assert part in text
-
-
-def test_the_built_in_text_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_TOKENS", 10_000)
-    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=256)
-    assert len(found.tokens) == 1 + len(built_in_text())
-    assert found.bytes == len(built_in_text().encode())
-    assert not found.truncated and found.name == "built-in"
-
-
 def test_the_built_in_text_goes_past_a_long_window() -> None:
     found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7000)
     assert len(found.tokens) == 7000 + module.PAST_WINDOW

@@ -6,7 +6,6 @@ weights were altered. `bench.verdicts` asks the same of the demo, and of more fo
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face
-from tests.validate.faults.conftest import CONFIG, KINDS, case, export_once, sound_weights
+from tests.validate.faults.conftest import CONFIG, KINDS, Judge, case, export_once, sound_weights
 
 QUANTIZED = [kind for kind in KINDS if "int" in kind]
 GROSS = [name for name in WRONG_WEIGHTS if "times" not in name and "one tensor" not in name]
@@ -39,58 +38,23 @@ def reference(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Refer
     return read_reference(target)
 
 
-@pytest.fixture(scope="session")
-def wrong_model(original: Path) -> Callable[[str], Path]:
-    """A wrong model's folder, written once."""
-
-    def make(wrong: str) -> Path:
-        folder = original.parent / f"wrong-{list(WRONG_WEIGHTS).index(wrong)}"
-        if not folder.exists():
-            weights = sound_weights()
-            changed = WRONG_WEIGHTS[wrong](CONFIG, weights)
-            write_hugging_face(CONFIG, weights | changed, folder, dtype="bfloat16")
-        return folder
-
-    return make
-
-
 @pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def without_torch(monkeypatch: pytest.MonkeyPatch, reference: ReferenceFile) -> Judge:
     """`validate --reference` as a machine without torch does it."""
-    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    find_spec, request = opening.find_spec, Request(reference=reference, max_tokens=8)
 
-    def judge(path: Path, reference: ReferenceFile) -> Result:
-        return validate_artifact(path, Request(reference=reference, max_tokens=8))
+    def judge(path: Path) -> Result:
+        monkeypatch.setattr(opening, "find_spec", lambda name: None)
+        result = validate_artifact(path, request)
+        monkeypatch.setattr(opening, "find_spec", find_spec)
+        return result
 
     return judge
 
 
-def _factor(result: Result) -> float:
-    """How many times its limit the value is that is farthest beyond it."""
-    failed = [check for check in result.checks if check.outcome == "FAIL"]
-    return max(check.value / check.limit if check.limit else 1.0 for check in failed)
-
-
-@pytest.mark.parametrize("kind", map(case, ("onnx-int4", "onnx-int8", "coreml-int4", "gguf-int4")))
-@pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_a_reference_file_alone_finds_another_model(
-    kind: str,
-    wrong: str,
-    wrong_model: Callable[[str], Path],
-    reference: ReferenceFile,
-    without_torch: Callable[..., Result],
-) -> None:
-    result = without_torch(export_once(kind, wrong_model(wrong)), reference)
-    assert result.verdict == "FAIL" and result.twin is None
-    assert _factor(result) > (3 if wrong in GROSS else 1.5)
-
-
 @pytest.mark.parametrize("kind", map(case, QUANTIZED))
-def test_the_right_one_passes(
-    kind: str, original: Path, reference: ReferenceFile, without_torch: Callable
-) -> None:
-    path = export_once(kind, original)
-    result = without_torch(path, reference)
+def test_the_right_one_passes(kind: str, original: Path, without_torch: Judge) -> None:
+    result = without_torch(export_once(kind, original))
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
 
 
@@ -117,11 +81,19 @@ def test_altered_weights_are_found_in_every_way(
 
 
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_the_original_and_the_self_check_find_another_model(
-    wrong: str, wrong_model: Callable[[str], Path], original: Path
+def test_another_model_is_found_in_every_way(
+    wrong: str, original: Path, reference: ReferenceFile, without_torch: Judge
 ) -> None:
-    path = export_once("onnx-int4", wrong_model(wrong))
+    """By the original, by the self-check, and by a reference file alone."""
+    folder = original.parent / f"wrong-{list(WRONG_WEIGHTS).index(wrong)}"
+    weights = sound_weights()
+    weights |= WRONG_WEIGHTS[wrong](CONFIG, weights)
+    path = export_once("onnx-int4", write_hugging_face(CONFIG, weights, folder, dtype="bfloat16"))
+    alone = without_torch(path)
+    assert alone.twin is None
     result = validate_artifact(path, Request(model=str(original), max_tokens=16))
-    assert result.verdict == "FAIL"
-    assert _factor(result) > (3 if wrong in GROSS else 1.5)
+    for found in (alone, result):
+        failed = [check for check in found.checks if check.outcome == "FAIL"]
+        factors = [check.value / check.limit if check.limit else 1.0 for check in failed]
+        assert found.verdict == "FAIL" and max(factors) > (3 if wrong in GROSS else 1.5)
     assert self_check(open_checkpoint(original), path).status == "unverified"

@@ -136,20 +136,9 @@ def test_states_are_compared_at_the_end_and_on_the_way(
     assert all({error.name for error in drift.states} == recurrent for drift in exact.drift)
     assert {error.name for error in exact.states} == {error.name for error in rough.states}
     assert {error.name for error in exact.states} > recurrent
-    for one, other in (
-        (exact.states, rough.states),
-        *((a.states, b.states) for a, b in zip(exact.drift, rough.drift, strict=True)),
-    ):
-        assert max(error.relative_max for error in one) < 1e-4
-        assert max(error.relative_max for error in other) > 1e-3
-
-
-def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
-    found = held(clean("int4"), reference).agreement
-    assert found.flips / 2 < found.near_ties <= found.flips
-    assert found.largest_flip_margin > 0
-    exact = held(clean("fp32"), reference).agreement
-    assert exact.flips == exact.near_ties
+    for found, low, high in ((exact, 0, 1e-4), (rough, 1e-3, 1)):
+        for errors in (found.states, *(drift.states for drift in found.drift)):
+            assert low <= max(error.relative_max for error in errors) < high
 
 
 def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
@@ -187,22 +176,17 @@ def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
     assert {error.worst_position for error in rough} <= set(reference.header.watched)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_first_layer_that_leaves_is_named(
-    spoil: Spoil,
-    file: Path,
-    layer: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    spoil: Spoil, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without torch, from the file alone."""
-    folder = spoil("fp32", weight=(f"layers.{layer}.mlp_block.up_proj.weight", "data", 1.02))
+    folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", "data", 1.02))
     errors = look(folder, read_reference(file))
-    assert [error.layer for error in errors if not error.passed] == list(range(layer, 3))
+    assert [error.layer for error in errors if not error.passed] == [1, 2]
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     validate_artifacts([folder], Request(bisect=True), reference=file)
     shown = capsys.readouterr().out
-    assert f"layer {layer} is the first whose residual stream leaves" in shown
+    assert "layer 1 is the first whose residual stream leaves" in shown
 
 
 def test_few_states_are_kept_where_they_are_large(
@@ -218,29 +202,6 @@ def test_few_states_are_kept_where_they_are_large(
     assert positions_to_look_at(reference, state) == watched[:1]
 
 
-@pytest.mark.parametrize(
-    ("kind", "weight", "part", "gain", "checks"),
-    [
-        ("fp32", "layers.0.mlp_block.down_proj.weight", "data", -4.0, ["reference.rms"]),
-        ("int8", "layers.0.mlp_block.down_proj.weight", "scales", -4.0, ["reference.rms"]),
-        ("int4-exact", "layers.0.mlp_block.down_proj.weight", "scales", -4.0, ["reference.rms"]),
-        ("fp32", "final_norm.weight", "data", np.nan, ["reference.rms", "reference.finite"]),
-    ],
-)
-def test_a_ruined_artifact_fails(
-    spoil: Spoil,
-    reference: ReferenceFile,
-    kind: str,
-    weight: str,
-    part: str,
-    gain: float,
-    checks: list[str],
-) -> None:
-    folder = spoil(kind, weight=(weight, part, gain))
-    assert failed(folder, reference) == checks
-    assert wrong_tensors(folder, reference) == {weight}
-
-
 def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     """A reference file of a model that differs from the one of `clean`."""
     config = dataclasses.replace(CONFIG, **change)
@@ -249,13 +210,25 @@ def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     return read_reference(capture(open_checkpoint(folder), tmp_path / "r", device="cpu"))
 
 
-def test_other_weights_are_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_fails(spoil: Spoil, reference: ReferenceFile) -> None:
+    folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
+    assert failed(folder, reference) == ["reference.rms", "reference.finite"]
+    assert wrong_tensors(folder, reference) == {"final_norm.weight"}
+
+
+def test_other_weights_are_named_and_judged(
+    clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reference = another(tmp_path, seed=1)
     found = held(clean("int4"), reference)
     assert not found.same_files and found.config_differences == ()
-    assert failed(clean("fp32"), reference) == ["reference.rms"]
-    for kind in ("fp32", "int4"):
-        assert wrong_tensors(clean(kind), reference) == set(model_tensors(CONFIG))
+    assert wrong_tensors(clean("int4"), reference) == set(model_tensors(CONFIG))
+    assert (
+        validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=reference.path) == 1
+    )
+    shown = capsys.readouterr().out
+    assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
+    assert "the reference file is of other weight files" in shown
 
 
 def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> None:
@@ -273,16 +246,21 @@ def test_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
 
 
 def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
-    """What is counted as common is what the session says when it is asked itself."""
+    """The file's is the model's own, and the common part is what the session says when asked."""
     (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
     asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
-    reference = read_reference(capture(open_checkpoint(size="demo"), tmp_path / "r", **asked))
+    demo = open_checkpoint(size="demo")
+    reference = read_reference(capture(demo, tmp_path / "r", **asked))
+    model = Reference(demo.config, demo.weights)
     session = OrtSession(open_artifact(demo_artifact))
     prompts = held(demo_artifact, reference).prompts
     assert {prompt.name for prompt in prompts} == {"p.txt 1", "p.txt 2", "p.txt 3"}
     for (index, _, span), prompt in zip(reference.spans(), prompts, strict=True):
         expected = reference.greedy(index).tolist()
-        assert prompt.greedy_tokens == len(expected)
+        assert prompt.greedy_tokens == len(expected) >= 1
+        hidden, _ = model.run(np.array([[*reference.tokens[span], *expected]]))
+        likeliest = model.logits(hidden)[0].argmax(1).tolist()
+        assert likeliest[span.stop - span.start - 1 : -1] == expected
         session.reset()
         said = [int(session.prefill(reference.tokens[None, span])[0, -1].argmax())]
         while said[: len(said)] == expected[: len(said)] and len(said) < len(expected):
@@ -309,16 +287,6 @@ def test_validate_with_a_file(
     page = written["html_file"].read_text("utf-8")
     assert "Against the reference file" in page and f"{positions:,} positions" in page
     assert page.count("reference.<wbr>rms") == 1
-
-
-def test_a_failure_against_the_file_is_the_verdict(
-    clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = another(tmp_path, seed=1).path
-    assert validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=path) == 1
-    shown = capsys.readouterr().out
-    assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
-    assert "the reference file is of other weight files" in shown
 
 
 def test_without_torch_the_file_is_enough(

@@ -17,7 +17,6 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.validate.reference import capture as capturing
 from rgexport.validate.reference import implementations, kept_logits
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
@@ -125,9 +124,8 @@ def test_a_missing_package_is_one_line(
 ) -> None:
     monkeypatch.delitem(sys.modules, implementations.PACKAGES[impl].module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
-    with pytest.raises(RequestError, match=f"pip install .*{package}") as raised:
+    with pytest.raises(RequestError, match=f"pip install .*{package}[^\n]*$"):
         capture(small, tmp_path / "r", device="cpu", impl=impl)
-    assert "\n" not in str(raised.value)
 
 
 def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
@@ -162,16 +160,9 @@ def test_weights_stay_in_memory_only_where_they_fit(
     assert "one layer at a time" not in capsys.readouterr().err
     assert not keeps(enough - 2) and not keeps(None)
     assert "one layer at a time" in capsys.readouterr().err
-
-
-def test_another_implementation_that_does_not_fit_is_refused(
-    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = implementations.float32_bytes(small.config)
-    monkeypatch.setattr(implementations, "available_bytes", lambda: needed - 1)
-    with pytest.raises(RequestError, match="of memory for the weights alone") as raised:
-        capture(small, tmp_path / "r", device="cpu", impl="deepmind")
-    assert "\n" not in str(raised.value)
+    keeps(needed - 1)
+    with pytest.raises(RequestError, match=r"of memory for the weights alone[^\n]*$"):
+        choose_implementation("deepmind", "cpu", low_memory=False)(config, weights)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -218,22 +209,6 @@ def test_logits_exist_for_one_block_at_a_time(
     monkeypatch.setattr(Reference, "logits", counted)
     found = read_reference(capture(small, tmp_path / "r", device="cpu", prompts=tmp_path / "p"))
     assert len(found.tokens) == sum(asked) == 303 and max(asked) == 20
-
-
-def test_the_greedy_text_is_the_model_s_own(tmp_path: Path) -> None:
-    demo = open_checkpoint(size="demo")
-    file = capture(demo, tmp_path / "r", device="cpu")
-    assert file.stat().st_size < 20_000_000
-    found = read_reference(file)
-    assert found.header.tail_bits == 16
-    model = Reference(demo.config, demo.weights)
-    for index, _, span in found.spans():
-        expected = found.greedy(index).tolist()
-        assert 1 <= len(expected) <= capturing.GREEDY_TOKENS
-        ids = [*found.tokens[span].tolist(), *expected]
-        hidden, _ = model.run(np.array([ids]))
-        chosen = model.logits(hidden)[0].argmax(1).tolist()
-        assert chosen[span.stop - span.start - 1 : -1] == expected
 
 
 def test_how_positions_are_stored() -> None:

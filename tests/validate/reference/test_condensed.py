@@ -3,13 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.validate.metrics import compare_logits
 from rgexport.validate.reference.condensed import (
     CODES,
     LEAST,
     MOST,
     RELATIVE_WIDTH,
-    Condensed,
     condense,
     kl_bounds,
     lead,
@@ -77,21 +75,16 @@ def test_the_bounds_are_reached() -> None:
     assert found.high == pytest.approx(exact_kl(turned, candidate), abs=1e-4)
 
 
-@pytest.mark.parametrize("delta", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize("spread", [1.0, 2.5, 5.0])
-def test_sixteen_bits_know_it_to_a_thousandth(spread: float, delta: float) -> None:
-    reference, candidate = draw(1, 8192, spread, delta)
-    found, truth = kl_bounds(condense(reference, 16), candidate), exact_kl(reference, candidate)
-    assert found.high - found.low <= 1.5 * RELATIVE_WIDTH * truth
-    assert found.best == pytest.approx(truth, rel=1e-4)
-
-
-@pytest.mark.parametrize(("bits", "rel"), [(8, 3e-2), (16, 1e-3)])
-def test_the_best_guess_is_good_for_small_errors_too(bits: int, rel: float) -> None:
-    reference, candidate = draw(2, 8192, 2.5, 1e-3)
-    truth = exact_kl(reference, candidate)
-    assert truth < 1e-6
-    assert kl_bounds(condense(reference, bits), candidate).best == pytest.approx(truth, rel=rel)
+@pytest.mark.parametrize(
+    ("bits", "spread", "delta", "rel"),
+    [(16, 1.0, 0.1, 1e-4), (16, 5.0, 2.0, 1e-4), (16, 2.5, 1e-3, 1e-3), (8, 2.5, 1e-3, 3e-2)],
+)
+def test_the_best_guess_is_good(bits: int, spread: float, delta: float, rel: float) -> None:
+    reference, candidate = draw(2, 8192, spread, delta)
+    found, truth = kl_bounds(condense(reference, bits), candidate), exact_kl(reference, candidate)
+    assert found.best == pytest.approx(truth, rel=rel)
+    if rel == 1e-4:
+        assert found.high - found.low <= 1.5 * RELATIVE_WIDTH * truth
 
 
 def test_a_peaked_distribution_keeps_few_tokens_and_a_flat_one_many() -> None:
@@ -99,22 +92,9 @@ def test_a_peaked_distribution_keeps_few_tokens_and_a_flat_one_many() -> None:
     few, many = (condense(logits, 0, 2048) for logits in (peaked, flat))
     assert LEAST <= len(few.ids) < len(many.ids) == 2048
     assert few.tail.mass < 1e-3 < many.tail.mass
-
-
-def test_all_tokens_kept_is_exact() -> None:
-    reference, candidate = draw(4, LEAST, 2.0, 0.1)
-    found = kl_bounds(condense(reference, 0), candidate)
-    assert found.low == found.best == found.high
-    row = compare_logits(reference[None], candidate[None], np.array([-1]))[0]
-    assert found.best == pytest.approx(row["kl"], rel=1e-9)
-
-
-def test_kept_tokens_are_the_most_likely_ones() -> None:
-    reference, _ = draw(5, 500, 2.0, 0)
-    found: Condensed = condense(reference, 8, 40)
-    order = np.argsort(-reference)
-    assert np.array_equal(found.ids, order[: len(found.ids)])
-    assert np.array_equal(found.logits, reference[found.ids])
+    order = np.argsort(-peaked)
+    assert np.array_equal(few.ids, order[: len(few.ids)])
+    assert np.array_equal(few.logits, peaked[few.ids])
 
 
 @pytest.mark.parametrize("bits", sorted(CODES))

@@ -24,6 +24,7 @@ def test_the_built_in_ones(tokenizer: Tokenizer) -> None:
     assert prompts["empty"].tokens.tolist() == [tokenizer.bos_id]
     assert len(prompts["one token"].tokens) == 2
     assert 2 * 256 < len(prompts["several windows"].tokens) <= 3 * 256
+    assert all(prompts[name].bytes == len(text.encode()) for name, text in TEXTS.items())
 
 
 def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
@@ -34,22 +35,12 @@ def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
     assert turns.isdisjoint(typed) and END_OF_TURN in tokenizer.decode(typed)
 
 
-def test_the_bytes_are_those_of_the_text(tokenizer: Tokenizer) -> None:
-    for prompt in choose_prompts(tokenizer, vocab_size=8192, window=256):
-        if prompt.name in TEXTS:
-            assert prompt.bytes == len(TEXTS[prompt.name].encode())
-
-
-def test_without_a_bos_there_is_no_empty_prompt() -> None:
+def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt() -> None:
     prompts = choose_prompts(character_tokenizer(None), vocab_size=VOCAB, window=64)
     assert "empty" not in {prompt.name for prompt in prompts}
     assert min(len(prompt.tokens) for prompt in prompts) == 1
-
-
-def test_without_a_tokenizer_ids_are_drawn() -> None:
     once, again = (choose_prompts(None, vocab_size=50, window=16) for _ in range(2))
-    lengths = [len(prompt.tokens) for prompt in once]
-    assert 1 in lengths and max(lengths) > 2 * 16
+    assert 1 == min(len(p.tokens) for p in once) and max(len(p.tokens) for p in once) > 2 * 16
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(once, again, strict=True))
 
 

@@ -12,8 +12,8 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
-from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
+from rgexport.quantize.scheme import Affine, Palette, Scheme
+from rgexport.validate.weights.expectations import EXPECTATIONS
 from rgexport.validate.weights.sketch_errors import sketch_errors
 from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
@@ -61,30 +61,6 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine, key: str) -> list[
 
 def test_every_algorithm_has_limits() -> None:
     assert ALGORITHMS.keys() <= EXPECTATIONS.keys()
-
-
-@pytest.mark.parametrize(
-    ("scheme", "weighted", "key"),
-    [
-        (LAYOUTS[0], False, "rtn"),
-        (LAYOUTS[0], True, "rtn"),
-        (replace(LAYOUTS[0], algorithm="search"), False, "search"),
-        (replace(LAYOUTS[0], algorithm="importance"), True, "importance"),
-        (replace(LAYOUTS[0], algorithm="gptq"), True, "gptq"),
-        (replace(LAYOUTS[3], algorithm="gptq"), True, "gptq, 8 bits"),
-        (replace(LAYOUTS[3], algorithm="search"), False, "search"),
-        (Palette(), False, "kmeans"),
-        (Ggml("f16"), True, "cast"),
-        (Ggml("q4_0"), False, "ggml"),
-        (Ggml("q4_0"), True, "ggml weighted"),
-        (Ggml("q8_0"), True, "ggml"),
-        (Ggml("q4_k"), False, "ggml search"),
-    ],
-)
-def test_what_is_expected_depends_on_layout_and_algorithm(
-    scheme: Scheme, weighted: bool, key: str
-) -> None:
-    assert expectation_key(scheme, weighted) == key and key in EXPECTATIONS
 
 
 @settings(max_examples=40, deadline=None)
