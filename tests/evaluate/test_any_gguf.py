@@ -75,7 +75,6 @@ def test_perplexity_is_llama_perplexitys(window, llama_tools, tmp_path):
     asked = "--no-escape", "-m", file, "-f", SAMPLE, "-c", "192", "-t", "1"
     printed = run_tool(llama_tools / "llama-perplexity", *asked, ending="Final estimate")
     final = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
-    assert final is not None
     words = f"--suite text --text {SAMPLE} --context 192 -o {tmp_path / 'r'} --threads 1".split()
     assert run(["evaluate", str(file), *words]) == 0
     model = json.loads((tmp_path / "r" / "evaluation.json").read_text())["models"][0]
@@ -146,7 +145,7 @@ def test_its_window_is_fixed(tmp_path, capsys):
 def test_sentencepiece_vocabulary(tmp_path):
     found = load_any_vocabulary(write_llama(tmp_path / "x.gguf"))
     text = "It was the time.\nNo \u00e9\u4e2d <eos> here"
-    assert found is not None and found.bos_id == 2
+    assert found.bos_id == 2
     ids = found.encode_text(text)
     assert found.decode(ids) == text and not {*ids} & {0, 1, 2}
     assert b"".join(map(found.surface, ids)) == text.encode()
@@ -154,7 +153,7 @@ def test_sentencepiece_vocabulary(tmp_path):
 
 def test_bytewise_vocabulary(tmp_path):
     found = load_any_vocabulary(write_llama(tmp_path / "x.gguf", bytewise=True))
-    assert found is not None and found.bos_id is None and found.eos_id == 259
+    assert found.bos_id is None and found.eos_id == 259
     assert found.encode_text(" the") == [258] and len(found.encode_text("the")) == 2
     text = "In the \u00e9\u4e2d <|endoftext|>"
     ids = found.encode_text(text)

@@ -92,7 +92,7 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks") / "model"
     write_hugging_face(CONFIG, random_weights(CONFIG), folder)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
@@ -101,7 +101,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
+def files(tmp_path) -> Path:
     """A folder of task files and their documents."""
     return write_tasks(tmp_path / "files", TASKS)
 
@@ -268,7 +268,6 @@ def test_names_are_no_paths(files):
 def test_states_may_differ_in_length(files, tmp_path):
     """Those of a transformer have the length of what it has read."""
     subject = open_subject(str(write_llama(tmp_path / "llama.gguf")))
-    assert subject.tokenizer is not None
     asked = load_tasks(("replies",), files, None, 0).asked["replies"]
     session = subject.session()
     together = answered(subject.tokenizer, session, asked)["answers"]

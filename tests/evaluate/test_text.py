@@ -17,14 +17,13 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import text
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import CONFIG, small_model
-from tests.llama_tools import run_tool
 from tests.models import make_config, random_weights, write_hugging_face
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path) -> Path:
     return small_model(tmp_path)[0]
 
 
@@ -36,7 +35,6 @@ def test_losses_are_deepminds(tmp_path):
     deepmind, session = deepmind_model(config, weights), subject.session()
     pieces = list(text.pieces(subject, request))
     assert [piece.work["context"] for piece in pieces] == [None, 32]
-    assert subject.tokenizer is not None
     ids = np.array([2, *subject.tokenizer.encode_text(PROSE)])
     whole = text.measure(subject, session, pieces[0].work, request)
     assert sum(whole["sums"]) == pytest.approx(nats(deepmind, ids).sum(), rel=1e-5)
@@ -61,7 +59,6 @@ def test_strided_losses_are_deepminds(context, stride, tmp_path):
     request = Request(texts=(file,), context=context, stride=stride)
     piece = next(p for p in text.pieces(subject, request) if p.work["stride"])
     found = text.measure(subject, subject.session(), piece.work, request)
-    assert subject.tokenizer is not None
     ids, deepmind = subject.tokenizer.encode_text(PROSE), deepmind_model(config, weights)
     expected, room = [], context - 1
     for place in range(len(ids)):
@@ -173,24 +170,6 @@ def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path, capsys):
     assert run(["evaluate", str(model), "--suite", "text", "-o", str(folder)]) == 2
     assert "thesis is no folder of results; expected" in capsys.readouterr().err
     assert [file.read_text() for file in folder.iterdir()] == ["mine"]
-
-
-@pytest.mark.full
-def test_chunks_are_llama_perplexitys(llama_tools, tmp_path):
-    file, text_file = tmp_path / "demo.gguf", tmp_path / "text.txt"
-    assert run(["gguf", "--size", "demo", "--type", "f32", "--no-check", "-o", str(file)]) == 0
-    text_file.write_text((Path(text.__file__).parents[2] / "validate" / "sample.txt").read_text())
-    options = "-c", "256", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"
-    asked = "--no-escape", "-m", file, "-f", text_file, *options
-    printed = run_tool(llama_tools / "llama-perplexity", *asked, ending="Final estimate")
-    final = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
-    assert final is not None
-    folder = tmp_path / "results"
-    words = f"--suite text --text {text_file} --context 256 -o {folder}".split()
-    assert run(["evaluate", str(file), *words]) == 0
-    model = json.loads((folder / "evaluation.json").read_text())["models"][0]
-    ours = next(d for d in model["suites"]["text"]["domains"] if d["context"] == 256)
-    assert ours["perplexity"] == pytest.approx(float(final[1]), rel=2e-4)
 
 
 def test_no_tokenizer_is_told_by_name(tmp_path, capsys):

@@ -25,7 +25,7 @@ def naive(reference: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, ...
     return np.log(p), np.log(q), (p * np.log(p / q)).sum(1)
 
 
-def test_rows_equal_a_textbook_computation() -> None:
+def test_rows_equal_a_textbook_computation():
     reference, candidate = draw(40, 300)
     after = next_of(40, 300)
     rows = metrics.compare_logits(reference, candidate, after)
@@ -57,7 +57,7 @@ def test_rows_equal_a_textbook_computation() -> None:
     cuts=st.lists(st.integers(0, 40), max_size=5),
     block=st.integers(1, 500),
 )
-def test_rows_do_not_depend_on_the_blocks(n: int, vocab: int, cuts: list[int], block: int) -> None:
+def test_rows_do_not_depend_on_the_blocks(n, vocab, cuts, block):
     reference, candidate = draw(n, vocab)
     after = next_of(n, vocab)
     whole = metrics.compare_logits(reference, candidate, after)
@@ -71,7 +71,7 @@ def test_rows_do_not_depend_on_the_blocks(n: int, vocab: int, cuts: list[int], b
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_top_choices_and_flips() -> None:
+def test_top_choices_and_flips():
     reference = np.array([[9, 8, 7, 6, 5, 0, 0], [1, 2, 0, 0, 0, 0, 0]], np.float32)
     candidate = np.array([[9, 8, 7, 6, 0, 5, 0], [2, 1, 0, 0, 0, 0, 0]], np.float32)
     rows = metrics.compare_logits(reference, candidate, np.array([-1, -1]))
@@ -84,14 +84,14 @@ def test_top_choices_and_flips() -> None:
     ("a", "b", "expected"),
     [([1, -2, 3], [-1, 2, -3], -1), ([0] * 3, [0] * 3, 1), ([1, 2, 3], [0] * 3, 0)],
 )
-def test_cosine_of_opposites_and_of_zeros(a: list[int], b: list[int], expected: int) -> None:
+def test_cosine_of_opposites_and_of_zeros(a, b, expected):
     for one, other in ((a, b), (b, a)):
         pair = (np.array([x], np.float32) for x in (one, other))
         rows = metrics.compare_logits(*pair, np.array([-1]))
         assert rows["cosine"][0] == pytest.approx(expected)
 
 
-def test_near_ties_are_counted_apart() -> None:
+def test_near_ties_are_counted_apart():
     """Two of three positions flip, which the reference leads by 0.1 and by 2."""
     reference = np.array([[4, 3.9, -4, -4], [4, 2, -4, -4], [4, 2, -4, -4]], np.float32)
     candidate = np.array([[3, 3.9, -4, -4], [1, 2, -4, -4], [4, 2, -4, -4]], np.float32)
@@ -105,7 +105,7 @@ def test_near_ties_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_counted_and_spoil_the_summary(bad: float) -> None:
+def test_values_that_are_not_finite_are_counted_and_spoil_the_summary(bad):
     reference, candidate = draw(6, 20)
     candidate[2, 3] = bad
     error = metrics.logit_error(metrics.compare_logits(reference, candidate, next_of(6, 20)))

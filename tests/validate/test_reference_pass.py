@@ -16,7 +16,7 @@ def weights() -> WeightSource:
     return weight_source(random_weights(CONFIG))
 
 
-def test_logits_of_blocks_are_those_of_one_pass(weights: WeightSource) -> None:
+def test_logits_of_blocks_are_those_of_one_pass(weights):
     taught = run_reference("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
     reference = Reference(CONFIG, weights)
     hidden, state = reference.run(TOKENS[None])
@@ -26,9 +26,7 @@ def test_logits_of_blocks_are_those_of_one_pass(weights: WeightSource) -> None:
     assert all(np.array_equal(taught.state[name], array) for name, array in state.items())
 
 
-def test_progress_counts_each_weight_once(
-    weights: WeightSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_counts_each_weight_once(weights, monkeypatch):
     asked: list[int] = []
     done: list[int] = []
 

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from rgexport.validate.run import validate_artifact
 
 
 @pytest.fixture(scope="module")
-def result(clean: Callable[[str], Path], checkpoint: Path) -> Result:
+def result(clean, checkpoint) -> Result:
     return validate_artifact(clean("int4"), Request(model=str(checkpoint), max_tokens=40))
 
 
@@ -31,15 +30,14 @@ def with_nan(result: Result) -> Result:
     )
 
 
-def test_checks_have_the_values_that_were_measured(result: Result) -> None:
-    assert result.twin is not None and result.original is not None
+def test_checks_have_the_values_that_were_measured(result):
     found = {check.name: check.value for check in result.checks}
     assert found["twin.logits"] == result.twin.logits.relative_max > 0
     assert found["twin.rms"] == result.twin.logits.relative_rms > 0
     assert found["original.rms"] == result.original.logits.relative_rms > 0
 
 
-def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
+def test_json_is_strict_json(result, tmp_path):
     file = tmp_path / "r.json"
     write_json([with_nan(result)], file)
 
@@ -61,9 +59,7 @@ def test_json_is_strict_json(result: Result, tmp_path: Path) -> None:
     }
 
 
-def test_the_report_is_plain_text_of_limited_width(
-    result: Result, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_is_plain_text_of_limited_width(result, monkeypatch):
     monkeypatch.setattr(progress, "verbose", True)
     text = render(result)
     assert "\x1b" not in text
@@ -73,9 +69,7 @@ def test_the_report_is_plain_text_of_limited_width(
         assert part in text.replace("rg_lru", "rglru")
 
 
-def test_the_report_fits_a_screen(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
     lines = render(result).splitlines()
     assert len(lines) <= 20
     assert lines[0].startswith("PASS  ") and lines[0].endswith("every check passed")
@@ -94,9 +88,7 @@ def test_the_report_fits_a_screen(
 
 
 @pytest.mark.parametrize("columns", [30, 40, 80])
-def test_on_a_narrow_terminal_no_number_is_cut(
-    result: Result, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_narrow_terminal_no_number_is_cut(result, columns, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
     short = dataclasses.replace(result.artifact, path="artifact")
@@ -104,28 +96,24 @@ def test_on_a_narrow_terminal_no_number_is_cut(
     shown = render(dataclasses.replace(result, artifact=short, source=source))
     assert all(len(line.rstrip()) <= columns for line in shown.splitlines())
     for side in (result.original, result.twin):
-        assert side is not None and f"{side.kl.mean:.3g} ± " in shown
+        assert f"{side.kl.mean:.3g} ± " in shown
 
 
-def test_the_size_and_the_bits_are_those_of_the_files(
-    result: Result, clean: Callable[[str], Path], checkpoint: Path
-) -> None:
+def test_the_size_and_the_bits_are_those_of_the_files(result, clean, checkpoint):
     files = [file for file in clean("int4").iterdir() if file.name != "rgexport.json"]
     assert result.artifact.bytes == sum(file.stat().st_size for file in files)
     assert 4.5 < result.artifact.matrix_bits_per_weight < result.artifact.bits_per_weight < 10
     assert validate_artifact(clean("fp32"), Request(max_tokens=8)).artifact.bits_per_weight == 32
 
 
-def test_the_report_says_when_there_was_no_original(result: Result) -> None:
+def test_the_report_says_when_there_was_no_original(result):
     source = dataclasses.replace(result.source, found=False, path=None)
     text = render(dataclasses.replace(result, source=source, original=None, weights=None))
     assert "not given (-m), so the cost is not measured" in text
     assert "projection" not in text
 
 
-def test_a_report_damages_no_artifact_and_names_a_full_disk(
-    clean: Callable[[str], Path], tmp_path: Path, result: Result
-) -> None:
+def test_a_report_damages_no_artifact_and_names_a_full_disk(clean, tmp_path, result):
     require_writable(tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
     with pytest.raises(RequestError, match="it is a folder"):
@@ -139,7 +127,7 @@ def test_a_report_damages_no_artifact_and_names_a_full_disk(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")
-def test_json_of_a_path_that_is_not_unicode(result: Result, tmp_path: Path) -> None:
+def test_json_of_a_path_that_is_not_unicode(result, tmp_path):
     path = os.fsdecode(b"mod\xe8le")
     renamed = dataclasses.replace(result.artifact, path=path)
     write_json([dataclasses.replace(result, artifact=renamed)], tmp_path / "r.json")

@@ -9,7 +9,7 @@ def make(**arrays: list[float]) -> State:
     return state | {POSITION: np.array([3])}
 
 
-def test_errors_are_relative_to_the_reference() -> None:
+def test_errors_are_relative_to_the_reference():
     (key, value) = state_errors(make(key=[3, -4], value=[1, 1]), make(key=[3, -2], value=[1, 1]))
     assert (key.name, key.relative_max, key.relative_norm) == ("layers.0.key", 0.5, 0.4)
     assert (value.relative_max, value.relative_norm) == (0, 0)
@@ -21,13 +21,13 @@ def test_errors_are_relative_to_the_reference() -> None:
     assert [error.name for error in shorter] == ["layers.0.rg_lru"], "another window is left out"
 
 
-def test_checkpoints_double() -> None:
+def test_checkpoints_double():
     assert checkpoints(64) == []
     assert checkpoints(65) == [64]
     assert checkpoints(1025) == [64, 128, 256, 512, 1024]
 
 
-def test_of_caches_only_what_is_recent_is_kept() -> None:
+def test_of_caches_only_what_is_recent_is_kept():
     key = np.arange(300, dtype=np.float32).reshape(1, 100, 3)
     state = {"layers.0.key": key, "layers.1.rg_lru": key[:, 0], POSITION: np.array([7])}
     found = recent(state)

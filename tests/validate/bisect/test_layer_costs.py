@@ -45,13 +45,6 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced():
         assert cost.top1 == rows["top1"].mean()
 
 
-def test_parts_that_are_the_same_cost_nothing():
-    stored = weight_source(rounded("layers.1"))
-    costs = layer_costs(CONFIG, weight_source(WEIGHTS), stored, TEXT[:7], device="cpu")
-    assert [cost.part for cost in costs if cost.kl > 1e-9] == ["layers.1"]
-    assert {cost.top1 for cost in costs if cost.part != "layers.1"} == {1.0}
-
-
 def test_logits_come_in_blocks(monkeypatch):
     both = weight_source(WEIGHTS), weight_source(rounded())
     whole = layer_costs(CONFIG, *both, TEXT, device="cpu")

@@ -112,31 +112,10 @@ def test_another_epsilon_shows_in_the_norms_alone():
     assert {e.op for e in errors if not e.passed} == {"rms_norm"}
 
 
-def in_half(value):
-    return value.astype(np.float16).astype(np.float32)
-
-
-def transposed_block(value):
-    """The second of four blocks of channels, as another matrix gives it."""
-    value = value.copy()
-    value[..., 16:32] = value[..., 31:15:-1]
-    return value
-
-
-@pytest.mark.parametrize("fault", [in_half, transposed_block])
 @pytest.mark.parametrize("scheme", [FLOAT32, Affine(4, 32, symmetric=False)])
-def test_a_fault_shows_where_it_is_and_nowhere_else(fault, scheme):
-    """Nor do activations in int8 hide it."""
-    found, state = observed(faults={GATE: fault})
+def test_activations_in_int8_do_not_hide_a_gate_in_half(scheme):
+    found, state = observed(faults={GATE: lambda x: x.astype(np.float16).astype(np.float32)})
     assert beyond(compare(found, state, scheme=scheme)) == [GATE]
-
-
-@pytest.mark.parametrize("name", ["layers.2.rg_lru", "layers.2.conv1d", "layers.1.key"])
-def test_a_state_that_is_not_written(name):
-    found, state = observed()
-    found.state[name] = state[name]
-    (error,) = (e for e in compare(found, state) if not e.passed)
-    assert error.state == name and (error.rms > 0.2 or name.endswith("key"))
 
 
 def test_a_value_that_is_not_finite_is_reported_at_its_site():
@@ -217,9 +196,9 @@ def test_a_site_that_is_not_shown_is_judged_with_the_next_one():
 
 
 def test_the_report_has_the_first_and_the_worst():
-    found, state = observed(faults={GATE: in_half, "layers.0.mlp_block.mul": lambda x: 2 * x})
+    faults = {GATE: lambda x: 1.01 * x, "layers.0.mlp_block.mul": lambda x: 2 * x}
+    found, state = observed(faults=faults)
     report = site_report(compare(found, state), ["last_tokens"])
-    assert report.first is not None
     assert report.first.site == "layers.0.mlp_block.mul"
     assert [e.site for e in report.beyond] == ["layers.0.mlp_block.mul", GATE]
     assert [e.site for e in report.worst(2)] == ["layers.0.mlp_block.mul", GATE]

@@ -15,7 +15,7 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.package import PACKAGE
 from tests.export.mil.package_edits import block, drop_write, edit, in_both, name_of
 from tests.validate.conftest import claim
-from tests.validate.faults.conftest import Copy, Judge, require_named
+from tests.validate.faults.conftest import require_named
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
@@ -88,7 +88,7 @@ def _rename(operation: Operation, name: str) -> None:
     ],
     ids=["soft cap skipped", "recurrence gate in fp16"],
 )
-def test_a_wrong_program(copy: Copy, judge: Judge, change: Change, site: str) -> None:
+def test_a_wrong_program(copy, judge, change, site):
     artifact = copy("coreml-int4")
     spoil(artifact, change)
     require_named(judge(artifact), site)
@@ -101,9 +101,7 @@ def test_a_wrong_program(copy: Copy, judge: Judge, change: Change, site: str) ->
         ("int4", "layers_1_conv1d", "layers.1.temporal_block.conv_1d"),
     ],
 )
-def test_a_state_that_is_not_written(
-    copy: Copy, judge: Judge, precision: str, name: str, site: str
-) -> None:
+def test_a_state_that_is_not_written(copy, judge, precision, name, site):
     """What was read is written back; without a write the program is refused at once."""
     artifact = copy(f"coreml-{precision}")
     read = f"{name.removesuffix('_hi')}_read_state"

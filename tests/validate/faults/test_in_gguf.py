@@ -13,7 +13,7 @@ from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import read_header
 from tests.llama_tools import needs_llama_cpp
-from tests.validate.faults.conftest import CONFIG, Copy, Judge, require_named
+from tests.validate.faults.conftest import CONFIG, require_named
 
 pytestmark = needs_llama_cpp
 
@@ -28,12 +28,11 @@ pytestmark = needs_llama_cpp
         ("rope.dimension_count", CONFIG.head_dim, "layers.2.temporal_block.rope_q"),
     ],
 )
-def test_wrong_metadata(copy: Copy, judge: Judge, key: str, value: float, site: str) -> None:
+def test_wrong_metadata(copy, judge, key, value, site):
     artifact = copy("gguf-int4")
     set_number(artifact, key, value)
     result = judge(artifact)
     require_named(result, site)
-    assert result.sites is not None and result.sites.first is not None
     assert result.sites.first.site == site
 
 

@@ -5,7 +5,7 @@ With int4 weights activations are int8, whose noise hides most faults in the log
 
 import pytest
 
-from tests.validate.faults.conftest import CONFIG, Copy, Judge, failed, require_named
+from tests.validate.faults.conftest import CONFIG, failed, require_named
 from tests.validate.faults.onnx_edits import (
     Edit,
     flat,
@@ -44,7 +44,7 @@ GRAPH: dict[str, tuple[Edit, str]] = {
 """What is done to a graph, and the site that is to be named."""
 
 
-def test_a_flat_one_passes(copy: Copy, judge: Judge) -> None:
+def test_a_flat_one_passes(copy, judge):
     artifact = copy("onnx-int4")
     spoil(artifact, flat())
     result = judge(artifact)
@@ -52,12 +52,11 @@ def test_a_flat_one_passes(copy: Copy, judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("fault", GRAPH)
-def test_a_wrong_graph(copy: Copy, judge: Judge, fault: str) -> None:
+def test_a_wrong_graph(copy, judge, fault):
     edit, site = GRAPH[fault]
     artifact = copy("onnx-int4")
     spoil(artifact, edit)
     result = judge(artifact)
     require_named(result, site)
-    assert result.sites is not None and result.sites.first is not None
     assert result.sites.first.site == site
     assert not any(name.startswith("weights.") for name in failed(result))

@@ -8,26 +8,25 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from bench.wrong_models import _fit_hashes, _part
+from bench.wrong_models import _fit_hashes
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.validate.self_check import self_check
-from tests.row_groups import BIASED, split_plan
-from tests.validate.faults.conftest import CONFIG, Copy, Judge
+from tests.row_groups import split_plan
+from tests.validate.faults.conftest import CONFIG, Copy
 
 FORMATS = ["onnx", "coreml"]
 PLAN = split_plan(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def sound(original: Path) -> Copy:
+def sound(original) -> Copy:
     """The sound artifact of a format, exported once."""
 
     def export(kind: str) -> Path:
@@ -44,37 +43,15 @@ def sound(original: Path) -> Copy:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_sound_artifact_passes(kind: str, sound: Copy, original: Path, judge: Judge) -> None:
+def test_a_sound_artifact_passes(kind, sound, original, judge):
     result = judge(sound(kind))
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
-    assert result.weights is not None
     table = [e.scheme for e in result.weights if e.name == EMBEDDING]
     assert len(table) == 3 and "(60 rows)" in table[0]
     assert self_check(open_checkpoint(original), sound(kind)).status == "verified"
 
 
-@pytest.mark.parametrize(("name", "group"), [(EMBEDDING, 1), (BIASED, 0)])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_exchanged_rows_of_a_group_are_named(
-    kind: str, name: str, group: int, sound: Copy, judge: Judge, tmp_path: Path
-) -> None:
-    path = Path(shutil.copytree(sound(kind), tmp_path / kind))
-    artifact = open_artifact(path)
-    for label in artifact.manifest.tensors[name].parts:
-        if label.startswith(f"{group}."):
-            values = _part(artifact, name, label)
-            values[:2] = np.array(values[:2])[::-1]
-            values.flush()
-    _fit_hashes(artifact)
-    result = judge(path)
-    assert result.verdict == "FAIL"
-    failed = [check for check in result.checks if not check.passed]
-    assert any(check.name.startswith(f"weights.{name}") for check in failed), failed
-
-
-def test_rows_whose_order_is_not_restored_are_found(
-    sound: Copy, judge: Judge, tmp_path: Path
-) -> None:
+def test_rows_whose_order_is_not_restored_are_found(sound, judge, tmp_path):
     """The graph takes rows for its own that are another's: only running it shows that."""
     path = Path(shutil.copytree(sound("onnx"), tmp_path / "onnx"))
     model = onnx.load(str(path / "model.onnx"), load_external_data=False)

@@ -22,7 +22,7 @@ from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face
-from tests.validate.faults.conftest import CONFIG, KINDS, Judge, case, export_once, sound_weights
+from tests.validate.faults.conftest import CONFIG, KINDS, Judge, case, export, sound_weights
 
 QUANTIZED = [kind for kind in KINDS if "int" in kind]
 GROSS = [name for name in WRONG_WEIGHTS if "times" not in name and "one tensor" not in name]
@@ -30,7 +30,7 @@ GROSS = [name for name in WRONG_WEIGHTS if "times" not in name and "one tensor" 
 
 
 @pytest.fixture(scope="session")
-def reference(original: Path, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFile:
+def reference(original, tmp_path_factory) -> ReferenceFile:
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40).tolist()
     prompts.write_text(json.dumps([ids]))
@@ -39,7 +39,7 @@ def reference(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Refer
 
 
 @pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch, reference: ReferenceFile) -> Judge:
+def without_torch(monkeypatch, reference) -> Judge:
     """`validate --reference` as a machine without torch does it."""
     find_spec, request = opening.find_spec, Request(reference=reference, max_tokens=8)
 
@@ -53,17 +53,15 @@ def without_torch(monkeypatch: pytest.MonkeyPatch, reference: ReferenceFile) -> 
 
 
 @pytest.mark.parametrize("kind", map(case, QUANTIZED))
-def test_the_right_one_passes(kind: str, original: Path, without_torch: Judge) -> None:
-    result = without_torch(export_once(kind, original))
+def test_the_right_one_passes(kind, clean, without_torch):
+    result = without_torch(clean(kind))
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
 
 
 @pytest.mark.parametrize("kind", map(case, QUANTIZED))
-def test_altered_weights_are_found_in_every_way(
-    kind: str, original: Path, reference: ReferenceFile, tmp_path: Path
-) -> None:
+def test_altered_weights_are_found_in_every_way(kind, original, clean, reference, tmp_path):
     """And the tensor is named."""
-    checkpoint, sound = open_checkpoint(original), export_once(kind, original)
+    checkpoint, sound = open_checkpoint(original), clean(kind)
     for index, spoil in enumerate(SPOILED.values()):
         path = tmp_path / f"spoiled-{index}{sound.suffix}"
         (shutil.copyfile if sound.is_file() else shutil.copytree)(sound, path)
@@ -81,14 +79,12 @@ def test_altered_weights_are_found_in_every_way(
 
 
 @pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
-def test_another_model_is_found_in_every_way(
-    wrong: str, original: Path, reference: ReferenceFile, without_torch: Judge
-) -> None:
+def test_another_model_is_found_in_every_way(wrong, original, without_torch, tmp_path):
     """By the original, by the self-check, and by a reference file alone."""
-    folder = original.parent / f"wrong-{list(WRONG_WEIGHTS).index(wrong)}"
     weights = sound_weights()
     weights |= WRONG_WEIGHTS[wrong](CONFIG, weights)
-    path = export_once("onnx-int4", write_hugging_face(CONFIG, weights, folder, dtype="bfloat16"))
+    model = write_hugging_face(CONFIG, weights, tmp_path / "model", dtype="bfloat16")
+    path = export("onnx-int4", open_checkpoint(model), tmp_path / "artifact")
     alone = without_torch(path)
     assert alone.twin is None
     result = validate_artifact(path, Request(model=str(original), max_tokens=16))

@@ -42,9 +42,7 @@ LIMITS = {"full": 10**9, "16": 120_000, "8": 90_000, "0": 20_000}
 
 
 @pytest.fixture(scope="module", params=LIMITS)
-def reference(
-    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ReferenceFile:
+def reference(request, checkpoint, tmp_path_factory) -> ReferenceFile:
     """A file of the small model; in all of them but one only few positions are full."""
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +56,7 @@ def reference(
 
 
 @pytest.fixture(scope="module")
-def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(checkpoint, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("reference") / "r"
     return capture(open_checkpoint(checkpoint), target, device="cpu")
 
@@ -82,9 +80,7 @@ def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["int4-exact", "fp16"])
-def test_it_equals_a_comparison_of_all_logits(
-    clean: Clean, checkpoint: Path, reference: ReferenceFile, kind: str
-) -> None:
+def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, reference, kind):
     original = open_checkpoint(checkpoint)
     model = Reference(original.config, original.weights)
     session, rows = OrtSession(open_artifact(clean(kind))), []
@@ -111,14 +107,14 @@ def test_it_equals_a_comparison_of_all_logits(
     assert found.agreement.top1 == pytest.approx(expected.top1, abs=1e-9)
     assert found.agreement.top5 == pytest.approx(expected.top5, abs=1e-9)
     known = all_rows[all_rows["has_next"]]
-    assert found.likelihood is not None and found.likelihood.tokens == len(known)
+    assert found.likelihood.tokens == len(known)
     assert found.likelihood.nll == pytest.approx(known["nll"].mean(), rel=1e-5)
     delta = (known["nll_candidate"] - known["nll"]).mean()
     assert found.likelihood.delta == pytest.approx(delta, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int4"])
-def test_clean_artifacts_pass(clean: Clean, reference: ReferenceFile, kind: str) -> None:
+def test_clean_artifacts_pass(clean, reference, kind):
     assert failed(clean(kind), reference) == []
     found = held(clean(kind), reference)
     assert found.same_files and found.config_differences == ()
@@ -126,9 +122,7 @@ def test_clean_artifacts_pass(clean: Clean, reference: ReferenceFile, kind: str)
     assert found.kl_low.mean <= found.kl.mean <= found.kl_high.mean
 
 
-def test_states_are_compared_at_the_end_and_on_the_way(
-    clean: Clean, reference: ReferenceFile
-) -> None:
+def test_states_are_compared_at_the_end_and_on_the_way(clean, reference):
     exact, rough = (held(clean(kind), reference) for kind in ("fp32", "int4"))
     longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
     assert [drift.position for drift in exact.drift] == list(longest.checkpoints) != []
@@ -141,9 +135,7 @@ def test_states_are_compared_at_the_end_and_on_the_way(
             assert low <= max(error.relative_max for error in errors) < high
 
 
-def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
-    clean: Clean, reference: ReferenceFile
-) -> None:
+def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, reference):
     manifest = open_artifact(clean("int4")).manifest
     found = held(clean("int4"), reference)
 
@@ -164,11 +156,11 @@ def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
     found = compare_with_file(OrtSession(opened), opened, reference, before)
     assert set(before) == set(reference.header.watched)
     layers = with_layers(found, opened, reference, before).layers
-    assert layers is not None and [error.layer for error in layers] == [0, 1, 2]
+    assert [error.layer for error in layers] == [0, 1, 2]
     return layers
 
 
-def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
+def test_each_layer_is_held_against_the_file(clean, file):
     reference = read_reference(file)
     exact, rough = look(clean("fp32"), reference), look(clean("int4"), reference)
     assert all(error.passed and error.relative_rms < 1e-5 for error in exact)
@@ -176,9 +168,7 @@ def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
     assert {error.worst_position for error in rough} <= set(reference.header.watched)
 
 
-def test_the_first_layer_that_leaves_is_named(
-    spoil: Spoil, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_layer_that_leaves_is_named(spoil, file, monkeypatch, capsys):
     """Without torch, from the file alone."""
     folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", "data", 1.02))
     errors = look(folder, read_reference(file))
@@ -189,9 +179,7 @@ def test_the_first_layer_that_leaves_is_named(
     assert "layer 1 is the first whose residual stream leaves" in shown
 
 
-def test_few_states_are_kept_where_they_are_large(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_states_are_kept_where_they_are_large(file, monkeypatch):
     reference = read_reference(file)
     state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
     assert positions_to_look_at(reference, state) == watched
@@ -210,15 +198,13 @@ def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     return read_reference(capture(open_checkpoint(folder), tmp_path / "r", device="cpu"))
 
 
-def test_a_value_that_is_not_finite_fails(spoil: Spoil, reference: ReferenceFile) -> None:
+def test_a_value_that_is_not_finite_fails(spoil, reference):
     folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
     assert failed(folder, reference) == ["reference.rms", "reference.finite"]
     assert wrong_tensors(folder, reference) == {"final_norm.weight"}
 
 
-def test_other_weights_are_named_and_judged(
-    clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_weights_are_named_and_judged(clean, tmp_path, capsys):
     reference = another(tmp_path, seed=1)
     found = held(clean("int4"), reference)
     assert not found.same_files and found.config_differences == ()
@@ -231,7 +217,7 @@ def test_other_weights_are_named_and_judged(
     assert "the reference file is of other weight files" in shown
 
 
-def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+def test_another_window_is_named_and_judged(clean, tmp_path):
     reference = another(tmp_path, window=12)
     found = held(clean("fp32"), reference)
     assert found.config_differences == ("window: 16 → 12",)
@@ -240,12 +226,12 @@ def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> Non
     assert wrong_tensors(clean("fp32"), reference) == set()
 
 
-def test_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
+def test_another_shape_is_refused(clean, tmp_path):
     with pytest.raises(RequestError, match="its mlp_width is 80, the artifact's 96"):
         held(clean("fp32"), another(tmp_path, mlp_width=80))
 
 
-def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
+def test_the_greedy_text(demo_artifact, tmp_path):
     """The file's is the model's own, and the common part is what the session says when asked."""
     (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
     asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
@@ -269,9 +255,7 @@ def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
         assert prompt.greedy_common == common
 
 
-def test_validate_with_a_file(
-    clean: Clean, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_with_a_file(clean, file, tmp_path, capsys):
     """Beside the dequantized reference, where there is torch."""
     written: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
     request = Request(max_tokens=20)
@@ -289,13 +273,7 @@ def test_validate_with_a_file(
     assert page.count("reference.<wbr>rms") == 1
 
 
-def test_without_torch_the_file_is_enough(
-    clean: Clean,
-    file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_without_torch_the_file_is_enough(clean, file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     target = tmp_path / "r.json"
     assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0

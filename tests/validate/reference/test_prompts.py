@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(demo_folder())
 
 
-def test_the_built_in_ones(tokenizer: Tokenizer) -> None:
+def test_the_built_in_ones(tokenizer):
     prompts = {p.name: p for p in choose_prompts(tokenizer, vocab_size=8192, window=256)}
     assert set(prompts) == {"empty", "one token", "chat turns", "several windows", *TEXTS}
     assert all(prompt.tokens[0] == tokenizer.bos_id for prompt in prompts.values())
@@ -27,7 +26,7 @@ def test_the_built_in_ones(tokenizer: Tokenizer) -> None:
     assert all(prompts[name].bytes == len(text.encode()) for name, text in TEXTS.items())
 
 
-def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
+def test_turn_tokens_count_in_chat_turns_only(tokenizer):
     prompts = {p.name: p for p in choose_prompts(tokenizer, vocab_size=8192, window=16)}
     turns = {tokenizer.special[START_OF_TURN], tokenizer.special[END_OF_TURN]}
     assert turns <= set(prompts["chat turns"].tokens.tolist())
@@ -35,7 +34,7 @@ def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
     assert turns.isdisjoint(typed) and END_OF_TURN in tokenizer.decode(typed)
 
 
-def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt() -> None:
+def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt():
     prompts = choose_prompts(character_tokenizer(None), vocab_size=VOCAB, window=64)
     assert "empty" not in {prompt.name for prompt in prompts}
     assert min(len(prompt.tokens) for prompt in prompts) == 1
@@ -44,7 +43,7 @@ def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt() -> None:
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(once, again, strict=True))
 
 
-def test_lines_of_text(tmp_path: Path) -> None:
+def test_lines_of_text(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("one\n\n two words\n")
     first, second = choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
@@ -52,7 +51,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
     assert second.bytes == 10
 
 
-def test_a_json_list(tmp_path: Path) -> None:
+def test_a_json_list(tmp_path):
     file = tmp_path / "p.json"
     file.write_text(json.dumps(["one", [1, 2, 3], {"name": "mine", "text": "x"}]))
     prompts = choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
@@ -74,14 +73,14 @@ def test_a_json_list(tmp_path: Path) -> None:
         ("[" * 100_000, "is not one"),
     ],
 )
-def test_a_file_that_is_no_list_of_prompts(tmp_path: Path, text: str, line: str) -> None:
+def test_a_file_that_is_no_list_of_prompts(tmp_path, text, line):
     file = tmp_path / "p.json"
     file.write_text(text)
     with pytest.raises(RequestError, match=line):
         choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
 
 
-def test_text_without_a_tokenizer(tmp_path: Path) -> None:
+def test_text_without_a_tokenizer(tmp_path):
     file = tmp_path / "p.txt"
     with pytest.raises(RequestError, match="cannot read"):
         choose_prompts(None, vocab_size=VOCAB, window=4, file=file)

@@ -50,7 +50,7 @@ def assert_same_state(ours: State, theirs: State) -> None:
         *(("hf", shape) for shape in ODD_CONFIGS if shape != "hawk"),
     ],
 )
-def test_it_gives_the_logits_and_states_of_our_own(name: str, shape: str) -> None:
+def test_it_gives_the_logits_and_states_of_our_own(name, shape):
     model, own = make(name, ODD_CONFIGS[shape])
     tokens = tokens_of(own.config, 1, 3 * own.config.window + 5)
     (theirs, after), (ours, expected) = model.run(tokens), own.run(tokens)
@@ -62,7 +62,7 @@ def test_it_gives_the_logits_and_states_of_our_own(name: str, shape: str) -> Non
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", ["wide_lru", "attention_tail", "irregular"])
 @pytest.mark.parametrize("length", [1, 2, 5, 15, 16, 40])
-def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
+def test_it_goes_on_from_a_state(name, shape, length):
     """From one of our own, and each row of a batch from its own position."""
     model, own = make(name, ODD_CONFIGS[shape])
     texts = [tokens_of(own.config, 1, count) for count in (length, length + 3)]
@@ -91,7 +91,7 @@ def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
         ("hf", {"window": 1}),
     ],
 )
-def test_what_a_package_cannot_run_is_refused(name: str, change: dict[str, Any]) -> None:
+def test_what_a_package_cannot_run_is_refused(name, change):
     with pytest.raises(RequestError) as raised:
         make(name, dataclasses.replace(ODD_CONFIGS["regular"], **change))
     assert "\n" not in str(raised.value)
@@ -99,7 +99,7 @@ def test_what_a_package_cannot_run_is_refused(name: str, change: dict[str, Any])
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.23.0", "6.0.0.dev0"])
-def test_another_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_transformers_is_refused(version, monkeypatch):
     pytest.importorskip("transformers")
     from rgexport.validate.reference import hugging_face_model
 

@@ -2,8 +2,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -37,9 +35,7 @@ from tests.validate.test_result import with_nan
 
 
 @pytest.fixture(scope="module")
-def result(
-    clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Result:
+def result(clean, checkpoint, tmp_path_factory) -> Result:
     """With everything there can be; speed and suspects are invented."""
     file = capture(open_checkpoint(checkpoint), tmp_path_factory.mktemp("page") / "r", device="cpu")
     found = validate_artifact(
@@ -52,17 +48,17 @@ def result(
 
 
 @pytest.fixture(scope="module")
-def alone(clean: Callable[[str], Path]) -> Result:
+def alone(clean) -> Result:
     return validate_artifact(clean("fp32"), Request(max_tokens=20))
 
 
 @pytest.fixture(scope="module", params=["one", "several"])
-def page(request: pytest.FixtureRequest, result: Result, alone: Result) -> Page:
+def page(request, result, alone) -> Page:
     several = [result, alone, with_nan(result), without_torch(result), ambiguous(result)]
     return Page(render_page([with_site_beyond(result)] if request.param == "one" else several))
 
 
-def test_the_page_needs_nothing_else_and_fits_every_screen(page: Page) -> None:
+def test_the_page_needs_nothing_else_and_fits_every_screen(page):
     tags = Counter(tag for tag, _ in page.elements)
     assert not tags.keys() & {"script", "img", "iframe", "object", "form", "base", "image", "use"}
     for tag, attributes in page.elements:
@@ -79,7 +75,7 @@ def test_the_page_needs_nothing_else_and_fits_every_screen(page: Page) -> None:
     assert width in page.named("meta")
 
 
-def test_a_screen_reader_finds_its_way(page: Page) -> None:
+def test_a_screen_reader_finds_its_way(page):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes in page.elements:
@@ -102,7 +98,7 @@ def test_a_screen_reader_finds_its_way(page: Page) -> None:
     assert contents == [f"#{name}" for name in named if re.fullmatch(r"a\d+-[a-z]+", name)]
 
 
-def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
+def test_the_verdict_comes_first(result, alone):
     count = len(result.checks)
     text = Page(render_page([result])).text
     body = text[text.index("}") :]
@@ -114,7 +110,7 @@ def test_the_verdict_comes_first(result: Result, alone: Result) -> None:
     assert "the original was not given (-m)" in Page(render_page([alone])).text
 
 
-def test_an_ambiguous_check_has_its_margin_and_its_colour(result: Result) -> None:
+def test_an_ambiguous_check_has_its_margin_and_its_colour(result):
     page = Page(render_page([ambiguous(result)]))
     assert f"1 of {len(result.checks)} checks cannot be decided" in page.text
     assert "twin.logits is 0.25 ± 0.04, limit 0.27" in page.text
@@ -124,7 +120,7 @@ def test_an_ambiguous_check_has_its_margin_and_its_colour(result: Result) -> Non
     assert several.index('class="verdict ambiguous"') < several.index("artifacts compared")
 
 
-def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None:
+def test_of_many_failures_the_first_are_named_at_the_top(result):
     unsure = dataclasses.replace(result.checks[0], value=0.25, margin=0.04, limit=0.27)
     failed = [dataclasses.replace(check, value=math.nan) for check in [*result.checks] * 2]
     page = Page(render_page([dataclasses.replace(result, checks=[unsure, *failed])]))
@@ -140,7 +136,7 @@ def test_of_many_failures_the_first_are_named_at_the_top(result: Result) -> None
     assert render_several([result, with_nan(result)]).count(line) == 1
 
 
-def test_both_texts_stand_side_by_side(result: Result) -> None:
+def test_both_texts_stand_side_by_side(result):
     written = Continuation(
         name="prose",
         prompt=HOSTILE,
@@ -163,7 +159,7 @@ def test_both_texts_stand_side_by_side(result: Result) -> None:
     assert lines[index + 2].split() == ["artifact", "the", "[hill]", "was", "green"]
 
 
-def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result) -> None:
+def test_size_and_cost_of_several_are_one_picture(result, alone):
     small, large = (
         changed(result, {"artifact.path": f"out/{name}", "artifact.bytes": size})
         for name, size in (("small", 5_000_000), ("large", 9_000_000))
@@ -175,8 +171,7 @@ def test_size_and_cost_of_several_are_one_picture(result: Result, alone: Result)
     assert "What compression costs, by size" in Page(render_page([large, small])).text
 
 
-def test_the_numbers_are_those_of_the_result(result: Result) -> None:
-    assert result.original is not None and result.twin is not None
+def test_the_numbers_are_those_of_the_result(result):
     text = Page(render_page([result])).text
     tiles = text[: text.index("How to read this")]
     assert f"KL {result.original.kl.mean:.3g} ± " in tiles
@@ -196,14 +191,13 @@ def test_the_numbers_are_those_of_the_result(result: Result) -> None:
             assert f"#{choice.token} {100 * choice.probability:.2f} %" in text
     for value in (*result.artifact.files.values(), *result.environment.values()):
         assert str(value) in text
-    assert result.layers is not None
     text = text[text.index("Layers by what their quantization costs") :]
     ranked = sorted(result.layers, key=lambda cost: -cost.kl)
     places = [text.index(f"{cost.part} {cost.kl:.3g} ±") for cost in ranked]
     assert places == sorted(places)
 
 
-def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
+def test_the_charts_show_both_sides(result, alone):
     plain = dataclasses.replace(result, reference=None, sites=None)
     lines = [c["class"] for c in Page(render_page([plain])).named("path") if "class" in c]
     assert lines.count("line original") == lines.count("line twin") == 3
@@ -214,8 +208,8 @@ def test_the_charts_show_both_sides(result: Result, alone: Result) -> None:
     assert len(dots) == 2 * 3, "states and weights of three layers"
 
 
-def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result: Result) -> None:
-    assert result.twin is not None and [d.position for d in result.twin.drift] == [64]
+def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result):
+    assert [d.position for d in result.twin.drift] == [64]
     chart = drift_chart(changed(result, {"text.tokens": 1 << 20}))
     heights = [float(y) for y in chart.limit_path.split()[1::2]]
     assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1]
@@ -229,8 +223,7 @@ def test_states_drift_along_a_logarithm_below_a_limit_that_grows(result: Result)
     assert list(kinds_chart("title", bare)) == []
 
 
-def test_a_reference_file_alone_makes_a_page(result: Result) -> None:
-    assert result.reference is not None
+def test_a_reference_file_alone_makes_a_page(result):
     text = Page(render_page([without_torch(result)])).text
     assert "of KL per token, by the reference file" in text
     assert "left out, it takes torch" in text
@@ -240,9 +233,9 @@ def test_a_reference_file_alone_makes_a_page(result: Result) -> None:
         assert f"{prompt.name} {prompt.tokens:,} {prompt.kl:.3g}" in text
 
 
-def test_the_streams_error_has_its_limit(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_streams_error_has_its_limit(result, monkeypatch):
     monkeypatch.setattr(progress, "verbose", True)
-    assert result.reference is not None and result.reference.layers
+    assert result.reference.layers
     first = result.reference.layers[0]
     text = Page(render_page([result])).text
     assert f"the limit is {first.limit:.3g}" in text
@@ -253,7 +246,7 @@ def test_the_streams_error_has_its_limit(result: Result, monkeypatch: pytest.Mon
     assert re.search(rf"{drift.position} tokens +{worst(drift.states):.3g}\n", said)
 
 
-def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> None:
+def test_the_first_op_beyond_its_limit_is_named_at_the_top(result):
     page = Page(render_page([with_site_beyond(result)]))
     head = page.text[: page.text.index("What was compared")]
     assert "The first op beyond its limit is layers.1.temporal_block.rg_lru (rg_lru_scan)" in head
@@ -261,7 +254,6 @@ def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> No
     bars = [span.get("class") for span in page.named("span")]
     assert bars.count("bar beyond") == 1
     assert "beyond its limit is" not in Page(render_page([result])).text
-    assert result.sites is not None
     ops = op_bars(result.sites.errors)
     assert ops.shares == sorted(ops.shares, reverse=True) and ops.shares[0] <= 1
     (largest,) = result.sites.worst(1)
@@ -269,17 +261,16 @@ def test_the_first_op_beyond_its_limit_is_named_at_the_top(result: Result) -> No
     assert {"linear", "rg_lru_scan", "state rg_lru", "state key"} <= {row[0] for row in ops.rows}
 
 
-def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(result: Result) -> None:
-    assert result.twin is not None
+def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(result):
     blocks = [dataclasses.replace(b, kl_mean=math.nan) for b in result.twin.blocks[5:7]]
     blocks = [*result.twin.blocks[:5], *blocks, *result.twin.blocks[7:]]
     page = Page(render_page([changed(result, {"twin.blocks": blocks})]))
     assert "2 of 70 not finite" in page.text
     (line,) = [p["d"] for p in page.named("path") if p.get("class") == "line twin"][:1]
-    assert line is not None and line.count("M") == 2 and "nan" not in line
+    assert line.count("M") == 2 and "nan" not in line
 
 
-def test_markup_from_outside_stays_text(result: Result) -> None:
+def test_markup_from_outside_stays_text(result):
     ordinary, spoiled = (Page(render_page([r])) for r in (result, hostile(result)))
     tags = [Counter(tag for tag, _ in page.elements) for page in (ordinary, spoiled)]
     assert tags[1].keys() <= tags[0].keys() | {"wbr"}
@@ -306,14 +297,13 @@ def test_markup_from_outside_stays_text(result: Result) -> None:
         (bounded(1e-6, 9e-7, 2e-6), "1e-06 (9e-07 … 2e-06)"),
     ],
 )
-def test_names_pieces_and_bounds_are_readable(shown: str, expected: str) -> None:
+def test_names_pieces_and_bounds_are_readable(shown, expected):
     assert str(shown) == expected
 
 
-def test_weights_by_role(result: Result) -> None:
-    assert result.weights is not None
+def test_weights_by_role(result):
     bars = role_bars(result.weights)
-    assert bars is not None and bars.shares[0] == 1
+    assert bars.shares[0] == 1
     assert sum(int(tensors) for _, _, tensors, *_ in bars.rows) == len(result.weights)
     ups = next(row for row in bars.rows if row[0] == "mlp_block.up_proj")
     errors = [e.relative_error for e in result.weights if e.name.endswith("up_proj.weight")]
@@ -321,6 +311,6 @@ def test_weights_by_role(result: Result) -> None:
     assert ups[2:] == ("3", f"{rms:.3g}", f"{max(errors):.3g}")
 
 
-def test_a_path_that_is_not_unicode_is_written(result: Result, tmp_path: Path) -> None:
+def test_a_path_that_is_not_unicode_is_written(result, tmp_path):
     write_html([changed(result, {"artifact.path": "mod\udce8le"})], tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ PUBLISHED = Path(__file__).parents[3] / "docs" / "validate.schema.json"
 
 
 @pytest.fixture(scope="module")
-def written(clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: Any) -> list[Any]:
+def written(clean, checkpoint, tmp_path_factory) -> list[Any]:
     """What is written of one result, of one without an original, of a broken one, and of two."""
     whole = validate_artifact(clean("int4"), Request(model=str(checkpoint), max_tokens=40))
     alone = validate_artifact(clean("fp32"), Request(max_tokens=12))
@@ -28,11 +27,11 @@ def written(clean: Callable[[str], Path], checkpoint: Path, tmp_path_factory: An
     return found
 
 
-def test_the_published_schema_is_that_of_the_code() -> None:
+def test_the_published_schema_is_that_of_the_code():
     assert PUBLISHED.read_text("utf-8") == as_text() + "\n"
 
 
-def test_all_that_is_written_is_described(written: list[Any]) -> None:
+def test_all_that_is_written_is_described(written):
     schema = json.loads(PUBLISHED.read_text("utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     for value in written:

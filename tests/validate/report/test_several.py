@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate import reference_pass
 from rgexport.validate.opening import Request
@@ -20,9 +18,7 @@ from rgexport.validate.speed import Speed
 Clean = Callable[[str], Path]
 
 
-def test_artifacts_in_one_table(
-    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys):
     files: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
     kinds = ["fp32", "int8", "int4"]
     paths = [clean(kind) for kind in kinds]
@@ -38,9 +34,7 @@ def test_artifacts_in_one_table(
     assert page.index("Side by side") < page.index('id="a1"') < page.index('id="a3"')
 
 
-def test_the_original_runs_once_and_the_results_are_the_same(
-    clean: Clean, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_original_runs_once_and_the_results_are_the_same(clean, checkpoint, monkeypatch):
     runs: list[str] = []
     run_reference = reference_pass.run_reference
 
@@ -59,12 +53,7 @@ def test_the_original_runs_once_and_the_results_are_the_same(
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 
-def test_one_failure_is_exit_code_1_and_is_named(
-    clean: Clean,
-    spoil: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys):
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
     assert validate_artifacts([clean("fp32"), bad], Request(max_tokens=30), html_file=page) == 1
     out = capsys.readouterr().out
@@ -74,7 +63,7 @@ def test_one_failure_is_exit_code_1_and_is_named(
     assert "1 of 2 fails." in page.read_text("utf-8")
 
 
-def test_speeds_have_columns_if_they_were_measured(clean: Clean) -> None:
+def test_speeds_have_columns_if_they_were_measured(clean):
     slow = validate_artifact(clean("int8"), Request(max_tokens=12))
     path, size, bits, *cost, verdict = next(iter(overview([slow]).rows))
     assert path == str(clean("int8")) and size.endswith("B") and float(bits) > 8
@@ -91,9 +80,7 @@ def test_speeds_have_columns_if_they_were_measured(clean: Clean) -> None:
     assert '<td class="n">–</td><td class="n">–</td></tr>' in page
 
 
-def test_where_there_is_no_original_a_reference_file_tells_the_cost(
-    clean: Clean, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_where_there_is_no_original_a_reference_file_tells_the_cost(clean, checkpoint, tmp_path):
     file = capture(open_checkpoint(checkpoint), tmp_path / "r", device="cpu")
     result = validate_artifact(
         clean("int8"), Request(max_tokens=12, reference=read_reference(file))

@@ -59,7 +59,7 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine, key: str) -> list[
     return complaints(w, stored, replace(layout, algorithm=key), weighted=key == "importance")
 
 
-def test_every_algorithm_has_limits() -> None:
+def test_every_algorithm_has_limits():
     assert ALGORITHMS.keys() <= EXPECTATIONS.keys()
 
 
@@ -71,12 +71,12 @@ def test_every_algorithm_has_limits() -> None:
     columns=st.integers(2, 12).map(lambda n: 16 * n),
     seed=st.integers(0, 9),
 )
-def test_sound_weights_pass(key: str, layout: Affine, kind: str, columns: int, seed: int) -> None:
+def test_sound_weights_pass(key, layout, kind, columns, seed):
     w = draw(kind, (48, columns), seed=seed)
     assert judged(w, CHOSEN[key](w, layout), layout, key) == []
 
 
-def test_an_algorithm_of_a_later_version_is_one_line() -> None:
+def test_an_algorithm_of_a_later_version_is_one_line():
     w, scheme = draw("normal", (16, 32)), replace(LAYOUTS[0], algorithm="later")
     with pytest.raises(RequestError, match="'later', which this version cannot judge"):
         complaints(w, w, scheme, weighted=False)
@@ -98,7 +98,7 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("key", CHOSEN)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.label)
-def test_planted_faults_are_found(layout: Affine, key: str, fault: str) -> None:
+def test_planted_faults_are_found(layout, key, fault):
     """By the weights themselves and by their sketches."""
     w = draw("normal", (192, 256))
     stored = CHOSEN[key](w, layout)
@@ -109,7 +109,7 @@ def test_planted_faults_are_found(layout: Affine, key: str, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("algorithm", ["kmeans", "gptq"])
-def test_planted_faults_in_palettes(algorithm: str, fault: str) -> None:
+def test_planted_faults_in_palettes(algorithm, fault):
     """Of rows in one group, too, by whatever the table's values were chosen."""
     w, layout = draw("normal", (192, 256)), Palette()
     stored = store(w, layout)
@@ -133,7 +133,7 @@ def _next_level(stored: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda layout: layout.label)
-def test_a_search_may_make_no_block_worse_than_rounding(layout: Affine) -> None:
+def test_a_search_may_make_no_block_worse_than_rounding(layout):
     """One block of thousands whose scale is not the best: nothing else shows it."""
     w = draw("normal", (192, 256))
     stored = CHOSEN["search"](w, layout)
@@ -142,7 +142,7 @@ def test_a_search_may_make_no_block_worse_than_rounding(layout: Affine) -> None:
     assert judged(w, stored, layout, "search") == ["weights.max_steps"]
 
 
-def test_a_search_must_make_weights_a_little_smaller() -> None:
+def test_a_search_must_make_weights_a_little_smaller():
     """By the squared error: so scales that are two per cent too large are seen in four bits."""
     w, layout = draw("normal", (192, 256)), LAYOUTS[0]
     for gain in (1.02, 0.98):
@@ -152,7 +152,7 @@ def test_a_search_must_make_weights_a_little_smaller() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("key", ["search", "gptq"])
-def test_what_is_not_finite_fails(key: str, bad: float) -> None:
+def test_what_is_not_finite_fails(key, bad):
     w, layout = draw("normal", (48, 64)), LAYOUTS[0]
     stored = CHOSEN[key](w, layout)
     stored[3, 5] = bad

@@ -54,7 +54,7 @@ def failed(error: SketchError) -> dict[str, float]:
     return {check.kind: check.value / check.limit for check in checks if not check.passed}
 
 
-def test_the_directions_are_the_same_everywhere() -> None:
+def test_the_directions_are_the_same_everywhere():
     """A file that was captured with one numpy is read with another."""
     found = directions(5, 3)
     assert found[0].tolist() == [1, 1, 1, 1, 1]
@@ -72,7 +72,7 @@ def test_the_directions_are_the_same_everywhere() -> None:
         ((10, 256, 256), 2560, 4),
     ],
 )
-def test_what_is_kept_of_a_shape(shape: tuple[int, ...], rows: int, width: int) -> None:
+def test_what_is_kept_of_a_shape(shape, rows, width):
     found = sketch_shape(shape)
     assert (found.rows, found.width) == (rows, width)
     if len(shape) == 2 and rows < 1000:
@@ -81,7 +81,7 @@ def test_what_is_kept_of_a_shape(shape: tuple[int, ...], rows: int, width: int) 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
-def test_a_sketch_gives_nearly_the_same_numbers(scheme: Scheme) -> None:
+def test_a_sketch_gives_nearly_the_same_numbers(scheme):
     w = draw("normal", (512, 384))
     stored = store(w, scheme)
     exact, found = error_of(w, stored, scheme), compared(w, stored, scheme)
@@ -101,9 +101,7 @@ def test_a_sketch_gives_nearly_the_same_numbers(scheme: Scheme) -> None:
     columns=st.integers(2, 20).map(lambda n: 16 * n),
     seed=st.integers(0, 9),
 )
-def test_a_sound_tensor_passes(
-    scheme: Scheme, kind: str, groups: int, columns: int, seed: int
-) -> None:
+def test_a_sound_tensor_passes(scheme, kind, groups, columns, seed):
     w = draw(kind, (16 * groups, columns), seed=seed)
     found = compared(w, store(w, scheme), scheme)
     assert not failed(found), found
@@ -112,7 +110,7 @@ def test_a_sound_tensor_passes(
 @needs_llama_cpp
 @settings(max_examples=60, deadline=None)
 @given(scheme=st.sampled_from(GGML), kind=st.sampled_from(WEIGHTS), seed=st.integers(0, 9))
-def test_a_sound_tensor_in_a_ggml_type_passes(scheme: Scheme, kind: str, seed: int) -> None:
+def test_a_sound_tensor_in_a_ggml_type_passes(scheme, kind, seed):
     w = draw(kind, (96, 512), seed=seed)
     found = compared(w, store(w, scheme), scheme)
     assert not failed(found), found
@@ -142,7 +140,7 @@ WRONG: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
-def test_a_wrong_tensor_fails(scheme: Scheme, wrong: str) -> None:
+def test_a_wrong_tensor_fails(scheme, wrong):
     """Unrelated weights are three and more times their limit."""
     w = draw("normal", (512, 384))
     make, factor = WRONG[wrong]
