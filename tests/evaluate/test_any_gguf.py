@@ -15,7 +15,6 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import memory
 from rgexport.runtimes.session import Session
 from tests.artifacts import export_random_gguf
-from tests.evaluate.small_model import small_model
 from tests.foreign_gguf import write_llama
 from tests.llama_tools import needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS
@@ -81,17 +80,6 @@ def test_perplexity_is_llama_perplexitys(window, llama_tools, tmp_path):
     ours = next(d for d in model["suites"]["text"]["domains"] if d["context"] == 192)
     assert ours["perplexity"] == pytest.approx(float(final[1]), rel=2e-4)
     assert model["bytes"] == file.stat().st_size
-
-
-def test_stands_beside_our_models(tmp_path, capsys):
-    ours, _, _ = small_model(tmp_path / "ours")
-    theirs = write_llama(tmp_path / "llama.gguf")
-    words = f"--suite text --limit 200 --context 64 -o {tmp_path / 'r'}".split()
-    assert run(["evaluate", str(ours), str(theirs), *words]) == 0
-    assert "more nats per token than model" in capsys.readouterr().out
-    found = json.loads((tmp_path / "r" / "evaluation.json").read_text())
-    gap = found["models"][1]["differences"]["text"]["domains"][0]["nll"]
-    assert gap["low"] < gap["value"] < gap["high"]  # the two have one vocabulary
 
 
 @pytest.mark.parametrize(("values", "window"), [({}, 2048), ({"attention.sliding_window": 33}, 32)])

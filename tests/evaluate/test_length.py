@@ -93,8 +93,10 @@ class Killed(Exception):
 @pytest.mark.parametrize(("survivors", "state_is_lost"), [(1, False), (4, False), (4, True)])
 def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, made, request_of, monkeypatch):
     subjects = [open_subject(str(made[0] / "onnx"))]
-    expected = runner.evaluate(subjects, ["length"], request_of("whole"))["models"]
-    put, done = runner.Results.put, []
+    suites = ["length", "text"]
+    expected = runner.evaluate(subjects, suites, request_of("whole"))["models"]
+    total = len(list((request_of("whole").folder / "pieces").glob("*.json")))
+    put, done, redone = runner.Results.put, [], []
 
     def put_some(results, piece, result):
         if len(done) == survivors:
@@ -104,13 +106,22 @@ def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, made, request_o
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(runner.Results, "put", put_some)
-        runner.evaluate(subjects, ["length"], request_of("killed"))
+        runner.evaluate(subjects, suites, request_of("killed"))
     pieces = request_of("killed").folder / "pieces"
     if state_is_lost:
-        for file in pieces.glob("*.npz"):
+        states = list(pieces.glob("*.npz"))
+        assert states
+        for file in states:
             file.unlink()
-    found = runner.evaluate(subjects, ["length"], request_of("killed"))["models"]
+
+    def put_again(results, piece, result):
+        redone.append(piece.key)
+        put(results, piece, result)
+
+    monkeypatch.setattr(runner.Results, "put", put_again)
+    found = runner.evaluate(subjects, suites, request_of("killed"))["models"]
     assert without_times(found) == without_times(expected)
+    assert state_is_lost or (len(redone) == total - survivors and not {*redone} & {*done})
     assert not list(pieces.glob("*.npz"))
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,37 +89,6 @@ def test_domains_are_folders_and_file_names(tmp_path):
         ("four.txt", "four"),
         ("heat-0.25", "heat-0.25"),  # a number in a name is no ending
     ]
-
-
-class Killed(Exception):
-    """Stands for a signal."""
-
-
-def test_a_run_that_was_killed_goes_on(model, tmp_path, monkeypatch):
-    subjects = [open_subject(str(model))]
-    names, whole = ["text", "memory"], tmp_path / "whole"
-    request = Request(folder=whole, trials=8, farthest=64, context=32)
-    expected = runner.evaluate(subjects, names, request)
-    request = replace(request, folder=tmp_path / "killed")
-    done, put = [], runner.Results.put
-
-    def put_three(results, piece, result):
-        if len(done) == 3:
-            raise Killed
-        done.append(piece.key)
-        put(results, piece, result)
-
-    monkeypatch.setattr(runner.Results, "put", put_three)
-    with pytest.raises(Killed):
-        runner.evaluate(subjects, names, request)
-    redone = []
-    monkeypatch.setattr(
-        runner.Results, "put", lambda self, p, r: (redone.append(p.key), put(self, p, r))
-    )
-    found = runner.evaluate(subjects, names, request)
-    assert found["models"] == expected["models"]
-    assert len(redone) == len(list((whole / "pieces").glob("*.json"))) - 3
-    assert not {*redone} & {*done}
 
 
 def test_a_damaged_piece_is_done_again(model, tmp_path):

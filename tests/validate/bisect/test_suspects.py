@@ -2,13 +2,12 @@ import dataclasses
 
 import pytest
 
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.sites import sites
 from rgexport.tables import render
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.sites import site_report
-from rgexport.validate.bisect.suspects import CONFIG_SITES, Suspect, find_suspects
+from rgexport.validate.bisect.suspects import Suspect, find_suspects
 from rgexport.validate.checks import Check
 from rgexport.validate.report.result_tables import bisect_tables
 from tests.models import make_config
@@ -110,14 +109,6 @@ def test_a_configuration_that_differs_without_a_site_report():
         (None, "temporal_block.rope_q"),
         (None, "temporal_block.rope_k"),
     ]
-
-
-def test_fields_of_the_configuration_have_sites():
-    config = make_config("ra", width=32, heads=4)
-    for field, kinds in CONFIG_SITES.items():
-        assert field in {f.name for f in dataclasses.fields(GriffinConfig)}
-        for kind in kinds:
-            assert any(f".{site}".endswith(f".{kind}") for site in sites(config))
 
 
 def test_tables():
