@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -20,11 +19,13 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import tasks
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
-from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from rgexport.griffin.checkpoint import open_checkpoint
+from tests.evaluate.small_model import small_model
 from tests.foreign_gguf import write_llama
 from tests.llama_tools import needs_llama_cpp
-from tests.models import make_config, random_weights, write_hugging_face
+from tests.models import make_config
 
+pytestmark = pytest.mark.full  # lm_eval comes with a gigabyte of packages
 CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=512)
 """Texts are shorter than the window: Hugging Face's code takes it for one less."""
 DOCUMENTS = {
@@ -93,11 +94,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks") / "model"
-    write_hugging_face(CONFIG, random_weights(CONFIG), folder)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(demo_folder() / name, folder)
-    return folder
+    return small_model(tmp_path_factory.mktemp("tasks"), CONFIG)[0]
 
 
 @pytest.fixture
@@ -256,7 +253,6 @@ def test_wrong_requests(words, line, model, files, capsys, tmp_path):
     assert len(error) == 1 and re.search(line, error[0])
 
 
-@pytest.mark.full
 def test_names_are_no_paths(files):
     """lm_eval would load a file by its path, with all that it names."""
     name = str(files / "choices.yaml")

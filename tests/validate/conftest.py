@@ -65,25 +65,17 @@ def spoil(clean, tmp_path) -> Callable[..., Path]:
         folder = Path(shutil.copytree(clean(kind), tmp_path / "spoiled"))
         if weight is not None:
             name, part, gain = weight
-            change_data(folder, name, part, lambda values: values * np.asarray(gain, values.dtype))
+            stored = read_manifest(folder).tensors[name].parts[part]
+            layout = {"dtype": stored.dtype, "offset": stored.offset, "shape": stored.shape}
+            values = np.memmap(folder / stored.file, mode="r+", **layout)
+            values[:] = values * np.asarray(gain, values.dtype)
+            values.flush()
         manifest = read_manifest(folder)
         changed = dataclasses.replace(manifest.config, **(config or {}))
         claim(folder, dataclasses.replace(manifest, config=changed))
         return folder
 
     return copy
-
-
-def change_data(
-    folder: Path, tensor: str, part: str, change: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    """Changes a stored part of a tensor in the data file, in place."""
-    stored = read_manifest(folder).tensors[tensor].parts[part]
-    place = folder / stored.file
-    values = np.memmap(place, stored.dtype, "r+", offset=stored.offset, shape=stored.shape)
-    values[:] = change(values.copy())
-    values.flush()
-    claim(folder)
 
 
 def claim(folder: Path, manifest: Manifest | None = None) -> None:

@@ -50,7 +50,10 @@ def test_clean_artifacts_pass(clean, checkpoint, kind):
 @pytest.mark.skipif(
     sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
 )
-@pytest.mark.parametrize("kind", COREML)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind == "fp16" else pytest.mark.full) for kind in COREML],
+)
 def test_clean_packages_pass(kind, tmp_path):
     """With the interpreter as the engine."""
     options = COREML[kind]

@@ -1,17 +1,12 @@
 import dataclasses
 import html
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from rgexport.errors import RequestError
 from rgexport.validate.opening import Request
 from rgexport.validate.run import validate_artifact, validate_artifacts
-
-Clean = Callable[[str], Path]
-Spoil = Callable[..., Path]
 
 
 def test_the_report_and_the_json(clean, checkpoint, tmp_path, capsys):

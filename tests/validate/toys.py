@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.tensor import WeightSource
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
@@ -112,6 +114,19 @@ class WholeChunksSession(ToySession):
             found.append(logits if self.info.chunk_logits else logits[:, -1:])
             start = stop
         return np.concatenate(found, 1)[:, -num_logits:]
+
+
+def counted(weights: WeightSource, reads: list[str]) -> WeightSource:
+    """The same weights; each read appends the tensor's name to `reads`."""
+
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        reads.append(name)
+        return weights[name].read(start, stop)
+
+    return {
+        name: dataclasses.replace(tensor, read=partial(read, name))
+        for name, tensor in weights.items()
+    }
 
 
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:

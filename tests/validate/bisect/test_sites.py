@@ -20,6 +20,7 @@ from rgexport.runtimes.observation import Observation
 from rgexport.validate.bisect.site_errors import SiteError, site_errors
 from rgexport.validate.bisect.sites import site_report, with_large_state
 from tests.models import make_config, random_weights, weight_source
+from tests.validate.toys import counted
 
 CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
 WEIGHTS = weight_source(random_weights(CONFIG))
@@ -170,23 +171,13 @@ def test_calls_of_several_lengths_read_every_weight_once():
     calls = [(TOKENS[-n:], observe(CONFIG, WEIGHTS, TOKENS[-n:], state)) for n in (6, 1)]
     calls[1][1].values[GATE] *= 2
     reads: list[str] = []
-
-    def watched(name, tensor):
-        def read(start, stop):
-            reads.append(name)
-            return tensor.read(start, stop)
-
-        return dataclasses.replace(tensor, read=read)
-
-    weights = {name: watched(name, tensor) for name, tensor in WEIGHTS.items()}
-    errors = site_errors(
-        Reference(CONFIG, weights), manifest_of(CONFIG), CONFIG.window, state, calls
-    )
+    model = Reference(CONFIG, counted(WEIGHTS, reads))
+    errors = site_errors(model, manifest_of(CONFIG), CONFIG.window, state, calls)
     first, *rest = (e for e in errors if not e.passed)
     assert first.site == GATE
     assert {e.length for e in (first, *rest)} == {1}
     assert [e.site for e in errors if e.length == 6] == [e.site for e in errors if e.length == 1]
-    assert {reads.count(name) for name in weights if name != EMBEDDING} == {1}
+    assert {reads.count(name) for name in WEIGHTS if name != EMBEDDING} == {1}
 
 
 def test_a_site_that_is_not_shown_is_judged_with_the_next_one():

@@ -47,8 +47,9 @@ def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def case(kind: str, *rest: object) -> ParameterSet:
-    """Parameters of a test, which is skipped where there is no engine for their kind."""
-    return pytest.param(kind, *rest, marks=[needs_llama_cpp] if kind in GGUF else [])
+    """Parameters of a test, which `make test` runs with one kind only."""
+    marks = [needs_llama_cpp] if kind in GGUF else []
+    return pytest.param(kind, *rest, marks=marks + [pytest.mark.full] * (kind != "onnx-int4"))
 
 
 def sound_weights() -> Weights:

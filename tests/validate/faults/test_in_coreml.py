@@ -17,9 +17,12 @@ from tests.export.mil.package_edits import block, drop_write, edit, in_both, nam
 from tests.validate.conftest import claim
 from tests.validate.faults.conftest import require_named
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
-)
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
+    ),
+]
 FLOAT16, FLOAT32 = 10, 11
 """Numbers of `DataType` in MIL.proto."""
 Change = Callable[[Model], object]

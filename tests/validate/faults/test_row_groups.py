@@ -21,7 +21,7 @@ from rgexport.validate.self_check import self_check
 from tests.row_groups import split_plan
 from tests.validate.faults.conftest import CONFIG, Copy
 
-FORMATS = ["onnx", "coreml"]
+FORMATS = ["onnx", pytest.param("coreml", marks=pytest.mark.full)]
 PLAN = split_plan(CONFIG)
 
 

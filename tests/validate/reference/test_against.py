@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
-Clean = Callable[[str], Path]
-Spoil = Callable[..., Path]
 LIMITS = {"full": 10**9, "16": 120_000, "8": 90_000, "0": 20_000}
 """How the positions are stored → bytes that they may take."""
 

@@ -2,8 +2,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +14,6 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
-from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.reference import implementations, kept_logits
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
@@ -24,8 +21,7 @@ from rgexport.validate.reference.kept_logits import choose_layout
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.states import checkpoints
 from tests.command_line import rgexport
-
-Clean = Callable[[str], Path]
+from tests.validate.toys import counted
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +157,8 @@ def test_weights_stay_in_memory_only_where_they_fit(small, monkeypatch, capsys):
 def test_all_prompts_read_each_weight_once(small, keep):
     """Once in all where the weights are kept, else once in each pass."""
     reads: list[str] = []
-
-    def watched(name: str, tensor: RowTensor) -> RowTensor:
-        def read(start: int, stop: int) -> np.ndarray:
-            reads.append(name)
-            return tensor.read(start, stop)
-
-        return dataclasses.replace(tensor, read=read)
-
     alone = Reference(small.config, small.weights)
-    weights = {name: watched(name, tensor) for name, tensor in small.weights.items()}
-    model = Reference(small.config, weights, keep=keep)
+    model = Reference(small.config, counted(small.weights, reads), keep=keep)
     texts = [np.arange(n)[None] for n in (1, 5, 40)]
     for count in (1, 1 if keep else 2):
         together = model.run_each([(text, zero_state(small.config, 1)) for text in texts])

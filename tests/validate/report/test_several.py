@@ -1,7 +1,5 @@
 import dataclasses
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -14,8 +12,6 @@ from rgexport.validate.report.result_tables import overview
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.speed import Speed
-
-Clean = Callable[[str], Path]
 
 
 def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys):
