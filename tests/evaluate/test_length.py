@@ -189,8 +189,6 @@ def test_states_that_do_not_fit(made, request_of, tmp_path, capsys):
         assert run([*asked, *more.split()]) == 2
         assert line in capsys.readouterr().err
 
-        assert line in capsys.readouterr().err
-
 
 def test_the_page_and_the_tables(made, tmp_path, capsys):
     asked = "--suite", "length", "--length", str(LENGTH), "--text", str(made[0] / "long.txt")

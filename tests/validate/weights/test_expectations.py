@@ -9,17 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import StoredTensor
-from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Affine, Palette, Scheme
-from rgexport.validate.weights.expectations import EXPECTATIONS
-from rgexport.validate.weights.sketch_errors import sketch_errors
-from rgexport.validate.weights.weight_errors import weight_errors
-from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
+from rgexport.quantize.scheme import Affine, Ggml, Palette
+from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
 from tests.validate.weights.chosen_levels import fed_back, hessian, searched
-from tests.validate.weights.stored import draw, store
-from tests.validate.weights.test_sketch import Known
+from tests.validate.weights.stored import complaints, draw, store
 
 LAYOUTS = [
     Affine(4, 32, symmetric=True, scale="float16"),
@@ -45,21 +39,25 @@ CHOSEN: dict[str, Store] = {
 """Key of the expectation → Ŵ."""
 
 
-def complaints(w: np.ndarray, stored: np.ndarray, scheme: Scheme, weighted: bool) -> list[str]:
-    """The kinds of checks that fail, in the weight table and by a sketch."""
-    tensors = {"w": StoredTensor(w.shape, scheme, {})}
-    original, dequantized = ({"w": from_array(x)} for x in (w, stored))
-    table = weight_errors(original, dequantized, tensors, weighted=weighted)
-    sketches = sketch_errors(Known(w), dequantized, tensors, weighted=weighted)
-    checks = [*weight_checks(table), *sketch_checks(sketches)]
-    return [check.kind for check in checks if not check.passed]
-
-
 def judged(w: np.ndarray, stored: np.ndarray, layout: Affine, key: str) -> list[str]:
     return complaints(w, stored, replace(layout, algorithm=key), weighted=key == "importance")
 
 
-def test_every_algorithm_has_limits():
+@pytest.mark.parametrize(
+    ("scheme", "weighted", "key"),
+    [
+        (replace(LAYOUTS[0], algorithm="gptq"), True, "gptq"),
+        (replace(LAYOUTS[3], algorithm="gptq"), True, "gptq, 8 bits"),
+        (replace(LAYOUTS[3], algorithm="search"), False, "search"),
+        (Ggml("f16"), True, "cast"),
+        (Ggml("q4_0"), False, "ggml"),
+        (Ggml("q4_0"), True, "ggml weighted"),
+        (Ggml("q8_0"), True, "ggml"),
+        (Ggml("q4_k"), False, "ggml search"),
+    ],
+)
+def test_limits_depend_on_layout_and_algorithm(scheme, weighted, key):
+    assert expectation_key(scheme, weighted) == key and key in EXPECTATIONS
     assert ALGORITHMS.keys() <= EXPECTATIONS.keys()
 
 

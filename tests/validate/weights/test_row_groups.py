@@ -17,8 +17,7 @@ from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.row_groups import ASYMMETRIC, INT4, INT8
-from tests.validate.weights.stored import draw, error_of, store
-from tests.validate.weights.test_sketch import Known
+from tests.validate.weights.stored import Known, draw, error_of, store
 
 ROWS, COLUMNS = 1500, 96
 CHOSEN = np.random.default_rng(0).permutation(ROWS)

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.scheme import Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
 from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
-from tests.llama_tools import needs_llama_cpp
-from tests.validate.weights.stored import draw, error_of, store
+from tests.validate.weights.stored import Known, draw, error_of, store
 
 SCHEMES: list[Scheme] = [
     Affine(4, 128, symmetric=False),
@@ -25,21 +24,7 @@ SCHEMES: list[Scheme] = [
     Float("float16"),
     Float("float32"),
 ]
-GGML = [Ggml(kind) for kind in ("q4_0", "q5_1", "q8_0", "q4_k", "q6_k", "q3_k", "bf16")]
 WEIGHTS = ("normal", "uniform", "heavy", "zeros", "loud columns", "rows of all sizes")
-
-
-class Known:
-    """The sketch of one tensor, as a reference file has it."""
-
-    def __init__(self, w: np.ndarray):
-        self._sketch, self._square = sketch(from_array(w))
-
-    def sketch(self, name: str) -> np.ndarray:
-        return self._sketch
-
-    def square(self, name: str) -> float:
-        return self._square
 
 
 def compared(w: np.ndarray, dequantized: np.ndarray, scheme: Scheme) -> SketchError:
@@ -103,15 +88,6 @@ def test_a_sketch_gives_nearly_the_same_numbers(scheme):
 )
 def test_a_sound_tensor_passes(scheme, kind, groups, columns, seed):
     w = draw(kind, (16 * groups, columns), seed=seed)
-    found = compared(w, store(w, scheme), scheme)
-    assert not failed(found), found
-
-
-@needs_llama_cpp
-@settings(max_examples=60, deadline=None)
-@given(scheme=st.sampled_from(GGML), kind=st.sampled_from(WEIGHTS), seed=st.integers(0, 9))
-def test_a_sound_tensor_in_a_ggml_type_passes(scheme, kind, seed):
-    w = draw(kind, (96, 512), seed=seed)
     found = compared(w, store(w, scheme), scheme)
     assert not failed(found), found
 
