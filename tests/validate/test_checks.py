@@ -3,7 +3,7 @@ import math
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.validate.checks import Check, parse_limits, verdict, with_limits
+from rgexport.validate.checks import NAMES, Check, parse_limits, verdict, with_limits
 
 
 def check(value: float, margin: float = 0.0, limit: float = 1.0, **fields: str) -> Check:
@@ -41,6 +41,7 @@ def test_excess_is_in_units_of_the_limit():
 def test_limits_that_users_set():
     limits = parse_limits(["steps=3", "twin.rms=0", "steps=2e-1"])
     assert limits == {"steps": 0.2, "twin.rms": 0}
+    assert parse_limits(f"{name}=1" for name in NAMES) == dict.fromkeys(NAMES, 1.0)
     one, two, three = with_limits(
         [check(0.5, name="steps.logits", kind="steps"), check(0.5, name="twin.rms"), check(0.5)],
         limits,

@@ -66,3 +66,14 @@ def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
     assert find_original(named(manifest, "demo"), None) is None
     given = find_original(manifest, str(other))
     assert not given.same_files
+
+
+def test_a_missing_or_damaged_model(manifest, checkpoint, tmp_path):
+    with pytest.raises(RequestError, match="there is no"):
+        find_original(manifest, str(tmp_path / "missing"))
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(RequestError):
+        find_original(manifest, str(broken))

@@ -2,12 +2,13 @@ import dataclasses
 
 import pytest
 
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.sites import sites
 from rgexport.tables import render
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.sites import site_report
-from rgexport.validate.bisect.suspects import Suspect, find_suspects
+from rgexport.validate.bisect.suspects import CONFIG_SITES, Suspect, find_suspects
 from rgexport.validate.checks import Check
 from rgexport.validate.report.result_tables import bisect_tables
 from tests.models import make_config
@@ -128,3 +129,11 @@ def test_tables():
     report = site_report([error(f"layers.{i}.mlp_block.mul", 2) for i in range(40)])
     text = render(bisect_tables(report, None, find_suspects(report, [], [])))
     assert "… and 10 more beyond the limit" in text and text.count("… and 10 more") == 2
+
+
+def test_fields_of_the_configuration_have_sites():
+    config = make_config("ra", width=32, heads=4)
+    for field, kinds in CONFIG_SITES.items():
+        assert field in {f.name for f in dataclasses.fields(GriffinConfig)}
+        for kind in kinds:
+            assert any(f".{site}".endswith(f".{kind}") for site in sites(config))

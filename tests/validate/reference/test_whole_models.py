@@ -9,7 +9,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import State
+from rgexport.griffin.state import State, zero_state
 from rgexport.validate.reference.whole_model import WholeModel
 from tests.models import ODD_CONFIGS, random_weights, weight_source
 
@@ -106,3 +106,26 @@ def test_another_transformers_is_refused(version, monkeypatch):
     monkeypatch.setattr(hugging_face_model.transformers, "__version__", version)
     with pytest.raises(RequestError, match=f"found {version}: pip install"):
         make("hf", ODD_CONFIGS["regular"])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_watch_and_stops_see_the_same(name):
+    model, own = make(name, ODD_CONFIGS["regular"])
+    texts = [(tokens_of(own.config, 1, n), zero_state(own.config, 1)) for n in (1, 50)]
+    seen: dict[str, dict[tuple[int, int], np.ndarray]] = {"theirs": {}, "ours": {}}
+    found = {}
+    for side, one in (("theirs", model), ("ours", own)):
+        found[side] = one.run_each(
+            texts,
+            stops=[(), (3, 20)],
+            watch=lambda layer, place, x, side=side: seen[side].update(
+                {(layer, place): x.numpy().copy()}
+            ),
+        )
+    assert seen["theirs"].keys() == seen["ours"].keys()
+    for key, stream in seen["ours"].items():
+        assert np.abs(seen["theirs"][key] - stream).max() <= 1e-4 * np.abs(stream).max(), key
+    for (_, theirs), (_, ours) in zip(found["theirs"], found["ours"], strict=True):
+        assert len(theirs) == len(ours)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_state(one, other)

@@ -160,12 +160,13 @@ def test_both_texts_stand_side_by_side(result):
 
 
 def test_size_and_cost_of_several_are_one_picture(result, alone):
+    costs = {"original.kl.mean": 0.5}
     small, large = (
-        changed(result, {"artifact.path": f"out/{name}", "artifact.bytes": size})
+        changed(result, costs | {"artifact.path": f"out/{name}", "artifact.bytes": size})
         for name, size in (("small", 5_000_000), ("large", 9_000_000))
     )
     (chart,) = cost_charts([large, alone, small])
-    assert [row[0] for row in chart.rows] == ["5.0", "9.0"]
+    assert chart.rows == [["5.0", "0.5"], ["9.0", "0.5"]]
     assert chart.series[0].names == ["small", "large"]
     assert list(cost_charts([large, alone])) == []
     assert "What compression costs, by size" in Page(render_page([large, small])).text
