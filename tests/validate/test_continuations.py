@@ -86,7 +86,6 @@ class WholeToy(ToyReference):
         self.config = make_config("r", width=8, heads=1, lru_width=8, vocab_size=23)
 
     def run_each(self, texts: Any) -> list[tuple[np.ndarray, list[State]]]:
-        """Each from its beginning."""
         found = (self.run(tokens) for tokens, _ in texts)
         return [(hidden, [state]) for hidden, state in found]
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -134,14 +133,10 @@ def test_wrong_artifacts_stay_and_are_marked(
 
 @needs_llama_cpp
 def test_wrong_gguf_files_are_marked_and_warned_of(model, monkeypatch, capsys):
-    """llama.cpp is told of another soft cap than the manifest is."""
-    told = metadata._architecture
-
-    def faulty(config: Any) -> Any:
-        return told(dataclasses.replace(config, soft_cap=50.0))
-
+    """The file says another soft cap than the manifest."""
+    write, replace = metadata._architecture, dataclasses.replace
     with monkeypatch.context() as patch:
-        patch.setattr(metadata, "_architecture", faulty)
+        patch.setattr(metadata, "_architecture", lambda c: write(replace(c, soft_cap=50.0)))
         code, found = export(model, "gguf", "--type", "f32")
     assert code == 1 and found.status == "unverified"
     assert_matches("largest difference from the dequantized reference.* beyond 0.001", found.reason)
@@ -151,7 +146,7 @@ def test_wrong_gguf_files_are_marked_and_warned_of(model, monkeypatch, capsys):
     assert len(warnings) == 1 and "unverified, since the largest difference" in warnings[0]
 
 
-def test_a_check_that_is_left_out(model, monkeypatch, capsys):
+def test_a_check_is_left_out_on_request_or_without_memory(model, monkeypatch, capsys):
     code, found = export(model, "onnx", "--no-check")
     assert code == 0 and found.status == "skipped" and found.reason == "it was not asked for"
     assert len(capsys.readouterr().out.splitlines()) == 1

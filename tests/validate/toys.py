@@ -46,7 +46,6 @@ class ToyReference(Toy):
         return hidden, {MEMORY: hidden[:, -1], POSITION: state[POSITION] + tokens.shape[1]}
 
     def logits(self, hidden: Any) -> np.ndarray:
-        """The head."""
         return hidden @ self.head
 
 
@@ -63,11 +62,9 @@ class ToySession(Toy):
         self.reset()
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything."""
         self.h, self.position = np.zeros((batch, WIDTH), np.float32), np.zeros(batch, np.int64)
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes a chunk."""
         self.chunks.append(tokens.shape[1])
         hidden = self.hidden(tokens, self.h)
         self.h, self.position = hidden[:, -1].copy(), self.position + tokens.shape[1]
@@ -75,15 +72,12 @@ class ToySession(Toy):
         return logits if self.fault is None else self.fault(self, logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Takes a token."""
         return self.prefill(tokens[:, None])[:, 0]
 
     def get_state(self) -> State:
-        """A copy."""
         return {MEMORY: self.h.copy(), POSITION: self.position.copy()}
 
     def set_state(self, state: State) -> None:
-        """A copy."""
         self.h, self.position = state[MEMORY].copy(), state[POSITION].copy()
 
 

@@ -32,7 +32,7 @@ Faults = Mapping[str, Callable[[np.ndarray], np.ndarray]]
 """Site → what becomes of its value [1, T, n], for all that follow too."""
 
 
-def manifest_of(config: GriffinConfig, scheme: Scheme = FLOAT32) -> Manifest:
+def manifest_of(config: GriffinConfig, scheme: Scheme = FLOAT32, compute: str = "fp32") -> Manifest:
     """The manifest of an artifact without files."""
     return Manifest(
         name="toy",
@@ -40,7 +40,7 @@ def manifest_of(config: GriffinConfig, scheme: Scheme = FLOAT32) -> Manifest:
         source=Source("toy", "toy", {}),
         config=config,
         precision="toy",
-        compute="fp32",
+        compute=compute,
         exact=False,
         plan=make_plan(config, scheme, scheme),
         tensors={},
@@ -78,8 +78,8 @@ def observe(
     return Observation(values=values, gates={}, dtypes={}, state=after)
 
 
-def compare(found, state=None, scheme=FLOAT32) -> list[SiteError]:
-    manifest = manifest_of(CONFIG, scheme)
+def compare(found, state=None, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
+    manifest = manifest_of(CONFIG, scheme, compute)
     state = state_after(CONFIG, WEIGHTS, BEFORE) if state is None else state
     tokens = TOKENS[-len(found.values["embed_tokens"]) :]
     model = Reference(CONFIG, WEIGHTS)
@@ -113,10 +113,13 @@ def test_another_epsilon_shows_in_the_norms_alone():
     assert {e.op for e in errors if not e.passed} == {"rms_norm"}
 
 
-@pytest.mark.parametrize("scheme", [FLOAT32, Affine(4, 32, symmetric=False)])
-def test_activations_in_int8_do_not_hide_a_gate_in_half(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "compute"),
+    [(FLOAT32, "fp32"), (Affine(4, 32, symmetric=False), "fp32"), (Float("float16"), "fp16")],
+)
+def test_a_gate_in_half_is_seen_beside_other_rounding(scheme, compute):
     found, state = observed(faults={GATE: lambda x: x.astype(np.float16).astype(np.float32)})
-    assert beyond(compare(found, state, scheme=scheme)) == [GATE]
+    assert beyond(compare(found, state, scheme, compute)) == [GATE]
 
 
 def test_a_value_that_is_not_finite_is_reported_at_its_site():
