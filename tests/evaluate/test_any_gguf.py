@@ -15,7 +15,6 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import memory
 from rgexport.runtimes.session import Session
 from tests.artifacts import export_random_gguf
-from tests.evaluate.small_model import small_model
 from tests.foreign_gguf import write_llama
 from tests.llama_tools import needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS
@@ -75,33 +74,12 @@ def test_perplexity_is_llama_perplexitys(window, llama_tools, tmp_path):
     asked = "--no-escape", "-m", file, "-f", SAMPLE, "-c", "192", "-t", "1"
     printed = run_tool(llama_tools / "llama-perplexity", *asked, ending="Final estimate")
     final = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
-    assert final is not None
     words = f"--suite text --text {SAMPLE} --context 192 -o {tmp_path / 'r'} --threads 1".split()
     assert run(["evaluate", str(file), *words]) == 0
     model = json.loads((tmp_path / "r" / "evaluation.json").read_text())["models"][0]
     ours = next(d for d in model["suites"]["text"]["domains"] if d["context"] == 192)
     assert ours["perplexity"] == pytest.approx(float(final[1]), rel=2e-4)
     assert model["bytes"] == file.stat().st_size
-
-
-def test_stands_beside_our_models(tmp_path, capsys):
-    ours, _, _ = small_model(tmp_path / "ours")
-    theirs = write_llama(tmp_path / "llama.gguf")
-    words = f"--suite text --limit 200 --context 64 -o {tmp_path / 'r'}".split()
-    assert run(["evaluate", str(ours), str(theirs), *words]) == 0
-    assert "more nats per token than model" in capsys.readouterr().out
-    found = json.loads((tmp_path / "r" / "evaluation.json").read_text())
-    gap = found["models"][1]["differences"]["text"]["domains"][0]["nll"]
-    assert gap["low"] < gap["value"] < gap["high"]  # the two have one vocabulary
-
-
-def test_all_suites_by_default(tmp_path, capsys):
-    model, text = write_llama(tmp_path / "llama.gguf"), tmp_path / "text.txt"
-    text.write_text(SAMPLE.read_text()[:2000])
-    words = f"--text {text} --context 64 --trials 2 --farthest 64 --threads 1".split()
-    assert run(["evaluate", str(model), *words, "-o", str(tmp_path / "r")]) == 0
-    shown = capsys.readouterr().out
-    assert "Memory, copying" in shown and "llama.gguf, nats" in shown
 
 
 @pytest.mark.parametrize(("values", "window"), [({}, 2048), ({"attention.sliding_window": 33}, 32)])
@@ -155,7 +133,7 @@ def test_its_window_is_fixed(tmp_path, capsys):
 def test_sentencepiece_vocabulary(tmp_path):
     found = load_any_vocabulary(write_llama(tmp_path / "x.gguf"))
     text = "It was the time.\nNo \u00e9\u4e2d <eos> here"
-    assert found is not None and found.bos_id == 2
+    assert found.bos_id == 2
     ids = found.encode_text(text)
     assert found.decode(ids) == text and not {*ids} & {0, 1, 2}
     assert b"".join(map(found.surface, ids)) == text.encode()
@@ -163,7 +141,7 @@ def test_sentencepiece_vocabulary(tmp_path):
 
 def test_bytewise_vocabulary(tmp_path):
     found = load_any_vocabulary(write_llama(tmp_path / "x.gguf", bytewise=True))
-    assert found is not None and found.bos_id is None and found.eos_id == 259
+    assert found.bos_id is None and found.eos_id == 259
     assert found.encode_text(" the") == [258] and len(found.encode_text("the")) == 2
     text = "In the \u00e9\u4e2d <|endoftext|>"
     ids = found.encode_text(text)

@@ -20,11 +20,12 @@ from rgexport.runtimes.cluster import connected
 from tests.evaluate.small_model import small_model
 from tests.evaluate.test_length import without_times
 
+pytestmark = pytest.mark.full  # a cluster's processes each import torch
 SUITES = ["text", "memory", "noise", "window", "length"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory) -> Path:
     return small_model(tmp_path_factory.mktemp("model"))[0]
 
 
@@ -57,7 +58,7 @@ def evaluated(
     return models
 
 
-def test_a_killed_worker_changes_nothing(model: Path, address: str, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing(model, address, tmp_path):
     """It dies when some pieces are done; what it was at is done by another one."""
     expected = evaluated(model, tmp_path / "here")
     with Client(address, set_as_default=False) as client:
@@ -84,7 +85,7 @@ def test_a_killed_worker_changes_nothing(model: Path, address: str, tmp_path: Pa
     assert names[0] == names[1]
 
 
-def test_workers_outlive_a_command(model: Path, address: str, tmp_path: Path) -> None:
+def test_workers_outlive_a_command(model, address, tmp_path):
     """What they have read is read again: texts and models are other ones under the same names."""
     text, folder = tmp_path / "a.txt", tmp_path / "model"
     shutil.copytree(model, folder)
@@ -101,7 +102,7 @@ def test_workers_outlive_a_command(model: Path, address: str, tmp_path: Path) ->
         assert found[0] == found[1]
 
 
-def test_workers_need_the_files(model: Path, address: str, tmp_path: Path) -> None:
+def test_workers_need_the_files(model, address, tmp_path):
     subject, moved = open_subject(str(model)), model.with_name("moved")
     assert subject.identity and subject.tokenizer  # read before they are gone
     model.rename(moved)

@@ -24,12 +24,6 @@ def test_wilson(right, count, low, high):
     assert found.value == right / count
 
 
-@given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_a_share_is_in_its_interval(drawn):
-    found = share(*drawn)
-    assert 0 <= found.low <= found.value <= found.high <= 1
-
-
 def test_a_mean_of_equal_clusters_is_that_of_their_means():
     sums = np.random.default_rng(0).normal(10, 3, 50)
     found = mean(sums, [4] * 50)
@@ -84,3 +78,9 @@ def test_p_is_that_of_the_sign_test_where_all_differences_are_alike(differing):
     second = [1.0] * differing + [0.0] * 20
     found = mean_difference([0.0] * len(second), second, [1] * len(second))
     assert found.p == pytest.approx(2 * 0.5**differing, abs=0.02)
+
+
+@given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_a_share_is_in_its_interval(drawn):
+    found = share(*drawn)
+    assert 0 <= found.low <= found.value <= found.high <= 1

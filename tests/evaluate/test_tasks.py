@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -20,11 +19,13 @@ from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import tasks
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
-from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from rgexport.griffin.checkpoint import open_checkpoint
+from tests.evaluate.small_model import small_model
 from tests.foreign_gguf import write_llama
 from tests.llama_tools import needs_llama_cpp
-from tests.models import make_config, random_weights, write_hugging_face
+from tests.models import make_config
 
+pytestmark = pytest.mark.full  # lm_eval comes with a gigabyte of packages
 CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=512)
 """Texts are shorter than the window: Hugging Face's code takes it for one less."""
 DOCUMENTS = {
@@ -92,16 +93,12 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks") / "model"
-    write_hugging_face(CONFIG, random_weights(CONFIG), folder)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(demo_folder() / name, folder)
-    return folder
+def model(tmp_path_factory) -> Path:
+    return small_model(tmp_path_factory.mktemp("tasks"), CONFIG)[0]
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
+def files(tmp_path) -> Path:
     """A folder of task files and their documents."""
     return write_tasks(tmp_path / "files", TASKS)
 
@@ -117,7 +114,7 @@ def write_tasks(folder: Path, written: dict[str, str]) -> Path:
 
 
 def hflm(model: Path, files: Path) -> dict[str, Any]:
-    """What lm_eval finds with its own model; it looks for documents where it is started."""
+    """Returns what lm_eval itself finds; it looks for documents in the working folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -131,11 +128,12 @@ def hflm(model: Path, files: Path) -> dict[str, Any]:
 
 
 def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, monkeypatch):
+    """Also in pieces of five requests."""
+    monkeypatch.setattr(tasks, "REQUESTS", 5)
     monkeypatch.chdir(files)
     expected = hflm(model, files)
-    artifact = export_onnx(
-        open_checkpoint(model), OnnxOptions(precision="fp32"), tmp_path / "artifact"
-    )
+    artifact = tmp_path / "artifact"
+    export_onnx(open_checkpoint(model), OnnxOptions(precision="fp32"), artifact)
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     asked = [word for name in TASKS for word in ("--task", name)]
@@ -146,75 +144,29 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
     assert re.search(r"choices +tokens read +\d\d\d of \d\d\d ", shown)
     assert {line.split()[0] for line in remarks.splitlines()} == {"Checking", "Evaluating"}
     assert "bits_per_byte" in Path("results/evaluation.html").read_text()
-    for model_found in json.loads(Path("results/evaluation.json").read_text())["models"]:
-        for entry in model_found["suites"]["tasks"]["tasks"]:
-            own = expected["results"][entry["task"]]
+    for each in json.loads(Path("results/evaluation.json").read_text())["models"]:
+        entries = {entry["task"]: entry for entry in each["suites"]["tasks"]["tasks"]}
+        assert entries["choices"]["shots"] == 3
+        for task, entry in entries.items():
             for figure in entry["metrics"]:
                 # Perplexities are powers of e.
-                assert figure["value"] == pytest.approx(own[f"{figure['metric']},none"], rel=1e-4)
-    request = Request(tasks=(*TASKS,), task_files=files)
-    answers = answers_of(expected)
-    for subject in (open_subject(str(model)), open_subject(str(artifact))):
-        results = runner.Results(Path("results"))
-        for piece in tasks.pieces(subject, request):
-            found = results.get(piece)["answers"]
-            part = load_tasks(request.tasks, files, None, 0).asked[piece.work["task"]]
-            assert len(part) == len(found) > 1
-            for one, answer in zip(part, found, strict=True):
-                other = answers[piece.work["task"], one.arguments]
-                assert_near(answer, other)
-
-
-def answers_of(found: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """Task and arguments → answer."""
-    return {
+                value = expected["results"][task][f"{figure['metric']},none"]
+                assert figure["value"] == pytest.approx(value, rel=1e-4)
+    answers = {
         (task, json.dumps(arguments)): answer[0]
-        for task, samples in found["samples"].items()
+        for task, samples in expected["samples"].items()
         for sample in samples
         for arguments, answer in zip(sample["arguments"], sample["resps"], strict=True)
     }
-
-
-def assert_near(answer: Any, other: Any) -> None:
-    if isinstance(answer, str):
-        assert answer == other
-    elif isinstance(answer, float):
-        assert answer == pytest.approx(other, abs=1e-4)
-    else:
-        assert answer[0] == pytest.approx(other[0], abs=1e-4) and answer[1] == other[1]
-
-
-class Killed(Exception):
-    """Stands for a signal."""
-
-
-def test_a_run_that_was_killed_goes_on(model, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "REQUESTS", 5)
-    subjects = [open_subject(str(model))]
-    request = Request(folder=tmp_path / "whole", tasks=("choices", "replies"), task_files=files)
-    expected = runner.evaluate(subjects, ["tasks"], request)
-    done, put = [], runner.Results.put
-
-    def put_two(results, piece, result):
-        if len(done) == 2:
-            raise Killed
-        done.append(piece.key)
-        put(results, piece, result)
-
-    monkeypatch.setattr(runner.Results, "put", put_two)
-    again = Request(folder=tmp_path / "again", tasks=request.tasks, task_files=files)
-    with pytest.raises(Killed):
-        runner.evaluate(subjects, ["tasks"], again)
-    load_tasks.cache_clear()  # as another process does
-    monkeypatch.setattr(
-        runner.Results, "put", lambda self, p, r: (done.append(p.key), put(self, p, r))
-    )
-    found = runner.evaluate(subjects, ["tasks"], again)
-    assert found["models"] == expected["models"]
-    assert len(done) == len({*done}) == len(list((tmp_path / "whole" / "pieces").glob("*.json")))
-    assert len(done) == 4
-    choices = expected["models"][0]["suites"]["tasks"]["tasks"][0]
-    assert choices["shots"] == 3 and choices["metrics"][0]["count"] == 4
+    request = Request(tasks=(*TASKS,), task_files=files)
+    every = load_tasks(request.tasks, files, None, 0).asked
+    for subject in (open_subject(str(model)), open_subject(str(artifact))):
+        results = runner.Results(Path("results"))
+        for piece in tasks.pieces(subject, request):
+            task, first, count = (piece.work[key] for key in ("task", "first", "requests"))
+            found = results.get(piece)["answers"]
+            for one, answer in zip(every[task][first : first + count], found, strict=True):
+                assert answer == pytest.approx(answers[task, one.arguments], abs=1e-4)
 
 
 def test_other_documents_are_other_work(model, files, tmp_path):
@@ -301,7 +253,6 @@ def test_wrong_requests(words, line, model, files, capsys, tmp_path):
     assert len(error) == 1 and re.search(line, error[0])
 
 
-@pytest.mark.full
 def test_names_are_no_paths(files):
     """lm_eval would load a file by its path, with all that it names."""
     name = str(files / "choices.yaml")
@@ -313,7 +264,6 @@ def test_names_are_no_paths(files):
 def test_states_may_differ_in_length(files, tmp_path):
     """Those of a transformer have the length of what it has read."""
     subject = open_subject(str(write_llama(tmp_path / "llama.gguf")))
-    assert subject.tokenizer is not None
     asked = load_tasks(("replies",), files, None, 0).asked["replies"]
     session = subject.session()
     together = answered(subject.tokenizer, session, asked)["answers"]

@@ -10,17 +10,11 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import window
-from rgexport.export.opening import open_artifact
-from rgexport.runtimes.engine import open_narrow_session, open_session
-from tests.artifacts import (
-    export_random,
-    export_random_coreml,
-    export_random_gguf,
-    require_ggml,
-)
+from rgexport.runtimes.engine import open_narrow_session
+from tests.artifacts import export_random, export_random_coreml, export_random_gguf, require_ggml
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
-from tests.models import make_config, write_hugging_face
+from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("raraa", width=64, heads=4, lru_width=96, window=24)
 WINDOWS = [*window.windows(24), 1]
@@ -53,58 +47,30 @@ def logits(session):
     return np.concatenate([first, rest, *steps], axis=1)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    artifact, weights = export_random(CONFIG, tmp_path_factory.mktemp("onnx"))
-    return artifact, weights
-
-
 @pytest.mark.parametrize("narrow", WINDOWS)
-@pytest.mark.parametrize("profile", ["cpu", "webgpu", "wasm"])
-def test_an_onnx_graph_is_deepminds_with_that_window(narrow, profile, made, deepminds, tmp_path):
-    artifact, weights = made
-    if profile != "cpu":
-        artifact, weights = export_random(CONFIG, tmp_path, profile=profile)
-    session = open_narrow_session(artifact, narrow)
-    assert np.abs(logits(session) - deepminds(weights, narrow)).max() < 1e-4
+@pytest.mark.parametrize("engine", ["reference", "cpu", "webgpu", "wasm", "gguf"])
+def test_logits_are_deepminds_with_that_window(narrow, engine, deepminds, tmp_path):
+    if engine == "reference":
+        weights = random_weights(CONFIG)
+        model = write_hugging_face(CONFIG, weights, tmp_path / "model")
+        session = open_subject(str(model)).session(narrow)
+    elif engine == "gguf":
+        require_ggml()
+        artifact, weights = export_random_gguf(CONFIG, tmp_path, "f32")
+        session = open_narrow_session(artifact, narrow)
+    else:
+        artifact, weights = export_random(CONFIG, tmp_path, profile=engine)
+        session = open_narrow_session(artifact, narrow)
+    limit = 2e-4 if engine == "gguf" else 1e-4
+    assert np.abs(logits(session) - deepminds(weights, narrow)).max() < limit
     session.close()
-
-
-@pytest.mark.parametrize("narrow", WINDOWS)
-def test_the_reference_is_deepminds_with_that_window(narrow, made, deepminds, tmp_path):
-    model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
-    session = open_subject(str(model)).session(narrow)
-    assert np.abs(logits(session) - deepminds(made[1], narrow)).max() < 1e-4
-
-
-@pytest.mark.parametrize("narrow", WINDOWS)
-def test_a_gguf_is_deepminds_with_that_window(narrow, deepminds, tmp_path):
-    require_ggml()
-    artifact, weights = export_random_gguf(CONFIG, tmp_path, "f32")
-    session = open_narrow_session(artifact, narrow)
-    assert np.abs(logits(session) - deepminds(weights, narrow)).max() < 2e-4
-    session.close()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_it_is_what_an_export_with_that_window_would_be(precision, made, tmp_path):
-    model = write_hugging_face(CONFIG, made[1], tmp_path / "model")
-    for name, more in (("full", ()), ("narrow", ("--window", "6"))):
-        asked = "onnx", "-m", model, "--precision", precision, "--no-check", *more
-        assert run([*map(str, asked), "-o", str(tmp_path / name)]) == 0
-    narrow, full = (open_artifact(tmp_path / name) for name in ("narrow", "full"))
-    assert narrow.manifest.config.window == 6
-    of_export, of_full = open_session(narrow), open_narrow_session(full, 6)
-    assert np.array_equal(logits(of_export), logits(of_full))
-    assert of_export.info.state_bytes == of_full.info.state_bytes
-    of_export.close()
-    of_full.close()
 
 
 @pytest.mark.parametrize("wrong", [-1, 25])
-def test_a_window_that_is_none(wrong, made):
+def test_a_window_that_is_none(wrong, tmp_path):
+    artifact, _ = export_random(CONFIG, tmp_path)
     with pytest.raises(RequestError, match=f"the window is {wrong}; expected 0 to 24"):
-        open_narrow_session(made[0], wrong)
+        open_narrow_session(artifact, wrong)
 
 
 def test_a_core_ml_package_keeps_its_window(tmp_path):

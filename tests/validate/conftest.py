@@ -15,6 +15,7 @@ from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import open_checkpoint
+from tests.artifacts import copy_cached
 from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300)
@@ -28,27 +29,31 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory) -> Path:
     """The checkpoint, in bf16."""
     folder = tmp_path_factory.mktemp("validate") / "original"
     return write_hugging_face(CONFIG, random_weights(CONFIG), folder, dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")
-def clean(checkpoint: Path) -> Callable[[str], Path]:
+def clean(checkpoint) -> Callable[[str], Path]:
     """The artifact of a kind, exported once."""
 
     def export(kind: str) -> Path:
-        target = checkpoint.parent / kind
+        target, options = checkpoint.parent / kind, OnnxOptions(**KINDS[kind])
         if not target.exists():
-            export_onnx(open_checkpoint(checkpoint), OnnxOptions(**KINDS[kind]), target)
+            copy_cached(
+                f"validate {CONFIG} {options}",
+                lambda artifact: export_onnx(open_checkpoint(checkpoint), options, artifact),
+                target,
+            )
         return target
 
     return export
 
 
 @pytest.fixture
-def spoil(clean: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+def spoil(clean, tmp_path) -> Callable[..., Path]:
     """A copy of an artifact that was altered and looks intact: its hashes are made anew."""
 
     def copy(
@@ -60,25 +65,17 @@ def spoil(clean: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         folder = Path(shutil.copytree(clean(kind), tmp_path / "spoiled"))
         if weight is not None:
             name, part, gain = weight
-            change_data(folder, name, part, lambda values: values * np.asarray(gain, values.dtype))
+            stored = read_manifest(folder).tensors[name].parts[part]
+            layout = {"dtype": stored.dtype, "offset": stored.offset, "shape": stored.shape}
+            values = np.memmap(folder / stored.file, mode="r+", **layout)
+            values[:] = values * np.asarray(gain, values.dtype)
+            values.flush()
         manifest = read_manifest(folder)
         changed = dataclasses.replace(manifest.config, **(config or {}))
         claim(folder, dataclasses.replace(manifest, config=changed))
         return folder
 
     return copy
-
-
-def change_data(
-    folder: Path, tensor: str, part: str, change: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    """Changes a stored part of a tensor in the data file, in place."""
-    stored = read_manifest(folder).tensors[tensor].parts[part]
-    place = folder / stored.file
-    values = np.memmap(place, stored.dtype, "r+", offset=stored.offset, shape=stored.shape)
-    values[:] = change(values.copy())
-    values.flush()
-    claim(folder)
 
 
 def claim(folder: Path, manifest: Manifest | None = None) -> None:

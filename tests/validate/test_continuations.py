@@ -10,7 +10,6 @@ from rgexport.validate.continuations import (
     LEAST_TOKENS,
     MOST_TOKENS,
     SHOWN,
-    Prompt,
     continuations,
     prompts_of_file,
     prompts_of_model,
@@ -50,7 +49,7 @@ def spell(ids: Any) -> str:
     return " ".join(map(str, ids))
 
 
-def test_each_model_continues_greedily() -> None:
+def test_each_model_continues_greedily():
     tokens = np.array([1, 5, 7, 2])
     reference = file_of(0, [("a", tokens, 20)])
     prompts = prompts_of_file(reference)
@@ -64,28 +63,19 @@ def test_each_model_continues_greedily() -> None:
     assert all(a == b for a, b in pairs[: other.common])
     assert other.common < 20 and pairs[other.common][0] != pairs[other.common][1]
     assert (other.reference_next, other.artifact_next) == pairs[other.common]
+    for answer, text in zip(answers_of(other), (other.reference, other.artifact), strict=True):
+        assert (
+            answer.shared == other.shared and answer.shared.split() == text.split()[: other.common]
+        )
+        assert text.startswith(answer.shared) and text.endswith(answer.rest) and answer.differing
 
 
-def test_short_continuations_are_left_out() -> None:
+def test_short_continuations_are_left_out():
     tokens = np.array([1, 5])
     prompts = [("short", tokens, LEAST_TOKENS - 1), ("empty", tokens[:1], 32)]
     prompts += [(f"p{i}", tokens, 32) for i in range(SHOWN + 1)]
     found = prompts_of_file(file_of(0, prompts))
     assert [one.name for one in found] == [f"p{i}" for i in range(SHOWN)]
-
-
-def test_an_answer_is_its_parts() -> None:
-    """What is shared, the first token that differs, and the rest make up each text."""
-    tokens = np.array([1, 5, 7, 2])
-    texts = [greedy(seed, tokens, 20) for seed in (0, 1)]
-    joined = "".join  # as a tokenizer writes pieces: one after another
-    for theirs in texts:
-        prompt = Prompt("a", tokens, theirs)
-        (found,) = continuations(ToySession(0), [prompt], lambda ids: joined(f"<{i}>" for i in ids))
-        for answer, text in zip(answers_of(found), (found.reference, found.artifact), strict=True):
-            assert answer.shared + answer.differing + answer.rest == text
-            assert answer.shared == found.shared and bool(answer.differing) is (found.common < 20)
-        assert found.shared.count("<") == found.common
 
 
 class WholeToy(ToyReference):
@@ -96,12 +86,11 @@ class WholeToy(ToyReference):
         self.config = make_config("r", width=8, heads=1, lru_width=8, vocab_size=23)
 
     def run_each(self, texts: Any) -> list[tuple[np.ndarray, list[State]]]:
-        """Each from its beginning."""
         found = (self.run(tokens) for tokens, _ in texts)
         return [(hidden, [state]) for hidden, state in found]
 
 
-def test_a_small_original_continues_the_built_in_prompts() -> None:
+def test_a_small_original_continues_the_built_in_prompts():
     """All in one batch, as each alone."""
     model, tokenizer = WholeToy(3), character_tokenizer()
     prompts = prompts_of_model(model, tokenizer)

@@ -13,6 +13,7 @@ from rgexport.cli import run
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
+from tests.artifacts import export_demo
 from tests.deepmind import deepmind_logits, deepmind_model
 
 TEXT = Path(__file__).with_name("unseen.txt")
@@ -24,15 +25,15 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(tmp_path_factory) -> Path:
     """The demo in int4. `--exact`: int8 activations depend a little on how a text is cut."""
     target = tmp_path_factory.mktemp("independent") / "demo"
-    assert run(["onnx", "--size", "demo", "--int4", "--exact", "-o", str(target)]) == 0
+    export_demo(target, "onnx", "--int4", "--exact")
     return target
 
 
 @pytest.fixture(scope="module")
-def report(artifact: Path) -> dict[str, Any]:
+def report(artifact) -> dict[str, Any]:
     """What `validate --json` says of it on a text that nobody has seen."""
     file = artifact.parent / "report.json"
     asked = "validate", artifact, "--text", TEXT, "--tokens", TOKENS, "--json", file
@@ -41,7 +42,7 @@ def report(artifact: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tokens(report: dict[str, Any]) -> np.ndarray:
+def tokens(report) -> np.ndarray:
     """The ids [T] by the engine that made the vocabulary, after a bos."""
     engine = SentencePieceProcessor(model_file=str(demo_folder() / "tokenizer.model"))
     text = TEXT.read_bytes()[: report["text"]["bytes"]].decode()
@@ -49,7 +50,7 @@ def tokens(report: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def logits(artifact: Path, tokens: np.ndarray) -> Pair:
+def logits(artifact, tokens) -> Pair:
     """Of DeepMind's model in float32, and of the artifact in ONNX Runtime: float64 [T, vocab]."""
     weights = {
         name.removeprefix("model."): tensor.float().numpy()
@@ -62,28 +63,61 @@ def logits(artifact: Path, tokens: np.ndarray) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def log_probabilities(logits: Pair) -> Pair:
+def log_probabilities(logits) -> Pair:
     """The same, normalized; what is capped at 30 needs no care in its exponentials."""
     ours, theirs = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logits)
     return ours, theirs
 
 
-def test_kl(report: dict[str, Any], log_probabilities: Pair) -> None:
-    ours, theirs = log_probabilities
+def _quantile(ordered: np.ndarray, share: float) -> float:
+    """Between the two values that stand around it, in proportion."""
+    below, part = divmod(share * (len(ordered) - 1), 1)
+    a, b = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
+    return float(a + part * (b - a))
+
+
+def test_the_figures_of_a_report(report, tokens, logits, log_probabilities):
+    found, (ours, theirs) = report["original"], log_probabilities
     kl = np.sort((np.exp(ours) * (ours - theirs)).sum(1))
+    assert 1e-3 < kl.mean() < 0.5, "four bits cost something, and the model still speaks"
+    error = ((kl - kl.mean()) ** 2).sum() ** 0.5 / (len(kl) * (len(kl) - 1)) ** 0.5
+    quantiles = {name: _quantile(kl, share) for name, share in QUANTILES.items()}
+    assert_figures(found["kl"], quantiles | {"mean": kl.mean(), "standard_error": error})
+
+    surprise = [-model[np.arange(len(tokens) - 1), tokens[1:]] for model in log_probabilities]
+    bits = [nats.sum() / np.log(2) for nats in surprise]
+    perplexity = [2 ** (total / (len(tokens) - 1)) for total in bits]
+    size = report["text"]["bytes"]
     expected = {
-        "mean": kl.sum() / len(kl),
-        "standard_error": ((kl - kl.mean()) ** 2).sum() ** 0.5 / (len(kl) * (len(kl) - 1)) ** 0.5,
-        **{name: _quantile(kl, share) for name, share in QUANTILES.items()},
+        "tokens": len(tokens) - 1,
+        "perplexity": perplexity[0],
+        "perplexity_candidate": perplexity[1],
+        "bits_per_byte": bits[0] / size,
+        "bits_per_byte_candidate": bits[1] / size,
     }
-    found = {name: report["original"]["kl"][name] for name in expected}
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert 1e-3 < expected["mean"] < 0.5, "four bits cost something, and the model still speaks"
+    assert_figures(found["likelihood"], expected)
+
+    first, second = (np.argsort(-model, axis=1) for model in log_probabilities)
+    assert found["agreement"]["top1"] == np.mean(first[:, 0] == second[:, 0])
+    shared = [len({*a[:5]} & {*b[:5]}) / 5 for a, b in zip(first, second, strict=True)]
+    assert_figures(found["agreement"], {"top5": np.mean(shared)})
+
+    original, delta = logits[0], np.abs(logits[0] - logits[1])
+    spread = ((original - original.mean(1, keepdims=True)) ** 2).mean() ** 0.5
+    expected = {
+        "max": delta.max(),
+        "mean": delta.mean(),
+        "relative_max": delta.max() / np.abs(original).max(),
+        "relative_rms": (delta**2).mean() ** 0.5 / spread,
+    }
+    assert_figures(found["logits"], expected)
 
 
-def test_a_reference_file_bounds_the_kl(
-    artifact: Path, tokens: np.ndarray, log_probabilities: Pair
-) -> None:
+def assert_figures(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_reference_file_bounds_the_kl(artifact, tokens, log_probabilities):
     """The same text as the one prompt of a file, which leaves out what is unlikely."""
     prompts, file, told = (artifact.parent / name for name in ("p.json", "r", "told.json"))
     prompts.write_text(json.dumps([tokens.tolist()]))
@@ -103,44 +137,3 @@ def test_a_reference_file_bounds_the_kl(
     assert found["kl_width"] <= 1e-3
     surprise = -ours[np.arange(len(tokens) - 1), tokens[1:]]
     assert found["likelihood"]["nll"] == pytest.approx(surprise.mean(), rel=1e-4)
-
-
-def _quantile(ordered: np.ndarray, share: float) -> float:
-    """Between the two values that stand around it, in proportion."""
-    below, part = divmod(share * (len(ordered) - 1), 1)
-    a, b = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
-    return float(a + part * (b - a))
-
-
-def test_perplexity_and_bits_per_byte(
-    report: dict[str, Any], tokens: np.ndarray, log_probabilities: Pair
-) -> None:
-    found, size = report["original"]["likelihood"], report["text"]["bytes"]
-    assert found["tokens"] == len(tokens) - 1
-    for suffix, model in zip(("", "_candidate"), log_probabilities, strict=True):
-        surprise = [-model[i, token] for i, token in enumerate(tokens[1:])]
-        perplexity = 2 ** (sum(surprise) / np.log(2) / len(surprise))
-        assert found[f"perplexity{suffix}"] == pytest.approx(perplexity, rel=1e-4)
-        bits = sum(surprise) / np.log(2) / size
-        assert found[f"bits_per_byte{suffix}"] == pytest.approx(bits, rel=1e-4)
-
-
-def test_agreement(report: dict[str, Any], log_probabilities: Pair) -> None:
-    ours, theirs = (np.argsort(-model, axis=1) for model in log_probabilities)
-    assert report["original"]["agreement"]["top1"] == np.mean(ours[:, 0] == theirs[:, 0])
-    shared = [len({*a[:5]} & {*b[:5]}) / 5 for a, b in zip(ours, theirs, strict=True)]
-    assert report["original"]["agreement"]["top5"] == pytest.approx(np.mean(shared), rel=1e-4)
-
-
-def test_the_logits_themselves(report: dict[str, Any], logits: Pair) -> None:
-    ours, theirs = logits
-    delta = np.abs(ours - theirs)
-    spread = ((ours - ours.mean(1, keepdims=True)) ** 2).mean() ** 0.5
-    expected = {
-        "max": delta.max(),
-        "mean": delta.mean(),
-        "relative_max": delta.max() / np.abs(ours).max(),
-        "relative_rms": (delta**2).mean() ** 0.5 / spread,
-    }
-    found = {name: report["original"]["logits"][name] for name in expected}
-    assert found == pytest.approx(expected, rel=1e-4)

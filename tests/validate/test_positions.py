@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.validate import metrics
-from rgexport.validate.measure import measure
 from rgexport.validate.positions import (
     BLOCKS,
     CHOICES,
@@ -19,7 +18,6 @@ from rgexport.validate.positions import (
     position_blocks,
     token_text,
 )
-from tests.validate.toys import VOCAB, ToySession, toy_pass
 
 
 def rows_of(kl: np.ndarray) -> np.ndarray:
@@ -30,7 +28,7 @@ def rows_of(kl: np.ndarray) -> np.ndarray:
 
 
 @given(length=st.integers(1, 700), seed=st.integers(0, 5))
-def test_blocks_cover_the_text_once(length: int, seed: int) -> None:
+def test_blocks_cover_the_text_once(length, seed):
     kl = np.random.default_rng(seed).random(length)
     blocks = position_blocks(rows_of(kl))
     assert len(blocks) == min(BLOCKS, length)
@@ -47,7 +45,7 @@ def test_blocks_cover_the_text_once(length: int, seed: int) -> None:
 
 @settings(deadline=None)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=5))
-def test_worst_positions_do_not_depend_on_the_blocks(length: int, cuts: list[int]) -> None:
+def test_worst_positions_do_not_depend_on_the_blocks(length, cuts):
     rng = np.random.default_rng(length)
     kl, tokens = rng.permutation(length) / 7, rng.integers(0, 9, length)
     a, b = rng.normal(size=(2, length, 9))
@@ -67,7 +65,7 @@ def test_worst_positions_do_not_depend_on_the_blocks(length: int, cuts: list[int
             assert [choice.probability for choice in choices] == pytest.approx(share[likeliest])
 
 
-def test_nothing_of_the_vocabularys_size_is_kept() -> None:
+def test_nothing_of_the_vocabularys_size_is_kept():
     worst = WorstPositions(np.zeros(400, np.int64))
     logits = np.zeros((10, 20_000), np.float32)
     tracemalloc.start()
@@ -79,7 +77,7 @@ def test_nothing_of_the_vocabularys_size_is_kept() -> None:
     assert kept < logits.nbytes / 4
 
 
-def test_nan_is_the_worst_position() -> None:
+def test_nan_is_the_worst_position():
     kl = np.array([3, math.nan, 9, math.inf, *range(20)], np.float64)
     worst = WorstPositions(np.arange(24))
     worst.see(0, kl, np.zeros((24, 5)), np.full((24, 5), math.nan))
@@ -87,7 +85,7 @@ def test_nan_is_the_worst_position() -> None:
     assert math.isnan(worst.found[0].candidate[0].probability)
 
 
-def test_the_text_around_a_position() -> None:
+def test_the_text_around_a_position():
     tokens = np.arange(40)
     worst = WorstPositions(tokens, lambda ids: " ".join(map(str, ids)))
     worst.see(38, np.array([1.0, 0.5]), np.zeros((2, 3)), np.zeros((2, 3)))
@@ -98,22 +96,9 @@ def test_the_text_around_a_position() -> None:
     assert inside.reference[0].text == "0"
 
 
-def test_a_speller_shows_special_tokens_and_parts_of_characters() -> None:
+def test_a_speller_shows_special_tokens_and_parts_of_characters():
     pieces = [b"", b"a ", "é".encode()[:1], "é".encode()[1:]]
     tokenizer = Tokenizer(4, {"<bos>": 0}, 0, None, lambda text: [], pieces.__getitem__)
     spell = token_text(tokenizer)
     assert spell([0, 1, 2, 3]) == "<bos>a é"
     assert spell([2]) == "\\xc3"
-
-
-def test_a_measurement_carries_both_for_both_references() -> None:
-    tokens = np.random.default_rng(1).integers(0, VOCAB, 300)
-    found = measure(ToySession(), tokens, [toy_pass(tokens), toy_pass(tokens, seed=1)])
-    assert len(found.comparisons) == 2
-    for side in found.comparisons:
-        assert len(side.blocks) == BLOCKS and len(side.worst) == WORST
-        assert side.worst[0].position == side.kl.worst_position
-        assert side.worst[0].context is None
-    assert side.worst[0].kl == side.kl.max
-    place = side.worst[0]
-    assert place.next_token == tokens[place.position + 1]

@@ -1,8 +1,8 @@
+from contextlib import nullcontext
+
 import numpy as np
-import pytest
 
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.tensor import WeightSource
 from rgexport.validate import reference_pass
 from rgexport.validate.reference_pass import run_reference, torch_reference
 from tests.models import ODD_CONFIGS, random_weights, weight_source
@@ -11,12 +11,8 @@ CONFIG = ODD_CONFIGS["irregular"]
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 60)
 
 
-@pytest.fixture
-def weights() -> WeightSource:
-    return weight_source(random_weights(CONFIG))
-
-
-def test_logits_of_blocks_are_those_of_one_pass(weights: WeightSource) -> None:
+def test_logits_of_blocks_are_those_of_one_pass():
+    weights = weight_source(random_weights(CONFIG))
     taught = run_reference("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
     reference = Reference(CONFIG, weights)
     hidden, state = reference.run(TOKENS[None])
@@ -26,23 +22,16 @@ def test_logits_of_blocks_are_those_of_one_pass(weights: WeightSource) -> None:
     assert all(np.array_equal(taught.state[name], array) for name, array in state.items())
 
 
-def test_progress_counts_each_weight_once(
-    weights: WeightSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    done: list[int] = []
+def test_progress_counts_each_weight_once(monkeypatch):
+    totals, done = [], []
 
-    class Recorder:
-        def __enter__(self) -> object:
-            return done.append
+    def task(label, total):
+        totals.append(total)
+        return nullcontext(done.append)
 
-        def __exit__(self, *exc: object) -> None:
-            pass
-
-    monkeypatch.setattr(
-        reference_pass, "task", lambda label, total: asked.append(total) or Recorder()
-    )
+    monkeypatch.setattr(reference_pass, "task", task)
+    weights = weight_source(random_weights(CONFIG))
     taught = run_reference("Running", torch_reference("cpu"), CONFIG, weights, TOKENS)
-    assert sum(done) == asked[0] > 0
+    assert sum(done) == totals[0] > 0
     taught.logits(0, 5)
-    assert sum(done) == asked[0], "the head is not part of the pass"
+    assert sum(done) == totals[0], "the head is not part of the pass"

@@ -1,8 +1,6 @@
 import dataclasses
 import html
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -10,59 +8,25 @@ from rgexport.errors import RequestError
 from rgexport.validate.opening import Request
 from rgexport.validate.run import validate_artifact, validate_artifacts
 
-Clean = Callable[[str], Path]
-Spoil = Callable[..., Path]
 
-
-def test_the_report_and_the_json(
-    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_and_the_json(clean, checkpoint, tmp_path, capsys):
     file = tmp_path / "result.json"
-    code = validate_artifacts(
-        [clean("int8")], Request(model=str(checkpoint), max_tokens=50), json_file=file
-    )
+    request = Request(model=str(checkpoint), max_tokens=50)
+    assert validate_artifacts([clean("int8")], request, json_file=file) == 0
     out, err = capsys.readouterr()
-    assert code == 0 and out.startswith("PASS  ") and "KL, nats per token" in out
+    assert out.startswith("PASS  ") and "KL, nats per token" in out
     assert "Comparing" in err and "Comparing" not in out
     found = json.loads(file.read_text())
     assert found["schema_version"] == 1 and found["verdict"] == "PASS"
-    assert found["text"] == {
-        "name": "random token ids",
-        "tokens": 50,
-        "windows": 50 / 16,
-        "bytes": None,
-        "truncated": False,
-    }
-    assert found["twin"]["logits"]["max"] < found["original"]["logits"]["max"]
-    assert all(check["passed"] for check in found["checks"])
-    assert found["weights"][0].keys() >= {"name", "relative_error", "projection", "max_steps"}
+    text = {"name": "random token ids", "tokens": 50, "windows": 50 / 16, "bytes": None}
+    assert found["text"] == text | {"truncated": False}
     assert found["environment"]["onnxruntime"] == found["engine"]["engine_version"]
 
 
-def test_failure_is_exit_code_1(
-    spoil: Spoil, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "result.json"
-    folder = spoil("fp32", config={"soft_cap": 20.0})
-    assert validate_artifacts([folder], Request(max_tokens=30), json_file=file) == 1
-    out = capsys.readouterr().out
-    assert out.startswith("FAIL  ") and "FAILED  twin.logits is " in out
-    assert json.loads(file.read_text())["verdict"] == "FAIL"
-
-
-def test_a_file_is_refused_before_the_work(clean: Clean, tmp_path: Path) -> None:
-    for file in (tmp_path, tmp_path / "missing" / "r.json"):
-        for option in ("json_file", "html_file"):
-            with pytest.raises(RequestError, match="cannot write"):
-                validate_artifacts([clean("fp32")], **{option: file})
-
-
-def test_ambiguous_is_exit_code_1_unless_it_is_allowed(
-    clean: Clean, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ambiguous_is_exit_code_1_unless_it_is_allowed(clean, checkpoint, capsys):
     given = Request(model=str(checkpoint), max_tokens=50)
     original = validate_artifact(clean("int4"), given).original
-    assert original is not None and original.kl.standard_error > 0
+    assert original.kl.standard_error > 0
     limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
     assert validate_artifacts([clean("int4")], given, limits=limits) == 1
     out = capsys.readouterr().out
@@ -74,9 +38,7 @@ def test_ambiguous_is_exit_code_1_unless_it_is_allowed(
     assert capsys.readouterr().out.count("FAILED  original.kl") == 1
 
 
-def test_a_quality_that_a_user_asks_for(
-    clean: Clean, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     """Correct, but not as good: exit code 1, and both verdicts are told."""
     file, page = tmp_path / "r.json", tmp_path / "r.html"
     given = Request(model=str(checkpoint), max_tokens=50)
@@ -105,12 +67,12 @@ def test_a_quality_that_a_user_asks_for(
     assert out.startswith("PASS  all 2 pass") and f"{clean('int4')}: {told}" in out
 
 
-def test_a_quality_needs_an_original(clean: Clean) -> None:
-    with pytest.raises(RequestError, match=r"--min-quality good: the original .* was not given"):
+def test_a_quality_needs_an_original(clean):
+    with pytest.raises(RequestError, match="--min-quality good: the original .* was not given"):
         validate_artifacts([clean("fp32")], Request(max_tokens=8, min_quality="good"))
 
 
-def test_a_limit_that_a_user_sets(clean: Clean, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_that_a_user_sets(clean, capsys):
     assert (
         validate_artifacts([clean("int8")], Request(max_tokens=30), limits=["twin.logits=1e-9"])
         == 1

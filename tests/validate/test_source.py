@@ -1,6 +1,5 @@
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.models import random_weights
 
 
 @pytest.fixture
-def manifest(clean: Callable[[str], Path]) -> Manifest:
+def manifest(clean) -> Manifest:
     return read_manifest(clean("fp32"))
 
 
@@ -24,50 +23,39 @@ def named(manifest: Manifest, name: str) -> Manifest:
     return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name=name))
 
 
-def demo(manifest: Manifest) -> Manifest:
-    return named(manifest, "demo")
-
-
-def test_the_given_model(manifest: Manifest, checkpoint: Path) -> None:
-    found = find_original(manifest, str(checkpoint))
-    assert found is not None and found.same_files and found.config_differences == ()
-
-
-def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(
-    manifest: Manifest, tmp_path: Path
-) -> None:
+def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(manifest, tmp_path):
     config = dataclasses.replace(manifest.config, window=24, soft_cap=5.0)
     file = write_deepmind(random_weights(config), tmp_path)
     made = dataclasses.replace(manifest, config=config)
     found = find_original(made, str(file))
-    assert found is not None and found.config_differences == ()
+    assert found.config_differences == ()
 
 
-def test_no_original_is_guessed(manifest: Manifest) -> None:
+def test_the_demo_is_found(manifest, checkpoint, monkeypatch):
+    demo = named(manifest, "demo")
+    monkeypatch.setattr(checkpoints, "demo_folder", lambda: checkpoint)
+    found = find_original(demo, None)
+    assert found.same_files and found.config_differences == ()
     assert find_original(manifest, None) is None
 
+    def missing() -> Path:
+        raise RequestError("not bundled")
 
-def test_the_demo_is_found(
-    manifest: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "demo_folder", lambda: checkpoint)
-    found = find_original(demo(manifest), None)
-    assert found is not None and found.same_files
+    monkeypatch.setattr(checkpoints, "demo_folder", missing)
+    assert find_original(demo, None) is None
 
 
-def test_a_released_model_is_found_in_the_hub_cache(
-    manifest: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_released_model_is_found_in_the_hub_cache(manifest, checkpoint, monkeypatch):
     cache = {"google/recurrentgemma-2b-it": checkpoint}
     monkeypatch.setattr(source, "cached_model", cache.get)
     found = find_original(named(manifest, "recurrentgemma-2b-it"), None)
-    assert found is not None and found.same_files
+    assert found.same_files
     assert find_original(named(manifest, "recurrentgemma-9b"), None) is None
 
 
 def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
-    manifest: Manifest, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    manifest, checkpoint, tmp_path, monkeypatch
+):
     other = tmp_path / "demo"
     shutil.copytree(checkpoint, other)
     weights = other / "model.safetensors"
@@ -75,20 +63,12 @@ def test_a_demo_that_was_trained_anew_is_not_taken_for_the_original(
     data[-1] ^= 1
     weights.write_bytes(data)
     monkeypatch.setattr(checkpoints, "demo_folder", lambda: other)
-    assert find_original(demo(manifest), None) is None
+    assert find_original(named(manifest, "demo"), None) is None
     given = find_original(manifest, str(other))
-    assert given is not None and not given.same_files
+    assert not given.same_files
 
 
-def test_an_install_without_the_demo(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Path:
-        raise RequestError("not bundled")
-
-    monkeypatch.setattr(checkpoints, "demo_folder", missing)
-    assert find_original(demo(manifest), None) is None
-
-
-def test_a_missing_or_damaged_model(manifest: Manifest, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_or_damaged_model(manifest, checkpoint, tmp_path):
     with pytest.raises(RequestError, match="there is no"):
         find_original(manifest, str(tmp_path / "missing"))
     broken = tmp_path / "broken"

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ class Clocked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, session: ToySession, took: float) -> None:
         self.session, self.closed, self.took = session, 0, took
-        session.close = self._close  # type: ignore[attr-defined]
+        session.close = self._close
         monkeypatch.setattr(speed, "open_session", lambda artifact: session)
         monkeypatch.setattr(speed, "seconds", self._seconds)
 
@@ -30,10 +29,10 @@ class Clocked:
 
 
 def measured(clocked: Clocked) -> Speed:
-    return measure_speed(None)  # type: ignore[arg-type]  # the session is a toy's
+    return measure_speed(None)  # the session is a toy's
 
 
-def test_rates_are_those_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_those_of_the_calls(monkeypatch):
     clocked = Clocked(monkeypatch, ToySession(), took=0.25)
     assert measured(clocked) == Speed(decode=4, prefill=4, prompt_tokens=128)
     # Eight steps take the two seconds, first to warm up; a prompt alone takes more.
@@ -41,7 +40,33 @@ def test_rates_are_those_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clocked.closed == 1
 
 
-def test_an_odd_call_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_engine_takes_two_tokens_and_a_chunk(monkeypatch):
+    clocked = Clocked(monkeypatch, WholeChunksSession(chunk_logits=True), took=20)
+    found = measured(clocked)
+    assert clocked.session.chunks == [1, 1, 64]
+    assert found == Speed(decode=1 / 20, prefill=1 / 20, prompt_tokens=64)
+
+
+def test_a_session_is_closed_after_an_error(monkeypatch):
+    def fail(session: ToySession, logits: object) -> None:
+        raise RuntimeError("the engine broke")
+
+    clocked = Clocked(monkeypatch, ToySession(fault=fail), took=1)
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        measured(clocked)
+    assert clocked.closed == 1
+
+
+def test_an_artifact(clean, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.05)
+    found = measure_speed(open_artifact(clean("int4")))
+    assert found.decode > 1 and found.prefill > 1 and found.prompt_tokens == 128
+    result = validate_artifact(clean("int4"), Request(max_tokens=12, bench=True))
+    assert result.speed.prompt_tokens == 128
+    assert validate_artifact(clean("int4"), Request(max_tokens=12)).speed is None
+
+
+def test_an_odd_call_does_not_count(monkeypatch):
     clocked = Clocked(monkeypatch, ToySession(), took=0.001)
     calls = 0
 
@@ -53,29 +78,3 @@ def test_an_odd_call_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "seconds", seconds)
     found = measured(clocked)
     assert found.decode == pytest.approx(1000) and found.prefill == pytest.approx(1000)
-
-
-def test_a_slow_engine_takes_two_tokens_and_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocked = Clocked(monkeypatch, WholeChunksSession(chunk_logits=True), took=20)
-    found = measured(clocked)
-    assert clocked.session.chunks == [1, 1, 64]
-    assert found == Speed(decode=1 / 20, prefill=1 / 20, prompt_tokens=64)
-
-
-def test_a_session_is_closed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(session: ToySession, logits: object) -> None:
-        raise RuntimeError("the engine broke")
-
-    clocked = Clocked(monkeypatch, ToySession(fault=fail), took=1)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="the engine broke"):
-        measured(clocked)
-    assert clocked.closed == 1
-
-
-def test_an_artifact(clean: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "SECONDS", 0.05)
-    found = measure_speed(open_artifact(clean("int4")))
-    assert found.decode > 1 and found.prefill > 1 and found.prompt_tokens == 128
-    result = validate_artifact(clean("int4"), Request(max_tokens=12, bench=True))
-    assert result.speed is not None and result.speed.prompt_tokens == 128
-    assert validate_artifact(clean("int4"), Request(max_tokens=12)).speed is None

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,22 +9,7 @@ from rgexport.validate.text import built_in_text, choose_text, encode, random_te
 from tests.validate.toys import VOCAB, character_tokenizer
 
 
-def test_the_built_in_text_is_varied() -> None:
-    text = built_in_text()
-    assert 5_000 < len(text) < 8_000
-    for part in ("def moving_average", "| Jan", "Als der Zug", "今日は", "🎒", "<start_of_turn>"):
-        assert part in text
-
-
-def test_the_built_in_text_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_TOKENS", 10_000)
-    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=256)
-    assert len(found.tokens) == 1 + len(built_in_text())
-    assert found.bytes == len(built_in_text().encode())
-    assert not found.truncated and found.name == "built-in"
-
-
-def test_the_built_in_text_goes_past_a_long_window() -> None:
+def test_the_built_in_text_goes_past_a_long_window():
     found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=7000)
     assert len(found.tokens) == 7000 + module.PAST_WINDOW
     once = len(built_in_text())
@@ -37,7 +20,7 @@ def test_the_built_in_text_goes_past_a_long_window() -> None:
     assert len(longer.tokens) == 32_768, "as many as are asked for"
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_a_file(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("déjà vu" * 100, "utf-8")
     whole = choose_text(character_tokenizer(), vocab_size=VOCAB, window=8, file=file)
@@ -48,7 +31,7 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 @given(text=st.text(max_size=60), limit=st.integers(2, 50), bos=st.sampled_from([None, 0]))
-def test_cutting_keeps_the_limit_and_wastes_nothing(text: str, limit: int, bos: int | None) -> None:
+def test_cutting_keeps_the_limit_and_wastes_nothing(text, limit, bos):
     def pairs(part: str) -> list[int]:
         """One id for each character and one more for each pair: lengths jump."""
         return [7] * (len(part) + len(part) // 2)
@@ -60,7 +43,7 @@ def test_cutting_keeps_the_limit_and_wastes_nothing(text: str, limit: int, bos: 
         assert len(found.tokens) >= limit - 2
 
 
-def test_without_a_tokenizer_ids_are_random_and_repeatable() -> None:
+def test_without_a_tokenizer_ids_are_random_and_repeatable():
     found = choose_text(None, vocab_size=50, window=100)
     assert len(found.tokens) == 401 and found.bytes is None
     assert found.tokens.min() >= 0 and found.tokens.max() < 50
@@ -73,7 +56,7 @@ def test_without_a_tokenizer_ids_are_random_and_repeatable() -> None:
     ("content", "complaint"),
     [(None, "cannot read"), (b"\xff\xfe\x00", "cannot read"), (b" \n", "has no text in it")],
 )
-def test_bad_files(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+def test_bad_files(tmp_path, content, complaint):
     file = tmp_path / "t"
     if content is not None:
         file.write_bytes(content)
@@ -81,7 +64,7 @@ def test_bad_files(tmp_path: Path, content: bytes | None, complaint: str) -> Non
         choose_text(character_tokenizer(), vocab_size=VOCAB, window=8, file=file)
 
 
-def test_other_refusals(tmp_path: Path) -> None:
+def test_other_refusals(tmp_path):
     file = tmp_path / "t"
     file.write_text("text")
     with pytest.raises(RequestError, match="no tokenizer"):
@@ -90,3 +73,11 @@ def test_other_refusals(tmp_path: Path) -> None:
         choose_text(None, vocab_size=VOCAB, window=8, limit=1)
     with pytest.raises(RequestError, match="the model has 5 tokens"):
         choose_text(character_tokenizer(), vocab_size=5, window=8, file=file)
+
+
+def test_the_built_in_text_is_taken_whole(monkeypatch):
+    monkeypatch.setattr(module, "MAX_TOKENS", 10_000)
+    found = choose_text(character_tokenizer(), vocab_size=VOCAB, window=256)
+    assert len(found.tokens) == 1 + len(built_in_text())
+    assert found.bytes == len(built_in_text().encode())
+    assert not found.truncated and found.name == "built-in"

@@ -44,37 +44,28 @@ def gguf(linear: str, embedding: str) -> Manifest:
     ("manifest", "logits", "storage"),
     [
         (onnx("fp32", "fp32"), 1e-3, "float32"),
-        (onnx("fp16", "fp32"), 1e-3, "float16"),
         (onnx("int4", "int4", exact=True), 1e-3, "int4"),
         (onnx("fp16", "fp16", "fp16"), 4e-2, "float16"),
-        (onnx("int4", "int4", "fp16", exact=True), 4e-2, "int4"),
         (onnx("int8", "fp16"), 0.6, "int8"),
-        (onnx("fp32", "int4"), 0.6, "int4"),
         (onnx("int4", "int4", "fp16"), 0.6, "int4"),
-        (coreml("fp32", "fp32", "fp32"), 1e-3, "float32"),
         (coreml("int4", "int8", "fp32"), 1e-3, "int4"),
-        (coreml("fp16", "fp16", "fp16"), 6e-2, "float16"),
         (coreml("pal4", "int8", "fp16"), 6e-2, "int4"),
         (gguf("f32", "f32"), 1e-3, "float32"),
         (gguf("f16", "f32"), 4e-2, "float16"),
         (gguf("f16", "bf16"), 0.16, "int8"),
-        (gguf("bf16", "bf16"), 0.16, "int8"),
         (gguf("q8_0", "f16"), 0.6, "int8"),
         (gguf("f32", "q6_k"), 0.6, "int4"),
-        (gguf("q4_k", "q6_k"), 0.6, "int4"),
         (gguf("q2_k", "q6_k"), 0.6, "int2"),
     ],
 )
-def test_the_coarsest_arithmetic_and_storage_decide(
-    manifest: Manifest, logits: float, storage: str
-) -> None:
+def test_the_coarsest_arithmetic_and_storage_decide(manifest, logits, storage):
     assert tolerance(manifest).logits == logits
     assert coarsest(manifest) == storage and storage in ORIGINAL_RMS
     if manifest.kind == "gguf":
         assert manifest.rounds_activations == (logits == 0.6)
 
 
-def test_a_tolerance_grows_with_position() -> None:
+def test_a_tolerance_grows_with_position():
     limit = tolerance(onnx("fp32", "fp32"))
     assert limit.at(0) == limit
     assert limit.at(1000).logits < 1.01 * limit.logits

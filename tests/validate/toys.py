@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.tensor import WeightSource
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
@@ -44,7 +46,6 @@ class ToyReference(Toy):
         return hidden, {MEMORY: hidden[:, -1], POSITION: state[POSITION] + tokens.shape[1]}
 
     def logits(self, hidden: Any) -> np.ndarray:
-        """The head."""
         return hidden @ self.head
 
 
@@ -61,11 +62,9 @@ class ToySession(Toy):
         self.reset()
 
     def reset(self, batch: int = 1) -> None:
-        """Forgets everything."""
         self.h, self.position = np.zeros((batch, WIDTH), np.float32), np.zeros(batch, np.int64)
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes a chunk."""
         self.chunks.append(tokens.shape[1])
         hidden = self.hidden(tokens, self.h)
         self.h, self.position = hidden[:, -1].copy(), self.position + tokens.shape[1]
@@ -73,15 +72,12 @@ class ToySession(Toy):
         return logits if self.fault is None else self.fault(self, logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Takes a token."""
         return self.prefill(tokens[:, None])[:, 0]
 
     def get_state(self) -> State:
-        """A copy."""
         return {MEMORY: self.h.copy(), POSITION: self.position.copy()}
 
     def set_state(self, state: State) -> None:
-        """A copy."""
         self.h, self.position = state[MEMORY].copy(), state[POSITION].copy()
 
 
@@ -112,6 +108,19 @@ class WholeChunksSession(ToySession):
             found.append(logits if self.info.chunk_logits else logits[:, -1:])
             start = stop
         return np.concatenate(found, 1)[:, -num_logits:]
+
+
+def counted(weights: WeightSource, reads: list[str]) -> WeightSource:
+    """The same weights; each read appends the tensor's name to `reads`."""
+
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        reads.append(name)
+        return weights[name].read(start, stop)
+
+    return {
+        name: dataclasses.replace(tensor, read=partial(read, name))
+        for name, tensor in weights.items()
+    }
 
 
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:

@@ -1,14 +1,12 @@
-from functools import partial
-
 import numpy as np
 import pytest
 
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.bisect.layer_costs import TOKENS, layer_costs
 from tests.models import make_config, random_weights, weight_source
+from tests.validate.toys import counted
 
 CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
 WEIGHTS = random_weights(CONFIG)
@@ -45,13 +43,6 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced():
         assert cost.top1 == rows["top1"].mean()
 
 
-def test_parts_that_are_the_same_cost_nothing():
-    stored = weight_source(rounded("layers.1"))
-    costs = layer_costs(CONFIG, weight_source(WEIGHTS), stored, TEXT[:7], device="cpu")
-    assert [cost.part for cost in costs if cost.kl > 1e-9] == ["layers.1"]
-    assert {cost.top1 for cost in costs if cost.part != "layers.1"} == {1.0}
-
-
 def test_logits_come_in_blocks(monkeypatch):
     both = weight_source(WEIGHTS), weight_source(rounded())
     whole = layer_costs(CONFIG, *both, TEXT, device="cpu")
@@ -61,22 +52,9 @@ def test_logits_come_in_blocks(monkeypatch):
 
 
 def test_one_layer_of_both_is_read_at_a_time():
-    read: list[str] = []
-
-    def watched(whose: str, weights: dict[str, np.ndarray]) -> WeightSource:
-        def rows(name: str, start: int, stop: int) -> np.ndarray:
-            read.append(f"{whose} {name}")
-            return weights[name][start:stop].copy()
-
-        return {
-            name: RowTensor(array.shape, array.dtype, partial(rows, name))
-            for name, array in weights.items()
-        }
-
-    original, stored = watched("original", WEIGHTS), watched("stored", rounded())
-    layer_costs(CONFIG, original, stored, TEXT, device="cpu")
-    layers = [name.split(".")[1] for name in read if ".layers." not in name and "layers" in name]
+    reads: list[str] = []
+    both = (counted(weight_source(weights), reads) for weights in (WEIGHTS, rounded()))
+    layer_costs(CONFIG, *both, TEXT, device="cpu")
+    layers = [name.split(".")[1] for name in reads if name.startswith("layers.")]
     assert layers == sorted(layers)
-    counts = {name: read.count(name) for name in read if EMBEDDING not in name}
-    assert set(counts.values()) == {1}
-    assert len(counts) == 2 * (len(WEIGHTS) - 1)
+    assert {reads.count(name) for name in WEIGHTS if name != EMBEDDING} == {2}, "once of each"

@@ -18,6 +18,8 @@ from rgexport.validate.bisect.site_errors import layer_of
 from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
+from tests.artifacts import copy_cached
+from tests.built import digest_of
 from tests.llama_tools import needs_llama_cpp
 from tests.models import Weights, make_config, random_weights, write_hugging_face
 
@@ -45,8 +47,9 @@ def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def case(kind: str, *rest: object) -> ParameterSet:
-    """Parameters of a test, which is skipped where there is no engine for their kind."""
-    return pytest.param(kind, *rest, marks=[needs_llama_cpp] if kind in GGUF else [])
+    """Parameters of a test, which `make test` runs with one kind only."""
+    marks = [needs_llama_cpp] if kind in GGUF else []
+    return pytest.param(kind, *rest, marks=marks + [pytest.mark.full] * (kind != "onnx-int4"))
 
 
 def sound_weights() -> Weights:
@@ -61,26 +64,31 @@ Judge = Callable[[Path], Result]
 
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory) -> Path:
     """The sound checkpoint, in bf16."""
     folder = tmp_path_factory.mktemp("faults") / "original"
     return write_hugging_face(CONFIG, sound_weights(), folder, dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")
-def clean(original: Path) -> Copy:
+def clean(original) -> Copy:
     """The sound artifact of a kind, exported once."""
-    return lambda kind: export_once(kind, original)
 
+    def clean(kind: str) -> Path:
+        target = original.with_name(f"{original.name}-{kind}")
+        if not target.exists():
+            copy_cached(
+                digest_of([Path(__file__)]),
+                lambda artifact: export(kind, open_checkpoint(original), artifact),
+                target,
+            )
+        return target
 
-def export_once(kind: str, model: Path) -> Path:
-    """The artifact of a checkpoint, beside it."""
-    target = model.with_name(f"{model.name}-{kind}")
-    return target if target.exists() else export(kind, open_checkpoint(model), target)
+    return clean
 
 
 @pytest.fixture
-def copy(clean: Copy, tmp_path: Path) -> Copy:
+def copy(clean, tmp_path) -> Copy:
     """A copy of it, to be spoiled."""
 
     def copied(kind: str) -> Path:
@@ -93,7 +101,7 @@ def copy(clean: Copy, tmp_path: Path) -> Copy:
 
 
 @pytest.fixture(scope="session")
-def judge(original: Path) -> Judge:
+def judge(original) -> Judge:
     """The result of `validate --bisect` with the sound checkpoint as the original."""
     model, tokens = str(original), 3 * CONFIG.window
     return lambda artifact: validate_artifact(

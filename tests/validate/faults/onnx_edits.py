@@ -8,7 +8,6 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.griffin.ops import rope_frequencies
 from rgexport.runtimes.onnx.observer import _show_gelu
 from tests.validate.conftest import claim
 
@@ -69,55 +68,20 @@ def with_embedding_scale(scale: float) -> Edit:
     return edit
 
 
-def with_rope_dims(dims: int) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        for node in of_type(model, "RotaryEmbedding"):
-            for attribute in node.attribute:
-                if attribute.name == "rotary_embedding_dim":
-                    attribute.i = dims
-        angles = producer(model, next(of_type(model, "Cos")).input[0])
-        frequencies = rope_frequencies(dims, 10_000.0).numpy().astype(np.float32)
-        angles.input[1] = constant(model, "fault/frequencies", frequencies)
-
-    return edit
-
-
 def in_half(value: str) -> Edit:
-    """Rounds a value to float16: it is what its node gave, there and back."""
+    """Rounds a value to float16 and back."""
 
     def edit(model: onnx.ModelProto) -> None:
         node = producer(model, value)
-        node.output[:] = [f"{value}/exact" if name == value else name for name in node.output]
-        _insert(model, _there_and_back(f"{value}/exact", value), after=node)
+        index = list(model.graph.node).index(node) + 1
+        exact, half = f"{value}/exact", f"{value}/half"
+        node.output[:] = [exact if name == value else name for name in node.output]
+        back = helper.make_node("Cast", [half], [value], name=f"{value}/Cast", to=TensorProto.FLOAT)
+        model.graph.node.insert(index, back)
+        there = helper.make_node("Cast", [exact], [half], name=half, to=TensorProto.FLOAT16)
+        model.graph.node.insert(index, there)
 
     return edit
-
-
-def reads_half(result: str) -> Edit:
-    """Rounds to float16 what the node that gives `result` reads first; others get it as it is."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        node = producer(model, result)
-        value = node.input[0]
-        node.input[0] = f"{result}/back"
-        casts = _there_and_back(value, f"{result}/back")
-        _insert(model, casts, after=producer(model, value))
-
-    return edit
-
-
-def _there_and_back(value: str, result: str) -> list[NodeProto]:
-    half = f"{result}/half"
-    return [
-        helper.make_node("Cast", [value], [half], name=half, to=TensorProto.FLOAT16),
-        helper.make_node("Cast", [half], [result], name=f"{result}/Cast", to=TensorProto.FLOAT),
-    ]
-
-
-def _insert(model: onnx.ModelProto, nodes: list[NodeProto], after: NodeProto) -> None:
-    place = list(model.graph.node).index(after) + 1
-    for node in reversed(nodes):
-        model.graph.node.insert(place, node)
 
 
 def not_written(state: str) -> Edit:

@@ -1,85 +1,62 @@
 """Faults planted in Core ML packages: each fails, and its layer and site are named."""
 
-import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("coremltools")
 
+from coremltools.proto.Model_pb2 import Model
+
 from rgexport.errors import RequestError
-from rgexport.griffin.checkpoint import open_checkpoint
-from tests.export.mil.package_edits import drop_write
-from tests.validate.faults.conftest import CONFIG, Copy, Judge, export, require_named
-from tests.validate.faults.mil_edits import (
-    Change,
-    claim_config,
-    in_half,
-    reads,
-    spoil,
-    with_operand,
-)
+from rgexport.export.coreml.package import PACKAGE
+from tests.export.mil.package_edits import block, drop_write, edit, in_both, name_of
+from tests.validate.conftest import claim
+from tests.validate.faults.conftest import require_named
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
-)
-ATTENTION = "layers.2.temporal_block.attention"
-MASK = "layers_2_temporal_block_attention_less_equal"
-LRU, LRU_NAME = "temporal_block.rg_lru", "temporal_block_rg_lru"
-PROGRAM: dict[str, tuple[Change, str]] = {
-    "soft cap skipped": (reads("logits", "x", "logits_mul"), "logits"),
-    "window one less": (with_operand(MASK, "y", CONFIG.window - 1), ATTENTION),
-    "window one more": (with_operand(MASK, "y", CONFIG.window + 1), ATTENTION),
-    "embedding scale not rounded": (
-        with_operand("embed_tokens", "y", CONFIG.width**0.5),
-        "embed_tokens",
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
     ),
-    "input gate in fp16": (
-        in_half(f"layers_3_{LRU_NAME}_input_gate"),
-        f"layers.3.{LRU}.input_gate",
-    ),
-    "recurrence gate in fp16": (
-        in_half(f"layers_1_{LRU_NAME}_recurrent_gate"),
-        f"layers.1.{LRU}.recurrent_gate",
-    ),
-}
-"""What is done to a program, and the site that is to be named."""
-STATES: dict[str, dict[str, tuple[str, str]]] = {
-    "fp32": {"key": ("layers_2_key_hi", ATTENTION)},
-    "int4": {
-        "key": ("layers_2_key", ATTENTION),
-        "conv1d": ("layers_1_conv1d", "layers.1.temporal_block.conv_1d"),
-    },
-}
-"""Precision → state → its name in the program (of a pair, the larger part), and its site."""
+]
+Change = Callable[[Model], object]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-@pytest.mark.parametrize("fault", PROGRAM)
-def test_a_wrong_program(copy: Copy, judge: Judge, fault: str, precision: str) -> None:
-    change, site = PROGRAM[fault]
-    artifact = copy(f"coreml-{precision}")
-    spoil(artifact, change)
-    require_named(judge(artifact), site)
+def spoil(artifact: Path, change: Change) -> None:
+    """Edits the program of an artifact's package; its hashes are made to fit."""
+    edit(change)(artifact / PACKAGE)
+    claim(artifact)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_rope_on_all_dims(original: Path, tmp_path: Path, judge: Judge, precision: str) -> None:
-    """The program was built for it; the artifact says that it was not."""
-    wrong = dataclasses.replace(CONFIG, rope_dims=CONFIG.head_dim)
-    checkpoint = dataclasses.replace(open_checkpoint(original), config=wrong)
-    artifact = export(f"coreml-{precision}", checkpoint, tmp_path / "artifact")
-    claim_config(artifact, CONFIG)
-    require_named(judge(artifact), "layers.2.temporal_block.rope_q")
+def reads(name: str, parameter: str, value: str) -> Change:
+    """Makes an operation read another value, in both functions."""
+
+    def change(model: Model, function: str) -> None:
+        operations = block(model, function).operations
+        operation = next(one for one in operations if name_of(one) == name)
+        operation.inputs[parameter].arguments[0].name = value
+
+    return in_both(change)
+
+
+def test_a_wrong_program(copy, judge):
+    artifact = copy("coreml-int4")
+    spoil(artifact, reads("logits", "x", "logits_mul"))  # skips the soft cap
+    require_named(judge(artifact), "logits")
 
 
 @pytest.mark.parametrize(
-    ("precision", "state"), [(p, state) for p, states in STATES.items() for state in states]
+    ("precision", "name", "site"),
+    [
+        ("fp32", "layers_2_key_hi", "layers.2.temporal_block.attention"),  # the larger of a pair
+        ("int4", "layers_1_conv1d", "layers.1.temporal_block.conv_1d"),
+    ],
 )
-def test_a_state_that_is_not_written(copy: Copy, judge: Judge, precision: str, state: str) -> None:
+def test_a_state_that_is_not_written(copy, judge, precision, name, site):
     """What was read is written back; without a write the program is refused at once."""
-    name, site = STATES[precision][state]
     artifact = copy(f"coreml-{precision}")
     read = f"{name.removesuffix('_hi')}_read_state"
     spoil(artifact, reads(f"{name}_write_write_state", "data", read))

@@ -1,7 +1,6 @@
 """Faults in the row groups of whole artifacts, whose hashes fit: each is found, and named."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +8,25 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from bench.wrong_models import _fit_hashes, _part
+from bench.wrong_models import _fit_hashes
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.validate.self_check import self_check
-from tests.row_groups import BIASED, split_plan
-from tests.validate.faults.conftest import CONFIG, Judge
+from tests.row_groups import split_plan
+from tests.validate.faults.conftest import CONFIG, Copy
 
-FORMATS = ["onnx", "coreml"]
+FORMATS = ["onnx", pytest.param("coreml", marks=pytest.mark.full)]
 PLAN = split_plan(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def sound(original: Path) -> Callable[[str], Path]:
+def sound(original) -> Copy:
     """The sound artifact of a format, exported once."""
 
     def export(kind: str) -> Path:
@@ -44,58 +42,16 @@ def sound(original: Path) -> Callable[[str], Path]:
     return export
 
 
-def enlarged(artifact: Artifact, name: str, group: int) -> None:
-    scales = _part(artifact, name, f"{group}.scales")
-    scales[:] = (scales * np.float32(1.1)).astype(scales.dtype)
-    scales.flush()
-
-
-def exchanged(artifact: Artifact, name: str, group: int) -> None:
-    """The first two rows, with all that belongs to them."""
-    for label in artifact.manifest.tensors[name].parts:
-        if label.startswith(f"{group}."):
-            values = _part(artifact, name, label)
-            values[:2] = np.array(values[:2])[::-1]
-            values.flush()
-
-
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_sound_artifact_passes(
-    kind: str, sound: Callable[[str], Path], original: Path, judge: Judge
-) -> None:
+def test_a_sound_artifact_passes(kind, sound, original, judge):
     result = judge(sound(kind))
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
-    assert result.weights is not None
     table = [e.scheme for e in result.weights if e.name == EMBEDDING]
     assert len(table) == 3 and "(60 rows)" in table[0]
     assert self_check(open_checkpoint(original), sound(kind)).status == "verified"
 
 
-@pytest.mark.parametrize("spoil", [enlarged, exchanged])
-@pytest.mark.parametrize(("name", "group"), [(EMBEDDING, 0), (EMBEDDING, 1), (BIASED, 0)])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_spoiled_group_is_named(
-    kind: str,
-    name: str,
-    group: int,
-    spoil: Callable[[Artifact, str, int], None],
-    sound: Callable[[str], Path],
-    judge: Judge,
-    tmp_path: Path,
-) -> None:
-    path = Path(shutil.copytree(sound(kind), tmp_path / kind))
-    artifact = open_artifact(path)
-    spoil(artifact, name, group)
-    _fit_hashes(artifact)
-    result = judge(path)
-    assert result.verdict == "FAIL"
-    failed = [check for check in result.checks if not check.passed]
-    assert any(check.name.startswith(f"weights.{name}") for check in failed), failed
-
-
-def test_rows_whose_order_is_not_restored_are_found(
-    sound: Callable[[str], Path], judge: Judge, tmp_path: Path
-) -> None:
+def test_rows_whose_order_is_not_restored_are_found(sound, judge, tmp_path):
     """The graph takes rows for its own that are another's: only running it shows that."""
     path = Path(shutil.copytree(sound("onnx"), tmp_path / "onnx"))
     model = onnx.load(str(path / "model.onnx"), load_external_data=False)

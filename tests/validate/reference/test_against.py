@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,12 @@ from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
 
-Clean = Callable[[str], Path]
-Spoil = Callable[..., Path]
 LIMITS = {"full": 10**9, "16": 120_000, "8": 90_000, "0": 20_000}
 """How the positions are stored → bytes that they may take."""
 
 
 @pytest.fixture(scope="module", params=LIMITS)
-def reference(
-    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ReferenceFile:
+def reference(request, checkpoint, tmp_path_factory) -> ReferenceFile:
     """A file of the small model; in all of them but one only few positions are full."""
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +53,7 @@ def reference(
 
 
 @pytest.fixture(scope="module")
-def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(checkpoint, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("reference") / "r"
     return capture(open_checkpoint(checkpoint), target, device="cpu")
 
@@ -82,9 +77,7 @@ def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["int4-exact", "fp16"])
-def test_it_equals_a_comparison_of_all_logits(
-    clean: Clean, checkpoint: Path, reference: ReferenceFile, kind: str
-) -> None:
+def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, reference, kind):
     original = open_checkpoint(checkpoint)
     model = Reference(original.config, original.weights)
     session, rows = OrtSession(open_artifact(clean(kind))), []
@@ -111,14 +104,14 @@ def test_it_equals_a_comparison_of_all_logits(
     assert found.agreement.top1 == pytest.approx(expected.top1, abs=1e-9)
     assert found.agreement.top5 == pytest.approx(expected.top5, abs=1e-9)
     known = all_rows[all_rows["has_next"]]
-    assert found.likelihood is not None and found.likelihood.tokens == len(known)
+    assert found.likelihood.tokens == len(known)
     assert found.likelihood.nll == pytest.approx(known["nll"].mean(), rel=1e-5)
     delta = (known["nll_candidate"] - known["nll"]).mean()
     assert found.likelihood.delta == pytest.approx(delta, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int4"])
-def test_clean_artifacts_pass(clean: Clean, reference: ReferenceFile, kind: str) -> None:
+def test_clean_artifacts_pass(clean, reference, kind):
     assert failed(clean(kind), reference) == []
     found = held(clean(kind), reference)
     assert found.same_files and found.config_differences == ()
@@ -126,9 +119,7 @@ def test_clean_artifacts_pass(clean: Clean, reference: ReferenceFile, kind: str)
     assert found.kl_low.mean <= found.kl.mean <= found.kl_high.mean
 
 
-def test_states_are_compared_at_the_end_and_on_the_way(
-    clean: Clean, reference: ReferenceFile
-) -> None:
+def test_states_are_compared_at_the_end_and_on_the_way(clean, reference):
     exact, rough = (held(clean(kind), reference) for kind in ("fp32", "int4"))
     longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
     assert [drift.position for drift in exact.drift] == list(longest.checkpoints) != []
@@ -136,25 +127,12 @@ def test_states_are_compared_at_the_end_and_on_the_way(
     assert all({error.name for error in drift.states} == recurrent for drift in exact.drift)
     assert {error.name for error in exact.states} == {error.name for error in rough.states}
     assert {error.name for error in exact.states} > recurrent
-    for one, other in (
-        (exact.states, rough.states),
-        *((a.states, b.states) for a, b in zip(exact.drift, rough.drift, strict=True)),
-    ):
-        assert max(error.relative_max for error in one) < 1e-4
-        assert max(error.relative_max for error in other) > 1e-3
+    for found, low, high in ((exact, 0, 1e-4), (rough, 1e-3, 1)):
+        for errors in (found.states, *(drift.states for drift in found.drift)):
+            assert low <= max(error.relative_max for error in errors) < high
 
 
-def test_near_ties_are_counted_apart(clean: Clean, reference: ReferenceFile) -> None:
-    found = held(clean("int4"), reference).agreement
-    assert found.flips / 2 < found.near_ties <= found.flips
-    assert found.largest_flip_margin > 0
-    exact = held(clean("fp32"), reference).agreement
-    assert exact.flips == exact.near_ties
-
-
-def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(
-    clean: Clean, reference: ReferenceFile
-) -> None:
+def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, reference):
     manifest = open_artifact(clean("int4")).manifest
     found = held(clean("int4"), reference)
 
@@ -175,11 +153,11 @@ def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
     found = compare_with_file(OrtSession(opened), opened, reference, before)
     assert set(before) == set(reference.header.watched)
     layers = with_layers(found, opened, reference, before).layers
-    assert layers is not None and [error.layer for error in layers] == [0, 1, 2]
+    assert [error.layer for error in layers] == [0, 1, 2]
     return layers
 
 
-def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
+def test_each_layer_is_held_against_the_file(clean, file):
     reference = read_reference(file)
     exact, rough = look(clean("fp32"), reference), look(clean("int4"), reference)
     assert all(error.passed and error.relative_rms < 1e-5 for error in exact)
@@ -187,27 +165,18 @@ def test_each_layer_is_held_against_the_file(clean: Clean, file: Path) -> None:
     assert {error.worst_position for error in rough} <= set(reference.header.watched)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_the_first_layer_that_leaves_is_named(
-    spoil: Spoil,
-    file: Path,
-    layer: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_layer_that_leaves_is_named(spoil, file, monkeypatch, capsys):
     """Without torch, from the file alone."""
-    folder = spoil("fp32", weight=(f"layers.{layer}.mlp_block.up_proj.weight", "data", 1.02))
+    folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", "data", 1.02))
     errors = look(folder, read_reference(file))
-    assert [error.layer for error in errors if not error.passed] == list(range(layer, 3))
+    assert [error.layer for error in errors if not error.passed] == [1, 2]
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     validate_artifacts([folder], Request(bisect=True), reference=file)
     shown = capsys.readouterr().out
-    assert f"layer {layer} is the first whose residual stream leaves" in shown
+    assert "layer 1 is the first whose residual stream leaves" in shown
 
 
-def test_few_states_are_kept_where_they_are_large(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_states_are_kept_where_they_are_large(file, monkeypatch):
     reference = read_reference(file)
     state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
     assert positions_to_look_at(reference, state) == watched
@@ -218,29 +187,6 @@ def test_few_states_are_kept_where_they_are_large(
     assert positions_to_look_at(reference, state) == watched[:1]
 
 
-@pytest.mark.parametrize(
-    ("kind", "weight", "part", "gain", "checks"),
-    [
-        ("fp32", "layers.0.mlp_block.down_proj.weight", "data", -4.0, ["reference.rms"]),
-        ("int8", "layers.0.mlp_block.down_proj.weight", "scales", -4.0, ["reference.rms"]),
-        ("int4-exact", "layers.0.mlp_block.down_proj.weight", "scales", -4.0, ["reference.rms"]),
-        ("fp32", "final_norm.weight", "data", np.nan, ["reference.rms", "reference.finite"]),
-    ],
-)
-def test_a_ruined_artifact_fails(
-    spoil: Spoil,
-    reference: ReferenceFile,
-    kind: str,
-    weight: str,
-    part: str,
-    gain: float,
-    checks: list[str],
-) -> None:
-    folder = spoil(kind, weight=(weight, part, gain))
-    assert failed(folder, reference) == checks
-    assert wrong_tensors(folder, reference) == {weight}
-
-
 def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     """A reference file of a model that differs from the one of `clean`."""
     config = dataclasses.replace(CONFIG, **change)
@@ -249,16 +195,26 @@ def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     return read_reference(capture(open_checkpoint(folder), tmp_path / "r", device="cpu"))
 
 
-def test_other_weights_are_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_fails(spoil, reference):
+    folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
+    assert failed(folder, reference) == ["reference.rms", "reference.finite"]
+    assert wrong_tensors(folder, reference) == {"final_norm.weight"}
+
+
+def test_other_weights_are_named_and_judged(clean, tmp_path, capsys):
     reference = another(tmp_path, seed=1)
     found = held(clean("int4"), reference)
     assert not found.same_files and found.config_differences == ()
-    assert failed(clean("fp32"), reference) == ["reference.rms"]
-    for kind in ("fp32", "int4"):
-        assert wrong_tensors(clean(kind), reference) == set(model_tensors(CONFIG))
+    assert wrong_tensors(clean("int4"), reference) == set(model_tensors(CONFIG))
+    assert (
+        validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=reference.path) == 1
+    )
+    shown = capsys.readouterr().out
+    assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
+    assert "the reference file is of other weight files" in shown
 
 
-def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> None:
+def test_another_window_is_named_and_judged(clean, tmp_path):
     reference = another(tmp_path, window=12)
     found = held(clean("fp32"), reference)
     assert found.config_differences == ("window: 16 → 12",)
@@ -267,22 +223,27 @@ def test_another_window_is_named_and_judged(clean: Clean, tmp_path: Path) -> Non
     assert wrong_tensors(clean("fp32"), reference) == set()
 
 
-def test_another_shape_is_refused(clean: Clean, tmp_path: Path) -> None:
+def test_another_shape_is_refused(clean, tmp_path):
     with pytest.raises(RequestError, match="its mlp_width is 80, the artifact's 96"):
         held(clean("fp32"), another(tmp_path, mlp_width=80))
 
 
-def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
-    """What is counted as common is what the session says when it is asked itself."""
+def test_the_greedy_text(demo_artifact, tmp_path):
+    """The file's is the model's own, and the common part is what the session says when asked."""
     (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
     asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
-    reference = read_reference(capture(open_checkpoint(size="demo"), tmp_path / "r", **asked))
+    demo = open_checkpoint(size="demo")
+    reference = read_reference(capture(demo, tmp_path / "r", **asked))
+    model = Reference(demo.config, demo.weights)
     session = OrtSession(open_artifact(demo_artifact))
     prompts = held(demo_artifact, reference).prompts
     assert {prompt.name for prompt in prompts} == {"p.txt 1", "p.txt 2", "p.txt 3"}
     for (index, _, span), prompt in zip(reference.spans(), prompts, strict=True):
         expected = reference.greedy(index).tolist()
-        assert prompt.greedy_tokens == len(expected)
+        assert prompt.greedy_tokens == len(expected) >= 1
+        hidden, _ = model.run(np.array([[*reference.tokens[span], *expected]]))
+        likeliest = model.logits(hidden)[0].argmax(1).tolist()
+        assert likeliest[span.stop - span.start - 1 : -1] == expected
         session.reset()
         said = [int(session.prefill(reference.tokens[None, span])[0, -1].argmax())]
         while said[: len(said)] == expected[: len(said)] and len(said) < len(expected):
@@ -291,9 +252,7 @@ def test_the_greedy_text(demo_artifact: Path, tmp_path: Path) -> None:
         assert prompt.greedy_common == common
 
 
-def test_validate_with_a_file(
-    clean: Clean, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_with_a_file(clean, file, tmp_path, capsys):
     """Beside the dequantized reference, where there is torch."""
     written: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
     request = Request(max_tokens=20)
@@ -311,23 +270,7 @@ def test_validate_with_a_file(
     assert page.count("reference.<wbr>rms") == 1
 
 
-def test_a_failure_against_the_file_is_the_verdict(
-    clean: Clean, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = another(tmp_path, seed=1).path
-    assert validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=path) == 1
-    shown = capsys.readouterr().out
-    assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
-    assert "the reference file is of other weight files" in shown
-
-
-def test_without_torch_the_file_is_enough(
-    clean: Clean,
-    file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_without_torch_the_file_is_enough(clean, file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     target = tmp_path / "r.json"
     assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0

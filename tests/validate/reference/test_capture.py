@@ -2,8 +2,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +14,6 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.validate.reference import capture as capturing
 from rgexport.validate.reference import implementations, kept_logits
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
@@ -25,12 +21,11 @@ from rgexport.validate.reference.kept_logits import choose_layout
 from rgexport.validate.reference.reference_reader import read_reference
 from rgexport.validate.states import checkpoints
 from tests.command_line import rgexport
-
-Clean = Callable[[str], Path]
+from tests.validate.toys import counted
 
 
 @pytest.fixture(scope="module")
-def small(checkpoint: Path) -> Checkpoint:
+def small(checkpoint) -> Checkpoint:
     return open_checkpoint(checkpoint)
 
 
@@ -42,9 +37,7 @@ def truth(small: Checkpoint, tokens: np.ndarray) -> tuple[np.ndarray, dict[str, 
 
 
 @pytest.mark.parametrize("limit", [kept_logits.LOGITS_BYTES, 60_000, 20_000])
-def test_the_file_holds_what_the_reference_computes(
-    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_the_file_holds_what_the_reference_computes(small, tmp_path, monkeypatch, limit):
     monkeypatch.setattr(kept_logits, "LOGITS_BYTES", limit)
     monkeypatch.setattr(kept_logits, "FULL", 16)
     monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 10 * 4 * small.config.vocab_size)
@@ -77,7 +70,7 @@ def test_the_file_holds_what_the_reference_computes(
             assert np.allclose(again[name], array, atol=1e-5), name
 
 
-def test_the_file_holds_the_stream_after_each_layer(small: Checkpoint, tmp_path: Path) -> None:
+def test_the_file_holds_the_stream_after_each_layer(small, tmp_path):
     found = read_reference(capture(small, tmp_path / "r", device="cpu"))
     model = Reference(small.config, small.weights)
     assert len(found.header.watched) == kept_logits.WATCHED
@@ -86,7 +79,7 @@ def test_the_file_holds_the_stream_after_each_layer(small: Checkpoint, tmp_path:
     for index, _, span in found.spans():
         streams: list[np.ndarray] = []
         text = (found.tokens[None, span], zero_state(small.config, 1))
-        model.run_each([text], watch=lambda i, j, x, s=streams: s.append(x[0].numpy().copy()))  # type: ignore[misc]
+        model.run_each([text], watch=lambda i, j, x, s=streams: s.append(x[0].numpy().copy()))
         for place, position in enumerate(found.header.watched):
             if span.start <= position < span.stop:
                 expected = [stream[position - span.start] for stream in streams]
@@ -94,9 +87,7 @@ def test_the_file_holds_the_stream_after_each_layer(small: Checkpoint, tmp_path:
 
 
 @pytest.mark.parametrize("impl", ["deepmind", "hf"])
-def test_another_implementation_gives_the_same_file(
-    small: Checkpoint, tmp_path: Path, impl: str
-) -> None:
+def test_another_implementation_gives_the_same_file(small, tmp_path, impl):
     """Up to the first position where Hugging Face's window, which is one less, matters."""
     if impl == "hf":
         pytest.importorskip("transformers")
@@ -120,17 +111,14 @@ def test_another_implementation_gives_the_same_file(
 @pytest.mark.parametrize(
     ("impl", "package"), [("deepmind", "recurrentgemma"), ("hf", "transformers")]
 )
-def test_a_missing_package_is_one_line(
-    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impl: str, package: str
-) -> None:
+def test_a_missing_package_is_one_line(small, tmp_path, monkeypatch, impl, package):
     monkeypatch.delitem(sys.modules, implementations.PACKAGES[impl].module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
-    with pytest.raises(RequestError, match=f"pip install .*{package}") as raised:
+    with pytest.raises(RequestError, match=f"pip install .*{package}[^\n]*$"):
         capture(small, tmp_path / "r", device="cpu", impl=impl)
-    assert "\n" not in str(raised.value)
 
 
-def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_line_s_options(checkpoint, tmp_path):
     asked = ["reference", "-m", str(checkpoint), "-o", "r", "--device", "cpu"]
     wrong = rgexport(*asked, "--impl", "hf", "--low-memory", folder=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
@@ -142,9 +130,7 @@ def test_the_command_line_s_options(checkpoint: Path, tmp_path: Path) -> None:
     assert tuple(impl.type.choices) == implementations.NAMES
 
 
-def test_weights_stay_in_memory_only_where_they_fit(
-    small: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_stay_in_memory_only_where_they_fit(small, monkeypatch, capsys):
     config, weights = small.config, small.weights
     needed = implementations.float32_bytes(config)
     assert needed == sum(4 * math.prod(weights[name].shape) for name in model_tensors(config))
@@ -162,24 +148,17 @@ def test_weights_stay_in_memory_only_where_they_fit(
     assert "one layer at a time" not in capsys.readouterr().err
     assert not keeps(enough - 2) and not keeps(None)
     assert "one layer at a time" in capsys.readouterr().err
-
-
-def test_another_implementation_that_does_not_fit_is_refused(
-    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = implementations.float32_bytes(small.config)
-    monkeypatch.setattr(implementations, "available_bytes", lambda: needed - 1)
-    with pytest.raises(RequestError, match="of memory for the weights alone") as raised:
-        capture(small, tmp_path / "r", device="cpu", impl="deepmind")
-    assert "\n" not in str(raised.value)
+    keeps(needed - 1)
+    with pytest.raises(RequestError, match=r"of memory for the weights alone[^\n]*$"):
+        choose_implementation("deepmind", "cpu", low_memory=False)(config, weights)
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_all_prompts_read_each_weight_once(small: Checkpoint, keep: bool) -> None:
+def test_all_prompts_read_each_weight_once(small, keep):
     """Once in all where the weights are kept, else once in each pass."""
     reads: list[str] = []
     alone = Reference(small.config, small.weights)
-    model = Reference(small.config, spied(small.weights, reads), keep=keep)
+    model = Reference(small.config, counted(small.weights, reads), keep=keep)
     texts = [np.arange(n)[None] for n in (1, 5, 40)]
     for count in (1, 1 if keep else 2):
         together = model.run_each([(text, zero_state(small.config, 1)) for text in texts])
@@ -190,22 +169,7 @@ def test_all_prompts_read_each_weight_once(small: Checkpoint, keep: bool) -> Non
             assert all(np.allclose(state[name], found[-1][name], atol=1e-5) for name in state)
 
 
-def spied(weights: WeightSource, reads: list[str]) -> WeightSource:
-    """The same weights; each read appends a name."""
-
-    def watch(name: str, tensor: RowTensor) -> RowTensor:
-        def read(start: int, stop: int) -> np.ndarray:
-            reads.append(name)
-            return tensor.read(start, stop)
-
-        return dataclasses.replace(tensor, read=read)
-
-    return {name: watch(name, tensor) for name, tensor in weights.items()}
-
-
-def test_logits_exist_for_one_block_at_a_time(
-    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_exist_for_one_block_at_a_time(small, tmp_path, monkeypatch):
     (tmp_path / "p").write_text(json.dumps([[1 + i % 250 for i in range(300)], [5], [6, 7]]))
     monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
     asked: list[int] = []
@@ -220,56 +184,30 @@ def test_logits_exist_for_one_block_at_a_time(
     assert len(found.tokens) == sum(asked) == 303 and max(asked) == 20
 
 
-def test_the_greedy_text_is_the_model_s_own(tmp_path: Path) -> None:
-    demo = open_checkpoint(size="demo")
-    file = capture(demo, tmp_path / "r", device="cpu")
-    assert file.stat().st_size < 20_000_000
-    found = read_reference(file)
-    assert found.header.tail_bits == 16
-    model = Reference(demo.config, demo.weights)
-    for index, _, span in found.spans():
-        expected = found.greedy(index).tolist()
-        assert 1 <= len(expected) <= capturing.GREEDY_TOKENS
-        ids = [*found.tokens[span].tolist(), *expected]
-        hidden, _ = model.run(np.array([ids]))
-        chosen = model.logits(hidden)[0].argmax(1).tolist()
-        assert chosen[span.stop - span.start - 1 : -1] == expected
-
-
-def test_how_positions_are_stored() -> None:
+def test_how_positions_are_stored_and_watched():
     assert choose_layout([5, 6], 256).full.tolist() == list(range(11))
     demo = choose_layout([35, 51, 71, 107, 62, 28, 1, 2, 49, 576], 8192)
     assert demo.tail_bits == 16 and len(demo.full) == 64
-    longer = choose_layout([35, 1400], 8192)
-    assert longer.tail_bits == 8
+    assert choose_layout([35, 1400], 8192).tail_bits == 8
     large = choose_layout([100] * 10 + [4600], 256_000)
     assert large.tail_bits == 0 and large.most == kept_logits.LEAST_MOST
     assert len(large.full) == 64 and {99, 199, 999, 5599} <= set(large.full.tolist())
+    assert len(large.watched) == 16 and {99, 999, 5599} <= set(large.watched.tolist())
+    assert (large.watched[11:] > 1000).all()
+    assert large.checkpoints == [[]] * 10 + [[64, 128, 256, 512, 1024, 2048, 4096]]
     many = choose_layout([3] * 100, 256_000)
     assert len(many.full) == 64 and many.full.min() == 2 and many.full.max() == 299
     assert set(many.full % 3) == {2}
-
-
-def test_which_positions_are_watched() -> None:
-    layout = choose_layout([100] * 10 + [4600], 256_000)
-    assert len(layout.watched) == 16 and {99, 999, 5599} <= set(layout.watched.tolist())
-    assert (layout.watched[11:] > 1000).all()
-    assert layout.checkpoints[:10] == [[]] * 10
-    assert layout.checkpoints[10] == [64, 128, 256, 512, 1024, 2048, 4096]
     many = choose_layout([3] * 100 + [50], 256_000)
     assert len(many.watched) == 16 and (many.watched[-4:] >= 300).all()
-    assert len(choose_layout([1, 2, 5], 256).watched) == 7
     one = choose_layout([1], 256_000)
     assert one.full.tolist() == one.watched.tolist() == [0] and one.checkpoints == [[]]
 
 
-def test_nothing_is_written_for_a_missing_device(small: Checkpoint, tmp_path: Path) -> None:
+def test_nothing_is_written_or_replaced_by_a_wrong_request(small, tmp_path):
     with pytest.raises(RequestError, match="device"):
         capture(small, tmp_path / "r", device="no such device")
     assert not list(tmp_path.iterdir())
-
-
-def test_another_kind_of_file_is_not_replaced(small: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "r").write_text("words")
     with pytest.raises(RequestError, match="something else"):
         capture(small, tmp_path / "r", force=True)

@@ -3,13 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.validate.metrics import compare_logits
 from rgexport.validate.reference.condensed import (
     CODES,
     LEAST,
     MOST,
     RELATIVE_WIDTH,
-    Condensed,
     condense,
     kl_bounds,
     lead,
@@ -41,7 +39,7 @@ random_pairs = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(random_pairs, st.sampled_from(sorted(CODES)), st.sampled_from([LEAST, 64, MOST]))
-def test_kl_lies_in_its_interval(pair: tuple[np.ndarray, np.ndarray], bits: int, most: int) -> None:
+def test_kl_lies_in_its_interval(pair, bits, most):
     reference, candidate = pair
     found = kl_bounds(condense(reference, bits, most), candidate)
     truth = exact_kl(reference, candidate)
@@ -51,9 +49,7 @@ def test_kl_lies_in_its_interval(pair: tuple[np.ndarray, np.ndarray], bits: int,
 
 @settings(max_examples=60, deadline=None)
 @given(random_pairs, st.permutations(range(12)))
-def test_the_bounds_hold_for_another_order_of_the_tail(
-    pair: tuple[np.ndarray, np.ndarray], order: list[int]
-) -> None:
+def test_the_bounds_hold_for_another_order_of_the_tail(pair, order):
     """Without codes the tail's order is unknown, so the interval holds for any order."""
     reference, candidate = pair
     condensed = condense(reference, 0, LEAST)
@@ -65,7 +61,7 @@ def test_the_bounds_hold_for_another_order_of_the_tail(
     assert found.low - 1e-12 <= exact_kl(shuffled, candidate) <= found.high + 1e-12
 
 
-def test_the_bounds_are_reached() -> None:
+def test_the_bounds_are_reached():
     """No interval that is narrower would be right: a tail in the worst order is at its end."""
     reference = np.log(np.r_[np.full(LEAST, 0.05), np.full(8, 0.2 / 8), np.full(8, 1e-12)])
     condensed = condense(reference.astype(np.float32), 0, LEAST)
@@ -77,48 +73,30 @@ def test_the_bounds_are_reached() -> None:
     assert found.high == pytest.approx(exact_kl(turned, candidate), abs=1e-4)
 
 
-@pytest.mark.parametrize("delta", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize("spread", [1.0, 2.5, 5.0])
-def test_sixteen_bits_know_it_to_a_thousandth(spread: float, delta: float) -> None:
-    reference, candidate = draw(1, 8192, spread, delta)
-    found, truth = kl_bounds(condense(reference, 16), candidate), exact_kl(reference, candidate)
-    assert found.high - found.low <= 1.5 * RELATIVE_WIDTH * truth
-    assert found.best == pytest.approx(truth, rel=1e-4)
+@pytest.mark.parametrize(
+    ("bits", "spread", "delta", "rel"),
+    [(16, 1.0, 0.1, 1e-4), (16, 5.0, 2.0, 1e-4), (16, 2.5, 1e-3, 1e-3), (8, 2.5, 1e-3, 3e-2)],
+)
+def test_the_best_guess_is_good(bits, spread, delta, rel):
+    reference, candidate = draw(2, 8192, spread, delta)
+    found, truth = kl_bounds(condense(reference, bits), candidate), exact_kl(reference, candidate)
+    assert found.best == pytest.approx(truth, rel=rel)
+    if rel == 1e-4:
+        assert found.high - found.low <= 1.5 * RELATIVE_WIDTH * truth
 
 
-@pytest.mark.parametrize(("bits", "rel"), [(8, 3e-2), (16, 1e-3)])
-def test_the_best_guess_is_good_for_small_errors_too(bits: int, rel: float) -> None:
-    reference, candidate = draw(2, 8192, 2.5, 1e-3)
-    truth = exact_kl(reference, candidate)
-    assert truth < 1e-6
-    assert kl_bounds(condense(reference, bits), candidate).best == pytest.approx(truth, rel=rel)
-
-
-def test_a_peaked_distribution_keeps_few_tokens_and_a_flat_one_many() -> None:
+def test_a_peaked_distribution_keeps_few_tokens_and_a_flat_one_many():
     peaked, flat = (draw(3, 8192, spread, 0)[0] for spread in (9.0, 0.5))
     few, many = (condense(logits, 0, 2048) for logits in (peaked, flat))
     assert LEAST <= len(few.ids) < len(many.ids) == 2048
     assert few.tail.mass < 1e-3 < many.tail.mass
-
-
-def test_all_tokens_kept_is_exact() -> None:
-    reference, candidate = draw(4, LEAST, 2.0, 0.1)
-    found = kl_bounds(condense(reference, 0), candidate)
-    assert found.low == found.best == found.high
-    row = compare_logits(reference[None], candidate[None], np.array([-1]))[0]
-    assert found.best == pytest.approx(row["kl"], rel=1e-9)
-
-
-def test_kept_tokens_are_the_most_likely_ones() -> None:
-    reference, _ = draw(5, 500, 2.0, 0)
-    found: Condensed = condense(reference, 8, 40)
-    order = np.argsort(-reference)
-    assert np.array_equal(found.ids, order[: len(found.ids)])
-    assert np.array_equal(found.logits, reference[found.ids])
+    order = np.argsort(-peaked)
+    assert np.array_equal(few.ids, order[: len(few.ids)])
+    assert np.array_equal(few.logits, peaked[few.ids])
 
 
 @pytest.mark.parametrize("bits", sorted(CODES))
-def test_logits_that_are_not_finite_give_nan(bits: int) -> None:
+def test_logits_that_are_not_finite_give_nan(bits):
     reference, candidate = draw(6, 100, 2.0, 0.1)
     candidate[50] = np.nan
     assert all(np.isnan(value) for value in kl_bounds(condense(reference, bits), candidate))
@@ -126,13 +104,11 @@ def test_logits_that_are_not_finite_give_nan(bits: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(random_pairs, st.sampled_from(sorted(CODES)), st.integers(0, 16))
-def test_a_lead_is_at_least_its_lower_bound(
-    pair: tuple[np.ndarray, np.ndarray], bits: int, token: int
-) -> None:
+def test_a_lead_is_at_least_its_lower_bound(pair, bits, token):
     reference, _ = pair
     kept = condense(reference, bits, LEAST)
     truth = float(reference.max()) - float(reference[token])
     bound = lead(kept, token)
     assert 0 <= bound <= truth + 1e-5 * (1 + np.abs(reference).max())
-    if token in kept.ids or (bits == 16 and kept.tail.codes[token]):  # type: ignore[index]
+    if token in kept.ids or (bits == 16 and kept.tail.codes[token]):
         assert bound == pytest.approx(truth, abs=1e-2)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +16,17 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(demo_folder())
 
 
-def test_the_built_in_ones(tokenizer: Tokenizer) -> None:
+def test_the_built_in_ones(tokenizer):
     prompts = {p.name: p for p in choose_prompts(tokenizer, vocab_size=8192, window=256)}
     assert set(prompts) == {"empty", "one token", "chat turns", "several windows", *TEXTS}
     assert all(prompt.tokens[0] == tokenizer.bos_id for prompt in prompts.values())
     assert prompts["empty"].tokens.tolist() == [tokenizer.bos_id]
     assert len(prompts["one token"].tokens) == 2
     assert 2 * 256 < len(prompts["several windows"].tokens) <= 3 * 256
+    assert all(prompts[name].bytes == len(text.encode()) for name, text in TEXTS.items())
 
 
-def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
+def test_turn_tokens_count_in_chat_turns_only(tokenizer):
     prompts = {p.name: p for p in choose_prompts(tokenizer, vocab_size=8192, window=16)}
     turns = {tokenizer.special[START_OF_TURN], tokenizer.special[END_OF_TURN]}
     assert turns <= set(prompts["chat turns"].tokens.tolist())
@@ -34,26 +34,16 @@ def test_turn_tokens_count_in_chat_turns_only(tokenizer: Tokenizer) -> None:
     assert turns.isdisjoint(typed) and END_OF_TURN in tokenizer.decode(typed)
 
 
-def test_the_bytes_are_those_of_the_text(tokenizer: Tokenizer) -> None:
-    for prompt in choose_prompts(tokenizer, vocab_size=8192, window=256):
-        if prompt.name in TEXTS:
-            assert prompt.bytes == len(TEXTS[prompt.name].encode())
-
-
-def test_without_a_bos_there_is_no_empty_prompt() -> None:
+def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt():
     prompts = choose_prompts(character_tokenizer(None), vocab_size=VOCAB, window=64)
     assert "empty" not in {prompt.name for prompt in prompts}
     assert min(len(prompt.tokens) for prompt in prompts) == 1
-
-
-def test_without_a_tokenizer_ids_are_drawn() -> None:
     once, again = (choose_prompts(None, vocab_size=50, window=16) for _ in range(2))
-    lengths = [len(prompt.tokens) for prompt in once]
-    assert 1 in lengths and max(lengths) > 2 * 16
+    assert 1 == min(len(p.tokens) for p in once) and max(len(p.tokens) for p in once) > 2 * 16
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(once, again, strict=True))
 
 
-def test_lines_of_text(tmp_path: Path) -> None:
+def test_lines_of_text(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("one\n\n two words\n")
     first, second = choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
@@ -61,7 +51,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
     assert second.bytes == 10
 
 
-def test_a_json_list(tmp_path: Path) -> None:
+def test_a_json_list(tmp_path):
     file = tmp_path / "p.json"
     file.write_text(json.dumps(["one", [1, 2, 3], {"name": "mine", "text": "x"}]))
     prompts = choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
@@ -83,14 +73,14 @@ def test_a_json_list(tmp_path: Path) -> None:
         ("[" * 100_000, "is not one"),
     ],
 )
-def test_a_file_that_is_no_list_of_prompts(tmp_path: Path, text: str, line: str) -> None:
+def test_a_file_that_is_no_list_of_prompts(tmp_path, text, line):
     file = tmp_path / "p.json"
     file.write_text(text)
     with pytest.raises(RequestError, match=line):
         choose_prompts(character_tokenizer(), vocab_size=VOCAB, window=4, file=file)
 
 
-def test_text_without_a_tokenizer(tmp_path: Path) -> None:
+def test_text_without_a_tokenizer(tmp_path):
     file = tmp_path / "p.txt"
     with pytest.raises(RequestError, match="cannot read"):
         choose_prompts(None, vocab_size=VOCAB, window=4, file=file)

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ Content = tuple[Header, dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Content:
+def captured(tmp_path_factory) -> Content:
     """Prompts of 3 and 20 tokens: positions 2 and 22 are full, the others have 8-bit codes."""
     folder = tmp_path_factory.mktemp("captured")
     model = write_hugging_face(CONFIG, random_weights(CONFIG), folder / "model")
@@ -53,19 +52,19 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Content:
 
 
 @pytest.fixture
-def content(captured: Content) -> Content:
+def content(captured) -> Content:
     header, arrays = captured
     return header, dict(arrays)
 
 
 @pytest.fixture
-def file(tmp_path: Path, content: Content) -> Path:
+def file(tmp_path, content) -> Path:
     path = tmp_path / "small.reference"
     write_reference(path, *content)
     return path
 
 
-def test_it_is_a_safetensors_file_that_reads_back(file: Path, content: Content) -> None:
+def test_it_is_a_safetensors_file_that_reads_back(file, content):
     header, arrays = content
     found, again = read_reference(file), load_file(file)
     assert found.header == dataclasses.replace(header, data_sha256=found.header.data_sha256)
@@ -75,7 +74,7 @@ def test_it_is_a_safetensors_file_that_reads_back(file: Path, content: Content) 
     assert json.loads(read_metadata(file)[METADATA])["format_version"] == FORMAT_VERSION
 
 
-def test_only_a_reference_is_replaced(file: Path, content: Content, tmp_path: Path) -> None:
+def test_only_a_reference_is_replaced(file, content, tmp_path):
     other = tmp_path / "other"
     save_file({"x": np.zeros(1, np.float32)}, other)
     assert is_reference(file) and not is_reference(other)
@@ -89,9 +88,7 @@ def test_only_a_reference_is_replaced(file: Path, content: Content, tmp_path: Pa
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "small.reference"]
 
 
-def test_a_failed_write_leaves_nothing(
-    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path, content, monkeypatch):
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -120,11 +117,10 @@ def flip(data: bytearray) -> bytes:
         (lambda data: bytes(data[:40]), "is truncated"),
     ],
 )
-def test_damage_is_one_line(file: Path, damage: Callable[[bytearray], bytes], line: str) -> None:
+def test_damage_is_one_line(file, damage, line):
     file.write_bytes(damage(bytearray(file.read_bytes())))
-    with pytest.raises(RequestError, match=line) as raised:
+    with pytest.raises(RequestError, match=rf"{line}[^\n]*$"):
         read_reference(file)
-    assert "\n" not in str(raised.value)
 
 
 def nan(values: np.ndarray) -> np.ndarray:
@@ -170,12 +166,7 @@ def nan(values: np.ndarray) -> np.ndarray:
         ("checkpoints.1.layers.1.key", np.zeros((2, 8, 16), np.float32)),
     ],
 )
-def test_impossible_values(
-    tmp_path: Path,
-    content: Content,
-    array: str,
-    values: np.ndarray | Callable[[np.ndarray], np.ndarray] | None,
-) -> None:
+def test_impossible_values(tmp_path, content, array, values):
     header, arrays = content
     if callable(values):
         values = values(arrays[array])
@@ -184,9 +175,8 @@ def test_impossible_values(
     else:
         arrays[array] = values
     write_reference(tmp_path / "r", header, arrays)
-    with pytest.raises(RequestError, match=f"is damaged: .*{array.split('.')[0]}") as raised:
+    with pytest.raises(RequestError, match=rf"is damaged: .*{array.split('.')[0]}[^\n]*$"):
         read_reference(tmp_path / "r")
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -209,21 +199,18 @@ def test_impossible_values(
         ({"full_positions": 0}, "is damaged: no position is full"),
     ],
 )
-def test_an_impossible_header(
-    tmp_path: Path, content: Content, change: dict[str, Any], line: str
-) -> None:
+def test_an_impossible_header(tmp_path, content, change, line):
     """Changes a field of the header, or else of all prompts."""
     header, arrays = content
     if not change.keys() <= vars(header).keys():
         prompts = tuple(dataclasses.replace(prompt, **change) for prompt in header.prompts)
         change = {"prompts": prompts}
     write_reference(tmp_path / "r", dataclasses.replace(header, **change), arrays)
-    with pytest.raises(RequestError, match=line) as raised:
+    with pytest.raises(RequestError, match=rf"{line}[^\n]*$"):
         read_reference(tmp_path / "r")
-    assert "\n" not in str(raised.value)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "other")
     for name, line in (
         ("other", "not a reference file"),

@@ -50,7 +50,7 @@ def assert_same_state(ours: State, theirs: State) -> None:
         *(("hf", shape) for shape in ODD_CONFIGS if shape != "hawk"),
     ],
 )
-def test_it_gives_the_logits_and_states_of_our_own(name: str, shape: str) -> None:
+def test_it_gives_the_logits_and_states_of_our_own(name, shape):
     model, own = make(name, ODD_CONFIGS[shape])
     tokens = tokens_of(own.config, 1, 3 * own.config.window + 5)
     (theirs, after), (ours, expected) = model.run(tokens), own.run(tokens)
@@ -62,7 +62,7 @@ def test_it_gives_the_logits_and_states_of_our_own(name: str, shape: str) -> Non
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", ["wide_lru", "attention_tail", "irregular"])
 @pytest.mark.parametrize("length", [1, 2, 5, 15, 16, 40])
-def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
+def test_it_goes_on_from_a_state(name, shape, length):
     """From one of our own, and each row of a batch from its own position."""
     model, own = make(name, ODD_CONFIGS[shape])
     texts = [tokens_of(own.config, 1, count) for count in (length, length + 3)]
@@ -78,29 +78,6 @@ def test_it_goes_on_from_a_state(name: str, shape: str, length: int) -> None:
     assert [int(p) for p in state["position"]] == [length, length + 3]
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_watch_and_stops_see_the_same(name: str) -> None:
-    model, own = make(name, ODD_CONFIGS["regular"])
-    texts = [(tokens_of(own.config, 1, n), zero_state(own.config, 1)) for n in (1, 50)]
-    seen: dict[str, dict[tuple[int, int], np.ndarray]] = {"theirs": {}, "ours": {}}
-    found = {}
-    for side, one in (("theirs", model), ("ours", own)):
-        found[side] = one.run_each(
-            texts,
-            stops=[(), (3, 20)],
-            watch=lambda layer, place, x, side=side: seen[side].update(  # type: ignore[misc]
-                {(layer, place): x.numpy().copy()}
-            ),
-        )
-    assert seen["theirs"].keys() == seen["ours"].keys()
-    for key, stream in seen["ours"].items():
-        assert np.abs(seen["theirs"][key] - stream).max() <= 1e-4 * np.abs(stream).max(), key
-    for (_, theirs), (_, ours) in zip(found["theirs"], found["ours"], strict=True):
-        assert len(theirs) == len(ours)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same_state(one, other)
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -114,7 +91,7 @@ def test_watch_and_stops_see_the_same(name: str) -> None:
         ("hf", {"window": 1}),
     ],
 )
-def test_what_a_package_cannot_run_is_refused(name: str, change: dict[str, Any]) -> None:
+def test_what_a_package_cannot_run_is_refused(name, change):
     with pytest.raises(RequestError) as raised:
         make(name, dataclasses.replace(ODD_CONFIGS["regular"], **change))
     assert "\n" not in str(raised.value)
@@ -122,10 +99,33 @@ def test_what_a_package_cannot_run_is_refused(name: str, change: dict[str, Any])
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.23.0", "6.0.0.dev0"])
-def test_another_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_transformers_is_refused(version, monkeypatch):
     pytest.importorskip("transformers")
     from rgexport.validate.reference import hugging_face_model
 
     monkeypatch.setattr(hugging_face_model.transformers, "__version__", version)
     with pytest.raises(RequestError, match=f"found {version}: pip install"):
         make("hf", ODD_CONFIGS["regular"])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_watch_and_stops_see_the_same(name):
+    model, own = make(name, ODD_CONFIGS["regular"])
+    texts = [(tokens_of(own.config, 1, n), zero_state(own.config, 1)) for n in (1, 50)]
+    seen: dict[str, dict[tuple[int, int], np.ndarray]] = {"theirs": {}, "ours": {}}
+    found = {}
+    for side, one in (("theirs", model), ("ours", own)):
+        found[side] = one.run_each(
+            texts,
+            stops=[(), (3, 20)],
+            watch=lambda layer, place, x, side=side: seen[side].update(
+                {(layer, place): x.numpy().copy()}
+            ),
+        )
+    assert seen["theirs"].keys() == seen["ours"].keys()
+    for key, stream in seen["ours"].items():
+        assert np.abs(seen["theirs"][key] - stream).max() <= 1e-4 * np.abs(stream).max(), key
+    for (_, theirs), (_, ours) in zip(found["theirs"], found["ours"], strict=True):
+        assert len(theirs) == len(ours)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_state(one, other)

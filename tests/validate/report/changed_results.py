@@ -33,7 +33,6 @@ def ambiguous(result: Result) -> Result:
 
 
 def with_site_beyond(result: Result) -> Result:
-    assert result.sites is not None
     errors = list(result.sites.errors)
     place = next(i for i, e in enumerate(errors) if e.layer == 1 and e.op == "rg_lru_scan")
     errors[place] = dataclasses.replace(errors[place], rms=0.5, excess=7.25)
@@ -42,7 +41,7 @@ def with_site_beyond(result: Result) -> Result:
 
 def hostile(result: Result) -> Result:
     """Markup in all that comes from outside."""
-    assert result.original is not None and result.sites and result.reference and result.layers
+    assert result.sites and result.reference and result.layers
     choice = Choice(token=3, probability=0.5, text=HOSTILE)
     place = {"context": HOSTILE, "next_text": HOSTILE, "reference": [choice], "candidate": [choice]}
     site = {"site": HOSTILE, "op": HOSTILE, "excess": 9.0}

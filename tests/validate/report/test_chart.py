@@ -9,11 +9,7 @@ from rgexport.validate.report import chart
 from rgexport.validate.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Series
 
 values = st.lists(
-    st.one_of(
-        st.just(0.0),
-        st.floats(1e-15, 1e6),
-        st.sampled_from([math.nan, math.inf]),
-    ),
+    st.one_of(st.just(0.0), st.floats(1e-15, 1e6), st.sampled_from([math.nan, math.inf])),
     max_size=20,
 )
 
@@ -25,7 +21,7 @@ def draw(*series: Series, y: Axis, **more: Any) -> Chart:
 
 
 @given(values)
-def test_finite_values_and_ticks_lie_in_the_picture(numbers: list[float]) -> None:
+def test_finite_values_and_ticks_lie_in_the_picture(numbers):
     for axis in (chart.logarithmic_axis(numbers), chart.linear_axis(numbers)):
         drawn = draw(Series("twin", "twin", list(enumerate(numbers)), dots=True), y=axis)
         ((_, dots),) = drawn.dots
@@ -37,14 +33,14 @@ def test_finite_values_and_ticks_lie_in_the_picture(numbers: list[float]) -> Non
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**7), st.booleans())
-def test_ticks_of_x_are_a_few_round_numbers(low: int, span: int, doubling: bool) -> None:
+def test_ticks_of_x_are_a_few_round_numbers(low, span, doubling):
     ticks = (chart.doubling_ticks if doubling else chart.whole_ticks)(low, low + span)
     assert len(ticks) <= 6 and all(low <= tick <= low + span for tick in ticks)
     assert len(ticks) >= 2 or span < 3 * (low if doubling else 1)
     assert not doubling or all(tick & (tick - 1) == 0 for tick in ticks)
 
 
-def test_decades_have_equal_distances_and_are_labelled() -> None:
+def test_decades_have_equal_distances_and_are_labelled():
     axis = chart.logarithmic_axis([2e-3, 0.5])
     assert (axis.low, axis.high) == (1e-3, 1)
     assert [label for _, label in axis.ticks] == ["10⁻³", "10⁻²", "10⁻¹", "10⁰"]
@@ -53,7 +49,7 @@ def test_decades_have_equal_distances_and_are_labelled() -> None:
     assert places[0] - places[1] == pytest.approx(places[2] - places[3], abs=0.2)
 
 
-def test_shares_end_at_one_and_begin_below_the_smallest() -> None:
+def test_shares_end_at_one_and_begin_below_the_smallest():
     axis = chart.share_axis([0.83, 0.99])
     assert (axis.low, axis.high) == (0.8, 1)
     assert axis.ticks[0] == (1, "100 %")
@@ -61,13 +57,13 @@ def test_shares_end_at_one_and_begin_below_the_smallest() -> None:
     assert len(chart.share_axis([0.0]).ticks) == 6
 
 
-def test_a_line_has_a_gap_where_a_value_is_missing() -> None:
+def test_a_line_has_a_gap_where_a_value_is_missing():
     points = [(0, 0.0), (1, 1.0), (2, math.nan), (3, 1.0)]
     ((_, path),) = draw(Series("twin", "twin", points), y=chart.linear_axis([1.0])).paths
     assert path == f"M52 {BOTTOM} L162.7 {TOP} M384 {TOP} h0.1"
 
 
-def test_a_limit_is_drawn_from_edge_to_edge_where_it_is_near() -> None:
+def test_a_limit_is_drawn_from_edge_to_edge_where_it_is_near():
     limit = Series("limit", "limit", [(0, 0.3)])
     near, far = (chart.logarithmic_axis(ys, 0.3) for ys in ([1e-3, 1e-2], [1e-9, 1e-8]))
     path = draw(y=near, limit=limit).limit_path
@@ -76,7 +72,7 @@ def test_a_limit_is_drawn_from_edge_to_edge_where_it_is_near() -> None:
     assert draw(y=far, limit=limit).limit_path == "" == draw(y=near).limit_path
 
 
-def test_a_table_has_a_row_for_each_x_and_all_that_lies_there() -> None:
+def test_a_table_has_a_row_for_each_x_and_all_that_lies_there():
     first = Series("a", "a", [(2000, 0.5), (1, 0.25), (1, 0.125)])
     drawn = draw(first, Series("b", "b", [(1, 3.0)]), y=chart.linear_axis([1]))
     assert drawn.rows == [["1", "0.25, 0.125", "3"], ["2,000", "0.5", ""]]

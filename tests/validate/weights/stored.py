@@ -12,8 +12,10 @@ from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
+from rgexport.validate.weights.sketch import sketch
+from rgexport.validate.weights.sketch_errors import sketch_errors
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
-from rgexport.validate.weights.weight_limits import weight_checks
+from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 
 KINDS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
     "normal": lambda rng, s: rng.normal(size=s),
@@ -64,3 +66,26 @@ def error_of(
 
 def passes(error: WeightError) -> bool:
     return all(check.passed for check in weight_checks([error]))
+
+
+class Known:
+    """The sketch of one tensor, as a reference file has it."""
+
+    def __init__(self, w: np.ndarray):
+        self._sketch, self._square = sketch(from_array(w))
+
+    def sketch(self, name: str) -> np.ndarray:
+        return self._sketch
+
+    def square(self, name: str) -> float:
+        return self._square
+
+
+def complaints(w: np.ndarray, stored: np.ndarray, scheme: Scheme, weighted: bool) -> list[str]:
+    """The kinds of checks that fail, in the weight table and by a sketch."""
+    tensors = {"w": StoredTensor(w.shape, scheme, {})}
+    original, dequantized = ({"w": from_array(x)} for x in (w, stored))
+    table = weight_errors(original, dequantized, tensors, weighted=weighted)
+    sketches = sketch_errors(Known(w), dequantized, tensors, weighted=weighted)
+    checks = [*weight_checks(table), *sketch_checks(sketches)]
+    return [check.kind for check in checks if not check.passed]
