@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -222,6 +222,7 @@ def test_other_files_are_no_calibration(tmp_path: Path) -> None:
         assert not is_calibration(tmp_path / name)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_changed_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -116,6 +116,12 @@ def test_the_first_override_that_is_found_counts() -> None:
     assert types["blk.0.rg_lru_a_gate.weight"] == "f32"
 
 
+def test_an_overridden_tensor_does_not_count_in_the_mix() -> None:
+    # The fifth attn_v is the fourth that the mix sees, and so one of the spared four.
+    types = chosen(ATTENTION, "q4_k_s", overrides=(("blk.0.attn_v", "q8_0"),))
+    assert runs(types, "attn_v") == "1 q8_0, 4 q5_k, 11 q4_k"
+
+
 @pytest.mark.parametrize(
     ("word", "fallback"),
     [

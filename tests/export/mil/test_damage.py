@@ -219,6 +219,7 @@ BYTES = st.lists(
 """Where, as a share of the file, what to put there, and how many bytes to take away."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", [MODEL, WEIGHTS, Path("Manifest.json")], ids=lambda p: p.name)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=BYTES)

@@ -335,5 +335,6 @@ assert Model is ours
 """
 
 
+@pytest.mark.full
 def test_messages_are_those_of_coremltools_without_loading_it() -> None:
     subprocess.run([sys.executable, "-c", LOOK], check=True)
