@@ -20,18 +20,15 @@ from rgexport.files.hashing import FileRecord
 from tests.command_line import ROOT, rgexport
 
 
-@pytest.mark.parametrize(
-    ("precision", "int4", "int8", "word"),
-    [
-        (None, False, False, None),
-        (None, True, False, "int4"),
-        (None, False, True, "int8"),
-        ("fp16", False, False, "fp16"),
-        ("int4", True, False, "int4"),
-    ],
-)
-def test_precision(precision, int4, int8, word):
-    assert precision_word(precision, int4, int8, "onnx") == word
+def test_precision():
+    assert precision_word(None, False, False, "onnx") is None
+    assert precision_word("int4", True, False, "onnx") == "int4"
+    assert precision_word(None, False, True, "onnx") == "int8"
+    assert precision_word("pal4", False, False, "coreml") == "pal4"
+    with pytest.raises(RequestError, match="'pal4'; expected one of fp32, fp16, int8, int4$"):
+        precision_word("pal4", False, False, "onnx")
+    target = default_target("recurrentgemma-2b", "int8", "onnx", "wasm")
+    assert target == Path("recurrentgemma-2b-int8-onnx-wasm")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,7 @@ def test_what_chooses_levels(quality, calibration, plan, word):
 
 def test_a_calibration_is_for_the_best_quality():
     with pytest.raises(
-        RequestError, match=r"--quality fast takes no calibration; .* --quality best"
+        RequestError, match="--quality fast takes no calibration; .* --quality best"
     ):
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
@@ -81,20 +78,9 @@ def test_weights_without_levels_have_no_quality(command, word, tmp_path):
         assert run.stderr.count("\n") == 1 and not target.exists()
 
 
-def test_words_are_those_of_the_format():
-    assert precision_word("pal4", False, False, "coreml") == "pal4"
-    with pytest.raises(RequestError, match=r"'pal4'; expected one of fp32, fp16, int8, int4$"):
-        precision_word("pal4", False, False, "onnx")
-
-
 CHECKED = CheckRecord(
-    status="verified",
-    tokens=130,
-    positions=3,
-    kl=0.01234,
-    kl_standard_error=0.00123,
-    relative_max=0.004,
-    engine="toy 1",
+    **{"status": "verified", "tokens": 130, "positions": 3, "kl": 0.01234, "engine": "toy 1"},
+    **{"kl_standard_error": 0.00123, "relative_max": 0.004},
 )
 
 
@@ -117,13 +103,6 @@ CHECKED = CheckRecord(
 )
 def test_check_line(made, found, line):
     assert check_line(Artifact(Path("out"), made.manifest.with_check(found))) == line
-
-
-def test_default_target():
-    target = default_target("recurrentgemma-2b", "int4", "onnx")
-    assert target == Path("recurrentgemma-2b-int4-onnx")
-    target = default_target("recurrentgemma-2b", "int8", "onnx", "wasm")
-    assert target == Path("recurrentgemma-2b-int8-onnx-wasm")
 
 
 TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}

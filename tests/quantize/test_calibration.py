@@ -3,18 +3,17 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from rgexport.errors import RequestError
-from rgexport.griffin.layout import EMBEDDING, input_site
+from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
 from rgexport.quantize.calibration_format import (
     METADATA,
@@ -36,12 +35,13 @@ PROVENANCE = Provenance(
     files={"model.safetensors": "ab" * 32},
     tokens=6,
     gradient_tokens=6,
-    text="made up",
+    text="»quoted« 🎒",
     tokens_sha256="cd" * 32,
     seed=0,
     tool="test",
 )
 DOWN = "layers.0.mlp_block.down_proj.weight"
+MIXING_INPUT = "layers.0.temporal_pre_norm"
 
 Contents = dict[str, np.ndarray]
 
@@ -82,14 +82,6 @@ def test_a_triangle_is_the_whole_matrix(width: int) -> None:
     np.testing.assert_array_equal(diagonal(packed, width), np.diag(matrix))
 
 
-@given(st.integers(1, 10**5), st.integers(1, 10**5))
-def test_only_triangles_have_a_width(width: int, beyond: int) -> None:
-    size = triangle_size(width)
-    assert triangle_width(size) == width
-    assert triangle_width(size + min(beyond, width)) is None, "the next has width + 1 more"
-    assert triangle_width(0) is None
-
-
 @given(st.integers(1, 40_000))
 def test_blocks_cover_the_columns_and_cut_no_quantization_block(columns: int) -> None:
     bounds = column_blocks(columns)
@@ -100,22 +92,9 @@ def test_blocks_cover_the_columns_and_cut_no_quantization_block(columns: int) ->
     assert max(widths[:-1], default=widths[0]) - widths[-1] <= 128 * len(widths)
 
 
-def test_released_widths_are_cut_evenly() -> None:
-    assert column_blocks(7680) == [(0, 3840), (3840, 7680)]
-    assert column_blocks(12288) == [(0, 4096), (4096, 8192), (8192, 12288)]
-
-
-def test_linears_that_share_an_input_share_its_hessian(sound: Calibration) -> None:
-    mixing = "layers.0.temporal_block."
-    same = [sound.hessian(f"{mixing}linear_{letter}.weight") for letter in "xy"]
-    np.testing.assert_array_equal(*(blocks[0] for blocks in same if blocks))
-    other = sound.hessian(f"{mixing}linear_out.weight") or []
-    assert not np.array_equal(same[0][0], other[0])
-    assert len({input_site(name) for name in linears(CONFIG)}) == 4 * CONFIG.num_layers
-
-
 def test_every_matrix_has_statistics(sound: Calibration) -> None:
     stored = contents()
+    assert sound.provenance == PROVENANCE and is_calibration(sound.path)
     for name, (rows, columns) in linears(CONFIG).items():
         (hessian,) = sound.hessian(name) or []
         assert hessian.shape == (columns, columns) and (hessian == hessian.T).all()
@@ -124,6 +103,9 @@ def test_every_matrix_has_statistics(sound: Calibration) -> None:
         assert sensitivity is not None and sensitivity.shape == (rows,)
         np.testing.assert_array_equal(sensitivity, stored[name.replace(".weight", ".gradient")])
         assert sound.sensitivity(name) == pytest.approx(float(sensitivity.mean()))
+    for letter in "xy":  # they share an input
+        (shared,) = sound.hessian(f"layers.0.temporal_block.linear_{letter}.weight") or []
+        np.testing.assert_array_equal(pack(shared), stored[f"{MIXING_INPUT}.hessian.0"])
     (head,) = sound.hessian(EMBEDDING) or []
     np.testing.assert_array_equal(pack(head), stored["final_norm.hessian.0"])
     np.testing.assert_array_equal(sound.output_sensitivity(EMBEDDING), stored["lm_head.fisher"])
@@ -159,13 +141,7 @@ def test_only_the_model_it_was_made_from_is_accepted(sound: Calibration) -> None
             sound.require_for(hashes)
 
 
-def test_dead_inputs_are_rows_of_zeros(tmp_path: Path) -> None:
-    arrays = contents()
-    arrays["layers.0.mlp_block.mul.hessian.0"][:] = 0
-    found = open_calibration(write(tmp_path / "dead", arrays))
-    assert not found.importance(DOWN).any() and not found.hessian(DOWN)[0].any()  # type: ignore
-
-
+HESSIAN = "layers.0.mlp_block.mul.hessian.0"
 Damage = Callable[[Contents], object]
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "no text": (lambda a: a.pop("tokens"), "it has no tokens"),
@@ -189,30 +165,9 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         lambda a: a.update({"lm_head.fisher": a["lm_head.fisher"].astype(np.float16)}),
         "is F16 .256.; expected F32",
     ),
-    "axes": (
-        lambda a: a.update({"lm_head.fisher": a["lm_head.fisher"][None]}),
-        "and one axis",
-    ),
-    "infinite gradient": (
-        lambda a: a["layers.1.mlp_block.up_proj.gradient"].__setitem__(0, np.inf),
-        "layers.1.mlp_block.up_proj.gradient has NaN",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_damage_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
-    damage, message = DAMAGED[case]
-    arrays = contents()
-    damage(arrays)
-    with pytest.raises(RequestError, match=message) as caught:
-        open_calibration(write(tmp_path / "damaged", arrays))
-    assert "\n" not in str(caught.value) and "damaged" in str(caught.value)
-
-
-HESSIAN = "layers.0.mlp_block.mul.hessian.0"
-BAD_TRIANGLES: dict[str, tuple[Damage, str]] = {
-    "NaN": (lambda a: a[HESSIAN].__setitem__(7, np.nan), "NaN or infinite"),
+    "axes": (lambda a: a.update({"lm_head.fisher": a["lm_head.fisher"][None]}), "and one axis"),
+    # triangles are checked when they are read
+    "NaN in a triangle": (lambda a: a[HESSIAN].__setitem__(7, np.nan), "NaN or infinite"),
     "no triangle": (lambda a: a.update({HESSIAN: a[HESSIAN][:-1]}), "no triangle of a Hessian"),
     "negative diagonal": (lambda a: a[HESSIAN].__setitem__(0, -1), "no triangle of a Hessian"),
     "too wide": (
@@ -222,15 +177,16 @@ BAD_TRIANGLES: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_TRIANGLES)
-def test_a_damaged_triangle_is_refused_when_it_is_read(case: str, tmp_path: Path) -> None:
-    damage, message = BAD_TRIANGLES[case]
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    damage, message = DAMAGED[case]
     arrays = contents()
     damage(arrays)
-    found = open_calibration(write(tmp_path / "damaged", arrays))
-    for read in (found.hessian, found.importance):
-        with pytest.raises(RequestError, match=message):
-            read(DOWN)
+    path = write(tmp_path / "damaged", arrays)
+    for read in (Calibration.hessian, Calibration.importance):
+        with pytest.raises(RequestError, match=message) as caught:
+            read(open_calibration(path), DOWN)
+        assert "\n" not in str(caught.value) and "damaged" in str(caught.value)
 
 
 METADATA_CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -266,13 +222,7 @@ def test_other_files_are_no_calibration(tmp_path: Path) -> None:
         assert not is_calibration(tmp_path / name)
 
 
-def test_a_truncated_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "file", contents())
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(RequestError, match="is truncated"):
-        open_calibration(path)
-
-
+@settings(deadline=None)
 @given(st.data())
 def test_changed_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -288,10 +238,3 @@ def test_changed_bytes_are_read_or_refused(
         for name in [*linears(CONFIG), EMBEDDING]:
             for read in (found.hessian, found.importance, found.sensitivity):
                 read(name)
-
-
-def test_the_text_may_be_of_any_kind(tmp_path: Path) -> None:
-    odd = replace(PROVENANCE, text="»quoted« 🎒", model="a b")
-    found = open_calibration(write(tmp_path / "file", contents(), odd))
-    assert found.provenance == odd and is_calibration(found.path)
-    assert load_file(found.path)["tokens"].tolist() == list(range(6))

@@ -1,12 +1,11 @@
 import math
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.quantize.fitting import SMALLEST_BLOCK, fitted, least_padded, with_dtype
-from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Palette, Scheme
+from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, Palette
 
 affines = st.builds(
     Affine,
@@ -38,6 +37,7 @@ def test_blocks_divide_rows(asked: Affine, shape: tuple[int, int]) -> None:
     better = [b for b in range(max(block, SMALLEST_BLOCK - 1) + 1, limit + 1) if whole % b == 0]
     assert block == whole or not better, "the largest that fits"
     assert block <= limit or block == whole
+    assert fitted(scheme, shape) == scheme
 
 
 @given(palettes, shapes)
@@ -49,30 +49,6 @@ def test_groups_divide_rows(asked: Palette, shape: tuple[int, int]) -> None:
     assert isinstance(scheme, Palette) and scheme.lut == asked.lut
     assert shape[0] % scheme.group == 0 and scheme.group <= asked.group
     assert not any(shape[0] % g == 0 for g in range(scheme.group + 1, asked.group + 1))
-
-
-@given(st.one_of(affines, palettes, st.just(Float("float16"))), shapes)
-def test_a_fitted_scheme_stays_the_same(asked: Scheme, shape: tuple[int, int]) -> None:
-    once = fitted(asked, shape)
-    assert fitted(once, shape) == once
-
-
-@pytest.mark.parametrize(
-    ("asked", "columns", "expected"),
-    [
-        (Affine(4, 32, symmetric=True), 2560, Affine(4, 32, symmetric=True)),
-        (Affine(4, 32, symmetric=True), 2570, Affine(4, 10, symmetric=True)),
-        (Affine(4, 32, symmetric=True), 2 * 1283, Affine(4, None, symmetric=True)),
-        (Affine(4, 32, symmetric=True), 32, Affine(4, None, symmetric=True)),
-        (Affine(4, 32, symmetric=False), 96, Affine(4, 24, symmetric=False)),
-        (Affine(4, 32, symmetric=False), 2 * 1283, Affine(4, 1283, symmetric=False)),
-        (Affine(4, None, symmetric=False), 64, Affine(4, 32, symmetric=False)),
-        (Affine(4, 32, symmetric=True), 45, Affine(8, 15, symmetric=True)),
-        (Affine(8, None, symmetric=True), 45, Affine(8, None, symmetric=True)),
-    ],
-)
-def test_examples(asked: Affine, columns: int, expected: Affine) -> None:
-    assert fitted(asked, (7, columns)) == expected
 
 
 @given(affines, st.sampled_from([None, *BLOCKS]), st.integers(1, 3000))
@@ -92,17 +68,6 @@ def test_no_other_block_takes_fewer_bytes(asked: Affine, block: int | None, colu
     sizes = {size: stored(size) for size in BLOCKS if size <= block}
     assert scheme.block == min(size for size in sizes if sizes[size] == min(sizes.values()))
     assert scheme.block == block or columns % block, "a block that divides stays"
-
-
-@pytest.mark.parametrize(
-    ("columns", "block"),
-    [(40, 16), (96, 32), (160, 32), (288, 32), (300, 64), (864, 128), (2560, 128)],
-)
-def test_blocks_of_odd_rows(columns: int, block: int) -> None:
-    """864 takes 896 integers in blocks of 128, which is less than the scales of blocks of 32."""
-    asked = Affine(4, 128, symmetric=False, scale="float16")
-    assert least_padded(asked, columns) == replace(asked, block=block)
-    assert least_padded(replace(asked, block=16), columns) == replace(asked, block=16)
 
 
 def test_what_has_no_blocks_is_not_padded() -> None:

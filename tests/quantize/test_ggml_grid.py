@@ -2,13 +2,10 @@
 
 import gguf
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.errors import RequestError
 from rgexport.quantize.ggml_grid import GRID_TYPES, Grid, grid_of, with_levels
-from rgexport.quantize.ggml_library import load_library, quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 
 HALVES = {
@@ -56,10 +53,12 @@ def test_every_quantized_type_has_a_grid() -> None:
 
 
 @given(kinds, *sizes, seeds)
-def test_a_grid_has_the_values_of_the_rows(kind: str, rows: int, blocks: int, seed: int) -> None:
-    packed = random_rows(kind, rows, blocks, np.random.default_rng(seed))
-    before = packed.copy()
-    grid = grid_of(packed, kind)
+def test_a_grid_and_other_levels_on_it_have_the_values_of_the_rows(
+    kind: str, rows: int, blocks: int, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    packed = random_rows(kind, rows, blocks, draw)
+    grid, before = grid_of(packed, kind), packed.copy()
     columns = blocks * TYPES[kind].block
     assert grid.levels.shape == (rows, columns) and grid.levels.dtype == np.uint8
     assert grid.scale.shape == grid.offset.shape == (rows, columns // grid.group)
@@ -67,13 +66,6 @@ def test_a_grid_has_the_values_of_the_rows(kind: str, rows: int, blocks: int, se
     assert (grid.levels <= grid.top).all()
     assert_same(grid, grid.levels, dequantized(packed, kind))
     np.testing.assert_array_equal(with_levels(packed, kind, grid.levels), before)
-
-
-@given(kinds, *sizes, seeds)
-def test_other_levels_have_their_values(kind: str, rows: int, blocks: int, seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    packed = random_rows(kind, rows, blocks, draw)
-    grid, before = grid_of(packed, kind), packed.copy()
     levels = draw.integers(0, grid.top + 1, grid.levels.shape, np.uint8)
     changed = with_levels(packed, kind, levels)
     assert_same(grid, levels, dequantized(changed, kind))
@@ -82,27 +74,3 @@ def test_other_levels_have_their_values(kind: str, rows: int, blocks: int, seed:
     np.testing.assert_array_equal(again.levels, levels)
     np.testing.assert_array_equal(again.scale, grid.scale)
     np.testing.assert_array_equal(again.offset, grid.offset)
-
-
-@pytest.fixture(scope="module")
-def library() -> None:
-    """The quantizer of ggml; without it, the tests that take it are skipped."""
-    try:
-        load_library()
-    except RequestError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", GRID_TYPES)
-def test_rows_that_ggml_packed(kind: str, weighted: bool, library: None) -> None:
-    draw = np.random.default_rng(1)
-    rows = draw.standard_normal((7, 768)).astype(np.float32)
-    rows[3], rows[4, 256:512], rows[5, :32] = 0, 0.25, 1e4
-    importance = draw.random(768).astype(np.float32) if weighted else None
-    packed = quantize_rows(rows, kind, importance)
-    grid = grid_of(packed, kind)
-    assert_same(grid, grid.levels, dequantized(packed, kind))
-    np.testing.assert_array_equal(with_levels(packed, kind, grid.levels), packed)
-    used = np.unique(grid.levels)
-    assert used[0] == 0 and used[-1] == grid.top

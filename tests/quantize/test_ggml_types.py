@@ -5,7 +5,6 @@ from rgexport.errors import RequestError
 from rgexport.quantize.ggml_types import (
     BY_VALUE,
     FILE_TYPES,
-    INT_WORDS,
     TYPES,
     GgmlType,
     find_file_type,
@@ -44,14 +43,5 @@ def test_an_unknown_type_is_answered_with_the_known_ones() -> None:
         find_file_type("q4_k_x")
     with pytest.raises(RequestError, match=r"'q4_k_m'.*f32.*q4_k.*q6_k$"):
         find_type("q4_k_m")
-
-
-def test_int_words_mean_as_many_bits() -> None:
-    for bits, word in ((8, "int8"), (4, "int4")):
-        default = TYPES[find_file_type(INT_WORDS[word]).default]
-        assert bits <= default.bits_per_weight < bits + 1
-
-
-def test_a_scheme_of_no_known_type_is_refused() -> None:
     with pytest.raises(RequestError, match="type = 'iq4_nl'; expected f32, f16"):
         scheme_from_dict({"kind": "ggml", "type": "iq4_nl"})

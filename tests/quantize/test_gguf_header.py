@@ -1,6 +1,8 @@
 """The header reader, with files of gguf-py and with forged ones."""
 
+import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -54,20 +56,14 @@ def test_values_and_tensors_are_those_that_were_written(good: Path) -> None:
     assert list(header.tensors) == [*ARRAYS, "q.weight"]
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(header.tensors[name].rows().whole(), array)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(good).tensors}
+    for name, tensor in header.tensors.items():
+        assert (tensor.offset, tensor.nbytes) == (theirs[name].data_offset, theirs[name].n_bytes)
+    start, stop = header.spans["a.uint32"]
+    assert good.read_bytes()[start:stop] == struct.pack("<II", 4, 4_000_000_000)
     quantized = header.tensors["q.weight"]
     assert (quantized.shape, quantized.type.name, quantized.nbytes) == ((3, 64), "q8_0", 3 * 68)
     assert quantized.rows().whole().shape == (3, 68)
-
-
-def test_tensors_lie_where_gguf_py_finds_them(good: Path) -> None:
-    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(good).tensors}
-    for name, tensor in read_header(good).tensors.items():
-        assert (tensor.offset, tensor.nbytes) == (theirs[name].data_offset, theirs[name].n_bytes)
-
-
-def test_a_span_holds_type_and_value(good: Path) -> None:
-    start, stop = read_header(good).spans["a.uint32"]
-    assert good.read_bytes()[start:stop] == struct.pack("<II", 4, 4_000_000_000)
 
 
 def refusal(path: Path, content: bytes) -> str:
@@ -91,8 +87,9 @@ def text(word: str) -> bytes:
     return struct.pack("<Q", len(word.encode())) + word.encode()
 
 
-def header_of(values: bytes = b"", tensors: bytes = b"", counts: tuple[int, int] = (0, 1)) -> bytes:
-    return MAGIC + struct.pack("<IQQ", 3, *counts) + values + tensors
+def header_of(values: Sequence[bytes], tensors: Sequence[bytes] = ()) -> bytes:
+    counts = struct.pack("<IQQ", 3, len(tensors), len(values))
+    return MAGIC + counts + b"".join([*values, *tensors])
 
 
 def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
@@ -101,46 +98,43 @@ def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 
 
 HUGE = 1 << 62
+WRONG_VALUES = {
+    "endless string": (struct.pack("<IQ", 8, HUGE), "truncated or damaged"),
+    "endless array": (struct.pack("<IIQ", 9, 0, HUGE), "truncated or damaged"),
+    "endless strings": (struct.pack("<IIQ", 9, 8, HUGE), "truncated or damaged"),
+    "array of arrays": (struct.pack("<IIQ", 9, 9, 1), "unknown type 9"),
+    "unknown value": (struct.pack("<I", 77), "unknown type 77"),
+    "no text": (struct.pack("<IQ", 8, 1) + b"\xff", "not UTF-8"),
+}
+WRONG_TENSORS = {
+    "no dimensions": ([tensor("t", (), 0, 0)], "0 dimensions"),
+    "huge dimensions": ([tensor("t", (HUGE, HUGE), 0, 0)], "truncated"),
+    "an empty tensor": ([tensor("t", (0,), 0, 0)], "cannot be f32"),
+    "half a block": ([tensor("t", (48,), 2, 0)], "cannot be q4_0"),
+    "unknown tensor type": ([tensor("t", (32,), 20, 0)], "type 20"),
+    "a gap": ([tensor("t", (1,), 0, 32)], "does not follow"),
+    "a tensor twice": ([tensor("t", (8,), 0, 0), tensor("t", (8,), 0, 32)], "tensor t twice"),
+}
+NUMBER = struct.pack("<II", 4, 24)
 FORGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not a GGUF file"),
     "foreign": (b"PK\x03\x04" + bytes(40), "is not a GGUF file"),
     "version 1": (MAGIC + struct.pack("<IQQ", 1, 0, 0), "of version 1"),
     "big-endian": (MAGIC + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "endless values": (header_of(counts=(0, HUGE)), "truncated or damaged"),
-    "endless tensors": (header_of(counts=(HUGE, 0)), "truncated or damaged"),
-    "endless key": (header_of(struct.pack("<Q", HUGE)), "a name .* bytes long"),
-    "endless string": (header_of(text("a") + struct.pack("<IQ", 8, HUGE)), "truncated or damaged"),
-    "endless array": (header_of(text("a") + struct.pack("<IIQ", 9, 0, HUGE)), "truncated or dam"),
-    "endless strings": (header_of(text("a") + struct.pack("<IIQ", 9, 8, HUGE)), "truncated or dam"),
-    "array of arrays": (header_of(text("a") + struct.pack("<IIQ", 9, 9, 1)), "unknown type 9"),
-    "unknown value": (header_of(text("a") + struct.pack("<I", 77)), "unknown type 77"),
-    "no text": (header_of(text("a") + struct.pack("<IQ", 8, 1) + b"\xff"), "not UTF-8"),
-    "lines in a key": (header_of(text("a\nb") + struct.pack("<II", 4, 1)), r"name 'a\\nb'"),
-    "a key twice": (
-        header_of(2 * (text("a") + struct.pack("<II", 4, 1)), counts=(0, 2)),
-        "has a twice",
-    ),
-    "odd alignment": (
-        header_of(text("general.alignment") + struct.pack("<II", 4, 24)),
-        "alignment is 24",
-    ),
-    "no dimensions": (header_of(tensors=tensor("t", (), 0, 0), counts=(1, 0)), "0 dimensions"),
-    "huge dimensions": (
-        header_of(tensors=tensor("t", (HUGE, HUGE), 0, 0), counts=(1, 0)),
-        "truncated",
-    ),
-    "an empty tensor": (header_of(tensors=tensor("t", (0,), 0, 0), counts=(1, 0)), "cannot be f32"),
-    "half a block": (header_of(tensors=tensor("t", (48,), 2, 0), counts=(1, 0)), "cannot be q4_0"),
-    "unknown tensor type": (header_of(tensors=tensor("t", (32,), 20, 0), counts=(1, 0)), "type 20"),
-    "a gap": (header_of(tensors=tensor("t", (1,), 0, 32), counts=(1, 0)), "does not follow"),
-    "a tensor twice": (
-        header_of(tensors=tensor("t", (8,), 0, 0) + tensor("t", (8,), 0, 32), counts=(2, 0)),
-        "tensor t twice",
-    ),
+    "endless values": (MAGIC + struct.pack("<IQQ", 3, 0, HUGE), "truncated or damaged"),
+    "endless tensors": (MAGIC + struct.pack("<IQQ", 3, HUGE, 0), "truncated or damaged"),
+    "endless key": (header_of([struct.pack("<Q", HUGE)]), "a name .* bytes long"),
+    "lines in a key": (header_of([text("a\nb") + NUMBER]), r"name 'a\\nb'"),
+    "a key twice": (header_of(2 * [text("a") + NUMBER]), "has a twice"),
+    "odd alignment": (header_of([text("general.alignment") + NUMBER]), "alignment is 24"),
+    **{
+        case: (header_of([text("a") + value]), said) for case, (value, said) in WRONG_VALUES.items()
+    },
     "more than it says": (
-        header_of(tensors=tensor("t", (8,), 0, 0), counts=(1, 0)) + bytes(200),
+        header_of([], [tensor("t", (8,), 0, 0)]) + bytes(200),
         "is damaged: it has",
     ),
+    **{case: (header_of([], tensors), said) for case, (tensors, said) in WRONG_TENSORS.items()},
 }
 
 
@@ -148,14 +142,4 @@ FORGED: dict[str, tuple[bytes, str]] = {
 def test_forged_headers_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     content, complaint = FORGED[case]
     path = tmp_path / "forged.gguf"
-    path.write_bytes(content)
-    with pytest.raises(RequestError, match=complaint):
-        read_header(path)
-    refusal(path, content)
-
-
-def test_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.gguf"):
-        assert not is_gguf(path)
-        with pytest.raises(RequestError, match="cannot be read"):
-            read_header(path)
+    assert re.search(complaint, refusal(path, content))

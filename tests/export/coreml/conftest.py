@@ -12,12 +12,6 @@ from tests.models import Weights, make_config
 CONFIG = make_config("rra", width=64, heads=2, lru_width=96, mlp_width=128, window=8)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the memory of verified files out of the user's own."""
-    monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="package")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
     """An int4 package with an int8 embedding, and the weights that went into it."""

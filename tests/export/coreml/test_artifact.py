@@ -1,13 +1,17 @@
-"""A package is opened: weights come back, and what was done to it is named."""
+"""A package is opened: weights come back, and what was done to it or its manifest is named."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import manifest_file, weight_file
+from rgexport.export.coreml.package import model_file, weight_file
 from rgexport.export.manifest import MANIFEST
+from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import model_tensors
 from tests.artifacts import export_random_coreml
@@ -27,17 +31,10 @@ def test_every_weight_comes_back(precision, tmp_path):
         assert error < worst, name
         if artifact.manifest.compute == "fp16" and artifact.manifest.plan[name].kind != "float":
             assert (restored == restored.astype(np.float16)).all(), name
-
-
-@pytest.mark.parametrize("precision", ["int4", "pal4"])
-def test_slabs_are_the_whole(precision, tmp_path):
-    """A palette is shared by 16 rows; slabs need not know."""
-    artifact, _ = export_random_coreml(CONFIG, tmp_path, precision)
-    tensor = artifact.tensor(UP)
-    whole = tensor.whole()
+    tensor = artifact.tensor(UP)  # a palette is shared by 16 rows; slabs need not know
     slabs = [rows for _, rows in tensor.slabs(limit=5 * tensor.row_bytes)]
     assert len(slabs) == -(-tensor.shape[0] // 5)
-    np.testing.assert_array_equal(np.concatenate(slabs), whole)
+    np.testing.assert_array_equal(np.concatenate(slabs), tensor.whole())
 
 
 def complaint(folder):
@@ -68,15 +65,57 @@ def test_what_stands_between_the_weights_counts_too(exported, copied):
     assert "weight.bin was altered" in line and ".data" not in line
 
 
-def test_a_missing_file_is_named(copied):
-    (copied / manifest_file()).unlink()
-    assert f"{manifest_file()} is missing" in complaint(copied)
+Fields = dict[str, Any]
+LINEAR = "layers.0.temporal_block.linear_x.weight"
 
 
-@pytest.mark.parametrize("field", ["input", "output", "layout"])
-def test_states_that_the_manifest_misnames(field, copied):
-    """A session goes by the manifest, which has no hash of its own."""
-    fields = json.loads((copied / MANIFEST).read_text())
-    fields["states"][0][field] = "hilo" if field == "layout" else "elsewhere"
-    (copied / MANIFEST).write_text(json.dumps(fields))
-    assert f"rgexport.json is damaged: states[0].{field} is" in complaint(copied)
+def rewrite(folder: Path, change: Callable[[Fields], Any]) -> None:
+    path = folder / MANIFEST
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def store(name: str = LINEAR, **scheme: Any) -> Callable[[Fields], Any]:
+    def change(fields: Fields) -> None:
+        fields["plan"][name] = fields["tensors"][name]["scheme"] = scheme
+
+    return change
+
+
+def test_round_trip(exported):
+    assert read_manifest(exported[0].path) == exported[0].manifest
+    assert exported[0].manifest.exact and exported[0].manifest.compute == "fp16"
+
+
+BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
+    "no record": (lambda f: f.pop("coreml"), "coreml is missing"),
+    "length": (lambda f: f["coreml"].update(prefill_length=1), "prefill_length is 1"),
+    "logits": (lambda f: f["coreml"].update(all_logits=1), "all_logits is 1"),
+    "state": (lambda f: f["coreml"].update(recurrent_state="ring"), "expected io or hilo"),
+    "no hash": (lambda f: f["coreml"]["blobs"].pop(f"{LINEAR}.data"), f"{LINEAR}.data .*no hash"),
+    "hash of nothing": (lambda f: f["coreml"]["blobs"].update(x="0" * 64), "x is not a part"),
+    "short hash": (lambda f: f["coreml"]["blobs"].update({f"{LINEAR}.data": "0"}), "not a hash"),
+    "precision": (lambda f: f.update(precision="q4_0"), "precision is 'q4_0'; .*pal4"),
+    "no program": (lambda f: f["files"].pop(model_file()), "there is no model.mlpackage"),
+    "foreign kind": (lambda f: f.update(kind="onnx"), "ONNX does not have"),
+    "layout": (lambda f: f["states"][0].update(layout="heap"), "layout is 'heap'"),
+    "another layout": (lambda f: f["states"][0].update(layout="hilo"), r"states.0.\.layout is"),
+    "block": (
+        store(kind="affine", bits=4, block=48, symmetric=True, scale="float16"),
+        "int4/48 .* that Core ML does not have",
+    ),
+    "group": (
+        store(kind="palette", bits=4, group=7, lut="float16"),
+        "pal4/7 .* that Core ML does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_manifest(case, copied):
+    change, complaint = BROKEN[case]
+    rewrite(copied, change)
+    with pytest.raises(RequestError, match=complaint) as caught:
+        open_artifact(copied)  # a session goes by the manifest, which has no hash of its own
+    assert MANIFEST in str(caught.value) and "\n" not in str(caught.value)

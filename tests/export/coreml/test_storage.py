@@ -9,43 +9,39 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import decode, transform_of
+from rgexport.export.coreml.parts import transform_of
 from rgexport.export.coreml.segments import packages
 from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.scheme import Affine, Float, Palette
+from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
 
 _BlobStorageReader = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageReader
 
-PLAN = {
-    "layers.0.mlp_block.gate_proj.weight": Affine(4, 32, symmetric=True, scale="float16"),
-    "layers.0.mlp_block.up_proj.weight": Affine(4, 32, symmetric=False, scale="float16"),
-    "layers.0.mlp_block.down_proj.weight": Affine(8, None, symmetric=True, scale="float32"),
-    "layers.1.mlp_block.gate_proj.weight": Affine(8, 32, symmetric=False, scale="float16"),
-    "layers.1.mlp_block.up_proj.weight": Palette(group=8),
-    "layers.1.mlp_block.down_proj.weight": Float("float16"),
-    "final_norm.weight": Float("float32"),
-    "layers.0.temporal_block.rg_lru.recurrent_param": Float("float32"),
+STORED: dict[str, tuple[Scheme, dict[str, str]]] = {
+    "layers.0.mlp_block.gate_proj.weight": (
+        Affine(4, 32, True, scale="float16"),
+        {"data": "int4", "scales": "float16"},
+    ),
+    "layers.0.mlp_block.up_proj.weight": (
+        Affine(4, 32, False, scale="float16"),
+        {"data": "uint4", "scales": "float16", "zero_points": "uint4"},
+    ),
+    "layers.0.mlp_block.down_proj.weight": (
+        Affine(8, None, True, scale="float32"),
+        {"data": "int8", "scales": "float32"},
+    ),
+    "layers.1.mlp_block.gate_proj.weight": (
+        Affine(8, 32, False, scale="float16"),
+        {"data": "uint8", "scales": "float16", "zero_points": "uint8"},
+    ),
+    "layers.1.mlp_block.up_proj.weight": (Palette(group=8), {"data": "uint4", "lut": "float16"}),
+    "layers.1.mlp_block.down_proj.weight": (Float("float16"), {"data": "float16"}),
+    "final_norm.weight": (Float("float32"), {"data": "float32"}),
+    "layers.0.temporal_block.rg_lru.recurrent_param": (Float("float32"), {"data": "float32"}),
 }
+"""Name of a weight → its scheme, and MIL's dtype of each part."""
+PLAN = {name: scheme for name, (scheme, _) in STORED.items()}
 VECTORS = {"final_norm.weight", "layers.0.temporal_block.rg_lru.recurrent_param"}
-MIL_DTYPES = {
-    "layers.0.mlp_block.gate_proj.weight": {"data": "int4", "scales": "float16"},
-    "layers.0.mlp_block.up_proj.weight": {
-        "data": "uint4",
-        "scales": "float16",
-        "zero_points": "uint4",
-    },
-    "layers.0.mlp_block.down_proj.weight": {"data": "int8", "scales": "float32"},
-    "layers.1.mlp_block.gate_proj.weight": {
-        "data": "uint8",
-        "scales": "float16",
-        "zero_points": "uint8",
-    },
-    "layers.1.mlp_block.up_proj.weight": {"data": "uint4", "lut": "float16"},
-    "layers.1.mlp_block.down_proj.weight": {"data": "float16"},
-    "final_norm.weight": {"data": "float32"},
-    "layers.0.temporal_block.rg_lru.recurrent_param": {"data": "float32"},
-}
 _READERS = {"float16": "fp16", "float32": "float"}
 
 
@@ -72,7 +68,7 @@ def test_coremltools_reads_every_blob(weights, tmp_path):
         for label, part in tensor.parts.items():
             assert part.offset % ALIGNMENT == 0
             dtype = blob_dtype(label, tensor)
-            assert dtype == MIL_DTYPES[name][label]
+            assert dtype == STORED[name][1][label]
             method = getattr(reader, f"read_{_READERS.get(dtype, dtype)}_data")
             items = np.array(method(part.offset - ALIGNMENT))
             read[label] = items.view(np.float16) if dtype == "float16" else items
@@ -113,17 +109,6 @@ def test_slabs_make_no_difference(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "SLAB_BYTES", 700)
     _, again, slabs = written(weights, tmp_path / "slabs")
     assert slabs.read_bytes() == path.read_bytes() and again == hashes
-
-
-def test_what_is_decoded_is_what_was_folded(weights, tmp_path):
-    stored, _, path = written(weights, tmp_path)
-    data = path.read_bytes()
-    for name in VECTORS:
-        part = stored.tensors[name].parts["data"]
-        values = np.frombuffer(data, np.float32, 24, part.offset)
-        restored = decode(name, {"data": values}, stored.tensors[name])
-        np.testing.assert_allclose(restored, weights[name], rtol=2e-6, atol=1e-6)
-        assert not np.allclose(values, weights[name])
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFEndian, GGUFValueType, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
 from rgexport.export import verified
-from rgexport.export.artifact import Artifact
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.format import FORMAT
@@ -70,11 +69,6 @@ def test_any_name_will_do(sound, tmp_path):
     assert FORMAT.owns(path) and FORMAT.owns(Path("nowhere.gguf")) and not FORMAT.owns(tmp_path)
 
 
-def test_the_exporter_saves_the_first_hashing(tmp_path, monkeypatch):
-    monkeypatch.setattr(verified, "hash_file", None)
-    export_random_gguf(CONFIG, tmp_path, "f32")  # opens it
-
-
 def test_verify_does_not_use_the_cache(sound, tmp_path):
     path = copy(sound, tmp_path, lambda data: flip(sound, data))
     start = integrity.data_start(read_header(path))
@@ -120,17 +114,8 @@ def test_damage_is_named(sound, tmp_path, case):
     assert re.search(complaint, line), line
 
 
-def same_content(one: Artifact, other: Artifact) -> bool:
-    first, second = one.manifest, other.manifest
-    same = first.config == second.config and first.plan == second.plan
-    return same and all(
-        one.tensor(name).whole().tobytes() == other.tensor(name).whole().tobytes()
-        for name in first.tensors
-    )
-
-
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damage_anywhere_is_refused_or_harmless(sound, tmp_path, data):
@@ -156,25 +141,28 @@ def test_damage_anywhere_is_refused_or_harmless(sound, tmp_path, data):
     except RequestError as error:
         assert "\n" not in str(error) and str(error).isprintable()
     else:
-        assert same_content(opened, sound)
+        first, second = opened.manifest, sound.manifest
+        assert first.config == second.config and first.plan == second.plan
+        for name in first.tensors:
+            one, other = (artifact.tensor(name).whole() for artifact in (opened, sound))
+            assert one.tobytes() == other.tobytes()
     finally:
         path.unlink()
 
 
-FOREIGN: dict[str, tuple[str, dict[str, Any], int | None, str]] = {
-    "model": ("llama", {}, None, "of the architecture llama; expected recurrentgemma"),
-    "maker": ("recurrentgemma", {}, None, "was not made by rgexport .*`rgexport gguf`"),
-    "split": ("recurrentgemma", {}, 2, "one of 2 parts .*llama-gguf-split --merge"),
-    "endianness": ("recurrentgemma", {"endianess": GGUFEndian.BIG}, None, "big-endian"),
+FOREIGN = {
+    "model": ("llama", None, "of the architecture llama; expected recurrentgemma"),
+    "maker": ("recurrentgemma", None, "was not made by rgexport .*`rgexport gguf`"),
+    "split": ("recurrentgemma", 2, "one of 2 parts .*llama-gguf-split --merge"),
 }
-"""What is foreign → architecture, the writer's options, parts, and the complaint."""
+"""What is foreign → architecture, parts, and the complaint."""
 
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_files_of_other_tools(case, tmp_path):
-    architecture, options, parts, complaint = FOREIGN[case]
+    architecture, parts, complaint = FOREIGN[case]
     path = tmp_path / "x.gguf"
-    writer = GGUFWriter(path, architecture, **options)
+    writer = GGUFWriter(path, architecture)
     writer.add_file_type(1)
     writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float16))
     if parts:

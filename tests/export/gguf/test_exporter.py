@@ -19,12 +19,13 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import read_header
+from rgexport.quantize.imatrix import read_imatrix
 from rgexport.quantize.statistics import Statistics, StatisticsOf, statistics_of
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.llama_tools import run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
-from tests.quantize.ggml_files import write_imatrix
+from tests.quantize.ggml_files import legacy_imatrix, write_imatrix
 
 NEEDS_IMATRIX = "q2_k_s"
 QUANTIZED = [
@@ -39,20 +40,11 @@ ERROR |= {"q2_k": 0.45}
 K_QUANTS = make_config("rrar", width=256, heads=2, mlp_width=512, vocab_size=300)
 
 
-def assert_close(artifact, weights) -> None:
-    for name, original in weights.items():
-        restored = artifact.tensor(name).whole()
-        assert restored.shape == original.shape and restored.dtype == np.float32
-        kind = artifact.manifest.plan[name].type
-        error = np.linalg.norm(restored - original) / np.linalg.norm(original)
-        assert error <= ERROR[kind] + 2e-7, f"{name} as {kind}: {error}"
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *itertools.product(ODD_CONFIGS, ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]),
-        *itertools.product(["k_quants"], QUANTIZED),
+        *itertools.product(ODD_CONFIGS, ["f32", "q4_k_m"]),
+        *itertools.product(["k_quants"], ["f16", "bf16", *QUANTIZED]),
     ],
 )
 def test_every_shape_and_type(name, kind, tmp_path):
@@ -60,27 +52,21 @@ def test_every_shape_and_type(name, kind, tmp_path):
         require_ggml()
     config = ODD_CONFIGS.get(name, K_QUANTS)
     artifact, weights = export_random_gguf(config, tmp_path, kind)
-    assert_close(artifact, weights)
     assert artifact.manifest.precision == kind
     tensors, plan = file_tensors(config), artifact.manifest.plan
+    for name, original in weights.items():
+        restored, type = artifact.tensor(name).whole(), plan[name].type
+        assert restored.shape == original.shape and restored.dtype == np.float32
+        error = np.linalg.norm(restored - original) / np.linalg.norm(original)
+        assert error <= ERROR[type] + 2e-7, f"{name} as {type}: {error}"
     assert all(plan[t.canonical].type == "f32" or t.quantizable for t in tensors)
     found = [tensor.name for tensor in GGUFReader(artifact.path).tensors]
     assert found == [tensor.name for tensor in tensors]
 
 
-def test_slabs_make_no_difference(tmp_path, monkeypatch):
-    require_ggml()
-    whole = export_random_gguf(K_QUANTS, tmp_path, "q4_k_m")[0].path.read_bytes()
-    monkeypatch.setattr("rgexport.export.storage.SLAB_BYTES", 5000)
-    model = open_checkpoint(tmp_path / "model")
-    target = export_gguf(model, GgufOptions(type="q4_k_m"), tmp_path / "slabs.gguf")
-    assert target.read_bytes() == whole
-
-
 def test_a_value_that_the_type_cannot_hold_is_named(tmp_path):
-    config = ODD_CONFIGS["hawk"]
+    config, name = ODD_CONFIGS["hawk"], "layers.1.mlp_block.up_proj.weight"
     weights = random_weights(config)
-    name = "layers.1.mlp_block.up_proj.weight"
     weights[name][3, 4] = 1e5
     write_model(config, weights, tmp_path / "model")
     with pytest.raises(RequestError, match=f"{name}: .*1e.05 .*f16"):
@@ -117,12 +103,14 @@ def test_bytes_are_those_of_llama_quantize(name, kind, pure, tmp_path, llama_too
     assert not again.facts()["gguf"]["data_hash"]
 
 
-def test_overrides_are_those_of_llama_quantize(tmp_path, llama_tools):
+@pytest.mark.parametrize("name", ["k_quants", "irregular"])
+def test_overrides_are_those_of_llama_quantize(name, tmp_path, llama_tools):
     require_ggml()
-    full = export_random_gguf(K_QUANTS, tmp_path)[0].path
-    types = ("attn_v=q8_0", r"blk\.1\.ffn=q6_k")
+    config = ODD_CONFIGS.get(name, K_QUANTS)
+    full = export_random_gguf(config, tmp_path)[0].path
+    types = ("attn_v=q8_0", r"blk\.1\.ffn=q6_k", "ffn_down=q4_0")
     asked = {"tensor_types": types, "embedding": "q5_1"}
-    ours = export_random_gguf(K_QUANTS, tmp_path, "q4_k_s", **asked)[0].path
+    ours = export_random_gguf(config, tmp_path, "q4_k_s", **asked)[0].path
     flags = ["--token-embedding-type", "q5_1"]
     flags += [word for text in types for word in ("--tensor-type", text)]
     theirs = tmp_path / "theirs.gguf"
@@ -159,12 +147,6 @@ def test_default_name_and_last_line(model, asked, name, capsys):
     assert "Warning: mine has no tokenizer" in captured.err
     assert run(["gguf", "-m", "mine", *asked.split(), "-o", name]) == 2
     assert f"{name} exists; pass --force" in capsys.readouterr().err
-
-
-def test_help_names_every_type(capsys):
-    assert run(["gguf", "--help"]) == 0
-    shown = capsys.readouterr().out.replace("\n", " ")
-    assert all(f" {row.name}" in shown for row in FILE_TYPES.values())
 
 
 def test_printed_plan_exports_the_same(model, capsys):
@@ -210,9 +192,13 @@ def test_importances_reach_the_quantizer(imatrix, tmp_path):
     assert len({file.header.values[integrity.METADATA] for file in (weighted, plain)}) == 1
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q2_k", NEEDS_IMATRIX])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q2_k", NEEDS_IMATRIX, "older"])
 def test_importances_are_used_as_llama_quantize_does(kind, imatrix, tmp_path, llama_tools):
     require_ggml()
+    if kind == "older":  # the older format of llama-imatrix
+        entries = {name: (1, values) for name, values in read_imatrix(imatrix).entries.items()}
+        kind, imatrix = "q4_k_m", tmp_path / "imatrix.dat"
+        imatrix.write_bytes(legacy_imatrix(entries))
     full = export_random_gguf(K_QUANTS, tmp_path)[0].path
     ours = export_random_gguf(K_QUANTS, tmp_path, kind, imatrix=imatrix)[0].path
     theirs = tmp_path / "theirs.gguf"
@@ -290,7 +276,7 @@ def test_slabs_of_levels_make_no_difference(calibrated, tmp_path, monkeypatch):
 def test_a_plan_by_gptq_takes_statistics(calibrated, tmp_path):
     model = open_checkpoint(calibrated.path.parent / "model")
     options = GgufOptions(plan=calibrated.manifest.plan)
-    with pytest.raises(RequestError, match=r"gptq needs statistics .* --calibration FILE"):
+    with pytest.raises(RequestError, match="gptq needs statistics .* --calibration FILE"):
         export_gguf(model, options, tmp_path / "none.gguf")
     assert not [*tmp_path.iterdir()]
     again = export_gguf(model, options, tmp_path / "plan.gguf", statistics=known_of(K_QUANTS))
@@ -309,13 +295,12 @@ def test_a_tool_that_stores_other_types_copies_what_is_no_longer_so(
 
 
 @pytest.mark.parametrize("said", ["[]", "nonsense", '{"token_embd.weight": "a b"}'])
-def test_a_statement_that_cannot_be_read_is_damage(said, tmp_path, monkeypatch):
+def test_a_statement_that_cannot_be_read_is_damage(said, model, tmp_path, monkeypatch):
     require_ggml()
     monkeypatch.setattr(algorithms, "to_text", lambda schemes: said)
-    write_model(K_QUANTS, random_weights(K_QUANTS), tmp_path / "model")
-    model = open_checkpoint(tmp_path / "model")
-    made = export_gguf(model, GgufOptions(type="q4_0"), tmp_path / "odd.gguf")
-    with pytest.raises(RequestError, match=r"odd.gguf is damaged: .*; copy it again"):
+    options = GgufOptions(type="q4_0")
+    made = export_gguf(open_checkpoint(model), options, tmp_path / "odd.gguf")
+    with pytest.raises(RequestError, match="odd.gguf is damaged: .*; copy it again"):
         open_gguf(made)
 
 

@@ -20,18 +20,12 @@ def types(**options: object) -> dict[str, str]:
 
 def test_defaults():
     assert GgufOptions().file_type.name == "q4_k_m"
+    words = {word: type_word(None, word) for word in ("int4", "int8", "fp16", "fp32")}
+    assert words == {"int4": "q4_k_m", "int8": "q8_0", "fp16": "f16", "fp32": "f32"}
     assert types()[EMBEDDING] == types(type="q4_k_m")[EMBEDDING]
     chosen = types(type="f16")
     assert chosen[EMBEDDING] == chosen[DOWN] == "f16"
     assert chosen["blk.0.ssm_a"] == chosen["blk.0.rg_lru_a_gate.weight"] == "f32"
-
-
-def test_words():
-    assert type_word(None, None) is None and type_word("q4_0", None) == "q4_0"
-    words = {word: type_word(None, word) for word in ("int4", "int8", "fp16", "fp32")}
-    assert words == {"int4": "q4_k_m", "int8": "q8_0", "fp16": "f16", "fp32": "f32"}
-    with pytest.raises(RequestError, match="--type q4_0 and int8 contradict"):
-        type_word("q4_0", "int8")
 
 
 def test_a_mix_has_a_better_type_for_the_embedding():
@@ -94,29 +88,22 @@ def test_one_source_of_importances():
     GgufOptions(type="q4_k_m", imatrix=Path("x"), algorithm="search")
 
 
-@pytest.mark.parametrize(
-    ("beside", "word"),
-    [
-        ({"type": "q4_0"}, "type"),
-        ({"pure": True}, "pure"),
-        ({"tensor_types": ("a=q4_0",)}, "tensor types"),
-        ({"embedding": "q4_0"}, "embedding"),
-        ({"imatrix": Path("x")}, "imatrix"),
-    ],
-)
-def test_a_plan_replaces_options(beside, word):
+def test_a_plan_replaces_options():
     plan = make_plan(CONFIG, Ggml("q4_k"), Ggml("q4_k"))
-    with pytest.raises(RequestError, match=f"leave out the {word}"):
-        GgufOptions(plan=plan, **beside)
+    asked = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",), "embedding": "q4_0"}
+    words = "leave out the type, pure, tensor types, embedding, imatrix$"
+    with pytest.raises(RequestError, match=words):
+        GgufOptions(plan=plan, imatrix=Path("x"), **asked)
 
 
-@pytest.mark.parametrize("type", ["f16", "q8_0"])
-@pytest.mark.parametrize("idle", [{"pure": True}, {"imatrix": Path("x")}], ids=str)
-def test_idle_options_are_refused_unless_some_tensor_differs(type, idle):
-    with pytest.raises(RequestError, match="changes nothing in a file of type"):
-        GgufOptions(type=type, **idle)
+def test_options_that_are_idle_in_a_file_are_not_where_some_tensor_differs():
+    idle = {"pure": True, "imatrix": Path("x")}
+    with pytest.raises(
+        RequestError, match="--pure and --imatrix change nothing in a file of type q8_0"
+    ):
+        GgufOptions(type="q8_0", **idle)
     GgufOptions(type="q8_0", tensor_types=("ffn_down=q4_k",), **idle)
-    GgufOptions(type=type, embedding="q4_k", **idle)
+    GgufOptions(type="f16", embedding="q4_k", **idle)
     GgufOptions(type="q4_0", **idle)
 
 

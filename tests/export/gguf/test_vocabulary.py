@@ -3,7 +3,6 @@
 How llama.cpp splits text by it is tested in tests/chat/test_gguf_text.py.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from rgexport.export.gguf.vocabulary import (
     Vocabulary,
     read_vocabulary,
 )
+from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.griffin.checkpoint import demo_folder
 
 DEMO = demo_folder() / "tokenizer.model"
@@ -54,42 +54,6 @@ def changed(folder: Path, change: Callable[[ModelProto], object]) -> Path:
     return path
 
 
-def converted(folder: Path) -> Path:
-    """The demo's model as the tokenizer.json that Hugging Face's converter makes of it."""
-    model = ModelProto.FromString(DEMO.read_bytes())
-    vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
-    merges = sorted(
-        (-piece.score, vocab[piece.piece[:cut]], vocab[piece.piece[cut:]])
-        for piece in model.pieces
-        if piece.type == NORMAL
-        for cut in range(1, len(piece.piece))
-        if piece.piece[:cut] in vocab and piece.piece[cut:] in vocab
-    )
-    added = [
-        {
-            **{"id": index, "content": piece.piece, "special": piece.type in (CONTROL, UNKNOWN)},
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        }
-        for index, piece in enumerate(model.pieces)
-        if piece.type in (CONTROL, UNKNOWN, USER_DEFINED)
-    ]
-    names = [piece.piece for piece in model.pieces]
-    layout = {
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "model": {
-            "type": "BPE",
-            "byte_fallback": True,
-            "unk_token": "<unk>",
-            "vocab": vocab,
-            "merges": [[names[a], names[b]] for _, a, b in merges],
-        },
-    }
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(layout))
-    return path
-
-
 def test_pieces_scores_and_ids_are_those_of_sentencepiece(engine, vocabulary):
     assert len(vocabulary.tokens) == len(vocabulary.types) == SIZE
     for index in range(SIZE):
@@ -113,7 +77,9 @@ def test_markup_is_control_and_text_is_not(vocabulary):
 
 
 def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_path):
-    found = read(converted(tmp_path))
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer_json(DEMO, path)
+    found = read(path)
     assert found.tokens == vocabulary.tokens
     np.testing.assert_array_equal(found.types, vocabulary.types)
     tokens = found.control.bos, found.control.eos, found.control.unk, found.control.pad
@@ -121,12 +87,8 @@ def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_pa
     merged = [i for i in range(SIZE) if found.types[i] == NORMAL and len(found.tokens[i]) > 1]
     order = np.argsort(-found.scores[merged], kind="stable")
     assert (np.diff(vocabulary.scores[merged][order]) <= 0).all()
-
-
-def test_sentencepiece_comes_first(tmp_path):
-    path = converted(tmp_path)
     path.write_text("{")
-    assert read_vocabulary([path, DEMO], SIZE) is not None
+    assert read_vocabulary([path, DEMO], SIZE) is not None  # SentencePiece's comes first
     assert read_vocabulary([], SIZE) is None
 
 

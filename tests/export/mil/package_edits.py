@@ -76,12 +76,6 @@ def swap_writes(model: Model, function: str) -> None:
     key.name, value.name = value.name, key.name
 
 
-def swap_reads(model: Model, function: str) -> None:
-    reads = [find(model, function, "read_state", f"layers_1_{kind}") for kind in ("key", "value")]
-    key, value = (read.inputs["input"].arguments[0] for read in reads)
-    key.name, value.name = value.name, key.name
-
-
 BLOCKWISE = "constexpr_blockwise_shift_scale"
 
 

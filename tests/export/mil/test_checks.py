@@ -40,21 +40,9 @@ def test_sound_states():
     assert complaints(*A, *B, again) == []
 
 
-def test_state_that_is_never_written():
-    assert complaints(*A, *B[:2]) == ["main: state b is never written"]
-
-
 def test_state_that_is_written_twice():
     expected = "main: write_state a_write: it writes the state a a second time"
     assert complaints(*A, *B, write("a", "b_new")) == [expected]
-
-
-def test_states_that_are_exchanged():
-    swapped = *A[:2], *B[:2], write("a", "b_new"), write("b", "a_new")
-    assert [text.split(": ")[1] for text in complaints(*swapped)] == [
-        "write_state a_write",
-        "write_state b_write",
-    ]
 
 
 def test_chunk_that_fills_a_state():

@@ -34,10 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A function with a state, a weight, and immediate values of several dtypes."""
 
     @mb.program(
-        input_specs=[
-            mb.TensorSpec((1, 4), types.fp32),
-            mb.StateTensorSpec((1, 8), types.fp16),
-        ],
+        input_specs=[mb.TensorSpec((1, 4), types.fp32), mb.StateTensorSpec((1, 8), types.fp16)],
         opset_version=ct.target.iOS18,
     )
     def program(x: Any, s: Any) -> Any:
@@ -112,16 +109,11 @@ def test_inspect_describes_a_package_of_another_tool(saved: Path, capsys: Any) -
     assert found["size"] == sum(record["size"] for record in found["files"].values())
 
 
-def test_a_name_may_end_in_a_number(saved: Path, tmp_path: Path, capsys: Any) -> None:
-    copied = shutil.copytree(saved, tmp_path / "tiny-4.25")
-    assert run(["inspect", str(copied), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "tiny-4.25"
-
-
-def test_inspect_shows_it_as_text(saved: Path, capsys: Any) -> None:
-    assert run(["inspect", str(saved)]) == 0
+def test_inspect_shows_it_as_text(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    copied = shutil.copytree(saved, tmp_path / "tiny-4.25")  # 25 is no suffix
+    assert run(["inspect", str(copied)]) == 0
     text = capsys.readouterr().out
-    assert "toy: Core ML package, specification 9 (iOS 18 or later)" in text
+    assert "tiny-4.25: Core ML package, specification 9 (iOS 18 or later)" in text
     assert "Not made by rgexport" in text and "No problems" not in text
     assert "rgexport cannot run these operations: logical_not." in text
 
@@ -162,10 +154,8 @@ def edit_model(path: Path, change: Callable[[Any], Any]) -> None:
 def test_missing_files(copied: Path, name: str, expected: str) -> None:
     (copied / name).unlink()
     assert expected in refused(copied)
-
-
-def test_no_package(tmp_path: Path) -> None:
-    assert "is not a Core ML package: there is no such folder" in refused(tmp_path / "a.mlpackage")
+    shutil.rmtree(copied)
+    assert "is not a Core ML package: there is no such folder" in refused(copied)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"{}", b'{"itemInfoEntries": []}'])
@@ -229,14 +219,12 @@ def grow(model: Any) -> None:
 
 
 def unknown(model: Any) -> None:
-    dimensions = first_constant(model, "bytes").type.tensorType.dimensions
-    dimensions[0].unknown.variadic = False
-    dimensions[1].unknown.variadic = False
+    for dimension in first_constant(model, "bytes").type.tensorType.dimensions[:2]:
+        dimension.unknown.variadic = False
 
 
-def add_input(model: Any) -> None:
-    (function,) = model.mlProgram.functions.values()
-    function.inputs.add().CopyFrom(function.inputs[0])
+def first_output(model: Any) -> Any:
+    return operations(model)[0].outputs[0]
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -253,22 +241,24 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "has no function 'other'",
     ),
     "an unknown dtype": (
-        lambda m: setattr(operations(m)[0].outputs[0].type.tensorType, "dataType", 99),
+        lambda m: setattr(first_output(m).type.tensorType, "dataType", 99),
         "has the unknown dtype 99",
     ),
     "a rank that is not its dimensions'": (
-        lambda m: setattr(operations(m)[0].outputs[0].type.tensorType, "rank", 7),
+        lambda m: setattr(first_output(m).type.tensorType, "rank", 7),
         "has rank 7",
     ),
-    "a value without a type": (
-        lambda m: operations(m)[0].outputs[0].ClearField("type"),
-        "has no type",
-    ),
+    "a value without a type": (lambda m: first_output(m).ClearField("type"), "has no type"),
     "a constant without a value": (
         lambda m: first_constant(m, "bools").ClearField("immediateValue"),
         "val has no value",
     ),
-    "an input twice": (add_input, "has the input x twice"),
+    "an input twice": (
+        lambda m: m.mlProgram.functions["main"].inputs.extend(
+            m.mlProgram.functions["main"].inputs[:1]
+        ),
+        "has the input x twice",
+    ),
 }
 
 
@@ -345,5 +335,6 @@ assert Model is ours
 """
 
 
+@pytest.mark.full
 def test_messages_are_those_of_coremltools_without_loading_it() -> None:
     subprocess.run([sys.executable, "-c", LOOK], check=True)

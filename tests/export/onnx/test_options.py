@@ -37,11 +37,6 @@ def test_defaults() -> None:
         ({"block_size": 64}, (4, 64, True), HEAD),
         ({"symmetric": False}, (4, 32, False), HEAD),
         ({"embedding_precision": "int4"}, (4, 32, True), (4, 32, True)),
-        (
-            {"embedding_precision": "int4", "block_size": 128, "symmetric": False},
-            (4, 64, False),
-            (4, 64, False),
-        ),
         ({"precision": "int8", "block_size": 32}, (8, 32, True), (8, 32, True)),
         (
             {"precision": "fp32", "embedding_precision": "int8", "block_size": 32},
@@ -74,30 +69,18 @@ def test_blocks_fit_the_rows_of_each_tensor(asked: int | None) -> None:
     assert {shapes[name][1] for name in found} == fitting.keys()
 
 
-def test_blocks_of_a_plan_stay() -> None:
+def test_a_plan_stays_as_it_is() -> None:
     config = make_config("ra", width=288, heads=4)
     plan = make_plan(config, Affine(4, 128, symmetric=True), Affine(8, 16, symmetric=True))
-    assert OnnxOptions(plan=plan).resolve_plan(config) == plan
+    options = OnnxOptions(plan=plan)
+    assert options.resolve_plan(config) == plan and options.precision_word == "int4"
 
 
-def test_a_plan_names_the_precision() -> None:
-    options = OnnxOptions(plan=PLAN)
-    assert options.resolve_plan(CONFIG) == PLAN
-    assert options.precision_word == "int4"
-
-
-@pytest.mark.parametrize(
-    ("beside", "word"),
-    [
-        ({"precision": "int8"}, "precision"),
-        ({"block_size": 64}, "block size"),
-        ({"symmetric": False}, "symmetric"),
-        ({"embedding_precision": "int8"}, "embedding precision"),
-    ],
-)
-def test_a_plan_replaces_options(beside: dict[str, object], word: str) -> None:
-    with pytest.raises(RequestError, match=f"leave out the {word}"):
-        OnnxOptions(plan=PLAN, **beside)
+def test_a_plan_replaces_options() -> None:
+    beside = {"precision": "int8", "block_size": 64, "symmetric": False}
+    words = "leave out the precision, block size, symmetric, embedding precision$"
+    with pytest.raises(RequestError, match=words):
+        OnnxOptions(plan=PLAN, embedding_precision="int8", **beside)
 
 
 @pytest.mark.parametrize("beside", [{"exact": True}, {"block_size": 32}, {"symmetric": False}])

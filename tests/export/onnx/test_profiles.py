@@ -81,12 +81,10 @@ def test_files_have_no_other_ops(profile: str, precision: str, exact: bool, tmp_
 
 
 def test_inspect_names_the_profile(tmp_path: Path) -> None:
-    artifact, _ = export_random(ODD_CONFIGS["hawk"], tmp_path, "int8", profile="wasm")
-    description = describe(str(artifact.path))
-    assert description["profile"] == "wasm"
-    assert ": onnx (wasm) artifact, int8 weights, fp32 activations (int8 in products)," in as_text(
-        description
-    )
+    artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int8", profile="wasm")
+    shown = as_text(describe(str(artifact.path)))
+    words = ": onnx (wasm) artifact, int8 weights, fp32 activations (int8 in products),"
+    assert words in shown
 
 
 @pytest.mark.parametrize("profile", WEB)

@@ -23,6 +23,7 @@ from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 from tests.sessions import distance, random_tokens
 
 SCHEMES = [Affine(3, 32, True, scale="float16"), Affine(3, 16, True), Affine(3, 128, True)]
+FOUR = Affine(4, 32, False, scale="float16")
 NAMES = ["regular", "not_by_32", "hawk", "attention_only", "one_head"]
 
 
@@ -56,10 +57,12 @@ def test_products_are_those_of_the_weights(name, scheme, groups, tmp_path):
     assert distance(OrtSession(artifact).prefill(tokens, 20), expected) < limit
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_kernels_and_standard_ops_agree(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((name, SCHEMES[0]) for name in NAMES), ("regular", FOUR)], ids=str
+)
+def test_kernels_and_standard_ops_agree(name, scheme, tmp_path, monkeypatch):
     """Both round activations, so they are only as near as that allows."""
-    artifact = exported(name, plan_of(name, SCHEMES[0], groups=True), tmp_path)
+    artifact = exported(name, plan_of(name, scheme, groups=True), tmp_path)
     tokens = random_tokens(ODD_CONFIGS[name], 1, 20)
     native = OrtSession(artifact).prefill(tokens, 20)
     monkeypatch.setenv(NO_NATIVE, "1")
@@ -79,14 +82,14 @@ def test_three_bits_are_stored(tmp_path):
     np.testing.assert_allclose(artifact.weights[EMBEDDING].whole(), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("profile", ["wasm", "webgpu"])
-def test_browsers_have_none(profile):
-    plan = plan_of("regular", Affine(3, 32, True), groups=True)
-    words = f"which the profile {profile} does not have; .* in 4, 8 bits"
-    with pytest.raises(RequestError, match=words):
-        OnnxOptions(plan=plan, profile=profile)
-
-
-def test_three_bits_are_symmetric():
-    with pytest.raises(RequestError, match=r"in 3, 4, 8 bits \(those of 3 are symmetric\)"):
-        OnnxOptions(plan=plan_of("regular", Affine(3, 32, False)))
+@pytest.mark.parametrize(
+    ("profile", "symmetric", "complaint"),
+    [
+        ("wasm", True, "which the profile wasm does not have; .* in 4, 8 bits"),
+        ("webgpu", True, "which the profile webgpu does not have; .* in 4, 8 bits"),
+        ("cpu", False, r"in 3, 4, 8 bits \(those of 3 are symmetric\)"),
+    ],
+)
+def test_three_bits_that_are_refused(profile, symmetric, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        OnnxOptions(plan=plan_of("regular", Affine(3, 32, symmetric)), profile=profile)
