@@ -125,4 +125,12 @@ def test_far_positions(kind: str, head_dim: int, start: int, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_wrong_requests(kind: str, tmp_path: Path) -> None:
-    check_refusals(opened(kind, ODD_CONFIGS["regular"], tmp_path)[0])
+    session, _ = opened(kind, ODD_CONFIGS["regular"], tmp_path)
+    check_refusals(session)
+    session.reset(1)
+    session.verify(range(1), np.array([[2, 3]]))
+    with pytest.raises(ValueError, match="cannot be kept"):
+        session.accept([3])
+    session.accept([2])
+    with pytest.raises(ValueError, match="call verify first"):
+        session.accept([2])
