@@ -19,7 +19,8 @@ EXPORTS: dict[str, Callable[..., Made]] = {
 def engine(kind: str, *values: Any) -> Any:
     """Returns a parameter set of pytest that begins with a kind of artifact."""
     marks = [needs_llama_cpp] if kind == "gguf" else []
-    return pytest.param(kind, *values, marks=marks, id="-".join(map(str, (kind, *values))))
+    words = (value for value in (kind, *values) if isinstance(value, str))
+    return pytest.param(kind, *values, marks=marks, id="-".join(words))
 
 
 ENGINES = [engine(kind) for kind in EXPORTS]
