@@ -113,6 +113,8 @@ def serving(tools: Path, model: Path, *options: str) -> Iterator[str]:
                     urllib.request.urlopen(f"{address}/health", timeout=5).close()
                     break
                 time.sleep(0.1)
+            else:
+                raise AssertionError(log.read_text()[-4000:])
             yield address
         finally:
             process.terminate()
@@ -172,10 +174,11 @@ def test_server_reads_only_the_new_tokens_of_a_turn(llama_tools, demo, options):
     with serving(llama_tools, demo, *options) as address:
         reply, usage = chat(address, [story])
         assert usage["prompt_tokens"] > 300
+        said, replies = [story, {"role": "assistant", "content": reply}], {}
         for content, most in (("And you?", 32), ("And you? " * 8, 64), ("Who am I?", 64)):
-            said = [story, {"role": "assistant", "content": reply}]
-            said.append({"role": "user", "content": content})
-            answer, usage = chat(address, said)
+            replies[content], usage = chat(address, [*said, {"role": "user", "content": content}])
             read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
             assert 0 < read <= most
-        assert answer == chat(address, said, cached=False)[0]
+        for content, answer in replies.items():
+            turn = {"role": "user", "content": content}
+            assert answer == chat(address, [*said, turn], cached=False)[0]
