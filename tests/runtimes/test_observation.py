@@ -166,6 +166,8 @@ def test_it_computes_what_a_session_computes(
             assert value.dtype == np.float32 and value.shape[0] == length, site
         assert in_half <= found.dtypes.keys() and set(found.dtypes.values()) <= {"float16"}
         assert not found.dtypes.keys() & FLOAT32 and bool(found.dtypes) == bool(in_half)
+        assert kind == "coreml" or "embed_tokens" not in found.dtypes
+        assert kind != "gguf" or found.dtypes.keys() == in_half
         session.set_state(state)
         logits = session.prefill(tokens[None, :length], length)
         assert distance(found.values["logits"], logits[0]) <= limit
