@@ -6,7 +6,7 @@ set(WATCHED -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-
   -fsanitize-coverage=inline-8bit-counters,pc-table
   "SHELL:-mllvm -asan-instrumentation-with-call-threshold=0")
 # Checks of each load, of which these files have so many that compiling them takes five times as long;
-# GCC makes them in tests/kernels/onnx/test_sanitizers.py.
+# GCC makes them in tests/kernels/onnx/test_programs.py.
 set(OF_LOADS -fno-sanitize=null,alignment,object-size,pointer-overflow)
 
 list(REMOVE_ITEM SOURCES src/floats.cpp src/quant_kernels.cpp)

@@ -7,22 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session
-from tests.artifacts import export_random, export_random_coreml, export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
+from tests.runtimes.engines import ENGINES, EXPORTS
 from tests.sessions import distance
 
-EXPORTS: dict[str, Callable[..., tuple[Artifact, Any]]] = {
-    "onnx": export_random,
-    "coreml": export_random_coreml,
-    "gguf": export_random_gguf,
-}
 TOLERANCE = {"onnx": 1e-4, "coreml": 2e-2, "gguf": 1e-4}
 """Of the largest logit; Core ML computes in float16."""
 
@@ -36,12 +29,8 @@ class Talk:
         self.taken = 0
 
 
-def _engines() -> list[Any]:
-    return [pytest.param(k, marks=needs_llama_cpp) if k == "gguf" else k for k in EXPORTS]
-
-
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_tail"])
-@pytest.mark.parametrize("engine", _engines())
+@pytest.mark.parametrize("engine", ENGINES)
 def test_rows_come_and_go(engine: str, name: str, tmp_path: Path) -> None:
     """A row that is used leaves the others alone, and takes its state to another place."""
     config = ODD_CONFIGS[name]

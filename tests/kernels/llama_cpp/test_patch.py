@@ -74,11 +74,6 @@ def test_drift_names_the_file(checkout, path, capsys):
     assert printed.err.splitlines() == [f"Error: {said}"] and not printed.out
 
 
-def test_a_missing_file_counts_as_drift(checkout):
-    (checkout / "src/models/models.h").unlink()
-    assert f"{checkout}/src/models/models.h is missing" in refused(checkout)
-
-
 def test_a_tree_that_was_half_patched_is_completed(checkout):
     patch_checkout(checkout)
     whole = contents(checkout)
@@ -87,15 +82,18 @@ def test_a_tree_that_was_half_patched_is_completed(checkout):
     assert contents(checkout) == whole
 
 
-def test_a_file_that_is_half_patched_has_drifted(checkout):
+def test_other_files_than_the_patch_knows_are_left_alone(checkout):
+    models = checkout / "src/models/models.h"
+    text = models.read_bytes()
+    models.unlink()
+    assert f"{models} is missing" in refused(checkout)
+    models.write_bytes(text)
+    (checkout / port.MODEL_FILE).write_text("// somebody else's\n")
+    assert f"{checkout / port.MODEL_FILE} is there and differs" in refused(checkout)
+    (checkout / port.MODEL_FILE).unlink()
     patch_checkout(checkout)
     edit(checkout / "src/llama-arch.cpp", "    { LLM_ARCH_RECURRENTGEMMA,", "    { LLM_ARCH_OTHER,")
     assert f"{checkout}/src/llama-arch.cpp has drifted" in refused(checkout)
-
-
-def test_another_model_file_is_not_overwritten(checkout):
-    (checkout / port.MODEL_FILE).write_text("// somebody else's\n")
-    assert f"{checkout / port.MODEL_FILE} is there and differs" in refused(checkout)
 
 
 def test_a_folder_that_is_no_llama_cpp(tmp_path, checkout):

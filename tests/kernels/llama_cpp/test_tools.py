@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,6 @@ def test_perplexity_is_deepminds(llama_tools, demo, text, deepmind_perplexity, o
         assert value == pytest.approx(deepmind_perplexity[count - 1], rel=tolerance)
 
 
-def test_bench(llama_tools, demo):
-    asked = "-m", demo, "-p", 32, "-n", 8, "-d", 0, "-r", 1, "-t", 1, "-o", "json"
-    done = subprocess.run(
-        [llama_tools / "llama-bench", *map(str, asked)], capture_output=True, check=True
-    )
-    prompt, decode = json.loads(done.stdout)
-    assert prompt["n_prompt"] == 32 and decode["n_gen"] == 8
-    assert min(prompt["avg_ts"], decode["avg_ts"]) > 0
-    assert prompt["model_type"].startswith("recurrentgemma")
-
-
 def test_imatrix_serves_our_exporter(llama_tools, demo, text, tmp_path):
     importance, target = tmp_path / "imatrix.gguf", tmp_path / "demo-q4_k_m.gguf"
     asked = "-m", demo, "-f", text, "-o", importance, "-c", CHUNK, "-t", 1
@@ -112,14 +101,20 @@ def serving(tools: Path, model: Path, *options: str) -> Iterator[str]:
     place = "--host", "127.0.0.1", "--port", str(port)
     always = "-np", "2", "-c", "2048", "-t", "1", *EXACT
     command = [str(tools / "llama-server"), "-m", str(model), *place, *always, *options]
-    log = model.with_name("server.log")
+    log, address = model.with_name("server.log"), f"http://127.0.0.1:{port}"
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=output) as process,
     ):
         try:
-            address = f"http://127.0.0.1:{port}"
-            wait_for(address, process, log)
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()[-4000:]
+                with suppress(OSError):  # not there yet, or still loading
+                    urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError(log.read_text()[-4000:])
             yield address
         finally:
             process.terminate()
@@ -130,18 +125,6 @@ def server(llama_tools: Path, demo: Path) -> Iterator[str]:
     """The address of a server that drafts from what it has seen."""
     with serving(llama_tools, demo, *DRAFTS) as address:
         yield address
-
-
-def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:  # not there yet, or still loading
-            time.sleep(0.1)
-    raise AssertionError(log.read_text()[-4000:])
 
 
 def ask(address: str, path: str, **request: Any) -> Any:
@@ -177,51 +160,25 @@ def test_server_drafts_from_its_prompt(server, demo, capsys):
     assert answer["timings"]["draft_n_accepted"] > 0
 
 
-def test_server_chats(server):
-    said = [{"role": "user", "content": "Hello!"}]
-    answer = ask(server, "/v1/chat/completions", messages=said, max_tokens=8, temperature=0)
-    assert answer["choices"][0]["message"]["content"].strip()
-    assert answer["usage"]["completion_tokens"] <= 8
-
-
 def chat(address: str, messages: list[dict[str, str]], *, cached: bool = True) -> tuple[str, Any]:
     """Returns the reply, and how many tokens were used for it."""
-    answer = ask(
-        address,
-        "/v1/chat/completions",
-        messages=messages,
-        max_tokens=24,
-        temperature=0,
-        id_slot=0,
-        cache_prompt=cached,
-    )
+    asked = {"messages": messages, "max_tokens": 24, "temperature": 0, "id_slot": 0}
+    answer = ask(address, "/v1/chat/completions", **asked, cache_prompt=cached)
     return answer["choices"][0]["message"]["content"], answer["usage"]
-
-
-def require_cached(address: str, messages: list[dict[str, str]], most_read: int) -> None:
-    """Checks how many tokens of a turn are read, and that the reply is that to the whole text."""
-    reply, usage = chat(address, messages)
-    read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
-    assert 0 < read <= most_read
-    assert reply == chat(address, messages, cached=False)[0]
 
 
 @pytest.mark.parametrize("options", [(), DRAFTS], ids=["plain", "drafts"])
 def test_server_reads_only_the_new_tokens_of_a_turn(llama_tools, demo, options):
-    """After a text that is longer than the attention window (256)."""
+    """After a text that is longer than the attention window (256), and where a turn is repeated."""
     story = {"role": "user", "content": "Once there was a king who had three daughters. " * 40}
     with serving(llama_tools, demo, *options) as address:
         reply, usage = chat(address, [story])
         assert usage["prompt_tokens"] > 300
-        said = [story, {"role": "assistant", "content": reply}]
-        require_cached(address, [*said, {"role": "user", "content": "And you?"}], 32)
-
-
-def test_server_goes_back_to_a_checkpoint(llama_tools, demo):
-    """Where the last message is another one, only that is read again."""
-    story = {"role": "user", "content": "Once there was a king who had three daughters. " * 40}
-    with serving(llama_tools, demo) as address:
-        reply, _ = chat(address, [story])
-        said = [story, {"role": "assistant", "content": reply}]
-        chat(address, [*said, {"role": "user", "content": "And you? " * 8}])
-        require_cached(address, [*said, {"role": "user", "content": "Who am I?"}], 64)
+        said, replies = [story, {"role": "assistant", "content": reply}], {}
+        for content, most in (("And you?", 32), ("And you? " * 8, 64), ("Who am I?", 64)):
+            replies[content], usage = chat(address, [*said, {"role": "user", "content": content}])
+            read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            assert 0 < read <= most
+        for content, answer in replies.items():
+            turn = {"role": "user", "content": content}
+            assert answer == chat(address, [*said, turn], cached=False)[0]

@@ -29,7 +29,3 @@ def test_lines_that_are_missing_do_not_fit(line):
 
 def test_a_choice_of_places_does_not_fit():
     assert apply(HUNKS, TEXT + TEXT) is None
-
-
-def test_half_of_a_patch_does_not_fit():
-    assert apply(HUNKS, TEXT.replace("line 30\n", "")) is None

@@ -272,15 +272,6 @@ def test_soft_cap(worker, shape):
     assert_close(found, oracles.soft_cap(inputs["x"], 30))
 
 
-def test_numbers_far_away_stay_numbers(worker):
-    x = np.float32([-3e38, -1e20, -90, -1e-30, 0, 1e-30, 90, 1e20])[None]
-    small = np.float32([1, 1, 1, 1, 1, 1, 1, 1])[None] * np.float32(1e-3)
-    gelu = worker.run(Case("GeluMul", {"gate": x, "up": small}, {"y": x.shape}))["y"]
-    assert (gelu[0, :3] == 0).all() and np.allclose(gelu[0, 6:], x[0, 6:] * small[0, 6:])
-    cap = worker.run(Case("SoftCap", {"x": x}, {"y": x.shape}, {"cap": 30.0}))["y"]
-    assert (cap[0, :2] == -30).all() and cap[0, 7] == 30 and cap[0, 4] == 0
-
-
 @pytest.mark.parametrize("tokens", [1, 60])
 def test_threads_do_not_change_a_bit(worker, tokens):
     at = positions(1, tokens, 3000)

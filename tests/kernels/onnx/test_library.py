@@ -22,7 +22,6 @@ from tests.kernels.onnx.one_node import instruction_set_here, run_model
 from tests.kernels.onnx.quant_matrix import random_matrix
 from tests.kernels.onnx.test_quant_linear import activations
 
-SOURCES = library.FOLDER / "src"
 built = pytest.mark.skipif(not library.kernels().ops, reason=library.kernels().reason)
 
 
@@ -31,14 +30,6 @@ def test_is_built_where_there_is_a_compiler():
         pytest.skip("no compiler, or turned off")
     assert library.library() == library.LIBRARY
     assert library.kernels().reason == ""
-
-
-@built
-def test_has_all_ops_of_the_table():
-    table = (SOURCES / "register.cpp").read_text()
-    classes = re.findall(r"row<(\w+)(?:<(\d)>)?>\(\),", table)
-    names = {name + ("" if count == "1" else count) for name, count in classes}
-    assert set(library.kernels().ops) == names
 
 
 def test_a_worker_has_its_instruction_set(worker):

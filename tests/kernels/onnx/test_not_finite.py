@@ -21,7 +21,7 @@ from rgexport.export.onnx.recurrent_ops import _shifted_products
 from tests.kernels.onnx.one_node import Arrays, Case, run_model
 from tests.kernels.onnx.quant_matrix import random_matrix
 from tests.kernels.onnx.test_float_ops import attention_case, conv_case, positions, scan_case
-from tests.kernels.onnx.test_quant_linear import activations, stock_kernel, together
+from tests.kernels.onnx.test_quant_linear import activations, together
 
 BAD = [np.nan, -np.nan, np.inf, -np.inf]
 
@@ -102,14 +102,6 @@ def test_a_bad_activation_makes_its_row_nan(worker, bad, bits, block, digits, to
             assert np.array_equal(found[0, others], good[0, others])
 
 
-def test_the_body_gives_nan_for_infinite_activations(stock):
-    x = activations(1, 4, 203)
-    x[0, 1, 5], x[0, 2, 202] = np.inf, -np.inf
-    w = random_matrix(203, 37, 4, 32)
-    theirs = stock.submit(run_model, *stock_kernel(w.case(x)), native=False)[0]["y"]
-    assert np.isnan(theirs[0, 1:3]).all() and np.isfinite(theirs[0, [0, 3]]).all()
-
-
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_every_matrix_of_several_sees_it(worker, tokens):
     x = activations(1, tokens, 128)
@@ -172,7 +164,7 @@ def test_convolution(worker, name, bad):
 
 
 def test_numbers_apart(worker):
-    x = np.float32([*BAD, 3e38, -3e38, 1e-40, -1e20, 0, 1])[None]
+    x = np.float32([*BAD, 3e38, -3e38, 1e-40, 1e20, -1e20, 90, -90, 1e-30, 0, 1])[None]
     cases = [
         Case("GeluMul", {"gate": x, "up": np.ones_like(x)}, {"y": x.shape}),
         Case("GeluMul", {"gate": np.ones_like(x), "up": x}, {"y": x.shape}),

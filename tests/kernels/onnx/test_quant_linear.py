@@ -12,6 +12,8 @@ from tests.kernels.onnx.one_node import Case, Worker, run_model
 from tests.kernels.onnx.quant_matrix import QuantMatrix, product, random_matrix, rounded
 
 FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128, 256)]
+FORMS = [(*form, digits) for form in FORMATS for digits in range(1, form[0] // 4 + 1)]
+"""Bits, block, digits."""
 SHAPES = {
     "one_token": (1, 1, 320, 96),
     "odd_everything": (1, 3, 203, 37),
@@ -99,36 +101,8 @@ def test_two_digits_beside_one(worker):
         assert two < one / (3 if in_bfloat16(worker, w, tokens) else 200)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_two_digits_of_several_matrices(worker, tokens):
-    x = activations(1, tokens, 203)
-    matrices = [
-        random_matrix(203, n, 8, 32, asymmetric=n == 33, digits=2).in_half for n in (70, 33, 5)
-    ]
-    found = worker.run(together(x, matrices))
-    for i, w in enumerate(matrices):
-        assert np.array_equal(found[f"y{i}"], assert_product(worker, x, w.in_single)), i
-
-
-def test_the_body_has_one_digit(stock):
-    x = activations(1, 3, 300)
-    w = random_matrix(300, 40, 8, 32)
-    found = stock.run(replace(w, digits=2).case(x))["y"]
-    assert np.array_equal(found, stock.run(w.case(x))["y"])
-
-
-@pytest.mark.parametrize("tokens", range(1, 20))
-def test_any_number_of_rows(worker, tokens):
-    x = activations(1, tokens, 300)
-    w = random_matrix(300, 50, 4, 32)
-    assert_product(worker, x, w)
-
-
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(
-    ("bits", "block", "digits"),
-    [(*form, digits) for form in FORMATS for digits in range(1, form[0] // 4 + 1)],
-)
+@pytest.mark.parametrize(("bits", "block", "digits"), FORMS)
 def test_several_rows_are_each_alone(worker, bits, block, digits, asymmetric):
     """Not a bit is another, with any number of rows."""
     most = MOST_SEVERAL
@@ -175,17 +149,6 @@ def test_numbers_of_all_sizes(worker):
     assert_product(worker, x, w)
 
 
-@pytest.mark.parametrize(("bits", "block"), FORMATS)
-def test_a_step_is_a_prefill(worker, bits, block):
-    """The same numbers for a token alone as among others, but for the order of float32 sums."""
-    x = np.random.default_rng(3).standard_normal((1, 33, 500), np.float32)
-    w = random_matrix(500, 64, bits, block)
-    together = worker.run(w.case(x))["y"]
-    alone = np.concatenate([worker.run(w.case(x[:, t : t + 1]))["y"] for t in (0, 7, 32)], 1)
-    tolerance = 2**-8 if in_bfloat16(worker, w, 33) else 1e-5
-    assert np.abs(together[:, [0, 7, 32]] - alone).max() < tolerance * np.abs(together).max()
-
-
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize(("bits", "block"), FORMATS)
 def test_as_near_as_the_stock_kernel(worker, stock, tokens, bits, block):
@@ -204,40 +167,37 @@ def test_as_near_as_the_stock_kernel(worker, stock, tokens, bits, block):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("bits", "block"), FORMATS)
 def test_the_body_is_the_stock_kernel(stock, bits, block, bias, asymmetric):
+    """It has one digit, takes scales in float16, and of several matrices it is several kernels."""
     x = activations(1, 3, 300)
-    case = random_matrix(300, 40, bits, block, asymmetric=asymmetric, bias=bias).case(x)
-    bare = stock.submit(run_model, *stock_kernel(case), native=False)[0]["y"]
-    assert (stock.run(case)["y"] == bare).all()
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("bits", "block"), FORMATS)
-def test_float16_scales_are_those_numbers(worker, bits, block, asymmetric, tokens):
-    """Not a bit is another than with the same numbers in float32."""
-    x = activations(1, tokens, 531)
-    matrices = [random_matrix(531, n, bits, block, asymmetric=asymmetric, seed=n) for n in (75, 6)]
-    halves = [w.in_half for w in matrices]
-    found = worker.run(together(x, halves))
-    singles = worker.run(together(x, [w.in_single for w in halves]))
-    for i, w in enumerate(halves):
-        assert np.array_equal(found[f"y{i}"], singles[f"y{i}"])
-        assert np.array_equal(worker.run(w.case(x))["y"], singles[f"y{i}"])
-        assert_product(worker, x, w.in_single)
+    matrices = [
+        random_matrix(300, n, bits, block, asymmetric=asymmetric, bias=bias, seed=n).in_half
+        for n in (40, 9, 3)
+    ]
+    kernels = [stock_kernel(w.in_single.case(x)) for w in matrices]
+    bare = [stock.submit(run_model, *kernel, native=False)[0]["y"] for kernel in kernels]
+    for digits in range(1, bits // 4 + 1):
+        assert np.array_equal(stock.run(replace(matrices[0], digits=digits).case(x))["y"], bare[0])
+    for count in (2, 3):
+        found = stock.run(together(x, matrices[:count]))
+        assert all(np.array_equal(found[f"y{i}"], bare[i]) for i in range(count))
 
 
 @given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 700), st.integers(1, 80)),
+    shape=st.tuples(st.integers(1, 24), st.integers(1, 700), st.integers(1, 80)),
     form=st.sampled_from(FORMATS),
     asymmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_float16_scales_of_any_shape(worker, shape, form, asymmetric, seed):
     tokens, columns, rows = shape
     x = activations(1, tokens, columns, seed)
     w = random_matrix(columns, rows, *form, asymmetric=asymmetric, seed=seed).in_half
-    assert np.array_equal(worker.run(w.case(x))["y"], worker.run(w.in_single.case(x))["y"])
+    assert np.array_equal(worker.run(w.case(x))["y"], assert_product(worker, x, w.in_single))
 
 
 @pytest.mark.parametrize("blocks", [1, 64])
@@ -253,15 +213,6 @@ def test_every_float16(worker, tokens, blocks):
     found, expected = (worker.run(v.case(x))["y"] for v in (w, w.in_single))
     assert np.array_equal(found, expected, equal_nan=True)
     assert np.isfinite(found).all() == (blocks > 1)
-
-
-@pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("bits", "block"), FORMATS)
-def test_the_body_takes_float16_scales(stock, bits, block, asymmetric):
-    x = activations(1, 3, 300)
-    halves = random_matrix(300, 40, bits, block, asymmetric=asymmetric).in_half
-    found, expected = (stock.run(w.case(x))["y"] for w in (halves, halves.in_single))
-    assert np.array_equal(found, expected)
 
 
 def stock_kernel(case: Case) -> tuple:
@@ -296,29 +247,21 @@ def together(x: np.ndarray, matrices: list[QuantMatrix]) -> Case:
     )
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 65])
-@pytest.mark.parametrize(("bits", "block"), FORMATS)
+@pytest.mark.parametrize(("bits", "block", "digits"), FORMS)
 @pytest.mark.parametrize("rows", [(70, 33), (1, 150), (37, 1, 3), (2, 2, 200), (150, 20, 20)])
-def test_several_matrices_are_each_alone(worker, rows, bits, block, tokens):
+def test_several_matrices_are_each_alone(worker, rows, bits, block, digits, tokens, half):
     """Some with zero points, some with a bias: not a bit is another."""
     x = activations(1, tokens, 203)
     matrices = [
-        random_matrix(203, n, bits, block, asymmetric=i != 1, bias=i != 0, seed=i)
+        random_matrix(203, n, bits, block, asymmetric=i != 1, bias=i != 0, digits=digits)
         for i, n in enumerate(rows)
     ]
+    matrices = [w.in_half if half else w for w in matrices]
     found = worker.run(together(x, matrices))
     for i, w in enumerate(matrices):
-        assert np.array_equal(found[f"y{i}"], assert_product(worker, x, w)), i
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_body_is_several_stock_kernels(stock, count):
-    x = activations(1, 3, 300)
-    matrices = [random_matrix(300, 40 + i, 4, 32, bias=i == 1, seed=i) for i in range(count)]
-    found = stock.run(together(x, matrices))
-    for i, w in enumerate(matrices):
-        bare = stock.submit(run_model, *stock_kernel(w.case(x)), native=False)[0]["y"]
-        assert (found[f"y{i}"] == bare).all()
+        assert np.array_equal(found[f"y{i}"], assert_product(worker, x, w.in_single)), i
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
@@ -354,9 +297,3 @@ def test_wrong_shapes_are_refused(worker, wrong):
     case = replace(case, inputs=case.inputs | inputs, attributes=case.attributes | attributes)
     with pytest.raises(Exception, match=f"QuantLinear: .*{word}"):
         worker.run(case)
-
-
-def test_a_bound_output_of_another_shape_is_refused(worker):
-    case = random_matrix(64, 7, 4, 32).case(activations(1, 2, 64))
-    with pytest.raises(Exception, match="shape"):
-        worker.run(replace(case, outputs={"y": (1, 3, 7)}))

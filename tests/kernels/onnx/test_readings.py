@@ -1,19 +1,11 @@
-"""The ways to read weights: all give the same bits, and the fastest one is chosen."""
-
-import subprocess
+"""The ways to read weights: all give the same bits."""
 
 import numpy as np
 import pytest
 
-from rgexport.kernels.onnx import library
-from tests.kernels.onnx import programs
 from tests.kernels.onnx.one_node import Arrays, Case, model, open_model
-from tests.kernels.onnx.programs import needs_compiler
-from tests.kernels.onnx.quant_driver import assert_products_right
 from tests.kernels.onnx.quant_matrix import random_matrix
 from tests.kernels.onnx.test_float_ops import positions, scan_case
-
-HERE = library.kernels().instruction_sets
 
 LARGE: dict[str, Case] = {
     "QuantLinear": random_matrix(2048, 1100, 4, 128).case(
@@ -37,19 +29,3 @@ def test_no_way_changes_a_bit(worker, op):
     case = LARGE[op]
     fed = {name: x for name, x in case.given.items() if name not in case.weights}
     assert worker.submit(different_results, model(case), fed, 300) == 1
-
-
-@pytest.mark.full
-@needs_compiler
-@pytest.mark.skipif(not HERE, reason="no native kernels")
-def test_products():
-    assert_products_right([programs.native() / programs.DRIVER])
-
-
-@pytest.mark.full
-@needs_compiler
-@pytest.mark.parametrize("sanitizer", ["thread", "undefined"])
-def test_the_fastest_is_found(sanitizer):
-    program = programs.fastest(sanitizer) / "fastest"
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

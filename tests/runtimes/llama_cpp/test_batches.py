@@ -121,13 +121,6 @@ def test_last_tokens_are_taken_back(name: str, back: int, tmp_path: Path) -> Non
     assert _far(rest, expected[1, 50 - back :]) <= TOLERANCE
 
 
-def test_more_than_the_slots_hold_is_refused(tmp_path: Path) -> None:
-    path, tokens, _ = _prepare("regular", tmp_path, 50)
-    context = Context(path, n_rs_seq=2)
-    context.read(tokens[0])
-    assert not context.llama.llama_memory_seq_rm(context.memory, 0, 40, -1)
-
-
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_only"])
 def test_a_file_of_the_whole_state(name: str, tmp_path: Path) -> None:
     """`llama_state_save_file` and `llama_state_load_file`, into a context of its own."""

@@ -1,5 +1,6 @@
 """Artifacts in onnxruntime-genai, which runs them as they are."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -139,26 +140,12 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run_examples(folder: Path, *codes: str) -> dict[str, Any]:
+def run_examples(folder: Path, code: str) -> dict[str, Any]:
     """Runs code as a script beside the artifact; returns its variables."""
     names: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder.parent)
-        for code in codes:
-            exec(code, names)
+    with contextlib.chdir(folder.parent):
+        exec(code, names)
     return names
-
-
-def plain_logits(folder: Path, ids: list[int]) -> np.ndarray:
-    from bench.in_genai import Plain  # needs onnxruntime-genai
-
-    return Plain(folder, None).take(ids)
-
-
-def difference(names: dict[str, Any], folder: Path, ids: list[int]) -> float:
-    """The largest difference of genai's logits from those of plain ONNX Runtime."""
-    logits = names["generator"].get_logits().reshape(-1)
-    return float(np.abs(logits - plain_logits(folder, ids)).max())
 
 
 @pytest.mark.parametrize("most", [2, 256])
@@ -177,57 +164,15 @@ def test_the_guides_conversation_is_ours(guided: Path, most: int, capsys) -> Non
     assert names["generator"].token_count() < 256
 
 
-def test_a_cut_reply_loses_its_last_token_without_get_logits(guided: Path) -> None:
-    start = examples()[0].partition("\ndef reply")[0]
-    cut = """
-ids = tokenizer.encode("<bos>Once upon a time").tolist()
-generator.append_tokens(ids)
-for _ in range(5):
-    generator.generate_next_token()
-    ids.append(int(generator.get_next_tokens()[0]))
-"""
-    more = """
-turn = tokenizer.encode("<end_of_turn>\\n").tolist()
-generator.append_tokens(turn)
-"""
-    whole = run_examples(guided, start, cut, "generator.get_logits()", more)
-    assert difference(whole, guided, whole["ids"] + whole["turn"]) < ROUNDING
-    lost = run_examples(guided, start, cut, more)
-    assert difference(lost, guided, lost["ids"] + lost["turn"]) > 0.01
-
-
 @pytest.mark.parametrize(("words", "right"), [(1, True), (300, False)])
-def test_going_back_is_right_within_the_window_alone(
-    guided: Path, words: int, right: bool, capsys
-) -> None:
+def test_going_back_is_right_within_the_window_alone(guided: Path, words: int, right: bool) -> None:
+    from bench.in_genai import Plain  # needs onnxruntime-genai
+
     conversation, going_back = examples()
     names = run_examples(guided, conversation.partition("\nreply(")[0])
     ids = names["tokenizer"].encode("<bos>" + "Hi! " * words).tolist()
-    going_back = going_back.replace('tokenizer.encode("<bos>" + turn.format("Hi!"))', str(ids))
-    exec(going_back, names)
+    exec(going_back.replace('tokenizer.encode("<bos>" + turn.format("Hi!"))', str(ids)), names)
     names["generator"].append_tokens(ids[1:9])
-    assert (difference(names, guided, ids + ids[1:9]) < ROUNDING) == right
-
-
-def test_going_back_needs_a_snapshot(guided: Path) -> None:
-    names = run_examples(guided, examples()[0].partition("\ndef reply")[0])
-    names["generator"].append_tokens([2, 651, 603])
-    with pytest.raises(Exception, match="not supported without a snapshot"):
-        names["generator"].rewind_to(2)
-
-
-@pytest.mark.parametrize(
-    ("texts", "right"), [(["Hi there", "So what"], True), (["Hi", "A b c d"], False)]
-)
-def test_batches_are_right_where_lengths_are_equal(
-    guided: Path, texts: list[str], right: bool
-) -> None:
-    start = examples()[0].partition("\ndef reply")[0]
-    names = run_examples(guided, start.replace("max_length=4096", "max_length=64, batch_size=2"))
-    tokenizer, generator = names["tokenizer"], names["generator"]
-    rows = [tokenizer.encode(text).tolist() for text in texts]
-    assert (len(rows[0]) == len(rows[1])) == right
-    generator.append_tokens(tokenizer.encode_batch(texts))
-    logits = generator.get_logits().reshape(2, -1)
-    expected = np.stack([plain_logits(guided, ids) for ids in rows])
-    assert (np.abs(logits - expected).max() < ROUNDING) == right
+    logits = names["generator"].get_logits().reshape(-1)
+    expected = Plain(guided, None).take(ids + ids[1:9])
+    assert (float(np.abs(logits - expected).max()) < ROUNDING) == right

@@ -53,17 +53,24 @@ def _kernel_gives(advice: int) -> bool:
 
 
 @needs_huge_pages
-def test_memory_of_the_block_is_collapsed() -> None:
+@pytest.mark.parametrize("way", ["collapsed", "together"])
+def test_memory_is_in_huge_pages(way: str) -> None:
     before, threads = _huge_bytes(), set(threading.enumerate())
-    with huge_pages():
-        region = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.write(b"xyz" * (SIZE // 3))
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(20)
+    if way == "together":
+        arrays = zeros_together({str(i): ((1 << 20,), "uint8") for i in range(SIZE >> 20)})
+        for array in arrays.values():
+            array.fill(1)
+    else:
+        with huge_pages():
+            region = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            region.write(b"xyz" * (SIZE // 3))
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(20)
+        assert region[: SIZE // 3 * 3] == b"xyz" * (SIZE // 3)
     gained = _huge_bytes() - before
-    assert region[: SIZE // 3 * 3] == b"xyz" * (SIZE // 3)
-    if gained == 0 and not _kernel_gives(MADV_COLLAPSE):
-        pytest.skip("this kernel refuses to collapse")
+    advice = MADV_COLLAPSE if way == "collapsed" else mmap.MADV_HUGEPAGE
+    if gained == 0 and not _kernel_gives(advice):
+        pytest.skip("this kernel gives no huge pages")
     assert gained >= SIZE // 2
 
 
@@ -78,18 +85,6 @@ def test_arrays_together_share_nothing_but_the_memory(arrays: list) -> None:
         array.fill(index)
     for index, array in enumerate(found.values()):
         np.testing.assert_array_equal(array, index)
-
-
-@needs_huge_pages
-def test_arrays_together_are_in_huge_pages() -> None:
-    before = _huge_bytes()
-    found = zeros_together({str(i): ((1 << 20,), "uint8") for i in range(SIZE >> 20)})
-    for array in found.values():
-        array.fill(1)
-    gained = _huge_bytes() - before
-    if gained == 0 and not _kernel_gives(mmap.MADV_HUGEPAGE):
-        pytest.skip("this kernel gives no huge pages")
-    assert gained >= SIZE // 2
 
 
 class Slow:
@@ -180,22 +175,17 @@ def _no_library(name: object) -> object:
     ],
     ids=["another system", "no C library", "not in the C library"],
 )
-def test_where_no_advice_is_taken(monkeypatch, system, ctypes):
-    monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(module, "ctypes", ctypes)
-    assert not module.advise(0, mmap.PAGESIZE, 14)
-
-
-def test_where_mappings_are_not_listed(monkeypatch):
-    monkeypatch.setattr(module, "_MAPS", Path("/nowhere"))
-    assert module._large_mappings() == set()
-
-
-@pytest.mark.parametrize("library", [_no_library, lambda name: object()])
-def test_a_native_session_needs_no_advice(demo_artifact, monkeypatch, library):
+def test_where_no_advice_is_taken(demo_artifact, monkeypatch, system, ctypes):
+    """Neither where mappings are not listed; a session works all the same."""
     tokens, artifact = np.arange(2, 40)[None], open_artifact(demo_artifact)
     expected = open_session(artifact).prefill(tokens)
-    monkeypatch.setattr(module, "ctypes", SimpleNamespace(CDLL=library))
-    session = open_session(artifact)
-    np.testing.assert_array_equal(session.prefill(tokens), expected)
-    session.close()
+    monkeypatch.setattr(module, "ctypes", ctypes)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", system)
+        assert not module.advise(0, mmap.PAGESIZE, 14)
+    monkeypatch.setattr(module, "_MAPS", Path("/nowhere"))
+    assert module._large_mappings() == set()
+    if ctypes:
+        session = open_session(artifact)
+        np.testing.assert_array_equal(session.prefill(tokens), expected)
+        session.close()

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions against DeepMind's implementation and the dequantized reference."""
+"""ONNX Runtime sessions of all precisions against their dequantized references."""
 
 import itertools
 import subprocess
@@ -14,46 +14,17 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.native import native_ops
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import POSITION
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine, FloatDtype
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
-from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, weight_source
-from tests.sessions import check_refusals, distance, ragged, random_tokens
+from tests.sessions import distance, ragged, random_tokens
 
-FP32, FP16, EXACT, ROUNDED = 1e-4, 2e-2, 5e-5, 1e-2
-"""Largest |Δlogit| allowed, as a share of the largest |logit|. ROUNDED: two runs whose activations
-differ in the last float32 bit, which may be rounded to different int8 numbers."""
-
-
-@pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_fp32_equals_deepmind(name: str, tmp_path: Path) -> None:
-    config = ODD_CONFIGS[name]
-    artifact, weights = export_random(config, tmp_path)
-    tokens = random_tokens(config, 3, 4 * config.window + 3)
-    expected = deepmind_logits(deepmind_model(config, weights), tokens)
-    session = OrtSession(artifact)
-    for batch in (3, 1):
-        for sizes in ([tokens.shape[1]], [1], [7, 1, config.window + 1, 3]):
-            session.reset(batch)
-            assert distance(ragged(session, tokens[:batch], sizes), expected[:batch]) <= FP32
-        session.reset(batch)
-        steps = [session.step(column) for column in tokens[:batch].T]
-        assert distance(np.stack(steps, 1), expected[:batch]) <= FP32
-
-
-@pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_fp16_is_near_deepmind(name: str, tmp_path: Path) -> None:
-    config = ODD_CONFIGS[name]
-    artifact, weights = export_random(config, tmp_path, "fp16")
-    tokens = random_tokens(config, 2, 4 * config.window)
-    expected = deepmind_logits(deepmind_model(config, weights), tokens)
-    session = OrtSession(artifact)
-    session.reset(2)
-    assert distance(ragged(session, tokens, [5, 1, 30]), expected) <= FP16
+EXACT = 5e-5
+"""Largest |Δlogit| allowed, as a share of the largest |logit|."""
 
 
 QUANTIZED = ODD_CONFIGS | {
@@ -118,44 +89,6 @@ def test_rounded_activations_are_near_the_dequantized_reference(
     session.reset(2)
     expected = dequantized.logits(dequantized.run(tokens)[0])
     assert distance(ragged(session, tokens, [9, 1]), expected) <= 5e-2
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_default_artifact_hardly_depends_on_chunks(precision: str, tmp_path: Path) -> None:
-    """Activations are rounded to int8 per block of a token's own row, not per call."""
-    config = ODD_CONFIGS["not_by_128"]
-    artifact, _ = export_random(config, tmp_path, precision)
-    tokens = random_tokens(config, 1, 50)
-    session = OrtSession(artifact)
-    found = []
-    for sizes in ([50], [1], [13, 4]):
-        session.reset()
-        found.append(ragged(session, tokens, sizes))
-    assert distance(found[1], found[0]) <= ROUNDED
-    assert distance(found[2], found[0]) <= ROUNDED
-
-
-def test_state_travels(tmp_path: Path) -> None:
-    config = ODD_CONFIGS["irregular"]
-    artifact, _ = export_random(config, tmp_path)
-    tokens = random_tokens(config, 3, 3 * config.window)
-    session, other = OrtSession(artifact), OrtSession(artifact, threads=1)
-    session.reset(3)
-    expected = ragged(session, tokens, [11])
-
-    session.reset(3)
-    session.prefill(tokens[:, :29])
-    saved = session.get_state()
-    session.prefill(tokens[:, 29:])
-    other.set_state(saved)
-    continued = other.prefill(tokens[:, 29:], 3 * config.window - 29)
-    assert distance(continued, expected[:, 29:]) <= 1e-6
-    assert other.position.tolist() == [3 * config.window] * 3
-
-    one = {name: array[1:2] for name, array in saved.items()}
-    other.set_state(one)
-    assert distance(other.step(tokens[1:2, 29]), expected[1:2, 29]) <= 1e-6
-    np.testing.assert_array_equal(saved[POSITION], [29] * 3)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -235,30 +168,3 @@ def test_later_chunks_of_a_prompt_take_no_more_memory(demo_artifact: Path) -> No
     command = [sys.executable, "-c", LATER_CHUNKS, str(demo_artifact)]
     first, *later = map(int, subprocess.check_output(command).split())
     assert max(later) - first < 4 << 20
-
-
-@pytest.mark.parametrize("head_dim", [8, 256])
-@pytest.mark.parametrize("start", [100_000, 131_072 + 17])
-def test_far_positions(start: int, head_dim: int, tmp_path: Path) -> None:
-    """256 is the head of the released models, with 64 frequencies to be rounded right."""
-    config = make_config("raar", width=2 * head_dim, heads=2, window=24)
-    artifact, weights = export_random(config, tmp_path)
-    model = deepmind_model(config, weights)
-    session = OrtSession(artifact)
-    session.reset(2)
-    tokens = random_tokens(config, 2, config.window + 30)
-    # A ring buffer would be entered at another slot: DeepMind's starts at the oldest key.
-    session.prefill(tokens[:, :-1])
-    state = session.get_state() | {POSITION: np.array([start, start + 5])}
-
-    session.set_state(state)
-    found = session.step(tokens[:, -1])
-
-    expected = deepmind_step(model, state, tokens[:, -1], state[POSITION])
-    assert distance(found, expected) <= FP32
-
-
-def test_wrong_requests(tmp_path: Path) -> None:
-    config = ODD_CONFIGS["regular"]
-    session = OrtSession(export_random(config, tmp_path)[0])
-    check_refusals(session)

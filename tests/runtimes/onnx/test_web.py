@@ -14,12 +14,8 @@ import numpy as np
 import pytest
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import FileLimit
-from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS
@@ -109,15 +105,6 @@ def test_odd_shapes_in_chromium(
     _check(found["logits"], artifact, chunks)
 
 
-@pytest.mark.parametrize("profile", ["wasm", "webgpu"])
-def test_demo_in_chromium(browser: None, profile: str, tmp_path: Path) -> None:
-    artifact = _demo(profile, tmp_path)
-    chunks = _chunks(artifact.manifest.config.vocab_size, 3, 1)
-    found = run_page(artifact.path, {"provider": profile, "chunks": chunks})
-    assert "error" not in found, found["error"]
-    _check(found["logits"], artifact, chunks)
-
-
 def test_a_graphics_card_computes_all_but_shapes(browser: None, tmp_path: Path) -> None:
     """By ONNX Runtime's log of where it places each node."""
     artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4", profile="webgpu")
@@ -133,9 +120,3 @@ def test_a_graphics_card_computes_all_but_shapes(browser: None, tmp_path: Path) 
     assert placed["WebGpuExecutionProvider"]["LinearAttention"] == 2
     assert placed["CPUExecutionProvider"].keys() <= ON_A_PROCESSOR
     assert placed["WebGpuExecutionProvider"].total() > 9 * placed["CPUExecutionProvider"].total()
-
-
-def _demo(profile: str, folder: Path) -> Artifact:
-    target = folder / "demo"
-    export_onnx(open_checkpoint(size="demo"), OnnxOptions(profile=profile), target)
-    return open_artifact(target)

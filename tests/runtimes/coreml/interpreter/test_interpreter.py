@@ -30,8 +30,9 @@ def add(x: str, y: str, output: str, type: TensorType = HALF) -> Operation:
     return operation("add", {"x": Name(x), "y": Name(y)}, {output: type})
 
 
-def gather(output: str, given: dict[str, Any], type: TensorType = X, **more: Any) -> Operation:
-    return operation("gather", given, {output: type}, batch_dims=0, validate_indices=False, **more)
+def gather(output: str, given: dict[str, Any], batch_dims: int = 0, **more: Any) -> Operation:
+    more |= {"batch_dims": batch_dims, "validate_indices": False}
+    return operation("gather", given, {output: X}, **more)
 
 
 def test_states_are_read_and_written_in_the_order_of_the_program() -> None:
@@ -146,17 +147,7 @@ SMALL = immediate(np.ones((1, 4), np.int8))
             [operation("concat", {"values": [Name("x")]}, {"y": X}, axis=0, interleave=True)],
             "it is interleaved",
         ),
-        (
-            [
-                operation(
-                    "gather",
-                    {"x": Name("x")},
-                    {"y": X},
-                    **{"indices": [[0]], "axis": 1, "batch_dims": 1, "validate_indices": False},
-                )
-            ],
-            "it gathers from each of a batch",
-        ),
+        ([gather("y", {"x": Name("x")}, 1, indices=[[0]], axis=1)], "it gathers from each of a"),
         ([operation("softmax", {"x": Name("x"), "axis": Name("x")}, {"y": X})], "axis is computed"),
         ([operation("transpose", {"x": Name("x")}, {"y": X})], "it has no input perm"),
         (
@@ -172,22 +163,24 @@ def test_what_cannot_be_executed(program: list[Operation], expected: str) -> Non
     assert expected in refused(program)
 
 
-def test_another_shape_than_declared_is_noticed() -> None:
-    run = opened(main([add("x", "x", "y", TensorType("float32", (4,)))], {"x": X}, ["y"]))
-    with pytest.raises(RequestError, match=r"main: add y failed: it gave float32 \(1, 4\)"):
-        run({"x": np.zeros((1, 4), np.float32)}, {})
-
-
-def test_another_dtype_than_declared_is_noticed() -> None:
-    program = [operation("reshape", {"x": Name("x")}, {"y": HALF}, shape=[1, 4])]
-    run = opened(main(program, {"x": X}, ["y"]))
-    with pytest.raises(RequestError, match="reshape y failed: it gave float32"):
-        run({"x": np.zeros((1, 4), np.float32)}, {})
-
-
-def test_a_write_of_another_shape_is_noticed() -> None:
-    run = opened(main([write("s", "x")], {"x": X}, [], {"s": HALF}))
-    with pytest.raises(RequestError, match="write_state write_state failed: it gave float32"):
+@pytest.mark.parametrize(
+    ("last", "outputs", "complaint"),
+    [
+        (add("x", "x", "y", TensorType("float32", (4,))), ["y"], r"add y .* float32 \(1, 4\)"),
+        (
+            operation("reshape", {"x": Name("x")}, {"y": HALF}, shape=[1, 4]),
+            ["y"],
+            "reshape y failed: it gave float32",
+        ),
+        (write("s", "x"), [], "write_state write_state failed: it gave float32"),
+    ],
+    ids=["shape", "dtype", "state"],
+)
+def test_another_result_than_declared_is_noticed(
+    last: Operation, outputs: list[str], complaint: str
+) -> None:
+    run = opened(main([last], {"x": X}, outputs, {"s": HALF}))
+    with pytest.raises(RequestError, match=complaint):
         run({"x": np.zeros((1, 4), np.float32)}, {"s": np.zeros((1, 4), np.float16)})
 
 
@@ -195,7 +188,7 @@ def test_a_write_of_another_shape_is_noticed() -> None:
 def test_an_index_outside_is_an_error(index: int) -> None:
     """Core ML says that what it gives is undefined, so no program may rely on it."""
     ids = TensorType("int32", (1,))
-    program = [gather("y", {"indices": Name("ids")}, ids, x=np.arange(4), axis=0)]
+    program = [gather("y", {"indices": Name("ids")}, x=np.zeros(4, np.float32), axis=0)]
     run = opened(main(program, {"ids": ids}, ["y"]))
     with pytest.raises(RequestError, match="gather y failed: an index"):
         run({"ids": np.array([index], np.int32)}, {})

@@ -1,6 +1,5 @@
 """Compressed weights, written by Apple's library, against coremltools' own decompression."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
     constexpr_blockwise_shift_scale,
     constexpr_lut_to_dense,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from rgexport.export.mil.program import BITS, FileValue, Name, Operation, TensorType
 from rgexport.runtimes.coreml.interpreter import weights
@@ -40,11 +36,7 @@ from tests.runtimes.coreml.interpreter.mil_programs import (
     random_elements,
 )
 
-Draw = Callable[[st.SearchStrategy], Any]
-LIGHTLY = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-FLOATS = st.sampled_from(["float16", "float32"])
+random = np.random.default_rng(0)
 
 
 @pytest.fixture
@@ -74,36 +66,36 @@ def check(weight: Weight, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(weight.rows(indices), expected[indices])
 
 
-@LIGHTLY
-@given(data=st.data())
-def test_shift_and_scale(data: st.DataObject, tmp_path: Path, slab_of_64_bytes: None) -> None:
-    dtype = data.draw(st.sampled_from(["int4", "uint4", "int8", "uint8"]))
-    result = data.draw(FLOATS)
-    blocks = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4))
-    shape = blocks[0], blocks[1] * data.draw(st.integers(1, 5))
-    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 1), (9, 4, 5), (5, 2, 3)])
+@pytest.mark.parametrize("has_offset", [False, True])
+@pytest.mark.parametrize("result", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8"])
+@pytest.mark.usefixtures("slab_of_64_bytes")
+def test_shift_and_scale(
+    dtype: str, result: str, has_offset: bool, rows: int, groups: int, size: int, tmp_path: Path
+) -> None:
+    shape = rows, groups * size
     elements = random_elements(random, dtype, shape)
-    scale = random_elements(random, result, blocks)
+    scale = random_elements(random, result, (rows, groups))
     parts = {"data": (elements, dtype), "scale": (scale, result)}
-    offset = random_elements(random, dtype, blocks) if data.draw(st.booleans()) else None
-    if offset is not None:
-        parts["offset"] = (offset, dtype)
-    weight = compressed(
-        tmp_path, "constexpr_blockwise_shift_scale", TensorType(result, shape), parts
-    )
-    wide = None if offset is None else offset.astype(np.float32)
-    exact = constexpr_blockwise_shift_scale.decompress(elements, scale.astype(np.float32), wide)
+    offset = None
+    if has_offset:
+        shifts = random_elements(random, dtype, (rows, groups))
+        parts["offset"] = shifts, dtype
+        offset = shifts.astype(np.float32)
+    type = TensorType(result, shape)
+    weight = compressed(tmp_path, "constexpr_blockwise_shift_scale", type, parts)
+    exact = constexpr_blockwise_shift_scale.decompress(elements, scale.astype(np.float32), offset)
     check(weight, exact.astype(result))
 
 
-@LIGHTLY
-@given(data=st.data())
-def test_palette(data: st.DataObject, tmp_path: Path, slab_of_64_bytes: None) -> None:
-    dtype = data.draw(st.sampled_from(["uint1", "uint2", "uint3", "uint4", "uint6", "uint8"]))
-    result = data.draw(FLOATS)
-    groups = data.draw(st.integers(1, 3))
-    shape = groups * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
-    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+@pytest.mark.parametrize(("groups", "shape"), [(1, (1, 1)), (3, (15, 9)), (2, (4, 7))])
+@pytest.mark.parametrize("result", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["uint1", "uint2", "uint3", "uint4", "uint6", "uint8"])
+@pytest.mark.usefixtures("slab_of_64_bytes")
+def test_palette(
+    dtype: str, result: str, groups: int, shape: tuple[int, int], tmp_path: Path
+) -> None:
     indices = random_elements(random, dtype, shape)
     lut = random_elements(random, result, (groups, 1, 1 << BITS[dtype], 1))
     parts = {"indices": (indices, dtype), "lut": (lut, result)}
@@ -111,11 +103,11 @@ def test_palette(data: st.DataObject, tmp_path: Path, slab_of_64_bytes: None) ->
     check(weight, constexpr_lut_to_dense.decompress(indices, lut, None).astype(result))
 
 
-@LIGHTLY
-@given(dtype=FLOATS, data=st.data())
-def test_floats(dtype: str, data: st.DataObject, tmp_path: Path, slab_of_64_bytes: None) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
-    array = random_elements(np.random.default_rng(1), dtype, shape)
+@pytest.mark.parametrize("shape", [(1,), (9,), (7, 3), (2, 9, 5)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.usefixtures("slab_of_64_bytes")
+def test_floats(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    array = random_elements(random, dtype, shape)
     blobs = Blobs(tmp_path)
     value = blobs.add(array)
     given = package(main([], {}, []), weights=blobs.close())
@@ -159,31 +151,18 @@ def test_a_float16_weight_is_rounded_after_the_product(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight.whole(), exact.astype(np.float16))
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    values=hnp.arrays(
-        np.float32,
-        hnp.array_shapes(max_dims=2),
-        elements=st.floats(width=32)
-        | st.floats(-1, 1, width=32)
-        | st.floats(-(2.0**-13), 2.0**-13, width=32),
-    )
-)
-def test_rounding_by_bits_equals_two_casts(values: np.ndarray) -> None:
-    with np.errstate(all="ignore"):
-        expected = values.astype(np.float16).astype(np.float32)
-        np.testing.assert_array_equal(rounded_to_half(values), expected)
-
-
-def test_rounding_of_every_tie() -> None:
-    """Every float16 value, the middle between it and the next, and the neighbours of that."""
+def test_rounding_by_bits_equals_two_casts() -> None:
+    """Every float16 value, the middle between it and the next, and the neighbors of that."""
     halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float32)
     step = np.diff(np.append(halves, np.float32(65504))) / 2
     middle = halves + step
-    for values in (halves, middle, np.nextafter(middle, 0), np.nextafter(middle, np.float32(1e9))):
+    others = np.float32([np.nan, np.inf, 65504, 65519, 65520, 65536, 3e38, 1e-45, 2**-26, 2**-25])
+    near = np.nextafter(middle, 0), np.nextafter(middle, np.float32(1e9))
+    for values in (halves, middle, *near, others, np.geomspace(1e-9, 1e5, 9999, dtype="f4")):
         for signed in (values, -values):
-            expected = signed.astype(np.float16).astype(np.float32)
-            np.testing.assert_array_equal(rounded_to_half(signed), expected)
+            with np.errstate(all="ignore"):
+                expected = signed.astype(np.float16).astype(np.float32)
+                np.testing.assert_array_equal(rounded_to_half(signed), expected)
 
 
 def sparse_file(path: Path, dtype: str, shape: tuple[int, ...]) -> FileValue:
@@ -269,27 +248,18 @@ def test_both_functions_share_what_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"data": np.int8, "scale": np.float16, "zero": np.int8}, "input zero"),
-        ({"data": np.int8}, "no input scale"),
+        ({"scale": (4, 1), "zero": (4, 1)}, "input zero"),
+        ({}, "no input scale"),
+        *(({"scale": groups}, "do not fit") for groups in ((3, 1), (4,), (0, 1), (4, 0), (4, 4))),
+        ({"scale": (2, 3)}, "do not fit"),
     ],
 )
-def test_parts_that_are_not_known(parts: dict[str, type], message: str) -> None:
-    values = {name: immediate(np.ones((2, 2), dtype)) for name, dtype in parts.items()}
-    asked = operation(
-        "constexpr_blockwise_shift_scale", values, {"w": TensorType("float16", (2, 2))}
-    )
+def test_parts_that_are_not_known_or_do_not_fit(
+    parts: dict[str, tuple[int, ...]], message: str
+) -> None:
+    values = {name: immediate(np.ones(shape, np.float16)) for name, shape in parts.items()}
+    values["data"] = immediate(np.ones((4, 6), np.int8))
+    type = TensorType("float16", (4, 6))
+    asked = operation("constexpr_blockwise_shift_scale", values, {"w": type})
     with pytest.raises(Unsupported, match=message):
-        compressed_weight(package(main([], {}, [])), asked, WeightCache())
-
-
-@pytest.mark.parametrize("groups", [(3, 1), (4,), (0, 1), (4, 0), (4, 4), (2, 3)])
-def test_scales_that_do_not_fit(groups: tuple[int, ...]) -> None:
-    values = {
-        "data": immediate(np.ones((4, 6), np.int8)),
-        "scale": immediate(np.ones(groups, np.float16)),
-    }
-    asked = operation(
-        "constexpr_blockwise_shift_scale", values, {"w": TensorType("float16", (4, 6))}
-    )
-    with pytest.raises(Unsupported, match="do not fit"):
         compressed_weight(package(main([], {}, [])), asked, WeightCache())

@@ -1,0 +1,122 @@
+"""Programs in C++ that run the kernels: under sanitizers, on Arm, in emulated AMX, beside oracles.
+
+They run difficult inputs, and refuse those that a broken model file may contain.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rgexport.kernels.onnx import library
+from tests.kernels.onnx import programs
+
+HERE = library.kernels().instruction_sets
+OPS = library.kernels().ops
+# GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
+NO_FAKE_STACK = {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+EMULATOR = "qemu-aarch64"
+PROCESSORS = {"cortex-a72": "scalar", "neoverse-n1": "neon", "max": "i8mm"}
+"""Processors, and the best that the library has for each."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+CPU = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(1800),  # with the build, which takes minutes on a busy machine
+    programs.needs_compiler,
+    pytest.mark.skipif(not OPS, reason=library.kernels().reason),
+]
+
+
+def nightly(*names: str) -> list[object]:
+    return [pytest.param(name, marks=pytest.mark.nightly) for name in names]
+
+
+def output(command: Sequence[object], **environment: str) -> list[str]:
+    """Returns the lines that a program prints; it must not fail."""
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def require_products(*command: object, **environment: str) -> None:
+    """Requires every product to be as close to its definition as float32 allows."""
+    assert output(command, **environment)[-1].endswith(" products, 0 wrong")
+
+
+def test_products():
+    require_products(programs.native() / programs.DRIVER)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "undefined"])
+def test_the_fastest_is_found(sanitizer):
+    assert output([programs.fastest(sanitizer) / "fastest"]) == []
+
+
+@pytest.fixture(scope="module", params=["address", *nightly("undefined", "thread")])
+def sanitized(request) -> tuple[Path, Path]:
+    """The program, and the library for it."""
+    folder = programs.sanitized(request.param)
+    return folder / "sanitized_ops", folder / library.LIBRARY.name
+
+
+@pytest.mark.parametrize("instruction_set", HERE)
+def test_sanitizers_find_nothing(sanitized, instruction_set):
+    lines = output(sanitized, **NO_FAKE_STACK, **{library.CPU: instruction_set})
+    assert {tuple(line.split()[:2]) for line in lines} == {(instruction_set, op) for op in OPS}
+
+
+def test_what_no_op_may_run_ends_in_an_error(sanitized):
+    (line,) = output([*sanitized, "refusals"], **NO_FAKE_STACK)
+    assert int(line.split()[2]) > 60
+
+
+@pytest.mark.parametrize("instruction_set", HERE)
+def test_oracles_of_the_fuzzer_take_right_answers_and_reject_wrong_ones(instruction_set):
+    command = [programs.judged() / "judged_ops", library.LIBRARY]
+    lines = output(command, **{library.CPU: instruction_set})
+    assert {tuple(line.split()) for line in lines} == {(instruction_set, op) for op in OPS}
+
+
+MISSING = [tool for tool in (programs.ARM_COMPILER, EMULATOR) if not shutil.which(tool)]
+needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}")
+
+
+@needs_arm
+def test_products_on_arm():
+    require_products(EMULATOR, "-cpu", "max", programs.arm() / programs.DRIVER)
+
+
+@needs_arm
+@pytest.mark.parametrize(("processor", "best"), PROCESSORS.items())
+def test_whole_library_on_arm(processor, best, monkeypatch):
+    """All ops, on a processor that has no more than `best`: one instruction too many ends it."""
+    monkeypatch.delenv(library.CPU, raising=False)
+    folder = programs.arm()
+    emulator = EMULATOR, "-L", f"/usr/{programs.ARM}", "-cpu", processor
+    lines = output([*emulator, folder / "sanitized_ops", folder / library.LIBRARY.name])
+    assert {line.split()[0] for line in lines} == {best}
+
+
+@pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}")
+@pytest.mark.skipif(
+    not {"avx512_bf16", "gfni"} <= set(CPU.split()), reason="no bfloat16 or no GFNI here"
+)
+@pytest.mark.parametrize("kind", ["optimized", *nightly("address", "undefined"), "real"])
+def test_products_of_amx(kind):
+    """Only its tile instructions are emulated, which the machine may have, too.
+
+    All products, or every third one, since sanitizers make the emulation slow.
+    """
+    if kind == "real" and "amx" not in HERE:
+        pytest.skip(f"no AMX here: {HERE}")
+    every = "3" if kind in ("address", "undefined") else "1"
+    require_products(programs.amx(kind) / programs.DRIVER, every, **NO_FAKE_STACK)
