@@ -76,7 +76,7 @@ def test_32_conversations_beside_bad_clients(serve):
 def test_32_conversations_with_the_demo(command, tmp_path):
     target = tmp_path / "demo.gguf"
     export_demo(target, *command.split(), "--no-check")
-    model = rgexport.load(target, rows=8)
+    model = rgexport.load(target, rows=8, threads=1)
     with served_model(model, Settings(log=False)) as url:  # which closes it
         each_hears_its_own(model, url)
 
