@@ -20,7 +20,7 @@ def test_an_artifact_goes_there_and_back(run, hub, artifact):
     done = run("push", artifact, "me/demo")
     assert f"{hub.url}/me/demo has it. Try: rgexport chat hf:me/demo" in done.stdout
     there = hub.repositories["me/demo"]
-    assert there.private and there.commits == ["model, int4, by rgexport"]
+    assert there.private and there.commits == ["demo, int4, by rgexport"]
     listed = json.loads(there.files[MANIFEST])["files"]
     assert there.files.keys() - {".gitattributes"} == listed.keys() | {MANIFEST}
     for name, data in there.files.items():
@@ -38,7 +38,7 @@ def test_an_artifact_goes_there_and_back(run, hub, artifact):
     assert run("generate", "hf:me/demo", *ASK).stdout == said
     requests = len(hub.asked)
     facts = json.loads(run("inspect", "hf:me/demo", "--json").stdout)
-    assert facts["kind"] == "onnx" and facts["name"] == "model"
+    assert facts["kind"] == "onnx" and facts["name"] == "demo"
     assert len(hub.asked) == requests, "a complete copy needs no network"
 
 
