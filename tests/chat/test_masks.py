@@ -158,6 +158,13 @@ def test_a_mask_that_waited_too_long_for_others_ends_the_reply(monkeypatch):
     threads.close()
 
 
+def test_a_mask_that_came_too_late_is_an_error():
+    threads = MaskThreads(VOCAB, lambda: None, seconds=0.0)
+    with pytest.raises(RequestError, match="longer than 0 s for one token"):
+        ReplyMask(GatedMask(), threads).bias(30)
+    threads.close()
+
+
 class Uneven:
     """Allows half of the tokens, another half after each token; some masks take a while."""
 
