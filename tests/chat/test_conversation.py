@@ -125,6 +125,13 @@ def test_turn_tokens_from_the_model_stay_in_its_turn(conversation, session):
     assert_settled(conversation)
 
 
+def test_a_character_cut_by_the_limit(conversation, session):
+    conversation.options = ReplyOptions(max_new_tokens=3)
+    turtle = conversation.model.tokenizer.encode_text("🐢")
+    assert say(conversation, session, "hi", turtle) == "\ufffd"
+    assert_settled(conversation)
+
+
 @settings(
     deadline=None,
     max_examples=60,
