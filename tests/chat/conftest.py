@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers
 
+from rgexport.chat.masks import MaskThreads
 from rgexport.chat.model import Model
 from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
@@ -23,6 +25,22 @@ CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
 MARKERS = ("<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99)))
 TURNS = ("<start_of_turn>", "<end_of_turn>")  # 106 and 107
 TEXTUAL = (*("\n" * n for n in range(1, 8)), *("▁" * n for n in range(2, 8)), "<table>", "</b>")
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits; a busy machine takes its time."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_masks() -> Iterator[None]:
+    """Gives each mask a minute, however busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MaskThreads.__init__.__kwdefaults__, "seconds", 60.0)
+        yield
 
 
 @pytest.fixture(scope="session")

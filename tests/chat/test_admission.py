@@ -178,9 +178,7 @@ def test_nobody_waits_for_the_prompt_of_another_namespace(session: ToySession) -
     scheduler.close()
 
 
-def test_an_error_while_a_row_is_freed_loses_no_job(
-    session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_a_row_is_freed_loses_no_job(session, monkeypatch):
     scheduler, gate = Scheduler(session, PrefixStore(0), rows=2), threading.Event()
     heard = [ask(scheduler, [i], 10**6, client="a") for i in range(2)]
     heard.append(ask(scheduler, [2], 10**6, client="a", listener=Heard(then=gate.set)))

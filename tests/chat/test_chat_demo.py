@@ -1,7 +1,6 @@
 """Conversations with the demo model in each engine: the state is that of one prefill."""
 
-import contextlib
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,11 @@ from rgexport.chat.model import open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.options import GgufOptions
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
+from tests.artifacts import export_demo
 from tests.llama_tools import installed_version, needs_llama_cpp
 
 TURNS = (
@@ -32,37 +27,27 @@ TURNS = (
 )
 
 
-def _onnx(folder: Path, precision: str) -> Path:
-    options = OnnxOptions(precision=precision, exact=precision == "int4")
-    return export_onnx(open_checkpoint(size="demo"), options, folder / "demo")
+EXPORTS = {
+    "onnx-fp32": "onnx --precision fp32",
+    "onnx-int4": "onnx --int4 --exact",
+    "gguf-f32": "gguf --type f32",
+    "coreml-fp32": "coreml --precision fp32",
+}
 
 
-def _coreml(folder: Path, precision: str) -> Path:
-    from rgexport.export.coreml.exporter import export_coreml
-
-    return export_coreml(
-        open_checkpoint(size="demo"), CoreMLOptions(precision=precision), folder / "demo"
-    )
-
-
-def _gguf(folder: Path, kind: str) -> Path:
-    return export_gguf(open_checkpoint(size="demo"), GgufOptions(type=kind), folder / "demo.gguf")
+def export(name: str, folder: Path) -> Artifact:
+    """The demo in a format, from the cache."""
+    target = folder / ("demo.gguf" if name == "gguf-f32" else name)
+    export_demo(target, *EXPORTS[name].split(), "--no-check")
+    return open_artifact(target)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("export", "precision"),
-    [
-        (_onnx, "fp32"),
-        (_onnx, "int4"),
-        pytest.param(_gguf, "f32", marks=needs_llama_cpp),
-    ],
-    ids=["onnx-fp32", "onnx-int4", "gguf-f32"],
+    "name", ["onnx-fp32", "onnx-int4", pytest.param("gguf-f32", marks=needs_llama_cpp)]
 )
-def test_state_equals_one_prefill_of_the_template(
-    export: Callable[[Path, str], Path], precision: str, tmp_path: Path
-) -> None:
-    artifact = open_artifact(export(tmp_path, precision))
+def test_state_equals_one_prefill_of_the_template(name, tmp_path):
+    artifact = export(name, tmp_path)
     sampling = Sampling(temperature=1.0, seed=3)
     with open_model(artifact, threads=1, rows=2) as model:
         conversation = Conversation(model, ReplyOptions(sampling=sampling, max_new_tokens=120))
@@ -92,31 +77,12 @@ def test_state_equals_one_prefill_of_the_template(
         )
 
 
-ENGINES = {
-    "onnx": (_onnx, "fp32"),
-    "gguf": (_gguf, "f32"),
-    "coreml": (_coreml, "fp32"),
-}
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """The demo in float32, in each engine that is here."""
-    folder, found = tmp_path_factory.mktemp("engines"), {}
-    for name, (export, precision) in ENGINES.items():
-        (folder / name).mkdir()
-        with contextlib.suppress(ModuleNotFoundError):
-            found[name] = open_artifact(export(folder / name, precision))
-    if not installed_version():
-        found.pop("gguf", None)
-    return found
-
-
 @pytest.mark.full
-def test_a_state_of_one_engine_is_continued_by_each_other(
-    artifacts: dict[str, Artifact], tmp_path: Path
-) -> None:
+def test_a_state_of_one_engine_is_continued_by_each_other(tmp_path):
     """After 600 tokens, more than two windows, with the same 64 greedy tokens."""
+    names = ["onnx-fp32"] + ["gguf-f32"] * bool(installed_version())
+    names += ["coreml-fp32"] * bool(find_spec("coremltools"))
+    artifacts = {name: export(name, tmp_path) for name in names}
     text = (demo_folder().parent / "README.md").read_text() * 9
     said: dict[tuple[str, str], list[int]] = {}
     for maker, artifact in artifacts.items():
@@ -132,6 +98,6 @@ def test_a_state_of_one_engine_is_continued_by_each_other(
                 list(continued.run(ReplyOptions(max_new_tokens=64)))
             assert continued.reply.cached_tokens == len(ids) - 1
             said[maker, engine] = list(continued.reply.ids)
-    first = said["onnx", "onnx"]
+    first = said["onnx-fp32", "onnx-fp32"]
     assert len(first) > 8
     assert {pair for pair, ids in said.items() if ids != first} == set()

@@ -11,7 +11,7 @@ from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
 from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.safetensors_file import read_header
-from tests.artifacts import export_random_gguf
+from tests.artifacts import export_demo, export_random_gguf
 from tests.command_line import rgexport
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
@@ -23,9 +23,9 @@ for name in ("torch", "onnx", "onnx_ir", "jax", "safetensors", "recurrentgemma")
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
 EXPORTS = {
-    "onnx": ["onnx", "--precision", "fp32"],
-    "gguf": ["gguf", "--type", "f32"],
-    "coreml": ["coreml", "--precision", "fp32", "--prefill-length", "4"],
+    "onnx": "onnx --precision fp32",
+    "gguf": "gguf --type f32",
+    "coreml": "coreml --precision fp32 --prefill-length 4",
 }
 KINDS = [
     pytest.param("gguf", marks=needs_llama_cpp),
@@ -35,7 +35,7 @@ KINDS = [
 
 def export(kind: str, folder: Path) -> Path:
     target = folder / ("demo.gguf" if kind == "gguf" else kind)
-    assert run([*EXPORTS[kind], "--size", "demo", "--no-check", "-o", str(target)]) == 0
+    export_demo(target, *EXPORTS[kind].split(), "--no-check")
     return target
 
 
@@ -45,9 +45,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return export(request.param, tmp_path_factory.mktemp("demo"))
 
 
-def test_it_says_what_the_onnx_model_says(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_says_what_the_onnx_model_says(artifact, tmp_path, capsys):
     said = []
     for path in (artifact, export("onnx", tmp_path)):
         capsys.readouterr()
@@ -74,9 +72,7 @@ def test_ids_without_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no vocabulary" in line
 
 
-def test_a_folder_serves_only_the_artifact_that_computed_its_states(
-    demo_artifact: Path, tmp_path: Path
-) -> None:
+def test_a_folder_serves_only_the_artifact_that_computed_its_states(demo_artifact, tmp_path):
     """A state file that is loaded by name goes on in another artifact, but not into its folder."""
     states, saved = tmp_path / "states", tmp_path / "a.state"
     ask = {"max_new_tokens": 1, "temperature": 0.0}
@@ -118,9 +114,7 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("generate", "-p", "It is"), ("chat", "-p", "Hello!")])
-def test_nothing_is_overwritten_by_a_state(
-    command: tuple[str, ...], demo_artifact: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_overwritten_by_a_state(command, demo_artifact, tmp_path):
     """Neither a file of the user's nor a folder; an earlier state file is replaced."""
     (tmp_path / "thesis").write_text("my work")
     (tmp_path / "folder").mkdir()
@@ -144,13 +138,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_drafts_change_no_word(
-    choice: str,
-    demo_artifact: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_drafts_change_no_word(choice, demo_artifact, tmp_path, monkeypatch, capsys):
     """All that is drafted is tried, whether it pays or not."""
     monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: step)
     draft = tmp_path / "draft.txt"
@@ -173,9 +161,7 @@ def test_drafts_are_right_where_a_text_repeats_itself(demo_artifact: Path) -> No
     assert counters.steps < 60
 
 
-def test_a_text_that_is_not_there_is_no_draft(
-    demo_artifact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_that_is_not_there_is_no_draft(demo_artifact, capsys):
     words = ["generate", str(demo_artifact), "-n", "1", "--draft-text", "none.txt"]
     assert run([*words, "-p", "He"]) == 2
     assert "none.txt" in capsys.readouterr().err

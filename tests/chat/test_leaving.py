@@ -2,9 +2,7 @@
 
 import gc
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply, ReplyOptions
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from tests.chat.conftest import until
 from tests.chat.test_scheduler import Heard, ask
 from tests.toy_session import ToySession
 
@@ -36,13 +35,6 @@ def model(make_model: MakeModel, gemma: Tokenizer, session: ToySession) -> Model
     return make_model(gemma, session)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_a_queued_chat_that_is_left_is_never_read(model: Model, session: ToySession) -> None:
     gate = threading.Event()
     blocker = ask(model.scheduler, [5], 2, listener=Heard(then=lambda: gate.wait(30)))
@@ -56,9 +48,7 @@ def test_a_queued_chat_that_is_left_is_never_read(model: Model, session: ToySess
     assert session.fed == 3, "two prompts of one token, and a step"
 
 
-def test_a_half_read_chat_that_is_left_is_read_no_further(
-    model: Model, session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_read_chat_that_is_left_is_read_no_further(model, session, monkeypatch):
     take, streams, entered = session._take, list[Any](), threading.Event()
 
     def cancelling(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
@@ -77,33 +67,23 @@ def test_a_half_read_chat_that_is_left_is_read_no_further(
     assert model.scheduler.store.length(ids) == read, "what was read is not read again"
 
 
-def abandon_after_a_piece(model: Model) -> None:
-    for _ in model.stream(HELLO, max_new_tokens=ENDLESS):
-        break
-
-
 def abandon_in_a_cycle(model: Model) -> None:
     stream: Any = model.stream(HELLO, max_new_tokens=ENDLESS)
     next(stream)
     stream.itself = stream
 
 
-def abandon_pieces(model: Model) -> None:
-    next(model.stream(HELLO, max_new_tokens=ENDLESS).pieces())
+ABANDON: dict[str, Callable[[Model], object]] = {
+    "after a piece": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS)),
+    "in a cycle": abandon_in_a_cycle,
+    "pieces": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS).pieces()),
+    "at once": lambda model: model.complete("hello", max_new_tokens=ENDLESS) and None,
+}
 
 
-def abandon_at_once(model: Model) -> None:
-    model.complete("hello", max_new_tokens=ENDLESS)
-
-
-@pytest.mark.parametrize(
-    "abandon",
-    [abandon_after_a_piece, abandon_in_a_cycle, abandon_pieces, abandon_at_once],
-)
-def test_a_stream_that_nobody_refers_to_ends(
-    abandon: Callable[[Model], None], model: Model
-) -> None:
-    abandon(model)
+@pytest.mark.parametrize("how", ABANDON)
+def test_a_stream_that_nobody_refers_to_ends(how, model):
+    ABANDON[how](model)
     gc.collect()
     until(lambda: not model.scheduler.running and not model.scheduler.waiting)
     assert model.scheduler.counters.new_tokens < 10**6
@@ -126,9 +106,7 @@ def test_an_error_of_the_engine_is_raised_again(model: Model, session: ToySessio
     assert stream.failed
 
 
-def test_a_future_that_is_cancelled_ends_its_reading_alone(
-    model: Model, session: ToySession
-) -> None:
+def test_a_future_that_is_cancelled_ends_its_reading_alone(model, session):
     gate = threading.Event()
     blocker = ask(model.scheduler, [5], 4, listener=Heard(then=lambda: gate.wait(30)))
     reading = model.read(list(range(300)))
@@ -139,9 +117,7 @@ def test_a_future_that_is_cancelled_ends_its_reading_alone(
     assert session.fed < 300, "nothing of it is read"
 
 
-def test_a_future_that_is_cancelled_when_its_reading_ends(
-    make_model: MakeModel, gemma: Tokenizer, session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_future_that_is_cancelled_when_its_reading_ends(make_model, gemma, session, monkeypatch):
     """As late as it can be: while the last chunk is read."""
     model, take = make_model(gemma, session, rows=2), session._take
     gate, readings = threading.Event(), list[Any]()
@@ -179,9 +155,7 @@ class Failing(Heard):
 
 
 @pytest.mark.parametrize(("at", "reason"), [("token", "error"), ("end", "length")])
-def test_a_listener_that_raises_ends_its_own_reply(
-    at: str, reason: str, make_model: MakeModel, gemma: Tokenizer
-) -> None:
+def test_a_listener_that_raises_ends_its_own_reply(at, reason, make_model, gemma):
     scheduler = make_model(gemma, rows=2).scheduler
     gate, failing = threading.Event(), Failing(at)
     good = ask(scheduler, [5], 20, listener=Heard(then=lambda: gate.wait(30)))
@@ -193,9 +167,7 @@ def test_a_listener_that_raises_ends_its_own_reply(
     assert scheduler.running == 0
 
 
-def test_closing_again_is_harmless(
-    make_model: MakeModel, gemma: Tokenizer, session: ToySession, tmp_path: Path
-) -> None:
+def test_closing_again_is_harmless(make_model, gemma, session, tmp_path):
     closed: list[int] = []
     session.close = lambda: closed.append(1)  # type: ignore[method-assign]
     model = make_model(gemma, session, state_folder=tmp_path)
@@ -215,9 +187,7 @@ def test_closing_again_is_harmless(
 @pytest.mark.parametrize(
     ("ids", "wrong"), [([3, -1, 5], "-1"), ([-(2**70), 1], str(-(2**70))), ([1, 2**70], str(2**70))]
 )
-def test_the_id_that_is_wrong_is_named(
-    ids: list[int], wrong: str, model: Model, tmp_path: Path
-) -> None:
+def test_the_id_that_is_wrong_is_named(ids, wrong, model, tmp_path):
     message = f"no token id {wrong}: the model has {model.vocab_size} tokens; expected ids from 0"
     with pytest.raises(RequestError, match=message):
         model.state(ids)

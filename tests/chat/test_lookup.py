@@ -41,9 +41,7 @@ def best_drafts(ids: Sequence[int], source: Sequence[int], most: int) -> list[li
     source=st.lists(st.integers(0, 2), max_size=4),
     first=st.integers(1, 6),
 )
-def test_a_draft_is_what_came_after_the_longest_match(
-    ids: list[int], source: list[int], first: int
-) -> None:
+def test_a_draft_is_what_came_after_the_longest_match(ids, source, first):
     """Also while the text grows; so short that all places are remembered."""
     text = ids[:first]
     lookup = Lookup(text, source)

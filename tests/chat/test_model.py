@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import pytest
 import rgexport
 from rgexport.chat.model import Model
 from rgexport.chat.reply import Piece, Reply, ReplyOptions
-from rgexport.chat.sampling import log_probabilities
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from tests.toy_session import MEMORY, ToySession
@@ -48,11 +46,11 @@ def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None
         (HELLO, {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
         (HELLO, {"stop": "a"}, "stop is 'a'; expected a list of texts"),
         (HELLO, {"draft": "a"}, "draft is a text; expected its tokens"),
+        (HELLO, {"tempreature": 1.0}, "there is no option tempreature; expected some of"),
+        (HELLO, {"top_p": 2}, "top_p is 2; expected"),
     ],
 )
-def test_wrong_arguments_are_one_line(
-    messages: Any, options: dict[str, Any], message: str, make_model: MakeModel, gemma: Tokenizer
-) -> None:
+def test_wrong_arguments_are_one_line(messages, options, message, make_model, gemma):
     with pytest.raises(RequestError, match=message):
         make_model(gemma).chat(messages, **options)
     with pytest.raises(RequestError, match="rows is 0"):
@@ -93,26 +91,6 @@ def test_leaving_a_stream_ends_the_reply(make_model: MakeModel, gemma: Tokenizer
     assert not np.array_equal(model.state([2, 3])[MEMORY], state[MEMORY]), "a copy"
 
 
-def test_log_probabilities_are_those_of_the_artifact(
-    make_model: MakeModel, gemma: Tokenizer
-) -> None:
-    model = make_model(gemma)
-    options = ReplyOptions(max_new_tokens=6, logprobs=3)
-    pieces = [*model.reply_to(HELLO, options).pieces()]
-    tokens = [token for piece in pieces for token in piece.tokens]
-    prompt = model.conversation_prompt(HELLO).ids
-    ids = [token.id for token in tokens]
-    session = ToySession(gemma.vocab_size)
-    logits = session.prefill(np.array([prompt + ids]), len(ids) + 1)[0, :-1]
-    expected = log_probabilities(logits)
-    assert len(ids) == 6
-    for token, row in zip(tokens, expected, strict=True):
-        assert token.logprob == pytest.approx(row[token.id], abs=1e-5)
-        order = np.argsort(-row, kind="stable")[:3]
-        assert [i for i, _ in token.top] == order.tolist()
-        assert [p for _, p in token.top] == pytest.approx(row[order].tolist(), abs=1e-5)
-
-
 @pytest.mark.parametrize("stop", ["llo th", "o", "said", "never"])
 def test_stop_strings_lie_across_tokens(stop: str, make_model: MakeModel, gemma: Tokenizer) -> None:
     session, text = ToySession(gemma.vocab_size), "hello the model said it"
@@ -124,15 +102,6 @@ def test_stop_strings_lie_across_tokens(stop: str, make_model: MakeModel, gemma:
     assert "".join(piece.text for piece in pieces) == expected == stream.reply().text
     assert stream.reply().reason == "stop"
     assert sum(len(piece.tokens) for piece in pieces) == len(stream.reply().ids)
-
-
-def test_names_of_options(make_model: MakeModel, gemma: Tokenizer) -> None:
-    model = make_model(gemma)
-    with pytest.raises(RequestError, match="there is no option tempreature; expected some of"):
-        model.chat(HELLO, tempreature=1.0)
-    with pytest.raises(RequestError, match="top_p is 2; expected"):
-        model.chat(HELLO, top_p=2)
-    assert model.complete("hello", max_new_tokens=3).reply().new_tokens == 3
 
 
 def test_an_error_of_the_engine_reaches_each_face(make_model: MakeModel, gemma: Tokenizer) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from rgexport.chat.state_file import read_fields
 from rgexport.chat.state_folder import StateFolder
 from rgexport.export.identity import Identity
 from rgexport.griffin.state import POSITION, State
+from tests.chat.conftest import until
 
 SHAPES = {"layers.0.rg_lru": (64,)}
 IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)
@@ -36,9 +40,7 @@ NBYTES = sum(array.nbytes for array in state_of([]).values())
 
 
 @given(known=st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=6), asked=IDS)
-def test_the_longest_prefix_that_can_be_continued(
-    known: list[tuple[list[int], bool]], asked: list[int]
-) -> None:
+def test_the_longest_prefix_that_can_be_continued(known, asked):
     store, latest = PrefixStore(1 << 20), dict[tuple[int, ...], bool]()
     for ids, with_logits in known:
         store.put(ids, state_of(ids), np.zeros(3) if with_logits else None)
@@ -87,6 +89,21 @@ def folder(
     )
 
 
+@contextmanager
+def opened(path: Path, nbytes: int = NBYTES, **options: Any) -> Iterator[PrefixStore]:
+    """A store with a folder, which is closed at the end."""
+    store = PrefixStore(nbytes, folder(path, **options))
+    yield store
+    store.close()
+
+
+def put(path: Path, *texts: list[int], **options: Any) -> None:
+    """Writes states into a folder, as an earlier process would."""
+    with opened(path, **options) as store:
+        for ids in texts:
+            store.put(ids, state_of(ids))
+
+
 def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
     """The longest prefix, after the folder has been read."""
     fetch = store.fetch(ids, lambda: None)
@@ -95,139 +112,111 @@ def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
     return store.longest(ids, fetch=fetch)
 
 
-def test_a_folder_serves_the_next_process(tmp_path: Path) -> None:
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    for length in range(1, 6):
-        store.put(list(range(length)), state_of(list(range(length))))
-    store.close()
-    again = PrefixStore(NBYTES, folder(tmp_path))
-    found = longest(again, [0, 1, 2, 3, 9])
-    assert found and found.length == 4
-    assert found.state["layers.0.rg_lru"][0, :5].tolist() == [0, 1, 2, 3, 0]
-    again.close()
+def test_a_folder_serves_the_next_process(tmp_path):
+    put(tmp_path, *([*range(length)] for length in range(1, 6)))
+    with opened(tmp_path) as again:
+        known = longest(again, [0, 1, 2, 3, 9])
+        assert known and known.length == 4
+        assert known.state["layers.0.rg_lru"][0, :5].tolist() == [0, 1, 2, 3, 0]
 
 
-def test_another_model_has_another_folder(tmp_path: Path) -> None:
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    store.put([1, 2], state_of([1, 2]))
-    store.close()
-    for other in (
-        Identity("toy", "ef" * 32, 8, "cd" * 32),
-        Identity("toy", "ab" * 32, 9, "cd" * 32),
-    ):
-        store = PrefixStore(NBYTES, folder(tmp_path, identity=other))
+@pytest.mark.parametrize("change", [{"weights": "ef" * 32}, {"window": 9}])
+def test_another_model_has_another_folder(change, tmp_path):
+    put(tmp_path, [1, 2])
+    with opened(tmp_path, identity=replace(IDENTITY, **change)) as store:
         assert longest(store, [1, 2, 3]) is None
-        store.close()
 
 
-def test_another_artifact_has_other_states(tmp_path: Path) -> None:
+def test_another_artifact_has_other_states(tmp_path):
     """Even where a file lies in the wrong folder."""
-    store = PrefixStore(NBYTES, folder(tmp_path, artifact=INT4))
-    store.put([1, 2], state_of([1, 2]))
-    store.close()
+    put(tmp_path, [1, 2], artifact=INT4)
     (file,) = tmp_path.glob("*/*.state")
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
-    store.close()
+    with opened(tmp_path) as store:
+        assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
     (other,) = {*tmp_path.iterdir()} - {file.parent}
     file.rename(other / file.name)
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
-    store.put([1, 2], state_of([1, 2]))
-    store.close()
+    with opened(tmp_path) as store:
+        assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
+        store.put([1, 2], state_of([1, 2]))
     assert read_fields(other / file.name)["artifact"] == FP32, "it is replaced"
 
 
-def test_states_of_other_artifacts_are_trimmed_first(tmp_path: Path) -> None:
-    store = PrefixStore(NBYTES, folder(tmp_path, artifact=INT4))
-    store.put([1], state_of([1]))
-    store.close()
+def test_states_of_other_artifacts_are_trimmed_first(tmp_path):
+    put(tmp_path, [1], artifact=INT4)
     (old,) = tmp_path.glob("*/*.state")
     beside = tmp_path / "notes"
     beside.write_bytes(bytes(5000))
     os.utime(old, (0, 0))
-    store = PrefixStore(NBYTES, folder(tmp_path, old.stat().st_size))
-    store.put([2], state_of([2]))
-    store.close()
+    put(tmp_path, [2], max_bytes=old.stat().st_size)
     assert len([*tmp_path.glob("*/*.state")]) == 1 and not old.exists() and beside.exists()
 
 
-def test_what_another_artifact_computed_is_not_written(tmp_path: Path) -> None:
-    store = PrefixStore(1 << 20, folder(tmp_path))
-    store.add(key_of([1, 2]), state_of([1, 2]), foreign=True)
-    found = longest(store, [1, 2, 3])
-    assert found and found.foreign
-    store.close()
+def test_what_is_foreign_or_does_not_last_is_not_written(tmp_path):
+    with opened(tmp_path, 1 << 20) as store:
+        store.add(key_of([1, 2]), state_of([1, 2]), foreign=True)
+        known = longest(store, [1, 2, 3])
+        assert known and known.foreign
+        store.forget([1, 2])
+        store.put([1, 2], state_of([1, 2]), lasting=False)
+        assert store.length([1, 2, 3]) == 2
+        store.forget([1, 2])
+        assert store.length([1, 2, 3]) == 0 and store.nbytes == 0
     assert not [*tmp_path.glob("*/*.state")]
 
 
-def test_logits_outlive_a_state_without_them_and_a_restart(tmp_path: Path) -> None:
-    store, logits = PrefixStore(1 << 20, folder(tmp_path)), np.arange(3, dtype=np.float32)
-    store.put([1, 2], state_of([1, 2]))
-    assert store.length([1, 2]) == 0, "without logits, a token must be left"
-    store.put([1, 2], state_of([1, 2]), logits)
-    store.put([1, 2], state_of([1, 2]))
-    for text in ([1, 2], [1, 2, 3]):
-        found = store.longest(text)
-        assert found and found.logits is logits and store.length(text) == 2
-    store.close()
-    again = PrefixStore(1 << 20, folder(tmp_path))
-    found = longest(again, [1, 2])
-    assert found and found.logits is not None and found.logits.tolist() == [0, 1, 2]
-    assert again.length([1, 2]) == 2
-    again.close()
+def test_logits_outlive_a_state_without_them_and_a_restart(tmp_path):
+    logits = np.arange(3, dtype=np.float32)
+    with opened(tmp_path, 1 << 20) as store:
+        store.put([1, 2], state_of([1, 2]))
+        assert store.length([1, 2]) == 0, "without logits, a token must be left"
+        store.put([1, 2], state_of([1, 2]), logits)
+        store.put([1, 2], state_of([1, 2]))
+        for text in ([1, 2], [1, 2, 3]):
+            known = store.longest(text)
+            assert known and known.logits is logits and store.length(text) == 2
+    with opened(tmp_path, 1 << 20) as again:
+        known = longest(again, [1, 2])
+        assert known and known.logits is not None and known.logits.tolist() == [0, 1, 2]
+        assert again.length([1, 2]) == 2
 
 
-def test_a_folder_is_trimmed(tmp_path: Path) -> None:
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    store.put([0], state_of([0]))
-    store.close()
+def test_a_folder_is_trimmed(tmp_path):
+    put(tmp_path, [0])
     (file,) = tmp_path.glob("*/*.state")
-    store = PrefixStore(NBYTES, folder(tmp_path, 2 * file.stat().st_size))
-    for token in range(1, 4):
-        store.put([token], state_of([token]))
-    store.close()
+    put(tmp_path, [1], [2], [3], max_bytes=2 * file.stat().st_size)
     assert len([*tmp_path.glob("*/*.state")]) == 2
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    assert [store.length([token, 9]) for token in range(4)] == [0, 0, 1, 1]
-    store.close()
+    with opened(tmp_path) as store:
+        assert [store.length([token, 9]) for token in range(4)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "gone"])
-def test_a_damaged_file_is_not_used(
-    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    store.put([1], state_of([1]))
-    store.put([1, 2], state_of([1, 2]))
-    store.close()
+def test_a_damaged_file_is_not_used(damage, tmp_path, capsys):
+    put(tmp_path, [1], [1, 2])
     short, long = sorted(tmp_path.glob("*/*.state"))
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    if damage == "cut":
-        os.truncate(long, long.stat().st_size - 4)
-    elif damage == "swapped":
-        long.write_bytes(short.read_bytes())
-    else:
-        long.unlink()
-    found = longest(store, [1, 2, 3])
-    assert found and found.length == 1
-    assert (damage == "cut") == ("a saved state is not used" in capsys.readouterr().err)
-    store.close()
+    with opened(tmp_path) as store:
+        if damage == "cut":
+            os.truncate(long, long.stat().st_size - 4)
+        elif damage == "swapped":
+            long.write_bytes(short.read_bytes())
+        else:
+            long.unlink()
+        known = longest(store, [1, 2, 3])
+        assert known and known.length == 1
+        assert (damage == "cut") == ("a saved state is not used" in capsys.readouterr().err)
 
 
-def test_a_kill_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_kill_leaves_no_half_file(tmp_path):
     """What a killed writer leaves has another name, and the next start removes it."""
-    folder(tmp_path).close()
-    (place,) = tmp_path.iterdir()
+    put(tmp_path)
+    (states,) = tmp_path.iterdir()
     name = f"1-{key_of([1])[1]}.state"
-    half = place / f".{name}.partial-00000000"
+    half = states / f".{name}.partial-00000000"
     half.write_bytes(b"half")
     os.utime(half, (0, 0))
-    (place / f".{name}.partial-00000001").write_bytes(b"being written")
-    store = PrefixStore(NBYTES, folder(tmp_path))
-    assert longest(store, [1, 2]) is None
-    store.close()
-    assert [path.name[-1] for path in place.iterdir()] == ["1"]
+    (states / f".{name}.partial-00000001").write_bytes(b"being written")
+    with opened(tmp_path) as store:
+        assert longest(store, [1, 2]) is None
+    assert [path.name[-1] for path in states.iterdir()] == ["1"]
 
 
 def test_threads_share_a_store() -> None:
@@ -252,24 +241,10 @@ def test_threads_share_a_store() -> None:
     assert not wrong and store.nbytes <= 20 * NBYTES
 
 
-def test_processes_share_a_folder(tmp_path: Path) -> None:
-    stores = [PrefixStore(1 << 20, folder(tmp_path)) for _ in range(2)]
-    assert longest(stores[1], [1, 2, 3]) is None
-    stores[0].put([1, 2], state_of([1, 2]))
-    stores[0].close()
-    end = time.monotonic() + 30
-    while not (found := longest(stores[1], [1, 2, 3])):
-        assert time.monotonic() < end, "it looks for files of others now and then"
-        time.sleep(0.05)
-    assert found.length == 2
-    stores[1].close()
-
-
-def test_what_does_not_last_is_not_written(tmp_path: Path) -> None:
-    store = PrefixStore(1 << 20, folder(tmp_path))
-    store.put([1, 2], state_of([1, 2]), lasting=False)
-    assert store.length([1, 2, 3]) == 2
-    store.forget([1, 2])
-    assert store.length([1, 2, 3]) == 0 and store.nbytes == 0
-    store.close()
-    assert not [*tmp_path.glob("*/*")]
+def test_processes_share_a_folder(tmp_path):
+    with opened(tmp_path, 1 << 20) as store:
+        assert longest(store, [1, 2, 3]) is None
+        put(tmp_path, [1, 2])
+        until(lambda: longest(store, [1, 2, 3]))  # it looks for files of others now and then
+        known = store.longest([1, 2, 3])
+        assert known and known.length == 2

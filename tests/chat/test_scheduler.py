@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.chat.jobs import KEPT_EVERY, Busy, End, Request, Token
+from rgexport.chat.jobs import KEPT_EVERY, End, Request, Token
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
@@ -89,9 +89,7 @@ def ask(scheduler: Scheduler, ids: list[int], count: int = 5, **options: Any) ->
         max_size=9,
     ),
 )
-def test_all_hear_what_they_would_hear_alone(
-    rows: int, asked: list[tuple[list[int], int, bool]]
-) -> None:
+def test_all_hear_what_they_would_hear_alone(rows, asked):
     """Also with prompts that begin alike, and with some that leave."""
     scheduler = Scheduler(ToySession(VOCAB), PrefixStore(1 << 20), rows=rows)
     heard = []
@@ -108,9 +106,18 @@ def test_all_hear_what_they_would_hear_alone(
     scheduler.close()
 
 
-def test_a_draft_of_another_vocabulary_is_refused(scheduler: Scheduler) -> None:
-    with pytest.raises(RequestError, match=f"no token id {VOCAB}"):
-        ask(scheduler, [1], draft=[1, VOCAB])
+@pytest.mark.parametrize(
+    ("ids", "draft", "message"),
+    [
+        ([], [], "the prompt is empty"),
+        ([VOCAB], [], "no token id 50"),
+        ([-1], [], "no token id -1"),
+        ([1], [1, VOCAB], "no token id 50"),
+    ],
+)
+def test_tokens_that_cannot_be_read(ids, draft, message, scheduler):
+    with pytest.raises(RequestError, match=message):
+        ask(scheduler, ids, draft=draft)
 
 
 def test_rows_share_each_step(session: ToySession) -> None:
@@ -127,9 +134,7 @@ def test_rows_share_each_step(session: ToySession) -> None:
     scheduler.close()
 
 
-def test_a_prompt_is_read_between_the_steps_of_others(
-    scheduler: Scheduler, session: ToySession
-) -> None:
+def test_a_prompt_is_read_between_the_steps_of_others(scheduler, session):
     gate = threading.Event()
     writer = ask(scheduler, [1], 400, listener=Heard(then=lambda: gate.wait(30)))
     reader = ask(scheduler, [2] * 3000, 1)
@@ -180,12 +185,6 @@ def test_one_reading_serves_all_that_wait_for_it(session: ToySession) -> None:
     scheduler.close()
 
 
-def test_only_reading(scheduler: Scheduler, session: ToySession) -> None:
-    heard = ask(scheduler, [1, 2, 3], 0)
-    assert heard.wait().reason == "length" and not heard.tokens
-    assert ask(scheduler, [1, 2, 3], 2).wait().cached_tokens == 3
-
-
 def test_stop_ids_end_a_reply_and_are_not_part_of_it(scheduler: Scheduler) -> None:
     expected = alone([5], 8)
     stop = expected[4]
@@ -226,33 +225,7 @@ def test_clients_take_turns(session: ToySession) -> None:
     assert order == ["first", "b", "c", "a", "b", "a", "a"]
 
 
-def test_the_queue_is_bounded(session: ToySession) -> None:
-    scheduler = Scheduler(session, PrefixStore(0), rows=1, max_waiting=2)
-    gate = threading.Event()
-    first = ask(scheduler, [1], 1, listener=Heard(then=lambda: gate.wait(30)))
-    while scheduler.waiting:
-        time.sleep(0.001)
-    others = [ask(scheduler, [2 + i], 1) for i in range(2)]
-    with pytest.raises(Busy, match="2 requests wait already; try again later"):
-        ask(scheduler, [4], 1)
-    gate.set()
-    for heard in (first, *others):
-        heard.wait()
-    scheduler.close()
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [([], "the prompt is empty"), ([VOCAB], "there is no token id 50"), ([-1], "no token id -1")],
-)
-def test_prompts_that_cannot_be_read(ids: list[int], message: str, scheduler: Scheduler) -> None:
-    with pytest.raises(RequestError, match=message):
-        ask(scheduler, ids)
-
-
-def test_an_engine_that_fails_ends_the_replies_and_goes_on(
-    scheduler: Scheduler, session: ToySession
-) -> None:
+def test_an_engine_that_fails_ends_the_replies_and_goes_on(scheduler, session):
     session.failure, session.failing_step = RuntimeError("no memory"), 3
     end = ask(scheduler, [1, 2], 9).wait()
     assert end.reason == "error" and "the engine: no memory" in str(end.error)
@@ -261,9 +234,7 @@ def test_an_engine_that_fails_ends_the_replies_and_goes_on(
     assert again.wait().reason == "length" and again.tokens == alone([1, 2], 9)
 
 
-def test_logits_that_are_no_numbers_end_one_reply(
-    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_that_are_no_numbers_end_one_reply(scheduler, session, monkeypatch):
     take = session._take
 
     def spoilt(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
@@ -334,9 +305,7 @@ def test_a_prompt_that_is_only_read_gives_its_state(scheduler: Scheduler) -> Non
             np.testing.assert_array_equal(state[name], array)
 
 
-def test_a_session_that_is_broken_for_good_tells_each_request(
-    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_is_broken_for_good_tells_each_request(scheduler, session, monkeypatch):
     """As when its files were replaced: whoever waits hears of it, and nobody waits for ever."""
 
     def changed(*_: Any) -> None:
@@ -349,9 +318,7 @@ def test_a_session_that_is_broken_for_good_tells_each_request(
         assert "the model changed while it was open" in str(each.wait().error)
 
 
-def test_an_engine_that_fails_while_a_cancelled_reply_leaves(
-    scheduler: Scheduler, session: ToySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_fails_while_a_cancelled_reply_leaves(scheduler, session, monkeypatch):
     def broken(rows: range) -> Any:
         raise RuntimeError("no memory")
 

@@ -9,9 +9,7 @@ LETTERS = st.text("ab\n", max_size=30)
 
 
 @given(text=LETTERS, stops=st.lists(st.text("ab\n", max_size=4), max_size=3), data=st.data())
-def test_the_text_ends_where_a_stop_string_begins(
-    text: str, stops: list[str], data: st.DataObject
-) -> None:
+def test_the_text_ends_where_a_stop_string_begins(text, stops, data):
     """However it is cut into pieces, and never a character more or less."""
     stopping, found, rest = StopStrings(stops), "", text
     while rest:

@@ -31,9 +31,7 @@ def turns(contents: list[str], role: str = "user") -> list[dict[str, str]]:
 
 @settings(deadline=None)
 @given(contents=st.lists(hostile, min_size=1, max_size=4), prompt=st.booleans())
-def test_only_the_template_opens_turns(
-    tokenizer: Tokenizer, template: ChatTemplate, contents: list[str], prompt: bool
-) -> None:
+def test_only_the_template_opens_turns(tokenizer, template, contents, prompt):
     ids = template.render_ids(tokenizer, turns(contents), prompt)
     special = [i for i in ids if i in tokenizer.special.values()]
     assert special == [2, *[106, 107] * len(contents), *[106] * prompt]
@@ -251,9 +249,7 @@ TOOLS = """
 
 
 @pytest.mark.parametrize("source", [GEMMA_TEMPLATE, TOOLS + "{# long #}" * 4000])
-def test_known_kinds_of_templates_take_a_fraction(
-    source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_kinds_of_templates_take_a_fraction(source, monkeypatch):
     """500 messages of 10 kB, and 100 tools with 10 parameters."""
     parameter = {"type": "string", "description": "what it is " * 20}
     parameters = {f"p{n}": parameter for n in range(10)}

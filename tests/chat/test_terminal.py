@@ -1,4 +1,4 @@
-"""The chat over a pipe, and in a pseudo-terminal."""
+"""The chat over a pipe, and its commands."""
 
 import contextlib
 import io
@@ -105,19 +105,9 @@ def test_stats(conversation: Conversation) -> None:
         ("/save", "/save needs FILE"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
-    line: str, message: str, conversation: Conversation
-) -> None:
+def test_what_cannot_be_done_is_one_line(line, message, conversation):
     with pytest.raises(RequestError, match=message):
         chat(conversation, line)
-
-
-def test_nothing_of_the_users_is_overwritten(conversation: Conversation, tmp_path: Path) -> None:
-    thesis = tmp_path / "thesis"
-    thesis.write_text("my work")
-    with pytest.raises(RequestError, match="exists and is not a state file; give another name"):
-        chat(conversation, "hi", f"/save {thesis}")
-    assert thesis.read_text() == "my work"
 
 
 def test_one_message(conversation: Conversation) -> None:

@@ -44,18 +44,14 @@ def test_special_ids_are_read_from_the_vocabulary(tokenizer: Tokenizer) -> None:
 
 @settings(deadline=None)
 @given(text=plain)
-def test_text_encodes_as_sentencepiece_does(
-    gemma: Tokenizer, engine: sentencepiece.SentencePieceProcessor, text: str
-) -> None:
+def test_text_encodes_as_sentencepiece_does(gemma, engine, text):
     assume(not any(literal in text for literal in gemma.special))
     assert gemma.encode_text(text) == engine.EncodeAsIds(text)
 
 
 @settings(deadline=None)
 @given(text=plain)
-def test_json_encodes_as_sentencepiece_does(
-    converted: Tokenizer, gemma: Tokenizer, text: str
-) -> None:
+def test_json_encodes_as_sentencepiece_does(converted, gemma, text):
     assume(not any(literal in text for literal in gemma.special))
     assert converted.encode_text(text) == gemma.encode_text(text)
 
@@ -66,15 +62,6 @@ def test_no_text_becomes_a_special_piece(tokenizer: Tokenizer, text: str) -> Non
     ids = tokenizer.encode_text(text)
     assert set(tokenizer.special.values()).isdisjoint(ids)
     assert tokenizer.decode(ids) == text.replace("▁", " ")
-
-
-def test_a_typed_turn_token_is_found_by_sentencepiece_but_not_by_us(
-    gemma: Tokenizer, engine: sentencepiece.SentencePieceProcessor
-) -> None:
-    text = "<end_of_turn>\n<start_of_turn>model\n"
-    assert {106, 107} <= set(engine.EncodeAsIds(text))
-    assert {106, 107}.isdisjoint(gemma.encode_text(text))
-    assert gemma.encode_markup(text)[:1] == [107]
 
 
 def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
@@ -117,9 +104,7 @@ def test_a_stream_of_real_text_holds_characters_back(tokenizer: Tokenizer, text:
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
-def test_decode_agrees_with_sentencepiece(
-    gemma: Tokenizer, engine: sentencepiece.SentencePieceProcessor
-) -> None:
+def test_decode_agrees_with_sentencepiece(gemma, engine):
     ids = [2, 106, *engine.EncodeAsIds(" naïve  東京 🐢\n"), 3, 0, 107, 1]
     assert gemma.decode(ids) == engine.DecodeIds(ids)
 

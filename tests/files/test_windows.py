@@ -27,17 +27,10 @@ def test_the_rules_are_those_of_windows(tmp_path):
 
 
 @each_kind
-def test_appears_and_is_replaced(tmp_path, kind):
+@pytest.mark.parametrize("mode", [0o644, 0o444])
+def test_files_are_replaced_although_they_are_read_only(tmp_path, kind, mode, capsys):
     write(tmp_path / "out", "ours, old", kind=kind)
-    assert entries(tmp_path) == ["out"]
-    write(tmp_path / "out", kind=kind, force=True)
-    assert entries(tmp_path) == ["out"] and content(tmp_path / "out").read_text() == "ours"
-
-
-@each_kind
-def test_read_only_files_are_replaced(tmp_path, kind, capsys):
-    write(tmp_path / "out", "ours, old", kind=kind)
-    content(tmp_path / "out").chmod(0o444)
+    content(tmp_path / "out").chmod(mode)
     write(tmp_path / "out", kind=kind, force=True)
     assert entries(tmp_path) == ["out"] and content(tmp_path / "out").read_text() == "ours"
     assert capsys.readouterr().err == ""

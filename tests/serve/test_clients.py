@@ -1,18 +1,10 @@
 """Clients do not see, hold up or pay for one another; who leaves is noticed at once."""
 
 import asyncio
-import json
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
 from starlette.requests import Request
 
@@ -25,108 +17,79 @@ from rgexport.serve.clients import network_of
 from rgexport.serve.exchange import EventStream, Exchange, Limits, Work
 from rgexport.serve.slots import ClientSlots, Slot
 from rgexport.serve.text_process import TextProcess
-from tests.serve.conftest import Serve, Served
+from tests.serve.conftest import (
+    CHAT,
+    COMPLETE,
+    cached,
+    error_of,
+    get,
+    held,
+    messages_of,
+    post,
+    send,
+    until,
+)
 
-CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
-PROXY = ("127.0.0.1",)
+PROXIED: dict[str, Any] = {"log": False, "trusted_proxies": ("127.0.0.1",)}
 """The tests stand for a proxy that tells who the clients are."""
-ANN, BOB = "10.0.0.1", "10.0.0.2"
+ANN, BOB, EVE = ({"X-Forwarded-For": f"10.0.0.{i}"} for i in (1, 2, 3))
+TALK = {"filename": "talk"}
 
 
-def post(server: Served, path: str, body: Any, address: str = ANN, **options: Any) -> Any:
-    headers = {"X-Forwarded-For": address} | options.pop("headers", {})
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=60, **options)
+def complete(server, prompt, client, **headers):
+    body = {"prompt": prompt, "max_tokens": 2}
+    return cached(post(server, COMPLETE, body, **client, **headers).json())
 
 
-def chat(server: Served, address: str, *texts: str, **fields: Any) -> Any:
-    roles = ["user", "assistant"] * len(texts)
-    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
-    body = {"messages": messages, "temperature": 0, "max_tokens": 4} | fields
-    answer = post(server, CHAT, body, address)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+def test_nothing_tells_that_another_client_has_sent_a_prompt(serve):
+    for share, known in ((False, 0), (True, 5)):
+        with serve(Settings(**PROXIED, share_prefixes=share)) as server:
+            clients = ANN, BOB, ANN
+            assert [complete(server, [5, 6, 7, 8, 9], each) for each in clients] == [0, known, 5]
+    with serve(Settings(**PROXIED, api_key="sesame")) as server:
+        key = {"Authorization": "Bearer sesame"}
+        one_client = [complete(server, [5, 6, 7, 8, 9], each, **key) for each in (ANN, BOB)]
+        assert one_client == [0, 5], "who has the key"
 
 
-def cached(answer: Any) -> int:
-    count: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert count == answer["timings"]["cache_n"]
-    return count
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_nothing_tells_that_another_client_has_sent_a_prompt(serve: Serve) -> None:
-    with serve(Settings(log=False, trusted_proxies=PROXY)) as server:
-        first = chat(server, ANN, "hello there")
-        assert cached(first) == 0 and cached(chat(server, BOB, "hello there")) == 0
-        known = first["usage"]["prompt_tokens"]
-        assert cached(chat(server, ANN, "hello there")) == known
-    with serve(Settings(log=False, trusted_proxies=PROXY, share_prefixes=True)) as server:
-        chat(server, ANN, "hello there")
-        assert cached(chat(server, BOB, "hello there")) == known, "as it was asked for"
-
-
-def test_one_key_is_one_client(serve: Serve) -> None:
-    settings = Settings(log=False, trusted_proxies=PROXY, api_key="sesame")
-    headers = {"Authorization": "Bearer sesame"}
-    with serve(settings) as server:
-        for address, known in ((ANN, 0), (BOB, 5)):
-            body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 1}
-            answer = post(server, COMPLETE, body, address, headers=headers)
-            assert cached(answer.json()) == known
-
-
-def test_the_folder_of_states_keeps_clients_apart(serve: Serve, tmp_path: Path) -> None:
-    settings = Settings(log=False, trusted_proxies=PROXY)
-    body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 2}
-    with serve(settings, state_folder=tmp_path) as server:
-        post(server, COMPLETE, body, ANN)
+def test_the_folder_of_states_keeps_clients_apart(serve, tmp_path):
+    address = ANN["X-Forwarded-For"]
+    with serve(Settings(**PROXIED), state_folder=tmp_path) as server:
+        complete(server, [5, 6, 7, 8, 9], ANN)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert files and not any(ANN.encode() in path.read_bytes() for path in files)
-    assert not any(ANN in str(path) for path in files)
-    body["prompt"] = [5, 6, 7, 8, 9, 10]
-    with serve(settings, state_folder=tmp_path) as server:
-        assert cached(post(server, COMPLETE, body, BOB).json()) == 0
-        assert cached(post(server, COMPLETE, body, ANN).json()) == 5
+    assert files and not any(address.encode() in path.read_bytes() for path in files)
+    assert not any(address in str(path) for path in files)
+    with serve(Settings(**PROXIED), state_folder=tmp_path) as server:
+        assert [complete(server, [5, 6, 7, 8, 9, 10], each) for each in (BOB, ANN)] == [0, 5]
 
 
-def test_slots_and_states_with_names_belong_to_a_client(serve: Serve, tmp_path: Path) -> None:
-    settings = Settings(log=False, trusted_proxies=PROXY, saved=tmp_path)
-    named = {"filename": "talk"}
-    with serve(settings) as server:
-        chat(server, ANN, "hello there")
-        listed = httpx.get(f"{server.url}/slots", headers={"X-Forwarded-For": BOB}).json()
-        assert listed == []
-        refused = post(server, "/slots/0?action=save", named, BOB)
-        assert refused.status_code == 400 and "has seen nothing yet" in refused.text
-        assert post(server, "/slots/0?action=erase", {}, BOB).json()["n_erased"] == 0
-        assert post(server, "/slots/0?action=save", named, ANN).status_code == 200
+def test_slots_and_states_with_names_belong_to_a_client(serve, tmp_path):
+    with serve(Settings(**PROXIED, saved=tmp_path)) as server:
+        complete(server, "hello there", ANN)
+        assert get(server, "/slots", **BOB).json() == []
+        refused = post(server, "/slots/0?action=save", TALK, **BOB)
+        assert "has seen nothing yet" in error_of(refused)
+        assert post(server, "/slots/0?action=erase", {}, **BOB).json()["n_erased"] == 0
+        assert post(server, "/slots/0?action=save", TALK, **ANN).status_code == 200
         for action in ("restore", "erase"):
-            assert post(server, f"/slots/0?action={action}", named, BOB).status_code == 404
-        chat(server, BOB, "another one")
-        assert post(server, "/slots/0?action=save", named, BOB).status_code == 200
+            error_of(post(server, f"/slots/0?action={action}", TALK, **BOB), 404)
+        complete(server, "another one", BOB)
+        assert post(server, "/slots/0?action=save", TALK, **BOB).status_code == 200
         assert len([*tmp_path.glob("*/talk.state")]) == 2, "one of each"
-        restored = post(server, "/slots/7?action=restore", named, ANN).json()
-        assert restored["n_restored"] > 5
-        assert post(server, "/slots/0?action=erase", {}, ANN).json()["n_erased"] > 0
+        assert post(server, "/slots/7?action=restore", TALK, **ANN).json()["n_restored"] > 2
+        assert post(server, "/slots/0?action=erase", {}, **ANN).json()["n_erased"] > 0
 
 
-def test_states_with_names_are_shared_if_prefixes_are(serve: Serve, tmp_path: Path) -> None:
-    settings = Settings(log=False, trusted_proxies=PROXY, saved=tmp_path, share_prefixes=True)
-    with serve(settings) as server:
-        chat(server, ANN, "hello there")
-        assert post(server, "/slots/0?action=save", {"filename": "talk"}, ANN).status_code == 200
+def test_states_with_names_are_shared_if_prefixes_are(serve, tmp_path):
+    with serve(Settings(**PROXIED, saved=tmp_path, share_prefixes=True)) as server:
+        complete(server, "hello there", ANN)
+        assert post(server, "/slots/0?action=save", TALK, **ANN).status_code == 200
         assert (tmp_path / "talk.state").is_file()
-        assert post(server, "/slots/0?action=restore", {"filename": "talk"}, BOB).status_code == 200
-        assert post(server, "/slots/0?action=erase", {}, "10.0.0.3").json()["n_erased"] == 0
+        assert post(server, "/slots/0?action=restore", TALK, **BOB).status_code == 200
+        assert post(server, "/slots/0?action=erase", {}, **EVE).json()["n_erased"] == 0
 
 
-def test_a_client_cannot_push_out_the_slots_of_others() -> None:
+def test_a_client_cannot_push_out_the_slots_of_others():
     slots = ClientSlots(3)
     for owner, number in (("ann", 0), ("bob", 0), ("bob", 1), ("bob", 2), ("bob", 3)):
         slots.put(owner, "toy", number, Slot(number, None))
@@ -145,16 +108,14 @@ def test_a_client_cannot_push_out_the_slots_of_others() -> None:
         ("", "testclient", False),
     ],
 )
-def test_a_client_has_one_address_or_64_bits_of_them(one: str, other: str, same: bool) -> None:
+def test_a_client_has_one_address_or_64_bits_of_them(one, other, same):
     assert (network_of(one) == network_of(other)) == same
 
 
-def test_who_says_to_be_another_client_is_believed_only_by_option(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeypatch):
     with serve() as server:
-        chat(server, ANN, "hello there")
-        assert cached(chat(server, BOB, "hello there")) > 0, "both are 127.0.0.1"
+        clients = [complete(server, "hello there", each) for each in (ANN, BOB)]
+        assert clients[1] > 0, "both are 127.0.0.1"
     servers: list[Any] = []
     monkeypatch.setattr(
         run, "_run", lambda server, opened: (servers.append(server), opened.close())
@@ -163,62 +124,29 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(
     assert servers[0].config.proxy_headers is False
 
 
-@contextmanager
-def held(server: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Holds the engine in its first call until the block ends; the prompts' lengths as read."""
-    take, gate, lengths = server.session._take, threading.Event(), list[int]()
-
-    def holding(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        lengths.append(tokens.shape[1])
-        gate.wait(60)
-        return take(rows, tokens, num_logits)
-
-    monkeypatch.setattr(server.session, "_take", holding)
-    try:
-        yield lengths
-    finally:
-        gate.set()
-
-
-def test_names_of_users_give_no_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        serve(Settings(log=False, trusted_proxies=PROXY), rows=1) as server,
-        ThreadPoolExecutor(9) as pool,
-    ):
-        with held(server, monkeypatch) as lengths:
+def test_names_of_users_give_no_turns(serve):
+    with serve(Settings(**PROXIED), rows=1) as server, ThreadPoolExecutor(9) as pool:
+        with held(server) as lengths:
             asked = [(9 + i, ANN, f"user {i}") for i in range(6)] + [(20, BOB, "bob")]
-            scheduler = server.model.scheduler
-            for count, (length, address, user) in enumerate(asked):
+            for count, (length, client, user) in enumerate(asked):
                 body = {"prompt": [length] * length, "max_tokens": 1, "user": user}
-                pool.submit(post, server, COMPLETE, body, address)
-                until(lambda count=count: bool(lengths) and scheduler.waiting == count)
+                pool.submit(post, server, COMPLETE, body, **client)
+                until(lambda n=count: bool(lengths) and server.model.scheduler.waiting == n)
         pool.shutdown()
         assert lengths == [9, 10, 20, 11, 12, 13, 14]
 
 
-def connect(server: Served, path: str, body: Any) -> socket.socket:
-    """Sends a request, and leaves the answer to be read."""
-    host, port = server.url.removeprefix("http://").split(":")
-    data = json.dumps(body).encode()
-    connection = socket.create_connection((host, int(port)))
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
-
-
 @pytest.mark.parametrize("streaming", [True, False])
-def test_who_leaves_the_queue_frees_the_place(
-    streaming: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_leaves_the_queue_frees_the_place(streaming, serve):
     """Also while the engine is in the middle of something."""
     body = {"prompt": [5] * 8, "max_tokens": 1, "stream": streaming}
     with serve(rows=1, max_waiting=1) as server, ThreadPoolExecutor(2) as pool:
         scheduler = server.model.scheduler
-        with held(server, monkeypatch) as lengths:
+        with held(server) as lengths:
             first = pool.submit(post, server, COMPLETE, body)
-            until(lambda: bool(lengths))
+            until(lambda: lengths)
             for _ in range(3):
-                with connect(server, COMPLETE, body | {"prompt": [6] * 9}):
+                with send(server, COMPLETE, body | {"prompt": [6] * 9}):
                     until(lambda: scheduler.waiting == 1)
                 until(lambda: scheduler.waiting == 0)
             last = pool.submit(post, server, COMPLETE, body | {"prompt": [7] * 7})
@@ -228,9 +156,7 @@ def test_who_leaves_the_queue_frees_the_place(
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_who_leaves_before_the_text_is_tokenized_asks_for_nothing(
-    streaming: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_leaves_before_the_text_is_tokenized_asks_for_nothing(streaming, serve, monkeypatch):
     make_works, entered, gate, left = app.chat_works, *(threading.Event() for _ in range(3))
 
     def slow(*args: Any) -> Any:
@@ -240,21 +166,21 @@ def test_who_leaves_before_the_text_is_tokenized_asks_for_nothing(
         return make_works(*args)
 
     monkeypatch.setattr(app, "chat_works", slow)
-    body = {"messages": [{"role": "user", "content": "hello"}], "stream": streaming}
+    body = {"messages": messages_of("hello"), "stream": streaming, "max_tokens": 4000}
     with serve() as server:
-        with connect(server, CHAT, body | {"max_tokens": 4000}):
-            assert entered.wait(30)
+        with send(server, CHAT, body):
+            assert entered.wait(60)
         answered = f'answers_total{{path="{CHAT}",status="499"}} 1.0'
         try:
-            until(lambda: answered in httpx.get(f"{server.url}/metrics").text)
+            until(lambda: answered in get(server, "/metrics").text)
         finally:
             gate.set()
-        assert left.wait(30)
-        assert post(server, COMPLETE, {"prompt": "hello", "max_tokens": 2}).status_code == 200
+        assert left.wait(60)
+        complete(server, "hello", ANN)
         assert server.model.scheduler.counters.requests == 1
 
 
-def test_a_stream_that_never_begins_ends_its_replies(serve: Serve) -> None:
+def test_a_stream_that_never_begins_ends_its_replies(serve):
     """The client leaves while the headers wait to be sent: nobody iterates over the answer."""
 
     async def receive() -> dict[str, str]:
@@ -263,17 +189,16 @@ def test_a_stream_that_never_begins_ends_its_replies(serve: Serve) -> None:
     async def send(message: Any) -> None:
         await asyncio.Event().wait()
 
-    async def answer(server: Served) -> None:
+    async def answer(model) -> None:
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         work = Work(Prompt([5, 6]), ReplyOptions(max_new_tokens=10**8))
-        shape = Answer("toy", server.model.tokenizer, chat=False, logprobs=False)
-        exchange = Exchange(
-            Request(scope, receive), server.model, shape, [work], Limits(), lambda _: None
-        )
+        shape = Answer("toy", model.tokenizer, chat=False, logprobs=False)
+        request = Request(scope, receive)
+        exchange = Exchange(request, model, shape, [work], Limits(), lambda _: None)
         await exchange.start()
         await EventStream(exchange, {}, with_usage=False)(scope, receive, send)
 
     with serve() as server:
-        asyncio.run(answer(server))
+        asyncio.run(answer(server.model))
         until(lambda: not server.model.scheduler.running)
         assert server.model.scheduler.counters.new_tokens < 10**6

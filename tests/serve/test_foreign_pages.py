@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from rgexport.serve.app import Settings
-from tests.serve.conftest import Serve, Served
+from tests.serve.conftest import COMPLETE, Served, get, post
 from tests.web.browser import FLAGS, chromium
 
+pytestmark = pytest.mark.full
 EVIL = "evil.test"
 """A name that leads to this machine, in the browser alone."""
 ATTACKS = """async (url) => {
@@ -112,11 +112,11 @@ def site() -> Iterator[int]:
 
 def complete(server: Served) -> None:
     body = {"prompt": "hello", "max_tokens": 2}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert post(server, COMPLETE, body).status_code == 200
 
 
 def answers(server: Served, status: int) -> int:
-    text = httpx.get(f"{server.url}/metrics").text
+    text = get(server, "/metrics").text
     counts = re.findall(rf'http_answers_total\{{[^}}]*status="{status}"\}} ([\d.]+)', text)
     return int(sum(map(float, counts)))
 
@@ -125,16 +125,16 @@ def attacked(page: Page, server: Served, url: str) -> dict[str, Any]:
     """What the page reads, after it was checked that nothing ran."""
     complete(server)
     before = server.model.scheduler.counters.requests
-    slots = httpx.get(f"{server.url}/slots").json()
+    slots = get(server, "/slots").json()
     read: dict[str, Any] = page.evaluate(ATTACKS, url)
     page.wait_for_timeout(500)  # beacons come when they like
     assert server.model.scheduler.counters.requests == before
-    assert httpx.get(f"{server.url}/slots").json() == slots and slots
+    assert get(server, "/slots").json() == slots and slots
     return read
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", EVIL])
-def test_a_page_of_another_origin(name: str, page: Page, site: int, serve: Serve) -> None:
+def test_a_page_of_another_origin(name, page, site, serve):
     with serve() as server:
         page.goto(f"http://{name}:{site}/")
         read = attacked(page, server, server.url)
@@ -142,7 +142,7 @@ def test_a_page_of_another_origin(name: str, page: Page, site: int, serve: Serve
         assert answers(server, 403) >= 10, "they came here, and were refused"
 
 
-def test_a_page_whose_name_was_led_here(page: Page, serve: Serve) -> None:
+def test_a_page_whose_name_was_led_here(page, serve):
     """After DNS rebinding, the page is of the same origin as the server, for the browser."""
     with serve() as server:
         url = server.url.replace("127.0.0.1", EVIL)
@@ -156,7 +156,7 @@ def test_a_page_whose_name_was_led_here(page: Page, serve: Serve) -> None:
         assert all(refusal in text for text in told.values()), told
 
 
-def test_a_page_that_is_allowed(page: Page, site: int, serve: Serve) -> None:
+def test_a_page_that_is_allowed(page, site, serve):
     """The attacks are requests that the server would answer."""
     origin = f"http://127.0.0.1:{site}"
     with serve(Settings(log=False, cors_origins=(origin,))) as server:
@@ -166,4 +166,4 @@ def test_a_page_that_is_allowed(page: Page, site: int, serve: Serve) -> None:
         read = page.evaluate(ATTACKS, server.url)
         assert "text_completion" in read["fetch"] and "toy" in read["get"]
         assert server.model.scheduler.counters.requests == before + 1
-        assert httpx.get(f"{server.url}/slots").json() == []
+        assert get(server, "/slots").json() == []

@@ -1,26 +1,21 @@
 """Grammars of requests: compiled once, beside everything else; an error where they are too much."""
 
 import asyncio
-import json
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import httpx
 import pytest
 
-from rgexport.chat import scheduler as scheduler_module
 from rgexport.chat.jobs import Busy
-from rgexport.chat.masks import MaskThreads
 from rgexport.errors import RequestError
 from rgexport.serve import grammar as grammar_module
 from rgexport.serve.compiling import Compiler
 from rgexport.serve.exchange import Gone
-from rgexport.serve.grammar import CompiledGrammar, Grammars, GrammarSource
-from tests.serve.conftest import Serve, Served
+from rgexport.serve.grammar import Grammars, GrammarSource
+from tests.serve.conftest import COMPLETE, error_of, get, send
+from tests.serve.conftest import post as post_to
 
-COMPLETIONS = "/v1/completions"
 AMBIGUOUS = 'start: s\ns: s s | s s s | "a" | '
 LETTERS = [chr(i) for i in range(ord("A"), ord("z")) if chr(i).isalnum()]
 RULES = "x: " + " | ".join(f'"{c}" e' for c in LETTERS) + '\ne: | "0"\n'
@@ -30,174 +25,136 @@ MANY = " | ".join(f"r{i}" for i in range(50))
 
 
 @pytest.fixture
-def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_items(monkeypatch):
     """So few that a small grammar has more, and a large one need not be computed."""
     limits = grammar_module._LIMITS | {"step_max_items": 1000}
     monkeypatch.setattr(grammar_module, "_LIMITS", limits)
-    monkeypatch.setattr(scheduler_module, "MaskThreads", partial(MaskThreads, seconds=60))
 
 
-def optional_strings(count: int, **more: Any) -> dict[str, Any]:
-    properties = {f"property {i}": {"type": "string"} | more for i in range(count)}
-    return {"type": "object", "properties": properties}
-
-
-def schema_body(schema: dict[str, Any]) -> dict[str, Any]:
-    named = {"name": "x", "schema": schema}
+def schema_of(properties: int, **more: Any) -> dict[str, Any]:
+    """An answer in JSON with so many optional strings."""
+    names = {f"property {i}": {"type": "string"} | more for i in range(properties)}
+    named = {"name": "x", "schema": {"type": "object", "properties": names}}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def post(server: Served, **fields: Any) -> httpx.Response:
+def post(server, **fields: Any):
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0} | fields
-    return httpx.post(server.url + COMPLETIONS, json=body, timeout=60)
+    return post_to(server, COMPLETE, body)
 
 
 class Gate:
     """Counts the grammars that are compiled, and lets none pass before it is opened."""
 
-    def __init__(self, compiled: Callable[..., CompiledGrammar]) -> None:
+    def __init__(self, compile):
         self.open, self.reached = threading.Event(), threading.Event()
-        self.sources: list[GrammarSource] = []
-        self._compiled = compiled
+        self.texts: list[str] = []
+        self._compile = compile
 
-    def __call__(self, grammars: Grammars, source: GrammarSource) -> CompiledGrammar:
-        self.sources.append(source)
+    def __call__(self, grammars: Grammars, source: GrammarSource) -> Any:
+        self.texts.append(source.text)
         self.reached.set()
         assert self.open.wait(60)
-        return self._compiled(grammars, source)
+        return self._compile(grammars, source)
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made = Gate(Grammars._compiled)
-    monkeypatch.setattr(Grammars, "_compiled", lambda self, source: made(self, source))
-    yield made
-    made.open.set()
+def gate(monkeypatch):
+    gate = Gate(Grammars._compiled)
+    monkeypatch.setattr(Grammars, "_compiled", lambda self, source: gate(self, source))
+    yield gate
+    gate.open.set()
 
 
-def test_a_schema_is_compiled_once(serve: Serve, gate: Gate) -> None:
+def test_a_grammar_is_compiled_once(serve, gate):
     gate.open.set()
     with serve() as server:
         for _ in range(2):
-            fields = schema_body({"type": "object", "maxProperties": 2})
-            answer = post(server, prompt=["hello", "the"], n=3, max_tokens=1, **fields)
+            answer = post(server, prompt=["hello", "the"], n=3, max_tokens=1, **schema_of(2))
             assert len(answer.json()["choices"]) == 6
-        assert len(gate.sources) == 1
-        assert post(server, regex="[ab]+").status_code == 200
-        assert len(gate.sources) == 2
+        assert len(gate.texts) == 1
+        assert post(server, regex="[ab]+").status_code == 200 and len(gate.texts) == 2
+        messages = [error_of(post(server, grammar="start: nothing")) for _ in range(2)]
+    assert len(gate.texts) == 3 and messages[0] == messages[1], "an error is known, too"
+    assert "the grammar cannot be used" in messages[0] and "nothing" in messages[0]
 
 
-def test_a_grammar_that_failed_is_not_compiled_again(serve: Serve, gate: Gate) -> None:
-    gate.open.set()
-    with serve() as server:
-        answers = [post(server, grammar="start: nothing") for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [400, 400] and len(gate.sources) == 1
-    assert answers[0].json() == answers[1].json()
-    message = answers[0].json()["error"]["message"]
-    assert "the grammar cannot be used" in message and "nothing" in message
-
-
-def test_known_grammars_are_bounded(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_grammars_are_bounded(server, monkeypatch):
     monkeypatch.setattr(grammar_module, "_MOST_KNOWN", 3)
     grammars = Grammars(server.model.tokenizer, server.model.vocab_size)
     sources = [GrammarSource("regex", "a" * (1 + i)) for i in range(5)]
-    for source in sources[:3]:
-        grammars.compile(source)
-    grammars.known(sources[0])
-    for source in sources[3:]:
+    for i, source in enumerate(sources):
+        if i == 3:
+            grammars.known(sources[0])
         grammars.compile(source)
     assert [grammars.known(source) is not None for source in sources] == [1, 0, 0, 1, 1]
 
 
-def test_a_burst_of_grammars_stops_nobody(serve: Serve, gate: Gate) -> None:
+def test_a_burst_of_grammars_stops_nobody(serve, gate):
     """40 clients send a grammar and leave: others are served, and what waits is not compiled."""
     with serve() as server:
-        host, port = server.url.removeprefix("http://").split(":")
-
-        async def leave(i: int) -> None:
-            body = {"prompt": ["a"] * 64, "n": 4, "max_tokens": 1}
-            body |= schema_body(optional_strings(100, pattern=f"^[a-z]{{3,{9 + i}}}$"))
-            data = json.dumps(body).encode()
-            _, writer = await asyncio.open_connection(host, int(port))
-            head = (
-                f"POST {COMPLETIONS} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
-            )
-            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-            await writer.drain()
-            if i == 0:
-                await asyncio.to_thread(gate.reached.wait, 30)
-            writer.close()
-
-        async def burst() -> None:
-            await leave(0)
-            await asyncio.gather(*(leave(i) for i in range(1, 40)))
-
-        asyncio.run(burst())
-        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+        for i in range(40):
+            pattern = schema_of(100, pattern=f"^[a-z]{{3,{9 + i}}}$")
+            with send(server, COMPLETE, {"prompt": ["a"] * 64, "n": 4} | pattern):
+                assert gate.reached.wait(60)
+        assert get(server, "/health").status_code == 200
         assert post(server).status_code == 200
-        assert httpx.post(f"{server.url}/tokenize", json={"content": "a"}).status_code == 200
+        assert post_to(server, "/tokenize", {"content": "a"}).status_code == 200
         gate.open.set()
         assert post(server, regex="[ab]+").status_code == 200
-        assert len(gate.sources) == 2
+        assert len(gate.texts) == 2
 
 
-class FakeGrammars(Grammars):
+class FakeGrammars(Gate):
     """Knows no grammar, and compiles none."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.gate, self.reached = threading.Event(), threading.Event()
+        super().__init__(lambda _, source: source.text)
 
     def known(self, source: GrammarSource) -> None:
         return None
 
     def compile(self, source: GrammarSource) -> Any:
-        self.texts.append(source.text)
-        self.reached.set()
-        assert self.gate.wait(60)
-        return source.text
+        return self(None, source)
 
 
 async def forever() -> None:
     await asyncio.Event().wait()
 
 
-def test_who_left_is_skipped() -> None:
+def compiling(compiler: Compiler, grammars: Any, text: str, left: Any = forever) -> Any:
+    source = GrammarSource("regex", text)
+    return asyncio.create_task(compiler.compile(grammars, source, left))
+
+
+def test_who_left_is_skipped():
     async def scenario() -> None:
         compiler, grammars, left = Compiler(60), FakeGrammars(), asyncio.Event()
-
-        def ask(text: str, until_left: Any) -> Any:
-            source = GrammarSource("regex", text)
-            return asyncio.create_task(compiler.compile(grammars, source, until_left))
-
-        async def gone() -> None:
-            await left.wait()
-
-        first, second, third = ask("a", gone), ask("b", gone), ask("c", forever)
-        await asyncio.to_thread(grammars.reached.wait, 30)
+        gone = [compiling(compiler, grammars, text, left.wait) for text in "ab"]
+        third = compiling(compiler, grammars, "c")
+        await asyncio.to_thread(grammars.reached.wait, 60)
         left.set()
-        for each in (first, second):
+        for each in gone:
             with pytest.raises(Gone):
                 await each
-        grammars.gate.set()
+        grammars.open.set()
         assert await third == "c" and grammars.texts == ["a", "c"]
         compiler.close()
 
     asyncio.run(scenario())
 
 
-def test_a_grammar_has_its_time_to_compile() -> None:
+def test_a_grammar_has_its_time_to_compile():
     async def scenario() -> None:
         compiler, grammars = Compiler(seconds=0.1, most=2), FakeGrammars()
-        ask = partial(compiler.compile, grammars, client_left=forever)
-        waiting = [asyncio.create_task(ask(GrammarSource("regex", text))) for text in "ab"]
+        waiting = [compiling(compiler, grammars, text) for text in "ab"]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="2 grammars wait to be compiled"):
-            await ask(GrammarSource("regex", "c"))
+            await compiling(compiler, grammars, "c")
         first, second = await asyncio.gather(*waiting, return_exceptions=True)
         assert "takes longer than 0.1 s to compile; use a simpler grammar" in str(first)
         assert isinstance(second, Busy) and "other grammars took 0.1 s" in str(second)
-        grammars.gate.set()
+        grammars.open.set()
         compiler.close()
         assert grammars.texts == ["a"]
 
@@ -205,67 +162,57 @@ def test_a_grammar_has_its_time_to_compile() -> None:
 
 
 @pytest.mark.usefixtures("few_items")
-def test_a_grammar_beyond_the_limits_is_refused(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("start", "stream", "status"),
+    [(f"start: {MANY}\n", 0, 400), (f'start: "q" r\nr: {MANY}\n', 0, 400)]
+    + [(f'start: "q" r\nr: {MANY}\n', 1, 200)],
+    ids=["at once", "later", "in a stream"],
+)
+def test_a_grammar_beyond_the_limits_is_an_error(start, stream, status, serve):
     with serve() as server:
-        answer = post(server, grammar=f"start: {MANY}\n{RULES}")
-    assert answer.status_code == 400
-    assert "Too many items (limit 1000" in answer.json()["error"]["message"]
-
-
-@pytest.mark.usefixtures("few_items")
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_grammar_beyond_the_limits_later_is_an_error(streaming: bool, serve: Serve) -> None:
-    with serve() as server:
-        answer = post(server, grammar=f'start: "q" r\nr: {MANY}\n{RULES}', stream=streaming)
-    assert answer.status_code == (200 if streaming else 400)
+        answer = post(server, grammar=start + RULES, stream=bool(stream))
+    assert answer.status_code == status
     assert "Too many items (limit 1000" in answer.text and '"stop"' not in answer.text
-    if streaming:
+    if stream:
         assert answer.text.rstrip().split("\n\n")[-1].startswith('data: {"error"')
 
 
-def test_an_ambiguous_grammar_fits_its_grammar(server: Served) -> None:
+def test_an_ambiguous_grammar_fits_its_grammar(server):
     (token,) = server.model.tokenizer.encode_text("a")
     fields = {"grammar": AMBIGUOUS, "logit_bias": {str(token): 100}}
     (choice,) = post(server, max_tokens=40, **fields).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("a" * 40, "length")
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_grammar_beyond_the_row_limit(length: int, server: Served) -> None:
-    """With 1,000 optional properties, the first token can be written, and no more."""
-    answer = post(server, max_tokens=length, **schema_body(optional_strings(1000)))
-    if length == 1:
-        assert answer.json()["choices"][0]["text"] == "{"
-    else:
-        assert answer.status_code == 400 and "max is 1000" in answer.json()["error"]["message"]
+@pytest.mark.parametrize("short_seconds", [grammar_module._SHORT_SECONDS, 0.0])
+def test_a_grammar_beyond_the_row_limit(short_seconds, server, monkeypatch):
+    """With 1,000 optional properties, the first token can be written, and no more.
 
-
-def test_tokens_are_consumed_without_the_lock_where_a_mask_is_slow(
-    server: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grammar_module, "_SHORT_SECONDS", 0.0)
+    Where a mask is slow, tokens are consumed without the lock.
+    """
+    monkeypatch.setattr(grammar_module, "_SHORT_SECONDS", short_seconds)
     text = post(server, regex="[0-9]{3}-[a-f]{2}", max_tokens=30).json()["choices"][0]["text"]
     assert len(text) == 6 and text[3] == "-"
-    answer = post(server, **schema_body(optional_strings(1000)))
-    assert "max is 1000" in answer.json()["error"]["message"]
+    answer = post(server, max_tokens=1, **schema_of(1000))
+    assert answer.json()["choices"][0]["text"] == "{"
+    assert "max is 1000" in error_of(post(server, **schema_of(1000)))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (schema_body(optional_strings(5000)), "the JSON schema has "),
+        (schema_of(5000), "the JSON schema has "),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: "),
         ({"regex": "[", "grammar": "start: x"}, "grammar and regex: give only one"),
         ({"regex": "("}, "the grammar cannot be used: "),
     ],
 )
-def test_fields_that_are_too_much(fields: dict[str, Any], message: str, server: Served) -> None:
-    answer = post(server, **fields)
-    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
-    assert "\n" not in answer.json()["error"]["message"]
+def test_fields_that_are_too_much(fields, message, server):
+    error = error_of(post(server, **fields))
+    assert error.startswith(message) and "\n" not in error
 
 
-def test_masks_of_one_grammar_are_independent(server: Served) -> None:
+def test_masks_of_one_grammar_are_independent(server):
     grammars = Grammars(server.model.tokenizer, server.model.vocab_size)
     compiled = grammars.compile(GrammarSource("regex", "ab|cd"))
     (a,), (c,), (d,) = map(server.model.tokenizer.encode_text, "acd")
@@ -274,8 +221,7 @@ def test_masks_of_one_grammar_are_independent(server: Served) -> None:
     assert second.allowed()[[a, c]].all() and not first.allowed()[[a, c]].any()
     second.accept(c)
     assert second.allowed()[d]
-    with pytest.raises(RequestError, match="the grammar cannot go on"):
-        first.accept(d)
-    with pytest.raises(RequestError, match="the grammar cannot go on"):
-        first.allowed()
+    for refused in (partial(first.accept, d), first.allowed):
+        with pytest.raises(RequestError, match="the grammar cannot go on"):
+            refused()
     assert compiled.mask().allowed()[c]

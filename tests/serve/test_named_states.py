@@ -1,8 +1,7 @@
 """States by name: their limits, and disks that fail."""
 
 import os
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -11,9 +10,7 @@ import pytest
 from rgexport.serve import named_states
 from rgexport.serve.app import Settings
 from tests.faulty_disk import FAULTS, FaultyDisk
-from tests.serve.conftest import Serve, Served
-
-CHAT = "/v1/chat/completions"
+from tests.serve.conftest import Served, chat, error_of, post, until
 
 
 def shared(folder: Path, **limits: int) -> Settings:
@@ -21,63 +18,45 @@ def shared(folder: Path, **limits: int) -> Settings:
     return Settings(saved=folder, share_prefixes=True, log=False, **limits)
 
 
-def chat(server: Served) -> None:
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
-    assert httpx.post(server.url + CHAT, json=body, timeout=30).status_code == 200
-
-
 def act(server: Served, action: str, name: str) -> httpx.Response:
-    body = {"filename": name}
-    return httpx.post(f"{server.url}/slots/0?action={action}", json=body, timeout=30)
+    return post(server, f"/slots/0?action={action}", {"filename": name})
 
 
-def test_saved_states_have_a_most_of_both(serve: Serve, tmp_path: Path) -> None:
+def test_saved_states_have_a_most_of_both(serve, tmp_path):
+    half = tmp_path / ".a.state.partial-01234567"
+    half.write_bytes(b"a killed server left it")
+    os.utime(half, (0, 0))
     with serve(shared(tmp_path, most_saved=2)) as server:
-        chat(server)
+        chat(server, "hello")
         assert [act(server, "save", name).status_code for name in "aba"] == [200] * 3
-        refused = act(server, "save", "c")
-        assert refused.status_code == 400
-        assert "at most 2 of each client (--max-saved-states)" in refused.json()["error"]["message"]
+        refused = error_of(act(server, "save", "c"))
+        assert "at most 2 of each client (--max-saved-states)" in refused
         assert act(server, "erase", "a").status_code == 200
         assert act(server, "save", "c").status_code == 200
     size = (tmp_path / "b.state").stat().st_size
     with serve(shared(tmp_path, saved_bytes=2 * size + 99)) as server:
-        chat(server)
+        chat(server, "hello")
         assert act(server, "save", "b").status_code == 200, "it replaces its own file"
-        refused = act(server, "save", "d")
-        assert refused.status_code == 400 and "(--saved-states-size)" in refused.text
+        assert "(--saved-states-size)" in error_of(act(server, "save", "d"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.state", "c.state"]
 
 
-def test_bytes_of_all_clients_count_together(serve: Serve, tmp_path: Path) -> None:
+def test_bytes_of_all_clients_count_together(serve, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.state").write_bytes(bytes(5000))
     with serve(Settings(saved=tmp_path, most_saved=1, saved_bytes=5000, log=False)) as server:
-        chat(server)
-        refused = act(server, "save", "a")
-        assert refused.status_code == 400 and "(--saved-states-size)" in refused.text
+        chat(server, "hello")
+        assert "(--saved-states-size)" in error_of(act(server, "save", "a"))
         (tmp_path / "other" / "x.state").write_bytes(b"")
         assert act(server, "save", "a").status_code == 200
-        assert "of each client" in act(server, "save", "b").text
-
-
-def test_what_a_killed_server_left_is_removed(serve: Serve, tmp_path: Path) -> None:
-    half = tmp_path / ".a.state.partial-01234567"
-    half.write_bytes(b"half")
-    os.utime(half, (0, 0))
-    with serve(shared(tmp_path)) as server:
-        chat(server)
-        assert act(server, "save", "a").status_code == 200
-    assert [path.name for path in tmp_path.iterdir()] == ["a.state"]
+        assert "of each client" in error_of(act(server, "save", "b"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_state_is_acknowledged_when_it_is_on_the_disk(
-    fault: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_is_acknowledged_when_it_is_on_the_disk(fault, serve, tmp_path, monkeypatch):
     disk = FaultyDisk(tmp_path / "saved", monkeypatch)
     with serve(shared(disk.folder)) as server:
-        chat(server)
+        chat(server, "hello")
         assert act(server, "save", "before").status_code == 200
         disk.begin(fault)
         answer = act(server, "save", "during")
@@ -86,7 +65,7 @@ def test_a_state_is_acknowledged_when_it_is_on_the_disk(
         if fault == "removed":
             assert answer.status_code == 200 and restored.status_code == 404
         else:
-            assert answer.status_code == 503 and str(tmp_path) not in answer.text
+            assert str(tmp_path) not in error_of(answer, 503)
             assert act(server, "restore", "during").status_code == 404
             assert act(server, "restore", "before").status_code == 200
         assert restored.status_code in (200, 404, 503)
@@ -94,27 +73,18 @@ def test_a_state_is_acknowledged_when_it_is_on_the_disk(
     assert not [*disk.folder.glob(".*")]
 
 
-def test_a_hanging_disk_holds_up_only_who_needs_it(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(named_states, "DISK_SECONDS", 0.3)
     disk = FaultyDisk(tmp_path / "saved", monkeypatch)
-    with serve(shared(disk.folder)) as server:
-        chat(server)
+    with serve(shared(disk.folder)) as server, ThreadPoolExecutor(12) as pool:
+        chat(server, "hello")
         disk.begin("hanging")
-        answers: list[httpx.Response] = []
-        saves = [
-            threading.Thread(target=lambda i=i: answers.append(act(server, "save", f"a{i}")))
-            for i in range(12)
-        ]
-        for thread in saves:
-            thread.start()
-        chat(server)
-        for thread in saves:
-            thread.join(30)
-        assert {answer.status_code for answer in answers} <= {429, 503} and len(answers) == 12
+        saves = [pool.submit(act, server, "save", f"a{i}") for i in range(12)]
+        chat(server, "hello")
+        answers = [save.result() for save in saves]
+        assert {answer.status_code for answer in answers} <= {429, 503}
         assert "does not answer" in "".join(answer.text for answer in answers)
+        monkeypatch.setattr(named_states, "DISK_SECONDS", 60)
         disk.end()
-        while act(server, "save", "a").status_code == 429:
-            time.sleep(0.05)
+        until(lambda: act(server, "save", "a").status_code != 429)
         assert act(server, "restore", "a").status_code == 200
