@@ -25,7 +25,7 @@ def test_precision():
     assert precision_word("int4", True, False, "onnx") == "int4"
     assert precision_word(None, False, True, "onnx") == "int8"
     assert precision_word("pal4", False, False, "coreml") == "pal4"
-    with pytest.raises(RequestError, match="'pal4'; expected one of fp32, fp16, int8, int4$"):
+    with pytest.raises(RequestError, match=r"'pal4'; expected one of fp32, fp16, int8, int4$"):
         precision_word("pal4", False, False, "onnx")
     target = default_target("recurrentgemma-2b", "int8", "onnx", "wasm")
     assert target == Path("recurrentgemma-2b-int8-onnx-wasm")
@@ -50,7 +50,7 @@ def test_what_chooses_levels(quality, calibration, plan, word):
 
 def test_a_calibration_is_for_the_best_quality():
     with pytest.raises(
-        RequestError, match="--quality fast takes no calibration; .* --quality best"
+        RequestError, match=r"--quality fast takes no calibration; .* --quality best"
     ):
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):

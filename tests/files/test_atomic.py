@@ -1,6 +1,7 @@
 """Folders and files appear complete or not at all, whatever happens meanwhile."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -191,7 +192,7 @@ def test_force_replaces_what_is_read_only(unprivileged, monkeypatch, capsys, exc
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere permissions work otherwise")
 def test_read_only_parent(unprivileged):
     unprivileged.chmod(0o555)
-    with pytest.raises(RequestError, match="cannot write .*out: Permission denied"):
+    with pytest.raises(RequestError, match=r"cannot write .*out: Permission denied"):
         write(unprivileged / "out")
 
 
@@ -214,7 +215,7 @@ def test_parent_must_be_a_folder(tmp_path):
 @each_kind
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, kind):
     with (
-        pytest.raises(RequestError, match="out exists and (holds|is) something else"),
+        pytest.raises(RequestError, match=r"out exists and (holds|is) something else"),
         replacing(tmp_path / "out", kind, force=True) as partial,
     ):
         content(partial).write_text("ours")
@@ -267,7 +268,7 @@ def test_kill_leaves_the_target_and_the_next_run_cleans_up(tmp_path, kind):
 def test_two_writers_of_one_target(tmp_path):
     target = tmp_path / "out"
     with start_writer(target) as writer:
-        with pytest.raises(RequestError, match="another run is writing .*out"):
+        with pytest.raises(RequestError, match=r"another run is writing .*out"):
             write(target)
         write(tmp_path / "other")
         writer.communicate(input="")
@@ -296,5 +297,33 @@ def test_full_disk_is_one_line_and_other_errors_pass(tmp_path, code, kind, messa
 
 def test_free_space(tmp_path):
     require_free_disk(tmp_path, 1)
-    with pytest.raises(RequestError, match="not enough space .* needed, .* free"):
+    with pytest.raises(RequestError, match=r"not enough space .* needed, .* free"):
         require_free_disk(tmp_path / "not" / "there", 1 << 60)
+
+
+def test_a_lock_file_that_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    """An earlier run removes the file between open and flock: that lock excludes nobody."""
+    lock, flock = tmp_path / ".out.lock", fcntl.flock
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        lock.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with pytest.raises(RequestError, match="another run is writing"):
+        write(tmp_path / "out")
+    assert entries(tmp_path) == []
+
+
+def test_the_lock_file_of_the_next_run_stays(tmp_path, monkeypatch):
+    lock = tmp_path / ".out.lock"
+
+    class Slow(atomic.FileLock):
+        def release(self, force: bool = False) -> None:
+            if self.is_locked:
+                lock.write_text("")  # the next run begins after the removal, before the release
+            super().release(force)
+
+    monkeypatch.setattr(atomic, "FileLock", Slow)
+    write(tmp_path / "out")
+    assert entries(tmp_path) == [".out.lock", "out"]

@@ -1,5 +1,7 @@
 """GPTQ in ggml's types: other levels on ggml's own scales, and less loss."""
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def correlated(draw: np.random.Generator, columns: int, cuts: tuple[int, ...] = 
     inputs = (mixed + draw.standard_normal(mixed.shape)) * np.exp(draw.normal(0, 1, columns))
     h = (inputs.T @ inputs / len(inputs)).astype(np.float32)
     edges = [0, *cuts, columns]
-    blocks = [h[a:b, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [h[a:b, a:b] for a, b in itertools.pairwise(edges)]
     return statistics_of(blocks, len(inputs))
 
 

@@ -164,8 +164,11 @@ def test_a_grammar_has_its_time_to_compile():
 @pytest.mark.usefixtures("few_items")
 @pytest.mark.parametrize(
     ("start", "stream", "status"),
-    [(f"start: {MANY}\n", 0, 400), (f'start: "q" r\nr: {MANY}\n', 0, 400)]
-    + [(f'start: "q" r\nr: {MANY}\n', 1, 200)],
+    [
+        (f"start: {MANY}\n", 0, 400),
+        (f'start: "q" r\nr: {MANY}\n', 0, 400),
+        (f'start: "q" r\nr: {MANY}\n', 1, 200),
+    ],
     ids=["at once", "later", "in a stream"],
 )
 def test_a_grammar_beyond_the_limits_is_an_error(start, stream, status, serve):

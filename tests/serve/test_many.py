@@ -126,11 +126,11 @@ def test_who_vanishes_frees_the_row(streaming, serve):
 
 
 def test_a_reader_that_does_not_read_holds_nobody_up(serve):
-    with serve(rows=2) as server:
-        with send(server, CHAT, body("hello", max_tokens=4000, stream=True)) as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            for i in range(5):
-                assert chat(server, f"and {i}", max_tokens=9)["usage"]["completion_tokens"] <= 9
+    asked = body("hello", max_tokens=4000, stream=True)
+    with serve(rows=2) as server, send(server, CHAT, asked) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for i in range(5):
+            assert chat(server, f"and {i}", max_tokens=9)["usage"]["completion_tokens"] <= 9
 
 
 def test_a_full_queue_is_429(serve):

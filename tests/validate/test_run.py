@@ -68,7 +68,7 @@ def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
 
 
 def test_a_quality_needs_an_original(clean):
-    with pytest.raises(RequestError, match="--min-quality good: the original .* was not given"):
+    with pytest.raises(RequestError, match=r"--min-quality good: the original .* was not given"):
         validate_artifacts([clean("fp32")], Request(max_tokens=8, min_quality="good"))
 
 

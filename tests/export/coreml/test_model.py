@@ -100,7 +100,7 @@ def test_states_are_single_in_half_precision_and_pairs_in_full():
     assert half["layers_0_conv1d"] == (1, 1, 3, 96) and half["layers_2_key"] == (1, 1, 8, 32)
 
 
-@pytest.mark.parametrize("state, features", [("io", set()), ("hilo", {"hi", "lo"})])
+@pytest.mark.parametrize(("state", "features"), [("io", set()), ("hilo", {"hi", "lo"})])
 def test_the_recurrent_state_is_a_matrix_or_a_pair(state, features):
     form = Form(5, False, state, "fp16")
     model, _ = built(recurrent_state=state)
@@ -116,7 +116,7 @@ def test_the_recurrent_state_is_a_matrix_or_a_pair(state, features):
 
 
 @pytest.mark.parametrize(
-    "name, all_logits, shape",
+    ("name", "all_logits", "shape"),
     [
         ("decode", True, [1, 1, 256]),
         ("prefill", True, [1, 5, 256]),

@@ -276,7 +276,7 @@ def test_slabs_of_levels_make_no_difference(calibrated, tmp_path, monkeypatch):
 def test_a_plan_by_gptq_takes_statistics(calibrated, tmp_path):
     model = open_checkpoint(calibrated.path.parent / "model")
     options = GgufOptions(plan=calibrated.manifest.plan)
-    with pytest.raises(RequestError, match="gptq needs statistics .* --calibration FILE"):
+    with pytest.raises(RequestError, match=r"gptq needs statistics .* --calibration FILE"):
         export_gguf(model, options, tmp_path / "none.gguf")
     assert not [*tmp_path.iterdir()]
     again = export_gguf(model, options, tmp_path / "plan.gguf", statistics=known_of(K_QUANTS))
@@ -300,7 +300,7 @@ def test_a_statement_that_cannot_be_read_is_damage(said, model, tmp_path, monkey
     monkeypatch.setattr(algorithms, "to_text", lambda schemes: said)
     options = GgufOptions(type="q4_0")
     made = export_gguf(open_checkpoint(model), options, tmp_path / "odd.gguf")
-    with pytest.raises(RequestError, match="odd.gguf is damaged: .*; copy it again"):
+    with pytest.raises(RequestError, match=r"odd.gguf is damaged: .*; copy it again"):
         open_gguf(made)
 
 

@@ -105,14 +105,14 @@ def test_what_a_session_tells(tmp_path: Path) -> None:
     assert (info.engine, info.threads, session.vocab_size) == ("llama.cpp", 1, config.vocab_size)
     stored = sum(p.nbytes for t in artifact.manifest.tensors.values() for p in t.parts.values())
     assert info.weight_bytes == stored
-    assert info.state_bytes == sum(a.nbytes for n, a in session.get_state().items()) - 8
+    assert info.state_bytes == sum(a.nbytes for a in session.get_state().values()) - 8
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
     session = _session(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
-    with pytest.raises(RequestError, match="llama.cpp takes 1 to 256"):
+    with pytest.raises(RequestError, match=r"llama.cpp takes 1 to 256"):
         session.reset(257)
-    with pytest.raises(RequestError, match="2147483648 tokens; llama.cpp counts to"):
+    with pytest.raises(RequestError, match=r"2147483648 tokens; llama.cpp counts to"):
         session.set_state(session.get_state() | {POSITION: np.array([1 << 31])})
     assert session.prefill(np.array([[3, 4]])).shape == (1, 1, 256)
 

@@ -39,7 +39,7 @@ def test_without_a_bos_or_a_tokenizer_there_is_no_empty_prompt():
     assert "empty" not in {prompt.name for prompt in prompts}
     assert min(len(prompt.tokens) for prompt in prompts) == 1
     once, again = (choose_prompts(None, vocab_size=50, window=16) for _ in range(2))
-    assert 1 == min(len(p.tokens) for p in once) and max(len(p.tokens) for p in once) > 2 * 16
+    assert min(len(p.tokens) for p in once) == 1 and max(len(p.tokens) for p in once) > 2 * 16
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(once, again, strict=True))
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
@@ -91,7 +92,7 @@ def test_a_screen_reader_finds_its_way(page):
     assert page.named("html") == [{"lang": "en"}]
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
     elements = zip(page.elements, page.paths, strict=True)
     contents = [e[1]["href"] for e, path in elements if path[-4:] == ("nav", "ul", "li", "a")]
     named = [section.get("aria-labelledby") or "" for section in page.named("section")]
