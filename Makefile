@@ -7,7 +7,7 @@ MINUTES ?= 10
 # One worker for each core; each takes about 1 GB.
 WORKERS ?= auto
 TESTS = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
-# With SKIPS='--expected-skips .ci/skips.txt', a test that is skipped for another reason fails.
+# With SKIPS=--expected-skips=.ci/skips.txt, a test that is skipped for another reason fails.
 SKIPS ?=
 TEST := $(VENV)/.test
 DEV := $(VENV)/.dev

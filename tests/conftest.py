@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.artifacts import export_demo
+from tests.artifacts import IS_PATCHED, export_demo
 from tests.llama_tools import llama_tools, needs_llama_cpp
 from tests.pairs import pairwise
 from tests.skips import ExpectedSkips
@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tells `copy_cached` whether the test may patch the exporter."""
+    IS_PATCHED.set("monkeypatch" in item.fixturenames)
 
 
 def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
