@@ -16,7 +16,8 @@ from tests.toy_session import ToySession
 
 @pytest.mark.parametrize("grace_seconds", [0, 2])
 def test_an_answer_past_its_time_is_an_error(grace_seconds, gemma, template, caplog):
-    session, asked = ToySession(gemma.vocab_size), {"messages": messages_of("hello")}
+    session = ToySession(gemma.vocab_size)
+    asked = {"messages": messages_of("hello"), "temperature": 0}
     slow_down(session, 0.05)
     model = Model(session, gemma, template, IDENTITY, rows=4)
     app = create_app({model.name: model}, Settings(log=False))
