@@ -316,3 +316,25 @@ def test_weights_by_role(result):
 def test_a_path_that_is_not_unicode_is_written(result, tmp_path):
     write_html([changed(result, {"artifact.path": "mod\udce8le"})], tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("scheme", "ground"), [("light", 0), ("dark", 1)])
+def test_colours_have_enough_contrast(scheme, ground, alone):
+    style = render_page([alone])
+    colours = [dict(re.findall(r"--(\w+): (#[0-9a-f]+);", part)) for part in style.split("@media")]
+    for name in ("ink", "soft", "good", "bad", "unsure", "twin", "original"):
+        ratio = _contrast(colours[ground][name], colours[ground]["ground"])
+        assert ratio >= 4.5, (scheme, name)
+
+
+def _contrast(one: str, other: str) -> float:
+    """Returns WCAG's ratio of two colours #rrggbb or #rgb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        shares = [value / 255 for value in bytes.fromhex(digits)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
