@@ -13,6 +13,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.scheme import Ggml
 from rgexport.quantize.statistics import statistics_of
 
+pytestmark = pytest.mark.full
 EXPORTS = {
     "onnx": (OnnxOptions, export_onnx),
     "coreml": (CoreMLOptions, export_coreml),

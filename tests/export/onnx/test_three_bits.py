@@ -22,6 +22,7 @@ from rgexport.runtimes.onnx.session import OrtSession
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 from tests.sessions import distance, random_tokens
 
+pytestmark = pytest.mark.full
 SCHEMES = [Affine(3, 32, True, scale="float16"), Affine(3, 16, True), Affine(3, 128, True)]
 FOUR = Affine(4, 32, False, scale="float16")
 NAMES = ["regular", "not_by_32", "hawk", "attention_only", "one_head"]

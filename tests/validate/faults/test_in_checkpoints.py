@@ -19,6 +19,7 @@ from tests.validate.faults.conftest import (
     sound_weights,
 )
 
+pytestmark = pytest.mark.full
 Change = Callable[[np.ndarray], object]
 
 
