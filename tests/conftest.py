@@ -53,10 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leaves out modules whose tests are all `full`, where those are: they import more packages."""
-    if "not full" not in config.getoption("markexpr") or collection_path.suffix != ".py":
+    if "not full" not in config.getoption("markexpr"):
         return None
-    is_full = MODULE_OF_FULL.search(collection_path.read_text("utf-8")) is not None
-    return is_full or _folder(collection_path) in FOLDERS_OF_FULL or None
+    if collection_path.suffix != ".py":
+        return _folder(collection_path / "any") in FOLDERS_OF_FULL or None
+    return MODULE_OF_FULL.search(collection_path.read_text("utf-8")) is not None or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
@@ -87,7 +88,8 @@ def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
 
 
 def _folder(path: Path) -> str:
-    return path.parent.relative_to(Path(__file__).parent).as_posix()
+    tests = Path(__file__).parent
+    return path.parent.relative_to(tests).as_posix() if tests in path.parents else ""
 
 
 @pytest.fixture(autouse=True, scope="session")

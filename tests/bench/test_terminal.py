@@ -3,6 +3,7 @@
 import pytest
 
 pyte = pytest.importorskip("pyte")
+pytest.importorskip("playwright")
 
 from rich.text import Text  # noqa: E402
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import transformers
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.template import load_template
@@ -25,6 +24,7 @@ from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
 from tests.vocabularies import ODD_VOCABULARIES, SIZE, write_vocabulary
 
+transformers = pytest.importorskip("transformers")
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=SIZE)
 TEXTS = ["hello user", "  the  user", "caf\u00e9 \U0001f642\n\n42", "a <s>", "[BOS] is text"]
 MESSAGES = [
