@@ -33,7 +33,10 @@ _PACKAGES = {
     "export": ("torch", "onnx", "onnx_ir"),
     "coreml": ("coremltools",),
     "gguf": ("gguf",),
-    "serve": ("anyio", "fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"),
+    "serve": (
+        *("anyio", "fastapi", "llguidance", "prometheus_client", "pydantic"),
+        *("starlette", "uvicorn"),
+    ),
 }
 EXTRAS = {package: extra for extra, packages in _PACKAGES.items() for package in packages}
 """Package that the core install lacks → the extra that brings it."""

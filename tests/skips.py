@@ -22,7 +22,7 @@ class ExpectedSkips:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes an unlisted reason."""
-        if report.skipped and not hasattr(report, "wasxfail"):
+        if report.skipped:
             self._take(report.nodeid, report.longrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

@@ -82,6 +82,15 @@ def test_perplexity_is_llama_perplexitys(window, llama_tools, tmp_path):
     assert model["bytes"] == file.stat().st_size
 
 
+def test_all_suites_by_default(tmp_path, capsys):
+    model, text = write_llama(tmp_path / "llama.gguf"), tmp_path / "text.txt"
+    text.write_text(SAMPLE.read_text()[:2000])
+    words = f"--text {text} --context 64 --trials 2 --farthest 64 --threads 1".split()
+    assert run(["evaluate", str(model), *words, "-o", str(tmp_path / "r")]) == 0
+    shown = capsys.readouterr().out
+    assert "Memory, copying" in shown and "llama.gguf, nats" in shown
+
+
 @pytest.mark.parametrize(("values", "window"), [({}, 2048), ({"attention.sliding_window": 33}, 32)])
 def test_window(values, window, tmp_path):
     subject = open_subject(str(write_llama(tmp_path / "x.gguf", vocab_size=50, **values)))

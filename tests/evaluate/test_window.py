@@ -10,7 +10,7 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import window
-from rgexport.runtimes.engine import open_narrow_session
+from rgexport.runtimes.engine import open_narrow_session, open_session
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf, require_ggml
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
@@ -64,6 +64,18 @@ def test_logits_are_deepminds_with_that_window(narrow, engine, deepminds, tmp_pa
     limit = 2e-4 if engine == "gguf" else 1e-4
     assert np.abs(logits(session) - deepminds(weights, narrow)).max() < limit
     session.close()
+
+
+def test_an_int4_graph_is_what_an_export_with_that_window_would_be(tmp_path):
+    artifacts = []
+    for name, export_window in (("full", 24), ("narrow", 6)):
+        config = dataclasses.replace(CONFIG, window=export_window)
+        artifacts.append(export_random(config, tmp_path / name, "int4")[0])
+    sessions = open_narrow_session(artifacts[0], 6), open_session(artifacts[1])
+    np.testing.assert_array_equal(*map(logits, sessions))
+    assert len({session.info.state_bytes for session in sessions}) == 1
+    for session in sessions:
+        session.close()
 
 
 @pytest.mark.parametrize("wrong", [-1, 25])

@@ -32,6 +32,14 @@ def test_is_built_where_there_is_a_compiler():
     assert library.kernels().reason == ""
 
 
+@built
+def test_has_all_ops_of_the_table():
+    table = (library.FOLDER / "src" / "register.cpp").read_text()
+    classes = re.findall(r"row<(\w+)(?:<(\d)>)?>\(\),", table)
+    names = {name + ("" if count == "1" else count) for name, count in classes}
+    assert names and set(library.kernels().ops) == names
+
+
 def test_a_worker_has_its_instruction_set(worker):
     assert worker.submit(instruction_set_here) == worker.instruction_set
 

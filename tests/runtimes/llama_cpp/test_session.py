@@ -130,3 +130,10 @@ def test_its_log_is_for_those_who_ask(
     assert not out
     assert "llama.cpp: " in err
     assert all(line.startswith("llama.cpp: ") for line in err.splitlines())
+
+
+def test_with_and_without_mmap(tmp_path: Path) -> None:
+    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path, "q8_0")
+    tokens = random_tokens(ODD_CONFIGS["wide_lru"], 1, 40)
+    mapped, copied = (_all(_session(artifact, mmap=mmap), tokens) for mmap in (True, False))
+    np.testing.assert_array_equal(mapped, copied)

@@ -77,8 +77,8 @@ class Slots:
 
     def load(self, value: Constant) -> np.ndarray | Weight:
         """A constant as an array, or a large one of floats as a weight that is read later."""
-        type = value.type
-        is_large = type.dtype in _FLOATS and type.shape and type.nbytes > SMALL_BYTES
+        kind = value.type
+        is_large = kind.dtype in _FLOATS and kind.shape and kind.nbytes > SMALL_BYTES
         if isinstance(value, FileValue) and is_large:
             return file_weight(self._package, value, self._cache)
         return whole_constant(self._package, value)
