@@ -359,8 +359,8 @@ def test_hub_that_cannot_be_reached(tmp_path):
     assert not list(tmp_path.glob("*onnx*"))
 
 
-@pytest.mark.parametrize("format", ["onnx", "coreml", "gguf"])
-def test_full_disk(format, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["onnx", "coreml", "gguf --type f16"])
+def test_full_disk(command, tmp_path, monkeypatch, capsys):
     """Files of a process may not grow beyond 64 KiB: the write fails as on a full disk."""
     resource = pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
@@ -369,7 +369,7 @@ def test_full_disk(format, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
     try:
-        line = refused([format, "-m", "model", "-o", "out"], capsys)
+        line = refused([*command.split(), "-m", "model", "-o", "out"], capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_matches("no space left while writing out", line)

@@ -106,7 +106,7 @@ def test_a_manifest_downloads_nothing_but_what_it_lists(run, hub, artifact):
 
 def test_a_gguf_file_goes_there_and_back(run, hub, tmp_path):
     file = tmp_path / "demo.gguf"
-    export_demo(file, "gguf", "--type", "q8_0", "--no-check")
+    export_demo(file, "gguf", "--type", "f16", "--no-check")
     done = run("push", file, "me/demo-gguf", "--public")
     assert "rgexport chat hf:me/demo-gguf/demo.gguf" in done.stdout
     there = hub.repositories["me/demo-gguf"]
