@@ -128,6 +128,7 @@ def test_an_op_that_was_another_one_in_the_file_s_version_runs_its_body(worker):
 
 
 @built
+@pytest.mark.full  # builds the library once more, for its objects
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
 def test_nothing_compiled_for_one_processor_runs_on_another():
     """A weak symbol of an AVX-512 object may replace the same one of an object for everybody."""
