@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
+from tests.models import make_config
 
 VOCAB, WIDTH = 23, 8
 MEMORY = "layers.0.rg_lru"
@@ -139,4 +141,42 @@ def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:
         eos_id=None,
         raw_encode=lambda text: [1 + ord(c) % 20 for c in text],
         surface=lambda token: b"",
+    )
+
+
+class WholeToy(ToyReference):
+    """The toy with what continuing a batch takes."""
+
+    config = make_config("r", width=WIDTH, heads=1, lru_width=WIDTH, vocab_size=VOCAB)
+
+    def run_each(self, texts: Any) -> list[tuple[np.ndarray, list[State]]]:
+        passes = (self.run(tokens) for tokens, _ in texts)
+        return [(hidden, [state]) for hidden, state in passes]
+
+
+def greedy(seed: int, tokens: np.ndarray, count: int) -> np.ndarray:
+    """Continues tokens [T], by one long pass for each new one."""
+    reference, text = ToyReference(seed), tokens
+    for _ in range(count):
+        hidden, _ = reference.run(text[None])
+        text = np.append(text, reference.logits(hidden)[0, -1].argmax())
+    return text[len(tokens) :]
+
+
+def file_of(seed: int, prompts: list[tuple[str, np.ndarray, int]]) -> Any:
+    """A reference file's prompts; each is a name, tokens and a number of tokens to continue by."""
+    ends = np.cumsum([0, *(len(tokens) for _, tokens, _ in prompts)])
+    spans = [
+        (
+            index,
+            SimpleNamespace(name=name, tokens=len(tokens), greedy_tokens=count),
+            slice(ends[index], ends[index + 1]),
+        )
+        for index, (name, tokens, count) in enumerate(prompts)
+    ]
+    texts = [greedy(seed, tokens, count) for _, tokens, count in prompts]
+    return SimpleNamespace(
+        tokens=np.concatenate([tokens for _, tokens, _ in prompts]),
+        spans=lambda: iter(spans),
+        greedy=texts.__getitem__,
     )
