@@ -38,39 +38,25 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sound(tmp_path_factory.mktemp("package"), "coreml", "--prefill-length", "4")
 
 
-# Checkpoints: each row breaks a sound Hugging Face folder.
-
-
 FIRST_CASE = next(iter(BROKEN_CHECKPOINTS))
 
 
 @pytest.mark.parametrize(
     ("case", "command"),
     [
-        *((case, "onnx -m model --int4") for case in BROKEN_CHECKPOINTS),
+        *((case, "onnx -m model --int4") for case in (*BROKEN_CHECKPOINTS, *BROKEN_PT)),
         (FIRST_CASE, "coreml -m model"),
         (FIRST_CASE, "gguf -m model"),
     ],
 )
 def test_broken_checkpoint(case, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make, complaint = BROKEN_CHECKPOINTS[case]
+    make, complaint = (BROKEN_CHECKPOINTS | BROKEN_PT)[case]
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
     assert_matches(complaint, refused(command.split(), capsys))
-
-
-@pytest.mark.parametrize("case", BROKEN_PT)
-def test_broken_pt(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make, complaint = BROKEN_PT[case]
-    (tmp_path / "model").mkdir()
-    make(tmp_path / "model")
-    assert_matches(complaint, refused(["onnx", "-m", "model", "--int4"], capsys))
     assert not (tmp_path / "exploded").exists()
 
-
-# Requests that a sound model does not help.
 
 BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "no model": ("onnx --int4", "a model is needed"),
@@ -84,13 +70,9 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "unknown profile": ("onnx -m model --profile phone", "'phone'; expected .*cpu"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
     "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 16, 32, 64, 128"),
-    "idle block size": (
+    "idle option": (
         "onnx -m model --precision fp32 --block-size 64",
         "--block-size changes nothing in fp32 weights; expected it beside --int8 or --int4",
-    ),
-    "idle flags": (
-        "onnx -m model --precision fp16 --exact --asymmetric",
-        "--exact and --asymmetric change nothing in fp16",
     ),
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
     "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
@@ -109,42 +91,27 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "target exists": ("onnx -m model -o folder --force", "folder exists and holds something else"),
     "target is a file": ("onnx -m model -o model/config.json --force", "is a file"),
     "coreml unknown precision": ("coreml -m model --precision int3", "'int3'; .*int4, pal4"),
-    "coreml idle block size": (
-        "coreml -m model --precision fp16 --block-size 64",
-        "--block-size changes nothing in fp16 weights",
-    ),
     "coreml idle symmetry": (
         "coreml -m model --precision pal4 --embedding-precision fp16 --symmetric",
         "--symmetric changes nothing in pal4 and fp16 weights",
     ),
-    "coreml embedding": ("coreml -m model --embedding-precision x", "'x'; expected"),
     "coreml prefill": ("coreml -m model --prefill-length 1", "--prefill-length is 1; expected 2"),
     "coreml state": ("coreml -m model --recurrent-state ring", "'ring'; expected one of io, hilo"),
     "gguf unknown type": ("gguf -m model --type q3", "'q3'; expected one of f32"),
     "gguf two types": ("gguf -m model --type q4_0 --int8", "--type q4_0 and int8 contradict"),
-    "gguf unknown precision": ("gguf -m model --precision q4_0", "'q4_0'; expected one of fp32"),
-    "gguf embedding": ("gguf -m model --embedding-precision x", "'x'; expected one of"),
     "gguf override": ("gguf -m model --type q4_0 --tensor-type a", "expected REGEX=TYPE"),
     "gguf idle override": ("gguf -m model --type f16 --tensor-type a=q8_0", "changes nothing"),
-    "gguf idle pure": (
-        "gguf -m model --type f16 --pure",
-        "--pure changes nothing in a file of type f16",
-    ),
+    "gguf idle pure": ("gguf -m model --type f16 --pure", "--pure changes nothing in a .* f16"),
     "gguf idle imatrix": (
-        "gguf -m model --int8 --imatrix nowhere",
-        "--imatrix changes nothing in a file of type q8_0",
+        "gguf -m model --int8 --imatrix x",
+        "--imatrix changes nothing in .* q8_0",
     ),
     "gguf missing imatrix": ("gguf -m model --type q4_0 --imatrix nowhere", "nowhere"),
-    "gguf foreign imatrix": (
-        "gguf -m model --type q4_0 --imatrix model/config.json",
-        "model/config.json",
-    ),
-    "gguf parent missing": ("gguf -m model -o no/where.gguf", "there is no folder"),
+    "gguf foreign imatrix": ("gguf -m model --type q4_0 --imatrix text.gguf", "text.gguf"),
     "gguf target is a folder": ("gguf -m model -o folder --force", "exists and is a folder"),
     "gguf target": ("gguf -m model -o model/config.json --force", "is something else"),
     "missing gguf": ("chat nowhere.gguf", "there is no nowhere.gguf"),
     "foreign gguf": ("generate text.gguf -p x", "text.gguf is not a GGUF file"),
-    "inspect foreign gguf": ("inspect text.gguf", "text.gguf is not a GGUF file"),
     "evaluate no gguf": ("evaluate text.gguf", "text.gguf is not a GGUF file"),
     "unknown option": ("onnx --quick", "--quick"),
     "unknown command": ("convert", "convert"),
@@ -167,14 +134,8 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
         "--tokens is 4611686018427387904; expected at most 268435456",
     ),
     "endless held out": (f"calibrate -m model --held-out {2**62}", "--held-out is .* at most"),
-    "endless seed": (
-        f"calibrate -m model --seed {2**64}",
-        "--seed is .* at most 9223372036854775807",
-    ),
-    "no mixture": (
-        "calibrate -m model --tokens 8 --sampled 9",
-        "--sampled 9 is more than --tokens 8",
-    ),
+    "endless seed": (f"calibrate -m model --seed {2**64}", "--seed is .* at most 92233720368547"),
+    "no mixture": ("calibrate -m model --tokens 8 --sampled 9", "--sampled 9 is more than .* 8"),
     "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read the text"),
     "calibrate on": ("calibrate -m model --device tpu", "tpu"),
 }
@@ -217,7 +178,6 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "no prompt": ("generate sound", "one of --prompt, --prompt-file, --ids and --load-state; none"),
     "two prompts": ("generate sound -p a --ids 1", "one of --prompt and --ids; both"),
     "words as ids": ("generate sound --ids a,b", "expected token ids"),
-    "no ids": ("generate sound --ids ,", "expected token ids"),
     "ids beyond 64 bits": (
         f"generate sound --ids 2,{2**63}",
         "token id 9223372036854775808 is outside of the vocabulary of 64",

@@ -69,40 +69,49 @@ def test_demo_generates_text(demo_artifact, capsys):
     assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
 
 
-def test_demo_is_validated(demo_artifact, tmp_path, capsys):
-    report = tmp_path / "report.json"
-    assert run(["validate", str(demo_artifact), "--tokens", "64", "--json", str(report)]) == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("PASS") and shown.out.endswith("for a page.\n")
-    assert len(shown.out.splitlines()) <= 24, "a screen"
-    stages = [line.split("]")[0] for line in shown.err.splitlines() if "left" not in line]
+@pytest.fixture(scope="module")
+def validated(demo_artifact, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The demo's validation, with a page and JSON in the folder."""
+    folder = tmp_path_factory.mktemp("validated")
+    files = "--html", "report.html", "--json", "report.json"
+    return rgexport("validate", demo_artifact, "--tokens", "64", *files, folder=folder), folder
+
+
+def test_demo_is_validated(validated):
+    shown, folder = validated
+    assert shown.returncode == 0 and shown.stdout.startswith("PASS")
+    assert len(shown.stdout.splitlines()) <= 24, "a screen"
+    assert "tokens are the same" in shown.stdout and "bits per weight in matrices" in shown.stdout
+    stages = [line.split("]")[0] for line in shown.stderr.splitlines() if "left" not in line]
     assert stages == [f"[{i}/6" for i in range(1, 7)]
-    found = json.loads(report.read_text())
-    assert found["verdict"] == "PASS" and found["quality"]["against"] == "original"
-    answers = found["continuations"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"] == "PASS" and report["quality"]["against"] == "original"
+    answers = report["continuations"]
     assert [one["name"] for one in answers] == ["prose", "code", "chat turns"]
     for one in answers:
         assert one["reference"].startswith(one["shared"] + one["reference_next"])
         assert one["artifact"].startswith(one["shared"] + one["artifact_next"])
         assert (one["reference"] == one["artifact"]) is (one["common"] == one["tokens"])
-    assert "tokens are the same" in shown.out and "bits per weight in matrices" in shown.out
 
 
-def test_the_report_shows_the_text_of_the_worst_positions(demo_artifact, tmp_path, capsys):
-    page, report = tmp_path / "report.html", tmp_path / "report.json"
-    asked = ["validate", str(demo_artifact), "--tokens", "64", "--html", str(page)]
-    assert run([*asked, "--json", str(report)]) == 0
-    place = json.loads(report.read_text("utf-8"))["original"]["worst"][0]
-    assert place["context"] and len(place["reference"]) == len(place["candidate"]) == 5
-    shown = page.read_text("utf-8")
+def test_the_report_shows_the_text_of_the_worst_positions(validated):
+    _, folder = validated
+    worst = json.loads((folder / "report.json").read_text("utf-8"))["original"]["worst"][0]
+    assert worst["context"] and len(worst["reference"]) == len(worst["candidate"]) == 5
+    shown = (folder / "report.html").read_text("utf-8")
     assert shown.startswith("<!doctype html>")
-    assert f"Position {place['position']} " in shown
-    assert visible(place["context"]) in html.unescape(shown)
+    assert f"Position {worst['position']} " in shown
+    assert visible(worst["context"]) in html.unescape(shown)
 
 
-def test_artifacts_side_by_side(demo_artifact, capsys):
-    assert run(["validate", str(demo_artifact), str(demo_artifact), "--tokens", "32"]) == 0
-    assert capsys.readouterr().out.startswith("PASS  all 2 pass")
+def test_artifacts_side_by_side(tmp_path):
+    write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "mine")
+    for precision in ("int4", "int8"):
+        made = rgexport("onnx", "-m", "mine", "--precision", precision, folder=tmp_path)
+        assert made.returncode == 0, made.stderr
+    names = "mine-int4-onnx", "mine-int8-onnx"
+    shown = rgexport("validate", *names, "--tokens", "16", folder=tmp_path)
+    assert shown.returncode == 0 and shown.stdout.startswith("PASS  all 2 pass")
 
 
 def test_inspect_is_stable_json(demo_artifact, capsys):
@@ -113,32 +122,19 @@ def test_inspect_is_stable_json(demo_artifact, capsys):
     assert sum(share["weights"] for share in found["stored"]) == found["parameters"]
     assert run(["inspect", "--size", "demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == found["parameters"]
+    assert run(["inspect", str(demo_artifact), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "int4/32" in shown and "rg_lru" in shown and "All hashes were verified." in shown
 
 
 def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
     assert run(["inspect", str(demo_artifact), "--json"]) == 0
     plan = tmp_path / "plan.json"
     plan.write_text(capsys.readouterr().out)
-    asked = [
-        "onnx",
-        "--size",
-        "demo",
-        "--plan",
-        str(plan),
-        "-o",
-        str(tmp_path / "out"),
-        "--no-check",
-    ]
-    assert run(asked) == 0
+    options = "--plan", str(plan), "-o", str(tmp_path / "out"), "--no-check"
+    assert run(["onnx", "--size", "demo", *options]) == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "out" / name).read_bytes() == (demo_artifact / name).read_bytes()
-
-
-def test_inspect_shows_tables(demo_artifact, capsys):
-    assert run(["inspect", str(demo_artifact), "--verify"]) == 0
-    shown = capsys.readouterr().out
-    assert "int4/32" in shown and "int8/128" in shown and "rg_lru" in shown
-    assert "All hashes were verified." in shown
 
 
 def test_problems_make_the_answer_no(tmp_path, monkeypatch, capsys):
@@ -197,9 +193,17 @@ def test_killed_export_leaves_the_target_alone(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="redirections as a POSIX shell has them")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command", ["chat {} -n 4", "generate {} -p A -n 4", "inspect {}"])
-def test_closed_streams(demo_artifact, tmp_path, command, closed):
+@pytest.mark.parametrize(
+    ("command", "closed"),
+    [
+        ("chat {} -n 4", "<&-"),
+        ("chat {} -n 4", "<&- >&- 2>&-"),
+        ("generate {} -p A -n 4", ">&-"),
+        ("generate {} -p A -n 4", "2>&-"),
+        ("inspect {}", "<&- >&- 2>&-"),
+    ],
+)
+def test_closed_streams(command, closed, demo_artifact, tmp_path):
     before = {path: path.read_bytes() for path in demo_artifact.iterdir()}
     asked = command.format(demo_artifact).split()
     shell = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", START, *asked]
@@ -231,18 +235,12 @@ def test_windows_pipes_carry_every_character(monkeypatch):
 
 def test_output_encoding_that_lacks_characters(tmp_path):
     write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "模型")
-    strict = {"PYTHONIOENCODING": "latin-1:strict"}
-    result = rgexport("inspect", "模型", folder=tmp_path, environment=strict)
-    assert result.returncode == 0, result.stderr
-    assert "??" in result.stdout and "No problems" in result.stdout
-
-
-def test_report_in_ascii(demo_artifact, tmp_path):
-    asked = ["validate", demo_artifact, "--tokens", "8"]
-    ascii_only = {"PYTHONIOENCODING": "ascii"}
-    result = rgexport(*asked, folder=tmp_path, environment=ascii_only)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("PASS") and result.stdout.isascii()
+    assert rgexport("onnx", "-m", "模型", "-o", "out", folder=tmp_path).returncode == 0
+    ascii_only = {"PYTHONIOENCODING": "ascii:strict"}
+    for command, line in {"inspect 模型": "No problems", "validate out --tokens 8": "PASS"}.items():
+        result = rgexport(*command.split(), folder=tmp_path, environment=ascii_only)
+        assert result.returncode == 0, result.stderr
+        assert line in result.stdout and result.stdout.isascii()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names must be Unicode elsewhere")

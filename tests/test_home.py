@@ -11,7 +11,11 @@ from tests.command_line import ROOT, START, rgexport
 from tests.llama_tools import needs_llama_cpp
 
 NAMED = {Path(".cache/rgexport/verified.json")}
-KINDS = ["onnx", "coreml", pytest.param("gguf", marks=needs_llama_cpp)]
+KINDS = [
+    "onnx",
+    pytest.param("coreml", marks=pytest.mark.full),
+    pytest.param("gguf", marks=needs_llama_cpp),
+]
 
 
 def written(home: Path) -> set[Path]:

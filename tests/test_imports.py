@@ -10,60 +10,32 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import rgexport
 
 PACKAGE = Path(rgexport.__file__).parent
 FACE = PACKAGE / "__init__.py"
 """Gives `rgexport.load` when it is asked for."""
-MODULES = sorted({*PACKAGE.rglob("*.py")} - {FACE})
+TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
+MODULES = list(TREES)
 FLOORS = (
     *("griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve", "page"),
     *("validate", "evaluate", "compress", "commands", "cli"),
 )
-ANYWHERE = {
-    *(
-        "errors",
-        "files",
-        "formats",
-        "printing",
-        "processors",
-        "progress",
-        "tables",
-        "web",
-        "__init__",
-    ),
-}
+ANYWHERE = {*"errors files formats printing processors progress tables web __init__".split()}
 """What every floor may import."""
 
 NEEDS_TORCH = {
-    "griffin/ops.py",
-    "griffin/gradients.py",
-    "griffin/scan.py",
-    "griffin/triton_scan.py",
-    "griffin/step.py",
-    "griffin/reference.py",
-    "griffin/substitution.py",
-    "griffin/variants.py",
-    "compress/measure.py",
-    "export/trace.py",
-    "compress/backward.py",
-    "compress/grams.py",
-    "compress/head.py",
-    "compress/statistics.py",
-    "evaluate/reference_session.py",
-    "validate/reference/whole_model.py",
-    "validate/reference/deepmind_model.py",
-    "validate/reference/hugging_face_model.py",
+    *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
+    *(f"griffin/{name}.py" for name in "gradients ops reference scan step substitution".split()),
+    *(f"griffin/{name}.py" for name in ("triton_scan", "variants")),
+    *(f"validate/reference/{name}_model.py" for name in "deepmind hugging_face".split()),
+    *("validate/reference/whole_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }
 FENCED = {
     "torch": NEEDS_TORCH,
     "gguf": {"export/gguf/exporter.py", "export/gguf/metadata.py"},
-    **dict.fromkeys(("onnx", "onnx_ir", "coremltools", "prompt_toolkit"), frozenset()),
-    **dict.fromkeys(
-        ("datasets", "distributed", "llama_cpp", "lm_eval", "tensorstore"), frozenset()
-    ),
+    **dict.fromkeys("onnx onnx_ir coremltools prompt_toolkit datasets".split(), frozenset()),
+    **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }
 """Package of an extra → modules that import it when they are loaded."""
 IMPLEMENTATIONS = {"recurrentgemma", "transformers", "triton"}
@@ -80,10 +52,6 @@ def name_of(module: Path) -> str:
     return module.relative_to(PACKAGE).as_posix()
 
 
-def floor_of(module: Path) -> str:
-    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -93,17 +61,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imports_on_load(module: Path) -> set[str]:
-    """What a module imports when it is loaded: not in functions, not for type checkers."""
-    return set(names_on_load(ast.parse(module.read_text())))
-
-
-def names_on_load(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
+def imports_on_load(tree: ast.Module | ast.ClassDef) -> set[str]:
+    """Returns what a module imports when it is loaded: not in functions, not for type checkers."""
+    names = set()
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            yield from names_on_load(node)
+            names |= imports_on_load(node)
         elif not isinstance(node, ast.FunctionDef) and not is_type_checking(node):
-            yield from imports(node)
+            names |= set(imports(node))
+    return names
 
 
 def is_type_checking(node: ast.stmt) -> bool:
@@ -112,7 +78,7 @@ def is_type_checking(node: ast.stmt) -> bool:
 
 def floors_for(module: Path) -> set[str]:
     """What a module may import of our own."""
-    floor = floor_of(module)
+    floor = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
     return ANYWHERE | ({*FLOORS[: FLOORS.index(floor) + 1]} if floor in FLOORS else set())
 
 
@@ -121,7 +87,7 @@ def test_imports_go_one_way():
     wrong = [
         f"{name_of(module)} imports {name}"
         for module in MODULES
-        for name in imports(ast.parse(module.read_text()))
+        for name in imports(TREES[module])
         if name.split(".")[0] == "rgexport" and name != "rgexport.__version__"
         if name.removeprefix("rgexport.").split(".")[0] not in floors_for(module)
     ]
@@ -143,23 +109,27 @@ def test_the_core_installs_what_it_imports():
     roots = {
         name.removeprefix("google.").split(".")[0]
         for module in core
-        for name in imports(ast.parse(module.read_text()))
+        for name in imports(TREES[module])
     }
     assert requirements() <= roots
-    loaded = {n.split(".")[0] for module in core for n in imports_on_load(module)}
+    loaded = {n.split(".")[0] for module in core for n in imports_on_load(TREES[module])}
     others = loaded - requirements() - FENCED.keys() - sys.stdlib_module_names
     assert others == {"google", "rgexport", *IMPLEMENTATIONS}
 
 
 def test_the_server_installs_what_it_imports():
     server = [module for module in MODULES if name_of(module).startswith("serve/")]
-    loaded = {n.split(".")[0] for module in server for n in imports_on_load(module)}
+    loaded = {n.split(".")[0] for module in server for n in imports_on_load(TREES[module])}
     others = loaded - requirements("serve") - sys.stdlib_module_names
     assert others == {"rgexport", "starlette"}  # fastapi brings starlette
 
 
 def test_the_face_loads_nothing():
-    assert imports_on_load(FACE) == {"os", "typing.TYPE_CHECKING", "typing.Any"}
+    assert imports_on_load(ast.parse(FACE.read_text())) == {
+        "os",
+        "typing.TYPE_CHECKING",
+        "typing.Any",
+    }
 
 
 def test_packages_of_extras_are_fenced():
@@ -167,19 +137,17 @@ def test_packages_of_extras_are_fenced():
     wrong = [
         f"{name_of(module)} imports {name}"
         for module in outside
-        for name in imports_on_load(module)
+        for name in imports_on_load(TREES[module])
         if name_of(module) not in FENCED.get(name.split(".")[0], {name_of(module)})
     ]
     assert outside and wrong == []
 
 
-@pytest.mark.parametrize("folder", APART_FROM_THE_EMITTER)
-def test_readers_of_packages_share_nothing_with_the_emitter(folder):
-    modules = [module for module in MODULES if name_of(module).startswith(folder)]
-    assert modules
-    for module in modules:
-        for name in imports(ast.parse(module.read_text())):
-            assert not name.startswith("rgexport.export.coreml"), f"{module} imports {name}"
+def test_readers_of_packages_share_nothing_with_the_emitter():
+    for folder in APART_FROM_THE_EMITTER:
+        modules = [module for module in MODULES if name_of(module).startswith(folder)]
+        names = [name for module in modules for name in imports(TREES[module])]
+        assert names and not [n for n in names if n.startswith("rgexport.export.coreml")]
 
 
 ERRORS = {"rgexport.errors.RequestError", "rgexport.errors.one_line"}
@@ -188,7 +156,7 @@ PRINTING = {"rgexport.printing.print_result", "rgexport.printing.print_reply"}
 
 def test_command_line_loads_nothing_but_click():
     modules = PACKAGE / "cli.py", *(PACKAGE / "commands").glob("*.py")
-    loaded = {name for module in modules for name in imports_on_load(module)}
+    loaded = {name for module in modules for name in imports_on_load(TREES[module])}
     roots = {name.split(".")[0] for name in loaded}
     assert roots - sys.stdlib_module_names == {"click", "rgexport"}
     ours = {n for n in loaded if n.startswith("rgexport") and "commands" not in n}

@@ -23,8 +23,7 @@ USES: dict[str, tuple[str, str]] = {
     "generate": ("generate {} -p Once -n 8", r"\S+"),
     "chat": ("chat {} -n 8", r"\S+.*\n.*\S+"),
     "bench": ("bench {} -p 4 -n 2 -r 1", "(?s)pp4.*tg2"),
-    "inspect": ("inspect {} --json", '"precision": "int4"'),
-    "inspect --verify": ("inspect {} --json --verify", '"precision": "int4"'),
+    "inspect": ("inspect {} --json --verify", '"precision": "int4"'),
 }
 
 
@@ -69,20 +68,20 @@ def test_core_ml_package(tmp_path):
 
 
 def test_inspect_a_checkpoint(tmp_path):
-    result = rgexport("inspect", "--size", "demo", folder=tmp_path, before=BLOCK)
-    assert result.returncode == 0, result.stderr
-    assert "No problems" in result.stdout
-
-
-def test_inspect_a_pt_file(tmp_path):
     write_deepmind(random_weights(ODD_CONFIGS["regular"]), tmp_path)
-    result = rgexport("inspect", "model.pt", "--verify", folder=tmp_path, before=BLOCK)
-    assert result.returncode == 0, result.stderr
-    assert "No problems" in result.stdout
+    for model in (("--size", "demo"), ("model.pt", "--verify")):
+        result = rgexport("inspect", *model, folder=tmp_path, before=BLOCK)
+        assert result.returncode == 0, result.stderr
+        assert "No problems" in result.stdout
 
 
 def test_validate_against_a_reference_file(demo_artifact, tmp_path):
-    made = rgexport("reference", "--size", "demo", "-o", "demo.reference", folder=tmp_path)
+    (tmp_path / "prompts.txt").write_text(
+        "The ship sailed at dawn with forty men, two goats and no map of that coast.\n"
+        "It is a truth which nobody in the village would have dared to doubt aloud.\n"
+    )
+    options = "--prompts", "prompts.txt", "-o", "demo.reference"
+    made = rgexport("reference", "--size", "demo", *options, folder=tmp_path)
     assert made.returncode == 0, made.stderr
     assert made.stdout.endswith("Use it: rgexport validate ARTIFACT --reference demo.reference\n")
     asked = ["validate", demo_artifact, "--reference", "demo.reference", "--json", "r.json"]
@@ -91,7 +90,7 @@ def test_validate_against_a_reference_file(demo_artifact, tmp_path):
     assert result.stdout.startswith("PASS") and "torch is not installed" in result.stderr
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["twin"] is None and found["reference"]["same_files"]
-    assert 0.01 < found["reference"]["kl"]["mean"] < 0.2
+    assert 0.001 < found["reference"]["kl"]["mean"] < 0.05
     assert found["reference"]["kl_width"] < 1e-3
     (tmp_path / "demo.reference").write_bytes((tmp_path / "demo.reference").read_bytes()[:-1])
     result = rgexport(*asked, folder=tmp_path, before=BLOCK)

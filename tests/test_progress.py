@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -34,12 +33,9 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (0, "bytes", "0 bytes"),
         (999, "bytes", "999 bytes"),
         (65_536, "bytes", "65.5 kB"),
-        (999_999, "bytes", "1000 kB"),
         (1_512_000_000, "bytes", "1.51 GB"),
-        (2.3e15, "bytes", "2300 TB"),
         (256_000, "tokens", "256,000 tokens"),
     ],
 )
@@ -49,14 +45,7 @@ def test_amount(value, unit, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (2 * 3600 + 7 * 60 + 31, "2 h 07 min"),
-    ],
+    [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7651, "2 h 07 min")],
 )
 def test_duration(seconds, text):
     assert progress.duration(seconds) == text
@@ -83,25 +72,6 @@ def test_a_long_stage_tells_ever_more_seldom_that_it_goes_on(capsys, clock):
     assert shares[:6] == [3, 6, 9, 12, 15, 18] and len(shares) == 13
 
 
-def test_no_end_after_a_failure(capsys):
-    with pytest.raises(ValueError, match="broken"), progress.task("Quantizing", 0):
-        raise ValueError("broken")
-    assert capsys.readouterr().err == ""
-    assert progress._open == []
-
-
-def test_stages_are_numbered_until_there_are_no_more(capsys, clock):
-    progress.expect_stages(2)
-    for label in ("Reading", "Quantizing", "Something else"):
-        with progress.task(label, 1, "steps"):
-            pass
-    assert capsys.readouterr().err.splitlines() == [
-        "[1/2] Reading: 1 steps, 0.0 s",
-        "[2/2] Quantizing: 1 steps, 0.0 s",
-        "Something else: 1 steps, 0.0 s",
-    ]
-
-
 def test_what_runs_inside_is_no_stage_of_its_own(capsys, clock):
     progress.expect_stages(2)
     with progress.task("Outer", 2, "steps"), progress.task("Inner", 10):
@@ -119,28 +89,22 @@ def test_what_runs_inside_is_no_stage_of_its_own(capsys, clock):
     ]
 
 
-def test_a_group_without_tasks_is_not_shown(capsys):
+def test_stages_are_numbered_until_there_are_no_more(capsys, clock):
+    with pytest.raises(ValueError, match="broken"), progress.task("Without an end", 0):
+        raise ValueError("broken")
     progress.expect_stages(1)
-    with progress.group("Self-check"):
+    with progress.group("Without tasks"):
         pass
-    with progress.task("Next", 1, "steps"):
-        pass
-    assert capsys.readouterr().err.startswith("[1/1] Next")
+    for label in ("Reading", "Something else"):
+        with progress.task(label, 1, "steps"):
+            pass
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/1] Reading: 1 steps, 0.0 s",
+        "Something else: 1 steps, 0.0 s",
+    ]
 
 
-def test_any_thread_may_advance(capsys):
-    with progress.task("Quantizing", 8000, "rows") as advance:
-        threads = [
-            threading.Thread(target=lambda: [advance(1) for _ in range(1000)]) for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert progress._open[0].done == 8000
-
-
-@pytest.mark.parametrize("columns", [30, 40, 60, 80])
+@pytest.mark.parametrize("columns", [30, 80])
 @pytest.mark.parametrize("label", ["Quantizing", "Running the dequantized reference"])
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_line_fits(clock, columns, label, ended):
@@ -152,20 +116,6 @@ def test_a_line_fits(clock, columns, label, ended):
     if columns == 80:
         numbers = "1.51 GB, 12 s" if ended else "43 % of 1.51 GB, 12 s, 16 s left"
         assert line == f"[2/4] {label}: {numbers}"
-
-
-def test_bars_nest_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    with progress.task("Outer", 2, "steps") as outer, progress.task("Inner", 10) as inner:
-        inner(10)
-        outer(2)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Outer" in captured.err and "Inner" in captured.err
-    assert captured.err.splitlines()[-1].rpartition("\r")[2].startswith("Outer: 2 steps, ")
-    assert progress._display is None
 
 
 SHOW = """
@@ -222,8 +172,3 @@ def on_terminal(program: str, term: str, columns: int) -> str:
     os.close(ours)
     assert process.returncode == 0
     return found.decode()
-
-
-def test_warnings_say_so(capsys):
-    progress.warn("this is a base model")
-    assert capsys.readouterr().err == "Warning: this is a base model\n"
