@@ -1,16 +1,10 @@
 """The measurement of a disk that fails, with a few hundred requests."""
 
-from pathlib import Path
-
-import pytest
-
 from bench import disk_faults
 from bench.disk_faults import Disk, run
 
 
-def test_nothing_hangs_and_nothing_acknowledged_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_hangs_and_nothing_acknowledged_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_faults, "_HANGING_SECONDS", 0.5)
     disk = Disk(tmp_path / "states", monkeypatch)
     report = run(disk, 400, period=20)

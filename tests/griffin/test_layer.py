@@ -23,46 +23,33 @@ FROM_LLAMA_CPP = {"Qcur", "Kcur", "Vcur", "kqv_out"}
 """Named in llama.cpp's own src/llama-graph.cpp."""
 
 
-def test_each_op_of_the_step_has_a_row():
-    local = {site.split(".", 2)[2] for site in sites(CONFIG) if site.startswith("layers.")}
-    assert local == all_ops().keys()
-
-
 @pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
-def test_sites_are_those_of_the_step_model_in_its_order(name):
-    config = ODD_CONFIGS[name]
-    assert sites(config) == tuple(node.site for node in trace(config).nodes)
-
-
-@pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
-def test_the_table_says_what_each_linear_reads(name):
-    config = ODD_CONFIGS[name]
-    nodes = trace(config).nodes
+def test_tables_say_what_the_step_model_has(name):
+    """Its ops have rows and lowerings, its sites this order, and its linears these inputs."""
+    nodes = trace(ODD_CONFIGS[name]).nodes
+    assert sites(ODD_CONFIGS[name]) == tuple(node.site for node in nodes)
+    used = {node.op for node in nodes}
+    assert used <= ONNX.keys() & COREML.keys() and all(hasattr(ops, op) for op in used)
+    if name == "regular":
+        in_layers = {n.site.split(".", 2)[2] for n in nodes if n.site.startswith("layers.")}
+        assert in_layers == all_ops().keys()
     made_by = {output.name: node.site for node in nodes for output in node.outputs}
     linears = {node.site: made_by[node.inputs[0].name] for node in nodes if node.op == "linear"}
     assert linears.pop("lm_head") == input_site(EMBEDDING) == "final_norm"
     assert linears == {site: input_site(f"{site}.weight") for site in linears}
 
 
-@pytest.mark.parametrize("table", [ONNX, COREML], ids=["onnx", "coreml"])
-def test_each_op_is_lowered(table):
-    used = {node.op for node in trace(CONFIG).nodes}
-    assert used <= table.keys() and all(hasattr(ops, op) for op in used)
-
-
-def test_deepmind_has_each_tensor_under_the_name_of_its_row():
+def test_deepmind_and_gguf_files_name_each_tensor():
     halves = {f"{branch}.{kind}" for branch in BRANCHES for kind in ("weight", "bias")}
     local = {name.split(".", 2)[2] for name in model_tensors(CONFIG) if name.startswith("layers.")}
     assert local - halves == set(NAMES.values())
     model = deepmind_model(CONFIG, random_weights(CONFIG))
+    named = {tensor.name: tensor.canonical for tensor in file_tensors(CONFIG)}
+    assert len(named) == len(model_tensors(CONFIG)) and {*named.values()} == {
+        *model_tensors(CONFIG)
+    }
     theirs = {re.sub(r"^blocks\.\d+\.", "", name) for name in model.state_dict()}
     assert set(NAMES) <= theirs
-
-
-def test_gguf_files_have_each_tensor_under_a_name_of_its_own():
-    tensors = file_tensors(CONFIG)
-    assert {tensor.canonical for tensor in tensors} == model_tensors(CONFIG).keys()
-    assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 
 def test_llama_cpp_shows_each_op_but_what_it_fuses():
@@ -70,9 +57,6 @@ def test_llama_cpp_shows_each_op_but_what_it_fuses():
         site.rpartition(".")[2] for site in taps(CONFIG)
     }
     assert unseen == {"gelu", "last_tokens"} and "last_tokens" in HEAD_SITES
-
-
-def test_the_port_names_what_the_rows_say():
     port = files("rgexport.kernels.llama_cpp").joinpath("recurrentgemma.cpp").read_text("utf-8")
     named = set(re.findall(r'cb\(\w+, "(\w+)"', port))
     tensors = {op.graph.partition("/")[0] for op in all_ops().values() if op.graph}

@@ -15,20 +15,14 @@ from recurrentgemma import common, conversion
 from recurrentgemma import jax as flax_model
 
 from rgexport.errors import RequestError
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validate.source import find_original
 
 pytestmark = pytest.mark.full
 TYPES = common.TemporalBlockType
 SHAPES: dict[str, dict[str, Any]] = {
     "regular": {"block_types": (TYPES.RECURRENT, TYPES.ATTENTION), "lru_width": 24},
     "hawk": {"block_types": (TYPES.RECURRENT,) * 2, "lru_width": 16},
-    "attention": {"block_types": (TYPES.ATTENTION,), "lru_width": 16},
 }
-LAYOUTS = {"database": True, "folders": False}
 
 
 def write(folder: Path, shape: str, *, database: bool, dtype: Any = jnp.float32) -> Path:
@@ -45,10 +39,10 @@ def write(folder: Path, shape: str, *, database: bool, dtype: Any = jnp.float32)
     )
     model = flax_model.Griffin(config, dtype=dtype, param_dtype=dtype)
     tokens, positions = jnp.zeros((1, 4), jnp.int32), jnp.arange(4)[None]
-    made = model.init(jax.random.PRNGKey(3), tokens, positions)
+    initial = model.init(jax.random.PRNGKey(3), tokens, positions)
     keys = iter(jax.random.split(jax.random.PRNGKey(4), 100))
     params = jax.tree_util.tree_map(
-        lambda x: (x + 0.1 * jax.random.normal(next(keys), x.shape)).astype(dtype), made
+        lambda x: (x + 0.1 * jax.random.normal(next(keys), x.shape)).astype(dtype), initial
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=database)) as saver:
         saver.save(folder / "flax", params)
@@ -58,12 +52,10 @@ def write(folder: Path, shape: str, *, database: bool, dtype: Any = jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("database", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_are_those_of_the_torch_file(
-    shape: str, layout: str, dtype: Any, tmp_path: Path
-) -> None:
-    folder = write(tmp_path, shape, database=LAYOUTS[layout], dtype=dtype)
+def test_weights_are_those_of_the_torch_file(shape, database, dtype, tmp_path):
+    folder = write(tmp_path, shape, database=database, dtype=dtype)
     ours = open_checkpoint(folder, window=8)
     theirs = open_checkpoint(tmp_path / "model.pt", window=8)
     assert ours.problems == theirs.problems == () and ours.config == theirs.config
@@ -76,62 +68,26 @@ def test_weights_are_those_of_the_torch_file(
         assert tensor.read(1, middle + 1).tobytes() == expected.read(1, middle + 1).tobytes()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_artifacts_are_equal_but_for_the_source(layout: str, tmp_path: Path) -> None:
-    folder = write(tmp_path, "regular", database=LAYOUTS[layout])
-    for name in ("flax", "torch"):
-        (tmp_path / "made" / name).mkdir(parents=True)
-    made = {
-        name: export_onnx(
-            open_checkpoint(path, window=8), OnnxOptions(), tmp_path / "made" / name / "model"
-        )
-        for name, path in {"flax": folder, "torch": tmp_path / "model.pt"}.items()
-    }
-    for name in ("model.onnx.data", "genai_config.json", "state_file.mjs"):
-        assert (made["flax"] / name).read_bytes() == (made["torch"] / name).read_bytes()
-    flax, torch_ = (open_artifact(folder) for folder in made.values())
-    assert flax.manifest.tensors == torch_.manifest.tensors
-    assert flax.manifest.io == torch_.manifest.io and flax.manifest.plan == torch_.manifest.plan
-    original = find_original(flax.manifest, str(folder))
-    assert original is not None and original.same_files
-    other = find_original(flax.manifest, str(tmp_path / "model.pt"))
-    assert other is not None and not other.same_files
-
-
-def test_where_things_are_found(tmp_path: Path) -> None:
+def test_folders_of_any_name_and_depth(tmp_path):
     folder = write(tmp_path, "regular", database=True)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    assert [p.name for p in open_checkpoint(folder, window=8).tokenizer_files] == [
-        "tokenizer.model"
-    ]
-    step = tmp_path / "step"
-    shutil.copytree(folder, step / "default")
-    assert open_checkpoint(step, window=8).path == step / "default"
+    checkpoint = open_checkpoint(folder, window=8)
+    assert [path.name for path in checkpoint.tokenizer_files] == ["tokenizer.model"]
+    for name in ("a b", "a%20b", "a#b", "a?b"):
+        odd = Path(shutil.copytree(folder, tmp_path / name / "default"))
+        assert open_checkpoint(odd, window=8).problems == ()
+        assert open_checkpoint(odd.parent, window=8).path == odd
 
 
-def test_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_told(tmp_path, monkeypatch):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
+        saver.save(tmp_path / "other", {"params": {"x": np.zeros((2, 3), np.float32)}})
+    with pytest.raises(RequestError, match="is not a DeepMind Griffin checkpoint"):
+        open_checkpoint(tmp_path / "other")
     folder = write(tmp_path, "regular", database=True)
-    for file in folder.rglob("d/*"):
-        file.write_bytes(b"damaged")
-    with pytest.raises(RequestError, match=r"cannot be read|has no 2-dimensional"):
-        open_checkpoint(folder, window=8)
     (folder / "manifest.ocdbt").write_bytes(b"damaged")
     with pytest.raises(RequestError, match="flax cannot be read"):
         open_checkpoint(folder, window=8)
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(RequestError, match=r"pip install 'rgexport\[orbax\]'"):
         open_checkpoint(folder, window=8)
-
-
-def test_any_name_of_a_folder(tmp_path: Path) -> None:
-    folder = write(tmp_path, "regular", database=True)
-    for name in ("a b", "a%20b", "a#b", "a?b"):
-        odd = Path(shutil.copytree(folder, tmp_path / name / "flax"))
-        assert open_checkpoint(odd, window=8).problems == ()
-
-
-def test_another_model_is_told(tmp_path: Path) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
-        saver.save(tmp_path / "other", {"params": {"x": np.zeros((2, 3), np.float32)}})
-    with pytest.raises(RequestError, match="is not a DeepMind Griffin checkpoint"):
-        open_checkpoint(tmp_path / "other")

@@ -1,52 +1,163 @@
-"""The torch reference against DeepMind's implementation."""
+"""The torch reference against DeepMind's implementation, its recurrence, and gradients of ops.
+
+`tests/compress` compares the gradients of whole models with DeepMind's.
+"""
+
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from rgexport.griffin import gradients, ops, scan
 from rgexport.griffin.reference import Reference
+from rgexport.griffin.scan import chunked_scan, linear_scan
 from rgexport.griffin.state import POSITION
+from rgexport.griffin.substitution import substituted
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.models import ODD_CONFIGS, random_weights, weight_source
+from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source
+
+LENGTHS = 1, 15, 16, 17, 64, 65, 100, 513
+TOKENS = np.arange(11)[None]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_reference_equals_deepmind(name: str) -> None:
+def test_reference_equals_deepmind(name):
     config = ODD_CONFIGS[name]
     weights = random_weights(config)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 4 * config.window + 5))
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
-
     reference = Reference(config, weight_source(weights))
     hidden, _ = reference.run(tokens)
-
     assert np.abs(reference.logits(hidden) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["wide_lru", "irregular"])
-def test_reference_continues_from_a_state(name: str) -> None:
+def test_reference_continues_from_a_state(name):
     config = ODD_CONFIGS[name]
     reference = Reference(config, weight_source(random_weights(config)))
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 3 * config.window))
     cut = config.window + 7
-
     whole, after_whole = reference.run(tokens)
     _, before = reference.run(tokens[:, :cut])
     rest, after_rest = reference.run(tokens[:, cut:], before)
-
     assert (rest - whole[:, cut:]).abs().max() <= 1e-5 * whole.abs().max()
     assert after_rest[POSITION].tolist() == [tokens.shape[1]] * 2
     for state, array in after_whole.items():
         np.testing.assert_allclose(after_rest[state], array, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu() -> None:
+@needs_cuda
+def test_cuda_equals_cpu():
     config = ODD_CONFIGS["wide_lru"]
     source = weight_source(random_weights(config))
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, (2, 600))
-    found = {}
+    logits = {}
     for device in ("cpu", "cuda"):
         reference = Reference(config, source, device=device)
-        found[device] = reference.logits(reference.run(tokens)[0])
-    assert np.abs(found["cuda"] - found["cpu"]).max() <= 1e-4 * np.abs(found["cpu"]).max()
+        logits[device] = reference.logits(reference.run(tokens)[0])
+    assert np.abs(logits["cuda"] - logits["cpu"]).max() <= 1e-4 * np.abs(logits["cpu"]).max()
+
+
+def test_a_replaced_result_is_what_later_ops_take():
+    """Other results of the op are kept, here the state of the convolution."""
+    gate, conv = "layers.0.temporal_block.rg_lru.input_gate", "layers.0.temporal_block.conv_1d"
+    closed = np.full((1, 11, 48), -np.inf, np.float32)
+    gates = []
+
+    def look(site, op, argument, results):
+        if site == "layers.0.temporal_block.rg_lru":
+            gates.append(argument(1))
+        return closed if site == gate else 0 * results[0] if site == conv else None
+
+    config = make_config("ra", width=48, heads=4, vocab_size=60, window=8)
+    reference = Reference(config, weight_source(random_weights(config)))
+    expected = reference.run(TOKENS)[1]
+    with substituted(look):
+        _, state = reference.run(TOKENS)
+    assert np.array_equal(gates, [closed])
+    assert not state["layers.0.rg_lru"].any() and expected["layers.0.rg_lru"].any()
+    assert np.array_equal(state["layers.0.conv1d"], expected["layers.0.conv1d"])
+
+
+def scan_inputs(tokens: int, channels: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives a [2, T, R] from 1e-5 to 0.8 below one, b [2, T, R] and h0 [2, R], float32."""
+    generator = torch.Generator().manual_seed(tokens)
+    a = 1 - 10 ** torch.empty(2, tokens, channels).uniform_(-5, -0.1, generator=generator)
+    b = torch.randn(2, tokens, channels, generator=generator)
+    return a, b, torch.randn(2, channels, generator=generator)
+
+
+def naive(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    states = []
+    for t in range(a.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+def assert_exact(result: Tensor, *inputs: Tensor) -> None:
+    """The result is that of a loop in float64, up to a share of the largest state."""
+    exact = naive(*(tensor.double() for tensor in inputs))
+    error = (result.double() - exact).abs().max() / exact.abs().max()
+    assert error <= 1e-6 * exact.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_scan_equals_a_loop(tokens):
+    inputs = scan_inputs(tokens)
+    assert_exact(linear_scan(*inputs), *inputs)
+
+
+@needs_cuda
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_cuda_scans_equal_a_loop(tokens):
+    """The channels are no multiple of a tile; `linear_scan` takes the kernel if there is Triton."""
+    inputs = scan_inputs(tokens, channels=45)
+    on_gpu = [tensor.cuda() for tensor in inputs]
+    for result in (linear_scan(*on_gpu), chunked_scan(*on_gpu)):
+        assert_exact(result.cpu(), *inputs)
+    assert (scan._triton_scan() is not None) == (find_spec("triton") is not None)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_a_scan_has_the_gradients_of_its_steps(tokens):
+    inputs = [x.requires_grad_() for x in scan_inputs(tokens)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weights = torch.randn(2, tokens, 12, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((linear_scan(*inputs) * weights).sum(), inputs)
+    expected = torch.autograd.grad((naive(*exact) * weights.double()).sum(), exact)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("a_param", [-200.0, -18.0, 0.0, 5.0])
+def test_the_gate_of_the_recurrence_has_a_finite_gradient(a_param):
+    """Where a is 1 in float32 it is 0: its limit, as in float64 for a little less than 1."""
+
+    def gate_gradient(dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x, i, r = (torch.randn(1, 5, 3, generator=generator).to(dtype) for _ in range(3))
+        r.requires_grad_()
+        a = torch.full((3,), a_param, dtype=dtype)
+        positions = torch.arange(5)[None]
+        body = ops.rg_lru_scan if dtype == torch.float32 else exact_rg_lru
+        h = body(x, i, r, a, positions, torch.zeros(1, 3, dtype=dtype), "site")[0]
+        return torch.autograd.grad(h.sum(), r)[0]
+
+    assert gradients and all(op._backward_fn is not None for op in ops.EAGER)
+    gradient, expected = gate_gradient(torch.float32), gate_gradient(torch.float64)
+    assert gradient.isfinite().all()
+    assert (gradient - expected).abs().max() <= 1e-4 + 1e-3 * expected.abs().max()
+
+
+def exact_rg_lru(x, i, r, a_param, positions, state, site):
+    """The paper's equations with `expm1`, which is exact for a near 1."""
+    log_a = -8 * torch.sigmoid(r) * torch.log1p(torch.exp(a_param))
+    first = (positions == 0).unsqueeze(-1)
+    a = torch.where(first, 0.0, torch.exp(log_a))
+    scale = torch.where(first, 1.0, torch.sqrt(-torch.expm1(2 * log_a)))
+    h = naive(a, x * torch.sigmoid(i) * scale, state)
+    return h, h[:, -1]
