@@ -1,6 +1,5 @@
 """Options, fixtures and the choice of cases for all tests."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.processors  # noqa: F401  # before torch is imported, which counts them
+
+# isort: split
 from tests.artifacts import IS_PATCHED, export_demo
 from tests.llama_tools import llama_tools, needs_llama_cpp
 from tests.pairs import pairwise
@@ -36,19 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the list of skips, and gives each parallel test process its own processors.
-
-    Engines start a busy thread for each processor that they may use: with twice as many threads as
-    processors, everything takes several times as long.
-    """
-    worker = getattr(config, "workerinput", None)
-    if worker is None and (expected := config.getoption("expected_skips")):
+    if expected := config.getoption("expected_skips"):
         config.pluginmanager.register(ExpectedSkips(expected))
-    if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
-        index, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
-        own = sorted(os.sched_getaffinity(0))[index::count]
-        if own:
-            os.sched_setaffinity(0, own)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
