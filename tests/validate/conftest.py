@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rgexport.export.artifact import record_files
-from rgexport.export.manifest import Manifest, write_manifest
+from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
@@ -19,13 +19,6 @@ from tests.artifacts import copy_cached
 from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300)
-KINDS: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"},
-    "fp16": {"precision": "fp16"},
-    "int8": {"precision": "int8"},
-    "int4": {"precision": "int4", "block_size": 32},
-    "int4-exact": {"precision": "int4", "exact": True},
-}
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +30,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def clean(checkpoint) -> Callable[[str], Path]:
-    """The artifact of a kind, exported once."""
+    """The artifact of a kind such as `int4-exact`, exported once."""
 
     def export(kind: str) -> Path:
-        target, options = checkpoint.parent / kind, OnnxOptions(**KINDS[kind])
+        target, (word, _, exact) = checkpoint.parent / kind, kind.partition("-")
+        block = 32 if kind == "int4" else None
+        options = OnnxOptions(precision=word, exact=bool(exact), block_size=block)
+        source, key = open_checkpoint(checkpoint), f"validate {CONFIG} {options}"
         if not target.exists():
-            copy_cached(
-                f"validate {CONFIG} {options}",
-                lambda artifact: export_onnx(open_checkpoint(checkpoint), options, artifact),
-                target,
-            )
+            copy_cached(key, lambda artifact: export_onnx(source, options, artifact), target)
         return target
 
     return export
@@ -57,28 +49,25 @@ def spoil(clean, tmp_path) -> Callable[..., Path]:
     """A copy of an artifact that was altered and looks intact: its hashes are made anew."""
 
     def copy(
-        kind: str,
-        *,
-        config: dict[str, Any] | None = None,
-        weight: tuple[str, str, float] | None = None,
+        kind: str, *, config: dict[str, Any] | None = None, weight: tuple[str, float] | None = None
     ) -> Path:
         folder = Path(shutil.copytree(clean(kind), tmp_path / "spoiled"))
         if weight is not None:
-            name, part, gain = weight
-            stored = read_manifest(folder).tensors[name].parts[part]
+            name, gain = weight
+            stored = read_manifest(folder).tensors[name].parts["data"]
             layout = {"dtype": stored.dtype, "offset": stored.offset, "shape": stored.shape}
             values = np.memmap(folder / stored.file, mode="r+", **layout)
             values[:] = values * np.asarray(gain, values.dtype)
             values.flush()
         manifest = read_manifest(folder)
         changed = dataclasses.replace(manifest.config, **(config or {}))
-        claim(folder, dataclasses.replace(manifest, config=changed))
+        write_manifest(folder, dataclasses.replace(manifest, config=changed))
+        claim(folder)
         return folder
 
     return copy
 
 
-def claim(folder: Path, manifest: Manifest | None = None) -> None:
-    """Writes the manifest, with the hashes and sizes of the files that are there."""
-    manifest = manifest or read_manifest(folder)
-    write_manifest(folder, manifest.with_files(record_files(folder)))
+def claim(folder: Path) -> None:
+    """Writes the hashes and sizes of the files that are there into the manifest."""
+    write_manifest(folder, read_manifest(folder).with_files(record_files(folder)))

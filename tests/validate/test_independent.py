@@ -1,6 +1,7 @@
 """The figures of a report against those of other code: DeepMind's model and a few lines here."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,21 @@ import pytest
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
+from rgexport.chat.gguf_text import Vocabulary
 from rgexport.cli import run
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from rgexport.runtimes.llama_cpp.library import load_model
+from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.onnx.session import OrtSession
+from rgexport.validate import metrics
 from tests.artifacts import export_demo
 from tests.deepmind import deepmind_logits, deepmind_model
+from tests.llama_tools import needs_llama_cpp, run_tool
 
 TEXT = Path(__file__).with_name("unseen.txt")
-TOKENS = 600
-"""More than two of the demo's windows."""
+TOKENS = 300
+"""More than one of the demo's windows."""
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -32,57 +38,61 @@ def artifact(tmp_path_factory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def report(artifact) -> dict[str, Any]:
-    """What `validate --json` says of it on a text that nobody has seen."""
+def validated(artifact: Path, *options: object) -> dict[str, Any]:
+    """What `validate --json` says."""
     file = artifact.parent / "report.json"
-    asked = "validate", artifact, "--text", TEXT, "--tokens", TOKENS, "--json", file
-    assert run(list(map(str, asked))) == 0
+    assert run(["validate", str(artifact), "--json", str(file), *map(str, options)]) == 0
     return dict(json.loads(file.read_text()))
 
 
 @pytest.fixture(scope="module")
-def tokens(report) -> np.ndarray:
-    """The ids [T] by the engine that made the vocabulary, after a bos."""
+def report(artifact) -> dict[str, Any]:
+    """On a text that nobody has seen."""
+    return validated(artifact, "--text", TEXT, "--tokens", TOKENS)
+
+
+@pytest.fixture(scope="module")
+def read(artifact, report) -> tuple[np.ndarray, Pair]:
+    """Its ids [T], and logits of DeepMind's model and of the artifact: float64 [T, vocab].
+
+    The ids are from the engine that made the vocabulary.
+    """
     engine = SentencePieceProcessor(model_file=str(demo_folder() / "tokenizer.model"))
     text = TEXT.read_bytes()[: report["text"]["bytes"]].decode()
-    return np.array([engine.bos_id(), *engine.encode(text)])
-
-
-@pytest.fixture(scope="module")
-def logits(artifact, tokens) -> Pair:
-    """Of DeepMind's model in float32, and of the artifact in ONNX Runtime: float64 [T, vocab]."""
-    weights = {
-        name.removeprefix("model."): tensor.float().numpy()
-        for name, tensor in load_file(demo_folder() / "model.safetensors").items()
-    }
+    tokens = np.array([engine.bos_id(), *engine.encode(text)])
+    file = load_file(demo_folder() / "model.safetensors")
+    weights = {name.removeprefix("model."): x.float().numpy() for name, x in file.items()}
     model = deepmind_model(open_checkpoint(size="demo").config, weights)
-    session = OrtSession(open_artifact(artifact))
-    theirs = session.prefill(tokens[None], len(tokens))[0]
-    return deepmind_logits(model, tokens[None])[0].astype(np.float64), theirs.astype(np.float64)
+    theirs = OrtSession(open_artifact(artifact)).prefill(tokens[None], len(tokens))[0]
+    ours = deepmind_logits(model, tokens[None])[0]
+    return tokens, (ours.astype(np.float64), theirs.astype(np.float64))
 
 
-@pytest.fixture(scope="module")
-def log_probabilities(logits) -> Pair:
-    """The same, normalized; what is capped at 30 needs no care in its exponentials."""
+def normalized(logits: Pair) -> Pair:
+    """Logarithms; what is capped at 30 needs no care in its exponentials."""
     ours, theirs = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logits)
     return ours, theirs
 
 
-def _quantile(ordered: np.ndarray, share: float) -> float:
-    """Between the two values that stand around it, in proportion."""
-    below, part = divmod(share * (len(ordered) - 1), 1)
-    a, b = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
-    return float(a + part * (b - a))
+def kl_of(pair: Pair) -> tuple[np.ndarray, dict[str, float]]:
+    """KL of each position, and its mean and quantiles."""
+    ours, theirs = pair
+    kl = (np.exp(ours) * (ours - theirs)).sum(1)
+    quantiles = {name: float(np.quantile(kl, share)) for name, share in QUANTILES.items()}
+    return kl, quantiles | {"mean": kl.mean()}
 
 
-def test_the_figures_of_a_report(report, tokens, logits, log_probabilities):
-    found, (ours, theirs) = report["original"], log_probabilities
-    kl = np.sort((np.exp(ours) * (ours - theirs)).sum(1))
+def assert_figures(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_figures_of_a_report(report, read):
+    found, (tokens, logits) = report["original"], read
+    log_probabilities = normalized(logits)
+    kl, figures = kl_of(log_probabilities)
     assert 1e-3 < kl.mean() < 0.5, "four bits cost something, and the model still speaks"
     error = ((kl - kl.mean()) ** 2).sum() ** 0.5 / (len(kl) * (len(kl) - 1)) ** 0.5
-    quantiles = {name: _quantile(kl, share) for name, share in QUANTILES.items()}
-    assert_figures(found["kl"], quantiles | {"mean": kl.mean(), "standard_error": error})
+    assert_figures(found["kl"], figures | {"standard_error": error})
 
     surprise = [-model[np.arange(len(tokens) - 1), tokens[1:]] for model in log_probabilities]
     bits = [nats.sum() / np.log(2) for nats in surprise]
@@ -102,6 +112,8 @@ def test_the_figures_of_a_report(report, tokens, logits, log_probabilities):
     shared = [len({*a[:5]} & {*b[:5]}) / 5 for a, b in zip(first, second, strict=True)]
     assert_figures(found["agreement"], {"top5": np.mean(shared)})
 
+    assert [one["name"] for one in report["continuations"]] == ["prose", "code", "chat turns"]
+    assert all(0 <= one["common"] <= one["tokens"] > 0 for one in report["continuations"])
     original, delta = logits[0], np.abs(logits[0] - logits[1])
     spread = ((original - original.mean(1, keepdims=True)) ** 2).mean() ** 0.5
     expected = {
@@ -113,27 +125,60 @@ def test_the_figures_of_a_report(report, tokens, logits, log_probabilities):
     assert_figures(found["logits"], expected)
 
 
-def assert_figures(found: dict[str, float], expected: dict[str, float]) -> None:
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+# ---- llama-perplexity's KL mode, on the same text in the same pieces ------------------------
+
+PIECE = 128
+WANTED = PIECE // 2 - 1
+"""Positions of a piece that are compared: its second half, except the last one."""
 
 
-def test_a_reference_file_bounds_the_kl(artifact, tokens, log_probabilities):
-    """The same text as the one prompt of a file, which leaves out what is unlikely."""
-    prompts, file, told = (artifact.parent / name for name in ("p.json", "r", "told.json"))
-    prompts.write_text(json.dumps([tokens.tolist()]))
-    capture = "reference", "--size", "demo", "--prompts", prompts, "-o", file
-    judge = "validate", artifact, "--reference", file, "--tokens", 20, "--json", told
-    assert [run(list(map(str, asked))) for asked in (capture, judge)] == [0, 0]
-    found = json.loads(told.read_text())["reference"]
+def rows_of(files: dict[str, Path]) -> np.ndarray:
+    """Our rows; llama-perplexity reads pieces, each with a <bos> instead of its first token."""
+    vocabulary = Vocabulary(load_model(files["f32"], vocab_only=True))
+    sessions = [
+        LlamaCppSession(open_artifact(path), threads=1, flash_attention=False)
+        for path in files.values()
+    ]
+    ids = [vocabulary.bos_id, *vocabulary.encode(TEXT.read_text("utf-8"))]
+    rows = []
+    for start in range(0, len(ids) - PIECE + 1, PIECE):
+        piece = np.array([vocabulary.bos_id, *ids[start + 1 : start + PIECE]])
+        for session in sessions:
+            session.reset()
+        reference, candidate = (s.prefill(piece[None, :-1], WANTED)[0] for s in sessions)
+        rows.append(metrics.compare_logits(reference, candidate, piece[-WANTED:]))
+    return np.concatenate(rows)
 
-    ours, theirs = log_probabilities
-    kl = np.sort((np.exp(ours) * (ours - theirs)).sum(1))
-    quantiles = {name: _quantile(kl, share) for name, share in QUANTILES.items()}
-    for name, expected in {"mean": kl.mean(), **quantiles}.items():
-        low, high = found["kl_low"][name], found["kl_high"][name]
-        assert low * (1 - 1e-4) <= expected <= high * (1 + 1e-4), name
-        assert high - low <= 2e-3 * expected, name
-    assert found["positions"] == len(tokens) > found["full_positions"]
-    assert found["kl_width"] <= 1e-3
-    surprise = -ours[np.arange(len(tokens) - 1), tokens[1:]]
-    assert found["likelihood"]["nll"] == pytest.approx(surprise.mean(), rel=1e-4)
+
+def _number(printed: str, name: str) -> tuple[float, float]:
+    """A figure and its error bar, 0 where there is none."""
+    match = re.search(rf"^{name} *: +([\d.]+)(?:%? ± +([\d.]+))?", printed, re.MULTILINE)
+    assert match, printed
+    return float(match[1]), float(match[2] or 0)
+
+
+@needs_llama_cpp
+def test_its_figures_are_ours(llama_tools, tmp_path):
+    """It stores logits in 16 bits, of which a part in a hundred of a KL may be lost."""
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("f32", "q4_0")}
+    for kind, path in files.items():
+        export_demo(path, "gguf", "--type", kind)
+    tool, ours = llama_tools / "llama-perplexity", rows_of(files)
+    asked = "-c", str(PIECE), "-t", "1", "-fa", "off", "--kl-divergence-base", tmp_path / "kld"
+    run_tool(tool, "-m", files["f32"], "-f", TEXT, *asked)
+    printed = run_tool(tool, "-m", files["q4_0"], *asked, "--kl-divergence", ending="Same top p")
+    (mean, error), kl = _number(printed, "Mean    KLD"), metrics.kl_summary(ours)
+    assert abs(kl.mean - mean) <= min(error, 0.01 * mean)
+    assert kl.standard_error == pytest.approx(error, rel=0.02)
+    assert 0.005 < mean < 0.1
+    names = {"Median": 0.5, "95.0% ": 0.95, "99.0% ": 0.99, "Maximum": 1.0}
+    for name, quantile in names.items():
+        theirs, _ = _number(printed, f"{name} +KLD")
+        assert np.quantile(ours["kl"], quantile) == pytest.approx(theirs, rel=0.02)
+    percent, error = _number(printed, "Same top p")
+    # A tie in 16 bits may be broken otherwise at one position.
+    assert abs(100 * metrics.agreement(ours).top1 - percent) <= min(error, 100 / len(ours) + 1e-3)
+    # Only of the second file: of the first, its 16 bits cut off what is very unlikely.
+    perplexity, error = _number(printed, r"Mean PPL\(Q\)")
+    found = metrics.likelihood(ours, None).perplexity_candidate
+    assert found == pytest.approx(perplexity, rel=2e-3) and abs(found - perplexity) <= error

@@ -1,5 +1,6 @@
 """Measures of sessions that are toys: right ones, and ones with a fault."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -8,29 +9,10 @@ import pytest
 from rgexport.griffin.state import POSITION, State
 from rgexport.validate import measure as module
 from rgexport.validate import speed
-from rgexport.validate.continuations import (
-    LEAST_TOKENS,
-    MOST_TOKENS,
-    SHOWN,
-    continuations,
-    prompts_of_file,
-    prompts_of_model,
-)
-from rgexport.validate.measure import Measurement, measure, whole_chunks, with_continuations
+from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.positions import BLOCKS, WORST
-from rgexport.validate.report.words import answers_of
-from rgexport.validate.speed import Speed, measure_speed
-from tests.validate.toys import (
-    MEMORY,
-    VOCAB,
-    ToySession,
-    WholeChunksSession,
-    WholeToy,
-    character_tokenizer,
-    file_of,
-    greedy,
-    toy_pass,
-)
+from rgexport.validate.speed import measure_speed
+from tests.validate.toys import MEMORY, VOCAB, ToySession, WholeChunksSession, greedy, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
 LONGER = np.random.default_rng(4).integers(0, VOCAB, 150)
@@ -114,24 +96,6 @@ def test_states_are_compared_along_the_text():
     assert max(found.states[0].relative_max for found in right.drift) < 1e-6
     (wrong,) = measured(ToySession(fault=leak), tokens).comparisons
     assert min(found.states[0].relative_max for found in wrong.drift) > 5e-3
-    positions = [63, 64, 100, 128]
-    assert whole_chunks(WholeChunksSession(chunk_logits=True), positions) == {64, 128}
-    assert whole_chunks(ToySession(), positions) == {*positions}
-
-
-@pytest.mark.parametrize("chunk_logits", [True, False])
-@pytest.mark.parametrize("length", [1, 64, 71, 100, 1000])
-def test_a_chunk_of_fixed_length_is_taken_for_any_text(length, chunk_logits):
-    session = WholeChunksSession(chunk_logits=chunk_logits)
-    found = measured(session, np.resize(TOKENS, length))
-    assert session.chunks.count(64) >= 1
-    if chunk_logits and length == 1000:
-        assert session.chunks.count(64) == 928 // 64 + 1 + 3, "the text, and its last tokens again"
-    assert found.equivalences["steps"].tokens == 72
-    assert found.comparisons[0].logits.relative_max < 1e-6
-    assert found.equivalences["steps"].logits.relative_max < 1e-6
-    assert found.equivalences["steps"].states[0].relative_max < 1e-6
-    assert found.counted
 
 
 @pytest.mark.parametrize("chunk_logits", [True, False])
@@ -139,6 +103,10 @@ def test_a_chunk_of_fixed_length_is_taken_for_any_text(length, chunk_logits):
 @pytest.mark.parametrize("fault", [lambda session, logits: 2 * logits, lost_state])
 def test_a_wrong_program_for_chunks_is_seen(fault, length, chunk_logits):
     """Also where the text itself was taken without it."""
+    right = WholeChunksSession(chunk_logits=chunk_logits)
+    found = measured(right, TOKENS[:length])
+    assert right.chunks.count(64) >= 1 and found.equivalences["steps"].tokens == 72
+    assert found.counted and found.comparisons[0].logits.relative_max < 1e-6
     session = WholeChunksSession(chunk_logits=chunk_logits, chunk_fault=fault)
     found = measured(session, TOKENS[:length])
     assert found.equivalences["steps"].logits.relative_max > 0.1
@@ -182,87 +150,22 @@ def test_equivalences_that_a_session_does_not_keep(session, expected):
     assert differing(session) == expected
 
 
-# ---- Continuations --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("session", "per_token", "expected", "chunks"),
+    [
+        # Eight steps take the two seconds, first to warm up; a prompt alone takes more.
+        (ToySession(), 0.25, (4, 4, 128), [1] * 16 + [128]),
+        # A slow engine takes two tokens and a chunk.
+        (WholeChunksSession(chunk_logits=True), 20, (1 / 20, 1 / 20, 64), [1, 1, 64]),
+    ],
+)
+def test_rates_are_those_of_the_calls(monkeypatch, session, per_token, expected, chunks):
+    def seconds(run: Callable[[], None]) -> float:
+        before = len(session.chunks)
+        run()
+        return per_token * sum(session.chunks[before:])
 
-
-def spell(ids: np.ndarray) -> str:
-    return " ".join(map(str, ids))
-
-
-def test_each_model_continues_greedily():
-    tokens = np.array([1, 5, 7, 2])
-    prompts = prompts_of_file(file_of(0, [("a", tokens, 20)]))
-    (same,) = continuations(ToySession(0), prompts, spell)
-    assert (same.prompt, same.tokens, same.common) == ("5 7 2", 20, 20)
-    assert same.reference == same.artifact == spell(greedy(0, tokens, 20))
-    (other,) = continuations(ToySession(1), prompts, spell)
-    assert other.reference == same.reference
-    assert other.artifact == spell(greedy(1, tokens, 20))
-    pairs = list(zip(other.reference.split(), other.artifact.split(), strict=True))
-    assert all(a == b for a, b in pairs[: other.common])
-    assert (other.reference_next, other.artifact_next) == pairs[other.common]
-    assert other.reference_next != other.artifact_next
-    for answer, text in zip(answers_of(other), (other.reference, other.artifact), strict=True):
-        assert answer.shared == other.shared
-        assert answer.shared.split() == text.split()[: other.common]
-        assert text.startswith(answer.shared) and text.endswith(answer.rest) and answer.differing
-
-
-def test_prompts_that_are_continued():
-    """Of a file, the first with an answer that is not short; of a model, the built-in ones."""
-    tokens = np.array([1, 5])
-    prompts = [("short", tokens, LEAST_TOKENS - 1), ("empty", tokens[:1], 32)]
-    prompts += [(f"p{i}", tokens, 32) for i in range(SHOWN + 1)]
-    chosen = prompts_of_file(file_of(0, prompts))
-    assert [one.name for one in chosen] == [f"p{i}" for i in range(SHOWN)]
-    built_in = prompts_of_model(WholeToy(3), character_tokenizer())
-    assert [prompt.name for prompt in built_in] == ["prose", "code", "chat turns"]
-    for prompt in built_in:
-        assert prompt.tokens[0] == 0 and len(prompt.greedy) == MOST_TOKENS
-        np.testing.assert_array_equal(prompt.greedy, greedy(3, prompt.tokens, MOST_TOKENS))
-
-
-# ---- Speed ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def timed(monkeypatch) -> Callable[..., Speed]:
-    """Measures a session whose every token takes some seconds, and a seventh call much longer."""
-
-    def measure_toy(session: ToySession, per_token: float) -> Speed:
-        calls: list[float] = []
-
-        def seconds(run: Callable[[], None]) -> float:
-            before = len(session.chunks)
-            run()
-            calls.append(per_token * sum(session.chunks[before:]))
-            return 0.9 if per_token < 0.01 and len(calls) % 7 == 0 else calls[-1]
-
-        session.close = lambda: monkeypatch.setattr(session, "closed", True, raising=False)
-        monkeypatch.setattr(speed, "open_session", lambda artifact: session)
-        monkeypatch.setattr(speed, "seconds", seconds)
-        return measure_speed(None)  # the session is a toy's
-
-    return measure_toy
-
-
-def test_rates_are_those_of_the_calls(timed):
-    session = ToySession()
-    assert timed(session, 0.25) == Speed(decode=4, prefill=4, prompt_tokens=128)
-    # Eight steps take the two seconds, first to warm up; a prompt alone takes more.
-    assert session.chunks == [1] * 16 + [128] and session.closed
-    slow = WholeChunksSession(chunk_logits=True)
-    assert timed(slow, 20) == Speed(decode=1 / 20, prefill=1 / 20, prompt_tokens=64)
-    assert slow.chunks == [1, 1, 64], "a slow engine takes two tokens and a chunk"
-    fast = timed(ToySession(), 0.001)
-    assert (fast.decode, fast.prefill) == pytest.approx((1000, 1000)), "odd calls do not count"
-
-
-def test_a_session_is_closed_after_an_error(timed):
-    def fail(session: ToySession, logits: object) -> None:
-        raise RuntimeError("the engine broke")
-
-    session = ToySession(fault=fail)
-    with pytest.raises(RuntimeError, match="the engine broke"):
-        timed(session, 1)
-    assert session.closed
+    session.close = lambda: None
+    monkeypatch.setattr(speed, "open_session", lambda artifact: session)
+    monkeypatch.setattr(speed, "seconds", seconds)
+    assert dataclasses.astuple(measure_speed(None)) == expected and session.chunks == chunks

@@ -1,82 +1,201 @@
+"""`validate` of one artifact and of several: what is compared, what is said, and exit codes."""
+
 import dataclasses
 import html
 import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.export.manifest import Manifest
+from rgexport.export.manifest_reader import read_manifest
+from rgexport.griffin import checkpoint as checkpoints
+from rgexport.griffin.layout import model_tensors
+from rgexport.validate import reference_pass, source, speed
 from rgexport.validate.opening import Request
+from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact, validate_artifacts
+from rgexport.validate.source import find_original
+from tests.artifacts import export_random_coreml
+from tests.deepmind import write_deepmind
+from tests.models import random_weights
+from tests.validate.conftest import CONFIG
+
+COREML: dict[str, dict[str, Any]] = {
+    "fp16": {"precision": "fp16", "all_logits": True, "recurrent_state": "hilo"},
+    "int4-fp32": {"precision": "int4", "compute": "fp32", "all_logits": True},
+    "pal4": {"precision": "pal4", "embedding_precision": "pal4"},
+}
+COSTS = {"fp32": 0, "fp16": 1e-9, "int8": 1e-5, "int4": 1e-2, "int4-exact": 1e-2}
+"""Kind → the least KL that it costs; the next kind's is the most."""
 
 
-def test_the_report_and_the_json(clean, checkpoint, tmp_path, capsys):
-    file = tmp_path / "result.json"
-    request = Request(model=str(checkpoint), max_tokens=50)
-    assert validate_artifacts([clean("int8")], request, json_file=file) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith("PASS  ") and "KL, nats per token" in out
-    assert "Comparing" in err and "Comparing" not in out
-    found = json.loads(file.read_text())
-    assert found["schema_version"] == 1 and found["verdict"] == "PASS"
-    text = {"name": "random token ids", "tokens": 50, "windows": 50 / 16, "bytes": None}
-    assert found["text"] == text | {"truncated": False}
-    assert found["environment"]["onnxruntime"] == found["engine"]["engine_version"]
+def failed(result: Result) -> list[str]:
+    return [check.name for check in result.checks if not check.passed]
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_clean_artifacts_pass(clean, checkpoint, kind):
+    result = validate_artifact(clean(kind), Request(model=str(checkpoint)))
+    assert failed(result) == [] and result.verdict == "PASS"
+    assert result.source.found and result.source.same_files
+    assert result.text.windows > 4
+    assert [error.name for error in result.weights] == list(model_tensors(CONFIG))
+    assert result.original.kl.mean >= 0.9 * result.twin.kl.mean
+    least, most = COSTS[kind], min((c for c in COSTS.values() if c > COSTS[kind]), default=1)
+    assert least <= result.original.kl.mean < most
+
+
+@pytest.mark.skipif(
+    sys.platform == "darwin", reason="Core ML itself rounds otherwise than the interpreter"
+)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind == "fp16" else pytest.mark.full) for kind in COREML],
+)
+def test_clean_packages_pass(kind, tmp_path):
+    """With the interpreter as the engine."""
+    options = COREML[kind]
+    artifact, _ = export_random_coreml(CONFIG, tmp_path, prefill_length=12, **options)
+    request = Request(model=str(tmp_path / "model"), max_tokens=100)
+    result = validate_artifact(artifact.path, request)
+    assert failed(result) == [], result.checks
+    assert result.engine.whole_chunks
+    assert result.engine.chunk_logits == options.get("all_logits", False)
+    assert result.equivalences["steps"].tokens == 12 + 8
+    if artifact.manifest.compute == "fp32":
+        assert result.twin.logits.relative_max < 2e-5
+        assert result.equivalences["steps"].logits.relative_max < 2e-5
+    else:
+        assert 1e-5 < result.twin.logits.relative_max < 1e-2
 
 
 def test_ambiguous_is_exit_code_1_unless_it_is_allowed(clean, checkpoint, capsys):
-    given = Request(model=str(checkpoint), max_tokens=50)
-    original = validate_artifact(clean("int4"), given).original
+    request = Request(model=str(checkpoint), max_tokens=50)
+    original = validate_artifact(clean("int4"), request).original
     assert original.kl.standard_error > 0
     limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
-    assert validate_artifacts([clean("int4")], given, limits=limits) == 1
+    assert validate_artifacts([clean("int4")], request, limits=limits) == 1
     out = capsys.readouterr().out
     assert out.startswith("AMBIGUOUS  ") and "1 of " in out and "cannot be decided" in out
     assert "AMBIGUOUS  original.kl is " in out and " ± " in out
-    assert validate_artifacts([clean("int4")], given, limits=limits, allow_ambiguous=True) == 0
+    assert validate_artifacts([clean("int4")], request, limits=limits, allow_ambiguous=True) == 0
     below = [f"original.kl={original.kl.mean / 2}"]
-    assert validate_artifacts([clean("int4")], given, limits=below, allow_ambiguous=True) == 1
-    assert capsys.readouterr().out.count("FAILED  original.kl") == 1
+    assert validate_artifacts([clean("int4")], request, limits=below, allow_ambiguous=True) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED  original.kl is") == 1 and "(asked for: " in out
 
 
 def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     """Correct, but not as good: exit code 1, and both verdicts are told."""
     file, page = tmp_path / "r.json", tmp_path / "r.html"
-    given = Request(model=str(checkpoint), max_tokens=50)
-    assert validate_artifacts([clean("int4")], given, json_file=file, html_file=page) == 0
-    shown = capsys.readouterr().out.splitlines()
-    found = json.loads(file.read_text())
-    grade = found["quality"]["grade"]
-    assert grade in ("fair", "poor") and found["min_quality"] is None
-    assert found["quality"]["kl"] == found["original"]["kl"]["mean"]
-    assert found["quality"]["top1"] == found["original"]["agreement"]["top1"]
-    assert shown[0].startswith("PASS  ") and shown[1].startswith(f"{grade.upper()}  quality")
-    assert shown[2] == found["quality"]["meaning"]
-    text = page.read_text("utf-8")
-    assert f"quality: {grade}" in text and shown[2] in html.unescape(text)
+    request = Request(model=str(checkpoint), max_tokens=50)
+    assert validate_artifacts([clean("int4")], request, json_file=file, html_file=page) == 0
+    shown, messages = capsys.readouterr()
+    first, second, third = shown.splitlines()[:3]
+    assert "Comparing" in messages and "Comparing" not in shown
+    written = json.loads(file.read_text())
+    assert written["schema_version"] == 1 and written["verdict"] == "PASS"
+    assert written["text"]["tokens"] == 50 and written["text"]["bytes"] is None
+    grade = written["quality"]["grade"]
+    assert grade in ("fair", "poor") and written["min_quality"] is None
+    assert written["quality"]["kl"] == written["original"]["kl"]["mean"]
+    assert written["quality"]["top1"] == written["original"]["agreement"]["top1"]
+    assert first.startswith("PASS  ") and second.startswith(f"{grade.upper()}  quality")
+    assert third == written["quality"]["meaning"]
+    assert f"quality: {grade}" in page.read_text("utf-8")
+    assert third in html.unescape(page.read_text("utf-8"))
 
-    asked = dataclasses.replace(given, min_quality="good")
-    assert validate_artifacts([clean("int4")], asked, json_file=file, html_file=page) == 1
+    asked = dataclasses.replace(request, min_quality="good")
+    assert validate_artifacts([clean("fp32"), clean("int4")], asked, html_file=page) == 1
     told = "The quality is below good, which was asked for."
     out = capsys.readouterr().out
-    assert out.startswith("PASS  ") and told in out and told in page.read_text("utf-8")
-    assert json.loads(file.read_text())["min_quality"] == "good"
-    assert validate_artifacts([clean("fp32")], asked) == 0
-    assert "LOSSLESS  quality" in capsys.readouterr().out
-    assert validate_artifacts([clean("fp32"), clean("int4")], asked) == 1
-    out = capsys.readouterr().out
     assert out.startswith("PASS  all 2 pass") and f"{clean('int4')}: {told}" in out
-
-
-def test_a_quality_needs_an_original(clean):
+    assert page.read_text("utf-8").count(told) == 1
     with pytest.raises(RequestError, match=r"--min-quality good: the original .* was not given"):
         validate_artifacts([clean("fp32")], Request(max_tokens=8, min_quality="good"))
 
 
-def test_a_limit_that_a_user_sets(clean, capsys):
-    assert (
-        validate_artifacts([clean("int8")], Request(max_tokens=30), limits=["twin.logits=1e-9"])
-        == 1
-    )
-    assert "(asked for: activations are rounded" in capsys.readouterr().out
-    with pytest.raises(RequestError, match="expected NAME=VALUE"):
-        validate_artifacts([clean("int8")], limits=["kl=3"])
+# ---- Several artifacts ----------------------------------------------------------------------
+
+
+def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch):
+    """The original runs once for all of them."""
+    runs: list[str] = []
+    run_reference = reference_pass.run_reference
+
+    def counted(label: str, *args: Any) -> reference_pass.Pass:
+        runs.append(label)
+        return run_reference(label, *args)
+
+    monkeypatch.setattr(reference_pass, "run_reference", counted)
+    monkeypatch.setattr(speed, "SECONDS", 0.05)
+    file, page = tmp_path / "r.json", tmp_path / "r.html"
+    paths = [clean(kind) for kind in ("fp32", "int4")]
+    request = Request(model=str(checkpoint), max_tokens=40, bench=True)
+    assert validate_artifacts(paths, request, json_file=file, html_file=page) == 0
+    assert runs == ["Running the original"]
+    out = capsys.readouterr().out
+    assert out.startswith("PASS  all 2 pass") and "prompt/s" in out
+    written = json.loads(file.read_text("utf-8"))
+    larger, smaller = written
+    assert larger["original"]["kl"]["mean"] < smaller["original"]["kl"]["mean"]
+    assert all(one["speed"]["decode"] > 1 and one["speed"]["prefill"] > 1 for one in written)
+    text = page.read_text("utf-8")
+    assert text.index("Side by side") < text.index('id="a1"') < text.index('id="a2"')
+
+    runs.clear()
+    passes = reference_pass.SharedPasses()
+    for tokens in (8, 8, 9):
+        validate_artifact(paths[0], Request(model=str(checkpoint), max_tokens=tokens), passes)
+    assert runs == ["Running the original"] * 2, "another text is another pass"
+
+
+def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys):
+    bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
+    assert validate_artifacts([clean("fp32"), bad], Request(max_tokens=30), html_file=page) == 1
+    before, _, after = capsys.readouterr().out.partition("FAILED  twin.logits is ")
+    assert before.startswith("FAIL  1 of 2 fail") and str(bad) in before
+    assert "float32 on both sides" in after and "1 of 2 fails." in page.read_text("utf-8")
+
+
+# ---- The original ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest(clean) -> Manifest:
+    return read_manifest(clean("fp32"))
+
+
+def named(manifest: Manifest, name: str) -> Manifest:
+    return dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, name=name))
+
+
+def test_a_deepmind_file_takes_window_and_soft_cap_from_the_artifact(manifest, tmp_path):
+    config = dataclasses.replace(manifest.config, window=24, soft_cap=5.0)
+    file = write_deepmind(random_weights(config), tmp_path)
+    original = find_original(dataclasses.replace(manifest, config=config), str(file))
+    assert original.config_differences == ()
+
+
+def test_the_demo_and_released_models_are_found(manifest, checkpoint, tmp_path, monkeypatch):
+    """A demo that was trained anew is not taken for the original."""
+    monkeypatch.setattr(checkpoints, "demo_folder", lambda: checkpoint)
+    assert find_original(named(manifest, "demo"), None).same_files
+    assert find_original(manifest, None) is None
+    other = Path(shutil.copytree(checkpoint, tmp_path / "demo"))
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    monkeypatch.setattr(checkpoints, "demo_folder", lambda: other)
+    assert find_original(named(manifest, "demo"), None) is None
+    assert not find_original(manifest, str(other)).same_files
+
+    cache = {"google/recurrentgemma-2b-it": checkpoint}
+    monkeypatch.setattr(source, "cached_model", cache.get)
+    assert find_original(named(manifest, "recurrentgemma-2b-it"), None).same_files
+    assert find_original(named(manifest, "recurrentgemma-9b"), None) is None

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,13 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
-from tests.models import make_config
 
 VOCAB, WIDTH = 23, 8
 MEMORY = "layers.0.rg_lru"
 Fault = Callable[["ToySession", np.ndarray], np.ndarray]
 
 
-class Toy:
+class ToyReference:
     """h_t = 0.7 h_{t-1} + E[token]; logits = h · H."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -37,10 +35,6 @@ class Toy:
             found.append(h)
         return np.stack(found, 1)
 
-
-class ToyReference(Toy):
-    """The toy as a reference."""
-
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[np.ndarray, State]:
         """One pass from the beginning, or from a state."""
         state = state or {MEMORY: np.zeros((1, WIDTH), np.float32), POSITION: np.zeros(1, np.int64)}
@@ -51,7 +45,7 @@ class ToyReference(Toy):
         return hidden @ self.head
 
 
-class ToySession(Toy):
+class ToySession(ToyReference):
     """The toy as a session; `fault(session, logits)` may spoil both."""
 
     vocab_size = VOCAB
@@ -70,7 +64,7 @@ class ToySession(Toy):
         self.chunks.append(tokens.shape[1])
         hidden = self.hidden(tokens, self.h)
         self.h, self.position = hidden[:, -1].copy(), self.position + tokens.shape[1]
-        logits = hidden[:, -num_logits:] @ self.head
+        logits = self.logits(hidden[:, -num_logits:])
         return logits if self.fault is None else self.fault(self, logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
@@ -134,49 +128,16 @@ def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:
 
 def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:
     """One id per character, from 1 on, modulo 20."""
-    return Tokenizer(
-        vocab_size=VOCAB,
-        special={},
-        bos_id=bos_id,
-        eos_id=None,
-        raw_encode=lambda text: [1 + ord(c) % 20 for c in text],
-        surface=lambda token: b"",
-    )
 
+    def encode(text: str) -> list[int]:
+        return [1 + ord(c) % 20 for c in text]
 
-class WholeToy(ToyReference):
-    """The toy with what continuing a batch takes."""
-
-    config = make_config("r", width=WIDTH, heads=1, lru_width=WIDTH, vocab_size=VOCAB)
-
-    def run_each(self, texts: Any) -> list[tuple[np.ndarray, list[State]]]:
-        passes = (self.run(tokens) for tokens, _ in texts)
-        return [(hidden, [state]) for hidden, state in passes]
+    return Tokenizer(VOCAB, {}, bos_id, None, encode, lambda token: b"")
 
 
 def greedy(seed: int, tokens: np.ndarray, count: int) -> np.ndarray:
     """Continues tokens [T], by one long pass for each new one."""
-    reference, text = ToyReference(seed), tokens
+    toy, text = ToyReference(seed), tokens
     for _ in range(count):
-        hidden, _ = reference.run(text[None])
-        text = np.append(text, reference.logits(hidden)[0, -1].argmax())
+        text = np.append(text, toy.logits(toy.run(text[None])[0])[0, -1].argmax())
     return text[len(tokens) :]
-
-
-def file_of(seed: int, prompts: list[tuple[str, np.ndarray, int]]) -> Any:
-    """A reference file's prompts; each is a name, tokens and a number of tokens to continue by."""
-    ends = np.cumsum([0, *(len(tokens) for _, tokens, _ in prompts)])
-    spans = [
-        (
-            index,
-            SimpleNamespace(name=name, tokens=len(tokens), greedy_tokens=count),
-            slice(ends[index], ends[index + 1]),
-        )
-        for index, (name, tokens, count) in enumerate(prompts)
-    ]
-    texts = [greedy(seed, tokens, count) for _, tokens, count in prompts]
-    return SimpleNamespace(
-        tokens=np.concatenate([tokens for _, tokens, _ in prompts]),
-        spans=lambda: iter(spans),
-        greedy=texts.__getitem__,
-    )

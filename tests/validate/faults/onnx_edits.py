@@ -20,17 +20,10 @@ def producer(model: onnx.ModelProto, value: str) -> NodeProto:
 
 
 def of_type(model: onnx.ModelProto, kind: str) -> Iterator[NodeProto]:
-    """All nodes of a type."""
     return (node for node in model.graph.node if node.op_type == kind)
 
 
-def constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
-    """Adds a constant and gives its name."""
-    model.graph.initializer.append(numpy_helper.from_array(value, name))
-    return name
-
-
-def flat(edit: Edit | None = None) -> Edit:
+def flat(edit: Edit = lambda model: None) -> Edit:
     """An edit of the graph with the bodies of its functions in their place: they are what runs.
 
     In a body alone a fault would not show, since a native kernel does not look at the body.
@@ -39,8 +32,7 @@ def flat(edit: Edit | None = None) -> Edit:
     def edit_flat(model: onnx.ModelProto) -> None:
         _show_gelu(model)
         model.CopyFrom(inliner.inline_local_functions(model))
-        if edit:
-            edit(model)
+        edit(model)
 
     return edit_flat
 
@@ -55,15 +47,8 @@ def with_window(window: int) -> Edit:
 
     def edit(model: onnx.ModelProto) -> None:
         (node,) = of_type(model, "LessOrEqual")
-        node.input[1] = constant(model, "fault/window", np.array(window))
-
-    return edit
-
-
-def with_embedding_scale(scale: float) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        factor = constant(model, "fault/scale", np.array(scale, np.float32))
-        producer(model, "embed_tokens").input[1] = factor
+        node.input[1] = "fault/window"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(window), "fault/window"))
 
     return edit
 

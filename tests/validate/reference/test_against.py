@@ -1,3 +1,5 @@
+"""Artifacts against reference files."""
+
 import dataclasses
 import json
 from pathlib import Path
@@ -18,14 +20,6 @@ from rgexport.validate.checks import TENSOR_CHECKS, Check
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
 from rgexport.validate.reference import against, kept_logits
-from rgexport.validate.reference.against import (
-    AgainstFile,
-    LayerError,
-    compare_with_file,
-    file_checks,
-    positions_to_look_at,
-    with_layers,
-)
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
@@ -39,7 +33,7 @@ LIMITS = {"full": 10**9, "16": 120_000, "8": 90_000, "0": 20_000}
 
 
 @pytest.fixture(scope="module", params=LIMITS)
-def reference(request, checkpoint, tmp_path_factory) -> ReferenceFile:
+def some_full(request, checkpoint, tmp_path_factory) -> ReferenceFile:
     """A file of the small model; in all of them but one only few positions are full."""
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
@@ -47,58 +41,51 @@ def reference(request, checkpoint, tmp_path_factory) -> ReferenceFile:
         patch.setattr(kept_logits, "FULL", 16)
         patch.setattr(kept_logits, "LEAST_MOST", 40)
         capture(open_checkpoint(checkpoint), target, device="cpu")
-    found = read_reference(target)
-    assert found.header.tail_bits == int(request.param.replace("full", "0"))
-    return found
+    reference = read_reference(target)
+    assert reference.header.tail_bits == int(request.param.replace("full", "0"))
+    return reference
 
 
 @pytest.fixture(scope="module")
-def file(checkpoint, tmp_path_factory) -> Path:
+def reference(checkpoint, tmp_path_factory) -> ReferenceFile:
     target = tmp_path_factory.mktemp("reference") / "r"
-    return capture(open_checkpoint(checkpoint), target, device="cpu")
+    return read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
 
 
-def held(artifact: Path, reference: ReferenceFile) -> AgainstFile:
+def held(artifact: Path, reference: ReferenceFile) -> against.AgainstFile:
     opened = open_artifact(artifact)
-    return compare_with_file(OrtSession(opened), opened, reference)
+    return against.compare_with_file(OrtSession(opened), opened, reference)
 
 
-def failed(artifact: Path, reference: ReferenceFile) -> list[str]:
-    found = held(artifact, reference)
-    checks = file_checks(found, open_artifact(artifact).manifest)
+def failed(artifact: Path, found: against.AgainstFile) -> list[str]:
+    checks = against.file_checks(found, open_artifact(artifact).manifest)
     return [check.name for check in checks if not check.passed and check.kind not in TENSOR_CHECKS]
 
 
-def wrong_tensors(artifact: Path, reference: ReferenceFile) -> set[str]:
+def wrong_tensors(found: against.AgainstFile) -> set[str]:
     """Those whose weights are not what the reference's sketches say."""
-    checks = sketch_checks(held(artifact, reference).weights)
-    names = {check.name for check in checks if not check.passed}
+    names = {check.name for check in sketch_checks(found.weights) if not check.passed}
     return {name.removeprefix("reference.").rpartition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("kind", ["int4-exact", "fp16"])
-def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, reference, kind):
+def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, some_full):
     original = open_checkpoint(checkpoint)
     model = Reference(original.config, original.weights)
-    session, rows = OrtSession(open_artifact(clean(kind))), []
-    for _, prompt, span in reference.spans():
-        tokens = reference.tokens[span]
+    session, rows = OrtSession(open_artifact(clean("int4-exact"))), []
+    for _, prompt, span in some_full.spans():
+        tokens = some_full.tokens[span]
         hidden, _ = model.run(tokens[None])
         session.reset()
         ours = session.prefill(tokens[None], prompt.tokens)[0]
         rows.append(compare_logits(model.logits(hidden)[0], ours, np.append(tokens[1:], -1)))
-    found, all_rows = held(clean(kind), reference), np.concatenate(rows)
+    found, all_rows = held(clean("int4-exact"), some_full), np.concatenate(rows)
+    assert failed(clean("int4-exact"), found) == []
     kl = all_rows["kl"].mean()
     assert found.kl_low.mean * 0.9999 <= kl <= found.kl_high.mean * 1.0001
-    if found.full_positions == found.positions:
-        assert found.kl.mean == pytest.approx(kl, rel=1e-4)
-        assert found.kl_low == found.kl == found.kl_high
-    elif reference.header.tail_bits == 16:
-        assert found.kl.mean == pytest.approx(kl, rel=1e-4 if kind == "int4-exact" else 1e-3)
-        assert kind == "fp16" or found.kl_width < 2e-3
+    if found.full_positions == found.positions or some_full.header.tail_bits == 16:
+        assert found.kl.mean == pytest.approx(kl, rel=1e-4) and found.kl_width < 2e-3
     assert (found.kl_full == found.kl) is (found.full_positions == found.positions)
-    assert reference.is_full(found.kl_full.worst_position)
-    assert reference.is_full(found.logits.worst_position)
+    assert some_full.is_full(found.kl_full.worst_position)
     assert 0.2 * kl < found.kl_full.mean < 5 * kl and found.kl_full.standard_error > 0
     expected = agreement(all_rows)
     assert found.agreement.top1 == pytest.approx(expected.top1, abs=1e-9)
@@ -110,34 +97,11 @@ def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, reference, kind
     assert found.likelihood.delta == pytest.approx(delta, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int4"])
-def test_clean_artifacts_pass(clean, reference, kind):
-    assert failed(clean(kind), reference) == []
-    found = held(clean(kind), reference)
-    assert found.same_files and found.config_differences == ()
-    assert sum(prompt.tokens for prompt in found.prompts) == found.positions
-    assert found.kl_low.mean <= found.kl.mean <= found.kl_high.mean
-
-
-def test_states_are_compared_at_the_end_and_on_the_way(clean, reference):
-    exact, rough = (held(clean(kind), reference) for kind in ("fp32", "int4"))
-    longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
-    assert [drift.position for drift in exact.drift] == list(longest.checkpoints) != []
-    recurrent = {"layers.0.rg_lru", "layers.0.conv1d", "layers.1.rg_lru", "layers.1.conv1d"}
-    assert all({error.name for error in drift.states} == recurrent for drift in exact.drift)
-    assert {error.name for error in exact.states} == {error.name for error in rough.states}
-    assert {error.name for error in exact.states} > recurrent
-    for found, low, high in ((exact, 0, 1e-4), (rough, 1e-3, 1)):
-        for errors in (found.states, *(drift.states for drift in found.drift)):
-            assert low <= max(error.relative_max for error in errors) < high
-
-
-def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, reference):
-    manifest = open_artifact(clean("int4")).manifest
-    found = held(clean("int4"), reference)
+def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, some_full):
+    found, manifest = held(clean("int4"), some_full), open_artifact(clean("int4")).manifest
 
     def judged(limit: float) -> Check:
-        checks = file_checks(found, manifest, {"reference.kl": limit})
+        checks = against.file_checks(found, manifest, {"reference.kl": limit})
         return next(check for check in checks if check.name == "reference.kl")
 
     margin = judged(0).margin
@@ -147,44 +111,49 @@ def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, reference):
     assert outcomes == ["PASS", "AMBIGUOUS", "FAIL"]
 
 
-def look(artifact: Path, reference: ReferenceFile) -> list[LayerError]:
+def look(
+    artifact: Path, reference: ReferenceFile
+) -> tuple[against.AgainstFile, list[against.LayerError]]:
     opened = open_artifact(artifact)
     before: dict[int, State] = {}
-    found = compare_with_file(OrtSession(opened), opened, reference, before)
-    assert set(before) == set(reference.header.watched)
-    layers = with_layers(found, opened, reference, before).layers
+    found = against.compare_with_file(OrtSession(opened), opened, reference, before)
+    return found, against.with_layers(found, opened, reference, before).layers
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("fp32", 0, 1e-4), ("int4", 1e-3, 1)])
+def test_states_and_layers_are_held_against_the_file(clean, reference, kind, low, high):
+    """States at the end and on the way."""
+    found, layers = look(clean(kind), reference)
+    assert failed(clean(kind), found) == [] and wrong_tensors(found) == set()
+    assert found.same_files and found.config_differences == ()
+    longest = max(reference.header.prompts, key=lambda prompt: prompt.tokens)
+    assert [drift.position for drift in found.drift] == list(longest.checkpoints) != []
+    recurrent = {"layers.0.rg_lru", "layers.0.conv1d", "layers.1.rg_lru", "layers.1.conv1d"}
+    assert {error.name for error in found.states} > recurrent
+    assert all({error.name for error in drift.states} == recurrent for drift in found.drift)
+    for errors in (found.states, *(drift.states for drift in found.drift)):
+        assert low <= max(error.relative_max for error in errors) < high
     assert [error.layer for error in layers] == [0, 1, 2]
-    return layers
+    limit = 1e-5 if kind == "fp32" else 1
+    assert all(error.passed and low < error.relative_rms < limit for error in layers)
+    assert {error.worst_position for error in layers} <= set(reference.header.watched)
 
 
-def test_each_layer_is_held_against_the_file(clean, file):
-    reference = read_reference(file)
-    exact, rough = look(clean("fp32"), reference), look(clean("int4"), reference)
-    assert all(error.passed and error.relative_rms < 1e-5 for error in exact)
-    assert all(error.passed and error.relative_rms > 1e-3 for error in rough)
-    assert {error.worst_position for error in rough} <= set(reference.header.watched)
-
-
-def test_the_first_layer_that_leaves_is_named(spoil, file, monkeypatch, capsys):
+def test_the_first_layer_that_leaves_is_named(spoil, reference, monkeypatch, capsys):
     """Without torch, from the file alone."""
-    folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", "data", 1.02))
-    errors = look(folder, read_reference(file))
+    folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", 1.02))
+    _, errors = look(folder, reference)
     assert [error.layer for error in errors if not error.passed] == [1, 2]
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
-    validate_artifacts([folder], Request(bisect=True), reference=file)
-    shown = capsys.readouterr().out
-    assert "layer 1 is the first whose residual stream leaves" in shown
+    validate_artifacts([folder], Request(bisect=True), reference=reference.path)
+    assert "layer 1 is the first whose residual stream leaves" in capsys.readouterr().out
 
 
-def test_few_states_are_kept_where_they_are_large(file, monkeypatch):
-    reference = read_reference(file)
-    state, watched = {"x": np.zeros(100, np.int8)}, reference.header.watched
-    assert positions_to_look_at(reference, state) == watched
-    monkeypatch.setattr(against, "STATE_BYTES", 399)
-    found = positions_to_look_at(reference, state)
-    assert len(found) == 3 and {found[0], found[-1]} == {watched[0], watched[-1]}
-    monkeypatch.setattr(against, "STATE_BYTES", 1)
-    assert positions_to_look_at(reference, state) == watched[:1]
+def test_a_value_that_is_not_finite_fails(spoil, reference):
+    folder = spoil("fp32", weight=("final_norm.weight", np.nan))
+    found = held(folder, reference)
+    assert failed(folder, found) == ["reference.rms", "reference.finite"]
+    assert wrong_tensors(found) == {"final_norm.weight"}
 
 
 def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
@@ -195,49 +164,33 @@ def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
     return read_reference(capture(open_checkpoint(folder), tmp_path / "r", device="cpu"))
 
 
-def test_a_value_that_is_not_finite_fails(spoil, reference):
-    folder = spoil("fp32", weight=("final_norm.weight", "data", np.nan))
-    assert failed(folder, reference) == ["reference.rms", "reference.finite"]
-    assert wrong_tensors(folder, reference) == {"final_norm.weight"}
-
-
 def test_other_weights_are_named_and_judged(clean, tmp_path, capsys):
-    reference = another(tmp_path, seed=1)
-    found = held(clean("int4"), reference)
-    assert not found.same_files and found.config_differences == ()
-    assert wrong_tensors(clean("int4"), reference) == set(model_tensors(CONFIG))
-    assert (
-        validate_artifacts([clean("fp32")], Request(max_tokens=20), reference=reference.path) == 1
-    )
+    other, request = another(tmp_path, seed=1), Request(max_tokens=20)
+    assert wrong_tensors(held(clean("int4"), other)) == set(model_tensors(CONFIG))
+    assert validate_artifacts([clean("fp32")], request, reference=other.path) == 1
     shown = capsys.readouterr().out
     assert shown.startswith("FAIL") and "FAILED  reference.rms" in shown
     assert "the reference file is of other weight files" in shown
 
 
-def test_another_window_is_named_and_judged(clean, tmp_path):
-    reference = another(tmp_path, window=12)
-    found = held(clean("fp32"), reference)
+def test_another_window_is_named_and_another_shape_refused(clean, tmp_path):
+    found = held(clean("fp32"), another(tmp_path / "window", window=12))
     assert found.config_differences == ("window: 16 → 12",)
     assert all(error.name.endswith(("rg_lru", "conv1d")) for error in found.states)
-    assert "reference.rms" in failed(clean("fp32"), reference)
-    assert wrong_tensors(clean("fp32"), reference) == set()
-
-
-def test_another_shape_is_refused(clean, tmp_path):
+    assert "reference.rms" in failed(clean("fp32"), found) and wrong_tensors(found) == set()
     with pytest.raises(RequestError, match="its mlp_width is 80, the artifact's 96"):
-        held(clean("fp32"), another(tmp_path, mlp_width=80))
+        held(clean("fp32"), another(tmp_path / "shape", mlp_width=80))
 
 
 def test_the_greedy_text(demo_artifact, tmp_path):
-    """The file's is the model's own, and the common part is what the session says when asked."""
-    (tmp_path / "p.txt").write_text("Once upon a time\nIt is a truth\n1, 2, 3\n")
-    asked: dict[str, Any] = {"prompts": tmp_path / "p.txt", "device": "cpu"}
+    """It is the model's own; what is in common with a session's is counted."""
+    (tmp_path / "p.txt").write_text("Once upon a time\n1, 2, 3\n")
     demo = open_checkpoint(size="demo")
-    reference = read_reference(capture(demo, tmp_path / "r", **asked))
-    model = Reference(demo.config, demo.weights)
-    session = OrtSession(open_artifact(demo_artifact))
+    file = capture(demo, tmp_path / "r", prompts=tmp_path / "p.txt", device="cpu")
+    reference = read_reference(file)
+    model, session = Reference(demo.config, demo.weights), OrtSession(open_artifact(demo_artifact))
     prompts = held(demo_artifact, reference).prompts
-    assert {prompt.name for prompt in prompts} == {"p.txt 1", "p.txt 2", "p.txt 3"}
+    assert [prompt.name for prompt in prompts] == ["p.txt 1", "p.txt 2"]
     for (index, _, span), prompt in zip(reference.spans(), prompts, strict=True):
         expected = reference.greedy(index).tolist()
         assert prompt.greedy_tokens == len(expected) >= 1
@@ -245,39 +198,21 @@ def test_the_greedy_text(demo_artifact, tmp_path):
         likeliest = model.logits(hidden)[0].argmax(1).tolist()
         assert likeliest[span.stop - span.start - 1 : -1] == expected
         session.reset()
-        said = [int(session.prefill(reference.tokens[None, span])[0, -1].argmax())]
-        while said[: len(said)] == expected[: len(said)] and len(said) < len(expected):
-            said.append(int(session.step(np.array(said[-1:]))[0].argmax()))
-        common = len(said) if said == expected else len(said) - 1
+        logits, common = session.prefill(reference.tokens[None, span])[:, -1], 0
+        while common < len(expected) and logits.argmax() == expected[common]:
+            logits, common = session.step(logits.argmax(1)), common + 1
         assert prompt.greedy_common == common
 
 
-def test_validate_with_a_file(clean, file, tmp_path, capsys):
-    """Beside the dequantized reference, where there is torch."""
-    written: dict[str, Any] = {"json_file": tmp_path / "r.json", "html_file": tmp_path / "r.html"}
-    request = Request(max_tokens=20)
-    assert validate_artifacts([clean("int4")], request, reference=file, **written) == 0
-    found = json.loads(written["json_file"].read_text())
-    assert found["twin"] is not None and found["original"] is None
-    positions = len(read_reference(file).tokens)
-    assert found["reference"]["positions"] == positions
-    names = [check["name"] for check in found["checks"]]
-    assert "twin.logits" in names and "reference.rms" in names
-    shown = capsys.readouterr().out
-    assert "reference file" in shown and "reference.rms" not in shown
-    page = written["html_file"].read_text("utf-8")
-    assert "Against the reference file" in page and f"{positions:,} positions" in page
-    assert page.count("reference.<wbr>rms") == 1
-
-
-def test_without_torch_the_file_is_enough(clean, file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(opening, "find_spec", lambda name: None)
-    target = tmp_path / "r.json"
-    assert validate_artifacts([clean("int4")], reference=file, json_file=target) == 0
-    found = json.loads(target.read_text())
-    assert found["verdict"] == "PASS" and found["twin"] is None and found["original"] is None
-    names = {check["name"] for check in found["checks"]}
-    assert {"position", "reset.logits", "reference.rms", "reference.finite"} < names
-    captured = capsys.readouterr()
-    assert "dequantized reference is left out" in captured.err
-    assert "dequantized reference: left out" in captured.out
+def test_validate_with_a_file(clean, reference, tmp_path, capsys):
+    """Beside the dequantized reference."""
+    file, page, request = tmp_path / "r.json", tmp_path / "r.html", Request(max_tokens=20)
+    paths = {"json_file": file, "html_file": page, "reference": reference.path}
+    assert validate_artifacts([clean("int4")], request, **paths) == 0
+    result = json.loads(file.read_text())
+    assert result["reference"]["positions"] == len(reference.tokens)
+    names = {check["name"] for check in result["checks"]}
+    assert {"position", "twin.logits", "reset.logits", "reference.rms", "reference.finite"} < names
+    text = page.read_text("utf-8")
+    assert "Against the reference file" in text and f"{len(reference.tokens):,} positions" in text
+    assert "reference file" in capsys.readouterr().out

@@ -1,19 +1,28 @@
+"""Reference files: they read back, and damaged or impossible ones are refused in one line."""
+
 import dataclasses
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgexport.errors import RequestError
-from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.reference import Reference
 from rgexport.griffin.safetensors_file import read_metadata
+from rgexport.griffin.state import zero_state
 from rgexport.validate import states
-from rgexport.validate.reference import kept_logits
+from rgexport.validate.reference import implementations, kept_logits
 from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.implementations import choose_implementation
 from rgexport.validate.reference.reference_file import (
     FORMAT_VERSION,
     METADATA,
@@ -23,7 +32,9 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference.reference_reader import read_reference
-from tests.models import make_config, random_weights, write_hugging_face
+from tests.command_line import rgexport
+from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
+from tests.validate.toys import counted
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
 Content = tuple[Header, dict[str, np.ndarray]]
@@ -40,15 +51,15 @@ def captured(tmp_path_factory) -> Content:
         patch.setattr(kept_logits, "FULL", 2)
         patch.setattr(kept_logits, "WATCHED", 3)
         patch.setattr(states, "FIRST_CHECKPOINT", 8)
-        asked: dict[str, Any] = {"prompts": folder / "p", "device": "cpu"}
-        found = read_reference(capture(open_checkpoint(model), folder / "r", **asked))
-    assert found.full_positions.tolist() == [2, 22] and found.header.tail_bits == 8
-    assert found.header.watched == (2, 3, 22)
-    short, long = found.header.prompts
+        source = open_checkpoint(model)
+        file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
+    header = read_reference(file).header
+    assert header.tail_bits == 8 and header.watched == (2, 3, 22)
+    short, long = header.prompts
     assert (short.checkpoints, long.checkpoints) == ((), (8, 16))
-    long = dataclasses.replace(long, greedy_tokens=2)
-    header = dataclasses.replace(found.header, prompts=(short, long))
-    return header, load_file(folder / "r") | {"greedy.1": np.array([5, 6])}
+    prompts = short, dataclasses.replace(long, greedy_tokens=2)
+    arrays = load_file(file) | {"greedy.1": np.array([5, 6])}
+    return dataclasses.replace(header, prompts=prompts), arrays
 
 
 @pytest.fixture
@@ -66,15 +77,17 @@ def file(tmp_path, content) -> Path:
 
 def test_it_is_a_safetensors_file_that_reads_back(file, content):
     header, arrays = content
-    found, again = read_reference(file), load_file(file)
-    assert found.header == dataclasses.replace(header, data_sha256=found.header.data_sha256)
-    assert found.greedy(0).tolist() == [] and found.greedy(1).tolist() == [5, 6]
+    reference, again = read_reference(file), load_file(file)
+    assert reference.header == dataclasses.replace(header, data_sha256=reference.header.data_sha256)
+    assert reference.greedy(0).tolist() == [] and reference.greedy(1).tolist() == [5, 6]
+    assert reference.full_positions.tolist() == [2, 22]
     assert arrays.keys() == again.keys()
     assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
     assert json.loads(read_metadata(file)[METADATA])["format_version"] == FORMAT_VERSION
 
 
-def test_only_a_reference_is_replaced(file, content, tmp_path):
+def test_only_a_reference_is_replaced(file, content, tmp_path, monkeypatch):
+    """And a failed write leaves what was."""
     other = tmp_path / "other"
     save_file({"x": np.zeros(1, np.float32)}, other)
     assert is_reference(file) and not is_reference(other)
@@ -85,46 +98,30 @@ def test_only_a_reference_is_replaced(file, content, tmp_path):
     assert read_reference(file).header.model == "other"
     with pytest.raises(RequestError, match="something else"):
         write_reference(other, *content, force=True)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "small.reference"]
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, content, monkeypatch):
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    lines = {other: "not a reference file", tmp_path: "a folder", tmp_path / "no": "no such file"}
+    for path, line in lines.items():
+        with pytest.raises(RequestError, match=line):
+            read_reference(path)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(RequestError, match="no space left"):
-        write_reference(tmp_path / "r", *content)
-    assert not list(tmp_path.iterdir())
-
-
-def cut(data: bytearray) -> bytes:
-    return bytes(data[:-1])
-
-
-def flip(data: bytearray) -> bytes:
-    data[-100] ^= 1
-    return bytes(data)
+        write_reference(file, *content, force=True)
+    assert read_reference(file).header.model == "other"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "small.reference"]
 
 
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (cut, "is truncated"),
-        (flip, "has another hash"),
+        (lambda data: data[:-1], "is truncated"),
+        (lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:], "has another hash"),
         (lambda data: b"", "is not a safetensors file"),
-        (lambda data: b"words", "is not a safetensors file"),
-        (lambda data: bytes(data[:40]), "is truncated"),
+        (lambda data: data[:40], "is truncated"),
     ],
 )
 def test_damage_is_one_line(file, damage, line):
-    file.write_bytes(damage(bytearray(file.read_bytes())))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(RequestError, match=rf"{line}[^\n]*$"):
         read_reference(file)
-
-
-def nan(values: np.ndarray) -> np.ndarray:
-    return np.full_like(values, np.nan)
 
 
 @pytest.mark.parametrize(
@@ -132,49 +129,23 @@ def nan(values: np.ndarray) -> np.ndarray:
     [
         ("tokens", np.full(23, 64)),
         ("kept.ids", lambda ids: ids + 60),
-        ("kept.ids", lambda ids: ids * 0 - 1),
-        ("kept.ids", lambda ids: ids * 0 + np.iinfo(np.int32).max),
-        ("kept.ids", lambda ids: ids * 0),
         ("full.positions", np.array([22, 2])),
-        ("full.positions", np.array([2, 23])),
-        ("kept.counts", np.full(23, 1)),
         ("sums", np.full((23, len(SUMS)), np.nan)),
-        ("sums", np.zeros((23, 2))),
         ("greedy.1", np.array([-1, 0])),
-        ("greedy.1", None),
-        ("layers", np.zeros(1)),
-        ("activations", None),
         ("activations", np.zeros((3, 2, 31), np.float32)),
-        ("activations", np.zeros((2, 2, 32), np.float32)),
-        ("activations", np.full((3, 2, 32), np.inf, np.float32)),
-        ("squares", nan),
         ("squares", lambda squares: -squares),
         ("states.1.layers.0.rg_lru", np.full(32, np.nan, np.float32)),
-        ("states.1.layers.1.key", np.full((8, 16), np.inf, np.float32)),
-        ("checkpoints.1.layers.0.rg_lru", np.full((2, 32), np.nan, np.float32)),
-        ("full.logits", np.full((2, 64), np.nan, np.float32)),
-        ("kept.logits", nan),
-        ("squares", np.zeros(3)),
+        ("kept.logits", lambda values: values * np.nan),
         ("weights.final_norm.weight", None),
-        ("weights.final_norm.weight", np.full((32, 1), np.nan, np.float32)),
-        ("weights.embed_tokens.weight", np.zeros((64, 4), np.float32)),
-        ("weights.lm_head.weight", np.zeros((64, 4), np.float32)),
-        ("checkpoints.1.layers.0.rg_lru", None),
         ("checkpoints.1.layers.0.rg_lru", np.zeros((1, 32), np.float32)),
-        ("checkpoints.1.layers.0.conv1d", np.zeros((2, 3, 32), np.float64)),
-        ("checkpoints.0.layers.0.rg_lru", np.zeros((2, 32), np.float32)),
         ("checkpoints.1.layers.1.key", np.zeros((2, 8, 16), np.float32)),
     ],
 )
 def test_impossible_values(tmp_path, content, array, values):
     header, arrays = content
-    if callable(values):
-        values = values(arrays[array])
-    if values is None:
-        del arrays[array]
-    else:
-        arrays[array] = values
-    write_reference(tmp_path / "r", header, arrays)
+    arrays[array] = values(arrays[array]) if callable(values) else values
+    present = {name: value for name, value in arrays.items() if value is not None}
+    write_reference(tmp_path / "r", header, present)
     with pytest.raises(RequestError, match=rf"is damaged: .*{array.split('.')[0]}[^\n]*$"):
         read_reference(tmp_path / "r")
 
@@ -183,19 +154,11 @@ def test_impossible_values(tmp_path, content, array, values):
     ("change", "line"),
     [
         ({"format_version": FORMAT_VERSION + 1}, "update rgexport"),
-        ({"format_version": 1}, "capture it again"),
-        ({"tail_bits": 7}, "is damaged: tail_bits is 7"),
         ({"prompts": ()}, "is damaged: prompts"),
-        ({"model": 3}, "is damaged: model is 3"),
-        ({"watched": (2, 2, 22)}, "is damaged: watched is"),
-        ({"watched": (2, 12, 23)}, "is damaged: watched is"),
         ({"watched": (-1, 12, 22)}, "is damaged: watched is"),
-        ({"watched": ()}, "is damaged: activations is unknown"),
         ({"config": dataclasses.replace(CONFIG, window=0)}, "is damaged: config.window"),
-        *(
-            ({"checkpoints": points}, "is damaged: checkpoints")
-            for points in [(0, 8), (16, 8), (8, 20), (8, 16, 17), (1 << 62, 1 << 63)]
-        ),
+        ({"checkpoints": (16, 8)}, "is damaged: checkpoints"),
+        ({"checkpoints": (1 << 62, 1 << 63)}, "is damaged: checkpoints"),
         ({"full_positions": 0}, "is damaged: no position is full"),
     ],
 )
@@ -203,19 +166,158 @@ def test_an_impossible_header(tmp_path, content, change, line):
     """Changes a field of the header, or else of all prompts."""
     header, arrays = content
     if not change.keys() <= vars(header).keys():
-        prompts = tuple(dataclasses.replace(prompt, **change) for prompt in header.prompts)
-        change = {"prompts": prompts}
+        change = {"prompts": tuple(dataclasses.replace(p, **change) for p in header.prompts)}
     write_reference(tmp_path / "r", dataclasses.replace(header, **change), arrays)
     with pytest.raises(RequestError, match=rf"{line}[^\n]*$"):
         read_reference(tmp_path / "r")
 
 
-def test_other_files_are_refused(tmp_path):
-    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "other")
-    for name, line in (
-        ("other", "not a reference file"),
-        ("no", "no such file"),
-        (".", "a folder"),
-    ):
-        with pytest.raises(RequestError, match=line):
-            read_reference(tmp_path / name)
+PACKAGES = ("deepmind", "recurrentgemma"), ("hf", "transformers")
+
+
+@pytest.fixture(scope="module")
+def small(checkpoint) -> Checkpoint:
+    return open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(("impl", "package"), PACKAGES)
+def test_another_implementation_gives_the_same_file(small, tmp_path, monkeypatch, impl, package):
+    """Up to the first position where Hugging Face's window, which is one less, matters."""
+    pytest.importorskip(package)
+    ours = read_reference(capture(small, tmp_path / "ours", device="cpu"))
+    theirs = read_reference(capture(small, tmp_path / "theirs", device="cpu", impl=impl))
+    assert ours.header.computed["implementation"].startswith("rgexport ")
+    assert ours.header.computed["dtype"] == "float32" and ours.header.computed["tf32"] == "off"
+    assert theirs.header.computed["implementation"].split()[0] == package
+    window = small.config.window - (impl == "hf")
+    assert theirs.header.config == dataclasses.replace(small.config, window=window)
+    assert theirs.header.prompts == ours.header.prompts
+    for _, prompt, span in ours.spans():
+        alike = prompt.tokens if impl == "deepmind" else min(prompt.tokens, window)
+        for position in range(span.start, span.start + alike):
+            logits = ours.full_logits(position)
+            apart = np.abs(theirs.full_logits(position) - logits).max()
+            assert apart <= 1e-5 * max(1, np.abs(logits).max())
+    if impl == "deepmind":
+        arrays, others = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+        states = [name for name in arrays if name.startswith(("states", "checkpoints"))]
+        for name in ("activations", *states):
+            np.testing.assert_allclose(others[name], arrays[name], rtol=1e-4, atol=1e-4)
+    monkeypatch.delitem(sys.modules, implementations.PACKAGES[impl].module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
+    with pytest.raises(RequestError, match=f"pip install .*{package}[^\n]*$"):
+        capture(small, tmp_path / "r", device="cpu", impl=impl)
+
+
+@pytest.mark.parametrize("shape", ["regular", "wide_lru", "attention_tail", "irregular"])
+@pytest.mark.parametrize(("impl", "package"), PACKAGES)
+def test_another_implementation_goes_on_from_our_states(impl, package, shape):
+    """From the beginning, and from states each at a position of its own."""
+    pytest.importorskip(package)
+    weights = weight_source(random_weights(ODD_CONFIGS[shape]))
+    model: Any = choose_implementation(impl, "cpu", False)(ODD_CONFIGS[shape], weights)
+    own, rng = Reference(model.config, weights), np.random.default_rng(5)
+    window, vocab = own.config.window, own.config.vocab_size
+    lengths = (1, 2, window - 1, window, 40)
+    before = [own.run(rng.integers(0, vocab, (1, length)))[1] for length in lengths]
+    state = {key: np.concatenate([one[key] for one in before]) for key in before[0]}
+    calls = ((1, 3 * window + 5), None), ((len(lengths), 3), state)
+    for size, start in calls:
+        tokens = rng.integers(0, vocab, size)
+        (theirs, after), (ours, expected) = model.run(tokens, start), own.run(tokens, start)
+        logits = own.logits(ours)
+        assert np.abs(model.logits(theirs) - logits).max() <= 2e-5 * np.abs(logits).max()
+        assert expected.keys() == after.keys()
+        for name, array in expected.items():
+            assert after[name].shape == array.shape and after[name].dtype == array.dtype, name
+            np.testing.assert_allclose(after[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("impl", "change"),
+    [
+        ("deepmind", {"lru_heads": 2}),
+        ("deepmind", {"rope_theta": 5000.0}),
+        ("hf", {"soft_cap": 0.0}),
+        ("hf", {"window": 1}),
+    ],
+)
+def test_what_a_package_cannot_run_is_refused(impl, change):
+    pytest.importorskip(dict(PACKAGES)[impl])
+    config = ODD_CONFIGS["regular"]
+    weights = weight_source(random_weights(config))
+    with pytest.raises(RequestError, match=next(iter(change)).removeprefix("lru_")):
+        choose_implementation(impl, "cpu", False)(dataclasses.replace(config, **change), weights)
+
+
+def test_another_transformers_is_refused(small, monkeypatch):
+    pytest.importorskip("transformers")
+    from rgexport.validate.reference import hugging_face_model
+
+    monkeypatch.setattr(hugging_face_model.transformers, "__version__", "4.57.1")
+    with pytest.raises(RequestError, match=r"found 4\.57\.1: pip install"):
+        choose_implementation("hf", "cpu", False)(small.config, small.weights)
+
+
+def test_weights_stay_in_memory_only_where_they_fit(small, monkeypatch, capsys):
+    config, weights = small.config, small.weights
+    needed = sum(4 * math.prod(weights[name].shape) for name in model_tensors(config))
+
+    def keeps(free: int | None, low_memory: bool = False) -> bool:
+        monkeypatch.setattr(implementations, "available_bytes", lambda: free)
+        model = choose_implementation(implementations.OWN, "cpu", low_memory)(config, weights)
+        model.logits(model.run(np.array([[1, 2, 3]]))[0])
+        return bool(vars(model)["_layers"]) and bool(vars(model)["_head"])
+
+    enough = int(implementations.ROOM * needed) + implementations.WORKING_BYTES + 1
+    assert keeps(enough) and not keeps(enough, low_memory=True)
+    assert "one layer at a time" not in capsys.readouterr().err
+    assert not keeps(enough - 2) and not keeps(None)
+    assert "one layer at a time" in capsys.readouterr().err
+    keeps(needed - 1)
+    with pytest.raises(RequestError, match=r"of memory for the weights alone[^\n]*$"):
+        choose_implementation("deepmind", "cpu", low_memory=False)(config, weights)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_all_prompts_read_each_weight_once(small, keep):
+    """Once in all where the weights are kept, else once in each pass."""
+    reads: list[str] = []
+    alone = Reference(small.config, small.weights)
+    model = Reference(small.config, counted(small.weights, reads), keep=keep)
+    texts = [np.arange(n)[None] for n in (1, 5, 40)]
+    for count in (1, 1 if keep else 2):
+        together = model.run_each([(text, zero_state(small.config, 1)) for text in texts])
+        assert reads.count("layers.0.mlp_block.gate_proj.weight") == count
+        for text, (hidden, after) in zip(texts, together, strict=True):
+            expected, state = alone.run(text)
+            assert np.allclose(hidden.numpy(), expected.numpy(), atol=1e-5)
+            assert all(np.allclose(state[name], after[-1][name], atol=1e-5) for name in state)
+
+
+def test_logits_exist_for_one_block_at_a_time(small, tmp_path, monkeypatch):
+    (tmp_path / "p").write_text(json.dumps([[1 + i % 250 for i in range(300)], [5], [6, 7]]))
+    monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
+    asked: list[int] = []
+    compute = Reference.logits
+
+    def counted(self: Reference, hidden: Any) -> np.ndarray:
+        asked.append(hidden.shape[1])
+        return compute(self, hidden)
+
+    monkeypatch.setattr(Reference, "logits", counted)
+    file = read_reference(capture(small, tmp_path / "r", device="cpu", prompts=tmp_path / "p"))
+    assert len(file.tokens) == sum(asked) == 303 and max(asked) == 20
+
+
+def test_nothing_is_written_or_replaced_by_a_wrong_request(checkpoint, small, tmp_path):
+    asked = ["reference", "-m", str(checkpoint), "-o", "r", "--impl", "hf", "--low-memory"]
+    wrong = rgexport(*asked, folder=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    with pytest.raises(RequestError, match="device"):
+        capture(small, tmp_path / "r", device="no such device")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "r").write_text("words")
+    with pytest.raises(RequestError, match="something else"):
+        capture(small, tmp_path / "r", force=True)
+    assert (tmp_path / "r").read_text() == "words"

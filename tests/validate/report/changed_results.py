@@ -1,6 +1,7 @@
 """Results that were changed by hand: what no small model gives."""
 
 import dataclasses
+import math
 from typing import Any
 
 from rgexport.validate.bisect.sites import site_report
@@ -20,6 +21,19 @@ def changed(value: Any, changes: dict[str, Any]) -> Any:
     return value
 
 
+def with_first_check(result: Result, **fields: float) -> Result:
+    return changed(result, {"checks": [changed(result.checks[0], fields), *result.checks[1:]]})
+
+
+def with_nan(result: Result) -> Result:
+    logits = {"twin.logits.max": math.nan, "twin.logits.relative_max": math.inf}
+    return changed(with_first_check(result, value=math.nan), logits)
+
+
+def ambiguous(result: Result) -> Result:
+    return with_first_check(result, value=0.25, margin=0.04, limit=0.27)
+
+
 def without_torch(result: Result) -> Result:
     """The result of a reference file alone."""
     missing = ("twin", "original", "sites", "weights", "layers", "suspects", "speed")
@@ -27,9 +41,9 @@ def without_torch(result: Result) -> Result:
     return changed(result, dict.fromkeys((*missing, "reference.layers")) | source)
 
 
-def ambiguous(result: Result) -> Result:
-    first = dataclasses.replace(result.checks[0], value=0.25, margin=0.04, limit=0.27)
-    return changed(result, {"checks": [first, *result.checks[1:]]})
+def without_bisect(result: Result) -> Result:
+    """The result of an artifact and its original, as most users see it."""
+    return changed(result, dict.fromkeys(("sites", "layers", "suspects", "reference", "speed")))
 
 
 def with_site_beyond(result: Result) -> Result:

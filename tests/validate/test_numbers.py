@@ -1,0 +1,345 @@
+"""Numbers of logits and states, and how they become verdicts: limits, tolerances and grades."""
+
+import dataclasses
+import itertools
+import math
+import tracemalloc
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import EMBEDDING, model_tensors
+from rgexport.griffin.state import POSITION, State
+from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
+from rgexport.quantize.scheme import Ggml
+from rgexport.validate import metrics
+from rgexport.validate.checks import NAMES, Check, parse_limits, verdict, with_limits
+from rgexport.validate.metrics import KL, Agreement
+from rgexport.validate.positions import CHOICES, WORST, WorstPositions
+from rgexport.validate.quality import GRADE_NAMES, GRADES, Quality, grade_quality
+from rgexport.validate.reference import condensed
+from rgexport.validate.states import state_errors, worst
+from rgexport.validate.thresholds import ORIGINAL_RMS, coarsest, tolerance
+from tests.models import ODD_CONFIGS
+
+CONFIG = ODD_CONFIGS["regular"]
+ORDER = {name: index for index, name in enumerate(GRADE_NAMES)}
+
+
+def check(value: float, margin: float = 0.0, limit: float = 1.0, **fields: str) -> Check:
+    return Check(**{"name": "n", "reason": "r", **fields}, value=value, margin=margin, limit=limit)
+
+
+OUTCOMES = {
+    "PASS": [(1, 0), (0.8, 0.2)],
+    "AMBIGUOUS": [(0.9, 0.2), (1.1, 0.2)],
+    "FAIL": [(1.001, 0), (1.3, 0.2), (math.nan, 0), (0.5, math.nan)],
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_the_outcome_of_a_check(outcome):
+    """For values, which may be off by a margin, at a limit of 1."""
+    for judged in (check(value, margin) for value, margin in OUTCOMES[outcome]):
+        assert judged.outcome == outcome and judged.passed is (outcome == "PASS")
+        assert verdict([check(0), judged]) == outcome
+    assert verdict([check(0.9, 0.2), check(2)]) == "FAIL"
+    assert check(3, limit=2).excess == 1.5 and check(1, limit=0).excess == math.inf
+
+
+def test_limits_that_users_set():
+    limits = parse_limits(["steps=3", "twin.rms=0", "steps=2e-1"])
+    assert limits == {"steps": 0.2, "twin.rms": 0}
+    assert parse_limits(f"{name}=1" for name in NAMES) == dict.fromkeys(NAMES, 1.0)
+    one, two, three = with_limits(
+        [check(0.5, name="steps.logits", kind="steps"), check(0.5, name="twin.rms"), check(0.5)],
+        limits,
+    )
+    assert (one.limit, two.limit, three.limit) == (0.2, 0, 1)
+    assert one.outcome == two.outcome == "FAIL" and three.outcome == "PASS"
+    assert one.reason == "asked for: r" and three.reason == "r"
+
+
+@pytest.mark.parametrize("text", ["twin=1", "twin.rms", "twin.rms=", "twin.rms=-1", "steps=nan"])
+def test_limits_that_make_no_sense(text):
+    with pytest.raises(RequestError, match="expected") as error:
+        parse_limits([text])
+    assert text in str(error.value) and ("twin" not in text or "twin.rms" in str(error.value))
+
+
+@dataclasses.dataclass
+class Asked:
+    """The fields of a manifest that decide about tolerances."""
+
+    compute: str
+    exact: bool
+    plan: dict[str, Any]
+    kind: str
+    rounds_activations = Manifest.rounds_activations
+
+
+def manifest(
+    kind: str, linear: str, embedding: str, compute: str = "fp32", exact: bool = False
+) -> Manifest:
+    if kind == "gguf":
+        types = {EMBEDDING: embedding, "layers.0.mlp_block.up_proj.weight": linear}
+        plan = {name: Ggml(types.get(name, "f32")) for name in model_tensors(CONFIG)}
+    else:
+        words = {"words": COREML_PRECISIONS} if kind == "coreml" else {}
+        plan = make_plan(CONFIG, *(choose_scheme(word, **words) for word in (linear, embedding)))
+    return cast(Manifest, Asked(compute, exact, plan, kind))
+
+
+@pytest.mark.parametrize(
+    ("asked", "logits", "storage"),
+    [
+        (("onnx", "fp32", "fp32"), 1e-3, "float32"),
+        (("onnx", "int4", "int4", "fp32", True), 1e-3, "int4"),
+        (("onnx", "fp16", "fp16", "fp16"), 4e-2, "float16"),
+        (("coreml", "int4", "int8", "fp32", True), 1e-3, "int4"),
+        (("coreml", "pal4", "int8", "fp16", True), 6e-2, "int4"),
+        (("gguf", "f16", "f32"), 4e-2, "float16"),
+        (("gguf", "f16", "bf16"), 0.16, "int8"),
+        (("gguf", "q2_k", "q6_k"), 0.6, "int2"),
+    ],
+)
+def test_the_coarsest_arithmetic_and_storage_decide(asked, logits, storage):
+    limit = tolerance(manifest(*asked))
+    assert limit.logits == logits and limit.at(0) == limit
+    far = limit.at(131_072)
+    assert far.logits - limit.logits == far.states - limit.states == pytest.approx(2**-10)
+    assert coarsest(manifest(*asked)) == storage and storage in ORIGINAL_RMS
+
+
+def graded(
+    kl: float, top1: float, error: float = 0.0, positions: int = 10**9, interval: float = 0.0
+) -> Quality:
+    quantiles = dict.fromkeys(("median", "p95", "p99", "max"), kl)
+    flips = 0 if math.isnan(top1) else round((1 - top1) * positions)
+    divergence = KL(mean=kl, standard_error=error, worst_position=0, **quantiles)
+    agreed = Agreement(top1=top1, top5=1.0, largest_flip_margin=0.0, flips=flips, near_ties=0)
+    return grade_quality("original", divergence, agreed, positions, interval)
+
+
+@pytest.mark.parametrize(
+    ("kl", "top1", "grade", "decided_by"),
+    [
+        (0.0, 1.0, "lossless", "kl"),
+        (7.2e-3, 0.94, "good", "kl"),  # q4_k_m
+        (2e-2, 0.9, "fair", "kl"),
+        (5.73e-2, 0.8307, "poor", "kl"),  # int4, rounded to nearest
+        (1e-3, 0.83, "poor", "top1"),
+        (0.0, math.nan, "poor", "top1"),
+    ],
+)
+def test_grades_of_known_formats(kl, top1, grade, decided_by):
+    quality = graded(kl, top1)
+    assert (quality.grade, quality.decided_by) == (grade, decided_by)
+
+
+SHARE, MARGIN = st.floats(0, 1), st.floats(0, 0.1)
+
+
+@given(SHARE, SHARE, MARGIN, st.integers(1, 10_000), MARGIN, SHARE)
+def test_a_worse_number_gives_no_better_grade(kl, top1, error, positions, interval, more):
+    quality = graded(kl, top1, error, positions, interval)
+    assert ORDER[quality.best] <= ORDER[quality.grade] <= ORDER[quality.worst]
+    assert quality.certain is (quality.best == quality.worst)
+    limits = GRADES[ORDER[quality.grade]]
+    assert kl <= limits.kl and top1 >= limits.top1
+    for worse in (graded(kl + more, top1), graded(kl, top1 * (1 - more))):
+        assert ORDER[worse.grade] >= ORDER[quality.grade]
+    assert all(quality.reaches(name) == (ORDER[quality.grade] <= ORDER[name]) for name in ORDER)
+
+
+def test_margins_are_two_standard_errors():
+    """KL's own, with the interval of a file; that of a share of positions."""
+    quality = graded(0.014, 0.95, error=4e-4, positions=1000, interval=3e-4)
+    assert quality.kl_margin == pytest.approx(1.1e-3)
+    assert quality.top1_margin == pytest.approx(2 * math.sqrt(0.95 * 0.05 / 1000), rel=0.02)
+    assert (quality.best, quality.grade, quality.worst) == ("good", "good", "fair")
+
+
+cuts_of_text = st.lists(st.integers(0, 60), max_size=5)
+
+
+def draw(n: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a reference and of a candidate, and the tokens that follow, the last unknown."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(0, 3, (n, vocab)).astype(np.float32)
+    candidate = reference + rng.normal(0, 0.3, (n, vocab)).astype(np.float32)
+    return reference, candidate, np.append(np.arange(n - 1) % vocab, -1)
+
+
+def compared(reference: list[list[float]], candidate: list[list[float]]) -> np.ndarray:
+    pair = (np.array(rows, np.float32) for rows in (reference, candidate))
+    return metrics.compare_logits(*pair, np.full(len(reference), -1))
+
+
+def test_rows_equal_a_textbook_computation():
+    reference, candidate, after = draw(40, 300)
+    rows = metrics.compare_logits(reference, candidate, after)
+    p, q = (np.exp(x.astype(np.float64)) for x in (reference, candidate))
+    p, q = (x / x.sum(1, keepdims=True) for x in (p, q))
+    kl = (p * np.log(p / q)).sum(1)
+    np.testing.assert_allclose(rows["kl"], kl, rtol=1e-12)
+    delta = np.abs(reference.astype(np.float64) - candidate)
+    expected = {"max": delta.max(1), "mean": delta.mean(1), "square": (delta**2).mean(1)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(rows[f"{name}_delta"], values)
+    each = np.arange(39)
+    np.testing.assert_allclose(rows["nll"][:-1], -np.log(p[each, after[:-1]]))
+    np.testing.assert_allclose(rows["nll_candidate"][:-1], -np.log(q[each, after[:-1]]))
+    assert not rows["has_next"][-1] and rows["nll"][-1] == 0
+    assert metrics.likelihood(rows[-1:], 4) is None
+    a, b = (torch.from_numpy(x).double() for x in (reference, candidate))
+    cosine = F.cosine_similarity(a, b).numpy()
+    np.testing.assert_allclose(rows["cosine"], cosine, rtol=1e-12)
+    assert metrics.logit_error(rows).lowest_cosine == pytest.approx(cosine.min())
+    assert metrics.kl_summary(rows).worst_position == kl.argmax()
+    assert 0 <= metrics.kl_summary(metrics.compare_logits(reference, reference, after)).max < 1e-14
+
+
+def test_choices_flips_and_near_ties():
+    rows = compared(
+        [[9, 8, 7, 6, 5, 0, 0], [1, 2, 0, 0, 0, 0, 0]],
+        [[9, 8, 7, 6, 0, 5, 0], [2, 1, 0, 0, 0, 0, 0]],
+    )
+    assert rows["top1"].tolist() == [True, False] and rows["top5"][0] == pytest.approx(0.8)
+    assert rows["flip_margin"].tolist() == [0, 1]
+    # Two of three positions flip, which the reference leads by 0.1 and by 2.
+    reference = [[4, 3.9, -4, -4], [4, 2, -4, -4], [4, 2, -4, -4]]
+    rows = compared(reference, [[3, 3.9, -4, -4], [1, 2, -4, -4], [4, 2, -4, -4]])
+    limit = 0.1 / np.std(reference[0]) / 2**0.5
+    for noise, near_ties in ((0, 0), (0.999 * limit, 0), (1.001 * limit, 1), (0.1, 1), (10, 2)):
+        agreement = metrics.agreement(rows, noise)
+        assert (agreement.flips, agreement.near_ties) == (2, near_ties)
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 60), cuts=cuts_of_text)
+def test_the_worst_positions_do_not_depend_on_the_blocks(length, cuts):
+    rng = np.random.default_rng(length)
+    kl, tokens = rng.permutation(length) / 7, rng.integers(0, 9, length)
+    a, b = rng.normal(size=(2, length, 9))
+    seen = WorstPositions(tokens)
+    for start, stop in itertools.pairwise(sorted({0, length, *(min(cut, length) for cut in cuts)})):
+        seen.see(start, kl[start:stop], a[start:stop], b[start:stop])
+    assert [place.position for place in seen.found] == np.argsort(-kl)[:WORST].tolist()
+    for place in seen.found:
+        assert place.kl == kl[place.position]
+        for choices, logits in ((place.reference, a), (place.candidate, b)):
+            share = np.exp(logits[place.position])
+            share /= share.sum()
+            likeliest = np.argsort(-share)[:CHOICES]
+            assert [choice.token for choice in choices] == likeliest.tolist()
+            assert [choice.probability for choice in choices] == pytest.approx(share[likeliest])
+
+
+def test_nothing_of_the_vocabularys_size_is_kept():
+    seen = WorstPositions(np.zeros(400, np.int64))
+    logits = np.zeros((10, 20_000), np.float32)
+    tracemalloc.start()
+    for start in range(0, 400, 10):
+        seen.see(start, np.arange(start, start + 10, dtype=np.float64), logits, logits + 1)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [place.position for place in seen.found] == list(range(399, 389, -1))
+    assert kept < logits.nbytes / 4
+
+
+def state_of(**arrays: list[float]) -> State:
+    state = {f"layers.0.{name}": np.array([a], np.float32) for name, a in arrays.items()}
+    return state | {POSITION: np.array([3])}
+
+
+def test_errors_of_states_are_relative_to_the_reference():
+    key, value = state_errors(
+        state_of(key=[3, -4], value=[1, 1]), state_of(key=[3, -2], value=[1, 1])
+    )
+    assert (key.name, key.relative_max, key.relative_norm) == ("layers.0.key", 0.5, 0.4)
+    assert (value.relative_max, value.relative_norm) == (0, 0)
+    assert worst([key, value]) == 0.5 and worst([]) == 0
+    (zeros,) = state_errors(state_of(key=[0, 0]), state_of(key=[0, 0.25]))
+    assert zeros.relative_max == zeros.relative_norm == 0.25
+    assert np.isnan(worst(state_errors(state_of(key=[1]), state_of(key=[np.nan]))))
+    shorter = state_errors(state_of(key=[1, 2, 3], rg_lru=[1]), state_of(key=[1, 2], rg_lru=[1]))
+    assert [error.name for error in shorter] == ["layers.0.rg_lru"], "another window is left out"
+
+
+def exact_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """In longdouble, and not by the code that is tested."""
+    log_p, log_q = (x.astype(np.longdouble) for x in (reference, candidate))
+    log_p, log_q = (x - np.logaddexp.reduce(x) for x in (log_p, log_q))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def draw_pair(seed: int, vocab: int, spread: float, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    reference = (spread * rng.standard_normal(vocab)).astype(np.float32)
+    reference[rng.integers(vocab)] += 3 * spread
+    return reference, reference + delta * rng.standard_normal(vocab).astype(np.float32)
+
+
+random_pairs = st.builds(
+    draw_pair,
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([17, 100, 1000, 3000]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 9.0]),
+    delta=st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0, 5.0]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    random_pairs,
+    st.sampled_from(sorted(condensed.CODES)),
+    st.sampled_from([condensed.LEAST, 64, condensed.MOST]),
+    st.data(),
+)
+def test_kl_lies_in_its_interval(pair, bits, most, data):
+    """Without codes the tail's order is unknown, so the interval holds for any order."""
+    reference, candidate = pair
+    kept = condensed.condense(reference, bits, most)
+    bounds = condensed.kl_bounds(kept, candidate)
+    assert bounds.low <= bounds.best <= bounds.high
+    assert bounds.low - 1e-12 <= exact_kl(reference, candidate) <= bounds.high + 1e-12
+    if bits == 0:
+        tail = np.delete(np.arange(len(reference)), kept.ids)[:12]
+        shuffled = reference.copy()
+        shuffled[tail] = reference[data.draw(st.permutations(tail.tolist()))]
+        assert bounds.low - 1e-12 <= exact_kl(shuffled, candidate) <= bounds.high + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("bits", "spread", "delta", "rel"),
+    [(16, 1.0, 0.1, 1e-4), (16, 5.0, 2.0, 1e-4), (16, 2.5, 1e-3, 1e-3), (8, 2.5, 1e-3, 3e-2)],
+)
+def test_the_best_guess_is_good(bits, spread, delta, rel):
+    reference, candidate = draw_pair(2, 8192, spread, delta)
+    kept, truth = condensed.condense(reference, bits), exact_kl(reference, candidate)
+    bounds = condensed.kl_bounds(kept, candidate)
+    assert bounds.best == pytest.approx(truth, rel=rel)
+    if rel == 1e-4:
+        assert bounds.high - bounds.low <= 1.5 * condensed.RELATIVE_WIDTH * truth
+    candidate[50] = np.nan
+    assert all(np.isnan(value) for value in condensed.kl_bounds(kept, candidate))
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_pairs, st.sampled_from(sorted(condensed.CODES)), st.integers(0, 16))
+def test_a_lead_is_at_least_its_lower_bound(pair, bits, token):
+    reference, _ = pair
+    kept = condensed.condense(reference, bits, condensed.LEAST)
+    truth = float(reference.max()) - float(reference[token])
+    bound = condensed.lead(kept, token)
+    assert 0 <= bound <= truth + 1e-5 * (1 + np.abs(reference).max())
+    if token in kept.ids or (bits == 16 and kept.tail.codes[token]):
+        assert bound == pytest.approx(truth, abs=1e-2)
