@@ -1,28 +1,21 @@
 """A small artifact with weights in several schemes."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
 from rgexport.export.manifest import Manifest
-from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine
-from tests.artifacts import export_planned
-from tests.models import Weights
+from tests.artifacts import export_demo, export_planned
+from tests.models import Weights, make_config
 
-CONFIG = GriffinConfig(
-    vocab_size=40,
-    width=24,
-    mlp_width=48,
-    lru_width=32,
-    lru_heads=2,
-    num_heads=2,
-    head_dim=8,
-    block_types=("recurrent", "attention"),
-    window=8,
-    rope_dims=4,
+CONFIG = make_config(
+    "ra", width=24, heads=2, head_dim=8, mlp_width=48, lru_width=32, vocab_size=40, window=8
 )
 
 
@@ -35,10 +28,27 @@ class Made:
     weights: Weights = field(repr=False)
 
 
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A complete artifact, linears in int4, embedding in int8, whose files nobody has hashed."""
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
+    """An artifact with linears in int4 and the embedding in int8, and the original weights."""
     plan = make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 32, symmetric=True))
-    artifact, weights = export_planned(CONFIG, tmp_path, plan)
+    return export_planned(CONFIG, tmp_path_factory.mktemp("planned"), plan)
+
+
+@pytest.fixture
+def made(
+    planned: tuple[Artifact, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Made:
+    """A copy of it, whose files nobody has hashed."""
+    artifact, weights = planned
+    folder = Path(shutil.copytree(artifact.path, tmp_path / "plan"))
     monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "cache"))
-    return Made(artifact.path, artifact.manifest, weights)
+    return Made(folder, artifact.manifest, weights)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
+    """The bundled demo model, in f16."""
+    target = tmp_path_factory.mktemp("demo") / "demo.gguf"
+    export_demo(target, "gguf", "--type", "f16", "--no-check")
+    return open_gguf(target)

@@ -10,34 +10,24 @@ from rgexport.griffin.synthetic import write_random
 from tests.artifacts import require_ggml
 from tests.models import make_config
 
+pytestmark = pytest.mark.full
 PROGRAM = """
 import resource, sys
-from pathlib import Path
-from rgexport.export.{folder}.exporter import {export}
-from rgexport.export.{folder}.options import {options}
-from rgexport.griffin.checkpoint import open_checkpoint
-model, precision, target = sys.argv[1:]
-{export}(open_checkpoint(model), {options}({word}=precision), Path(target))
+from rgexport.cli import run
+assert run(sys.argv[1:]) == 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
-EXPORTERS = {
-    "onnx": ("export_onnx", "OnnxOptions", "precision"),
-    "coreml": ("export_coreml", "CoreMLOptions", "precision"),
-    "gguf": ("export_gguf", "GgufOptions", "type"),
-}
 GROWTH_MB = 60
 
 SMALL = make_config("rra", width=128, heads=2, vocab_size=2000)
 LARGE = make_config("rra", width=1024, heads=4, mlp_width=4096, vocab_size=100_000)
 
 
-def peak_mb(model: Path, folder: str, precision: str, target: Path) -> int:
-    """Of an export in a process of its own."""
-    export, options, word = EXPORTERS[folder]
-    program = PROGRAM.format(folder=folder, export=export, options=options, word=word)
-    command = [sys.executable, "-c", program, str(model), precision, str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return int(done.stdout)
+def peak_mb(*command: str | Path) -> int:
+    """Of a command in a process of its own."""
+    words = [sys.executable, "-c", PROGRAM, *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +41,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
 @pytest.mark.parametrize(
-    ("folder", "precision"),
-    [
-        ("onnx", "int4"),
-        ("onnx", "fp16"),
-        ("coreml", "int4"),
-        ("coreml", "pal4"),
-        ("gguf", "f32"),
-        ("gguf", "q4_0"),
-    ],
+    "options",
+    ["onnx --int4", "coreml --int4", "coreml --precision pal4", "gguf --type f32", "gguf --int4"],
 )
-def test_peak_does_not_grow_with_the_model(
-    folder: str, precision: str, models: Path, tmp_path: Path
-) -> None:
-    if precision.startswith("q"):
+def test_peak_does_not_grow_with_the_model(options: str, models: Path, tmp_path: Path) -> None:
+    if options == "gguf --int4":
         require_ggml()
     small, large = (
-        peak_mb(models / name, folder, precision, tmp_path / f"{name}.gguf")
+        peak_mb(*options.split(), "--no-check", "-m", models / name, "-o", tmp_path / name)
         for name in ("small", "large")
     )
     assert large - small < GROWTH_MB

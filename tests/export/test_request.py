@@ -1,108 +1,77 @@
-"""What users ask for, and what they are told to do next."""
+"""What users ask for, what they are told to do next, and what the model card says."""
 
 import dataclasses
-from pathlib import Path
+import math
+import os
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
+from rgexport.cli import run
 from rgexport.errors import RequestError
+from rgexport.export import card as module
 from rgexport.export.artifact import Artifact
+from rgexport.export.card import CARD, algorithms, levels_sentence, shares, write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.describe import as_text, describe
+from rgexport.export.hub import is_hub_name, parse
+from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import (
     algorithm_word,
     as_argument,
     check_line,
     closing_line,
-    default_target,
     precision_word,
 )
+from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import FileRecord
+from rgexport.quantize.scheme import Affine
+from tests.artifacts import export_random_coreml, export_random_gguf
 from tests.command_line import ROOT, rgexport
+from tests.files import windows_rules
+from tests.models import ODD_CONFIGS
 
 
-def test_precision():
-    assert precision_word(None, False, False, "onnx") is None
-    assert precision_word("int4", True, False, "onnx") == "int4"
-    assert precision_word(None, False, True, "onnx") == "int8"
-    assert precision_word("pal4", False, False, "coreml") == "pal4"
+def test_options_that_are_refused():
     with pytest.raises(RequestError, match=r"'pal4'; expected one of fp32, fp16, int8, int4$"):
         precision_word("pal4", False, False, "onnx")
-    target = default_target("recurrentgemma-2b", "int8", "onnx", "wasm")
-    assert target == Path("recurrentgemma-2b-int8-onnx-wasm")
-
-
-@pytest.mark.parametrize(
-    ("quality", "calibration", "plan", "word"),
-    [
-        (None, None, None, None),
-        ("fast", None, None, "rtn"),
-        ("default", None, "plan", "search"),
-        ("best", None, None, "gptq"),
-        ("best", "file", "plan", "gptq"),
-        (None, "file", None, "gptq"),
-        (None, None, "plan", None),
-        (None, "file", "plan", None),
-    ],
-)
-def test_what_chooses_levels(quality, calibration, plan, word):
-    assert algorithm_word(quality, calibration, plan) == word
-
-
-def test_a_calibration_is_for_the_best_quality():
-    with pytest.raises(
-        RequestError, match=r"--quality fast takes no calibration; .* --quality best"
-    ):
+    with pytest.raises(RequestError, match=r"--quality fast takes no calibration; .* best"):
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
         algorithm_word("better", None, None)
+    assert algorithm_word(None, "file", None) == "gptq"
+    assert algorithm_word(None, "file", "plan") is None
 
 
 @pytest.mark.parametrize(
-    ("command", "word"),
-    [
-        (("onnx", "--precision", "fp32"), "fp32"),
-        (("onnx", "--precision", "fp16"), "fp16"),
-        (("coreml", "--precision", "fp16", "--embedding-precision", "fp16"), "fp16"),
-        (("gguf", "--type", "f16"), "f16"),
-    ],
+    ("command", "word"), [("onnx --precision fp32", "fp32"), ("gguf --type f16", "f16")]
 )
 def test_weights_without_levels_have_no_quality(command, word, tmp_path):
-    if command[0] == "coreml":
-        pytest.importorskip("coremltools")
-    for quality in ("fast", "default", "best"):
-        target = tmp_path / "out"
-        asked = [*command, "--size", "demo", "--quality", quality, "-o", target]
-        run = rgexport(*asked, folder=ROOT)
-        assert run.returncode == 2
-        assert f"--quality (or --calibration) changes nothing in {word} weights" in run.stderr
-        assert run.stderr.count("\n") == 1 and not target.exists()
+    asked = [*command.split(), "--size", "demo", "--quality", "best", "-o", tmp_path / "out"]
+    done = rgexport(*asked, folder=ROOT)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert f"--quality (or --calibration) changes nothing in {word} weights" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
-CHECKED = CheckRecord(
-    **{"status": "verified", "tokens": 130, "positions": 3, "kl": 0.01234, "engine": "toy 1"},
-    **{"kl_standard_error": 0.00123, "relative_max": 0.004},
-)
+def test_check_line(made):
+    def line(record: CheckRecord) -> str | None:
+        return check_line(Artifact(Path("out"), made.manifest.with_check(record)))
 
-
-@pytest.mark.parametrize(
-    ("found", "line"),
-    [
-        (NOT_ASKED_FOR, None),
-        # A manifest may be from anybody: its texts are shown on one line.
-        (skipped("a\x1bb\nc"), "Not checked: a\\u001bb\\nc. Do it later: rgexport validate out"),
-        (
-            CheckRecord(status="unverified", reason="so"),
-            "Checked: unverified, since so. Look closer: rgexport validate out",
-        ),
-        (
-            CHECKED,
-            "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats; "
-            "largest difference to the dequantized reference 0.4 % of the largest logit: verified.",
-        ),
-    ],
-)
-def test_check_line(made, found, line):
-    assert check_line(Artifact(Path("out"), made.manifest.with_check(found))) == line
+    assert line(NOT_ASKED_FOR) is None
+    # A manifest may be from anybody: its texts are shown on one line.
+    later = "Do it later: rgexport validate out"
+    assert line(skipped("a\x1bb\nc")) == f"Not checked: a\\u001bb\\nc. {later}"
+    unverified = "Checked: unverified, since so. Look closer: rgexport validate out"
+    assert line(CheckRecord(status="unverified", reason="so")) == unverified
+    verified = CheckRecord(
+        **{"status": "verified", "tokens": 130, "positions": 3, "kl": 0.01234, "engine": "toy 1"},
+        **{"kl_standard_error": 0.00123, "relative_max": 0.004},
+    )
+    assert line(verified) == (
+        "Checked on 130 tokens (3 compared) in toy 1: KL to the original 0.0123 ± 0.001 nats; "
+        "largest difference to the dequantized reference 0.4 % of the largest logit: verified."
+    )
 
 
 TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
@@ -116,12 +85,11 @@ TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
         (
             {"kind": "coreml"},
-            "It runs on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode "
-            "project. It has no tokenizer; try: rgexport generate out --ids 2",
+            "Xcode project. It has no tokenizer; try: rgexport generate out --ids 2",
         ),
         (
             {"files": TOKENIZER, "name": "recurrentgemma-9b"},
-            '-p "The meaning of life is" (a base model; to chat, export --size 9b-it)',
+            "(a base model; to chat, export --size 9b-it)",
         ),
     ],
 )
@@ -136,6 +104,116 @@ def test_closing_line(made, change, advice):
     [("out", "out"), ("/a b/c", "'/a b/c'"), ("-my out", "'./-my out'"), ("$HOME", "'$HOME'")],
 )
 def test_paths_can_be_pasted(made, path, typed):
-    assert as_argument(Path(path)) == typed
     line = closing_line(Artifact(Path(path), made.manifest))
     assert line.endswith(f"rgexport generate {typed} --ids 2")
+
+
+def test_paths_and_names_of_the_hub_on_windows(monkeypatch):
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        quoted = as_argument(PureWindowsPath("C:\\my models\\out"))
+    assert quoted == '"C:\\my models\\out"'
+    path = PureWindowsPath("hf:a/b/c/d.gguf@v1")
+    assert is_hub_name(path) and parse(path) == parse("hf:a/b/c/d.gguf@v1")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(RequestError, match=r"cannot write .*: there is no drive"):
+        require_free_disk(Path("out"), 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options", [["onnx", "--int4"], ["gguf", "--type", "f32"], ["coreml", "--precision", "fp16"]]
+)
+def test_windows_lets_every_format_be_exported_checked_and_replaced(options, tmp_path, monkeypatch):
+    """Nothing of the new folder is open when it is renamed."""
+    windows_rules.apply(monkeypatch)
+    target = tmp_path / "models" / "out"
+    target.parent.mkdir()
+    for more in ([], ["--force"]):
+        assert run([*options, "--size", "demo", "-o", str(target), *more]) == 0
+    assert os.listdir(target.parent) == ["out"]
+
+
+UNKNOWN = Origin(None, None)
+
+
+def card(manifest) -> str:
+    return module.card(manifest, UNKNOWN)
+
+
+def test_card_says_what_it_is(made):
+    write_card(made.folder, made.manifest, UNKNOWN)
+    text = (made.folder / CARD).read_text("utf-8")
+    assert "# model: int4 for ONNX Runtime\n" in text
+    assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
+    assert "Gemma Terms of Use" in text and "{" not in text
+    assert "`pip install .` in a clone" in text and "pip install rgexport" not in text
+    assert "onnxruntime_genai.Model" in text and "on the device `cpu`" in text
+    assert "## Checked\n\nNot checked: it was not asked for.\n" in text
+
+
+def test_what_chose_the_levels(made):
+    """The card and `inspect` count all weights and bytes, and say how levels were chosen."""
+    plan, tensors = made.manifest.plan, made.manifest.tensors
+    counted = list(shares(made.manifest))
+    assert sum(share.weights for share in counted) == sum(w.size for w in made.weights.values())
+    sizes = {n: sum(part.nbytes for part in t.parts.values()) for n, t in tensors.items()}
+    assert sum(share.bytes for share in counted) == sum(sizes.values())
+    quantized = [name for name, scheme in plan.items() if isinstance(scheme, Affine)]
+    weights = sum(made.weights[name].size for name in quantized)
+    bits = 8 * sum(sizes[name] for name in quantized) / weights
+    sentence = "Levels were chosen by rounding to nearest."
+    text = card(made.manifest)
+    assert f"Matrices and head take {bits:.2f} bits per weight" in text and sentence in text
+    assert sentence in as_text(describe(str(made.folder)))
+    mixed = plan | {quantized[0]: dataclasses.replace(plan[quantized[0]], algorithm="search")}
+    counts = algorithms(dataclasses.replace(made.manifest, plan=mixed))
+    assert counts == {"rtn": len(quantized) - 1, "search": 1}
+    assert levels_sentence(counts).endswith("tensors), clip search (1).")
+
+
+def test_the_header_tells_what_is_known(made):
+    """And is read back where an artifact is uploaded."""
+    origin = Origin("google/recurrentgemma-2b", "gemma")
+    for told in (origin, UNKNOWN):
+        write_card(made.folder, made.manifest, told)
+        assert origin_of_card(made.folder / CARD) == told
+    text = module.card(made.manifest, origin)
+    assert text.startswith("---\n") and "base_model_relation: quantized\n" in text
+    for kl in (None, math.nan):
+        record = dataclasses.replace(made.manifest.check, kl=kl)
+        assert "model-index" not in card(made.manifest.with_check(record))
+
+
+def test_card_for_a_browser(made):
+    text = card(dataclasses.replace(made.manifest, profile="webgpu"))
+    assert "# model: int4 for onnxruntime-web (webgpu)\n" in text
+    assert 'import * as ort from "onnxruntime-web/webgpu";' in text
+    assert 'externalData: ["model.onnx.data"]' in text and "{{" not in text
+
+
+def test_cards_of_other_formats(tmp_path):
+    gguf = card(export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path)[0].manifest)
+    assert "`pip install .` in a clone" in gguf and "`llama-server`" in gguf
+    assert "rgexport llama-cpp build\n    rgexport generate FILE.gguf" in gguf
+    pytest.importorskip("coremltools")
+    coreml, _ = export_random_coreml(ODD_CONFIGS["wide_lru"], tmp_path, "int4", prefill_length=7)
+    package = card(coreml.manifest)
+    assert package == (coreml.path / CARD).read_text("utf-8")
+    assert "# model: int4 for Core ML\n" in package and "`prefill` takes\n7; " in package
+    assert "`position_ids`, `recurrent_state`" in package and "swift-transformers" in package
+    assert "`pip install '.[coreml]'` in a clone" in package
+    for text in (gguf, package):
+        assert "{" not in text and "onnx" not in text.lower()
+
+
+def test_card_says_how_the_check_ended(made):
+    record = CheckRecord(
+        **{"status": "unverified", "reason": "it is not right", "engine": "toy 1", "tokens": 32},
+        **{"positions": 30, "kl": 0.5, "kl_standard_error": 0.01, "relative_max": 0.25},
+    )
+    text = card(made.manifest.with_check(record))
+    assert "on 32 tokens in toy 1" in text and "value: 0.5\n" in text
+    assert "| KL to the original, over 30 tokens | 0.5 ± 0.01 nats |" in text
+    assert "| 25 % of the largest logit |" in text
+    assert "| verdict | unverified, since it is not right |" in text

@@ -1,171 +1,176 @@
-"""The folder that an export leaves, its package beside coremltools' own, and what Xcode shows."""
+"""An exported folder and its program, what Xcode shows of it, and what is refused of it."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from rgexport import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.coreml import exporter
+from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import (
-    PACKAGE,
-    manifest_file,
-    model_file,
-    weight_file,
-    write_package,
-)
+from rgexport.export.coreml.package import manifest_file, model_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
+from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
-from tests.models import make_config, random_weights, write_hugging_face
+from tests.models import Weights, make_config, random_weights, write_hugging_face
 
-CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
+CONFIG = make_config("ra", width=64, heads=2, lru_width=96, mlp_width=128, vocab_size=64, window=8)
+LINEAR = "layers.0.temporal_block.linear_x.weight"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
+    """An int4 package with an int8 embedding, and the weights that went into it."""
+    return export_random_coreml(CONFIG, tmp_path_factory.mktemp("coreml"), "int4", prefill_length=5)
+
+
+@pytest.fixture
+def copied(exported: tuple[Artifact, Weights], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported[0].path, tmp_path / "copy"))
 
 
 @pytest.fixture
 def model(tmp_path):
-    return write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    """A checkpoint of the name of a released model."""
+    folder = tmp_path / "recurrentgemma-2b-it"
+    return write_hugging_face(CONFIG, random_weights(CONFIG), folder)
 
 
 def files_of(folder):
     return {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_is_in_the_folder(model, tmp_path):
-    target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    expected = {MANIFEST, "README.md", model_file(), manifest_file(), weight_file()}
-    assert set(files_of(target)) == expected
-    manifest = open_artifact(target).manifest
-    assert set(manifest.files) == expected - {MANIFEST}
-    assert {"torch", "coremltools", "numpy", "rgexport"} <= manifest.created_with.keys()
+def description(artifact):
+    from coremltools.proto.Model_pb2 import Model
+
+    return Model.FromString((artifact.path / model_file()).read_bytes()).description
 
 
 def test_the_same_request_gives_the_same_bytes(model, tmp_path):
     options = CoreMLOptions(precision="pal4", prefill_length=3)
-    made = [export_coreml(open_checkpoint(model), options, tmp_path / name) for name in "ab"]
-    one, other = (files_of(folder) for folder in made)
-    assert one.keys() == other.keys()
-    for name, path in one.items():
-        assert path.read_bytes() == other[name].read_bytes(), name
+    one, other = (export_coreml(open_checkpoint(model), options, tmp_path / name) for name in "ab")
+    files = files_of(one)
+    assert set(files) == {MANIFEST, "README.md", model_file(), manifest_file(), weight_file()}
+    for name, path in files.items():
+        assert path.read_bytes() == files_of(other)[name].read_bytes(), name
+    artifact = open_artifact(one)
+    assert set(artifact.manifest.files) == files.keys() - {MANIFEST}
+    assert {"torch", "coremltools", "numpy", "rgexport"} <= artifact.manifest.created_with.keys()
+    metadata = description(artifact).metadata
+    assert metadata.author.startswith("Google") and "Gemma Terms of Use" in metadata.license
 
 
 def test_command_line(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = ["--precision", "pal4", "--prefill-length", "3", "--no-check"]
-    assert run(["coreml", "-m", "model", *asked]) == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("model-pal4-coreml is complete (") and shown.out.count("\n") == 1
-    assert "try: rgexport generate model-pal4-coreml --ids 2" in shown.out
-    assert "Warning: model has no tokenizer" in shown.err and "orch version" not in shown.err
-
-    assert run(["inspect", "model-pal4-coreml", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["kind"] == "coreml" and found["precision"] == "pal4"
+    assert run(["coreml", "-m", model.name, *asked]) == 0
+    shown, name = capsys.readouterr(), f"{model.name}-pal4-coreml"
+    assert shown.out.startswith(f"{name} is complete (") and shown.out.count("\n") == 1
+    assert f"try: rgexport generate {name} --ids 2" in shown.out
+    assert f"Warning: {model.name} has no tokenizer" in shown.err
+    assert "orch version" not in shown.err
+    assert run(["inspect", name, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "coreml" and facts["precision"] == "pal4"
     expected = {"prefill_length": 3, "all_logits": False, "recurrent_state": "io", "split": []}
-    assert found["coreml"] == expected
-    assert run(["inspect", "model-pal4-coreml", "--verify"]) == 0
-    shown = capsys.readouterr().out
-    assert "Core ML" in shown and "prefill length" in shown and "All hashes were verified" in shown
-
-
-def test_a_package_that_would_be_wrong_is_not_made(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "check_package", lambda *_: ["decode: a is not b"])
-    with pytest.raises(RequestError, match=r"1 complaint.*decode: a is not b.*fault of rgexport"):
-        export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def description(artifact):
-    from coremltools.proto.Model_pb2 import Model
-
-    model = Model()
-    model.ParseFromString((artifact.path / model_file()).read_bytes())
-    return model.description
+    assert facts["coreml"] == expected
+    assert run(["inspect", name, "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert "Core ML" in text and "prefill length" in text and "All hashes were verified" in text
 
 
 def test_what_it_says_of_itself(exported):
-    metadata = description(exported[0]).metadata
-    assert metadata.shortDescription.startswith("model, a RecurrentGemma (Griffin) language model")
-    assert (
-        "int4 weights" in metadata.shortDescription and "prefill for 5" in metadata.shortDescription
-    )
-    assert metadata.author == "Unknown (exported by rgexport)"
-    assert metadata.license == "That of the checkpoint it was made from"
-    assert metadata.versionString == __version__
-    own = metadata.userDefined
-    assert own["rgexport.precision"] == "int4" and own["rgexport.compute"] == "fp16"
-    assert json.loads(own["rgexport.config"]) == exported[0].manifest.config.to_dict()
-
-
-@pytest.mark.parametrize(("precision", "state"), [("fp32", "hilo"), ("fp16", "io")])
-def test_every_feature_is_explained(precision, state, tmp_path):
-    artifact, _ = export_random_coreml(CONFIG, tmp_path, precision, recurrent_state=state)
-    functions = description(artifact).functions
-    assert len(functions) == 2
-    for function in functions:
+    told = description(exported[0])
+    summary = told.metadata.shortDescription
+    assert summary.startswith("model, a RecurrentGemma (Griffin) language model")
+    assert "int4 weights" in summary and "prefill for 5" in summary
+    assert told.metadata.author == "Unknown (exported by rgexport)"
+    assert told.metadata.license == "That of the checkpoint it was made from"
+    assert told.metadata.versionString == __version__
+    entries = told.metadata.userDefined
+    assert json.loads(entries["rgexport.config"]) == exported[0].manifest.config.to_dict()
+    assert len(told.functions) == 2
+    for function in told.functions:
         features = [*function.input, *function.output, *function.state]
-        assert len(features) >= 7
-        texts = [feature.shortDescription for feature in features]
-        assert all(texts) and len(set(texts)) == len(texts)
-        assert not any("None" in text or "{" in text for text in texts)
+        texts = {feature.name: feature.shortDescription for feature in features}
+        assert len(texts) >= 7 and all(texts.values())
+        assert not any("None" in text or "{" in text for text in texts.values())
+        assert texts["layers_1_key"].startswith("Layer 1: the last 8 keys")
+        assert texts["layers_0_conv1d"].startswith("Layer 0: the last 3 inputs")
+        assert "the last token" in texts["logits"]
+        assert "zeros at first" in texts["recurrent_state"]
 
 
-def test_a_state_is_explained_with_its_layer(exported):
-    help_of = {
-        feature.name: feature.shortDescription
-        for function in description(exported[0]).functions
-        for feature in [*function.input, *function.output, *function.state]
-    }
-    assert help_of["layers_2_key"].startswith("Layer 2: the last 8 keys")
-    assert help_of["layers_0_conv1d"].startswith("Layer 0: the last 3 inputs")
-    assert "the last token" in help_of["logits"]
-    assert "zeros at first" in help_of["recurrent_state"]
+def test_altered_weights(exported, copied):
+    """Of many blobs the number is told; what stands between the blobs counts, too."""
+    sound = (copied / weight_file()).read_bytes()
+    data = bytearray(sound)
+    for tensor in exported[0].manifest.tensors.values():
+        for part in tensor.parts.values():
+            data[part.offset] ^= 1
+    (copied / weight_file()).write_bytes(data)
+    with pytest.raises(RequestError, match=r"\.data.* more(?!.*\n)") as caught:
+        open_artifact(copied)
+    assert len(str(caught.value)) < 1000
+    (copied / weight_file()).write_bytes(sound[:63] + b"x" + sound[64:])
+    with pytest.raises(RequestError, match=r"weight.bin was altered(?!.*\.data)"):
+        open_artifact(copied)
 
 
-def test_released_models_carry_their_terms(tmp_path):
-    model = tmp_path / "recurrentgemma-2b-it"
-    write_hugging_face(CONFIG, random_weights(CONFIG), model)
-    target = export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    metadata = description(open_artifact(target)).metadata
-    assert metadata.author.startswith("Google") and "Gemma Terms of Use" in metadata.license
+Fields = dict[str, Any]
 
 
-@pytest.fixture
-def theirs(tmp_path):
-    """A package of one linear, saved by coremltools."""
-    import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
+def store(**scheme: Any) -> Callable[[Fields], Any]:
+    def change(fields: Fields) -> None:
+        fields["plan"][LINEAR] = fields["tensors"][LINEAR]["scheme"] = scheme
 
-    @mb.program(input_specs=[mb.TensorSpec((1, 64))], opset_version=ct.target.iOS18)
-    def program(x):
-        return mb.linear(x=x, weight=np.ones((64, 64), np.float32))
-
-    target = ct.target.iOS18
-    model = ct.convert(program, minimum_deployment_target=target, skip_model_load=True)
-    model.save(str(tmp_path / "theirs" / PACKAGE))
-    return model
+    return change
 
 
-def layout(folder):
-    """Names of the files, and the package's manifest without its random identifiers."""
-    manifest = json.loads((folder / manifest_file()).read_text())
-    root = manifest.pop("rootModelIdentifier")
-    entries = manifest.pop("itemInfoEntries")
-    items = sorted(json.dumps(item, sort_keys=True) for item in entries.values())
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return files, manifest, items, entries[root]["name"]
+BLOCKS_OF_48 = store(kind="affine", bits=4, block=48, symmetric=True, scale="float16")
+GROUPS_OF_7 = store(kind="palette", bits=4, group=7, lut="float16")
+BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
+    "no record": (lambda f: f.pop("coreml"), "coreml is missing"),
+    "length": (lambda f: f["coreml"].update(prefill_length=1), "prefill_length is 1"),
+    "state": (lambda f: f["coreml"].update(recurrent_state="ring"), "expected io or hilo"),
+    "no hash": (lambda f: f["coreml"]["blobs"].pop(f"{LINEAR}.data"), f"{LINEAR}.data .*no hash"),
+    "hash of nothing": (lambda f: f["coreml"]["blobs"].update(x="0" * 64), "x is not a part"),
+    "short hash": (lambda f: f["coreml"]["blobs"].update({f"{LINEAR}.data": "0"}), "not a hash"),
+    "no program": (lambda f: f["files"].pop(model_file()), "there is no model.mlpackage"),
+    "foreign kind": (lambda f: f.update(kind="onnx"), "ONNX does not have"),
+    "another layout": (lambda f: f["states"][0].update(layout="hilo"), r"states.0.\.layout is"),
+    "block": (BLOCKS_OF_48, "int4/48 .* that Core ML does not have"),
+    "group": (GROUPS_OF_7, "pal4/7 .* that Core ML does not have"),
+}
 
 
-def test_layout_is_coremltools_own(theirs, tmp_path):
-    ours = tmp_path / "ours"
-    write_package(ours, theirs.get_spec())
-    weights = f"{PACKAGE}/Data/com.apple.CoreML/weights"
-    (ours / weights).mkdir()
-    (ours / weights / "weight.bin").touch()
-    assert layout(ours) == layout(tmp_path / "theirs")
-    assert (ours / model_file()).stat().st_size == len(theirs.get_spec().SerializeToString())
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_manifest(case, copied):
+    change, complaint = BROKEN[case]
+    fields = json.loads((copied / MANIFEST).read_text())
+    change(fields)
+    (copied / MANIFEST).write_text(json.dumps(fields))
+    with pytest.raises(RequestError, match=complaint) as caught:
+        open_artifact(copied)  # a session goes by the manifest, which has no hash of its own
+    assert MANIFEST in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_precision_stays_where_it_belongs() -> None:
+    program = trace(CONFIG, "float16")
+    dtypes = {node.site: node.outputs[0].dtype for node in program.nodes}
+    float32 = ("_norm", "residual", "rg_lru", "_gate", "conv_1d", "embed_tokens", "logits")
+    for site, dtype in dtypes.items():
+        if site.endswith(float32):
+            assert dtype == "float32", site
+        elif site.rpartition(".")[2] in ("linear_x", "q_proj", "rope_q", "attention", "up_proj"):
+            assert dtype == "float16", site
+    kinds = {name.split(".")[2]: value.dtype for name, (value, _) in program.states.items()}
+    assert kinds == {"rg_lru": "float32", "conv1d": "float16", "key": "float16", "value": "float16"}

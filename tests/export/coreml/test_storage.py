@@ -1,41 +1,130 @@
-"""The file of weights: coremltools' own reader finds in it what was written."""
+"""What is stored: coremltools' own reader and operations find in it what was written."""
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import transform_of
+from rgexport.export.coreml.parts import decode, encode, part_layouts, transform_of
 from rgexport.export.coreml.segments import packages
 from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
+from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.tensor import from_array
+from rgexport.quantize.affine import Parts
+from rgexport.quantize.fitting import fitted
 from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+from rgexport.quantize.statistics import no_statistics
+
+pytest.importorskip("coremltools")
+
+NAME = "layers.0.mlp_block.up_proj.weight"
+DTYPES = ("float16", "float32")
+affines = st.builds(
+    Affine,
+    st.sampled_from([4, 8]),
+    st.sampled_from([None, 8, 32]),
+    symmetric=st.booleans(),
+    scale=st.sampled_from(DTYPES),
+)
+palettes = st.builds(Palette, group=st.sampled_from([1, 2, 16]), lut=st.sampled_from(DTYPES))
+matrices = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, max_side=70),
+    elements=st.floats(-100, 100, width=32),
+)
+
+
+def stored_tensor(shape: tuple[int, ...], scheme: Scheme) -> StoredTensor:
+    layouts = part_layouts(shape, scheme)
+    return StoredTensor(shape, scheme, {k: StoredPart("f", 0, *v) for k, v in layouts.items()})
+
+
+def integers(part: np.ndarray, bits: int, *, signed: bool) -> np.ndarray:
+    """The numbers of a MIL blob: of 4 bits, the low nibble first, in two's complement if signed."""
+    if bits == 8:
+        return part.astype(np.float64)
+    nibbles = np.stack([part & 15, part >> 4], -1).reshape(len(part), -1).astype(np.float64)
+    return nibbles - 16 * (nibbles >= 8) if signed else nibbles
+
+
+def as_core_ml(parts: dict[str, np.ndarray], scheme: Affine | Palette) -> np.ndarray:
+    """What the constexpr operation gives."""
+    from coremltools.converters.mil.mil.ops.defs.iOS18 import compression
+
+    if isinstance(scheme, Palette):
+        lut = parts["lut"][:, None, :, None]
+        indices = integers(parts["data"], 4, signed=False).astype(np.uint8)
+        return compression.constexpr_lut_to_dense.decompress(indices, lut, None)
+    data = integers(parts["data"], scheme.bits, signed=scheme.symmetric)
+    offset = None
+    if not scheme.symmetric:
+        offset = integers(parts["zero_points"], scheme.bits, signed=False)
+        offset = offset.astype(scheme.scale)
+    return compression.constexpr_blockwise_shift_scale.decompress(data, parts["scales"], offset)
+
+
+def encoded(rows: np.ndarray, stored: StoredTensor) -> Parts:
+    return encode(no_statistics, NAME, rows, np.arange(len(rows)), stored)
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices, st.one_of(affines, palettes))
+def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None:
+    scheme = fitted(asked, rows.shape)
+    assert isinstance(scheme, Affine | Palette)
+    stored = stored_tensor(rows.shape, scheme)
+    parts = encoded(rows, stored)
+    layouts = {label: (part.dtype.name, part.shape) for label, part in parts.items()}
+    assert layouts == part_layouts(rows.shape, scheme)
+    expected = as_core_ml(parts, scheme)
+    assert expected.dtype == (scheme.lut if isinstance(scheme, Palette) else scheme.scale)
+    np.testing.assert_array_equal(decode(NAME, parts, stored), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_must_fit_into_float16(symmetric: bool) -> None:
+    """The scales alone would."""
+    scheme = Affine(4, 32, symmetric, scale="float16")
+    stored = stored_tensor((2, 64), scheme)
+    rows = np.ones((2, 64), np.float32)
+    rows[1, 3] = -70_000
+    with pytest.raises(RequestError, match=r"up_proj\.weight: weights of 7e\+04 .* --compute fp32"):
+        encoded(rows, stored)
+    rows[1, 3] = -60_000
+    assert np.isfinite(as_core_ml(encoded(rows, stored), scheme)).all()
+    encoded(rows * 100, stored_tensor((2, 64), replace(scheme, scale="float32")))
+
 
 _BlobStorageReader = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageReader
 
+MLP = "mlp_block"
 STORED: dict[str, tuple[Scheme, dict[str, str]]] = {
-    "layers.0.mlp_block.gate_proj.weight": (
+    f"layers.0.{MLP}.gate_proj.weight": (
         Affine(4, 32, True, scale="float16"),
         {"data": "int4", "scales": "float16"},
     ),
-    "layers.0.mlp_block.up_proj.weight": (
+    f"layers.0.{MLP}.up_proj.weight": (
         Affine(4, 32, False, scale="float16"),
         {"data": "uint4", "scales": "float16", "zero_points": "uint4"},
     ),
-    "layers.0.mlp_block.down_proj.weight": (
+    f"layers.0.{MLP}.down_proj.weight": (
         Affine(8, None, True, scale="float32"),
         {"data": "int8", "scales": "float32"},
     ),
-    "layers.1.mlp_block.gate_proj.weight": (
+    f"layers.1.{MLP}.gate_proj.weight": (
         Affine(8, 32, False, scale="float16"),
         {"data": "uint8", "scales": "float16", "zero_points": "uint8"},
     ),
-    "layers.1.mlp_block.up_proj.weight": (Palette(group=8), {"data": "uint4", "lut": "float16"}),
-    "layers.1.mlp_block.down_proj.weight": (Float("float16"), {"data": "float16"}),
+    f"layers.1.{MLP}.up_proj.weight": (Palette(group=8), {"data": "uint4", "lut": "float16"}),
+    f"layers.1.{MLP}.down_proj.weight": (Float("float16"), {"data": "float16"}),
     "final_norm.weight": (Float("float32"), {"data": "float32"}),
     "layers.0.temporal_block.rg_lru.recurrent_param": (Float("float32"), {"data": "float32"}),
 }
@@ -72,10 +161,10 @@ def test_coremltools_reads_every_blob(weights, tmp_path):
             method = getattr(reader, f"read_{_READERS.get(dtype, dtype)}_data")
             items = np.array(method(part.offset - ALIGNMENT))
             read[label] = items.view(np.float16) if dtype == "float16" else items
-        check(PLAN[name], read, transform_of(name).store(weights[name]))
+        require_near(PLAN[name], read, transform_of(name).store(weights[name]))
 
 
-def check(scheme, read, values):
+def require_near(scheme, read, values):
     """What MIL's definitions make of the blobs is near the weights."""
     if isinstance(scheme, Float):
         np.testing.assert_allclose(read["data"].reshape(values.shape), values, rtol=1e-3)
@@ -93,34 +182,14 @@ def check(scheme, read, values):
     np.testing.assert_allclose(restored.reshape(rows, columns), values, atol=1.05 * step, rtol=0)
 
 
-def test_hashes_are_those_of_the_blobs(weights, tmp_path):
-    stored, hashes, path = written(weights, tmp_path)
+def test_slabs_make_no_difference_and_hashes_are_those_of_the_blobs(weights, tmp_path, monkeypatch):
+    stored, hashes, path = written(weights, tmp_path / "whole")
     data = path.read_bytes()
-    found = {
-        f"{name}.{label}": hashlib.sha256(data[part.offset : part.offset + part.nbytes])
+    assert hashes == {
+        f"{name}.{label}": hashlib.sha256(data[part.offset : part.offset + part.nbytes]).hexdigest()
         for name, tensor in stored.tensors.items()
         for label, part in tensor.parts.items()
     }
-    assert hashes == {blob: digest.hexdigest() for blob, digest in found.items()}
-
-
-def test_slabs_make_no_difference(weights, tmp_path, monkeypatch):
-    _, hashes, path = written(weights, tmp_path / "whole")
     monkeypatch.setattr(storage, "SLAB_BYTES", 700)
     _, again, slabs = written(weights, tmp_path / "slabs")
-    assert slabs.read_bytes() == path.read_bytes() and again == hashes
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "layers.0.mlp_block.gate_proj.weight",
-        "layers.0.mlp_block.up_proj.weight",
-        "layers.1.mlp_block.up_proj.weight",
-        "layers.1.mlp_block.down_proj.weight",
-    ],
-)
-def test_a_weight_beyond_float16_is_named(name, weights, tmp_path):
-    weights[name][3, 5] = 3e6
-    with pytest.raises(RequestError, match=f"^{name}: (a weight|weights) of .* more than float16"):
-        written(weights, tmp_path)
+    assert slabs.read_bytes() == data and again == hashes

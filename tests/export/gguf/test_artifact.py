@@ -1,80 +1,43 @@
-"""Opening GGUF files: sound, foreign, damaged anywhere."""
+"""Opening GGUF files: sound, foreign, damaged anywhere; and the self-check's result in them.
 
-import itertools
+That result is of fixed width, not hashed, and valid for the file's types only.
+"""
+
+import json
 import re
-import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFValueType, GGUFWriter
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
+from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export import verified
+from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.artifact import GgufArtifact
-from rgexport.export.gguf.format import FORMAT
+from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
-from tests.models import make_config
+from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
-
-NUMBERS = itertools.count()
-"""No two files have one name: within a tick of the clock they would count as the same."""
+FOUND = CheckRecord(
+    **{"status": "verified", "tokens": 32, "positions": 32, "kl": 0.0123456789},
+    **{"kl_standard_error": 0.001, "relative_max": 0.004, "engine": "llama.cpp 1"},
+)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
     """A small file in f16."""
     return export_random_gguf(CONFIG, tmp_path_factory.mktemp("sound"), "f16")[0]
-
-
-def copy(artifact: GgufArtifact, folder: Path, change: Callable[[bytearray], Any]) -> Path:
-    """The file with a change to its bytes."""
-    data = bytearray(artifact.path.read_bytes())
-    change(data)
-    path = folder / f"{next(NUMBERS)}.gguf"
-    path.write_bytes(data)
-    return path
-
-
-def refusal(path: Path, **options: bool) -> str:
-    with pytest.raises(RequestError) as caught:
-        open_artifact(path, **options)
-    line = str(caught.value)
-    assert "\n" not in line and line.isprintable() and str(path.name) in line and len(line) < 600
-    return line
-
-
-def test_opens_as_any_artifact(sound):
-    artifact = open_artifact(sound.path)
-    assert isinstance(artifact, GgufArtifact)
-    manifest = artifact.manifest
-    assert (manifest.kind, manifest.precision, manifest.compute) == ("gguf", "f16", "fp32")
-    assert manifest.config == CONFIG and not manifest.has_tokenizer
-    assert list(artifact.weights) == list(manifest.plan) == list(manifest.tensors)
-    assert artifact.file(sound.path.name) == sound.path
-
-
-def test_any_name_will_do(sound, tmp_path):
-    path = tmp_path / "model.bin"
-    shutil.copyfile(sound.path, path)
-    assert open_artifact(path).manifest.kind == "gguf"
-    assert FORMAT.owns(path) and FORMAT.owns(Path("nowhere.gguf")) and not FORMAT.owns(tmp_path)
-
-
-def test_verify_does_not_use_the_cache(sound, tmp_path):
-    path = copy(sound, tmp_path, lambda data: flip(sound, data))
-    start = integrity.data_start(read_header(path))
-    verified.remember({path: sound.header.values[integrity.DATA]}, start=start)
-    open_artifact(path)
-    assert "its tensors were altered" in refusal(path, verify=True)
 
 
 def overwrite(key: str, text: bytes) -> Callable[[GgufArtifact, bytearray], None]:
@@ -89,10 +52,6 @@ def flip(artifact: GgufArtifact, data: bytearray) -> None:
     data[-40] ^= 1
 
 
-def rename(artifact: GgufArtifact, data: bytearray) -> None:
-    data[data.index(b"output_norm.weight")] = ord("x")
-
-
 DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
     "truncated": (lambda a, d: d.__delitem__(slice(-33, None)), "is truncated"),
     "data": (flip, "its tensors were altered"),
@@ -102,65 +61,37 @@ DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
     "types hash": (overwrite(integrity.TYPES, b"x"), "other types of tensors"),
     "file type": (overwrite(integrity.FILE_TYPE, b"\xff"), "the file type .*expected"),
     "architecture": (overwrite("general.architecture", b"x"), "'?recurrentgemmx'?; expected"),
-    "tensor name": (rename, "xutput_norm.weight|output_norm.weight"),
 }
 """Damage that the header's reader does not see, and what is said of it."""
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(RequestError) as caught:
+        open_artifact(path)
+    line = str(caught.value)
+    assert "\n" not in line and line.isprintable() and str(path.name) in line and len(line) < 600
+    return line
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_named(sound, tmp_path, case):
     change, complaint = DAMAGE[case]
-    line = refusal(copy(sound, tmp_path, lambda data: change(sound, data)))
-    assert re.search(complaint, line), line
+    data = bytearray(sound.path.read_bytes())
+    change(sound, data)
+    path = tmp_path / f"{case}.bin"
+    path.write_bytes(data)
+    assert re.search(complaint, refusal(path))
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+@pytest.mark.parametrize(
+    ("architecture", "parts", "complaint"),
+    [
+        ("llama", None, "of the architecture llama; expected recurrentgemma"),
+        ("recurrentgemma", None, "was not made by rgexport .*`rgexport gguf`"),
+        ("recurrentgemma", 2, "one of 2 parts .*llama-gguf-split --merge"),
+    ],
 )
-@given(data=st.data())
-def test_damage_anywhere_is_refused_or_harmless(sound, tmp_path, data):
-    """A byte changed, or bytes missing or added, at any place: one line, or nothing changes."""
-    size = sound.path.stat().st_size
-    header = integrity.data_start(sound.header)
-    place = data.draw(st.integers(0, header + 200) | st.integers(0, size - 1), "place")
-
-    def change(content: bytearray) -> None:
-        match data.draw(st.sampled_from(["change", "cut", "drop", "add"]), "harm"):
-            case "change":
-                content[place] ^= data.draw(st.integers(1, 255), "bits")
-            case "cut":
-                del content[place:]
-            case "drop":
-                del content[place : place + data.draw(st.integers(1, 64), "count")]
-            case "add":
-                content[place:place] = data.draw(st.binary(min_size=1, max_size=64), "added")
-
-    path = copy(sound, tmp_path, change)
-    try:
-        opened = open_artifact(path)
-    except RequestError as error:
-        assert "\n" not in str(error) and str(error).isprintable()
-    else:
-        first, second = opened.manifest, sound.manifest
-        assert first.config == second.config and first.plan == second.plan
-        for name in first.tensors:
-            one, other = (artifact.tensor(name).whole() for artifact in (opened, sound))
-            assert one.tobytes() == other.tobytes()
-    finally:
-        path.unlink()
-
-
-FOREIGN = {
-    "model": ("llama", None, "of the architecture llama; expected recurrentgemma"),
-    "maker": ("recurrentgemma", None, "was not made by rgexport .*`rgexport gguf`"),
-    "split": ("recurrentgemma", 2, "one of 2 parts .*llama-gguf-split --merge"),
-}
-"""What is foreign → architecture, parts, and the complaint."""
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_files_of_other_tools(case, tmp_path):
-    architecture, parts, complaint = FOREIGN[case]
+def test_files_of_other_tools(architecture, parts, complaint, tmp_path):
     path = tmp_path / "x.gguf"
     writer = GGUFWriter(path, architecture)
     writer.add_file_type(1)
@@ -174,14 +105,69 @@ def test_files_of_other_tools(case, tmp_path):
     assert re.search(complaint, refusal(path))
 
 
-def test_a_manifest_of_another_version(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.export.gguf.embedded.FORMAT_VERSION", 2)
-    path = copy(sound, tmp_path, lambda data: None)
-    assert "format version is 1; this rgexport reads 2" in refusal(path)
+@pytest.fixture
+def checked(tmp_path: Path) -> Path:
+    """A file whose check is `FOUND`."""
+    model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
+    target = tmp_path / "checked.gguf"
+
+    def check(path: Path) -> CheckRecord:
+        assert open_gguf(path).manifest.check == NOT_ASKED_FOR and not target.exists()
+        return FOUND
+
+    return export_gguf(open_checkpoint(model), GgufOptions(type="f16"), target, check=check)
 
 
-@pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
-def test_nothing_to_open(tmp_path, make):
-    path = tmp_path / "x.gguf"
-    make(path)
-    assert refusal(path)
+def test_nothing_else_in_the_file_depends_on_the_check(checked, tmp_path):
+    plain = tmp_path / "plain.gguf"
+    export_gguf(open_checkpoint(tmp_path / "model"), GgufOptions(type="f16"), plain)
+    assert open_gguf(plain).manifest.check == NOT_ASKED_FOR
+    integrity.write_check(plain, FOUND)
+    assert plain.read_bytes() == checked.read_bytes()
+    assert open_gguf(plain, verify=True).manifest.check == FOUND
+    field = GGUFReader(plain).fields[integrity.CHECK]
+    assert json.loads(field.contents())["status"] == "verified"
+
+
+@pytest.mark.parametrize("reason", ["", "é", "x" * 5000, "😀" * 300, '"' * 300, "\udc80" * 5000])
+def test_any_reason_fits(reason, checked):
+    record = skipped(reason)
+    text = integrity.check_text(record)
+    assert len(text) == integrity.CHECK_WIDTH and text.isascii()
+    integrity.write_check(checked, record)
+    read = open_gguf(checked).manifest.check
+    shown = read.reason.removesuffix("...")
+    assert record.reason.startswith(shown) and len(shown) >= min(len(reason), 40)
+    assert read.sentence.isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"status": "fine"}', '{"status": "skipped", "kl": NaN}']
+)
+def test_an_unreadable_check_is_refused(text, checked):
+    _, stop = read_header(checked).spans[integrity.CHECK]
+    with checked.open("r+b") as file:
+        file.seek(stop - integrity.CHECK_WIDTH)
+        file.write(text.ljust(integrity.CHECK_WIDTH).encode())
+    with pytest.raises(RequestError, match=r"is damaged: .*rgexport\.check"):
+        open_gguf(checked)
+
+
+def test_a_check_counts_only_for_the_types_that_it_was_made_for(checked, tmp_path, capsys):
+    """As llama-quantize leaves a file: other data in other types, the metadata as they were."""
+    bf16, name, data = 30, b"token_embd.weight", bytearray(checked.read_bytes())
+    dimensions = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    struct.pack_into("<I", data, dimensions + 4 + 8 * 2, bf16)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(data)
+    with pytest.raises(RequestError, match="it states other types of tensors than the data have"):
+        open_gguf(other)
+    data[-40] ^= 1
+    other.write_bytes(data)
+    artifact = open_gguf(other)
+    assert artifact.manifest.check == skipped("another tool stored its tensors in other types")
+    assert artifact.manifest.plan["embed_tokens.weight"].label == "bf16"
+    assert run(["inspect", str(other), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "Not checked: another tool stored its tensors in other types." in shown
+    assert "there is no hash to check them with" in shown

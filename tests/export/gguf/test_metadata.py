@@ -1,32 +1,142 @@
-"""The metadata of a GGUF file, read back by gguf-py."""
+"""What a GGUF file holds beside the weights' types: names, values, metadata and vocabulary."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import sentencepiece
 from gguf import GGUFReader, GGUFValueType
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.artifact import GgufArtifact
-from rgexport.export.gguf.embedded import MANIFEST_KEY
-from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.metadata import metadata
-from rgexport.export.gguf.options import GgufOptions
-from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE, read_chat_template
+from rgexport.export.gguf.naming import file_tensors
+from rgexport.export.gguf.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from rgexport.export.tokenizer_json import write_tokenizer_json
+from rgexport.griffin.chat_template import read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
+from rgexport.griffin.layout import model_tensors
 from tests.artifacts import export_random_gguf
-from tests.deepmind import write_deepmind
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
 
-U32, I32, F32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32
+NORMS = ("temporal_pre_norm.weight", "channel_pre_norm.weight", "final_norm.weight")
 
 
-def fields_of(path: Path) -> dict[str, Any]:
-    reader = GGUFReader(path)
-    return {name: field.contents() for name, field in reader.fields.items()}
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_every_tensor_has_a_place_and_comes_back(name):
+    config = ODD_CONFIGS[name]
+    weights, tensors = random_weights(config), file_tensors(config)
+    assert {tensor.canonical for tensor in tensors} == model_tensors(config).keys()
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
+    for tensor in tensors:
+        original = weights[tensor.canonical]
+        stored = tensor.transform.store(original)
+        assert stored.dtype == np.float32 and stored.size == np.prod(tensor.shape)
+        rounded = tensor.canonical.endswith((*NORMS, "recurrent_param"))
+        limits = {"rtol": 1e-6, "atol": 1.2e-7} if rounded else {"rtol": 0, "atol": 0}
+        np.testing.assert_allclose(tensor.transform.restore(stored), original, **limits)
+
+
+def test_stored_values():
+    config, weights = ODD_CONFIGS["wide_lru"], random_weights(ODD_CONFIGS["wide_lru"])
+    by_canonical = {tensor.canonical: tensor for tensor in file_tensors(config)}
+
+    def stored(name: str) -> np.ndarray:
+        tensor = by_canonical[name]
+        return tensor.transform.store(weights[name]).reshape(tensor.shape)
+
+    for name in weights:
+        if name.endswith(NORMS):
+            np.testing.assert_array_equal(stored(name), weights[name] + 1)
+    gate = "layers.0.temporal_block.rg_lru.recurrent_gate_weight"
+    np.testing.assert_array_equal(stored(gate)[2, 5], weights[gate][2, :, 5])
+    conv = "layers.0.temporal_block.conv_1d.weight"
+    np.testing.assert_array_equal(stored(conv)[7], weights[conv][7, 0])
+    a_param = "layers.0.temporal_block.rg_lru.recurrent_param"
+    exact = -8 * np.logaddexp(0, weights[a_param].astype(np.float64))
+    np.testing.assert_array_equal(stored(a_param), exact.astype(np.float32))
+
+
+EXPECTED = {
+    **{"vocab_size": 256, "context_length": 1 << 20, "embedding_length": 64},
+    **{"feed_forward_length": 96, "block_count": 4, "attention.head_count": 4},
+    **{"attention.head_count_kv": [0, 0, 1, 0], "attention.key_length": 16},
+    **{"attention.value_length": 16, "attention.sliding_window": 17, "rope.dimension_count": 8},
+    **{"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 1, "ssm.group_count": 0},
+    **{"ssm.time_step_rank": 4, "rope.freq_base": 1e4, "final_logit_softcapping": 30.0},
+    **{"embedding_scale": 8.0, "attention.layer_norm_rms_epsilon": pytest.approx(1e-6)},
+}
+FLOATS = [*EXPECTED][-4:]
+
+
+def test_architecture(tmp_path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path)
+    reader = GGUFReader(artifact.path)
+    fields = {
+        name.removeprefix("recurrentgemma."): field
+        for name, field in reader.fields.items()
+        if name.startswith("recurrentgemma.")
+    }
+    assert {name: field.contents() for name, field in fields.items()} == EXPECTED
+    types = dict.fromkeys(EXPECTED, GGUFValueType.UINT32)
+    types |= {"attention.head_count_kv": GGUFValueType.INT32}
+    types |= dict.fromkeys(FLOATS, GGUFValueType.FLOAT32)
+    assert {name: field.types[-1] for name, field in fields.items()} == types
+    assert reader.fields["general.architecture"].contents() == "recurrentgemma"
+    assert reader.fields["tokenizer.ggml.model"].contents() == "no_vocab"
+    assert not any("tokens" in key for key in reader.fields)
+
+
+def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
+    assert demo_gguf.manifest.has_tokenizer and demo_gguf.manifest.instruction_tuned
+    reader = GGUFReader(demo_gguf.path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tokenizer = "tokenizer.ggml."
+    ids = {key.removeprefix(tokenizer): fields[key] for key in fields if key.endswith("token_id")}
+    expected = {"bos": 2, "eos": 1, "eot": 107, "padding": 0, "unknown": 3}
+    assert ids == {f"{name}_token_id": id for name, id in expected.items()}
+    flags = {key.removeprefix(tokenizer): fields[key] for key in fields if ".add_" in key}
+    assert flags == {"add_bos_token": True, "add_eos_token": False, "add_space_prefix": False}
+    assert fields[f"{tokenizer}model"] == "llama"
+    for name in ("tokens", "scores", "token_type"):
+        assert len(fields[tokenizer + name]) == 8192
+    template = read_chat_template(demo_folder())
+    assert template is not None and fields["tokenizer.chat_template"] == template[0]
+    assert fields["general.name"] == "demo" and fields["general.size_label"] == "11M"
+    assert fields["general.type"] == "model" and fields["general.license"] == "other"
+    last = list(demo_gguf.header.values.items())[-2:]  # as llama-quantize sets them
+    assert last == [("general.quantization_version", 2), ("general.file_type", 1)]
+
+
+SMALL = make_config("ra", width=32, heads=2, vocab_size=8200)
+GOOGLE, MINE = "google/recurrentgemma-2b-it", "me/my-griffin"
+ORIGINS: dict[str, dict[str, str | None]] = {
+    "models--google--recurrentgemma-2b-it/snapshots/abc": {
+        "general.license": "gemma",
+        "general.license.link": "https://ai.google.dev/gemma/terms",
+        "general.source.url": f"https://huggingface.co/{GOOGLE}",
+        "general.source.huggingface.repository": GOOGLE,
+        "general.finetune": "it",
+    },
+    "models--me--my-griffin/snapshots/abc": {
+        "general.source.url": f"https://huggingface.co/{MINE}",
+        "general.license": None,
+    },
+    "2b": {"general.license": None, "general.source.url": None},  # not DeepMind's file
+}
+"""Folder of a checkpoint → what is said of its origin."""
 
 
 def told(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -35,129 +145,93 @@ def told(checkpoint: Checkpoint) -> dict[str, Any]:
     return {value.key: value.value for value in metadata(checkpoint, {}, vocabulary)}
 
 
-def test_architecture(tmp_path):
-    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path)
-    reader = GGUFReader(artifact.path)
-    expected = {
-        "vocab_size": (U32, 256),
-        "context_length": (U32, 1 << 20),
-        "embedding_length": (U32, 64),
-        "feed_forward_length": (U32, 96),
-        "block_count": (U32, 4),
-        "attention.head_count": (U32, 4),
-        "attention.head_count_kv": (I32, [0, 0, 1, 0]),
-        "attention.key_length": (U32, 16),
-        "attention.value_length": (U32, 16),
-        "attention.layer_norm_rms_epsilon": (F32, pytest.approx(1e-6)),
-        "attention.sliding_window": (U32, 17),
-        "rope.dimension_count": (U32, 8),
-        "rope.freq_base": (F32, 10_000),
-        "final_logit_softcapping": (F32, 30),
-        "embedding_scale": (F32, 8),
-        "ssm.conv_kernel": (U32, 4),
-        "ssm.inner_size": (U32, 96),
-        "ssm.state_size": (U32, 1),
-        "ssm.group_count": (U32, 0),
-        "ssm.time_step_rank": (U32, 4),
-    }
-    found = {
-        name.removeprefix("recurrentgemma."): (field.types[-1], field.contents())
-        for name, field in reader.fields.items()
-        if name.startswith("recurrentgemma.")
-    }
-    assert found == expected
-    assert reader.fields["general.architecture"].contents() == "recurrentgemma"
+@pytest.mark.parametrize("folder", ORIGINS)
+def test_origin(folder, tmp_path):
+    model = write_model(SMALL, random_weights(SMALL), tmp_path / folder)
+    values = told(open_checkpoint(model))
+    assert {key: values.get(key) for key in ORIGINS[folder]} == ORIGINS[folder]
 
 
-def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
-    assert demo_gguf.manifest.has_tokenizer and demo_gguf.manifest.instruction_tuned
-    fields = fields_of(demo_gguf.path)
-    assert fields["tokenizer.ggml.model"] == "llama"
-    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.scores"]) == 8192
-    assert len(fields["tokenizer.ggml.token_type"]) == 8192
-    ids = {name: fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot")}
-    assert ids == {"bos": 2, "eos": 1, "eot": 107}
-    assert fields["tokenizer.ggml.padding_token_id"] == 0
-    assert fields["tokenizer.ggml.unknown_token_id"] == 3
-    assert fields["tokenizer.ggml.add_bos_token"] is True
-    assert fields["tokenizer.ggml.add_eos_token"] is False
-    assert fields["tokenizer.ggml.add_space_prefix"] is False
-    template = read_chat_template(demo_folder())
-    assert template is not None and fields["tokenizer.chat_template"] == template[0]
-    assert fields["general.name"] == "demo" and fields["general.size_label"] == "11M"
-    assert fields["general.type"] == "model" and fields["general.license"] == "other"
-    last = list(demo_gguf.header.values.items())[-2:]  # as llama-quantize sets them
-    assert last == [("general.quantization_version", 2), ("general.file_type", 1)]
-    manifest = json.loads(fields[MANIFEST_KEY])
-    assert manifest["kind"] == "gguf" and len(manifest["source"]["files"]) == 1
+DEMO = demo_folder() / "tokenizer.model"
+SIZE = 8192
 
 
-def test_metadata_are_the_same_for_every_type(tmp_path):
-    config = ODD_CONFIGS["regular"]
-    files = [export_random_gguf(config, tmp_path, kind)[0] for kind in ("f32", "f16", "bf16")]
-    values = [file.header.values for file in files]
-    varying = {key for key in values[0] if len({repr(each[key]) for each in values}) > 1}
-    hashes = {"rgexport.data_sha256", "rgexport.tensor_types_sha256"}
-    assert varying == hashes | {"general.file_type"}
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return read(DEMO)
 
 
-def test_without_a_tokenizer(tmp_path):
-    artifact, _ = export_random_gguf(ODD_CONFIGS["hawk"], tmp_path)
-    assert fields_of(artifact.path)["tokenizer.ggml.model"] == "no_vocab"
-    assert not any("tokens" in key for key in artifact.header.values)
-    assert not artifact.manifest.has_tokenizer
+def read(path: Path, size: int = SIZE) -> Vocabulary:
+    vocabulary = read_vocabulary([path], size)
+    assert vocabulary is not None
+    return vocabulary
 
 
-SMALL = make_config("ra", width=32, heads=2, vocab_size=8200)
+def test_pieces_scores_and_ids_are_those_of_sentencepiece(vocabulary):
+    engine = sentencepiece.SentencePieceProcessor(model_file=str(DEMO))
+    assert len(vocabulary.tokens) == len(vocabulary.types) == SIZE
+    for index in range(SIZE):
+        assert vocabulary.tokens[index] == engine.IdToPiece(index)
+        assert vocabulary.scores[index] == engine.GetScore(index)
+        assert (vocabulary.types[index] == BYTE) == engine.IsByte(index)
+    control = vocabulary.control
+    tokens = control.pad, control.eos, control.bos, control.unk, control.end_of_turn
+    assert [token and token.id for token in tokens] == [0, 1, 2, 3, 107]
+    assert not vocabulary.add_space_prefix
+    types = dict(zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True))
+    markup = "<pad> <eos> <bos> <mask> <2mass> [@BOS@] <unused0> <start_of_turn> <end_of_turn>"
+    assert {types[piece] for piece in markup.split()} == {CONTROL}
+    assert types["<unk>"] == UNKNOWN
+    assert {types[piece] for piece in ("<table>", "</s>", "<h1>", "\n", "\n\n")} == {USER_DEFINED}
+    assert {types[piece] for piece in ("▁▁", "▁" * 31, "▁the", "in")} == {NORMAL}
 
 
-def released(folder: Path) -> Path:
-    return write_model(SMALL, random_weights(SMALL), folder)
+def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer_json(DEMO, path)
+    other = read(path)
+    assert other.tokens == vocabulary.tokens
+    np.testing.assert_array_equal(other.types, vocabulary.types)
+    assert other.control.bos == vocabulary.control.bos
+    merged = [i for i in range(SIZE) if other.types[i] == NORMAL and len(other.tokens[i]) > 1]
+    order = np.argsort(-other.scores[merged], kind="stable")
+    assert (np.diff(vocabulary.scores[merged][order]) <= 0).all()
+    path.write_text("{")
+    assert read_vocabulary([path, DEMO], SIZE) is not None  # SentencePiece's comes first
 
 
-HUB = "https://huggingface.co"
-ORIGINS: dict[str, dict[str, str | None]] = {
-    "models--google--recurrentgemma-2b-it/snapshots/abc": {
-        "general.license": "gemma",
-        "general.license.link": "https://ai.google.dev/gemma/terms",
-        "general.source.url": f"{HUB}/google/recurrentgemma-2b-it",
-        "general.source.huggingface.repository": "google/recurrentgemma-2b-it",
-        "general.finetune": "it",
-    },
-    "models--me--my-griffin/snapshots/abc": {
-        "general.source.url": f"{HUB}/me/my-griffin",
-        "general.license": None,
-        "general.organization": None,
-    },
-    "recurrentgemma-2b": {"general.license": "gemma", "general.finetune": None},
-    "2b": {"general.license": None, "general.source.url": None},  # not DeepMind's file
-}
-"""Folder of a checkpoint → what is said of its origin."""
+def test_rows_without_a_token_are_unused_and_tokens_without_a_row_refused(vocabulary):
+    padded = read(DEMO, SIZE + 2)
+    assert padded.tokens == [*vocabulary.tokens, "[PAD8192]", "[PAD8193]"]
+    assert padded.types[-2:].tolist() == [UNUSED, UNUSED]
+    with pytest.raises(RequestError, match=r"8192 tokens .* 8191 rows"):
+        read(DEMO, SIZE - 1)
 
 
-@pytest.mark.parametrize("place", ORIGINS)
-def test_origin(place, tmp_path):
-    values = told(open_checkpoint(released(tmp_path / place)))
-    assert {key: values.get(key) for key in ORIGINS[place]} == ORIGINS[place]
+def test_other_normalization(tmp_path, capsys):
+    """A learned piece with two spaces makes runs of spaces match in raw text."""
+    model = ModelProto.FromString(DEMO.read_bytes())
+    model.pieces[8000].piece = "▁▁x"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = True
+    model.normalizer_spec.name = "nmt_nfkc"
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    vocabulary = read(path)
+    assert vocabulary.tokens[139] == "  " and vocabulary.types[139] == USER_DEFINED
+    assert vocabulary.add_space_prefix
+    assert "normalizes text (nmt_nfkc), which llama.cpp does not" in capsys.readouterr().err
+    model.trainer_spec.byte_fallback = False
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(RequestError, match="not a BPE model"):
+        read(path)
 
 
-def with_tokenizer(folder: Path) -> Path:
-    (folder / "tokenizer.model").write_bytes((demo_folder() / "tokenizer.model").read_bytes())
-    return folder
-
-
-def test_deepmind_files_have_their_released_names(tmp_path):
-    path = write_deepmind(random_weights(SMALL), tmp_path).rename(tmp_path / "2b-it.pt")
-    with_tokenizer(tmp_path)
-    values = told(open_checkpoint(path))
-    assert values["general.source.huggingface.repository"] == "google/recurrentgemma-2b-it"
-    assert values["tokenizer.chat_template"] == GEMMA_TEMPLATE
-
-
-def test_a_template_that_cannot_be_read_ends_the_export(tmp_path):
-    folder = with_tokenizer(released(tmp_path / "model"))
-    (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(RequestError, match=r"chat template .* cannot be read"):
-        options = GgufOptions(type="f16")
-        export_gguf(open_checkpoint(folder), options, tmp_path / "out.gguf")
-    assert not list(tmp_path.glob("*out*"))
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"model": {"vocab": 3}}'])
+def test_unreadable(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=name) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)

@@ -5,9 +5,8 @@ The packages are edited with coremltools' own messages, as any tool would.
 
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from coremltools.proto.MIL_pb2 import Block, Operation
@@ -32,13 +31,9 @@ def edit(change: Edit) -> Spoil:
     return rewrite
 
 
-def tell(key: str, text: str) -> Spoil:
-    return edit(lambda model: model.description.metadata.userDefined.update({key: text}))
-
-
 def block(model: Model, function: str) -> Block:
-    found = model.mlProgram.functions[function]
-    return found.block_specializations[found.opset]
+    program = model.mlProgram.functions[function]
+    return program.block_specializations[program.opset]
 
 
 def name_of(operation: Operation) -> str:
@@ -85,18 +80,12 @@ def blob(operation: Operation, parameter: str = "data"):
     return operation.inputs[parameter].arguments[0].value.blobFileValue
 
 
-def weight(model: Model, function: str, name: str, kind: str = BLOCKWISE) -> Operation:
-    return find(model, function, kind, name)
-
-
-def swap_blobs(
-    *functions: str, second: str = OTHER_UP, part: str = "data", kind: str = BLOCKWISE
-) -> Edit:
-    """Exchanges the places of two weights of the same shape, the one of `UP` and another."""
+def swap_blobs(*functions: str, part: str = "data", kind: str = BLOCKWISE) -> Edit:
+    """Exchanges the places of two weights of the same shape."""
 
     def change(model: Model) -> None:
         for function in functions:
-            a, b = (blob(weight(model, function, name, kind), part) for name in (UP, second))
+            a, b = (blob(find(model, function, kind, name), part) for name in (UP, OTHER_UP))
             a.offset, b.offset = b.offset, a.offset
 
     return change
@@ -104,62 +93,29 @@ def swap_blobs(
 
 def use_another_weight(model: Model, function: str) -> None:
     """A linear takes the weight of another one instead of its own."""
-    sites = "layers_0_mlp_block_gate_proj", "layers_0_mlp_block_up_proj"
-    linears = (find(model, function, "linear", site) for site in sites)
-    gate, up = (linear.inputs["weight"].arguments[0] for linear in linears)
-    gate.name = up.name
+    gate, up = (find(model, function, "linear", f"layers_0_mlp_block_{n}") for n in ("gate", "up"))
+    gate.inputs["weight"].arguments[0].name = up.inputs["weight"].arguments[0].name
 
 
-def retype(change: Callable[[Operation], object], kind: str, name: str) -> Edit:
-    return lambda model: change(find(model, "decode", kind, name))
-
-
-def set_dimension(axis: int, size: int) -> Callable[[Operation], None]:
-    def change(operation: Operation) -> None:
-        kind = operation.outputs[0].type.tensorType
-        kind.dimensions[axis].constant.size = size
-
-    return change
-
-
-def set_dtype(dtype: int) -> Callable[[Operation], None]:
-    def change(operation: Operation) -> None:
-        operation.outputs[0].type.tensorType.dataType = dtype
-
-    return change
-
-
-def states_of(model: Model, function: str) -> Iterator:
-    for value in model.mlProgram.functions[function].inputs:
-        if value.type.WhichOneof("type") == "stateType":
-            yield value
+def shorten(model: Model) -> None:
+    """The result of a gelu has another shape."""
+    gelu = find(model, "decode", "gelu", "layers_0_mlp_block")
+    gelu.outputs[0].type.tensorType.dimensions[2].constant.size = 63
 
 
 def forget_state(model: Model) -> None:
     inputs = model.mlProgram.functions["prefill"].inputs
-    inputs.remove(next(s for s in states_of(model, "prefill") if s.name == "layers_1_key"))
-
-
-def forget_prefill(model: Model) -> None:
-    del model.mlProgram.functions["prefill"]
+    inputs.remove(next(value for value in inputs if value.name == "layers_1_key"))
 
 
 def exchange_bytes(package: Path) -> None:
     """The contents of two weights change places, and nothing else."""
     model = Model.FromString((package / MODEL).read_bytes())
     data = bytearray((package / WEIGHTS).read_bytes())
-    a, b = (blob(weight(model, "decode", name)).offset + 64 for name in (UP, OTHER_UP))
+    a, b = (blob(find(model, "decode", BLOCKWISE, name)).offset + 64 for name in (UP, OTHER_UP))
     (size,) = struct.unpack_from("<Q", data, a - 56)
     data[a : a + size], data[b : b + size] = data[b : b + size], data[a : a + size]
     (package / WEIGHTS).write_bytes(data)
-
-
-def truncate(count: int) -> Spoil:
-    def spoil(package: Path) -> None:
-        path = package / WEIGHTS
-        os.truncate(path, path.stat().st_size - count)
-
-    return spoil
 
 
 def content_hash(package: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each lowering profile allows: in exported files, and in the check itself."""
+"""The ONNX file of each profile: its ops, its layout, and how other programs take it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
+import onnxruntime
 import pytest
-from onnx import parser
 
 from rgexport.errors import RequestError
 from rgexport.export.describe import as_text, describe
@@ -19,11 +18,11 @@ from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.sites import sites
+from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, load_graph
+from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS
-
-WEB = ("wasm", "webgpu")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+from tests.sessions import distance, ragged, random_tokens
 
 WEBGPU_KERNELS = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil
@@ -40,115 +39,124 @@ ThresholdedRelu Tile Transpose Unsqueeze Where
 has each for the types used is tested in tests/runtimes/onnx/test_web.py."""
 
 
-def _ops(model: onnx.ModelProto) -> set[tuple[str, str]]:
-    """Domain and name of every op, also in functions and subgraphs."""
-    graphs = [model.graph.node, *(function.node for function in model.functions)]
-    return {(node.domain, node.op_type) for nodes in graphs for node in _walk(nodes)}
-
-
-def _walk(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def _walk(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
+    """Domain and name of every op, also in subgraphs."""
     for node in nodes:
-        yield node
+        yield node.domain, node.op_type
         for attribute in node.attribute:
             yield from _walk(attribute.g.node)
 
 
 @pytest.mark.parametrize(
-    ("precision", "exact"),
-    [*((precision, False) for precision in PRECISIONS), ("int8", True), ("int4", True)],
+    ("name", "precision", "exact"),
+    [
+        *(("not_by_32", precision, False) for precision in ("fp32", "fp16", "int8", "int4")),
+        ("attention_only", "int8", True),
+        ("hawk", "int4", True),
+    ],
 )
 @pytest.mark.parametrize("profile", PROFILES)
-def test_files_have_no_other_ops(profile: str, precision: str, exact: bool, tmp_path: Path) -> None:
-    artifact, _ = export_random(
-        ODD_CONFIGS["not_by_32"], tmp_path, precision, profile=profile, exact=exact
-    )
+def test_files_are_valid_and_have_no_other_ops(
+    profile: str, name: str, precision: str, exact: bool, tmp_path: Path, capfd
+) -> None:
+    """And to open one prints nothing."""
+    config = ODD_CONFIGS[name]
+    artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
+    path = str(artifact.path / "model.onnx")
+    onnx.checker.check_model(path, full_check=profile == "cpu")  # onnx knows all ops of that
+    capfd.readouterr()
+    onnxruntime.InferenceSession(path)
+    assert capfd.readouterr() == ("", "")
     allowed, model = PROFILES[profile].ops, load_graph(artifact)
-    found = _ops(model)
-    assert all(name in allowed[domain] for domain, name in found)
-    assert (DOMAIN in {domain for domain, _ in found}) is (profile == "cpu")
-    names = {name for domain, name in found if domain == ""}
+    graphs = [model.graph, *model.functions]
+    ops = {op for graph in graphs for op in _walk(graph.node)}
+    assert all(name in allowed[domain] for domain, name in ops)
+    assert (DOMAIN in {domain for domain, _ in ops}) is (profile == "cpu")
+    names = {name for domain, name in ops if domain == ""}
     if profile == "webgpu":
         assert names <= set(WEBGPU_KERNELS.split())
-        assert ("com.microsoft", "LinearAttention") in found
+        recurrent = "recurrent" in config.block_types
+        assert (("com.microsoft", "LinearAttention") in ops) is recurrent
     rows = profile == "wasm" and precision in ("int8", "int4") and not exact
     assert ("MatMulInteger" in names) is rows, "in int4, too: the head is int8 there"
-    assert not {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"} & {name for _, name in found}
-    own = {name for domain, name in found if domain == DOMAIN}
-    assert own == {function.name for function in model.functions}
+    assert not {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"} & {name for _, name in ops}
+    called = {name for domain, name in ops if domain == DOMAIN}
+    assert called == {function.name for function in model.functions}
     assert artifact.manifest.profile == profile
     rounded = not exact if profile == "cpu" else "MatMulInteger" in names
     assert artifact.manifest.exact is not rounded
 
 
-def test_inspect_names_the_profile(tmp_path: Path) -> None:
-    artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int8", profile="wasm")
-    shown = as_text(describe(str(artifact.path)))
-    words = ": onnx (wasm) artifact, int8 weights, fp32 activations (int8 in products),"
-    assert words in shown
-
-
-@pytest.mark.parametrize("profile", WEB)
-def test_sites_keep_their_names(profile: str, tmp_path: Path) -> None:
-    """The observer and the bisection look for them."""
+@pytest.mark.parametrize("profile", ["cpu", "webgpu"])
+def test_the_graph_is_as_other_programs_take_it(profile: str, tmp_path: Path) -> None:
+    """The observer and the bisection look for the names of sites."""
     config = ODD_CONFIGS["irregular"]
-    model = load_graph(export_random(config, tmp_path, "int8", profile=profile)[0])
-    values = {value for node in model.graph.node for value in node.output}
-    assert set(sites(config)) <= values
-    assert next(value.name for value in model.graph.output) == "logits"
+    artifact, _ = export_random(config, tmp_path, None, profile=profile)
+    session = onnxruntime.InferenceSession(str(artifact.path / "model.onnx"))
+    graph = {v.name: v.shape for v in (*session.get_inputs(), *session.get_outputs())}
+    assert graph["input_ids"] == graph["position_ids"] == ["batch_size", "tokens"]
+    ring = ["batch_size", 1, config.window, config.head_dim]
+    assert graph["past_key_values.1.key"] == graph["past_key_values.2.value"] == ring
+    assert graph["past_key_values.0.recurrent_state"] == ["batch_size", config.lru_width]
+    assert graph["logits"] == ["batch_size", 1, config.vocab_size]
+    past = {name.removeprefix("past_key_values.") for name in graph if name.startswith("past")}
+    states = {value.name.removeprefix("present.") for value in session.get_outputs()[1:]}
+    assert states == past and "0.conv_state" in past
+    io = artifact.manifest.io
+    assert graph == {v.name: list(v.shape) for v in (*io.inputs, *io.outputs)}
+
+    model = load_graph(artifact)
+    if profile == "webgpu":  # the kernels of the other profile do several sites at once
+        assert set(sites(config)) <= {value for node in model.graph.node for value in node.output}
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["rgexport.block_types"] == "recurrent,attention,attention,recurrent"
+    assert facts["rgexport.window"] == str(config.window)
+    assert "Griffin" in model.doc_string
 
 
-NOT_ALLOWED = {
-    "a node": (
-        "cpu",
-        "[first] y = Erf (x)",
-        "",
-        r"^first: ai\.onnx::Erf is no op of the profile cpu",
-    ),
-    "in a function": (
-        "cpu",
-        f"y = {DOMAIN}.RgLruScan (x)",
-        "{ [inner] b = Erf (a) }",
-        r"^RgLruScan: inner: ai\.onnx::Erf",
-    ),
-    "in a subgraph": (
-        "wasm",
-        "scan_out = Scan <num_scan_inputs = 1, body = inner (float e) => (float f) "
-        "{ [deep] f = Erf (e) }> (x) y = Identity (scan_out)",
-        "",
-        r"deep: ai\.onnx::Erf is no op of the profile wasm",
-    ),
-    "a native op": (
-        "webgpu",
-        f"[call] y = {DOMAIN}.RgLruScan (x)",
-        "{ b = Neg (a) }",
-        f"{DOMAIN}::RgLruScan is no op of the profile",
-    ),
-}
-"""Profile, body of a model, body of its function if it has one, and what is said of it."""
+def test_files_of_the_earlier_layout_still_run() -> None:
+    """Their rings have no axis for the head, and `num_logits` is an input with a default."""
+    artifact = open_artifact(Path(__file__).with_name("earlier_layout"))
+    config = artifact.manifest.config
+    tokens = random_tokens(config, 2, 3 * config.window)
+    weights = {name: tensor.whole() for name, tensor in artifact.weights.items()}
+    expected = deepmind_logits(deepmind_model(config, weights), tokens)
+    for native in (True, False):
+        session = OrtSession(artifact, native=native)
+        session.reset(2)
+        assert distance(ragged(session, tokens, [5, config.window + 3, 1]), expected) <= 1e-4
+        saved = session.get_state()
+        assert saved["layers.1.key"].shape == (2, config.window, config.head_dim)
+        session.set_state(saved)
+        assert all(np.array_equal(x, saved[name]) for name, x in session.get_state().items())
 
 
-@pytest.mark.parametrize("case", NOT_ALLOWED)
-def test_ops_that_are_not_allowed(case: str) -> None:
-    profile, body, function, complaint = NOT_ALLOWED[case]
-    if function:
-        opset = f'<domain: "{DOMAIN}", opset_import: ["" : 23]>'
-        function = f"{opset} RgLruScan (a) => (b) {function}"
-    text = f"""<ir_version: 10, opset_import: ["" : 23, "{DOMAIN}" : 1]>
-    step (float[N] x) => (float[N] y) {{ {body} }} {function}"""
-    model = ir.serde.deserialize_model(parser.parse_model(text))
-    with pytest.raises(AssertionError, match=complaint):
-        PROFILES[profile].require_allowed(model)
+def test_embedding_and_head_are_the_same_bytes(tmp_path: Path) -> None:
+    artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4")
+    model = load_graph(artifact)
+    places = {
+        t.name: [e.value for e in t.external_data if e.key in ("offset", "length")]
+        for t in model.graph.initializer
+    }
+    head = next(n for n in reversed(model.graph.node) if n.op_type == "QuantLinear")
+    gathered = [n.input[0] for n in model.graph.node if n.op_type == "Gather"]
+    shared = [name for name in head.input[1:4] if name]
+    assert sorted(places[name] for name in gathered) == sorted(places[name] for name in shared)
+    weights = artifact.manifest.tensors.values()
+    stored = sum(part.nbytes for tensor in weights for part in tensor.parts.values())
+    alignment = 4096 * sum(len(tensor.parts) for tensor in weights)
+    assert stored <= (artifact.path / "model.onnx.data").stat().st_size < stored + alignment
 
 
-@pytest.mark.parametrize("name", ["regular", "not_by_32"])
-def test_int8_rows_are_stored_by_columns(name: str, tmp_path: Path) -> None:
+def test_int8_rows_are_stored_by_columns(tmp_path: Path) -> None:
     """One copy on disk for the embedding and the head; each weight within a step.
 
     Half a step, except opposite to the largest weight: only its side has 128 levels.
     """
-    artifact, weights = export_random(
-        ODD_CONFIGS[name], tmp_path, "int8", profile="wasm", algorithm="rtn"
-    )
+    config = ODD_CONFIGS["not_by_32"]
+    artifact, weights = export_random(config, tmp_path, "int8", profile="wasm", algorithm="rtn")
+    words = ": onnx (wasm) artifact, int8 weights, fp32 activations (int8 in products),"
+    assert words in as_text(describe(str(artifact.path)))
     for tensor, stored in artifact.manifest.tensors.items():
         if COLUMNS not in stored.parts:
             continue
@@ -168,44 +176,31 @@ def test_int8_rows_are_stored_by_columns(name: str, tmp_path: Path) -> None:
     assert head.input[1] in {n.input[0] for n in model.graph.node if n.op_type == "Gather"}
 
 
-@pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Files of at most so many bytes, but for the embedding, which has one of its own."""
-    limit = 4 * 4096
+def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the embedding, which has a file of its own of a larger size at most."""
+    limit, config = 4 * 4096, ODD_CONFIGS["regular"]
     files = storage.FileLimit(filled=limit, largest=3 * limit)
-    for profile in WEB:
-        changed = dataclasses.replace(PROFILES[profile], files=files)
-        monkeypatch.setitem(PROFILES, profile, changed)
-    return limit
+    changed = dataclasses.replace(PROFILES["webgpu"], files=files)
+    monkeypatch.setitem(PROFILES, "webgpu", changed)
+    with pytest.raises(RequestError, match=r"embed_tokens\.weight takes 65,536 bytes as float32"):
+        export_random(config, tmp_path, "fp32", profile="webgpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-
-@pytest.mark.parametrize("profile", WEB)
-def test_weights_are_in_files_of_a_size(profile: str, small_files: int, tmp_path: Path) -> None:
-    artifact, weights = export_random(ODD_CONFIGS["regular"], tmp_path, "int8", profile=profile)
-    sizes = {
-        name: record.size
-        for name, record in artifact.manifest.files.items()
-        if name.startswith("model.onnx.data")
-    }
+    artifact, weights = export_random(config, tmp_path, "int8", profile="webgpu")
+    files, tensors = artifact.manifest.files, artifact.manifest.tensors
+    sizes = {name: files[name].size for name in files if name.startswith("model.onnx.data")}
     first, *others = sizes
-    assert {p.file for p in artifact.manifest.tensors[EMBEDDING].parts.values()} == {first}
-    assert len(others) > 5 and max(sizes[name] for name in others) <= small_files < sizes[first]
-    for stored in artifact.manifest.tensors.values():
+    assert {part.file for part in tensors[EMBEDDING].parts.values()} == {first}
+    assert len(others) > 5 and max(sizes[name] for name in others) <= limit < sizes[first]
+    for stored in tensors.values():
         assert len({part.file for part in stored.parts.values()}) == 1
     model = load_graph(artifact)
-    named = {e.value for t in model.graph.initializer for e in t.external_data}
-    assert sizes.keys() <= named
+    assert sizes.keys() <= {e.value for t in model.graph.initializer for e in t.external_data}
     for tensor in (EMBEDDING, "layers.4.mlp_block.down_proj.weight"):
-        found = artifact.tensor(tensor).read(0, len(weights[tensor]))
-        assert np.abs(found - weights[tensor]).max() < 0.02 * np.abs(weights[tensor]).max()
+        restored = artifact.tensor(tensor).read(0, len(weights[tensor]))
+        assert np.abs(restored - weights[tensor]).max() < 0.02 * np.abs(weights[tensor]).max()
 
     with open(artifact.path / "model.onnx.data.3", "r+b") as file:
         file.write(b"x")
     with pytest.raises(RequestError, match=r"model\.onnx\.data\.3 was altered"):
         open_artifact(artifact.path)
-
-
-def test_a_tensor_that_fits_no_file_is_refused(small_files: int, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"embed_tokens\.weight takes 65,536 bytes as float32"):
-        export_random(ODD_CONFIGS["regular"], tmp_path, "fp32", profile="webgpu")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
