@@ -1,5 +1,6 @@
 """The values of every engine's observer at the sites, against the step model's."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +9,35 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.sites import HEAD_SITES, sites
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import open_observer, open_session
-from rgexport.runtimes.observation import Observation
+from rgexport.runtimes.llama_cpp import observer as llama_cpp_observer
 from rgexport.runtimes.session import Session
 from tests.artifacts import require_ggml
+from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
-from tests.runtimes.engines import EXPORTS, engine
+from tests.runtimes.test_sessions import EXPORTS, engine
 from tests.sessions import distance, random_tokens
 
 FP32 = 1e-4
 """Largest difference of a value in float32, as a share of the largest at its site."""
 WHOLE = {"prefill_length": 16, "all_logits": True}
-LENGTHS = {"onnx": (32, 1), "coreml": (16, 1), "gguf": (32, 1)}
-SHAPES = "wide_lru", "not_by_32", "hawk", "attention_tail", "attention_only"
+SHAPES = "not_by_32", "hawk", "attention_tail", "attention_only"
 CASES = [
     *(engine(kind, name, {}) for kind in ("onnx", "gguf") for name in SHAPES),
     engine("onnx", "not_by_32", {"precision": "int4", "exact": True}),
-    *(engine("coreml", name, WHOLE) for name in SHAPES),
+    engine("coreml", "not_by_32", WHOLE),
+    engine("coreml", "attention_only", {"prefill_length": 16}),  # the head of the last token
     engine("coreml", "hawk", WHOLE | {"recurrent_state": "hilo"}),
 ]
 
 
-class _Sites(TorchDispatchMode):
+class SiteValues(TorchDispatchMode):
     """Keeps the first result of every op of the op set."""
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class _Sites(TorchDispatchMode):
 def expected_values(artifact: Artifact, tokens: np.ndarray, state: State) -> dict[str, np.ndarray]:
     """Returns site → value [T, n] of the dequantized reference for tokens [T] after a state."""
     reference = Reference(artifact.manifest.config, artifact.weights)
-    dispatched = _Sites()
+    dispatched = SiteValues()
     with torch.inference_mode(), dispatched:
         hidden, _ = reference.run(tokens[None], state)
         reference.logits(hidden)
@@ -73,61 +76,35 @@ def begun(session: Session, config: GriffinConfig) -> tuple[State, np.ndarray]:
     return session.get_state(), tokens[0, -64:]
 
 
-def check_observer(kind: str, artifact: Artifact) -> list[Observation]:
-    """Compares the values of calls of every length with the dequantized reference's."""
-    session, observer = open_session(artifact, threads=1), open_observer(artifact, threads=1)
-    state, tokens = begun(session, artifact.manifest.config)
-    observations = []
-    for length in observer.lengths:
-        found = observer.observe(tokens[:length], state)
-        expected = expected_values(artifact, tokens[:length], state)
-        present = found.values.keys() | found.gates.keys()
-        assert shown(kind, artifact.manifest.config) <= present <= expected.keys()
-        assert not found.values.keys() & found.gates.keys()
-        for site, value in found.values.items():
-            require_value(site, value, expected[site])
-        for site, gate in found.gates.items():
-            require_value(site, gate, 1 / (1 + np.exp(-expected[site])))
-        session.set_state(state)
-        session.prefill(tokens[None, :length])
-        require_same_state(found.state, session.get_state())
-        observations.append(found)
-    return observations
-
-
-def require_value(site: str, value: np.ndarray, expected: np.ndarray) -> None:
-    if site in HEAD_SITES and len(value) == 1:
-        expected = expected[-1:]
-    assert value.dtype == np.float32 and value.shape == expected.shape, site
-    assert distance(value, expected) <= FP32, site
-
-
-def require_same_state(state: State, expected: State) -> None:
-    assert state.keys() == expected.keys() and state[POSITION] == expected[POSITION]
-    for name, array in expected.items():
-        assert state[name].shape == array.shape and state[name].dtype == array.dtype
-        np.testing.assert_allclose(state[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
 @pytest.mark.parametrize(("kind", "name", "options"), CASES)
 def test_every_site_equals_the_step_model(
     kind: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     artifact, _ = EXPORTS[kind](ODD_CONFIGS[name], tmp_path, **options)
-    assert open_observer(artifact, threads=1).lengths == LENGTHS[kind]
-    for found in check_observer(kind, artifact):
-        assert not found.dtypes
-        assert bool(found.gates) == (kind == "gguf" and name != "attention_only")
-        assert all(site.endswith("_gate") for site in found.gates)
-
-
-def test_a_prefill_without_all_logits_shows_the_head_of_its_last_token(tmp_path: Path) -> None:
-    config = ODD_CONFIGS["regular"]
-    artifact, _ = EXPORTS["coreml"](config, tmp_path, prefill_length=8)
-    whole, single = check_observer("coreml", artifact)
-    assert whole.values.keys() == set(sites(config)) and len(whole.values["embed_tokens"]) == 8
-    assert all(len(whole.values[site]) == 1 for site in HEAD_SITES)
-    assert "last_tokens" not in single.values
+    session, observer = open_session(artifact, threads=1), open_observer(artifact, threads=1)
+    state, tokens = begun(session, ODD_CONFIGS[name])
+    assert observer.lengths == {"onnx": (32, 1), "coreml": (16, 1), "gguf": (32, 1)}[kind]
+    for length in observer.lengths:
+        observed = observer.observe(tokens[:length], state)
+        expected = expected_values(artifact, tokens[:length], state)
+        gates = {site: 1 / (1 + np.exp(-expected[site])) for site in observed.gates}
+        values = observed.values | observed.gates
+        assert shown(kind, ODD_CONFIGS[name]) <= values.keys() <= expected.keys()
+        assert not observed.dtypes and not observed.values.keys() & observed.gates.keys()
+        assert bool(gates) == (kind == "gguf" and name != "attention_only")
+        assert all(site.endswith("_gate") for site in gates)
+        for site, value in values.items():
+            right = (expected | gates)[site]
+            right = right[-1:] if site in HEAD_SITES and len(value) == 1 else right
+            assert value.dtype == np.float32 and value.shape == right.shape, site
+            assert distance(value, right) <= FP32, site
+        session.set_state(state)
+        session.prefill(tokens[None, :length])
+        after = session.get_state()
+        assert observed.state.keys() == after.keys() and observed.state[POSITION] == after[POSITION]
+        for key, array in after.items():
+            assert observed.state[key].dtype == array.dtype
+            np.testing.assert_allclose(observed.state[key], array, 1e-4, 1e-5, err_msg=key)
 
 
 FLOAT32 = {"layers.0.temporal_residual", "layers.0.temporal_block.rg_lru", "final_norm", "logits"}
@@ -139,8 +116,8 @@ FIRST_LINEAR, ATTENTION = "layers.0.temporal_block.linear_x", "layers.2.temporal
     [
         engine("onnx", "fp16", {FIRST_LINEAR}),
         engine("onnx", "int4", set()),
-        *(engine("coreml", p, {FIRST_LINEAR, "lm_head"}) for p in ("fp16", "int4", "pal4")),
-        *(engine("gguf", type, {ATTENTION}) for type in ("f16", "q8_0", "q4_0")),
+        *(engine("coreml", precision, {FIRST_LINEAR, "lm_head"}) for precision in ("fp16", "pal4")),
+        *(engine("gguf", type, {ATTENTION}) for type in ("f16", "q4_0")),
     ],
 )
 def test_it_computes_what_a_session_computes(
@@ -160,16 +137,41 @@ def test_it_computes_what_a_session_computes(
     state, tokens = begun(session, config)
     limit = 1e-2 if kind == "onnx" else 0.0
     for length in observer.lengths:
-        found = observer.observe(tokens[:length], state)
-        assert found.values.keys() | found.gates.keys() >= shown(kind, config)
-        for site, value in found.values.items():
+        observed = observer.observe(tokens[:length], state)
+        assert observed.values.keys() | observed.gates.keys() >= shown(kind, config)
+        for site, value in observed.values.items():
             assert value.dtype == np.float32 and value.shape[0] == length, site
-        assert in_half <= found.dtypes.keys() and set(found.dtypes.values()) <= {"float16"}
-        assert not found.dtypes.keys() & FLOAT32 and bool(found.dtypes) == bool(in_half)
-        assert kind == "coreml" or "embed_tokens" not in found.dtypes
-        assert kind != "gguf" or found.dtypes.keys() == in_half
+        assert in_half <= observed.dtypes.keys() and set(observed.dtypes.values()) <= {"float16"}
+        assert not observed.dtypes.keys() & FLOAT32 and bool(observed.dtypes) == bool(in_half)
+        assert kind == "coreml" or "embed_tokens" not in observed.dtypes
+        assert kind != "gguf" or observed.dtypes.keys() == in_half
         session.set_state(state)
         logits = session.prefill(tokens[None, :length], length)
-        assert distance(found.values["logits"], logits[0]) <= limit
+        assert distance(observed.values["logits"], logits[0]) <= limit
         for name, array in session.get_state().items():
-            assert distance(found.state[name], array) <= limit
+            assert distance(observed.state[name], array) <= limit
+
+
+def test_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, _ = EXPORTS["onnx"](ODD_CONFIGS["attention_only"], tmp_path)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(RequestError, match=r"pip install 'rgexport\[export\]'"):
+        open_observer(artifact)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("error", [RequestError("a tensor has gaps"), KeyboardInterrupt()])
+def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, _ = EXPORTS["gguf"](ODD_CONFIGS["hawk"], tmp_path)
+    observer = open_observer(artifact, threads=1)
+    state, tokens = begun(open_session(artifact, threads=1), ODD_CONFIGS["hawk"])
+
+    def fail(tensor: int) -> np.ndarray:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(llama_cpp_observer, "read_floats", fail)
+        observer.observe(tokens[:1], state)
+    assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}

@@ -1,9 +1,12 @@
-"""What Core ML sessions have of their own; see tests/runtimes/test_sessions.py."""
+"""What Core ML sessions have of their own; see tests/runtimes/test_sessions.py.
 
-import os
-from collections import Counter
+The adapter to Core ML runs with a double of coremltools: Core ML itself runs on macOS only.
+"""
+
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,77 +14,114 @@ import pytest
 
 pytest.importorskip("coremltools")
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.package import PACKAGE, weight_file
+import coremltools
+
+from rgexport.errors import RequestError
+from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.mil.package import open_package
-from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
+from rgexport.runtimes.coreml import runner as coreml_runner
+from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter, InterpreterRunner
+from rgexport.runtimes.coreml.interpreter.weights import WeightCache
+from rgexport.runtimes.coreml.runner import FrameworkRunner
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import distance, random_tokens
 
 
-class CountingRunner(InterpreterRunner):
-    """Counts the calls of each function."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(open_package(artifact.file(PACKAGE)))
-        self.calls: Counter[str] = Counter()
-
-    def predict(self, function: str, inputs: Mapping[str, np.ndarray], state: Any) -> Any:
-        self.calls[function] += 1
-        return super().predict(function, inputs, state)
-
-
-def test_chunks_go_through_prefill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_chunks_go_through_prefill(
+    all_logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without all logits, tokens whose logits are wanted are decoded unless they end a chunk."""
-    config = ODD_CONFIGS["hawk"]
-    tokens = random_tokens(config, 1, 42)
-    found = {}
-    for all_logits in (False, True):
-        artifact, _ = export_random_coreml(
-            config, tmp_path, prefill_length=8, all_logits=all_logits
-        )
-        runner = CountingRunner(artifact)
-        session = CoreMLSession(artifact, runner=runner)
-        assert session.info.chunk_logits == all_logits and session.info.prefill_chunk == 8
-        for wanted in (1, 2, 3, 11, 42, 99):
-            session.reset()
-            runner.calls.clear()
-            logits = session.prefill(tokens, wanted)
-            assert logits.shape == (1, min(wanted, 42), config.vocab_size)
-            found[all_logits, wanted] = logits
-            calls = runner.calls["prefill"], runner.calls["decode"]
-            whole = {1: 5, 2: 5, 3: 5, 11: 4, 42: 0, 99: 0}[wanted] if not all_logits else 5
-            assert calls == (whole, 42 - 8 * whole)
-    every = found[True, 42]
-    for logits in found.values():
-        assert distance(logits, every[:, -logits.shape[1] :]) <= 1e-5
+    functions, predict = [], InterpreterRunner.predict
+
+    def count(self: InterpreterRunner, function: str, inputs: Any, state: Any) -> Any:
+        functions.append(function)
+        return predict(self, function, inputs, state)
+
+    monkeypatch.setattr(InterpreterRunner, "predict", count)
+    config, options = ODD_CONFIGS["hawk"], {"prefill_length": 8, "all_logits": all_logits}
+    session = CoreMLSession(export_random_coreml(config, tmp_path, **options)[0])
+    assert session.info.chunk_logits == all_logits and session.info.prefill_chunk == 8
+    for wanted, whole_chunks in {1: 5, 3: 5, 11: 4, 99: 0}.items():
+        session.reset()
+        functions.clear()
+        session.prefill(random_tokens(config, 1, 42), wanted)
+        whole = 5 if all_logits else whole_chunks
+        assert functions.count("prefill") == whole and len(functions) == whole + 42 - 8 * whole
 
 
 def test_long_decays(tmp_path: Path) -> None:
     """What a float16 state loses: 4096 steps with decays up to 1 - 1e-5, in both forms."""
     config = make_config("r", width=32, heads=2, mlp_width=32, vocab_size=16)
-    tokens = random_tokens(config, 1, 4096)
     states = []
     for form in ("io", "hilo"):
         artifact, _ = export_random_coreml(
             config, tmp_path, slowest=1e-5, prefill_length=128, recurrent_state=form
         )
         session = CoreMLSession(artifact)
-        session.prefill(tokens)
+        session.prefill(random_tokens(config, 1, 4096))
         states.append(session.get_state()["layers.0.rg_lru"])
     assert distance(states[1], states[0]) <= 1e-5
 
 
-def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ODD_CONFIGS["not_by_32"]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    artifact, _ = export_random_coreml(config, tmp_path, "fp16")
-    info = CoreMLSession(artifact, threads=3).info
-    assert info.engine == "MIL interpreter" and info.threads == 3
-    assert info.activation_dtype == "float16" and info.prefill_chunk == 128
-    caches = 2 * (2 * 24 * 8 + 2 * 3 * 60)  # float16, without the padding
-    assert info.state_bytes == caches + 2 * 60 * 4
-    size = artifact.file(weight_file()).stat().st_size
-    assert 0.95 * size < info.weight_bytes < size, "all but headers and padding"
+class FakeState:
+    """As `coremltools.models.model.MLState`."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def read_state(self, name: str) -> np.ndarray:
+        return self.arrays[name].copy()
+
+    def write_state(self, name: str, value: np.ndarray) -> None:
+        assert value.dtype == np.float16 and value.shape == self.arrays[name].shape
+        self.arrays[name] = value.copy()
+
+
+class FakeModel:
+    """As `coremltools.models.MLModel`, as far as it is documented and used."""
+
+    def __init__(self, path: str, *, compute_units: Any, function_name: str) -> None:
+        assert compute_units is coremltools.ComputeUnit.CPU_AND_GPU
+        package = open_package(path)
+        if function_name not in package.functions:
+            raise RuntimeError(f"no function\n{function_name}")
+        self._run = Interpreter(package, function_name, WeightCache())
+
+    def make_state(self) -> FakeState:
+        states = self._run.states.items()
+        return FakeState({name: np.zeros(type.shape, np.float16) for name, type in states})
+
+    def predict(self, data: Mapping[str, np.ndarray], state: FakeState) -> dict[str, np.ndarray]:
+        return self._run(data, state.arrays)
+
+
+def test_a_session_of_core_ml_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = SimpleNamespace(
+        ComputeUnit=coremltools.ComputeUnit,
+        models=SimpleNamespace(MLModel=FakeModel),
+        __version__="9.0",
+    )
+    monkeypatch.setattr(coreml_runner, "_coremltools", lambda: tools)
+    options = {"prefill_length": 8, "recurrent_state": "hilo"}
+    artifact, _ = export_random_coreml(ODD_CONFIGS["wide_lru"], tmp_path, "fp16", **options)
+    expected = CoreMLSession(artifact)
+    monkeypatch.setattr(coreml_runner.sys, "platform", "darwin")
+    session = CoreMLSession(artifact)
+    assert session.info.engine == "Core ML" and "coremltools 9.0" in session.info.engine_version
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 21))
+    for one in (session, expected):
+        one.reset(2)
+    np.testing.assert_array_equal(session.prefill(tokens, 3), expected.prefill(tokens, 3))
+    state = session.get_state()
+    session.reset()
+    session.set_state(state)
+    np.testing.assert_array_equal(session.step(tokens[:, 0]), expected.step(tokens[:, 0]))
+    with pytest.raises(RequestError, match=r"Core ML cannot load other of .*: no function other"):
+        FrameworkRunner(artifact.file(PACKAGE), ["other"])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(RequestError, match=r"pip install 'rgexport\[coreml\]'"):
+        FrameworkRunner(artifact.file(PACKAGE), ["decode"])

@@ -12,12 +12,11 @@ from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
+from tests.sessions import distance
 
 pytestmark = needs_llama_cpp
 
 TOLERANCE = 1e-4
-Token = tuple[int, int, int]
-"""Sequence, position, id."""
 
 
 class Context:
@@ -38,8 +37,8 @@ class Context:
         vocabulary = self.llama.llama_model_get_vocab(self.model.pointer)
         self.vocab_size = self.llama.llama_vocab_n_tokens(vocabulary)
 
-    def decode(self, tokens: list[Token]) -> np.ndarray:
-        """Logits [n, vocab]."""
+    def decode(self, tokens: list[tuple[int, int, int]]) -> np.ndarray:
+        """Logits [n, vocab] after tokens, each of a sequence, a position and an id."""
         batch = self.llama.llama_batch_init(len(tokens), 0, 1)
         for i, (sequence, position, token) in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
@@ -55,11 +54,7 @@ class Context:
         return self.decode([(sequence, start + i, int(t)) for i, t in enumerate(ids)])
 
 
-def _far(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def _prepare(name: str, folder: Path, length: int) -> tuple[Path, np.ndarray, Any]:
+def prepared(name: str, folder: Path, length: int) -> tuple[Path, np.ndarray, Any]:
     """The file, tokens [2, length], and DeepMind's logits of any tokens."""
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, folder)
@@ -69,29 +64,28 @@ def _prepare(name: str, folder: Path, length: int) -> tuple[Path, np.ndarray, An
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
-@pytest.mark.parametrize("name", ["irregular", "hawk", "attention_tail"])
+@pytest.mark.parametrize("name", ["irregular", "hawk"])
 def test_sequences_of_unequal_pace(name: str, unified: bool, tmp_path: Path) -> None:
-    path, tokens, deepmind = _prepare(name, tmp_path, 80)
+    path, tokens, deepmind = prepared(name, tmp_path, 80)
     context = Context(path, kv_unified=unified)
     chosen, at = np.random.default_rng(1), [0, 0]
-    found: list[list[np.ndarray]] = [[], []]
+    logits: list[list[np.ndarray]] = [[], []]
     while at != [80, 80]:
-        batch: list[Token] = []
+        batch: list[tuple[int, int, int]] = []
         for sequence in (1, 0):
             stop = min(80, at[sequence] + int(chosen.integers(0, 9)))
             steps = range(at[sequence], stop)
             batch += [(sequence, i, int(tokens[sequence, i])) for i in steps]
             at[sequence] = stop
-        for (sequence, _, _), row in zip(
-            batch, context.decode(batch) if batch else (), strict=True
-        ):
-            found[sequence].append(row)
-    assert _far(np.array(found), deepmind(tokens)) <= TOLERANCE
+        rows = context.decode(batch) if batch else ()
+        for (sequence, _, _), row in zip(batch, rows, strict=True):
+            logits[sequence].append(row)
+    assert distance(np.array(logits), deepmind(tokens)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
 def test_a_sequence_is_forked_and_begun_anew(name: str, tmp_path: Path) -> None:
-    path, tokens, deepmind = _prepare(name, tmp_path, 60)
+    path, tokens, deepmind = prepared(name, tmp_path, 60)
     forked = np.stack([tokens[0], np.concatenate([tokens[0, :40], tokens[1, 40:]])])
     expected = deepmind(forked)
     context = Context(path, kv_unified=True)
@@ -101,16 +95,16 @@ def test_a_sequence_is_forked_and_begun_anew(name: str, tmp_path: Path) -> None:
     context.llama.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
     for sequence in (1, 0):
         rest = context.read(forked[sequence, 40:], sequence, 40)
-        assert _far(rest, expected[sequence, 40:]) <= TOLERANCE
+        assert distance(rest, expected[sequence, 40:]) <= TOLERANCE
     context.llama.llama_memory_seq_rm(context.memory, 0, -1, -1)
-    assert _far(context.read(tokens[0]), expected[0]) <= TOLERANCE
+    assert distance(context.read(tokens[0]), expected[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("back", [1, 2, 3])
-@pytest.mark.parametrize("name", ["irregular", "hawk", "regular"])
+@pytest.mark.parametrize("back", [1, 3])
+@pytest.mark.parametrize("name", ["irregular", "hawk"])
 def test_last_tokens_are_taken_back(name: str, back: int, tmp_path: Path) -> None:
     """As speculative decoding does with what was rejected; the slots hold three tokens."""
-    path, tokens, deepmind = _prepare(name, tmp_path, 70)
+    path, tokens, deepmind = prepared(name, tmp_path, 70)
     other = np.stack([tokens[0], np.concatenate([tokens[0, : 50 - back], tokens[1, : 20 + back]])])
     expected = deepmind(other)
     context = Context(path, n_rs_seq=3)
@@ -118,13 +112,13 @@ def test_last_tokens_are_taken_back(name: str, back: int, tmp_path: Path) -> Non
     context.read(tokens[0, 44:50], start=44)
     assert context.llama.llama_memory_seq_rm(context.memory, 0, 50 - back, -1)
     rest = context.read(other[1, 50 - back :], start=50 - back)
-    assert _far(rest, expected[1, 50 - back :]) <= TOLERANCE
+    assert distance(rest, expected[1, 50 - back :]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_only"])
 def test_a_file_of_the_whole_state(name: str, tmp_path: Path) -> None:
     """`llama_state_save_file` and `llama_state_load_file`, into a context of its own."""
-    path, tokens, deepmind = _prepare(name, tmp_path, 70)
+    path, tokens, deepmind = prepared(name, tmp_path, 70)
     expected = deepmind(tokens)
     context, other = Context(path), Context(path)
     for sequence in (0, 1):
@@ -138,4 +132,4 @@ def test_a_file_of_the_whole_state(name: str, tmp_path: Path) -> None:
     for sequence in (0, 1):
         for each in (context, other):
             rest = each.read(tokens[sequence, 45:], sequence, 45)
-            assert _far(rest, expected[sequence, 45:]) <= TOLERANCE
+            assert distance(rest, expected[sequence, 45:]) <= TOLERANCE

@@ -1,20 +1,26 @@
-"""What llama.cpp sessions have of their own; see tests/runtimes/test_sessions.py."""
+"""llama.cpp's own sessions, of our models and of others; see tests/runtimes/test_sessions.py."""
 
+import importlib
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rgexport import progress
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.griffin.state import POSITION
-from rgexport.runtimes.llama_cpp import context as llama_cpp_context
+from rgexport.griffin.state import POSITION, State, state_specs
+from rgexport.runtimes.llama_cpp import any_model as any_model_module
+from rgexport.runtimes.llama_cpp import library
+from rgexport.runtimes.llama_cpp.any_model import DATA, AnyModelSession
+from rgexport.runtimes.llama_cpp.library import load_model
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+from rgexport.runtimes.llama_cpp.state import Layout, pack, unpack
 from rgexport.runtimes.session import Session
 from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
+from tests.foreign_gguf import TRAINED, write_gpt2, write_llama
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
 from tests.sessions import distance, random_tokens
@@ -26,27 +32,27 @@ FP32, FLASH = 1e-4, 5e-3
 rounds keys, values and queries to float16, and on a CPU sums values in float16."""
 
 
-def _session(artifact: Artifact, **options: Any) -> LlamaCppSession:
+def opened(artifact: Artifact, **options: Any) -> LlamaCppSession:
     """On one thread: small models take longer on several, most of all on a busy machine."""
     return LlamaCppSession(artifact, **({"threads": 1} | options))
 
 
-def _all(session: Session, tokens: np.ndarray) -> np.ndarray:
+def all_logits(session: Session, tokens: np.ndarray) -> np.ndarray:
     return session.prefill(tokens, tokens.shape[1])
 
 
 @pytest.mark.parametrize(("flash", "limit"), [(False, FP32), (True, FLASH)])
-@pytest.mark.parametrize("name", ["narrow_lru", "hawk", "attention_tail", "one_head"])
+@pytest.mark.parametrize("name", ["narrow_lru", "attention_tail", "one_head"])
 def test_batches_of_any_size(name: str, flash: bool, limit: float, tmp_path: Path) -> None:
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, tmp_path)
     tokens = random_tokens(config, 3, 4 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     for ubatch in (1, 7, 512):
-        session = _session(artifact, ubatch=ubatch, flash_attention=flash)
+        session = opened(artifact, ubatch=ubatch, flash_attention=flash)
         for batch in (3, 1):
             session.reset(batch)
-            assert distance(_all(session, tokens[:batch]), expected[:batch]) <= limit
+            assert distance(all_logits(session, tokens[:batch]), expected[:batch]) <= limit
 
 
 def test_there_is_no_last_token(tmp_path: Path) -> None:
@@ -55,10 +61,10 @@ def test_there_is_no_last_token(tmp_path: Path) -> None:
     artifact, weights = export_random_gguf(config, tmp_path)
     tokens = random_tokens(config, 2, 900)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
-    session = _session(artifact, ubatch=20)
+    session = opened(artifact, ubatch=20)
     session.reset(2)
     assert session._open.room < 300
-    assert distance(_all(session, tokens[:, :700]), expected[:, :700]) <= FP32
+    assert distance(all_logits(session, tokens[:, :700]), expected[:, :700]) <= FP32
     for column in range(700, 900):
         assert distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
 
@@ -69,71 +75,216 @@ def test_there_is_no_last_token(tmp_path: Path) -> None:
 )
 def test_precision_follows_the_weights(kind: str, cache: str, flash: bool, tmp_path: Path) -> None:
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path, kind)
-    session = _session(artifact)
-    assert session.get_state()["layers.2.key"].dtype == cache
-    assert session._settings.flash_attention is flash
+    session = opened(artifact)
+    state, info = session.get_state(), session.info
+    assert state["layers.2.key"].dtype == cache and session._settings.flash_attention is flash
+    assert (info.engine, info.threads) == ("llama.cpp", 1)
+    stored = sum(p.nbytes for t in artifact.manifest.tensors.values() for p in t.parts.values())
+    assert info.weight_bytes == stored
+    assert info.state_bytes == sum(array.nbytes for array in state.values()) - 8
+    tokens = random_tokens(ODD_CONFIGS["regular"], 1, 40)
+    copied = all_logits(opened(artifact, mmap=False), tokens)
+    np.testing.assert_array_equal(copied, all_logits(session, tokens))
 
 
-def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ODD_CONFIGS["regular"]
-    artifact, _ = export_random_gguf(config, tmp_path)
-    tokens = random_tokens(config, 2, 40)
-    monkeypatch.setattr(llama_cpp_context, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
-    session = _session(artifact, ubatch=16)
-    session.reset(2)
-    every = _all(session, tokens)
-    for wanted in (0, 1, 2, 3, 4, 7, 8, 9, 24, 40, 99):
-        session.reset(2)
-        found = session.prefill(tokens, wanted)
-        assert found.shape == (2, min(max(wanted, 1), 40), config.vocab_size)
-        assert distance(found, every[:, -found.shape[1] :]) <= 1e-5
-
-
-def test_a_closed_session(tmp_path: Path) -> None:
-    session = _session(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
+def test_wrong_requests(tmp_path: Path) -> None:
+    session = opened(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
+    with pytest.raises(RequestError, match=r"llama.cpp takes 1 to 256"):
+        session.reset(257)
+    with pytest.raises(RequestError, match=r"2147483648 tokens; llama.cpp counts to"):
+        session.set_state(session.get_state() | {POSITION: np.array([1 << 31])})
+    assert session.prefill(np.array([[3, 4]])).shape == (1, 1, 256)
     session.close()
     session.close()
     with pytest.raises(ValueError, match="the session is closed"):
         session.step(np.array([1]))
 
 
-def test_what_a_session_tells(tmp_path: Path) -> None:
-    config = ODD_CONFIGS["regular"]
-    artifact, _ = export_random_gguf(config, tmp_path)
-    session = _session(artifact)
-    info = session.info
-    assert (info.engine, info.threads, session.vocab_size) == ("llama.cpp", 1, config.vocab_size)
-    stored = sum(p.nbytes for t in artifact.manifest.tensors.values() for p in t.parts.values())
-    assert info.weight_bytes == stored
-    assert info.state_bytes == sum(a.nbytes for a in session.get_state().values()) - 8
+BUILD = "`rgexport llama-cpp build`"
+OTHER = types.SimpleNamespace(__version__="0.3.99")
 
 
-def test_wrong_requests(tmp_path: Path) -> None:
-    session = _session(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
-    with pytest.raises(RequestError, match=r"llama.cpp takes 1 to 256"):
-        session.reset(257)
-    with pytest.raises(RequestError, match=r"2147483648 tokens; llama.cpp counts to"):
-        session.set_state(session.get_state() | {POSITION: np.array([1 << 31])})
-    assert session.prefill(np.array([[3, 4]])).shape == (1, 1, 256)
-
-
-def test_its_log_is_for_those_who_ask(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("loaded", "complaint"),
+    [
+        (ModuleNotFoundError(name="llama_cpp"), "takes llama-cpp-python, which is missing"),
+        (FileNotFoundError("no library"), "cannot be loaded: no library"),
+        (RuntimeError("GLIBC"), "cannot be loaded: GLIBC"),
+        (AttributeError("symbol"), "cannot be loaded: symbol"),
+        (OTHER, r"is 0\.3\.99; this rgexport knows .*"),
+    ],
+)
+def test_without_the_right_llama_cpp(
+    loaded: object, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load(name: str) -> object:
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+    library.bindings.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(NotInstalled, match=f"{complaint}(;|:) {BUILD}"):
+        load_model(Path("x.gguf"))
+
+
+def test_stock_llama_cpp(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stock one says of our files, this one says of those of an unknown architecture."""
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    foreign = tmp_path / "foreign.gguf"
+    foreign.write_bytes(artifact.path.read_bytes().replace(b"recurrentgemma", b"recurrentgemmb"))
     capfd.readouterr()
-    _session(artifact).close()
+    with pytest.raises(RequestError, match=r"cannot load .*architecture: 'recurrentgemmb'$"):
+        load_model(foreign)
+    unknown = library._UNKNOWN_ARCHITECTURE.replace("gemma", "gemmb")
+    monkeypatch.setattr(library, "_UNKNOWN_ARCHITECTURE", unknown)
+    with pytest.raises(
+        RequestError, match=rf"is a stock one, which .*foreign.gguf .*; {BUILD} ins"
+    ):
+        load_model(foreign)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(progress, "verbose", True)
-    _session(artifact).close()
-    out, err = capfd.readouterr()
-    assert not out
-    assert "llama.cpp: " in err
-    assert all(line.startswith("llama.cpp: ") for line in err.splitlines())
 
 
-def test_with_and_without_mmap(tmp_path: Path) -> None:
-    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path, "q8_0")
-    tokens = random_tokens(ODD_CONFIGS["wide_lru"], 1, 40)
-    mapped, copied = (_all(_session(artifact, mmap=mmap), tokens) for mmap in (True, False))
-    np.testing.assert_array_equal(mapped, copied)
+@pytest.mark.parametrize(
+    ("cut", "old", "new", "complaint"),
+    [
+        (-9000, b"", b"", "not within the file bounds"),
+        (None, b"GGUF", b"LLAM", "magic"),
+        (None, b"blk.1.ssm_a", b"blk.1.ssm_b", "ssm_a"),
+    ],
+)
+def test_damaged_file(cut: int | None, old: bytes, new: bytes, complaint: str, tmp_path: Path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(artifact.path.read_bytes()[:cut].replace(old, new))
+    pattern = f"^llama.cpp cannot load .*damaged.gguf: .*{complaint}.*$"  # in one line
+    with pytest.raises(RequestError, match=pattern):
+        load_model(damaged)
+
+
+LAYOUT = Layout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
+
+
+def test_a_state_in_another_layout_is_refused() -> None:
+    """Whichever number is another one, and wherever the data end."""
+    random = np.random.default_rng(0)
+    state: State = {POSITION: np.array(40)}
+    for spec in state_specs(LAYOUT.config, LAYOUT.cache_type):
+        dtype = spec.dtype if spec.name.endswith(("key", "value")) else "float32"
+        state[spec.name] = random.standard_normal(spec.shape).astype(dtype)
+    data = pack(state, LAYOUT)
+    for name, array in unpack(data, LAYOUT).items():
+        np.testing.assert_array_equal(array, state[name])
+    cells, row = 16, 2 * LAYOUT.config.head_dim
+    keys = 16 + 12 * cells + 8
+    values = keys + 12 + cells * row
+    recurrent = values + 12 + cells * row
+    wrong = [data[:end] for end in (0, 3, 20, 300, len(data) - 1)] + [data + bytes(4)]
+    for at in (0, 8, 12, 20, 32, keys, keys + 4, values, values + 4, recurrent, recurrent + 24):
+        wrong += [data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]]
+    for damaged in wrong:
+        with pytest.raises(RequestError, match=r"not laid out as .* (expected|cells in)"):
+            unpack(damaged, LAYOUT)
+    with pytest.raises(RequestError, match="do not follow one another"):
+        unpack(data[:16] + bytes([data[16] ^ 0x40]) + data[17:], LAYOUT)
+
+
+VOCAB, FLOAT16 = 300, 2e-2
+"""Keys and values are rounded to float16, and flash attention sums in it."""
+TOKENS = np.random.default_rng(5).integers(0, VOCAB, (3, 700))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "llama.gguf", vocab_size=VOCAB)
+
+
+def any_model(path: Path) -> AnyModelSession:
+    return AnyModelSession(path, threads=1)
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_goes_on_from_a_state(window, tmp_path):
+    """In the same session or in another one, after other tokens, and with other rows."""
+    values = {"attention.sliding_window": window} if window else {}
+    path = write_llama(tmp_path / "x.gguf", vocab_size=VOCAB, **values)
+    session, single = any_model(path), any_model(path)
+    session.reset(2)
+    session.prefill(TOKENS[:2, :600])
+    state = session.get_state()
+    assert state[POSITION].tolist() == [600, 600]
+    expected = session.prefill(TOKENS[:2, 600:650], 50)
+    single.prefill(TOKENS[1:2, :600])
+    assert distance(single.prefill(TOKENS[1:2, 600:650], 50), expected[1:]) < FLOAT16
+    for other in (session, single):
+        other.set_state(state)
+        np.testing.assert_allclose(other.prefill(TOKENS[:2, 600:650], 50), expected, atol=0.05)
+    session.reset(3)
+    session.prefill(TOKENS[:, :100])
+    session.set_rows(range(1, 3), state)
+    assert session.position.tolist() == [100, 600, 600]
+    assert distance(session.take(range(1, 3), TOKENS[:2, 600:650], 50), expected) < FLOAT16
+
+
+def test_where_a_state_is_set_changes_no_bit(llama):
+    """In the session that it is of, or in a fresh one: runs that are cut off end the same."""
+    session, tokens = any_model(llama), np.random.default_rng(1).integers(0, VOCAB, (8, 300))
+    session.reset(8)
+    session.prefill(tokens[:, :200])
+    state = session.get_state()
+    session.prefill(tokens[:, 200:231])
+    logits = []
+    for each in (session, any_model(llama)):
+        each.set_state(state)
+        logits.append(each.prefill(tokens[:, 200:], 60))
+    assert np.array_equal(*logits)
+
+
+def test_memory_is_bounded(llama, monkeypatch):
+    session = any_model(llama)
+    session.prefill(TOKENS[:1, :500])
+    monkeypatch.setattr(any_model_module, "available_bytes", lambda: 100_000)
+    with pytest.raises(RequestError, match=r"llama.gguf keeps 275 kB of 1 texts of 1,024 tok"):
+        session.prefill(TOKENS[:1, :100])
+    assert session.position == [500]  # and it can still be used
+    session.prefill(TOKENS[:1, :10])
+    with pytest.raises(RequestError, match=r"llama.gguf keeps 1.10 MB of 8 texts of 512 tokens"):
+        session.reset(8)
+
+
+def test_texts_that_cannot_go_on(tmp_path):
+    session = any_model(write_gpt2(tmp_path / "gpt2.gguf"))
+    session.prefill(np.zeros((1, TRAINED), np.int64))
+    with pytest.raises(RequestError, match=f"no positions beyond the {TRAINED} tokens"):
+        session.prefill(np.zeros((1, 1), np.int64))
+    path = write_llama(tmp_path / "x.gguf", vocab_size=VOCAB, **{"attention.causal": False})
+    with pytest.raises(RequestError, match=r"x.gguf does not tell the next token of a text"):
+        any_model(path)
+
+
+def test_states_of_another_model(llama, tmp_path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+    session = any_model(llama)
+    state = opened(artifact).get_state()
+    with pytest.raises(RequestError, match="this state is of another model"):
+        session.set_state(state)
+    session.prefill(TOKENS[:1, :10])
+    state = session.get_state()
+    with pytest.raises(RequestError, match=r"llama.cpp cannot restore the state"):
+        session.set_state(state | {DATA: state[DATA][:, ::-1]})
+
+
+@pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
+def test_a_recurrentgemma_of_another_tool(name, tmp_path):
+    """Our own file without what tells that it is ours."""
+    config, path = ODD_CONFIGS[name], tmp_path / "theirs.gguf"
+    artifact, _ = export_random_gguf(config, tmp_path)
+    path.write_bytes(artifact.path.read_bytes().replace(b"rgexport.", b"somebody."))
+    ours, theirs = opened(artifact), any_model(path)
+    tokens = random_tokens(config, 2, 90)
+    for session in (ours, theirs):
+        session.reset(2)
+    expected = ours.prefill(tokens[:, :60], 60)
+    assert distance(theirs.prefill(tokens[:, :60], 60), expected) < FLOAT16
+    theirs.set_state(theirs.get_state())
+    assert distance(theirs.prefill(tokens[:, 60:], 30), ours.prefill(tokens[:, 60:], 30)) < FLOAT16

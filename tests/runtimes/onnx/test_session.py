@@ -1,170 +1,242 @@
-"""ONNX Runtime sessions of all precisions against their dequantized references."""
+"""ONNX Runtime sessions of each profile, with native kernels and without."""
 
-import itertools
-import subprocess
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 
+from rgexport.cli import run
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.onnx.native import native_ops
-from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.onnx import wasm_ops
+from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
-from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Affine, FloatDtype
+from rgexport.griffin.state import POSITION
+from rgexport.kernels.onnx.library import NO_NATIVE, calls
+from rgexport.runtimes.memory import rss_bytes
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
-from tests.artifacts import export_random
+from tests.artifacts import export_random, load_graph
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.models import ODD_CONFIGS, make_config, weight_source
+from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import distance, ragged, random_tokens
 
 EXACT = 5e-5
 """Largest |Δlogit| allowed, as a share of the largest |logit|."""
-
-
-QUANTIZED = ODD_CONFIGS | {
+PADDED = {
     "288": make_config("rar", width=288, heads=4, lru_width=96, mlp_width=40),
     "300": make_config("rar", width=300, heads=5, lru_width=40, mlp_width=288),
 }
-"""Also rows that are padded, and rows whose blocks are smaller than was asked."""
+"""Rows that are padded, and rows whose blocks are smaller than was asked."""
 
 
 @pytest.mark.parametrize("block", [16, 32, 128])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["narrow_lru", "not_by_32", "not_by_128", "288", "300"])
+@pytest.mark.parametrize("name", ["not_by_32", *PADDED])
 def test_exact_artifact_equals_its_dequantized_reference(
     name: str, precision: str, symmetric: bool, block: int, tmp_path: Path
 ) -> None:
-    config = QUANTIZED[name]
-    artifact, _ = export_random(
-        config, tmp_path, precision, symmetric=symmetric, block_size=block, exact=True
-    )
-    check_exact(artifact)
-
-
-def check_exact(artifact: Artifact) -> None:
-    """Compares a run of an artifact without rounded activations with its dequantized reference."""
-    config = artifact.manifest.config
+    config, options = (ODD_CONFIGS | PADDED)[name], {"symmetric": symmetric, "block_size": block}
+    artifact, _ = export_random(config, tmp_path, precision, exact=True, **options)
     tokens = random_tokens(config, 2, 2 * config.window + 5)
     dequantized = Reference(config, artifact.weights)
     hidden, state = dequantized.run(tokens)
-    session = OrtSession(artifact)
+    session = OrtSession(artifact, threads=1)
     session.reset(2)
     assert distance(ragged(session, tokens, [9, 1]), dequantized.logits(hidden)) <= EXACT
     for name, array in session.get_state().items():
         np.testing.assert_allclose(array, state[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", ["float32", "float16"])
-@pytest.mark.parametrize("profile", PROFILES)
-def test_scales_of_both_dtypes(profile: str, scale: FloatDtype, tmp_path: Path) -> None:
-    """Those of artifacts of an earlier release, and of plans for any profile."""
-    config = QUANTIZED["288"]
-    linear = Affine(4, 64, symmetric=False, scale=scale)
-    plan = make_plan(config, linear, Affine(8, 32, symmetric=True, scale=scale))
-    artifact, _ = export_random(config, tmp_path, None, plan=plan, profile=profile, exact=True)
-    parts = artifact.manifest.tensors["layers.0.mlp_block.up_proj.weight"].parts
-    assert parts["scales"].dtype == scale
-    check_exact(artifact)
-
-
-@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
-@pytest.mark.parametrize("block", [16, 128])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["288", "300"])
-def test_rounded_activations_are_near_the_dequantized_reference(
-    name: str, precision: str, block: int, native: bool, tmp_path: Path
-) -> None:
-    config = QUANTIZED[name]
-    artifact, _ = export_random(config, tmp_path, precision, block_size=block)
-    tokens = random_tokens(config, 2, 40)
-    dequantized = Reference(config, artifact.weights)
-    session = OrtSession(artifact, native=native)
-    session.reset(2)
-    expected = dequantized.logits(dequantized.run(tokens)[0])
-    assert distance(ragged(session, tokens, [9, 1]), expected) <= 5e-2
-
-
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_states_in_place_equal_states_apart(precision: str, native: bool, tmp_path: Path) -> None:
-    """Bit for bit: the same file by plain `run`, each state in and out in buffers of its own."""
-    config = ODD_CONFIGS["irregular"]
-    artifact, _ = export_random(config, tmp_path, precision)
-    tokens = random_tokens(config, 2, 2 * config.window + 6)
-    session = OrtSession(artifact, native=native)
-    session.reset(2)
-    options, path = onnxruntime.SessionOptions(), artifact.path / runtime.MODEL_FILE
-    if native:
-        library = native_ops(path).library or pytest.skip("the native kernels are not built")
-        options.register_custom_ops_library(str(library))
-    plain = onnxruntime.InferenceSession(str(path), options)
-    records = artifact.manifest.states
-    states = {r.input: np.zeros((2, *r.shape), r.dtype) for r in records}
-    for start, stop in itertools.pairwise([0, 1, 2, 9, 40, *range(41, tokens.shape[1] + 1)]):
-        positions = np.tile(np.arange(start, stop), (2, 1))
-        feeds = {"input_ids": tokens[:, start:stop], "position_ids": positions} | states
-        logits, *after = plain.run(None, feeds)
-        states = dict(zip(states, after, strict=True))
-        np.testing.assert_array_equal(session.prefill(tokens[:, start:stop]), logits)
-
-
-def test_decays_next_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a = 0.99999 the oracle's own arithmetic is what limits the agreement.
-
-    torch's float32 `exp` is not correctly rounded for 4 % of the numbers next to 0, and there one
-    unit in its last place is 0.3 % of 1 - a². Rounded correctly, the reference moves away from
-    DeepMind's code by as much as ONNX Runtime does, and both agree with each other.
-    """
-    config = ODD_CONFIGS["hawk"]
-    artifact, weights = export_random(config, tmp_path, slowest=1e-5)
-    tokens = random_tokens(config, 2, 4 * config.window)
-    session = OrtSession(artifact)
-    session.reset(2)
-    found = session.prefill(tokens, tokens.shape[1])
-    assert distance(found, deepmind_logits(deepmind_model(config, weights), tokens)) <= 3e-4
-
-    exp = torch.exp
-    monkeypatch.setattr(torch, "exp", lambda x: exp(x.double()).float())
-    reference = Reference(config, weight_source(weights))
-    assert distance(found, reference.logits(reference.run(tokens)[0])) <= 1e-5
-
-
-def test_num_logits_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ODD_CONFIGS["regular"]
-    session = OrtSession(export_random(config, tmp_path)[0])
-    tokens = random_tokens(config, 1, 40)
-    every = session.prefill(tokens, 40)
-    monkeypatch.setattr(runtime, "PREFILL_CHUNK", 16)
-    for wanted in (1, 7, 8, 9, 24, 25, 40, 99):
-        session.reset()
-        found = session.prefill(tokens, wanted)
-        assert found.shape[1] == min(wanted, 40)
-        assert distance(found, every[:, -wanted:]) <= 1e-5
-
-
-LATER_CHUNKS = """
-import sys
-import numpy as np
-from pathlib import Path
-from rgexport.export.opening import open_artifact
-from rgexport.runtimes.onnx.session import PREFILL_CHUNK, OrtSession
-from rgexport.runtimes.memory import rss_bytes
-session = OrtSession(open_artifact(Path(sys.argv[1])))
-for chunks in (1, 1, 3):
-    session.prefill(np.ones((1, chunks * PREFILL_CHUNK), np.int64))
-    print(rss_bytes())
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds")
 def test_later_chunks_of_a_prompt_take_no_more_memory(demo_artifact: Path) -> None:
-    command = [sys.executable, "-c", LATER_CHUNKS, str(demo_artifact)]
-    first, *later = map(int, subprocess.check_output(command).split())
-    assert max(later) - first < 4 << 20
+    session, sizes = OrtSession(open_artifact(demo_artifact), threads=1), []
+    for chunks in (1, 1, 3):
+        session.prefill(np.ones((1, chunks * runtime.PREFILL_CHUNK), np.int64))
+        sizes.append(rss_bytes())
+    assert max(sizes[1:]) - sizes[0] < 4 << 20
+
+
+@pytest.fixture
+def native(demo_artifact: Path) -> Artifact:
+    """An artifact that has native kernels here."""
+    artifact = open_artifact(demo_artifact)
+    if native_ops(artifact.file("model.onnx")).library is None:
+        pytest.skip("no native kernels here: not built, or turned off")
+    return artifact
+
+
+def test_native_kernels_run_unless_turned_off(native):
+    """Beside each other in the same process, too."""
+    session, stock = OrtSession(native), OrtSession(native, native=False)
+    assert session.info.kernels.startswith("native ") and stock.info.kernels == "stock"
+    assert f", {session.info.kernels} kernels" in session.info.title
+    for one, is_counted in ((session, True), (stock, False)):
+        before = calls()
+        one.prefill(np.arange(2, 60)[None])
+        assert (calls() != before) == is_counted
+
+
+def test_as_near_to_the_dequantized_reference_as_stock_kernels_are(native):
+    """On trained weights: both round activations to int8, each in its own way."""
+    tokens = np.random.default_rng(0).integers(2, native.manifest.config.vocab_size, (1, 90))
+    dequantized = Reference(native.manifest.config, native.weights)
+    expected = np.asarray(dequantized.logits(dequantized.run(tokens)[0]))
+    errors = {}
+    for is_native in (True, False):
+        session = OrtSession(native, threads=1, native=is_native)
+        errors[is_native] = np.sqrt(np.mean((ragged(session, tokens, [60, 1]) - expected) ** 2))
+    assert errors[True] <= 1.5 * errors[False]
+
+
+@pytest.mark.parametrize("name", ["wide_lru", "hawk", "attention_tail", "one_head"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_trial_is_single_steps(name, precision, tmp_path):
+    """To the last bit: logits, and states after any number of tokens, in rows of a batch too."""
+    config = ODD_CONFIGS[name]
+    artifact, _ = export_random(config, tmp_path, precision, block_size=16)
+    session = OrtSession(artifact, threads=1)
+    exact = session.info.exact_tokens
+    if session.info.kernels == "stock":
+        pytest.skip("no native kernels here: not built, or turned off")
+    assert 4 <= exact <= 16
+    rng = np.random.default_rng(0)
+    for rows, count in ((1, exact), (2, exact // 2), (1, 3)):
+        session.reset(rows)
+        session.prefill(rng.integers(0, config.vocab_size, (rows, int(rng.integers(1, 60)))))
+        tokens, before = rng.integers(0, config.vocab_size, (rows, count)), session.get_state()
+        expected = [session.step(tokens[:, i]) for i in range(count)]
+        for kept in range(count + 1):
+            session.set_state(before)
+            logits = session.verify(range(rows), tokens)
+            assert np.array_equal(logits, np.stack(expected, 1)), f"{rows} x {count}"
+            session.accept([kept, *[count - kept] * (rows - 1)])
+            after = session.get_state()
+            for row, stays in enumerate([kept, *[count - kept] * (rows - 1)]):
+                session.set_state({name: array[row : row + 1] for name, array in before.items()})
+                for token in tokens[row, :stays]:
+                    session.step(token[None])
+                for state, array in session.get_state().items():
+                    assert np.array_equal(after[state][row], array[0]), (state, kept)
+            session.reset(rows)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("regular", "fp32"), ("irregular", "int4")])
+def test_where_the_engine_computes_other_bits_there_are_no_exact_trials(tmp_path, name, precision):
+    """Its products depend on the number of tokens, and its sines where heads are small."""
+    session = OrtSession(export_random(ODD_CONFIGS[name], tmp_path, precision)[0])
+    assert session.info.exact_tokens == 1
+
+
+def test_library_of_another_machine(demo_artifact, tmp_path, monkeypatch, capsys):
+    """It warns and goes on."""
+    file = tmp_path / "library.so"
+    file.write_bytes(b"\x7fELF of another machine")
+    there = NativeOps({"RgLruScan": 1}, ("RgLruScan",), file, "native avx2", "")
+    monkeypatch.setattr(runtime, "native_ops", lambda model: there)
+    session = OrtSession(open_artifact(demo_artifact))
+    assert session.info.kernels == "stock"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "will be slower" in line and "library.so" in line
+    assert np.isfinite(session.step(np.array([3]))).all()
+
+
+@pytest.mark.parametrize("variable", ["0", None])
+def test_option_turns_them_off_and_gives_the_variable_back(variable, demo_artifact, monkeypatch):
+    monkeypatch.delenv(NO_NATIVE, raising=False)
+    if variable:
+        monkeypatch.setenv(NO_NATIVE, variable)
+    command, before = ["generate", str(demo_artifact), "--ids", "2,3", "-n", "2"], calls()
+    assert run([*command, "--no-native"]) == 0
+    assert calls() == before and os.environ.get(NO_NATIVE) == variable
+    assert run([*command, "--no-native", "--no-such-option"]) == 2
+    assert os.environ.get(NO_NATIVE) == variable
+
+
+def test_export_checks_what_users_run(native, capsys, tmp_path):
+    target, before = tmp_path / "checked", sum(calls().values())
+    assert run(["onnx", "--size", "demo", "--int8", "-o", str(target)]) == 0
+    kernels = native_ops(target / "model.onnx").kernels
+    assert f", {kernels} kernels" in capsys.readouterr().out
+    assert sum(calls().values()) > before
+
+
+LIMITS = {("wasm", "int8"): 6e-4}
+"""Largest |Δlogit| as a share of the largest |logit|, where it is not 1e-4 as with activations in
+float32: of those in two digits of int8, which are 1 / 64,516 of the largest of a row."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4", "int8"])
+@pytest.mark.parametrize("profile", ["wasm", "webgpu"])
+@pytest.mark.parametrize("name", ["not_by_32", "attention_tail"])
+def test_profiles_equal_deepmind(name: str, profile: str, precision: str, tmp_path: Path) -> None:
+    """In one go, step by step, and in pieces that end anywhere; a batch, and one."""
+    config, limit = ODD_CONFIGS[name], LIMITS.get((profile, precision), 1e-4)
+    artifact, _ = export_random(config, tmp_path, precision, profile=profile)
+    weights = {name: tensor.whole() for name, tensor in artifact.weights.items()}
+    tokens = random_tokens(config, 2, 3 * config.window + 3)
+    expected = deepmind_logits(deepmind_model(config, weights), tokens)
+    session = OrtSession(artifact, threads=1)
+    for batch, sizes in ((1, [tokens.shape[1]]), (1, [1]), (2, [7, 1, config.window + 1, 3])):
+        session.reset(batch)
+        assert distance(ragged(session, tokens[:batch], sizes), expected[:batch]) <= limit
+
+
+@pytest.mark.parametrize("profile", ["wasm", "webgpu"])
+def test_position_zero_forgets_the_state(profile: str, tmp_path: Path) -> None:
+    """Any recurrent state: the decay is exactly 0 there, not only small."""
+    config = ODD_CONFIGS["hawk"]
+    artifact, _ = export_random(config, tmp_path, "int8", profile=profile)
+    tokens = random_tokens(config, 1, 9)
+    session = OrtSession(artifact)
+    expected = session.prefill(tokens, 9)
+    state = session.get_state() | {POSITION: np.zeros(1, np.int64)}
+    for name, array in state.items():
+        if name.endswith(("rg_lru", "conv1d")):
+            array[:] = 1e30 if name.endswith("rg_lru") else 0
+    session.set_state(state)
+    np.testing.assert_array_equal(session.prefill(tokens, 9), expected)
+
+
+@pytest.mark.parametrize("options", [{"precision": "int4"}, {"precision": "int8", "exact": True}])
+def test_large_matrices_are_unpacked_in_pieces(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a product do not depend on each other."""
+    config = ODD_CONFIGS["not_by_32"]
+    products, logits = [], []
+    for size in (wasm_ops.PIECE, 1000):
+        monkeypatch.setattr(wasm_ops, "PIECE", size)
+        artifact, _ = export_random(config, tmp_path / str(size), profile="wasm", **options)
+        nodes = load_graph(artifact).graph.node
+        products.append(sum(node.op_type == "MatMulNBits" for node in nodes))
+        logits.append(OrtSession(artifact).prefill(random_tokens(config, 1, 20), 20))
+    assert products[1] > 2 * products[0]
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
+def test_far_positions(tmp_path: Path) -> None:
+    """Slots of rings and masks come from float32 positions in `webgpu`."""
+    config = ODD_CONFIGS["irregular"]
+    logits: dict[str, np.ndarray] = {}
+    for profile in ("cpu", "webgpu"):
+        session = OrtSession(export_random(config, tmp_path, "fp32", profile=profile)[0])
+        session.reset(2)
+        session.set_state(session.get_state() | {POSITION: np.array([131_089, 1_000_003])})
+        logits[profile] = ragged(session, random_tokens(config, 2, 3 * config.window), [5, 1, 30])
+    assert distance(logits["webgpu"], logits["cpu"]) <= 1e-5
+
+
+def test_an_old_onnx_runtime_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, _ = export_random(ODD_CONFIGS["hawk"], tmp_path, profile="webgpu")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    with pytest.raises(RequestError, match=r"needs ONNX Runtime 1\.25 or later; this is 1\.24\.4"):
+        OrtSession(artifact)

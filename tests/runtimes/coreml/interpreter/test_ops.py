@@ -1,6 +1,7 @@
 """Each operation of the interpreter's table against coremltools' own inference, or torch."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 
 pytest.importorskip("coremltools")
 
+import coremltools as ct
 import torch
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.mil import Function as MilFunction
+from coremltools.converters.mil.mil import types
+from torch.nn.functional import gelu
 
 from rgexport.export.mil.describe import OPERATIONS
-from rgexport.export.mil.program import TensorType
+from rgexport.export.mil.program import Name, TensorType
 from rgexport.runtimes.coreml.interpreter.operations import OPS
-from tests.runtimes.coreml.interpreter.mil_programs import compute, inferred
+from tests.runtimes.coreml.interpreter.mil_programs import main, opened, operation
 
 Case = tuple[dict[str, Any], dict[str, Any]]
 """Operands, and parameters given by value."""
@@ -56,32 +62,10 @@ def with_parameters(
     return [({"x": array(d, shape, -1.3, 1.3)}, p) for d, p in product(dtypes, parameters)]
 
 
-def linear(lead: Sequence[int], size: int, out: int, bias: bool, dtype: str) -> Case:
-    constants = {"weight": array(dtype, (out, size))}
-    constants |= {"bias": array(dtype, (out,))} if bias else {}
-    return {"x": array(dtype, (*lead, size))}, constants
-
-
 def matmul(x: Sequence[int], y: Sequence[int], dtype: str, turn_x: bool, turn_y: bool) -> Case:
     x, y = ([*s[:-2], *s[:-3:-1]] if turn else s for s, turn in ((x, turn_x), (y, turn_y)))
     operands = {"x": array(dtype, x), "y": array(dtype, y)}
     return operands, {"transpose_x": turn_x, "transpose_y": turn_y}
-
-
-def concat(dtype: str, axis: int, *shapes: Sequence[int]) -> Case:
-    values = [array(dtype, shape) for shape in shapes]
-    return {"values": values}, {"axis": axis, "interleave": False}
-
-
-def gather(dtype: str, axis: int, shape: Sequence[int]) -> Case:
-    x = array(dtype, (4, 3, 5))
-    indices = array("int32", shape, 0, x.shape[axis] - 1)
-    constants = {"axis": axis, "batch_dims": 0, "validate_indices": False}
-    return {"x": x, "indices": indices}, constants
-
-
-def select(dtype: str, cond: Sequence[int], a: Sequence[int], b: Sequence[int]) -> Case:
-    return {"cond": array("bool", cond), "a": array(dtype, a), "b": array(dtype, b)}, {}
 
 
 REDUCTIONS = [{"axes": axes, "keep_dims": k} for axes in ([0], [-1], [2, 0], [1, -1]) for k in BOTH]
@@ -100,7 +84,13 @@ CASES: dict[str, list[Case]] = {
     **dict.fromkeys(
         ("reduce_sum", "reduce_mean"), with_parameters(NUMBERS, (2, 3, 4), *REDUCTIONS)
     ),
-    "linear": [linear(*case) for case in product(((2,), (3, 1, 2)), (1, 5), (4,), BOTH, FLOATS)],
+    "linear": [
+        (
+            {"x": array(d, (*lead, size))},
+            {"weight": array(d, (4, size))} | ({"bias": array(d, (4,))} if has_bias else {}),
+        )
+        for d, lead, size, has_bias in product(FLOATS, ((2,), (3, 1, 2)), (1, 5), BOTH)
+    ],
     "matmul": [
         matmul(x, y, dtype, *turned)
         for x, y in (((2, 3), (3, 4)), ((2, 1, 2, 3), (3, 3, 1)), ((1, 4), (2, 4, 4)))
@@ -117,59 +107,70 @@ CASES: dict[str, list[Case]] = {
         NUMBERS, (2, 3, 4), *({"perm": perm} for perm in ([0, 1, 2], [2, 0, 1], [0, 2, 1]))
     ),
     "concat": [
-        case
-        for dtype in NUMBERS
-        for case in (
-            concat(dtype, 0, (2,)),
-            concat(dtype, -1, (2, 3), (2, 1), (2, 4)),
-            concat(dtype, 1, (2, 3, 2), (2, 1, 2)),
-        )
+        ({"values": [array(d, shape) for shape in shapes]}, {"axis": axis, "interleave": False})
+        for d in NUMBERS
+        for axis, *shapes in ((0, (2,)), (-1, (2, 3), (2, 1), (2, 4)), (1, (2, 3, 2), (2, 1, 2)))
     ],
     "slice_by_index": with_parameters(NUMBERS, (4, 3, 5), *SLICES),
-    "gather": [gather(*case) for case in product(NUMBERS, (0, 1, -1), ((2,), (3, 2)))],
+    "gather": [
+        (
+            {"x": array(d, (4, 3, 5)), "indices": array("int32", shape, 0, (4, 3, 5)[axis] - 1)},
+            {"axis": axis, "batch_dims": 0, "validate_indices": False},
+        )
+        for d, axis, shape in product(NUMBERS, (0, 1, -1), ((2,), (3, 2)))
+    ],
     "select": [
-        select(dtype, *shapes)
-        for dtype in NUMBERS
-        for shapes in (((2, 3), (2, 3), (2, 3)), ((3,), (2, 1), (1, 3)), ((2, 1), (2, 3), (3,)))
+        ({"cond": array("bool", cond), "a": array(d, a), "b": array(d, b)}, {})
+        for d in NUMBERS
+        for cond, a, b in (((2, 3), (2, 3), (2, 3)), ((3,), (2, 1), (1, 3)), ((2, 1), (2, 3), (3,)))
     ],
 }
 
 
-def test_every_operation_of_the_table_has_a_case() -> None:
-    assert CASES.keys() == OPS.keys()
+def compute(kind: str, arrays: dict[str, Any], result: TensorType, **constants: Any) -> np.ndarray:
+    """Runs one operation on arrays that come in as inputs of the function."""
+    feeds: dict[str, np.ndarray] = {}
+    inputs: dict[str, list[Name]] = {}
+    for name, value in arrays.items():
+        for one in value if isinstance(value, list) else [value]:
+            feeds[feed := f"input_{len(feeds)}"] = one
+            inputs.setdefault(name, []).append(Name(feed))
+    input_types = {feed: TensorType(one.dtype.name, one.shape) for feed, one in feeds.items()}
+    program = [operation(kind, inputs, {"result": result}, **constants)]
+    return opened(main(program, input_types, ["result"]))(feeds, {})["result"]
+
+
+def inferred(kind: str, **arguments: Any) -> tuple[TensorType, np.ndarray]:
+    """Returns what coremltools infers for an operation of constants."""
+    with MilFunction({}, opset_version=ct.target.iOS18):
+        result = getattr(mb, kind)(**arguments)
+    assert result.val is not None, "coremltools infers no value"
+    dtype = np.dtype(types.nptype_from_builtin(result.dtype)).name
+    return TensorType(dtype, tuple(result.shape)), np.asarray(result.val)
 
 
 def test_the_table_has_all_that_is_made_and_no_more() -> None:
     made = {kind for kind in OPERATIONS if not kind.startswith("constexpr_")}
-    assert made - {"const", "read_state", "write_state"} == OPS.keys()
+    assert made - {"const", "read_state", "write_state"} == OPS.keys() == CASES.keys()
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_equals_coremltools(kind: str) -> None:
     for operands, constants in CASES[kind]:
-        outputs, expected = inferred(kind, **operands, **constants)
-        found = compute(kind, operands, outputs, **constants)
-        for array, type, value in zip(found, outputs, expected, strict=True):
-            assert value is not None, "coremltools infers no value"
-            assert (array.dtype.name, array.shape) == (type.dtype, type.shape)
-            result = np.asarray(value).astype(type.dtype).astype(np.float64).reshape(type.shape)
-            limit = TOLERANCE.get(type.dtype, 0)
-            scale = max(1.0, float(np.abs(result).max(initial=0)))
-            np.testing.assert_allclose(array, result, rtol=limit, atol=limit * scale)
+        type, value = inferred(kind, **operands, **constants)
+        result = compute(kind, operands, type, **constants)
+        assert (result.dtype.name, result.shape) == (type.dtype, type.shape)
+        expected = value.astype(type.dtype).astype(np.float64).reshape(type.shape)
+        limit = TOLERANCE.get(type.dtype, 0)
+        scale = max(1.0, float(np.abs(expected).max(initial=0)))
+        np.testing.assert_allclose(result, expected, rtol=limit, atol=limit * scale)
 
 
-UNARY_IN_TORCH = {
-    "exp": torch.exp,
-    "cos": torch.cos,
-    "sin": torch.sin,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "rsqrt": torch.rsqrt,
-}
+ABSOLUTE = dict.fromkeys(("gelu", "cos", "sin"), 2.0**-22)
+"""gelu subtracts from 1 what is next to it; what is lost there is lost in every runtime."""
 
 
-@pytest.mark.parametrize("kind", UNARY_IN_TORCH)
+@pytest.mark.parametrize("kind", ["exp", "cos", "sin", "tanh", "sigmoid", "gelu", "rsqrt"])
 def test_float32_functions_are_accurate(kind: str) -> None:
     """Against float64, at magnitudes from 1e-6 to 1e4, within 4 units in the last place."""
     size = np.geomspace(1e-6, 80, 2001)
@@ -178,51 +179,40 @@ def test_float32_functions_are_accurate(kind: str) -> None:
         x = x * 1e4  # positions times frequencies
     x = x.astype(np.float32)
     constants = {"gelu": {"mode": "TANH_APPROXIMATION"}, "rsqrt": {"epsilon": np.float32(0)}}
-    (found,) = compute(kind, {"x": x}, [TensorType("float32", x.shape)], **constants.get(kind, {}))
-    expected = UNARY_IN_TORCH[kind](torch.from_numpy(x).double()).numpy()
-    relative = 4 * 2.0**-23
-    # gelu subtracts from 1 what is next to it; what is lost there is lost in every runtime
-    absolute = 2.0**-22 if kind in ("gelu", "cos", "sin") else 1e-37
-    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=relative, atol=absolute)
+    result = compute(kind, {"x": x}, TensorType("float32", x.shape), **constants.get(kind, {}))
+    function = partial(gelu, approximate="tanh") if kind == "gelu" else getattr(torch, kind)
+    expected = function(torch.from_numpy(x).double()).numpy()
+    limits = {"rtol": 4 * 2.0**-23, "atol": ABSOLUTE.get(kind, 1e-37)}
+    np.testing.assert_allclose(result.astype(np.float64), expected, **limits)
 
 
 def test_exp_is_rounded_correctly_next_to_one() -> None:
     """There one unit is up to 1 % of 1 - a², of which the RG-LRU takes the root."""
     x = -np.geomspace(1e-7, 1, 5000).astype(np.float32)
-    (found,) = compute("exp", {"x": x}, [TensorType("float32", x.shape)])
-    np.testing.assert_array_equal(found, np.exp(x.astype(np.float64)).astype(np.float32))
+    result = compute("exp", {"x": x}, TensorType("float32", x.shape))
+    np.testing.assert_array_equal(result, np.exp(x.astype(np.float64)).astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["add", "sub", "mul"])
-def test_float16_is_rounded_once(kind: str) -> None:
-    random = np.random.default_rng(0)
-    x, y = random.uniform(0.5, 100, (2, 4000)).astype(np.float16)
-    (found,) = compute(kind, {"x": x, "y": y}, [TensorType("float16", x.shape)])
-    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[kind]
-    exact = function(x.astype(np.float64), y.astype(np.float64))
-    np.testing.assert_array_equal(found, exact.astype(np.float16))
+@pytest.mark.parametrize(
+    ("kind", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)]
+)
+def test_float16_is_rounded_once(kind: str, function: Any) -> None:
+    x, y = np.random.default_rng(0).uniform(0.5, 100, (2, 4000)).astype(np.float16)
+    x[0] = y[0] = 60000  # their sum is infinite
+    result = compute(kind, {"x": x, "y": y}, TensorType("float16", x.shape))
+    with np.errstate(over="ignore"):
+        exact = function(x.astype(np.float64), y.astype(np.float64)).astype(np.float16)
+    np.testing.assert_array_equal(result, exact)
 
 
-@pytest.mark.parametrize("kind", ["linear", "matmul"])
-def test_products_of_float16_are_accumulated_in_float32(kind: str) -> None:
+def test_float16_is_accumulated_in_float32() -> None:
     """4096 halves of 2^-12 would vanish in a float16 sum after the first 1."""
     x = np.full((1, 4096), 2.0**-6, np.float16)
     x[0, 0] = 1
-    name = "weight" if kind == "linear" else "y"
-    turned = {"transpose_x": False, "transpose_y": True} if kind == "matmul" else {}
-    (found,) = compute(kind, {"x": x, name: x}, [TensorType("float16", (1, 1))], **turned)
-    assert found.item() == np.float16(1 + 4095 * 2.0**-12)
-
-
-def test_sums_of_float16_are_accumulated_in_float32() -> None:
-    x = np.full((4097,), 1, np.float16)
-    (found,) = compute(
-        "reduce_sum", {"x": x}, [TensorType("float16", ())], axes=[0], keep_dims=False
-    )
-    assert found.item() == 4096  # 4097 rounded; a float16 sum stops at 2048
-
-
-def test_overflow_is_infinite() -> None:
-    x = np.array([60000], np.float16)
-    (found,) = compute("add", {"x": x, "y": x}, [TensorType("float16", (1,))])
-    assert np.isinf(found).all()
+    type = TensorType("float16", (1, 1))
+    linear_sum = compute("linear", {"x": x, "weight": x}, type)
+    product = compute("matmul", {"x": x, "y": x}, type, transpose_x=False, transpose_y=True)
+    assert linear_sum == product == np.float16(1 + 4095 * 2.0**-12)
+    ones = {"x": np.ones((1, 4097), np.float16)}
+    total = compute("reduce_sum", ones, type, axes=[1], keep_dims=True)
+    assert total == 4096  # 4097 rounded; a float16 sum stops at 2048
