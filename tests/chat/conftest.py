@@ -1,6 +1,5 @@
 """Tokenizers in Gemma's layout, made here."""
 
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,14 @@ from tokenizers import decoders, normalizers
 
 from rgexport.chat.masks import MaskThreads
 from rgexport.chat.model import Model
+from rgexport.chat.prefix_store import PrefixStore
+from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.identity import Identity
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 from tests.toy_session import ToySession
+from tests.vocabularies import write_vocabulary
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -46,26 +48,10 @@ def patient_masks() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small SentencePiece model whose special ids are Gemma's."""
-    model = io.BytesIO()
-    words = "the user said hello to a model that turns text into tokens; it is 42 of them".split()
     control: dict[str, Any] = {f"{piece[1:-1]}_id": i for i, piece in enumerate(CONTROL)}
     control |= {f"{piece[1:-1]}_piece": piece for piece in CONTROL}
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=(f"{a} {b} {a}s" for a in words for b in words),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=520,
-        byte_fallback=True,
-        user_defined_symbols=[*MARKERS, *TURNS, *TEXTUAL],
-        **control,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return folder
+    symbols, folder = [*MARKERS, *TURNS, *TEXTUAL], tmp_path_factory.mktemp("sentencepiece")
+    return write_vocabulary(folder, vocab_size=520, user_defined_symbols=symbols, **control)
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +67,8 @@ def json_folder(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFac
         for cut in range(1, len(piece))
         if i >= model.PieceToId("<0xFF>") and piece[:cut] in vocab and piece[cut:] in vocab
     ]
-    bpe = tokenizers.models.BPE(
-        vocab, [(a, b) for _, a, b in sorted(merges)], byte_fallback=True, unk_token="<unk>"
-    )
+    pairs = [(a, b) for _, a, b in sorted(merges)]
+    bpe = tokenizers.models.BPE(vocab, pairs, byte_fallback=True, unk_token="<unk>")
     engine = tokenizers.Tokenizer(bpe)
     engine.normalizer = normalizers.Replace(" ", "▁")
     engine.decoder = decoders.Sequence(
@@ -101,12 +86,7 @@ def json_folder(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session", params=["sentencepiece", "json", "demo"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """Each kind of tokenizer folder in turn."""
-    if request.param != "demo":
-        found: Path = request.getfixturevalue(f"{request.param}_folder")
-        return found
-    if not (DEMO / "tokenizer.model").is_file():
-        pytest.skip("the demo model is not there")
-    return DEMO
+    return DEMO if request.param == "demo" else request.getfixturevalue(f"{request.param}_folder")
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +105,20 @@ def gemma(sentencepiece_folder: Path) -> Tokenizer:
 def template() -> ChatTemplate:
     """Gemma's chat template."""
     return ChatTemplate(GEMMA_TEMPLATE, "built-in")
+
+
+@pytest.fixture
+def make_scheduler() -> Iterator[Callable[..., Scheduler]]:
+    """Makes schedulers of toy sessions, which are closed at the end."""
+    made: list[Scheduler] = []
+
+    def make(session: ToySession, rows: int = 3, cache_bytes: int = 1 << 20) -> Scheduler:
+        made.append(Scheduler(session, PrefixStore(cache_bytes), rows=rows))
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.close()
 
 
 IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)

@@ -1,24 +1,40 @@
-"""A model that answers: streams, asyncio, log probabilities, stop strings."""
+"""A model that answers; what nobody waits for costs nothing, and failures stay where they are."""
 
 import asyncio
-import time
+import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
-import rgexport
+from rgexport.chat.jobs import KEPT_EVERY
 from rgexport.chat.model import Model
-from rgexport.chat.reply import Piece, Reply, ReplyOptions
+from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from tests.chat.conftest import until
 from tests.toy_session import MEMORY, ToySession
 
-MakeModel = Callable[..., Model]
 HELLO = [{"role": "user", "content": "hello"}]
+LONG = [{"role": "user", "content": "hello the model said it " * 400}]
+ENDLESS = 10**8
 
 
-def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None:
+@pytest.fixture
+def session(gemma: Tokenizer) -> ToySession:
+    return ToySession(gemma.vocab_size)
+
+
+@pytest.fixture
+def model(make_model, gemma, session):
+    """One row, so that a second reply waits for the first."""
+    return make_model(gemma, session)
+
+
+def test_the_faces_say_the_same(make_model, gemma):
     model = make_model(gemma, rows=2)
     whole = model.chat(HELLO, max_new_tokens=9)
     stream = model.stream(HELLO, max_new_tokens=9)
@@ -27,19 +43,15 @@ def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None
     async def listen() -> str:
         return "".join([piece async for piece in model.astream(HELLO, max_new_tokens=9)])
 
-    assert asyncio.run(listen()) == whole.text
+    assert asyncio.run(listen()) == whole.text == gemma.decode(whole.ids)
     assert whole.ids == stream.reply().ids and len(whole.ids) == 9
-    assert (whole.reason, whole.prompt_tokens) == (
-        "length",
-        len(model.conversation_prompt(HELLO).ids),
-    )
-    assert gemma.decode(whole.ids) == whole.text
+    assert whole.reason == "length"
+    assert whole.prompt_tokens == len(model.conversation_prompt(HELLO).ids)
 
 
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [
-        ("Hi", {}, "the messages are not a list"),
         ([], {}, "the messages are not a list"),
         ([{"role": "user"}], {}, "the messages are not a list"),
         (HELLO, {"temperature": "hot"}, "a value of the wrong type"),
@@ -50,78 +62,85 @@ def test_the_faces_say_the_same(make_model: MakeModel, gemma: Tokenizer) -> None
         (HELLO, {"top_p": 2}, "top_p is 2; expected"),
     ],
 )
-def test_wrong_arguments_are_one_line(messages, options, message, make_model, gemma):
+def test_wrong_arguments_are_one_line(messages, options, message, model, make_model, gemma):
     with pytest.raises(RequestError, match=message):
-        make_model(gemma).chat(messages, **options)
+        model.chat(messages, **options)
     with pytest.raises(RequestError, match="rows is 0"):
         make_model(gemma, rows=0)
 
 
-def test_many_at_once_in_asyncio(make_model: MakeModel, gemma: Tokenizer) -> None:
-    model = make_model(gemma, rows=3)
-    asked = [[{"role": "user", "content": f"hello {i}"}] for i in range(8)]
-    alone = [model.chat(messages, max_new_tokens=7).text for messages in asked]
-    model.scheduler.store.clear()
-
-    async def listen(messages: list[dict[str, str]]) -> str:
-        return "".join([p async for p in model.astream(messages, max_new_tokens=7)])
-
-    async def all_of_them() -> list[str]:
-        return await asyncio.gather(*map(listen, asked))
-
-    assert asyncio.run(all_of_them()) == alone
-
-
-def test_leaving_a_stream_ends_the_reply(make_model: MakeModel, gemma: Tokenizer) -> None:
-    model = make_model(gemma)
-
+def test_leaving_an_asynchronous_stream_ends_the_reply(model: Model) -> None:
     async def listen() -> None:
-        pieces = model.astream(HELLO, max_new_tokens=10**8)
+        pieces = model.astream(HELLO, max_new_tokens=ENDLESS)
         assert isinstance(await anext(pieces), str)
         await pieces.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(listen())
     assert model.chat(HELLO, max_new_tokens=1).new_tokens == 1, "the row is free"
-    end = time.monotonic() + 20
-    while model.scheduler.running:  # the end of the turn is read
-        assert time.monotonic() < end
-        time.sleep(0.01)
     state = model.state([2, 3])
     state[MEMORY][:] = -1
     assert not np.array_equal(model.state([2, 3])[MEMORY], state[MEMORY]), "a copy"
 
 
-@pytest.mark.parametrize("stop", ["llo th", "o", "said", "never"])
-def test_stop_strings_lie_across_tokens(stop: str, make_model: MakeModel, gemma: Tokenizer) -> None:
-    session, text = ToySession(gemma.vocab_size), "hello the model said it"
-    model = make_model(gemma, session)
-    session.script = [i for c in text for i in gemma.encode_text(c)] + [1]
-    stream = model.stream(HELLO, max_new_tokens=99, stop=[stop, ""], logprobs=0)
-    pieces = [*stream.pieces()]
-    expected = text.partition(stop)[0]
-    assert "".join(piece.text for piece in pieces) == expected == stream.reply().text
-    assert stream.reply().reason == "stop"
-    assert sum(len(piece.tokens) for piece in pieces) == len(stream.reply().ids)
+def test_a_half_read_chat_that_is_left_is_read_no_further(model, session, monkeypatch):
+    take, streams, entered = session._take, list[Any](), threading.Event()
+
+    def cancelling(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        entered.wait(30)
+        if session.fed >= KEPT_EVERY:
+            streams[0].cancel()
+        return take(rows, tokens, num_logits)
+
+    monkeypatch.setattr(session, "_take", cancelling)
+    streams.append(model.stream(LONG, max_new_tokens=9))
+    entered.set()
+    assert streams[0].reply().reason == "cancelled" and streams[0].reply().ids == ()
+    read, ids = session.fed, model.conversation_prompt(LONG).ids
+    model.read([6]).result(30)
+    assert read + 1 == session.fed < len(ids)
+    assert model.scheduler.store.length(ids) == read, "what was read is not read again"
 
 
-def test_an_error_of_the_engine_reaches_each_face(make_model: MakeModel, gemma: Tokenizer) -> None:
-    session = ToySession(gemma.vocab_size)
-    model = make_model(gemma, session)
+ABANDON: dict[str, Callable[[Model], object]] = {
+    "after a piece": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS)),
+    "pieces": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS).pieces()),
+    "at once": lambda model: model.complete("hello", max_new_tokens=ENDLESS) and None,
+}
 
-    async def listen() -> list[Piece | Reply]:
+
+@pytest.mark.parametrize("how", ABANDON)
+def test_a_stream_that_nobody_refers_to_ends(how, model):
+    ABANDON[how](model)
+    gc.collect()
+    until(lambda: not model.scheduler.running and not model.scheduler.waiting)
+    assert model.scheduler.counters.new_tokens < 10**6
+
+
+def test_an_error_of_the_engine_reaches_each_face(model: Model, session: ToySession) -> None:
+    async def listen() -> list[object]:
         prompt = model.conversation_prompt(HELLO)
         return [item async for item in model.deliver(prompt, ReplyOptions())]
 
-    session.failure, session.failing_step = RuntimeError("no memory"), 1
-    with pytest.raises(RequestError, match="no memory"):
-        model.chat(HELLO)
+    session.failure, session.failing_step = RuntimeError("no memory"), 3
+    stream = model.stream(HELLO, max_new_tokens=9)
+    for face in (stream.reply, stream.reply, lambda: next(stream), lambda: [*stream.pieces()]):
+        with pytest.raises(RequestError, match="the engine: no memory"):
+            face()
+    assert stream.failed
     session.failing_step = 1
     with pytest.raises(RequestError, match="no memory"):
         asyncio.run(listen())
 
 
-def test_load_is_the_packages_own(tmp_path) -> None:
-    with pytest.raises(RequestError, match="none"):
-        rgexport.load(tmp_path / "none")
-    with pytest.raises(AttributeError, match="no attribute 'store'"):
-        _ = rgexport.store  # type: ignore[attr-defined]
+def test_closing_again_is_harmless(make_model, gemma, session, tmp_path):
+    closed: list[int] = []
+    session.close = lambda: closed.append(1)  # type: ignore[method-assign]
+    model = make_model(gemma, session, state_folder=tmp_path)
+    streams = [model.stream(HELLO, max_new_tokens=ENDLESS) for _ in range(2)]  # one waits
+    with ThreadPoolExecutor(9) as threads:
+        for closing in [threads.submit(model.close) for _ in range(9)]:
+            closing.result(30)
+    assert closed == [1]
+    assert [stream.reply().reason for stream in streams] == ["cancelled"] * 2
+    with pytest.raises(RequestError, match="the model is closed"):
+        model.chat(HELLO)

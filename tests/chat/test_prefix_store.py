@@ -1,7 +1,6 @@
-"""States are found by exactly their tokens, in memory and in a folder."""
+"""States are found by exactly their tokens, in memory and in a folder, whatever the disk does."""
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +19,11 @@ from rgexport.chat.state_file import read_fields
 from rgexport.chat.state_folder import StateFolder
 from rgexport.export.identity import Identity
 from rgexport.griffin.state import POSITION, State
-from tests.chat.conftest import until
+from tests.chat.conftest import IDENTITY, until
+from tests.faulty_disk import FAULTS, FaultyDisk
+from tests.toy_session import ToySession
 
 SHAPES = {"layers.0.rg_lru": (64,)}
-IDENTITY = Identity("toy", "ab" * 32, 8, "cd" * 32)
 FP32, INT4 = "f" * 64, "4" * 64
 """Hashes of two artifacts."""
 IDS = st.lists(st.integers(0, 2), max_size=8)
@@ -41,20 +41,17 @@ NBYTES = sum(array.nbytes for array in state_of([]).values())
 
 @given(known=st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=6), asked=IDS)
 def test_the_longest_prefix_that_can_be_continued(known, asked):
-    store, latest = PrefixStore(1 << 20), dict[tuple[int, ...], bool]()
+    """A whole text needs its logits, which are kept when its state comes again without them."""
+    store, lengths = PrefixStore(1 << 20), [0]
     for ids, with_logits in known:
         store.put(ids, state_of(ids), np.zeros(3) if with_logits else None)
-        latest[tuple(ids)] = with_logits or latest.get(tuple(ids), False)
-    fitting = [
-        len(ids)
-        for ids, logits in latest.items()
-        if list(ids) == asked[: len(ids)] and (logits or len(ids) < len(asked))
-    ]
-    found = store.longest(asked)
-    assert (found.length if found else 0) == max(fitting, default=0) == store.length(asked)
-    if found:
-        expected = state_of(asked[: found.length])
-        np.testing.assert_array_equal(found.state["layers.0.rg_lru"], expected["layers.0.rg_lru"])
+        if ids == asked[: len(ids)] and (with_logits or len(ids) < len(asked)):
+            lengths.append(len(ids))
+    prefix = store.longest(asked)
+    assert (prefix.length if prefix else 0) == max(lengths) == store.length(asked)
+    if prefix:
+        expected = state_of(asked[: prefix.length])
+        np.testing.assert_array_equal(prefix.state["layers.0.rg_lru"], expected["layers.0.rg_lru"])
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
@@ -75,24 +72,13 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_folder, "READ_SECONDS", 60.0)
 
 
-def folder(
-    path: Path, max_bytes: int = 1 << 20, identity: Identity = IDENTITY, artifact: str = FP32
-) -> StateFolder:
-    return StateFolder(
-        path,
-        identity,
-        SHAPES,
-        artifact=artifact,
-        vocab_size=3,
-        max_bytes=max_bytes,
-        waiting_bytes=1 << 20,
-    )
-
-
 @contextmanager
-def opened(path: Path, nbytes: int = NBYTES, **options: Any) -> Iterator[PrefixStore]:
-    """A store with a folder, which is closed at the end."""
-    store = PrefixStore(nbytes, folder(path, **options))
+def opened(
+    path: Path, nbytes: int = NBYTES, identity: Identity = IDENTITY, **options: Any
+) -> Iterator[PrefixStore]:
+    """Opens a store with a folder, and closes it at the end."""
+    options = {"artifact": FP32, "max_bytes": 1 << 20, "waiting_bytes": 1 << 20} | options
+    store = PrefixStore(nbytes, StateFolder(path, identity, SHAPES, vocab_size=3, **options))
     yield store
     store.close()
 
@@ -112,28 +98,15 @@ def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
     return store.longest(ids, fetch=fetch)
 
 
-def test_a_folder_serves_the_next_process(tmp_path):
-    put(tmp_path, *([*range(length)] for length in range(1, 6)))
-    with opened(tmp_path) as again:
-        known = longest(again, [0, 1, 2, 3, 9])
-        assert known and known.length == 4
-        assert known.state["layers.0.rg_lru"][0, :5].tolist() == [0, 1, 2, 3, 0]
-
-
-@pytest.mark.parametrize("change", [{"weights": "ef" * 32}, {"window": 9}])
-def test_another_model_has_another_folder(change, tmp_path):
-    put(tmp_path, [1, 2])
-    with opened(tmp_path, identity=replace(IDENTITY, **change)) as store:
-        assert longest(store, [1, 2, 3]) is None
-
-
-def test_another_artifact_has_other_states(tmp_path):
+def test_another_artifact_or_model_has_other_states(tmp_path):
     """Even where a file lies in the wrong folder."""
+    put(tmp_path, [1, 2], identity=replace(IDENTITY, weights="ef" * 32))
     put(tmp_path, [1, 2], artifact=INT4)
-    (file,) = tmp_path.glob("*/*.state")
+    file = max(tmp_path.glob("*/*.state"), key=os.path.getmtime)
+    before = {*tmp_path.iterdir()}
     with opened(tmp_path) as store:
         assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
-    (other,) = {*tmp_path.iterdir()} - {file.parent}
+    (other,) = {*tmp_path.iterdir()} - before
     file.rename(other / file.name)
     with opened(tmp_path) as store:
         assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
@@ -141,52 +114,19 @@ def test_another_artifact_has_other_states(tmp_path):
     assert read_fields(other / file.name)["artifact"] == FP32, "it is replaced"
 
 
-def test_states_of_other_artifacts_are_trimmed_first(tmp_path):
-    put(tmp_path, [1], artifact=INT4)
+def test_a_folder_is_trimmed_and_shared_with_other_processes(tmp_path):
+    """States of other artifacts go first, other files stay."""
+    put(tmp_path, [0], artifact=INT4)
     (old,) = tmp_path.glob("*/*.state")
-    beside = tmp_path / "notes"
-    beside.write_bytes(bytes(5000))
+    (tmp_path / "notes").write_bytes(bytes(5000))
     os.utime(old, (0, 0))
-    put(tmp_path, [2], max_bytes=old.stat().st_size)
-    assert len([*tmp_path.glob("*/*.state")]) == 1 and not old.exists() and beside.exists()
-
-
-def test_what_is_foreign_or_does_not_last_is_not_written(tmp_path):
-    with opened(tmp_path, 1 << 20) as store:
-        store.add(key_of([1, 2]), state_of([1, 2]), foreign=True)
-        known = longest(store, [1, 2, 3])
-        assert known and known.foreign
-        store.forget([1, 2])
-        store.put([1, 2], state_of([1, 2]), lasting=False)
-        assert store.length([1, 2, 3]) == 2
-        store.forget([1, 2])
-        assert store.length([1, 2, 3]) == 0 and store.nbytes == 0
-    assert not [*tmp_path.glob("*/*.state")]
-
-
-def test_logits_outlive_a_state_without_them_and_a_restart(tmp_path):
-    logits = np.arange(3, dtype=np.float32)
-    with opened(tmp_path, 1 << 20) as store:
-        store.put([1, 2], state_of([1, 2]))
-        assert store.length([1, 2]) == 0, "without logits, a token must be left"
-        store.put([1, 2], state_of([1, 2]), logits)
-        store.put([1, 2], state_of([1, 2]))
-        for text in ([1, 2], [1, 2, 3]):
-            known = store.longest(text)
-            assert known and known.logits is logits and store.length(text) == 2
-    with opened(tmp_path, 1 << 20) as again:
-        known = longest(again, [1, 2])
-        assert known and known.logits is not None and known.logits.tolist() == [0, 1, 2]
-        assert again.length([1, 2]) == 2
-
-
-def test_a_folder_is_trimmed(tmp_path):
-    put(tmp_path, [0])
-    (file,) = tmp_path.glob("*/*.state")
-    put(tmp_path, [1], [2], [3], max_bytes=2 * file.stat().st_size)
-    assert len([*tmp_path.glob("*/*.state")]) == 2
     with opened(tmp_path) as store:
-        assert [store.length([token, 9]) for token in range(4)] == [0, 0, 1, 1]
+        assert longest(store, [3, 9]) is None
+        put(tmp_path, [1], [2], [3], max_bytes=2 * old.stat().st_size)
+        until(lambda: longest(store, [3, 9]))  # it looks for files of others now and then
+        assert [token for token in range(4) if longest(store, [token, 9])] == [2, 3]
+    assert len([*tmp_path.glob("*/*.state")]) == 2 and not old.exists()
+    assert (tmp_path / "notes").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "gone"])
@@ -219,32 +159,44 @@ def test_a_kill_leaves_no_half_file(tmp_path):
     assert [path.name[-1] for path in states.iterdir()] == ["1"]
 
 
-def test_threads_share_a_store() -> None:
-    store, wrong = PrefixStore(20 * NBYTES), list[str]()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_requests_are_answered_while_the_disk_fails(
+    fault, make_model, gemma, tmp_path, monkeypatch, capsys
+):
+    disk, ids = FaultyDisk(tmp_path / "states", monkeypatch), [8] * 5
+    model = make_model(gemma, state_folder=disk.folder)
 
-    def work(seed: int) -> None:
-        random = np.random.default_rng(seed)
-        for _ in range(300):
-            ids = random.integers(0, 3, int(random.integers(1, 6))).tolist()
-            if random.random() < 0.5:
-                store.put(ids, state_of(ids))
-            elif found := store.longest(ids):
-                seen = found.state["layers.0.rg_lru"][0, : found.length].tolist()
-                if seen != ids[: found.length]:
-                    wrong.append(f"{seen} for {ids}")
+    def read(ids: list[int]) -> None:
+        assert model.read(ids).result(timeout=30).error is None
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and store.nbytes <= 20 * NBYTES
+    def is_saved_again() -> bool:
+        read([*ids, 9])
+        ids.append(9)
+        return bool([*disk.folder.glob(f"*/{len(ids) - 1}-*.state")])
+
+    read([5, 6])
+    until(lambda: [*disk.folder.glob("*/2-*.state")])
+    disk.begin(fault)
+    for token in range(12):
+        read([7, token])
+    model.scheduler.store.clear()
+    read([5, 6, 7])
+    disk.end()
+    until(is_saved_again)
+    model.close()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len({line.partition(":")[2] for line in warnings}) <= 4, "once a kind"
 
 
-def test_processes_share_a_folder(tmp_path):
-    with opened(tmp_path, 1 << 20) as store:
-        assert longest(store, [1, 2, 3]) is None
-        put(tmp_path, [1, 2])
-        until(lambda: longest(store, [1, 2, 3]))  # it looks for files of others now and then
-        known = store.longest([1, 2, 3])
-        assert known and known.length == 2
+def test_all_choices_share_one_reading_of_the_prompt(make_model, gemma, tmp_path):
+    """Also where its state has no logits, and after a restart."""
+    sessions = [ToySession(gemma.vocab_size) for _ in range(2)]
+    for session, count in zip(sessions, (16, 8), strict=True):
+        model = make_model(gemma, session, state_folder=tmp_path, rows=4)
+        ids = model.text_ids("hello " * 30)
+        if session is sessions[0]:
+            model.scheduler.store.put(ids, ToySession(gemma.vocab_size).get_rows(range(1)))
+        streams = [model.complete("hello " * 30, max_new_tokens=1) for _ in range(count)]
+        assert len({tuple(stream.reply().ids) for stream in streams}) == 1
+        model.close()
+    assert [session.fed for session in sessions] == [len(ids), 0]

@@ -1,4 +1,4 @@
-"""The sampler against its definition."""
+"""The sampler and stop strings against their definitions."""
 
 import math
 
@@ -8,25 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rgexport.chat.sampling import (
-    Sampler,
-    Sampling,
-    _draw,
-    distribution,
-    log_probabilities,
-    most_likely,
-)
+from rgexport.chat import sampling
+from rgexport.chat.sampling import Sampler, Sampling, distribution
+from rgexport.chat.stopping import StopStrings
 from rgexport.errors import RequestError
 
 # Eighths: many ties, and no difference so small that the exponential swallows it.
-logit_rows = hnp.arrays(
-    np.float32, st.integers(1, 40), elements=st.integers(-240, 240).map(lambda i: i / 8)
-)
-
-
-@given(logits=logit_rows)
-def test_temperature_zero_is_the_first_maximum(logits: np.ndarray) -> None:
-    assert Sampler(Sampling())(logits) == int(np.flatnonzero(logits == logits.max())[0])
+EIGHTHS = st.integers(-240, 240).map(lambda i: i / 8)
+logit_rows = hnp.arrays(np.float32, st.integers(1, 40), elements=EIGHTHS)
 
 
 @given(
@@ -58,35 +47,22 @@ def test_distribution_is_the_definition(logits, temperature, top_k, top_p, repea
 
 def test_samples_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=1))
-    counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=4)
-    assert counts / 4000 == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.03)
+    for limit in ({"top_k": 3}, {"min_p": 0.29}):
+        sampler = Sampler(Sampling(temperature=1.0, seed=1, **limit))
+        counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=4)
+        assert counts / 4000 == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.03)
 
 
-def test_a_seed_repeats() -> None:
-    logits = np.zeros(1000, np.float32)
-    options = Sampling(temperature=1.0, seed=7)
-    first, second = Sampler(options), Sampler(options)
-    drawn = [first(logits) for _ in range(20)]
-    assert drawn == [second(logits) for _ in range(20)] and len(set(drawn)) > 10
+WRONG = {
+    **{"temperature": [-1.0, math.nan, math.inf], "top_k": [-1], "top_p": [0.0, 1.5]},
+    **{"min_p": [1.5], "repetition_penalty": [0.0], "presence_penalty": [math.nan]},
+    **{"frequency_penalty": [math.inf], "seed": [-3], "logit_bias": [{-1: 1.0}, {3: math.nan}]},
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [-1.0, math.nan, math.inf]),
-        ("top_k", [-1]),
-        ("top_p", [0.0, 1.5]),
-        ("min_p", [1.5]),
-        ("repetition_penalty", [0.0]),
-        ("presence_penalty", [math.nan]),
-        ("frequency_penalty", [math.inf]),
-        ("seed", [-3]),
-        ("logit_bias", [{-1: 1.0}, {3: math.nan}]),
-    ],
-)
-def test_an_option_out_of_range_is_named(name, values):
-    for value in values:
+@pytest.mark.parametrize("name", WRONG)
+def test_an_option_out_of_range_is_named(name):
+    for value in WRONG[name]:
         with pytest.raises(RequestError, match=f"{name} (is|of) .*; expected"):
             Sampling(**{name: value})
 
@@ -95,7 +71,8 @@ def test_an_option_out_of_range_is_named(name, values):
 def test_most_likely_are_the_first_of_a_stable_sort(logits, count, repeat):
     logits = np.tile(logits, repeat)
     expected = np.argsort(-logits, kind="stable")[:count]
-    np.testing.assert_array_equal(most_likely(logits, count), expected)
+    np.testing.assert_array_equal(sampling.most_likely(logits, count), expected)
+    assert Sampler(Sampling())(logits) == expected[0], "temperature 0"
 
 
 @given(point=st.floats(0, 1, exclude_max=True), size=st.integers(1, 3000), seed=st.integers(0, 9))
@@ -104,25 +81,18 @@ def test_a_point_falls_into_its_share(point: float, size: int, seed: int) -> Non
     random = np.random.default_rng(seed)
     weights = random.random(size) * (random.random(size) < 0.3)
     weights[random.integers(size)] += 1
-    found, sums = _draw(weights, point), weights.cumsum()
-    assert weights[found] > 0
-    assert sums[found] >= point * sums[-1] * (1 - 1e-12)
-    assert sums[found] - weights[found] <= point * sums[-1] * (1 + 1e-12)
-
-
-def test_min_p_is_a_part_of_the_best() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    tokens, _ = distribution(logits, Sampling(temperature=1.0, min_p=0.29))
-    assert tokens.tolist() == [0, 1, 2]
+    drawn, sums = sampling._draw(weights, point), weights.cumsum()
+    assert weights[drawn] > 0
+    assert sums[drawn] >= point * sums[-1] * (1 - 1e-12)
+    assert sums[drawn] - weights[drawn] <= point * sums[-1] * (1 + 1e-12)
 
 
 def test_penalties_are_those_of_their_definitions() -> None:
     """vLLM's: repetition counts the prompt and the reply, the others the reply alone."""
     logits = np.array([2.0, 2.0, -2.0, 1.0, 0.5], np.float32)
-    options = Sampling(
-        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={4: 1.25}
-    )
-    sampler = Sampler(options, prompt=[1, 2])
+    penalties = {"repetition_penalty": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    bias = {4: 1.25, 7: 9.0}  # there is no token 7
+    sampler = Sampler(Sampling(logit_bias=bias, **penalties), prompt=[1, 2])
     seen, chosen = [], []
     for _ in range(4):
         seen.append(sampler._changed(logits, None))
@@ -134,23 +104,10 @@ def test_penalties_are_those_of_their_definitions() -> None:
     assert logits.tolist() == [2.0, 2.0, -2.0, 1.0, 0.5], "the session's logits stay"
 
 
-def test_a_bias_of_an_unknown_token_is_ignored() -> None:
-    sampler = Sampler(Sampling(logit_bias={0: -2.5, 7: 9.0, 1: 1.0}))
-    assert [sampler(np.array([3.0, 0.0, 2.0], np.float32)) for _ in range(2)] == [2, 2]
-
-
-def test_a_mask_leaves_the_best_that_is_allowed() -> None:
-    logits = np.array([3.0, 2.0, 1.0], np.float32)
-    sampler = Sampler(Sampling(logit_bias={2: -5.0}))
-    assert sampler(logits, np.array([-np.inf, 0, 0], np.float32)) == 1
-    with pytest.raises(RequestError, match="NaN or infinite"):
-        sampler(logits, np.full(3, -np.inf, np.float32))
-
-
 def test_log_probabilities_are_those_of_the_softmax() -> None:
     logits = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32) * 9
     expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    np.testing.assert_allclose(log_probabilities(logits), expected, rtol=1e-12)
+    np.testing.assert_allclose(sampling.log_probabilities(logits), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -160,8 +117,19 @@ def test_logits_that_are_no_numbers_are_an_error(logits: list[float], temperatur
         Sampler(Sampling(temperature=temperature))(np.array(logits, np.float32))
 
 
-def test_a_tiny_temperature_is_greedy_and_a_great_one_makes_equal_what_can_be() -> None:
-    assert Sampler(Sampling(temperature=1e-300))(np.array([1, 3, 2], np.float32)) == 1
-    logits = np.array([3e38, -3e38, -np.inf], np.float32)
-    tokens, probabilities = distribution(logits, Sampling(temperature=1e300))
-    assert tokens.tolist() == [0, 1, 2] and probabilities == pytest.approx([0.5, 0.5, 0])
+@given(
+    text=st.text("ab\n", max_size=30),
+    stops=st.lists(st.text("ab\n", max_size=4), max_size=3),
+    data=st.data(),
+)
+def test_the_text_ends_where_a_stop_string_begins(text, stops, data):
+    """However it is cut into pieces, and never a character more or less."""
+    stopping, shown, end = StopStrings(stops), "", 0
+    while end < len(text) and not stopping.found:
+        start, end = end, data.draw(st.integers(end + 1, len(text)))
+        shown += stopping.add(text[start:end])
+    if not stopping.found:
+        shown += stopping.finish()
+    places = [text[:end].index(stop) for stop in stops if stop and stop in text[:end]]
+    assert shown == text[: min(places, default=end)]
+    assert bool(places) == (stopping.found is not None)

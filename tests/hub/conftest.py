@@ -1,12 +1,13 @@
 """A fake hub, and the command line that talks to it."""
 
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.artifacts import export_demo
-from tests.command_line import START
+from tests.command_line import ROOT, START
 from tests.hub.fake import TOKEN, fake_hub
 
 
@@ -17,21 +18,20 @@ def hub():
 
 
 @pytest.fixture
-def run(hub, tmp_path, monkeypatch):
+def run(hub, tmp_path):
     """Runs rgexport in a process of its own, with a home of its own."""
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",  # its servers are not faked
         "RGEXPORT_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
     }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
 
-    def run(*arguments, code=0):
+    def run(*arguments, code=0, token=TOKEN):
         command = [sys.executable, "-c", START, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        variables = os.environ | settings | {"HF_TOKEN": token}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -40,7 +40,6 @@ def run(hub, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def artifact(tmp_path):
+def artifact(demo_artifact, tmp_path):
     """A copy of the demo that a test may change."""
-    export_demo(tmp_path / "demo-int4", "onnx", "--int4")
-    return tmp_path / "demo-int4"
+    return shutil.copytree(demo_artifact, tmp_path / "demo-int4")

@@ -3,17 +3,22 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 
 LARGE = 10_000
 """Bytes from which a file is uploaded by itself."""
 TOKEN = "hf_test"
+REPOSITORY = "/api/models/{owner}/{name}"
 
 
 @dataclass
@@ -27,213 +32,151 @@ class Repository:
 
     @property
     def sha(self) -> str:
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        hashes = sorted((name, hash(data)) for name, data in self.files.items())
+        return hashlib.sha1(repr(hashes).encode()).hexdigest()
 
 
 @dataclass
 class Hub:
-    """All of it; `breaks` cuts that many uploads of large files short."""
+    """All of it."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    breaks: int = 0
+    is_broken: bool = False
+    """Whether uploads and downloads of more than a megabyte fail."""
     uploads: list[str] = field(default_factory=list)
     """Hashes of large files that came, in order."""
     asked: list[str] = field(default_factory=list)
+
+    def repository(self, request: Request, revision: str = "main") -> Repository:
+        """The repository of an address; raises if the request may not see it."""
+        owner, name = (request.path_params[part] for part in ("owner", "name"))
+        repository = self.repositories.get(f"{owner}/{name}")
+        if repository is None or (repository.private and not _has_token(request)):
+            raise _refusal(401, "RepoNotFound")
+        if repository.gated:
+            raise _refusal(403, "GatedRepo")
+        if revision not in ("main", repository.sha):
+            raise _refusal(404, "RevisionNotFound")
+        return repository
+
+    def transfer(self, data: bytes) -> None:
+        if self.is_broken and len(data) > 10**6:
+            raise HTTPException(400)  # a connection that is cut would be tried again for a minute
+
+
+def _has_token(request: Request) -> bool:
+    return request.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+
+def _refusal(status: int, code: str) -> HTTPException:
+    return HTTPException(status, code, {"X-Error-Code": code, "X-Error-Message": code})
 
 
 @contextmanager
 def fake_hub() -> Iterator[Hub]:
     """Runs one on a free port."""
     hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = uvicorn.Server(uvicorn.Config(_app(hub), log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        hub.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
         yield hub
-        server.shutdown()
+        server.should_exit = True
+        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
+def _app(hub: Hub) -> FastAPI:
+    app = FastAPI()
 
-    def do_POST(self) -> None:
-        path, body = self._path(), self._body()
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._json({"error": "no token"}, 401)
-        elif path == "/api/repos/create":
-            self._create(json.loads(body))
-        elif path.endswith("/info/lfs/objects/batch"):
-            self._batch(json.loads(body))
-        elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            modes = [
-                {
-                    "path": f["path"],
-                    "uploadMode": "lfs" if f["size"] >= LARGE else "regular",
-                    "shouldIgnore": False,
-                }
-                for f in files
-            ]
-            self._json({"files": modes})
-        elif "/commit/" in path:
-            self._commit(path, body)
-        else:
-            self._json({"valid": True})
+    @app.middleware("http")
+    async def note(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        hub.asked.append(f"{request.method} {request.url.path}")
+        if request.method == "POST" and not _has_token(request):
+            return Response(status_code=401)
+        return await answer(request)
 
-    def do_PUT(self) -> None:
-        oid = self._path().rpartition("/")[2]
-        if self.hub.breaks > 0:
-            self.hub.breaks -= 1  # a connection that is cut would be tried again for a minute
-            self._body()
-            self._json({"error": "broken"}, 400)
-            return
-        data = self._body()
-        assert hashlib.sha256(data).hexdigest() == oid
-        self.hub.objects[oid] = data
-        self.hub.uploads.append(oid)
-        self._send(b"")
+    @app.post("/api/validate-yaml")
+    async def validate() -> Any:
+        return {"valid": True}
 
-    def do_GET(self) -> None:
-        path = self._path()
-        if path.startswith("/api/models/"):
-            self._about(path.removeprefix("/api/models/"))
-            return
-        repo, _, rest = path[1:].partition("/resolve/")
-        found = self._readable(repo)
-        if found is None:
-            return
-        revision, _, name = rest.partition("/")
-        if revision not in ("main", found.sha):
-            self._error(404, "RevisionNotFound", found)
-        elif name not in found.files:
-            self._error(404, "EntryNotFound", found)
-        else:
-            self._file(found, found.files[name])
-
-    do_HEAD = do_GET
-
-    def _about(self, path: str) -> None:
-        owner, name, *rest = path.split("/")
-        found = self._readable(f"{owner}/{name}")
-        if found is None:
-            return
-        if rest[:1] == ["tree"]:
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                for name, data in found.files.items()
-            ]
-            self._json(tree)
-            return
-        if rest[:1] == ["revision"] and rest[1] not in ("main", found.sha):
-            self._error(404, "RevisionNotFound", found)
-            return
-        siblings = [{"rfilename": n, "size": len(data)} for n, data in found.files.items()]
-        about = {"id": f"{owner}/{name}", "sha": found.sha, "siblings": siblings}
-        self._json(about | {"private": found.private, "tags": [], "downloads": 0, "likes": 0})
-
-    def _readable(self, repo: str) -> Repository | None:
-        found, known = self.hub.repositories.get(repo), self.headers.get("Authorization")
-        if found is None or (found.private and known != f"Bearer {TOKEN}"):
-            self._error(401, "RepoNotFound", None)
-        elif found.gated:
-            self._error(403, "GatedRepo", found)
-        else:
-            return found
-        return None
-
-    def _create(self, asked: dict[str, Any]) -> None:
+    @app.post("/api/repos/create")
+    async def create(request: Request) -> Any:
+        asked = await request.json()
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if not repo.startswith("me/"):
-            self._json({"error": "you may not write there"}, 403)
-            return
-        there = repo in self.hub.repositories
-        if not there:
-            self.hub.repositories[repo] = Repository(
-                private=asked.get("visibility") == "private" or bool(asked.get("private"))
-            )
-        answer = {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
-        self._json(answer, 409 if there else 200)
+            raise HTTPException(403)
+        status = 409 if repo in hub.repositories else 200
+        is_private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        hub.repositories.setdefault(repo, Repository(private=is_private))
+        return JSONResponse({"url": f"{hub.url}/{repo}", "name": repo, "id": repo}, status)
 
-    def _batch(self, asked: dict[str, Any]) -> None:
-        objects = []
-        for one in asked["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}
-            known = one["oid"] in self.hub.objects
-            objects.append(one if known else one | {"actions": upload})
-        self._json({"transfer": "basic", "objects": objects})
+    @app.post(f"{REPOSITORY}/preupload/main")
+    async def announce(request: Request) -> Any:
+        files = (await request.json())["files"]
+        modes = ["lfs" if file["size"] >= LARGE else "regular" for file in files]
+        answers = zip(files, modes, strict=True)
+        return {"files": [f | {"uploadMode": mode, "shouldIgnore": False} for f, mode in answers]}
 
-    def _commit(self, path: str, body: bytes) -> None:
-        name = path.removeprefix("/api/models/").partition("/commit/")[0]
-        repo = self.hub.repositories[name]
-        for line in body.decode().splitlines():
-            item = json.loads(line)
-            value = item["value"]
-            if item["key"] == "header":
-                repo.commits.append(value["summary"])
-            elif item["key"] == "file":
-                repo.files[value["path"]] = base64.b64decode(value["content"])
-            elif item["key"] == "lfsFile":
-                repo.files[value["path"]] = self.hub.objects[value["oid"]]
-            elif item["key"] == "deletedFile":
-                del repo.files[value["path"]]
-        self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{repo.sha}", "commitOid": repo.sha})
+    @app.post("/{repository:path}.git/info/lfs/objects/batch")
+    async def announce_large(request: Request) -> Any:
+        objects = (await request.json())["objects"]
+        for one in objects:
+            if one["oid"] not in hub.objects:
+                one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
 
-    def _file(self, repo: Repository, data: bytes) -> None:
-        headers = {"X-Repo-Commit": repo.sha, "Accept-Ranges": "bytes"}
-        headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
-        start = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self._send(data[int(start) :], status=206, headers=headers)
-        elif self.hub.breaks > 0 and self.command == "GET" and len(data) >= LARGE:
-            self.hub.breaks -= 1
-            self._send(data[: len(data) // 2], length=len(data), headers=headers)
-            self.close_connection = True
-        else:
-            self._send(data, headers=headers)
+    @app.put("/lfs/{oid}")
+    async def upload(oid: str, request: Request) -> None:
+        data = await request.body()
+        hub.transfer(data)
+        assert hashlib.sha256(data).hexdigest() == oid
+        hub.objects[oid] = data
+        hub.uploads.append(oid)
 
-    def _path(self) -> str:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append(f"{self.command} {path}")
-        return path
+    @app.post(f"{REPOSITORY}/commit/main")
+    async def commit(request: Request) -> Any:
+        repository = hub.repository(request)
+        for line in (await request.body()).splitlines():
+            match json.loads(line):
+                case {"key": "header", "value": {"summary": summary}}:
+                    repository.commits.append(summary)
+                case {"key": "file", "value": {"path": path, "content": content}}:
+                    repository.files[path] = base64.b64decode(content)
+                case {"key": "lfsFile", "value": {"path": path, "oid": oid}}:
+                    repository.files[path] = hub.objects[oid]
+                case {"key": "deletedFile", "value": {"path": path}}:
+                    del repository.files[path]
+        owner, name = (request.path_params[part] for part in ("owner", "name"))
+        url = f"{hub.url}/{owner}/{name}/commit/{repository.sha}"
+        return {"commitUrl": url, "commitOid": repository.sha}
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        data = b""
-        while size := int(self.rfile.readline(), 16):
-            data += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return data
+    @app.get(f"{REPOSITORY}/tree/{{revision}}")
+    async def tree(revision: str, request: Request) -> Any:
+        entry, files = {"type": "file", "oid": "0" * 40}, hub.repository(request, revision).files
+        return [entry | {"path": name, "size": len(data)} for name, data in files.items()]
 
-    def _error(self, status: int, code: str, repo: Repository | None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": code}
-        if repo is not None:
-            headers["X-Repo-Commit"] = repo.sha
-        self._send(json.dumps({"error": code}).encode(), status=status, headers=headers)
+    @app.get(REPOSITORY)
+    @app.get(f"{REPOSITORY}/revision/{{revision}}")
+    async def about(owner: str, name: str, request: Request, revision: str = "main") -> Any:
+        repository = hub.repository(request, revision)
+        files = [{"rfilename": n, "size": len(data)} for n, data in repository.files.items()]
+        facts = {"id": f"{owner}/{name}", "sha": repository.sha, "siblings": files}
+        return facts | {"private": repository.private, "tags": [], "downloads": 0, "likes": 0}
 
-    def _json(self, value: object, status: int = 200) -> None:
-        self._send(json.dumps(value).encode(), status=status)
+    @app.api_route("/{owner}/{name}/resolve/{revision}/{path}", methods=["GET", "HEAD"])
+    async def download(revision: str, path: str, request: Request) -> Any:
+        repository = hub.repository(request, revision)
+        if path not in repository.files:
+            raise _refusal(404, "EntryNotFound")
+        data = repository.files[path]
+        if request.method == "GET":
+            hub.transfer(data)
+        headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        return Response(data, headers=headers)
 
-    def _send(
-        self,
-        data: bytes,
-        *,
-        status: int = 200,
-        length: int | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
+    return app

@@ -1,117 +1,106 @@
-"""A browser that shows the chat page, and what a user does with it."""
+"""Tabs of a browser that show the chat page, and what a user does with it."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from playwright.sync_api import Browser as Chromium
-from playwright.sync_api import BrowserContext, Page, sync_playwright
-
-from tests.page.site_server import SiteServer
-from tests.web.browser import FLAGS, chromium
-
-SECONDS = 1000.0
-PATIENCE = 120 * SECONDS
+PATIENCE = 120_000.0
+"""Milliseconds."""
 LONGEST = 24
 """Tokens of a reply, so that tests are quick."""
 
 
-@dataclass
-class Browser:
-    """Chromium without a window."""
-
-    chromium: Chromium
-
-    @classmethod
-    @contextmanager
-    def started(cls) -> Iterator["Browser"]:
-        program = chromium()
-        assert program, "Chromium is not installed, such as Debian's chromium-headless-shell"
-        flags = [flag for flag in FLAGS if flag != "--headless"]
-        with sync_playwright() as playwright:
-            launched = playwright.chromium.launch(executable_path=program, args=flags)
-            try:
-                yield cls(launched)
-            finally:
-                launched.close()
-
-    @contextmanager
-    def profile(self, **options: Any) -> Iterator["Profile"]:
-        """A browser with an empty storage of its own."""
-        context = self.chromium.new_context(**options)
-        context.set_default_timeout(PATIENCE)
-        try:
-            yield Profile(context)
-        finally:
-            context.close()
-
-
-@dataclass
 class Profile:
     """What tabs share: storage, and the service worker."""
 
-    context: BrowserContext
+    def __init__(self, context):
+        self.context = context
+        context.set_default_timeout(PATIENCE)
 
-    def open(self, url: str) -> "ChatPage":
+    def open(self, url):
         tab = ChatPage(self.context.new_page())
         tab.page.goto(url)
         return tab
 
+    def talk(self, server, query=""):
+        """Opens a tab, waits for the model, and asks for short replies."""
+        tab = self.open(server.url + query)
+        tab.wait_until_open()
+        tab.set("longest", LONGEST)
+        return tab
 
-@dataclass
+
 class ChatPage:
     """A tab."""
 
-    page: Page
-    said: list[str] = field(default_factory=list)
-    """What the console has, and errors that nothing caught."""
+    def __init__(self, page):
+        self.page = page
+        self.said: list[str] = []
+        """What the console has, and errors that nothing caught."""
+        page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
 
-    def __post_init__(self) -> None:
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-
-    def wait_until_open(self) -> str:
-        """Waits for the model; what it runs on."""
+    def wait_until_open(self):
+        """Waits for the model."""
         self.page.wait_for_selector("#talk:visible")
-        return self.page.inner_text("#engine")
 
-    def say(self, text: str) -> str:
-        """Says something by the keyboard; the reply."""
-        count = self.page.locator("article.assistant").count()
+    def reload(self):
+        self.page.reload()
+        self.wait_until_open()
+
+    def set(self, name, value):
+        """Changes a setting."""
+        self.page.click("summary")
+        self.page.fill(f"#{name}", str(value))
+        self.page.click("summary")
+
+    def ask(self, text):
+        """Says something by the keyboard."""
         self.page.fill("#text", text)
         self.page.press("#text", "Enter")
+
+    def say(self, text):
+        """Says something; returns the reply."""
+        count = self.page.locator("article.assistant").count()
+        self.ask(text)
         reply = self.page.locator("article.assistant").nth(count)
         reply.wait_for()
         self.page.wait_for_selector("#send:visible")
         return reply.inner_text()
 
     @property
-    def tokens_read(self) -> int:
+    def tokens_read(self):
         """Tokens that the model read and wrote for the last reply."""
-        said = self.page.get_attribute("#engine", "title") or ""
-        return int(re.sub(r"\D", "", said))
+        return int(re.sub(r"\D", "", self.page.get_attribute("#engine", "title") or ""))
 
     @property
-    def messages(self) -> list[str]:
+    def messages(self):
         return self.page.locator("article").all_inner_texts()
 
     @property
-    def error(self) -> str:
-        return self.page.inner_text("#error")
+    def thread(self):
+        """The thread of the model."""
+        (thread,) = (worker for worker in self.page.workers if "assets/worker" in worker.url)
+        return thread
 
-    @property
-    def unsaved(self) -> str:
-        """What the page says of conversations that it could not store."""
-        return self.page.inner_text("#unsaved")
+    def text(self, name):
+        """Returns what an element of the page says, such as `error`."""
+        return self.page.inner_text(f"#{name}")
 
-    def wait_for_error(self) -> str:
+    def focused(self):
+        return self.page.evaluate("document.activeElement.id || document.activeElement.tagName")
+
+    def wait_for_error(self):
         self.page.wait_for_selector("#error:not(:empty)")
-        return self.error
+        return self.text("error")
 
-    def save(self, folder: Path) -> Path:
+    def wait_until_saved(self):
+        """Waits until all conversations are stored."""
+        self.page.wait_for_selector("#unsaved:empty", state="attached")
+
+    def agree(self):
+        """Says yes to the next question."""
+        self.page.once("dialog", lambda dialog: dialog.accept())
+
+    def save(self, folder):
         """The conversation as a file."""
         with self.page.expect_download() as download:
             self.page.click("#export")
@@ -119,24 +108,10 @@ class ChatPage:
         download.value.save_as(path)
         return path
 
-    def load(self, path: Path) -> None:
+    def load(self, path):
         self.page.set_input_files("#file", path)
 
 
-def opened(profile: Profile, server: SiteServer, query: str = "") -> ChatPage:
-    """A tab with the model loaded, and short replies."""
-    tab = profile.open(server.url + query)
-    tab.wait_until_open()
-    limit_replies(tab)
-    return tab
-
-
-def limit_replies(tab: ChatPage) -> None:
-    tab.page.click("summary")
-    tab.page.fill("#longest", str(LONGEST))
-    tab.page.click("summary")
-
-
-def plain(text: str) -> str:
+def plain(text):
     """What is left of a reply on the screen, where Markdown joins lines."""
     return " ".join(text.split())

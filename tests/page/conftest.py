@@ -1,7 +1,6 @@
 """The demo as a site, and a browser to show it in."""
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,15 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.page import build, site
 from tests.built import one_at_a_time
-from tests.page.chat_page import Browser, Profile
-from tests.page.site_server import SiteServer, serving
-from tests.web.browser import chromium
+from tests.page.chat_page import Profile
+from tests.page.site_server import serving
+from tests.web.browser import launched
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 
 
 @pytest.fixture(scope="session")
-def built_page() -> None:
+def built_page():
     with one_at_a_time("page"):
         if not build.BUILT.is_file():
             if not shutil.which("npm"):
@@ -29,21 +28,22 @@ def built_page() -> None:
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def artifact(tmp_path_factory):
     """The demo for a profile; with float activations, so that all engines give the same tokens."""
-    folder, made = tmp_path_factory.mktemp("demo"), dict[str, Path]()
+    folder = tmp_path_factory.mktemp("demo")
 
-    def export(profile: str) -> Path:
-        if profile not in made:
-            options = OnnxOptions(profile=profile, precision="int4", exact=True)
-            made[profile] = export_onnx(open_checkpoint(str(DEMO)), options, folder / profile)
-        return made[profile]
+    def export(profile, precision="int4"):
+        target = folder / f"{profile}-{precision}"
+        if not target.exists():
+            options = OnnxOptions(profile=profile, precision=precision, exact=precision == "int4")
+            export_onnx(open_checkpoint(str(DEMO)), options, target)
+        return target
 
     return export
 
 
 @pytest.fixture(scope="session")
-def wasm_site(built_page: None, artifact: Callable[[str], Path]) -> site.Site:
+def wasm_site(built_page, artifact):
     """The demo for the processor, in chunks of 1 MB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site, "CHUNK_BYTES", 1 << 20)
@@ -51,20 +51,25 @@ def wasm_site(built_page: None, artifact: Callable[[str], Path]) -> site.Site:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not chromium():
-        pytest.skip("Chromium is not installed, such as Debian's chromium-headless-shell")
-    with Browser.started() as found:
-        yield found
+def browser():
+    with launched() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def server(wasm_site: site.Site) -> Iterator[SiteServer]:
-    with serving(wasm_site) as found:
-        yield found
+def server(wasm_site):
+    with serving(wasm_site) as running:
+        yield running
 
 
 @pytest.fixture
-def profile(browser: Browser) -> Iterator[Profile]:
-    with browser.profile() as found:
-        yield found
+def profile(browser):
+    """A browser with an empty storage of its own."""
+    with browser.new_context() as context:
+        yield Profile(context)
+
+
+@pytest.fixture
+def tab(profile, server):
+    """A tab with the model loaded, and short replies."""
+    return profile.talk(server)

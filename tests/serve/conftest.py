@@ -4,19 +4,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import uvicorn
 
 from rgexport.chat.model import Model
-from rgexport.chat.template import ChatTemplate
-from rgexport.chat.tokenizer import Tokenizer
 from rgexport.serve.app import Settings, create_app
 from rgexport.serve.connections import Connections, protocol
 from tests.chat.conftest import (
@@ -32,13 +27,43 @@ from tests.toy_session import ToySession
 __all__ = ["gemma", "patient_masks", "sentencepiece_folder", "template", "until"]
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
-Serve = Callable[..., Any]
-PARTS = {"connections", "text_process", "health"}
-"""Arguments of `served_model`; others are those of a model."""
+
+
+class Client:
+    """What tests ask of a server at `url`."""
+
+    url: str
+
+    def get(self, path, **headers):
+        return httpx.get(self.url + path, headers=headers, timeout=60)
+
+    def post(self, path, body=None, **headers):
+        """Sends JSON; bytes are sent as they are."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(self.url + path, content=content, headers=JSON | headers, timeout=60)
+
+    def chat(self, *texts, **fields):
+        """Returns the answer to the next turn of a conversation."""
+        body = {"messages": messages_of(*texts), "temperature": 0, "max_tokens": 4} | fields
+        answer = self.post(CHAT, body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def connect(self, data=b""):
+        url = httpx.URL(self.url)
+        connection = socket.create_connection((url.host, url.port), timeout=60)
+        connection.sendall(data)
+        return connection
+
+    def send(self, path, body):
+        """Sends a request, and leaves the answer to be read."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return self.connect(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
 
 @dataclass
-class Served:
+class Served(Client):
     """A running server; `session` is the engine of its toy model."""
 
     url: str
@@ -47,21 +72,11 @@ class Served:
 
 
 @contextmanager
-def served(
-    tokenizer: Tokenizer, template: ChatTemplate, settings: Settings, **options: Any
-) -> Iterator[Served]:
+def served(tokenizer, template, settings, connections=None, **options):
+    """A server of a toy model with these options; it is closed at the end."""
     session = ToySession(tokenizer.vocab_size)
-    parts = {name: options.pop(name) for name in PARTS & options.keys()}
+    parts = {name: options.pop(name) for name in {"text_process"} & options.keys()}
     model = Model(session, tokenizer, template, IDENTITY, **({"rows": 4} | options))
-    with served_model(model, settings, **parts) as url:
-        yield Served(url, model, session)
-
-
-@contextmanager
-def served_model(
-    model: Model, settings: Settings, connections: Connections | None = None, **parts: Any
-) -> Iterator[str]:
-    """The address of a server of this model, which is closed at the end."""
     config = uvicorn.Config(
         create_app({model.name: model}, settings, **parts),
         http=protocol(connections or Connections()),
@@ -71,13 +86,13 @@ def served_model(
     )
     try:
         with running(uvicorn.Server(config)) as url:
-            yield url
+            yield Served(url, model, session)
     finally:
         model.close()
 
 
 @contextmanager
-def running(server: uvicorn.Server) -> Iterator[str]:
+def running(server):
     """The address of a server that ends with the block."""
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -91,9 +106,7 @@ def running(server: uvicorn.Server) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    gemma: Tokenizer, template: ChatTemplate, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def server(gemma, template, tmp_path_factory):
     """One for all tests of a module; it keeps states by name."""
     saved = tmp_path_factory.mktemp("saved")
     with served(gemma, template, Settings(saved=saved, log=False)) as running:
@@ -101,88 +114,54 @@ def server(
 
 
 @pytest.fixture
-def serve(gemma: Tokenizer, template: ChatTemplate) -> Serve:
+def serve(gemma, template):
     """Serves with other settings: a context manager."""
 
-    def begin(settings: Settings | None = None, **options: Any) -> Any:
+    def begin(settings=None, **options):
         return served(gemma, template, settings or Settings(log=False), **options)
 
     return begin
 
 
-def get(server: Served, path: str, **headers: str) -> httpx.Response:
-    return httpx.get(server.url + path, headers=headers, timeout=60)
-
-
-def post(server: Served, path: str, body: Any = None, **headers: str) -> httpx.Response:
-    """Sends JSON; bytes are sent as they are."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(server.url + path, content=content, headers=JSON | headers, timeout=60)
-
-
-def error_of(answer: httpx.Response, status: int = 400) -> str:
+def error_of(answer, status=400):
     """The message of a refusal."""
     assert answer.status_code == status, answer.text
-    message: str = answer.json()["error"]["message"]
-    return message
+    return answer.json()["error"]["message"]
 
 
-def messages_of(*texts: str) -> list[dict[str, str]]:
+def messages_of(*texts):
     roles = ["user", "assistant"] * len(texts)
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
 
 
-def chat(server: Served, *texts: str, address: str = "", **fields: Any) -> Any:
-    """The next turn of a conversation; `address` is the one that a proxy would tell."""
-    body = {"messages": messages_of(*texts), "temperature": 0, "max_tokens": 4} | fields
-    answer = post(server, CHAT, body, **({"X-Forwarded-For": address} if address else {}))
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+def said(answer):
+    return answer["choices"][0]["message"]["content"]
 
 
-def said(answer: Any) -> str:
-    text: str = answer["choices"][0]["message"]["content"]
-    return text
-
-
-def cached(answer: Any) -> int:
-    count: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+def cached(answer):
+    count = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert count == answer["timings"]["cache_n"]
     return count
 
 
-def connect(server: Served, data: bytes = b"") -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
-    connection.sendall(data)
-    return connection
-
-
-def send(server: Served, path: str, body: Any) -> socket.socket:
-    """Sends a request, and leaves the answer to be read."""
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return connect(server, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-
-
 @contextmanager
-def held(server: Served) -> Iterator[list[int]]:
+def held(server):
     """Holds the engine in its first call until the block ends; the lengths of what it reads."""
-    take, gate, lengths = server.session._take, threading.Event(), list[int]()
+    take, gate, lengths = server.session._take, threading.Event(), []
 
-    def holding(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+    def holding(rows, tokens, num_logits):
         lengths.append(tokens.shape[1])
         gate.wait(60)
         return take(rows, tokens, num_logits)
 
-    server.session._take = holding  # type: ignore[method-assign]
+    server.session._take = holding
     try:
         yield lengths
     finally:
         gate.set()
 
 
-def slow_down(session: ToySession, seconds: float) -> None:
+def delay(session, seconds):
     """Lets each call of the engine take so long."""
     take = session._take
-    session._take = lambda *args: (time.sleep(seconds), take(*args))[1]  # type: ignore[method-assign]
+    session._take = lambda *args: (time.sleep(seconds), take(*args))[1]

@@ -1,136 +1,74 @@
-"""Many clients at once: quick, slow, vanishing, sending garbage, and each hears its own reply."""
+"""Many clients at once, engines that hang or fail, and replies that are cut off."""
 
-import asyncio
 import json
+import logging
 import random
-import socket
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
 
 import httpx
 import pytest
 
-import rgexport
+from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
-from rgexport.serve.app import Settings
+from rgexport.errors import RequestError
+from rgexport.serve.app import Settings, create_app
 from rgexport.serve.exchange import Limits
-from tests.artifacts import export_demo
-from tests.llama_tools import needs_llama_cpp
-from tests.serve.conftest import (
-    CHAT,
-    COMPLETE,
-    chat,
-    error_of,
-    messages_of,
-    post,
-    send,
-    served_model,
-    slow_down,
-    until,
-)
+from rgexport.serve.health import Health
+from rgexport.serve.run import Listening, _config, _Server
+from tests.chat.conftest import IDENTITY
+from tests.serve.conftest import CHAT, COMPLETE, delay, error_of, held, messages_of, running, until
+from tests.toy_session import ToySession
 
 
-def body(text: str, **fields: Any) -> dict[str, Any]:
+def body(text, **fields):
     return {"messages": messages_of(text), "temperature": 0} | fields
 
 
-async def streamed(client: httpx.AsyncClient, asked: dict[str, Any], wait: float = 0) -> str:
-    text = ""
-    async with client.stream("POST", CHAT, json=asked | {"stream": True}) as answer:
-        assert answer.status_code == 200
-        async for line in answer.aiter_lines():
+def hear(server, text, wait):
+    """Returns the streamed reply to a text."""
+    reply, asked = "", body(text, max_tokens=40, stream=True)
+    with httpx.stream("POST", server.url + CHAT, json=asked, timeout=60) as answer:
+        for line in answer.iter_lines():
             if line.startswith("data: {"):
-                text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
-                await asyncio.sleep(wait)
-    return text
+                reply += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+                time.sleep(wait)
+    return reply
 
 
-async def vanishing(client: httpx.AsyncClient, asked: dict[str, Any]) -> None:
-    async with client.stream("POST", CHAT, json=asked | {"stream": True}) as answer:
-        async for _ in answer.aiter_lines():
-            return
+def vanish(server, number):
+    """Sends garbage and asks for very many tokens, reads nothing, and leaves."""
+    begin = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999\r\n\r\n")
+    noise = begin[number % 2] + random.Random(number).randbytes(2000)
+    asked = body(f"gone {number}", max_tokens=10**7, stream=number > 3)
+    with server.connect(noise), server.send(CHAT, asked):
+        time.sleep(0.2)
 
 
-async def garbage(url: str, seed: int) -> None:
-    host, port = url.removeprefix("http://").split(":")
-    data = random.Random(seed).randbytes(2000)
-    begins = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999\r\n\r\n")
-    _, writer = await asyncio.open_connection(host, int(port))
-    writer.write(begins[seed % 2] + data)
-    await asyncio.sleep(0.2)
-    writer.close()
-
-
-def test_32_conversations_beside_bad_clients(serve):
-    with serve(rows=8) as server:
-        each_hears_its_own(server.model, server.url)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "command",
-    ["onnx --int4 --exact", pytest.param("gguf --type f32", marks=needs_llama_cpp)],
-)
-def test_32_conversations_with_the_demo(command, tmp_path):
-    target = tmp_path / "demo.gguf"
-    export_demo(target, *command.split(), "--no-check")
-    model = rgexport.load(target, rows=8, threads=1)
-    with served_model(model, Settings(log=False)) as url:  # which closes it
-        each_hears_its_own(model, url)
-
-
-def each_hears_its_own(model: Model, url: str) -> None:
-    """Conversations of 32 clients, four of them slow, beside four that leave and four that err.
-
-    Each hears what it would hear alone, if the greedy tokens do not depend on other rows.
-    """
-    texts = [f"hello {i} " * (1 + i % 9) for i in range(32)]
-    alone = {"max_new_tokens": 40, "temperature": 0}
-    expected = [model.chat(messages_of(text), **alone).text for text in texts]
-    model.scheduler.store.clear()
-
-    async def all_of_them() -> list[str]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            good = [
-                streamed(client, body(text, max_tokens=40), 0.02 if i < 4 else 0)
-                for i, text in enumerate(texts)
-            ]
-            bad = [vanishing(client, body(f"gone {i}", max_tokens=4000)) for i in range(4)]
-            noise = [garbage(url, seed) for seed in range(4)]
-            return (await asyncio.gather(*good, *bad, *noise))[:32]
-
-    assert asyncio.run(all_of_them()) == expected
-    wait_until_idle(model)
-    assert model.scheduler.counters.new_tokens < 3 * 32 * 40 + 4 * 4000
-
-
-def wait_until_idle(model: Model) -> None:
+def wait_until_idle(model):
     for _ in range(3):  # a reply that has ended begins the reading of its turn's end
         until(lambda: not model.scheduler.running and not model.scheduler.waiting)
         time.sleep(0.02)
         model._settling.submit(int).result(60)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_who_vanishes_frees_the_row(streaming, serve):
-    """Within steps, and not after the 10 million tokens that were asked for."""
-    with serve(Settings(log=False, limits=Limits(new_tokens=10**7)), rows=1) as server:
-        scheduler = server.model.scheduler
-        with send(server, CHAT, body("hello", max_tokens=10**7, stream=streaming)):
-            until(lambda: scheduler.counters.new_tokens)
-        wait_until_idle(server.model)
-        assert scheduler.counters.new_tokens < 10**6
-
-
-def test_a_reader_that_does_not_read_holds_nobody_up(serve):
-    asked = body("hello", max_tokens=4000, stream=True)
-    with serve(rows=2) as server, send(server, CHAT, asked) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        for i in range(5):
-            assert chat(server, f"and {i}", max_tokens=9)["usage"]["completion_tokens"] <= 9
+def test_32_conversations_beside_bad_clients(serve):
+    """Each hears what it would hear alone; who leaves frees the row within steps."""
+    texts = [f"hello {i} " * (1 + i % 9) for i in range(32)]
+    settings = Settings(log=False, limits=Limits(new_tokens=10**7))
+    with serve(settings, rows=8) as server, ThreadPoolExecutor(40) as pool:
+        model = server.model
+        alone = [model.chat(messages_of(text), max_new_tokens=40).text for text in texts]
+        model.scheduler.store.clear()
+        leaving = [pool.submit(vanish, server, number) for number in range(8)]
+        waits = [0.02] * 4 + [0] * 28
+        assert [*pool.map(hear, [server] * 32, texts, waits)] == alone
+        for each in leaving:
+            each.result()
+        wait_until_idle(model)
+        assert model.scheduler.counters.new_tokens < 10**6 and not model.scheduler._admission._live
 
 
 def test_a_full_queue_is_429(serve):
@@ -138,59 +76,113 @@ def test_a_full_queue_is_429(serve):
         scheduler = server.model.scheduler
         for count in (1, 2):
             asked = body("hello", max_tokens=4000, stream=True)
-            clients.enter_context(send(server, CHAT, asked))
+            clients.enter_context(server.send(CHAT, asked))
             until(lambda n=count: scheduler.running + scheduler.waiting >= n)
+        assert "asks for 3 replies" in error_of(server.post(CHAT, body("no", n=3)))
         for more in ({}, {"stream": True}, {"n": 2}):
-            answer = post(server, CHAT, body("no", max_tokens=1, **more))
+            answer = server.post(CHAT, body("no", max_tokens=1, **more))
             assert "requests wait already" in error_of(answer, 429)
             assert answer.headers["retry-after"] == "1"
 
 
-def test_requests_that_find_a_row_do_not_count_as_waiting(serve):
-    with serve(rows=8, max_waiting=0) as server:
-        for n in (1, 8):
-            assert len(chat(server, "hello", n=n)["choices"]) == n
-
-
-def test_more_replies_than_can_ever_wait_are_refused(serve):
-    with serve(rows=2, max_waiting=30) as server:
-        answer = post(server, COMPLETE, {"prompt": ["hello"] * 64, "n": 16})
-        assert "asks for 1024 replies; this server takes up to 32" in error_of(answer)
-
-
-def test_comments_while_a_prompt_is_read(serve):
-    with serve(Settings(log=False, limits=Limits(ping_seconds=0.05))) as server:
-        slow_down(server.session, 0.3)
-        lines = post(server, CHAT, body("hello", max_tokens=2, stream=True)).text.split("\n\n")
-    assert lines[0] == ": reading" and lines[-2] == "data: [DONE]"
-    assert lines.count(": reading") >= 3
-
-
-def test_nothing_is_left_behind(serve):
-    """Hundreds of requests of all kinds: no row, no task, no growing memory of states."""
-    kinds = [
-        (CHAT, body("hello", max_tokens=2)),
-        (CHAT, body("hello", max_tokens=2, stream=True)),
-        (CHAT, body("hello", temperature=-1)),
-        (COMPLETE, {"prompt": "hello", "max_tokens": 1}),
-    ]
-    with serve() as server, ThreadPoolExecutor(12) as pool:
-        nbytes = []
-        for _ in range(2):
-            for answer in [pool.submit(post, server, *kind) for kind in 40 * kinds]:
-                assert answer.result().status_code in (200, 400)
-            wait_until_idle(server.model)
-            nbytes.append(server.model.scheduler.store.nbytes)
-        assert nbytes[1] <= nbytes[0]
-        assert not server.model.scheduler._admission._live
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_an_answer_has_its_time(streaming, serve):
-    with serve(Settings(log=False, limits=Limits(seconds=0.3))) as server:
-        slow_down(server.session, 0.05)
-        answer = post(server, CHAT, body("hello", max_tokens=1000, stream=streaming))
-        assert answer.status_code == (200 if streaming else 504)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_answer_has_its_time(is_stream, serve):
+    limits = Limits(seconds=0.3, ping_seconds=0.05)
+    with serve(Settings(log=False, limits=limits)) as server:
+        delay(server.session, 0.15)
+        answer = server.post(CHAT, body("hello", max_tokens=1000, stream=is_stream))
+        assert answer.status_code == (200 if is_stream else 504)
         assert "the answer takes longer than 0.3 s" in answer.text
+        if is_stream:
+            assert answer.text.split("\n\n")[0] == ": reading", "a sign that it has not ended"
         wait_until_idle(server.model)
         assert server.model.scheduler.counters.new_tokens < 50
+
+
+@pytest.mark.parametrize("grace_seconds", [0, 2])
+def test_an_answer_past_the_servers_end_is_an_error(grace_seconds, gemma, template, caplog):
+    session = ToySession(gemma.vocab_size)
+    delay(session, 0.05)
+    model = Model(session, gemma, template, IDENTITY, rows=4)
+    app = create_app({model.name: model}, Settings(log=False))
+    server = _Server(_config(app, Listening(port=0, grace_seconds=grace_seconds)))
+    with running(server) as url, ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(httpx.post, url + CHAT, json=body("hello", stream=is_stream), timeout=60)
+            for is_stream in (False, True)
+        ]
+        until(lambda: model.scheduler.running == 2 and model.scheduler.counters.new_tokens > 2)
+        server.should_exit = True
+        whole, stream = (each.result() for each in asked)
+    model.close()
+    error_of(whole, 503)
+    assert whole.json()["error"]["type"] == "server_error"
+    last = stream.text.rstrip().split("\n\n")[-1]
+    assert '"the server ends' in last and "server_error" in last
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+ASKED = {"prompt": "hello", "max_tokens": 2}
+
+
+def reason(server):
+    """Returns why a server is unhealthy, or nothing."""
+    answer = server.get("/health")
+    assert answer.status_code == (200 if answer.json()["status"] == "ok" else 503)
+    return answer.json().get("reason", "")
+
+
+def test_a_scheduler_that_hangs_is_unhealthy_until_it_goes_on(serve):
+    with serve() as server:
+        assert server.post(COMPLETE, ASKED).status_code == 200 and not reason(server)
+        silence, scheduler = Health({"toy": server.model}, stall_seconds=0), server.model.scheduler
+        scheduler._longest_pass = 0.0
+        time.sleep(0.01)
+        assert silence.problems() == {}, "nobody waits"
+        with held(server), server.send(COMPLETE, ASKED):
+            until(lambda: "no progress" in silence.problems().get("toy", ""))
+            assert not reason(server), "a minute has not passed"
+            scheduler._passed -= 3600
+            assert reason(server).startswith("toy: it has made no progress for 36")
+            scheduler._longest_pass = 1000.0
+            assert not reason(server), "a slow engine may take as long as before"
+            scheduler._longest_pass = 0.0
+            assert reason(server)
+        until(lambda: not reason(server))
+        scheduler.close()
+        assert "scheduler has ended" in reason(server)
+
+
+def test_an_engine_that_always_fails_is_unhealthy_until_it_does_not(serve):
+    with serve() as server:
+        for _ in range(3):
+            assert not reason(server)
+            server.session.failure, server.session.failing_step = RuntimeError("no memory"), 1
+            answer = server.post(COMPLETE, ASKED)
+            assert error_of(answer, 500) == "the engine failed; the server's log says why"
+            error = answer.json()["error"]
+            assert (error["type"], error["param"], error["code"]) == ("server_error", None, None)
+        assert "engine fails" in reason(server) and "no memory" not in reason(server)
+        server.session.failure = None
+        assert server.post(COMPLETE, ASKED).status_code == 200
+        assert not reason(server)
+
+
+def test_a_replaced_artifact_is_unhealthy(demo_artifact, tmp_path, capsys, monkeypatch):
+    """Its session would refuse every conversation from then on."""
+    monkeypatch.setattr("rgexport.serve.health._LOOK_SECONDS", 0.01)
+    artifact = shutil.copytree(demo_artifact, tmp_path / "demo")
+    weights = artifact / "model.onnx.data"
+    with open_model(artifact, chat=False) as model:
+        check = Health({"demo": model})
+        check.look()
+        assert check.problems() == {}
+        check.start()
+        shutil.copy(weights, tmp_path / "new").replace(weights)
+        until(check.problems)
+        check.close()
+        (problem,) = check.problems().values()
+        assert "restart the server" in problem and str(tmp_path) not in problem
+        assert capsys.readouterr().err.count(str(weights)) == 1
+        with pytest.raises(RequestError, match="changed while it was open"):
+            model.require_unchanged()

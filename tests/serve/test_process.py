@@ -8,35 +8,33 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.command_line import ROOT, START, rgexport
-from tests.serve.conftest import cached, chat, connect, get, post, said, until
+from tests.serve.conftest import Client, cached, said, until
 
 pytestmark = pytest.mark.full
 
 
-class Process:
+class Process(Client):
     """A server, what it has printed, and where it listens."""
 
-    def __init__(self, artifact: Path, *options: str | Path, **variables: str) -> None:
+    def __init__(self, artifact, *options, **variables):
         command = [sys.executable, "-c", START, "serve", artifact, "--port", "0", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
         self.process = subprocess.Popen(
             [*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True
         )
-        self.lines: list[str] = []
+        self.lines = []
         threading.Thread(target=self._read, daemon=True).start()
         until(lambda: self.process.poll() is not None or self._address())
-        address = self._address()
-        assert address, self.lines
-        self.url = address[1]
+        assert self._address(), self.lines
+        self.url = self._address()[1]
 
-    def end(self, kind: signal.Signals = signal.SIGTERM) -> str:
+    def end(self, kind=signal.SIGTERM):
         """Sends a signal; returns what the server has printed."""
         self.process.send_signal(kind)
         assert self.process.wait(60) == (0 if kind == signal.SIGTERM else -kind)
@@ -44,11 +42,10 @@ class Process:
         assert "Traceback" not in log
         return log
 
-    def _address(self) -> re.Match[str] | None:
+    def _address(self):
         return re.search(r"(http://\S+:\d+)/v1", "\n".join(self.lines))
 
-    def _read(self) -> None:
-        assert self.process.stderr
+    def _read(self):
         self.lines += iter(self.process.stderr.readline, "")
 
 
@@ -65,38 +62,26 @@ def serving(artifact, *options, **variables):
 def test_a_restart_costs_nothing_more(demo_artifact, tmp_path):
     options = ("--state-folder", tmp_path / "states", "--quiet")
     with serving(demo_artifact, *options) as first:
-        reply = said(chat(first, "Hello! How are you?"))
-        known = chat(first, "Hello! How are you?", reply, "And the sea?")
+        reply = said(first.chat("Hello! How are you?"))
+        known = first.chat("Hello! How are you?", reply, "And the sea?")
         first.end()
     talk = ("Hello! How are you?", reply, "And the sea?", said(known), "Why?")
     with serving(demo_artifact, *options) as second:
-        answer = chat(second, *talk)
+        answer = second.chat(*talk)
         assert cached(answer) >= known["usage"]["total_tokens"]
     with serving(demo_artifact, "--quiet") as alone:
-        fresh = chat(alone, *talk)
+        fresh = alone.chat(*talk)
         assert cached(fresh) == 0 and said(fresh) == said(answer)
-
-
-def test_a_folder_that_becomes_a_file_stops_neither_chats_nor_the_end(demo_artifact, tmp_path):
-    states = tmp_path / "states"
-    with serving(demo_artifact, "--state-folder", states, "--quiet") as server:
-        chat(server, "Hello!")
-        until(lambda: [*states.glob("*-*/*.state")])
-        states.rename(tmp_path / "aside")
-        states.write_bytes(b"a file")
-        for number in range(8):
-            chat(server, f"Hello {number}!")
-        assert server.end().count("are not saved at the moment") == 1
 
 
 def test_killed_under_load(demo_artifact, tmp_path):
     """No half file is taken for a state; the next start serves what is whole."""
     options = ("--state-folder", tmp_path / "states", "--quiet", "--parallel", "4")
 
-    def ask(server: Process, name: int) -> None:
+    def ask(server, name):
         with suppress(httpx.HTTPError):
             for turn in range(10_000):
-                chat(server, f"Hello {name} {turn}! " * 20, max_tokens=3)
+                server.chat(f"Hello {name} {turn}! " * 20, max_tokens=3)
 
     with serving(demo_artifact, *options) as server, ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask, server, name) for name in range(4)]
@@ -107,7 +92,7 @@ def test_killed_under_load(demo_artifact, tmp_path):
     file, *others = (tmp_path / "states").glob("*-*/*.state")
     assert len(others) > 3
     with serving(demo_artifact, *options) as server:
-        answer = chat(server, "Hello 0 1! " * 20, max_tokens=3)
+        answer = server.chat("Hello 0 1! " * 20, max_tokens=3)
         assert answer["usage"]["completion_tokens"] <= 3
         assert "is not used" not in server.end()
     loaded = rgexport("state", "load", demo_artifact, file, folder=tmp_path)
@@ -116,62 +101,49 @@ def test_killed_under_load(demo_artifact, tmp_path):
 
 def test_running_replies_end_before_it_does(demo_artifact):
     with serving(demo_artifact) as server, ThreadPoolExecutor(1) as pool:
-        bias: dict[str, Any] = {"logit_bias": {str(i): -100 for i in (1, 107)}}
-        asking = pool.submit(chat, server, "Hello!", max_tokens=400, **bias)
+        bias = {"logit_bias": {str(i): -100 for i in (1, 107)}}
+        asking = pool.submit(server.chat, "Hello!", max_tokens=400, **bias)
         written = re.compile(r"^rgexport_new_tokens_total\{.*\} [1-9]", re.MULTILINE)
-        until(lambda: written.search(get(server, "/metrics").text))
+        until(lambda: written.search(server.get("/metrics").text))
         log = server.end()
         assert asking.result()["usage"]["completion_tokens"] == 400
     assert re.search(r"POST /v1/chat/completions 200 \d+ ms", log) and "Hello!" not in log
 
 
-def children(process: int) -> set[int]:
-    lists = Path(f"/proc/{process}/task").glob("*/children")
-    return {int(child) for each in lists for child in each.read_text().split()}
+def has_ended(process):
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
-def has_ended(process: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return True
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="it looks at Linux's processes")
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_the_process_for_long_texts_ends_with_the_server(kind, demo_artifact):
     with serving(demo_artifact) as server:
-        assert not children(server.process.pid)
-        text = {"content": "The sea. " * 20_000}
-        assert post(server, "/tokenize", text).status_code == 200
-        others = children(server.process.pid)
-        assert others
+        parent = psutil.Process(server.process.pid)
+        assert not parent.children()
+        assert server.post("/tokenize", {"content": "The sea. " * 20_000}).status_code == 200
+        children = parent.children()
+        assert children
         server.end(kind)
-        until(lambda: all(map(has_ended, others)))
-
-
-def test_names_and_connections_are_limited(demo_artifact):
-    options = ("--allowed-host", "Chat.example", "--max-connections-per-address", "2")
-    with serving(demo_artifact, *options) as server:
-        for host, status in {"chat.example": 200, "evil.test": 403}.items():
-            assert get(server, "/health", Host=host).status_code == status
-        with ExitStack() as stack:
-            silent = [stack.enter_context(connect(server)) for _ in range(3)]
-            assert silent[0].recv(1) == b"", "the third one took its place"
-            assert get(server, "/health").status_code == 200
+        until(lambda: all(map(has_ended, children)))
 
 
 @pytest.mark.parametrize("source", ["option", "file", "variable"])
-def test_the_key_comes_from_three_places(source, demo_artifact, tmp_path):
+def test_a_key_a_name_and_a_limit_of_connections(source, demo_artifact, tmp_path):
     """Also at an address of IPv6."""
     (tmp_path / "key").write_text("sesame\n")
     options = {"option": ("--api-key", "sesame"), "file": ("--api-key-file", tmp_path / "key")}
     variables = {"RGEXPORT_API_KEY": "sesame"} if source == "variable" else {}
-    words = "--host", "::1", *options.get(source, ())
-    with serving(demo_artifact, *words, **variables) as server:
+    words = "--host ::1 --allowed-host Chat.example --max-connections-per-address 2".split()
+    with serving(demo_artifact, *words, *options.get(source, ()), **variables) as server:
         assert server.url.startswith("http://[::1]:")
-        assert get(server, "/v1/models").status_code == 401
-        assert get(server, "/v1/models", Authorization="Bearer sesame").status_code == 200
+        assert server.get("/v1/models").status_code == 401
+        assert server.get("/v1/models", Authorization="Bearer sesame").status_code == 200
+        assert server.get("/health", Host="chat.example").status_code == 200
+        assert server.get("/health", Host="evil.test").status_code == 403
+        with ExitStack() as stack:
+            silent = [stack.enter_context(server.connect()) for _ in range(3)]
+            assert silent[0].recv(1) == b"", "the third one took its place"
 
 
 @pytest.mark.parametrize(

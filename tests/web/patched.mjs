@@ -1,4 +1,4 @@
-// What `tests/runtimes/onnx/test_transformers_js_patch.py` asks of an artifact in a transformers.js
+// What `tests/runtimes/onnx/test_web.py` asks of an artifact in a transformers.js
 // that knows RecurrentGemma: the arguments are its sources, the artifact and a job.
 
 import { readFileSync } from "node:fs";

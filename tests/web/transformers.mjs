@@ -1,4 +1,4 @@
-// What `tests/runtimes/onnx/test_transformers_js.py` asks of an artifact in transformers.js, in Node
+// What `tests/runtimes/onnx/test_web.py` asks of an artifact in transformers.js, in Node
 // and in a page. `job` has some of: `ids` to continue, `messages` of one conversation, a `state` to
 // begin from and the `text` that goes on from it.
 
