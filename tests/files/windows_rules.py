@@ -30,8 +30,8 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)
     monkeypatch.setattr(filelock.FileLock, "_release", _removing(filelock.FileLock._release))
-    for name, change in (("unlink", _unlink), ("remove", _unlink), ("rmdir", _rmdir)):
-        monkeypatch.setattr(os, name, change(getattr(os, name)))
+    for name in ("unlink", "remove", "rmdir"):
+        monkeypatch.setattr(os, name, _removal(getattr(os, name)))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, _rename(os.replace, replaces=name == "replace"))
 
@@ -58,21 +58,13 @@ def _require_writable(path: Any) -> None:
         raise PermissionError(errno.EACCES, "Access is denied", os.fspath(path))
 
 
-def _unlink(real: Callable[..., None]) -> Callable[..., None]:
-    def unlink(path: Any) -> None:
+def _removal(real: Callable[..., None]) -> Callable[..., None]:
+    def remove(path: Any) -> None:
         _require_closed(path)
         _require_writable(path)
         real(path)
 
-    return unlink
-
-
-def _rmdir(real: Callable[..., None]) -> Callable[..., None]:
-    def rmdir(path: Any) -> None:
-        _require_closed(path)
-        real(path)
-
-    return rmdir
+    return remove
 
 
 def _rename(real: Callable[..., None], *, replaces: bool) -> Callable[..., None]:

@@ -19,11 +19,3 @@ def worker(request) -> Iterator[Worker]:
     worker = Worker(request.param)
     yield worker
     worker.close()
-
-
-@pytest.fixture(scope="session")
-def stock() -> Iterator[Worker]:
-    """Runs the bodies of the functions."""
-    worker = Worker("stock")
-    yield worker
-    worker.close()

@@ -1,8 +1,7 @@
-"""Models of one node of our domain, and their runs in a process with a chosen instruction set."""
+"""Models of one node, and their runs in a process with a chosen instruction set."""
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
@@ -24,15 +23,10 @@ BODIES = {function.name: function for function in (*QUANT_LINEARS, RG_LRU_SCAN)}
 
 @dataclass(frozen=True)
 class Case:
-    """One run of one op.
+    """One run of one op. Weights are inputs that are initializers of the model.
 
-    Attributes:
-        op: its name.
-        inputs: in the op's order; None where an optional one is missing.
-        outputs: their names and shapes.
-        attributes: of the node.
-        weights: names of the inputs that are initializers of the model.
-        in_place: output → the input whose buffer it shares.
+    An optional input that is missing is None. Of `outputs` it has the shapes; `in_place` tells
+    which of them share the buffer of an input.
     """
 
     op: str
@@ -41,35 +35,35 @@ class Case:
     attributes: dict[str, int | float] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
     in_place: dict[str, str] = field(default_factory=dict)
+    domain: str = DOMAIN
 
     @property
-    def given(self) -> Arrays:
-        """The inputs that are there."""
-        return {name: x for name, x in self.inputs.items() if x is not None}
+    def fed(self) -> Arrays:
+        """The inputs of a run."""
+        return {n: x for n, x in self.inputs.items() if x is not None and n not in self.weights}
 
 
-def model(case: Case) -> bytes:
+def model(case: Case, body: ir.Function | None = None) -> bytes:
     """A model of the op, with its body, where it has one that fits every model."""
     names = ["" if x is None else name for name, x in case.inputs.items()]
-    while names and not names[-1]:
-        names.pop()
-    node = helper.make_node(case.op, names, list(case.outputs), domain=DOMAIN, **case.attributes)
-    given = case.given
-    fed = [_info(n, x.dtype, x.shape) for n, x in given.items() if n not in case.weights]
-    results = [_info(n, np.dtype(np.float32), shape) for n, shape in case.outputs.items()]
-    stored = [onnx.numpy_helper.from_array(given[n], n) for n in given if n in case.weights]
-    graph = helper.make_graph([node], "one_node", fed, results, stored)
+    options = {"domain": case.domain, **case.attributes}
+    node = helper.make_node(case.op, names, list(case.outputs), **options)
+    stored = [(n, case.inputs[n]) for n in sorted(case.weights)]
+    fed = [_info(n, x.dtype, x.ndim) for n, x in case.fed.items()]
+    results = [_info(n, np.dtype(np.float32), len(shape)) for n, shape in case.outputs.items()]
+    weights = [onnx.numpy_helper.from_array(x, n) for n, x in stored if x is not None]
+    graph = helper.make_graph([node], "one_node", fed, results, weights)
     opsets = {"": OPSET, "com.microsoft": 1, DOMAIN: VERSION}
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    body = BODIES.get(case.op)
+    body = body or BODIES.get(case.op)
     bodies = [] if body is None else [ir.serde.serialize_function(body)]
     made = helper.make_model(graph, opset_imports=imports, functions=bodies, ir_version=10)
     return made.SerializeToString()
 
 
-def _info(name: str, dtype: np.dtype, shape: Sequence[int]) -> onnx.ValueInfoProto:
+def _info(name: str, dtype: np.dtype, rank: int) -> onnx.ValueInfoProto:
     """Dimensions without numbers, as batch and time are in exported files."""
-    dims = [f"{name}_{axis}" for axis in range(len(shape))]
+    dims = [f"{name}_{axis}" for axis in range(rank)]
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), dims)
 
 
@@ -78,59 +72,44 @@ def open_model(serialized: bytes, *, native: bool = True, threads: int = 2) -> o
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    path = library.library()
     if native:
-        assert path is not None, library.kernels().reason
-        options.register_custom_ops_library(str(path))
+        assert library.library() is not None, library.kernels().reason
+        options.register_custom_ops_library(str(library.library()))
     return ort.InferenceSession(serialized, options)
 
 
 def run_model(
-    serialized: bytes,
-    fed: Arrays,
-    in_place: Mapping[str, str],
-    outputs: Mapping[str, tuple[int, ...]],
-    *,
-    native: bool = True,
-    threads: int = 2,
+    serialized: bytes, case: Case, *, native: bool = True, threads: int = 2
 ) -> tuple[Arrays, dict[str, int]]:
     """Runs a model with all outputs in buffers of ours; returns them, and how often kernels ran."""
     before = library.calls()
     session = open_model(serialized, native=native, threads=threads)
-    values = {n: ort.OrtValue.ortvalue_from_numpy(x) for n, x in fed.items()}
-    junk = {n: np.full(shape, np.nan, np.float32) for n, shape in outputs.items()}
+    values = {n: ort.OrtValue.ortvalue_from_numpy(x) for n, x in case.fed.items()}
     binding = session.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
-    for name, shape in junk.items():
-        shared = values.get(in_place.get(name, ""))
-        values[f"out:{name}"] = shared or ort.OrtValue.ortvalue_from_numpy(shape)
-        binding.bind_ortvalue_output(name, values[f"out:{name}"])
+    results = {}
+    for name, shape in case.outputs.items():
+        junk = ort.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32))
+        results[name] = values.get(case.in_place.get(name, ""), junk)
+        binding.bind_ortvalue_output(name, results[name])
     session.run_with_iobinding(binding)
-    results = {n: values[f"out:{n}"].numpy().copy() for n in outputs}
-    return results, {n: count - before[n] for n, count in library.calls().items()}
+    arrays = {name: value.numpy().copy() for name, value in results.items()}
+    return arrays, {n: count - before[n] for n, count in library.calls().items()}
 
 
 class Worker:
-    """A process in which only some instructions are used, or ONNX Runtime's own kernels."""
+    """A process in which only some instructions are used."""
 
     def __init__(self, instruction_set: str):
-        """Starts it; `stock` is the body of the function, without our library."""
         self.instruction_set = instruction_set
-        self.native = instruction_set != "stock"
-        word = instruction_set if self.native else ""
-        self._pool = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_set_level, initargs=(word,)
-        )
+        chosen = library.CPU, instruction_set
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), os.putenv, chosen)
 
     def run(self, case: Case, *, threads: int = 2) -> Arrays:
-        """The outputs of a case; checks that it is our kernel that ran, or that it is not."""
-        fed = {n: x for n, x in case.given.items() if n not in case.weights}
-        options = {"native": self.native, "threads": threads}
-        results, ran = self.submit(
-            run_model, model(case), fed, case.in_place, case.outputs, **options
-        )
-        assert ran.get(case.op, 0) == (1 if self.native else 0)
+        """The outputs of a case; checks that it is our kernel that ran."""
+        results, ran = self.submit(run_model, model(case), case, threads=threads)
+        assert ran[case.op] == 1
         return results
 
     def submit(self, function, *arguments, **options):
@@ -141,10 +120,9 @@ class Worker:
         self._pool.shutdown()
 
 
-def _set_level(word: str) -> None:
-    os.environ[library.CPU] = word
-
-
-def instruction_set_here() -> str:
-    """What the library says in the process that asks."""
-    return library.kernels().instruction_set
+def different_results(case: Case, runs: int, sessions: int, at_once: int = 1) -> int:
+    """How many different results the runs of a case give, which sessions share."""
+    opened = [open_model(model(case)) for _ in range(sessions)]
+    with ThreadPoolExecutor(at_once) as pool:
+        results = [pool.submit(opened[i % sessions].run, None, case.fed) for i in range(runs)]
+        return len({result.result()[0].tobytes() for result in results})

@@ -1,11 +1,8 @@
-"""The libraries and programs that the tests of kernels compile.
-
-Each function returns a folder, which `tests.built` keeps.
-"""
+"""The folders of libraries and programs that the tests of kernels compile."""
 
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,135 +17,100 @@ ORACLES = ROOT / "fuzz" / "ops"
 SOURCES = library.FOLDER
 INCLUDED = SOURCES / "src"
 LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES.parent / "build.py"]
-DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h"))]
+DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h")), HERE.parent / "load_library.h"]
 DRIVER = "quant_matmul_driver"
-
 ORT_HEADERS = Path("/usr/include/onnxruntime")
 """Of Debian's libonnxruntime-dev."""
-RUNTIMES = HERE / "several_runtimes.cpp", HERE.parent / "load_library.h"
-
 ARM = "aarch64-linux-gnu"
 ARM_COMPILER = f"{ARM}-g++"
-ARM_SETS = "scalar", "neon", "i8mm"
-
 VECTORS = (
-    "-mfma",
-    "-mf16c",
-    "-mgfni",
+    *("-mfma", "-mf16c", "-mgfni"),
     *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "bf16")),
 )
-TILES = "-mamx-tile", "-mamx-int8", "-mamx-bf16"
 EMULATED = "-include", str(HERE / "amx_emulated.h")
 SANITIZED = "-O1", "-g1", "-fno-sanitize-recover=all"
 AMX: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "optimized": (("-O3",), EMULATED),
     "address": ((*SANITIZED, "-fsanitize=address"), EMULATED),
     "undefined": ((*SANITIZED, "-fsanitize=undefined"), EMULATED),
-    "real": (("-O3",), TILES),
+    "real": (("-O3",), ("-mamx-tile", "-mamx-int8", "-mamx-bf16")),
 }
 """Flags for the AMX kernels and the driver, and those that give the tile instructions."""
 
 needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no {COMPILER}")
 
 
-def native() -> Path:
-    """The library by its own flags, with its objects, and the driver with their kernels."""
-    return built(_native, [*LIBRARY, *DRIVERS], *library.kernels().instruction_sets)
+def kept(*sources: Path, compiler: str = COMPILER) -> Callable[..., Callable[..., Path]]:
+    """Makes a function that fills a folder return the folder, filled now or in an earlier run."""
+
+    def decorate(make: Callable[..., None]) -> Callable[..., Path]:
+        files = [*LIBRARY, *DRIVERS, *sources]
+        return lambda *arguments: built(make, files, *arguments, compiler=compiler)
+
+    return decorate
 
 
-def _native(folder: Path, *sets: str) -> None:
+@kept()
+def native(folder: Path, *sets: str) -> None:
+    """The library by its own flags, with its objects, and the driver with the kernels of sets."""
     objects = ROOT / "build" / "native" / "onnx"  # of `make native`
     build(SOURCES, folder, objects)
     for path in objects.rglob("*.o"):
         shutil.copy(path, folder)
-    kernels = {name: folder / f"quant_matmul_{name}.cpp.o" for name in sets}
-    _build_driver(COMPILER, folder, kernels)
+    _build_driver(COMPILER, folder, {name: folder / f"quant_matmul_{name}.cpp.o" for name in sets})
 
 
-def sanitized(sanitizer: str) -> Path:
+@kept()
+def sanitized(folder: Path, sanitizer: str) -> None:
     """The library and `sanitized_ops`. Two sanitizers at once would compile for minutes."""
-    return built(_sanitized, [*LIBRARY, *DRIVERS], sanitizer)
-
-
-def _sanitized(folder: Path, sanitizer: str) -> None:
     build(SOURCES, folder, folder / "build", f"-DSANITIZE={sanitizer}")
-    flags = "-O1", "-g1", "-fno-sanitize-recover=all", "-pthread", f"-fsanitize={sanitizer}"
-    _compile(COMPILER, *flags, HERE / "sanitized_ops.cpp", "-o", folder / "sanitized_ops", "-ldl")
+    _compile(COMPILER, folder, "sanitized_ops", *SANITIZED, f"-fsanitize={sanitizer}", "-ldl")
 
 
-def arm() -> Path:
+@kept(compiler=ARM_COMPILER)
+def arm(folder: Path) -> None:
     """The library for 64-bit Arm, the driver with its kernels, and `sanitized_ops`."""
-    return built(_arm, [*LIBRARY, *DRIVERS], compiler=ARM_COMPILER)
-
-
-def _arm(folder: Path) -> None:
     system = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"
     build(SOURCES, folder, folder / "build", *system, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}")
-    kernels = {name: next(folder.rglob(f"quant_matmul_{name}.cpp.o")) for name in ARM_SETS}
+    sets = "scalar", "neon", "i8mm"
+    kernels = {name: next(folder.rglob(f"quant_matmul_{name}.cpp.o")) for name in sets}
     _build_driver(ARM_COMPILER, folder, kernels, ("-O2", "-static"))
-    program = "-o", folder / "sanitized_ops"
-    _compile(ARM_COMPILER, "-O1", "-pthread", HERE / "sanitized_ops.cpp", *program, "-ldl")
+    _compile(ARM_COMPILER, folder, "sanitized_ops", "-O1", "-ldl")
 
 
-def amx(kind: str) -> Path:
+@kept()
+def amx(folder: Path, kind: str) -> None:
     """The driver with the kernels for AMX, in one of the ways of `AMX`, and for AVX-512."""
-    return built(_amx, [*LIBRARY, *DRIVERS], kind)
-
-
-def _amx(folder: Path, kind: str) -> None:
     flags, tiles = AMX[kind]
     each = {"avx512": ("-O2", *VECTORS), "amx": (*flags, *VECTORS, *tiles)}
     kernels = {name: folder / f"{name}.o" for name in each}
     for name, made in kernels.items():
-        _compile(COMPILER, *each[name], "-c", INCLUDED / f"quant_matmul_{name}.cpp", "-o", made)
+        source = INCLUDED / f"quant_matmul_{name}.cpp"
+        command = [COMPILER, "-std=c++17", f"-I{INCLUDED}", *each[name], "-c", source, "-o", made]
+        subprocess.run(command, check=True)
     _build_driver(COMPILER, folder, kernels, flags)
 
 
-def judged() -> Path:
-    """The folder with `judged_ops`."""
-    return built(_judged, [*LIBRARY, *DRIVERS, *sorted(ORACLES.glob("*.[ch]*"))])
+@kept(*sorted(ORACLES.glob("*.[ch]*")))
+def judged(folder: Path) -> None:
+    flags = "-O2", "-ffp-contract=off", f"-I{ORACLES}", f"-I{HERE}"
+    _compile(COMPILER, folder, "judged_ops", *flags, *ORACLES.glob("oracle_*.cpp"), "-ldl")
 
 
-def _judged(folder: Path) -> None:
-    flags = "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", f"-I{ORACLES}", f"-I{HERE}"
-    sources = HERE / "judged_ops.cpp", *sorted(ORACLES.glob("oracle_*.cpp"))
-    _compile(COMPILER, *flags, *sources, "-o", folder / "judged_ops", "-ldl")
+@kept()
+def fastest(folder: Path, sanitizer: str) -> None:
+    _compile(COMPILER, folder, "fastest_driver", "-Werror", "-O1", f"-fsanitize={sanitizer}")
 
 
-def fastest(sanitizer: str) -> Path:
-    """The folder with `fastest`."""
-    return built(_fastest, [*LIBRARY, *DRIVERS], sanitizer)
+@kept()
+def two_tables(folder: Path) -> None:
+    _compile(COMPILER, folder, "two_tables", "-O1", "-ldl")
 
 
-def _fastest(folder: Path, sanitizer: str) -> None:
-    flags = "-Wall", "-Werror", "-O1", "-pthread", f"-fsanitize={sanitizer}"
-    _compile(COMPILER, *flags, HERE / "fastest_driver.cpp", "-o", folder / "fastest")
-
-
-def two_tables() -> Path:
-    """The folder with `two_tables`."""
-    return built(_two_tables, [*DRIVERS, INCLUDED / "ort_abi.h"])
-
-
-def _two_tables(folder: Path) -> None:
-    _compile(
-        COMPILER, "-O1", "-pthread", HERE / "two_tables.cpp", "-o", folder / "two_tables", "-ldl"
-    )
-
-
-def several_runtimes() -> Path:
-    """The folder with `several_runtimes`."""
-    return built(_several_runtimes, RUNTIMES)
-
-
-def _several_runtimes(folder: Path) -> None:
-    compile_several_runtimes(COMPILER, folder / "several_runtimes", "-ldl")
-
-
-def compile_several_runtimes(compiler: str, program: Path, *flags: str) -> None:
+def compile_several_runtimes(compiler: str, folder: Path, *flags: str) -> None:
     """Compiles the program for the system that a compiler is for."""
     places = f"-I{HERE.parent}", "-isystem", str(ORT_HEADERS)
-    _compile(compiler, "-Wall", "-Wextra", *places, RUNTIMES[0], "-o", program, *flags)
+    _compile(compiler, folder, "several_runtimes", *places, *flags)
 
 
 def _build_driver(
@@ -156,11 +118,12 @@ def _build_driver(
 ) -> None:
     """Links quant_matmul_driver.cpp with the object for each instruction set, such as "avx512"."""
     rows = " ".join(f"X({name})" for name in kernels)
-    every = "-Wall", "-Wextra", f"-DEACH_SET(X)={rows}"
-    sources = HERE / f"{DRIVER}.cpp", INCLUDED / "cpu.cpp"
-    _compile(compiler, *every, *flags, *sources, *kernels.values(), "-o", folder / DRIVER)
+    objects = INCLUDED / "cpu.cpp", *kernels.values()
+    _compile(compiler, folder, DRIVER, f"-DEACH_SET(X)={rows}", *flags, *objects)
 
 
-def _compile(compiler: str, *arguments: str | Path) -> None:
-    command = [compiler, "-std=c++17", f"-I{INCLUDED}", *arguments]
+def _compile(compiler: str, folder: Path, program: str, *more: str | Path) -> None:
+    """Makes a program of the source of its name; libraries come last, behind what needs them."""
+    flags = "-std=c++17", "-Wall", "-Wextra", "-pthread", f"-I{INCLUDED}"
+    command = [compiler, *flags, HERE / f"{program}.cpp", *more, "-o", folder / program]
     subprocess.run(command, check=True)

@@ -26,15 +26,8 @@ class QuantMatrix:
     digits: int = 1
     """Of the activations in a product with it."""
 
-    @property
-    def in_half(self) -> "QuantMatrix":
-        """The matrix with scales rounded to float16, and of that type."""
-        return replace(self, scales=self.scales.astype(np.float16))
-
-    @property
-    def in_single(self) -> "QuantMatrix":
-        """The same numbers as float32."""
-        return replace(self, scales=self.scales.astype(np.float32))
+    def with_scales_in(self, dtype: type[np.floating]) -> "QuantMatrix":
+        return replace(self, scales=self.scales.astype(dtype))
 
     @property
     def dequantized(self) -> np.ndarray:
@@ -60,14 +53,10 @@ class QuantMatrix:
             "zero_points": _packed(self.zeros, self.bits) if self.asymmetric else None,
             "bias": self.bias,
         }
-        return Case(
-            "QuantLinear",
-            inputs,
-            {"y": (*x.shape[:-1], rows)},
-            {"K": self.columns, "N": rows, "bits": self.bits, "block_size": self.block}
-            | ({"digits": self.digits} if self.digits > 1 else {}),
-            frozenset(inputs) - {"x"},
-        )
+        attributes = {"K": self.columns, "N": rows, "bits": self.bits, "block_size": self.block}
+        attributes |= {"digits": self.digits} if self.digits > 1 else {}
+        outputs = {"y": (*x.shape[:-1], rows)}
+        return Case("QuantLinear", inputs, outputs, attributes, frozenset(inputs) - {"x"})
 
 
 def random_matrix(
@@ -79,29 +68,18 @@ def random_matrix(
     asymmetric: bool = False,
     bias: bool = False,
     seed: int = 0,
-    junk: bool = True,
     digits: int = 1,
 ) -> QuantMatrix:
-    """Levels over the whole range, scales of both signs, and junk in the padding, if asked for."""
+    """Levels over the whole range, and in the padding; scales of both signs."""
     rng = np.random.default_rng(seed)
     blocks = -(-columns // block)
     levels = rng.integers(0, 2**bits, (rows, blocks * block), np.uint8)
-    symmetric = np.full((rows, blocks), 2 ** (bits - 1), np.uint8)
-    zeros = rng.integers(0, 2**bits, (rows, blocks), np.uint8) if asymmetric else symmetric
-    if not junk:
-        levels[:, columns:] = np.repeat(zeros, block, 1)[:, columns:]
+    zeros = np.full((rows, blocks), 2 ** (bits - 1), np.uint8)
+    if asymmetric:
+        zeros = rng.integers(0, 2**bits, (rows, blocks), np.uint8)
     scales = rng.uniform(-2, 2, (rows, blocks)).astype(np.float32) / 2**bits
-    return QuantMatrix(
-        columns,
-        bits,
-        block,
-        levels,
-        scales,
-        zeros,
-        asymmetric,
-        rng.standard_normal(rows, np.float32) if bias else None,
-        digits,
-    )
+    added = rng.standard_normal(rows, np.float32) if bias else None
+    return QuantMatrix(columns, bits, block, levels, scales, zeros, asymmetric, added, digits)
 
 
 def _packed(levels: np.ndarray, bits: int) -> np.ndarray:
@@ -133,3 +111,23 @@ def rounded(x: np.ndarray, block: int, digits: int = 1) -> np.ndarray:
 def product(x: np.ndarray, w: QuantMatrix) -> np.ndarray:
     """float64 [..., N]."""
     return x.astype(np.float64) @ w.dequantized.T + (0 if w.bias is None else w.bias)
+
+
+def activations(batch: int, tokens: int, columns: int, seed: int = 1) -> np.ndarray:
+    """Rows whose codes are certain: nothing that is rounded lies next to a half."""
+    rng = np.random.default_rng(seed)
+    shape = batch, tokens, columns
+    codes = rng.integers(-126, 127, shape) + rng.uniform(-0.45, 0.45, shape)
+    codes[..., ::16] = 127  # the first of every block: the scale is what follows
+    return (codes * 2.0 ** rng.integers(-6, 3, (batch, tokens, 1))).astype(np.float32)
+
+
+def together(x: np.ndarray, matrices: list[QuantMatrix]) -> Case:
+    """QuantLinear2 or QuantLinear3: each kind of input for all matrices, then the next kind."""
+    cases = [w.case(x) for w in matrices]
+    kinds = [kind for kind in cases[0].inputs if kind != "x"]
+    each = {f"{kind}{i}": case.inputs[kind] for kind in kinds for i, case in enumerate(cases)}
+    sizes = {f"N{i + 1 if i else ''}": case.attributes["N"] for i, case in enumerate(cases)}
+    outputs = {f"y{i}": case.outputs["y"] for i, case in enumerate(cases)}
+    attributes = cases[0].attributes | sizes
+    return Case(f"QuantLinear{len(cases)}", {"x": x} | each, outputs, attributes, frozenset(each))

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.kernels.build import build
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors, Grid
+from tests.built import COMPILER, built
+from tests.command_line import ROOT
 
-GROUP, BITS = 16, 4
-MIDDLE, TOP = 8, 15
+GROUP, MIDDLE, TOP = 16, 8, 15
 
 
 def positive(k: int, seed: int = 0) -> np.ndarray:
@@ -37,31 +39,30 @@ def grid_of(weights: np.ndarray, group: int = GROUP) -> tuple[Grid, np.ndarray]:
     return Grid(group, TOP, scale, -scale * MIDDLE), np.full_like(scale, MIDDLE)
 
 
-def per_column(values: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
-    return np.repeat(values.astype(np.float64), grid.group, axis=1)[:, :columns]
-
-
-def values_of(levels: np.ndarray, grid: Grid) -> np.ndarray:
-    if grid.table is not None:
-        return np.take_along_axis(grid.table, levels.astype(np.intp), axis=1)
-    scale, offset = (per_column(x, grid, levels.shape[1]) for x in (grid.scale, grid.offset))
-    return levels * scale + offset
+def per_column(grid: Grid, columns: int) -> Iterator[np.ndarray]:
+    """Scales and offsets in float64."""
+    both = (grid.scale, grid.offset)
+    return (np.repeat(x.astype(np.float64), grid.group, 1)[:, :columns] for x in both)
 
 
 def losses(weights: np.ndarray, levels: np.ndarray, grid: Grid, h: np.ndarray) -> np.ndarray:
-    off = weights - values_of(levels, grid)
-    return np.einsum("nk,kl,nl->n", off, h, off)
+    if grid.table is not None:
+        values = np.take_along_axis(grid.table, levels.astype(np.intp), axis=1)
+    else:
+        scale, offset = per_column(grid, levels.shape[1])
+        values = levels * scale + offset
+    return np.einsum("nk,kl,nl->n", weights - values, h, weights - values)
 
 
 def nearest(weights: np.ndarray, grid: Grid) -> np.ndarray:
-    scale, offset = (per_column(x, grid, weights.shape[1]) for x in (grid.scale, grid.offset))
+    scale, offset = per_column(grid, weights.shape[1])
     return np.clip(np.rint((weights - offset) / scale), 0, grid.top).astype(np.uint8)
 
 
 def gptq(weights: np.ndarray, grid: Grid, h: np.ndarray) -> np.ndarray:
     """As the paper has it (arXiv 2210.17323, algorithm 1): Cholesky's factor of the inverse."""
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
-    scale, offset = (per_column(x, grid, weights.shape[1]) for x in (grid.scale, grid.offset))
+    scale, offset = per_column(grid, weights.shape[1])
     w, levels = weights.astype(np.float64), np.empty(weights.shape, np.uint8)
     for j in range(w.shape[1]):
         q = np.clip(np.rint((w[:, j] - offset[:, j]) / scale[:, j]), 0, grid.top)
@@ -73,40 +74,33 @@ def gptq(weights: np.ndarray, grid: Grid, h: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [1, 7, 64, 65, 200])
 def test_factors_give_the_matrix_back(k):
+    """There are none of a matrix that is not positive."""
     h = positive(k, seed=k)
-    found = library.factor(h.copy())
-    assert isinstance(found, Factors) and not np.tril(found.m).any() and (found.d > 0).all()
-    m = np.eye(k) + found.m
-    np.testing.assert_allclose((m * found.d) @ m.T, h, rtol=0, atol=1e-6 * np.abs(h).max())
-
-
-def test_a_matrix_that_is_not_positive_has_no_factors():
-    h = positive(40)
-    h[7] = h[:, 7] = 0
+    factors = library.factor(h.copy())
+    assert isinstance(factors, Factors) and not np.tril(factors.m).any() and (factors.d > 0).all()
+    m = np.eye(k) + factors.m
+    np.testing.assert_allclose((m * factors.d) @ m.T, h, rtol=0, atol=1e-6 * np.abs(h).max())
+    h[-1] = h[:, -1] = 0
     assert library.factor(h) is None
-    assert library.factor(np.full((3, 3), np.nan)) is None
+    assert library.factor(np.full((k, k), np.nan)) is None
 
 
 @pytest.mark.parametrize(("count", "k"), [(1, 1), (5, 33), (49, 130), (100, 257)])
 def test_feedback_is_gptq(count, k):
     weights, h = rows_of(count, k), positive(k)
     grid, _ = grid_of(weights)
-    levels, lost = library.feedback(weights, grid, library.factor(h.copy()))
+    factors = library.factor(h.copy())
+    levels, lost = library.feedback(weights, grid, factors)
     expected = gptq(weights, grid, h)
     # Float32 against float64: a tie may fall to the other side, and all behind it follows.
-    same = (levels == expected).all(axis=1)
-    assert same.mean() >= 0.9
+    assert (levels == expected).all(axis=1).mean() >= 0.9
     np.testing.assert_allclose(lost, losses(weights, levels, grid, h), rtol=1e-4)
     ours, theirs = lost.sum(), losses(weights, expected, grid, h).sum()
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
 
-
-def test_loss_of_given_levels():
-    weights, h = rows_of(50, 100), positive(100)
-    grid, _ = grid_of(weights)
-    levels = nearest(weights, grid)
-    found = library.loss(weights, grid, library.factor(h.copy()), levels)
-    np.testing.assert_allclose(found, losses(weights, levels, grid, h), rtol=1e-4)
+    near = nearest(weights, grid)
+    lost = library.loss(weights, grid, factors, near)
+    np.testing.assert_allclose(lost, losses(weights, near, grid, h), rtol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,10 +110,9 @@ def test_refining_only_lowers_the_loss(count, k, group, seed):
     grid, zeros = grid_of(weights, group)
     levels = nearest(weights, grid)
     before = losses(weights, levels, grid, h)
+    options = {"rounds": 1, "zeros": zeros, "half": True}
     for _ in range(3):
-        library.refine(
-            weights, grid, h.astype(np.float32), levels, rounds=1, zeros=zeros, half=True
-        )
+        library.refine(weights, grid, h.astype(np.float32), levels, **options)
         after = losses(weights, levels, grid, h)
         assert (after <= before * (1 + 1e-5) + 1e-12).all()
         before = after
@@ -127,35 +120,25 @@ def test_refining_only_lowers_the_loss(count, k, group, seed):
     np.testing.assert_array_equal(grid.offset, -grid.scale * MIDDLE)
 
 
-def test_scales_are_those_of_least_squares():
+def test_scales_are_those_of_least_squares_and_no_other_level_is_better():
     """With H = L Lᵀ the loss is ‖(w − Σ s_g u_g) L‖², for which there is a solver."""
     weights, h = rows_of(9, 80), positive(80)
     grid, zeros = grid_of(weights)
     levels = nearest(weights, grid)
-    units, root = levels.astype(np.float64) - MIDDLE, np.linalg.cholesky(h)
-    expected = np.empty(grid.scale.shape)
-    for row in range(len(weights)):
-        parts = np.zeros((5, 80))
-        for g in range(5):
-            own = slice(g * GROUP, (g + 1) * GROUP)
-            parts[g, own] = units[row, own]
-        expected[row] = np.linalg.lstsq((parts @ root).T, weights[row] @ root, rcond=None)[0]
-    fixed = Grid(GROUP, TOP, grid.scale.copy(), grid.offset.copy())
-    library.refine(weights, fixed, h.astype(np.float32), levels, rounds=1, zeros=zeros)
-    np.testing.assert_allclose(fixed.scale, expected, rtol=1e-3)
+    groups, root = np.repeat(np.eye(5), GROUP, axis=1), np.linalg.cholesky(h)
+    units = levels.astype(np.float64) - MIDDLE
+    expected = [
+        np.linalg.lstsq((groups * row @ root).T, w @ root, rcond=None)[0]
+        for row, w in zip(units, weights, strict=True)
+    ]
+    library.refine(weights, grid, h.astype(np.float32), levels, rounds=1, zeros=zeros)
+    np.testing.assert_allclose(grid.scale, expected, rtol=1e-3)
 
-
-def test_descent_ends_where_no_level_is_better():
-    weights, h = rows_of(8, 60), positive(60)
-    grid, _ = grid_of(weights)
-    levels = nearest(weights, grid)
     library.refine(weights, grid, h.astype(np.float32), levels, rounds=60)
     least = losses(weights, levels, grid, h)
-    for column in range(60):
-        for step in (-1, 1):
-            other = levels.astype(np.int16)
-            other[:, column] = np.clip(other[:, column] + step, 0, TOP)
-            assert (losses(weights, other, grid, h) >= least * (1 - 1e-5)).all()
+    for step in (*np.eye(80, dtype=np.int16), *-np.eye(80, dtype=np.int16)):
+        other = np.clip(levels + step, 0, TOP)
+        assert (losses(weights, other, grid, h) >= least * (1 - 1e-5)).all()
 
 
 def test_tables():
@@ -163,20 +146,13 @@ def test_tables():
     table = np.sort(rows_of(20, 16, seed=1), axis=1)
     grid = Grid(1, TOP, table=table)
     close = np.abs(weights[:, :, None] - table[:, None, :]).argmin(2).astype(np.uint8)
-    alone, lost = library.feedback(
-        weights, grid, Factors(np.zeros((50, 50), np.float32), np.ones(50, np.float32))
-    )
-    np.testing.assert_array_equal(alone, close)
-    np.testing.assert_allclose(lost, losses(weights, close, grid, np.eye(50)), rtol=1e-5)
+    alone = Factors(np.zeros((50, 50), np.float32), np.ones(50, np.float32))
+    np.testing.assert_array_equal(library.feedback(weights, grid, alone)[0], close)
     levels, lost = library.feedback(weights, grid, library.factor(h.copy()))
+    np.testing.assert_allclose(lost, losses(weights, levels, grid, h), rtol=1e-4)
     assert lost.sum() < losses(weights, close, grid, h).sum()
     library.refine(weights, grid, h.astype(np.float32), levels, rounds=2)
     assert losses(weights, levels, grid, h).sum() < lost.sum()
-
-
-def squared(weights: np.ndarray, h: np.ndarray, scale: float, zero: float, top: int) -> float:
-    q = np.clip(np.rint(weights / scale), -zero, top - zero)
-    return float((h * (weights - q * scale) ** 2).sum())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -189,51 +165,31 @@ def test_search_finds_what_trying_finds(symmetric, half, bits, weighted):
     importance = rng.lognormal(size=(5, 32)).astype(np.float32) if weighted else None
     if symmetric:
         largest = np.take_along_axis(blocks, np.abs(blocks).argmax(2)[..., None], 2)[..., 0]
-        scales, zeros = largest / np.float32(-(2 ** (bits - 1))), np.full((7, 5), 2 ** (bits - 1))
+        first = largest / np.float32(-(2 ** (bits - 1)))
+        zeros = np.full((7, 5), 2 ** (bits - 1), np.float32)
     else:
         low, high = np.minimum(blocks.min(2), 0), np.maximum(blocks.max(2), 0)
-        scales = (high - low) / np.float32(top)
-        zeros = np.rint(-low / scales)
-    zeros = zeros.astype(np.float32)
-    first, places = scales.copy(), zeros.copy()
+        first = (high - low) / np.float32(top)
+        zeros = np.rint(-low / first).astype(np.float32)
+    h = np.ones((5, 32)) if importance is None else importance.astype(np.float64)
+
+    def lost(scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+        scale, zero = scale.astype(np.float64)[..., None], zero[..., None]
+        q = np.clip(np.rint(blocks / scale), -zero, top - zero)
+        return (h * (blocks - q * scale) ** 2).sum(2)
+
+    least = lost(first, zeros)
+    for fraction in np.linspace(0.9 if bits == 8 else 0.5, 1.12, 32):
+        for sign in (1, -1) if symmetric else (1,):
+            scale = first.astype(np.float64) * fraction * sign
+            scale = scale.astype(np.float16) if half else scale
+            least = np.minimum(least, lost(scale, zeros))
+    scales = first.copy()
     levels = library.search(blocks, importance, bits, symmetric, half, scales, zeros)
     assert not half or np.array_equal(scales, scales.astype(np.float16))
-    for row, column in np.ndindex(7, 5):
-        w = blocks[row, column].astype(np.float64)
-        h = np.ones(32) if importance is None else importance[column].astype(np.float64)
-        found = squared(w, h, scales[row, column], zeros[row, column], top)
-        least = squared(w, h, first[row, column], places[row, column], top)
-        for fraction in np.linspace(0.9 if bits == 8 else 0.5, 1.12, 32):
-            for sign in (1, -1) if symmetric else (1,):
-                scale = first[row, column] * fraction * sign
-                scale = float(np.float16(scale)) if half else scale
-                least = min(least, squared(w, h, scale, places[row, column], top))
-        assert found <= least * (1 + 1e-4)
-        value = (levels[row, column] - zeros[row, column]) * scales[row, column]
-        np.testing.assert_allclose((h * (w - value) ** 2).sum(), found, rtol=1e-4)
-
-
-def test_float16_is_numpys():
-    """Of every float16 the neighbourhood: what is stored is what a cast gives."""
-    halves = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    near = np.concatenate([halves, np.nextafter(halves, 0), halves * np.float32(1.0003)])
-    near = near[(near > 1e-6) & (near < 8000)]
-    near = np.resize(near, (-(-len(near) // 16) * 16,))
-    # A block with the levels ±1 only: its scale is fitted to its one weight.
-    blocks = np.zeros((len(near), 1, 16), np.float32)
-    blocks[:, 0, 0] = near
-    start = near.astype(np.float16)[:, None] * np.float16(1.5)  # so that others are better
-    scales, zeros = start.astype(np.float32), np.full((len(near), 1), 8, np.float32)
-    library.search(blocks, None, 4, True, True, scales, zeros)
-    assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
-    assert (np.abs(scales) != start).mean() > 0.9
-
-
-PROGRAM = """
-import sys, numpy as np
-from tests.kernels.rounding.test_rounding import everything
-np.savez(sys.argv[1], **everything())
-"""
+    assert (lost(scales, zeros) <= least * (1 + 1e-4)).all()
+    values = (levels - zeros[..., None]) * scales[..., None]
+    np.testing.assert_allclose((h * (blocks - values) ** 2).sum(2), lost(scales, zeros), rtol=1e-4)
 
 
 def everything() -> dict[str, np.ndarray]:
@@ -245,45 +201,50 @@ def everything() -> dict[str, np.ndarray]:
     library.refine(weights, grid, h.astype(np.float32), levels, rounds=2, zeros=zeros, half=True)
     blocks = rows_of(50, 96).reshape(50, 3, 32)
     scales = np.abs(blocks).max(2) / np.float32(8)
-    found = library.search(blocks, None, 4, True, True, scales, np.full_like(scales, 8))
-    return {
-        "m": factors.m,
-        "lost": lost,
-        "levels": levels,
-        "scale": grid.scale,
-        "found": found,
-        "scales": scales,
-    }
+    searched = library.search(blocks, None, 4, True, True, scales, np.full_like(scales, 8))
+    results = {"m": factors.m, "lost": lost, "levels": levels, "scale": grid.scale}
+    return results | {"searched": searched, "scales": scales}
+
+
+PROGRAM = """
+import pathlib, sys
+import numpy as np
+from rgexport.kernels.rounding import library
+library.LIBRARY = pathlib.Path(sys.argv[1])
+from tests.kernels.rounding.test_rounding import everything
+np.savez(sys.argv[2], **everything())
+"""
+
+
+def assert_same_bits(path: Path, folder: Path, **variables: str) -> None:
+    """Runs everything by the library at `path` in a process of its own."""
+    command = [sys.executable, "-c", PROGRAM, str(path), str(folder / "all.npz")]
+    done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:].decode()
+    theirs = np.load(folder / "all.npz")
+    for name, ours in everything().items():
+        np.testing.assert_array_equal(ours, theirs[name], err_msg=name)
 
 
 @pytest.mark.parametrize("cpu", ["scalar", "avx2"])
 def test_every_processor_gives_the_same_bits(cpu, tmp_path):
-    target = tmp_path / "all.npz"
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(target)],
-        env=os.environ | {"RGEXPORT_CPU": cpu},
-        cwd=Path(__file__).parents[3],
-        check=True,
-    )
-    with np.load(target) as theirs:
-        for name, ours in everything().items():
-            np.testing.assert_array_equal(ours, theirs[name], err_msg=name)
+    assert_same_bits(library.LIBRARY, tmp_path, RGEXPORT_CPU=cpu)
 
 
-def test_rows_do_not_depend_on_others_nor_on_threads():
-    weights, h = rows_of(120, 90), positive(90)
-    factors, matrix = library.factor(h.copy()), h.astype(np.float32)
+def _sanitized_rounding(folder: Path) -> None:
+    source = library.LIBRARY.parent
+    build(source, folder, folder / "build", "-DSANITIZE=address,undefined")
 
-    def chosen(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        own = np.ascontiguousarray(part)
-        grid, zeros = grid_of(own)
-        levels, _ = library.feedback(own, grid, factors)
-        library.refine(own, grid, matrix, levels, rounds=2, zeros=zeros, half=True)
-        return levels, grid.scale
 
-    whole = chosen(weights)
-    with ThreadPoolExecutor(4) as pool:
-        cuts = [(0, 1), (1, 50), (50, 97), (97, 120)]
-        parts = list(pool.map(lambda cut: chosen(weights[slice(*cut)]), cuts))
-    for place in (0, 1):
-        np.testing.assert_array_equal(np.concatenate([p[place] for p in parts]), whole[place])
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is loaded as on Linux")
+@pytest.mark.parametrize("cpu", ["scalar", "avx2", "avx512"])
+def test_sanitizers_find_nothing(cpu, tmp_path):
+    """Python is not built with the address sanitizer, so its own library is loaded first."""
+    source, onnx = library.LIBRARY.parent, library.LIBRARY.parents[1] / "onnx" / "src"
+    files = [*sorted((source / "src").iterdir()), source / "CMakeLists.txt"]
+    folder = built(_sanitized_rounding, [*files, onnx / "cpu.cpp", onnx / "cpu.h"])
+    asked = [COMPILER, "-print-file-name=libasan.so"]
+    first = subprocess.check_output(asked, text=True).strip()
+    variables = {"LD_PRELOAD": first, "ASAN_OPTIONS": "detect_leaks=0"}
+    assert_same_bits(folder / library.LIBRARY.name, tmp_path, RGEXPORT_CPU=cpu, **variables)
