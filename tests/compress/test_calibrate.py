@@ -1,38 +1,45 @@
-"""Whole runs: interrupted and continued ones, mixtures, and requests that are refused."""
+"""Calibrations: their texts, interrupted and continued runs, refused requests, and exports."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
+from rgexport.compress import sampling
 from rgexport.compress.calibrate import BUILT_IN, CalibrationOptions, calibrate
-from rgexport.compress.passages import Passages
+from rgexport.compress.passages import LENGTH, Passages, read_text
 from rgexport.compress.statistics import Collector
 from rgexport.compress.work import Work
 from rgexport.errors import RequestError
-from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
+from rgexport.export.opening import open_artifact
+from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
+from rgexport.griffin.layout import QUANTIZABLE, role_of
+from rgexport.griffin.reference import Reference
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.calibration_format import linears
 from tests.command_line import rgexport
 from tests.compress.collected import checkpoint_of, collected
-from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
+from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 
 OPTIONS = CalibrationOptions(tokens=60, gradient_tokens=40, device="cpu")
 
 
+class Killed(Exception):
+    pass
+
+
 @pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def sampled(monkeypatch):
     """Replaces sampling by random tokens; has the counts that were asked for."""
     asked = []
 
-    def sample(checkpoint: Checkpoint, tokenizer: Any, count: int, **_: Any) -> list[np.ndarray]:
+    def sample(checkpoint, tokenizer, count, **_):
         asked.append(count)
         ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, count)
         return [ids[start : start + 20] for start in range(0, count, 20)]
@@ -41,20 +48,28 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-class Killed(Exception):
-    pass
+@pytest.fixture
+def checkpoint(tmp_path):
+    return checkpoint_of("regular", tmp_path / "model")
 
 
-@pytest.mark.parametrize("after", [1, 2, 4, 7, 9, 11])
-def test_a_continued_run_writes_the_same_file(
-    after: int, sampled: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def demo_like(tmp_path):
+    """A tiny model with the demo's tokenizer."""
+    config = make_config("r", width=32, heads=2, vocab_size=8192)
+    write_hugging_face(config, random_weights(config), tmp_path / "model")
+    shutil.copy(demo_folder() / "tokenizer.model", tmp_path / "model")
+    return open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("after", [1, 4, 11])
+def test_a_continued_run_writes_the_same_file(after, sampled, tmp_path, monkeypatch):
     """The run ends after so many arrays, half of the next one written."""
     checkpoint = checkpoint_of("not_by_32", tmp_path / "model")
     whole = calibrate(checkpoint, OPTIONS, tmp_path / "whole").read_bytes()
     target, save, count = tmp_path / "other", Work.save, 0
 
-    def save_or_die(work: Work, name: str, array: np.ndarray) -> None:
+    def save_or_die(work, name, array):
         nonlocal count
         count += 1
         if count > after:
@@ -62,10 +77,9 @@ def test_a_continued_run_writes_the_same_file(
             raise Killed
         save(work, name, array)
 
-    monkeypatch.setattr(Work, "save", save_or_die)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Work, "save", save_or_die)
         calibrate(checkpoint, OPTIONS, target)
-    monkeypatch.setattr(Work, "save", save)
     assert not target.exists() and (tmp_path / "other.partial").is_dir()
     before = len(sampled)
     assert calibrate(checkpoint, OPTIONS, target).read_bytes() == whole
@@ -73,68 +87,46 @@ def test_a_continued_run_writes_the_same_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other", "whole"]
 
 
-def test_a_layer_that_is_done_is_not_run_again(
-    sampled: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = checkpoint_of("regular", tmp_path / "model")
+def die(collector):
+    raise Killed
 
-    def die(collector: Collector) -> None:
-        raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Collector, "head", die)
-        calibrate(checkpoint, OPTIONS, tmp_path / "target")
+def start(checkpoint, target, ends_at="collect"):
+    """Leaves a run unfinished."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Collector, ends_at, die)
+        calibrate(checkpoint, OPTIONS, target)
+
+
+def test_a_layer_that_is_done_is_not_run_again(checkpoint, sampled, tmp_path, monkeypatch):
+    start(checkpoint, tmp_path / "target", "head")
     monkeypatch.setattr(Collector, "_through", die)
     calibrate(checkpoint, OPTIONS, tmp_path / "target")
 
 
-def unfinished(checkpoint: Checkpoint, target: Path, options: CalibrationOptions) -> None:
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-
-        def die(collector: Collector) -> None:
-            raise Killed
-
-        patched.setattr(Collector, "collect", die)
-        calibrate(checkpoint, options, target)
-
-
-def test_another_requests_work_is_not_continued(sampled: list[int], tmp_path: Path) -> None:
-    checkpoint, target = checkpoint_of("regular", tmp_path / "model"), tmp_path / "target"
-    unfinished(checkpoint, target, OPTIONS)
-    other = CalibrationOptions(tokens=80, gradient_tokens=40, device="cpu")
+def test_only_the_same_requests_work_is_continued(checkpoint, sampled, tmp_path):
+    target, other = tmp_path / "target", replace(OPTIONS, tokens=80)
+    start(checkpoint, target)
     with pytest.raises(RequestError, match=r"another request \(--tokens, --sampled differ\)"):
         calibrate(checkpoint, other, target)
+    with pytest.raises(RequestError, match=r"another request \(weights differ\)"):
+        calibrate(checkpoint_of("regular", tmp_path / "b", seed=1), OPTIONS, target)
+    (tmp_path / "target.partial" / "tokens.npy").write_bytes(b"no array")
+    with pytest.raises(RequestError, match=r"tokens.npy is damaged; remove .*target.partial"):
+        calibrate(checkpoint, OPTIONS, target)
     calibrate(checkpoint, other, target, force=True)
     assert open_calibration(target).tokens == 80
 
 
-def test_other_weights_are_another_request(sampled: list[int], tmp_path: Path) -> None:
-    checkpoint, target = checkpoint_of("regular", tmp_path / "model"), tmp_path / "target"
-    unfinished(checkpoint, target, OPTIONS)
-    config = ODD_CONFIGS["regular"]
-    other = open_checkpoint(write_hugging_face(config, random_weights(config, 1), tmp_path / "b"))
-    with pytest.raises(RequestError, match=r"another request \(weights differ\)"):
-        calibrate(other, OPTIONS, target)
-
-
-def test_a_folder_of_the_users_is_left_alone(sampled: list[int], tmp_path: Path) -> None:
+def test_a_folder_of_the_users_is_left_alone(checkpoint, sampled, tmp_path):
     (tmp_path / "target.partial").mkdir()
     (tmp_path / "target.partial" / "thesis").write_text("my work")
-    checkpoint = checkpoint_of("regular", tmp_path / "model")
     with pytest.raises(RequestError, match="is no unfinished calibration; remove it"):
         calibrate(checkpoint, OPTIONS, tmp_path / "target", force=True)
     assert (tmp_path / "target.partial" / "thesis").read_text() == "my work"
 
 
-def test_damaged_work_is_one_line(sampled: list[int], tmp_path: Path) -> None:
-    checkpoint, target = checkpoint_of("regular", tmp_path / "model"), tmp_path / "target"
-    unfinished(checkpoint, target, OPTIONS)
-    (tmp_path / "target.partial" / "tokens.npy").write_bytes(b"no array")
-    with pytest.raises(RequestError, match=r"tokens.npy is damaged; remove .*target.partial"):
-        calibrate(checkpoint, OPTIONS, target)
-
-
-def test_values_that_overflow_are_one_line(sampled: list[int], tmp_path: Path) -> None:
+def test_values_that_overflow_are_one_line(sampled, tmp_path):
     config = ODD_CONFIGS["regular"]
     weights = random_weights(config)
     weights["layers.1.mlp_block.up_proj.weight"] *= np.float32(1e30)
@@ -143,175 +135,171 @@ def test_values_that_overflow_are_one_line(sampled: list[int], tmp_path: Path) -
         calibrate(open_checkpoint(folder), OPTIONS, tmp_path / "target")
 
 
-def test_a_mixture_has_both_texts(sampled: list[int], tmp_path: Path) -> None:
+def test_a_mixture_has_both_texts(demo_like, sampled, tmp_path):
     (tmp_path / "notes.txt").write_text("The tide turned at four. " * 100)
     options = CalibrationOptions(text=tmp_path / "notes.txt", tokens=60, sampled=40, device="cpu")
-    checkpoint = demo_with_one_layer(tmp_path / "model")
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
-    assert sampled == [40] and sorted(map(len, found.sequences)) == [20, 20, 20]
-    assert found.provenance.text == "40 tokens sampled from the model and the text of notes.txt"
-    tokenizer = load_tokenizer(demo_folder())
-    texts = [tokenizer.decode(ids.tolist()) for ids in found.sequences]
+    known = open_calibration(calibrate(demo_like, options, tmp_path / "target"))
+    assert sampled == [40] and sorted(map(len, known.sequences)) == [20, 20, 20]
+    assert known.provenance.text == "40 tokens sampled from the model and the text of notes.txt"
+    texts = [load_tokenizer(demo_folder()).decode(ids.tolist()) for ids in known.sequences]
     assert sum(text.startswith("The tide turned at four. The") for text in texts) == 1
 
 
-def test_the_built_in_text_alone(tmp_path: Path) -> None:
-    """Nothing sampled and no text of one's own: some of it is held out, as of any text."""
-    options = CalibrationOptions(tokens=1024, sampled=0, held_out=512, device="cpu")
-    checkpoint = demo_with_one_layer(tmp_path / "model")
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
-    assert found.provenance.text == "the built-in text" and found.tokens == 1024
-    assert [len(ids) for ids in found.held_out] == [512]
-
-
-def demo_with_one_layer(folder: Path) -> Checkpoint:
-    """A tiny model with the demo's tokenizer."""
-    from tests.models import make_config
-
-    config = make_config("r", width=32, heads=2, vocab_size=8192)
-    write_hugging_face(config, random_weights(config), folder)
-    shutil.copy(demo_folder() / "tokenizer.model", folder)
-    return open_checkpoint(folder)
-
-
-def test_one_token_of_text(tmp_path: Path) -> None:
-    """Hessians of rank 2 and dead tokens of the head are all that such a text gives."""
-    (tmp_path / "a.txt").write_text("a")
-    options = CalibrationOptions(text=tmp_path / "a.txt", device="cpu")
-    checkpoint = demo_with_one_layer(tmp_path / "model")
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
-    assert found.tokens == 2
-    (hessian,) = found.hessian("layers.0.mlp_block.down_proj.weight") or []
-    assert np.linalg.matrix_rank(hessian) == 2
-    assert np.count_nonzero(found.token_frequency) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokens": 0}, "--tokens is 0; expected at least 1"),
-        ({"gradient_tokens": 0}, "--gradient-tokens is 0"),
-        ({"seed": -1}, "--seed is -1"),
-        ({"held_out": -1}, "--held-out is -1"),
-        ({"tokens": 9, "sampled": 10}, "--sampled 10 is more than --tokens 9"),
-        ({"text": Path("a"), "sampled": -1}, "--sampled is -1"),
-        ({"text": Path("a"), "tokens": 9, "sampled": 9}, "leaves nothing of --tokens 9"),
-    ],
-)
-def test_contradictions(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        CalibrationOptions(**options)
-
-
-def test_a_narrow_model_takes_more_tokens() -> None:
-    for width, tokens, held_out in ((64, 16384, 16384), (1024, 16384, 16384), (2560, 8192, 2048)):
-        config = replace(ODD_CONFIGS["regular"], width=width)
-        found = CalibrationOptions().for_model(config, readable=False)
-        assert found.from_model == tokens
-        assert found.with_held_out(tokens) == tokens + held_out
-        few = CalibrationOptions(tokens=5).for_model(config, readable=False)
-        assert few.from_model == few.with_held_out(5) == 5
-
-
-def test_a_sixth_is_built_in() -> None:
-    """Unless a user says what is sampled, or gives a text."""
-    for given, sampled in (
-        ({}, 13654),
-        ({"tokens": 1024}, 854),
-        ({"sampled": 16384}, 16384),
-        ({"text": Path("a")}, 0),
-    ):
-        options = CalibrationOptions(**given).for_model(ODD_CONFIGS["regular"], readable=True)
-        assert (options.from_model, options.from_text) == (sampled, (options.tokens or 0) - sampled)
-
-
-def test_the_built_in_text_is_used_but_not_held_out(sampled: list[int], tmp_path: Path) -> None:
-    checkpoint = demo_with_one_layer(tmp_path / "model")
+def test_the_built_in_text_is_used_but_not_held_out(demo_like, sampled, tmp_path):
     options = CalibrationOptions(tokens=240, held_out=240, device="cpu")
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
-    assert sampled == [400] and found.tokens == 240
-    assert found.provenance.text == "200 tokens sampled from the model and the built-in text"
-    assert [len(ids) for ids in found.held_out] == [20] * 10
+    known = open_calibration(calibrate(demo_like, options, tmp_path / "target"))
+    assert sampled == [400] and known.tokens == 240
+    assert known.provenance.text == "200 tokens sampled from the model and the built-in text"
+    assert [len(ids) for ids in known.held_out] == [20] * 10
     built_in = load_tokenizer(demo_folder()).encode_text(BUILT_IN.read_text())[:39]
-    texts = [ids[1:].tolist() for ids in found.sequences]
+    texts = [ids[1:].tolist() for ids in known.sequences]
     assert built_in in texts and texts[-1] != built_in
-    assert not {*map(bytes, found.sequences)} & {*map(bytes, found.held_out)}
+    assert not {*map(bytes, known.sequences)} & {*map(bytes, known.held_out)}
 
 
-def test_a_tokenizer_of_another_vocabulary_reads_no_text(
-    sampled: list[int], tmp_path: Path
-) -> None:
-    checkpoint = checkpoint_of("regular", tmp_path / "model")
-    shutil.copy(demo_folder() / "tokenizer.model", tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    found = open_calibration(calibrate(checkpoint, OPTIONS, tmp_path / "target"))
-    assert found.provenance.text == "60 tokens sampled from the model"
+def test_of_a_short_text_a_third_of_the_sequences_is_held_out(demo_like, tmp_path):
+    (tmp_path / "text").write_text("the " * 1900)
+    options = CalibrationOptions(text=tmp_path / "text", device="cpu")
+    known = open_calibration(calibrate(demo_like, options, tmp_path / "target"))
+    assert (len(known.sequences), len(known.held_out)) == (3, 1)
+    assert known.tokens + sum(map(len, known.held_out)) > 1900
 
 
-def test_some_sequences_are_held_out(sampled: list[int], tmp_path: Path) -> None:
-    """No statistic sees them: the rest alone gives the same."""
-    checkpoint = checkpoint_of("regular", tmp_path / "model")
+def test_no_statistic_sees_what_is_held_out(checkpoint, sampled, tmp_path):
     options = replace(OPTIONS, held_out=40)
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "some"))
-    assert sampled == [100] and found.tokens == 60
-    assert [len(ids) for ids in found.held_out] == [20, 20]
-    texts = {bytes(ids) for ids in (*found.sequences, *found.held_out)}
-    assert len(texts) == 5
-    text = Passages(np.concatenate(found.sequences), np.array([20, 20, 20], np.int32))
+    known = open_calibration(calibrate(checkpoint, options, tmp_path / "some"))
+    assert sampled == [100] and (known.tokens, known.provenance.gradient_tokens) == (60, 40)
+    assert [len(ids) for ids in known.held_out] == [20, 20]
+    assert len({bytes(ids) for ids in (*known.sequences, *known.held_out)}) == 5
+    text = Passages(np.concatenate(known.sequences), np.array([20, 20, 20], np.int32))
     (tmp_path / "alone").mkdir()
     alone = collected(checkpoint, text, tmp_path / "alone", gradients=40)
     for name in linears(checkpoint.config):
-        np.testing.assert_array_equal(found.hessian(name), alone.hessian(name))
+        np.testing.assert_array_equal(known.hessian(name), alone.hessian(name))
         np.testing.assert_array_equal(
-            found.output_sensitivity(name), alone.output_sensitivity(name)
+            known.output_sensitivity(name), alone.output_sensitivity(name)
         )
 
 
 @pytest.mark.parametrize(
-    ("words", "sequences", "held_out"), [(100, 1, 0), (900, 2, 0), (1900, 3, 1)]
+    ("width", "asked", "sampled", "from_text", "held_out"),
+    [
+        (1024, {}, 13654, 2730, 16384),
+        (2560, {}, 6827, 1365, 2048),
+        (1024, {"sampled": 16384}, 16384, 0, 16384),
+        (1024, {"text": Path("a")}, 0, 16384, 16384),
+    ],
 )
-def test_a_short_text_is_shared(words: int, sequences: int, held_out: int, tmp_path: Path) -> None:
-    """A third of its sequences is held out, rounded down."""
-    (tmp_path / "text").write_text("the " * words)
-    checkpoint = demo_with_one_layer(tmp_path / "model")
-    options = CalibrationOptions(text=tmp_path / "text", device="cpu")
-    found = open_calibration(calibrate(checkpoint, options, tmp_path / "target"))
-    assert (len(found.sequences), len(found.held_out)) == (sequences, held_out)
-    assert found.tokens + sum(map(len, found.held_out)) > words
+def test_defaults(width, asked, sampled, from_text, held_out):
+    """A sixth is the built-in text, and a narrow model takes more."""
+    config = replace(ODD_CONFIGS["regular"], width=width)
+    options = CalibrationOptions(**asked).for_model(config, readable=True)
+    tokens = options.from_model, options.from_text, options.held_out
+    assert tokens == (sampled, from_text, held_out)
 
 
-def test_a_mixture_leaves_something_for_the_text() -> None:
-    options = CalibrationOptions(text=Path("a"), sampled=16384)
-    with pytest.raises(RequestError, match="leaves nothing of --tokens 16384 for --text"):
-        options.for_model(ODD_CONFIGS["regular"], readable=True)
-
-
-def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    checkpoint = checkpoint_of("regular", tmp_path / "model")
-    for given, name in (
-        (CalibrationOptions(text=tmp_path / "a.txt"), "a.txt"),
-        (replace(OPTIONS, sampled=20), "the built-in text"),
+def test_contradictions():
+    for asked, message in (
+        ({"held_out": -1}, "--held-out is -1"),
+        ({"text": Path("a"), "sampled": -1}, "--sampled is -1"),
+        ({"text": Path("a"), "sampled": 16384}, "leaves nothing of --tokens 16384 for --text"),
     ):
-        with pytest.raises(RequestError, match=f"has no tokenizer to read .*{name} with"):
-            calibrate(checkpoint, given, tmp_path / "target")
+        with pytest.raises(RequestError, match=message):
+            CalibrationOptions(**asked).for_model(ODD_CONFIGS["regular"], readable=True)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """From the text to a file that opens, and a second run that is refused."""
+def test_the_command(tmp_path):
+    """From the model to a file that opens, a second run, and an export of another model."""
     checkpoint_of("attention_only", tmp_path / "tiny")
     arguments = ("calibrate", "-m", "tiny", "--tokens", "30", "--device", "cpu")
-    run = rgexport(*arguments, folder=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("tiny.calibration is complete (")
-    assert run.stdout.endswith(
-        f"rgexport onnx -m {tmp_path / 'tiny'} --int4 --calibration tiny.calibration\n"
-    ) or run.stdout.endswith("rgexport onnx -m tiny --int4 --calibration tiny.calibration\n")
-    for number in range(1, 6):
-        assert f"[{number}/5] " in run.stderr
-    found = open_calibration(tmp_path / "tiny.calibration")
-    files = json.dumps(found.provenance.files)
-    assert found.tokens == 30 and SINGLE in files
+    first = rgexport(*arguments, folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("tiny.calibration is complete (")
+    assert first.stdout.endswith(" --int4 --calibration tiny.calibration\n")
+    assert all(f"[{number}/5] " in first.stderr for number in range(1, 6))
+    known = open_calibration(tmp_path / "tiny.calibration")
+    assert known.tokens == 30 and SINGLE in " ".join(known.provenance.files)
     again = rgexport(*arguments, folder=tmp_path)
     assert again.returncode == 2 and "tiny.calibration exists; pass --force" in again.stderr
     assert again.stderr.count("\n") == 1
+    checkpoint_of("regular", tmp_path / "other")
+    words = ("onnx", "-m", "other", "--int4", "--calibration", "tiny.calibration", "-o", "out")
+    foreign = rgexport(*words, folder=tmp_path)
+    assert foreign.returncode == 2 and "was made from other weights" in foreign.stderr
+    assert not (tmp_path / "out").exists()
+
+
+CONFIG = make_config("rra", width=96, heads=4, lru_width=64, mlp_width=160)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("words", ["onnx --int4", "coreml --precision pal4", "gguf --type q4_0"])
+def test_better_quality_has_less_loss(words, tmp_path):
+    """The best makes a calibration and, another time, takes it."""
+    weights, errors = random_weights(CONFIG), []
+    write_hugging_face(CONFIG, weights, tmp_path / "odd")
+    for quality in ("fast", "default", "best", "best"):
+        asked = (*words.split(), *(["--pure"] if "gguf" in words else []), "--no-check")
+        target = tmp_path / f"{len(errors)}{'.gguf' if 'gguf' in words else ''}"
+        done = rgexport(*asked, "-m", "odd", "--quality", quality, "-o", target, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        stored = open_artifact(target).weights
+        errors.append(
+            {n: stored[n].whole() - weights[n] for n in stored if role_of(n) in QUANTIZABLE}
+        )
+    assert "Taking the calibration odd.calibration" in done.stderr
+    known = open_calibration(tmp_path / "odd.calibration")
+    fast, default, best, again = (
+        sum(np.einsum("nk,kl,nl->", w, known.hessian(n)[0], w) for n, w in error.items())
+        for error in errors
+    )
+    assert default <= fast * 1.001
+    assert again == best < 0.95 * default
+
+
+@pytest.mark.parametrize("limit", [1, 3, LENGTH + 1, LENGTH + 2, 1300])
+def test_a_text_is_cut_into_sequences_that_begin_with_a_bos(tmp_path, limit):
+    tokenizer = load_tokenizer(demo_folder())
+    words = "The tide turned in the harbour office at four. " * 300
+    (tmp_path / "text").write_text(words)
+    pieces = read_text(tmp_path / "text", tokenizer, limit)
+    assert all(s[0] == tokenizer.bos_id and len(s) <= LENGTH for s in pieces)
+    ids = np.concatenate([s[1:] for s in pieces]).tolist()
+    assert ids == tokenizer.encode_text(words)[: len(ids)]
+    assert limit - 1 <= sum(map(len, pieces)) <= limit
+
+
+def test_a_file_without_text_is_refused(tmp_path):
+    for content, message in ((b"", "has no text in it"), (b"\xff\xfe", "as UTF-8 text")):
+        (tmp_path / "text").write_bytes(content)
+        with pytest.raises(RequestError, match=message):
+            read_text(tmp_path / "text", load_tokenizer(demo_folder()), 100)
+
+
+def test_samples_begin_with_a_bos_and_an_ordinary_token():
+    tokenizer = load_tokenizer(demo_folder())
+    starts = sampling.first_tokens(tokenizer, 8192, 3000, np.random.default_rng(0))
+    assert starts.shape == (3000, 2) and set(starts[:, 0]) == {tokenizer.bos_id}
+    assert not set(starts[:, 1]) & set(tokenizer.special.values())
+    assert len(set(starts[:, 1])) > 2000 and starts.max() < 8192
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_each_token_is_drawn_from_the_models_distribution(precision, tmp_path, monkeypatch):
+    """Drawn at a temperature near 0, each token is the reference's first choice."""
+    monkeypatch.setattr(
+        sampling, "Sampler", lambda options: Sampler(replace(options, temperature=1e-6))
+    )
+    monkeypatch.setattr(sampling, "_BATCH", 2)
+    monkeypatch.setattr(sampling, "LENGTH", 24)
+    if precision == "int4":
+        monkeypatch.setattr(sampling, "_LARGEST_IN_FLOAT32", 0)
+    checkpoint = checkpoint_of("wide_lru", tmp_path / "model")
+    assert checkpoint.config.window < 24
+    texts = sampling.sample(checkpoint, None, 70, seed=0, folder=tmp_path / "sampled")
+    assert [len(ids) for ids in texts] == [24, 24, 22] and not (tmp_path / "sampled").exists()
+    reference = Reference(checkpoint.config, weight_source(random_weights(checkpoint.config)))
+    for ids in texts:
+        logits = reference.logits(reference.run(ids[None, :-1])[0])[0]
+        chosen = (logits.argmax(1) == ids[1:]).mean()
+        assert chosen == 1 if precision == "fp32" else chosen > 0.5

@@ -5,13 +5,11 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
 
-from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
@@ -21,7 +19,7 @@ from tests.evaluate.small_model import small_model
 from tests.evaluate.test_length import without_times
 
 pytestmark = pytest.mark.full  # a cluster's processes each import torch
-SUITES = ["text", "memory", "noise", "window", "length"]
+SUITES = "text", "memory", "noise", "window", "length"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def model(tmp_path_factory) -> Path:
     return small_model(tmp_path_factory.mktemp("model"))[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with LocalCluster(
         n_workers=3, threads_per_worker=1, dashboard_address=None, silence_logs=50
@@ -37,50 +35,41 @@ def address() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-def request_in(folder: Path) -> Request:
-    return Request(folder=folder, trials=8, farthest=64, context=32, limit=200, length=9000)
-
-
 def evaluated(
-    model: Path,
-    folder: Path,
-    address: str | None = None,
-    *,
-    suites: Sequence[str] = SUITES,
-    text: Path | None = None,
-) -> list[object]:
-    request = replace(request_in(folder), texts=(text,) if text else ())
+    model: Path, folder: Path, address: str | None, suites: Sequence[str], *texts: Path
+) -> object:
+    request = Request(
+        folder=folder, texts=texts, trials=8, farthest=64, context=32, limit=200, length=9000
+    )
     documents.cache_clear()
     with connected(address) as workers:
         subjects = [open_subject(str(model))]
-        found = runner.evaluate(subjects, suites, request, threads=1, workers=workers)
-    models: list[object] = without_times(found["models"])
-    return models
+        results = runner.evaluate(subjects, suites, request, threads=1, workers=workers)
+    return without_times(results["models"])
 
 
 def test_a_killed_worker_changes_nothing(model, address, tmp_path):
     """It dies when some pieces are done; what it was at is done by another one."""
-    expected = evaluated(model, tmp_path / "here")
+    expected = evaluated(model, tmp_path / "here", None, SUITES)
     with Client(address, set_as_default=False) as client:
-        processes = list(client.run(os.getpid).values())
-    assert len(processes) == 3
+        process, *_ = client.run(os.getpid).values()
     folder, ended = tmp_path / "there", threading.Event()
     killed: list[int] = []
 
     def kill() -> None:
         while not ended.wait(0.05):
             if not killed and len(list(folder.glob("pieces/*.json"))) >= 10:
-                os.kill(processes[0], signal.SIGKILL)
-                killed.append(processes[0])
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        found = evaluated(model, folder, address)
+        result = evaluated(model, folder, address, SUITES)
     finally:
         ended.set()
         killer.join()
-    assert killed and found == expected
+    assert killed and result == expected
     names = [sorted(p.name for p in f.glob("pieces/*")) for f in (folder, tmp_path / "here")]
     assert names[0] == names[1]
 
@@ -93,24 +82,8 @@ def test_workers_outlive_a_command(model, address, tmp_path):
         text.write_text(words)
         other, *_ = small_model(tmp_path / str(number), seed=number)
         shutil.copy(other / "model.safetensors", folder / "model.safetensors")
-        found = [
-            evaluated(
-                folder, tmp_path / f"{number}{where}", where, suites=["text", "length"], text=text
-            )
+        here, there = (
+            evaluated(folder, tmp_path / f"{number}{where}", where, ["text", "length"], text)
             for where in (None, address)
-        ]
-        assert found[0] == found[1]
-
-
-def test_workers_need_the_files(model, address, tmp_path):
-    subject, moved = open_subject(str(model)), model.with_name("moved")
-    assert subject.identity and subject.tokenizer  # read before they are gone
-    model.rename(moved)
-    try:
-        with (
-            connected(address) as workers,
-            pytest.raises(RequestError, match=r"a worker of the cluster cannot open .*model"),
-        ):
-            runner.evaluate([subject], ["text"], request_in(tmp_path / "r"), workers=workers)
-    finally:
-        moved.rename(model)
+        )
+        assert here == there

@@ -1,27 +1,21 @@
-"""The suite `memory` on sessions of which is known what they remember."""
+"""The suite `memory` on sessions of which is known what they remember, and intervals."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
+from rgexport.evaluate.figures import mean, mean_difference, share
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.suites import memory
 from rgexport.evaluate.suites.episodes import TASKS, words_of
-from rgexport.evaluate.tables import memory_tables
 from rgexport.griffin.checkpoint import demo_folder
 
 VOCAB, GOLDEN = 400, (5**0.5 - 1) / 2
-
-
-@dataclass(frozen=True)
-class NoWords:
-    """A subject without a tokenizer."""
-
-    tokenizer = None
-    bos = ()
+NO_WORDS = SimpleNamespace(tokenizer=None, bos=())
+"""A subject without a tokenizer."""
 
 
 class Remembering:
@@ -55,13 +49,10 @@ class Remembering:
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         logits = self._random.random((len(tokens), 1, VOCAB))
         for row, (seen, new) in enumerate(zip(self._seen, tokens.tolist(), strict=True)):
-            first = not seen
-            seen += new
-            if first:
+            if not seen:
                 self._ends[row] += len(new)
-            if len(seen) > self._ends[row]:
-                continue
-            known = seen[-self._window :]
+            seen += new
+            known = seen[-self._window :] if len(seen) <= self._ends[row] else []
             if (token := _after(known)) is not None:
                 logits[row, 0, token] = 2
         return logits
@@ -78,29 +69,29 @@ def _after(known: list[int]) -> int | None:
 
 def curves(session, tasks=("induction", "recall", "copying"), trials=64, farthest=4096):
     far = memory.distances(farthest)
-    found = []
+    results = []
     for task in tasks:
         for first in range(0, trials, memory.ROWS):
             work = {"task": task, "first": first, "rows": memory.ROWS, "distances": far, "seed": 3}
             work |= {"from": 0, "to": far[-1]}
-            found.append((work, memory.measure(NoWords(), session, work, Request())))
-    return {entry["task"]: entry for entry in memory.summary(found)["tasks"]}
+            results.append((work, memory.measure(NO_WORDS, session, work, Request())))
+    return {entry["task"]: entry for entry in memory.summary(results)["tasks"]}
 
 
 def test_what_remembers_all_is_always_right():
-    for curve in curves(Remembering()).values():
+    for curve in curves(Remembering(), farthest=1024).values():
         assert {point["value"] for point in curve["points"]} == {1.0}
         assert curve["half"] is None
 
 
 def test_a_window_ends_where_it_ends():
     """From the key on, what was told must be in the window: value, end, filler, key and mark."""
-    for curve in curves(Remembering(window=300), ["induction"]).values():
-        by_distance = {point["distance"]: point for point in curve["points"]}
-        assert {d for d, p in by_distance.items() if p["value"] == 1} == {16, 32, 64, 128, 256}
-        beyond = [by_distance[distance]["value"] for distance in (512, 1024, 2048, 4096)]
-        assert np.mean(beyond) == pytest.approx(curve["chance"], abs=0.07)
-        assert 256 < curve["half"] < 512
+    curve = curves(Remembering(window=300), ["induction"])["induction"]
+    by_distance = {point["distance"]: point for point in curve["points"]}
+    assert {d for d, p in by_distance.items() if p["value"] == 1} == {16, 32, 64, 128, 256}
+    beyond = [by_distance[distance]["value"] for distance in (512, 1024, 2048, 4096)]
+    assert np.mean(beyond) == pytest.approx(curve["chance"], abs=0.07)
+    assert 256 < curve["half"] < 512
 
 
 def test_forgetting_at_a_rate_is_an_exponential():
@@ -113,17 +104,9 @@ def test_forgetting_at_a_rate_is_an_exponential():
     assert curve["half"] == pytest.approx(lifetime * np.log(2), rel=0.3)
 
 
-def test_guesses_are_at_chance():
-    for curve in curves(Remembering(lifetime=1e-9), trials=128).values():
-        inside = [p["low"] <= curve["chance"] <= p["high"] for p in curve["points"]]
-        assert np.mean(inside) > 0.7
-        assert curve["half"] is None
-
-
 def test_the_state_of_a_distance_is_not_that_of_the_questions_before():
     """Answers that are heard at 256 would lie in this window at 1,024, what was told does not."""
-    session = Remembering(window=900)
-    curve = curves(session, ["copying"], farthest=1024)["copying"]
+    curve = curves(Remembering(window=900), ["copying"], farthest=1024)["copying"]
     first, last = curve["points"][0], curve["points"][-1]
     assert first["value"] == 1 and last["low"] <= curve["chance"] <= last["high"]
 
@@ -132,52 +115,57 @@ def test_the_state_of_a_distance_is_not_that_of_the_questions_before():
 @pytest.mark.parametrize("vocab", [40, 400, 256_000])
 def test_episodes_of_a_task_share_a_batch(task, vocab):
     words = words_of(None, vocab)
-    made = [TASKS[task](words, np.random.default_rng(seed)) for seed in range(50)]
-    assert len({len(episode.told) for episode in made}) == 1
-    assert len({tuple(len(q.asked) for q in episode.questions) for episode in made}) == 1
-    for episode in made:
-        for question in episode.questions:
-            assert question.answer in question.candidates
-            assert len(set(question.candidates)) == len(question.candidates) >= 2
-            assert max(question.candidates) < vocab
+    episodes = [TASKS[task](words, np.random.default_rng(seed)) for seed in range(50)]
+    assert len({len(episode.told) for episode in episodes}) == 1
+    assert len({tuple(len(q.asked) for q in episode.questions) for episode in episodes}) == 1
+    for question in (question for episode in episodes for question in episode.questions):
+        assert question.answer in question.candidates and max(question.candidates) < vocab
+        assert len(set(question.candidates)) == len(question.candidates) >= 2
 
 
 def test_filler_has_no_symbol():
-    words = words_of(None, VOCAB)
-    own = {*words.symbols, *words.digits, *words.between, *words.end, *words.passkey, *words.copy}
-    assert not own & set(words.filler.tolist())
-
-
-def test_filler_of_words_has_none_of_them():
-    tokenizer = load_tokenizer(demo_folder())
-    words = words_of(tokenizer, 8192)
+    words = words_of(load_tokenizer(demo_folder()), 8192)
     assert len(words.symbols) > 60 and len(words.filler) > 1000
     assert not {*words.symbols, *words.digits, *words.between} & {*words.filler.tolist()}
-
-
-def test_a_vocabulary_may_be_too_small():
     with pytest.raises(RequestError, match="a vocabulary of 20 is too small"):
         words_of(None, 20)
 
 
-def test_a_table_shows_every_other_one_of_many_distances():
-    def header(count):
-        points = [
-            {"distance": distance, "value": 1.0, "low": 0.9, "high": 1.0}
-            for distance in memory.distances(16 << count - 1)
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson(right, count, low, high):
+    """The last one is the example of Newcombe, Statistics in Medicine 17, 1998."""
+    interval = share(right, count)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-4)
+    assert interval.value == right / count
+
+
+@pytest.mark.parametrize("clusters", [2, 4, 40])
+def test_intervals_hold_the_truth_as_often_as_they_say(clusters):
+    """Clusters whose tokens have an error in common, as neighbours in a text do."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        counts = rng.integers(40, 64, clusters)
+        errors = rng.normal(0, 0.5, clusters)
+        sums = [
+            c * (2 + e) + rng.normal(0, 1, c).sum() for c, e in zip(counts, errors, strict=True)
         ]
-        entry = {"task": "recall", "chance": 0.25, "half": None, "points": points}
-        model = {"label": "m", "suites": {"memory": {"tasks": [entry]}}}
-        (table,) = memory_tables([model])
-        assert all(len(row) == len(table.header) for row in table.rows)
-        return table.header[1:-1]
-
-    assert header(2) == ("16", "32") and len(header(10)) == 10
-    assert header(11) == ("16", "64", "256", "1,024", "4,096", "16,384")
-    assert header(12) == ("32", "128", "512", "2,048", "8,192", "32,768")
+        interval = mean(sums, counts)
+        held += interval.low <= 2 <= interval.high
+    assert 0.91 <= held / 400 <= 0.98
 
 
-def test_distances():
-    assert memory.distances(memory.farthest(500)) == [16, 32, 64, 128, 256, 512, 1024, 2000]
-    assert memory.distances(64) == [16, 32, 64]
-    assert memory.farthest(8) == 64
+def test_differences_are_of_pairs():
+    """What two models find hard alike is not in their difference."""
+    rng = np.random.default_rng(2)
+    first = rng.normal(100, 50, 200)
+    gap = mean_difference(first, first + rng.normal(0.6, 1, 200), [10] * 200)
+    assert gap.low < 0.06 < gap.high and gap.high - gap.low < 0.04
+    assert gap.p == pytest.approx(1e-4)
+    same = mean_difference(first, first, [10] * 200)
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    single = mean([12.0], [4])
+    assert (single.value, single.low, single.high) == (3, None, None)
+    assert mean_difference([1.0], [2.0], [4]).p is None

@@ -1,5 +1,6 @@
-"""The suite `text` against DeepMind's model and llama-perplexity, and runs that are cut off."""
+"""The suites `text` and `noise` against DeepMind's model, and what `evaluate` refuses."""
 
+import itertools
 import json
 import math
 import re
@@ -7,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
-from rgexport.evaluate.suites import text
+from rgexport.evaluate.suites import noise, text
+from rgexport.validate.text import built_in_text
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.evaluate.small_model import CONFIG, small_model
+from tests.evaluate.small_model import CONFIG, deepmind_losses, losses, small_model
 from tests.models import make_config, random_weights, write_hugging_face
 
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 6
+TEXT = built_in_text()[:2000]
 
 
 @pytest.fixture
@@ -26,147 +28,163 @@ def model(tmp_path) -> Path:
     return small_model(tmp_path)[0]
 
 
-def test_losses_are_deepminds(tmp_path):
-    folder, config, weights = small_model(tmp_path)
-    file = tmp_path / "prose.txt"
-    file.write_text(PROSE)
-    subject, request = open_subject(str(folder)), Request(texts=(file,), context=32)
-    deepmind, session = deepmind_model(config, weights), subject.session()
+@pytest.fixture
+def deepmind():
+    return deepmind_model(CONFIG, random_weights(CONFIG))
+
+
+@pytest.fixture
+def prose(tmp_path) -> Path:
+    (tmp_path / "prose.txt").write_text(PROSE)
+    return tmp_path / "prose.txt"
+
+
+def test_losses_are_deepminds(model, deepmind, prose):
+    subject, request = open_subject(str(model)), Request(texts=(prose,), context=32)
     pieces = list(text.pieces(subject, request))
     assert [piece.work["context"] for piece in pieces] == [None, 32]
-    ids = np.array([2, *subject.tokenizer.encode_text(PROSE)])
-    whole = text.measure(subject, session, pieces[0].work, request)
-    assert sum(whole["sums"]) == pytest.approx(nats(deepmind, ids).sum(), rel=1e-5)
+    session, ids = subject.session(), np.array([2, *subject.tokenizer.encode_text(PROSE)])
+    whole, chunks = (text.measure(subject, session, piece.work, request) for piece in pieces)
+    assert sum(whole["sums"]) == pytest.approx(deepmind_losses(deepmind, ids).sum(), rel=1e-5)
     assert whole["bytes"] == len(PROSE.encode()) and sum(whole["counts"]) == len(ids) - 1
-    chunks = text.measure(subject, session, pieces[1].work, request)
     expected = []
     for start in range(0, len(ids) - 31, 32):
         chunk = ids[start : start + 32].copy()
         chunk[0] = 2
-        expected += nats(deepmind, chunk)[16:].tolist()
+        expected += deepmind_losses(deepmind, chunk)[16:].tolist()
     assert sum(chunks["counts"]) == len(expected)
     assert sum(chunks["sums"]) == pytest.approx(sum(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(33, 13), (400, 100), (32, 31)])
-def test_strided_losses_are_deepminds(context, stride, tmp_path):
+def test_strided_losses_are_deepminds(context, stride, model, deepmind, prose):
     """Each token once, by the piece in which the most tokens are before it, as far as pieces go."""
-    folder, config, weights = small_model(tmp_path)
-    file = tmp_path / "prose.txt"
-    file.write_text(PROSE)
-    subject = open_subject(str(folder))
-    request = Request(texts=(file,), context=context, stride=stride)
+    subject = open_subject(str(model))
+    request = Request(texts=(prose,), context=context, stride=stride)
     piece = next(p for p in text.pieces(subject, request) if p.work["stride"])
-    found = text.measure(subject, subject.session(), piece.work, request)
-    ids, deepmind = subject.tokenizer.encode_text(PROSE), deepmind_model(config, weights)
-    expected, room = [], context - 1
-    for place in range(len(ids)):
-        start = 0 if place < room else ((place - room) // stride + 1) * stride
-        behind = np.array([2, *ids[start : place + 1]])
-        expected.append(nats(deepmind, behind)[-1])
-    assert sum(found["counts"]) == len(ids) and found["bytes"] == len(PROSE.encode())
-    assert sum(found["sums"]) == pytest.approx(sum(expected), rel=1e-5)
+    result = text.measure(subject, subject.session(), piece.work, request)
+    ids, room = subject.tokenizer.encode_text(PROSE), context - 1
+    expected = list(deepmind_losses(deepmind, np.array([2, *ids[:room]])))
+    for start in itertools.count(stride, stride):
+        if not (new := len(ids[: start + room]) - len(expected)):
+            break
+        losses_of_piece = deepmind_losses(deepmind, np.array([2, *ids[start : start + room]]))
+        expected += list(losses_of_piece[-new:])
+    assert sum(result["counts"]) == len(ids) and result["bytes"] == len(PROSE.encode())
+    assert sum(result["sums"]) == pytest.approx(sum(expected), rel=1e-5)
 
 
-def nats(model, ids: np.ndarray) -> np.ndarray:
-    logits = torch.from_numpy(deepmind_logits(model, ids[None])).double()
-    found = torch.log_softmax(logits[0, :-1], -1)
-    return -found[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])].numpy()
+@pytest.mark.parametrize("kind", [kind for kind in noise.NOISES if kind != "none"])
+def test_each_noise_spoils_in_one_way_for_a_seed(kind):
+    text = TEXT + " Déjà vu."
+    one, same = (noise.NOISES[kind](text, np.random.default_rng(seed)) for seed in (1, 1))
+    assert one == same != text and 0.5 < len(one) / len(text) < 1.5
+
+
+def test_losses_and_flips_in_noise_are_deepminds(model, deepmind, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    subject, request = open_subject(str(model)), Request(texts=(file,), seed=5)
+    session, encode = subject.session(), subject.tokenizer.encode_text
+    results = [
+        (piece.work, noise.measure(subject, session, piece.work, request))
+        for piece in noise.pieces(subject, request)
+    ]
+    by_noise = {work["noise"]: result for work, result in results}
+    assert by_noise.keys() == noise.NOISES.keys()
+    tops, nats = {}, {}
+    for name in ("none", "upper case"):
+        each = []
+        for context, rest in noise.passages(TEXT):
+            ids = encode(rest)
+            before = [2, *encode(noise.NOISES[name](context, None))]
+            logits = deepmind_logits(deepmind, np.array([[*before, *ids[:-1]]]))
+            each.append((logits[0, -len(ids) :], np.array(ids)))
+        nats[name] = [losses(*pair) for pair in each]
+        expected = [values.sum() for values in nats[name]]
+        np.testing.assert_allclose(list(map(sum, by_noise[name]["nats"])), expected, rtol=1e-4)
+        tops[name] = np.concatenate([logits.argmax(-1) for logits, _ in each])
+    summed = {entry["noise"]: entry for entry in noise.summary(results)["noises"]}
+    flips = (tops["none"] != tops["upper case"]).mean()
+    assert summed["upper case"]["flips"]["value"] == pytest.approx(flips)
+    grown = [b - a for a, b in zip(nats["none"], nats["upper case"], strict=True)]
+    parts = slice(0, 1), slice(1, 3), slice(3, 7)
+    points = summed["upper case"]["by_distance"]
+    assert 2 ** len(points) > max(map(len, grown))
+    for point, part in zip(points, parts, strict=False):
+        expected = np.concatenate([gap[part] for gap in grown]).mean()
+        assert point["token"] == part.start + 1
+        assert point["more"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_domains_are_folders_and_file_names(tmp_path):
-    names = "a/one.txt", "a/two.md", "b/deep/three.txt", "four.txt", "b/picture.png", "heat-0.25"
+    """A number in a name is no ending."""
+    names = "a/one.txt", "b/deep/two.md", "three.txt", "b/picture.png", "heat-0.25"
     for name in names:
         file = tmp_path / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
-    single = (tmp_path / "texts" / name for name in ("four.txt", "heat-0.25"))
-    assert [(d.name, d.domain) for d in text.documents((tmp_path / "texts", *single))] == [
-        ("a/one.txt", "a"),
-        ("a/two.md", "a"),
-        ("b/deep/three.txt", "b"),
-        ("four.txt", "texts"),
-        ("four.txt", "four"),
-        ("heat-0.25", "heat-0.25"),  # a number in a name is no ending
-    ]
+    documents = text.documents((tmp_path / "texts", file))
+    expected = "a/one.txt a", "b/deep/two.md b", "three.txt texts", "heat-0.25 heat-0.25"
+    assert [f"{document.name} {document.domain}" for document in documents] == [*expected]
 
 
-def test_a_damaged_piece_is_done_again(model, tmp_path):
-    subjects, request = [open_subject(str(model))], Request(folder=tmp_path / "results", context=32)
+def test_a_damaged_piece_is_done_again(model, prose, tmp_path):
+    subjects, request = [open_subject(str(model))], Request(folder=tmp_path / "r", texts=(prose,))
     expected = runner.evaluate(subjects, ["text"], request)
-    for file in (tmp_path / "results" / "pieces").iterdir():
+    for file in (tmp_path / "r" / "pieces").iterdir():
         file.write_text(file.read_text()[:40])
     assert runner.evaluate(subjects, ["text"], request) == expected
 
 
 def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
-    target = tmp_path / "results"
-    asked = "--suite", "text", "--limit", "600", "-o", str(target)
-    assert run(["evaluate", "demo", str(demo_artifact), *asked]) == 0
+    """Those of other shapes and vocabularies stand beside; what cannot be compared is left out."""
+    small, target = small_model(tmp_path / "small")[0], tmp_path / "results"
+    words = "--suite text --suite memory --limit 100 --trials 8 --farthest 64 --context 32"
+    models = "demo", str(demo_artifact), str(small)
+    assert run(["evaluate", *models, *words.split(), "-o", str(target)]) == 0
     shown = capsys.readouterr().out
     assert "more nats per token than demo" in shown and str(target / "evaluation.json") in shown
+    assert "Memory, copying" in shown
     page = (target / "evaluation.html").read_text()
-    assert page.count("<svg") == 1 and "<script" not in page and "Loss by position" in page
-    original, artifact = json.loads((target / "evaluation.json").read_text())["models"]
+    assert "<svg" in page and "<script" not in page and "Loss by position" in page
+    original, artifact, _ = json.loads((target / "evaluation.json").read_text())["models"]
     first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
     gap = artifact["differences"]["text"]["domains"][0]["nll"]
     assert gap["value"] == pytest.approx(second["nll"][0] - first["nll"][0])
-    assert gap["low"] < gap["value"] < gap["high"]
     assert first["perplexity"] == pytest.approx(math.exp(first["nll"][0]))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("words", "line"),
     [
-        (["demo", "--stride", "512"], "--stride is 512, --context 512; expected a stride of less"),
-        (["demo", "--suite", "tekst"], "--suite is 'tekst'; expected one of text, memory, noise"),
-        (["demo", "demo"], "two models are called demo; rename"),
-        (["nowhere/at/all"], "nowhere/at/all"),
-        (["demo", "--suite", "text", "--text", "missing.txt"], "missing.txt"),
+        ("demo --stride 512", "--stride is 512, --context 512; expected a stride of less"),
+        ("demo --suite tekst", "--suite is 'tekst'; expected one of text, memory, noise"),
+        ("demo demo", "two models are called demo; rename"),
+        ("demo --suite text --text missing.txt", "missing.txt"),
+        ("{bare}", "has no tokenizer, which the suite text needs; pass --suite memory"),
+        ("{broken} --suite text", "logits are NaN or infinite"),
+        ("{small} --suite text -o {thesis}", "thesis is no folder of results; expected"),
     ],
 )
-def test_wrong_requests(arguments, line, tmp_path, capsys):
-    assert run(["evaluate", *arguments, "-o", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and re.search(line, error[0])
-
-
-def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path, capsys):
-    folder = tmp_path / "thesis"
-    folder.mkdir()
-    (folder / "evaluation.json").write_text("mine")
-    assert run(["evaluate", str(model), "--suite", "text", "-o", str(folder)]) == 2
-    assert "thesis is no folder of results; expected" in capsys.readouterr().err
-    assert [file.read_text() for file in folder.iterdir()] == ["mine"]
-
-
-def test_no_tokenizer_is_told_by_name(tmp_path, capsys):
+def test_wrong_requests(words, line, tmp_path, capsys):
+    small, _, weights = small_model(tmp_path / "small")
+    broken, _, _ = small_model(tmp_path / "broken")
+    weights["final_norm.weight"][:] = 3e38
+    write_hugging_face(CONFIG, weights, broken)
     config = make_config("rra", width=64, heads=4)
-    model = write_hugging_face(config, random_weights(config), tmp_path / "model")
-    assert run(["evaluate", str(model), "-o", str(tmp_path / "r")]) == 2
-    error = capsys.readouterr().err
-    assert "has no tokenizer, which the suite text needs; pass --suite memory" in error
+    bare = write_hugging_face(config, random_weights(config), tmp_path / "bare")
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "evaluation.json").write_text("mine")
+    asked = words.format(bare=bare, broken=broken, small=small, thesis=thesis).split()
+    assert run(["evaluate", "-o", str(tmp_path / "out"), *asked]) == 2
+    assert re.search(line, capsys.readouterr().err.strip().splitlines()[-1])
+    assert [file.read_text() for file in thesis.iterdir()] == ["mine"]
 
 
 def test_a_config_is_part_of_what_a_model_is(model):
     before = open_subject(str(model)).identity
-    edited = json.loads((model / "config.json").read_text())
-    edited["attention_window_size"] = 24
-    (model / "config.json").write_text(json.dumps(edited))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('_size": 40', '_size": 24'))
     assert open_subject(str(model)).identity != before
-
-
-def test_logits_that_are_no_numbers_are_told_of(tmp_path, capsys):
-    model, _, weights = small_model(tmp_path)
-    weights["final_norm.weight"][:] = 3e38
-    write_hugging_face(CONFIG, weights, model)
-    assert run(["evaluate", str(model), "--suite", "text", "-o", str(tmp_path / "r")]) == 2
-    assert "logits are NaN or infinite" in capsys.readouterr().err
-
-
-def test_models_of_other_shapes_and_vocabularies_stand_side_by_side(tmp_path, capsys):
-    """Each has a window and a tokenizer of its own; what cannot be compared is left out."""
-    small, _, _ = small_model(tmp_path / "small")
-    words = f"--suite text --suite memory --trials 8 --farthest 64 --context 32 -o {tmp_path / 'r'}"
-    assert run(["evaluate", "demo", str(small), "--limit", "100", *words.split()]) == 0
-    assert "Memory, copying" in capsys.readouterr().out

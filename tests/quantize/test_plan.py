@@ -1,10 +1,17 @@
-import json
-from pathlib import Path
-from typing import Any
+"""Plans: their files, row groups, how schemes are fitted to shapes, and the best of all plans."""
 
+import json
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
+from rgexport.quantize.allocation import Option, solve
+from rgexport.quantize.fitting import fitted, least_padded, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     WEB_PRECISIONS,
@@ -13,14 +20,18 @@ from rgexport.quantize.plan import (
     make_plan,
     precision_of,
 )
+from rgexport.quantize.row_groups import group_sizes, in_order, members, places
+from rgexport.quantize.row_ranges import row_bounds, rows_of, rows_text
 from rgexport.quantize.scheme import (
     Affine,
     Float,
+    Mixed,
     Palette,
-    Plan,
-    Scheme,
+    RowGroup,
+    coarsest,
     scheme_from_dict,
     scheme_to_dict,
+    uniform_schemes,
 )
 from tests.models import ODD_CONFIGS
 
@@ -30,77 +41,193 @@ LINEAR_BIAS = "layers.0.mlp_block.up_proj.bias"
 GATE = "layers.0.temporal_block.rg_lru.input_gate_weight"
 GATE_BIAS = "layers.0.temporal_block.rg_lru.input_gate_bias"
 CONV_BIAS = "layers.0.temporal_block.conv_1d.bias"
+PLAN = make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 64, symmetric=True))
 
 
-def _plan() -> Plan:
-    return make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 64, symmetric=True))
-
-
-def _written(folder: Path, changes: dict[str, Any] | None = None) -> Path:
-    entries = {name: scheme_to_dict(scheme) for name, scheme in _plan().items()}
+def written(folder, changes):
+    entries = {name: scheme_to_dict(scheme) for name, scheme in PLAN.items()}
     path = folder / "plan.json"
-    path.write_text(json.dumps({"plan": entries | (changes or {})}))
+    path.write_text(json.dumps({"plan": entries | changes}))
     return path
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("tensor", "scheme", "complaint"),
     [
-        ({LINEAR: {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}}, "block = 32.0"),
-        ({LINEAR: {"kind": "affine", "bits": 4, "block": 32, "symmetric": 0}}, "symmetric = 0"),
-        ({LINEAR: {"kind": "affine", "bits": 4}}, "expected bits, block, symmetric"),
-        ({LINEAR: {"kind": "codebook"}}, "kind 'codebook'"),
-        ({LINEAR: {"kind": "affine", "bits": 4, "block": 0, "symmetric": True}}, "block = 0"),
-        ({LINEAR: {"kind": "affine", "bits": 4, "block": True, "symmetric": True}}, "block = True"),
-        ({LINEAR: {"kind": "palette", "bits": 8}}, "bits = 8"),
-        ({LINEAR: {"kind": "palette", "algorithm": "rtn"}}, "algorithm = 'rtn'; expected kmeans"),
-        ({LINEAR: {"kind": "palette", "group": None}}, "a whole number"),
-        ({LINEAR: "int4"}, "kind None"),
-        ({"final_norm.weight": {"kind": "float", "dtype": "float16"}}, "expected float32$"),
-        ({"final_norm.weight": {"kind": "ggml", "type": "f16"}}, "expected float32$"),
-        ({CONV_BIAS: {"kind": "float", "dtype": "float16"}}, "expected float32$"),
-        ({LINEAR_BIAS: {"kind": "palette"}}, "expected float32 or float16$"),
-        ({GATE: {"kind": "float", "dtype": "float16"}}, "expected float32 or bfloat16$"),
-        ({GATE_BIAS: {"kind": "float", "dtype": "bfloat16"}}, "a gate .* expected float32$"),
-        ({LINEAR: {"kind": "float", "dtype": "bfloat16"}}, "only the matrices of gates"),
-        ({LINEAR: {"kind": "ggml", "type": "q4_k_m"}}, "type = 'q4_k_m'"),
-        ({"layers.9.mlp_block.up_proj.weight": {}}, "layers.9"),
+        (LINEAR, {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}, "block = 32.0"),
+        (LINEAR, {"kind": "affine", "bits": 4, "block": 32, "symmetric": 0}, "symmetric = 0"),
+        (LINEAR, {"kind": "affine", "bits": 4}, "expected bits, block, symmetric"),
+        (LINEAR, {"kind": "palette", "algorithm": "rtn"}, "algorithm = 'rtn'; expected kmeans"),
+        (LINEAR, {"kind": "palette", "group": None}, "a whole number"),
+        (CONV_BIAS, {"kind": "float", "dtype": "float16"}, "expected float32$"),
+        (LINEAR_BIAS, {"kind": "palette"}, "expected float32 or float16$"),
+        (GATE, {"kind": "float", "dtype": "float16"}, "expected float32 or bfloat16$"),
+        (GATE_BIAS, {"kind": "float", "dtype": "bfloat16"}, "a gate .* expected float32$"),
+        (LINEAR, {"kind": "float", "dtype": "bfloat16"}, "only the matrices of gates"),
+        ("layers.9.mlp_block.up_proj.weight", {}, "layers.9"),
     ],
 )
-def test_wrong_plans(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_wrong_plans(tensor, scheme, complaint, tmp_path):
     with pytest.raises(RequestError, match=complaint) as refusal:
-        load_plan(_written(tmp_path, changes), CONFIG)
+        load_plan(written(tmp_path, {tensor: scheme}), CONFIG)
     assert "plan.json" in str(refusal.value)
 
 
 @pytest.mark.parametrize("word", COREML_PRECISIONS)
-def test_a_plan_is_called_by_its_coarsest_tensor(word: str) -> None:
+def test_a_precision_has_defaults_and_is_the_name_of_a_plan(word, tmp_path):
     scheme = choose_scheme(word, words=COREML_PRECISIONS)
-    assert precision_of(make_plan(CONFIG, scheme, scheme)) == word
-    assert precision_of(make_plan(CONFIG, scheme, Float("float32"))) == word
+    plan = make_plan(CONFIG, scheme, Float("float32"))
+    changes = {name: scheme_to_dict(one) for name, one in plan.items()}
+    assert precision_of(plan) == word and load_plan(written(tmp_path, changes), CONFIG) == plan
+    assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
+    assert choose_scheme("int4", symmetric=False) == Affine(4, 32, symmetric=False)
+    assert choose_scheme("int4", words=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
 
 
-def test_a_plan_may_have_the_schemes_of_core_ml(tmp_path: Path) -> None:
-    """As `inspect --json` prints them."""
-    schemes: dict[str, Scheme] = {
-        LINEAR: Palette(group=7, lut="float32"),
-        "layers.0.mlp_block.gate_proj.weight": Affine(4, 10, symmetric=True, scale="float16"),
-        "embed_tokens.weight": Affine(8, None, symmetric=False, scale="float16"),
-        LINEAR_BIAS: Float("float16"),
-    }
-    changes = {name: scheme_to_dict(scheme) for name, scheme in schemes.items()}
-    plan = load_plan(_written(tmp_path, changes), CONFIG)
-    assert plan == _plan() | schemes
+INT4, INT8 = Affine(4, 32, symmetric=True), Affine(8, 128, symmetric=True)
+MIXED = Mixed((RowGroup("0-2,5", INT8), RowGroup("3", INT4), RowGroup(None, INT4)))
 
 
-def test_a_scheme_of_an_older_manifest_has_float32_scales() -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "1-", "-1", "1,", "0-3 ", "1--2", "٣", "1,2", "0-1,2", "3-3", "5-3", "3,1", "0-4,3",
+     "01", "99999999999", "0-2147483648"],
+)  # fmt: skip
+def test_texts_that_mean_the_same_as_others_or_nothing_are_refused(text):
+    with pytest.raises(RequestError, match="expected ascending ranges"):
+        row_bounds(text)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60).filter(lambda x: len(set(x)) > 1))
+def test_each_row_is_in_its_group_at_its_place(owners):
+    rows = [[i for i, owner in enumerate(owners) if owner == kind] for kind in sorted(set(owners))]
+    texts = [rows_text(np.array(group)) for group in rows]
+    for text, group in zip(texts, rows, strict=True):
+        ranges = [[*map(int, part.split("-"))] for part in text.split(",")]
+        assert [row for ends in ranges for row in range(ends[0], ends[-1] + 1)] == group
+        assert rows_of(row_bounds(text)).tolist() == group
+    scheme = Mixed((*(RowGroup(text, INT8) for text in texts[:-1]), RowGroup(None, INT4)))
+    count, stored = len(owners), [row for group in rows for row in group]
+    assert group_sizes(scheme, count) == tuple(map(len, rows))
+    assert [group.tolist() for group in members(scheme, count)] == rows
+    assert [stored[place] for place in places(scheme, count)] == list(range(count))
+    assert in_order(scheme) == (stored == list(range(count)))
+    again = scheme_from_dict(json.loads(json.dumps(scheme_to_dict(scheme))))
+    assert again == scheme and hash(again) == hash(scheme)
+
+
+def test_an_older_manifest_has_float32_scales():
     older = {"kind": "affine", "bits": 4, "block": 32, "symmetric": True, "algorithm": "rtn"}
     assert scheme_from_dict(older) == Affine(4, 32, symmetric=True, scale="float32")
 
 
-def test_options_that_are_not_given_have_the_precision_s_defaults() -> None:
-    assert choose_scheme("int4", 64) == Affine(4, 64, symmetric=True)
-    assert choose_scheme("int4") == Affine(4, 32, symmetric=True)
-    assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
-    assert choose_scheme("int4", symmetric=False) == Affine(4, 32, symmetric=False)
-    assert choose_scheme("int4", words=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
+def test_row_groups_are_named_and_fitted_as_matrices_are():
+    assert MIXED.label == "int8/128 (4 rows) + int4/32 (1 row) + int4/32"
+    assert coarsest([INT8, MIXED]) == INT4 and precision_of({"a": INT8, "b": MIXED}) == "int4"
+    even = uniform_schemes(with_dtype(fitted(MIXED, (9, 48)), "float16"))
+    blocks = [(s.block, s.scale) for s in even]
+    assert blocks == [(None, "float16"), (24, "float16"), (24, "float16")]
+    assert [s.bits for s in uniform_schemes(fitted(MIXED, (9, 33)))] == [8, 8, 8]
+
+
+def test_rows_that_the_matrix_does_not_have():
+    huge = Mixed((RowGroup("0-2147483646", INT8), RowGroup(None, INT4)))
+    assert group_sizes(huge, 1 << 40) == ((1 << 31) - 1, (1 << 40) - (1 << 31) + 1)
+    overlapping = Mixed((RowGroup("0-5", INT8), RowGroup("4", INT4), RowGroup(None, INT4)))
+    whole = Mixed((RowGroup("0-5", INT8), RowGroup(None, INT4)))
+    for scheme, rows, complaint in (
+        (MIXED, 5, "has row 5; expected rows below 5"),
+        (whole, 6, "name all 6 rows"),
+        (overlapping, 9, "row 4 is in two row groups"),
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            group_sizes(scheme, rows)
+
+
+FIRST, *REST = scheme_to_dict(MIXED)["groups"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "complaint"),
+    [
+        ({}, "0 groups"),
+        ([FIRST], "1 groups; .* 2 to 16"),
+        ([FIRST, *REST] * 6, "18 groups"),
+        ([FIRST | {"rows": 3}, *REST], "rows 3; expected a text or null"),
+        ([FIRST | {"more": 3}, *REST], "a row group has rows, scheme, more"),
+        ([FIRST | {"scheme": scheme_to_dict(Palette())}, *REST], "'palette'; expected affine"),
+        ([FIRST | {"scheme": scheme_to_dict(MIXED)}, *REST], "of kind 'mixed'; expected affine"),
+    ],
+)
+def test_wrong_row_groups(groups, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        scheme_from_dict({"kind": "mixed", "groups": groups})
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape", "expected"),
+    [
+        (Affine(4, 32, True), (9, 64), Affine(4, 32, True)),
+        (Affine(4, 32, True), (9, 48), Affine(4, 24, True)),
+        (Affine(4, 64, True), (9, 64), Affine(4, None, True)),
+        (Affine(4, 32, True), (9, 33), Affine(8, 11, True)),
+        (Affine(8, 32, True), (9, 74), Affine(8, None, True)),  # blocks of 2 cost too much
+        (Affine(4, 64, False), (9, 64), Affine(4, 32, False)),  # an even number of zero points
+        (Affine(4, 32, False), (9, 74), Affine(4, 37, False)),
+        (Affine(4, None, False, scale="float16"), (9, 48), Affine(4, 24, False, scale="float16")),
+        (Palette(group=16), (24, 48), Palette(group=12)),
+        (Palette(lut="float32"), (24, 33), Affine(8, None, True, scale="float32")),
+        (Float("float16"), (24, 33), Float("float16")),
+    ],
+)
+def test_blocks_and_groups_divide_a_matrix(asked, shape, expected):
+    assert fitted(asked, shape) == fitted(expected, shape) == expected
+
+
+def test_no_other_block_takes_fewer_bytes():
+    """Small blocks cost scales, large ones padding."""
+    for columns, block, fewest in ((288, 128, 32), (256, 128, 128), (130, 128, 32), (16, 64, 16)):
+        asked = Affine(4, block, symmetric=True)
+        assert least_padded(asked, columns) == replace(asked, block=fewest)
+    assert least_padded(Affine(8, None, True), 288) == Affine(8, None, True)
+
+
+OPTIONS = st.builds(
+    Option, st.integers(1, 10**7), st.floats(0, 1, allow_subnormal=False).map(lambda x: x + 1e-6)
+)
+ITEMS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@given(ITEMS, st.floats(0, 1), st.integers(2, 12))
+@settings(deadline=None)
+def test_an_allocation_is_the_best_of_all_choices(items, share, count):
+    front = solve(items)
+    choices = [
+        (sum(one.bytes for one in options), sum(one.loss for one in options))
+        for options in product(*items)
+    ]
+    sizes, losses = map(np.array, zip(*choices, strict=True))
+    # Rounding up may waste a unit for each item: the best in so much less is the bound.
+    waste = len(items) * (1 + (sizes.max() - sizes.min()) // 100_000)
+    budget = sizes.min() + 1.2 * share * (sizes.max() - sizes.min())
+    least = front.within(budget)
+    bound = losses[sizes <= max(budget - waste, sizes.min())].min()
+    assert least.bytes <= budget
+    assert losses[sizes <= budget].min() * (1 - 1e-9) <= least.loss <= bound * (1 + 1e-9)
+
+    target = losses.min() + share * (losses.max() - losses.min()) + 1e-12
+    smallest, fewest = front.below(target), sizes[losses <= target].min()
+    assert smallest.loss <= target * (1 + 1e-9) and fewest <= smallest.bytes <= fewest + waste
+    points = front.points(count)
+    assert 1 <= len(points) <= count and points[0].bytes == front.least == sizes.min()
+    assert all(a.bytes < b.bytes and a.loss > b.loss for a, b in pairwise(points))
+    for point in points:
+        chosen = [options[pick] for options, pick in zip(items, point.picks, strict=True)]
+        assert point.bytes == sum(one.bytes for one in chosen)
+        assert point.loss == pytest.approx(sum(one.loss for one in chosen))
+
+
+def test_nothing_is_small_or_good_enough():
+    front = solve([[Option(10, 1.0), Option(20, 0.5)], [Option(5, 1.0)]])
+    assert front.within(14) is None and front.below(1.4) is None
+    assert front.within(15).picks == (0, 0) and front.below(1.5).picks == (1, 0)
