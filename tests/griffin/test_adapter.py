@@ -129,6 +129,8 @@ def _add(**tensors: torch.Tensor) -> Any:
 
 A, B = torch.zeros(4, 64), torch.zeros(64, 4)
 WRONG: dict[str, tuple[Any, str]] = {
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    "not LoRA": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'"),
     "DoRA": (lambda f: edit_config(f, use_dora=True), "use_dora is True"),
     "modules": (lambda f: edit_config(f, modules_to_save=["lm_head"]), "modules_to_save is"),
     "PiSSA": (lambda f: edit_config(f, init_lora_weights="pissa"), "leaves the base as it is"),

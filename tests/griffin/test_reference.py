@@ -3,6 +3,7 @@
 `tests/compress` compares the gradients of whole models with DeepMind's.
 """
 
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -120,6 +121,11 @@ def test_cuda_scans_equal_a_loop(tokens):
     for result in (linear_scan(*on_gpu), chunked_scan(*on_gpu)):
         assert_exact(result.cpu(), *inputs)
     assert (scan._triton_scan() is not None) == (find_spec("triton") is not None)
+
+
+def test_without_triton_torch_operations_are_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rgexport.griffin.triton_scan", None)
+    assert scan._triton_scan.__wrapped__() is None
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
