@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.command_line import ROOT
-from tests.serve.conftest import cached, chat, get, said, until
+from tests.serve.conftest import Client, cached, said, until
 from tests.serve.test_process import Process
 
 pytestmark = [
@@ -30,7 +30,7 @@ def configuration(port: int, servers: list[Process]) -> str:
     return f"global\n    maxconn 100\ndefaults\n    mode http\n{times}\n{lines}"
 
 
-class Balancer:
+class Balancer(Client):
     """HAProxy on a free port."""
 
     def __init__(self, servers: list[Process], folder):
@@ -42,7 +42,7 @@ class Balancer:
 
     def is_healthy(self) -> bool:
         try:
-            return get(self, "/health").status_code == 200
+            return self.get("/health").status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -64,15 +64,15 @@ def test_turns_find_their_state_and_a_lost_server_costs_no_answer(balanced):
     balancer, servers = balanced
     talks = [[f"Hello, this is number {i}."] for i in range(8)]
     for texts in talks:
-        texts += [said(chat(balancer, *texts)), "And now?"]
+        texts += [said(balancer.chat(*texts)), "And now?"]
     for texts in talks:
-        answer = chat(balancer, *texts)
+        answer = balancer.chat(*texts)
         assert cached(answer) > 10, "the server that knows the conversation"
         texts += [said(answer), "Why?"]
-    assert all(get(server, "/slots").json() for server in servers), "both have had some"
+    assert all(server.get("/slots").json() for server in servers), "both have had some"
     servers[0].process.kill()
     servers[0].process.wait()
-    answers = [chat(balancer, *texts) for texts in talks]
+    answers = [balancer.chat(*texts) for texts in talks]
     assert all(answer["usage"]["completion_tokens"] for answer in answers)
     assert any(cached(answer) == 0 for answer in answers), "some were read again"
     assert any(cached(answer) > 10 for answer in answers), "some were known"
