@@ -50,14 +50,13 @@ def export_planned(
     config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
 ) -> Made:
     """The same by a plan."""
-    asked = OnnxOptions(plan=plan, **options)
-    return _made(config, _target(folder, "plan", options), slowest, export_onnx, asked)
+    return export_random(config, folder, None, slowest=slowest, plan=plan, **options)
 
 
 def export_random_coreml(
     config: GriffinConfig,
     folder: Path,
-    precision: str = "fp32",
+    precision: str | None = "fp32",
     *,
     slowest: float = 1e-4,
     **options: Any,
@@ -65,7 +64,7 @@ def export_random_coreml(
     """The same as a Core ML package."""
     pytest.importorskip("coremltools")
     asked = CoreMLOptions(precision=precision, **options)
-    target = _target(folder, f"{precision}-coreml", options)
+    target = _target(folder, f"{precision or 'plan'}-coreml", options)
     return _made(config, target, slowest, export_coreml, asked)
 
 
@@ -73,10 +72,7 @@ def export_planned_coreml(
     config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
 ) -> Made:
     """The same as a Core ML package, by a plan."""
-    pytest.importorskip("coremltools")
-    asked = CoreMLOptions(plan=plan, **options)
-    target = _target(folder, "plan-coreml", options)
-    return _made(config, target, slowest, export_coreml, asked)
+    return export_random_coreml(config, folder, None, slowest=slowest, plan=plan, **options)
 
 
 def export_random_gguf(

@@ -1,13 +1,10 @@
 """Broken checkpoints, each with a pattern of its error message."""
 
-import json
 import os
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from tests.deepmind import write_deepmind
 from tests.models import edit_header, make_config, random_weights, write_hugging_face
@@ -15,28 +12,10 @@ from tests.models import edit_header, make_config, random_weights, write_hugging
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
 WEIGHTS = random_weights(CONFIG)
 LINEAR = "layers.0.mlp_block.gate_proj.weight"
-NORM = "layers.1.channel_pre_norm.weight"
 
 
-def save(folder: Path, *, without: str = "", shards: bool = False, **changed: np.ndarray) -> None:
-    weights = {name: array for name, array in WEIGHTS.items() if name != without}
-    limit = 20_000 if shards else 1 << 30
-    write_hugging_face(CONFIG, weights | changed, folder, shard_bytes=limit)
-
-
-def spoiled(value: float) -> np.ndarray:
-    array = WEIGHTS[LINEAR].copy()
-    array[3, 5] = value
-    return array
-
-
-def edit_config(**fields: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        save(folder)
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return change
+def save(folder: Path) -> None:
+    write_hugging_face(CONFIG, WEIGHTS, folder)
 
 
 def then(make: Callable[[Path], object], spoil: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -68,7 +47,7 @@ def remove(name: str) -> Callable[[Path], object]:
 
 
 def sharded(folder: Path) -> None:
-    save(folder, shards=True)
+    write_hugging_face(CONFIG, WEIGHTS, folder, shard_bytes=20_000)
     assert len(list(folder.glob("*.safetensors"))) > 2
 
 
@@ -76,7 +55,6 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated file": (then(save, truncate("model.safetensors")), "model.safetensors"),
     "missing shard": (then(sharded, remove("*-00002-*")), "00002-of"),
     "index is no JSON": (then(sharded, put("model.safetensors.index.json", b"{")), "index.json"),
-    "text as weights": (then(save, put("model.safetensors", b"hello " * 99)), "model.safetensors"),
     "name that a terminal obeys": (
         edited(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
         r"tensor \\u001b\[2J\\u001b\]0;x\\u0007 has",
@@ -86,13 +64,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_hugging_face(CONFIG, WEIGHTS, f, head=WEIGHTS["embed_tokens.weight"] + 1),
         "lm_head.weight differs from",
     ),
-    "all at once": (
-        lambda f: save(f, without=NORM, more=np.ones(1, np.float32), **{LINEAR: spoiled(np.nan)}),
-        f"3 problems.*(?=.*more)(?=.*{LINEAR})(?=.*{NORM})",
-    ),
     "no config": (then(save, remove("config.json")), "config.json"),
-    "config of another model": (edit_config(model_type="llama"), "llama"),
-    "config of another size": (edit_config(hidden_size=40), "wrong shape"),
     "empty folder": (lambda folder: None, "model"),
     "config alone": (then(save, remove("model.safetensors")), "model"),
 }

@@ -1,7 +1,6 @@
 """Wrong requests end in one line and exit code 2, and leave nothing behind."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from rgexport.cli import run
-from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine, Float, Mixed, RowGroup, scheme_to_dict
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
@@ -298,18 +296,6 @@ def test_wrong_states_of_a_package(case, package, tmp_path, monkeypatch, capsys)
     assert_matches(r"rgexport.json is damaged: (states|io.outputs)", line)
 
 
-@pytest.mark.parametrize("harm", ["header", "data"])
-@pytest.mark.parametrize("command", ["generate {} --ids 2", "validate {}", "inspect {}"])
-def test_damaged_gguf(command, harm, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "model")
-    assert run(["gguf", "-m", "model", "--type", "f16", "-o", "x.gguf"]) == 0
-    size = Path("x.gguf").stat().st_size
-    os.truncate("x.gguf", size - 100 if harm == "data" else 300)
-    line = refused(command.format("x.gguf").split(), capsys)
-    assert_matches("x.gguf is truncated", line)
-
-
 def test_hub_that_cannot_be_reached(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     result = rgexport("onnx", "--size", "2b", "--int4", folder=tmp_path, environment=offline)
@@ -333,10 +319,3 @@ def test_full_disk(command, tmp_path, monkeypatch, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_matches("no space left while writing out", line)
-
-
-def test_dtypes_that_hub_files_have_are_no_mistake(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for dtype in DTYPES:
-        write_hugging_face(CONFIG, WEIGHTS, tmp_path / dtype, dtype=dtype)
-        assert run(["inspect", dtype, "--verify"]) == 0

@@ -124,14 +124,6 @@ def test_the_server_installs_what_it_imports():
     assert others == {"rgexport", "starlette"}  # fastapi brings starlette
 
 
-def test_the_face_loads_nothing():
-    assert imports_on_load(ast.parse(FACE.read_text())) == {
-        "os",
-        "typing.TYPE_CHECKING",
-        "typing.Any",
-    }
-
-
 def test_packages_of_extras_are_fenced():
     outside = [module for module in MODULES if not name_of(module).startswith(EMITTERS)]
     wrong = [
@@ -148,16 +140,3 @@ def test_readers_of_packages_share_nothing_with_the_emitter():
         modules = [module for module in MODULES if name_of(module).startswith(folder)]
         names = [name for module in modules for name in imports(TREES[module])]
         assert names and not [n for n in names if n.startswith("rgexport.export.coreml")]
-
-
-ERRORS = {"rgexport.errors.RequestError", "rgexport.errors.one_line"}
-PRINTING = {"rgexport.printing.print_result", "rgexport.printing.print_reply"}
-
-
-def test_command_line_loads_nothing_but_click():
-    modules = PACKAGE / "cli.py", *(PACKAGE / "commands").glob("*.py")
-    loaded = {name for module in modules for name in imports_on_load(TREES[module])}
-    roots = {name.split(".")[0] for name in loaded}
-    assert roots - sys.stdlib_module_names == {"click", "rgexport"}
-    ours = {n for n in loaded if n.startswith("rgexport") and "commands" not in n}
-    assert ours == {"rgexport.progress", *ERRORS, *PRINTING}

@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from rgexport import progress
 from rgexport.progress import Work
+from tests.command_line import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -146,21 +146,16 @@ def test_on_a_terminal_each_stage_leaves_one_line(term, columns):
 
 def on_terminal(program: str, term: str, columns: int) -> str:
     """What a program prints on a pseudo-terminal."""
-    import fcntl
     import pty
-    import struct
     import termios
 
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    root = str(Path(__file__).parents[1])
+    termios.tcsetwinsize(theirs, (24, columns))
     variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     with subprocess.Popen(
         [sys.executable, "-c", program],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=variables | {"TERM": term, "PYTHONPATH": root},
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        env=variables | {"TERM": term, "PYTHONPATH": str(ROOT)},
     ) as process:
         os.close(theirs)
         found = b""

@@ -34,8 +34,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    identity = "-c", "user.name=A", "-c", "user.email=a@example.org"
-    completed = run(folder, "git", *identity, *arguments)
+    completed = run(folder, "git", *arguments)
     assert completed.returncode == 0, completed.stderr
     return completed.stdout.strip()
 
@@ -67,6 +66,9 @@ def release(clone: Path, version: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_release_is_an_annotated_tag_after_the_checks(clone: Path) -> None:
+    (clone / "new.txt").touch()
+    assert "the tree has changes" in release(clone, "0.2.0").stderr
+    (clone / "new.txt").unlink()
     completed = release(clone, "0.2.0")
     assert completed.returncode == 0, completed.stderr
     assert git(clone, "cat-file", "-t", "v0.2.0") == "tag"
@@ -78,8 +80,7 @@ def test_a_release_is_an_annotated_tag_after_the_checks(clone: Path) -> None:
 
 def test_the_notes_are_the_part_of_one_version(clone: Path) -> None:
     notes = run(clone, ".ci/release-notes", "0.2.0").stdout
-    assert "The second thing." in notes
-    assert "The first thing." not in notes
+    assert "The second thing." in notes and "The first thing." not in notes
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,3 @@ def test_what_is_refused_leaves_no_tag(clone: Path, version, edit, complaint) ->
     completed = release(clone, version)
     assert completed.returncode and complaint in completed.stderr
     assert git(clone, "tag") == ""
-
-
-def test_uncommitted_files_are_refused(clone: Path) -> None:
-    (clone / "new.txt").write_text("")
-    assert "the tree has changes" in release(clone, "0.2.0").stderr

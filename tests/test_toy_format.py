@@ -13,7 +13,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.engine import open_session
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import make_config, random_weights, write_hugging_face
-from tests.toy_format import DATA, FLOORS, KIND, export_toy
+from tests.toy_format import FLOORS, KIND, export_toy
 
 CONFIG = make_config("ra", width=32, heads=2, lru_width=48, vocab_size=300)
 
@@ -45,16 +45,3 @@ def test_it_computes_what_deepmind_computes(artifact):
     found = open_session(open_artifact(artifact)).prefill(tokens, 20)
     expected = deepmind_logits(deepmind_model(CONFIG, random_weights(CONFIG)), tokens)
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
-
-
-def test_damage_is_told(artifact, capsys):
-    with open(artifact / DATA, "r+b") as file:
-        file.write(b"\1\2\3\4")
-    assert run(["inspect", str(artifact), "--verify"]) == 2
-    assert f"{DATA} was altered" in capsys.readouterr().err
-
-
-def test_without_the_registry_it_is_no_artifact(artifact, monkeypatch, capsys):
-    monkeypatch.delitem(FORMATS, KIND)
-    assert run(["inspect", str(artifact)]) == 2
-    assert "is not the manifest of an rgexport artifact" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.safetensors_file import read_header
 from tests.artifacts import export_demo
 from tests.command_line import rgexport
-from tests.llama_tools import installed_version, needs_llama_cpp
+from tests.llama_tools import installed_version
 
 PROMPT = "It is a truth universally acknowledged, that"
 REPEATED = "He was the proudest, most disagreeable man in the world. "
@@ -25,10 +25,6 @@ EXPORTS = {
     "gguf": "gguf --type f32",
     "coreml": "coreml --precision fp32 --prefill-length 4",
 }
-OTHERS = [
-    pytest.param("gguf", marks=needs_llama_cpp),
-    pytest.param("coreml", marks=pytest.mark.skipif(not find_spec("coremltools"), reason="none")),
-]
 
 
 def export(kind: str, folder: Path) -> Path:
@@ -36,17 +32,6 @@ def export(kind: str, folder: Path) -> Path:
     target = folder / ("demo.gguf" if kind == "gguf" else kind)
     export_demo(target, *EXPORTS[kind].split(), "--no-check")
     return target
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_it_says_what_the_onnx_model_says(kind, tmp_path, capsys):
-    said = []
-    for path in (export(kind, tmp_path), export("onnx", tmp_path)):
-        capsys.readouterr()
-        assert run(["generate", str(path), "-p", PROMPT, "-n", "40", "--threads", "1"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert len(said[0]) > 60
 
 
 @pytest.mark.full

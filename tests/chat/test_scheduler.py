@@ -138,22 +138,6 @@ def test_a_prompt_is_read_between_the_steps_of_others(scheduler, session):
     assert all(after - before > 1 for before, after in itertools.pairwise(chunks))
 
 
-def test_what_was_read_is_not_read_again(scheduler: Scheduler, session: ToySession) -> None:
-    prompt = list(range(40))
-    first = ask(scheduler, prompt)
-    assert first.wait().cached_tokens == 0
-    before = session.fed
-    again = ask(scheduler, prompt)
-    assert again.wait().cached_tokens == 40 and session.fed == before + 4
-    assert again.tokens == first.tokens
-    reply = prompt + first.tokens
-    longer = ask(scheduler, [*reply, 7])
-    assert longer.wait().cached_tokens == len(reply) - 1, "the last token was never fed"
-    assert longer.tokens == alone([*reply, 7], 5)
-    other = ask(scheduler, [*prompt[:30], 9])
-    assert other.wait().cached_tokens == 0, "never past the common prefix"
-
-
 def test_long_prompts_are_kept_in_steps(scheduler: Scheduler) -> None:
     prompt = [i % 7 for i in range(2 * KEPT_EVERY + 100)]
     ask(scheduler, prompt, 1, keep=[77]).wait()

@@ -1,25 +1,20 @@
 """Models of odd shapes, and statistics of them on given sequences."""
 
-from pathlib import Path
-
 from rgexport.compress.calibrate import CalibrationOptions, collect
-from rgexport.compress.passages import Passages
 from rgexport.compress.work import open_work
 from rgexport.files.atomic import COMPLETE
-from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.quantize.calibration import open_calibration
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 
 
-def checkpoint_of(name: str, folder: Path, seed: int = 0) -> Checkpoint:
+def checkpoint_of(name, folder, seed=0):
     config = ODD_CONFIGS[name]
     return open_checkpoint(write_hugging_face(config, random_weights(config, seed), folder))
 
 
-def collected(
-    checkpoint: Checkpoint, text: Passages, folder: Path, *, gradients: int = 10**6
-) -> Calibration:
+def collected(checkpoint, text, folder, *, gradients=10**6):
     options = CalibrationOptions(gradient_tokens=gradients)
     options = options.for_model(checkpoint.config, readable=False)
     work = open_work(folder, {}, force=False)

@@ -1,8 +1,8 @@
 """Calibrations: their texts, interrupted and continued runs, refused requests, and exports."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,17 +21,14 @@ from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.calibration_format import linears
 from tests.command_line import rgexport
 from tests.compress.collected import checkpoint_of, collected
+from tests.evaluate.small_model import small_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 
 OPTIONS = CalibrationOptions(tokens=60, gradient_tokens=40, device="cpu")
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.fixture
@@ -56,10 +53,8 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def demo_like(tmp_path):
     """A tiny model with the demo's tokenizer."""
-    config = make_config("r", width=32, heads=2, vocab_size=8192)
-    write_hugging_face(config, random_weights(config), tmp_path / "model")
-    shutil.copy(demo_folder() / "tokenizer.model", tmp_path / "model")
-    return open_checkpoint(tmp_path / "model")
+    model, *_ = small_model(tmp_path, make_config("r", width=32, heads=2, vocab_size=8192))
+    return open_checkpoint(model)
 
 
 @pytest.mark.parametrize("after", [1, 4, 11])
@@ -74,10 +69,10 @@ def test_a_continued_run_writes_the_same_file(after, sampled, tmp_path, monkeypa
         count += 1
         if count > after:
             (work.folder / f"{name}.writing").write_bytes(b"half")
-            raise Killed
+            raise KeyboardInterrupt
         save(work, name, array)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Work, "save", save_or_die)
         calibrate(checkpoint, OPTIONS, target)
     assert not target.exists() and (tmp_path / "other.partial").is_dir()
@@ -87,20 +82,16 @@ def test_a_continued_run_writes_the_same_file(after, sampled, tmp_path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other", "whole"]
 
 
-def die(collector):
-    raise Killed
-
-
 def start(checkpoint, target, ends_at="collect"):
     """Leaves a run unfinished."""
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Collector, ends_at, die)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Collector, ends_at, Mock(side_effect=KeyboardInterrupt))
         calibrate(checkpoint, OPTIONS, target)
 
 
 def test_a_layer_that_is_done_is_not_run_again(checkpoint, sampled, tmp_path, monkeypatch):
     start(checkpoint, tmp_path / "target", "head")
-    monkeypatch.setattr(Collector, "_through", die)
+    monkeypatch.setattr(Collector, "_through", Mock(side_effect=KeyboardInterrupt))
     calibrate(checkpoint, OPTIONS, tmp_path / "target")
 
 
@@ -175,10 +166,8 @@ def test_no_statistic_sees_what_is_held_out(checkpoint, sampled, tmp_path):
     (tmp_path / "alone").mkdir()
     alone = collected(checkpoint, text, tmp_path / "alone", gradients=40)
     for name in linears(checkpoint.config):
-        np.testing.assert_array_equal(known.hessian(name), alone.hessian(name))
-        np.testing.assert_array_equal(
-            known.output_sensitivity(name), alone.output_sensitivity(name)
-        )
+        for read in (Calibration.hessian, Calibration.output_sensitivity):
+            np.testing.assert_array_equal(read(known, name), read(alone, name))
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,8 @@ def checkpoint(tmp_path_factory):
     """A model whose gates are bfloat16."""
     config = make_config("rrarr", width=128, heads=2, mlp_width=384, vocab_size=2048)
     folder = tmp_path_factory.mktemp("planned") / "toy"
-    return open_checkpoint(
-        write_hugging_face(config, random_weights(config), folder, dtype="bfloat16")
-    )
+    weights = random_weights(config)
+    return open_checkpoint(write_hugging_face(config, weights, folder, dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -309,10 +308,8 @@ def test_rows_of_a_quantized_tensor_do_not_depend_on_the_slab():
     name, ids = "layers.0.mlp_block.up_proj.weight", np.array([0, 1, 2, 40, 90, 91])
     groups = RowGroup(rows_text(ids), Affine(8, 32, True)), RowGroup(None, Affine(4, 32, True))
     plan = {name: Float("float32") for name in model_tensors(CONFIG)} | {name: Mixed(groups)}
-    tensor, expected = (
-        quantized(SOURCE, plan, no_statistics)[name],
-        decoded(WEIGHTS[name], plan[name]),
-    )
+    tensor = quantized(SOURCE, plan, no_statistics)[name]
+    expected = decoded(WEIGHTS[name], plan[name])
     for start, stop in ((0, 96), (0, 1), (1, 50), (39, 42), (90, 96), (93, 94)):
         np.testing.assert_array_equal(tensor.read(start, stop), expected[start:stop])
 

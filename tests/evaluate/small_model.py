@@ -1,23 +1,19 @@
 """A random model with the demo's tokenizer."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from rgexport.griffin.checkpoint import demo_folder
-from rgexport.griffin.config import GriffinConfig
 from tests.deepmind import deepmind_logits
-from tests.models import Weights, make_config, random_weights, write_hugging_face
+from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=40)
 _TOKENIZER = "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
 
 
-def small_model(
-    folder: Path, config: GriffinConfig = CONFIG, seed: int = 0
-) -> tuple[Path, GriffinConfig, Weights]:
+def small_model(folder, config=CONFIG, seed=0):
     """Its folder, its shape and its weights."""
     weights = random_weights(config, seed)
     model = write_hugging_face(config, weights, folder / "model")

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
@@ -23,21 +21,19 @@ SUITES = "text", "memory", "noise", "window", "length"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def model(tmp_path_factory):
     return small_model(tmp_path_factory.mktemp("model"))[0]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address():
     with LocalCluster(
         n_workers=3, threads_per_worker=1, dashboard_address=None, silence_logs=50
     ) as cluster:
         yield cluster.scheduler_address
 
 
-def evaluated(
-    model: Path, folder: Path, address: str | None, suites: Sequence[str], *texts: Path
-) -> object:
+def evaluated(model, folder, address, suites, *texts):
     request = Request(
         folder=folder, texts=texts, trials=8, farthest=64, context=32, limit=200, length=9000
     )
@@ -54,9 +50,9 @@ def test_a_killed_worker_changes_nothing(model, address, tmp_path):
     with Client(address, set_as_default=False) as client:
         process, *_ = client.run(os.getpid).values()
     folder, ended = tmp_path / "there", threading.Event()
-    killed: list[int] = []
+    killed = []
 
-    def kill() -> None:
+    def kill():
         while not ended.wait(0.05):
             if not killed and len(list(folder.glob("pieces/*.json"))) >= 10:
                 os.kill(process, signal.SIGKILL)

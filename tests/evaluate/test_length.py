@@ -81,10 +81,6 @@ def test_losses_and_states_are_those_of_one_pass(models, request_of):
     assert results[0]["suites"]["length"]["points"][-1]["norms"] == pytest.approx(norms, rel=1e-5)
 
 
-class Killed(Exception):
-    """Stands for a signal."""
-
-
 @pytest.mark.parametrize(("survivors", "state_is_lost"), [(1, False), (4, True)])
 def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request_of, monkeypatch):
     subjects, suites = [open_subject(str(models[0] / "onnx"))], ["length", "text"]
@@ -93,11 +89,11 @@ def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request
 
     def put_some(results, piece, result):
         if len(keys) == survivors:
-            raise Killed
+            raise KeyboardInterrupt
         keys.append(piece.key)
         put(results, piece, result)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(runner.Results, "put", put_some)
         runner.evaluate(subjects, suites, request_of("killed"))
     pieces = request_of("killed").folder / "pieces"

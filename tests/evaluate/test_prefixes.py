@@ -118,13 +118,6 @@ def test_a_reply_ends_before_a_stop_and_with_a_turn():
         assert reply.done and reply.text == text
 
 
-class Broken(ToySession):
-    """Its logits are no numbers."""
-
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        return super()._take(rows, tokens, num_logits) * np.float32(np.nan)
-
-
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
@@ -135,5 +128,7 @@ class Broken(ToySession):
     ],
 )
 def test_what_has_no_answer_is_told_of(asked, line):
+    broken = ToySession(TOKENIZER.vocab_size)
+    broken._embedding[:] = np.nan
     with pytest.raises(RequestError, match=line):
-        answered(TOKENIZER, Broken(TOKENIZER.vocab_size), [Asked.of(*asked)])
+        answered(TOKENIZER, broken, [Asked.of(*asked)])

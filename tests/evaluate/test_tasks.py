@@ -24,19 +24,13 @@ from tests.models import make_config
 pytestmark = pytest.mark.full  # lm_eval comes with a gigabyte of packages
 CONFIG = make_config("rra", width=64, heads=4, vocab_size=8192, window=512)
 """Texts are shorter than the window: Hugging Face's code takes it for one less."""
+ANSWERS = ["yes", "no", "maybe it is so"]
 DOCUMENTS = {
     "questions": [
-        {
-            "ask": f"Is {n} a number of {noun}?",
-            "answers": ["yes", "no", "not as I see"],
-            "right": n % 3,
-        }
+        {"ask": f"Is {n} a number of {noun}?", "answers": ANSWERS, "right": n % 3}
         for n, noun in enumerate(["cats", "dogs", "letters", "houses"])
     ],
-    "shown": [
-        {"ask": f"Is {n} small?", "answers": ["yes", "no", "maybe it is so"], "right": n % 3}
-        for n in range(3)
-    ],
+    "shown": [{"ask": f"Is {n} small?", "answers": ANSWERS, "right": n} for n in range(3)],
     "texts": [
         {"text": "It was a bright cold day in April, and the clocks were striking thirteen. " * 2},
         {"text": "Zürich, 東京 and <eos> there."},
@@ -87,12 +81,12 @@ ASKED = "both", "texts", "replies"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def model(tmp_path_factory):
     return small_model(tmp_path_factory.mktemp("tasks"), CONFIG)[0]
 
 
 @pytest.fixture
-def files(tmp_path) -> Path:
+def files(tmp_path):
     """A folder of task files and their documents."""
     folder = tmp_path / "files"
     folder.mkdir()

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ TEXT = built_in_text()[:2000]
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
+def model(tmp_path):
     return small_model(tmp_path)[0]
 
 
@@ -34,7 +33,7 @@ def deepmind():
 
 
 @pytest.fixture
-def prose(tmp_path) -> Path:
+def prose(tmp_path):
     (tmp_path / "prose.txt").write_text(PROSE)
     return tmp_path / "prose.txt"
 

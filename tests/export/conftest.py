@@ -1,14 +1,13 @@
 """A small artifact with weights in several schemes."""
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
-from rgexport.export.manifest import Manifest
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Affine
 from tests.artifacts import export_demo, export_planned
@@ -19,15 +18,6 @@ CONFIG = make_config(
 )
 
 
-@dataclass
-class Made:
-    """An artifact's folder, its manifest and the weights that went into it."""
-
-    folder: Path
-    manifest: Manifest = field(repr=False)
-    weights: Weights = field(repr=False)
-
-
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
     """An artifact with linears in int4 and the embedding in int8, and the original weights."""
@@ -36,19 +26,16 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights
 
 
 @pytest.fixture
-def made(
-    planned: tuple[Artifact, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Made:
-    """A copy of it, whose files nobody has hashed."""
+def made(planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The folder of a copy of it, whose files nobody has hashed; its manifest and weights."""
     artifact, weights = planned
     folder = Path(shutil.copytree(artifact.path, tmp_path / "plan"))
     monkeypatch.setenv("RGEXPORT_CACHE", str(tmp_path / "cache"))
-    return Made(folder, artifact.manifest, weights)
+    return SimpleNamespace(folder=folder, manifest=artifact.manifest, weights=weights)
 
 
 @pytest.fixture(scope="session")
 def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
-    """The bundled demo model, in f16."""
     target = tmp_path_factory.mktemp("demo") / "demo.gguf"
     export_demo(target, "gguf", "--type", "f16", "--no-check")
     return open_gguf(target)

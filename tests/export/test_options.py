@@ -176,7 +176,7 @@ BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_
 BESIDE_GGUF = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",), "embedding": "q4_0"}
 NOT_BESIDE = "leave out the precision, block size, symmetric, embedding precision$"
 NOT_BESIDE_GGUF = "leave out the type, pure, tensor types, embedding$"
-Q4_K, Q6_K = Ggml("q4_k"), Ggml("q6_k")
+INT2, Q4_K, Q6_K = Affine(2, 32, True), Ggml("q4_k"), Ggml("q6_k")
 
 
 @pytest.mark.parametrize(
@@ -185,20 +185,8 @@ Q4_K, Q6_K = Ggml("q4_k"), Ggml("q6_k")
         (OnnxOptions, FULL, INT4, BESIDE, NOT_BESIDE),
         (CoreMLOptions, FULL, INT4, BESIDE, NOT_BESIDE),
         (GgufOptions, Q4_K, Q4_K, BESIDE_GGUF, NOT_BESIDE_GGUF),
-        (
-            OnnxOptions,
-            FULL,
-            Affine(2, 32, True),
-            {},
-            r"the profile cpu does not .* in 3, 4, 8 bits",
-        ),
-        (
-            OnnxOptions,
-            FULL,
-            Palette(),
-            {},
-            r"tokens\.weight as \S+, which the profile cpu does not",
-        ),
+        (OnnxOptions, FULL, INT2, {}, "the profile cpu does not .* in 3, 4, 8 bits"),
+        (OnnxOptions, FULL, Palette(), {}, r"weight as \S+, which the profile cpu does not"),
         (OnnxOptions, FULL, Q6_K, {}, r"embed_tokens\.weight as q6_k, which only GGUF files have"),
         (CoreMLOptions, Q4_K, Q6_K, {}, r"embed_tokens\.weight as q6_k, which only GGUF"),
         (CoreMLOptions, INT4, FULL, {}, r"plan stores embed_tokens\.weight as float32"),

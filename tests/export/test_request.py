@@ -16,13 +16,7 @@ from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.describe import as_text, describe
 from rgexport.export.hub import is_hub_name, parse
 from rgexport.export.origin import Origin, origin_of_card
-from rgexport.export.request import (
-    algorithm_word,
-    as_argument,
-    check_line,
-    closing_line,
-    precision_word,
-)
+from rgexport.export.request import algorithm_word, as_argument, check_line, closing_line
 from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import FileRecord
 from rgexport.quantize.scheme import Affine
@@ -33,8 +27,6 @@ from tests.models import ODD_CONFIGS
 
 
 def test_options_that_are_refused():
-    with pytest.raises(RequestError, match=r"'pal4'; expected one of fp32, fp16, int8, int4$"):
-        precision_word("pal4", False, False, "onnx")
     with pytest.raises(RequestError, match=r"--quality fast takes no calibration; .* best"):
         algorithm_word("fast", "file", None)
     with pytest.raises(RequestError, match="--quality is 'better'; expected one of fast, default"):
@@ -75,22 +67,17 @@ def test_check_line(made):
 
 
 TOKENIZER = {"tokenizer.model": FileRecord("0" * 64, 1)}
+NO_TOKENIZER = "It has no tokenizer; try: rgexport generate out --ids 2"
 
 
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({}, "It has no tokenizer; try: rgexport generate out --ids 2"),
+        ({}, NO_TOKENIZER),
         ({"files": TOKENIZER, "instruction_tuned": True}, "Chat with it: rgexport chat out"),
         ({"files": TOKENIZER}, 'Try: rgexport generate out -p "The meaning of life is"'),
-        (
-            {"kind": "coreml"},
-            "Xcode project. It has no tokenizer; try: rgexport generate out --ids 2",
-        ),
-        (
-            {"files": TOKENIZER, "name": "recurrentgemma-9b"},
-            "(a base model; to chat, export --size 9b-it)",
-        ),
+        ({"kind": "coreml"}, f"Xcode project. {NO_TOKENIZER}"),
+        ({"files": TOKENIZER, "name": "recurrentgemma-9b"}, "to chat, export --size 9b-it)"),
     ],
 )
 def test_closing_line(made, change, advice):
@@ -99,13 +86,11 @@ def test_closing_line(made, change, advice):
     assert line.startswith("out is complete (") and line.endswith(advice)
 
 
-@pytest.mark.parametrize(
-    ("path", "typed"),
-    [("out", "out"), ("/a b/c", "'/a b/c'"), ("-my out", "'./-my out'"), ("$HOME", "'$HOME'")],
-)
-def test_paths_can_be_pasted(made, path, typed):
-    line = closing_line(Artifact(Path(path), made.manifest))
-    assert line.endswith(f"rgexport generate {typed} --ids 2")
+def test_paths_can_be_pasted(made):
+    words = {"out": "out", "/a b/c": "'/a b/c'", "-my out": "'./-my out'", "$HOME": "'$HOME'"}
+    for path, typed in words.items():
+        line = closing_line(Artifact(Path(path), made.manifest))
+        assert line.endswith(f"rgexport generate {typed} --ids 2")
 
 
 def test_paths_and_names_of_the_hub_on_windows(monkeypatch):

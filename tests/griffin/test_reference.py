@@ -106,12 +106,6 @@ def assert_exact(result: Tensor, *inputs: Tensor) -> None:
     assert error <= 1e-6 * exact.shape[1] ** 0.5
 
 
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_scan_equals_a_loop(tokens):
-    inputs = scan_inputs(tokens)
-    assert_exact(linear_scan(*inputs), *inputs)
-
-
 @needs_cuda
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_cuda_scans_equal_a_loop(tokens):
@@ -129,11 +123,13 @@ def test_without_triton_torch_operations_are_used(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_a_scan_has_the_gradients_of_its_steps(tokens):
+def test_a_scan_has_the_states_and_gradients_of_its_steps(tokens):
     inputs = [x.requires_grad_() for x in scan_inputs(tokens)]
+    result = linear_scan(*inputs)
+    assert_exact(result, *inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     weights = torch.randn(2, tokens, 12, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad((linear_scan(*inputs) * weights).sum(), inputs)
+    gradients = torch.autograd.grad((result * weights).sum(), inputs)
     expected = torch.autograd.grad((naive(*exact) * weights.double()).sum(), exact)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

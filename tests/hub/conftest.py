@@ -1,13 +1,10 @@
 """A fake hub, and the command line that talks to it."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.command_line import ROOT, START
+from tests.command_line import rgexport
 from tests.hub.fake import TOKEN, fake_hub
 
 
@@ -25,13 +22,10 @@ def run(hub, tmp_path):
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",  # its servers are not faked
         "RGEXPORT_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
     }
 
     def run(*arguments, code=0, token=TOKEN):
-        command = [sys.executable, "-c", START, *map(str, arguments)]
-        variables = os.environ | settings | {"HF_TOKEN": token}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+        done = rgexport(*arguments, folder=tmp_path, environment=settings | {"HF_TOKEN": token})
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done

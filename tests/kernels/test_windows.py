@@ -8,9 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -96,26 +93,6 @@ def test_levels_are_those_of_this_machine(cpu: str) -> None:
     assert differing <= ({"losses", "refined_losses"} if cpu == "scalar" else set())
 
 
-def windows_runtime() -> Path:
-    """`onnxruntime.dll` of this machine's version, out of the wheel for Windows."""
-    wanted = f"onnxruntime=={onnxruntime.__version__}"
-    folder = ROOT / "out" / f"ort-windows-{onnxruntime.__version__}"
-    options = ["--platform", "win_amd64", "--only-binary=:all:", "--no-deps", "-q"]
-    options += ["--python-version", sysconfig.get_python_version(), "-d", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, wanted]
-    with one_at_a_time(folder.name):
-        if not (folder / "onnxruntime.dll").is_file():
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"{wanted} for Windows cannot be fetched: {done.stderr.strip()[-200:]}")
-            (wheel,) = folder.glob("*.whl")
-            with zipfile.ZipFile(wheel) as files:
-                new = files.read("onnxruntime/capi/onnxruntime.dll")
-            (folder / "onnxruntime.new").write_bytes(new)
-            (folder / "onnxruntime.new").rename(folder / "onnxruntime.dll")
-    return folder / "onnxruntime.dll"
-
-
 @needs_wine
 @pytest.mark.nightly  # MinGW compiles the kernels for minutes
 @pytest.mark.skipif(not programs.ORT_HEADERS.is_dir(), reason="not installed: libonnxruntime-dev")
@@ -129,7 +106,9 @@ def test_kernels_run_in_onnx_runtime_for_windows(case: Case, cpu: str, tmp_path:
     (tmp_path / "one.onnx").write_bytes(model(case))
     bits = run_model(model(case), case)[0]["y"].view(np.uint32).ravel()
     text = " ".join(repr(float(value)) for value in X.ravel())  # is read back as it is
-    kernels, file, dll = map(windows_path, (path, tmp_path / "one.onnx", windows_runtime()))
+    release = programs.runtime(onnxruntime.__version__, "win_amd64")
+    dll = release / "onnxruntime" / "capi" / "onnxruntime.dll"
+    kernels, file, dll = map(windows_path, (path, tmp_path / "one.onnx", dll))
     command = folder / "several_runtimes.exe", kernels, file, X.shape[-1], dll
     version, result, refusal, calls = wine(*command, text=text, RGEXPORT_CPU=cpu)
     assert version == onnxruntime.__version__

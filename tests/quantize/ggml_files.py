@@ -1,14 +1,12 @@
 """Small files as llama.cpp's programs read them, written by gguf-py."""
 
 import struct
-from collections.abc import Mapping
-from pathlib import Path
 
 import gguf
 import numpy as np
 
 
-def write_imatrix(path: Path, importances: Mapping[str, np.ndarray], count: int = 4) -> None:
+def write_imatrix(path, importances, count=4):
     """As llama-imatrix does after `count` tokens: name → mean squares [columns]."""
     writer = gguf.GGUFWriter(path, "none")
     writer.add_type("imatrix")
@@ -21,7 +19,7 @@ def write_imatrix(path: Path, importances: Mapping[str, np.ndarray], count: int 
     write_tensors(writer, {})
 
 
-def legacy_imatrix(entries: Mapping[str, tuple[int, np.ndarray]], end: bytes = b"") -> bytes:
+def legacy_imatrix(entries, end=b""):
     """The older format: name → number of calls, and values summed over them."""
     content = struct.pack("<i", len(entries))
     for name, (calls, values) in entries.items():
@@ -30,7 +28,7 @@ def legacy_imatrix(entries: Mapping[str, tuple[int, np.ndarray]], end: bytes = b
     return content + end
 
 
-def write_tensors(writer: gguf.GGUFWriter, arrays: Mapping[str, np.ndarray]) -> None:
+def write_tensors(writer, arrays):
     """Completes a file."""
     for name, array in arrays.items():
         writer.add_tensor(name, array)

@@ -9,14 +9,7 @@ from safetensors.numpy import save_file
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
-from rgexport.quantize.calibration_format import (
-    METADATA,
-    Provenance,
-    arrays_of,
-    linears,
-    pack,
-    triangle_size,
-)
+from rgexport.quantize.calibration_format import METADATA, Provenance, arrays_of, linears, pack
 from rgexport.quantize.statistics import statistics_of
 from tests.models import ODD_CONFIGS
 
@@ -58,21 +51,15 @@ def test_every_matrix_has_statistics(tmp_path):
         gradient = stored[name.replace(".weight", ".gradient")]
         np.testing.assert_array_equal(sound.output_sensitivity(name), gradient)
         assert sound.sensitivity(name) == pytest.approx(float(gradient.mean()))
-    for name, array in (
-        *(
-            (f"layers.0.temporal_block.linear_{x}.weight", "layers.0.temporal_pre_norm")
-            for x in "xy"
-        ),
-        (EMBEDDING, "final_norm"),
-    ):
+    shared = [f"layers.0.temporal_block.linear_{x}.weight" for x in "xy"]
+    sites = dict.fromkeys(shared, "layers.0.temporal_pre_norm") | {EMBEDDING: "final_norm"}
+    for name, array in sites.items():
         np.testing.assert_array_equal(pack(sound.hessian(name)[0]), stored[f"{array}.hessian.0"])
     np.testing.assert_array_equal(sound.output_sensitivity(EMBEDDING), stored["lm_head.fisher"])
     np.testing.assert_array_equal(sound.row_probability, stored["lm_head.probability"])
     np.testing.assert_array_equal(sound.token_frequency, stored["embed_tokens.frequency"])
-    for smoothed, seen in (
-        (sound.token_share, sound.row_probability),
-        (sound.row_sensitivity, sound.row_fisher),
-    ):
+    shares = sound.token_share, sound.row_sensitivity
+    for smoothed, seen in zip(shares, (sound.row_probability, sound.row_fisher), strict=True):
         np.testing.assert_allclose(smoothed, 0.9 * seen + 0.1 * seen.mean(), rtol=1e-5)
     assert [s.tolist() for s in sound.sequences] == [[0, 1], [2, 3, 4, 5]]
     assert [s.tolist() for s in sound.held_out] == [[9, 8], [7]]
@@ -107,7 +94,7 @@ DAMAGED = {
     "no triangle": (change(HESSIAN, lambda x: x[:-1]), "no triangle of a Hessian"),
     "negative diagonal": (put(HESSIAN, 0, -1), "no triangle of a Hessian"),
     "too wide": (
-        change(HESSIAN, lambda x: np.zeros(triangle_size(4097), np.float32)),
+        change(HESSIAN, lambda x: np.zeros(4097 * 4098 // 2, np.float32)),
         "one axis of at most",
     ),
 }

@@ -1,7 +1,6 @@
 """ggml's types and mixes, its quantizer and other levels on its scales, beside gguf-py and ggml."""
 
-import itertools
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import gguf
 import numpy as np
@@ -110,9 +109,8 @@ def test_floats_of_all_exponents_are_rounded_as_ggml_rounds_them(library):
         floats = (patterns | np.uint32(low)).view(np.float32)
         for kind, largest in (("f16", 65519.0), ("bf16", 3.38e38)):
             rows = floats[np.abs(floats) <= largest][None]
-            np.testing.assert_array_equal(
-                quantize_rows(rows, kind), in_one_call(library, rows, kind)
-            )
+            expected = in_one_call(library, rows, kind)
+            np.testing.assert_array_equal(quantize_rows(rows, kind), expected)
 
 
 @pytest.mark.parametrize("name", ["f16", "q4_0", "q6_k"])
@@ -147,22 +145,19 @@ def spread(grid):
 
 def correlated(draw, columns, cuts=()):
     """Statistics of inputs that go together, of very different sizes; H in blocks between cuts."""
-    mixed = draw.standard_normal((3 * columns, columns // 4)) @ draw.standard_normal(
-        (columns // 4, columns)
-    )
+    few = draw.standard_normal((3 * columns, columns // 4))
+    mixed = few @ draw.standard_normal((columns // 4, columns))
     inputs = (mixed + draw.standard_normal(mixed.shape)) * np.exp(draw.normal(0, 1, columns))
     h = (inputs.T @ inputs / len(inputs)).astype(np.float32)
-    blocks = [h[a:b, a:b] for a, b in itertools.pairwise([0, *cuts, columns])]
+    blocks = [h[a:b, a:b] for a, b in pairwise([0, *cuts, columns])]
     return statistics_of(blocks, len(inputs))
 
 
 def losses(statistics, off):
     """The diagonal of ΔW H ΔWᵀ."""
-    total = np.zeros(len(off))
-    for part in statistics.hessians:
-        columns = off[:, part.start : part.stop].astype(np.float64)
-        total += np.einsum("ri,ri->r", columns @ part.matrix.astype(np.float64), columns)
-    return total
+    wide = off.astype(np.float64)
+    parts = [(wide[:, part.start : part.stop], part.matrix) for part in statistics.hessians]
+    return sum(((columns @ h) * columns).sum(1) for columns, h in parts)
 
 
 def packed_by(word, rows, kind, statistics):

@@ -48,12 +48,17 @@ CONTINUED = {"onnx": 1e-6, "coreml": 2e-5, "gguf": 1e-5}
 """The same between a text that is read at once and one that another session continues."""
 FP16 = {"onnx": 2e-2, "coreml": 3e-2}
 """The same in float16."""
+TWO_DIGITS = 6e-4
+"""The same with two digits of int8 for activations: a unit is 1 / 64,516 of a row's largest."""
 FAR = {"onnx": 1e-4, "coreml": 2e-5, "gguf": 1e-2}
 """llama.cpp multiplies up the angles of a key's pairs in float32, for all of ggml's models."""
 ROWS = {"onnx": 1e-4, "coreml": 2e-2, "gguf": 1e-4}
 """The same of rows that come and go."""
 HALF = {"precision": "fp16"}
+WEBGPU = {"profile": "webgpu"}
+"""Slots of rings and masks come from float32 positions there."""
 BY_CHUNK = {"prefill_length": 7, "all_logits": True}
+EXACT = {"compute": "fp32", "prefill_length": 5, "all_logits": True}
 LONGER_THAN_WINDOW = {"prefill_length": 40, "all_logits": True, "recurrent_state": "hilo"}
 EVERY = [
     *(engine(kind, name, {}) for kind in ("onnx", "gguf") for name in ODD_CONFIGS),
@@ -61,6 +66,14 @@ EVERY = [
     *(engine("coreml", name, LONGER_THAN_WINDOW) for name in ("one_head", "attention_tail")),
     *(engine("onnx", name, HALF) for name in ("narrow_lru", "attention_tail")),
     *(engine("coreml", name, HALF | BY_CHUNK) for name in ("narrow_lru", "attention_tail")),
+    *(
+        engine("onnx", name, {"profile": profile, "precision": precision})
+        for profile in ("wasm", "webgpu")
+        for precision in ("fp32", "int4", "int8")
+        for name in ("not_by_32", "attention_tail")
+    ),
+    engine("coreml", "narrow_lru", EXACT | {"precision": "int8", "symmetric": False}),
+    engine("coreml", "narrow_lru", EXACT | {"precision": "int4", "embedding_precision": "pal4"}),
 ]
 TRAVELERS = [
     *(engine(kind, {}) for kind in EXPORTS),
@@ -78,12 +91,20 @@ def opened(
 
 @pytest.mark.parametrize(("kind", "name", "options"), EVERY)
 def test_equals_deepmind(kind: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """In one go, in chunks that end anywhere, and step by step; a batch, and one."""
-    config = ODD_CONFIGS[name]
-    session, weights = opened(kind, config, tmp_path, **options)
+    """In one go, in chunks that end anywhere, and step by step; a batch, and one.
+
+    DeepMind's model has the weights that an artifact stores where those are integers.
+    """
+    config, precision = ODD_CONFIGS[name], options.get("precision", "fp32")
+    artifact, weights = EXPORTS[kind](config, tmp_path, **options)
+    session = open_session(artifact, threads=1)
+    if precision.startswith("int"):
+        weights = {name: tensor.whole() for name, tensor in artifact.weights.items()}
     tokens = random_tokens(config, 3, 3 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
-    limit = (FP16 if "precision" in options else FP32)[kind]
+    limit = (FP16 if precision == "fp16" else FP32)[kind]
+    if artifact.manifest.rounds_activations:
+        limit = TWO_DIGITS
     for batch, sizes in ((1, [tokens.shape[1]]), (3, [7, 1, config.window + 1])):
         session.reset(batch)
         assert distance(ragged(session, tokens[:batch], sizes), expected[:batch]) <= limit
@@ -129,11 +150,13 @@ def test_a_state_travels(
 
 
 @pytest.mark.parametrize("head_dim", [8, 256])
-@pytest.mark.parametrize("kind", ENGINES)
-def test_far_positions(kind: str, head_dim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"), [*(engine(kind, {}) for kind in EXPORTS), engine("onnx", WEBGPU)]
+)
+def test_far_positions(kind: str, options: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
     """256 is the head of the released models, with 64 frequencies to be rounded right."""
     config = make_config("raar", width=2 * head_dim, heads=2, window=24)
-    session, weights = opened(kind, config, tmp_path)
+    session, weights = opened(kind, config, tmp_path, **options)
     session.reset(2)
     tokens = random_tokens(config, 2, config.window + 30)
     # A ring buffer would be entered at another slot: DeepMind's starts at the oldest key.

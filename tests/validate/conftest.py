@@ -2,9 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +21,12 @@ CONFIG = make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300)
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """The checkpoint, in bf16."""
     folder = tmp_path_factory.mktemp("validate") / "original"
     return write_hugging_face(CONFIG, random_weights(CONFIG), folder, dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")
-def clean(checkpoint) -> Callable[[str], Path]:
+def clean(checkpoint):
     """The artifact of a kind such as `int4-exact`, exported once."""
 
     def export(kind: str) -> Path:
@@ -45,12 +42,10 @@ def clean(checkpoint) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def spoil(clean, tmp_path) -> Callable[..., Path]:
+def spoil(clean, tmp_path):
     """A copy of an artifact that was altered and looks intact: its hashes are made anew."""
 
-    def copy(
-        kind: str, *, config: dict[str, Any] | None = None, weight: tuple[str, float] | None = None
-    ) -> Path:
+    def copy(kind, *, config=None, weight=None) -> Path:
         folder = Path(shutil.copytree(clean(kind), tmp_path / "spoiled"))
         if weight is not None:
             name, gain = weight

@@ -1,21 +1,17 @@
 """Bisection: sites of a model that the reference itself computes, layers' costs, and suspects."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 
-from rgexport.export.manifest import IoRecord, Manifest, Source
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.sites import sites
-from rgexport.griffin.state import State, state_specs
+from rgexport.griffin.state import state_specs
 from rgexport.griffin.substitution import substituted
-from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Affine, Float, Scheme
+from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.observation import Observation
 from rgexport.validate import metrics
 from rgexport.validate.bisect.layer_costs import TOKENS as COST_TOKENS
@@ -25,7 +21,7 @@ from rgexport.validate.bisect.sites import site_report, with_large_state
 from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
 from tests.models import make_config, random_weights, weight_source
-from tests.validate.toys import counted
+from tests.validate.toys import FLOAT32, counted, manifest_of
 
 CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
 ARRAYS = random_weights(CONFIG)
@@ -33,32 +29,18 @@ WEIGHTS = weight_source(ARRAYS)
 TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, COST_TOKENS + 9)
 BEFORE, TOKENS = TEXT[:40], TEXT[40:50]
 GATE, MUL = "layers.2.temporal_block.rg_lru.recurrent_gate", "layers.0.mlp_block.mul"
-FLOAT32 = Float("float32")
-Faults = Mapping[str, Callable[[np.ndarray], np.ndarray]]
-"""Site → what becomes of its value [1, T, n], for all that follow too."""
 
 
-def manifest_of(config: GriffinConfig, scheme: Scheme = FLOAT32, compute: str = "fp32") -> Manifest:
-    """The manifest of an artifact without files."""
-    known = {"name": "toy", "source": Source("toy", "toy", {}), "precision": "toy", "exact": False}
-    empty = {"states": (), "io": IoRecord((), ()), "tensors": {}, "files": {}, "created_with": {}}
-    known |= {"config": config, "plan": make_plan(config, scheme, scheme), "compute": compute}
-    return Manifest(instruction_tuned=None, **known, **empty)
-
-
-def state_after(config: GriffinConfig, weights: WeightSource, tokens: np.ndarray) -> State:
+def state_after(config, weights, tokens):
     """The canonical state after tokens [T]."""
     return Reference(config, weights).run(tokens[None])[1]
 
 
-def observe(
-    config: GriffinConfig,
-    weights: WeightSource,
-    tokens: np.ndarray,
-    state: State,
-    faults: Faults | None = None,
-) -> Observation:
-    """What an artifact with faults at some sites would show over tokens [T]."""
+def observe(config, weights, tokens, state, faults=None) -> Observation:
+    """What an artifact would show over tokens [T].
+
+    Faults say for a site what becomes of its value [1, T, n], for all that follow too.
+    """
     values: dict[str, np.ndarray] = {}
 
     def look(site, op, argument, results):
@@ -76,13 +58,11 @@ def observe(
 STATE = state_after(CONFIG, WEIGHTS, BEFORE)
 
 
-def observed(faults: Faults | None = None, tokens: np.ndarray = TOKENS) -> Observation:
+def observed(faults=None, tokens: np.ndarray = TOKENS) -> Observation:
     return observe(CONFIG, WEIGHTS, tokens, STATE, faults)
 
 
-def compare(
-    observation: Observation, scheme: Scheme = FLOAT32, compute: str = "fp32"
-) -> list[SiteError]:
+def compare(observation: Observation, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
     manifest, model = manifest_of(CONFIG, scheme, compute), Reference(CONFIG, WEIGHTS)
     return site_errors(model, manifest, CONFIG.window, STATE, [(TOKENS, observation)])
 
@@ -157,10 +137,7 @@ def test_the_report_has_the_first_and_the_worst():
     assert (error.site, error.excess) == (MUL, np.inf)
 
 
-# ---- What layers cost -----------------------------------------------------------------------
-
-
-def rounded(part: str = "") -> WeightSource:
+def rounded(part=""):
     """The weights, those of one part (or all) with a step as large as 4 bits have."""
     changed = dict(ARRAYS)
     for name, array in ARRAYS.items():
@@ -170,7 +147,7 @@ def rounded(part: str = "") -> WeightSource:
     return weight_source(changed)
 
 
-def logits(weights: WeightSource) -> np.ndarray:
+def logits(weights) -> np.ndarray:
     model = Reference(CONFIG, weights)
     return model.logits(model.run(TEXT[None, :COST_TOKENS])[0])[0]
 
@@ -196,8 +173,6 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
     assert [cost.kl for cost in cut] == pytest.approx([cost.kl for cost in costs], rel=1e-5)
 
 
-# ---- Suspects -------------------------------------------------------------------------------
-
 SCAN, PRODUCT = "layers.2.temporal_block.rg_lru", "layers.1.mlp_block.mul"
 
 
@@ -221,20 +196,17 @@ def test_the_first_of_each_layer_and_what_is_in_none():
     assert (suspect.layer, suspect.site, suspect.evidence) == (2, SCAN, evidence)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "site"),
-    [
+def test_a_weight_belongs_to_the_site_that_uses_it():
+    for tensor, site in (
         ("layers.1.mlp_block.up_proj.bias", "layers.1.mlp_block.up_proj"),
         (f"{SCAN}.input_gate_weight", f"{SCAN}.input_gate"),
         (f"{SCAN}.recurrent_param", SCAN),
         ("embed_tokens.weight", "embed_tokens"),
-    ],
-)
-def test_a_weight_belongs_to_the_site_that_uses_it(tensor, site):
-    failed = Check(name=f"weights.{tensor}.max_steps", value=2.0, limit=0.5, reason="")
-    (suspect,) = find_suspects(None, [failed], [])
-    assert site in sites(CONFIG) and (suspect.layer, suspect.site) == (layer_of(site), site)
-    assert suspect.evidence == f"{tensor} has max_steps 2, limit 0.5"
+    ):
+        failed = Check(name=f"weights.{tensor}.max_steps", value=2.0, limit=0.5, reason="")
+        (suspect,) = find_suspects(None, [failed], [])
+        assert site in sites(CONFIG) and (suspect.layer, suspect.site) == (layer_of(site), site)
+        assert suspect.evidence == f"{tensor} has max_steps 2, limit 0.5"
 
 
 def test_a_configuration_that_differs_points_to_sites():

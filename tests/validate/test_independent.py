@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +26,6 @@ TOKENS = 300
 """More than one of the demo's windows."""
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
-Pair = tuple[np.ndarray, np.ndarray]
-
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
@@ -38,21 +35,17 @@ def artifact(tmp_path_factory) -> Path:
     return target
 
 
-def validated(artifact: Path, *options: object) -> dict[str, Any]:
-    """What `validate --json` says."""
+@pytest.fixture(scope="module")
+def report(artifact):
+    """What `validate --json` says of it on a text that nobody has seen."""
     file = artifact.parent / "report.json"
-    assert run(["validate", str(artifact), "--json", str(file), *map(str, options)]) == 0
-    return dict(json.loads(file.read_text()))
+    asked = "--json", str(file), "--text", str(TEXT), "--tokens", str(TOKENS)
+    assert run(["validate", str(artifact), *asked]) == 0
+    return json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
-def report(artifact) -> dict[str, Any]:
-    """On a text that nobody has seen."""
-    return validated(artifact, "--text", TEXT, "--tokens", TOKENS)
-
-
-@pytest.fixture(scope="module")
-def read(artifact, report) -> tuple[np.ndarray, Pair]:
+def read(artifact, report):
     """Its ids [T], and logits of DeepMind's model and of the artifact: float64 [T, vocab].
 
     The ids are from the engine that made the vocabulary.
@@ -68,31 +61,21 @@ def read(artifact, report) -> tuple[np.ndarray, Pair]:
     return tokens, (ours.astype(np.float64), theirs.astype(np.float64))
 
 
-def normalized(logits: Pair) -> Pair:
-    """Logarithms; what is capped at 30 needs no care in its exponentials."""
-    ours, theirs = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logits)
-    return ours, theirs
-
-
-def kl_of(pair: Pair) -> tuple[np.ndarray, dict[str, float]]:
-    """KL of each position, and its mean and quantiles."""
-    ours, theirs = pair
-    kl = (np.exp(ours) * (ours - theirs)).sum(1)
-    quantiles = {name: float(np.quantile(kl, share)) for name, share in QUANTILES.items()}
-    return kl, quantiles | {"mean": kl.mean()}
-
-
 def assert_figures(found: dict[str, float], expected: dict[str, float]) -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_figures_of_a_report(report, read):
     found, (tokens, logits) = report["original"], read
-    log_probabilities = normalized(logits)
-    kl, figures = kl_of(log_probabilities)
+    # Logits are capped at 30, so that their exponentials need no care.
+    log_probabilities = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in logits]
+    ours, theirs = log_probabilities
+    kl = (np.exp(ours) * (ours - theirs)).sum(1)
     assert 1e-3 < kl.mean() < 0.5, "four bits cost something, and the model still speaks"
     error = ((kl - kl.mean()) ** 2).sum() ** 0.5 / (len(kl) * (len(kl) - 1)) ** 0.5
-    assert_figures(found["kl"], figures | {"standard_error": error})
+    expected = {name: np.quantile(kl, share) for name, share in QUANTILES.items()}
+    expected |= {"mean": kl.mean(), "standard_error": error, "worst_position": kl.argmax()}
+    assert_figures(found["kl"], expected)
 
     surprise = [-model[np.arange(len(tokens) - 1), tokens[1:]] for model in log_probabilities]
     bits = [nats.sum() / np.log(2) for nats in surprise]
@@ -115,12 +98,16 @@ def test_the_figures_of_a_report(report, read):
     assert [one["name"] for one in report["continuations"]] == ["prose", "code", "chat turns"]
     assert all(0 <= one["common"] <= one["tokens"] > 0 for one in report["continuations"])
     original, delta = logits[0], np.abs(logits[0] - logits[1])
+    lengths = [np.linalg.norm(x, axis=1) for x in logits]
+    cosine = (logits[0] * logits[1]).sum(1) / lengths[0] / lengths[1]
     spread = ((original - original.mean(1, keepdims=True)) ** 2).mean() ** 0.5
     expected = {
         "max": delta.max(),
         "mean": delta.mean(),
         "relative_max": delta.max() / np.abs(original).max(),
         "relative_rms": (delta**2).mean() ** 0.5 / spread,
+        "cosine": cosine.mean(),
+        "lowest_cosine": cosine.min(),
     }
     assert_figures(found["logits"], expected)
 

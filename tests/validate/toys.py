@@ -3,19 +3,22 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.export.manifest import IoRecord, Manifest, Source
 from rgexport.griffin.state import POSITION, State
 from rgexport.griffin.tensor import WeightSource
+from rgexport.quantize.plan import make_plan
+from rgexport.quantize.scheme import Float
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import checkpoints
 
 VOCAB, WIDTH = 23, 8
 MEMORY = "layers.0.rg_lru"
+FLOAT32 = Float("float32")
 Fault = Callable[["ToySession", np.ndarray], np.ndarray]
 
 
@@ -41,7 +44,7 @@ class ToyReference:
         hidden = self.hidden(tokens, state[MEMORY])
         return hidden, {MEMORY: hidden[:, -1], POSITION: state[POSITION] + tokens.shape[1]}
 
-    def logits(self, hidden: Any) -> np.ndarray:
+    def logits(self, hidden) -> np.ndarray:
         return hidden @ self.head
 
 
@@ -85,9 +88,8 @@ class WholeChunksSession(ToySession):
 
     def __init__(self, *, chunk_logits: bool, chunk_fault: Fault | None = None) -> None:
         super().__init__()
-        self.info = dataclasses.replace(
-            ToySession.info, chunk_logits=chunk_logits, whole_chunks=True
-        )
+        changes = {"chunk_logits": chunk_logits, "whole_chunks": True}
+        self.info = dataclasses.replace(ToySession.info, **changes)
         self.chunk_fault = chunk_fault
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
@@ -113,10 +115,15 @@ def counted(weights: WeightSource, reads: list[str]) -> WeightSource:
         reads.append(name)
         return weights[name].read(start, stop)
 
-    return {
-        name: dataclasses.replace(tensor, read=partial(read, name))
-        for name, tensor in weights.items()
-    }
+    return {n: dataclasses.replace(one, read=partial(read, n)) for n, one in weights.items()}
+
+
+def manifest_of(config, scheme=FLOAT32, compute="fp32") -> Manifest:
+    """The manifest of an artifact without files."""
+    known = {"name": "toy", "source": Source("toy", "toy", {}), "precision": "toy", "exact": False}
+    empty = {"states": (), "io": IoRecord((), ()), "tensors": {}, "files": {}, "created_with": {}}
+    known |= {"config": config, "plan": make_plan(config, scheme, scheme), "compute": compute}
+    return Manifest(instruction_tuned=None, **known, **empty)
 
 
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:

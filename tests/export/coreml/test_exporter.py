@@ -17,7 +17,6 @@ from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import manifest_file, model_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
-from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
 from tests.models import Weights, make_config, random_weights, write_hugging_face
@@ -82,9 +81,6 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     assert facts["kind"] == "coreml" and facts["precision"] == "pal4"
     expected = {"prefill_length": 3, "all_logits": False, "recurrent_state": "io", "split": []}
     assert facts["coreml"] == expected
-    assert run(["inspect", name, "--verify"]) == 0
-    text = capsys.readouterr().out
-    assert "Core ML" in text and "prefill length" in text and "All hashes were verified" in text
 
 
 def test_what_it_says_of_itself(exported):
@@ -95,6 +91,8 @@ def test_what_it_says_of_itself(exported):
     assert told.metadata.author == "Unknown (exported by rgexport)"
     assert told.metadata.license == "That of the checkpoint it was made from"
     assert told.metadata.versionString == __version__
+    dtypes = {state.name.split(".")[2]: state.dtype for state in exported[0].manifest.states}
+    assert dtypes == dict.fromkeys(("conv1d", "key", "value"), "float16") | {"rg_lru": "float32"}
     entries = told.metadata.userDefined
     assert json.loads(entries["rgexport.config"]) == exported[0].manifest.config.to_dict()
     assert len(told.functions) == 2
@@ -161,16 +159,3 @@ def test_broken_manifest(case, copied):
     with pytest.raises(RequestError, match=complaint) as caught:
         open_artifact(copied)  # a session goes by the manifest, which has no hash of its own
     assert MANIFEST in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_half_precision_stays_where_it_belongs() -> None:
-    program = trace(CONFIG, "float16")
-    dtypes = {node.site: node.outputs[0].dtype for node in program.nodes}
-    float32 = ("_norm", "residual", "rg_lru", "_gate", "conv_1d", "embed_tokens", "logits")
-    for site, dtype in dtypes.items():
-        if site.endswith(float32):
-            assert dtype == "float32", site
-        elif site.rpartition(".")[2] in ("linear_x", "q_proj", "rope_q", "attention", "up_proj"):
-            assert dtype == "float16", site
-    kinds = {name.split(".")[2]: value.dtype for name, (value, _) in program.states.items()}
-    assert kinds == {"rg_lru": "float32", "conv1d": "float16", "key": "float16", "value": "float16"}

@@ -1,6 +1,6 @@
-"""Stored weights, the scan and the saved program, against DeepMind's model, numpy and coremltools.
+"""The scan and the saved program, against DeepMind's model and coremltools.
 
-`tests/runtimes/coreml/test_session.py` compares whole packages of all shapes with DeepMind's model.
+`tests/runtimes/test_sessions.py` compares whole packages of all shapes with DeepMind's model.
 """
 
 from pathlib import Path
@@ -19,37 +19,19 @@ from rgexport.griffin.reference import Reference
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.models import ODD_CONFIGS, make_config
+from tests.models import make_config
 from tests.sessions import distance, random_tokens
 
-FP32, SCAN = 2e-5, 1e-5
-"""Largest errors allowed, as shares of the largest number: of logits, and after a long scan."""
-
-
-@pytest.mark.parametrize(
-    ("precision", "options"),
-    [("int8", {"symmetric": False}), ("int4", {"embedding_precision": "pal4"})],
-)
-def test_stored_weights_are_those_of_the_artifact(
-    precision: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    """DeepMind's model with the artifact's dequantized weights computes what the package does."""
-    config = ODD_CONFIGS["narrow_lru"]
-    asked = {"compute": "fp32", "all_logits": True, "prefill_length": 5, **options}
-    artifact, weights = export_random_coreml(config, tmp_path, precision, **asked)
-    dequantized = {name: artifact.tensor(name).whole() for name in weights}
-    tokens = random_tokens(config, 1, 2 * config.window + 3)
-    expected = deepmind_logits(deepmind_model(config, dequantized), tokens)
-    logits = CoreMLSession(artifact).prefill(tokens, tokens.shape[1])
-    assert distance(logits, expected) <= FP32
+SCAN = 5e-5
+"""Largest error allowed after it, as a share of the largest number."""
 
 
 @pytest.mark.parametrize("form", [pytest.param("io", marks=pytest.mark.full), "hilo"])
 def test_scan_of_4096_steps(form: str, tmp_path: Path) -> None:
+    """With decays up to 1 - 1e-5, which a float16 state would lose."""
     config = make_config("r", width=64, heads=2, mlp_width=32, vocab_size=64)
-    artifact, weights = export_random_coreml(
-        config, tmp_path, prefill_length=128, recurrent_state=form
-    )
+    options = {"slowest": 1e-5, "prefill_length": 128, "recurrent_state": form}
+    artifact, weights = export_random_coreml(config, tmp_path, **options)
     tokens = random_tokens(config, 1, 4096)
     session = CoreMLSession(artifact)
     last = session.prefill(tokens, 1)

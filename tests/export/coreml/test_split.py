@@ -21,7 +21,6 @@ FOUR = make_config("rrar", width=64, heads=2, lru_width=96, window=8)
 
 
 def both(config, folder: Path, **options) -> tuple[Artifact, Artifact]:
-    """An artifact of one package, and one in which each layer has its own."""
     whole, _ = export_random_coreml(config, folder / "whole", **options)
     sizes: Counter[str] = Counter()
     for name, tensor in whole.manifest.tensors.items():
@@ -42,20 +41,17 @@ def both(config, folder: Path, **options) -> tuple[Artifact, Artifact]:
 )
 def test_logits_and_states_are_those_of_one_package(config, options, tmp_path: Path) -> None:
     """A prompt beyond the window, single tokens, and a batch that goes on from a state."""
-    sessions = [CoreMLSession(each) for each in both(config, tmp_path, prefill_length=5, **options)]
+    one, several = map(CoreMLSession, both(config, tmp_path, prefill_length=5, **options))
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 2 * config.window + 7))
-    for session in sessions:
-        session.reset(2)
-    one, several = (session.prefill(ids) for session in sessions)
-    np.testing.assert_array_equal(one, several)
-    one, several = (session.step(ids[:, 1]) for session in sessions)
-    np.testing.assert_array_equal(one, several)
-    states = [session.get_state() for session in sessions]
-    for name, state in states[0].items():
-        np.testing.assert_array_equal(state, states[1][name])
-    sessions[1].set_state(states[0])
-    one, several = (session.step(ids[:, 0]) for session in sessions)
-    np.testing.assert_array_equal(one, several)
+    one.reset(2)
+    several.reset(2)
+    np.testing.assert_array_equal(one.prefill(ids), several.prefill(ids))
+    np.testing.assert_array_equal(one.step(ids[:, 1]), several.step(ids[:, 1]))
+    states = several.get_state()
+    for name, state in one.get_state().items():
+        np.testing.assert_array_equal(state, states[name])
+    several.set_state(one.get_state())
+    np.testing.assert_array_equal(one.step(ids[:, 0]), several.step(ids[:, 0]))
 
 
 @pytest.mark.full

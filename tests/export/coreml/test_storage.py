@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import decode, encode, part_layouts, transform_of
+from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.coreml.segments import packages
 from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
@@ -71,8 +71,8 @@ def as_core_ml(parts: dict[str, np.ndarray], scheme: Affine | Palette) -> np.nda
     return compression.constexpr_blockwise_shift_scale.decompress(data, parts["scales"], offset)
 
 
-def encoded(rows: np.ndarray, stored: StoredTensor) -> Parts:
-    return encode(no_statistics, NAME, rows, np.arange(len(rows)), stored)
+def encoded(rows: np.ndarray, stored: StoredTensor, name: str = NAME) -> Parts:
+    return encode(no_statistics, name, rows, np.arange(len(rows)), stored)
 
 
 @settings(deadline=None, max_examples=150)
@@ -105,32 +105,18 @@ def test_products_must_fit_into_float16(symmetric: bool) -> None:
 
 _BlobStorageReader = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageReader
 
-MLP = "mlp_block"
-STORED: dict[str, tuple[Scheme, dict[str, str]]] = {
-    f"layers.0.{MLP}.gate_proj.weight": (
-        Affine(4, 32, True, scale="float16"),
-        {"data": "int4", "scales": "float16"},
-    ),
-    f"layers.0.{MLP}.up_proj.weight": (
-        Affine(4, 32, False, scale="float16"),
-        {"data": "uint4", "scales": "float16", "zero_points": "uint4"},
-    ),
-    f"layers.0.{MLP}.down_proj.weight": (
-        Affine(8, None, True, scale="float32"),
-        {"data": "int8", "scales": "float32"},
-    ),
-    f"layers.1.{MLP}.gate_proj.weight": (
-        Affine(8, 32, False, scale="float16"),
-        {"data": "uint8", "scales": "float16", "zero_points": "uint8"},
-    ),
-    f"layers.1.{MLP}.up_proj.weight": (Palette(group=8), {"data": "uint4", "lut": "float16"}),
-    f"layers.1.{MLP}.down_proj.weight": (Float("float16"), {"data": "float16"}),
-    "final_norm.weight": (Float("float32"), {"data": "float32"}),
-    "layers.0.temporal_block.rg_lru.recurrent_param": (Float("float32"), {"data": "float32"}),
+MLP, RECURRENT_PARAM = "mlp_block", "layers.0.temporal_block.rg_lru.recurrent_param"
+PLAN: dict[str, Scheme] = {
+    f"layers.0.{MLP}.gate_proj.weight": Affine(4, 32, True, scale="float16"),
+    f"layers.0.{MLP}.up_proj.weight": Affine(4, 32, False, scale="float16"),
+    f"layers.0.{MLP}.down_proj.weight": Affine(8, None, True, scale="float32"),
+    f"layers.1.{MLP}.gate_proj.weight": Affine(8, 32, False, scale="float16"),
+    f"layers.1.{MLP}.up_proj.weight": Palette(group=8),
+    f"layers.1.{MLP}.down_proj.weight": Float("float16"),
+    "final_norm.weight": Float("float32"),
+    RECURRENT_PARAM: Float("float32"),
 }
-"""Name of a weight → its scheme, and MIL's dtype of each part."""
-PLAN = {name: scheme for name, (scheme, _) in STORED.items()}
-VECTORS = {"final_norm.weight", "layers.0.temporal_block.rg_lru.recurrent_param"}
+VECTORS = {"final_norm.weight", RECURRENT_PARAM}
 _READERS = {"float16": "fp16", "float32": "float"}
 
 
@@ -153,33 +139,19 @@ def test_coremltools_reads_every_blob(weights, tmp_path):
     assert struct.unpack("<II", path.read_bytes()[:8]) == (len(hashes), 2)
     reader = _BlobStorageReader(str(path))
     for name, tensor in stored.tensors.items():
-        read = {}
+        expected = encoded(weights[name], tensor, name)
+        error = decode(name, expected, tensor) - weights[name]
+        assert np.linalg.norm(error) < 0.15 * np.linalg.norm(weights[name])
         for label, part in tensor.parts.items():
             assert part.offset % ALIGNMENT == 0
             dtype = blob_dtype(label, tensor)
-            assert dtype == STORED[name][1][label]
             method = getattr(reader, f"read_{_READERS.get(dtype, dtype)}_data")
-            items = np.array(method(part.offset - ALIGNMENT))
-            read[label] = items.view(np.float16) if dtype == "float16" else items
-        require_near(PLAN[name], read, transform_of(name).store(weights[name]))
-
-
-def require_near(scheme, read, values):
-    """What MIL's definitions make of the blobs is near the weights."""
-    if isinstance(scheme, Float):
-        np.testing.assert_allclose(read["data"].reshape(values.shape), values, rtol=1e-3)
-        return
-    rows, columns = values.shape
-    if isinstance(scheme, Palette):
-        lut = read["lut"].reshape(rows // scheme.group, 16).astype(np.float32)
-        indices = read["data"].reshape(len(lut), -1)
-        restored, step = np.take_along_axis(lut, indices.astype(int), 1), 1.0
-    else:
-        scales = read["scales"].reshape(rows, -1, 1).astype(np.float32)
-        zeros = read.get("zero_points", np.zeros(scales.size)).reshape(scales.shape)
-        blocks = read["data"].reshape(rows, scales.shape[1], -1).astype(np.float32)
-        restored, step = (blocks - zeros) * scales, np.abs(scales).max()
-    np.testing.assert_allclose(restored.reshape(rows, columns), values, atol=1.05 * step, rtol=0)
+            read = np.array(method(part.offset - ALIGNMENT))
+            values = expected[label]
+            if dtype.endswith("int4"):
+                values = integers(values, 4, signed=dtype == "int4")
+            read = read.view(values.dtype) if dtype == "float16" else read
+            np.testing.assert_array_equal(read, values.reshape(-1), f"{name}.{label}")
 
 
 def test_slabs_make_no_difference_and_hashes_are_those_of_the_blobs(weights, tmp_path, monkeypatch):

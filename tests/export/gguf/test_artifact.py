@@ -36,7 +36,6 @@ FOUND = CheckRecord(
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
-    """A small file in f16."""
     return export_random_gguf(CONFIG, tmp_path_factory.mktemp("sound"), "f16")[0]
 
 

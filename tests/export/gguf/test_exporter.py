@@ -111,7 +111,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def imatrix(tmp_path) -> Path:
-    """Random importances for `K_QUANTS`."""
     generator = np.random.default_rng(0)
     tensors = (tensor for tensor in file_tensors(K_QUANTS) if tensor.quantizable)
     shapes = {tensor.name: tensor.shape[-1] for tensor in tensors}

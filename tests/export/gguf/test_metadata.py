@@ -1,4 +1,4 @@
-"""What a GGUF file holds beside the weights' types: names, values, metadata and vocabulary."""
+"""What a GGUF file holds beside the weights: metadata and vocabulary."""
 
 from pathlib import Path
 from typing import Any
@@ -10,64 +10,16 @@ from gguf import GGUFReader, GGUFValueType
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from rgexport.errors import RequestError
+from rgexport.export.gguf import vocabulary as kinds
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.metadata import metadata
-from rgexport.export.gguf.naming import file_tensors
-from rgexport.export.gguf.vocabulary import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Vocabulary,
-    read_vocabulary,
-)
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.griffin.chat_template import read_chat_template
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
-from rgexport.griffin.layout import model_tensors
 from tests.artifacts import export_random_gguf
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
-
-NORMS = ("temporal_pre_norm.weight", "channel_pre_norm.weight", "final_norm.weight")
-
-
-@pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_every_tensor_has_a_place_and_comes_back(name):
-    config = ODD_CONFIGS[name]
-    weights, tensors = random_weights(config), file_tensors(config)
-    assert {tensor.canonical for tensor in tensors} == model_tensors(config).keys()
-    assert len({tensor.name for tensor in tensors}) == len(tensors)
-    for tensor in tensors:
-        original = weights[tensor.canonical]
-        stored = tensor.transform.store(original)
-        assert stored.dtype == np.float32 and stored.size == np.prod(tensor.shape)
-        rounded = tensor.canonical.endswith((*NORMS, "recurrent_param"))
-        limits = {"rtol": 1e-6, "atol": 1.2e-7} if rounded else {"rtol": 0, "atol": 0}
-        np.testing.assert_allclose(tensor.transform.restore(stored), original, **limits)
-
-
-def test_stored_values():
-    config, weights = ODD_CONFIGS["wide_lru"], random_weights(ODD_CONFIGS["wide_lru"])
-    by_canonical = {tensor.canonical: tensor for tensor in file_tensors(config)}
-
-    def stored(name: str) -> np.ndarray:
-        tensor = by_canonical[name]
-        return tensor.transform.store(weights[name]).reshape(tensor.shape)
-
-    for name in weights:
-        if name.endswith(NORMS):
-            np.testing.assert_array_equal(stored(name), weights[name] + 1)
-    gate = "layers.0.temporal_block.rg_lru.recurrent_gate_weight"
-    np.testing.assert_array_equal(stored(gate)[2, 5], weights[gate][2, :, 5])
-    conv = "layers.0.temporal_block.conv_1d.weight"
-    np.testing.assert_array_equal(stored(conv)[7], weights[conv][7, 0])
-    a_param = "layers.0.temporal_block.rg_lru.recurrent_param"
-    exact = -8 * np.logaddexp(0, weights[a_param].astype(np.float64))
-    np.testing.assert_array_equal(stored(a_param), exact.astype(np.float32))
-
 
 EXPECTED = {
     **{"vocab_size": 256, "context_length": 1 << 20, "embedding_length": 64},
@@ -81,8 +33,8 @@ EXPECTED = {
 FLOATS = [*EXPECTED][-4:]
 
 
-def test_architecture(tmp_path):
-    artifact, _ = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path)
+def test_architecture_and_values(tmp_path):
+    artifact, weights = export_random_gguf(ODD_CONFIGS["wide_lru"], tmp_path)
     reader = GGUFReader(artifact.path)
     fields = {
         name.removeprefix("recurrentgemma."): field
@@ -97,6 +49,15 @@ def test_architecture(tmp_path):
     assert reader.fields["general.architecture"].contents() == "recurrentgemma"
     assert reader.fields["tokenizer.ggml.model"].contents() == "no_vocab"
     assert not any("tokens" in key for key in reader.fields)
+    stored = {tensor.name: tensor.data.squeeze() for tensor in reader.tensors}
+    recurrent = "layers.0.temporal_block"
+    gate = weights[f"{recurrent}.rg_lru.recurrent_gate_weight"].swapaxes(1, 2)
+    np.testing.assert_array_equal(stored["blk.0.rg_lru_a_gate.weight"].reshape(gate.shape), gate)
+    taps = weights[f"{recurrent}.conv_1d.weight"].squeeze()
+    np.testing.assert_array_equal(stored["blk.0.ssm_conv1d.weight"], taps)
+    decay = -8 * np.logaddexp(0, weights[f"{recurrent}.rg_lru.recurrent_param"].astype(np.float64))
+    np.testing.assert_array_equal(stored["blk.0.ssm_a"], decay.astype(np.float32))
+    np.testing.assert_array_equal(stored["output_norm.weight"], weights["final_norm.weight"] + 1)
 
 
 def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
@@ -173,17 +134,18 @@ def test_pieces_scores_and_ids_are_those_of_sentencepiece(vocabulary):
     for index in range(SIZE):
         assert vocabulary.tokens[index] == engine.IdToPiece(index)
         assert vocabulary.scores[index] == engine.GetScore(index)
-        assert (vocabulary.types[index] == BYTE) == engine.IsByte(index)
+        assert (vocabulary.types[index] == kinds.BYTE) == engine.IsByte(index)
     control = vocabulary.control
     tokens = control.pad, control.eos, control.bos, control.unk, control.end_of_turn
     assert [token and token.id for token in tokens] == [0, 1, 2, 3, 107]
     assert not vocabulary.add_space_prefix
     types = dict(zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True))
     markup = "<pad> <eos> <bos> <mask> <2mass> [@BOS@] <unused0> <start_of_turn> <end_of_turn>"
-    assert {types[piece] for piece in markup.split()} == {CONTROL}
-    assert types["<unk>"] == UNKNOWN
-    assert {types[piece] for piece in ("<table>", "</s>", "<h1>", "\n", "\n\n")} == {USER_DEFINED}
-    assert {types[piece] for piece in ("▁▁", "▁" * 31, "▁the", "in")} == {NORMAL}
+    assert {types[piece] for piece in markup.split()} == {kinds.CONTROL}
+    assert types["<unk>"] == kinds.UNKNOWN
+    own = "<table> </s> <h1> \n \n\n"
+    assert {types[piece] for piece in own.split(" ")} == {kinds.USER_DEFINED}
+    assert {types[piece] for piece in ("▁▁", "▁" * 31, "▁the", "in")} == {kinds.NORMAL}
 
 
 def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_path):
@@ -193,7 +155,7 @@ def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_pa
     assert other.tokens == vocabulary.tokens
     np.testing.assert_array_equal(other.types, vocabulary.types)
     assert other.control.bos == vocabulary.control.bos
-    merged = [i for i in range(SIZE) if other.types[i] == NORMAL and len(other.tokens[i]) > 1]
+    merged = [i for i in range(SIZE) if other.types[i] == kinds.NORMAL and len(other.tokens[i]) > 1]
     order = np.argsort(-other.scores[merged], kind="stable")
     assert (np.diff(vocabulary.scores[merged][order]) <= 0).all()
     path.write_text("{")
@@ -203,7 +165,7 @@ def test_json_has_the_same_pieces_in_the_same_order_of_scores(vocabulary, tmp_pa
 def test_rows_without_a_token_are_unused_and_tokens_without_a_row_refused(vocabulary):
     padded = read(DEMO, SIZE + 2)
     assert padded.tokens == [*vocabulary.tokens, "[PAD8192]", "[PAD8193]"]
-    assert padded.types[-2:].tolist() == [UNUSED, UNUSED]
+    assert padded.types[-2:].tolist() == [kinds.UNUSED, kinds.UNUSED]
     with pytest.raises(RequestError, match=r"8192 tokens .* 8191 rows"):
         read(DEMO, SIZE - 1)
 
@@ -218,7 +180,7 @@ def test_other_normalization(tmp_path, capsys):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.SerializeToString())
     vocabulary = read(path)
-    assert vocabulary.tokens[139] == "  " and vocabulary.types[139] == USER_DEFINED
+    assert vocabulary.tokens[139] == "  " and vocabulary.types[139] == kinds.USER_DEFINED
     assert vocabulary.add_space_prefix
     assert "normalizes text (nmt_nfkc), which llama.cpp does not" in capsys.readouterr().err
     model.trainer_spec.byte_fallback = False

@@ -3,8 +3,6 @@
 The packages are edited with coremltools' own messages, as any tool would.
 """
 
-import hashlib
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -56,17 +54,13 @@ def in_both(change: Callable[[Model, str], object]) -> Edit:
     return each
 
 
-def drop_write(state: str, *functions: str) -> Edit:
-    def change(model: Model) -> None:
-        for function in functions:
-            operations = block(model, function).operations
-            operations.remove(find(model, function, "write_state", f"{state}_write"))
-
-    return change
+def drop_write(model: Model) -> None:
+    write = find(model, "decode", "write_state", "layers_1_key_write")
+    block(model, "decode").operations.remove(write)
 
 
-def swap_writes(model: Model, function: str) -> None:
-    writes = [find(model, function, "write_state", f"layers_1_{kind}") for kind in ("key", "value")]
+def swap_writes(model: Model) -> None:
+    writes = [find(model, "decode", "write_state", f"layers_1_{kind}") for kind in ("key", "value")]
     key, value = (write.inputs["data"].arguments[0] for write in writes)
     key.name, value.name = value.name, key.name
 
@@ -80,27 +74,20 @@ def blob(operation: Operation, parameter: str = "data"):
     return operation.inputs[parameter].arguments[0].value.blobFileValue
 
 
-def swap_blobs(*functions: str, part: str = "data", kind: str = BLOCKWISE) -> Edit:
+def swap_blobs(part: str = "data", kind: str = BLOCKWISE) -> Edit:
     """Exchanges the places of two weights of the same shape."""
 
-    def change(model: Model) -> None:
-        for function in functions:
-            a, b = (blob(find(model, function, kind, name), part) for name in (UP, OTHER_UP))
-            a.offset, b.offset = b.offset, a.offset
+    def change(model: Model, function: str) -> None:
+        a, b = (blob(find(model, function, kind, name), part) for name in (UP, OTHER_UP))
+        a.offset, b.offset = b.offset, a.offset
 
-    return change
+    return in_both(change)
 
 
 def use_another_weight(model: Model, function: str) -> None:
     """A linear takes the weight of another one instead of its own."""
     gate, up = (find(model, function, "linear", f"layers_0_mlp_block_{n}") for n in ("gate", "up"))
     gate.inputs["weight"].arguments[0].name = up.inputs["weight"].arguments[0].name
-
-
-def shorten(model: Model) -> None:
-    """The result of a gelu has another shape."""
-    gelu = find(model, "decode", "gelu", "layers_0_mlp_block")
-    gelu.outputs[0].type.tensorType.dimensions[2].constant.size = 63
 
 
 def forget_state(model: Model) -> None:
@@ -116,13 +103,3 @@ def exchange_bytes(package: Path) -> None:
     (size,) = struct.unpack_from("<Q", data, a - 56)
     data[a : a + size], data[b : b + size] = data[b : b + size], data[a : a + size]
     (package / WEIGHTS).write_bytes(data)
-
-
-def content_hash(package: Path) -> None:
-    """Makes all hashes and sizes of the artifact's manifest fit what is there."""
-    path = package.parent / "rgexport.json"
-    manifest = json.loads(path.read_text())
-    for name, record in manifest["files"].items():
-        data = (package.parent / name).read_bytes()
-        record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_text(json.dumps(manifest))

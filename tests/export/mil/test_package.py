@@ -188,10 +188,7 @@ CHANGES: list[tuple[Callable[[Any], Any], str]] = [
     (grow, "cannot have the shape"),
     (lambda m: m.ClearField("mlProgram"), "holds no ML program"),
     (lambda m: setattr(main(m), "opset", "CoreML99"), "has nothing for its opset 'CoreML99'"),
-    (
-        lambda m: setattr(m.description, "defaultFunctionName", "other"),
-        "has no function 'other'",
-    ),
+    (lambda m: setattr(m.description, "defaultFunctionName", "other"), "has no function 'other'"),
     (lambda m: setattr(first_type(m).tensorType, "dataType", 99), "has the unknown dtype 99"),
     (lambda m: setattr(first_type(m).tensorType, "rank", 7), "has rank 7"),
     (lambda m: operations(m)[0].outputs[0].ClearField("type"), "has no type"),

@@ -1,6 +1,7 @@
 """Which ops of a model are fused, how they compute, and which kernels run them."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +137,11 @@ def test_only_linears_of_one_scheme_are_one_op(tmp_path: Path) -> None:
     assert counts["QuantLinear3"] == 0
     assert counts["QuantLinear2"] == RECURRENT + LAYERS + 1 - 3  # q with v; not in layers 0, 1, 3
     assert counts["QuantLinear"] == 2 * LAYERS + 1 + 1 + 1 + 4
-    session = OrtSession(artifact)
     tokens = random_tokens(FIVE_LAYERS, 1, 40)
     dequantized = Reference(FIVE_LAYERS, artifact.weights)
     expected = dequantized.logits(dequantized.run(tokens)[0])
-    for sizes in ([40], [1]):
-        session.reset()
+    for native, sizes in product((True, False), ([40], [1])):
+        session = OrtSession(artifact, native=native)
         assert distance(ragged(session, tokens, sizes), expected) < 0.05
 
 

@@ -25,7 +25,6 @@ def originals(archive: Path) -> dict[str, str]:
 
 @pytest.fixture
 def checkout(originals: dict[str, str], tmp_path: Path) -> Path:
-    """A llama.cpp checkout, as far as the port is concerned."""
     folder = tmp_path / "llama.cpp"
     for path, text in originals.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.kernels.llama_cpp import sources
@@ -42,8 +43,6 @@ def converter(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sizes and the tensors of a GGUF file."""
-    from gguf import GGUFReader
-
     reader = GGUFReader(path)
     names = [n for n in reader.fields if n in NAMES or n.startswith("recurrentgemma.")]
     sizes = {name: reader.fields[name].contents() for name in names}

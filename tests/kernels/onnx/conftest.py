@@ -12,7 +12,6 @@ HERE = library.kernels()
 
 @pytest.fixture(scope="session", params=HERE.instruction_sets or [""], ids=lambda p: p or "none")
 def worker(request) -> Iterator[Worker]:
-    """Runs ops with one instruction set."""
     if not request.param:
         absent = library.turned_off() or not library.LIBRARY.is_file()
         (pytest.skip if absent else pytest.fail)(f"no native kernels: {HERE.reason}")

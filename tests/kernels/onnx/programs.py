@@ -1,7 +1,9 @@
 """The folders of libraries and programs that the tests of kernels compile."""
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from rgexport.kernels.build import build
 from rgexport.kernels.onnx import library
-from tests.built import COMPILER, built
+from tests.built import COMPILER, built, one_at_a_time
 from tests.command_line import ROOT
 
 HERE = Path(__file__).parent
@@ -105,6 +107,23 @@ def fastest(folder: Path, sanitizer: str) -> None:
 @kept()
 def two_tables(folder: Path) -> None:
     _compile(COMPILER, folder, "two_tables", "-O1", "-ldl")
+
+
+def runtime(version: str, platform: str = "") -> Path:
+    """The folder of a release of ONNX Runtime, which pip fills if it is not there."""
+    folder = ROOT / "out" / f"ort-{version}{platform}"
+    options = ["--platform", platform, "--only-binary=:all:"] if platform else []
+    new = folder.with_name(f"{folder.name}.{os.getpid()}")
+    asked = ["install", "-q", "--no-deps", "--target", new, *options, f"onnxruntime=={version}"]
+    with one_at_a_time(folder.name):
+        if not (folder / "onnxruntime").is_dir():
+            command = [sys.executable, "-m", "pip", *asked]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                shutil.rmtree(new, ignore_errors=True)
+                pytest.skip(f"{asked[-1]} cannot be fetched: {done.stderr.strip()[-200:]}")
+            new.rename(folder)
+    return folder
 
 
 def compile_several_runtimes(compiler: str, folder: Path, *flags: str) -> None:

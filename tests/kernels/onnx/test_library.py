@@ -20,7 +20,6 @@ from rgexport.kernels.build import NOT_BUILT, BuildFailed, build
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding
 from tests.artifacts import export_demo
-from tests.built import one_at_a_time
 from tests.command_line import ROOT
 from tests.kernels.onnx import programs
 from tests.kernels.onnx.one_node import Case, different_results, run_model
@@ -165,25 +164,9 @@ print(json.dumps([ort.__version__, sum(calls().values())]))
 """
 
 
-def installed(version: str) -> Path:
-    """The folder of a release, which pip fills if it is not there."""
-    folder = ROOT / "out" / f"ort-{version}"
-    new = folder.with_name(f"{folder.name}.{os.getpid()}")
-    asked = ["install", "-q", "--no-deps", "--target", str(new), f"onnxruntime=={version}"]
-    with one_at_a_time(folder.name):
-        if not (folder / "onnxruntime").is_dir():
-            command = [sys.executable, "-m", "pip", *asked]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                shutil.rmtree(new, ignore_errors=True)
-                pytest.skip(f"it cannot be installed: {done.stderr.strip()[-200:]}")
-            new.rename(folder)
-    return folder
-
-
 def logits(artifact: Path, native: bool, version: str | None) -> np.ndarray:
     """By the current release or another one, with its own kernels or ours."""
-    paths = [str(ROOT)] if version is None else [str(installed(version)), str(ROOT)]
+    paths = [str(ROOT)] if version is None else [str(programs.runtime(version)), str(ROOT)]
     more = {"PYTHONPATH": os.pathsep.join(paths), library.NO_NATIVE: "" if native else "1"}
     target = artifact.with_suffix(".npy")
     command = [sys.executable, "-c", PROGRAM, str(artifact), str(target)]

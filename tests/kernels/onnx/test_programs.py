@@ -61,7 +61,6 @@ def test_the_fastest_is_found(sanitizer):
 
 @pytest.fixture(scope="module", params=["address", *nightly("undefined", "thread")])
 def sanitized(request) -> tuple[Path, Path]:
-    """The program, and the library for it."""
     folder = programs.sanitized(request.param)
     return folder / "sanitized_ops", folder / library.LIBRARY.name
 

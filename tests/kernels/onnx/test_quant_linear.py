@@ -132,13 +132,3 @@ def test_several_matrices_are_each_alone(worker, rows, bits, block, digits, toke
     for i, w in enumerate(matrices):
         expected = assert_product(worker, x, w.with_scales_in(np.float32))
         assert np.array_equal(results[f"y{i}"], expected), i
-
-
-@pytest.mark.parametrize(
-    ("wrong", "word"),
-    [({"K": 65}, "K"), ({"N": 8}, "N rows"), ({"block_size": 24}, "size"), ({"digits": 2}, "8 b")],
-)
-def test_wrong_shapes_are_refused(worker, wrong, word):
-    case = random_matrix(64, 7, 4, 32, asymmetric=True, bias=True).case(activations(1, 2, 64))
-    with pytest.raises(Exception, match=f"QuantLinear: .*{word}"):
-        worker.run(replace(case, attributes=case.attributes | wrong))

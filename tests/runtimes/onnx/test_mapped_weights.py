@@ -22,7 +22,6 @@ from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 FLOAT32, UINT8, INT64, BFLOAT16 = 1, 2, 7, 16
 MIB = 1 << 20
 SIZE, PIECE = 40 * MIB, 16 * MIB
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of mappings")
 
 
 @pytest.fixture
@@ -36,9 +35,6 @@ def folder(tmp_path: Path) -> Path:
 
 def tensor(name: str, kind: int, shape: tuple[int, ...], offset: int, file: str = "weights.data"):
     return ExternalTensor(name, kind, shape, file, offset)
-
-
-WHOLE_FILE = tensor("whole", UINT8, (SIZE,), 0)
 
 
 def resident_bytes(path: Path) -> int:
@@ -86,10 +82,10 @@ def test_what_is_left_to_the_engine(folder):
     assert MappedWeights(folder, tensors).values.keys() == {"right"}
 
 
-@LINUX
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of mappings")
 def test_all_of_a_file_becomes_resident_once(folder, monkeypatch):
     """And nothing of it where memory is short."""
-    both = [WHOLE_FILE, tensor("again", UINT8, (SIZE,), 0)]
+    both = [tensor(name, UINT8, (SIZE,), 0) for name in ("whole", "again")]
     with monkeypatch.context() as patch:
         patch.setattr(mapped_weights, "available_bytes", lambda: SIZE - 1)
         weights = MappedWeights(folder, both)

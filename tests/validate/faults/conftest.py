@@ -1,10 +1,8 @@
 """A sound checkpoint, artifacts of it that were exported once, and copies of them to spoil."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
@@ -13,7 +11,6 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.validate.bisect.site_errors import layer_of
 from rgexport.validate.opening import Request
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
@@ -27,8 +24,6 @@ CONFIG = make_config("rrar", width=96, heads=4, lru_width=64, mlp_width=128, voc
 PRECISIONS = {"fp32": "f32", "fp16": "f16", "int8": "q8_0", "int4": "q4_0"}
 """And what GGUF calls them; with int8 and int4, activations are int8 in ONNX and GGUF."""
 KINDS = [f"{name}-{word}" for name in ("onnx", "gguf", "coreml") for word in PRECISIONS]
-Copy = Callable[[str], Path]
-Judge = Callable[[Path], Result]
 
 
 def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
@@ -43,7 +38,7 @@ def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
     return export_coreml(checkpoint, CoreMLOptions(precision=word, prefill_length=8), target)
 
 
-def case(kind: str, *rest: object) -> ParameterSet:
+def case(kind: str, *rest: object):
     """Parameters of a test, which `make test` runs with one kind only."""
     marks = [needs_llama_cpp] if kind.startswith("gguf") else []
     return pytest.param(kind, *rest, marks=marks + [pytest.mark.full] * (kind != "onnx-int4"))
@@ -58,13 +53,12 @@ def sound_weights() -> Weights:
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory) -> Path:
-    """The sound checkpoint, in bf16."""
     folder = tmp_path_factory.mktemp("faults") / "original"
     return write_hugging_face(CONFIG, sound_weights(), folder, dtype="bfloat16")
 
 
 @pytest.fixture
-def copy(original, tmp_path) -> Copy:
+def copy(original, tmp_path):
     """A copy of the sound artifact of a kind, which is exported once, to be spoiled."""
 
     def copied(kind: str) -> Path:
@@ -77,20 +71,13 @@ def copy(original, tmp_path) -> Copy:
 
 
 @pytest.fixture(scope="session")
-def judge(original) -> Judge:
+def judge(original):
     """The result of `validate --bisect` with the sound checkpoint as the original."""
     request = Request(model=str(original), max_tokens=3 * CONFIG.window, bisect=True)
     return lambda artifact: validate_artifact(artifact, request)
 
 
-def failed(result: Result) -> set[str]:
-    """The kinds of its checks that did not pass; of weights, their names."""
-    checks = [check for check in result.checks if not check.passed]
-    return {check.name if check.name.startswith("weights.") else check.kind for check in checks}
-
-
 def require_named(result: Result, site: str) -> None:
-    """A fault must fail, and what is suspected first must be its site, in its layer."""
+    """A fault must fail, and what is suspected first must be its site."""
     assert result.verdict == "FAIL" and result.suspects, "nothing is suspected"
     assert result.suspects[0].site == site, result.suspects
-    assert result.suspects[0].layer == layer_of(site)

@@ -5,7 +5,6 @@ metadata can make it wrong.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +17,7 @@ from rgexport.quantize.gguf_header import read_header
 from tests.llama_tools import needs_llama_cpp
 from tests.models import write_hugging_face
 from tests.validate.conftest import claim
-from tests.validate.faults.conftest import (
-    CONFIG,
-    KINDS,
-    case,
-    export,
-    failed,
-    require_named,
-    sound_weights,
-)
+from tests.validate.faults.conftest import CONFIG, KINDS, case, export, require_named, sound_weights
 
 pytestmark = pytest.mark.full
 LRU, UP = "temporal_block.rg_lru", "layers.1.mlp_block.up_proj.weight"
@@ -71,7 +62,8 @@ def test_a_wrong_weight(tmp_path, judge, kind, name):
     require_named(result, SITES[name])
     # Clip search may be off by any number of steps where it clips, so rows are compared there.
     checks = {"max_steps", "projection"} if "int4" in kind else {"max_steps"}
-    assert {f"weights.{name}.{check}" for check in checks} & set(failed(result))
+    failed = {check.name for check in result.checks if not check.passed}
+    assert {f"weights.{name}.{check}" for check in checks} & failed
     assert result.source.same_files is False
     assert result.sites.first is None, "the graph is right"
 
@@ -88,7 +80,7 @@ def test_a_wrong_weight(tmp_path, judge, kind, name):
     ],
 )
 def test_wrong_metadata(copy, judge, key, value, site):
-    path: Path = copy("gguf-int4")
+    path = copy("gguf-int4")
     _, stop = read_header(path).spans[f"{ARCHITECTURE}.{key}"]
     number = np.array(value, "<u4" if isinstance(value, int) else "<f4").tobytes()
     with path.open("r+b") as file:

@@ -5,7 +5,6 @@ weights were altered. `bench.verdicts` asks the same of the demo, and of more fo
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate import opening
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face
@@ -31,7 +28,7 @@ QUICK = "one layer's matrices times 1.05", "two rows of one tensor exchanged"
 
 
 @pytest.fixture(scope="session")
-def reference(original, tmp_path_factory) -> ReferenceFile:
+def reference(original, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40).tolist()
     prompts.write_text(json.dumps([ids]))
@@ -39,7 +36,7 @@ def reference(original, tmp_path_factory) -> ReferenceFile:
     return read_reference(target)
 
 
-def without_torch(path: Path, reference: ReferenceFile) -> Result:
+def without_torch(path, reference):
     """What `validate --reference` says on a machine without torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "find_spec", lambda name: None)

@@ -1,9 +1,7 @@
 """Artifacts against reference files."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +11,9 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import State
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import opening
-from rgexport.validate.checks import TENSOR_CHECKS, Check
+from rgexport.validate.checks import TENSOR_CHECKS
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
 from rgexport.validate.reference import against, kept_logits
@@ -37,9 +34,9 @@ def some_full(request, checkpoint, tmp_path_factory) -> ReferenceFile:
     """A file of the small model; in all of them but one only few positions are full."""
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_logits, "LOGITS_BYTES", LIMITS[request.param])
-        patch.setattr(kept_logits, "FULL", 16)
-        patch.setattr(kept_logits, "LEAST_MOST", 40)
+        sizes = {"LOGITS_BYTES": LIMITS[request.param], "FULL": 16, "LEAST_MOST": 40}
+        for name, value in sizes.items():
+            patch.setattr(kept_logits, name, value)
         capture(open_checkpoint(checkpoint), target, device="cpu")
     reference = read_reference(target)
     assert reference.header.tail_bits == int(request.param.replace("full", "0"))
@@ -84,6 +81,8 @@ def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, some_full):
     assert found.kl_low.mean * 0.9999 <= kl <= found.kl_high.mean * 1.0001
     if found.full_positions == found.positions or some_full.header.tail_bits == 16:
         assert found.kl.mean == pytest.approx(kl, rel=1e-4) and found.kl_width < 2e-3
+    elif some_full.header.tail_bits == 8:
+        assert found.kl.mean == pytest.approx(kl, rel=0.03)
     assert (found.kl_full == found.kl) is (found.full_positions == found.positions)
     assert some_full.is_full(found.kl_full.worst_position)
     assert 0.2 * kl < found.kl_full.mean < 5 * kl and found.kl_full.standard_error > 0
@@ -100,7 +99,7 @@ def test_it_equals_a_comparison_of_all_logits(clean, checkpoint, some_full):
 def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, some_full):
     found, manifest = held(clean("int4"), some_full), open_artifact(clean("int4")).manifest
 
-    def judged(limit: float) -> Check:
+    def judged(limit):
         checks = against.file_checks(found, manifest, {"reference.kl": limit})
         return next(check for check in checks if check.name == "reference.kl")
 
@@ -111,11 +110,8 @@ def test_a_limit_of_kl_is_judged_with_what_is_known_of_it(clean, some_full):
     assert outcomes == ["PASS", "AMBIGUOUS", "FAIL"]
 
 
-def look(
-    artifact: Path, reference: ReferenceFile
-) -> tuple[against.AgainstFile, list[against.LayerError]]:
-    opened = open_artifact(artifact)
-    before: dict[int, State] = {}
+def look(artifact, reference) -> tuple[against.AgainstFile, list[against.LayerError]]:
+    opened, before = open_artifact(artifact), {}
     found = against.compare_with_file(OrtSession(opened), opened, reference, before)
     return found, against.with_layers(found, opened, reference, before).layers
 
@@ -156,7 +152,7 @@ def test_a_value_that_is_not_finite_fails(spoil, reference):
     assert wrong_tensors(found) == {"final_norm.weight"}
 
 
-def another(tmp_path: Path, seed: int = 0, **change: Any) -> ReferenceFile:
+def another(tmp_path, seed=0, **change) -> ReferenceFile:
     """A reference file of a model that differs from the one of `clean`."""
     config = dataclasses.replace(CONFIG, **change)
     weights = random_weights(config, seed)
@@ -202,17 +198,3 @@ def test_the_greedy_text(demo_artifact, tmp_path):
         while common < len(expected) and logits.argmax() == expected[common]:
             logits, common = session.step(logits.argmax(1)), common + 1
         assert prompt.greedy_common == common
-
-
-def test_validate_with_a_file(clean, reference, tmp_path, capsys):
-    """Beside the dequantized reference."""
-    file, page, request = tmp_path / "r.json", tmp_path / "r.html", Request(max_tokens=20)
-    paths = {"json_file": file, "html_file": page, "reference": reference.path}
-    assert validate_artifacts([clean("int4")], request, **paths) == 0
-    result = json.loads(file.read_text())
-    assert result["reference"]["positions"] == len(reference.tokens)
-    names = {check["name"] for check in result["checks"]}
-    assert {"position", "twin.logits", "reset.logits", "reference.rms", "reference.finite"} < names
-    text = page.read_text("utf-8")
-    assert "Against the reference file" in text and f"{len(reference.tokens):,} positions" in text
-    assert "reference file" in capsys.readouterr().out

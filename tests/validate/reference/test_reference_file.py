@@ -5,8 +5,6 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -17,39 +15,29 @@ from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import zero_state
 from rgexport.validate import states
 from rgexport.validate.reference import implementations, kept_logits
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
-from rgexport.validate.reference.reference_file import (
-    FORMAT_VERSION,
-    METADATA,
-    SUMS,
-    Header,
-    is_reference,
-    write_reference,
-)
+from rgexport.validate.reference.reference_file import SUMS, is_reference, write_reference
 from rgexport.validate.reference.reference_reader import read_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.validate.toys import counted
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
-Content = tuple[Header, dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory) -> Content:
+def captured(tmp_path_factory):
     """Prompts of 3 and 20 tokens: positions 2 and 22 are full, the others have 8-bit codes."""
     folder = tmp_path_factory.mktemp("captured")
     model = write_hugging_face(CONFIG, random_weights(CONFIG), folder / "model")
     (folder / "p").write_text(json.dumps([[0, 1, 2], list(range(3, 23))]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_logits, "LOGITS_BYTES", 5000)
-        patch.setattr(kept_logits, "FULL", 2)
-        patch.setattr(kept_logits, "WATCHED", 3)
+        for name, value in {"LOGITS_BYTES": 5000, "FULL": 2, "WATCHED": 3}.items():
+            patch.setattr(kept_logits, name, value)
         patch.setattr(states, "FIRST_CHECKPOINT", 8)
         source = open_checkpoint(model)
         file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
@@ -63,13 +51,13 @@ def captured(tmp_path_factory) -> Content:
 
 
 @pytest.fixture
-def content(captured) -> Content:
+def content(captured):
     header, arrays = captured
     return header, dict(arrays)
 
 
 @pytest.fixture
-def file(tmp_path, content) -> Path:
+def file(tmp_path, content):
     path = tmp_path / "small.reference"
     write_reference(path, *content)
     return path
@@ -83,7 +71,6 @@ def test_it_is_a_safetensors_file_that_reads_back(file, content):
     assert reference.full_positions.tolist() == [2, 22]
     assert arrays.keys() == again.keys()
     assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
-    assert json.loads(read_metadata(file)[METADATA])["format_version"] == FORMAT_VERSION
 
 
 def test_only_a_reference_is_replaced(file, content, tmp_path, monkeypatch):
@@ -153,7 +140,7 @@ def test_impossible_values(tmp_path, content, array, values):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"format_version": FORMAT_VERSION + 1}, "update rgexport"),
+        ({"format_version": 99}, "update rgexport"),
         ({"prompts": ()}, "is damaged: prompts"),
         ({"watched": (-1, 12, 22)}, "is damaged: watched is"),
         ({"config": dataclasses.replace(CONFIG, window=0)}, "is damaged: config.window"),
@@ -215,7 +202,7 @@ def test_another_implementation_goes_on_from_our_states(impl, package, shape):
     """From the beginning, and from states each at a position of its own."""
     pytest.importorskip(package)
     weights = weight_source(random_weights(ODD_CONFIGS[shape]))
-    model: Any = choose_implementation(impl, "cpu", False)(ODD_CONFIGS[shape], weights)
+    model = choose_implementation(impl, "cpu", False)(ODD_CONFIGS[shape], weights)
     own, rng = Reference(model.config, weights), np.random.default_rng(5)
     window, vocab = own.config.window, own.config.vocab_size
     lengths = (1, 2, window - 1, window, 40)
@@ -301,7 +288,7 @@ def test_logits_exist_for_one_block_at_a_time(small, tmp_path, monkeypatch):
     asked: list[int] = []
     compute = Reference.logits
 
-    def counted(self: Reference, hidden: Any) -> np.ndarray:
+    def counted(self, hidden):
         asked.append(hidden.shape[1])
         return compute(self, hidden)
 

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.positions import Choice
-from rgexport.validate.result import Result
 
 HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""
 
 
-def changed(value: Any, changes: dict[str, Any]) -> Any:
+def changed(value, changes):
     """A copy of a dataclass; `changes` are paths such as `artifact.name` → new values."""
     for path, new in changes.items():
         field, _, rest = path.partition(".")
@@ -21,52 +19,49 @@ def changed(value: Any, changes: dict[str, Any]) -> Any:
     return value
 
 
-def with_first_check(result: Result, **fields: float) -> Result:
+def with_first_check(result, **fields: float):
     return changed(result, {"checks": [changed(result.checks[0], fields), *result.checks[1:]]})
 
 
-def with_nan(result: Result) -> Result:
+def with_nan(result):
     logits = {"twin.logits.max": math.nan, "twin.logits.relative_max": math.inf}
     return changed(with_first_check(result, value=math.nan), logits)
 
 
-def ambiguous(result: Result) -> Result:
+def ambiguous(result):
     return with_first_check(result, value=0.25, margin=0.04, limit=0.27)
 
 
-def without_torch(result: Result) -> Result:
+def without_torch(result):
     """The result of a reference file alone."""
     missing = ("twin", "original", "sites", "weights", "layers", "suspects", "speed")
-    source: dict[str, Any] = {"source.found": False, "source.path": None}
+    source = {"source.found": False, "source.path": None}
     return changed(result, dict.fromkeys((*missing, "reference.layers")) | source)
 
 
-def without_bisect(result: Result) -> Result:
+def without_bisect(result):
     """The result of an artifact and its original, as most users see it."""
     return changed(result, dict.fromkeys(("sites", "layers", "suspects", "reference", "speed")))
 
 
-def with_site_beyond(result: Result) -> Result:
+def with_site_beyond(result):
     errors = list(result.sites.errors)
     place = next(i for i, e in enumerate(errors) if e.layer == 1 and e.op == "rg_lru_scan")
     errors[place] = dataclasses.replace(errors[place], rms=0.5, excess=7.25)
     return changed(result, {"sites": site_report(errors)})
 
 
-def hostile(result: Result) -> Result:
+def hostile(result):
     """Markup in all that comes from outside."""
     assert result.sites and result.reference and result.layers
     choice = Choice(token=3, probability=0.5, text=HOSTILE)
     place = {"context": HOSTILE, "next_text": HOSTILE, "reference": [choice], "candidate": [choice]}
     site = {"site": HOSTILE, "op": HOSTILE, "excess": 9.0}
-    outside = (
-        *("artifact.name", "artifact.path", "source.path", "text.name"),
-        *("reference.path", "reference.model"),
-    )
+    outside = "artifact.name artifact.path source.path text.name reference.path reference.model"
     return changed(
         result,
         {
-            **dict.fromkeys(outside, HOSTILE),
+            **dict.fromkeys(outside.split(), HOSTILE),
             "artifact.files": {HOSTILE: "0" * 64},
             "source.config_differences": (f"window: {HOSTILE}",),
             "original.worst": [changed(result.original.worst[0], place)],

@@ -95,16 +95,10 @@ def alone(clean) -> Result:
 
 @pytest.fixture(scope="module", params=["one", "several"])
 def page(request, result, alone) -> Page:
-    several = [
-        result,
-        alone,
-        changes.with_nan(result),
-        changes.without_torch(result),
-        changes.ambiguous(result),
-    ]
-    return Page(
-        render_page([changes.with_site_beyond(result)] if request.param == "one" else several)
-    )
+    made = changes.with_nan, changes.without_torch, changes.ambiguous
+    several = [result, alone, *(change(result) for change in made)]
+    one = [changes.with_site_beyond(result)]
+    return Page(render_page(one if request.param == "one" else several))
 
 
 def test_the_page_needs_nothing_else_and_fits_every_screen(page):
@@ -196,7 +190,7 @@ def test_the_numbers_are_those_of_the_result(result):
 
 def test_a_reference_file_is_shown_alone_and_beside_the_original(result, monkeypatch):
     text = Page(render_page([changes.without_torch(result)])).text
-    assert "of KL per token, by the reference file" in text
+    assert "of KL per token, by the reference file" in text and "Against the reference" in text
     for prompt in result.reference.prompts:
         assert f"{prompt.name} {prompt.tokens:,} {prompt.kl:.3g}" in text
     monkeypatch.setattr(progress, "verbose", True)
@@ -241,8 +235,6 @@ def test_markup_from_outside_stays_text(result):
 def test_names_pieces_and_bounds_are_readable(shown, expected):
     assert str(shown) == expected
 
-
-# ---- Charts ---------------------------------------------------------------------------------
 
 values = st.lists(
     st.one_of(st.just(0.0), st.floats(1e-15, 1e6), st.sampled_from([math.nan, math.inf])),
@@ -312,9 +304,8 @@ def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
     assert len(text.splitlines()) > 40 and "\x1b" not in text
     assert max(len(line) for line in text.splitlines() if "   " in line) <= 100
     assert "KL 99th percentile" in text and "worst state" in text and "projection" in text
-    text = render(
-        changes.changed(short, {"source.found": False, "original": None, "weights": None})
-    )
+    unknown = {"source.found": False, "original": None, "weights": None}
+    text = render(changes.changed(short, unknown))
     assert "not given (-m), so the cost is not measured" in text and "projection" not in text
 
 

@@ -1,8 +1,6 @@
 """Weights of many distributions, how a scheme stores them, and how the weight table judges that."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
@@ -14,13 +12,12 @@ from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
-from rgexport.quantize.statistics import Statistics
 from rgexport.validate.weights.sketch import sketch
 from rgexport.validate.weights.sketch_errors import sketch_errors
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 
-KINDS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+KINDS = {
     "normal": lambda rng, s: rng.normal(size=s),
     "uniform": lambda rng, s: rng.uniform(-1, 1, s),
     "heavy": lambda rng, s: rng.standard_t(3, s),
@@ -38,13 +35,7 @@ def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0
     return (size * KINDS[kind](rng, shape)).astype(np.float32)
 
 
-def store(
-    w: np.ndarray,
-    scheme: Scheme,
-    gain: float = 1.0,
-    importance: np.ndarray | None = None,
-    statistics: Statistics | None = None,
-) -> np.ndarray:
+def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
     """Ŵ, with all scales or tables multiplied by `gain`."""
     if isinstance(scheme, Affine | Palette):
         parts = encode("w", w, scheme, statistics)
@@ -57,20 +48,18 @@ def store(
     return (w * np.float32(gain)).astype(scheme.dtype).astype(np.float32)
 
 
-def error_of(
-    w: np.ndarray, dequantized: np.ndarray, scheme: Scheme, *, name: str = "w", weighted=False
-) -> WeightError:
+def error_of(w, dequantized, scheme, *, name="w") -> WeightError:
     """The row of the weight table for W and Ŵ."""
     tensors = {name: StoredTensor(w.shape, scheme, {})}
     sources = ({name: from_array(array)} for array in (w, dequantized))
-    return weight_errors(*sources, tensors, weighted=weighted)[0]
+    return weight_errors(*sources, tensors)[0]
 
 
 def passes(error: WeightError) -> bool:
     return all(check.passed for check in weight_checks([error]))
 
 
-def known(w: np.ndarray) -> Any:
+def known(w: np.ndarray) -> SimpleNamespace:
     """The sketch of one tensor, as a reference file has it."""
     array, square = sketch(from_array(w))
     return SimpleNamespace(sketch=lambda name: array, square=lambda name: square)

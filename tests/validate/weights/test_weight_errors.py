@@ -1,6 +1,5 @@
 """The weight table, and sketches of weights: sound tensors pass, wrong ones do not."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.row_groups import members
 from rgexport.quantize.row_ranges import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
-from rgexport.quantize.statistics import Hessian, Statistics
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
 from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
@@ -24,6 +22,7 @@ from rgexport.validate.weights.steps import shown_rounding
 from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
+from tests.quantize.test_algorithms import statistics
 from tests.row_groups import ASYMMETRIC, INT4, INT8
 from tests.validate.weights.stored import KINDS, complaints, draw, error_of, known, passes, store
 
@@ -93,10 +92,8 @@ def test_norms_have_the_steps_of_what_is_stored():
     """They are stored with 1 added."""
     w = draw("normal", (1, 500), size=1e-3)[0]
     stored = (w + np.float32(1)) - np.float32(1)
-    as_norm, as_it_is = (
-        error_of(w, stored, Float("float32"), name=name).max_steps
-        for name in ("final_norm.weight", "w")
-    )
+    as_it_is = error_of(w, stored, Float("float32")).max_steps
+    as_norm = error_of(w, stored, Float("float32"), name="final_norm.weight").max_steps
     assert 0.1 < as_norm <= MAX_STEPS < as_it_is
 
 
@@ -127,9 +124,6 @@ def test_the_nearest_tensor_and_every_failing_one_are_named():
     assert passes(replace(sound, projection=0.95, clipping=-0.05)), "clipping is no wrong scale"
 
 
-# ---- Sketches -------------------------------------------------------------------------------
-
-
 def compared(w: np.ndarray, dequantized: np.ndarray, scheme: Scheme) -> SketchError:
     tensors = {"w": StoredTensor(w.shape, scheme, {})}
     (error,) = sketch_errors(known(w), {"w": from_array(dequantized)}, tensors)
@@ -155,7 +149,7 @@ def _permuted(w: np.ndarray) -> np.ndarray:
     return np.random.default_rng(1).permutation(w.reshape(-1)).reshape(w.shape)
 
 
-WRONG: list[tuple[float, Callable[[np.ndarray], np.ndarray]]] = [
+WRONG = [
     (3.0, _permuted),
     (3.0, lambda w: draw("normal", (w.shape[0], w.shape[1]), seed=9)),
     (3.0, lambda w: 0.05 * _permuted(w)),
@@ -185,8 +179,6 @@ def test_a_sketch_gives_nearly_the_same_numbers_and_shows_what_is_wrong(scheme):
         assert factors and max(factors.values()) >= factor
     assert failed(compared(w, np.where(w == w.max(), np.nan, stored), scheme))
 
-
-# ---- ggml's types ---------------------------------------------------------------------------
 
 WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns", "zeros")
 
@@ -243,8 +235,6 @@ def test_steps_of_decays():
     assert 0.1 < (np.abs(back - decay) / decay_steps(decay)).max() <= 0.501
 
 
-# ---- Algorithms have limits of their own ----------------------------------------------------
-
 LAYOUTS = [
     Affine(4, 32, symmetric=True, scale="float16"),
     Affine(4, 128, symmetric=False, scale="float16"),
@@ -252,17 +242,6 @@ LAYOUTS = [
 ]
 CHOSEN = "rtn", "search", "importance", "gptq"
 """Algorithms that fill these layouts."""
-
-
-def statistics(columns: int) -> Statistics:
-    """Of correlated inputs, whose mean squares differ by two orders of magnitude."""
-    rng = np.random.default_rng(0)
-    mix = np.eye(columns) + rng.standard_normal((columns, columns)) / columns**0.5
-    x = rng.standard_normal((4 * columns, columns)) @ mix * rng.lognormal(sigma=0.5, size=columns)
-    hessian = x.T @ x / len(x)
-    own = np.diag(hessian)
-    damped = (0.7 * hessian + np.diag(0.3 * own + 0.01 * own.mean())).astype(np.float32)
-    return Statistics(own.astype(np.float32), (Hessian(0, damped),))
 
 
 def chosen(w: np.ndarray, layout: Affine | Palette, key: str) -> np.ndarray:
@@ -278,9 +257,7 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine | Palette, key: str
 @given(
     key=st.sampled_from(CHOSEN),
     layout=st.sampled_from([*LAYOUTS, Affine(4, 16, symmetric=True)]),
-    kind=st.sampled_from(
-        ["normal", "uniform", "heavy", "columns of all sizes", "loud columns", "zeros"]
-    ),
+    kind=st.sampled_from(WEIGHTS),
     columns=st.integers(2, 12).map(lambda n: 16 * n),
     seed=st.integers(0, 9),
 )
@@ -296,7 +273,7 @@ def test_an_algorithm_of_a_later_version_is_one_line():
         complaints(w, w, scheme, weighted=False)
 
 
-FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+FAULTS = {
     "all scales times 1.1": lambda stored: np.float32(1.1) * stored,
     "two rows exchanged": lambda stored: stored[[*range(7), 30, *range(8, 30), 7, *range(31, 192)]],
     "rows moved by one": lambda stored: np.roll(stored, 1, axis=0),
@@ -331,8 +308,6 @@ def test_a_search_may_make_no_block_worse_than_rounding(layout):
     assert "weights.max_steps" in judged(w, stored, layout, "gptq")
 
 
-# ---- Row groups are judged one by one, each by the steps of its own scheme ------------------
-
 ROWS, COLUMNS = 1500, 96
 ORDER = np.random.default_rng(0).permutation(ROWS)
 SPLIT = Mixed(
@@ -342,14 +317,6 @@ SPLIT = Mixed(
         RowGroup(None, INT4),
     )
 )
-
-
-def split(w: np.ndarray, gains: tuple[float, float, float]) -> np.ndarray:
-    """Ŵ, with the scales of each group multiplied."""
-    stored = np.empty_like(w)
-    for group, rows, gain in zip(SPLIT.groups, members(SPLIT, ROWS), gains, strict=True):
-        stored[rows] = store(w[rows], group.scheme, gain)
-    return stored
 
 
 @pytest.mark.parametrize(
@@ -362,9 +329,11 @@ def split(w: np.ndarray, gains: tuple[float, float, float]) -> np.ndarray:
     ],
 )
 def test_a_wrong_group_fails_by_its_name(gains, failing):
-    """What the noise of the other groups would hide."""
+    """By the steps of its own scheme: the noise of the other groups would hide it."""
     w, tensors = draw("normal", (ROWS, COLUMNS)), {"w": StoredTensor((ROWS, COLUMNS), SPLIT, {})}
-    stored = split(w, gains)
+    stored = np.empty_like(w)
+    for group, rows, gain in zip(SPLIT.groups, members(SPLIT, ROWS), gains, strict=True):
+        stored[rows] = store(w[rows], group.scheme, gain)
     original, dequantized = ({"w": from_array(array)} for array in (w, stored))
     table = weight_errors(original, dequantized, tensors)
     sketches = sketch_errors(known(w), dequantized, tensors)

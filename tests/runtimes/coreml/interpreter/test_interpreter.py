@@ -57,14 +57,6 @@ def random_elements(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return random.integers(low, low + (1 << BITS[dtype]), shape).astype(held)
 
 
-def write(state: str, data: str) -> Operation:
-    return operation("write_state", {"input": Name(state), "data": Name(data)}, {})
-
-
-def read(state: str, output: str, type: TensorType = HALF) -> Operation:
-    return operation("read_state", {"input": Name(state)}, {output: type})
-
-
 def add(x: str, y: str, output: str, type: TensorType = HALF) -> Operation:
     return operation("add", {"x": Name(x), "y": Name(y)}, {output: type})
 
@@ -126,7 +118,7 @@ LUT = {"lut": immediate(np.ones((1, 4), np.int8))}
         (add("x", "x", "y", HALF), "it gives float16 of float32"),
         (add("x", "z", "y", X), "nothing computes z before it"),
         (add("x", "x", "x", X), "x is computed twice"),
-        (read("s", "y", X), "s is no state"),
+        (operation("read_state", {"input": Name("s")}, {"y": X}), "s is no state"),
         (add("x", "x", "z", X), "nothing computes the output y"),
         (operation("cast", GIVEN_X, {"y": X}, dtype="fp8"), "it casts to fp8"),
         (operation("gelu", GIVEN_X, {"y": X}, mode="FAST"), "its mode is FAST"),
@@ -144,7 +136,7 @@ def test_what_cannot_be_executed(last: Operation, complaint: str) -> None:
 
 
 IDS = TensorType("int32", (1,))
-TAKEN = {"indices": Name("ids")}
+TAKEN, WRITTEN = {"indices": Name("ids")}, {"input": Name("s"), "data": Name("x")}
 TABLE = {"x": np.zeros(4, np.float32), "axis": 0, "batch_dims": 0, "validate_indices": False}
 
 
@@ -153,7 +145,7 @@ TABLE = {"x": np.zeros(4, np.float32), "axis": 0, "batch_dims": 0, "validate_ind
     [
         (add("x", "x", "y", TensorType("float32", (4,))), r"add y .* float32 \(1, 4\)"),
         (operation("reshape", GIVEN_X, {"y": HALF}, shape=[1, 4]), "reshape y failed: it gave fl"),
-        (write("s", "x"), "write_state write_state failed: it gave float32"),
+        (operation("write_state", WRITTEN, {}), "write_state write_state failed: it gave float32"),
         # Core ML says that what an index outside gives is undefined, so no program may rely on it.
         (operation("gather", TAKEN, {"y": X}, **TABLE), "gather y failed: an index"),
     ],
