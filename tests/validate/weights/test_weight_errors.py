@@ -14,6 +14,7 @@ from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.row_groups import members
 from rgexport.quantize.row_ranges import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
+from rgexport.quantize.statistics import Hessian, Statistics
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
 from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
@@ -22,7 +23,6 @@ from rgexport.validate.weights.steps import shown_rounding
 from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
-from tests.quantize.test_algorithms import statistics
 from tests.row_groups import ASYMMETRIC, INT4, INT8
 from tests.validate.weights.stored import KINDS, complaints, draw, error_of, known, passes, store
 
@@ -242,6 +242,17 @@ LAYOUTS = [
 ]
 CHOSEN = "rtn", "search", "importance", "gptq"
 """Algorithms that fill these layouts."""
+
+
+def statistics(columns: int) -> Statistics:
+    """Of correlated inputs, whose mean squares differ by two orders of magnitude."""
+    rng = np.random.default_rng(0)
+    mix = np.eye(columns) + rng.standard_normal((columns, columns)) / columns**0.5
+    x = rng.standard_normal((4 * columns, columns)) @ mix * rng.lognormal(sigma=0.5, size=columns)
+    hessian = x.T @ x / len(x)
+    own = np.diag(hessian)
+    damped = (0.7 * hessian + np.diag(0.3 * own + 0.01 * own.mean())).astype(np.float32)
+    return Statistics(own.astype(np.float32), (Hessian(0, damped),))
 
 
 def chosen(w: np.ndarray, layout: Affine | Palette, key: str) -> np.ndarray:
