@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rgexport.chat.continuation import Continuation
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.sampling import Sampling
@@ -193,3 +194,23 @@ def test_saved_and_loaded(make_model, conversation, session, tmp_path):
     assert replies[0] == replies[1] and other.last
     known = conversation.model.conversation_ids(conversation.messages[:2])
     assert other.last.cached_tokens == len(known) - 1, "the last token is left to be read"
+
+
+def test_a_document_is_saved_and_a_plain_text_is_no_conversation(make_model, gemma, tmp_path):
+    conversation = Conversation(make_model(gemma), ReplyOptions(max_new_tokens=4))
+    count = conversation.read(text := "hello the model said it. " * 9)
+    conversation.save(tmp_path / "a.state")
+    other = Conversation(make_model(gemma), conversation.options)
+    other.load(tmp_path / "a.state")
+    list(other.send("what"))
+    assert other.last and other.last.cached_tokens >= count - 1
+    plain, hashed, model = tmp_path / "plain.state", tmp_path / "hashed.state", conversation.model
+    model.save_state(plain, ids := model.text_ids(text))
+    with pytest.raises(RequestError, match=r"plain.state is the state of a plain text"):
+        other.load(plain)
+    model.save_state(hashed, ids, with_text=False)
+    known = Continuation(make_model(gemma), f"{text}hello", hashed)
+    list(known.run(conversation.options))
+    assert known.reply.cached_tokens == len(ids) - 1
+    with pytest.raises(RequestError, match="must begin with that text"):
+        Continuation(model, "hello", hashed)

@@ -266,3 +266,10 @@ def test_an_error_while_a_row_is_freed_loses_no_job(make_scheduler, session, mon
     assert gate.wait(30)
     scheduler.close()
     assert heard[2].wait().reason == "cancelled"
+
+
+def test_a_listener_that_raises_ends_its_own_reply(scheduler):
+    with held_up(scheduler, [5], 20) as other:
+        failing = ask(scheduler, [6], 4, listener=Heard(then=lambda: 1 / 0))
+    assert len(other.tokens) == 20 and scheduler.running == 0
+    assert failing.wait().reason == "error" and "division" in str(failing.wait().error)

@@ -36,15 +36,11 @@ def read_and_write(source: Path, target: Path, model: dict) -> subprocess.Comple
 @pytest.fixture
 def model() -> dict:
     """Returns the record in an artifact's config.json, with keys and values in rings."""
-    states = [
-        {"name": name, "layout": _layout(name), "dtype": "float32", "shape": shape}
-        for name, shape in SHAPES.items()
-    ]
+    states = []
+    for name, shape in SHAPES.items():
+        layout = "ring" if name.endswith(("key", "value")) else "row"
+        states.append({"name": name, "layout": layout, "dtype": "float32", "shape": shape})
     return {"identity": asdict(IDENTITY), "version": "1", "states": states}
-
-
-def _layout(name: str) -> str:
-    return "ring" if name.endswith(("key", "value")) else "row"
 
 
 @pytest.mark.parametrize("pending", [0, 1])

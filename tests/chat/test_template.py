@@ -93,6 +93,8 @@ LONG = "{% set a = 'a' * 290000 %}"
         (LONG + "{% set b = a[1:] %}" * 200, "makes more than"),
         (LONG + "{{ a.replace('', a) }}", "makes more than"),
         (LONG + "{{ a.join(a) }}", "makes more than"),
+        (LONG + "{{ a | replace('', a) }}", "makes more than"),
+        (LONG + "{% set b = a | list %}", "makes more than"),
         (LONG + "{% set b = (a ~ 'b').split('a') %}", "makes more than"),
         ("{{" + "~".join("a" * 9000) + "}}", "more than 16384 tokens"),
         ("\n" * 65537, "has 65537 characters; expected at most 65536"),

@@ -114,6 +114,7 @@ def test_losses_and_flips_in_noise_are_deepminds(model, deepmind, tmp_path):
         expected = np.concatenate([gap[part] for gap in grown]).mean()
         assert point["token"] == part.start + 1
         assert point["more"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert {entry["value"] for entry in noise.differences(results, results)["noises"]} == {0.0}
 
 
 def test_domains_are_folders_and_file_names(tmp_path):

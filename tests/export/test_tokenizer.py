@@ -75,6 +75,14 @@ def test_transformers_reads_what_a_chat_reads(artifact: Path) -> None:
         assert theirs.chat_template is None
 
 
+def test_a_tokenizer_json_alone_has_the_same_control_tokens(artifact: Path, tmp_path: Path) -> None:
+    for name in FILES:
+        (tmp_path / name).write_bytes((artifact / name).read_bytes())
+    assert read_control_tokens(tmp_path) == read_control_tokens(artifact)
+    ours, alone = load_tokenizer(artifact), load_tokenizer(tmp_path)
+    assert (alone.bos_id, alone.stop_ids) == (ours.bos_id, ours.stop_ids)
+
+
 def test_genai_reads_what_a_chat_reads(artifact: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     ours, theirs = load_tokenizer(artifact), genai.Tokenizer(genai.Model(str(artifact)))

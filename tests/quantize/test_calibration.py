@@ -87,6 +87,10 @@ DAMAGED = {
         "does not fit its header",
     ),
     "large lengths": (put("lengths", slice(None), 2**31 - 1), "do not add up"),
+    "negative token": (put("tokens", 0, -1), "tokens has negative ids"),
+    "held-out token": (put("held_out.tokens", 0, 256), "not in the vocabulary"),
+    "negative": (put("lm_head.probability", 3, -1), "negative values"),
+    "short head": (change("lm_head.fisher", lambda x: x[:9]), "differ in length"),
     "NaN": (put("lm_head.fisher", 3, np.nan), "NaN or infinite"),
     "dtype": (change("lm_head.fisher", lambda x: x.astype(np.float16)), "F16 .256.; expected F32"),
     # triangles are checked when they are read

@@ -57,6 +57,7 @@ def written(folder, changes):
         (LINEAR, {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}, "block = 32.0"),
         (LINEAR, {"kind": "affine", "bits": 4, "block": 32, "symmetric": 0}, "symmetric = 0"),
         (LINEAR, {"kind": "affine", "bits": 4}, "expected bits, block, symmetric"),
+        (LINEAR, {"kind": "vector"}, "kind 'vector'; expected one of"),
         (LINEAR, {"kind": "palette", "algorithm": "rtn"}, "algorithm = 'rtn'; expected kmeans"),
         (LINEAR, {"kind": "palette", "group": None}, "a whole number"),
         (CONV_BIAS, {"kind": "float", "dtype": "float16"}, "expected float32$"),

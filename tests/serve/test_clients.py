@@ -8,6 +8,7 @@ import pytest
 from rgexport.serve import named_states, run
 from rgexport.serve.app import Settings
 from rgexport.serve.clients import network_of
+from rgexport.serve.slots import ClientSlots, Slot
 from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.serve.conftest import COMPLETE, cached, error_of, held, until
@@ -164,3 +165,11 @@ def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch)
         disk.end()
         until(lambda: act(server, "save", "a").status_code != 429)
         assert act(server, "restore", "a").status_code == 200
+
+
+def test_a_client_cannot_push_out_the_slots_of_others():
+    slots = ClientSlots(3)
+    for owner, number in (("ann", 0), ("bob", 0), ("bob", 1), ("bob", 2), ("bob", 3)):
+        slots.put(owner, "toy", number, Slot(number, None))
+    assert [number for _, number, _ in slots.of("ann")] == [0]
+    assert [number for _, number, _ in slots.of("bob")] == [2, 3]

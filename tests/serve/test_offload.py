@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from rgexport.chat import prompts as prompts_module
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.jobs import EngineError
 from rgexport.chat.prompts import Prompts
@@ -26,7 +27,7 @@ from rgexport.serve.app import Settings
 from rgexport.serve.compiling import Compiler
 from rgexport.serve.errors import InvalidBody, TooLong
 from rgexport.serve.exchange import Limits
-from rgexport.serve.grammar import Grammars
+from rgexport.serve.grammar import Grammars, GrammarSource
 from rgexport.serve.text_process import TextProcess, open_prompts
 from tests.serve.conftest import COMPLETE, cached, error_of, messages_of, said, until
 
@@ -239,3 +240,28 @@ def test_a_grammar_beyond_the_row_limit(server):
     assert answer.json()["choices"][0]["text"] == "{"
     assert "max is 1000" in error_of(complete(server, **schema_of(1000)))
     assert error_of(complete(server, **schema_of(5000))).startswith("the JSON schema has ")
+
+
+def test_a_text_that_is_far_too_long_is_not_read_to_its_end(sentencepiece_folder, monkeypatch):
+    prompts, lengths = opened(sentencepiece_folder), []
+    prompts.most_tokens = 100
+    encode = prompts.tokenizer.raw_encode
+    object.__setattr__(
+        prompts.tokenizer, "raw_encode", lambda t: lengths.append(len(t)) or encode(t)
+    )
+    monkeypatch.setattr(prompts_module, "_SLICE", 50)
+    text = "hello the model " * 10_000
+    for read in (prompts.encode, lambda text: prompts.conversation_prompt(messages_of(text))):
+        lengths.clear()
+        with pytest.raises(RequestError, match="more than 100 tokens; this server takes up to 100"):
+            read(text)
+        assert sum(lengths) < len(text) / 20
+
+
+def test_known_grammars_are_bounded(server, monkeypatch):
+    monkeypatch.setattr(grammar_module, "_MOST_KNOWN", 3)
+    grammars = Grammars(server.model.tokenizer, server.model.vocab_size)
+    sources = [GrammarSource("regex", "a" * (1 + i)) for i in range(5)]
+    for source in sources:
+        grammars.compile(source)
+    assert [grammars.known(source) is not None for source in sources] == [0, 0, 1, 1, 1]

@@ -170,3 +170,8 @@ def test_a_check_counts_only_for_the_types_that_it_was_made_for(checked, tmp_pat
     shown = capsys.readouterr().out
     assert "Not checked: another tool stored its tensors in other types." in shown
     assert "there is no hash to check them with" in shown
+
+
+def test_a_manifest_of_another_version_is_refused(sound, monkeypatch):
+    monkeypatch.setattr("rgexport.export.gguf.embedded.FORMAT_VERSION", 2)
+    assert "format version is 1; this rgexport reads 2" in refusal(sound.path)

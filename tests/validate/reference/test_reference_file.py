@@ -226,6 +226,7 @@ def test_another_implementation_goes_on_from_our_states(impl, package, shape):
         ("deepmind", {"lru_heads": 2}),
         ("deepmind", {"rope_theta": 5000.0}),
         ("hf", {"soft_cap": 0.0}),
+        ("hf", {"lru_heads": 2}),
         ("hf", {"window": 1}),
     ],
 )
