@@ -24,7 +24,7 @@ import threading
 import time
 import tomllib
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -74,9 +74,19 @@ class NotMade(Exception):
 class Checkout:
     """A git worktree in which one mutation after the other is tested."""
 
-    def __init__(self, folder: Path, revision: str, built: Path = ROOT) -> None:
-        """Checks out the revision; `built` has the native libraries, the page and llama.cpp."""
+    def __init__(
+        self,
+        folder: Path,
+        revision: str,
+        built: Path = ROOT,
+        processors: Iterable[int] | None = None,
+    ) -> None:
+        """Checks out the revision; `built` has the native libraries, the page and llama.cpp.
+
+        Its programs run on `processors`, all of them by default.
+        """
         self.folder, self._built, self._python = folder, built, sys.executable
+        self._processors = processors
         if (folder / ".git").is_file():  # else git would change the repository around it
             _git(folder, "checkout", "-q", "--force", "--detach", revision)
             _git(folder, "clean", "-fdq")
@@ -175,6 +185,8 @@ class Checkout:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            if self._processors:
+                os.sched_setaffinity(process.pid, self._processors)
             _RUNNING.add(process)
             try:
                 return process.wait(limit)
@@ -417,6 +429,13 @@ def _prepare(tier: str) -> None:
         signal.signal(number, _stop)
 
 
+def _share(job: int, jobs: int) -> list[int] | None:
+    """Returns the processors of one job: with fewer than its threads it would take far longer."""
+    if not hasattr(os, "sched_setaffinity"):  # Linux only
+        return None
+    return sorted(os.sched_getaffinity(0))[job::jobs] or None
+
+
 def main() -> None:
     """Lists, measures or compares."""
     asked = _arguments()
@@ -438,7 +457,10 @@ def main() -> None:
     _prepare(asked.tier)
     header = {"seed": asked.seed, "revision": revision, "tier": asked.tier}
     measurement = Measurement(asked.output, header, quick=asked.quick)
-    checkouts = [Checkout(FOLDER / f"tree-{i}", revision) for i in range(asked.jobs)]
+    checkouts = [
+        Checkout(FOLDER / f"tree-{i}", revision, processors=_share(i, asked.jobs))
+        for i in range(asked.jobs)
+    ]
     if checkouts[0].test("--collect-only")[0]:
         sys.exit(f"the tests cannot be collected; see {checkouts[0].folder}.log")
     run(measurement, rows, checkouts)

@@ -49,7 +49,6 @@ def export_random(
 def export_planned(
     config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
 ) -> Made:
-    """The same by a plan."""
     return export_random(config, folder, None, slowest=slowest, plan=plan, **options)
 
 
@@ -61,7 +60,6 @@ def export_random_coreml(
     slowest: float = 1e-4,
     **options: Any,
 ) -> Made:
-    """The same as a Core ML package."""
     pytest.importorskip("coremltools")
     asked = CoreMLOptions(precision=precision, **options)
     target = _target(folder, f"{precision or 'plan'}-coreml", options)

@@ -14,29 +14,24 @@ class ExpectedSkips:
     """A plugin that ends the run with a failure if a test was skipped for an unlisted reason."""
 
     def __init__(self, file: Path) -> None:
-        """Reads the list."""
         lines = (line.strip() for line in file.read_text("utf-8").splitlines())
         self._file = file
         self._expected = [re.compile(line) for line in lines if line and not line.startswith("#")]
         self._unexpected: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes an unlisted reason."""
         if report.skipped:
             self._take(report.nodeid, report.longrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Notes the same of a whole file."""
         if report.skipped:
             self._take(report.nodeid, report.longrepr)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Fails the run."""
         if self._unexpected and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Prints what was skipped without being listed."""
         for nodeid, reason in self._unexpected.items():
             terminalreporter.write_line(
                 f"FAILED {nodeid}: skipped, and {self._file} does not list the reason: {reason}"

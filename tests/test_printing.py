@@ -1,4 +1,4 @@
-"""What is printed: control characters are escaped in one place, and all text passes through it."""
+"""What is printed: tables, and text whose control characters are escaped in one place."""
 
 import ast
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import rgexport
-from rgexport.errors import one_line, printable
+from rgexport.errors import MOST_SHOWN, one_line, printable
 from rgexport.printing import print_reply, print_result
 from rgexport.progress import note
 from rgexport.tables import Table, render
@@ -45,6 +45,11 @@ def test_other_text_stays(text, capsys):
     assert printable(text) == text
     print_result(text)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_only_too_long_a_line_is_cut():
+    longest = "x" * MOST_SHOWN
+    assert one_line(longest) == longest and "x ... x" in one_line(longest + "x")
 
 
 def test_json_means_the_same_afterwards(capsys):
@@ -88,3 +93,33 @@ def _prints(function: ast.expr) -> bool:
         "stream.write",
         "sys.stdout.write",
     )
+
+
+def test_lines_and_tables():
+    assert render(["x" * 300]) == "x" * 300 + "\n"
+    rows = [("embedding [x]", "1"), ("linear", "1,000")]
+    shown = render(["All of it:", Table("Weights", ("role", "count"), rows, {"count"})])
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        "All of it:",
+        "Weights",
+        "role            count",
+        "─────────────────────",
+        "embedding [x]       1",
+        "linear          1,000",
+        "",
+    ]
+
+
+def test_where_a_table_does_not_fit_its_rows_are_lists(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    table = Table("Costs", ("tensor", "error"), [("a" * 20, "0.5 ± 0.1")])
+    wide = Table("Costs", ("tensor", "mean error", "share"), [("a" * 20, "0.5 ± 0.1", "1.25 %")])
+    assert "error" in render([table]).splitlines()[1], "names may be broken"
+    assert render([wide]).splitlines() == [
+        "Costs",
+        "a" * 20,
+        "  mean error: 0.5 ± 0.1",
+        "  share: 1.25 %",
+        "",
+    ]

@@ -28,8 +28,6 @@ KIND, DATA = "toy", "toy.data"
 
 
 class ToyFormat(FolderFormat):
-    """What it stores and how it opens."""
-
     precisions = ("fp32",)
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
@@ -83,8 +81,6 @@ class ToySession(Session):
 
 
 class ToyEngine(Engine):
-    """What runs it."""
-
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         return ToySession(artifact)
 

@@ -91,7 +91,6 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> Tokenizer:
-    """Each kind of tokenizer in turn."""
     return load_tokenizer(folder)
 
 
@@ -103,7 +102,6 @@ def gemma(sentencepiece_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def template() -> ChatTemplate:
-    """Gemma's chat template."""
     return ChatTemplate(GEMMA_TEMPLATE, "built-in")
 
 

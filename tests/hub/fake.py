@@ -23,8 +23,6 @@ REPOSITORY = "/api/models/{owner}/{name}"
 
 @dataclass
 class Repository:
-    """One model."""
-
     private: bool = False
     gated: bool = False
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b""})
@@ -38,8 +36,6 @@ class Repository:
 
 @dataclass
 class Hub:
-    """All of it."""
-
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -76,7 +72,6 @@ def _refusal(status: int, code: str) -> HTTPException:
 
 @contextmanager
 def fake_hub() -> Iterator[Hub]:
-    """Runs one on a free port."""
     hub = Hub()
     server = uvicorn.Server(uvicorn.Config(_app(hub), log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listening:

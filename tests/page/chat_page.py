@@ -29,8 +29,6 @@ class Profile:
 
 
 class ChatPage:
-    """A tab."""
-
     def __init__(self, page):
         self.page = page
         self.said: list[str] = []
@@ -39,7 +37,6 @@ class ChatPage:
         page.on("pageerror", lambda error: self.said.append(str(error)))
 
     def wait_until_open(self):
-        """Waits for the model."""
         self.page.wait_for_selector("#talk:visible")
 
     def reload(self):
@@ -47,7 +44,6 @@ class ChatPage:
         self.wait_until_open()
 
     def set(self, name, value):
-        """Changes a setting."""
         self.page.click("summary")
         self.page.fill(f"#{name}", str(value))
         self.page.click("summary")
@@ -77,7 +73,6 @@ class ChatPage:
 
     @property
     def thread(self):
-        """The thread of the model."""
         (thread,) = (worker for worker in self.page.workers if "assets/worker" in worker.url)
         return thread
 

@@ -29,7 +29,6 @@ def legacy_imatrix(entries, end=b""):
 
 
 def write_tensors(writer, arrays):
-    """Completes a file."""
     for name, array in arrays.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -124,7 +124,6 @@ def serve(gemma, template):
 
 
 def error_of(answer, status=400):
-    """The message of a refusal."""
     assert answer.status_code == status, answer.text
     return answer.json()["error"]["message"]
 

@@ -31,8 +31,6 @@ def configuration(port: int, servers: list[Process]) -> str:
 
 
 class Balancer(Client):
-    """HAProxy on a free port."""
-
     def __init__(self, servers: list[Process], folder):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port: int = free.getsockname()[1]

@@ -39,7 +39,6 @@ FLAGS = (
 
 
 def chromium() -> str | None:
-    """The program, if there is one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 

@@ -125,7 +125,6 @@ def test_what_is_fused_and_has_two_digits(precision: str, exact: bool, tmp_path:
 
 
 def test_only_linears_of_one_scheme_are_one_op(tmp_path: Path) -> None:
-    """A plan may mix schemes."""
     four, eight = Affine(4, 32, symmetric=True), Affine(8, 32, symmetric=True)
     plan = make_plan(FIVE_LAYERS, four, eight)
     plan["layers.2.temporal_block.k_proj.weight"] = eight

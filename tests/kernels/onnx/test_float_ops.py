@@ -286,5 +286,4 @@ SHORT_STEPS = {
 
 @pytest.mark.parametrize("name", SHORT_STEPS)
 def test_a_short_step_is_that_of_single_tokens(worker, name):
-    """To the last bit."""
     assert_same(worker.run(SHORT_STEPS[name]), one_by_one(worker, SHORT_STEPS[name]))

@@ -15,7 +15,6 @@ Edit = Callable[[onnx.ModelProto], None]
 
 
 def producer(model: onnx.ModelProto, value: str) -> NodeProto:
-    """The node that gives a value."""
     return next(node for node in model.graph.node if value in node.output)
 
 

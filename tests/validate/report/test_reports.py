@@ -89,7 +89,6 @@ def result(clean, checkpoint, tmp_path_factory) -> Result:
 
 @pytest.fixture(scope="module")
 def alone(clean) -> Result:
-    """Without an original."""
     return validate_artifact(clean("fp32"), Request(max_tokens=20))
 
 
