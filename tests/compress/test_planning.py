@@ -190,6 +190,7 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     assert "<svg" in page and "What bits cost" in page and "://" not in page
     text = report.as_text()
     assert "down_proj" in text and "4.125" in text and "from 1.3 times" in text
+    assert "±" not in report.sentence()
     with pytest.raises(RequestError, match="a plan is JSON"):
         make_plan(checkpoint, options, tmp_path / "plan.html")
     with pytest.raises(RequestError, match="--force"):
