@@ -39,7 +39,6 @@ def test_perplexity_is_llama_perplexitys(window, llama_tools, tmp_path):
 
 @pytest.mark.parametrize(("values", "window"), [({}, 2048), ({"attention.sliding_window": 33}, 32)])
 def test_what_a_file_says_of_itself(values, window, tmp_path):
-    """Its identity is that of its bytes."""
     path = write_llama(tmp_path / "x.gguf", vocab_size=50, **values)
     subject = open_subject(str(path))
     assert (subject.window, subject.label, subject.tokenizer) == (window, "x.gguf", None)

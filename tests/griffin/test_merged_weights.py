@@ -21,6 +21,4 @@ def test_the_scaled_product_is_added_to_a_linear(tmp_path):
     name = f"base_model.model.model.{MODULE}.lora"
     save_file({f"{name}_A.weight": a, f"{name}_B.weight": b}, base / WEIGHTS)
     merged = open_checkpoint(base, adapter=base).weights[f"{MODULE}.weight"].whole()
-    np.testing.assert_allclose(
-        merged, weights[f"{MODULE}.weight"] + 3 * b @ a, rtol=1e-5, atol=1e-6
-    )
+    assert np.abs(merged - weights[f"{MODULE}.weight"] - 3 * b @ a).max() < 1e-5

@@ -49,7 +49,6 @@ class ChatPage:
         self.page.click("summary")
 
     def ask(self, text):
-        """Says something by the keyboard."""
         self.page.fill("#text", text)
         self.page.press("#text", "Enter")
 
@@ -92,11 +91,9 @@ class ChatPage:
         self.page.wait_for_selector("#unsaved:empty", state="attached")
 
     def agree(self):
-        """Says yes to the next question."""
         self.page.once("dialog", lambda dialog: dialog.accept())
 
     def save(self, folder):
-        """The conversation as a file."""
         with self.page.expect_download() as download:
             self.page.click("#export")
         path = folder / download.value.suggested_filename
