@@ -138,8 +138,9 @@ def said(answer):
 
 
 def cached(answer):
-    count = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert count == answer["timings"]["cache_n"]
+    usage, timings = answer["usage"], answer["timings"]
+    count = usage["prompt_tokens_details"]["cached_tokens"]
+    assert (count, usage["prompt_tokens"] - count) == (timings["cache_n"], timings["prompt_n"])
     return count
 
 
