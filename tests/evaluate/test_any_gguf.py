@@ -42,10 +42,10 @@ def test_what_a_file_says_of_itself(values, window, tmp_path):
     path = write_llama(tmp_path / "x.gguf", vocab_size=50, **values)
     subject = open_subject(str(path))
     assert (subject.window, subject.label, subject.tokenizer) == (window, "x.gguf", None)
-    moved = path.rename(tmp_path / "y.gguf")
-    assert open_subject(str(moved)).identity == subject.identity
+    identity, moved = subject.identity, path.rename(tmp_path / "y.gguf")
+    assert open_subject(str(moved)).identity == identity
     moved.write_bytes(moved.read_bytes()[:-1] + b"\1")
-    assert open_subject(str(moved)).identity != subject.identity
+    assert open_subject(str(moved)).identity != identity
 
 
 @pytest.mark.parametrize(

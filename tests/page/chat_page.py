@@ -2,7 +2,7 @@
 
 import re
 
-PATIENCE = 120_000.0
+PATIENCE = 300_000.0
 """Milliseconds."""
 LONGEST = 24
 """Tokens of a reply, so that tests are quick."""
