@@ -9,223 +9,54 @@ Draws forty mutations with a seed (`bench.mutants`) and makes each in a git work
 `build/mutations`, which is kept for its compiled objects; `git worktree prune` forgets it after
 `make clean`. The native libraries and the page must be built here, by `make native page llama
 llama-tools`. Tests that are likely to notice a mutation run first. A test that fails counts if it
-passes without the mutation. The run goes on where an earlier one with the same output ended.
+passes, or does not exist, without the mutation. The run goes on where an earlier one with the same
+output ended.
 """
 
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import tomllib
-import venv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import unified_diff
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from bench.mutants import KINDS, TESTS, Mutation, draw, likely_tests
-from bench.run import START
+from bench.mutation_checkout import (
+    LLAMA,
+    PRODUCTS,
+    ROOT,
+    TIERS,
+    Checkout,
+    NotMade,
+    end_at_once,
+    git,
+)
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "mutations"
 SEED = 44
-TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
-"""Tier → the markers of tests that it leaves out, as `make test` and `make test-full` do."""
 CAUGHT = "caught", "timeout"
 NOT_QUICKLY = "not caught by its own folders"
 NOT_MADE = "does not compile, or the line is gone"
 _NONE_FAILED = 0, 5  # exit codes of pytest: all passed, or none was selected
 _NO_SUCH_TEST = 4  # a test that only the mutation brings about, as one for an unknown processor
-_LIMIT_SECONDS = 7200  # of a run of pytest; each test has a limit, too
-_PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/page/page.zip"
-_LLAMA = "out/llama"
-_NATIVE = "-m", "rgexport.kernels.build", "--build-folder", "build/native"
-_PAGE = "rgexport/page/build.py"
-_RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 def committed_texts(root: Path, revision: str) -> dict[str, str]:
     """Returns the files of the package and of the page."""
-    archive = _git(root, "archive", revision, "rgexport", "page")
+    archive = git(root, "archive", revision, "rgexport", "page")
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         files = ((member.name, tar.extractfile(member)) for member in tar.getmembers())
         return {name: file.read().decode(errors="replace") for name, file in files if file}
-
-
-def _git(folder: Path, *arguments: str | Path) -> bytes:
-    return subprocess.check_output(["git", *arguments], cwd=folder)
-
-
-class NotMade(Exception):
-    """Raised for a mutation that does not compile, or whose line is gone."""
-
-
-class Checkout:
-    """A git worktree in which one mutation after the other is tested."""
-
-    def __init__(
-        self,
-        folder: Path,
-        revision: str,
-        built: Path = ROOT,
-        processors: Iterable[int] | None = None,
-    ) -> None:
-        """Checks out the revision; `built` has the native libraries, the page and llama.cpp.
-
-        Its programs run on `processors`, all of them by default.
-        """
-        self.folder, self._built, self._python = folder, built, sys.executable
-        self._processors = processors
-        if (folder / ".git").is_file():  # else git would change the repository around it
-            _git(folder, "checkout", "-q", "--force", "--detach", revision)
-            _git(folder, "clean", "-fdq")
-        else:
-            _git(built, "worktree", "add", "-f", "-q", "--detach", folder, revision)
-        self._restore_products()
-
-    def _restore_products(self) -> None:
-        for pattern in _PRODUCTS:
-            for product in self._built.glob(pattern):
-                shutil.copy2(product, self.folder / product.relative_to(self._built))
-        self._link_llama(self._built / _LLAMA)
-
-    def _link_llama(self, target: Path) -> None:
-        link = self.folder / _LLAMA
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-
-    def apply(self, mutation: Mutation) -> None:
-        """Writes the mutated line, and builds what it is compiled into.
-
-        Raises:
-            NotMade: the compiler refuses it, or the line is no longer there.
-        """
-        path = self.folder / mutation.file
-        mutated = mutation.apply(path.read_text("utf-8")) if path.is_file() else None
-        if mutated is None:
-            raise NotMade
-        path.write_text(mutated, "utf-8")
-        _forget_bytecode(path)
-        for prefix, build in _BUILDS.items():
-            if mutation.file.startswith(prefix) and path.suffix not in (".py", ".j2"):
-                build(self)
-                break
-
-    def undo(self) -> None:
-        """Restores the sources and what is built from them."""
-        changed = _git(self.folder, "diff", "--name-only").decode().split()
-        _git(self.folder, "checkout", "-q", "--", ".")
-        for path in changed:
-            _forget_bytecode(self.folder / path)
-        self._restore_products()
-        self._python = sys.executable
-
-    def _build_llama(self) -> None:
-        """Builds llama.cpp beside the worktree, and installs it in an environment there.
-
-        That environment sees the packages of this one, but its llama.cpp comes first.
-        """
-        llama, environment = (Path(f"{self.folder}-{name}") for name in ("llama", "env"))
-        llama.mkdir(exist_ok=True)
-        for archive in (self._built / _LLAMA).glob("*.tar.gz"):
-            shutil.copy2(archive, llama)
-        self._link_llama(llama)
-        self._build("-c", START, "llama-cpp", "build", "-o", _LLAMA, "--tools", "--no-install")
-        venv.create(environment, clear=True, with_pip=False)
-        (site,) = environment.glob("lib/python*/site-packages")
-        packages = [path for path in sys.path if path.endswith("-packages")]
-        (site / "outer.pth").write_text("\n".join(packages))
-        (wheel,) = llama.glob("*.whl")
-        self._build("-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
-        self._python = str(environment / "bin" / "python")
-
-    def selection(self, tier: str) -> list[str]:
-        """Returns pytest's options for a tier, as far as the revision has its markers."""
-        project = tomllib.loads((self.folder / "pyproject.toml").read_text("utf-8"))
-        rows = project["tool"]["pytest"]["ini_options"]["markers"]
-        known = {row.partition(":")[0] for row in rows}
-        left_out = [f"not {marker}" for marker in TIERS[tier] if marker in known]
-        return ["-m", " and ".join(left_out)] if left_out else []
-
-    def test(self, *arguments: str) -> tuple[int, list[str]]:
-        """Runs tests until one fails; returns pytest's exit code, and the tests that failed."""
-        failed = self.folder / ".pytest_cache" / "v" / "cache" / "lastfailed"
-        failed.unlink(missing_ok=True)
-        code = self._run("-m", "pytest", "-x", "-q", "--tb=no", *arguments, limit=_LIMIT_SECONDS)
-        return code, list(json.loads(failed.read_text())) if failed.is_file() else []
-
-    def _build(self, *arguments: str) -> None:
-        if self._run(*arguments):
-            raise NotMade
-
-    def _run(self, *arguments: str, limit: float | None = None) -> int:
-        """Runs Python in the worktree; returns its exit code."""
-        scripts = str(Path(sys.executable).parent)
-        variables = {"PYTHONPATH": str(self.folder), "PATH": f"{scripts}:{os.environ['PATH']}"}
-        with Path(f"{self.folder}.log").open("a") as log:
-            print("$", *arguments, file=log, flush=True)
-            process = subprocess.Popen(
-                [self._python, *arguments],
-                cwd=self.folder,
-                env=os.environ | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            if self._processors:
-                os.sched_setaffinity(process.pid, self._processors)
-            _RUNNING.add(process)
-            try:
-                return process.wait(limit)
-            finally:
-                _RUNNING.remove(process)
-                _kill(process)
-                process.wait()
-
-
-_BUILDS: dict[str, Callable[[Checkout], None]] = {
-    "rgexport/kernels/llama_cpp/": Checkout._build_llama,
-    "rgexport/kernels/": lambda checkout: checkout._build(*_NATIVE),
-    "rgexport/web/": lambda checkout: checkout._build(_PAGE),
-    "page/": lambda checkout: checkout._build(_PAGE),
-}
-
-
-def _forget_bytecode(path: Path) -> None:
-    """Removes compiled code that looks current if the source changed within a second."""
-    for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
-        cached.unlink()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process and what it has started; compilers that Ninja runs are in other groups."""
-    if process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _stop(number: int, frame: object) -> None:
-    """Ends the run at once, because of a signal; results are complete up to here."""
-    for process in list(_RUNNING):
-        _kill(process)
-    os._exit(128 + number)
 
 
 @dataclass(frozen=True)
@@ -324,7 +155,8 @@ class Measurement:
             trial = failed[:1] or ["--collect-only", *arguments]
             if test not in self._clean or not failed:
                 checkout.undo()
-                passes = checkout.test(*trial)[0] in (*_NONE_FAILED, _NO_SUCH_TEST)
+                passing = (*_NONE_FAILED, _NO_SUCH_TEST) if failed else _NONE_FAILED
+                passes = checkout.test(*trial)[0] in passing
                 with self._lock:
                     self._clean[test] = passes
                 checkout.apply(mutation)
@@ -423,15 +255,15 @@ def _arguments() -> argparse.Namespace:
 
 def _prepare(tier: str) -> None:
     """Ends the program if something is not built, and lets a signal end the tests, too."""
-    needed = _PRODUCTS[:1] if tier == "test" else (*_PRODUCTS, f"{_LLAMA}/bin")
+    needed = PRODUCTS[:1] if tier == "test" else (*PRODUCTS, f"{LLAMA}/bin")
     if missing := [pattern for pattern in needed if not any(ROOT.glob(pattern))]:
         sys.exit(f"not built: {', '.join(missing)}; run make native page llama llama-tools")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, end_at_once)
 
 
 def _share(job: int, jobs: int) -> list[int] | None:
-    """Returns the processors of one job: with fewer than its threads it would take far longer."""
+    """Returns processors for one job: the threads of two would wait for one another."""
     if not hasattr(os, "sched_setaffinity"):  # Linux only
         return None
     return sorted(os.sched_getaffinity(0))[job::jobs] or None
@@ -443,7 +275,7 @@ def main() -> None:
     if asked.compare:
         print(compare(read_results(asked.compare), read_results(asked.output)))
         return
-    revision = _git(ROOT, "rev-parse", f"{asked.revision}^{{commit}}").decode().strip()
+    revision = git(ROOT, "rev-parse", f"{asked.revision}^{{commit}}").decode().strip()
     texts = committed_texts(ROOT, revision)
     if asked.same_as:
         rows = {n: [result.mutation] for n, result in read_results(asked.same_as).items()}

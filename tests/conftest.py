@@ -38,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if expected := config.getoption("expected_skips"):
+    expected = config.getoption("expected_skips")
+    if expected and not hasattr(config, "workerinput"):  # a parallel process tells this one
         config.pluginmanager.register(ExpectedSkips(expected))
 
 

@@ -1,11 +1,13 @@
 """How the tests choose their cases, and what they make of skips."""
 
+import os
 import subprocess
 import sys
 from itertools import combinations, product
 from math import prod
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +52,8 @@ def test_of_three_parameters_pairs_run_and_only_listed_skips_pass(listed, code, 
     assert done.returncode == code, done.stdout
     assert ("does not list the reason: no CUDA device" in done.stdout) == bool(code)
     assert "81 deselected" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells processors")
+def test_torch_has_no_more_threads_than_its_process_has_processors():
+    assert torch.get_num_threads() <= len(os.sched_getaffinity(0))

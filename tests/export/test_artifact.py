@@ -276,9 +276,7 @@ def test_row_groups_come_back_in_their_order(name, grouped):
         ("final_norm.weight", lambda s: None, "only matrices are quantized"),
     ],
 )
-def test_row_groups_that_contradict_themselves(
-    name: str, change: Any, complaint: str, grouped, tmp_path
-):
+def test_row_groups_that_contradict_themselves(name, change, complaint, grouped, tmp_path):
     folder = Path(shutil.copytree(grouped[0].path, tmp_path / "copy"))
     fields = json.loads((folder / MANIFEST).read_text())
     scheme = fields["plan"][EMBEDDING]

@@ -194,9 +194,7 @@ INT2, Q4_K, Q6_K = Affine(2, 32, True), Ggml("q4_k"), Ggml("q6_k")
         (GgufOptions, Q4_K, FULL, {}, r"as q4_k, .* cannot do for rows of 40; .* such as f16"),
     ],
 )
-def test_plans_that_are_refused(
-    kind: Any, linear: Scheme, embedding: Scheme, options: dict[str, Any], complaint: str
-) -> None:
+def test_plans_that_are_refused(kind, linear, embedding, options, complaint):
     plan = make_plan(NOT_BY_32, linear, embedding)
     with pytest.raises(RequestError, match=complaint):
         asked = kind(plan=plan, **options)

@@ -143,9 +143,7 @@ def test_what_a_checkpoint_names_is_kept_unless_the_vocabulary_lacks_it(tmp_path
     assert (ids.bos_token_id, ids.eos_token_id[0], ids.pad_token_id) == (7, 6, 0)
 
 
-def test_a_model_that_cannot_chat_is_told_and_damaged_settings_end_the_export(
-    tmp_path: Path, capsys
-) -> None:
+def test_a_model_that_cannot_chat_is_told_and_damaged_settings_end_the_export(tmp_path, capsys):
     folder = write_vocabulary(tmp_path, **ODD_VOCABULARIES["no turns"])
     complete_tokenizer(folder, "griffin")
     assert "griffin cannot chat: its tokenizer has no <start_of_turn>" in capsys.readouterr().err

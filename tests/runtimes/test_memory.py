@@ -15,9 +15,7 @@ def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("limit", "available"), [("max", 4096), ("3000", 2500), ("100", 0)])
-def test_a_container_s_limit_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, available: int
-) -> None:
+def test_a_container_s_limit_counts(tmp_path, monkeypatch, limit, available):
     (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:  4 kB\nHugePages: x\n")
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("700\n")

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -65,9 +64,7 @@ def begun(session: Session, config: GriffinConfig) -> tuple[State, np.ndarray]:
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), CASES)
-def test_every_site_equals_the_step_model(
-    kind: str, name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_every_site_equals_the_step_model(kind, name, options, tmp_path):
     artifact, _ = EXPORTS[kind](ODD_CONFIGS[name], tmp_path, **options)
     session, observer = open_session(artifact, threads=1), open_observer(artifact, threads=1)
     state, tokens = begun(session, ODD_CONFIGS[name])
@@ -109,9 +106,7 @@ HALF = {FIRST_LINEAR, ATTENTION, "layers.2.temporal_block.rope_q", "layers.2.mlp
         *(engine("gguf", type, {ATTENTION}) for type in ("f16", "q4_0")),
     ],
 )
-def test_it_computes_what_a_session_computes(
-    kind: str, precision: str, in_half: set[str], tmp_path: Path
-) -> None:
+def test_it_computes_what_a_session_computes(kind, precision, in_half, tmp_path):
     """To the last bit, in float16 where the engine does, such as flash attention and a cache.
 
     An ONNX session fuses ops that an observer cannot: without roundings to float16 between them, or
@@ -151,9 +146,7 @@ def test_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_llama_cpp
 @pytest.mark.parametrize("error", [RequestError("a tensor has gaps"), KeyboardInterrupt()])
-def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(error, tmp_path, monkeypatch):
     artifact, _ = EXPORTS["gguf"](ODD_CONFIGS["hawk"], tmp_path)
     observer = open_observer(artifact, threads=1)
     state, tokens = begun(open_session(artifact, threads=1), ODD_CONFIGS["hawk"])

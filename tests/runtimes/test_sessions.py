@@ -103,7 +103,7 @@ def test_equals_deepmind(kind: str, name: str, options: dict[str, Any], tmp_path
     tokens = random_tokens(config, 3, 3 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     limit = (FP16 if precision == "fp16" else FP32)[kind]
-    if artifact.manifest.rounds_activations:
+    if precision == "int8" and artifact.manifest.rounds_activations:
         limit = TWO_DIGITS
     for batch, sizes in ((1, [tokens.shape[1]]), (3, [7, 1, config.window + 1])):
         session.reset(batch)
@@ -119,9 +119,7 @@ def test_equals_deepmind(kind: str, name: str, options: dict[str, Any], tmp_path
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_only"])
 @pytest.mark.parametrize("other", ENGINES)
 @pytest.mark.parametrize(("kind", "options"), TRAVELERS)
-def test_a_state_travels(
-    kind: str, options: dict[str, Any], other: str, name: str, start: int, tmp_path: Path
-) -> None:
+def test_a_state_travels(kind, options, other, name, start, tmp_path):
     """What one session has read, another continues; in the same engine, to the last bit."""
     config = ODD_CONFIGS[name]
     here, weights = opened(kind, config, tmp_path, **options)
@@ -170,9 +168,7 @@ def test_far_positions(kind: str, options: dict[str, Any], head_dim: int, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_num_logits_across_chunks(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_num_logits_across_chunks(kind, tmp_path, monkeypatch):
     config = ODD_CONFIGS["regular"]
     monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 16)
     monkeypatch.setattr(llama_cpp_context, "LOGITS_BYTES", 6 * 4 * config.vocab_size)

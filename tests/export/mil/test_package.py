@@ -121,9 +121,7 @@ def refused(path: Path) -> str:
         (WEIGHTS, b"\0" * 64, "weight.bin is"),
     ],
 )
-def test_files_that_are_missing_or_of_another_kind(
-    copied: Path, name: str, content: bytes | None, expected: str
-) -> None:
+def test_files_that_are_missing_or_of_another_kind(copied, name, content, expected):
     (copied / name).unlink()
     if content is not None:
         (copied / name).write_bytes(content)
@@ -221,9 +219,7 @@ def overwrite(path: Path, start: int, value: int, size: int) -> None:
         (80, 8, 1 << 63, f"at {1 << 63}; the program needs"),
     ],
 )
-def test_weight_headers_that_do_not_fit(
-    copied: Path, start: int, size: int, value: int, expected: str
-) -> None:
+def test_weight_headers_that_do_not_fit(copied, start, size, value, expected):
     overwrite(copied / WEIGHTS, start, value, size)
     assert expected in refused(copied)
 

@@ -42,9 +42,7 @@ def _walk(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
     ],
 )
 @pytest.mark.parametrize("profile", PROFILES)
-def test_files_are_valid_and_have_no_other_ops(
-    profile: str, name: str, precision: str, exact: bool, tmp_path: Path, capfd
-) -> None:
+def test_files_are_valid_and_have_no_other_ops(profile, name, precision, exact, tmp_path, capfd):
     """And to open one prints nothing."""
     config = ODD_CONFIGS[name]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)

@@ -30,9 +30,7 @@ from tests.sessions import random_tokens
 
 
 @pytest.mark.parametrize("all_logits", [False, True])
-def test_chunks_go_through_prefill(
-    all_logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_go_through_prefill(all_logits, tmp_path, monkeypatch):
     """Without all logits, tokens whose logits are wanted are decoded unless they end a chunk."""
     functions, predict = [], InterpreterRunner.predict
 

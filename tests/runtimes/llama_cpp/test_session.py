@@ -107,9 +107,7 @@ OTHER = types.SimpleNamespace(__version__="0.3.99")
         (OTHER, r"is 0\.3\.99; this rgexport knows .*"),
     ],
 )
-def test_without_the_right_llama_cpp(
-    loaded: object, complaint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_right_llama_cpp(loaded, complaint, monkeypatch):
     def load(name: str) -> object:
         if isinstance(loaded, Exception):
             raise loaded
@@ -281,3 +279,15 @@ def test_a_recurrentgemma_of_another_tool(name, tmp_path):
     assert distance(theirs.prefill(tokens[:, :60], 60), expected) < FLOAT16
     theirs.set_state(theirs.get_state())
     assert distance(theirs.prefill(tokens[:, 60:], 30), ours.prefill(tokens[:, 60:], 30)) < FLOAT16
+
+
+def test_an_interrupt_during_a_log_line_is_raised_after_the_call_into_c(tmp_path, monkeypatch):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(library.progress, "detail", interrupt)
+        load_model(artifact.path)
+    load_model(artifact.path).close()

@@ -69,9 +69,7 @@ def random_chunks(vocabulary: int, *lengths: int) -> list[list[int]]:
         ("cpu", "fp32", False),
     ],
 )
-def test_runs_in_node(
-    node: None, profile: str, precision: str, exact: bool, tmp_path: Path
-) -> None:
+def test_runs_in_node(node, profile, precision, exact, tmp_path):
     config = ODD_CONFIGS["narrow_lru"]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
     chunks = random_chunks(config.vocab_size, 1, 1, config.window + 2, config.window + 5)
@@ -85,9 +83,7 @@ def test_runs_in_node(
     ("profile", "precision"),
     [("wasm", "int8"), ("webgpu", "int4"), ("webgpu", "int8"), ("webgpu", "fp32")],
 )
-def test_odd_shapes_in_chromium(
-    node: None, profile: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_shapes_in_chromium(node, profile, precision, tmp_path, monkeypatch):
     """Rows that are no whole blocks, a ring that wraps around, and weights in many files."""
     config = ODD_CONFIGS["not_by_32"]
     files = FileLimit(filled=1 << 14, largest=1 << 20)

@@ -330,6 +330,23 @@ SPLIT = Mixed(
 )
 
 
+def test_slabs_make_no_difference(monkeypatch):
+    """Some of them have no row of a group."""
+    w = draw("normal", (ROWS, COLUMNS))
+    sources = {"w": from_array(w)}, {"w": from_array(store(w, INT4))}
+    tensors = {"w": StoredTensor(w.shape, SPLIT, {})}
+
+    def errors():
+        return [*weight_errors(*sources, tensors), *sketch_errors(known(w), sources[1], tensors)]
+
+    whole = errors()
+    monkeypatch.setattr("rgexport.validate.weights.weight_errors._SLAB_BYTES", 4 * COLUMNS * 7)
+    monkeypatch.setattr("rgexport.validate.weights.sketch_errors.SLAB_BYTES", 4 * COLUMNS * 7)
+    for one, other in zip(errors(), whole, strict=True):
+        for number in ("relative_error", "projection", "noise", "shift"):
+            assert getattr(one, number) == pytest.approx(getattr(other, number), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("gains", "failing"),
     [

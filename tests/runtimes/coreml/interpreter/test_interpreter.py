@@ -200,9 +200,7 @@ def check(weight: weights.Weight, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("result", ["float16", "float32"])
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8"])
 @pytest.mark.usefixtures("slab_of_64_bytes")
-def test_shift_and_scale(
-    dtype: str, result: str, has_offset: bool, rows: int, groups: int, size: int, tmp_path: Path
-) -> None:
+def test_shift_and_scale(dtype, result, has_offset, rows, groups, size, tmp_path):
     shape = rows, groups * size
     elements = random_elements(dtype, shape)
     scale = random_elements(result, (rows, groups))
@@ -222,9 +220,7 @@ def test_shift_and_scale(
 @pytest.mark.parametrize("result", ["float16", "float32"])
 @pytest.mark.parametrize("dtype", ["uint1", "uint2", "uint3", "uint4", "uint6", "uint8"])
 @pytest.mark.usefixtures("slab_of_64_bytes")
-def test_palette(
-    dtype: str, result: str, groups: int, shape: tuple[int, int], tmp_path: Path
-) -> None:
+def test_palette(dtype, result, groups, shape, tmp_path):
     indices = random_elements(dtype, shape)
     lut = random_elements(result, (groups, 1, 1 << BITS[dtype], 1))
     parts = {"indices": (indices, dtype), "lut": (lut, result)}
