@@ -28,7 +28,6 @@ NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx r
 .PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools release clean
 
 demo: $(INSTALLED)  ## The bundled model becomes an int4 artifact, speaks, and is held against its reference.
-	-@$(MAKE) -s --no-print-directory native
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/rgexport onnx --size demo --int4 -o $(DEMO) --force
 	$(BIN)/rgexport generate $(DEMO) -p "It is a truth universally acknowledged, that" -n 40 --temperature 0.7 --seed 8
