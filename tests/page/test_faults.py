@@ -106,13 +106,15 @@ def test_a_new_version_of_the_page(profile, wasm_site):
         old.page.reload()
         old.page.wait_for_selector("#load:visible")  # its thread has not been started
         (first,) = old.page.evaluate(CACHES)
+        files = rebuilt(wasm_site)
         server.site.clear()
-        server.site.update(rebuilt(wasm_site))
+        server.site.update(files)
         new = profile.open(server.url)
         end = time.monotonic() + PATIENCE / 1000
         while not new.page.evaluate(IS_UPDATED):
             assert time.monotonic() < end
-            new.page.wait_for_timeout(100)
+            new.page.wait_for_timeout(5000)
+            new.reload()  # the check that a visit begins is lost where an earlier one goes on
         new.reload()
         assert "NewBuild" in new.page.content() and "NewBuild" not in old.page.content()
         old.page.click("#load")

@@ -1,22 +1,17 @@
-"""Programs in C++ run the kernels: under sanitizers, on Arm, in emulated AMX, beside oracles."""
+"""Programs in C++ run the kernels: under sanitizers, on Arm, beside oracles."""
 
-import os
 import shutil
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from rgexport.kernels.onnx import library
 from tests.kernels.onnx import programs
+from tests.kernels.onnx.programs import NO_FAKE_STACK, nightly, output, require_products
 
 HERE = library.kernels().instruction_sets
 OPS = library.kernels().ops
-# GCC's fake stack does not align what AVX-512 needs aligned (its bug 110027).
-NO_FAKE_STACK = {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
 EMULATOR = "qemu-aarch64"
-CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 
 pytestmark = [
     pytest.mark.full,
@@ -24,24 +19,6 @@ pytestmark = [
     programs.needs_compiler,
     pytest.mark.skipif(not OPS, reason=library.kernels().reason),
 ]
-
-
-def nightly(*names: str) -> list[object]:
-    return [pytest.param(name, marks=pytest.mark.nightly) for name in names]
-
-
-def output(command: Sequence[object], **environment: str) -> list[str]:
-    """Returns the lines that a program prints; it must not fail."""
-    variables = os.environ | environment
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stderr == ""
-    return done.stdout.splitlines()
-
-
-def require_products(*command: object, **environment: str) -> None:
-    """Requires every product to be as close to its definition as float32 allows."""
-    assert output(command, **environment)[-1].endswith(" products, 0 wrong")
 
 
 def test_products():
@@ -84,10 +61,9 @@ def test_oracles_of_the_fuzzer_take_right_answers_and_reject_wrong_ones(instruct
 
 
 MISSING = [tool for tool in (programs.ARM_COMPILER, EMULATOR) if not shutil.which(tool)]
-needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}")
 
 
-@needs_arm
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}")
 @pytest.mark.parametrize(
     ("processor", "best"), [("cortex-a72", "scalar"), ("neoverse-n1", "neon"), ("max", "i8mm")]
 )
@@ -100,14 +76,3 @@ def test_whole_library_on_arm(processor, best, monkeypatch):
     emulator = EMULATOR, "-L", f"/usr/{programs.ARM}", "-cpu", processor
     lines = output([*emulator, folder / "sanitized_ops", folder / library.LIBRARY.name])
     assert {line.split()[0] for line in lines} == {best}
-
-
-@pytest.mark.skipif("avx512" not in HERE, reason=f"no AVX-512 with VNNI here: {HERE}")
-@pytest.mark.skipif(not {"avx512_bf16", "gfni"} <= set(CPU), reason="no bfloat16 or no GFNI here")
-@pytest.mark.parametrize("kind", ["optimized", *nightly("address", "undefined"), "real"])
-def test_products_of_amx(kind):
-    """Only its tile instructions are emulated. Sanitizers make that slow: every third product."""
-    if kind == "real" and "amx" not in HERE:
-        pytest.skip(f"no AMX here: {HERE}")
-    every = "3" if kind in ("address", "undefined") else "1"
-    require_products(programs.amx(kind) / programs.DRIVER, every, **NO_FAKE_STACK)
