@@ -88,6 +88,9 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     assert PROMPT.encode() not in data
     said = rgexport("state", "info", "a.state", folder=tmp_path)
     assert "not stored, only its hash" in said.stdout
+    (tmp_path / "bad.state").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = rgexport("state", "info", "bad.state", folder=tmp_path)
+    assert said.returncode == 2 and "bad.state is damaged" in said.stderr
     words = ("chat", demo_artifact, "--load-state", "a.state", "-p", "Who?")
     said = rgexport(*words, folder=tmp_path)
     assert said.returncode == 2 and "first read the text again" in said.stderr

@@ -2,10 +2,8 @@
 
 import re
 
-PATIENCE = 300_000.0
-"""Milliseconds."""
-LONGEST = 24
-"""Tokens of a reply, so that tests are quick."""
+PATIENCE = 300_000.0  # milliseconds
+LONGEST = 24  # tokens of a reply, so that tests are quick
 
 
 class Profile:

@@ -21,8 +21,7 @@ INCLUDED = SOURCES / "src"
 LIBRARY = [*sorted(INCLUDED.iterdir()), SOURCES / "CMakeLists.txt", SOURCES.parent / "build.py"]
 DRIVERS = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h")), HERE.parent / "load_library.h"]
 DRIVER = "quant_matmul_driver"
-ORT_HEADERS = Path("/usr/include/onnxruntime")
-"""Of Debian's libonnxruntime-dev."""
+ORT_HEADERS = Path("/usr/include/onnxruntime")  # of Debian's libonnxruntime-dev
 ARM = "aarch64-linux-gnu"
 ARM_COMPILER = f"{ARM}-g++"
 VECTORS = (
