@@ -52,7 +52,7 @@ pictures: $(DOCS)  ## The pictures of README.md: a terminal and a report, made b
 test: $(TEST) native  ## The tests that prove the product: at most 8 minutes on two cores.
 	$(TESTS) -m 'not full and not nightly' $(SKIPS)
 
-test-full: test $(DEV) $(PAGE) llama llama-tools  ## All that continuous integration runs: with browsers, llama.cpp (built first: some minutes), emulated processors.
+test-full: test $(DEV) $(PAGE) llama  ## All that continuous integration runs: with browsers, llama.cpp (built first: some minutes), emulated processors.
 	$(TESTS) -m 'full and not nightly' $(SKIPS)
 
 test-nightly: $(DEV) native $(PAGE) llama llama-tools  ## Everything, with every combination of the tests' parameters: an hour or two.

@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _needs_an_engine_of_its_own(item):
             item.add_marker(pytest.mark.full)
+        if "llama_tools" in item.fixturenames:  # to compile them takes minutes
+            item.add_marker(pytest.mark.nightly)
     if not config.getoption("whole_product"):
         kept = pairwise(items)
         left = set(items) - set(kept)
@@ -72,11 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
     """Returns whether a test needs what `make test` does not install: Node or llama.cpp."""
-    return (
-        _folder(item.path) in FOLDERS_OF_FULL
-        or "llama_tools" in item.fixturenames
-        or needs_llama_cpp.mark in item.iter_markers()
-    )
+    return _folder(item.path) in FOLDERS_OF_FULL or needs_llama_cpp.mark in item.iter_markers()
 
 
 def _folder(path: Path) -> str:

@@ -10,8 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from rgexport.griffin.checkpoint import demo_folder
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 96
-TRAINED = 128
-"""The context that the files state."""
+TRAINED = 128  # the context that the files state
 
 
 def write_llama(path: Path, *, vocab_size: int = 0, bytewise: bool = False, **values: Any) -> Path:

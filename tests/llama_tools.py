@@ -1,5 +1,6 @@
-"""llama.cpp's own programs, built from the patched tree: `make llama-tools` puts them there."""
+"""llama.cpp's own programs (`make llama-tools` builds them), and its quantizer as a library."""
 
+import ctypes
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,17 @@ def run_tool(
     if ending in told or tries <= 1:
         return told
     return run_tool(tool, *arguments, timeout=timeout, ending=ending, tries=tries - 1)
+
+
+def llama_quantize(source: Path, target: Path, kind: str, *, pure: bool) -> None:
+    """Quantizes a file as the program of that name does, in the installed library."""
+    import llama_cpp
+    from gguf import LlamaFileType
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.pure = LlamaFileType[f"MOSTLY_{kind.upper()}"], pure
+    paths = (bytes(path) for path in (source, target))
+    assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)) == 0
 
 
 def installed_version() -> str:

@@ -17,8 +17,7 @@ from tests.compress.collected import checkpoint_of, collected
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights, weight_source
 
-LENGTHS = (26, 26, 19, 1)
-"""Longer than a window, equal and unequal ones, and a single token."""
+LENGTHS = (26, 26, 19, 1)  # longer than a window, equal and unequal ones, and a single token
 MODULES = {
     **{name: f"recurrent_block.{name}" for name in ("linear_x", "linear_y", "linear_out")},
     **{f"{letter}_proj": f"attention_block.proj_{letter}" for letter in "qkv"},

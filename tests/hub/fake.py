@@ -15,8 +15,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
-LARGE = 10_000
-"""Bytes from which a file is uploaded by itself."""
+LARGE = 10_000  # bytes from which a file is uploaded by itself
 TOKEN = "hf_test"
 REPOSITORY = "/api/models/{owner}/{name}"
 

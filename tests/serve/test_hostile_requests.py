@@ -38,8 +38,7 @@ FOREIGN_HOSTS = ["evil.test:8080", "127.0.0.1.evil.test", "", "a b", "user@local
 FOREIGN_HOSTS += ["localhost:80:80", "localhost:port", "[evil.test]"]
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-QUICK = 0.3
-"""Seconds for headers, in a test that waits until they have passed."""
+QUICK = 0.3  # seconds for headers, in a test that waits until they have passed
 
 
 @pytest.fixture

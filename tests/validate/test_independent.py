@@ -22,8 +22,7 @@ from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp, run_tool
 
 TEXT = Path(__file__).with_name("unseen.txt")
-TOKENS = 300
-"""More than one of the demo's windows."""
+TOKENS = 300  # more than one of the demo's windows
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 

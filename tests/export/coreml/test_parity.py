@@ -22,8 +22,7 @@ from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import make_config
 from tests.sessions import distance, random_tokens
 
-SCAN = 5e-5
-"""Largest error allowed after it, as a share of the largest number."""
+SCAN = 5e-5  # largest error allowed after it, as a share of the largest number
 
 
 def test_scan_of_4096_steps(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rgexport.quantize.gguf_header import read_header
 from rgexport.quantize.imatrix import read_imatrix
 from rgexport.quantize.statistics import Statistics, statistics_of
 from tests.artifacts import export_random_gguf, require_ggml
-from tests.llama_tools import run_tool
+from tests.llama_tools import llama_quantize, needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
 from tests.quantize.ggml_files import legacy_imatrix, write_imatrix
@@ -71,18 +71,18 @@ def without_hashes_of_data(path: Path) -> bytes:
     return bytes(data)
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("pure", [False, True], ids=["mixed", "pure"])
 @pytest.mark.parametrize("kind", ["f16", "bf16", *QUANTIZED])
 @pytest.mark.parametrize("name", ["k_quants", *ODD_CONFIGS])
-def test_bytes_are_those_of_llama_quantize(name, kind, pure, tmp_path, llama_tools):
+def test_bytes_are_those_of_llama_quantize(name, kind, pure, tmp_path):
     require_ggml()
     config = ODD_CONFIGS.get(name, K_QUANTS)
     full = export_random_gguf(config, tmp_path)[0].path
     asked = {"pure": True} if pure and kind not in ("f16", "bf16", "q8_0") else {}
     ours = export_random_gguf(config, tmp_path, kind, **asked)[0]
     theirs = tmp_path / "theirs.gguf"
-    flags = ["--pure"] if pure else []
-    run_tool(llama_tools / "llama-quantize", *flags, full, theirs, kind.upper())
+    llama_quantize(full, theirs, kind, pure=pure)
     assert without_hashes_of_data(theirs) == without_hashes_of_data(ours.path)
     again = open_gguf(theirs)
     assert again.manifest.plan == ours.manifest.plan

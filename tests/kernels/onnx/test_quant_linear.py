@@ -21,8 +21,7 @@ FORMS = [(*form, digits) for form in FORMATS for digits in range(1, form[0] // 4
 SHAPES = [(1, 1, 320, 96), (1, 3, 203, 37), (1, 3, 330, 1), (1, 20, 330, 1), (2, 2, 12, 5)]
 SHAPES += [(1, 9, 1, 3), (5, 3, 264, 33), (1, 127, 264, 70), (1, 513, 72, 35)]
 """Batch, tokens, K, N: odd, one output, one column, less than a block."""
-MOST_SEVERAL = 16
-"""Up to so many rows, each gives the bits that it gives alone."""
+MOST_SEVERAL = 16  # up to so many rows, each gives the bits that it gives alone
 
 
 def assert_product(worker: Worker, x: np.ndarray, w: QuantMatrix) -> np.ndarray:

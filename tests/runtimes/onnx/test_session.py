@@ -25,8 +25,7 @@ from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config
 from tests.sessions import distance, ragged, random_tokens
 
-EXACT = 5e-5
-"""Largest |Δlogit| allowed, as a share of the largest |logit|."""
+EXACT = 5e-5  # largest |Δlogit| allowed, as a share of the largest |logit|
 PADDED = {
     "288": make_config("rar", width=288, heads=4, lru_width=96, mlp_width=40),
     "300": make_config("rar", width=300, heads=5, lru_width=40, mlp_width=288),

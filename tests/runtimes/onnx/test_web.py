@@ -28,8 +28,7 @@ from tests.models import ODD_CONFIGS
 from tests.web.browser import HERE, run_page
 from tests.web.npm import install_our_package, node_with_packages
 
-SHARE = 1e-3
-"""Largest |Δlogit| allowed, as a share of the largest |logit|."""
+SHARE = 1e-3  # largest |Δlogit| allowed, as a share of the largest |logit|
 ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
 """The ops of a WebGPU graph that ONNX Runtime runs on the CPU, as they handle shapes and int64."""
 MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
