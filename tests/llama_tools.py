@@ -42,8 +42,7 @@ def llama_quantize(source: Path, target: Path, kind: str, *, pure: bool) -> None
 
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.pure = LlamaFileType[f"MOSTLY_{kind.upper()}"], pure
-    paths = (bytes(path) for path in (source, target))
-    assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)) == 0
+    assert llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(options)) == 0
 
 
 def installed_version() -> str:

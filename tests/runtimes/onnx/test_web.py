@@ -169,7 +169,7 @@ def test_a_conversation_in_node(node: None, registered: bool, tmp_path: Path) ->
     check_conversation(shown, artifact, tmp_path)
 
 
-@pytest.mark.parametrize("device", ["wasm", "webgpu"])
+@pytest.mark.parametrize("device", ["wasm", pytest.param("webgpu", marks=pytest.mark.nightly)])
 def test_a_conversation_in_chromium(node: None, device: str, tmp_path: Path) -> None:
     artifact = demo(tmp_path, device)
     job = {"messages": MESSAGES, "ids": IDS, "save": True, "device": device}
