@@ -26,8 +26,8 @@ ANYWHERE = {*"errors files formats printing processors progress tables web __ini
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
-    *(f"griffin/{name}.py" for name in "gradients ops reference scan step substitution".split()),
-    *(f"griffin/{name}.py" for name in ("triton_scan", "variants")),
+    *(f"griffin/{name}.py" for name in "gradients ops reference scan step".split()),
+    *(f"griffin/{name}.py" for name in ("triton_scan",)),
     *(f"validate/reference/{name}_model.py" for name in "deepmind hugging_face".split()),
     *("validate/reference/whole_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }

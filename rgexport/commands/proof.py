@@ -110,7 +110,6 @@ def reference(
 )
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
 @click.option("--html", "html_file", type=FOLDER, help="Also write an HTML report.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @foreign_option
 @native_option
 @verbose
@@ -120,7 +119,6 @@ def validate(
     adapter: Path | None,
     text: Path | None,
     max_tokens: int | None,
-    device: str,
     bisect: bool,
     bench: bool,
     min_quality: Any,
@@ -141,7 +139,6 @@ def validate(
         adapter=adapter,
         text=text,
         max_tokens=max_tokens,
-        device=device,
         bisect=bisect,
         bench=bench,
         min_quality=min_quality,

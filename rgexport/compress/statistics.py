@@ -123,17 +123,17 @@ class Collector:
         if self.work.steps("gradient"):
             return
         stream, site = self._load(f"stream-{last}"), str(input_site(EMBEDDING))
-        norm = self.model.final_norm()
         start = self._start_of(stream).clone().requires_grad_()
         with torch.no_grad():
-            hidden = norm(stream)
+            hidden = self.model.final_norm(stream)
         gram = Gram(site, self.model.config.width, stream.device)
         gram.add(hidden)
         with task("Running the head", len(hidden), "tokens") as advance:
             found = head_statistics(self.model, hidden, len(start), self.seed, advance)
         self.file.write({PROBABILITY: found.probability, FISHER: found.fisher})
         self.file.write({hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
-        (gradient,) = torch.autograd.grad(norm(start), start, found.gradient)
+        normalized = self.model.final_norm(start)
+        (gradient,) = torch.autograd.grad(normalized, start, found.gradient)
         self.work.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:

@@ -51,13 +51,10 @@ def _weights(opened: Opened) -> list[WeightError] | None:
 
 def _sites(opened: Opened, ran: Ran) -> SiteReport | None:
     """Every op, from the state after the text; None where the engine shows none."""
-    if opened.make is None:
-        return None
     original, text = opened.original, opened.text
     config = opened.manifest.config if original is None else original.checkpoint.config
-    state, device = ran.measured.state, opened.request.device
     try:
-        return look_at_sites(opened.artifact, config, state, text.tokens, device)
+        return look_at_sites(opened.artifact, config, ran.measured.state, text.tokens)
     except RequestError as error:
         note(f"the ops were not compared one by one: {error}")
         return None
@@ -67,8 +64,7 @@ def _layers(opened: Opened) -> list[LayerCost] | None:
     if opened.original is None or not opened.request.bisect:
         return None
     source, stored = opened.original.checkpoint, opened.artifact.weights
-    tokens, device = opened.text.tokens, opened.request.device
-    return layer_costs(source.config, source.weights, stored, tokens, device)
+    return layer_costs(source.config, source.weights, stored, opened.text.tokens)
 
 
 def _against_file(opened: Opened, ran: Ran) -> AgainstFile | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from rgexport.chat.artifact_text import open_tokenizer
@@ -16,7 +15,6 @@ from rgexport.runtimes.engine import engine_of
 from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference_pass import MakeReference, torch_reference
 from rgexport.validate.source import Original, find_original
 from rgexport.validate.text import Text, choose_text
 
@@ -32,7 +30,6 @@ class Request:
         text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
             the artifact has no tokenizer.
         max_tokens: how many tokens of it; see `choose_text`.
-        device: where torch runs the references; `auto` is CUDA where there is one.
         reference: a reference file to compare with too.
         limits: instead of those in `thresholds`, see `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
@@ -45,7 +42,6 @@ class Request:
     adapter: Path | None = None
     text: Path | None = None
     max_tokens: int | None = None
-    device: str = "auto"
     reference: ReferenceFile | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     bisect: bool = False
@@ -56,11 +52,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An artifact, the text that it takes, and what it is compared with.
-
-    `make` makes references from weights; it is None where there is no torch. `original` is None
-    where there is none, or no torch to run it.
-    """
+    """An artifact, the text that it takes, and its original, where that is known."""
 
     path: Path
     request: Request
@@ -68,7 +60,6 @@ class Opened:
     tokenizer: Tokenizer | None
     text: Text
     original: Original | None
-    make: MakeReference | None
 
     @property
     def manifest(self) -> Manifest:
@@ -80,13 +71,9 @@ def open_all(path: Path, request: Request) -> Opened:
     """Opens an artifact and everything that it is compared with.
 
     Raises:
-        RequestError: no sound artifact, neither torch nor a reference file, an original or a
-            reference that does not fit, an unreadable text, or a quality that is asked for where
-            there is nothing to grade it by.
+        RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
+            text, or a quality that is asked for where there is nothing to grade it by.
     """
-    make = None
-    if request.reference is None or find_spec("torch") is not None:
-        make = torch_reference(request.device)
     artifact = open_artifact(path, allow_foreign=request.allow_foreign)
     engine_of(artifact.manifest.kind).require_trusted(artifact)
     manifest = artifact.manifest
@@ -101,7 +88,7 @@ def open_all(path: Path, request: Request) -> Opened:
         limit=request.max_tokens,
     )
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
-    original = None if make is None else find_original(manifest, request.model, request.adapter)
+    original = find_original(manifest, request.model, request.adapter)
     if original is not None:
         _warn_of_differences(original)
     elif request.reference is None:
@@ -122,7 +109,6 @@ def open_all(path: Path, request: Request) -> Opened:
         tokenizer=tokenizer,
         text=text,
         original=original,
-        make=make,
     )
 
 

@@ -1,7 +1,6 @@
 """A reference's teacher-forced pass over a text, kept as hidden states; logits come on demand."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance, task
@@ -21,7 +21,7 @@ from rgexport.validate.states import checkpoints, recent
 
 
 class ReferenceModel(Protocol):
-    """What is needed of `griffin.reference.Reference`."""
+    """What is needed of `griffin.layer_by_layer.LayerByLayer`, and of other packages' models."""
 
     @property
     def config(self) -> GriffinConfig:
@@ -84,19 +84,15 @@ class Pass:
 
 
 def run_reference(
-    label: str,
-    make: MakeReference,
-    config: GriffinConfig,
-    weights: WeightSource,
-    tokens: np.ndarray,
+    label: str, config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> Pass:
     """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
     stops = checkpoints(len(tokens))
     with watched_layers(label, weights) as watched:
         text = (tokens[None], zero_state(config, 1))
-        ((hidden, states),) = make(config, watched).run_each([text], stops=[stops])
+        ((hidden, states),) = NumpyReference(config, watched).run_each([text], stops=[stops])
     drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
-    return Pass(make(config, weights), hidden, states[-1], drift)
+    return Pass(NumpyReference(config, weights), hidden, states[-1], drift)
 
 
 @contextmanager
@@ -120,31 +116,17 @@ class SharedPasses:
         """Whether an original ran over tokens [T] before."""
         return _key(original, tokens) in self._done
 
-    def run_reference(self, make: MakeReference, original: Checkpoint, tokens: np.ndarray) -> Pass:
+    def run_reference(self, original: Checkpoint, tokens: np.ndarray) -> Pass:
         """Runs an original over tokens [T], unless it did that before."""
         key = _key(original, tokens)
         if key not in self._done:
             config, weights = original.config, original.weights
-            self._done[key] = run_reference("Running the original", make, config, weights, tokens)
+            self._done[key] = run_reference("Running the original", config, weights, tokens)
         return self._done[key]
 
 
 def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
     return original.path, original.config, tokens.tobytes()
-
-
-def torch_reference(device: str = "auto", *, keep: bool = False) -> MakeReference:
-    """Makes the project's own references, on `device`; `auto` is CUDA where there is one.
-
-    With `keep`, their weights stay in memory in float32 once they are read.
-
-    Raises:
-        RequestError: see `torch_device`.
-    """
-    device = torch_device(device)
-    from rgexport.griffin.reference import Reference
-
-    return functools.partial(Reference, device=device, keep=keep)
 
 
 def torch_device(device: str = "auto") -> str:

@@ -38,7 +38,7 @@ def validate_artifacts(
     Args:
         artifacts: their paths; several are shown in one table.
         request: what to find out about each of them.
-        reference: a reference file to compare with too, or alone where there is no torch.
+        reference: a reference file to compare with too.
         json_file: where the results go as JSON.
         html_file: where the page goes.
         limits: `NAME=VALUE`, instead of the limits in `thresholds`.
@@ -74,7 +74,7 @@ def validate_artifact(
     """Compares an artifact with its dequantized reference and, where it is found, its original.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
-    is closed, the ops are compared one by one. Where there is no torch, a reference file will do.
+    is closed, the ops are compared one by one.
     `passes` are those of originals that ran before, for other artifacts.
 
     Raises:
@@ -91,9 +91,8 @@ def validate_artifact(
 def _stages(opened: Opened, passes: SharedPasses) -> int:
     """How many stages show their progress."""
     request, original = opened.request, opened.original
-    count = 1 + request.bench  # the artifact over the text
-    if opened.make is not None:
-        count += 2  # the dequantized reference, and the ops one by one
+    # The dequantized reference, the artifact over the text, and the ops one by one.
+    count = 3 + request.bench
     if original is not None:
         count += 3 if request.bisect else 2  # its pass, its weights, and each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)

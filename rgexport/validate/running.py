@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
 from rgexport.progress import amount, group, note
 from rgexport.runtimes.engine import open_session
@@ -22,7 +23,7 @@ from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference, torch_reference
+from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +60,11 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
 
 
 def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
-    """The dequantized reference and, if there is one, the original; none without torch."""
-    make, tokens = opened.make, opened.text.tokens
-    if make is None:
-        note(
-            "torch is not installed, so the dequantized reference is left out: "
-            "pip install 'rgexport[export]'"
-        )
-        return []
-    weights, config = opened.artifact.weights, opened.manifest.config
-    label = "Running the dequantized reference"
-    references = [run_reference(label, make, config, weights, tokens)]
+    """The dequantized reference and, if there is one, the original."""
+    tokens, weights, config = opened.text.tokens, opened.artifact.weights, opened.manifest.config
+    references = [run_reference("Running the dequantized reference", config, weights, tokens)]
     if opened.original is not None:
-        references.append(passes.run_reference(make, opened.original.checkpoint, tokens))
+        references.append(passes.run_reference(opened.original.checkpoint, tokens))
     return references
 
 
@@ -98,8 +91,8 @@ def _prompts(opened: Opened) -> list[Prompt] | None:
             "file that has its answers, for --reference"
         )
         return None
-    make = torch_reference(opened.request.device, keep=True)
-    return prompts_of_model(make(checkpoint.config, checkpoint.weights), opened.tokenizer)
+    model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
+    return prompts_of_model(model, opened.tokenizer)
 
 
 def _run_artifact(opened: Opened, references: list[Pass], prompts: list[Prompt] | None) -> Ran:

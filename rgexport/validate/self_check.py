@@ -17,6 +17,7 @@ from rgexport.export.checked import CheckRecord, skipped
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
 from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
@@ -25,7 +26,6 @@ from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
 from rgexport.validate.formats.expected import Schedule, expected_of
-from rgexport.validate.reference_pass import ReferenceModel, torch_reference
 from rgexport.validate.room import lack_of_room
 from rgexport.validate.text import first_tokens
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
@@ -40,7 +40,7 @@ class _Opened:
     checkpoint: Checkpoint
     schedule: Schedule
     tokens: np.ndarray
-    references: tuple[ReferenceModel, ReferenceModel]
+    references: tuple[NumpyReference, NumpyReference]
     """With the artifact's weights, dequantized, and with the checkpoint's."""
 
 
@@ -92,7 +92,6 @@ def _lack(artifact: Artifact) -> str | None:
 
 
 def _open(artifact: Artifact, checkpoint: Checkpoint) -> _Opened:
-    make = torch_reference("cpu")
     schedule = expected_of(artifact.manifest.kind).schedule(artifact.manifest)
     return _Opened(
         artifact,
@@ -100,8 +99,8 @@ def _open(artifact: Artifact, checkpoint: Checkpoint) -> _Opened:
         schedule,
         first_tokens(artifact, schedule.tokens),
         (
-            make(artifact.manifest.config, artifact.weights),
-            make(checkpoint.config, checkpoint.weights),
+            NumpyReference(artifact.manifest.config, artifact.weights),
+            NumpyReference(checkpoint.config, checkpoint.weights),
         ),
     )
 
@@ -143,7 +142,7 @@ def _judge(opened: _Opened, engine: str, compared: _Compared) -> CheckRecord:
 
 
 def _references(
-    models: Sequence[ReferenceModel], tokens: np.ndarray, rows: int
+    models: Sequence[NumpyReference], tokens: np.ndarray, rows: int
 ) -> list[np.ndarray]:
     """The logits of the last `rows` tokens, float32 [rows, vocab], of each model.
 
@@ -153,7 +152,7 @@ def _references(
     layers = sum(model.config.num_layers for model in models)
     with task("Self-check", layers, "layers") as advance, ThreadPoolExecutor() as pool:
 
-        def logits(model: ReferenceModel) -> np.ndarray:
+        def logits(model: NumpyReference) -> np.ndarray:
             def watch(*_: Any) -> None:
                 advance(1)
                 if ended.is_set():

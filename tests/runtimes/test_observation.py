@@ -9,10 +9,9 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.reference import Reference
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.sites import HEAD_SITES, sites
 from rgexport.griffin.state import POSITION, State
-from rgexport.griffin.substitution import Argument, substituted
 from rgexport.runtimes.engine import open_observer, open_session
 from rgexport.runtimes.llama_cpp import observer as llama_cpp_observer
 from rgexport.runtimes.session import Session
@@ -37,15 +36,15 @@ CASES = [
 
 def expected_values(artifact: Artifact, tokens: np.ndarray, state: State) -> dict[str, np.ndarray]:
     """Returns site → value [T, n] of the dequantized reference for tokens [T] after a state."""
-    reference = Reference(artifact.manifest.config, artifact.weights)
+    reference = NumpyReference(artifact.manifest.config, artifact.weights)
     values: dict[str, np.ndarray] = {}
 
-    def keep(site: str, op: str, argument: Argument, results: tuple[np.ndarray, ...]) -> None:
+    def keep(site: str, op: str, arguments: object, results: tuple[np.ndarray, ...]) -> None:
         values[site.removesuffix(".weight")] = results[0][0].copy()
 
-    with substituted(keep):
-        hidden, _ = reference.run(tokens[None], state)
-        reference.logits(hidden)
+    reference.look = keep
+    hidden, _ = reference.run(tokens[None], state)
+    reference.logits(hidden)
     last = values[f"layers.{reference.config.num_layers - 1}.channel_residual"]
     return values | {"last_tokens": last}
 

@@ -7,10 +7,9 @@ import pytest
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.reference import Reference
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import state_specs
-from rgexport.griffin.substitution import substituted
 from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.observation import Observation
 from rgexport.validate import metrics
@@ -33,7 +32,7 @@ GATE, MUL = "layers.2.temporal_block.rg_lru.recurrent_gate", "layers.0.mlp_block
 
 def state_after(config, weights, tokens):
     """The canonical state after tokens [T]."""
-    return Reference(config, weights).run(tokens[None])[1]
+    return NumpyReference(config, weights).run(tokens[None])[1]
 
 
 def observe(config, weights, tokens, state, faults=None) -> Observation:
@@ -43,15 +42,15 @@ def observe(config, weights, tokens, state, faults=None) -> Observation:
     """
     values: dict[str, np.ndarray] = {}
 
-    def look(site, op, argument, results):
+    def look(site, op, arguments, results):
         value = (faults or {}).get(site, lambda value: value)(results[0])
         values[site] = value[0].copy()
         return value
 
-    model = Reference(config, weights)
-    with substituted(look):
-        hidden, after = model.run(tokens[None], state)
-        model.logits(hidden)
+    model = NumpyReference(config, weights)
+    model.look = look
+    hidden, after = model.run(tokens[None], state)
+    model.logits(hidden)
     return Observation(values=values, gates={}, dtypes={}, state=after)
 
 
@@ -63,8 +62,8 @@ def observed(faults=None, tokens: np.ndarray = TOKENS) -> Observation:
 
 
 def compare(observation: Observation, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
-    manifest, model = manifest_of(CONFIG, scheme, compute), Reference(CONFIG, WEIGHTS)
-    return site_errors(model, manifest, CONFIG.window, STATE, [(TOKENS, observation)])
+    manifest, model = manifest_of(CONFIG, scheme, compute), NumpyReference(CONFIG, WEIGHTS)
+    return site_errors(model, manifest, STATE, [(TOKENS, observation)])
 
 
 def beyond(errors: list[SiteError]) -> list[str]:
@@ -105,7 +104,7 @@ def test_one_key_of_many_shows_where_the_oldest_are_amplified():
             for name, array in state.items()
         }
         calls = [(tokens[:1], observe(narrow, source, tokens[:1], without_oldest))]
-        errors = site_errors(Reference(config, source), manifest_of(config), 512, state, calls)
+        errors = site_errors(NumpyReference(config, source), manifest_of(config), state, calls)
         rms.append(next(e.rms for e in errors if e.op == "local_attention"))
     assert rms[0] < 0.01 and rms[1] > 0.15
 
@@ -114,8 +113,8 @@ def test_calls_of_several_lengths_read_every_weight_once():
     calls = [(TOKENS[-n:], observed(tokens=TOKENS[-n:])) for n in (6, 1)]
     calls[1][1].values[GATE] *= 2
     reads: list[str] = []
-    model = Reference(CONFIG, counted(WEIGHTS, reads))
-    errors = site_errors(model, manifest_of(CONFIG), CONFIG.window, STATE, calls)
+    model = NumpyReference(CONFIG, counted(WEIGHTS, reads))
+    errors = site_errors(model, manifest_of(CONFIG), STATE, calls)
     failed = [e for e in errors if not e.passed]
     assert failed[0].site == GATE and {e.length for e in failed} == {1}
     assert [e.site for e in errors if e.length == 6] == [e.site for e in errors if e.length == 1]
@@ -148,7 +147,7 @@ def rounded(part=""):
 
 
 def logits(weights) -> np.ndarray:
-    model = Reference(CONFIG, weights)
+    model = NumpyReference(CONFIG, weights)
     return model.logits(model.run(TEXT[None, :COST_TOKENS])[0])[0]
 
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tensor import WeightSource
+from rgexport.griffin.variants import Variants
 from rgexport.validate import metrics
-from rgexport.validate.reference_pass import torch_device, watched_layers
+from rgexport.validate.reference_pass import watched_layers
 
 TOKENS = 48
 """The most that are taken: a 2B has 29 variants, each of which runs over them."""
@@ -37,7 +38,6 @@ def layer_costs(
     original: WeightSource,
     dequantized: WeightSource,
     tokens: np.ndarray,
-    device: str,
 ) -> list[LayerCost]:
     """Measures every part of the model, from the embedding to the last norm.
 
@@ -46,16 +46,9 @@ def layer_costs(
         original: its weights.
         dequantized: the artifact's.
         tokens: [T], of which the first `TOKENS` are taken.
-        device: where torch runs the model.
-
-    Raises:
-        RequestError: torch is not installed, or it has no such device.
     """
-    device = torch_device(device)
-    from rgexport.griffin.variants import Variants  # torch
-
     with watched_layers("Measuring what each layer costs", original) as watched:
-        model = Variants(config, watched, dequantized, device=device)
+        model = Variants(config, watched, dequantized)
         hidden = model.run_all(tokens[:TOKENS])
     row_bytes = 4 * config.vocab_size * len(hidden)
     step = max(1, _LOGITS_BYTES // row_bytes)

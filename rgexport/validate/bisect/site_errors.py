@@ -5,18 +5,19 @@ compared with the artifact's value at that site, and the artifact's value is pas
 inherits the errors of the ops before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from rgexport.export.manifest import Manifest
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.observation import Observation
 from rgexport.validate.bisect.site_limits import SiteLimit, scan_noise, site_limit, state_limit
-from rgexport.validate.reference_pass import ReferenceModel
 
-Argument = Callable[[int], np.ndarray]
+Arguments = tuple[Any, ...]
 _STATES = {
     "causal_conv1d": ("conv1d",),
     "rg_lru_scan": ("rg_lru",),
@@ -66,7 +67,7 @@ Call = tuple[np.ndarray, Observation]
 
 
 def site_errors(
-    model: ReferenceModel, manifest: Manifest, window: int, before: State, calls: Sequence[Call]
+    model: NumpyReference, manifest: Manifest, before: State, calls: Sequence[Call]
 ) -> list[SiteError]:
     """Compares what an artifact computed with the reference, op by op.
 
@@ -74,7 +75,6 @@ def site_errors(
         model: the reference, with the artifact's weights. All calls go through one layer before
             the next is read.
         manifest: of the artifact; the limits follow from it.
-        window: the reference's.
         before: the canonical state of batch 1 that every call started from.
         calls: of unequal lengths.
 
@@ -82,9 +82,7 @@ def site_errors(
         For each call, the error of each site and state that the artifact shows, in the order of
         computation.
     """
-    from rgexport.griffin.substitution import substituted  # torch
-
-    start = int(before[POSITION][0])
+    start, window = int(before[POSITION][0]), model.config.window
     comparisons = {
         len(tokens): _Comparison(
             replace(found, state=_fitted(found.state, window)), manifest, start, len(tokens)
@@ -93,20 +91,19 @@ def site_errors(
     }
 
     def look(
-        site: str, op: str, argument: Argument, results: tuple[np.ndarray, ...]
+        site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
     ) -> np.ndarray | None:
-        return comparisons[results[0].shape[1]].look(site, op, argument, results)
+        return comparisons[results[0].shape[1]].look(site, op, arguments, results)
 
-    with substituted(look):
-        texts = [(tokens[None], _fitted(before, window)) for tokens, _ in calls]
-        passes = model.run_each(texts)
+    model.look = look
+    passes = model.run_each([(tokens[None], _fitted(before, window)) for tokens, _ in calls])
     for (_, found), (hidden, _), comparison in zip(
         calls, passes, comparisons.values(), strict=True
     ):
         # An artifact may have the head's values for the last tokens only.
         if rows := max(len(found.values.get(site, ())) for site in ("lm_head", "logits")):
-            with substituted(comparison.look):
-                model.logits(hidden[:, -rows:])
+            model.look = comparison.look
+            model.logits(hidden[:, -rows:])
     return [error for comparison in comparisons.values() for error in comparison.errors()]
 
 
@@ -133,12 +130,12 @@ class _Comparison:
         self._noise: dict[str, np.ndarray] = {}
 
     def look(
-        self, site: str, op: str, argument: Argument, results: tuple[np.ndarray, ...]
+        self, site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
     ) -> np.ndarray | None:
-        """See `griffin.substitution`."""
+        """Compares an op's results; returns what the following ops take."""
         value, *states = results
         if op == "rg_lru_scan":
-            _, _, recurrence_gate, a_param = map(argument, range(4))
+            _, _, recurrence_gate, a_param, *_ = arguments
             self._noise[site] = scan_noise(recurrence_gate, a_param)
         other = self._value(site, op, value)
         for kind, state in zip(_STATES.get(op, ()), states, strict=True):

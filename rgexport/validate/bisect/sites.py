@@ -7,12 +7,13 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import open_observer
 from rgexport.runtimes.memory import give_back
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
-from rgexport.validate.reference_pass import torch_reference, watched_layers
+from rgexport.validate.reference_pass import watched_layers
 
 _MOST = 2.0**12
 """The largest amplified value of a cache; all of them add up to three times that at most."""
@@ -51,7 +52,7 @@ def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> Site
 
 
 def look_at_sites(
-    artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray, device: str
+    artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray
 ) -> SiteReport:
     """Compares all ops in the artifact's own engine, in each of the engine's programs.
 
@@ -60,17 +61,15 @@ def look_at_sites(
         config: what it should compute: the original's, or its own where no original is known.
         state: the canonical state of batch 1 to start from, one that the artifact has come to.
         tokens: [T], of which the last ones are taken, and repeated where they are too few.
-        device: where torch runs the reference.
 
     Raises:
-        RequestError: torch or something else is missing that looking into the model takes.
+        RequestError: something is missing that looking into the model takes.
     """
-    make = torch_reference(device)
     state = with_large_state(state)
     calls = _observe(artifact, state, tokens)
     with watched_layers("Per-op check", artifact.weights) as weights:
-        model = make(config, weights)
-        errors = site_errors(model, artifact.manifest, config.window, state, calls)
+        model = NumpyReference(config, weights)
+        errors = site_errors(model, artifact.manifest, state, calls)
     seen = {site for _, found in calls for site in (*found.values, *found.gates)}
     return site_report(errors, [site for site in sites(config) if site not in seen])
 

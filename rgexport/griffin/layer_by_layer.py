@@ -1,0 +1,211 @@
+"""A model's passes over texts, one layer after the other; subclasses compute in torch or NumPy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import EMBEDDING, layer_tensors
+from rgexport.griffin.state import POSITION, State, layer_states, zero_state
+from rgexport.griffin.tensor import RowTensor, WeightSource
+
+_PIECE = 2048
+"""Tokens that go through a layer at once, which bounds the memory of its activations."""
+
+_HEAD_BYTES = 16 << 20
+"""Bytes of the stored embedding that are read at once for the head."""
+
+_NORM = "final_norm.weight"
+
+Array = Any
+"""A NumPy array, or what a subclass computes with in its place."""
+Watch = Callable[[int, int, Array], None]
+"""Takes the index of a layer, that of a text, and the residual stream [B, T, width] float32 after
+the layer."""
+RunLayer = Callable[[Array, Array, tuple[Array, Array]], tuple[Array, tuple[Array, Array]]]
+"""The residual stream [B, T, width], positions [B, T] and the two states of a layer → the stream
+and the states after it."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens from `start` up to `stop`; `kept` if the state after them is wanted."""
+
+    start: int
+    stop: int
+    kept: bool
+
+
+class LayerByLayer(ABC):
+    """A model in float32 that holds the weights of one layer at a time.
+
+    All tokens of a teacher-forced text go through one layer before the next one is read, so a
+    9B runs in the memory of one of its layers, and each weight is read once per text.
+    """
+
+    def __init__(self, config: GriffinConfig, weights: WeightSource, *, keep: bool = False):
+        """With `keep`, all weights stay in memory in float32 once they are read."""
+        self.config = config
+        self._weights = weights
+        self._keep = keep
+        self._layers: dict[int, RunLayer] = {}
+        self._head: list[tuple[int, Array]] = []
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Returns what computes: `implementation`, `device`, `dtype`, and the library's version."""
+
+    @abstractmethod
+    def _array(self, array: np.ndarray) -> Array:
+        """Brings a NumPy array to where the model computes."""
+
+    @abstractmethod
+    def _numpy(self, array: Array) -> np.ndarray:
+        """Brings an array back."""
+
+    @abstractmethod
+    def _embedding(self, ids: Array, table: Array) -> Array:
+        """Rows of `table` [n, width] for `ids` [B, T], scaled."""
+
+    @abstractmethod
+    def _build(self, index: int, weights: dict[str, Array]) -> RunLayer:
+        """Returns layer `index`; its weights are named without `layers.{index}.`."""
+
+    @abstractmethod
+    def _normalized(self, hidden: Array, weight: Array) -> Array:
+        """The last norm's output for the residual stream [B, T, width]."""
+
+    @abstractmethod
+    def _head_logits(self, hidden: Array, rows: Array) -> Array:
+        """Soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
+
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
+        """One pass over tokens [B, T], from the beginning or from a canonical state.
+
+        Returns:
+            The final norm's output [B, T, width] float32, and the canonical state after it.
+        """
+        state = zero_state(self.config, len(tokens)) if state is None else state
+        hidden, states = self.run_each([(tokens, state)])[0]
+        return hidden, states[-1]
+
+    def run_each(
+        self,
+        texts: Sequence[tuple[np.ndarray, State]],
+        *,
+        stops: Sequence[Sequence[int]] = (),
+        watch: Watch | None = None,
+    ) -> list[tuple[Array, list[State]]]:
+        """As `run`, for several texts, which may differ in length; every weight is read once.
+
+        A text goes through a layer in pieces, so that the memory for activations does not grow
+        with its length.
+
+        Args:
+            texts: tokens [B, T] and the canonical state before them.
+            stops: for each text, numbers of tokens, ascending and below T, after which the state
+                is wanted too.
+            watch: called with the residual stream after each layer.
+
+        Returns:
+            For each text, the final norm's output, and the states after the stops and the end.
+        """
+        pieces = [
+            _pieces(tokens.shape[1], stops[i] if stops else ())
+            for i, (tokens, _) in enumerate(texts)
+        ]
+        hidden = [self.embed(tokens) for tokens, _ in texts]
+        states: list[list[State]] = [[{} for p in cut if p.kept] for cut in pieces]
+        for index in range(self.config.num_layers):
+            layer = self.layer(index)
+            for i, (_, state) in enumerate(texts):
+                self._through(layer, index, state, hidden[i], pieces[i], states[i])
+                if watch is not None:
+                    watch(index, i, hidden[i])
+        for (_, state), cut, kept in zip(texts, pieces, states, strict=True):
+            for piece, after in zip((p for p in cut if p.kept), kept, strict=True):
+                after[POSITION] = state[POSITION] + piece.stop
+        weight = self._load(self._weights[_NORM])
+        return [(self._normalized(x, weight), kept) for x, kept in zip(hidden, states, strict=True)]
+
+    def _through(
+        self,
+        layer: RunLayer,
+        index: int,
+        before: State,
+        hidden: Array,
+        pieces: Sequence[_Piece],
+        kept: list[State],
+    ) -> None:
+        """Takes one text through one layer; `hidden` [B, T, width] is changed in place."""
+        names = [spec.name for spec in layer_states(self.config, index, "float32")]
+        first, second = (self._array(before[name].astype(np.float32)) for name in names)
+        wanted = iter(kept)
+        for piece in pieces:
+            positions = before[POSITION][:, None] + np.arange(piece.start, piece.stop)
+            part = hidden[:, piece.start : piece.stop]
+            part[:], (first, second) = layer(part, self._array(positions), (first, second))
+            if piece.kept:
+                after = zip(names, (first, second), strict=True)
+                next(wanted).update({name: self._numpy(array) for name, array in after})
+
+    def logits(self, hidden: Array) -> np.ndarray:
+        """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
+        logits = np.empty((*hidden.shape[:2], self.config.vocab_size), np.float32)
+        for start, rows in self.head_slabs():
+            part = self._head_logits(hidden, rows)
+            logits[..., start : start + len(rows)] = self._numpy(part)
+        return logits
+
+    def embed(self, tokens: np.ndarray) -> Array:
+        """The residual stream [B, T, width] before the first layer, of tokens [B, T]."""
+        table = self._weights[EMBEDDING]
+        ids, inverse = np.unique(tokens, return_inverse=True)
+        rows = np.concatenate([table.read(i, i + 1) for i in ids.tolist()]).astype(np.float32)
+        return self._embedding(self._array(inverse.reshape(tokens.shape)), self._array(rows))
+
+    def head_slabs(self) -> Iterable[tuple[int, Array]]:
+        """The embedding in float32, slab by slab, each with its first row's number."""
+        if self._head:
+            return self._head
+        slabs = self._weights[EMBEDDING].slabs(_HEAD_BYTES)
+        rows = ((start, self._array(slab.astype(np.float32))) for start, slab in slabs)
+        if not self._keep:
+            return rows
+        self._head = list(rows)
+        return self._head
+
+    def layer(self, index: int) -> RunLayer:
+        """One layer with its weights, which are read anew unless they are kept."""
+        if index in self._layers:
+            return self._layers[index]
+        prefix = f"layers.{index}."
+        names = layer_tensors(self.config, index)
+        weights = {name.removeprefix(prefix): self._load(self._weights[name]) for name in names}
+        layer = self._build(index, weights)
+        if self._keep:
+            self._layers[index] = layer
+        return layer
+
+    def final_norm(self, hidden: Array) -> Array:
+        """The output [B, T, width] of the norm before the head."""
+        return self._normalized(hidden, self._load(self._weights[_NORM]))
+
+    def _load(self, weight: RowTensor) -> Array:
+        """A whole weight in float32, filled slab by slab."""
+        array = np.empty(weight.shape, np.float32)
+        for start, rows in weight.slabs():
+            array[start : start + len(rows)] = rows
+        return self._array(array)
+
+
+def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
+    """Cuts `count` tokens at the stops, and after every `_PIECE` tokens between them."""
+    return [
+        _Piece(first, min(first + _PIECE, stop), first + _PIECE >= stop)
+        for start, stop in zip([0, *stops], [*stops, count], strict=True)
+        for first in range(start, stop, _PIECE)
+    ]

@@ -1,0 +1,166 @@
+"""The ops of `griffin.ops` in NumPy, all in float32; arguments and shapes are the same."""
+
+import math
+
+import numpy as np
+
+from rgexport.griffin.config import RG_LRU_C
+
+_ROWS = 256
+"""Queries that attention takes at once, so that its scores stay small."""
+_GELU = np.float32(math.sqrt(2 / math.pi))
+
+
+def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
+    """Rows of `table` [V, W] for `ids` [B, T], times `scale`."""
+    return table[ids] * np.float32(scale)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """`x / √(mean(x²) + eps) · (1 + weight)` over the last axis."""
+    mean = np.square(x).mean(-1, keepdims=True)
+    return x / np.sqrt(mean + np.float32(eps)) * (1 + weight)
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """`x · weightᵀ + bias` for x [B, T, K] and weight [N, K]."""
+    y = x.reshape(-1, x.shape[-1]) @ weight.T
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU in its tanh form."""
+    y = x * x
+    y *= np.float32(0.044715)
+    y += 1
+    y *= x
+    y *= _GELU
+    np.tanh(y, out=y)
+    y += 1
+    y *= x
+    y *= np.float32(0.5)
+    return y
+
+
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`x + y`."""
+    return x + y
+
+
+def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`x · y`."""
+    return x * y
+
+
+def causal_conv1d(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, state: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Convolves each channel over time: x [B, T, R], weight [R, 1, C], state [B, C - 1, R]."""
+    window = np.concatenate([state, x], 1)
+    y = np.broadcast_to(bias, x.shape).copy()
+    for tap in range(weight.shape[-1]):
+        y += window[:, tap : tap + x.shape[1]] * weight[:, 0, tap]
+    return y, window[:, x.shape[1] :].copy()
+
+
+def block_diagonal_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """One matrix per block of channels: x [B, T, R], weight [H, R/H, R/H] (not transposed)."""
+    blocks = x.reshape(-1, *weight.shape[:2]).swapaxes(0, 1)
+    y = np.matmul(blocks, weight) + bias[:, None]
+    return y.swapaxes(0, 1).reshape(x.shape)
+
+
+def rg_lru_scan(
+    x: np.ndarray,
+    input_gate: np.ndarray,
+    recurrence_gate: np.ndarray,
+    a_param: np.ndarray,
+    position_ids: np.ndarray,
+    state: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The RG-LRU (arXiv 2402.19427, eq. 1–4), from its gates' pre-activations on."""
+    log_a = np.float32(RG_LRU_C) * _sigmoid(recurrence_gate) * _softplus(a_param)
+    first = (position_ids == 0)[..., None]
+    a = np.where(first, np.float32(0), _exp(log_a))
+    scale = np.where(first, np.float32(1), np.sqrt(1 - _exp(2 * log_a)))
+    h = x * _sigmoid(input_gate) * scale
+    for t in range(h.shape[1]):
+        h[:, t] += a[:, t] * (h[:, t - 1] if t else state)
+    return h, h[:, -1].copy()
+
+
+def rope(
+    x: np.ndarray, position_ids: np.ndarray, head_dim: int, dims: int, theta: float
+) -> np.ndarray:
+    """Rotates the first `dims` of every head's `head_dim` dims, halves paired."""
+    half = dims // 2
+    exponents = np.arange(half, dtype=np.float32) * 2 / np.float32(dims)
+    frequencies = 1 / np.float32(theta) ** exponents
+    angles = position_ids[..., None, None].astype(np.float32) * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    heads = x.reshape(*x.shape[:-1], -1, head_dim)
+    first, second = heads[..., :half], heads[..., half:dims]
+    rotated = heads.copy()
+    rotated[..., :half] = first * cos - second * sin
+    rotated[..., half:dims] = second * cos + first * sin
+    return rotated.reshape(x.shape)
+
+
+def local_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    past_k: np.ndarray,
+    past_v: np.ndarray,
+    position_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Multi-query attention of each query to itself and the `window` keys before it."""
+    (batch, length), (window, head_dim) = q.shape[:2], past_k.shape[1:]
+    keys, values = np.concatenate([past_k, k], 1), np.concatenate([past_v, v], 1)
+    # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.
+    filled = position_ids[:, :1] + np.arange(window + length) >= window
+    out = np.empty_like(q)
+    for start in range(0, length, _ROWS):
+        rows = min(_ROWS, length - start)
+        slots = slice(start, start + window + rows)
+        query = q[:, start : start + rows].reshape(batch, -1, head_dim)  # rows, then heads
+        scores = query @ keys[:, slots].swapaxes(1, 2) * np.float32(head_dim**-0.5)
+        distance = np.arange(window + rows) - np.arange(rows)[:, None]
+        seen = (distance >= 0) & (distance <= window) & filled[:, None, slots]
+        by_row = scores.reshape(batch, rows, -1, window + rows)
+        np.copyto(by_row, -np.inf, where=~seen[:, :, None])
+        attended = _softmax(scores) @ values[:, slots]
+        out[:, start : start + rows] = attended.reshape(batch, rows, -1)
+    return out, keys[:, length:].copy(), values[:, length:].copy()
+
+
+def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
+    """`cap · tanh(x / cap)`; `x` for a cap of 0."""
+    return np.tanh(x / np.float32(cap)) * np.float32(cap) if cap else x
+
+
+# NumPy's own functions of float32 err by up to three units in the last place, torch's by one, and
+# near 1 the root √(1 - a²) makes much of that: these are computed in float64 and rounded.
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    return np.exp(x, dtype=np.float64).astype(np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # 1 / inf is the limit
+        return 1 / (1 + _exp(-x))
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.log1p(_exp(x), dtype=np.float64).astype(np.float32)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis, in place."""
+    x -= x.max(-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(-1, keepdims=True)
+    return x
