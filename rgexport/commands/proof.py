@@ -65,7 +65,7 @@ def reference(
 ) -> None:
     """Captures what the full-precision model computes, to validate artifacts without it.
 
-    With the file, `rgexport validate --reference` needs neither the model nor torch.
+    With the file, `rgexport validate --reference` does not need the model.
     """
     from rgexport.griffin.checkpoint import open_checkpoint
     from rgexport.validate.reference.capture import capture, closing_line
@@ -79,7 +79,11 @@ def reference(
 
 @click.command()
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=FOLDER)
-@click.option("--reference", type=FOLDER, help="Made by `rgexport reference`: needs no torch.")
+@click.option(
+    "--reference",
+    type=FOLDER,
+    help="Made by `rgexport reference`; it takes the place of the original.",
+)
 @click.option(
     "-m",
     "--model",

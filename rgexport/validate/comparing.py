@@ -18,14 +18,14 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
     """Compares the artifact with its references, part by part; the result has no checks yet."""
     manifest, text, tokens = opened.manifest, opened.text, len(opened.text.tokens)
     windows = tokens / manifest.config.window
-    dequantized, original = (*ran.measured.comparisons, None, None)[:2]
+    dequantized, *of_original = ran.measured.comparisons
     return Result(
         artifact=describe_artifact(opened.path, manifest),
         source=describe_source(manifest.source.name, opened.original),
         text=TextInfo(text.name, tokens, windows, text.bytes, text.truncated),
         engine=ran.info,
         twin=dequantized,
-        original=original,
+        original=of_original[0] if of_original else None,
         equivalences=ran.measured.equivalences,
         weights=_weights(opened),
         sites=_sites(opened, ran),

@@ -39,8 +39,7 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     """All checks, with their own limits."""
     manifest, limits, length = opened.manifest, opened.request.limits, result.text.tokens
     limit, counted = result.tolerance, ran.measured.counted
-    if result.twin is not None:
-        yield from _dequantized_checks(result.twin, limit, length)
+    yield from _dequantized_checks(result.twin, limit, length)
     yield Check(
         name="position", value=float(not counted), limit=0, reason="the session counts every token"
     )

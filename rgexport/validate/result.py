@@ -88,9 +88,9 @@ class TextInfo:
 class Result:
     """Everything that `validate` found; `to_dict` is its stable JSON.
 
-    `twin` is the comparison with the dequantized reference. It is None without torch, `original`
-    also without an original, and `sites` where the engine does not show its values. `weights` and
-    `layers` need the original; `layers` and `suspects` are there if they were asked for, and
+    `twin` is the comparison with the dequantized reference. `original` is None without an original,
+    and `sites` where the engine does not show its values. `weights` and `layers` need the original;
+    `layers` and `suspects` are there if they were asked for, and
     `continuations` if there is a tokenizer, and a reference file or a small original.
     `min_quality` is the grade that was asked for.
     """
@@ -99,7 +99,7 @@ class Result:
     source: SourceInfo
     text: TextInfo
     engine: SessionInfo
-    twin: Comparison | None
+    twin: Comparison
     original: Comparison | None
     equivalences: dict[str, Equivalence]
     sites: SiteReport | None

@@ -155,7 +155,7 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
     """One layer of both is read at a time."""
     reads: list[str] = []
     both = counted(WEIGHTS, reads), counted(rounded(), reads)
-    costs = layer_costs(CONFIG, *both, TEXT, device="cpu")
+    costs = layer_costs(CONFIG, *both, TEXT)
     parts = ["embed_tokens", "layers.0", "layers.1", "layers.2", "final_norm"]
     assert [cost.part for cost in costs] == parts
     layers = [name.split(".")[1] for name in reads if name.startswith("layers.")]
@@ -168,7 +168,7 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
         assert cost.standard_error == pytest.approx(metrics.kl_summary(rows).standard_error, 1e-4)
         assert cost.top1 == rows["top1"].mean()
     monkeypatch.setattr("rgexport.validate.bisect.layer_costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
-    cut = layer_costs(CONFIG, WEIGHTS, rounded(), TEXT, device="cpu")
+    cut = layer_costs(CONFIG, WEIGHTS, rounded(), TEXT)
     assert [cost.kl for cost in cut] == pytest.approx([cost.kl for cost in costs], rel=1e-5)
 
 

@@ -150,7 +150,7 @@ def _run(model: ReferenceModel, prompts: Sequence[Text], layout: Layout) -> _Run
     def watch(layer: int, place: int, stream: Any) -> None:
         start, stop = int(ends[place]) - stream.shape[1], int(ends[place])
         here = (layout.watched >= start) & (layout.watched < stop)
-        activations[here, layer] = stream[0, layout.watched[here] - start].cpu()
+        activations[here, layer] = stream[0, layout.watched[here] - start].tolist()
         advance(stop - start)
 
     total = int(ends[-1]) * config.num_layers

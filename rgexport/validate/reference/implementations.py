@@ -2,11 +2,13 @@
 
 import math
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, note
 from rgexport.runtimes.memory import available_bytes
@@ -43,7 +45,8 @@ NAMES = (OWN, *PACKAGES)
 def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
     """The constructor of an implementation, one of `NAMES`.
 
-    rgexport's own keeps its weights in memory where they fit, unless `low_memory` forbids it.
+    rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers.
+    It keeps its weights in memory where they fit, unless `low_memory` forbids it.
 
     Raises:
         RequestError: a package is missing, there is no such device, or another implementation is
@@ -53,8 +56,9 @@ def choose_implementation(name: str, device: str, low_memory: bool) -> MakeRefer
         raise RequestError(
             f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
         )
-    device = torch_device(device)
-    return _own(device, low_memory) if name == OWN else _packaged(name, device)
+    if name == OWN:
+        return _own(cuda_or_cpu(device), low_memory)
+    return _packaged(name, torch_device(device))
 
 
 def _packaged(name: str, device: str) -> MakeReference:
@@ -80,15 +84,24 @@ def _packaged(name: str, device: str) -> MakeReference:
     return make
 
 
-def _own(device: str, low_memory: bool) -> MakeReference:
-    from rgexport.griffin.reference import Reference
+def cuda_or_cpu(device: str) -> str:
+    """A device for rgexport's own reference, which takes torch only on a GPU."""
+    if device == "cpu" or (device == "auto" and find_spec("torch") is None):
+        return "cpu"
+    return torch_device(device)
 
+
+def _own(device: str, low_memory: bool) -> MakeReference:
     def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
         needed = float32_bytes(config)
         free = None if low_memory else _free_bytes(device)
         keep = free is not None and ROOM * needed + WORKING_BYTES <= free
         if not low_memory and not keep:
             note(f"{amount(needed)} of weights do not fit into memory: one layer at a time")
+        if device == "cpu":
+            return NumpyReference(config, weights, keep=keep)
+        from rgexport.griffin.reference import Reference
+
         return Reference(config, weights, device=device, keep=keep)
 
     return make

@@ -42,16 +42,16 @@ _STATE_MEASURE = "after so many tokens, relative to the largest value"
 
 def charts(r: Result) -> Iterator[Chart]:
     """All of a result, without those of the ops and of the reference file."""
-    if sides := sides_of(r):
-        yield _kl_chart(r)
-        yield _agreement_chart(r)
-        if any(side.drift and side.states for _, side in sides):
-            yield drift_chart(r)
-        if r.twin is not None and r.twin.drift:
-            title = f"Drift from the {LABELS['twin']}, by kind of state"
-            yield from kinds_chart(title, _with_end(r, r.twin), _state_limit(r, "limit"))
-        if any(side.states for _, side in sides):
-            yield _layer_state_chart(r)
+    sides = sides_of(r)
+    yield _kl_chart(r)
+    yield _agreement_chart(r)
+    if any(side.drift and side.states for _, side in sides):
+        yield drift_chart(r)
+    if r.twin.drift:
+        title = f"Drift from the {LABELS['twin']}, by kind of state"
+        yield from kinds_chart(title, _with_end(r, r.twin), _state_limit(r, "limit"))
+    if any(side.states for _, side in sides):
+        yield _layer_state_chart(r)
     yield from _weight_chart(r.weights or [])
 
 

@@ -21,7 +21,6 @@ from rgexport.validate.report.result_tables import (
     itself_table,
     logits_table,
     prompt_cells,
-    sides_of,
     sketch_table,
 )
 from rgexport.validate.report.words import (
@@ -30,7 +29,6 @@ from rgexport.validate.report.words import (
     answers_of,
     bits_words,
     counted_checks,
-    dequantized_words,
     doubt_words,
     mean_kl,
     not_passed,
@@ -111,7 +109,6 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "first_beyond": None if sites is None else sites.first,
         "tiles": list(_tiles(r)),
         "speed": speed_words(r),
-        "dequantized": dequantized_words(r),
         "source": source_words(r),
         "texts": [(one, *answers_of(one)) for one in r.continuations or []],
         "suspects": _suspects(r.suspects or []),
@@ -119,11 +116,11 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "ops": None if sites is None else op_bars(sites.errors),
         "site_charts": [] if sites is None else list(site_charts(sites)),
         "costs": _cost_bars(r.layers or []),
-        "numbers": logits_table(r) if sides_of(r) else None,
+        "numbers": logits_table(r),
         "itself": itself_table(r),
         "file": None if file is None else _file_view(file),
         "weights": None if r.weights is None else _weights_view(r.weights),
-        "worst": None if compared is None else compared.worst,
+        "worst": compared.worst,
         "worst_against": LABELS["twin" if r.original is None else "original"],
     }
     there = found | {"compared": r, "checks": r, "files": r}
@@ -166,10 +163,9 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
             from_to = f"from {found.perplexity:.4g} to {found.perplexity_candidate:.4g}"
             more = 100 * (found.perplexity_candidate / found.perplexity - 1)
             yield "perplexity", f"{more:+.2g} %", from_to, "original"
-    if r.twin is not None:
-        limit = r.tolerance.at(r.text.tokens).rms
-        against = f"to the dequantized reference, limit {number(limit)}"
-        yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
+    limit = r.tolerance.at(r.text.tokens).rms
+    against = f"to the dequantized reference, limit {number(limit)}"
+    yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
 
 
 def _suspects(suspects: Sequence[Suspect]) -> Table | None:

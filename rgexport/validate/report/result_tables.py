@@ -37,8 +37,7 @@ E = TypeVar("E", bound=SketchError | WeightError)
 
 def sides_of(r: Result) -> list[tuple[str, Comparison]]:
     """The comparisons with models, by their fields' names."""
-    sides = ("twin", r.twin), ("original", r.original)
-    return [(name, side) for name, side in sides if side is not None]
+    return [("twin", r.twin)] + ([] if r.original is None else [("original", r.original)])
 
 
 def cost_of(r: Result) -> Compared | None:

@@ -34,7 +34,6 @@ from rgexport.validate.report.words import (
     check_words,
     counted_checks,
     counted_verdicts,
-    dequantized_words,
     doubt_words,
     not_passed,
     number,
@@ -87,10 +86,8 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
     yield from _head(r)
     if r.reference is not None:
         yield from _warnings(r.reference)
-    if r.twin or r.original or r.reference:
-        yield summary_table(r)
-    if r.twin is not None:
-        yield _MEANING
+    yield summary_table(r)
+    yield _MEANING
     yield from _answers(sorted(r.continuations or [], key=lambda one: one.common)[:1])
     if r.layers is not None or r.suspects:
         yield ""
@@ -103,11 +100,9 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
 def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
     yield from _head(r)
     yield ""
-    if sides_of(r):
-        yield logits_table(r)
+    yield logits_table(r)
     yield itself_table(r)
-    if r.twin is not None:
-        yield state_table(r.twin.states)
+    yield state_table(r.twin.states)
     if any(side.drift for _, side in sides_of(r)):
         yield drift_table(r)
     yield from bisect_tables(r.sites, r.layers, r.suspects or ())
@@ -132,8 +127,6 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}"
     yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"original: {source_words(r)}"
-    if r.twin is None:
-        yield f"dequantized reference: {dequantized_words(r)}"
 
 
 def _quality(r: Result) -> Iterator[str]:
@@ -210,7 +203,7 @@ def _first_layer(found: AgainstFile) -> Iterator[str]:
 
 def _next_step(results: Sequence[Result], page: Path | None) -> str:
     failed = next((r for r in results if r.verdict != "PASS"), None)
-    if failed is not None and failed.suspects is None and failed.twin is not None:
+    if failed is not None and failed.suspects is None:
         artifact = as_argument(Path(failed.artifact.path))
         return f"To find where it goes wrong: rgexport validate {artifact} --bisect"
     if page is not None:

@@ -130,13 +130,6 @@ def value_words(check: Check) -> str:
     return plus_minus(check.value, check.margin) if check.margin else number(check.value)
 
 
-def dequantized_words(r: Result) -> str:
-    """What the dequantized reference is, or why it is missing."""
-    if r.twin is None:
-        return "left out, it takes torch (pip install 'rgexport[export]')"
-    return "the original's mathematics in float32, with the artifact's own weights"
-
-
 def source_words(r: Result) -> str:
     """Which original it was compared with."""
     if not r.source.found and r.reference is not None:

@@ -12,7 +12,6 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate import opening
 from rgexport.validate.checks import TENSOR_CHECKS
 from rgexport.validate.metrics import agreement, compare_logits
 from rgexport.validate.opening import Request
@@ -135,12 +134,10 @@ def test_states_and_layers_are_held_against_the_file(clean, reference, kind, low
     assert {error.worst_position for error in layers} <= set(reference.header.watched)
 
 
-def test_the_first_layer_that_leaves_is_named(spoil, reference, monkeypatch, capsys):
-    """Without torch, from the file alone."""
+def test_the_first_layer_that_leaves_is_named(spoil, reference, capsys):
     folder = spoil("fp32", weight=("layers.1.mlp_block.up_proj.weight", 1.02))
     _, errors = look(folder, reference)
     assert [error.layer for error in errors if not error.passed] == [1, 2]
-    monkeypatch.setattr(opening, "find_spec", lambda name: None)
     validate_artifacts([folder], Request(bisect=True), reference=reference.path)
     assert "layer 1 is the first whose residual stream leaves" in capsys.readouterr().out
 

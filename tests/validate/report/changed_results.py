@@ -32,9 +32,9 @@ def ambiguous(result):
     return with_first_check(result, value=0.25, margin=0.04, limit=0.27)
 
 
-def without_torch(result):
+def of_a_file_alone(result):
     """The result of a reference file alone."""
-    missing = ("twin", "original", "sites", "weights", "layers", "suspects", "speed")
+    missing = ("original", "sites", "weights", "layers", "suspects", "speed")
     source = {"source.found": False, "source.path": None}
     return changed(result, dict.fromkeys((*missing, "reference.layers")) | source)
 

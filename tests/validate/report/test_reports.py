@@ -94,7 +94,7 @@ def alone(clean) -> Result:
 
 @pytest.fixture(scope="module", params=["one", "several"])
 def page(request, result, alone) -> Page:
-    made = changes.with_nan, changes.without_torch, changes.ambiguous
+    made = changes.with_nan, changes.of_a_file_alone, changes.ambiguous
     several = [result, alone, *(change(result) for change in made)]
     one = [changes.with_site_beyond(result)]
     return Page(render_page(one if request.param == "one" else several))
@@ -188,7 +188,7 @@ def test_the_numbers_are_those_of_the_result(result):
 
 
 def test_a_reference_file_is_shown_alone_and_beside_the_original(result, monkeypatch):
-    text = Page(render_page([changes.without_torch(result)])).text
+    text = Page(render_page([changes.of_a_file_alone(result)])).text
     assert "of KL per token, by the reference file" in text and "Against the reference" in text
     for prompt in result.reference.prompts:
         assert f"{prompt.name} {prompt.tokens:,} {prompt.kl:.3g}" in text
