@@ -50,7 +50,9 @@ def nightly(*names: str) -> list[object]:
 def output(command: Sequence[object], **environment: str) -> list[str]:
     """Returns the lines that a program prints; it must not fail."""
     variables = os.environ | environment
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=variables, timeout=900
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stderr == ""
     return done.stdout.splitlines()
