@@ -4,8 +4,7 @@
 
 The sound model (by default the demo) is exported in all formats, and so is every wrong one of
 `bench.wrong_models`; each artifact is held against the sound model in three ways: by a reference
-file alone, as a machine without torch does it; with the model; and by the self-check. Prints a row
-for each; exit code 1 if a wrong one passes anywhere, or a sound one does not. `--trained-on` is
+file alone; with the model; and by the self-check. Prints a row for each; exit code 1 if a wrong one passes anywhere, or a sound one does not. `--trained-on` is
 another trained checkpoint of the same shape, such as `bench.trained_on` makes. Formats that are not
 asked for keep what an earlier run found (`out/bench/verdicts.json`).
 """
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
 
 from bench.run import FOLDER
 from bench.sweep import EXPORTS, Export
@@ -33,7 +31,6 @@ from rgexport.griffin.sizes import DEMO
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.tables import Table, render
-from rgexport.validate import opening
 from rgexport.validate.checks import Check
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture
@@ -77,8 +74,7 @@ class Judges:
     def judge(self, wrong: str, artifact: str, path: Path) -> Iterator[Verdict]:
         """All ways of asking."""
         label = partial(Verdict, wrong, artifact)
-        with mock.patch.object(opening, "find_spec", return_value=None):
-            alone = validate_artifact(path, Request(reference=self.reference, max_tokens=16))
+        alone = validate_artifact(path, Request(reference=self.reference, max_tokens=16))
         assert alone.reference is not None
         yield label("reference", alone.verdict, *_deciding(alone.checks), alone.reference.kl.mean)
         both = validate_artifact(path, Request(model=str(self.sound.path), max_tokens=TOKENS))

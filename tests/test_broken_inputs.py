@@ -193,7 +193,6 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "second artifact": ("validate sound nowhere", "nowhere"),
     "no artifact given": ("validate", "ARTIFACT"),
     "another model": ("validate sound -m other", "embed_tokens.weight has shape"),
-    "unknown device": ("validate sound --device tpu", "tpu"),
 }
 
 

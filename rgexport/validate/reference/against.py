@@ -1,4 +1,4 @@
-"""Compares an artifact with a reference file: the cost of compression, measured without torch."""
+"""Compares an artifact with a reference file: the cost of compression, without the original."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

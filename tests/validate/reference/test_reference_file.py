@@ -203,7 +203,7 @@ def test_another_implementation_goes_on_from_our_states(impl, package, shape):
     pytest.importorskip(package)
     weights = weight_source(random_weights(ODD_CONFIGS[shape]))
     model = choose_implementation(impl, "cpu", False)(ODD_CONFIGS[shape], weights)
-    own, rng = Reference(model.config, weights), np.random.default_rng(5)
+    own, rng = NumpyReference(model.config, weights), np.random.default_rng(5)
     window, vocab = own.config.window, own.config.vocab_size
     lengths = (1, 2, window - 1, window, 40)
     before = [own.run(rng.integers(0, vocab, (1, length)))[1] for length in lengths]
