@@ -4,9 +4,10 @@
 
 The sound model (by default the demo) is exported in all formats, and so is every wrong one of
 `bench.wrong_models`; each artifact is held against the sound model in three ways: by a reference
-file alone; with the model; and by the self-check. Prints a row for each; exit code 1 if a wrong one passes anywhere, or a sound one does not. `--trained-on` is
-another trained checkpoint of the same shape, such as `bench.trained_on` makes. Formats that are not
-asked for keep what an earlier run found (`out/bench/verdicts.json`).
+file alone; with the model; and by the self-check. Prints a row for each; exit code 1 if a wrong one
+passes anywhere, or a sound one does not. `--trained-on` is another trained checkpoint of the same
+shape, such as `bench.trained_on` makes. Formats that are not asked for keep what an earlier run
+found (`out/bench/verdicts.json`).
 """
 
 import argparse
