@@ -1,7 +1,4 @@
-"""DeepMind's implementation, the oracle of the tests.
-
-It is imported when it is first called, because jax and flax come with it.
-"""
+"""DeepMind's implementation, the oracle of the tests, imported when called: it brings jax."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

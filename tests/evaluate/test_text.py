@@ -10,6 +10,7 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
+from rgexport.evaluate.page import render_page
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites import noise, text
@@ -148,7 +149,10 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
     assert "Memory, copying" in shown
     page = (target / "evaluation.html").read_text()
     assert "<svg" in page and "<script" not in page and "Loss by position" in page
-    original, artifact, _ = json.loads((target / "evaluation.json").read_text())["models"]
+    result = json.loads((target / "evaluation.json").read_text())
+    result["environment"]["cpu"] = "right \u202e left"
+    assert "\u202e" not in render_page(result, "evaluation.json")
+    original, artifact, _ = result["models"]
     first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
     gap = artifact["differences"]["text"]["domains"][0]["nll"]
     assert gap["value"] == pytest.approx(second["nll"][0] - first["nll"][0])

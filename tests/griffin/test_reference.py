@@ -1,7 +1,4 @@
-"""The references against DeepMind's implementation, torch's recurrence, and gradients of ops.
-
-`tests/compress` compares the gradients of whole models with DeepMind's.
-"""
+"""The references against DeepMind's implementation, torch's recurrence, and gradients of ops."""
 
 import sys
 from importlib.util import find_spec

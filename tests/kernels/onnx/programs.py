@@ -128,6 +128,11 @@ def fastest(folder: Path, sanitizer: str) -> None:
 
 
 @kept()
+def processors(folder: Path) -> None:
+    _compile(COMPILER, folder, "processors", "-O1", INCLUDED / "ranges.cpp")
+
+
+@kept()
 def two_tables(folder: Path) -> None:
     _compile(COMPILER, folder, "two_tables", "-O1", "-ldl")
 

@@ -1,5 +1,6 @@
 """The library: how it is built, the variables that control it, its sessions, and other releases."""
 
+import functools
 import json
 import os
 import re
@@ -93,6 +94,14 @@ def test_an_op_that_was_another_one_in_the_file_s_version_runs_its_body(worker):
     older.opset_import[1].version = VERSION
     with pytest.raises(Exception, match="RgLruScan"):
         worker.submit(run_model, older.SerializeToString(), case)
+
+
+@programs.needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a process to processors")
+def test_work_is_shared_among_the_processors_of_the_process():
+    program = programs.processors() / "processors"
+    bind = functools.partial(os.sched_setaffinity, 0, [min(os.sched_getaffinity(0))])
+    assert subprocess.check_output([program], preexec_fn=bind, text=True) == "1\n"
 
 
 @built

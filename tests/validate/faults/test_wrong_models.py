@@ -35,11 +35,6 @@ def reference(original, tmp_path_factory):
     return read_reference(target)
 
 
-def judged_by(path, reference):
-    """What `validate --reference` says."""
-    return validate_artifact(path, Request(reference=reference, max_tokens=8))
-
-
 @pytest.mark.parametrize("kind", map(case, QUANTIZED))
 @pytest.mark.parametrize(
     "fault",
@@ -48,7 +43,7 @@ def judged_by(path, reference):
 def test_altered_weights_are_found_in_every_way(fault, kind, original, copy, reference):
     """And the tensor is named; the right weights pass."""
     path, request = copy(kind), Request(model=str(original), reference=reference, max_tokens=16)
-    sound = judged_by(path, reference)
+    sound = validate_artifact(path, Request(reference=reference, max_tokens=8))
     assert sound.verdict == "PASS", [check for check in sound.checks if not check.passed]
     SPOILED[fault](path)
     result = validate_artifact(path, request)
@@ -70,7 +65,7 @@ def test_another_model_is_found_in_every_way(wrong, original, reference, tmp_pat
     weights |= WRONG_WEIGHTS[wrong](CONFIG, weights)
     model = write_hugging_face(CONFIG, weights, tmp_path / "model", dtype="bfloat16")
     path = export("onnx-int4", open_checkpoint(model), tmp_path / "artifact")
-    alone = judged_by(path, reference)
+    alone = validate_artifact(path, Request(reference=reference, max_tokens=8))
     result = validate_artifact(path, Request(model=str(original), max_tokens=16))
     for found in (alone, result):
         failed = [check for check in found.checks if check.outcome == "FAIL"]
