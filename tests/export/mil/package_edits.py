@@ -1,7 +1,4 @@
-"""Edits of a package and of its files.
-
-The packages are edited with coremltools' own messages, as any tool would.
-"""
+"""Edits of a package and of its files, with coremltools' own messages."""
 
 import struct
 from collections.abc import Callable

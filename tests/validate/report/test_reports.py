@@ -174,6 +174,7 @@ def test_the_numbers_are_those_of_the_result(result):
     assert f"KL {result.original.kl.mean:.3g} ± " in tiles
     assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in tiles
     assert "123 tokens/s one by one, 5,679 of a prompt of 128" in text
+    assert f"Checks and their limits {len(result.checks)} checks " in text
     for check in result.checks:
         margin = f" ± {check.margin:.1g}" if check.margin else ""
         assert f"{check.name} {check.value:.3g}{margin} {check.limit:.3g} PASS" in text
