@@ -26,8 +26,7 @@ ANYWHERE = {*"errors files formats printing processors progress tables web __ini
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
-    *(f"griffin/{name}.py" for name in "gradients ops reference scan step".split()),
-    *(f"griffin/{name}.py" for name in ("triton_scan",)),
+    *(f"griffin/{name}.py" for name in "gradients ops reference scan step triton_scan".split()),
     *(f"validate/reference/{name}_model.py" for name in "deepmind hugging_face".split()),
     *("validate/reference/whole_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }

@@ -36,7 +36,7 @@ from rgexport.quantize.calibration_format import (
     arrays_of,
 )
 from rgexport.runtimes.cluster import Cluster
-from rgexport.validate.reference_pass import torch_device
+from rgexport.validate.reference.implementations import torch_device
 
 SUFFIX = ".calibration"
 BUILT_IN = Path(__file__).with_name("text.txt")

@@ -1,7 +1,5 @@
 """The reference in torch: the step model with real weights, one layer at a time."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,8 +7,7 @@ from torch import Tensor
 from rgexport import __version__
 from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer_by_layer import LayerByLayer, Watch
-from rgexport.griffin.state import State
+from rgexport.griffin.layer_by_layer import LayerByLayer
 from rgexport.griffin.step import Layer, RMSNorm
 from rgexport.griffin.tensor import WeightSource
 
@@ -34,21 +31,8 @@ class Reference(LayerByLayer):
         self.device = torch.device(device)
         turn_off_tf32(self.device)
 
-    @torch.inference_mode()
-    def run_each(
-        self,
-        texts: Sequence[tuple[np.ndarray, State]],
-        *,
-        stops: Sequence[Sequence[int]] = (),
-        watch: Watch | None = None,
-    ) -> list[tuple[Tensor, list[State]]]:
-        """Makes a pass without gradients."""
-        return super().run_each(texts, stops=stops, watch=watch)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> np.ndarray:
-        """Computes without gradients."""
-        return super().logits(hidden)
+    run_each = torch.inference_mode()(LayerByLayer.run_each)
+    logits = torch.inference_mode()(LayerByLayer.logits)
 
     def layer(self, index: int) -> Layer:
         """One layer with its weights, which has gradients."""

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
@@ -49,9 +48,6 @@ class ReferenceModel(Protocol):
     def logits(self, hidden: Any) -> np.ndarray:
         """Hidden states [B, t, width] → logits [B, t, vocab] float32."""
         ...
-
-
-MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 
 @dataclass(frozen=True)
@@ -127,29 +123,6 @@ class SharedPasses:
 
 def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
     return original.path, original.config, tokens.tobytes()
-
-
-def torch_device(device: str = "auto") -> str:
-    """A device that torch can use; `auto` is CUDA where there is one.
-
-    Raises:
-        NotInstalled: there is no torch.
-        RequestError: it has no such device.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise NotInstalled(
-            "this needs torch for the reference model: pip install 'rgexport[export]'"
-        ) from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
-    return device
 
 
 def _watched(tensor: RowTensor, advance: Advance) -> RowTensor:

@@ -14,7 +14,7 @@ from rgexport.evaluate.suites.episodes import TASKS, words_of
 from rgexport.griffin.checkpoint import demo_folder
 
 VOCAB, GOLDEN = 400, (5**0.5 - 1) / 2
-NO_WORDS = SimpleNamespace(tokenizer=None, bos=())  # A subject without a tokenizer
+NO_WORDS = SimpleNamespace(tokenizer=None, bos=())  # a subject without a tokenizer
 
 
 class Remembering:

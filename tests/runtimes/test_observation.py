@@ -1,8 +1,5 @@
 """The values of every engine's observer at the sites, against the step model's."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -134,13 +131,6 @@ def test_it_computes_what_a_session_computes(kind, precision, in_half, tmp_path)
         assert distance(observed.values["logits"], logits[0]) <= limit
         for name, array in session.get_state().items():
             assert distance(observed.state[name], array) <= limit
-
-
-def test_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact, _ = EXPORTS["onnx"](ODD_CONFIGS["attention_only"], tmp_path)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(RequestError, match=r"pip install 'rgexport\[export\]'"):
-        open_observer(artifact)
 
 
 @needs_llama_cpp

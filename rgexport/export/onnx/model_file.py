@@ -20,7 +20,12 @@ from rgexport.files.regular_file import read_regular
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*"), "function": (25, "Function*")},
     "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
-    "Function": {"node": (7, "Node*")},
+    "Function": {
+        "name": (1, "bytes"),
+        "input": (4, "bytes*"),
+        "output": (5, "bytes*"),
+        "node": (7, "Node*"),
+    },
     "Graph": {
         "node": (1, "Node*"),
         "initializer": (5, "Tensor*"),
@@ -31,6 +36,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Node": {
         "input": (1, "bytes*"),
         "output": (2, "bytes*"),
+        "name": (3, "bytes"),
         "op_type": (4, "bytes"),
         "attribute": (5, "Attribute*"),
         "domain": (7, "bytes"),

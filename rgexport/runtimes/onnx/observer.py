@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import parse_model, read_graph
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.observation import LENGTHS, Observation, observed
@@ -28,7 +28,7 @@ class OrtObserver:
         """Opens the graph with its sites as outputs.
 
         Raises:
-            RequestError: `onnx` is missing, or ONNX Runtime cannot open the model.
+            RequestError: ONNX Runtime cannot open the model.
         """
         wanted = sites(artifact.manifest.config)
         graph, self._names = observed_graph(artifact.file(MODEL_FILE), wanted)
@@ -45,47 +45,35 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
     """A model without its weights that also returns the values of `wanted` sites, and their names.
 
     Values are named after their sites. Sites whose op was merged into another one are missing.
-
-    Raises:
-        RequestError: the package `onnx` is missing.
     """
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise RequestError(
-            "observing an ONNX artifact needs onnx: pip install 'rgexport[export]'"
-        ) from None
-    model = onnx.load(path, load_external_data=False)
+    model = parse_model(read_graph(path))
     graph = model.graph
     _show_gelu(model)
     computed = {name for node in graph.node for name in node.output}
     outputs = {value.name for value in graph.output}
-    names = [site for site in wanted if site in computed]
-    known = {value.name: value for value in graph.value_info}
+    names = [site for site in wanted if site.encode() in computed]
     for name in names:
-        if name not in outputs:
-            graph.output.append(known.get(name, onnx.ValueInfoProto(name=name)))
+        if name.encode() not in outputs:
+            graph.output.add(name=name.encode())
     return model.SerializeToString(), names
 
 
 def _show_gelu(model: Any) -> None:
     """Replaces each GeluMul by its body, in which the result of gelu has the name of its site."""
-    bodies = {function.name: function for function in model.functions}
+    bodies = {function.name: function for function in model.function}
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
-        if node.op_type != "GeluMul" or node.op_type not in bodies:
+        if node.op_type != b"GeluMul" or node.op_type not in bodies:
             model.graph.node.append(node)
             continue
         body = bodies[node.op_type]
         renamed = dict(zip((*body.input, *body.output), (*node.input, *node.output), strict=True))
-        block = node.output[0].rpartition(".")[0]
-        renamed[body.node[0].output[0]] = f"{block}.gelu"
+        block = node.output[0].rpartition(b".")[0]
+        renamed[body.node[0].output[0]] = block + b".gelu"
         for inner in body.node:
             copy = model.graph.node.add()
             copy.CopyFrom(inner)
-            copy.name = f"{node.name}/{inner.name}"
+            copy.name = node.name + b"/" + inner.name
             for names in (copy.input, copy.output):
                 names[:] = [renamed[name] for name in names]

@@ -1,24 +1,28 @@
 """Which implementation computes a reference: rgexport's own, or another package's."""
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, note
 from rgexport.runtimes.memory import available_bytes
-from rgexport.validate.reference_pass import MakeReference, ReferenceModel, torch_device
+from rgexport.validate.reference_pass import ReferenceModel
 
 OWN = "rgexport"
 ROOM = 1.25
 """Free memory that a whole model takes, as a multiple of its float32 weights, …"""
 WORKING_BYTES = 2 << 30
 """… and for activations."""
+
+
+MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 
 class _Package(NamedTuple):
@@ -57,7 +61,7 @@ def choose_implementation(name: str, device: str, low_memory: bool) -> MakeRefer
             f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
         )
     if name == OWN:
-        return _own(cuda_or_cpu(device), low_memory)
+        return _own(_cuda_or_cpu(device), low_memory)
     return _packaged(name, torch_device(device))
 
 
@@ -84,7 +88,30 @@ def _packaged(name: str, device: str) -> MakeReference:
     return make
 
 
-def cuda_or_cpu(device: str) -> str:
+def torch_device(device: str = "auto") -> str:
+    """A device that torch can use; `auto` is CUDA where there is one.
+
+    Raises:
+        NotInstalled: there is no torch.
+        RequestError: it has no such device.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise NotInstalled(
+            "this needs torch for the reference model: pip install 'rgexport[export]'"
+        ) from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
+    return device
+
+
+def _cuda_or_cpu(device: str) -> str:
     """A device for rgexport's own reference, which takes torch only on a GPU."""
     if device == "cpu" or (device == "auto" and find_spec("torch") is None):
         return "cpu"

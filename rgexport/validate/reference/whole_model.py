@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.reference import Watch, describe_device, turn_off_tf32
+from rgexport.griffin.layer_by_layer import Watch
+from rgexport.griffin.reference import describe_device, turn_off_tf32
 from rgexport.griffin.state import POSITION, State, layer_states, zero_state
 from rgexport.griffin.tensor import RowTensor
 

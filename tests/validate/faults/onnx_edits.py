@@ -8,6 +8,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import parse_model
 from rgexport.runtimes.onnx.observer import _show_gelu
 from tests.validate.conftest import claim
 
@@ -29,7 +30,9 @@ def flat(edit: Edit = lambda model: None) -> Edit:
     """
 
     def edit_flat(model: onnx.ModelProto) -> None:
-        _show_gelu(model)
+        parsed = parse_model(model.SerializeToString())
+        _show_gelu(parsed)
+        model.ParseFromString(parsed.SerializeToString())
         model.CopyFrom(inliner.inline_local_functions(model))
         edit(model)
 
