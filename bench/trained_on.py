@@ -39,6 +39,7 @@ def train(steps: int, target: Path) -> None:
     import sentencepiece
     import torch
     import trainer
+    from episodes import Episodes
     from model import Griffin, Shape
     from safetensors.torch import load_file
 
@@ -47,7 +48,7 @@ def train(steps: int, target: Path) -> None:
     documents = [text[start : start + LENGTH] for start in range(0, len(text), LENGTH)]
     pieces = demo / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
-    tokens = data.encode(processor, dict.fromkeys(data.MIXTURE, documents))
+    tokens = data.encode(processor, {"python": documents})
     torch.manual_seed(0)
     model = Griffin(Shape())
     weights: dict[str, Any] = load_file(demo / "model.safetensors")
@@ -55,7 +56,9 @@ def train(steps: int, target: Path) -> None:
         {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
     )
     target.mkdir(parents=True, exist_ok=True)
-    run = trainer.Trainer(model, tokens, target / "checkpoint.pt", seed=1)
+    stage = data.Stage({"python": 1.0}, minutes=0)
+    episodes = Episodes(demo, tokens["python"])  # not in the mixture
+    run = trainer.Trainer(model, stage, tokens, episodes, target / "checkpoint.pt", seed=[1])
     for step in range(steps):
         print(f"step {step + 1}: loss {run.step(RATE):.3f}", flush=True)
     export.write(model, pieces, target)

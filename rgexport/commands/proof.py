@@ -104,6 +104,12 @@ def reference(
 @click.option("--bisect", is_flag=True, help="Also rank the layers by cost, and name suspects.")
 @click.option("--bench", is_flag=True, help="Also measure tokens per second.")
 @click.option(
+    "--reproduce", is_flag=True, help="Encode the original's weights again; every level must agree."
+)
+@click.option(
+    "--calibration", type=FOLDER, help="With --reproduce: what the weights were encoded with."
+)
+@click.option(
     "--allow-ambiguous", is_flag=True, help="Exit code 0 also if the verdict is AMBIGUOUS."
 )
 @click.option(
@@ -125,6 +131,8 @@ def validate(
     max_tokens: int | None,
     bisect: bool,
     bench: bool,
+    reproduce: bool,
+    calibration: Path | None,
     min_quality: Any,
     allow_foreign: bool,
     **files: Any,
@@ -145,6 +153,8 @@ def validate(
         max_tokens=max_tokens,
         bisect=bisect,
         bench=bench,
+        reproduce=reproduce,
+        calibration=calibration,
         min_quality=min_quality,
         allow_foreign=allow_foreign,
     )

@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 
 from rgexport.compress.items import Item
-from rgexport.compress.stored_weights import stored
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
@@ -23,6 +22,7 @@ from rgexport.processors import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Palette, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.quantize.stored_weights import stored
 
 _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""

@@ -10,7 +10,6 @@ from rgexport.compress.items import items_of, plan_of
 from rgexport.compress.layouts import FormatLayouts
 from rgexport.compress.losses import Losses
 from rgexport.compress.measure import Divergence, Original
-from rgexport.compress.stored_weights import quantized
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import amount, group, task
@@ -19,6 +18,7 @@ from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.quantize.stored_weights import quantized
 
 _ATTEMPTS = 4
 """Plans that are measured, at most, until one costs what was asked for."""

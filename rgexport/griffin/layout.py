@@ -65,6 +65,12 @@ def input_site(name: str) -> str | None:
     return f"layers.{index}.{all_ops()[_USERS[local][0]].reads}"
 
 
+def linear_inputs(config: GriffinConfig) -> dict[str, str]:
+    """Every linear's weight, and the embedding as the head, with the site of its inputs."""
+    sites = {name: input_site(name) for name in model_tensors(config)}
+    return {name: site for name, site in sites.items() if site is not None}
+
+
 def role_of(name: str) -> Role:
     """The role of a tensor by its canonical name."""
     return _GLOBAL[name][1] if name in _GLOBAL else _USERS[name.split(".", 2)[2]][1]

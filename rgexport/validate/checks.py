@@ -15,10 +15,12 @@ TENSOR_CHECKS = (
     "reference.row",
     "reference.shift",
     "reference.projection",
+    "reference.output",
     "weights.max_steps",
     "weights.noise",
     "weights.shift",
     "weights.projection",
+    "weights.output",
 )
 """Kinds of checks that are made of single tensors; the tensor's name is in the check's name."""
 NAMES = (
@@ -36,6 +38,8 @@ NAMES = (
     "reference.kl",
     "reference.finite",
     *TENSOR_CHECKS,
+    "cost",
+    "reproduced",
     "sites",
 )
 """What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a

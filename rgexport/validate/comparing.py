@@ -1,7 +1,10 @@
 """Compares what needs no session of the artifact: weights, ops, layers."""
 
 from rgexport.errors import RequestError
+from rgexport.export.verified import hash_new_files
 from rgexport.progress import note
+from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.environment import environment
 from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
@@ -11,6 +14,7 @@ from rgexport.validate.result import Result, TextInfo, describe_artifact, descri
 from rgexport.validate.running import Ran
 from rgexport.validate.speed import measure_speed
 from rgexport.validate.thresholds import tolerance
+from rgexport.validate.weights.reproduced import Reproduced, reproduce
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 
 
@@ -27,7 +31,9 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         twin=dequantized,
         original=of_original[0] if of_original else None,
         equivalences=ran.measured.equivalences,
-        weights=_weights(opened),
+        weights=_weights(opened, ran),
+        cost=ran.cost,
+        reproduced=_reproduced(opened),
         sites=_sites(opened, ran),
         layers=_layers(opened),
         suspects=None,
@@ -41,12 +47,26 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
     )
 
 
-def _weights(opened: Opened) -> list[WeightError] | None:
+def _weights(opened: Opened, ran: Ran) -> list[WeightError] | None:
     if opened.original is None:
         return None
     original, stored = opened.original.checkpoint.weights, opened.artifact.weights
     manifest = opened.manifest
-    return weight_errors(original, stored, manifest.tensors, weighted=manifest.weighted)
+    return weight_errors(
+        original, stored, manifest.tensors, weighted=manifest.weighted, inputs=ran.inputs
+    )
+
+
+def _reproduced(opened: Opened) -> list[Reproduced] | None:
+    if opened.original is None or not opened.request.reproduce:
+        return None
+    checkpoint = opened.original.checkpoint
+    statistics: StatisticsOf = no_statistics
+    if opened.request.calibration is not None:
+        calibration = open_calibration(opened.request.calibration)
+        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
+        statistics = Calibrated(calibration, checkpoint.config)
+    return reproduce(opened.artifact, checkpoint.weights, statistics)
 
 
 def _sites(opened: Opened, ran: Ran) -> SiteReport | None:

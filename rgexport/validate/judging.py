@@ -16,6 +16,7 @@ from rgexport.validate.result import Result
 from rgexport.validate.running import Ran
 from rgexport.validate.states import Drift
 from rgexport.validate.thresholds import Tolerance
+from rgexport.validate.weights.reproduced import reproduced_checks
 from rgexport.validate.weights.weight_limits import weight_checks
 
 
@@ -51,6 +52,15 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
         yield from _original_checks(manifest, result.original, limits)
     if result.weights is not None:
         yield from weight_checks(result.weights)
+    if result.reproduced is not None:
+        yield from reproduced_checks(result.reproduced)
+    if result.cost is not None:
+        yield Check(
+            name="cost",
+            value=result.cost.ratio,
+            limit=thresholds.MOST_COST,
+            reason="KL of the weights, in units of what rounding to nearest costs in their layout",
+        )
     if result.reference is not None:
         yield from file_checks(result.reference, manifest, limits)
 

@@ -34,6 +34,8 @@ class Request:
         limits: instead of those in `thresholds`, see `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
+        reproduce: whether to encode the original's weights again, to compare every level.
+        calibration: the file of the calibration that the weights were encoded with, for that.
         min_quality: the lowest grade that will do; None where any will.
         allow_foreign: whether a graph with ops that rgexport does not write may run.
     """
@@ -46,6 +48,8 @@ class Request:
     limits: Mapping[str, float] = field(default_factory=dict)
     bisect: bool = False
     bench: bool = False
+    reproduce: bool = False
+    calibration: Path | None = None
     min_quality: GradeName | None = None
     allow_foreign: bool = False
 
@@ -89,6 +93,11 @@ def open_all(path: Path, request: Request) -> Opened:
     )
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
     original = find_original(manifest, request.model, request.adapter)
+    if request.reproduce and original is None:
+        raise RequestError(
+            f"--reproduce encodes the original's weights again, but the original "
+            f"({manifest.source.name}) was not given; pass it with -m"
+        )
     if original is not None:
         _warn_of_differences(original)
     elif request.reference is None:

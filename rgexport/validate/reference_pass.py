@@ -17,6 +17,7 @@ from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance, task
 from rgexport.validate.states import checkpoints, recent
+from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
 
 
 class ReferenceModel(Protocol):
@@ -54,13 +55,15 @@ class ReferenceModel(Protocol):
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states after some numbers of tokens, reduced by `states.recent`.
+    `drift` has the states after some numbers of tokens, reduced by `states.recent`. `inputs` are
+    mixtures of what the linears took.
     """
 
     model: ReferenceModel
     hidden: Any
     state: State
     drift: dict[int, State]
+    inputs: Mixtures
 
     def logits(self, start: int, stop: int) -> np.ndarray:
         """Logits [stop - start, vocab] float32 of these positions."""
@@ -85,10 +88,12 @@ def run_reference(
     """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
     stops = checkpoints(len(tokens))
     with watched_layers(label, weights) as watched:
+        model, recorder = NumpyReference(config, watched), MixtureRecorder(config, len(tokens))
+        model.look = recorder.look
         text = (tokens[None], zero_state(config, 1))
-        ((hidden, states),) = NumpyReference(config, watched).run_each([text], stops=[stops])
+        ((hidden, states),) = model.run_each([text], stops=[stops])
     drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
-    return Pass(NumpyReference(config, weights), hidden, states[-1], drift)
+    return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
 
 
 @contextmanager

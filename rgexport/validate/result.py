@@ -25,9 +25,11 @@ from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.rounding_cost import RoundingCost
 from rgexport.validate.source import Original
 from rgexport.validate.speed import Speed
 from rgexport.validate.thresholds import Tolerance
+from rgexport.validate.weights.reproduced import Reproduced
 from rgexport.validate.weights.weight_errors import WeightError
 
 SCHEMA_VERSION = 1
@@ -89,8 +91,8 @@ class Result:
     """Everything that `validate` found; `to_dict` is its stable JSON.
 
     `twin` is the comparison with the dequantized reference. `original` is None without an original,
-    and `sites` where the engine does not show its values. `weights` and `layers` need the original;
-    `layers` and `suspects` are there if they were asked for, and
+    and `sites` where the engine does not show its values. `weights`, `cost` and `layers` need the
+    original; `reproduced`, `layers` and `suspects` are there if they were asked for, and
     `continuations` if there is a tokenizer, and a reference file or a small original.
     `min_quality` is the grade that was asked for.
     """
@@ -104,6 +106,8 @@ class Result:
     equivalences: dict[str, Equivalence]
     sites: SiteReport | None
     weights: list[WeightError] | None
+    cost: RoundingCost | None
+    reproduced: list[Reproduced] | None
     layers: list[LayerCost] | None
     suspects: list[Suspect] | None
     reference: AgainstFile | None

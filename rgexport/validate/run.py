@@ -94,7 +94,8 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     # The dequantized reference, the artifact over the text, and the ops one by one.
     count = 3 + request.bench
     if original is not None:
-        count += 3 if request.bisect else 2  # its pass, its weights, and each layer
+        # Its pass, rounding to nearest, its weights, and each layer.
+        count += 3 + request.bisect + request.reproduce
         count -= passes.has(original.checkpoint, opened.text.tokens)
     count += asks_original(opened)
     if request.reference is not None:

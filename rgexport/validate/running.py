@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from rgexport.errors import NotInstalled
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
 from rgexport.progress import amount, group, note
@@ -24,6 +25,8 @@ from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
+from rgexport.validate.rounding_cost import RoundingCost, rounding_cost
+from rgexport.validate.weights.input_mixtures import Mixtures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Ran:
         info: what ran the artifact.
         measured: over the text.
         against_file: the comparison with the reference file.
+        cost: of the weights beside rounding to nearest, where there is an original.
+        inputs: mixtures of what the original's linears took, where there is an original.
         continuations: of the reference file's prompts, or of those that a small original continued.
         before: the session's states before some of the file's positions, to compare each layer.
     """
@@ -41,6 +46,8 @@ class Ran:
     info: SessionInfo
     measured: Measurement
     against_file: AgainstFile | None = None
+    cost: RoundingCost | None = None
+    inputs: Mixtures | None = None
     continuations: list[Continuation] | None = None
     before: dict[int, State] = field(default_factory=dict)
 
@@ -56,7 +63,10 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     references = _run_references(opened, passes)
     prompts = _prompts(opened)
     ran = _run_artifact(opened, references, prompts)
-    return replace(ran, measured=with_continuations(ran.measured, references))
+    ran = replace(ran, measured=with_continuations(ran.measured, references))
+    if opened.original is None:
+        return ran
+    return replace(ran, inputs=references[1].inputs, cost=_cost(opened, *references))
 
 
 def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
@@ -66,6 +76,16 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
     if opened.original is not None:
         references.append(passes.run_reference(opened.original.checkpoint, tokens))
     return references
+
+
+def _cost(opened: Opened, dequantized: Pass, original: Pass) -> RoundingCost | None:
+    assert opened.original is not None
+    manifest, checkpoint = opened.manifest, opened.original.checkpoint
+    try:
+        return rounding_cost(manifest, checkpoint, original, dequantized, opened.text.tokens)
+    except NotInstalled as error:
+        note(f"the weights' cost is not compared with that of rounding to nearest: {error}")
+        return None
 
 
 def asks_original(opened: Opened) -> bool:

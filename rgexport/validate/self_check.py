@@ -28,6 +28,7 @@ from rgexport.validate.checks import Check
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.room import lack_of_room
 from rgexport.validate.text import first_tokens
+from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
@@ -46,12 +47,13 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Ran:
-    """Logits of the last tokens, float32 [positions, vocab]."""
+    """Logits of the last tokens, float32 [positions, vocab]; mixtures of the linears' inputs."""
 
     dequantized: np.ndarray
     original: np.ndarray
     artifact: np.ndarray
     engine: str
+    inputs: Mixtures
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,11 @@ def _open(artifact: Artifact, checkpoint: Checkpoint) -> _Opened:
 
 def _run(opened: _Opened) -> _Ran:
     tokens, schedule = opened.tokens, opened.schedule
+    recorder = MixtureRecorder(opened.checkpoint.config, len(tokens))
+    opened.references[1].look = recorder.look
     dequantized, original = _references(opened.references, tokens, schedule.positions)
-    return _Ran(dequantized, original, *_candidate(opened.artifact, tokens, schedule))
+    artifact, engine = _candidate(opened.artifact, tokens, schedule)
+    return _Ran(dequantized, original, artifact, engine, recorder.mixtures)
 
 
 def _compare(opened: _Opened, ran: _Ran) -> _Compared:
@@ -122,6 +127,7 @@ def _compare(opened: _Opened, ran: _Ran) -> _Compared:
             opened.artifact.weights,
             manifest.tensors,
             weighted=manifest.weighted,
+            inputs=ran.inputs,
         ),
     )
 

@@ -111,6 +111,8 @@ to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weig
 ones is checked in `weights.weight_limits`. Against a reference file, it is taken over the positions
 that have all logits: the prompts' last ones, and others between.
 """
+MOST_COST = 2.0
+"""KL of an artifact's weights to the original, in units of what rounding to nearest costs."""
 _GGML_STORAGE = {
     "f32": "float32",
     "f16": "float16",

@@ -19,7 +19,7 @@ from rgexport.compress.measure import Original
 from rgexport.compress.plan_file import is_plan
 from rgexport.compress.planning import Planner, Target
 from rgexport.compress.quantize import PlanOptions, make_plan, page_of
-from rgexport.compress.stored_weights import quantized
+from rgexport.quantize.stored_weights import quantized
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf

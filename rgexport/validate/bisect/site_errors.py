@@ -15,7 +15,13 @@ from rgexport.export.manifest import Manifest
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.observation import Observation
-from rgexport.validate.bisect.site_limits import SiteLimit, scan_noise, site_limit, state_limit
+from rgexport.validate.bisect.site_limits import (
+    GAIN,
+    SiteLimit,
+    scan_noise,
+    site_limit,
+    state_limit,
+)
 
 Arguments = tuple[Any, ...]
 _STATES = {
@@ -41,7 +47,8 @@ class SiteError:
             of the channels that forget faster, since the others show how exp was rounded.
         limit_rms: the most that `rms` may be.
         limit_median: the most that `median` may be.
-        excess: the larger one of both in units of its limit; infinite where the artifact has
+        gain: ⟨reference, Δ⟩ / ⟨reference, reference⟩: 0.05 where all values are 5 % too large.
+        excess: the largest of the three in units of its limit; infinite where the artifact has
             values that are not finite.
     """
 
@@ -54,6 +61,7 @@ class SiteError:
     median: float
     limit_rms: float
     limit_median: float
+    gain: float
     excess: float
 
     @property
@@ -121,7 +129,7 @@ def _fitted(state: State, window: int) -> State:
 
 
 class _Comparison:
-    """Compares while the reference runs; keeps two sums for each channel of each site."""
+    """Compares while the reference runs; keeps three sums for each channel of each site."""
 
     def __init__(self, found: Observation, manifest: Manifest, start: int, length: int):
         self._found, self._manifest = found, manifest
@@ -171,11 +179,12 @@ class _Comparison:
     ) -> None:
         ref, other = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
         with np.errstate(invalid="ignore", over="ignore"):
-            squares = np.stack([((other - ref) ** 2).sum(0), (ref**2).sum(0)])
+            delta = other - ref
+            squares = np.stack([(delta**2).sum(0), (ref**2).sum(0), (ref * delta).sum(0)])
         self._sums.setdefault(key, []).append(squares)
 
     def _error(self, site: str, op: str, state: str | None, squares: np.ndarray) -> SiteError:
-        delta, norm = squares
+        delta, norm, along = squares
         noise = self._noise.get(site, np.zeros(len(norm)))
         steady = ~(noise > np.median(noise))  # all channels where there is no noise, or a NaN
         limit = self._limit(site, op, state)
@@ -184,7 +193,8 @@ class _Comparison:
             rms = _ratio(delta, norm)
             ratios = delta[steady] / np.where(norm == 0, 1, norm)[steady]
             median = float(np.sqrt(np.median(ratios)))
-        excess = max(rms / limit.rms, median / limit.median)
+        gain = float(along.sum() / (norm.sum() or 1))
+        excess = max(rms / limit.rms, median / limit.median, abs(gain) / min(limit.rms, GAIN))
         return SiteError(
             site=site,
             op=op,
@@ -195,6 +205,7 @@ class _Comparison:
             median=median,
             limit_rms=limit.rms,
             limit_median=limit.median,
+            gain=gain,
             excess=excess if np.isfinite(rms + median) else float("inf"),
         )
 

@@ -69,6 +69,10 @@ int8: a linear's inputs, too. The rms error of a block is max |x| / 440. For nor
 440 = 1.3 % and √256 / 440 = 3.6 %. The result may be a third of what its terms add up to at random.
 """
 
+GAIN = 0.02
+"""The most that all values of an op may be too large or too small together: rounding, even to
+int8, has no direction. Measured: up to 0.003."""
+
 HALF = {
     "embedding": 0.0,
     "rms_norm": 0.0,

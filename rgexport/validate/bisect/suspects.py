@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rgexport.griffin.layout import site_of
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
+from rgexport.validate.bisect.site_limits import GAIN
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.checks import Check
 
@@ -91,10 +92,14 @@ def _from_sites(beyond: Sequence[SiteError]) -> Iterator[_Finding]:
 def site_evidence(error: SiteError) -> str:
     """A sentence for people."""
     what = "" if error.state is None else f"the state {error.state} after it: "
-    by_rms = error.rms / error.limit_rms >= error.median / error.limit_median
-    measure, value = ("rms", error.rms) if by_rms else ("median", error.median)
+    shares = {
+        f"rms error {error.rms:.3g}": error.rms / error.limit_rms,
+        f"median error {error.median:.3g}": error.median / error.limit_median,
+        f"all values are off by {error.gain:+.2%}": abs(error.gain) / GAIN,
+    }
+    largest = max(shares, key=lambda measure: shares[measure])
     return (
-        f"{what}{measure} error {value:.3g}, {error.excess:.3g} times its limit "
+        f"{what}{largest}, {error.excess:.3g} times its limit "
         f"({error.length} token{'s' if error.length > 1 else ''})"
     )
 

@@ -20,9 +20,10 @@ from rgexport.files.hashing import FileRecord
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.layout import linear_inputs, model_tensors
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.griffin.tensor import WeightSource
+from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.continuations import continue_greedily
@@ -34,17 +35,22 @@ from rgexport.validate.reference.reference_file import (
     PromptRecord,
     checkpoint_name,
     checkpoint_specs,
+    inputs_name,
     is_reference,
+    outputs_name,
     sketch_name,
     state_name,
     stored_shape,
     write_reference,
 )
-from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.text import Text
-from rgexport.validate.weights.sketch import sketch
+from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
+from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
 
 GREEDY_TOKENS = 32
+MIXED_TOKENS = 256
+"""The most tokens whose inputs of linears are mixed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def capture(
         window=checkpoint.config.window,
         file=prompts,
     )
-    expect_stages(5 if tokenizer else 4)
+    expect_stages(6 if tokenizer else 5)
     require_sound(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
     detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
@@ -110,7 +116,8 @@ def capture(
     header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
     arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
     arrays |= _state_arrays(header, run.states)
-    arrays |= sketch_arrays(checkpoint.config, checkpoint.weights)
+    longest = max(chosen, key=lambda prompt: len(prompt.tokens))
+    arrays |= sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
     write_reference(target, header, arrays | {"activations": run.activations}, force=force)
     return target
 
@@ -178,16 +185,43 @@ def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str
     return arrays
 
 
-def sketch_arrays(config: GriffinConfig, weights: WeightSource) -> dict[str, np.ndarray]:
-    """Sketches of all tensors that an artifact may hold, and the sums of their squares."""
+def sketch_arrays(
+    config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Sketches of all tensors that an artifact may hold, and the sums of their squares.
+
+    Linears are sketched by mixtures of their inputs over the first of tokens [T], too.
+    """
     names = list(model_tensors(config))
-    found, squares = {}, []
+    sites, mixtures = linear_inputs(config), _record_mixtures(config, weights, tokens)
+    arrays = {inputs_name(site): mixture for site, mixture in mixtures.items()}
+    squares = []
     with task("Sketching the weights", sum(weights[name].nbytes for name in names)) as advance:
         for name in names:
-            found[sketch_name(name)], square = sketch(weights[name])
+            arrays[sketch_name(name)], square = sketch(weights[name])
             squares.append(square)
+            if name in sites:
+                arrays[outputs_name(name)] = _outputs(weights[name], mixtures[sites[name]])
             advance(weights[name].nbytes)
-    return found | {"squares": np.array(squares)}
+    return arrays | {"squares": np.array(squares)}
+
+
+def _record_mixtures(config: GriffinConfig, weights: WeightSource, tokens: np.ndarray) -> Mixtures:
+    """Runs a model over the first of tokens [T] and returns mixtures of its linears' inputs."""
+    tokens = tokens[:MIXED_TOKENS]
+    recorder = MixtureRecorder(config, len(tokens))
+    with watched_layers("Recording inputs", weights) as watched:
+        model = NumpyReference(config, watched)
+        model.look = recorder.look
+        model.run(tokens[None])
+    return recorder.mixtures
+
+
+def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
+    """Products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
+    slabs = weight.slabs(SLAB_BYTES)
+    products = [mixed(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
+    return np.concatenate(products).astype(np.float32)
 
 
 def _records(

@@ -19,6 +19,8 @@ residual stream after each layer is there.
 | `checkpoints.{prompt}.{state}` | [C, …], canonical | after `PromptRecord.checkpoints` tokens |
 | `activations` | [A, layers, width] | float32, at the positions `Header.watched` |
 | `weights.{tensor}` | see `weights.sketch.SketchShape` | float32: a sketch of the checkpoint's |
+| `inputs.{site}` | [4, K] | float32: mixtures of a linear's inputs, see `weights.input_mixtures` |
+| `outputs.{tensor}` | [rows, 4] | float32: products of the checkpoint's rows with those |
 | `squares` | [tensors], in the order of `griffin.layout` | float64: Σ W² of each |
 
 Checkpoints have no keys and values: those of a whole window are 33 MB in a 2B, and a prompt's last
@@ -201,6 +203,14 @@ class ReferenceFile:
         """The sketch of a tensor, [rows, width] float32; see `weights.sketch`."""
         return self.arrays[sketch_name(tensor)].whole()
 
+    def inputs(self, site: str) -> np.ndarray:
+        """Mixtures of the inputs that linears take from a site, [m, K] float32."""
+        return self.arrays[inputs_name(site)].whole()
+
+    def outputs(self, tensor: str) -> np.ndarray:
+        """Products of a linear's weights with the mixtures of its inputs, [rows, m] float32."""
+        return self.arrays[outputs_name(tensor)].whole()
+
     def square(self, tensor: str) -> float:
         """Σ W² of a tensor."""
         index = list(model_tensors(self.header.config)).index(tensor)
@@ -210,6 +220,16 @@ class ReferenceFile:
 def sketch_name(tensor: str) -> str:
     """The array with the sketch of a tensor."""
     return f"weights.{tensor}"
+
+
+def inputs_name(site: str) -> str:
+    """The array with mixtures of the inputs from a site."""
+    return f"inputs.{site}"
+
+
+def outputs_name(tensor: str) -> str:
+    """The array with products of a tensor and the mixtures of its inputs."""
+    return f"outputs.{tensor}"
 
 
 def state_name(prompt: int, spec: StateSpec) -> str:

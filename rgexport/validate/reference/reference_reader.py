@@ -12,7 +12,7 @@ from rgexport.export.manifest_reader import check_config
 from rgexport.export.typed_json import Mismatch, parse, read
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.file_rows import file_rows
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import RowTensor
@@ -27,15 +27,18 @@ from rgexport.validate.reference.reference_file import (
     ReferenceFile,
     checkpoint_name,
     checkpoint_specs,
+    inputs_name,
+    outputs_name,
     sketch_name,
     state_name,
     stored_shape,
 )
+from rgexport.validate.weights.input_mixtures import MIXTURES
 from rgexport.validate.weights.sketch import sketch_shape
 
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""
-_STREAMED = "full.logits", "kept.logits", "states.", "checkpoints."
+_STREAMED = "full.logits", "kept.logits", "states.", "checkpoints.", "inputs.", "outputs."
 """Beginnings of the names of large arrays of finite numbers."""
 _ANY = -1
 """A length that does not follow from the header."""
@@ -158,6 +161,10 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
     for name, tensor in model_tensors(header.config).items():
         sketched = sketch_shape(tensor.shape)
         yield sketch_name(name), ("F32", (sketched.rows, sketched.width))
+    for name, site in linear_inputs(header.config).items():
+        rows, columns = model_tensors(header.config)[name].shape
+        yield outputs_name(name), ("F32", (rows, MIXTURES))
+        yield inputs_name(site), ("F32", (MIXTURES, columns))
     yield "squares", ("F64", (len(model_tensors(header.config)),))
     if header.watched:
         shape = len(header.watched), header.config.num_layers, header.config.width

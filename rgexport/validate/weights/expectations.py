@@ -37,6 +37,8 @@ FEEDBACK_NOISE = 8.0
 
 Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
 """
+OUTPUT_NOISE = 1.5
+"""‖(Ŵ−W)X‖² in units of what rounding to nearest makes: no algorithm may be much worse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Expectation:
         shrinks: how much smaller weights become, at least and at most, in units of the relative
             squared error: 0 for unbiased rounding, 1 for the least squared error.
         projection: how far the projection may be from that, besides its own uncertainty.
+        output_noise: the limit of the noise of the linear's outputs for the inputs of a text.
         weighted: whether some weights count more than others.
     """
 
@@ -64,6 +67,7 @@ class Expectation:
     row_noise: float = NOISE
     shrinks: tuple[float, float] = (0.0, 0.0)
     projection: float = 0.004
+    output_noise: float = OUTPUT_NOISE
     weighted: bool = False
 
     @property

@@ -14,12 +14,14 @@ import numpy as np
 
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.row_groups import StoredGroup, groups_of
+from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
+from rgexport.validate.weights.input_mixtures import expected_noise, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, SketchShape, sketch_shape, square_sum
-from rgexport.validate.weights.steps import is_quantized, rows_together, shown_rounding
+from rgexport.validate.weights.steps import is_quantized, rows_together, shown_steps
 from rgexport.validate.weights.weight_errors import of_each_tensor, ratio
 
 _KEPT = 2.0**-22
@@ -30,8 +32,8 @@ _KEPT = 2.0**-22
 class SketchError:
     """How far the stored Ŵ is from W, as estimated from a sketch of W.
 
-    `relative_error`, `projection`, `noise`, `shift`, `weighted` and `chosen` are as
-    in `weight_errors.WeightError`.
+    `relative_error`, `projection`, `noise`, `shift`, `output_noise`, `weighted` and `chosen` are
+    as in `weight_errors.WeightError`.
 
     Attributes:
         directions: products that are known of each row; None where the row itself is.
@@ -54,6 +56,7 @@ class SketchError:
     projection: float
     noise: float
     shift: float
+    output_noise: float | None
     worst_row: float
     evenness: float
     largest_share: float
@@ -104,6 +107,18 @@ def sketch_errors(
     return list(chain.from_iterable(found))
 
 
+@dataclass(frozen=True)
+class _KnownOutputs:
+    """Mixtures [m, K] of a linear's inputs, and the original's outputs [rows, m] for them."""
+
+    mixtures: np.ndarray
+    outputs: np.ndarray
+
+    def of_rows(self, rows: slice | np.ndarray) -> "_KnownOutputs":
+        """The same for some of the rows, a mask or indices."""
+        return _KnownOutputs(self.mixtures, self.outputs[rows])
+
+
 @dataclass
 class _Sums:
     """Sums over rows that are stored by one scheme, and maxima."""
@@ -118,6 +133,8 @@ class _Sums:
     most_expected: float = 0.0
     original: float = 0.0
     along: float = 0.0
+    output: float = 0.0
+    expected_output: float = 0.0
 
     def add(
         self,
@@ -126,12 +143,13 @@ class _Sums:
         shape: SketchShape,
         name: str,
         stored: StoredTensor,
+        known: _KnownOutputs | None,
     ) -> None:
-        """Adds rows of the stored weights, and the sketch of the same rows of the original."""
+        """Adds rows of the stored weights, and what is known of the same rows of the original."""
         with np.errstate(invalid="ignore", over="ignore"):
-            delta = shape.project(rows) - original
-            error, (rounding, steps) = shape.squares(delta), shown_rounding(name, rows, stored)
-            expected = rounding + shape.squares(original * _KEPT)
+            delta, steps = shape.project(rows) - original, shown_steps(name, rows, stored)
+            error = shape.squares(delta)
+            expected = steps.rounding(shape.columns) + shape.squares(original * _KEPT)
             shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
             self.worst_row = float(np.maximum(self.worst_row, shares.max()))
             self.original += float(shape.squares(original).sum())
@@ -141,7 +159,11 @@ class _Sums:
         self.expected_square += float(np.square(expected).sum())
         self.most_expected = max(self.most_expected, float(expected.max()))
         self.moved += float(shape.sums(delta).sum())
-        self.steps += steps
+        if known is not None:
+            moved = mixed(rows, known.mixtures) - known.outputs
+            self.output += float(np.square(moved).sum())
+            self.expected_output += expected_noise(steps, known.mixtures)
+        self.steps += steps.total(shape.columns)
         self.square += square_sum(rows)
 
     def use_square(self, original: float) -> None:
@@ -162,6 +184,7 @@ def _errors(
 ) -> list[SketchError]:
     """One error for each row group."""
     shape, sketch, groups = sketch_shape(stored.shape), reference.sketch(name), groups_of(stored)
+    known = _known_outputs(name, reference, stored)
     sums, first = [_Sums() for _ in groups], 0
     for rows in _slabs(weights, shape, rows_together(stored.scheme)):
         stop = first + len(rows)
@@ -169,7 +192,8 @@ def _errors(
         for group, total in zip(groups, sums, strict=True):
             chosen = group.chosen(first, stop)
             if len(some := rows[chosen]):
-                total.add(some, original[chosen], shape, name, group.stored)
+                outputs = known and known.of_rows(slice(first, stop)).of_rows(chosen)
+                total.add(some, original[chosen], shape, name, group.stored, outputs)
         first = stop
         advance(rows.nbytes)
     if len(groups) == 1:
@@ -178,6 +202,16 @@ def _errors(
         _summary(name, group, shape, total, weighted)
         for group, total in zip(groups, sums, strict=True)
     ]
+
+
+def _known_outputs(
+    name: str, reference: ReferenceFile, stored: StoredTensor
+) -> _KnownOutputs | None:
+    """What a file has of a quantized linear; None for all other tensors."""
+    site = input_site(name)
+    if site is None or not is_quantized(stored.scheme):
+        return None
+    return _KnownOutputs(reference.inputs(site), reference.outputs(name))
 
 
 def _slabs(weights: RowTensor, shape: SketchShape, together: int) -> Iterator[np.ndarray]:
@@ -193,6 +227,7 @@ def _summary(
 ) -> SketchError:
     scheme = group.stored.scheme
     key = expectation_key(scheme, weighted)
+    is_linear = input_site(name) is not None and is_quantized(scheme)
     return SketchError(
         name=name,
         scheme=group.label,
@@ -205,6 +240,7 @@ def _summary(
         projection=1 + ratio(found.along, found.original),
         noise=ratio(found.error, found.expected),
         shift=ratio(found.moved, found.steps),
+        output_noise=ratio(found.output, found.expected_output) if is_linear else None,
         worst_row=found.worst_row,
         evenness=ratio(found.expected**2, found.expected_square),
         largest_share=ratio(found.most_expected, found.expected),

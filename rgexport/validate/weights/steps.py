@@ -70,13 +70,18 @@ class StepSizes:
             return rest
         return _smaller(rest, error - (np.clip(nearest, -self.limit, self.limit) - w))
 
-    def rounding(self, columns: int) -> np.ndarray:
+    def rounding(self, columns: int, squares: np.ndarray | None = None) -> np.ndarray:
         """Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
 
-        An error that is uniform within half a step has the variance step²/12.
+        An error that is uniform within half a step has the variance step²/12. With the `squares`
+        [columns] of inputs, each column's share is multiplied with its square.
         """
-        square = np.square(self._levels(), dtype=np.float64)
-        return square.sum(1) * (columns / square.shape[1] / 12)
+        steps = np.square(self._levels(), dtype=np.float64)
+        if squares is None:
+            return steps.sum(1) * (columns / steps.shape[1] / 12)
+        if steps.shape[1] == 1:
+            return steps[:, 0] * (squares.sum() / 12)
+        return np.asarray(np.einsum("nk,k->n", steps, squares / 12))
 
     def total(self, columns: int) -> float:
         """Σ step over all weights."""
@@ -127,23 +132,18 @@ def step_sizes(
     )
 
 
-def shown_rounding(
-    name: str, dequantized: np.ndarray, stored: StoredTensor
-) -> tuple[np.ndarray, float]:
-    """Σ step²/12 of each row, and Σ step, from an artifact's weights [rows, columns] alone.
+def shown_steps(name: str, dequantized: np.ndarray, stored: StoredTensor) -> StepSizes:
+    """The steps of an artifact's weights [rows, columns], from these alone.
 
     The original weights are not needed: where levels are even, the outermost ones of a block tell
     their distance.
     """
-    columns = dequantized.shape[1]
     if isinstance(stored.scheme, Affine):
-        exact, counts = _affine_steps(dequantized, stored.scheme)
-        return np.square(exact, dtype=np.float64) @ (counts / 12), float((exact @ counts).sum())
+        exact, _ = _affine_steps(dequantized, stored.scheme)
+        return StepSizes(_spread(exact, stored.scheme.block or dequantized.shape[1], dequantized))
     if isinstance(stored.scheme, Palette):
-        steps = StepSizes(_palette_gaps(dequantized, stored.scheme))
-    else:
-        steps = step_sizes(name, dequantized, stored)
-    return steps.rounding(columns), steps.total(columns)
+        return StepSizes(_palette_gaps(dequantized, stored.scheme))
+    return step_sizes(name, dequantized, stored)
 
 
 def rows_together(scheme: Scheme) -> int:

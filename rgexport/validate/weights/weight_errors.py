@@ -18,9 +18,11 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.row_groups import StoredGroup, groups_of
+from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
 from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
+from rgexport.validate.weights.input_mixtures import Mixtures, output_noise
 from rgexport.validate.weights.steps import is_quantized, rows_together, step_sizes
 
 _SLAB_BYTES = 1 << 20
@@ -40,6 +42,7 @@ class WeightError:
         scheme: its label; that of a row group, where the tensor has several.
         quantized: whether it is stored as integers or indices.
         values: weights in all.
+        rows: of the matrix.
         relative_error: ‖W−Ŵ‖/‖W‖.
         projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
         clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
@@ -48,6 +51,8 @@ class WeightError:
             only blocks, rows or groups of rows, the largest root mean square of one of them.
         noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
         shift: Σ(Ŵ−W) in units of Σ step: about 0.
+        output_noise: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
+            text; None where they are not known, or the weights are no linear's.
         weighted: whether an importance matrix says which weights may be further off.
         searched: whether levels were chosen for the least squared error, so that some weights clip
             and all are a little too small.
@@ -59,12 +64,14 @@ class WeightError:
     scheme: str
     quantized: bool
     values: int
+    rows: int
     relative_error: float
     projection: float
     clipping: float
     max_steps: float
     noise: float
     shift: float
+    output_noise: float | None = None
     weighted: bool = False
     searched: bool = False
     grouped: bool = False
@@ -77,6 +84,7 @@ def weight_errors(
     tensors: Mapping[str, StoredTensor],
     *,
     weighted: bool = False,
+    inputs: Mixtures | None = None,
 ) -> list[WeightError]:
     """Compares all `tensors` of an artifact, two at a time, in slabs.
 
@@ -87,11 +95,23 @@ def weight_errors(
         dequantized: the artifact's own.
         tensors: how each of them is stored; all must be in both sources, in the same shape.
         weighted: whether the artifact was made with an importance matrix, or a calibration.
+        inputs: mixtures of the linears' inputs, where they are known.
     """
 
     def measure(name: str, advance: Advance) -> list[WeightError]:
-        stored = tensors[name]
-        return _tensor_errors(name, original[name], dequantized[name], stored, weighted, advance)
+        stored, mixtures = tensors[name], (inputs or {}).get(input_site(name) or "")
+        groups = groups_of(stored)
+        sums = [
+            _Sums(group, expectation_key(group.stored.scheme, weighted), mixtures)
+            for group in groups
+        ]
+        for start, w, other in _slabs(original[name], dequantized[name], stored):
+            for group, total in zip(groups, sums, strict=True):
+                chosen = group.chosen(start, start + len(w))
+                if len(rows := w[chosen]):
+                    total.add(rows, other[chosen], name)
+            advance(w.nbytes)
+        return [total.error(name) for total in sums]
 
     return list(chain.from_iterable(of_each_tensor("Comparing weights", tensors, measure)))
 
@@ -121,32 +141,14 @@ def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) ->
             )
 
 
-def _tensor_errors(
-    name: str,
-    original: RowTensor,
-    dequantized: RowTensor,
-    stored: StoredTensor,
-    weighted: bool,
-    advance: Advance,
-) -> list[WeightError]:
-    """Compares two tensors of one shape in row slabs: one error for each row group."""
-    groups = groups_of(stored)
-    sums = [_Sums(group, expectation_key(group.stored.scheme, weighted)) for group in groups]
-    for start, w, found in _slabs(original, dequantized, stored):
-        for group, total in zip(groups, sums, strict=True):
-            chosen = group.chosen(start, start + len(w))
-            if len(rows := w[chosen]):
-                total.add(rows, found[chosen], name)
-        advance(w.nbytes)
-    return [total.error(name) for total in sums]
-
-
 class _Sums:
     """Sums over the rows of a group, in float64; `chosen` is the key of what is expected."""
 
-    def __init__(self, group: StoredGroup, chosen: str):
-        self.group, self.chosen = group, chosen
+    def __init__(self, group: StoredGroup, chosen: str, mixtures: np.ndarray | None):
+        """`mixtures` [m, K] of the inputs, or None."""
+        self.group, self.chosen, self.mixtures = group, chosen, mixtures
         self.max_steps, self.products, self.levels = 0.0, np.zeros(4), np.zeros(3)
+        self.output = np.zeros(2)
 
     def add(self, w: np.ndarray, found: np.ndarray, name: str) -> None:
         """Adds rows of the original and of what is stored."""
@@ -158,6 +160,8 @@ class _Sums:
             self.products += _products(w, error, steps.beyond_rounding(error, w))
             noise, moved = steps.rounding(w.shape[1]).sum(), error.sum(dtype=np.float64)
             self.levels += noise, moved, steps.total(w.shape[1])
+            if self.mixtures is not None:
+                self.output += output_noise(error, steps, self.mixtures)
 
     def error(self, name: str) -> WeightError:
         """What they say of the rows."""
@@ -169,12 +173,14 @@ class _Sums:
             scheme=group.label,
             quantized=is_quantized(group.stored.scheme),
             values=math.prod(group.stored.shape),
+            rows=group.stored.shape[0],
             relative_error=ratio(error_square, square) ** 0.5,
             projection=1 + ratio(along, square),
             clipping=ratio(along - along_rounding, square),
             max_steps=self.max_steps,
             noise=ratio(error_square, noise),
             shift=ratio(moved, total),
+            output_noise=None if self.mixtures is None else ratio(*self.output.tolist()),
             weighted=expected.weighted,
             searched=expected.searched,
             grouped=expected.measure != "weight",

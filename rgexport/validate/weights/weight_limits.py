@@ -10,6 +10,8 @@ Limits that depend on the algorithm are in `expectations`. The measures:
 - `noise`: ‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
 - `projection`: |⟨W,Ŵ⟩/⟨W,W⟩ − 1|, without clipping, beyond five deviations of its rounding noise.
   The least squared error counts clipping as an error, and makes weights smaller by its square.
+- `output`: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes, for the inputs X of a text.
+  Whatever an algorithm weighs errors by, it must not be much worse than rounding to nearest.
 """
 
 import math
@@ -61,6 +63,7 @@ def _of_weights(error: WeightError) -> Iterator[Check]:
     deviation, around = _shrinkage(change, error.relative_error**2, expected)
     noise = 5 * error.relative_error / error.values**0.5
     yield _projection_check(error, "weights", deviation, expected.projection + noise + around)
+    yield from _output_checks(error, "weights")
 
 
 def _of_sketch(error: SketchError) -> Iterator[Check]:
@@ -85,6 +88,7 @@ def _of_sketch(error: SketchError) -> Iterator[Check]:
     deviation, around = _shrinkage(error.projection - 1, square, unsure)
     limit = expected.projection + around + 5 * known
     yield _projection_check(error, "reference", deviation, limit)
+    yield from _output_checks(error, "reference")
 
 
 def _shrinkage(change: float, square: float, expected: Expectation) -> tuple[float, float]:
@@ -118,6 +122,14 @@ def _shift_checks(error: WeightError | SketchError, place: str) -> Iterator[Chec
         limit = SHIFT + 5 / math.sqrt(12 * error.values)
         why = "rounded up as often as down"
         yield _check(error, f"{place}.shift", abs(error.shift), limit, why)
+
+
+def _output_checks(error: WeightError | SketchError, place: str) -> Iterator[Check]:
+    if error.output_noise is not None and error.quantized:
+        # Mixtures of similar inputs are no more than one: only rows are independent.
+        limit = EXPECTATIONS[error.chosen].output_noise * _most(error.rows, 1 / error.rows)
+        why = "outputs for a text are no worse than those of weights rounded to nearest"
+        yield _check(error, f"{place}.output", error.output_noise, limit, why)
 
 
 def _projection_check(

@@ -19,7 +19,7 @@ from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
 from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
 from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
-from rgexport.validate.weights.steps import shown_rounding
+from rgexport.validate.weights.steps import shown_steps
 from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
@@ -223,7 +223,7 @@ def test_a_wrong_scale_or_block_is_seen(kind):
         w[::16] *= size
         stored = store(w, scheme)
         assert passes(error_of(w, stored, scheme))
-        noise, _ = shown_rounding("w", stored, StoredTensor(w.shape, scheme, {}))
+        noise = shown_steps("w", stored, StoredTensor(w.shape, scheme, {})).rounding(w.shape[1])
         assert (np.square(stored - w).sum(1) / noise).max() < 6
 
 
