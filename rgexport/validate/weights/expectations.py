@@ -37,8 +37,11 @@ FEEDBACK_NOISE = 8.0
 
 Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
 """
-OUTPUT_NOISE = 1.5
-"""‖(Ŵ−W)X‖² in units of what rounding to nearest makes: no algorithm may be much worse."""
+OUTPUT_NOISE = 1.25
+"""‖(Ŵ−W)X‖² in units of what rounding to nearest makes: no algorithm may be much worse.
+
+Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ _WEIGHED = Expectation(
     row_noise=10.0,
     shrinks=(0.0, 3.0),
     projection=0.01,
+    output_noise=1.0,
     weighted=True,
 )
 _WEIGHED_8 = replace(

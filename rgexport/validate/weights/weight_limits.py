@@ -126,8 +126,8 @@ def _shift_checks(error: WeightError | SketchError, place: str) -> Iterator[Chec
 
 def _output_checks(error: WeightError | SketchError, place: str) -> Iterator[Check]:
     if error.output_noise is not None and error.quantized:
-        # Mixtures of similar inputs are no more than one: only rows are independent.
-        limit = EXPECTATIONS[error.chosen].output_noise * _most(error.rows, 1 / error.rows)
+        # Mixtures of inputs that are alike count as two.
+        limit = EXPECTATIONS[error.chosen].output_noise * _most(2 * error.rows, 0.5 / error.rows)
         why = "outputs for a text are no worse than those of weights rounded to nearest"
         yield _check(error, f"{place}.output", error.output_noise, limit, why)
 
