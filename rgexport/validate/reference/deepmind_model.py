@@ -35,7 +35,7 @@ class DeepMindModel(WholeModel):
         self._stream = torch.empty(0)
         self._model.blocks[-1].register_forward_hook(self._keep)
         name = f"recurrentgemma {version('recurrentgemma')}"
-        super().__init__(config, device, list(self._model.blocks), name)
+        super().__init__(config, device, name)
 
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         start = int(state[POSITION][0])

@@ -43,7 +43,7 @@ class HuggingFaceModel(WholeModel):
         self._model = _load(config, weights, device)
         seen = dataclasses.replace(config, window=config.window - 1)
         name = f"transformers {transformers.__version__}"
-        super().__init__(seen, device, list(self._model.model.layers), name)
+        super().__init__(seen, device, name)
 
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         start = int(state[POSITION][0])

@@ -1,13 +1,11 @@
 """Base of references that another package computes: the whole model in memory, in float32."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
@@ -24,13 +22,10 @@ class WholeModel(ABC):
     a state. So a state inside a text comes from a run of its own that ends there.
     """
 
-    def __init__(
-        self, config: GriffinConfig, device: str, layers: Sequence[nn.Module], implementation: str
-    ):
-        """`config` is what the package really computes, `layers` are its residual blocks."""
+    def __init__(self, config: GriffinConfig, device: str, implementation: str):
+        """`config` is what the package really computes."""
         self.config = config
         self._device = torch.device(device)
-        self._layers = layers
         self._implementation = implementation
         turn_off_tf32(self._device)
 
@@ -70,14 +65,16 @@ class WholeModel(ABC):
     ) -> list[tuple[Tensor, list[State]]]:
         """Takes one text of batch 1 after another, each from its beginning.
 
-        See `griffin.reference.Reference.run_each`.
+        `watch` is called once for each layer when a text is done, with the last norm's output.
         """
         found = []
-        for place, (tokens, state) in enumerate(texts):
-            inside = stops[place] if stops else ()
+        for index, (tokens, state) in enumerate(texts):
+            inside = stops[index] if stops else ()
             states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
-            with self._watched(watch, place) if watch else nullcontext():
-                hidden, after = self._row(tokens, state)
+            hidden, after = self._row(tokens, state)
+            if watch is not None:
+                for layer in range(self.config.num_layers):
+                    watch(layer, index, hidden)
             found.append((hidden, [*states, after]))
         return found
 
@@ -112,21 +109,6 @@ class WholeModel(ABC):
             for spec, part in zip(layer_states(self.config, index, "float32"), parts, strict=True):
                 state[spec.name] = to_numpy(part)
         return state
-
-    @contextmanager
-    def _watched(self, watch: Watch, place: int) -> Iterator[None]:
-        """While the block runs, `watch` is called with the output of every layer."""
-
-        def hook(index: int) -> Callable[..., None]:
-            def see(layer: nn.Module, inputs: Any, output: Any) -> None:
-                watch(index, place, output[0] if isinstance(output, tuple) else output)
-
-            return see
-
-        with ExitStack() as hooks:
-            for index, layer in enumerate(self._layers):
-                hooks.callback(layer.register_forward_hook(hook(index)).remove)
-            yield
 
 
 def check_supported(

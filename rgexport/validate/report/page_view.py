@@ -12,8 +12,9 @@ from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.quality import Quality
 from rgexport.validate.reference.against import AgainstFile, PromptResult
-from rgexport.validate.report.charts import charts, file_charts, rms, site_charts
+from rgexport.validate.report.charts import charts, kinds_chart, rms, site_charts
 from rgexport.validate.report.result_tables import (
+    DRIFT,
     PROMPT,
     Compared,
     cost_of,
@@ -178,7 +179,7 @@ def _file_view(found: AgainstFile) -> dict[str, Any]:
         "table": file_table(found),
         "sketches": sketch_table(found),
         "prompts": _prompt_bars(found.prompts),
-        "charts": list(file_charts(found)),
+        "charts": list(kinds_chart(DRIFT, found.drift)),
     }
 
 

@@ -12,7 +12,7 @@ from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
-from rgexport.validate.reference.against import AgainstFile, LayerError, PromptResult
+from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
@@ -23,10 +23,9 @@ WORST = 5
 """Rows of tables that show only the worst ones."""
 MOST = 30
 """Ops beyond their limits, and suspects, that are shown."""
-PROMPT = ("tokens", "KL mean", "top-1", "worst state", "greedy")
+PROMPT = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
 """Columns of `prompt_cells`."""
 DRIFT = "Recurrent states inside the longest prompt"
-STREAM = "Residual stream after each layer"
 _TENSOR = ("error", "projection", "noise")
 _EXACT = 0.05
 """Noise below that is the sketch's own rounding."""
@@ -161,23 +160,18 @@ def itself_table(r: Result) -> Table:
 
 def file_table(found: AgainstFile) -> Table:
     """What was measured against a reference file, over all prompts."""
-    title = f"Against the reference file ({found.positions:,} positions)"
+    title = f"Against the reference file ({found.positions:,} of {found.tokens:,} positions)"
     return _table(title, ("measured",), ("value",), _file_rows(found))
 
 
 def _file_rows(found: AgainstFile) -> Iterator[Row]:
-    kl, low, high = found.kl, found.kl_low, found.kl_high
-    full = f" ({found.full_positions} positions)"
-    mean = bounded(kl.mean, low.mean, high.mean)
-    yield f"max |Δlogit|{full}", number(found.logits.max)
-    yield f"RMS logit error, of their spread{full}", number(found.logits.relative_rms)
-    yield "KL mean (nats)", f"{mean} ± {kl.standard_error:.1g}"
-    if found.full_positions < found.positions:
-        yield f"KL mean{full}", mean_kl(found.kl_full)
-    yield "KL median", bounded(kl.median, low.median, high.median)
-    yield "KL 99th percentile", bounded(kl.p99, low.p99, high.p99)
-    yield "KL max", f"{bounded(kl.max, low.max, high.max)} at {kl.worst_position}"
-    yield "width of KL's interval, of itself", f"{found.kl_width:.1g}"
+    kl = found.kl
+    yield "max |Δlogit|", number(found.logits.max)
+    yield "RMS logit error, of their spread", number(found.logits.relative_rms)
+    yield "KL mean (nats)", mean_kl(kl)
+    yield "KL median", number(kl.median)
+    yield "KL 99th percentile", number(kl.p99)
+    yield "KL max", f"{number(kl.max)} at {kl.worst_position}"
     yield "top-1 agreement", percent(found.agreement.top1)
     yield "top-5 agreement", percent(found.agreement.top5)
     yield "largest margin that flipped", number(found.agreement.largest_flip_margin)
@@ -188,18 +182,12 @@ def _file_rows(found: AgainstFile) -> Iterator[Row]:
         yield "greedy tokens in common", f"{common} of {total} tokens"
 
 
-def bounded(best: float, low: float, high: float) -> str:
-    """`0.0123`, and its bounds where their first three digits differ."""
-    short = number(best)
-    same = number(low) == short == number(high)
-    return short if same else f"{short} ({number(low)} … {number(high)})"
-
-
 def prompt_cells(p: PromptResult) -> Row:
     """The columns `PROMPT`."""
     return (
         f"{p.tokens:,}",
-        bounded(p.kl, p.kl_low, p.kl_high),
+        f"{p.positions:,}",
+        number(p.kl),
         percent(p.top1),
         number(p.worst_state),
         f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
@@ -250,15 +238,6 @@ def weight_table(errors: Sequence[WeightError]) -> Table:
         words="stored unchanged",
     )
     return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
-
-
-def layer_table(layers: Sequence[LayerError]) -> Table:
-    """The residual stream against a reference file's; those beyond their limit first."""
-    rows = [
-        (f"{e.layer}", number(e.relative_rms), number(e.limit), f"{e.worst_position:,}")
-        for e in sorted(layers, key=lambda e: (e.passed, -e.relative_rms))
-    ]
-    return _table(STREAM, ("layer",), ("error", "limit", "worst at position"), _first(rows))
 
 
 def bisect_tables(

@@ -17,10 +17,10 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
 from rgexport.validate import states
-from rgexport.validate.reference import implementations, kept_logits
+from rgexport.validate.reference import implementations, logit_rows
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
-from rgexport.validate.reference.reference_file import SUMS, is_reference, write_reference
+from rgexport.validate.reference.reference_file import is_reference, write_reference
 from rgexport.validate.reference.reference_reader import read_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
@@ -31,19 +31,19 @@ CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
-    """Prompts of 3 and 20 tokens: positions 2 and 22 are full, the others have 8-bit codes."""
+    """Prompts of 3 and 20 tokens, five of whose positions have logits."""
     folder = tmp_path_factory.mktemp("captured")
     model = write_hugging_face(CONFIG, random_weights(CONFIG), folder / "model")
     (folder / "p").write_text(json.dumps([[0, 1, 2], list(range(3, 23))]))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"LOGITS_BYTES": 5000, "FULL": 2, "WATCHED": 3}.items():
-            patch.setattr(kept_logits, name, value)
+        for name, value in {"LOGITS_BYTES": 0, "LEAST_POSITIONS": 5}.items():
+            patch.setattr(logit_rows, name, value)
         patch.setattr(states, "FIRST_CHECKPOINT", 8)
         source = open_checkpoint(model)
         file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
     header = read_reference(file).header
-    assert header.tail_bits == 8 and header.watched == (2, 3, 22)
     short, long = header.prompts
+    assert (short.positions, long.positions) == ((0, 2), (8, 18, 19))
     assert (short.checkpoints, long.checkpoints) == ((), (8, 16))
     prompts = short, dataclasses.replace(long, greedy_tokens=2)
     arrays = load_file(file) | {"greedy.1": np.array([5, 6])}
@@ -68,7 +68,6 @@ def test_it_is_a_safetensors_file_that_reads_back(file, content):
     reference, again = read_reference(file), load_file(file)
     assert reference.header == dataclasses.replace(header, data_sha256=reference.header.data_sha256)
     assert reference.greedy(0).tolist() == [] and reference.greedy(1).tolist() == [5, 6]
-    assert reference.full_positions.tolist() == [2, 22]
     assert arrays.keys() == again.keys()
     assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
 
@@ -115,14 +114,11 @@ def test_damage_is_one_line(file, damage, line):
     ("array", "values"),
     [
         ("tokens", np.full(23, 64)),
-        ("kept.ids", lambda ids: ids + 60),
-        ("full.positions", np.array([22, 2])),
-        ("sums", np.full((23, len(SUMS)), np.nan)),
+        ("logits.1", np.zeros((2, 64), np.uint16)),
+        ("scales.0", np.full((2, 2), np.inf, np.float32)),
         ("greedy.1", np.array([-1, 0])),
-        ("activations", np.zeros((3, 2, 31), np.float32)),
         ("squares", lambda squares: -squares),
         ("states.1.layers.0.rg_lru", np.full(32, np.nan, np.float32)),
-        ("kept.logits", lambda values: values * np.nan),
         ("weights.final_norm.weight", None),
         ("checkpoints.1.layers.0.rg_lru", np.zeros((1, 32), np.float32)),
         ("checkpoints.1.layers.1.key", np.zeros((2, 8, 16), np.float32)),
@@ -141,12 +137,13 @@ def test_impossible_values(tmp_path, content, array, values):
     ("change", "line"),
     [
         ({"format_version": 99}, "update rgexport"),
+        ({"format_version": 2}, "format version 2; this rgexport reads 3: record it again with"),
         ({"prompts": ()}, "is damaged: prompts"),
-        ({"watched": (-1, 12, 22)}, "is damaged: watched is"),
         ({"config": dataclasses.replace(CONFIG, window=0)}, "is damaged: config.window"),
         ({"checkpoints": (16, 8)}, "is damaged: checkpoints"),
         ({"checkpoints": (1 << 62, 1 << 63)}, "is damaged: checkpoints"),
-        ({"full_positions": 0}, "is damaged: no position is full"),
+        ({"positions": ()}, "is damaged: positions of logits"),
+        ({"positions": (0, 20)}, "is damaged: positions of logits"),
     ],
 )
 def test_an_impossible_header(tmp_path, content, change, line):
@@ -179,16 +176,15 @@ def test_another_implementation_gives_the_same_file(small, tmp_path, monkeypatch
     window = small.config.window - (impl == "hf")
     assert theirs.header.config == dataclasses.replace(small.config, window=window)
     assert theirs.header.prompts == ours.header.prompts
-    for _, prompt, span in ours.spans():
+    for index, prompt, _ in ours.spans():
         alike = prompt.tokens if impl == "deepmind" else min(prompt.tokens, window)
-        for position in range(span.start, span.start + alike):
-            logits = ours.full_logits(position)
-            apart = np.abs(theirs.full_logits(position) - logits).max()
-            assert apart <= 1e-5 * max(1, np.abs(logits).max())
+        logits = ours.logits(index, 0, alike)
+        apart = np.abs(theirs.logits(index, 0, alike) - logits).max()
+        assert apart <= 5e-5 * max(1, np.abs(logits).max())
     if impl == "deepmind":
         arrays, others = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
         states = [name for name in arrays if name.startswith(("states", "checkpoints"))]
-        for name in ("activations", *states):
+        for name in states:
             np.testing.assert_allclose(others[name], arrays[name], rtol=1e-4, atol=1e-4)
     monkeypatch.delitem(sys.modules, implementations.PACKAGES[impl].module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
@@ -285,7 +281,7 @@ def test_all_prompts_read_each_weight_once(small, keep):
 
 def test_logits_exist_for_one_block_at_a_time(small, tmp_path, monkeypatch):
     (tmp_path / "p").write_text(json.dumps([[1 + i % 250 for i in range(300)], [5], [6, 7]]))
-    monkeypatch.setattr(kept_logits, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
+    monkeypatch.setattr(logit_rows, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
     asked: list[int] = []
     compute = NumpyReference.logits
 
