@@ -70,7 +70,7 @@ def capture(
         target: the file.
         prompts: a file of them; by default the built-in ones.
         device: where torch computes; `auto` is CUDA where there is one.
-        impl: who computes, one of `implementations.NAMES`.
+        impl: who computes, `implementations.OWN` or `DEEPMIND`.
         low_memory: hold the weights of one layer at a time even where all would fit.
         force: replace an earlier file.
 
