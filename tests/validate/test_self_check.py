@@ -13,7 +13,7 @@ from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate import room
+from rgexport.validate import self_check as module
 from tests.command_line import assert_matches, rgexport
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
@@ -111,7 +111,7 @@ def test_a_check_is_left_out_on_request_or_without_memory(model, monkeypatch, ca
     assert code == 0 and found.status == "skipped" and found.reason == "it was not asked for"
     assert "Not checked: it was not asked for." in Path("out/README.md").read_text("utf-8")
     capsys.readouterr()
-    monkeypatch.setattr(room, "available_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(module, "available_bytes", lambda: 200 << 20)
     code, found = export(model, "onnx", "--int4", "--force")
     assert code == 0 and found.status == "skipped"
     assert_matches(r"it takes about \d+ MB of memory, and 210 MB are free", found.reason)

@@ -81,12 +81,14 @@ class AgainstFile:
     prompts: list[PromptResult]
 
     @property
-    def greedy(self) -> tuple[int, int]:
-        """Tokens of all continuations, and those in common."""
-        return (
-            sum(prompt.greedy_tokens for prompt in self.prompts),
-            sum(prompt.greedy_common for prompt in self.prompts),
-        )
+    def greedy_tokens(self) -> int:
+        """Tokens of all continuations."""
+        return sum(prompt.greedy_tokens for prompt in self.prompts)
+
+    @property
+    def greedy_common(self) -> int:
+        """Those that the artifact chooses too."""
+        return sum(prompt.greedy_common for prompt in self.prompts)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The tables of a result, for the terminal and the page."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rgexport.progress import amount
@@ -57,9 +57,13 @@ def _first(
         yield f"… and {len(rows) - most} {words}", *[""] * (len(rows[0]) - 1)
 
 
-def _perplexity(c: Compared) -> str:
-    found = c.likelihood
-    return "" if found is None else f"{found.perplexity:.4g} → {found.perplexity_candidate:.4g}"
+def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], str]:
+    """A cell that is empty where no token follows another."""
+    return lambda c: "" if c.likelihood is None else show(c.likelihood)
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 _SUMMARY: dict[str, Callable[[Compared], str]] = {
@@ -67,7 +71,7 @@ _SUMMARY: dict[str, Callable[[Compared], str]] = {
     "top-1 agreement": lambda c: percent(c.agreement.top1),
     "RMS logit error": lambda c: number(c.logits.relative_rms),
     "worst state error at end": lambda c: number(worst(c.states)),
-    "perplexity": _perplexity,
+    "perplexity": _of_likelihood(lambda p: f"{p.perplexity:.4g} → {p.perplexity_candidate:.4g}"),
 }
 
 
@@ -78,13 +82,11 @@ def summary_table(r: Result) -> Table:
         "reference file": r.reference,
         LABELS["twin"]: r.twin,
     }
-    found = {name: side for name, side in sides.items() if side is not None}
-    cells = {name: [show(c) for c in found.values()] for name, show in _SUMMARY.items()}
-    rows = [(name, *row) for name, row in cells.items() if any(row)]
-    return _table("", ("compared with",), tuple(found), rows)
+    there = {name: side for name, side in sides.items() if side is not None}
+    return _table("", ("compared with",), tuple(there), _rows(_SUMMARY, there.values()))
 
 
-_COMPARISON: dict[str, Callable[[Comparison], str]] = {
+_MEASURED: dict[str, Callable[[Compared], str]] = {
     "max |Δlogit|": lambda c: number(c.logits.max),
     "… of the largest logit": lambda c: number(c.logits.relative_max),
     "RMS logit error, of their spread": lambda c: number(c.logits.relative_rms),
@@ -102,28 +104,28 @@ _COMPARISON: dict[str, Callable[[Comparison], str]] = {
     "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
     "greedy tokens in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
     "worst state": lambda c: number(worst(c.states)),
+    "perplexity: reference": _of_likelihood(lambda p: _digits(p.perplexity)),
+    "perplexity: artifact": _of_likelihood(lambda p: _digits(p.perplexity_candidate)),
+    "bits per byte: reference": _of_likelihood(lambda p: _digits(p.bits_per_byte)),
+    "bits per byte: artifact": _of_likelihood(lambda p: _digits(p.bits_per_byte_candidate)),
+    "Δ nats per token": _of_likelihood(lambda p: f"{p.delta:+.2g} ± {p.delta_standard_error:.1g}"),
 }
 
 
 def logits_table(r: Result) -> Table:
     """All that was measured, a column for each of `sides_of`."""
-    sides = sides_of(r)
-    rows = [(name, *(show(side) for _, side in sides)) for name, show in _COMPARISON.items()]
-    known = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
-    names = dict.fromkeys(name for one in known for name in one)
-    rows += [(name, *(one.get(name, "") for one in known)) for name in names]
-    return _table("Logits", ("measured",), tuple(LABELS[name] for name, _ in sides), rows)
+    names, sides = zip(*sides_of(r), strict=True)
+    columns = tuple(LABELS[name] for name in names)
+    return _table("Logits", ("measured",), columns, _rows(_MEASURED, sides))
 
 
-def _likelihood_rows(found: Likelihood | None) -> Iterator[tuple[str, str]]:
-    if found is None:
-        return
-    yield "perplexity: reference", f"{found.perplexity:.4g}"
-    yield "perplexity: artifact", f"{found.perplexity_candidate:.4g}"
-    if found.bits_per_byte is not None and found.bits_per_byte_candidate is not None:
-        yield "bits per byte: reference", f"{found.bits_per_byte:.4g}"
-        yield "bits per byte: artifact", f"{found.bits_per_byte_candidate:.4g}"
-    yield "Δ nats per token", f"{found.delta:+.2g} ± {found.delta_standard_error:.1g}"
+def _rows(
+    table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
+) -> Iterator[Row]:
+    """A name and a cell for each side; rows without any cell are left out."""
+    compared = list(sides)
+    rows = ((name, *map(show, compared)) for name, show in table.items())
+    return (row for row in rows if any(row[1:]))
 
 
 def state_table(errors: Sequence[StateError]) -> Table:
@@ -161,25 +163,7 @@ def itself_table(r: Result) -> Table:
 def file_table(found: AgainstFile) -> Table:
     """What was measured against a reference file, over all prompts."""
     title = f"Against the reference file ({found.positions:,} of {found.tokens:,} positions)"
-    return _table(title, ("measured",), ("value",), _file_rows(found))
-
-
-def _file_rows(found: AgainstFile) -> Iterator[Row]:
-    kl = found.kl
-    yield "max |Δlogit|", number(found.logits.max)
-    yield "RMS logit error, of their spread", number(found.logits.relative_rms)
-    yield "KL mean (nats)", mean_kl(kl)
-    yield "KL median", number(kl.median)
-    yield "KL 99th percentile", number(kl.p99)
-    yield "KL max", f"{number(kl.max)} at {kl.worst_position}"
-    yield "top-1 agreement", percent(found.agreement.top1)
-    yield "top-5 agreement", percent(found.agreement.top5)
-    yield "largest margin that flipped", number(found.agreement.largest_flip_margin)
-    yield "worst state", number(worst(found.states))
-    yield from _likelihood_rows(found.likelihood)
-    total, common = found.greedy
-    if total:
-        yield "greedy tokens in common", f"{common} of {total} tokens"
+    return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [found]))
 
 
 def prompt_cells(p: PromptResult) -> Row:
@@ -245,16 +229,17 @@ def bisect_tables(
 ) -> Iterator[Table]:
     """Suspects, ops and layers, as far as there are any."""
     if suspects:
-        rows = [
-            ("" if s.layer is None else str(s.layer), s.site, s.evidence) for s in suspects[:MOST]
-        ]
-        if len(suspects) > MOST:
-            rows.append(("", f"… and {len(suspects) - MOST} more", ""))
-        yield Table("Suspects", ("layer", "op", "evidence"), rows)
+        yield suspect_table(suspects)
     if report is not None:
         yield _site_table(report)
     if costs:
         yield _cost_table(costs)
+
+
+def suspect_table(suspects: Sequence[Suspect]) -> Table:
+    """The likely causes of a failure, the strongest first."""
+    rows = [(suspect.site, suspect.evidence) for suspect in suspects]
+    return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
 
 
 def _site_table(report: SiteReport) -> Table:
@@ -306,17 +291,14 @@ def _of_cost(show: Callable[[Compared], str]) -> Callable[[Result], str]:
     return lambda r: "" if (found := cost_of(r)) is None else show(found)
 
 
-def _perplexity_change(c: Compared) -> str:
-    found = c.likelihood
-    return "" if found is None else f"{found.perplexity_candidate - found.perplexity:+.3g}"
-
-
 _OVERVIEW: dict[str, Callable[[Result], str]] = {
     "artifact": lambda r: r.artifact.path,
     "size": lambda r: amount(r.artifact.bytes),
     "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
     "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
-    "Δperplexity": _of_cost(_perplexity_change),
+    "Δperplexity": _of_cost(
+        _of_likelihood(lambda p: f"{p.perplexity_candidate - p.perplexity:+.3g}")
+    ),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
     "quality": lambda r: "" if r.quality is None else r.quality.grade,
     "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),
