@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -189,18 +188,6 @@ def test_the_worst_positions_do_not_depend_on_the_blocks(length, cuts):
             likeliest = np.argsort(-share)[:CHOICES]
             assert [choice.token for choice in choices] == likeliest.tolist()
             assert [choice.probability for choice in choices] == pytest.approx(share[likeliest])
-
-
-def test_nothing_of_the_vocabularys_size_is_kept():
-    seen = WorstPositions(np.zeros(400, np.int64))
-    logits = np.zeros((10, 20_000), np.float32)
-    tracemalloc.start()
-    for start in range(0, 400, 10):
-        seen.see(start, np.arange(start, start + 10, dtype=np.float64), logits, logits + 1)
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert [place.position for place in seen.found] == list(range(399, 389, -1))
-    assert kept < logits.nbytes / 4
 
 
 def state_of(**arrays: list[float]) -> State:

@@ -8,10 +8,7 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.export.onnx import lowering
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import self_check as module
 from tests.command_line import assert_matches, rgexport
@@ -127,22 +124,3 @@ def test_engine_that_is_missing(model, tmp_path):
     assert line.startswith("Not checked: a GGUF file takes llama-cpp-python, which is missing")
     assert "rgexport llama-cpp build" in line and "rgexport validate out" in line
     assert open_artifact(tmp_path / "out").manifest.check.status == "skipped"
-
-
-def test_a_check_that_raises_leaves_what_was(checkpoint, tmp_path):
-    source, target = open_checkpoint(checkpoint), tmp_path / "out"
-
-    def check(path):
-        open_artifact(path)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_onnx(source, OnnxOptions(), target, check=check)
-    assert not list(tmp_path.iterdir())
-
-    export_onnx(source, OnnxOptions(), target)
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        export_onnx(source, OnnxOptions(precision="int4"), target, force=True, check=check)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

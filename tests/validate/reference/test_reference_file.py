@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import sys
 from dataclasses import replace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -72,8 +70,7 @@ def test_it_is_a_safetensors_file_that_reads_back(file, content):
     assert all(np.array_equal(array, again[name]) for name, array in arrays.items())
 
 
-def test_only_a_reference_is_replaced(file, content, tmp_path, monkeypatch):
-    """And a failed write leaves what was."""
+def test_only_a_reference_is_replaced(file, content, tmp_path):
     other = tmp_path / "other"
     save_file({"x": np.zeros(1, np.float32)}, other)
     assert is_reference(file) and not is_reference(other)
@@ -88,10 +85,6 @@ def test_only_a_reference_is_replaced(file, content, tmp_path, monkeypatch):
     for path, line in lines.items():
         with pytest.raises(RequestError, match=line):
             read_reference(path)
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(RequestError, match="no space left"):
-        write_reference(file, *content, force=True)
-    assert read_reference(file).header.model == "other"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "small.reference"]
 
 
