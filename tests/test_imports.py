@@ -27,8 +27,7 @@ ANYWHERE = {*"errors files formats printing processors progress tables web __ini
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
     *(f"griffin/{name}.py" for name in "gradients ops reference scan step triton_scan".split()),
-    *(f"validate/reference/{name}_model.py" for name in "deepmind hugging_face".split()),
-    *("validate/reference/whole_model.py", "evaluate/reference_session.py", "export/trace.py"),
+    *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }
 FENCED = {
     "torch": NEEDS_TORCH,
@@ -37,8 +36,8 @@ FENCED = {
     **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }
 """Package of an extra → modules that import it when they are loaded."""
-IMPLEMENTATIONS = {"recurrentgemma", "transformers", "triton"}
-"""Packages that a user installs for a reference of another implementation, or for a GPU."""
+IMPLEMENTATIONS = {"recurrentgemma", "triton"}
+"""Packages that a user installs for a reference of DeepMind's, or for a GPU."""
 
 EMITTERS = "export/onnx/", "export/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""

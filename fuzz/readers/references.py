@@ -81,16 +81,9 @@ def _read(data: bytes, folder: Path) -> ReferenceFile:
     path = folder / "a.reference"
     path.write_bytes(data)
     found = read_reference(path)
-    for index, _, span in found.spans():
+    for index, prompt, _ in found.spans():
         found.state(index), found.checkpoints(index), found.greedy(index)
-        for position in range(span.start, span.stop):
-            found.next_nll(position), found.variance(position)
-            if found.is_full(position):
-                found.full_logits(position)
-            else:
-                found.condensed(position)
-    for place in range(len(found.header.watched)):
-        found.activations(place)
+        found.logits(index, 0, len(prompt.positions))
     return found
 
 
@@ -111,7 +104,9 @@ def _agree(data: bytes, folder: Path, found: ReferenceFile) -> None:
     total = sum(prompt["tokens"] for prompt in again["prompts"])
     require(total == len(found.tokens), "more or fewer tokens than there are")
     require(bool((found.tokens < again["config"]["vocab_size"]).all()), "a token that is none")
-    require(bool(np.isfinite(found.sums).all()), "sums that are no numbers")
+    for index, prompt in enumerate(again["prompts"]):
+        logits = found.logits(index, 0, len(prompt["positions"]))
+        require(bool(np.isfinite(logits).all()), "logits that are no numbers")
     require(set(DTYPES.values()) >= {rows.dtype for rows in found.arrays.values()}, "a dtype")
 
 

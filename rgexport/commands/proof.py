@@ -42,10 +42,10 @@ def inspect(thing: str | None, size: str | None, to_json: bool, verify: bool) ->
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda|cpu")
 @click.option(
     "--impl",
-    type=click.Choice(["rgexport", "deepmind", "hf"]),
+    type=click.Choice(["rgexport", "deepmind"]),
     default="rgexport",
     show_default=True,
-    help="What computes the reference: rgexport, DeepMind's package, or Hugging Face's class.",
+    help="What computes the reference: rgexport, or DeepMind's package.",
 )
 @click.option(
     "--low-memory", is_flag=True, help="Hold one layer's weights at a time, even if all fit."

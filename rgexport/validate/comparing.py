@@ -9,7 +9,6 @@ from rgexport.runtimes.environment import environment
 from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from rgexport.validate.opening import Opened
-from rgexport.validate.reference.against import AgainstFile, with_layers
 from rgexport.validate.result import Result, TextInfo, describe_artifact, describe_source
 from rgexport.validate.running import Ran
 from rgexport.validate.speed import measure_speed
@@ -37,7 +36,7 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         sites=_sites(opened, ran),
         layers=_layers(opened),
         suspects=None,
-        reference=_against_file(opened, ran),
+        reference=ran.against_file,
         speed=measure_speed(opened.artifact) if opened.request.bench else None,
         tolerance=tolerance(manifest),
         checks=[],
@@ -85,15 +84,3 @@ def _layers(opened: Opened) -> list[LayerCost] | None:
         return None
     source, stored = opened.original.checkpoint, opened.artifact.weights
     return layer_costs(source.config, source.weights, stored, opened.text.tokens)
-
-
-def _against_file(opened: Opened, ran: Ran) -> AgainstFile | None:
-    """The comparison with the reference file, with its layers if `--bisect` asks for them."""
-    reference, found = opened.request.reference, ran.against_file
-    if reference is None or found is None or not opened.request.bisect:
-        return found
-    try:
-        return with_layers(found, opened.artifact, reference, ran.before)
-    except RequestError as error:
-        note(f"the layers were not compared one by one: {error}")
-        return found

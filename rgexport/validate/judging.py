@@ -1,13 +1,12 @@
 """Judges what was measured: compares values with their limits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
-from rgexport.export.manifest import Manifest
 from rgexport.validate import states, thresholds
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect, find_suspects
-from rgexport.validate.checks import STANDARD_ERRORS, TENSOR_CHECKS, Check, with_limits
+from rgexport.validate.checks import TENSOR_CHECKS, Check, with_limits
 from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.measure import Comparison
 from rgexport.validate.opening import Opened
@@ -49,7 +48,8 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     if result.sites is not None:
         yield from _site_checks(result.sites)
     if result.original is not None:
-        yield from _original_checks(manifest, result.original, limits)
+        logits, kl = result.original.logits, result.original.kl
+        yield from thresholds.cost_checks("original", manifest, logits, kl, limits)
     if result.weights is not None:
         yield from weight_checks(result.weights)
     if result.reproduced is not None:
@@ -103,20 +103,4 @@ def _site_checks(report: SiteReport) -> Iterator[Check]:
             limit=1.0,
             reason=f"{error.op} of {call} from the artifact's own inputs, in units of its limit",
             kind="sites",
-        )
-
-
-def _original_checks(
-    manifest: Manifest, comparison: Comparison, limits: Mapping[str, float]
-) -> Iterator[Check]:
-    """Of an artifact against the original; KL has a check only where a limit was asked for."""
-    yield thresholds.original_rms(manifest, comparison.logits)
-    if "original.kl" in limits:
-        kl = comparison.kl
-        yield Check(
-            name="original.kl",
-            value=kl.mean,
-            margin=STANDARD_ERRORS * kl.standard_error,
-            limit=limits["original.kl"],
-            reason="mean KL to the original, nats",
         )

@@ -64,7 +64,7 @@ class Quality:
         against: what it was compared with, `original` or `reference` (a reference file).
         positions: tokens that were compared.
         kl: mean, nats per token.
-        kl_margin: of the mean; with a reference file, its interval included.
+        kl_margin: of the mean.
         top1: share of tokens with the same first choice.
         top1_margin: of the share.
     """
@@ -96,7 +96,6 @@ def grade_quality(
     kl: KL,
     agreement: Agreement,
     positions: int,
-    interval: float = 0.0,
 ) -> Quality:
     """Grades what was measured over `positions`.
 
@@ -105,10 +104,9 @@ def grade_quality(
         kl: to it.
         agreement: with it.
         positions: that were compared.
-        interval: how far the mean KL may be from the true one, because a file drops logits.
     """
     share = agreement.top1
-    kl_margin = STANDARD_ERRORS * kl.standard_error + interval
+    kl_margin = STANDARD_ERRORS * kl.standard_error
     # One more success and failure than seen: a share of 1 of few tokens is not certain.
     smoothed = (share * positions + 1) / (positions + 2)
     top1_margin = STANDARD_ERRORS * (smoothed * (1 - smoothed) / positions) ** 0.5

@@ -21,7 +21,7 @@ from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
 
 
 class ReferenceModel(Protocol):
-    """What is needed of `griffin.layer_by_layer.LayerByLayer`, and of other packages' models."""
+    """What is needed of `griffin.layer_by_layer.LayerByLayer`, and of DeepMind's model."""
 
     @property
     def config(self) -> GriffinConfig:

@@ -32,7 +32,7 @@ from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
 from rgexport.validate.weights.weight_errors import WeightError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Goes up when a field changes its meaning or goes away, not when one is added."""
 
 
@@ -129,9 +129,7 @@ class Result:
         if (found := self.original) is not None:
             return grade_quality("original", found.kl, found.agreement, self.text.tokens)
         if (file := self.reference) is not None:
-            return grade_quality(
-                "reference", file.kl, file.agreement, file.positions, file.kl_interval
-            )
+            return grade_quality("reference", file.kl, file.agreement, file.positions)
         return None
 
     @property

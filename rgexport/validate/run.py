@@ -97,10 +97,7 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
         # Its pass, rounding to nearest, its weights, and each layer.
         count += 3 + request.bisect + request.reproduce
         count -= passes.has(original.checkpoint, opened.text.tokens)
-    count += asks_original(opened)
-    if request.reference is not None:
-        count += 2 if request.bisect else 1
-    return count
+    return count + asks_original(opened) + (request.reference is not None)
 
 
 def _report(results: list[Result], json_file: Path | None, html_file: Path | None) -> None:

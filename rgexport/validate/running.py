@@ -1,14 +1,13 @@
 """Runs what was opened: the references, one layer at a time, and then the artifact's session."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rgexport.errors import NotInstalled
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.state import State
 from rgexport.progress import amount, group, note
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.memory import give_back
-from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import thresholds
 from rgexport.validate.continuations import (
     SMALL_BYTES,
@@ -23,7 +22,6 @@ from rgexport.validate.opening import Opened
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
-from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.rounding_cost import RoundingCost, rounding_cost
 from rgexport.validate.weights.input_mixtures import Mixtures
@@ -40,7 +38,6 @@ class Ran:
         cost: of the weights beside rounding to nearest, where there is an original.
         inputs: mixtures of what the original's linears took, where there is an original.
         continuations: of the reference file's prompts, or of those that a small original continued.
-        before: the session's states before some of the file's positions, to compare each layer.
     """
 
     info: SessionInfo
@@ -49,7 +46,6 @@ class Ran:
     cost: RoundingCost | None = None
     inputs: Mixtures | None = None
     continuations: list[Continuation] | None = None
-    before: dict[int, State] = field(default_factory=dict)
 
 
 def run_all(opened: Opened, passes: SharedPasses) -> Ran:
@@ -128,16 +124,9 @@ def _run_artifact(opened: Opened, references: list[Pass], prompts: list[Prompt] 
         spell=spell,
     )
     ran = Ran(info=session.info, measured=measured)
-    if opened.request.reference is not None:
-        ran = _with_file(ran, opened, session, opened.request.reference)
+    if (file := opened.request.reference) is not None:
+        with group("Comparing with the reference file"):
+            ran = replace(ran, against_file=compare_with_file(session, opened.artifact, file))
     if spell is None or prompts is None:
         return ran
     return replace(ran, continuations=list(continuations(session, prompts, spell)))
-
-
-def _with_file(ran: Ran, opened: Opened, session: Session, reference: ReferenceFile) -> Ran:
-    before: dict[int, State] = {}
-    kept = before if opened.request.bisect else None
-    with group("Comparing with the reference file"):
-        against_file = compare_with_file(session, opened.artifact, reference, kept)
-    return replace(ran, against_file=against_file, before=before)

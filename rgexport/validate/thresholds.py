@@ -7,14 +7,15 @@ are reported, and only a ruined model fails. Logits are judged by relative error
 relative error means another KL for a model with larger logits.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.quantize import scheme as schemes
 from rgexport.quantize.scheme import Affine, Float, Palette
-from rgexport.validate.checks import Check
-from rgexport.validate.metrics import LogitError
+from rgexport.validate.checks import STANDARD_ERRORS, Check
+from rgexport.validate.metrics import KL, LogitError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,7 @@ ORIGINAL_RMS = {
 The tolerance of the arithmetic comes on top; float32 weights are the original's own. Constant
 logits have 1, those of an unrelated model 1.4. Measured on random models with large logits: int8 up
 to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weights are the right
-ones is checked in `weights.weight_limits`. Against a reference file, it is taken over the positions
-that have all logits: the prompts' last ones, and others between.
+ones is checked in `weights.weight_limits`.
 """
 MOST_COST = 2.0
 """KL of an artifact's weights to the original, in units of what rounding to nearest costs."""
@@ -130,13 +130,31 @@ def tolerance(manifest: Manifest) -> Tolerance:
     return found
 
 
-def original_rms(manifest: Manifest, logits: LogitError, name: str = "original.rms") -> Check:
+def cost_checks(
+    side: str, manifest: Manifest, logits: LogitError, kl: KL, limits: Mapping[str, float]
+) -> Iterator[Check]:
+    """Checks an artifact against the original; KL only where `limits` has a limit for it.
+
+    `side` is `original` or `reference`, what the original's logits are from.
+    """
+    yield original_rms(manifest, logits, side)
+    if f"{side}.kl" in limits:
+        yield Check(
+            name=f"{side}.kl",
+            value=kl.mean,
+            margin=STANDARD_ERRORS * kl.standard_error,
+            limit=limits[f"{side}.kl"],
+            reason="mean KL to the original, nats",
+        )
+
+
+def original_rms(manifest: Manifest, logits: LogitError, side: str = "original") -> Check:
     """The check of an artifact's logits against the original's: is it ruined?"""
     storage = coarsest(manifest)
     return Check(
-        name=name,
+        name=f"{side}.rms",
         value=logits.relative_rms,
-        margin=2 * logits.rms_standard_error,
+        margin=STANDARD_ERRORS * logits.rms_standard_error,
         limit=ORIGINAL_RMS[storage] + tolerance(manifest).rms,
         reason=f"{storage} weights cost less, unless the export is broken",
     )

@@ -61,7 +61,7 @@ def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     first, second, third = shown.splitlines()[:3]
     assert "Comparing" in messages and "Comparing" not in shown
     written = json.loads(file.read_text())
-    assert written["schema_version"] == 1 and written["verdict"] == "PASS"
+    assert written["schema_version"] == 2 and written["verdict"] == "PASS"
     assert written["text"]["tokens"] == 50 and written["text"]["bytes"] is None
     grade = written["quality"]["grade"]
     assert grade in ("fair", "poor") and written["min_quality"] is None

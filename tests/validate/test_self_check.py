@@ -8,12 +8,9 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.export.onnx import lowering
-from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate import room
+from rgexport.validate import self_check as module
 from tests.command_line import assert_matches, rgexport
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
@@ -111,7 +108,7 @@ def test_a_check_is_left_out_on_request_or_without_memory(model, monkeypatch, ca
     assert code == 0 and found.status == "skipped" and found.reason == "it was not asked for"
     assert "Not checked: it was not asked for." in Path("out/README.md").read_text("utf-8")
     capsys.readouterr()
-    monkeypatch.setattr(room, "available_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(module, "available_bytes", lambda: 200 << 20)
     code, found = export(model, "onnx", "--int4", "--force")
     assert code == 0 and found.status == "skipped"
     assert_matches(r"it takes about \d+ MB of memory, and 210 MB are free", found.reason)
@@ -127,22 +124,3 @@ def test_engine_that_is_missing(model, tmp_path):
     assert line.startswith("Not checked: a GGUF file takes llama-cpp-python, which is missing")
     assert "rgexport llama-cpp build" in line and "rgexport validate out" in line
     assert open_artifact(tmp_path / "out").manifest.check.status == "skipped"
-
-
-def test_a_check_that_raises_leaves_what_was(checkpoint, tmp_path):
-    source, target = open_checkpoint(checkpoint), tmp_path / "out"
-
-    def check(path):
-        open_artifact(path)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_onnx(source, OnnxOptions(), target, check=check)
-    assert not list(tmp_path.iterdir())
-
-    export_onnx(source, OnnxOptions(), target)
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        export_onnx(source, OnnxOptions(precision="int4"), target, force=True, check=check)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

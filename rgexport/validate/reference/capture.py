@@ -5,14 +5,13 @@ positions at a time, so memory is that of a layer and a block, whatever the prom
 the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rgexport.chat.tokenizer import load_tokenizer
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.origin import folder_of
 from rgexport.export.verified import hash_new_files
 from rgexport.files.atomic import check_file_target
@@ -28,7 +27,7 @@ from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.kept_logits import Layout, choose_layout, keep_logits
+from rgexport.validate.reference.logit_rows import choose_positions, record_logits
 from rgexport.validate.reference.prompts import choose_prompts
 from rgexport.validate.reference.reference_file import (
     Header,
@@ -44,6 +43,7 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
+from rgexport.validate.states import checkpoints
 from rgexport.validate.text import Text
 from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
@@ -51,21 +51,6 @@ from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
 """The most tokens whose inputs of linears are mixed."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the model computed.
-
-    Attributes:
-        hidden: of each prompt, [1, T, width] of the model's own array type.
-        states: of each prompt, those after its checkpoints and its end.
-        activations: [watched positions, layers, width].
-    """
-
-    hidden: list[Any]
-    states: list[list[State]]
-    activations: np.ndarray
 
 
 def capture(
@@ -85,7 +70,7 @@ def capture(
         target: the file.
         prompts: a file of them; by default the built-in ones.
         device: where torch computes; `auto` is CUDA where there is one.
-        impl: who computes, one of `implementations.NAMES`.
+        impl: who computes, `implementations.OWN` or `DEEPMIND`.
         low_memory: hold the weights of one layer at a time even where all would fit.
         force: replace an earlier file.
 
@@ -97,7 +82,7 @@ def capture(
     check_file_target(target, force=force, replaceable=is_reference)
     make = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
-    chosen = choose_prompts(
+    texts = choose_prompts(
         tokenizer,
         vocab_size=checkpoint.config.vocab_size,
         window=checkpoint.config.window,
@@ -105,20 +90,13 @@ def capture(
     )
     expect_stages(6 if tokenizer else 5)
     require_sound(checkpoint)
-    lengths = [len(prompt.tokens) for prompt in chosen]
-    detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
+    count = sum(len(text.tokens) for text in texts)
+    detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
     model = make(checkpoint.config, checkpoint.weights)
-    layout = choose_layout(lengths, model.config.vocab_size)
-    run = _run(model, chosen, layout)
-    arrays = {"tokens": np.concatenate([prompt.tokens for prompt in chosen])}
-    arrays |= keep_logits(model, chosen, run.hidden, layout)
-    greedy = _continue(model, run, tokenizer.stop_ids) if tokenizer else [[] for _ in chosen]
-    header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
-    arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
-    arrays |= _state_arrays(header, run.states)
-    longest = max(chosen, key=lambda prompt: len(prompt.tokens))
+    records, arrays = _record(model, texts, tokenizer)
+    longest = max(texts, key=lambda text: len(text.tokens))
     arrays |= sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    write_reference(target, header, arrays | {"activations": run.activations}, force=force)
+    write_reference(target, _header(checkpoint, model, records), arrays, force=force)
     return target
 
 
@@ -129,10 +107,7 @@ def closing_line(target: Path) -> str:
 
 
 def _header(
-    checkpoint: Checkpoint,
-    model: ReferenceModel,
-    layout: Layout,
-    prompts: tuple[PromptRecord, ...],
+    checkpoint: Checkpoint, model: ReferenceModel, prompts: tuple[PromptRecord, ...]
 ) -> Header:
     names = {path: name for name, path in checkpoint.weight_files.items()}
     hashes = hash_new_files(names)
@@ -142,46 +117,64 @@ def _header(
         files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
         computed=model.describe(),
         environment=environment(),
-        tail_bits=layout.tail_bits,
         prompts=prompts,
-        watched=tuple(layout.watched.tolist()),
     )
 
 
-def _run(model: ReferenceModel, prompts: Sequence[Text], layout: Layout) -> _Run:
-    config = model.config
-    texts = [(prompt.tokens[None], zero_state(config, 1)) for prompt in prompts]
-    ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
-    activations = np.zeros((len(layout.watched), config.num_layers, config.width), np.float32)
+def _record(
+    model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
+) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
+    """Runs the model over the prompts; it continues them where there is a tokenizer.
 
-    def watch(layer: int, place: int, stream: Any) -> None:
-        start, stop = int(ends[place]) - stream.shape[1], int(ends[place])
-        here = (layout.watched >= start) & (layout.watched < stop)
-        activations[here, layer] = stream[0, layout.watched[here] - start].tolist()
-        advance(stop - start)
+    Returns:
+        A record of each prompt, and the file's arrays of all prompts.
+    """
+    lengths = [len(text.tokens) for text in texts]
+    longest = int(np.argmax(lengths))
+    stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
+    positions = choose_positions(lengths, model.config.vocab_size)
+    hidden, states = zip(*_run(model, texts, stops), strict=True)
+    arrays = {"tokens": np.concatenate([text.tokens for text in texts])}
+    for index, (codes, scales) in enumerate(record_logits(model, hidden, positions)):
+        arrays |= {f"logits.{index}": codes, f"scales.{index}": scales}
+    greedy: list[list[int]] = [[] for _ in texts]
+    if tokenizer is not None:
+        ends = [after[-1] for after in states]
+        greedy = continue_greedily(model, hidden, ends, GREEDY_TOKENS, tokenizer.stop_ids)
+    for index, (ids, after) in enumerate(zip(greedy, states, strict=True)):
+        arrays |= {f"greedy.{index}": np.array(ids, np.int64)} if ids else {}
+        arrays |= _state_arrays(model.config, index, lengths[index], after)
+    records = (
+        PromptRecord(text.name, len(text.tokens), text.bytes, tuple(at), len(ids), tuple(inside))
+        for text, at, ids, inside in zip(texts, positions, greedy, stops, strict=True)
+    )
+    return tuple(records), arrays
 
-    total = int(ends[-1]) * config.num_layers
+
+def _run(
+    model: ReferenceModel, texts: Sequence[Text], stops: Sequence[Sequence[int]]
+) -> list[tuple[Any, list[State]]]:
+    """Runs all prompts from their beginnings; see `ReferenceModel.run_each`."""
+    starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
+    total = sum(len(text.tokens) for text in texts) * model.config.num_layers
     with task("Running the reference", total, "tokens through layers") as advance:
-        found = model.run_each(texts, stops=layout.checkpoints, watch=watch)
-    return _Run([hidden for hidden, _ in found], [states for _, states in found], activations)
+        return model.run_each(
+            starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
+        )
 
 
-def _continue(model: ReferenceModel, run: _Run, stop_ids: Collection[int]) -> list[list[int]]:
-    """The greedy continuation of each prompt."""
-    ends = [states[-1] for states in run.states]
-    return continue_greedily(model, run.hidden, ends, GREEDY_TOKENS, stop_ids)
-
-
-def _state_arrays(header: Header, states: Sequence[Sequence[State]]) -> dict[str, np.ndarray]:
-    """The states after each prompt, and after its checkpoints."""
+def _state_arrays(
+    config: GriffinConfig, index: int, tokens: int, states: Sequence[State]
+) -> dict[str, np.ndarray]:
+    """The arrays of a prompt's states: after its checkpoints, and after its end."""
+    *inside, end = states
     arrays = {}
-    for index, (prompt, (*inside, end)) in enumerate(zip(header.prompts, states, strict=True)):
-        for spec in state_specs(header.config):
-            kept = stored_shape(spec, prompt.tokens)[0]
-            arrays[state_name(index, spec)] = end[spec.name][0, spec.shape[0] - kept :]
-        for spec in checkpoint_specs(header.config) if inside else ():
-            stacked = np.concatenate([state[spec.name] for state in inside])
-            arrays[checkpoint_name(index, spec)] = stacked
+    for spec in state_specs(config):
+        rows = stored_shape(spec, tokens)[0]
+        arrays[state_name(index, spec)] = end[spec.name][0, spec.shape[0] - rows :]
+    for spec in checkpoint_specs(config) if inside else ():
+        stacked = np.concatenate([state[spec.name] for state in inside])
+        arrays[checkpoint_name(index, spec)] = stacked
     return arrays
 
 
@@ -222,17 +215,3 @@ def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
     slabs = weight.slabs(SLAB_BYTES)
     products = [mixed(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
     return np.concatenate(products).astype(np.float32)
-
-
-def _records(
-    prompts: Sequence[Text], layout: Layout, greedy: Sequence[list[int]]
-) -> Iterator[PromptRecord]:
-    start = 0
-    for prompt, ids, inside in zip(prompts, greedy, layout.checkpoints, strict=True):
-        count = len(prompt.tokens)
-        full = int(((layout.full >= start) & (layout.full < start + count)).sum())
-        exact = dict.fromkeys(("next token", "first choice", "first five", "states"), "exact")
-        exact["KL"] = "exact" if full == count else "an interval"
-        exact["logits"] = "exact" if full == count else "at full positions"
-        yield PromptRecord(prompt.name, count, prompt.bytes, full, len(ids), exact, tuple(inside))
-        start += count

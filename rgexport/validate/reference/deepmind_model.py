@@ -1,7 +1,7 @@
 """DeepMind's own implementation, the torch part of the `recurrentgemma` package, as a reference."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -11,19 +11,21 @@ from recurrentgemma.torch import Griffin
 from recurrentgemma.torch.modules import AttentionBlockCache, RecurrentBlockCache
 from torch import Tensor, nn
 
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.deepmind import BRANCHES, CONV, GLOBAL_NAMES, NAMES, UP, UP_BIAS
-from rgexport.griffin.state import POSITION, State
-from rgexport.griffin.tensor import WeightSource
-from rgexport.validate.reference.whole_model import (
-    WholeModel,
-    check_supported,
-    in_float32,
-)
+from rgexport.griffin.layer_by_layer import Watch
+from rgexport.griffin.reference import describe_device, turn_off_tf32
+from rgexport.griffin.state import POSITION, State, layer_states, zero_state
+from rgexport.griffin.tensor import RowTensor, WeightSource
 
 
-class DeepMindModel(WholeModel):
-    """`recurrentgemma.torch.Griffin` in float32."""
+class DeepMindModel:
+    """`recurrentgemma.torch.Griffin` in float32, whole in memory, as a reference.
+
+    It takes many tokens at once only from the beginning of a text, and one at a time from a state.
+    So a state inside a text comes from a run of its own that ends there.
+    """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
         """Loads all weights.
@@ -31,13 +33,72 @@ class DeepMindModel(WholeModel):
         Raises:
             RequestError: a model that the package cannot run.
         """
+        self.config, self._device = config, torch.device(device)
         self._model = _load(config, weights, device)
         self._stream = torch.empty(0)
         self._model.blocks[-1].register_forward_hook(self._keep)
+        turn_off_tf32(self._device)
+
+    def describe(self) -> dict[str, str]:
+        """Adds `implementation` to `describe_device`."""
         name = f"recurrentgemma {version('recurrentgemma')}"
-        super().__init__(config, device, list(self._model.blocks), name)
+        return {"implementation": name, **describe_device(self._device)}
+
+    @torch.inference_mode()
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Tensor, State]:
+        """Takes tokens [B, T], one row after another; see `griffin.reference.Reference.run`."""
+        state = zero_state(self.config, len(tokens)) if state is None else state
+        rows = [
+            self._row(tokens[i : i + 1], {name: array[i : i + 1] for name, array in state.items()})
+            for i in range(len(tokens))
+        ]
+        after = {name: np.concatenate([found[name] for _, found in rows]) for name in state}
+        return torch.cat([hidden for hidden, _ in rows]), after
+
+    @torch.inference_mode()
+    def run_each(
+        self,
+        texts: Sequence[tuple[np.ndarray, State]],
+        *,
+        stops: Sequence[Sequence[int]] = (),
+        watch: Watch | None = None,
+    ) -> list[tuple[Tensor, list[State]]]:
+        """Takes one text of batch 1 after another, each from its beginning.
+
+        `watch` is called once for each layer when a text is done, with the last norm's output.
+        """
+        found = []
+        for index, (tokens, state) in enumerate(texts):
+            inside = stops[index] if stops else ()
+            states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
+            hidden, after = self._row(tokens, state)
+            if watch is not None:
+                for layer in range(self.config.num_layers):
+                    watch(layer, index, hidden)
+            found.append((hidden, [*states, after]))
+        return found
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> np.ndarray:
+        """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
+        logits, cap = self._model.embedder.decode(hidden), self.config.soft_cap
+        return _to_numpy(nn.functional.tanh(logits / cap) * cap if cap else logits)
+
+    def _row(self, tokens: np.ndarray, state: State) -> tuple[Tensor, State]:
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        if not state[POSITION].any():
+            return self._pass(ids, state)
+        hidden = []
+        for token in ids.unbind(1):
+            after, state = self._pass(token[None], state)
+            hidden.append(after)
+        return torch.cat(hidden, 1), state
 
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1.
+
+        Returns the final norm's output [1, T, width] and the canonical state after it.
+        """
         start = int(state[POSITION][0])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         # The package's logits would be those of all tokens at once.
@@ -45,13 +106,7 @@ class DeepMindModel(WholeModel):
             tokens, positions, self._cache(state) if start else None, return_logits=False
         )
         stop = start + tokens.shape[1]
-        hidden = self._model.final_norm(self._stream)
-        return hidden, self._canonical(stop, self._states(cache, stop))
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits = self._model.embedder.decode(hidden)
-        cap = self.config.soft_cap
-        return nn.functional.tanh(logits / cap) * cap if cap else logits
+        return self._model.final_norm(self._stream), self._state(cache, stop)
 
     def _keep(self, block: nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
         self._stream = output[0]
@@ -64,7 +119,11 @@ class DeepMindModel(WholeModel):
         count = state[POSITION].astype(np.int32)
         turn = int(count[0]) % self.config.window
         cache: dict[str, RecurrentBlockCache | AttentionBlockCache] = {}
-        for index, kind, first, second in self._layer_states(state):
+        for index, kind in enumerate(self.config.block_types):
+            first, second = (
+                torch.from_numpy(state[spec.name].astype(np.float32)).to(self._device)
+                for spec in layer_states(self.config, index, "float32")
+            )
             if kind == "attention":
                 keys, values = (part.roll(turn, 1)[:, :, None] for part in (first, second))
                 position = torch.from_numpy(count.copy()).to(first.device)
@@ -73,16 +132,19 @@ class DeepMindModel(WholeModel):
                 cache[f"blocks.{index}"] = RecurrentBlockCache(first, second)
         return cache
 
-    def _states(
+    def _state(
         self, cache: dict[str, RecurrentBlockCache | AttentionBlockCache], count: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        turn = -(count % self.config.window)
+    ) -> State:
+        """The canonical state after `count` tokens."""
+        turn, state = -(count % self.config.window), {POSITION: np.array([count], np.int64)}
         for index in range(self.config.num_layers):
-            found = cache[f"blocks.{index}"]
-            first, second = found[0], found[1]
-            if isinstance(found, AttentionBlockCache):
-                first, second = (part[:, :, 0].roll(turn, 1) for part in (first, second))
-            yield first, second
+            block = cache[f"blocks.{index}"]
+            parts = [block[0], block[1]]
+            if isinstance(block, AttentionBlockCache):
+                parts = [part[:, :, 0].roll(turn, 1) for part in parts]
+            for spec, part in zip(layer_states(self.config, index, "float32"), parts, strict=True):
+                state[spec.name] = _to_numpy(part)
+        return state
 
 
 def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:
@@ -117,21 +179,25 @@ def _check_supported(config: GriffinConfig) -> None:
         "conv_width": 4,
         "embedding_scale": 1.0 if config.embedding_scale == 1.0 else scale,
     }
-    rules = {name: (getattr(config, name) == value, value) for name, value in only.items()}
-    check_supported("DeepMind's package", "deepmind", config, rules)
+    for name, value in only.items():
+        if getattr(config, name) != value:
+            raise RequestError(
+                f"DeepMind's package cannot run this model: its {name} is "
+                f"{getattr(config, name)}, expected {value}; leave out --impl deepmind"
+            )
 
 
 def _tensor(name: str, weights: WeightSource, device: str) -> Tensor:
     """One of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
     if name in GLOBAL_NAMES:
-        return in_float32(weights[GLOBAL_NAMES[name]], device)
+        return _in_float32(weights[GLOBAL_NAMES[name]], device)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None:
         raise ValueError(f"recurrentgemma has an unknown tensor {name}")
     prefix, local = f"layers.{match[1]}.", match[2]
 
     def read(canonical: str) -> Tensor:
-        return in_float32(weights[prefix + canonical], device)
+        return _in_float32(weights[prefix + canonical], device)
 
     if local in (UP, UP_BIAS):
         kind = "weight" if local == UP else "bias"
@@ -139,3 +205,13 @@ def _tensor(name: str, weights: WeightSource, device: str) -> Tensor:
         return both.mT.contiguous() if local == UP else both[:, None, None]
     found = read(NAMES[local])
     return found[:, 0].T.contiguous() if local == CONV else found
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy in float32, on the CPU."""
+    return tensor.detach().float().cpu().numpy().copy()
+
+
+def _in_float32(weight: RowTensor, device: str) -> Tensor:
+    """A whole weight on a device."""
+    return torch.from_numpy(weight.whole().astype(np.float32)).to(device)

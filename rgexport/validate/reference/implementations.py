@@ -1,10 +1,8 @@
-"""Which implementation computes a reference: rgexport's own, or another package's."""
+"""Which implementation computes a reference: rgexport's own, or DeepMind's."""
 
 import math
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.config import GriffinConfig
@@ -25,65 +23,45 @@ WORKING_BYTES = 2 << 30
 MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 
-class _Package(NamedTuple):
-    module: str
-    class_name: str
-    install: str
-
-
-PACKAGES = {
-    "deepmind": _Package(
-        "rgexport.validate.reference.deepmind_model",
-        "DeepMindModel",
-        "'recurrentgemma[torch]' flax jax",
-    ),
-    "hf": _Package(
-        "rgexport.validate.reference.hugging_face_model",
-        "HuggingFaceModel",
-        "'transformers>=5.24,<6'",
-    ),
-}
-NAMES = (OWN, *PACKAGES)
+DEEPMIND = "deepmind"
 
 
 def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
-    """The constructor of an implementation, one of `NAMES`.
+    """The constructor of an implementation, `OWN` or `DEEPMIND`.
 
     rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers.
     It keeps its weights in memory where they fit, unless `low_memory` forbids it.
 
     Raises:
-        RequestError: a package is missing, there is no such device, or another implementation is
-            asked for `low_memory`.
+        RequestError: a package is missing, there is no such device, or DeepMind's is asked for
+            `low_memory`.
     """
-    if name != OWN and low_memory:
+    if name == OWN:
+        return _own(_cuda_or_cpu(device), low_memory)
+    if low_memory:
         raise RequestError(
             f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
         )
-    if name == OWN:
-        return _own(_cuda_or_cpu(device), low_memory)
-    return _packaged(name, torch_device(device))
+    return _deepmind(torch_device(device))
 
 
-def _packaged(name: str, device: str) -> MakeReference:
-    package = PACKAGES[name]
+def _deepmind(device: str) -> MakeReference:
     try:
-        model = getattr(import_module(package.module), package.class_name)
+        from rgexport.validate.reference.deepmind_model import DeepMindModel
     except ImportError as error:
         raise RequestError(
-            f"--impl {name} needs a package that is missing ({error.name}): "
-            f"pip install {package.install}"
+            f"--impl deepmind needs a package that is missing ({error.name}): "
+            "pip install 'recurrentgemma[torch]' flax jax"
         ) from None
 
     def make(config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
         needed, free = float32_bytes(config), _free_bytes(device)
         if free is not None and needed > free:
             raise RequestError(
-                f"--impl {name} takes {amount(needed)} of memory for the weights alone, and "
+                f"--impl deepmind takes {amount(needed)} of memory for the weights alone, and "
                 f"{amount(free)} are free; leave it out: rgexport's own reads layer by layer"
             )
-        found: ReferenceModel = model(config, weights, device=device)
-        return found
+        return DeepMindModel(config, weights, device=device)
 
     return make
 

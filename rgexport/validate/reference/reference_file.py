@@ -1,23 +1,17 @@
 """The reference file: its format and its writer; `reference_reader` opens one.
 
 It is a safetensors file whose metadata has one text, `rgexport_reference`, the JSON of `Header`.
-Positions count through all prompts, N in all. M of them are *full*: all their logits are there. The
-others are condensed (see `condensed`), with K kept tokens in all. A positions are *watched*: the
-residual stream after each layer is there.
+N tokens of all prompts stand one after another. M positions of a prompt have logits, and C
+checkpoints inside it have states.
 
 | name | shape | dtype |
 |---|---|---|
 | `tokens` | [N] | int64 |
-| `full.positions` | [M] | int64, ascending |
-| `full.logits` | [M, vocab] | float32 |
-| `kept.counts` | [N] | int64; 0 where a position is full |
-| `kept.ids`, `kept.logits` | [K] | int32, float32; most likely first |
-| `sums` | [N, 8] | float64; see `SUMS` |
-| `codes` | [N - M, vocab] | uint8 or uint16; there if `tail_bits` is not 0 |
+| `logits.{prompt}` | [M, vocab] | uint16, at `PromptRecord.positions`; see `logit_rows` |
+| `scales.{prompt}` | [M, 2] | float32: each row's smallest logit and its step |
 | `greedy.{prompt}` | [n] | int64: the reference's greedy continuation |
 | `states.{prompt}.{state}` | canonical, without batch | keys and values: no zeros at the front |
 | `checkpoints.{prompt}.{state}` | [C, …], canonical | after `PromptRecord.checkpoints` tokens |
-| `activations` | [A, layers, width] | float32, at the positions `Header.watched` |
 | `weights.{tensor}` | see `weights.sketch.SketchShape` | float32: a sketch of the checkpoint's |
 | `inputs.{site}` | [4, K] | float32: mixtures of a linear's inputs, see `weights.input_mixtures` |
 | `outputs.{tensor}` | [rows, 4] | float32: products of the checkpoint's rows with those |
@@ -46,22 +40,16 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
-from rgexport.validate.reference.condensed import Condensed, Tail
+from rgexport.validate.reference.logit_rows import decode
 
-FORMAT_VERSION = 2
-"""Version 1 had no sketches of the weights, and could not notice other weights."""
+FORMAT_VERSION = 3
+"""Version 2 had most logits as bounds, version 1 no sketches of the weights."""
 METADATA = "rgexport_reference"
-SUMS = "log_sum_exp", "next_nll", "variance", "mass", "offset", "moved", "floor", "step"
-"""Of each position: the log-sum-exp of its logits, -log p of the prompt's next token (0 at the
-end), the variance of the logits, and the numbers of `condensed.Tail`, which are 0 at a full
-position."""
 
 DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
-    "U8": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -71,16 +59,20 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class PromptRecord:
     """One prompt.
 
-    `exact` says how exactly each metric is known from the file. `checkpoints` are the counts of
-    tokens, ascending, after which there are recurrent states too.
+    Attributes:
+        name: for people.
+        tokens: their number.
+        bytes: the text's length in UTF-8; None for token ids.
+        positions: those that have logits, ascending; at least one.
+        greedy_tokens: length of the continuation.
+        checkpoints: the numbers of tokens, ascending, after which there are recurrent states too.
     """
 
     name: str
     tokens: int
     bytes: int | None
-    full_positions: int
+    positions: tuple[int, ...]
     greedy_tokens: int
-    exact: dict[str, str]
     checkpoints: tuple[int, ...] = ()
 
 
@@ -95,9 +87,7 @@ class Header:
         files: the checkpoint's weight files.
         computed: `implementation`, `device`, `dtype`, `tf32` and versions.
         environment: of the machine.
-        tail_bits: see `condensed.CODES`.
-        prompts: in the order of the positions.
-        watched: positions, ascending.
+        prompts: in the order of their tokens.
         data_sha256: of all that follows the header in the file; `write_reference` fills it in.
     """
 
@@ -107,68 +97,35 @@ class Header:
     files: dict[str, FileRecord]
     computed: dict[str, str]
     environment: dict[str, str | int]
-    tail_bits: int
     prompts: tuple[PromptRecord, ...]
-    watched: tuple[int, ...] = ()
     data_sha256: str = ""
 
     @property
-    def positions(self) -> int:
-        """Of all prompts."""
+    def tokens(self) -> int:
+        """The number of tokens of all prompts."""
         return sum(prompt.tokens for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """An open file; its large arrays are read in rows.
-
-    `ends` [N + 1] has the place where each position's kept tokens begin.
-    """
+    """An open file; its large arrays are read in rows."""
 
     path: Path
     header: Header
     tokens: np.ndarray
-    sums: np.ndarray
-    full_positions: np.ndarray
     arrays: Mapping[str, RowTensor]
-    ends: np.ndarray
 
     def spans(self) -> Iterator[tuple[int, PromptRecord, slice]]:
-        """Each prompt's index, record, and place among the positions."""
+        """Yields each prompt's index, record, and slice of `tokens`."""
         start = 0
         for index, prompt in enumerate(self.header.prompts):
             yield index, prompt, slice(start, start + prompt.tokens)
             start += prompt.tokens
 
-    def is_full(self, position: int) -> bool:
-        """Whether the file has all logits of a position."""
-        return bool(self.ends[position] == self.ends[position + 1])
-
-    def next_nll(self, position: int) -> float:
-        """-log p of the prompt's next token; 0 at its end."""
-        return float(self.sums[position, SUMS.index("next_nll")])
-
-    def variance(self, position: int) -> float:
-        """Of the position's logits."""
-        return float(self.sums[position, SUMS.index("variance")])
-
-    def full_logits(self, position: int) -> np.ndarray:
-        """Logits [vocab] float32 of a full position."""
-        row = int(np.searchsorted(self.full_positions, position))
-        return self.arrays["full.logits"].read(row, row + 1)[0]
-
-    def condensed(self, position: int) -> Condensed:
-        """The distribution at a position that is not full."""
-        start, stop = self.ends[position : position + 2].tolist()
-        row = position - int(np.searchsorted(self.full_positions, position))
-        codes = self.arrays["codes"].read(row, row + 1)[0] if "codes" in self.arrays else None
-        total, _, _, mass, offset, moved, floor, step = self.sums[position].tolist()
-        return Condensed(
-            ids=self.arrays["kept.ids"].read(start, stop),
-            logits=self.arrays["kept.logits"].read(start, stop),
-            log_sum_exp=total,
-            tail=Tail(mass, offset, moved, floor, step, codes),
-        )
+    def logits(self, prompt: int, start: int, stop: int) -> np.ndarray:
+        """Logits [stop - start, vocab] float64 at `PromptRecord.positions[start:stop]`."""
+        rows = (self.arrays[f"{name}.{prompt}"].read(start, stop) for name in ("logits", "scales"))
+        return decode(*rows)
 
     def greedy(self, prompt: int) -> np.ndarray:
         """The reference's greedy continuation of a prompt, [n] int64; may be empty."""
@@ -194,10 +151,6 @@ class ReferenceFile:
             for state, array in zip(found.values(), arrays, strict=True):
                 state[spec.name] = array[None]
         return found
-
-    def activations(self, place: int) -> np.ndarray:
-        """The residual stream [layers, width] after each layer, at `Header.watched[place]`."""
-        return self.arrays["activations"].read(place, place + 1)[0]
 
     def sketch(self, tensor: str) -> np.ndarray:
         """The sketch of a tensor, [rows, width] float32; see `weights.sketch`."""

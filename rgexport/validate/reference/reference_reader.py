@@ -16,13 +16,10 @@ from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import RowTensor
-from rgexport.validate.reference.condensed import CODES
 from rgexport.validate.reference.reference_file import (
-    DTYPE_NAMES,
     DTYPES,
     FORMAT_VERSION,
     METADATA,
-    SUMS,
     Header,
     ReferenceFile,
     checkpoint_name,
@@ -38,10 +35,6 @@ from rgexport.validate.weights.sketch import sketch_shape
 
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""
-_STREAMED = "full.logits", "kept.logits", "states.", "checkpoints.", "inputs.", "outputs."
-"""Beginnings of the names of large arrays of finite numbers."""
-_ANY = -1
-"""A length that does not follow from the header."""
 
 
 def read_reference(path: Path) -> ReferenceFile:
@@ -52,12 +45,8 @@ def read_reference(path: Path) -> ReferenceFile:
     """
     header = _read_header(path)
     arrays = _read_arrays(path, header)
-    tokens, sums, full, counts = (
-        arrays[name].whole() for name in ("tokens", "sums", "full.positions", "kept.counts")
-    )
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    reference = ReferenceFile(path, header, tokens, sums, full, arrays, ends)
-    _check_values(reference, counts)
+    reference = ReferenceFile(path, header, arrays["tokens"].whole(), arrays)
+    _check_values(reference)
     return reference
 
 
@@ -77,7 +66,7 @@ def _read_header(path: Path) -> Header:
             newer = version > FORMAT_VERSION
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-                + ("update rgexport" if newer else "capture it again with `rgexport reference`")
+                + ("update rgexport" if newer else "record it again with `rgexport reference`")
             )
         header = read(Header, fields)
         _check_header(header)
@@ -93,14 +82,15 @@ def _check_header(header: Header) -> None:
     prompts = header.prompts
     rules = {
         f"config: a state would take {states} bytes": states <= MAX_STATE_BYTES,
-        f"tail_bits is {header.tail_bits}": header.tail_bits in CODES,
         "prompts: there is none, or one without tokens": bool(prompts)
         and all(prompt.tokens >= 1 for prompt in prompts),
-        "no position is full": sum(prompt.full_positions for prompt in prompts) >= 1,
+        "positions of logits lie outside of their prompt, or do not ascend": all(
+            prompt.positions and _is_inside(prompt.positions, 0, prompt.tokens)
+            for prompt in prompts
+        ),
         "checkpoints lie outside of their prompt, or do not ascend": all(
             _is_inside(prompt.checkpoints, 1, prompt.tokens) for prompt in prompts
         ),
-        f"watched is {header.watched}": _is_inside(header.watched, 0, header.positions),
     }
     for problem, holds in rules.items():
         if not holds:
@@ -121,17 +111,11 @@ def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
         raise _damaged(path, f"{name} is {'unknown' if name in entries else 'missing'}")
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
-        fits = len(entry.shape) == len(shape) and all(
-            found == wanted or wanted == _ANY
-            for found, wanted in zip(entry.shape, shape, strict=True)
-        )
-        if entry.dtype != dtype or not fits:
+        if (entry.dtype, entry.shape) != (dtype, shape):
             raise _damaged(path, f"{name} is {entry.dtype} {list(entry.shape)}")
     start = min(entry.offset for entry in entries.values())
     if hash_file(path, start=start).sha256 != header.data_sha256:
         raise _damaged(path, "its data has another hash")
-    if entries["kept.ids"].shape != entries["kept.logits"].shape:
-        raise _damaged(path, "not as many kept logits as ids")
     return {
         name: file_rows(path, entry.shape, DTYPES[entry.dtype], entry.offset)
         for name, entry in entries.items()
@@ -139,18 +123,11 @@ def _read_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
 
 
 def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    count, vocab = header.positions, header.config.vocab_size
-    full = sum(prompt.full_positions for prompt in header.prompts)
-    yield "tokens", ("I64", (count,))
-    yield "full.positions", ("I64", (full,))
-    yield "full.logits", ("F32", (full, vocab))
-    yield "kept.counts", ("I64", (count,))
-    yield "kept.ids", ("I32", (_ANY,))
-    yield "kept.logits", ("F32", (_ANY,))
-    yield "sums", ("F64", (count, len(SUMS)))
-    if dtype := CODES[header.tail_bits]:
-        yield "codes", (DTYPE_NAMES[dtype], (count - full, vocab))
+    yield "tokens", ("I64", (header.tokens,))
     for index, prompt in enumerate(header.prompts):
+        rows = len(prompt.positions)
+        yield f"logits.{index}", ("U16", (rows, header.config.vocab_size))
+        yield f"scales.{index}", ("F32", (rows, 2))
         if prompt.greedy_tokens:
             yield f"greedy.{index}", ("I64", (prompt.greedy_tokens,))
         for spec in state_specs(header.config):
@@ -166,56 +143,20 @@ def _expected(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]
         yield outputs_name(name), ("F32", (rows, MIXTURES))
         yield inputs_name(site), ("F32", (MIXTURES, columns))
     yield "squares", ("F64", (len(model_tensors(header.config)),))
-    if header.watched:
-        shape = len(header.watched), header.config.num_layers, header.config.width
-        yield "activations", ("F32", shape)
 
 
-def _check_values(reference: ReferenceFile, counts: np.ndarray) -> None:
-    """Refuses values that would lead out of an array later, or are not finite."""
-    vocab, ids = reference.header.config.vocab_size, reference.arrays["kept.ids"]
-    full = np.isin(np.arange(len(counts)), reference.full_positions)
-    squares = reference.arrays["squares"].whole()
-    greedy = [reference.greedy(index) for index in range(len(reference.header.prompts))]
-    rules = {
-        "full.positions": _is_inside(reference.full_positions.tolist(), 0, len(counts)),
-        "kept.counts": bool(((counts > 0) != full).all() and (counts >= 0).all())
-        and sum(counts.tolist()) == ids.shape[0],
-        "tokens": _are_ids(reference.tokens, vocab),
-        "kept.ids": _are_ids(ids.whole(), vocab),
-        "greedy": all(_are_ids(found, vocab) for found in greedy),
-        "sums": _finite(reference.sums),
-        "squares": _finite(squares) and bool((squares >= 0).all()),
-        "weights": all(
-            _finite(reference.sketch(name)) for name in model_tensors(reference.header.config)
-        ),
-        "activations": all(
-            _finite(reference.activations(place)) for place in range(len(reference.header.watched))
-        ),
-    }
-    for name, holds in rules.items():
-        if not holds:
-            raise _damaged(reference.path, f"{name} has impossible values")
-    if not _are_distinct(ids.whole(), counts, vocab):
-        raise _damaged(reference.path, "kept.ids has an id twice at a position")
+def _check_values(reference: ReferenceFile) -> None:
+    """Refuses ids that the model lacks, and numbers that are not finite or negative squares."""
+    vocab = reference.header.config.vocab_size
     for name, array in reference.arrays.items():
-        if name.startswith(_STREAMED) and not all(_finite(rows) for _, rows in array.slabs()):
-            raise _damaged(reference.path, f"{name} has impossible values")
-
-
-def _are_ids(values: np.ndarray, vocab: int) -> bool:
-    return bool(((values >= 0) & (values < vocab)).all())
-
-
-def _are_distinct(ids: np.ndarray, counts: np.ndarray, vocab: int) -> bool:
-    """Checks that no position keeps an id twice."""
-    keys = np.repeat(np.arange(len(counts)), counts) * vocab + ids
-    return len(np.unique(keys)) == len(ids)
-
-
-def _finite(values: np.ndarray) -> bool:
-    return bool(np.isfinite(values).all())
+        for _, rows in array.slabs():
+            if array.dtype.kind == "f":
+                holds = np.isfinite(rows).all() and (name != "squares" or (rows >= 0).all())
+            else:
+                holds = name.startswith("logits.") or ((rows >= 0) & (rows < vocab)).all()
+            if not holds:
+                raise _damaged(reference.path, f"{name} has impossible values")
 
 
 def _damaged(path: Path, what: str) -> RequestError:
-    return RequestError(f"{path} is damaged: {what}; capture it again")
+    return RequestError(f"{path} is damaged: {what}; record it again")

@@ -11,7 +11,6 @@ from rgexport.validate.bisect.site_errors import layer_of
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.measure import Comparison
 from rgexport.validate.positions import PositionBlock
-from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.chart import (
     Chart,
     Point,
@@ -21,7 +20,7 @@ from rgexport.validate.report.chart import (
     logarithmic_axis,
     share_axis,
 )
-from rgexport.validate.report.result_tables import DRIFT, STREAM, cost_of, sides_of
+from rgexport.validate.report.result_tables import cost_of, sides_of
 from rgexport.validate.report.words import LABELS, number, percent
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
@@ -107,11 +106,11 @@ def drift_chart(r: Result) -> Chart:
 
 
 def kinds_chart(title: str, drift: Sequence[Drift], limit: Series | None = None) -> Iterator[Chart]:
-    """The worst state of each kind; no chart for a model without states."""
+    """The worst state of each kind; no chart without states."""
     series = [
         Series(drawn, kind, [(d.position, worst(_of_kind(d, kind))) for d in drift])
         for kind, drawn in _STATE_LINES.items()
-        if _of_kind(drift[0], kind)
+        if drift and _of_kind(drift[0], kind)
     ]
     if series:
         summary = f"Largest error {_STATE_MEASURE}: {_ranges('{} {}', series)}."
@@ -199,23 +198,6 @@ def site_charts(report: SiteReport) -> Iterator[Chart]:
         series,
         Series("limit", "limit", [(0, 1.0)]),
     )
-
-
-def file_charts(found: AgainstFile) -> Iterator[Chart]:
-    """Of the comparison with a reference file."""
-    if found.layers:
-        points = [(float(e.layer), e.relative_rms) for e in found.layers]
-        limit = found.layers[0].limit
-        yield _layer_chart(
-            STREAM,
-            "Error of what each layer hands on, with that of all layers before it: "
-            f"{_range(points)}; the limit is {number(limit)}.",
-            "‖Δ‖ ÷ ‖x‖",
-            [Series("plain", "error", points, dots=True)],
-            Series("limit", "limit", [(0, limit)]),
-        )
-    if found.drift:
-        yield from kinds_chart(DRIFT, found.drift)
 
 
 def _layer_chart(

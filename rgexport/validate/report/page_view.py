@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rgexport.progress import amount
-from rgexport.tables import Row, Table
+from rgexport.tables import Row
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
-from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.quality import Quality
 from rgexport.validate.reference.against import AgainstFile, PromptResult
-from rgexport.validate.report.charts import charts, file_charts, rms, site_charts
+from rgexport.validate.report.charts import charts, kinds_chart, rms, site_charts
 from rgexport.validate.report.result_tables import (
+    DRIFT,
     PROMPT,
     Compared,
     cost_of,
@@ -22,6 +22,7 @@ from rgexport.validate.report.result_tables import (
     logits_table,
     prompt_cells,
     sketch_table,
+    suspect_table,
 )
 from rgexport.validate.report.words import (
     LABELS,
@@ -111,7 +112,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "speed": speed_words(r),
         "source": source_words(r),
         "texts": [(one, *answers_of(one)) for one in r.continuations or []],
-        "suspects": _suspects(r.suspects or []),
+        "suspects": suspect_table(r.suspects) if r.suspects else None,
         "charts": list(charts(r)),
         "ops": None if sites is None else op_bars(sites.errors),
         "site_charts": [] if sites is None else list(site_charts(sites)),
@@ -168,17 +169,12 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
     yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
 
 
-def _suspects(suspects: Sequence[Suspect]) -> Table | None:
-    rows = [(suspect.site, suspect.evidence) for suspect in suspects]
-    return Table("Suspects", ("op", "evidence"), rows) if rows else None
-
-
 def _file_view(found: AgainstFile) -> dict[str, Any]:
     return {
         "table": file_table(found),
         "sketches": sketch_table(found),
         "prompts": _prompt_bars(found.prompts),
-        "charts": list(file_charts(found)),
+        "charts": list(kinds_chart(DRIFT, found.drift)),
     }
 
 

@@ -1,6 +1,6 @@
 """The tables of a result, for the terminal and the page."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rgexport.progress import amount
@@ -12,7 +12,7 @@ from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
-from rgexport.validate.reference.against import AgainstFile, LayerError, PromptResult
+from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
@@ -23,10 +23,9 @@ WORST = 5
 """Rows of tables that show only the worst ones."""
 MOST = 30
 """Ops beyond their limits, and suspects, that are shown."""
-PROMPT = ("tokens", "KL mean", "top-1", "worst state", "greedy")
+PROMPT = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
 """Columns of `prompt_cells`."""
 DRIFT = "Recurrent states inside the longest prompt"
-STREAM = "Residual stream after each layer"
 _TENSOR = ("error", "projection", "noise")
 _EXACT = 0.05
 """Noise below that is the sketch's own rounding."""
@@ -58,9 +57,13 @@ def _first(
         yield f"… and {len(rows) - most} {words}", *[""] * (len(rows[0]) - 1)
 
 
-def _perplexity(c: Compared) -> str:
-    found = c.likelihood
-    return "" if found is None else f"{found.perplexity:.4g} → {found.perplexity_candidate:.4g}"
+def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], str]:
+    """A cell that is empty where no token follows another."""
+    return lambda c: "" if c.likelihood is None else show(c.likelihood)
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 _SUMMARY: dict[str, Callable[[Compared], str]] = {
@@ -68,7 +71,7 @@ _SUMMARY: dict[str, Callable[[Compared], str]] = {
     "top-1 agreement": lambda c: percent(c.agreement.top1),
     "RMS logit error": lambda c: number(c.logits.relative_rms),
     "worst state error at end": lambda c: number(worst(c.states)),
-    "perplexity": _perplexity,
+    "perplexity": _of_likelihood(lambda p: f"{p.perplexity:.4g} → {p.perplexity_candidate:.4g}"),
 }
 
 
@@ -79,13 +82,11 @@ def summary_table(r: Result) -> Table:
         "reference file": r.reference,
         LABELS["twin"]: r.twin,
     }
-    found = {name: side for name, side in sides.items() if side is not None}
-    cells = {name: [show(c) for c in found.values()] for name, show in _SUMMARY.items()}
-    rows = [(name, *row) for name, row in cells.items() if any(row)]
-    return _table("", ("compared with",), tuple(found), rows)
+    there = {name: side for name, side in sides.items() if side is not None}
+    return _table("", ("compared with",), tuple(there), _rows(_SUMMARY, there.values()))
 
 
-_COMPARISON: dict[str, Callable[[Comparison], str]] = {
+_MEASURED: dict[str, Callable[[Compared], str]] = {
     "max |Δlogit|": lambda c: number(c.logits.max),
     "… of the largest logit": lambda c: number(c.logits.relative_max),
     "RMS logit error, of their spread": lambda c: number(c.logits.relative_rms),
@@ -103,28 +104,28 @@ _COMPARISON: dict[str, Callable[[Comparison], str]] = {
     "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
     "greedy tokens in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
     "worst state": lambda c: number(worst(c.states)),
+    "perplexity: reference": _of_likelihood(lambda p: _digits(p.perplexity)),
+    "perplexity: artifact": _of_likelihood(lambda p: _digits(p.perplexity_candidate)),
+    "bits per byte: reference": _of_likelihood(lambda p: _digits(p.bits_per_byte)),
+    "bits per byte: artifact": _of_likelihood(lambda p: _digits(p.bits_per_byte_candidate)),
+    "Δ nats per token": _of_likelihood(lambda p: f"{p.delta:+.2g} ± {p.delta_standard_error:.1g}"),
 }
 
 
 def logits_table(r: Result) -> Table:
     """All that was measured, a column for each of `sides_of`."""
-    sides = sides_of(r)
-    rows = [(name, *(show(side) for _, side in sides)) for name, show in _COMPARISON.items()]
-    known = [dict(_likelihood_rows(side.likelihood)) for _, side in sides]
-    names = dict.fromkeys(name for one in known for name in one)
-    rows += [(name, *(one.get(name, "") for one in known)) for name in names]
-    return _table("Logits", ("measured",), tuple(LABELS[name] for name, _ in sides), rows)
+    names, sides = zip(*sides_of(r), strict=True)
+    columns = tuple(LABELS[name] for name in names)
+    return _table("Logits", ("measured",), columns, _rows(_MEASURED, sides))
 
 
-def _likelihood_rows(found: Likelihood | None) -> Iterator[tuple[str, str]]:
-    if found is None:
-        return
-    yield "perplexity: reference", f"{found.perplexity:.4g}"
-    yield "perplexity: artifact", f"{found.perplexity_candidate:.4g}"
-    if found.bits_per_byte is not None and found.bits_per_byte_candidate is not None:
-        yield "bits per byte: reference", f"{found.bits_per_byte:.4g}"
-        yield "bits per byte: artifact", f"{found.bits_per_byte_candidate:.4g}"
-    yield "Δ nats per token", f"{found.delta:+.2g} ± {found.delta_standard_error:.1g}"
+def _rows(
+    table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
+) -> Iterator[Row]:
+    """A name and a cell for each side; rows without any cell are left out."""
+    compared = list(sides)
+    rows = ((name, *map(show, compared)) for name, show in table.items())
+    return (row for row in rows if any(row[1:]))
 
 
 def state_table(errors: Sequence[StateError]) -> Table:
@@ -161,45 +162,16 @@ def itself_table(r: Result) -> Table:
 
 def file_table(found: AgainstFile) -> Table:
     """What was measured against a reference file, over all prompts."""
-    title = f"Against the reference file ({found.positions:,} positions)"
-    return _table(title, ("measured",), ("value",), _file_rows(found))
-
-
-def _file_rows(found: AgainstFile) -> Iterator[Row]:
-    kl, low, high = found.kl, found.kl_low, found.kl_high
-    full = f" ({found.full_positions} positions)"
-    mean = bounded(kl.mean, low.mean, high.mean)
-    yield f"max |Δlogit|{full}", number(found.logits.max)
-    yield f"RMS logit error, of their spread{full}", number(found.logits.relative_rms)
-    yield "KL mean (nats)", f"{mean} ± {kl.standard_error:.1g}"
-    if found.full_positions < found.positions:
-        yield f"KL mean{full}", mean_kl(found.kl_full)
-    yield "KL median", bounded(kl.median, low.median, high.median)
-    yield "KL 99th percentile", bounded(kl.p99, low.p99, high.p99)
-    yield "KL max", f"{bounded(kl.max, low.max, high.max)} at {kl.worst_position}"
-    yield "width of KL's interval, of itself", f"{found.kl_width:.1g}"
-    yield "top-1 agreement", percent(found.agreement.top1)
-    yield "top-5 agreement", percent(found.agreement.top5)
-    yield "largest margin that flipped", number(found.agreement.largest_flip_margin)
-    yield "worst state", number(worst(found.states))
-    yield from _likelihood_rows(found.likelihood)
-    total, common = found.greedy
-    if total:
-        yield "greedy tokens in common", f"{common} of {total} tokens"
-
-
-def bounded(best: float, low: float, high: float) -> str:
-    """`0.0123`, and its bounds where their first three digits differ."""
-    short = number(best)
-    same = number(low) == short == number(high)
-    return short if same else f"{short} ({number(low)} … {number(high)})"
+    title = f"Against the reference file ({found.positions:,} of {found.tokens:,} positions)"
+    return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [found]))
 
 
 def prompt_cells(p: PromptResult) -> Row:
     """The columns `PROMPT`."""
     return (
         f"{p.tokens:,}",
-        bounded(p.kl, p.kl_low, p.kl_high),
+        f"{p.positions:,}",
+        number(p.kl),
         percent(p.top1),
         number(p.worst_state),
         f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
@@ -252,30 +224,22 @@ def weight_table(errors: Sequence[WeightError]) -> Table:
     return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
 
 
-def layer_table(layers: Sequence[LayerError]) -> Table:
-    """The residual stream against a reference file's; those beyond their limit first."""
-    rows = [
-        (f"{e.layer}", number(e.relative_rms), number(e.limit), f"{e.worst_position:,}")
-        for e in sorted(layers, key=lambda e: (e.passed, -e.relative_rms))
-    ]
-    return _table(STREAM, ("layer",), ("error", "limit", "worst at position"), _first(rows))
-
-
 def bisect_tables(
     report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
 ) -> Iterator[Table]:
     """Suspects, ops and layers, as far as there are any."""
     if suspects:
-        rows = [
-            ("" if s.layer is None else str(s.layer), s.site, s.evidence) for s in suspects[:MOST]
-        ]
-        if len(suspects) > MOST:
-            rows.append(("", f"… and {len(suspects) - MOST} more", ""))
-        yield Table("Suspects", ("layer", "op", "evidence"), rows)
+        yield suspect_table(suspects)
     if report is not None:
         yield _site_table(report)
     if costs:
         yield _cost_table(costs)
+
+
+def suspect_table(suspects: Sequence[Suspect]) -> Table:
+    """The likely causes of a failure, the strongest first."""
+    rows = [(suspect.site, suspect.evidence) for suspect in suspects]
+    return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
 
 
 def _site_table(report: SiteReport) -> Table:
@@ -327,17 +291,14 @@ def _of_cost(show: Callable[[Compared], str]) -> Callable[[Result], str]:
     return lambda r: "" if (found := cost_of(r)) is None else show(found)
 
 
-def _perplexity_change(c: Compared) -> str:
-    found = c.likelihood
-    return "" if found is None else f"{found.perplexity_candidate - found.perplexity:+.3g}"
-
-
 _OVERVIEW: dict[str, Callable[[Result], str]] = {
     "artifact": lambda r: r.artifact.path,
     "size": lambda r: amount(r.artifact.bytes),
     "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
     "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
-    "Δperplexity": _of_cost(_perplexity_change),
+    "Δperplexity": _of_cost(
+        _of_likelihood(lambda p: f"{p.perplexity_candidate - p.perplexity:+.3g}")
+    ),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
     "quality": lambda r: "" if r.quality is None else r.quality.grade,
     "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),

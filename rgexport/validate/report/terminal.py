@@ -17,7 +17,6 @@ from rgexport.validate.report.result_tables import (
     drift_table,
     file_table,
     itself_table,
-    layer_table,
     logits_table,
     overview,
     prompt_cells,
@@ -92,8 +91,6 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
     if r.layers is not None or r.suspects:
         yield ""
         yield from bisect_tables(None, r.layers, r.suspects or ())
-    if r.reference is not None:
-        yield from _first_layer(r.reference)
     yield _next_step([r], page)
 
 
@@ -177,9 +174,6 @@ def _file_parts(found: AgainstFile) -> Iterator[str | Table]:
         drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in found.drift]
         yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
     yield sketch_table(found)
-    if found.layers:
-        yield layer_table(found.layers)
-        yield from _first_layer(found)
 
 
 def _warnings(found: AgainstFile) -> Iterator[str]:
@@ -188,17 +182,6 @@ def _warnings(found: AgainstFile) -> Iterator[str]:
         yield "the reference file is of other weight files than the artifact was made from"
     for difference in found.config_differences:
         yield f"the configurations differ in {difference}"
-
-
-def _first_layer(found: AgainstFile) -> Iterator[str]:
-    """The first layer beyond its limit, if there is one."""
-    for error in found.layers or ():
-        if not error.passed:
-            yield (
-                f"layer {error.layer} is the first whose residual stream leaves the reference's: "
-                f"{number(error.relative_rms)}, limit {error.limit:g}"
-            )
-            return
 
 
 def _next_step(results: Sequence[Result], page: Path | None) -> str:

@@ -36,7 +36,7 @@ def of_a_file_alone(result):
     """The result of a reference file alone."""
     missing = ("original", "sites", "weights", "layers", "suspects", "speed")
     source = {"source.found": False, "source.path": None}
-    return changed(result, dict.fromkeys((*missing, "reference.layers")) | source)
+    return changed(result, dict.fromkeys(missing) | source)
 
 
 def without_bisect(result):
