@@ -6,12 +6,13 @@ from dataclasses import replace
 from rgexport.validate import states, thresholds
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect, find_suspects
-from rgexport.validate.checks import TENSOR_CHECKS, Check, with_limits
+from rgexport.validate.checks import STANDARD_ERRORS, TENSOR_CHECKS, Check, with_limits
 from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.measure import Comparison
 from rgexport.validate.opening import Opened
 from rgexport.validate.reference.against import file_checks
 from rgexport.validate.result import Result
+from rgexport.validate.rounding_cost import RoundingCost
 from rgexport.validate.running import Ran
 from rgexport.validate.states import Drift
 from rgexport.validate.thresholds import Tolerance
@@ -55,14 +56,29 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     if result.reproduced is not None:
         yield from reproduced_checks(result.reproduced)
     if result.cost is not None:
-        yield Check(
-            name="cost",
-            value=result.cost.ratio,
-            limit=thresholds.MOST_COST,
-            reason="KL of the weights, in units of what rounding to nearest costs in their layout",
-        )
+        yield from _rounding_checks(result, result.cost)
     if result.reference is not None:
         yield from file_checks(result.reference, manifest, limits)
+
+
+def _rounding_checks(result: Result, cost: RoundingCost) -> Iterator[Check]:
+    """Of the KL to the original, or to a reference file's, beside that of random rounding."""
+    ratios = {}
+    if cost.ratio is not None:
+        ratios["original"] = cost.ratio
+    if result.reference is not None:
+        # The file has logits of other texts, and of the artifact's own arithmetic.
+        kl = result.reference.kl
+        least = kl.mean - STANDARD_ERRORS * kl.standard_error
+        ratios["reference"] = least / (cost.kl_rounded + result.twin.kl.mean)
+    for side, ratio in ratios.items():
+        yield Check(
+            name=f"cost.{side}",
+            kind="cost",
+            value=ratio,
+            limit=thresholds.MOST_COST[side],
+            reason="KL in units of what rounding costs at random, by the steps of the weights",
+        )
 
 
 def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:

@@ -1,104 +1,115 @@
-"""What an artifact's weights cost in KL, beside what its layout costs when it is filled simply.
+"""What an artifact's weights cost in KL, beside what rounding to their steps costs at random.
 
-An algorithm chooses levels so that less is lost than by rounding to nearest. So weights that lose
-much more than the original's, rounded to nearest in the same layout, are not made from it.
+Nobody needs the original to know what rounding costs: the artifact's weights show their steps, and
+a model is as sensitive to random errors around its artifact's weights as around its own. An
+algorithm loses less than such errors do. Weights that lose much more are not made from the model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.manifest import Manifest
-from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest, StoredTensor
+from rgexport.export.row_groups import groups_of
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, Scheme
-from rgexport.quantize.statistics import no_statistics
-from rgexport.quantize.stored_weights import quantized
+from rgexport.griffin.tensor import RowTensor
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.steps import is_quantized
+from rgexport.validate.weights.steps import is_quantized, shown_steps
 
 TOKENS = 256
 """The first tokens of the text, which the rounded model takes, …"""
 POSITIONS = 64
 """… and how many of them are compared."""
-_SIMPLE: dict[type, str] = {Affine: "rtn", Palette: "kmeans", Ggml: "ggml"}
-"""Layout → the algorithm that fills it without data."""
+_SEED = 20240411
 _LEAST = 1e-12
 """KL, nats, that a cost is divided by at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingCost:
-    """Mean KL to the original over the same positions, nats per token.
+    """Mean KL over some positions, nats per token.
 
     Attributes:
-        kl: of the artifact's weights in exact arithmetic.
-        kl_rounded: of the original's weights, rounded to nearest in the artifact's layout.
-        ratio: the first in units of the second, less two standard errors.
+        kl_rounded: of the artifact's weights to themselves with random errors within half a step.
+        kl: of the artifact's weights in exact arithmetic to the original; None without one.
+        ratio: `kl` in units of `kl_rounded`, less two standard errors.
     """
 
-    kl: float
     kl_rounded: float
-    ratio: float
+    kl: float | None
+    ratio: float | None
 
 
 def rounding_cost(
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    original: Pass,
-    dequantized: Pass,
-    tokens: np.ndarray,
+    artifact: Artifact, dequantized: Pass, original: Pass | None, tokens: np.ndarray
 ) -> RoundingCost | None:
-    """Runs the original with its weights rounded to nearest; None where no weight is quantized.
+    """Runs the artifact's weights with random errors; None where no weight is quantized.
 
     Args:
-        manifest: the artifact's, whose plan has the layouts.
-        checkpoint: the original.
-        original: its pass over tokens [T].
-        dequantized: the pass of the artifact's weights over the same tokens.
+        artifact: whose weights show their steps.
+        dequantized: the pass of its weights over tokens [T].
+        original: the original's pass over them, where there is one.
         tokens: [T], of which the first `TOKENS` are taken.
-
-    Raises:
-        RequestError: a layout of ggml, whose library is missing.
     """
-    if not any(map(is_quantized, manifest.plan.values())):
+    tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
+    if not is_rounded(artifact.manifest):
         return None
-    plan = {name: _simply_filled(scheme) for name, scheme in manifest.plan.items()}
-    with watched_layers("Rounding to nearest, to compare", checkpoint.weights) as watched:
-        model = NumpyReference(checkpoint.config, quantized(watched, plan, no_statistics))
+    rounded = {
+        name: _with_errors(name, weight, tensors[name], generator)
+        for name, weight in artifact.weights.items()
+    }
+    with watched_layers("Rounding at random", rounded) as watched:
+        model = NumpyReference(artifact.manifest.config, watched)
         hidden, _ = model.run(tokens[None, :TOKENS])
-        positions = np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int)
-        positions = np.unique(positions)
-        expected = original.model.logits(original.hidden[:, positions])[0]
-        unknown = np.full(len(positions), -1)
-        kl, kl_rounded = (
-            metrics.compare_logits(expected, logits[0], unknown)["kl"]
-            for logits in (
-                dequantized.model.logits(dequantized.hidden[:, positions]),
-                model.logits(hidden[:, positions]),
-            )
-        )
-    return _summary(kl, kl_rounded)
-
-
-def _summary(kl: np.ndarray, kl_rounded: np.ndarray) -> RoundingCost:
-    """From the KL at each position."""
-    base = float(kl_rounded.mean()) or _LEAST
+    positions = np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int)
+    positions = np.unique(positions)
+    logits = _logits_at(dequantized, positions)
+    kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
+    base = max(float(kl_rounded.mean()), _LEAST)
+    if original is None:
+        return RoundingCost(kl_rounded=base, kl=None, ratio=None)
+    kl = _divergence(_logits_at(original, positions), logits)
     ratio = float(kl.mean()) / base
-    error = float((kl - ratio * kl_rounded).std(ddof=1)) / len(kl) ** 0.5 if len(kl) > 1 else 0.0
+    error = float(np.std(kl - ratio * kl_rounded, ddof=len(kl) > 1)) / len(kl) ** 0.5
     return RoundingCost(
-        kl=float(kl.mean()),
-        kl_rounded=float(kl_rounded.mean()),
-        ratio=ratio - STANDARD_ERRORS * error / base,
+        kl_rounded=base, kl=float(kl.mean()), ratio=ratio - STANDARD_ERRORS * error / base
     )
 
 
-def _simply_filled(scheme: Scheme) -> Scheme:
-    if not is_quantized(scheme):
-        return Float("float32")
-    if isinstance(scheme, Mixed):
-        return scheme.each(lambda one: replace(one, algorithm=_SIMPLE[Affine]))
-    assert not isinstance(scheme, Float)
-    return replace(scheme, algorithm=_SIMPLE[type(scheme)])
+def is_rounded(manifest: Manifest) -> bool:
+    """Whether an artifact has quantized weights."""
+    return any(is_quantized(stored.scheme) for stored in manifest.tensors.values())
+
+
+def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
+    """Logits [positions, vocab] float32."""
+    return model_pass.model.logits(model_pass.hidden[:, positions])[0]
+
+
+def _divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """KL at each position, nats, of logits [positions, vocab]."""
+    unknown = np.full(len(reference), -1)
+    return metrics.compare_logits(reference, candidate, unknown)["kl"].astype(np.float64)
+
+
+def _with_errors(
+    name: str, weight: RowTensor, stored: StoredTensor, generator: np.random.Generator
+) -> RowTensor:
+    """The weight with other errors, uniform within half a step, whenever it is read."""
+    if not is_quantized(stored.scheme):
+        return weight
+
+    def read(start: int, stop: int) -> np.ndarray:
+        rows = weight.read(start, stop).astype(np.float32)
+        for group in groups_of(stored):
+            chosen = group.chosen(start, stop)
+            if len(some := rows[chosen]):
+                steps = shown_steps(name, some, group.stored).levels
+                errors = generator.random(some.shape, np.float32) - np.float32(0.5)
+                rows[chosen] = some + steps * errors
+        return rows
+
+    return RowTensor(weight.shape, np.dtype(np.float32), read)

@@ -16,6 +16,7 @@ from rgexport.validate.reference_pass import SharedPasses
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
+from rgexport.validate.rounding_cost import is_rounded
 from rgexport.validate.running import asks_original, run_all
 
 DEFAULTS = Request()
@@ -94,9 +95,10 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     # The dequantized reference, the artifact over the text, and the ops one by one.
     count = 3 + request.bench
     if original is not None:
-        # Its pass, rounding to nearest, its weights, and each layer.
-        count += 3 + request.bisect + request.reproduce
+        count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)
+    if original is not None or request.reference is not None:
+        count += is_rounded(opened.manifest)
     return count + asks_original(opened) + (request.reference is not None)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from rgexport.errors import NotInstalled
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.progress import amount, group, note
 from rgexport.runtimes.engine import open_session
@@ -35,7 +34,7 @@ class Ran:
         info: what ran the artifact.
         measured: over the text.
         against_file: the comparison with the reference file.
-        cost: of the weights beside rounding to nearest, where there is an original.
+        cost: of the weights, where there is an original or a reference file.
         inputs: mixtures of what the original's linears took, where there is an original.
         continuations: of the reference file's prompts, or of those that a small original continued.
     """
@@ -60,9 +59,13 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     prompts = _prompts(opened)
     ran = _run_artifact(opened, references, prompts)
     ran = replace(ran, measured=with_continuations(ran.measured, references))
-    if opened.original is None:
+    dequantized, original = references[0], references[1] if len(references) > 1 else None
+    if original is not None:
+        ran = replace(ran, inputs=original.inputs)
+    elif opened.request.reference is None:
         return ran
-    return replace(ran, inputs=references[1].inputs, cost=_cost(opened, *references))
+    tokens = opened.text.tokens
+    return replace(ran, cost=rounding_cost(opened.artifact, dequantized, original, tokens))
 
 
 def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
@@ -72,16 +75,6 @@ def _run_references(opened: Opened, passes: SharedPasses) -> list[Pass]:
     if opened.original is not None:
         references.append(passes.run_reference(opened.original.checkpoint, tokens))
     return references
-
-
-def _cost(opened: Opened, dequantized: Pass, original: Pass) -> RoundingCost | None:
-    assert opened.original is not None
-    manifest, checkpoint = opened.manifest, opened.original.checkpoint
-    try:
-        return rounding_cost(manifest, checkpoint, original, dequantized, opened.text.tokens)
-    except NotInstalled as error:
-        note(f"the weights' cost is not compared with that of rounding to nearest: {error}")
-        return None
 
 
 def asks_original(opened: Opened) -> bool:

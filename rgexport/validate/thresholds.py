@@ -111,8 +111,9 @@ logits have 1, those of an unrelated model 1.4. Measured on random models with l
 to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weights are the right
 ones is checked in `weights.weight_limits`.
 """
-MOST_COST = 2.0
-"""KL of an artifact's weights to the original, in units of what rounding to nearest costs."""
+MOST_COST = {"original": 2.0, "reference": 3.0}
+"""KL of an artifact in units of what rounding to nearest costs: to the original on the same
+positions, and to a reference file, whose texts are others."""
 _GGML_STORAGE = {
     "f32": "float32",
     "f16": "float16",

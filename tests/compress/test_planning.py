@@ -19,7 +19,6 @@ from rgexport.compress.measure import Original
 from rgexport.compress.plan_file import is_plan
 from rgexport.compress.planning import Planner, Target
 from rgexport.compress.quantize import PlanOptions, make_plan, page_of
-from rgexport.quantize.stored_weights import quantized
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf
@@ -33,6 +32,7 @@ from rgexport.quantize.row_groups import group_sizes, members
 from rgexport.quantize.row_ranges import rows_text
 from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, uniform_schemes
 from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
+from rgexport.quantize.stored_weights import quantized
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.row_groups import decoded

@@ -76,7 +76,7 @@ class StepSizes:
         An error that is uniform within half a step has the variance step²/12. With the `squares`
         [columns] of inputs, each column's share is multiplied with its square.
         """
-        steps = np.square(self._levels(), dtype=np.float64)
+        steps = np.square(self.levels, dtype=np.float64)
         if squares is None:
             return steps.sum(1) * (columns / steps.shape[1] / 12)
         if steps.shape[1] == 1:
@@ -85,10 +85,12 @@ class StepSizes:
 
     def total(self, columns: int) -> float:
         """Σ step over all weights."""
-        levels = self._levels()
+        levels = self.levels
         return float(levels.sum(dtype=np.float64)) * columns / levels.shape[1]
 
-    def _levels(self) -> np.ndarray:
+    @property
+    def levels(self) -> np.ndarray:
+        """The distance of levels at each weight, or one number for each row, [rows, 1]."""
         return self.step if self.own is None else self.own
 
     def largest(self, error: np.ndarray) -> float:

@@ -6,17 +6,20 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from rgexport.export.manifest import StoredTensor
+from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize import affine, palette
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
+from rgexport.validate.weights.input_mixtures import MIXTURES
 from rgexport.validate.weights.sketch import sketch
 from rgexport.validate.weights.sketch_errors import sketch_errors
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 
+LINEAR = "layers.0.mlp_block.up_proj.weight"
 KINDS = {
     "normal": lambda rng, s: rng.normal(size=s),
     "uniform": lambda rng, s: rng.uniform(-1, 1, s),
@@ -59,17 +62,41 @@ def passes(error: WeightError) -> bool:
     return all(check.passed for check in weight_checks([error]))
 
 
+def inputs(columns: int, seed: int = 0) -> np.ndarray:
+    """Correlated inputs [4 columns, columns], whose mean squares differ by two orders of magnitude.
+
+    Those of other seeds have the same distribution.
+    """
+    rng, samples = np.random.default_rng(0), np.random.default_rng([1, seed])
+    mix = np.eye(columns) + rng.standard_normal((columns, columns)) / columns**0.5
+    drawn = samples.standard_normal((4 * columns, columns))
+    return drawn @ mix * rng.lognormal(sigma=0.5, size=columns)
+
+
+def mixtures(columns: int) -> np.ndarray:
+    """As `MixtureRecorder` makes them of a text that no calibration has seen."""
+    other = inputs(columns, seed=1)
+    signs = np.random.default_rng(2).choice([-1, 1], (MIXTURES, len(other)))
+    return (signs @ other).astype(np.float32)
+
+
 def known(w: np.ndarray) -> SimpleNamespace:
-    """The sketch of one tensor, as a reference file has it."""
-    array, square = sketch(from_array(w))
-    return SimpleNamespace(sketch=lambda name: array, square=lambda name: square)
+    """The sketches of one tensor, as a reference file has them."""
+    (array, square), mixed = sketch(from_array(w)), mixtures(w.shape[1])
+    return SimpleNamespace(
+        sketch=lambda name: array,
+        square=lambda name: square,
+        inputs=lambda site: mixed,
+        outputs=lambda name: (w @ mixed.T).astype(np.float32),
+    )
 
 
 def complaints(w: np.ndarray, stored: np.ndarray, scheme: Scheme, weighted: bool) -> list[str]:
     """The kinds of checks that fail, in the weight table and by a sketch."""
-    tensors = {"w": StoredTensor(w.shape, scheme, {})}
-    original, dequantized = ({"w": from_array(x)} for x in (w, stored))
-    table = weight_errors(original, dequantized, tensors, weighted=weighted)
+    tensors = {LINEAR: StoredTensor(w.shape, scheme, {})}
+    original, dequantized = ({LINEAR: from_array(x)} for x in (w, stored))
+    known_inputs = {input_site(LINEAR): mixtures(w.shape[1])}
+    table = weight_errors(original, dequantized, tensors, weighted=weighted, inputs=known_inputs)
     sketches = sketch_errors(known(w), dequantized, tensors, weighted=weighted)
     checks = [*weight_checks(table), *sketch_checks(sketches)]
     return [check.kind for check in checks if not check.passed]

@@ -24,7 +24,16 @@ from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
 from tests.row_groups import ASYMMETRIC, INT4, INT8
-from tests.validate.weights.stored import KINDS, complaints, draw, error_of, known, passes, store
+from tests.validate.weights.stored import (
+    KINDS,
+    complaints,
+    draw,
+    error_of,
+    inputs,
+    known,
+    passes,
+    store,
+)
 
 SCHEMES: list[Scheme] = [
     Affine(4, 128, symmetric=False),
@@ -240,15 +249,13 @@ LAYOUTS = [
     Affine(4, 128, symmetric=False, scale="float16"),
     Affine(8, None, symmetric=True),
 ]
+PLAIN = {Affine: "rtn", Palette: "kmeans"}
 CHOSEN = "rtn", "search", "importance", "gptq"
 """Algorithms that fill these layouts."""
 
 
 def statistics(columns: int) -> Statistics:
-    """Of correlated inputs, whose mean squares differ by two orders of magnitude."""
-    rng = np.random.default_rng(0)
-    mix = np.eye(columns) + rng.standard_normal((columns, columns)) / columns**0.5
-    x = rng.standard_normal((4 * columns, columns)) @ mix * rng.lognormal(sigma=0.5, size=columns)
+    x = inputs(columns)
     hessian = x.T @ x / len(x)
     own = np.diag(hessian)
     damped = (0.7 * hessian + np.diag(0.3 * own + 0.01 * own.mean())).astype(np.float32)
@@ -306,6 +313,18 @@ def test_planted_faults_are_found(layout, key):
     for name, fault in FAULTS.items():
         kinds = judged(w, fault(stored), layout, key)
         assert {kind.partition(".")[0] for kind in kinds} == {"weights", "reference"}, name
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"), [*((layout, "gptq") for layout in LAYOUTS), (Palette(), "gptq")]
+)
+def test_weights_that_were_trained_further_are_found(layout, key):
+    """All are off by half a step more, as levels may be that are chosen for less error, not more."""
+    w = draw("normal", (192, 256))
+    stored, rng = chosen(w, layout, key), np.random.default_rng(5)
+    half = np.float32(3**0.5 * np.std(store(w, replace(layout, algorithm=PLAIN[type(layout)])) - w))
+    stored += half * np.outer(rng.choice([-1, 1], 192), rng.choice([-1, 1], 256)).astype("f4")
+    assert {"weights.output", "reference.output"} <= {*judged(w, stored, layout, key)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.label)
