@@ -1,7 +1,7 @@
 """Runs an artifact over one text and compares it with the references' passes over the same text."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +10,6 @@ from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
-from rgexport.validate.continuations import greedy_tokens
 from rgexport.validate.equivalences import (
     STEPS,
     Chunk,
@@ -32,17 +31,13 @@ from rgexport.validate.states import Drift, StateError, checkpoints, recent, sta
 LOGITS_BYTES = 96 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
-GREEDY_TOKENS = 16
-"""Length of the artifact's own continuation of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The artifact against one reference, over the whole text.
 
-    `states` are those after its end, `drift` those on the way. Of the artifact's own greedy
-    continuation, of `greedy_tokens`, the reference's has the first `greedy_common` too; see
-    `with_continuations`.
+    `states` are those after its end, `drift` those on the way.
     """
 
     logits: metrics.LogitError
@@ -51,8 +46,6 @@ class Comparison:
     likelihood: metrics.Likelihood | None
     states: list[StateError]
     drift: list[Drift]
-    greedy_tokens: int
-    greedy_common: int
     blocks: list[PositionBlock]
     worst: list[WorstPosition]
 
@@ -66,14 +59,12 @@ class Measurement:
         equivalences: with itself.
         counted: whether the session counted every token.
         state: the session's, after the text.
-        chosen: its greedy continuation, [n] token ids.
     """
 
     comparisons: list[Comparison]
     equivalences: dict[str, Equivalence]
     counted: bool
     state: State
-    chosen: np.ndarray
 
 
 def measure(
@@ -118,7 +109,6 @@ def measure(
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
     chunk = Chunk(logits, session.get_state())
-    chosen = greedy_tokens(session, logits[-1], GREEDY_TOKENS)
     same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
     same["reset"] = after_reset(session, tokens[: len(head)], head)
     return Measurement(
@@ -126,25 +116,7 @@ def measure(
         equivalences=same,
         counted=counted,
         state=chunk.state,
-        chosen=chosen,
     )
-
-
-def with_continuations(measured: Measurement, references: Sequence[Pass]) -> Measurement:
-    """Adds how far the references' greedy continuations agree with the artifact's.
-
-    Not done in `measure`: it takes a pass through all layers, for which the session may be closed.
-    """
-    chosen = measured.chosen
-    comparisons = [
-        replace(
-            comparison,
-            greedy_tokens=len(chosen),
-            greedy_common=reference.choices_in_common(chosen),
-        )
-        for comparison, reference in zip(measured.comparisons, references, strict=True)
-    ]
-    return replace(measured, comparisons=comparisons)
 
 
 class _Side:
@@ -177,8 +149,6 @@ class _Side:
             likelihood=metrics.likelihood(rows, text_bytes),
             states=state_errors(self.reference.state, state),
             drift=self._drift,
-            greedy_tokens=0,
-            greedy_common=0,
             blocks=position_blocks(rows),
             worst=self._worst.found,
         )

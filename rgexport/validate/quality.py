@@ -81,11 +81,6 @@ class Quality:
     top1: float
     top1_margin: float
 
-    @property
-    def certain(self) -> bool:
-        """Whether both ends of the margins have the same grade."""
-        return self.best == self.worst
-
     def reaches(self, least: GradeName) -> bool:
         """Whether the grade is `least` or a better one."""
         return GRADE_NAMES.index(self.grade) <= GRADE_NAMES.index(least)

@@ -69,18 +69,6 @@ class Pass:
         """Logits [stop - start, vocab] float32 of these positions."""
         return self.model.logits(self.hidden[:, start:stop])[0]
 
-    def choices_in_common(self, chosen: np.ndarray) -> int:
-        """How many of the tokens [n] after the text the model would choose, until one differs.
-
-        It takes one more pass, over all of them at once.
-        """
-        logits = [self.logits(self.hidden.shape[1] - 1, self.hidden.shape[1])]
-        if len(chosen) > 1:
-            hidden, _ = self.model.run(chosen[None, :-1], self.state)
-            logits.append(self.model.logits(hidden)[0])
-        same = np.concatenate(logits).argmax(1) == chosen
-        return int(np.cumprod(same).sum())
-
 
 def run_reference(
     label: str, config: GriffinConfig, weights: WeightSource, tokens: np.ndarray

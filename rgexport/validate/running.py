@@ -16,7 +16,7 @@ from rgexport.validate.continuations import (
     prompts_of_file,
     prompts_of_model,
 )
-from rgexport.validate.measure import Measurement, measure, with_continuations
+from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.opening import Opened
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
@@ -58,7 +58,6 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     references = _run_references(opened, passes)
     prompts = _prompts(opened)
     ran = _run_artifact(opened, references, prompts)
-    ran = replace(ran, measured=with_continuations(ran.measured, references))
     dequantized, original = references[0], references[1] if len(references) > 1 else None
     if original is not None:
         ran = replace(ran, inputs=original.inputs)

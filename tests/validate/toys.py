@@ -130,7 +130,7 @@ def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:
     """The toy reference's pass over tokens [T]."""
     reference = ToyReference(seed)
     drift = {n: reference.run(tokens[None, :n])[1] for n in checkpoints(len(tokens))}
-    return Pass(reference, *reference.run(tokens[None]), drift)
+    return Pass(reference, *reference.run(tokens[None]), drift, {})
 
 
 def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:
@@ -140,11 +140,3 @@ def character_tokenizer(bos_id: int | None = 0) -> Tokenizer:
         return [1 + ord(c) % 20 for c in text]
 
     return Tokenizer(VOCAB, {}, bos_id, None, encode, lambda token: b"")
-
-
-def greedy(seed: int, tokens: np.ndarray, count: int) -> np.ndarray:
-    """Continues tokens [T], by one long pass for each new one."""
-    toy, text = ToyReference(seed), tokens
-    for _ in range(count):
-        text = np.append(text, toy.logits(toy.run(text[None])[0])[0, -1].argmax())
-    return text[len(tokens) :]

@@ -80,16 +80,6 @@ class AgainstFile:
     weights: list[SketchError]
     prompts: list[PromptResult]
 
-    @property
-    def greedy_tokens(self) -> int:
-        """Tokens of all continuations."""
-        return sum(prompt.greedy_tokens for prompt in self.prompts)
-
-    @property
-    def greedy_common(self) -> int:
-        """Those that the artifact chooses too."""
-        return sum(prompt.greedy_common for prompt in self.prompts)
-
 
 @dataclass(frozen=True)
 class _Measured:

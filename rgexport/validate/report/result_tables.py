@@ -82,8 +82,8 @@ def summary_table(r: Result) -> Table:
         "reference file": r.reference,
         LABELS["twin"]: r.twin,
     }
-    there = {name: side for name, side in sides.items() if side is not None}
-    return _table("", ("compared with",), tuple(there), _rows(_SUMMARY, there.values()))
+    present = {name: side for name, side in sides.items() if side is not None}
+    return _table("", ("compared with",), tuple(present), _rows(_SUMMARY, present.values()))
 
 
 _MEASURED: dict[str, Callable[[Compared], str]] = {
@@ -102,7 +102,6 @@ _MEASURED: dict[str, Callable[[Compared], str]] = {
     "top-1 flips": lambda c: f"{c.agreement.flips}",
     "… of them near ties": lambda c: f"{c.agreement.near_ties}",
     "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
-    "greedy tokens in common": lambda c: f"{c.greedy_common} of {c.greedy_tokens}",
     "worst state": lambda c: number(worst(c.states)),
     "perplexity: reference": _of_likelihood(lambda p: _digits(p.perplexity)),
     "perplexity: artifact": _of_likelihood(lambda p: _digits(p.perplexity_candidate)),

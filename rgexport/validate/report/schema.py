@@ -28,7 +28,7 @@ _ADDED: dict[type, dict[str, Any]] = {
 }
 """What `Result.to_dict` adds to the fields of a class."""
 _COMPUTED: dict[type, dict[str, Any]] = {Result: {"quality": Quality | None}}
-"""The same, as type hints; earlier versions did not write these."""
+"""The same, as type hints."""
 
 
 def result_schema() -> dict[str, Any]:
@@ -65,16 +65,9 @@ def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
             "type": "object",
             "description": inspect.cleandoc(kind.__doc__ or ""),
             "properties": properties,
-            "required": [name for name in properties if name not in _optional(kind)],
+            "required": list(properties),
         }
     return {"$ref": f"#/$defs/{name}"}
-
-
-def _optional(kind: type) -> set[str]:
-    """Fields of a result that earlier versions did not write: those with a default."""
-    fields = dataclasses.fields(kind) if kind is Result else ()
-    added = {f.name for f in fields if f.default is not dataclasses.MISSING}
-    return added | set(_COMPUTED.get(kind, ()))
 
 
 def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
