@@ -41,6 +41,7 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.structure.record import record_structures
 from rgexport.validate.text import Text
 from rgexport.validate.weights.sketch import sketch
 
@@ -97,7 +98,7 @@ def capture(
         window=checkpoint.config.window,
         file=prompts,
     )
-    expect_stages(5 if tokenizer else 4)
+    expect_stages(6 if tokenizer else 5)
     require_sound(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
     detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
@@ -138,6 +139,7 @@ def _header(
         tail_bits=layout.tail_bits,
         prompts=prompts,
         watched=tuple(layout.watched.tolist()),
+        structures=record_structures(checkpoint),
     )
 
 

@@ -45,6 +45,7 @@ from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.reference.condensed import Condensed, Tail
+from rgexport.validate.structure.elements import Fingerprint
 
 FORMAT_VERSION = 2
 """Version 1 had no sketches of the weights, and could not notice other weights."""
@@ -96,6 +97,7 @@ class Header:
         tail_bits: see `condensed.CODES`.
         prompts: in the order of the positions.
         watched: positions, ascending.
+        structures: of the graphs that the exporter writes for the model.
         data_sha256: of all that follows the header in the file; `write_reference` fills it in.
     """
 
@@ -108,6 +110,7 @@ class Header:
     tail_bits: int
     prompts: tuple[PromptRecord, ...]
     watched: tuple[int, ...] = ()
+    structures: tuple[Fingerprint, ...] = ()
     data_sha256: str = ""
 
     @property
