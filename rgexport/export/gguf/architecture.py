@@ -33,5 +33,6 @@ def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
         "embedding_scale": c.embedding_scale,
     }
     key_heads = [int(kind == "attention") for kind in c.block_types]
+    pairs: dict[str, int | float | list[int]]
     pairs = {**sizes, **factors, "attention.head_count_kv": key_heads}
     return {f"{ARCHITECTURE}.{key}": value for key, value in pairs.items()}

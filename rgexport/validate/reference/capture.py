@@ -41,6 +41,7 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.structure.record import record_structures
 from rgexport.validate.text import Text
 from rgexport.validate.weights.sketch import sketch
@@ -100,6 +101,7 @@ def capture(
     )
     expect_stages(6 if tokenizer else 5)
     require_sound(checkpoint)
+    structures = record_structures(checkpoint)
     lengths = [len(prompt.tokens) for prompt in chosen]
     detail(f"Capturing {checkpoint.name} on {len(chosen)} prompts, {sum(lengths)} tokens")
     model = make(checkpoint.config, checkpoint.weights)
@@ -108,7 +110,8 @@ def capture(
     arrays = {"tokens": np.concatenate([prompt.tokens for prompt in chosen])}
     arrays |= keep_logits(model, chosen, run.hidden, layout)
     greedy = _continue(model, run, tokenizer.stop_ids) if tokenizer else [[] for _ in chosen]
-    header = _header(checkpoint, model, layout, tuple(_records(chosen, layout, greedy)))
+    records = tuple(_records(chosen, layout, greedy))
+    header = _header(checkpoint, model, layout, records, structures)
     arrays |= {f"greedy.{i}": np.array(ids, np.int64) for i, ids in enumerate(greedy) if ids}
     arrays |= _state_arrays(header, run.states)
     arrays |= sketch_arrays(checkpoint.config, checkpoint.weights)
@@ -127,6 +130,7 @@ def _header(
     model: ReferenceModel,
     layout: Layout,
     prompts: tuple[PromptRecord, ...],
+    structures: tuple[Fingerprint, ...],
 ) -> Header:
     names = {path: name for name, path in checkpoint.weight_files.items()}
     hashes = hash_new_files(names)
@@ -139,7 +143,7 @@ def _header(
         tail_bits=layout.tail_bits,
         prompts=prompts,
         watched=tuple(layout.watched.tolist()),
-        structures=record_structures(checkpoint),
+        structures=structures,
     )
 
 

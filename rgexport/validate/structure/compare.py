@@ -6,6 +6,7 @@ from typing import Literal
 from rgexport import __version__
 from rgexport.errors import one_line
 from rgexport.export.artifact import Artifact
+from rgexport.progress import task
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.structure.elements import fingerprint, first_difference
@@ -77,7 +78,9 @@ def _difference_from_lowered(
         ImportError: the extra is missing.
     """
     try:
-        expected = list(structure.lower(recipe))
+        with task("Lowering the graph again", 1, "graphs") as advance:
+            expected = list(structure.lower(recipe))
+            advance(1)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # what the manifest asks for may be beyond what an export checks

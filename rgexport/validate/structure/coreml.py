@@ -28,25 +28,25 @@ class CoreMLStructure(Structure):
     extra = "coreml"
 
     def recipe(self, manifest: Manifest) -> Recipe:
-        """See `Structure`."""
+        """The functions' form, and how the layers are split."""
         assert isinstance(manifest, CoreMLManifest)
         options = {**vars(manifest.form), "split": [*manifest.coreml.split]}
         return Recipe(KIND, manifest.config, manifest.plan, options)
 
     def made_by(self, artifact: Artifact) -> set[str]:
-        """See `Structure`."""
+        """The manifest's and each package's version."""
         metadata = (_message(artifact, plan).description.metadata for plan in _plans(artifact))
         versions = {one.userDefined.get("rgexport.version", "of no version") for one in metadata}
         return {maker(artifact.manifest.created_with), *(f"rgexport {word}" for word in versions)}
 
     def read(self, artifact: Artifact) -> Iterator[Element]:
-        """See `Structure`."""
+        """The places in the manifest, and the model of each package."""
         yield from stored_elements(artifact.manifest.tensors)
         for plan in _plans(artifact):
             yield from _package(plan, _message(artifact, plan))
 
     def lower(self, recipe: Recipe) -> Iterator[Element]:
-        """See `Structure`."""
+        """Traces the model and builds each package again."""
         logging.getLogger("coremltools").setLevel(logging.ERROR)
         from rgexport.export.coreml.model import build_model
 

@@ -161,19 +161,20 @@ def first_difference(found: Iterable[Element], expected: Iterable[Element]) -> s
         if other is None:
             return f"{one.place} was added"
         if difference := _difference(one.content, other.content):
-            instead = "" if one.place == other.place else f" (instead of {other.place})"
-            return one_line(f"{one.place}{instead}: {difference}")
+            if one.place != other.place:
+                difference = f"it stands where {other.place} should"
+            return one_line(f"{one.place}: {difference}")
     return None
 
 
 def _difference(found: Content, expected: Content) -> str:
     """The first difference of two contents in words; empty where they are equal."""
-    field = "it"
+    field = "form"
     for one, other in zip_longest(found, expected):
-        if not _same(one, other):
-            return f"{field} {_shown(one)}; expected {_shown(other)}"
         if isinstance(one, str) and one.endswith(":"):
-            field = one
+            field = one[:-1]
+        if not _same(one, other):
+            return f"its {field} is {_shown(one)}; expected {_shown(other)}"
     return ""
 
 
@@ -184,9 +185,9 @@ def _same(one: str | float | None, other: str | float | None) -> bool:
 
 
 def _shown(value: str | float | None) -> str:
-    if value is None or value == ")":
-        return "no more"
-    return "value " + value[1:] if isinstance(value, str) and value[:1] == "%" else str(value)
+    """One value of a content; names of values have numbers, and parentheses nothing to show."""
+    text = "" if value is None else str(value).strip("():").removeprefix("b")
+    return f"value {text[1:]}" if text[:1] == "%" else text or "none"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from rgexport.errors import one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.config import GriffinConfig
@@ -86,7 +87,7 @@ class Structure(ABC):
 
 def maker(created_with: Mapping[str, str | int]) -> str:
     """The version of rgexport that a manifest or an environment names."""
-    return f"rgexport {created_with.get('rgexport', 'of no version')}"
+    return one_line(f"rgexport {created_with.get('rgexport', 'of no version')}")
 
 
 @lru_cache(maxsize=2)

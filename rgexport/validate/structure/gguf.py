@@ -22,15 +22,15 @@ class GgufStructure(Structure):
     """The keys of the architecture, and the tensors in their order."""
 
     def recipe(self, manifest: Manifest) -> Recipe:
-        """See `Structure`."""
+        """The configuration alone decides, whatever tool chose the types."""
         return Recipe(manifest.kind, manifest.config, manifest.plan, {})
 
     def made_by(self, artifact: Artifact) -> set[str]:
-        """See `Structure`."""
+        """The manifest's version; other tools that quantized the file leave no name."""
         return {maker(artifact.manifest.created_with)}
 
     def read(self, artifact: Artifact) -> Iterator[Element]:
-        """See `Structure`."""
+        """The header's keys and tensors."""
         assert isinstance(artifact, GgufArtifact)
         header = artifact.header
         prefix = f"{ARCHITECTURE}."
@@ -38,7 +38,7 @@ class GgufStructure(Structure):
         return _elements(keys, {name: tensor.shape for name, tensor in header.tensors.items()})
 
     def lower(self, recipe: Recipe) -> Iterator[Element]:
-        """See `Structure`; needs no extra."""
+        """The keys and tensors of the configuration; needs no extra."""
         tensors = {tensor.name: tensor.shape for tensor in file_tensors(recipe.config)}
         return _elements(architecture(recipe.config), tensors)
 

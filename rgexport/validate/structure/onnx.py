@@ -22,23 +22,23 @@ class OnnxStructure(Structure):
     """A graph, its functions, and the places of its weights."""
 
     def recipe(self, manifest: Manifest) -> Recipe:
-        """See `Structure`."""
+        """Profile, activations, and whether they are never rounded to int8."""
         options = {name: getattr(manifest, name) for name in ("profile", "compute", "exact")}
         return Recipe(manifest.kind, manifest.config, manifest.plan, options)
 
     def made_by(self, artifact: Artifact) -> set[str]:
-        """See `Structure`."""
+        """The manifest's and the graph's producer."""
         model = parse_model(read_graph(artifact.file(MODEL_FILE)))
         producer = model.producer_name + b" " + model.producer_version
         return {maker(artifact.manifest.created_with), producer.decode(errors="replace")}
 
     def read(self, artifact: Artifact) -> Iterator[Element]:
-        """See `Structure`."""
+        """The places in the manifest, and the graph."""
         yield from stored_elements(artifact.manifest.tensors)
         yield from _graph(read_graph(artifact.file(MODEL_FILE)))
 
     def lower(self, recipe: Recipe) -> Iterator[Element]:
-        """See `Structure`."""
+        """Traces the model and lowers it for the profile."""
         import onnx_ir as ir
 
         from rgexport.export.onnx.interface import with_interface
@@ -56,7 +56,7 @@ class OnnxStructure(Structure):
         yield from _graph(ir.to_proto(model).SerializeToString())
 
     def defaults(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """See `Structure`."""
+        """All precisions of all profiles."""
         from rgexport.export.onnx.options import OnnxOptions
         from rgexport.export.onnx.profiles import PROFILES
 

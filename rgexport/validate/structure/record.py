@@ -1,4 +1,6 @@
-"""The fingerprints of structures that a reference file has, for those who cannot make them."""
+"""The fingerprints of structures in a reference file, for who cannot make the structures again."""
+
+from collections.abc import Iterator
 
 from rgexport.errors import RequestError
 from rgexport.formats import FORMATS
@@ -7,7 +9,7 @@ from rgexport.progress import detail, note, task
 from rgexport.quantize.plan import bfloat16_gates
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.structure.elements import Fingerprint, fingerprint
-from rgexport.validate.structure.format import Recipe, Structure
+from rgexport.validate.structure.format import Structure
 
 
 def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
@@ -16,22 +18,26 @@ def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
     A format whose extra is missing has none, and neither has a precision that a model is too large
     for. Those of a 2B take 12 s and 0.4 GB.
     """
-    gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
-    pairs: list[tuple[Structure, Recipe]] = []
+    fingerprints: dict[str, Fingerprint] = {}
     for kind in FORMATS:
         if structure := expected_of(kind).structure:
             try:
-                recipes = structure.defaults(checkpoint.config, gates)
-                pairs += [(structure, recipe) for recipe in recipes]
+                found = _record(structure, checkpoint)
+                fingerprints |= {one.recipe: one for one in found}
             except ImportError as error:
-                note(f"graphs of the format {kind} get no fingerprints: {error.name} is missing")
-    fingerprints: dict[str, Fingerprint] = {}
-    with task("Recording the graphs' structure", len(pairs), "graphs") as advance:
-        for structure, recipe in pairs:
+                note(f"the file gets no fingerprints of {kind} graphs: {error.name} is missing")
+    return tuple(fingerprints.values())
+
+
+def _record(structure: Structure, checkpoint: Checkpoint) -> Iterator[Fingerprint]:
+    gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
+    recipes = list(structure.defaults(checkpoint.config, gates))
+    if not recipes:
+        return
+    with task("Recording the structure of graphs", len(recipes), "graphs") as advance:
+        for recipe in recipes:
             try:
-                found = fingerprint(recipe.key, structure.lower(recipe))
-                fingerprints[found.recipe] = found
+                yield fingerprint(recipe.key, structure.lower(recipe))
             except RequestError as error:
                 detail(f"no fingerprint of {recipe.kind} with {recipe.options}: {error}")
             advance(1)
-    return tuple(fingerprints.values())
