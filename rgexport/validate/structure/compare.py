@@ -78,9 +78,10 @@ def _difference_from_lowered(
         ImportError: the extra is missing.
     """
     try:
-        with task("Lowering the graph again", 1, "graphs") as advance:
+        layers = recipe.config.num_layers
+        with task("Lowering the graph again", layers, "layers") as advance:
             expected = list(structure.lower(recipe))
-            advance(1)
+            advance(layers)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # what the manifest asks for may be beyond what an export checks
