@@ -41,6 +41,7 @@ NAMES = (
     "cost",
     "reproduced",
     "sites",
+    "structure",
 )
 """What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a
 limit is asked for: see `thresholds.ORIGINAL_RMS`."""

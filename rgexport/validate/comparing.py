@@ -12,6 +12,7 @@ from rgexport.validate.opening import Opened
 from rgexport.validate.result import Result, TextInfo, describe_artifact, describe_source
 from rgexport.validate.running import Ran
 from rgexport.validate.speed import measure_speed
+from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.reproduced import Reproduced, reproduce
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
@@ -43,6 +44,7 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         environment=environment(),
         continuations=ran.continuations,
         min_quality=opened.request.min_quality,
+        structure=compare_structure(opened.artifact, opened.request.reference),
     )
 
 

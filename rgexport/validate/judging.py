@@ -15,6 +15,7 @@ from rgexport.validate.result import Result
 from rgexport.validate.rounding_cost import RoundingCost
 from rgexport.validate.running import Ran
 from rgexport.validate.states import Drift
+from rgexport.validate.structure.compare import StructureReport
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import reproduced_checks
 from rgexport.validate.weights.weight_limits import weight_checks
@@ -46,6 +47,8 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     )
     for name, found in result.equivalences.items():
         yield from _equivalence_checks(name, found, limit.at(length))
+    if result.structure.in_verdict:
+        yield _structure_check(result.structure)
     if result.sites is not None:
         yield from _site_checks(result.sites)
     if result.original is not None:
@@ -106,6 +109,11 @@ def _equivalence_checks(name: str, found: Equivalence, limit: Tolerance) -> Iter
     why = f"{SAME[name]}; {limit.reason}"
     for what, value, most in values:
         yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
+
+
+def _structure_check(report: StructureReport) -> Check:
+    wrong = float(report.status == "differs")
+    return Check(name="structure", value=wrong, limit=0, reason=report.reason)
 
 
 def _site_checks(report: SiteReport) -> Iterator[Check]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rgexport.errors import RequestError
 from rgexport.export.card import matrix_bits
@@ -28,10 +28,12 @@ from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.rounding_cost import RoundingCost
 from rgexport.validate.source import Original
 from rgexport.validate.speed import Speed
+from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
 from rgexport.validate.weights.weight_errors import WeightError
 
+Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2
 """Goes up when a field changes its meaning or goes away, not when one is added."""
 
@@ -94,7 +96,8 @@ class Result:
     and `sites` where the engine does not show its values. `weights`, `cost` and `layers` need the
     original; `reproduced`, `layers` and `suspects` are there if they were asked for, and
     `continuations` if there is a tokenizer, and a reference file or a small original.
-    `min_quality` is the grade that was asked for.
+    `min_quality` is the grade that was asked for, and `structure` says whether the graph is the one
+    that the exporter writes.
     """
 
     artifact: Subject
@@ -117,6 +120,12 @@ class Result:
     environment: dict[str, str | int]
     continuations: list[Continuation] | None = None
     min_quality: GradeName | None = None
+    structure: StructureReport = NOT_COMPARED
+
+    @property
+    def verdict_scope(self) -> Scope:
+        """Whether a PASS holds for every input (`structure`), or for the text that was run."""
+        return "structure" if self.structure.in_verdict else "text"
 
     @property
     def verdict(self) -> Outcome:
@@ -144,7 +153,8 @@ class Result:
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
-        added = {"verdict": self.verdict, "quality": plain(self.quality)}
+        added = {"verdict": self.verdict, "verdict_scope": self.verdict_scope}
+        added |= {"quality": plain(self.quality)}
         return {"schema_version": SCHEMA_VERSION, **added, **fields}
 
 

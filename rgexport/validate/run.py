@@ -92,8 +92,8 @@ def validate_artifact(
 def _stages(opened: Opened, passes: SharedPasses) -> int:
     """How many stages show their progress."""
     request, original = opened.request, opened.original
-    # The dequantized reference, the artifact over the text, and the ops one by one.
-    count = 3 + request.bench
+    # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
+    count = 4 + request.bench
     if original is not None:
         count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)

@@ -12,6 +12,7 @@ import gguf
 from gguf import GGUFValueType as Kind
 
 from rgexport import __version__
+from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
@@ -23,9 +24,6 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-
-CONTEXT_LENGTH = 1 << 20
-"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,35 +77,13 @@ def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
     return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}
 
 
-def _architecture(c: GriffinConfig) -> Iterator[Value]:
-    sizes = {
-        "vocab_size": c.vocab_size,
-        "context_length": CONTEXT_LENGTH,
-        "embedding_length": c.width,
-        "feed_forward_length": c.mlp_width,
-        "block_count": c.num_layers,
-        "attention.head_count": c.num_heads,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "attention.sliding_window": c.window + 1,  # llama.cpp counts the token itself
-        "rope.dimension_count": c.rope_dims,
-        "ssm.conv_kernel": c.conv_width,
-        "ssm.inner_size": c.lru_width,
-        "ssm.state_size": 1,
-        "ssm.group_count": 0,
-        "ssm.time_step_rank": c.lru_heads,
-    }
-    factors = {
-        "attention.layer_norm_rms_epsilon": c.rms_eps,
-        "rope.freq_base": c.rope_theta,
-        "final_logit_softcapping": c.soft_cap,
-        "embedding_scale": c.embedding_scale,
-    }
-    key_heads = [int(kind == "attention") for kind in c.block_types]
-    for kind, numbers in ((Kind.UINT32, sizes), (Kind.FLOAT32, factors)):
-        for key, number in numbers.items():
-            yield Value(f"{ARCHITECTURE}.{key}", number, kind)
-    yield Value(f"{ARCHITECTURE}.attention.head_count_kv", key_heads, Kind.INT32)
+_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
+"""Type of a value of the architecture → its kind, or that of its items."""
+
+
+def _architecture(config: GriffinConfig) -> Iterator[Value]:
+    for key, value in architecture(config).items():
+        yield Value(key, value, _KINDS[type(value)])
 
 
 def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterator[Value]:

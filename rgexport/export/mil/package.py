@@ -23,7 +23,7 @@ _MAIN = "main"
 """What the only function of a model is called."""
 _MODEL_PATH = "@model_path/"
 """A program's word for the folder of its model file."""
-_MAX_MODEL_BYTES = 512 << 20
+MAX_MODEL_BYTES = 512 << 20
 """Far above the size of any program, since weights have their own files."""
 
 
@@ -151,7 +151,7 @@ def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
 
 def _parse(path: Path) -> Any:
     try:
-        content = read_regular(path, _MAX_MODEL_BYTES)
+        content = read_regular(path, MAX_MODEL_BYTES)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     try:

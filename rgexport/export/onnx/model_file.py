@@ -1,7 +1,7 @@
 """Reads inputs, outputs, nodes and external tensors of an ONNX model file; adds inputs and outputs.
 
-A runtime asks for these few fields only. They are declared here, as in onnx.proto, so that the core
-needs no package `onnx`.
+The fields that a graph of ours may have are declared here, as in onnx.proto, so that the core needs
+no package `onnx`.
 """
 
 from collections.abc import Iterable
@@ -18,20 +18,43 @@ from rgexport.files.names import stays_inside
 from rgexport.files.regular_file import read_regular
 
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
-    "Model": {"graph": (7, "Graph"), "opset_import": (8, "Opset*"), "function": (25, "Function*")},
+    "Model": {
+        "ir_version": (1, "int64"),
+        "producer_name": (2, "bytes"),
+        "producer_version": (3, "bytes"),
+        "domain": (4, "bytes"),
+        "model_version": (5, "int64"),
+        "doc_string": (6, "bytes"),
+        "graph": (7, "Graph"),
+        "opset_import": (8, "Opset*"),
+        "metadata_props": (14, "Entry*"),
+        "function": (25, "Function*"),
+    },
     "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
     "Function": {
         "name": (1, "bytes"),
         "input": (4, "bytes*"),
         "output": (5, "bytes*"),
+        "attribute": (6, "bytes*"),
         "node": (7, "Node*"),
+        "doc_string": (8, "bytes"),
+        "opset_import": (9, "Opset*"),
+        "domain": (10, "bytes"),
+        "attribute_proto": (11, "Attribute*"),
+        "value_info": (12, "Value*"),
+        "overload": (13, "bytes"),
+        "metadata_props": (14, "Entry*"),
     },
     "Graph": {
         "node": (1, "Node*"),
+        "name": (2, "bytes"),
         "initializer": (5, "Tensor*"),
+        "doc_string": (10, "bytes"),
         "input": (11, "Value*"),
         "output": (12, "Value*"),
+        "value_info": (13, "Value*"),
         "sparse": (15, "Sparse*"),
+        "metadata_props": (16, "Entry*"),
     },
     "Node": {
         "input": (1, "bytes*"),
@@ -39,35 +62,53 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
         "name": (3, "bytes"),
         "op_type": (4, "bytes"),
         "attribute": (5, "Attribute*"),
+        "doc_string": (6, "bytes"),
         "domain": (7, "bytes"),
+        "overload": (8, "bytes"),
+        "metadata_props": (9, "Entry*"),
     },
     "Attribute": {
         "name": (1, "bytes"),
+        "f": (2, "float"),
         "i": (3, "int64"),
+        "s": (4, "bytes"),
         "t": (5, "Tensor"),
         "g": (6, "Graph"),
+        "floats": (7, "float*"),
         "ints": (8, "int64*"),
+        "strings": (9, "bytes*"),
         "tensors": (10, "Tensor*"),
         "graphs": (11, "Graph*"),
+        "doc_string": (13, "bytes"),
+        "type": (20, "int32"),
+        "ref_attr_name": (21, "bytes"),
         "sparse": (22, "Sparse"),
     },
-    "Sparse": {"dims": (3, "int64*")},
+    "Sparse": {"values": (1, "Tensor"), "indices": (2, "Tensor"), "dims": (3, "int64*")},
     "Tensor": {
         "dims": (1, "int64*"),
         "data_type": (2, "int32"),
+        "float_data": (4, "float*"),
         "int32_data": (5, "int32*"),
         "int64_data": (7, "int64*"),
-        "raw_data": (9, "bytes"),
         "name": (8, "bytes"),
+        "raw_data": (9, "bytes"),
+        "doc_string": (12, "bytes"),
         "external_data": (13, "Entry*"),
         "data_location": (14, "Location"),
+        "metadata_props": (16, "Entry*"),
     },
     "Entry": {"key": (1, "bytes"), "value": (2, "bytes")},
-    "Value": {"name": (1, "bytes"), "type": (2, "Type")},
-    "Type": {"tensor_type": (1, "TensorType")},
+    "Value": {
+        "name": (1, "bytes"),
+        "type": (2, "Type"),
+        "doc_string": (3, "bytes"),
+        "metadata_props": (4, "Entry*"),
+    },
+    "Type": {"tensor_type": (1, "TensorType"), "denotation": (6, "bytes")},
     "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
     "Shape": {"dim": (1, "Dim*")},
-    "Dim": {"value": (1, "int64"), "symbol": (2, "bytes")},
+    "Dim": {"value": (1, "int64"), "symbol": (2, "bytes"), "denotation": (3, "bytes")},
 }
 """Message → field → its number and type; `*` means repeated."""
 LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}

@@ -5,6 +5,7 @@ from math import prod
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.manifest import Manifest
 from rgexport.validate.formats.expected import TOKENS, Expected, Schedule
+from rgexport.validate.structure.coreml import CoreMLStructure
 from rgexport.validate.thresholds import Tolerance
 
 SMALL_MODEL = 100_000_000
@@ -29,6 +30,8 @@ is 1.5 % of the weight. Measured on random models of odd shapes, of the largest 
 
 class CoreMLExpected(Expected):
     """Two functions of fixed lengths; activations are never int8."""
+
+    structure = CoreMLStructure()
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """See `Expected`."""

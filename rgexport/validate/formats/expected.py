@@ -5,6 +5,7 @@ from typing import cast
 
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
+from rgexport.validate.structure.format import Structure
 from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
 TOKENS, STEPS = 32, 4
@@ -35,6 +36,8 @@ class Expected:
 
     has_exact = False
     """Whether the format can be exported with `--exact` and without."""
+    structure: Structure | None = None
+    """How its structure is read and made again; None where nothing can be compared."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """How far an artifact may be from its dequantized reference."""

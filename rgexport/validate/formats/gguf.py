@@ -3,6 +3,7 @@
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate.formats.expected import Expected
+from rgexport.validate.structure.gguf import GgufStructure
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
 _BFLOAT16 = Tolerance(
@@ -41,6 +42,8 @@ and 6.5e-3 for 2048, where it was 2e-2.
 
 class GgufExpected(Expected):
     """llama.cpp converts the inputs of a product to what the weight's type is multiplied with."""
+
+    structure = GgufStructure()
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """The largest of all types in the file."""

@@ -3,6 +3,7 @@
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Affine, Mixed
 from rgexport.validate.formats.expected import Expected
+from rgexport.validate.structure.onnx import OnnxStructure
 
 
 class OnnxExpected(Expected):
@@ -12,6 +13,7 @@ class OnnxExpected(Expected):
     """
 
     has_exact = True
+    structure = OnnxStructure()
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
         """See `Expected`."""

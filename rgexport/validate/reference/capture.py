@@ -44,6 +44,8 @@ from rgexport.validate.reference.reference_file import (
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
+from rgexport.validate.structure.elements import Fingerprint
+from rgexport.validate.structure.record import record_structures
 from rgexport.validate.text import Text
 from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
@@ -90,13 +92,15 @@ def capture(
     )
     expect_stages(6 if tokenizer else 5)
     require_sound(checkpoint)
+    structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)
     detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
     model = make(checkpoint.config, checkpoint.weights)
     records, arrays = _record(model, texts, tokenizer)
     longest = max(texts, key=lambda text: len(text.tokens))
     arrays |= sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    write_reference(target, _header(checkpoint, model, records), arrays, force=force)
+    header = _header(checkpoint, model, records, structures)
+    write_reference(target, header, arrays, force=force)
     return target
 
 
@@ -107,7 +111,10 @@ def closing_line(target: Path) -> str:
 
 
 def _header(
-    checkpoint: Checkpoint, model: ReferenceModel, prompts: tuple[PromptRecord, ...]
+    checkpoint: Checkpoint,
+    model: ReferenceModel,
+    prompts: tuple[PromptRecord, ...],
+    structures: tuple[Fingerprint, ...],
 ) -> Header:
     names = {path: name for name, path in checkpoint.weight_files.items()}
     hashes = hash_new_files(names)
@@ -118,6 +125,7 @@ def _header(
         computed=model.describe(),
         environment=environment(),
         prompts=prompts,
+        structures=structures,
     )
 
 

@@ -41,6 +41,7 @@ from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.reference.logit_rows import decode
+from rgexport.validate.structure.elements import Fingerprint
 
 FORMAT_VERSION = 3
 """Version 2 had most logits as bounds, version 1 no sketches of the weights."""
@@ -88,6 +89,7 @@ class Header:
         computed: `implementation`, `device`, `dtype`, `tf32` and versions.
         environment: of the machine.
         prompts: in the order of their tokens.
+        structures: of the graphs that the exporter writes for the model.
         data_sha256: of all that follows the header in the file; `write_reference` fills it in.
     """
 
@@ -98,6 +100,7 @@ class Header:
     computed: dict[str, str]
     environment: dict[str, str | int]
     prompts: tuple[PromptRecord, ...]
+    structures: tuple[Fingerprint, ...] = ()
     data_sha256: str = ""
 
     @property

@@ -24,6 +24,7 @@ from rgexport.validate.report.words import (
     number,
     percent,
     value_words,
+    verdict_words,
 )
 from rgexport.validate.result import Result, write_text
 
@@ -55,6 +56,7 @@ def render_page(results: Sequence[Result]) -> str:
     return environment.get_template("page.html.j2").render(
         views=[view(f"a{index}", result) for index, result in enumerate(results, 1)],
         verdict=verdict(check for result in results for check in result.checks),
+        badge=verdict_words(*results),
         counts=counted_verdicts(results),
         overview=overview(results),
         costs=list(cost_charts(results)),

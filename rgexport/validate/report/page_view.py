@@ -27,6 +27,7 @@ from rgexport.validate.report.result_tables import (
 from rgexport.validate.report.words import (
     LABELS,
     MOST_NAMED,
+    ON_THE_TEXT,
     answers_of,
     bits_words,
     counted_checks,
@@ -39,6 +40,8 @@ from rgexport.validate.report.words import (
     shortfall_words,
     source_words,
     speed_words,
+    structure_words,
+    verdict_words,
 )
 from rgexport.validate.result import Result
 from rgexport.validate.weights.weight_errors import WeightError
@@ -46,6 +49,7 @@ from rgexport.validate.weights.weight_errors import WeightError
 _LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
     "PASS": "The export is correct: all {} checks passed.",
+    ON_THE_TEXT: "All {} checks passed, but the graph was not compared with the exporter's.",
     "AMBIGUOUS": "{}: the limit lies within the error margin.",
     "FAIL": "{}.",
 }
@@ -102,7 +106,8 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
     found: dict[str, Any] = {
         "anchor": anchor,
         "result": r,
-        "verdict": _VERDICTS[r.verdict].format(count),
+        "badge": verdict_words(r),
+        "verdict": _VERDICTS[verdict_words(r)].format(count),
         "quality": None if r.quality is None else _quality_view(r, r.quality),
         "cost": " ".join(_cost(cost_of(r))),
         "named": named[:MOST_NAMED],
@@ -111,6 +116,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "tiles": list(_tiles(r)),
         "speed": speed_words(r),
         "source": source_words(r),
+        "structure": structure_words(r),
         "texts": [(one, *answers_of(one)) for one in r.continuations or []],
         "suspects": suspect_table(r.suspects) if r.suspects else None,
         "charts": list(charts(r)),

@@ -12,7 +12,7 @@ from typing import Any
 
 from rgexport.validate.checks import Check, Outcome
 from rgexport.validate.quality import Quality
-from rgexport.validate.result import SCHEMA_VERSION, Result
+from rgexport.validate.result import SCHEMA_VERSION, Result, Scope
 
 _PLAIN: dict[type, dict[str, Any]] = {
     str: {"type": "string"},
@@ -27,7 +27,9 @@ _ADDED: dict[type, dict[str, Any]] = {
     Check: {"outcome": _OUTCOME, "passed": {"type": "boolean"}},
 }
 """What `Result.to_dict` adds to the fields of a class."""
-_COMPUTED: dict[type, dict[str, Any]] = {Result: {"quality": Quality | None}}
+_COMPUTED: dict[type, dict[str, Any]] = {
+    Result: {"quality": Quality | None, "verdict_scope": Scope}
+}
 """The same, as type hints."""
 
 

@@ -7,7 +7,6 @@ from rgexport import progress, tables
 from rgexport.export.request import as_argument
 from rgexport.progress import amount
 from rgexport.tables import Table
-from rgexport.validate.checks import verdict
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.result_tables import (
@@ -40,6 +39,8 @@ from rgexport.validate.report.words import (
     shortfall_words,
     source_words,
     speed_words,
+    structure_words,
+    verdict_words,
 )
 from rgexport.validate.result import Result
 from rgexport.validate.states import worst
@@ -66,12 +67,13 @@ def render_several(results: Sequence[Result], page: Path | None = None) -> str:
 
 
 def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Table]:
-    worst_of_all = verdict(check for result in results for check in result.checks)
-    yield f"{worst_of_all}  {counted_verdicts(results)}\n"
+    yield f"{verdict_words(*results)}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
         if short := shortfall_words(result):
             yield f"{result.artifact.path}: {short}"
+        if result.verdict_scope == "text":
+            yield f"{result.artifact.path}: graph: {structure_words(result)}"
         if result.verdict != "PASS":
             yield result.artifact.path
             yield from _failures(result)
@@ -114,7 +116,7 @@ def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
 def _head(r: Result) -> Iterator[str]:
     """The verdict, what failed, and what was compared with what."""
     a, engine, text = r.artifact, r.engine, r.text
-    yield f"{r.verdict}  {a.path}: {counted_checks(r)}"
+    yield f"{verdict_words(r)}  {a.path}: {counted_checks(r)}"
     yield from _quality(r)
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
@@ -124,6 +126,7 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}"
     yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"original: {source_words(r)}"
+    yield f"graph: {structure_words(r)}"
 
 
 def _quality(r: Result) -> Iterator[str]:

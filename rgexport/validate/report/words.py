@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rgexport.validate.checks import Check
+from rgexport.validate.checks import Check, verdict
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.metrics import KL
 from rgexport.validate.quality import GRADE_NAMES, Quality
@@ -21,6 +21,8 @@ class Answer(NamedTuple):
 
 LABELS = {"twin": "dequantized reference", "original": "original"}
 """Field of `Result` → what people read."""
+ON_THE_TEXT = "PASS on the text that was run"
+"""The verdict where nothing was failed, but the graph was not compared with the exporter's."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
 
@@ -50,6 +52,19 @@ def mean_kl(kl: KL) -> str:
     return plus_minus(kl.mean, kl.standard_error)
 
 
+def verdict_words(*results: Result) -> str:
+    """The worst verdict, and what a PASS is limited to."""
+    worst = verdict(check for result in results for check in result.checks)
+    limited = worst == "PASS" and any(result.verdict_scope == "text" for result in results)
+    return ON_THE_TEXT if limited else worst
+
+
+def structure_words(r: Result) -> str:
+    """Whether the graph is the exporter's: `as rgexport 0.1.0 writes it`."""
+    status, reason = r.structure.status, r.structure.reason
+    return reason if status == "as written" else f"{status}: {reason}"
+
+
 def counted_checks(r: Result) -> str:
     """Such as `2 of 19 checks failed`."""
     counts = Counter(check.outcome for check in r.checks)
@@ -57,7 +72,8 @@ def counted_checks(r: Result) -> str:
         return f"{counts['FAIL']} of {len(r.checks)} checks failed"
     if counts["AMBIGUOUS"]:
         return f"{counts['AMBIGUOUS']} of {len(r.checks)} checks cannot be decided"
-    return "export correct, every check passed"
+    correct = "export correct, " if r.verdict_scope == "structure" else ""
+    return f"{correct}every check passed"
 
 
 def quality_words(q: Quality) -> str:

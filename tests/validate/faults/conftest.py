@@ -72,8 +72,9 @@ def copy(original, tmp_path):
 
 @pytest.fixture(scope="session")
 def judge(original):
-    """The result of `validate --bisect` with the sound checkpoint as the original."""
-    request = Request(model=str(original), max_tokens=3 * CONFIG.window, bisect=True)
+    """The result of `validate --bisect` with the sound checkpoint as the original, of any graph."""
+    asked = {"max_tokens": 3 * CONFIG.window, "bisect": True, "limits": {"structure": 1}}
+    request = Request(model=str(original), **asked)
     return lambda artifact: validate_artifact(artifact, request)
 
 

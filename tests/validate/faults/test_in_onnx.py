@@ -29,6 +29,7 @@ def test_a_wrong_graph(copy, judge, fault):
     artifact = copy("onnx-int4")
     edits.spoil(artifact, edit)
     result = judge(artifact)
+    assert result.structure.status == "differs"
     if site is None:
         assert (result.verdict, result.suspects) == ("PASS", [])
         return

@@ -90,6 +90,7 @@ def test_wrong_metadata(copy, judge, key, value, site):
     result = judge(path)
     require_named(result, site)
     assert result.sites.first.site == site
+    assert result.structure.reason.startswith(f"the key {ARCHITECTURE}.{key}: ")
 
 
 @pytest.mark.skipif(
@@ -118,4 +119,5 @@ def test_a_wrong_program(copy, judge, precision, reader, value, site):
     artifact = copy(f"coreml-{precision}")
     edit(in_both(change))(artifact / PACKAGE)
     claim(artifact)
-    require_named(judge(artifact), site)
+    require_named(result := judge(artifact), site)
+    assert result.structure.status == "differs" and "decode: " in result.structure.reason

@@ -1,0 +1,1 @@
+"""The structure of an artifact: whether its graph is the one that the exporter writes."""
