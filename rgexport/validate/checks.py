@@ -37,6 +37,7 @@ NAMES = (
     "reference.finite",
     *TENSOR_CHECKS,
     "sites",
+    "identity",
 )
 """What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a
 limit is asked for: see `thresholds.ORIGINAL_RMS`."""

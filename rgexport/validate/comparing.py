@@ -38,6 +38,7 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         environment=environment(),
         continuations=ran.continuations,
         min_quality=opened.request.min_quality,
+        identity=opened.identity,
     )
 
 

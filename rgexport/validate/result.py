@@ -22,6 +22,7 @@ from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
+from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
@@ -92,7 +93,8 @@ class Result:
     and `sites` where the engine does not show its values. `weights` and `layers` need the original;
     `layers` and `suspects` are there if they were asked for, and
     `continuations` if there is a tokenizer, and a reference file or a small original.
-    `min_quality` is the grade that was asked for.
+    `min_quality` is the grade that was asked for. `identity` compares what is not weights:
+    configuration, tokenizer, chat template, settings.
     """
 
     artifact: Subject
@@ -113,6 +115,7 @@ class Result:
     environment: dict[str, str | int]
     continuations: list[Continuation] | None = None
     min_quality: GradeName | None = None
+    identity: tuple[IdentityItem, ...] = ()
 
     @property
     def verdict(self) -> Outcome:

@@ -43,8 +43,8 @@ def metadata(
     """All pairs, in the file's order; they do not depend on the file's type."""
     return [
         *_general(checkpoint),
-        *_architecture(checkpoint.config),
-        *_tokenizer(checkpoint, vocabulary),
+        *architecture_values(checkpoint.config),
+        *tokenizer_values(vocabulary, _template(checkpoint, vocabulary)),
         Value(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
@@ -79,7 +79,8 @@ def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
     return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}
 
 
-def _architecture(c: GriffinConfig) -> Iterator[Value]:
+def architecture_values(c: GriffinConfig) -> Iterator[Value]:
+    """The pairs from which llama.cpp builds the graph."""
     sizes = {
         "vocab_size": c.vocab_size,
         "context_length": CONTEXT_LENGTH,
@@ -110,7 +111,14 @@ def _architecture(c: GriffinConfig) -> Iterator[Value]:
     yield Value(f"{ARCHITECTURE}.attention.head_count_kv", key_heads, Kind.INT32)
 
 
-def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterator[Value]:
+def _template(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> str | None:
+    if vocabulary is None:
+        return None
+    return chosen_template(folder_of(checkpoint), vocabulary.control.special, checkpoint.name)
+
+
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[Value]:
+    """The pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
     if vocabulary is None:
         yield Value("tokenizer.ggml.model", "no_vocab", Kind.STRING)
         return
@@ -137,7 +145,7 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
     }
     for name, flag in flags.items():
         yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
-    if template := chosen_template(folder_of(checkpoint), control.special, checkpoint.name):
+    if template:
         yield Value("tokenizer.chat_template", template, Kind.STRING)
 
 
@@ -149,4 +157,5 @@ def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
         source=Source(checkpoint.layout, checkpoint.name, hashes),
         config=checkpoint.config,
         instruction_tuned=checkpoint.instruction_tuned,
+        asked_for=checkpoint.asked_for,
     )

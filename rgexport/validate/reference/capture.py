@@ -26,6 +26,7 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.continuations import continue_greedily
+from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation
 from rgexport.validate.reference.kept_logits import Layout, choose_layout, keep_logits
 from rgexport.validate.reference.prompts import choose_prompts
@@ -138,6 +139,7 @@ def _header(
         tail_bits=layout.tail_bits,
         prompts=prompts,
         watched=tuple(layout.watched.tolist()),
+        identity=text_identity(checkpoint),
     )
 
 

@@ -44,10 +44,13 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
+from rgexport.validate.identity.text import TextIdentity
 from rgexport.validate.reference.condensed import Condensed, Tail
 
-FORMAT_VERSION = 2
-"""Version 1 had no sketches of the weights, and could not notice other weights."""
+FORMAT_VERSION = 3
+READABLE_VERSIONS = 2, FORMAT_VERSION
+"""Version 1 had no sketches of the weights, and could not notice other weights; version 2 did not
+record the tokenizer, the chat template and the settings."""
 METADATA = "rgexport_reference"
 SUMS = "log_sum_exp", "next_nll", "variance", "mass", "offset", "moved", "floor", "step"
 """Of each position: the log-sum-exp of its logits, -log p of the prompt's next token (0 at the
@@ -96,6 +99,7 @@ class Header:
         tail_bits: see `condensed.CODES`.
         prompts: in the order of the positions.
         watched: positions, ascending.
+        identity: the checkpoint's text side; None in files of version 2.
         data_sha256: of all that follows the header in the file; `write_reference` fills it in.
     """
 
@@ -108,6 +112,7 @@ class Header:
     tail_bits: int
     prompts: tuple[PromptRecord, ...]
     watched: tuple[int, ...] = ()
+    identity: TextIdentity | None = None
     data_sha256: str = ""
 
     @property

@@ -22,6 +22,7 @@ from rgexport.validate.reference.reference_file import (
     DTYPES,
     FORMAT_VERSION,
     METADATA,
+    READABLE_VERSIONS,
     SUMS,
     Header,
     ReferenceFile,
@@ -70,7 +71,7 @@ def _read_header(path: Path) -> Header:
     try:
         fields = parse(text)
         version = fields.get("format_version") if isinstance(fields, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:
+        if type(version) is int and version not in READABLE_VERSIONS:
             newer = version > FORMAT_VERSION
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
