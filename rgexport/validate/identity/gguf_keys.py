@@ -20,6 +20,8 @@ _PREFIX = "tokenizer.ggml."
 _COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
 """The lists of a vocabulary."""
 _TEMPLATE = "tokenizer.chat_template"
+_MOST_NAMED, _MOST_SHOWN = 20, 80
+"""Keys that differ, and characters of one, that are shown."""
 
 
 def gguf_items(artifact: GgufArtifact, tokenizer: Tokenizer | None) -> dict[str, str | None]:
@@ -50,10 +52,10 @@ def gguf_keys(artifact: GgufArtifact) -> Iterator[IdentityItem]:
     found = {key: _plain(value) for key, value in values.items() if key.startswith(prefixes)}
     keys = [key for key in (*expected, *(found.keys() - expected.keys())) if key not in _COLUMNS]
     wrong = [key for key in keys if found.get(key) != expected.get(key)]
-    for key in wrong:
+    for key in wrong[:_MOST_NAMED]:
         ours, theirs = (reprlib.repr(side.get(key)) for side in (found, expected))
         yield IdentityItem(
-            name=key,
+            name=key[:_MOST_SHOWN],
             artifact=ours,
             expected=theirs,
             outcome="differs",

@@ -10,7 +10,7 @@ IdentityOutcome = Literal["same", "asked for", "differs", "not compared"]
 _RANK: dict[IdentityOutcome, int] = {"differs": 3, "asked for": 2, "same": 1, "not compared": 0}
 """An item that is compared twice has the outcome of the higher rank."""
 
-_MOST_NAMED = 4
+_MOST_NAMED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +87,18 @@ def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
 
 
 def summary(items: Sequence[IdentityItem]) -> str:
-    """What differs, was asked for and could not be compared, in one line."""
+    """What was asked for, differs, and could not be compared, in one line."""
     by_outcome = {word: [item for item in items if item.outcome == word] for word in _RANK}
-    parts = [item.sentence for word in ("differs", "asked for") for item in by_outcome[word]]
+    parts = [item.sentence for item in by_outcome["asked for"]]
     if same := by_outcome["same"]:
         parts.append(f"{len(same)} items as expected (configuration, tokenizer, settings, files)")
-    if unknown := by_outcome["not compared"]:
-        named = ", ".join(item.name for item in unknown[:_MOST_NAMED])
-        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
-        parts.append(f"not compared: {named}{more}")
+    names = {word: [item.name for item in chosen] for word, chosen in by_outcome.items()}
+    others = ("differs", "not compared")
+    parts += [f"{word}: {first_names(names[word])}" for word in others if names[word]]
     return "; ".join(parts)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

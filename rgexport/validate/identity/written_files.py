@@ -8,10 +8,8 @@ from rgexport.export.format import folder_format
 from rgexport.export.manifest import CARD
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files
 from rgexport.kernels.onnx.library import LIBRARY
-from rgexport.validate.identity.items import IdentityItem, compared, not_compared
+from rgexport.validate.identity.items import IdentityItem, compared, first_names, not_compared
 from rgexport.validate.identity.text import completed_copy, file_pair, file_words
-
-_MOST_NAMED = 12
 
 
 def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
@@ -33,7 +31,7 @@ def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
     for name, pair in written.items():
         item = compared(name, *pair, "rgexport writes")
         if item.outcome == "differs" and version != __version__:
-            item = not_compared(name, item.artifact, f"written by rgexport {version}")
+            item = not_compared(name, item.artifact, f"written by rgexport {version[:40]}")
         if item.outcome != "same" or name not in TOKENIZER_FILES:
             yield item
     parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
@@ -42,6 +40,4 @@ def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
     if LIBRARY.name in names and file_words(folder / LIBRARY.name) == file_words(LIBRARY):
         known.add(LIBRARY.name)
     if foreign := sorted(n for n in names - known if n.partition("/")[0] not in model):
-        more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
-        shown = ", ".join(foreign[:_MOST_NAMED]) + more
-        yield not_compared("foreign files", shown, "rgexport does not write them")
+        yield not_compared("foreign files", first_names(foreign), "rgexport does not write them")
