@@ -69,7 +69,7 @@ def compare_identity(
         items += _config_items(manifest, model)
         items += _adapter_items(manifest, model)
         items += _text_items(artifact, text, model)
-    ours = {name: _shown(value) for name, value in vars(manifest.config).items()} | text
+    ours = {**{name: _shown(value) for name, value in vars(manifest.config).items()}, **text}
     items += [not_compared(name, value, "no original is known") for name, value in ours.items()]
     return one_each(items)
 
@@ -153,4 +153,4 @@ def _expected_text(artifact: Artifact, text: Items, identity: TextIdentity) -> I
         return identity.items
     with completed_copy([path] if path.is_file() else [], artifact.manifest.name) as (folder, _):
         files = {name: file_words(folder / name) for name in TOKENIZER_FILES if name != path.name}
-    return identity.items | files
+    return {**identity.items, **files}

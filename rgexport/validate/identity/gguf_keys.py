@@ -14,7 +14,7 @@ from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.griffin.control_tokens import ControlToken, ControlTokens
 from rgexport.griffin.markup import END_OF_TURN
 from rgexport.validate.identity.items import IdentityItem, compared
-from rgexport.validate.identity.text import meaning
+from rgexport.validate.identity.text import NO_MEANING, meaning
 
 _PREFIX = "tokenizer.ggml."
 _COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
@@ -28,7 +28,7 @@ def gguf_items(artifact: GgufArtifact, tokenizer: Tokenizer | None) -> dict[str,
     """The items of a file's text side, see `text.meaning`; there are no files beside it."""
     vocabulary = _vocabulary(artifact.header.values)
     if tokenizer is None or vocabulary is None:
-        return meaning()
+        return dict(NO_MEANING)
     return meaning(tokenizer, vocabulary, vocabulary.control, open_template(artifact).source)
 
 

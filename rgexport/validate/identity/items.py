@@ -92,9 +92,9 @@ def summary(items: Sequence[IdentityItem]) -> str:
     parts = [item.sentence for item in by_outcome["asked for"]]
     if same := by_outcome["same"]:
         parts.append(f"{len(same)} items as expected (configuration, tokenizer, settings, files)")
-    names = {word: [item.name for item in chosen] for word, chosen in by_outcome.items()}
-    others = ("differs", "not compared")
-    parts += [f"{word}: {first_names(names[word])}" for word in others if names[word]]
+    others: tuple[IdentityOutcome, ...] = ("differs", "not compared")
+    names = {word: [item.name for item in by_outcome[word]] for word in others}
+    parts += [f"{word}: {first_names(named)}" for word, named in names.items() if named]
     return "; ".join(parts)
 
 

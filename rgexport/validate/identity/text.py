@@ -44,6 +44,9 @@ _HARD_TEXTS = (
     "def f(x):\n        return {'a': [x**2 for _ in range(10)]}  # ;;;((()))",
 )
 """Texts on which tokenizers that are nearly the same differ."""
+_CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
+NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
+"""The items of `meaning` where there is no tokenizer."""
 _MOST_SHOWN = 200
 """Characters of a JSON file that is shown as it is; of a longer one, a hash is."""
 
@@ -108,7 +111,7 @@ def folder_items(
     """
     items = {name: file_words(folder / name) for name in TOKENIZER_FILES}
     if tokenizer is None:
-        return items | meaning()
+        return items | NO_MEANING
     vocabulary = None
     with without_warnings(), suppress(RequestError):  # of a kind that only SentencePiece reads
         vocabulary = read_vocabulary(find_tokenizer_files(folder), vocab_size)
@@ -117,30 +120,26 @@ def folder_items(
 
 
 def meaning(
-    tokenizer: Tokenizer | None = None,
-    vocabulary: Vocabulary | None = None,
-    control: ControlTokens | None = None,
-    template: str | None = None,
+    tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
 ) -> dict[str, str | None]:
-    """The items that do not depend on a format; all are None where there is no tokenizer.
+    """The items that do not depend on a format.
 
-    `vocabulary` covers pieces, scores, types and the space in front, `tokenization` the ids of the
-    built-in text and of hard cases, and the others the ids of control tokens and the chat template.
+    `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
+    built-in text and of hard cases.
     """
-    tokens = None if control is None else (control.eos or control.end_of_turn, control.end_of_turn)
-    eos, end_of_turn = tokens or (None, None)
-    ids = {
-        "bos": control and control.bos,
-        "eos": eos,
-        "end_of_turn": end_of_turn,
-        "unknown": control and control.unk,
-        "padding": control and control.pad,
-    }
+    tokens = (
+        control.bos,
+        control.eos or control.end_of_turn,  # as in GGUF files
+        control.end_of_turn,
+        control.unk,
+        control.pad,
+    )
+    ids = [None if token is None else str(token.id) for token in tokens]
     return {
-        "vocabulary": vocabulary and _vocabulary_words(vocabulary),
-        "tokenization": tokenizer and _tokenization_words(tokenizer),
-        "chat_template": None if template is None else _counted(template, "characters", template),
-        **{name: None if token is None else str(token.id) for name, token in ids.items()},
+        "vocabulary": None if vocabulary is None else _vocabulary_words(vocabulary),
+        "tokenization": _tokenization_words(tokenizer),
+        "chat_template": _counted(template, "characters", template),
+        **dict(zip(_CONTROL, ids, strict=True)),
     }
 
 
