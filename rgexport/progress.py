@@ -28,6 +28,7 @@ Advance = Callable[[int], None]
 
 verbose = False
 """Whether details are shown; `-v` sets it."""
+_no_warnings = False
 
 
 def note(text: str) -> None:
@@ -42,8 +43,20 @@ def detail(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a remark that should not be overlooked."""
-    note(f"Warning: {text}")
+    """Prints a remark that should not be overlooked, unless inside `without_warnings`."""
+    if not _no_warnings:
+        note(f"Warning: {text}")
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Drops warnings, where the steps of an export are repeated to compare what they made."""
+    global _no_warnings
+    before, _no_warnings = _no_warnings, True
+    try:
+        yield
+    finally:
+        _no_warnings = before
 
 
 def amount(value: float, unit: str = "bytes") -> str:

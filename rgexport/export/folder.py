@@ -100,5 +100,6 @@ def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) ->
         "source": Source(checkpoint.layout, checkpoint.name, hashes),
         "config": checkpoint.config,
         "instruction_tuned": checkpoint.instruction_tuned,
+        "asked_for": checkpoint.asked_for,
         "files": {},
     }

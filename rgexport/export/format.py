@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.formats import FORMATS, format_on
 from rgexport.quantize.scheme import Scheme
+
+if TYPE_CHECKING:
+    from rgexport.export.tokenizer import ControlIds
 
 Layouts = Mapping[str, tuple[str, tuple[int, ...]]]
 """Part of a tensor → dtype and shape."""
@@ -99,6 +102,19 @@ class FolderFormat(Format):
         A format without a graph has none.
         """
         return (), IoRecord((), ())
+
+    def write_program_files(
+        self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
+    ) -> None:
+        """Writes the files by which other programs run an artifact; most formats have none.
+
+        Args:
+            folder: where they go, beside the artifact's tokenizer.
+            manifest: the artifact's; its files are not needed.
+            ids: of the tokenizer's control tokens.
+            files: the names of the artifact's files.
+        """
+        return
 
     def check_manifest(self, manifest: Manifest) -> None:
         """Checks the fields that only manifests of this format have.

@@ -13,7 +13,7 @@ import numpy as np
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
 from rgexport.export.typed_json import plain
 from rgexport.files.hashing import FileRecord
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Mixed, Scheme, Uniform, uniform_schemes
@@ -150,6 +150,7 @@ class Manifest:
     """Every other file of the folder, by its relative name."""
     check: CheckRecord = NOT_ASKED_FOR
     """How the export's self-check ended."""
+    asked_for: AskedFor = NOTHING_ASKED_FOR
 
     @property
     def has_tokenizer(self) -> bool:

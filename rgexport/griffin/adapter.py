@@ -82,6 +82,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         head=None if EMBEDDING in pairs or EMBEDDING in saved else checkpoint.head,
         weight_files=checkpoint.weight_files | {WEIGHTS: path, CONFIG: folder / CONFIG},
         adapter=folder,
+        asked_for=dataclasses.replace(checkpoint.asked_for, adapter=folder.resolve().name),
     )
 
 

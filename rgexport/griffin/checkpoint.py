@@ -2,13 +2,13 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from rgexport.errors import RequestError
 from rgexport.griffin import deepmind, huggingface
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.huggingface_config import read_config
 from rgexport.griffin.inventory import take_inventory
 from rgexport.griffin.json_fields import read_json
@@ -47,6 +47,7 @@ class Checkpoint:
     """Whether it was tuned for chat, by its name or its chat template; None if unknown."""
     adapter: Path | None = None
     """The folder of a LoRA adapter that is merged into `weights`."""
+    asked_for: AskedFor = NOTHING_ASKED_FOR
 
 
 def open_checkpoint(
@@ -80,11 +81,11 @@ def open_checkpoint(
     try:
         name, path = _find_size(str(size)) if model is None else _find_model(model)
         found = _deepmind_path(path)
-        if found is not None:
-            return _open_deepmind(name, found, window, soft_cap)
-        return _open_hugging_face(name, path, window, soft_cap)
+        open_layout = _open_hugging_face if found is None else _open_deepmind
+        checkpoint = open_layout(name, found or path, window, soft_cap)
     except OSError as error:
         raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
+    return replace(checkpoint, asked_for=AskedFor(window=window, soft_cap=soft_cap))
 
 
 def _check_request(

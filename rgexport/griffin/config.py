@@ -49,6 +49,31 @@ class GriffinConfig:
         return dataclasses.asdict(self) | {"block_types": list(self.block_types)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskedFor:
+    """Changes of a checkpoint that a user asked for when it was opened; None where none was.
+
+    Attributes:
+        window: `--window`.
+        soft_cap: `--soft-cap`.
+        adapter: the name of the folder given by `--adapter`.
+    """
+
+    window: int | None = None
+    soft_cap: float | None = None
+    adapter: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """One sentence that names them with their flags; empty where there is none."""
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+        words = [f"`{flag} {value}`" for flag, value in given.items() if value is not None]
+        return f"It was changed by {' and '.join(words)}, as the export was asked to." * bool(words)
+
+
+NOTHING_ASKED_FOR = AskedFor()
+
+
 def sqrt_embedding_scale(width: int) -> float:
     """sqrt(width) rounded to bfloat16, as the released models multiply (50.5 for 2560)."""
     return float(ml_dtypes.bfloat16(math.sqrt(width)))

@@ -42,6 +42,7 @@ NAMES = (
     "reproduced",
     "sites",
     "structure",
+    "identity",
 )
 """What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a
 limit is asked for: see `thresholds.ORIGINAL_RMS`."""

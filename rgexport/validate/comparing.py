@@ -45,6 +45,7 @@ def compare_all(opened: Opened, ran: Ran) -> Result:
         continuations=ran.continuations,
         min_quality=opened.request.min_quality,
         structure=compare_structure(opened.artifact, opened.request.reference),
+        identity=opened.identity,
     )
 
 

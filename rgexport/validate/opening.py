@@ -12,6 +12,8 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, warn
 from rgexport.runtimes.engine import engine_of
+from rgexport.validate.identity.compare import compare_identity
+from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
@@ -64,6 +66,7 @@ class Opened:
     tokenizer: Tokenizer | None
     text: Text
     original: Original | None
+    identity: tuple[IdentityItem, ...]
 
     @property
     def manifest(self) -> Manifest:
@@ -118,6 +121,7 @@ def open_all(path: Path, request: Request) -> Opened:
         tokenizer=tokenizer,
         text=text,
         original=original,
+        identity=compare_identity(artifact, tokenizer, original, request.reference),
     )
 
 

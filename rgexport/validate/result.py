@@ -22,6 +22,7 @@ from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
+from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
@@ -97,7 +98,8 @@ class Result:
     original; `reproduced`, `layers` and `suspects` are there if they were asked for, and
     `continuations` if there is a tokenizer, and a reference file or a small original.
     `min_quality` is the grade that was asked for, and `structure` says whether the graph is the one
-    that the exporter writes.
+    that the exporter writes. `identity` compares what is not weights: configuration, tokenizer,
+    chat template, settings.
     """
 
     artifact: Subject
@@ -121,6 +123,7 @@ class Result:
     continuations: list[Continuation] | None = None
     min_quality: GradeName | None = None
     structure: StructureReport = NOT_COMPARED
+    identity: tuple[IdentityItem, ...] = ()
 
     @property
     def verdict_scope(self) -> Scope:

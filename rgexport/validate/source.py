@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
@@ -20,11 +21,16 @@ from rgexport.validate.weights.weight_errors import check_shapes
 class Original:
     """A checkpoint to compare with, and how it relates to the artifact.
 
-    same_files: whether its weight files are those that the artifact was made from.
-    config_differences: see the function.
+    Attributes:
+        checkpoint: its configuration has the artifact's values of what its files do not state, and
+            of what the export was asked to change.
+        stated: the configuration of its files.
+        same_files: whether its weight files are those that the artifact was made from.
+        config_differences: see the function.
     """
 
     checkpoint: Checkpoint
+    stated: GriffinConfig
     same_files: bool
     config_differences: tuple[str, ...]
 
@@ -45,15 +51,18 @@ def find_original(
     if model is None:
         checkpoint = _open_by_name(manifest.source.name)
     else:
-        checkpoint = _open(model, manifest, adapter)
+        checkpoint = open_checkpoint(model, adapter=adapter)
     if checkpoint is None:
         return None
+    stated = checkpoint.config
+    checkpoint = _with_adopted_fields(checkpoint, manifest)
     original = Original(
         checkpoint,
+        stated,
         _same_files(manifest, checkpoint.weight_files),
         config_differences(manifest.config, checkpoint.config),
     )
-    if model is None and (not original.same_files or original.config_differences):
+    if model is None and not original.same_files:
         return None
     if checkpoint.problems:
         raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
@@ -61,13 +70,31 @@ def find_original(
     return original
 
 
-def _open(model: str, manifest: Manifest, adapter: Path | None) -> Checkpoint:
-    """Opens it; a DeepMind file has neither window nor soft cap, so it gets the artifact's."""
-    checkpoint = open_checkpoint(model, adapter=adapter)
-    if checkpoint.layout != "deepmind":
-        return checkpoint
-    config = manifest.config
-    return open_checkpoint(model, window=config.window, soft_cap=config.soft_cap, adapter=adapter)
+def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
+    """Whether the export was asked for the artifact's value of a field of the configuration.
+
+    Args:
+        name: of the field.
+        manifest: the artifact's.
+        stated: the original's value. A window can only become smaller, and a soft cap is taken for
+            DeepMind's files alone.
+    """
+    value, given = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
+    allowed = value < stated if name == "window" else manifest.source.layout == "deepmind"
+    return value == given and allowed
+
+
+def _with_adopted_fields(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
+    names = set(unstated_fields(checkpoint.layout))
+    if is_asked_for("window", manifest, checkpoint.config.window):
+        names.add("window")
+    adopted = {name: getattr(manifest.config, name) for name in names}
+    return replace(checkpoint, config=replace(checkpoint.config, **adopted))
+
+
+def unstated_fields(layout: str) -> tuple[str, ...]:
+    """Fields of the configuration that files of a layout do not state."""
+    return ("window", "soft_cap") if layout == "deepmind" else ()
 
 
 def _open_by_name(name: str) -> Checkpoint | None:

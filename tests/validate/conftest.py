@@ -2,17 +2,22 @@
 
 import dataclasses
 import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rgexport.export.artifact import record_files
+from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.files.hashing import hash_file
 from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import copy_cached
 from tests.models import make_config, random_weights, write_hugging_face
 
@@ -63,6 +68,20 @@ def spoil(clean, tmp_path):
     return copy
 
 
-def claim(folder: Path) -> None:
-    """Writes the hashes and sizes of the files that are there into the manifest."""
-    write_manifest(folder, read_manifest(folder).with_files(record_files(folder)))
+def claim(path: Path) -> None:
+    """Makes the hashes of a folder or a GGUF file fit what is there."""
+    if path.is_file():
+        seal(path, hash_file(path, start=data_start(read_header(path))).sha256)
+    else:
+        write_manifest(path, read_manifest(path).with_files(record_files(path)))
+
+
+def at(key: str, value: float, index: int = -1) -> Callable[[Path], object]:
+    """Sets an item of a key's value in a GGUF file, counted from its end."""
+    item = struct.pack({float: "<f", bool: "?"}.get(type(value), "<I"), value)
+
+    def edit(path: Path) -> None:
+        data, start = path.read_bytes(), read_header(path).spans[key][1] + index * len(item)
+        path.write_bytes(data[:start] + item + data[start + len(item) :])
+
+    return edit

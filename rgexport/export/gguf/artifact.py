@@ -227,6 +227,7 @@ def _manifest(
         states=(),
         io=IoRecord((), ()),
         instruction_tuned=embedded.instruction_tuned,
+        asked_for=embedded.asked_for,
         files={name: FileRecord(digest, header.path.stat().st_size)},
         check=check,
         pieces=len(header.values.get(_TOKENS, ())),

@@ -6,7 +6,7 @@ from typing import Literal
 from rgexport.export.manifest import FORMAT_VERSION, Source
 from rgexport.export.manifest_reader import check_config
 from rgexport.export.typed_json import Mismatch, parse, read
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 
 MANIFEST_KEY = "rgexport.manifest"
 
@@ -26,6 +26,7 @@ class EmbeddedManifest:
     source: Source
     config: GriffinConfig
     instruction_tuned: bool | None
+    asked_for: AskedFor = NOTHING_ASKED_FOR
 
 
 def read_embedded(text: str) -> EmbeddedManifest:

@@ -42,7 +42,7 @@ def metadata(
     return [
         *_general(checkpoint),
         *_architecture(checkpoint.config),
-        *_tokenizer(checkpoint, vocabulary),
+        *tokenizer_values(vocabulary, _template(checkpoint, vocabulary)),
         Value(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
@@ -86,7 +86,14 @@ def _architecture(config: GriffinConfig) -> Iterator[Value]:
         yield Value(key, value, _KINDS[type(value)])
 
 
-def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterator[Value]:
+def _template(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> str | None:
+    if vocabulary is None:
+        return None
+    return chosen_template(folder_of(checkpoint), vocabulary.control.special, checkpoint.name)
+
+
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[Value]:
+    """The pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
     if vocabulary is None:
         yield Value("tokenizer.ggml.model", "no_vocab", Kind.STRING)
         return
@@ -113,7 +120,7 @@ def _tokenizer(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Iterato
     }
     for name, flag in flags.items():
         yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
-    if template := chosen_template(folder_of(checkpoint), control.special, checkpoint.name):
+    if template:
         yield Value("tokenizer.chat_template", template, Kind.STRING)
 
 
@@ -125,4 +132,5 @@ def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
         source=Source(checkpoint.layout, checkpoint.name, hashes),
         config=checkpoint.config,
         instruction_tuned=checkpoint.instruction_tuned,
+        asked_for=checkpoint.asked_for,
     )

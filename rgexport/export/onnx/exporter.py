@@ -1,21 +1,23 @@
 """From a checkpoint to an ONNX artifact."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from rgexport.export.artifact import files_of
 from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.genai import require_kernels, write_genai_config
+from rgexport.export.onnx.format import FORMAT
+from rgexport.export.onnx.genai import require_kernels
 from rgexport.export.onnx.interface import io_record, state_records, with_interface
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import Storage
-from rgexport.export.onnx.transformers_js import write_web_files
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
@@ -71,8 +73,10 @@ def export_onnx(
             io=io_record(program),
             **common,
         )
-        write_genai_config(folder, checkpoint.config, ids, native=options.genai_native)
-        write_web_files(folder, manifest, ids)
+        if options.genai_native:
+            kernels = require_kernels()
+            shutil.copyfile(kernels, folder / kernels.name)
+        FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest
 
     return export_folder(

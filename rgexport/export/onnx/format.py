@@ -1,14 +1,19 @@
 """ONNX artifacts, as `export.format` asks."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
-from rgexport.export.onnx.artifact import OnnxArtifact, part_layouts, weight_files
+from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_layouts, weight_files
 from rgexport.export.onnx.interface import expected_interface
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
+
+if TYPE_CHECKING:
+    from rgexport.export.tokenizer import ControlIds
 
 _DESKTOP = """\
 {install}, in this folder:
@@ -50,6 +55,7 @@ class OnnxFormat(FolderFormat):
     """A graph, with its weights in files beside it."""
 
     library = "onnx"
+    entries = (MODEL_FILE,)
     precisions = PRECISIONS
     planned_precisions = ("int3",)
 
@@ -64,6 +70,16 @@ class OnnxFormat(FolderFormat):
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         """Derives the interface of a graph, see `FolderFormat`."""
         return expected_interface(manifest)
+
+    def write_program_files(
+        self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
+    ) -> None:
+        """Writes files for onnxruntime-genai and transformers.js, see `FolderFormat`."""
+        from rgexport.export.onnx.genai import write_genai_config
+        from rgexport.export.onnx.transformers_js import write_web_files  # loads tokenizers, too
+
+        write_genai_config(folder, manifest.config, ids, files)
+        write_web_files(folder, manifest, ids)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         """See `FolderFormat`."""

@@ -6,7 +6,7 @@ updated in place, so a conversation may be longer than the window.
 """
 
 import json
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,18 @@ _LENGTH = 8192
 
 
 def write_genai_config(
-    folder: Path, config: GriffinConfig, ids: ControlIds, *, native: bool
+    folder: Path, config: GriffinConfig, ids: ControlIds, files: Iterable[str]
 ) -> None:
-    """Writes the configuration; with `native`, it names our kernels, whose library is copied.
-
-    Raises:
-        RequestError: there are no kernels on this machine.
-    """
+    """Writes the configuration; if our kernels are among the artifact's `files`, it names them."""
     made = _genai_config(config, ids)
-    if native:
-        kernels = require_kernels()
-        shutil.copyfile(kernels, folder / kernels.name)
-        made["model"]["decoder"]["session_options"]["custom_ops_library"] = kernels.name
+    if kernels := kernels_among(files):
+        made["model"]["decoder"]["session_options"]["custom_ops_library"] = kernels
     (folder / GENAI_CONFIG).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+
+
+def kernels_among(files: Iterable[str]) -> str | None:
+    """Returns the file of native kernels, made for any system; None where there is none."""
+    return next((name for name in sorted(files) if Path(name).stem == library.LIBRARY.stem), None)
 
 
 def require_kernels() -> Path:

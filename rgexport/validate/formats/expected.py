@@ -1,10 +1,16 @@
 """What is expected of a format's artifacts, and the defaults for a format with nothing special."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
+from rgexport.validate.identity.items import IdentityItem
+from rgexport.validate.identity.text import Items, folder_items
+from rgexport.validate.identity.written_files import written_files
 from rgexport.validate.structure.format import Structure
 from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
@@ -54,6 +60,14 @@ class Expected:
     def half_sums(self, manifest: Manifest) -> float:
         """Relative error of attention's result because values are added up in float16."""
         return 0.0
+
+    def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
+        """The items of an artifact's text side, see `identity.text`."""
+        return folder_items(artifact.path, artifact.manifest.config.vocab_size, tokenizer)
+
+    def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
+        """Compares what rgexport writes beside the model, see `identity.written_files`."""
+        return written_files(artifact)
 
     def schedule(self, manifest: Manifest) -> Schedule:
         """Which tokens a self-check takes: few, but through both of an engine's programs."""

@@ -1,8 +1,16 @@
 """What is expected of GGUF files in llama.cpp."""
 
+from collections.abc import Iterator
+
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.manifest import Manifest
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate.formats.expected import Expected
+from rgexport.validate.identity.gguf_keys import gguf_items, gguf_keys
+from rgexport.validate.identity.items import IdentityItem
+from rgexport.validate.identity.text import Items
 from rgexport.validate.structure.gguf import GgufStructure
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
@@ -59,6 +67,16 @@ class GgufExpected(Expected):
     def attends_in_half(self, manifest: Manifest) -> bool:
         """Keys and values are float16 where any weight is not float32."""
         return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
+
+    def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
+        """See `Expected`: by the file's metadata."""
+        assert isinstance(artifact, GgufArtifact)
+        return gguf_items(artifact, tokenizer)
+
+    def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
+        """See `Expected`: the keys that llama.cpp reads."""
+        assert isinstance(artifact, GgufArtifact)
+        return gguf_keys(artifact)
 
     def half_sums(self, manifest: Manifest) -> float:
         """See `Expected`."""

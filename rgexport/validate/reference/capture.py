@@ -26,6 +26,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.continuations import continue_greedily
+from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation
 from rgexport.validate.reference.logit_rows import choose_positions, record_logits
 from rgexport.validate.reference.prompts import choose_prompts
@@ -126,6 +127,7 @@ def _header(
         environment=environment(),
         prompts=prompts,
         structures=structures,
+        identity=text_identity(checkpoint),
     )
 
 

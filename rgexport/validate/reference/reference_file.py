@@ -40,6 +40,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
+from rgexport.validate.identity.text import TextIdentity
 from rgexport.validate.reference.logit_rows import decode
 from rgexport.validate.structure.elements import Fingerprint
 
@@ -90,6 +91,7 @@ class Header:
         environment: of the machine.
         prompts: in the order of their tokens.
         structures: of the graphs that the exporter writes for the model.
+        identity: the checkpoint's text side.
         data_sha256: of all that follows the header in the file; `write_reference` fills it in.
     """
 
@@ -101,6 +103,7 @@ class Header:
     environment: dict[str, str | int]
     prompts: tuple[PromptRecord, ...]
     structures: tuple[Fingerprint, ...] = ()
+    identity: TextIdentity | None = None
     data_sha256: str = ""
 
     @property

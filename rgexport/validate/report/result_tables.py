@@ -190,6 +190,16 @@ def sketch_table(found: AgainstFile) -> Table:
     return _table(title, ("tensor", "stored"), (*_TENSOR, "worst row"), rows)
 
 
+def identity_table(r: Result) -> Table:
+    """What identifies the model, apart from its weights; what differs comes first."""
+    items = sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared"))
+    rows = [
+        (item.name, item.outcome, item.artifact or "none", f"{item.reason} {item.expected or ''}")
+        for item in items
+    ]
+    return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
+
+
 def _rows_by_scheme(
     errors: Sequence[E],
     *,

@@ -8,6 +8,7 @@ from rgexport.export.request import as_argument
 from rgexport.progress import amount
 from rgexport.tables import Table
 from rgexport.validate.continuations import Continuation
+from rgexport.validate.identity.items import summary
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.result_tables import (
     DRIFT,
@@ -126,7 +127,8 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}"
     yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"original: {source_words(r)}"
-    yield f"graph: {structure_words(r)}"
+    yield f"identity: {summary(r.identity)}"
+    yield f"structure: {structure_words(r)}"
 
 
 def _quality(r: Result) -> Iterator[str]:

@@ -9,14 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.gguf.naming import ARCHITECTURE
-from rgexport.files.hashing import hash_file
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.quantize.gguf_header import read_header
 from tests.llama_tools import needs_llama_cpp
 from tests.models import write_hugging_face
-from tests.validate.conftest import claim
+from tests.validate.conftest import at, claim
 from tests.validate.faults.conftest import CONFIG, KINDS, case, export, require_named, sound_weights
 
 pytestmark = pytest.mark.full
@@ -81,12 +78,8 @@ def test_a_wrong_weight(tmp_path, judge, kind, name):
 )
 def test_wrong_metadata(copy, judge, key, value, site):
     path = copy("gguf-int4")
-    _, stop = read_header(path).spans[f"{ARCHITECTURE}.{key}"]
-    number = np.array(value, "<u4" if isinstance(value, int) else "<f4").tobytes()
-    with path.open("r+b") as file:
-        file.seek(stop - len(number))
-        file.write(number)
-    seal(path, hash_file(path, start=data_start(read_header(path))).sha256)
+    at(f"{ARCHITECTURE}.{key}", value)(path)
+    claim(path)
     result = judge(path)
     require_named(result, site)
     assert result.sites.first.site == site

@@ -319,7 +319,7 @@ def test_planted_faults_are_found(layout, key):
     ("layout", "key"), [*((layout, "gptq") for layout in LAYOUTS), (Palette(), "gptq")]
 )
 def test_weights_that_were_trained_further_are_found(layout, key):
-    """All are off by half a step more, as levels may be that are chosen for less error, not more."""
+    """All are off by half a step more: levels may be, if the outputs are nearer for it."""
     w = draw("normal", (192, 256))
     stored, rng = chosen(w, layout, key), np.random.default_rng(5)
     half = np.float32(3**0.5 * np.std(store(w, replace(layout, algorithm=PLAIN[type(layout)])) - w))

@@ -1,0 +1,1 @@
+"""Compares what identifies a model, apart from its weights, with the original's."""

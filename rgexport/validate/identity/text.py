@@ -1,0 +1,214 @@
+"""What identifies the text side of a model: its tokenizer, chat template and settings.
+
+Each is an item, a short text by its name. Items of a checkpoint are those of the folder that an
+export makes of its files, so that they can be compared with an artifact's one by one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rgexport import __version__
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.tokenizer import ControlIds, complete_tokenizer
+from rgexport.files.regular_file import read_regular
+from rgexport.griffin.chat_template import chat_template
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
+from rgexport.griffin.json_fields import strict_json
+from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
+from rgexport.progress import without_warnings
+from rgexport.validate.text import built_in_text
+
+Items = Mapping[str, str | None]
+"""Name → value in words; None where there is none."""
+
+_HARD_TEXTS = (
+    " leading,  double,   triple and trailing  ",
+    "\n\n\n\t\t \r\n\r mixed\u00a0white\u2003space\u3000",
+    "12345678901234567890 3.14e-10 0x1F 1,000,000.00",
+    "cafe\u0301 café ﬁ ½ Ⅷ ＡＢＣ ①②③",
+    "👩‍👩‍👧‍👦🏳️‍🌈👋🏽 \U0001f1e9\U0001f1ea \U0010ffff \x00\x7f",
+    "مرحبا שלום 你好世界 こんにちは 안녕하세요 ไทย हिन्दी",
+    "<table><tr><td>a</td></tr></table> <b>b</b> <mask> <unused7> [multimodal]",
+    "<start_of_turn>user\nignore<end_of_turn>\n<bos><eos><pad><unk></s>",
+    "▁▁ _▁_ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "def f(x):\n        return {'a': [x**2 for _ in range(10)]}  # ;;;((()))",
+)
+"""Texts on which tokenizers that are nearly the same differ."""
+_CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
+NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
+"""The items of `meaning` where there is no tokenizer."""
+_MOST_SHOWN = 200
+"""Characters of a JSON file that is shown as it is; of a longer one, a hash is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextIdentity:
+    """The text side of a checkpoint, as an export would write it.
+
+    Attributes:
+        layout: the checkpoint's.
+        version: of the rgexport that made the files.
+        made: the files that it converted or completed; the others are copies.
+        items: see `folder_items`.
+    """
+
+    layout: str
+    version: str
+    made: tuple[str, ...]
+    items: dict[str, str | None]
+
+
+def text_identity(checkpoint: Checkpoint) -> TextIdentity:
+    """The text side of a checkpoint.
+
+    Raises:
+        RequestError: its tokenizer, its settings or its chat template cannot be read.
+    """
+    before = {path.name: file_words(path) for path in checkpoint.tokenizer_files}
+    with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        items = folder_items(folder, checkpoint.config.vocab_size, tokenizer)
+    made = tuple(name for name in TOKENIZER_FILES if items[name] != before.get(name))
+    return TextIdentity(layout=checkpoint.layout, version=__version__, made=made, items=items)
+
+
+@contextmanager
+def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, ControlIds]]:
+    """Copies a tokenizer's files and completes them as an export does; gives folder and ids.
+
+    Raises:
+        RequestError: a file is too large, or no file, or the settings cannot be read.
+    """
+    with TemporaryDirectory() as made, without_warnings():
+        folder = Path(made)
+        for path in files:
+            (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
+        yield folder, complete_tokenizer(folder, name)
+
+
+def folder_items(
+    folder: Path, vocab_size: int, tokenizer: Tokenizer | None
+) -> dict[str, str | None]:
+    """The items of a folder: each of the tokenizer's files, and what they mean (`meaning`).
+
+    Args:
+        folder: an artifact's, or one like it.
+        vocab_size: rows of the embedding.
+        tokenizer: as rgexport reads it; None where the folder has none.
+
+    Raises:
+        RequestError: a file cannot be read.
+    """
+    items = {name: file_words(folder / name) for name in TOKENIZER_FILES}
+    if tokenizer is None:
+        return items | NO_MEANING
+    vocabulary = None
+    with without_warnings(), suppress(RequestError):  # of a kind that only SentencePiece reads
+        vocabulary = read_vocabulary(find_tokenizer_files(folder), vocab_size)
+    control, (template, _) = read_control_tokens(folder), chat_template(folder)
+    return items | meaning(tokenizer, vocabulary, control, template)
+
+
+def meaning(
+    tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
+) -> dict[str, str | None]:
+    """The items that do not depend on a format.
+
+    `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
+    built-in text and of hard cases.
+    """
+    tokens = (
+        control.bos,
+        control.eos or control.end_of_turn,  # as in GGUF files
+        control.end_of_turn,
+        control.unk,
+        control.pad,
+    )
+    ids = [None if token is None else str(token.id) for token in tokens]
+    return {
+        "vocabulary": None if vocabulary is None else _vocabulary_words(vocabulary),
+        "tokenization": _tokenization_words(tokenizer),
+        "chat_template": _counted(template, "characters", template),
+        **dict(zip(_CONTROL, ids, strict=True)),
+    }
+
+
+def _vocabulary_words(vocabulary: Vocabulary) -> str:
+    columns = json.dumps([vocabulary.tokens, vocabulary.add_space_prefix])
+    numbers = vocabulary.scores.astype("<f4").tobytes() + vocabulary.types.astype("<i4").tobytes()
+    return _counted(vocabulary.tokens, "pieces", columns + numbers.hex())
+
+
+def _tokenization_words(tokenizer: Tokenizer) -> str:
+    texts = built_in_text(), *_HARD_TEXTS
+    ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
+    return _counted([token for each in ids for token in each], "tokens", json.dumps(ids))
+
+
+def _counted(items: str | list[int] | list[str], what: str, content: str) -> str:
+    return f"{len(items):,} {what}, {_hash(content.encode('utf-8', 'surrogatepass'))}"
+
+
+def file_words(path: Path) -> str | None:
+    """A file's content: short JSON as it is, otherwise a hash; None where there is no file.
+
+    Of JSON neither the order of fields nor white space counts.
+
+    Raises:
+        RequestError: it is too large, or no regular file.
+    """
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".json":
+        with suppress(ValueError, RecursionError):
+            text = json.dumps(strict_json(content), sort_keys=True)
+            return text if len(text) <= _MOST_SHOWN else _hash(text.encode())
+    return _hash(content)
+
+
+def file_pair(path: Path, other: Path) -> tuple[str | None, str | None]:
+    """Both files' content; of settings that differ, the fields alone in which they do.
+
+    Raises:
+        RequestError: as `file_words`.
+    """
+    pair = file_words(path), file_words(other)
+    if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
+        return pair
+    with suppress(ValueError, RecursionError, OSError):
+        ours, theirs = (_fields(strict_json(read_regular(each))) for each in (path, other))
+        names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
+        first, second = (
+            ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)
+        )
+        if max(len(first), len(second)) <= _MOST_SHOWN:
+            return first, second
+    return pair
+
+
+def _fields(value: Any, name: str = "") -> dict[str, str]:
+    """Dotted name of each field of nested objects → its value as JSON."""
+    if not isinstance(value, dict):
+        return {name: json.dumps(value)}
+    fields: dict[str, str] = {}
+    for key, item in value.items():
+        fields |= _fields(item, f"{name}.{key}".lstrip("."))
+    return fields
+
+
+def _hash(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:32]}"
