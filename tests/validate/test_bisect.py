@@ -178,7 +178,7 @@ SCAN, PRODUCT = "layers.2.temporal_block.rg_lru", "layers.1.mlp_block.mul"
 def error(site: str, excess: float = 0.1, **changes) -> SiteError:
     limits = {"limit_rms": 5e-5, "limit_median": 5e-5, "excess": excess}
     values = {"rms": 5e-5 * excess, "median": 2e-5 * excess} | limits | changes
-    known = {"op": "linear", "layer": layer_of(site), "state": None, "length": 32}
+    known = {"op": "linear", "layer": layer_of(site), "state": None, "length": 32, "gain": 0.0}
     return SiteError(site=site, **known | values)
 
 
