@@ -77,7 +77,7 @@ def test_demo_is_validated(demo_artifact, tmp_path):
     assert len(shown.stdout.splitlines()) <= 24, "a screen"
     assert "tokens are the same" in shown.stdout and "bits per weight in matrices" in shown.stdout
     stages = [line.split("]")[0] for line in shown.stderr.splitlines() if "left" not in line]
-    assert stages == [f"[{i}/6" for i in range(1, 7)]
+    assert stages == [f"[{i}/7" for i in range(1, 8)]
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["verdict"] == "PASS" and report["quality"]["against"] == "original"
     answers = report["continuations"]
