@@ -36,12 +36,12 @@ from rgexport.validate.report.words import (
     mean_kl,
     not_passed,
     number,
+    part_words,
     percent,
     plus_minus,
     shortfall_words,
     source_words,
     speed_words,
-    structure_words,
     verdict_words,
 )
 from rgexport.validate.result import Result
@@ -118,7 +118,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
         "tiles": list(_tiles(r)),
         "speed": speed_words(r),
         "source": source_words(r),
-        "structure": structure_words(r),
+        "parts": part_words(r),
         "texts": [(one, *answers_of(one)) for one in r.continuations or []],
         "suspects": suspect_table(r.suspects) if r.suspects else None,
         "charts": list(charts(r)),

@@ -8,7 +8,6 @@ from rgexport.export.request import as_argument
 from rgexport.progress import amount
 from rgexport.tables import Table
 from rgexport.validate.continuations import Continuation
-from rgexport.validate.identity.items import summary
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.result_tables import (
     DRIFT,
@@ -36,6 +35,7 @@ from rgexport.validate.report.words import (
     doubt_words,
     not_passed,
     number,
+    part_words,
     quality_words,
     shortfall_words,
     source_words,
@@ -127,8 +127,7 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}"
     yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"original: {source_words(r)}"
-    yield f"identity: {summary(r.identity)}"
-    yield f"structure: {structure_words(r)}"
+    yield from (f"{part}: {sentence}" for part, sentence in part_words(r).items())
 
 
 def _quality(r: Result) -> Iterator[str]:

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rgexport.validate.checks import Check, verdict
+from rgexport.validate.checks import TENSOR_CHECKS, Check, verdict
 from rgexport.validate.continuations import Continuation
+from rgexport.validate.identity.items import first_names, summary
 from rgexport.validate.metrics import KL
 from rgexport.validate.quality import GRADE_NAMES, Quality
 from rgexport.validate.result import Result
@@ -23,6 +24,14 @@ LABELS = {"twin": "dequantized reference", "original": "original"}
 """Field of `Result` → what people read."""
 ON_THE_TEXT = "PASS on the text that was run"
 """The verdict where nothing was failed, but the graph was not compared with the exporter's."""
+_OF_THEIR_OWN = "identity", "structure"
+"""Kinds of checks whose parts have sentences of their own."""
+_PARTS = {
+    **dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights"),
+    **dict.fromkeys(("original.rms", "original.kl", "cost"), "cost"),
+    **dict.fromkeys(("reference.rms", "reference.kl", "reference.finite"), "cost"),
+}
+"""Kind of a check → its part; `arithmetic` for all others."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
 
@@ -63,6 +72,32 @@ def structure_words(r: Result) -> str:
     """Whether the graph is the exporter's: `as rgexport 0.1.0 writes it`."""
     status, reason = r.structure.status, r.structure.reason
     return reason if status == "as written" else f"{status}: {reason}"
+
+
+def part_words(r: Result) -> dict[str, str]:
+    """Part of the proof → one sentence on how it ended."""
+    parts: dict[str, list[Check]] = {"arithmetic": [], "weights": [], "cost": []}
+    for check in r.checks:
+        kind = check.kind or check.name
+        if kind not in _OF_THEIR_OWN:
+            parts[_PARTS.get(kind, "arithmetic")].append(check)
+    return {
+        "identity": summary(r.identity),
+        "structure": structure_words(r),
+        **{name: _outcome_of(checks) for name, checks in parts.items()},
+    }
+
+
+def _outcome_of(checks: Sequence[Check]) -> str:
+    """Such as `12 checks passed, up to 64 % of a limit (steps.logits)`."""
+    if not checks:
+        return "not compared, since the original was not given"
+    wrong = [check.name for check in checks if not check.passed]
+    if wrong:
+        return f"{len(wrong)} of {len(checks)} checks not passed: {first_names(wrong)}"
+    nearest = max(checks, key=lambda check: check.value / check.limit if check.limit else 0)
+    share = nearest.value / nearest.limit if nearest.limit else 0
+    return f"{len(checks)} checks passed, up to {share:.0%} of a limit ({nearest.name})"
 
 
 def counted_checks(r: Result) -> str:

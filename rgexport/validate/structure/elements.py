@@ -19,7 +19,7 @@ from rgexport.export.manifest import StoredTensor
 TOLERANCE = 1e-6
 """Relative difference of equal floats: the last bits of RoPE's depend on the machine."""
 _MOST_NUMBERS = 1024
-"""Floats of one array that are compared with a tolerance; those of a longer one, exactly."""
+"""Numbers of one array that are kept; of a longer one there is a hash."""
 _MOST_TEXT = 80
 """Characters of a value that are kept, before a hash of it."""
 
@@ -77,7 +77,8 @@ class _Reader:
 
     def __init__(self, rules: Rules, interface: Iterable[str | bytes]) -> None:
         self._rules = rules
-        self._names = {name: repr(name) for name in interface}
+        # An empty name is no name: the input is left out.
+        self._names = {name: repr(name) for name in ("", b"", *interface)}
 
     def elements(self, message: Any, container: str, place: str) -> Iterator[Element]:
         """The elements in a message, followed by one of the rest of it."""
@@ -114,13 +115,15 @@ class _Reader:
     def _scalars(self, path: str, value: Any) -> Iterator[str | float]:
         """The contents of a field that holds no messages."""
         single = isinstance(value, str | bytes) or not isinstance(value, Sequence)
-        values = [value] if single else list(value)
+        values = [value] if single else value
         if path in self._rules.names:
             yield from (self._names.setdefault(name, f"%{len(self._names)}") for name in values)
-        elif isinstance(values[0], float):
-            yield from _numbers(values)
+        elif isinstance(values[0], str | bytes):
+            yield from (shortened(repr(text)) for text in values)
+        elif len(values) > _MOST_NUMBERS:
+            yield hashlib.sha256(np.array(values).tobytes()).hexdigest()
         else:
-            yield shortened(repr(values[0] if single else values))
+            yield from (each if _is_finite_float(each) else repr(each) for each in values)
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
@@ -130,11 +133,8 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
 
 
-def _numbers(values: list[float]) -> Iterator[str | float]:
-    if len(values) > _MOST_NUMBERS:
-        yield shortened(np.array(values).tobytes().hex())
-        return
-    yield from (value if math.isfinite(value) else repr(value) for value in values)
+def _is_finite_float(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def shortened(text: str) -> str:
