@@ -67,7 +67,7 @@ def gguf_keys(artifact: GgufArtifact) -> Iterator[IdentityItem]:
 
 
 def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
-    """The vocabulary as the file has it; lists of a wrong type are empty."""
+    """The vocabulary as the file has it; scores are NaN where they are missing."""
     tokens, scores, types = (values.get(name) for name in _COLUMNS)
     if tokens is None:
         return None
@@ -84,11 +84,11 @@ def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
         pad=token("padding"),
         special={} if end_of_turn is None else {END_OF_TURN: end_of_turn.id},
     )
-    empty = np.empty(0)
+    whole = isinstance(scores, np.ndarray) and len(scores) == len(tokens)
     return Vocabulary(
-        tokens=list(tokens),
-        scores=scores if isinstance(scores, np.ndarray) else empty,
-        types=types if isinstance(types, np.ndarray) else empty,
+        tokens=tokens,
+        scores=scores if whole else np.full(len(tokens), np.nan, np.float32),
+        types=types,
         control=control,
         add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,
     )
