@@ -69,7 +69,7 @@ def gguf_keys(artifact: GgufArtifact) -> Iterator[IdentityItem]:
 def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
     """The vocabulary as the file has it; scores are NaN where they are missing."""
     tokens, scores, types = (values.get(name) for name in _COLUMNS)
-    if tokens is None:
+    if tokens is None or types is None:
         return None
 
     def token(name: str) -> ControlToken | None:
@@ -84,10 +84,11 @@ def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
         pad=token("padding"),
         special={} if end_of_turn is None else {END_OF_TURN: end_of_turn.id},
     )
-    whole = isinstance(scores, np.ndarray) and len(scores) == len(tokens)
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+        scores = np.full(len(tokens), np.nan)
     return Vocabulary(
         tokens=tokens,
-        scores=scores if whole else np.full(len(tokens), np.nan, np.float32),
+        scores=scores,
         types=types,
         control=control,
         add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,

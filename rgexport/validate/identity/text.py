@@ -93,9 +93,14 @@ def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, Con
     """
     with TemporaryDirectory() as made, without_warnings():
         folder = Path(made)
-        for path in files:
+        paths = list(files)
+        for path in paths:
             (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
-        yield folder, complete_tokenizer(folder, name)
+        try:
+            ids = complete_tokenizer(folder, name)
+        except RequestError as error:  # names a file of the copy
+            raise RequestError(str(error).replace(made, str(paths[0].parent))) from None
+        yield folder, ids
 
 
 def folder_items(
