@@ -50,9 +50,9 @@ every file; `rgexport inspect` prints it, `rgexport validate` compares the model
 
 ## Source and licence
 
-Made from `{source}` ({source_layout} layout). {asked_for}An artifact is a derivative of its
-checkpoint: the checkpoint's own terms apply to it. Google's RecurrentGemma is under the Gemma Terms
-of Use, {terms}.
+Made from `{source}` ({source_layout} layout{asked_for}). An artifact is a derivative of its
+checkpoint: the checkpoint's own terms apply to it. Google's RecurrentGemma is under the
+Gemma Terms of Use, {terms}.
 """
 
 _CHECKED = """\
@@ -199,7 +199,7 @@ def card(manifest: Manifest, origin: Origin) -> str:
         checked=_checked(manifest.check),
         source=manifest.source.name,
         source_layout=manifest.source.layout,
-        asked_for=f"{manifest.asked_for.sentence} ".lstrip(),
+        asked_for=f", changed by {flags}" if (flags := manifest.asked_for.flags) else "",
         terms=GEMMA_TERMS,
     )
 

@@ -64,11 +64,10 @@ class AskedFor:
     adapter: str | None = None
 
     @property
-    def sentence(self) -> str:
-        """One sentence that names them with their flags; empty where there is none."""
-        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
-        words = [f"`{flag} {value}`" for flag, value in given.items() if value is not None]
-        return f"It was changed by {' and '.join(words)}, as the export was asked to." * bool(words)
+    def flags(self) -> str:
+        """The flags with their values, as Markdown; empty where there is none."""
+        given = {name.replace("_", "-"): value for name, value in vars(self).items()}
+        return " and ".join(f"`--{k} {value}`" for k, value in given.items() if value is not None)
 
 
 NOTHING_ASKED_FOR = AskedFor()

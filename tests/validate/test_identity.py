@@ -94,7 +94,7 @@ FAULTS = {
         f"{THEIRS}add_bos_token": at(f"{THEIRS}add_bos_token", False),
         "bos": at(f"{THEIRS}bos_token_id", 9),
         "eos": at(f"{THEIRS}eos_token_id", 9),
-        "vocabulary": at(f"{THEIRS}scores", 0.5),
+        "vocabulary": at(f"{THEIRS}scores", 0.5, -130),
         "vocabulary tokenization": at(f"{THEIRS}token_type", 3, -300),
         "chat_template": text("<start_of_turn>model", "<start_of_turn>robot"),
         "rms_eps": text('"rms_eps": 1e-06', '"rms_eps": 1e-05'),

@@ -59,9 +59,9 @@ def gguf_keys(artifact: GgufArtifact) -> Iterator[IdentityItem]:
 
 
 def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
-    """The vocabulary as the file has it; lists of a wrong type are empty."""
+    """The vocabulary as the file has it; scores are NaN where they are missing."""
     tokens, scores, types = (values.get(name) for name in _COLUMNS)
-    if tokens is None:
+    if tokens is None or types is None:
         return None
 
     def token(name: str) -> ControlToken | None:
@@ -76,11 +76,12 @@ def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
         pad=token("padding"),
         special={} if end_of_turn is None else {END_OF_TURN: end_of_turn.id},
     )
-    empty = np.empty(0)
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+        scores = np.full(len(tokens), np.nan)
     return Vocabulary(
-        tokens=list(tokens),
-        scores=scores if isinstance(scores, np.ndarray) else empty,
-        types=types if isinstance(types, np.ndarray) else empty,
+        tokens=tokens,
+        scores=scores,
+        types=types,
         control=control,
         add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,
     )

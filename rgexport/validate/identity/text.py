@@ -23,7 +23,7 @@ from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
 from rgexport.griffin.json_fields import strict_json
-from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.sentencepiece_file import MAX_BYTES, NORMAL
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 from rgexport.progress import without_warnings
 from rgexport.validate.text import built_in_text
@@ -47,6 +47,8 @@ _HARD_TEXTS = (
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
 """The items of `meaning` where there is no tokenizer."""
+_MOST_CUT = 256
+"""Characters of a piece that is cut in two at each place: far more than any has."""
 _MOST_SHOWN = 200
 """Characters of a JSON file that is shown as it is; of a longer one, a hash is."""
 
@@ -91,9 +93,14 @@ def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, Con
     """
     with TemporaryDirectory() as made, without_warnings():
         folder = Path(made)
-        for path in files:
+        paths = list(files)
+        for path in paths:
             (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
-        yield folder, complete_tokenizer(folder, name)
+        try:
+            ids = complete_tokenizer(folder, name)
+        except RequestError as error:  # names a file of the copy
+            raise RequestError(str(error).replace(made, str(paths[0].parent))) from None
+        yield folder, ids
 
 
 def folder_items(
@@ -144,9 +151,28 @@ def meaning(
 
 
 def _vocabulary_words(vocabulary: Vocabulary) -> str:
-    columns = json.dumps([vocabulary.tokens, vocabulary.add_space_prefix])
-    numbers = vocabulary.scores.astype("<f4").tobytes() + vocabulary.types.astype("<i4").tobytes()
-    return _counted(vocabulary.tokens, "pieces", columns + numbers.hex())
+    columns = vocabulary.tokens, vocabulary.types.tolist(), _merge_ranks(vocabulary)
+    content = json.dumps([*columns, vocabulary.add_space_prefix])
+    return _counted(vocabulary.tokens, "pieces", content)
+
+
+def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """The ids of the pieces that merges result in, and the rank of each one's score.
+
+    Nothing else of the scores counts, and the merges of a tokenizer.json have ranks alone. Runs of
+    spaces have the score 0 in either case, as the first merge may have: they rank by themselves.
+    """
+    tokens, scores = vocabulary.tokens, vocabulary.scores.tolist()
+    normal = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind == NORMAL]
+    known = {tokens[i] for i in normal}
+    merged = [i for i in normal if len(tokens[i]) > _MOST_CUT or _is_merged(tokens[i], known)]
+    keys = [(not tokens[i].strip("▁"), -scores[i]) for i in merged]
+    ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+    return [(i, ranks[key]) for i, key in zip(merged, keys, strict=True)]
+
+
+def _is_merged(piece: str, known: set[str]) -> bool:
+    return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
 
 
 def _tokenization_words(tokenizer: Tokenizer) -> str:

@@ -51,10 +51,6 @@ MOST_PROMPT = 60
 MOST_SUSPECTS = 3
 """Of each artifact where there are several."""
 _WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
-_MEANING = (
-    "The dequantized reference has the artifact's own weights: the difference to it is the error "
-    "of the export, the difference to the original is the cost of quantization."
-)
 
 
 def render(result: Result, page: Path | None = None) -> str:
@@ -89,7 +85,6 @@ def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
     if r.reference is not None:
         yield from _warnings(r.reference)
     yield summary_table(r)
-    yield _MEANING
     yield from _answers(sorted(r.continuations or [], key=lambda one: one.common)[:1])
     if r.layers is not None or r.suspects:
         yield ""
@@ -124,9 +119,10 @@ def _head(r: Result) -> Iterator[str]:
     speed = f"; {speed_words(r)}" if r.speed else ""
     yield ""
     yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {bits_words(r)}"
-    yield f"{engine.title}, {engine.threads} threads{speed}"
-    yield f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
-    yield f"original: {source_words(r)}"
+    tokens = f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
+    yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
+    if progress.verbose or not r.source.same_files:
+        yield f"original: {source_words(r)}"
     yield from (f"{part}: {sentence}" for part, sentence in part_words(r).items())
 
 
@@ -144,8 +140,6 @@ def _answers(found: Sequence[Continuation]) -> Iterator[str]:
         for side, answer in zip(("original", "artifact"), answers_of(one), strict=True):
             differing = f"[{answer.differing}]" if answer.differing else ""
             yield f"  {side}  {_one_line(answer.shared + differing + answer.rest)}"
-    if found:
-        yield ""
 
 
 def _end_of(prompt: str) -> str:

@@ -284,7 +284,7 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
 def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
     short = changes.without_bisect(result)
     lines = render(short).splitlines()
-    assert len(lines) <= 20
+    assert len(lines) <= 24
     assert lines[0].startswith("PASS  ") and lines[0].endswith("every check passed")
     assert lines[-1] == "All numbers: -v, or --html FILE for a page."
     assert render(short, tmp_path / "r.html").endswith(f"a page: {tmp_path / 'r.html'}\n")
