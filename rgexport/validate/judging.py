@@ -86,12 +86,11 @@ def _site_checks(report: SiteReport) -> Iterator[Check]:
     """Of the op that is nearest to its limit, or of all that are beyond it."""
     for error in report.beyond or report.worst(1):
         what = error.site if error.state is None else error.state
-        call = "one token" if error.length == 1 else f"{error.length} tokens"
         yield Check(
             name=f"sites.{what}",
             value=error.excess,
             limit=1.0,
-            reason=f"{error.op} of {call} from the artifact's own inputs, in units of its limit",
+            reason=f"{error.op} of {error.call} from the artifact's own inputs, in limits",
             kind="sites",
         )
 

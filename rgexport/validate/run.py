@@ -16,7 +16,7 @@ from rgexport.validate.reference_pass import SharedPasses
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
-from rgexport.validate.running import asks_original, run_all
+from rgexport.validate.running import asks_original, run_all, runs_natively
 
 DEFAULTS = Request()
 
@@ -92,7 +92,7 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     """How many stages show their progress."""
     request, original = opened.request, opened.original
     # The dequantized reference, the artifact over the text, and the ops one by one.
-    count = 3 + request.bench
+    count = 3 + request.bench + runs_natively(opened)
     if original is not None:
         count += 3 if request.bisect else 2  # its pass, its weights, and each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)

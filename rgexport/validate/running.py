@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
-from rgexport.progress import amount, group, note
-from rgexport.runtimes.engine import open_session
+from rgexport.progress import amount, group, note, task
+from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import thresholds
@@ -19,6 +19,7 @@ from rgexport.validate.continuations import (
 )
 from rgexport.validate.measure import Measurement, measure, with_continuations
 from rgexport.validate.opening import Opened
+from rgexport.validate.portable import longest_call, portable
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
@@ -56,6 +57,8 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     references = _run_references(opened, passes)
     prompts = _prompts(opened)
     ran = _run_artifact(opened, references, prompts)
+    if runs_natively(opened):
+        ran = replace(ran, measured=_with_portable(opened, ran.measured, references[0]))
     return replace(ran, measured=with_continuations(ran.measured, references))
 
 
@@ -73,6 +76,22 @@ def asks_original(opened: Opened) -> bool:
     if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
         return False
     return float32_bytes(opened.original.checkpoint.config) <= SMALL_BYTES
+
+
+def runs_natively(opened: Opened) -> bool:
+    """Whether native kernels replace what the artifact brings for other runtimes."""
+    return engine_of(opened.manifest.kind).has_native(opened.artifact)
+
+
+def _with_portable(opened: Opened, measured: Measurement, reference: Pass) -> Measurement:
+    """Adds what the artifact gives without native kernels, in a session of its own."""
+    give_back()
+    with task("Without native kernels", 1, "text") as advance:
+        session = engine_of(opened.manifest.kind).portable_session(opened.artifact)
+        same = portable(session, opened.text.tokens, reference, measured.ending)
+        session.close()
+        advance(1)
+    return replace(measured, equivalences=measured.equivalences | {"portable": same})
 
 
 def _prompts(opened: Opened) -> list[Prompt] | None:
@@ -106,6 +125,7 @@ def _run_artifact(opened: Opened, references: list[Pass], prompts: list[Prompt] 
         text_bytes=opened.text.bytes,
         noise=thresholds.tolerance(opened.manifest).rms,
         spell=spell,
+        longest=longest_call(opened.manifest.config),
     )
     ran = Ran(info=session.info, measured=measured)
     if opened.request.reference is not None:

@@ -93,10 +93,7 @@ def site_evidence(error: SiteError) -> str:
     what = "" if error.state is None else f"the state {error.state} after it: "
     by_rms = error.rms / error.limit_rms >= error.median / error.limit_median
     measure, value = ("rms", error.rms) if by_rms else ("median", error.median)
-    return (
-        f"{what}{measure} error {value:.3g}, {error.excess:.3g} times its limit "
-        f"({error.length} token{'s' if error.length > 1 else ''})"
-    )
+    return f"{what}{measure} error {value:.3g}, {error.excess:.3g} times its limit ({error.call})"
 
 
 def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:
