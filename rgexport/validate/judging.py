@@ -43,8 +43,10 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     yield Check(
         name="position", value=float(not counted), limit=0, reason="the session counts every token"
     )
+    drift = [error for one in result.twin.drift for error in one.states]
+    errors = result.twin.logits.relative_max, states.worst([*drift, *result.twin.states])
     for name, found in result.equivalences.items():
-        yield from _equivalence_checks(name, found, limit.at(length))
+        yield from _equivalence_checks(name, found, thresholds.consistency(limit, length, *errors))
     if result.sites is not None:
         yield from _site_checks(result.sites)
     if result.original is not None:

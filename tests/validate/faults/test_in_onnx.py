@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[edits.Edit, set[str]]] = {
     "mask in a body": (edits.with_op("LessOrEqual", "Less", "LocalAttention"), {"sites"}),
     "no reset at position 0": (edits.flat(edits.with_op("Equal", "Less")), {"sites"}),
     "rows share a state": (SHARED, {"batch", "portable"}),
-    "long calls": (edits.changed("final_norm", edits.ZERO_FROM_512_TOKENS), {"long", "portable"}),
+    "long calls": (edits.changed(ATTENTION, edits.ZERO_FROM_512_TOKENS), {"long", "portable"}),
 }
 """What only other calls or kernels show, and kinds of checks that fail."""
 
