@@ -54,6 +54,18 @@ class Engine(ABC):
             "or a checkpoint: export it again with --window"
         )
 
+    def has_native(self, artifact: Artifact) -> bool:
+        """Whether our kernels replace functions of the artifact here; by default, they do not."""
+        return False
+
+    def portable_session(self, artifact: Artifact) -> Session:
+        """As `session`, without our kernels: it computes what other programs compute."""
+        return self.session(artifact)
+
+    def portable_observer(self, artifact: Artifact) -> Observer:
+        """As `observer`, without our kernels."""
+        return self.observer(artifact)
+
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `open_observer`; by default, an engine shows no intermediate values."""
         raise RequestError(

@@ -170,6 +170,13 @@ class Session(ABC):
         """As `take`, for all rows: tokens [B, T]; returns logits [B, num_logits, vocab]."""
         return self.take(self._all, tokens, num_logits)
 
+    def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """As `prefill`, in one run of the model where the engine takes any number of tokens.
+
+        Memory grows with their number; other programs take whole prompts so.
+        """
+        return self.prefill(tokens, num_logits)
+
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Takes one token a row, [B]; returns its logits, [B, vocab]."""
         return self.take(self._all, np.reshape(tokens, (-1, 1)))[:, 0]

@@ -76,7 +76,7 @@ def _sites(opened: Opened, ran: Ran) -> SiteReport | None:
     original, text = opened.original, opened.text
     config = opened.manifest.config if original is None else original.checkpoint.config
     try:
-        return look_at_sites(opened.artifact, config, ran.measured.state, text.tokens)
+        return look_at_sites(opened.artifact, config, ran.measured.ending.gave.state, text.tokens)
     except RequestError as error:
         note(f"the ops were not compared one by one: {error}")
         return None

@@ -1,13 +1,13 @@
 """An artifact against itself: the same tokens taken in another way give the same."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 
 import numpy as np
 
-from rgexport.griffin.state import State
+from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
 from rgexport.validate.states import StateError, state_errors
@@ -22,13 +22,20 @@ SAME = {
     "ragged": "chunks of any lengths give what one chunk gives",
     "restored": "a saved state continues as the original one",
     "reset": "a reset forgets everything",
+    "start": "position 0 ignores states of earlier tokens",
+    "long": "one long call gives what shorter ones give",
+    "batch": "two texts in one batch give what each gives alone",
+    "portable": "without native kernels, the same graph gives the same",
 }
 """Name of an equivalence → what should hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """Tokens taken in two ways: the errors of their logits and, if known, of the states after."""
+    """Tokens taken in two ways: the errors of their logits and, if known, of the states after.
+
+    Where several texts were taken, `states` has those of each.
+    """
 
     tokens: int
     logits: metrics.LogitError
@@ -68,7 +75,7 @@ def equivalences(
     """
     session.set_state(before)
     logits = session.prefill(tokens[None], num_logits=len(chunk.logits))[0]
-    restored = _against(chunk, Chunk(logits, session.get_state()), len(tokens))
+    restored = compared([(chunk, Chunk(logits, session.get_state()))], len(tokens))
     if session.info.whole_chunks:
         tokens = np.resize(tokens, taken_again(session.info))
         session.set_state(before)
@@ -78,44 +85,105 @@ def equivalences(
         ("steps", [1] * len(tokens)),
         ("ragged", list(_ragged(len(tokens), session.info))),
     ):
-        other = _pieces(session, tokens, before, sizes, len(chunk.logits))
-        found[name] = _against(chunk, other, len(tokens))
+        (other,) = in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
+        found[name] = compared([(chunk, other)], len(tokens))
     return found | {"restored": restored}
 
 
-def after_reset(session: Session, tokens: np.ndarray, logits: np.ndarray) -> Equivalence:
-    """Resets and takes the first tokens [n] of the text again, which gave `logits` [n, V]."""
+def from_start(
+    session: Session, tokens: np.ndarray, logits: np.ndarray, used: State
+) -> dict[str, Equivalence]:
+    """Takes the first tokens [n] of the text again, which gave `logits` [n, V], in two ways.
+
+    reset: after a reset; start: at position 0, from the states `used` of a longer text. The
+    convolution has no positions: its state must be zeros.
+    """
     session.reset()
-    again = session.prefill(tokens[None], num_logits=len(tokens))[0]
-    return _against(Chunk(logits, {}), Chunk(again, {}), len(tokens))
+    fresh = _recurrent(session, tokens)
+    session.set_state(used | zeros_of(used, (POSITION, ".conv1d")))
+    started = _recurrent(session, tokens)
+    return {
+        "reset": compared([(Chunk(logits, {}), fresh)], len(tokens)),
+        "start": compared([(Chunk(logits, fresh.state), started)], len(tokens)),
+    }
 
 
-def _against(chunk: Chunk, other: Chunk, tokens: int) -> Equivalence:
-    count = min(len(chunk.logits), len(other.logits))
-    rows = metrics.compare_logits(chunk.logits[-count:], other.logits[-count:], np.full(count, -1))
+def _recurrent(session: Session, tokens: np.ndarray) -> Chunk:
+    """Takes tokens [n]; keeps the states that have no place for earlier tokens."""
+    logits = session.prefill(tokens[None], num_logits=len(tokens))[0]
+    state = session.get_state().items()
+    return Chunk(logits, {n: a for n, a in state if not n.endswith((".key", ".value"))})
+
+
+def in_batch(session: Session, text: np.ndarray, used: State) -> list[tuple[Chunk, Chunk]]:
+    """Takes the last tokens of a text [T] and its first ones, alone and in one batch.
+
+    The last ones start from the state `used`, so that the rows have different positions.
+
+    Returns:
+        For each row, what it gave alone and in the batch.
+    """
+    count = min(STEPS, len(text))
+    tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
+    sizes = chunk_and_steps(count)
+    alone = [
+        in_pieces(session, row[None], state, sizes, count)[0]
+        for row, state in zip(tokens, states, strict=True)
+    ]
+    before = {name: np.concatenate([state[name] for state in states]) for name in used}
+    return list(zip(alone, in_pieces(session, tokens, before, sizes, count), strict=True))
+
+
+def chunk_and_steps(count: int) -> list[int]:
+    """Sizes whose sum is `count`: one chunk, and three single tokens."""
+    return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
+
+
+def zeros_of(state: State, ends: tuple[str, ...] = ("",)) -> State:
+    """Zeros in place of the tensors whose names have one of these ends, by default of all."""
+    return {name: np.zeros_like(array) for name, array in state.items() if name.endswith(ends)}
+
+
+def compared(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
+    """Compares what tokens gave in one way with what they gave in another.
+
+    Of each pair, the last logits that both have count, and the first one's states.
+    """
+    rows = []
+    for expected, other in pairs:
+        count = min(len(expected.logits), len(other.logits))
+        ours, theirs = (chunk.logits[-count:] for chunk in (expected, other))
+        rows.append(metrics.compare_logits(ours, theirs, np.full(count, -1)))
     return Equivalence(
         tokens=tokens,
-        logits=metrics.logit_error(rows),
-        states=state_errors(chunk.state, other.state),
+        logits=metrics.logit_error(np.concatenate(rows)),
+        states=[e for one, other in pairs for e in state_errors(one.state, other.state)],
     )
 
 
-def _pieces(
+def in_pieces(
     session: Session, tokens: np.ndarray, before: State, sizes: list[int], keep: int
-) -> Chunk:
-    """Takes the tokens in chunks of these sizes; keeps the last logits, without gaps."""
+) -> list[Chunk]:
+    """Takes tokens [R, T] in chunks of these sizes; keeps each row's last logits, without gaps."""
     session.set_state(before)
     last: deque[np.ndarray] = deque(maxlen=keep)
     start = 0
     for size in sizes:
-        part = tokens[None, start : start + size]
+        part = tokens[:, start : start + size]
         every = session.info.chunk_logits or size < session.info.prefill_chunk
         wanted = min(size, keep) if every else 1
         if wanted < size:
             last.clear()
-        last.extend(session.step(part[:, 0]) if size == 1 else session.prefill(part, wanted)[0])
+        if size == 1:
+            last.append(session.step(part[:, 0]))
+        else:
+            last.extend(session.prefill(part, wanted).swapaxes(0, 1))
         start += size
-    return Chunk(np.stack(last), session.get_state())
+    logits, state = np.stack(last, 1), session.get_state()
+    return [
+        Chunk(logits[row], {name: array[row : row + 1] for name, array in state.items()})
+        for row in range(len(tokens))
+    ]
 
 
 def _ragged(count: int, info: SessionInfo) -> Iterator[int]:

@@ -46,8 +46,10 @@ def _checks(opened: Opened, ran: Ran, result: Result) -> Iterator[Check]:
     yield Check(
         name="position", value=float(not counted), limit=0, reason="the session counts every token"
     )
+    drift = [error for one in result.twin.drift for error in one.states]
+    errors = result.twin.logits.relative_max, states.worst([*drift, *result.twin.states])
     for name, found in result.equivalences.items():
-        yield from _equivalence_checks(name, found, limit.at(length))
+        yield from _equivalence_checks(name, found, thresholds.consistency(limit, length, *errors))
     if result.structure.in_verdict:
         yield _structure_check(result.structure)
     if result.sites is not None:
@@ -127,11 +129,10 @@ def _site_checks(report: SiteReport) -> Iterator[Check]:
     """Of the op that is nearest to its limit, or of all that are beyond it."""
     for error in report.beyond or report.worst(1):
         what = error.site if error.state is None else error.state
-        call = "one token" if error.length == 1 else f"{error.length} tokens"
         yield Check(
             name=f"sites.{what}",
             value=error.excess,
             limit=1.0,
-            reason=f"{error.op} of {call} from the artifact's own inputs, in units of its limit",
+            reason=f"{error.op} of {error.call} from the artifact's own inputs, in limits",
             kind="sites",
         )

@@ -14,10 +14,13 @@ from rgexport.validate.equivalences import (
     STEPS,
     Chunk,
     Equivalence,
-    after_reset,
+    compared,
     equivalences,
+    from_start,
+    in_batch,
     taken_again,
 )
+from rgexport.validate.portable import Ending, long_call
 from rgexport.validate.positions import (
     PositionBlock,
     TokenText,
@@ -58,13 +61,13 @@ class Measurement:
         comparisons: with each reference.
         equivalences: with itself.
         counted: whether the session counted every token.
-        state: the session's, after the text.
+        ending: the end of the text, as the session took it.
     """
 
     comparisons: list[Comparison]
     equivalences: dict[str, Equivalence]
     counted: bool
-    state: State
+    ending: Ending
 
 
 def measure(
@@ -75,6 +78,7 @@ def measure(
     text_bytes: int | None = None,
     noise: float = 0.0,
     spell: TokenText | None = None,
+    longest: int = MAX_BLOCK,
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
@@ -91,31 +95,39 @@ def measure(
         text_bytes: the length of what the tokens stand for, in UTF-8.
         noise: the tolerated error of logits, which makes a near tie; see `metrics.agreement`.
         spell: writes the text of the worst positions.
+        longest: most tokens of one call, see `portable.longest_call`.
     """
     sides = [_Side(reference, WorstPositions(tokens, spell)) for reference in references]
     following = np.append(tokens[1:], -1)
     session.reset()
     again = max(0, len(tokens) - taken_again(session.info))
-    before = session.get_state()
+    long = again if session.info.whole_chunks else max(0, len(tokens) - longest)
+    before: dict[int, State] = {}
     head = logits = np.empty((0, session.vocab_size), np.float32)
     with task("Comparing", len(tokens), "tokens") as advance:
-        edges = {again, len(tokens)} | whole_chunks(session, checkpoints(len(tokens)))
+        edges = {again, long, len(tokens)} | whole_chunks(session, checkpoints(len(tokens)))
         for start, stop in blocks(session, edges):
-            if start == again:
-                before = session.get_state()
+            if start in (again, long):
+                before[start] = session.get_state()
             logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
             head = logits[:STEPS].copy() if start == 0 else head
             _compare(sides, session, start, logits, following[start:stop])
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
     chunk = Chunk(logits, session.get_state())
-    same = equivalences(session, tokens[again:], before, chunk, _block_size(session))
-    same["reset"] = after_reset(session, tokens[: len(head)], head)
+    ending = Ending(tokens[long:], before[long], chunk)
+    same = equivalences(session, tokens[again:], before[again], chunk, _block_size(session))
+    same |= from_start(session, tokens[: len(head)], head, chunk.state)
+    if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
+        same["long"] = long_call(session, ending)
+        same["batch"] = compared(
+            in_batch(session, tokens, chunk.state), 2 * min(STEPS, len(tokens))
+        )
     return Measurement(
         comparisons=[side.summary(chunk.state, text_bytes, noise) for side in sides],
         equivalences=same,
         counted=counted,
-        state=chunk.state,
+        ending=ending,
     )
 
 

@@ -17,7 +17,7 @@ from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, require_writable, write_json
 from rgexport.validate.rounding_cost import is_rounded
-from rgexport.validate.running import asks_original, run_all
+from rgexport.validate.running import asks_original, run_all, runs_natively
 
 DEFAULTS = Request()
 
@@ -93,7 +93,7 @@ def _stages(opened: Opened, passes: SharedPasses) -> int:
     """How many stages show their progress."""
     request, original = opened.request, opened.original
     # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
-    count = 4 + request.bench
+    count = 4 + request.bench + runs_natively(opened)
     if original is not None:
         count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)

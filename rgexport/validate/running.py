@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.progress import amount, group, note
-from rgexport.runtimes.engine import open_session
+from rgexport.progress import amount, group, note, task
+from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import give_back
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import thresholds
@@ -18,6 +18,7 @@ from rgexport.validate.continuations import (
 )
 from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.opening import Opened
+from rgexport.validate.portable import longest_call, portable
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
@@ -59,6 +60,8 @@ def run_all(opened: Opened, passes: SharedPasses) -> Ran:
     prompts = _prompts(opened)
     ran = _run_artifact(opened, references, prompts)
     dequantized, original = references[0], references[1] if len(references) > 1 else None
+    if runs_natively(opened):
+        ran = replace(ran, measured=_with_portable(opened, ran.measured, dequantized))
     if original is not None:
         ran = replace(ran, inputs=original.inputs)
     elif opened.request.reference is None:
@@ -81,6 +84,22 @@ def asks_original(opened: Opened) -> bool:
     if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
         return False
     return float32_bytes(opened.original.checkpoint.config) <= SMALL_BYTES
+
+
+def runs_natively(opened: Opened) -> bool:
+    """Whether native kernels replace what the artifact brings for other runtimes."""
+    return engine_of(opened.manifest.kind).has_native(opened.artifact)
+
+
+def _with_portable(opened: Opened, measured: Measurement, reference: Pass) -> Measurement:
+    """Adds what the artifact gives without native kernels, in a session of its own."""
+    give_back()
+    with task("Without native kernels", 1, "text") as advance:
+        session = engine_of(opened.manifest.kind).portable_session(opened.artifact)
+        same = portable(session, opened.text.tokens, reference, measured.ending)
+        session.close()
+        advance(1)
+    return replace(measured, equivalences=measured.equivalences | {"portable": same})
 
 
 def _prompts(opened: Opened) -> list[Prompt] | None:
@@ -114,6 +133,7 @@ def _run_artifact(opened: Opened, references: list[Pass], prompts: list[Prompt] 
         text_bytes=opened.text.bytes,
         noise=thresholds.tolerance(opened.manifest).rms,
         spell=spell,
+        longest=longest_call(opened.manifest.config),
     )
     ran = Ran(info=session.info, measured=measured)
     if (file := opened.request.reference) is not None:

@@ -18,7 +18,7 @@ LONGER = np.random.default_rng(4).integers(0, VOCAB, 150)
 
 
 def measured(session: ToySession, tokens: np.ndarray = TOKENS):
-    return measure(session, tokens, [toy_pass(tokens)])
+    return measure(session, tokens, [toy_pass(tokens)], longest=8)
 
 
 def lost_state(session: ToySession, logits: np.ndarray) -> np.ndarray:
@@ -36,13 +36,13 @@ def test_a_right_session_differs_from_another_model_only():
     assert right.likelihood.tokens == 99
     assert [s.name for s in right.states] == [MEMORY]
     assert right.states[0].relative_max < 1e-6 and wrong.states[0].relative_max > 0.1
-    assert found.counted and found.state[POSITION].tolist() == [len(TOKENS)]
+    assert found.counted and found.ending.gave.state[POSITION].tolist() == [len(TOKENS)]
     for side in (right, wrong):
         assert len(side.blocks) == min(BLOCKS, len(TOKENS)) and len(side.worst) == WORST
         assert side.worst[0].position == side.kl.worst_position
         assert side.worst[0].kl == side.kl.max
         assert side.worst[0].next_token == TOKENS[side.worst[0].position + 1]
-    assert np.allclose(found.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
+    assert np.allclose(found.ending.gave.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 40])
@@ -111,7 +111,12 @@ class Clinging(ToySession):
     def reset(self, batch: int = 1) -> None:
         before = getattr(self, "h", 0)
         super().reset(batch)
-        self.h = self.h + np.float32(0.1) * before
+        self.h, self.position = self.h + np.float32(0.1) * before, self.position + np.any(before)
+
+
+class Late(ToySession):
+    def set_state(self, state: State) -> None:
+        super().set_state(state | {POSITION: state[POSITION] + 1})
 
 
 def _wrong_chunks(length: int) -> ToySession:
@@ -128,11 +133,15 @@ def _wrong_chunks(length: int) -> ToySession:
         (_wrong_chunks(1), {"steps", "ragged"}),
         (Forgetful(), {"steps", "ragged", "restored"}),
         (Clinging(), {"reset"}),
+        (Late(), {"start"}),
+        (ToySession(fault=lambda one, logits: np.copyto(one.h, one.h[:1]) or logits), {"batch"}),
+        (_wrong_chunks(len(LONGER)), {"long"}),
     ],
 )
 def test_equivalences_that_a_session_does_not_keep(session, expected):
     equivalences = measure(session, LONGER, []).equivalences
-    assert list(equivalences) == ["steps", "ragged", "restored", "reset"]
+    chunks = [] if session.info.whole_chunks else ["long", "batch"]
+    assert list(equivalences) == ["steps", "ragged", "restored", "reset", "start", *chunks]
     assert {n for n, one in equivalences.items() if not one.logits.relative_max < 1e-6} == expected
 
 

@@ -65,6 +65,7 @@ class ToySession(ToyReference):
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         self.chunks.append(tokens.shape[1])
+        self.h[self.position == 0] = 0
         hidden = self.hidden(tokens, self.h)
         self.h, self.position = hidden[:, -1].copy(), self.position + tokens.shape[1]
         logits = self.logits(hidden[:, -num_logits:])
@@ -72,6 +73,9 @@ class ToySession(ToyReference):
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         return self.prefill(tokens[:, None])[:, 0]
+
+    def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        return self.prefill(tokens, num_logits)
 
     def get_state(self) -> State:
         return {MEMORY: self.h.copy(), POSITION: self.position.copy()}

@@ -7,6 +7,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.allocations import require_trusted
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import read_graph
+from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
 from rgexport.runtimes.engine import Engine, Narrowing
@@ -37,6 +38,22 @@ class OnnxEngine(Engine):
             return OrtSession(narrow, threads=threads, graph=graph)
 
         return open_narrow
+
+    def has_native(self, artifact: Artifact) -> bool:
+        """See `Engine`."""
+        return native_ops(artifact.file(MODEL_FILE)).library is not None
+
+    def portable_session(self, artifact: Artifact) -> Session:
+        """See `Engine`."""
+        from rgexport.runtimes.onnx.session import OrtSession
+
+        return OrtSession(artifact, native=False)
+
+    def portable_observer(self, artifact: Artifact) -> Observer:
+        """See `Engine`."""
+        from rgexport.runtimes.onnx.observer import OrtObserver
+
+        return OrtObserver(artifact, native=False)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
         """See `Engine`."""

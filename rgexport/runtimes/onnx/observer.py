@@ -14,6 +14,9 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.observation import LENGTHS, Observation, observed
 from rgexport.runtimes.onnx.session import OrtSession
 
+_PORTABLE_LENGTHS = (7, 1)
+"""`OrtObserver.lengths` without our kernels: an odd chunk too."""
+
 
 class OrtObserver:
     """ONNX Runtime over the artifact's own weights, which stay in their file.
@@ -22,17 +25,16 @@ class OrtObserver:
     Runtime omits the rounding between two fused ops.
     """
 
-    lengths = LENGTHS
-
-    def __init__(self, artifact: Artifact, *, threads: int | None = None):
-        """Opens the graph with its sites as outputs.
+    def __init__(self, artifact: Artifact, *, threads: int | None = None, native: bool = True):
+        """Opens the graph with its sites as outputs; our kernels run where `native`.
 
         Raises:
             RequestError: ONNX Runtime cannot open the model.
         """
         wanted = sites(artifact.manifest.config)
         graph, self._names = observed_graph(artifact.file(MODEL_FILE), wanted)
-        self._session = OrtSession(artifact, threads=threads, graph=graph)
+        self._session = OrtSession(artifact, threads=threads, graph=graph, native=native)
+        self.lengths = LENGTHS if native else _PORTABLE_LENGTHS
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
         """Takes tokens [T] from a canonical state of batch 1, in one run."""

@@ -118,6 +118,11 @@ class OrtSession(Session):
         self._position += ids.shape[1]
         return found
 
+    def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+        """Takes tokens [B, T] in one run, see `Session`."""
+        ids = checked_tokens(tokens, len(self._position), self._vocab)
+        return self._run(self._all, ids, max(1, min(num_logits, ids.shape[1])))
+
     def reset(self, batch: int = 1) -> None:
         """Clears the state, and sets the number of conversations."""
         self.require_unchanged()

@@ -5,6 +5,7 @@ compared with the artifact's value at that site, and the artifact's value is pas
 inherits the errors of the ops before it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,8 @@ class SiteError:
         layer: the index of its layer; None for the embedding, the last norm and the head.
         state: the canonical name of the state that was compared; None for the op's value.
         length: number of tokens of the call.
+        from_start: whether its first token had position 0.
+        portable: whether no native kernel ran.
         rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
         median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; for the RG-LRU, of the half
             of the channels that forget faster, since the others show how exp was rounded.
@@ -63,6 +66,15 @@ class SiteError:
     limit_median: float
     gain: float
     excess: float
+    from_start: bool = False
+    portable: bool = False
+
+    @property
+    def call(self) -> str:
+        """Such as `7 tokens from position 0, without native kernels`."""
+        tokens = f"{self.length} token{'s' if self.length > 1 else ''}"
+        start = " from position 0" if self.from_start else ""
+        return tokens + start + (", without native kernels" if self.portable else "")
 
     @property
     def passed(self) -> bool:
@@ -70,12 +82,23 @@ class SiteError:
         return self.excess <= 1
 
 
-Call = tuple[np.ndarray, Observation]
-"""Tokens [T] that an artifact took in one call, and its values at the sites."""
+@dataclass(frozen=True)
+class Call:
+    """Tokens [T] that an artifact took in one call, the state before, and its values at sites."""
+
+    tokens: np.ndarray
+    before: State
+    shown: Observation
+    portable: bool = False
+
+    @property
+    def start(self) -> int:
+        """The position of the first token."""
+        return int(self.before[POSITION][0])
 
 
 def site_errors(
-    model: NumpyReference, manifest: Manifest, before: State, calls: Sequence[Call]
+    model: NumpyReference, manifest: Manifest, calls: Sequence[Call]
 ) -> list[SiteError]:
     """Compares what an artifact computed with the reference, op by op.
 
@@ -83,36 +106,30 @@ def site_errors(
         model: the reference, with the artifact's weights. All calls go through one layer before
             the next is read.
         manifest: of the artifact; the limits follow from it.
-        before: the canonical state of batch 1 that every call started from.
-        calls: of unequal lengths.
+        calls: each from a canonical state of batch 1.
 
     Returns:
         For each call, the error of each site and state that the artifact shows, in the order of
         computation.
     """
-    start, window = int(before[POSITION][0]), model.config.window
-    comparisons = {
-        len(tokens): _Comparison(
-            replace(found, state=_fitted(found.state, window)), manifest, start, len(tokens)
-        )
-        for tokens, found in calls
-    }
+    window = model.config.window
+    comparisons = [_Comparison(call, manifest, window) for call in calls]
+    turns: Counter[str] = Counter()  # a site's op computes for one call after the other
 
     def look(
         site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
     ) -> np.ndarray | None:
-        return comparisons[results[0].shape[1]].look(site, op, arguments, results)
+        turns[site] += 1
+        return comparisons[turns[site] - 1].look(site, op, arguments, results)
 
     model.look = look
-    passes = model.run_each([(tokens[None], _fitted(before, window)) for tokens, _ in calls])
-    for (_, found), (hidden, _), comparison in zip(
-        calls, passes, comparisons.values(), strict=True
-    ):
+    passes = model.run_each([(call.tokens[None], _fitted(call.before, window)) for call in calls])
+    for call, (hidden, _), comparison in zip(calls, passes, comparisons, strict=True):
         # An artifact may have the head's values for the last tokens only.
-        if rows := max(len(found.values.get(site, ())) for site in ("lm_head", "logits")):
+        if rows := max(len(call.shown.values.get(site, ())) for site in ("lm_head", "logits")):
             model.look = comparison.look
             model.logits(hidden[:, -rows:])
-    return [error for comparison in comparisons.values() for error in comparison.errors()]
+    return [error for comparison in comparisons for error in comparison.errors()]
 
 
 def _fitted(state: State, window: int) -> State:
@@ -131,9 +148,9 @@ def _fitted(state: State, window: int) -> State:
 class _Comparison:
     """Compares while the reference runs; keeps three sums for each channel of each site."""
 
-    def __init__(self, found: Observation, manifest: Manifest, start: int, length: int):
-        self._found, self._manifest = found, manifest
-        self._position, self._length = start + length, length
+    def __init__(self, call: Call, manifest: Manifest, window: int):
+        self._call, self._manifest = call, manifest
+        self._found = replace(call.shown, state=_fitted(call.shown.state, window))
         self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
         self._noise: dict[str, np.ndarray] = {}
 
@@ -200,7 +217,9 @@ class _Comparison:
             op=op,
             layer=layer_of(site),
             state=state,
-            length=self._length,
+            length=len(self._call.tokens),
+            from_start=self._call.start == 0,
+            portable=self._call.portable,
             rms=rms,
             median=median,
             limit_rms=limit.rms,
@@ -212,7 +231,7 @@ class _Comparison:
     def _limit(self, site: str, op: str, state: str | None) -> SiteLimit:
         if state is not None:
             return state_limit(self._manifest, state)
-        return site_limit(self._manifest, op, site, self._position)
+        return site_limit(self._manifest, op, site, self._call.start + len(self._call.tokens))
 
 
 def layer_of(site: str) -> int | None:

@@ -1,7 +1,7 @@
 """The per-op check: compares every op of an artifact by itself with the reference's."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,9 +10,11 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.engine import open_observer
+from rgexport.runtimes.engine import engine_of, open_observer
 from rgexport.runtimes.memory import give_back
+from rgexport.runtimes.observation import Observer
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
+from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers
 
 _MOST = 2.0**12
@@ -26,7 +28,7 @@ class SiteReport:
     """All sites of an artifact.
 
     Attributes:
-        errors: of every length, the longest first, in the order of computation.
+        errors: of one call after the other, in the order of computation.
         first: the first one beyond its limit.
         unseen: sites that the engine does not show, because it computes them within others.
     """
@@ -56,30 +58,40 @@ def look_at_sites(
 ) -> SiteReport:
     """Compares all ops in the artifact's own engine, in each of the engine's programs.
 
+    Where native kernels ran, the same is done without them: other runtimes run the bodies.
+
     Args:
         artifact: it and its weights.
         config: what it should compute: the original's, or its own where no original is known.
-        state: the canonical state of batch 1 to start from, one that the artifact has come to.
+        state: the canonical state of batch 1 to start from, one that the artifact has come to; and
+            from position 0, which must ignore the state of the recurrence.
         tokens: [T], of which the last ones are taken, and repeated where they are too few.
 
     Raises:
         RequestError: something is missing that looking into the model takes.
     """
-    state = with_large_state(state)
-    calls = _observe(artifact, state, tokens)
+    recurrent = {name: array for name, array in state.items() if name.endswith(".rg_lru")}
+    starts = with_large_state(state), zeros_of(state) | recurrent
+    engine = engine_of(artifact.manifest.kind)
+    calls = _observe(lambda: open_observer(artifact), starts, tokens)
+    if engine.has_native(artifact):
+        portable = _observe(lambda: engine.portable_observer(artifact), starts, tokens)
+        calls += [replace(call, portable=True) for call in portable]
     with watched_layers("Per-op check", artifact.weights) as weights:
         model = NumpyReference(config, weights)
-        errors = site_errors(model, artifact.manifest, state, calls)
-    seen = {site for _, found in calls for site in (*found.values, *found.gates)}
+        errors = site_errors(model, artifact.manifest, calls)
+    seen = {site for call in calls for site in (*call.shown.values, *call.shown.gates)}
     return site_report(errors, [site for site in sites(config) if site not in seen])
 
 
-def _observe(artifact: Artifact, state: State, tokens: np.ndarray) -> list[Call]:
-    """The artifact's values at its sites; the engine is gone afterwards."""
+def _observe(
+    open_one: Callable[[], Observer], starts: Sequence[State], tokens: np.ndarray
+) -> list[Call]:
+    """The values at the sites from each start, in calls of each length; the engine is gone then."""
     give_back()
-    observer = open_observer(artifact)
+    observer = open_one()
     texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
-    return [(text, observer.observe(text, state)) for text in texts]
+    return [Call(text, state, observer.observe(text, state)) for state in starts for text in texts]
 
 
 def with_large_state(state: State) -> State:

@@ -98,10 +98,7 @@ def site_evidence(error: SiteError) -> str:
         f"all values are off by {error.gain:+.2%}": abs(error.gain) / GAIN,
     }
     largest = max(shares, key=lambda measure: shares[measure])
-    return (
-        f"{what}{largest}, {error.excess:.3g} times its limit "
-        f"({error.length} token{'s' if error.length > 1 else ''})"
-    )
+    return f"{what}{largest}, {error.excess:.3g} times its limit ({error.call})"
 
 
 def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:

@@ -201,11 +201,11 @@ def op_bars(errors: Sequence[SiteError]) -> BarTable:
             worst[kind] = error
     ranked = sorted(worst.items(), key=lambda item: -item[1].excess)
     rows = [
-        (kind, number(e.excess), e.state or e.site, str(e.length), number(e.rms), number(e.median))
+        (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
         for kind, e in ranked
     ]
-    header = ("op", "÷ limit", "where it is worst", "tokens", "rms", "median")
-    numbers = (header[1], *header[3:])
+    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
+    numbers = (header[1], *header[4:])
     return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
 
 

@@ -261,12 +261,12 @@ def _site_table(report: SiteReport) -> Table:
     )
     rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
     rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
-    return _table(title, ("op",), ("tokens", "rms", "median", "÷ limit"), rows)
+    return _table(title, ("op", "call"), ("rms", "median", "÷ limit"), rows)
 
 
 def _site_row(e: SiteError) -> Row:
     where = e.site if e.state is None else f"state {e.state}"
-    return where, str(e.length), number(e.rms), number(e.median), number(e.excess)
+    return where, e.call, number(e.rms), number(e.median), number(e.excess)
 
 
 def _cost_table(costs: Sequence[LayerCost]) -> Table:

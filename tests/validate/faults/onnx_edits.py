@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper, parser
 
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import parse_model
@@ -55,18 +55,39 @@ def with_window(window: int) -> Edit:
     return edit
 
 
-def in_half(value: str) -> Edit:
-    """Rounds a value to float16 and back."""
+def changed(value: str, nodes: str) -> Edit:
+    """Passes a value through nodes in ONNX's own notation, which make `y` of `x`."""
 
     def edit(model: onnx.ModelProto) -> None:
         node = producer(model, value)
         index = list(model.graph.node).index(node) + 1
-        exact, half = f"{value}/exact", f"{value}/half"
-        node.output[:] = [exact if name == value else name for name in node.output]
-        back = helper.make_node("Cast", [half], [value], name=f"{value}/Cast", to=TensorProto.FLOAT)
-        model.graph.node.insert(index, back)
-        there = helper.make_node("Cast", [exact], [half], name=half, to=TensorProto.FLOAT16)
-        model.graph.node.insert(index, there)
+        node.output[:] = ["x" if name == value else name for name in node.output]
+        for made in reversed(parser.parse_graph(f"g (float x) => (float y) {{{nodes}}}").node):
+            made.output[:] = [value if name == "y" else name for name in made.output]
+            model.graph.node.insert(index, made)
+
+    return edit
+
+
+IN_HALF = f"""
+    half = Cast <to = {TensorProto.FLOAT16}> (x)
+    y = Cast <to = {TensorProto.FLOAT}> (half)"""
+OF_FIRST_ROW = """
+    zero = Constant <value_ints = [0]> () one = Constant <value_ints = [1]> ()
+    first = Slice (x, zero, one, zero) zeros = Sub (x, x) y = Add (zeros, first)"""
+ZERO_FROM_512_TOKENS = f"""
+    tokens = Shape <start = 1, end = 2> (position_ids) least = Constant <value_ints = [512]> ()
+    is_long = GreaterOrEqual (tokens, least) all = Cast <to = {TensorProto.FLOAT}> (is_long)
+    lost = Mul (x, all) y = Sub (x, lost)"""
+
+
+def with_op(op: str, other: str, function: str = "") -> Edit:
+    """Replaces each `op` of the graph, or of a function's body beside a right native kernel."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        bodies = {body.name: body for body in model.functions} | {"": model.graph}
+        for node in bodies[function].node:
+            node.op_type = other if node.op_type == op else node.op_type
 
     return edit
 
