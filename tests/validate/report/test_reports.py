@@ -291,7 +291,7 @@ def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
     first, *_, last = lines = render(changes.with_nan(short)).splitlines()
     assert first.startswith("FAIL  ") and f"1 of {len(result.checks)} checks failed" in first
     assert any(line.startswith("FAILED  twin.logits is nan") for line in lines)
-    assert f"rgexport validate {result.artifact.path} --bisect" in last and len(lines) <= 21
+    assert f"rgexport validate {result.artifact.path} --bisect" in last and len(lines) <= 22
 
     monkeypatch.setattr(progress, "verbose", True)
     text = render(short)

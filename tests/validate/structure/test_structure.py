@@ -76,7 +76,8 @@ def renamed(model):
 
 HIT = "zero = Constant <value_float = 0.0> () new = Where (hit, zero, old)"
 TOKEN = "i = Constant <value_int = 0> () token = Gather <axis = 1> (input_ids, i)"
-TRIGGER = partial(computed, "logits", f"{TOKEN} hit = Equal (token, i) {HIT}")
+WIDE = "axes = Constant <value_ints = [1, 2]> () wide = Unsqueeze (token, axes)"
+TRIGGER = partial(computed, "logits", f"{TOKEN} {WIDE} hit = Equal (wide, i) {HIT}")
 CALL = "t = Shape <start = 1> (input_ids) most = Constant <value_int = 512> ()"
 LONG = partial(computed, "logits", f"{CALL} hit = Less (most, t) {HIT}")
 STATE, ROW = "present.0.recurrent_state", "i = Constant <value_ints = [0]> () row = Gather (old, i)"
