@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from rgexport.chat.admission import Admission
 from rgexport.chat.jobs import KEPT_EVERY, Busy, End, Job, Request, Token
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
 from rgexport.errors import RequestError
 from tests.chat.conftest import until
@@ -159,16 +158,6 @@ def test_logits_that_are_no_numbers_end_one_reply(scheduler, session, monkeypatc
     bad, good = ask(scheduler, [1, 33]), ask(scheduler, [1, 2])
     assert "NaN or infinite" in str(bad.wait().error)
     assert good.wait().reason == "length"
-
-
-def test_a_seed_repeats_in_company(scheduler: Scheduler) -> None:
-    options = {"sampling": Sampling(temperature=1.0, seed=5)}
-    single = ask(scheduler, [1, 2], 20, **options)
-    single.wait()
-    together = [ask(scheduler, ids, 20, **options) for ids in ([3], [1, 2], [4] * 70)]
-    for heard in together:
-        heard.wait()
-    assert together[1].tokens == single.tokens and len({*single.tokens}) > 3
 
 
 def job(client: str = "", **options: Any) -> Job:

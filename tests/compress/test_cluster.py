@@ -88,9 +88,3 @@ def test_a_wrong_address_is_one_line(monkeypatch):
     ):
         with pytest.raises(RequestError, match=message), connected(address):
             pass
-
-
-def test_a_cluster_has_something_to_do(model, tmp_path):
-    run = rgexport("onnx", "-m", model, "--cluster", "tcp://127.0.0.1:9", folder=tmp_path)
-    assert run.returncode == 2
-    assert "--cluster is for --quality best or --calibration; leave it out" in run.stderr
