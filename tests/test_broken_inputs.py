@@ -152,6 +152,12 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
         "--tokens is 4611686018427387904; expected at most 268435456",
     ),
     "endless seed": (f"calibrate -m model --seed {2**64}", "--seed is .* at most 92233720368547"),
+    "held out below": ("calibrate -m model --held-out -1", "--held-out is -1"),
+    "sampled below": ("calibrate -m model --text text.gguf --sampled -1", "--sampled is -1"),
+    "only sampled": (
+        "calibrate -m model --text text.gguf --sampled 16384",
+        "leaves nothing of --tokens 16384 for --text",
+    ),
     "no mixture": ("calibrate -m model --tokens 8 --sampled 9", "--sampled 9 is more than .* 8"),
     "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read the text"),
     "calibrate on": ("calibrate -m model --device tpu", "tpu"),

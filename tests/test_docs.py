@@ -20,17 +20,10 @@ OUTSIDE = [
 """What mkdocs does not look at; `make docs` checks the links of all others."""
 
 
-def slug(heading: str) -> str:
-    """The anchor that GitHub and mkdocs both give a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-
-
 def anchors(path: Path) -> set[str]:
-    return {
-        slug(line.lstrip("#"))
-        for line in path.read_text("utf-8").splitlines()
-        if line.startswith("#")
-    }
+    """The anchors that GitHub and mkdocs both give to headings."""
+    headings = re.findall(r"^#+(.*)", path.read_text("utf-8").lower(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each).strip().replace(" ", "-") for each in headings}
 
 
 def commands(path: Path) -> Iterator[str]:

@@ -99,7 +99,6 @@ def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
 
 
 def test_another_artifact_or_model_has_other_states(tmp_path):
-    """Even where a file lies in the wrong folder."""
     put(tmp_path, [1, 2], identity=replace(IDENTITY, weights="ef" * 32))
     put(tmp_path, [1, 2], artifact=INT4)
     file = max(tmp_path.glob("*/*.state"), key=os.path.getmtime)

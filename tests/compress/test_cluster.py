@@ -58,7 +58,6 @@ def contents(artifact):
 
 
 def test_a_killed_worker_changes_nothing(model, address, calibration, tmp_path):
-    """It dies while a plan is made, with jobs and results on it."""
     checkpoint, options = open_checkpoint(model), PlanOptions(calibration=calibration, bits=5)
     make_plan(checkpoint, options, tmp_path / "here")
     with Client(address, set_as_default=False) as client:

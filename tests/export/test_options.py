@@ -55,7 +55,6 @@ def test_blocks_fit_the_rows_of_each_tensor(asked: int | None) -> None:
 
 @pytest.mark.parametrize("beside", [{"exact": True}, {"block_size": 32}, {"symmetric": False}])
 def test_int8_rows_are_for_wasm_and_need_symmetric_weights(beside: dict[str, Any]) -> None:
-    """And rounded activations."""
     options = OnnxOptions(profile="wasm", precision="int8", **beside)
     expected = Affine(8, beside.get("block_size", 64), beside.get("symmetric", True))
     assert options.resolve_plan(REGULAR)[LINEAR] == expected

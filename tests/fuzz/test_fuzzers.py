@@ -83,13 +83,7 @@ TARGETS = {
 )
 def test_a_planted_fault_is_found(fault, said, tmp_path):
     command = [sys.executable, "-m", "fuzz.readers", "--minutes", "0.1", "--out", str(tmp_path)]
-    asked = [
-        *command,
-        "--target",
-        f"tests.fuzz.test_fuzzers:{fault}",
-        "--json",
-        str(tmp_path / "json"),
-    ]
+    asked = [*command, "--target", f"tests.fuzz.test_fuzzers:{fault}", "--json", tmp_path / "json"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     (share,) = json.loads((tmp_path / "json").read_text())

@@ -64,7 +64,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_logits_are_pefts(base, name, tmp_path):
-    """Weights also when they are read in parts, and when the base has DeepMind's layout."""
     merged = train(base, tmp_path / "adapter", **CASES[name]).merge_and_unload()
     weights = {n.removeprefix("model."): x.numpy() for n, x in merged.state_dict().items()}
     checkpoint = open_checkpoint(base, adapter=tmp_path / "adapter")

@@ -140,7 +140,6 @@ def test_finds_what_is_not_finite(tmp_path, weights, dtype, largest, value):
 
 
 def test_the_head_must_equal_the_embedding(tmp_path, weights):
-    """It may have another dtype."""
     coarse = weights["embed_tokens.weight"].astype(np.float16)
     embedding = weights["embed_tokens.weight"] = coarse.astype(np.float32)
     changed = embedding.copy()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -25,10 +26,7 @@ CONFIG = ODD_CONFIGS["regular"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a network that must not be asked."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-
-    def forbidden(*args: object, **options: object) -> None:
-        raise AssertionError("the network was asked")
-
+    forbidden = Mock(side_effect=AssertionError("the network was asked"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", forbidden)
     return tmp_path
 
@@ -76,14 +74,9 @@ def test_a_cached_model_is_used_without_the_network(cache):
 
 
 def test_a_missing_tokenizer_is_added(cache, monkeypatch, capsys):
-    """Without a network, the copy serves as it is."""
-
-    def fail() -> None:
-        raise ConnectionError("no route\nto host")
-
     snapshot = fill(cache)
     (snapshot / "tokenizer.model").rename(snapshot / "tokenizer_config.json")
-    serve(monkeypatch, snapshot, fail)
+    serve(monkeypatch, snapshot, Mock(side_effect=ConnectionError("no route\nto host")))
     capsys.readouterr()
     assert fetch_model(HUB_ID) == snapshot
     warning = f"Warning: the tokenizer of {HUB_ID} cannot be downloaded (no route)\n"
@@ -144,10 +137,7 @@ MISSING = http_error(errors.RepositoryNotFoundError, 404)
     ],
 )
 def test_refusals_say_what_to_do(monkeypatch, model, error, message):
-    def refuse(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock(side_effect=error))
     with pytest.raises(RequestError, match=message) as caught:
         open_checkpoint(model)
     assert "-m" in str(caught.value) and "\n" not in str(caught.value)

@@ -1,5 +1,7 @@
 """The values of every engine's observer at the sites, against the step model's."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
@@ -139,11 +141,7 @@ def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(error, tmp_path, mon
     artifact, _ = EXPORTS["gguf"](ODD_CONFIGS["hawk"], tmp_path)
     observer = open_observer(artifact, threads=1)
     state, tokens = begun(open_session(artifact, threads=1), ODD_CONFIGS["hawk"])
-
-    def fail(tensor: int) -> np.ndarray:
-        raise error
-
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(llama_cpp_observer, "read_floats", fail)
+        patch.setattr(llama_cpp_observer, "read_floats", Mock(side_effect=error))
         observer.observe(tokens[:1], state)
     assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}

@@ -228,7 +228,6 @@ class Talk:
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
 @pytest.mark.parametrize("kind", ENGINES)
 def test_rows_come_and_go(kind: str, name: str, tmp_path: Path) -> None:
-    """A row that is used leaves the others alone, and takes its state to another place."""
     config = ODD_CONFIGS[name]
     session, weights = opened(kind, config, tmp_path)
     model, chosen = deepmind_model(config, weights), np.random.default_rng(5)
@@ -344,7 +343,6 @@ PLANNED: dict[str, Any] = {
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", PLANNED)
 def test_row_groups(kind: str, compute: str, in_order: bool, tmp_path: Path) -> None:
-    """Groups that are mixed up and groups one after another; in chunks and in a batch."""
     config, (export, options) = ODD_CONFIGS["not_by_32"], PLANNED[kind]
     plan = split_plan(config, in_order=in_order, symmetric=kind.startswith("webgpu"))
     artifact, _ = export(config, tmp_path, plan, compute=compute, **options)

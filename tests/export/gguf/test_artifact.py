@@ -26,6 +26,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
 from tests.models import make_config, random_weights, write_hugging_face
+from tests.quantize.ggml_files import write_tensors
 
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
 FOUND = CheckRecord(
@@ -94,13 +95,9 @@ def test_files_of_other_tools(architecture, parts, complaint, tmp_path):
     path = tmp_path / "x.gguf"
     writer = GGUFWriter(path, architecture)
     writer.add_file_type(1)
-    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float16))
     if parts:
         writer.add_key_value("split.count", parts, GGUFValueType.UINT16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, {"token_embd.weight": np.ones((4, 32), np.float16)})
     assert re.search(complaint, refusal(path))
 
 

@@ -43,7 +43,6 @@ def _walk(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
 )
 @pytest.mark.parametrize("profile", PROFILES)
 def test_files_are_valid_and_have_no_other_ops(profile, name, precision, exact, tmp_path, capfd):
-    """And to open one prints nothing."""
     config = ODD_CONFIGS[name]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
     path = str(artifact.path / "model.onnx")
@@ -140,7 +139,6 @@ def test_int8_rows_are_stored_by_columns(tmp_path: Path) -> None:
 
 
 def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the embedding, which has a file of its own of a larger size at most."""
     limit, config = 4 * 4096, ODD_CONFIGS["regular"]
     files = storage.FileLimit(filled=limit, largest=3 * limit)
     changed = dataclasses.replace(PROFILES["webgpu"], files=files)

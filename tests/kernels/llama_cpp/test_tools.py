@@ -78,7 +78,6 @@ def ask(address: str, path: str, **request: Any) -> Any:
 
 
 def test_server_keeps_conversations_apart_and_continues_as_we_do(llama_tools, demo, capsys):
-    """It drafts from the prompt."""
     said = " ".join(["The cat sat on the mat. The dog sat on the mat."] * 2)[:-5]
     prompts, expected = ["Once upon a time", "To install it, run", said], []
     for prompt in prompts:

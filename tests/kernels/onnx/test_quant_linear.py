@@ -51,7 +51,6 @@ def test_is_the_product_of_rounded_activations(worker, shape, bits, block, digit
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("bits", "block", "digits"), FORMS)
 def test_several_rows_are_each_alone(worker, bits, block, digits, asymmetric):
-    """Not a bit is another, with any number of rows."""
     columns = 4500  # more than what quant_several.h takes of a row at once
     x = np.random.default_rng(6).standard_normal((1, MOST_SEVERAL, columns), np.float32)
     options = {"asymmetric": asymmetric, "bias": True, "digits": digits}
@@ -73,7 +72,6 @@ UNUSUAL = {"halves": np.tile(HALVES, (1, 30, 1)), "zeros": ZEROS, "sizes": SIZES
 @pytest.mark.parametrize("name", UNUSUAL)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_unusual_activations(worker, name, bits):
-    """Also of any number of dimensions."""
     x, block = UNUSUAL[name], 256 if name == "halves" else 32
     w = random_matrix(256, 20, bits, block, asymmetric=name == "zeros")
     for activation in (x, x[:, :1], x[None], x[0, 0]):
@@ -83,7 +81,6 @@ def test_unusual_activations(worker, name, bits):
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_every_float16(worker, tokens):
-    """All finite ones are scales."""
     scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 64)
     scales = np.where(np.isfinite(scales), scales, np.float16(1))
     w = replace(random_matrix(1024, len(scales), 8, 16), scales=scales)

@@ -153,7 +153,6 @@ def test_the_ways_to_write_rows():
     [("onnx", "onnxruntime"), pytest.param("gguf", "llama.cpp", marks=needs_llama_cpp)],
 )
 def test_demo(kind, engine, tmp_path, monkeypatch, capsys):
-    """Without time to warm up, and with little memory to read."""
     monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(bench, "roofline", partial(roofline, nbytes=1 << 24))
     export_demo(demo := tmp_path / "demo", kind, "--int8", "--no-check")

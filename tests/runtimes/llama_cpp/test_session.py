@@ -4,6 +4,7 @@ import importlib
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -108,13 +109,8 @@ OTHER = types.SimpleNamespace(__version__="0.3.99")
     ],
 )
 def test_without_the_right_llama_cpp(loaded, complaint, monkeypatch):
-    def load(name: str) -> object:
-        if isinstance(loaded, Exception):
-            raise loaded
-        return loaded
-
     library.bindings.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=[loaded]))
     with pytest.raises(NotInstalled, match=f"{complaint}(;|:) {BUILD}"):
         load_model(Path("x.gguf"))
 
@@ -283,11 +279,7 @@ def test_a_recurrentgemma_of_another_tool(name, tmp_path):
 
 def test_an_interrupt_during_a_log_line_is_raised_after_the_call_into_c(tmp_path, monkeypatch):
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
-
-    def interrupt(text: str) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(library.progress, "detail", interrupt)
+        patch.setattr(library.progress, "detail", Mock(side_effect=KeyboardInterrupt))
         load_model(artifact.path)
     load_model(artifact.path).close()

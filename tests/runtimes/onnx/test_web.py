@@ -96,7 +96,6 @@ def test_odd_shapes_in_chromium(node, profile, precision, tmp_path, monkeypatch)
 
 
 def test_a_graphics_card_computes_all_but_shapes(node: None, tmp_path: Path) -> None:
-    """By ONNX Runtime's log of where it places each node."""
     artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4", profile="webgpu")
     shown = run_page(artifact.path, {"provider": "webgpu", "chunks": [], "verbose": True})
     assert "error" not in shown, shown["error"]

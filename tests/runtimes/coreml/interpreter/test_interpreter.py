@@ -74,7 +74,6 @@ def test_every_float16_value_is_rounded() -> None:
 
 
 def test_values_are_forgotten_after_their_last_use() -> None:
-    """A chain of a hundred sums of 1 MB each."""
     type = TensorType("float32", (1 << 18,))
     program = [add(f"v{i}", f"v{i}", f"v{i + 1}", type) for i in range(100)]
     run = opened(main(program, {"v0": type}, ["v100"]))
