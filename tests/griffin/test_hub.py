@@ -1,9 +1,6 @@
 """Models of the hub: the cache first, the network only when it must be, and clear refusals."""
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -23,7 +20,7 @@ CONFIG = ODD_CONFIGS["regular"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache, and a network that must not be asked."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     forbidden = Mock(side_effect=AssertionError("the network was asked"))
@@ -31,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fill(cache: Path, **options: Any) -> Path:
+def fill(cache, **options):
     """Puts a snapshot into the cache, as the hub's client lays it out."""
     refs = cache / "models--google--recurrentgemma-2b" / "refs"
     refs.mkdir(parents=True)
@@ -42,20 +39,18 @@ def fill(cache: Path, **options: Any) -> Path:
     return snapshot
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, files: dict[str, int]) -> None:
+def offer(monkeypatch, files):
     """Makes the network offer these files, name → size."""
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
     info = SimpleNamespace(sha=COMMIT, siblings=siblings)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
 
 
-def serve(
-    monkeypatch: pytest.MonkeyPatch, snapshot: Path, download: Callable[[], object]
-) -> list[dict[str, Any]]:
+def serve(monkeypatch, snapshot, download):
     """Lets `download` stand for a download into a snapshot; returns what will be asked for."""
-    asked: list[dict[str, Any]] = []
+    asked = []
 
-    def ask(hub_id: str, **options: Any) -> str:
+    def ask(hub_id, **options):
         if not options.get("local_files_only"):
             asked.append(options)
             download()
@@ -115,7 +110,7 @@ def test_files_are_checked_before_a_download(monkeypatch):
         fetch_model(HUB_ID)
 
 
-def http_error(kind: type[Exception], status: int) -> Exception:
+def http_error(kind, status):
     """An error of the client with a response of that status, whatever its HTTP library."""
     error = kind.__new__(kind)
     error.args = ("Client Error\nwith a second line",)

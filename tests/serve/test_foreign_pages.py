@@ -48,6 +48,7 @@ def test_a_page_of_another_origin(name, browser, serve):
 
 
 def test_a_page_that_is_allowed(browser, serve):
+    """The attacks are requests that the server would answer."""
     origin = "http://127.0.0.1:8765"
     with serve(Settings(log=False, cors_origins=(origin,))) as server:
         read, count, slots = attacked(browser, server, origin)

@@ -91,6 +91,7 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_products_must_fit_into_float16(symmetric: bool) -> None:
+    """The scales alone would."""
     scheme = Affine(4, 32, symmetric, scale="float16")
     stored = stored_tensor((2, 64), scheme)
     rows = np.ones((2, 64), np.float32)

@@ -139,6 +139,7 @@ def test_int8_rows_are_stored_by_columns(tmp_path: Path) -> None:
 
 
 def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the embedding, which has a file of its own of a larger size at most."""
     limit, config = 4 * 4096, ODD_CONFIGS["regular"]
     files = storage.FileLimit(filled=limit, largest=3 * limit)
     changed = dataclasses.replace(PROFILES["webgpu"], files=files)

@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.kernels.onnx.one_node import Worker
 from tests.kernels.onnx.quant_matrix import (
-    QuantMatrix,
     activations,
     product,
     random_matrix,
@@ -24,7 +22,7 @@ SHAPES += [(1, 9, 1, 3), (5, 3, 264, 33), (1, 127, 264, 70), (1, 513, 72, 35)]
 MOST_SEVERAL = 16  # up to so many rows, each gives the bits that it gives alone
 
 
-def assert_product(worker: Worker, x: np.ndarray, w: QuantMatrix) -> np.ndarray:
+def assert_product(worker, x, w):
     """Runs the op; it is within a share of the sum of sizes, which is what rounding may lose."""
     y = worker.run(w.case(x))["y"]
     # For many rows and small blocks, AMX rounds both factors once more: to bfloat16.
