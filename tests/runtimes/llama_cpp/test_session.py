@@ -108,7 +108,7 @@ OTHER = types.SimpleNamespace(__version__="0.3.99")
 )
 def test_without_the_right_llama_cpp(loaded, complaint, monkeypatch):
     library.bindings.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=[loaded]))
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=[loaded] * 2))
     with pytest.raises(NotInstalled, match=f"{complaint}(;|:) {BUILD}"):
         load_model(Path("x.gguf"))
 
