@@ -33,7 +33,8 @@ def built(
         compiler: the one that `make` calls.
     """
     name = "-".join([make.__name__.strip("_"), *arguments])
-    digest = digest_of([Path(inspect.getfile(make)), *sources], _version(compiler), *_flags())
+    flags = (os.environ.get(variable, "") for variable in _VARIABLES)
+    digest = digest_of([Path(inspect.getfile(make)), *sources], _version(compiler), *flags)
     return filled(name, digest, lambda folder: make(folder, *arguments))
 
 
@@ -63,10 +64,6 @@ def digest_of(files: Iterable[Path], *words: str) -> str:
     for path in files:
         digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _flags() -> list[str]:
-    return [os.environ.get(name, "") for name in _VARIABLES]
 
 
 @cache

@@ -55,7 +55,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(tryfirst=True)  # before -k, so that a case is chosen or not whatever else runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if _needs_an_engine_of_its_own(item):
+        # What `make test` does not install: Node or llama.cpp.
+        if _folder(item.path) in FOLDERS_OF_FULL or needs_llama_cpp.mark in item.iter_markers():
             item.add_marker(pytest.mark.full)
         if "llama_tools" in item.fixturenames:  # to compile them takes minutes
             item.add_marker(pytest.mark.nightly)
@@ -70,11 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tells `copy_cached` whether the test may patch the exporter."""
     IS_PATCHED.set("monkeypatch" in item.fixturenames)
-
-
-def _needs_an_engine_of_its_own(item: pytest.Item) -> bool:
-    """Returns whether a test needs what `make test` does not install: Node or llama.cpp."""
-    return _folder(item.path) in FOLDERS_OF_FULL or needs_llama_cpp.mark in item.iter_markers()
 
 
 def _folder(path: Path) -> str:

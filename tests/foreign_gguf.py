@@ -8,6 +8,7 @@ from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
 
 from rgexport.griffin.checkpoint import demo_folder
+from tests.quantize.ggml_files import write_tensors
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 96
 TRAINED = 128  # the context that the files state
@@ -132,8 +133,5 @@ def _finish(
         else:
             values *= (4 if name.endswith(("attn_q", "attn_k")) else 1) / np.sqrt(shape[-1])
         writer.add_tensor(name if name.endswith(".bias") else f"{name}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, {})
     return path

@@ -19,13 +19,11 @@ class ExpectedSkips:
         self._expected = [re.compile(line) for line in lines if line and not line.startswith("#")]
         self._unexpected: dict[str, str] = {}
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.skipped:
             self._take(report.nodeid, report.longrepr)
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.skipped:
-            self._take(report.nodeid, report.longrepr)
+    pytest_collectreport = pytest_runtest_logreport
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._unexpected and session.exitstatus == pytest.ExitCode.OK:

@@ -2,9 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 import click
 import pytest
@@ -20,20 +18,13 @@ OUTSIDE = [
 """What mkdocs does not look at; `make docs` checks the links of all others."""
 
 
-def slug(heading: str) -> str:
-    """The anchor that GitHub and mkdocs both give a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+def anchors(path):
+    """The anchors that GitHub and mkdocs both give to headings."""
+    headings = re.findall(r"^#+(.*)", path.read_text("utf-8").lower(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each).strip().replace(" ", "-") for each in headings}
 
 
-def anchors(path: Path) -> set[str]:
-    return {
-        slug(line.lstrip("#"))
-        for line in path.read_text("utf-8").splitlines()
-        if line.startswith("#")
-    }
-
-
-def commands(path: Path) -> Iterator[str]:
+def commands(path):
     """Commands of rgexport in indented or fenced blocks, with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", path.read_text("utf-8"))
     for block, lines in groupby(text.splitlines(), lambda line: line.startswith(("    ", "$ "))):

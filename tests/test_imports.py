@@ -65,13 +65,9 @@ def imports_on_load(tree: ast.Module | ast.ClassDef) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             names |= imports_on_load(node)
-        elif not isinstance(node, ast.FunctionDef) and not is_type_checking(node):
+        elif not ast.unparse(node).startswith(("def ", "@", "if TYPE_CHECKING:")):
             names |= set(imports(node))
     return names
-
-
-def is_type_checking(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def floors_for(module: Path) -> set[str]:

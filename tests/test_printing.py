@@ -71,6 +71,9 @@ def test_replies_are_escaped_on_terminals_alone(stream, shown):
     assert stream.getvalue() == shown
 
 
+PRINTS = "print", "click.echo", "click.secho", "stream.write", "sys.stdout.write"
+
+
 def test_nothing_prints_elsewhere():
     """Two modules run as programs; what they print is for developers."""
     package = Path(rgexport.__file__).parent
@@ -78,21 +81,11 @@ def test_nothing_prints_elsewhere():
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Call) and _prints(node.func)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PRINTS
     }
     programs = {"kernels/build.py", "validate/report/schema.py"}
     log = {"kernels/llama_cpp/command.py"}
     assert printing == {"printing.py", "progress.py", *programs, *log}
-
-
-def _prints(function: ast.expr) -> bool:
-    return ast.unparse(function) in (
-        "print",
-        "click.echo",
-        "click.secho",
-        "stream.write",
-        "sys.stdout.write",
-    )
 
 
 def test_lines_and_tables():

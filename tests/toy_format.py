@@ -1,6 +1,7 @@
 """A complete format outside of the package: float32 weights in one file, run by the reference."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,13 @@ from rgexport.chat.artifact_text import ArtifactText
 from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
 from rgexport.export.format import CardText, FolderFormat, Layouts
-from rgexport.export.manifest import IoRecord, Manifest, StoredTensor
+from rgexport.export.manifest import IoRecord, Manifest
 from rgexport.export.storage import Places, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Float, Scheme
 from rgexport.runtimes.engine import Engine
@@ -40,22 +40,15 @@ class ToyFormat(FolderFormat):
 class ToySession(Session):
     """The reference with the artifact's weights, token by token or in chunks."""
 
+    info = SessionInfo("toy", "1", 1, "float32", 0, 0, 16)
+    vocab_size, state_shapes = 0, MappingProxyType({})
+
     def __init__(self, artifact: Artifact) -> None:
         self._config = artifact.manifest.config
+        self.vocab_size = self._config.vocab_size
+        self.state_shapes = {spec.name: spec.shape for spec in state_specs(self._config)}
         self._model = Reference(self._config, artifact.weights, keep=True)
         self.reset()
-
-    @property
-    def info(self) -> SessionInfo:
-        return SessionInfo("toy", "1", 1, "float32", 0, 0, 16)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._config.vocab_size
-
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {spec.name: spec.shape for spec in state_specs(self._config)}
 
     @property
     def position(self) -> np.ndarray:
@@ -102,7 +95,7 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         (folder / DATA).write_bytes(bytes(places.size))
-        fill(folder, tensors, checkpoint.weights, _encode)
+        fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: encode(n, rows, s.scheme))
         return Manifest(
             kind=KIND,
             precision="fp32",
@@ -124,7 +117,3 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
         force=False,
         check=lambda folder: self_check(checkpoint, folder),
     )
-
-
-def _encode(name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor) -> Parts:
-    return encode(name, rows, stored.scheme)

@@ -98,13 +98,6 @@ def test_a_reply_that_is_closed_keeps_what_was_said(conversation, session):
     assert_settled(conversation)
 
 
-def test_a_character_cut_by_the_limit(conversation, session):
-    conversation.options = ReplyOptions(max_new_tokens=3)
-    turtle = conversation.model.tokenizer.encode_text("🐢")
-    assert say(conversation, session, "hi", turtle) == "\ufffd"
-    assert_settled(conversation)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_conversation(make_model, gemma, data):

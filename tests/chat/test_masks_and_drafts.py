@@ -209,7 +209,6 @@ def test_drafts_save_steps(rows: int) -> None:
 
 
 def test_nothing_is_drafted_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight tokens take eight steps' time."""
     monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: tokens * step)
     asked = [{"ids": [1, 2, 3], "max_new_tokens": 120}]
     assert replies(asked, rows=1, lookup=True)[1].drafted_tokens == 0

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,9 +10,7 @@ import numpy as np
 import pytest
 
 from rgexport.chat.jobs import KEPT_EVERY
-from rgexport.chat.model import Model
 from rgexport.chat.reply import ReplyOptions
-from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from tests.chat.conftest import until
 from tests.toy_session import MEMORY, ToySession
@@ -24,7 +21,7 @@ ENDLESS = 10**8
 
 
 @pytest.fixture
-def session(gemma: Tokenizer) -> ToySession:
+def session(gemma):
     return ToySession(gemma.vocab_size)
 
 
@@ -40,7 +37,7 @@ def test_the_faces_say_the_same(make_model, gemma):
     stream = model.stream(HELLO, max_new_tokens=9)
     assert "".join(stream) == whole.text == stream.reply().text
 
-    async def listen() -> str:
+    async def listen():
         return "".join([piece async for piece in model.astream(HELLO, max_new_tokens=9)])
 
     assert asyncio.run(listen()) == whole.text == gemma.decode(whole.ids)
@@ -69,8 +66,8 @@ def test_wrong_arguments_are_one_line(messages, options, message, model, make_mo
         make_model(gemma, rows=0)
 
 
-def test_leaving_an_asynchronous_stream_ends_the_reply(model: Model) -> None:
-    async def listen() -> None:
+def test_leaving_an_asynchronous_stream_ends_the_reply(model):
+    async def listen():
         pieces = model.astream(HELLO, max_new_tokens=ENDLESS)
         assert isinstance(await anext(pieces), str)
         await pieces.aclose()  # type: ignore[attr-defined]
@@ -85,7 +82,7 @@ def test_leaving_an_asynchronous_stream_ends_the_reply(model: Model) -> None:
 def test_a_half_read_chat_that_is_left_is_read_no_further(model, session, monkeypatch):
     take, streams, entered = session._take, list[Any](), threading.Event()
 
-    def cancelling(rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+    def cancelling(rows, tokens, num_logits):
         entered.wait(30)
         if session.fed >= KEPT_EVERY:
             streams[0].cancel()
@@ -101,7 +98,7 @@ def test_a_half_read_chat_that_is_left_is_read_no_further(model, session, monkey
     assert model.scheduler.store.length(ids) == read, "what was read is not read again"
 
 
-ABANDON: dict[str, Callable[[Model], object]] = {
+ABANDON = {
     "after a piece": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS)),
     "pieces": lambda model: next(model.stream(HELLO, max_new_tokens=ENDLESS).pieces()),
     "at once": lambda model: model.complete("hello", max_new_tokens=ENDLESS) and None,
@@ -116,8 +113,8 @@ def test_a_stream_that_nobody_refers_to_ends(how, model):
     assert model.scheduler.counters.new_tokens < 10**6
 
 
-def test_an_error_of_the_engine_reaches_each_face(model: Model, session: ToySession) -> None:
-    async def listen() -> list[object]:
+def test_an_error_of_the_engine_reaches_each_face(model, session):
+    async def listen():
         prompt = model.conversation_prompt(HELLO)
         return [item async for item in model.deliver(prompt, ReplyOptions())]
 
@@ -133,7 +130,7 @@ def test_an_error_of_the_engine_reaches_each_face(model: Model, session: ToySess
 
 
 def test_closing_again_is_harmless(make_model, gemma, session, tmp_path):
-    closed: list[int] = []
+    closed = []
     session.close = lambda: closed.append(1)  # type: ignore[method-assign]
     model = make_model(gemma, session, state_folder=tmp_path)
     streams = [model.stream(HELLO, max_new_tokens=ENDLESS) for _ in range(2)]  # one waits

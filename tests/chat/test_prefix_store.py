@@ -1,11 +1,8 @@
 """States are found by exactly their tokens, in memory and in a folder, whatever the disk does."""
 
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +11,10 @@ from hypothesis import strategies as st
 
 from rgexport.chat import state_folder
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.prefix_store import Prefix, PrefixStore
+from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.state_file import read_fields
 from rgexport.chat.state_folder import StateFolder
-from rgexport.export.identity import Identity
-from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.state import POSITION
 from tests.chat.conftest import IDENTITY, until
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.toy_session import ToySession
@@ -29,7 +25,7 @@ FP32, INT4 = "f" * 64, "4" * 64
 IDS = st.lists(st.integers(0, 2), max_size=8)
 
 
-def state_of(ids: list[int]) -> State:
+def state_of(ids):
     """A state that says what it has seen."""
     memory = np.zeros((1, 64), np.float32)
     memory[0, : len(ids)] = ids
@@ -54,7 +50,7 @@ def test_the_longest_prefix_that_can_be_continued(known, asked):
         np.testing.assert_array_equal(prefix.state["layers.0.rg_lru"], expected["layers.0.rg_lru"])
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
+def test_what_was_not_used_for_longest_goes_first():
     store = PrefixStore(3 * NBYTES)
     for token in range(3):
         store.put([token], state_of([token]))
@@ -67,15 +63,13 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def patience(monkeypatch):
     """Waits for states however busy the machine is."""
     monkeypatch.setattr(state_folder, "READ_SECONDS", 60.0)
 
 
 @contextmanager
-def opened(
-    path: Path, nbytes: int = NBYTES, identity: Identity = IDENTITY, **options: Any
-) -> Iterator[PrefixStore]:
+def opened(path, nbytes=NBYTES, identity=IDENTITY, **options):
     """Opens a store with a folder, and closes it at the end."""
     options = {"artifact": FP32, "max_bytes": 1 << 20, "waiting_bytes": 1 << 20} | options
     store = PrefixStore(nbytes, StateFolder(path, identity, SHAPES, vocab_size=3, **options))
@@ -83,14 +77,14 @@ def opened(
     store.close()
 
 
-def put(path: Path, *texts: list[int], **options: Any) -> None:
+def put(path, *texts, **options):
     """Writes states into a folder, as an earlier process would."""
     with opened(path, **options) as store:
         for ids in texts:
             store.put(ids, state_of(ids))
 
 
-def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
+def longest(store, ids):
     """The longest prefix, after the folder has been read."""
     fetch = store.fetch(ids, lambda: None)
     if fetch:
@@ -99,7 +93,6 @@ def longest(store: PrefixStore, ids: list[int]) -> Prefix | None:
 
 
 def test_another_artifact_or_model_has_other_states(tmp_path):
-    """Even where a file lies in the wrong folder."""
     put(tmp_path, [1, 2], identity=replace(IDENTITY, weights="ef" * 32))
     put(tmp_path, [1, 2], artifact=INT4)
     file = max(tmp_path.glob("*/*.state"), key=os.path.getmtime)
@@ -166,10 +159,10 @@ def test_requests_are_answered_while_the_disk_fails(
     disk, ids = FaultyDisk(tmp_path / "states", monkeypatch), [8] * 5
     model = make_model(gemma, state_folder=disk.folder)
 
-    def read(ids: list[int]) -> None:
+    def read(ids):
         assert model.read(ids).result(timeout=30).error is None
 
-    def is_saved_again() -> bool:
+    def is_saved_again():
         read([*ids, 9])
         ids.append(9)
         return bool([*disk.folder.glob(f"*/{len(ids) - 1}-*.state")])

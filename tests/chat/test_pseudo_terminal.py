@@ -8,9 +8,7 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -42,7 +40,7 @@ Tokenizer.stop_ids = property(lambda tokenizer: frozenset())
 class Terminal:
     """A chat on a screen of so many columns."""
 
-    def __init__(self, artifact: Path, columns: int, folder: Path) -> None:
+    def __init__(self, artifact, columns, folder):
         self.screen = pyte.Screen(columns, ROWS)
         self._stream = pyte.ByteStream(self.screen)
         inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
@@ -58,7 +56,7 @@ class Terminal:
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
-    def until(self, condition: Callable[[str], bool]) -> None:
+    def until(self, condition):
         """Waits until the text on the screen is as wanted."""
         end = time.monotonic() + SECONDS
         while not condition(text := "\n".join(map(str.rstrip, self.screen.display)).rstrip()):
@@ -68,17 +66,17 @@ class Terminal:
             except pexpect.TIMEOUT:
                 continue
 
-    def at_prompt(self, screen: str) -> bool:
+    def at_prompt(self, screen):
         """Whether the line editor waits for keys, which the terminal then leaves to it."""
         return screen.endswith("\n>") and not self._makes_signals()
 
-    def press(self, keys: str, shown: str) -> None:
+    def press(self, keys, shown):
         """Types at the prompt, and waits for what is shown then."""
         self.until(self.at_prompt)
         self.child.send(keys.encode())
         self.until(lambda screen: shown in screen.replace("\n", " "))
 
-    def ask(self, keys: str, last_line: str) -> None:
+    def ask(self, keys, last_line):
         """Types a message whose reply is ended by Ctrl-C after some characters of it."""
         self.until(self.at_prompt)
         self.child.send(keys.encode())
@@ -90,12 +88,12 @@ class Terminal:
         self.child.sendintr()
         self.until(lambda screen: self.at_prompt(screen) and screen.split()[-2:-1] == ["[stopped]"])
 
-    def _makes_signals(self) -> bool:
+    def _makes_signals(self):
         return bool(termios.tcgetattr(self.child.child_fd)[3] & termios.ISIG)
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_a_session(columns: int, demo_artifact: Path, tmp_path: Path) -> None:
+def test_a_session(columns, demo_artifact, tmp_path):
     """A long paste, emoji, another width, commands, the history, and all that ends something."""
     terminal = Terminal(demo_artifact, columns, tmp_path)
     terminal.until(lambda screen: "/help lists the commands." in screen.replace("\n", " "))

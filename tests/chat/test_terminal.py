@@ -3,23 +3,20 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
 from rgexport.chat.commands import COMMANDS
 from rgexport.chat.conversation import Conversation
-from rgexport.chat.model import Model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.terminal import pipe_chat, terminal_chat
-from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
 
 
 @pytest.fixture
-def conversation(make_model: Callable[..., Model], gemma: Tokenizer) -> Conversation:
+def conversation(make_model, gemma):
     """A conversation whose first reply spells "hello"."""
     session = ToySession(gemma.vocab_size)
     letters = [i for c in "hello" for i in gemma.encode_text(c)]
@@ -27,18 +24,18 @@ def conversation(make_model: Callable[..., Model], gemma: Tokenizer) -> Conversa
     return Conversation(make_model(gemma, session), ReplyOptions(max_new_tokens=4 * len(letters)))
 
 
-def said(conversation: Conversation) -> list[str]:
+def said(conversation):
     return [message["content"] for message in conversation.messages]
 
 
-def chat(conversation: Conversation, *lines: str) -> list[str]:
+def chat(conversation, *lines):
     output = io.StringIO()
     with contextlib.redirect_stderr(output):  # what commands say
         pipe_chat(conversation, io.StringIO("\n".join(lines)), output)
     return output.getvalue().splitlines()
 
 
-def test_a_pipe_gives_the_replies_alone(conversation: Conversation) -> None:
+def test_a_pipe_gives_the_replies_alone(conversation):
     output = io.StringIO()
     pipe_chat(conversation, io.StringIO("\n  \nhi\n/set top_k 0\n/retry\n/edit there"), output)
     *_, second, third = output.getvalue().splitlines()

@@ -59,7 +59,6 @@ def demo_like(tmp_path):
 
 @pytest.mark.parametrize("after", [1, 4, 11])
 def test_a_continued_run_writes_the_same_file(after, sampled, tmp_path, monkeypatch):
-    """The run ends after so many arrays, half of the next one written."""
     checkpoint = checkpoint_of("not_by_32", tmp_path / "model")
     whole = calibrate(checkpoint, OPTIONS, tmp_path / "whole").read_bytes()
     target, save, count = tmp_path / "other", Work.save, 0
@@ -187,18 +186,7 @@ def test_defaults(width, asked, sampled, from_text, held_out):
     assert tokens == (sampled, from_text, held_out)
 
 
-def test_contradictions():
-    for asked, message in (
-        ({"held_out": -1}, "--held-out is -1"),
-        ({"text": Path("a"), "sampled": -1}, "--sampled is -1"),
-        ({"text": Path("a"), "sampled": 16384}, "leaves nothing of --tokens 16384 for --text"),
-    ):
-        with pytest.raises(RequestError, match=message):
-            CalibrationOptions(**asked).for_model(ODD_CONFIGS["regular"], readable=True)
-
-
 def test_the_command(tmp_path):
-    """From the model to a file that opens, a second run, and an export of another model."""
     checkpoint_of("attention_only", tmp_path / "tiny")
     arguments = ("calibrate", "-m", "tiny", "--tokens", "30", "--device", "cpu")
     first = rgexport(*arguments, folder=tmp_path)
@@ -224,7 +212,6 @@ CONFIG = make_config("rra", width=96, heads=4, lru_width=64, mlp_width=160)
 @pytest.mark.full
 @pytest.mark.parametrize("words", ["onnx --int4", "coreml --precision pal4", "gguf --type q4_0"])
 def test_better_quality_has_less_loss(words, tmp_path):
-    """The best makes a calibration and, another time, takes it."""
     weights, errors = random_weights(CONFIG), []
     write_hugging_face(CONFIG, weights, tmp_path / "odd")
     for quality in ("fast", "default", "best", "best"):

@@ -58,7 +58,6 @@ def contents(artifact):
 
 
 def test_a_killed_worker_changes_nothing(model, address, calibration, tmp_path):
-    """It dies while a plan is made, with jobs and results on it."""
     checkpoint, options = open_checkpoint(model), PlanOptions(calibration=calibration, bits=5)
     make_plan(checkpoint, options, tmp_path / "here")
     with Client(address, set_as_default=False) as client:
@@ -88,9 +87,3 @@ def test_a_wrong_address_is_one_line(monkeypatch):
     ):
         with pytest.raises(RequestError, match=message), connected(address):
             pass
-
-
-def test_a_cluster_has_something_to_do(model, tmp_path):
-    run = rgexport("onnx", "-m", model, "--cluster", "tcp://127.0.0.1:9", folder=tmp_path)
-    assert run.returncode == 2
-    assert "--cluster is for --quality best or --calibration; leave it out" in run.stderr

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgexport.cli import run
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.items import Item, items_of, plan_of
 from rgexport.compress.layouts import layouts_of
@@ -202,23 +201,6 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     page_of(tmp_path / "new.json").write_text("mine")
     with pytest.raises(RequestError, match="--force"):
         make_plan(checkpoint, options, tmp_path / "new.json")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("", "0 targets are given; expected one of --target-kl, --target-size and --bits"),
-        ("--bits 4 --target-kl 1", "2 targets are given"),
-        ("--target-kl nan", "--target-kl is nan; expected a positive number"),
-        ("--target-size big", "--target-size is 'big'; expected a number of bytes, such as"),
-        ("--bits 4 --format pt", "--format is 'pt'; expected one of onnx, coreml"),
-        ("--bits 4", "cannot read the calibration nothing: there is no such file"),
-    ],
-)
-def test_wrong_requests_end_in_one_line(arguments, words, capsys):
-    assert run(["quantize", "--size", "demo", "--calibration", "nothing", *arguments.split()]) == 2
-    line = capsys.readouterr().err
-    assert words in line and line.count("\n") == 1
 
 
 CONFIG = make_config("ra", width=64, heads=2, mlp_width=96, vocab_size=1024)

@@ -114,7 +114,10 @@ def test_wide_inputs_are_cut_into_diagonal_blocks(tmp_path, monkeypatch):
 def test_gradients_are_those_of_deepminds_model(case):
     config, text, known = case
     model, squares = fresh_model(config), defaultdict(float)
-    labels = labels_of(Reference(config, weight_source(random_weights(config))), text)
+    reference = Reference(config, weight_source(random_weights(config)))
+    hidden = torch.cat([reference.run(ids[None])[0][0] for ids in sequences(text)])
+    drawn = head_statistics(reference, hidden, len(hidden), 0, lambda done: None).labels
+    labels = torch.from_numpy(drawn).split(text.lengths.tolist())
 
     def add(tensor, part, gradient):
         mine = gradient if part is None else gradient[part]
@@ -149,13 +152,6 @@ def watch_gradient(module, see):
         return output.clone()
 
     module.register_forward_hook(watch)
-
-
-def labels_of(model, text):
-    """The labels that the pass draws, by sequence."""
-    hidden = torch.cat([model.run(ids[None])[0][0] for ids in sequences(text)])
-    drawn = head_statistics(model, hidden, len(hidden), 0, lambda done: None).labels
-    return torch.from_numpy(drawn).split(text.lengths.tolist())
 
 
 def test_labels_are_drawn_from_the_models_distribution():

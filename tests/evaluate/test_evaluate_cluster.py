@@ -6,16 +6,18 @@ import signal
 import threading
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import open_subject
 from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.cluster import connected
+from tests.compress.test_cluster import address
 from tests.evaluate.small_model import small_model
 from tests.evaluate.test_length import without_times
 
+__all__ = ["address"]
 pytestmark = pytest.mark.full  # a cluster's processes each import torch
 SUITES = "text", "memory", "noise", "window", "length"
 
@@ -23,14 +25,6 @@ SUITES = "text", "memory", "noise", "window", "length"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return small_model(tmp_path_factory.mktemp("model"))[0]
-
-
-@pytest.fixture(scope="module")
-def address():
-    with LocalCluster(
-        n_workers=3, threads_per_worker=1, dashboard_address=None, silence_logs=50
-    ) as cluster:
-        yield cluster.scheduler_address
 
 
 def evaluated(model, folder, address, suites, *texts):

@@ -136,7 +136,6 @@ def test_another_engine_goes_on_from_a_state_file(engine, models, request_of):
 
 
 def test_the_command(models, tmp_path, capsys):
-    """Its page and tables, and states that do not fit."""
     folder, other = models[0], tmp_path / "other.txt"
     text, onnx = folder / "long.txt", str(folder / "onnx")
     words = ["--suite", "length", "-o", str(tmp_path / "r"), "--length"]

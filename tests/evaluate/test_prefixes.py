@@ -60,7 +60,6 @@ def test_likelihoods_are_those_of_each_text_alone(drawn):
 
 @pytest.mark.parametrize("wrong", [None, 0, 2, 5])
 def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
-    """Only few logits are there at once."""
     monkeypatch.setattr(prefixes, "_LOGITS_BYTES", 4 * VOCAB * 2)
     session, targets, ids = ToySession(VOCAB), [], [4, 5, 6]
     logits = session.prefill(np.array([ids]))[:, -1]

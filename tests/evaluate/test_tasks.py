@@ -100,7 +100,6 @@ def files(tmp_path):
 
 
 def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, monkeypatch):
-    """Also in pieces of five requests."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -80,6 +80,9 @@ def test_what_has_no_other_window_is_told_of(tmp_path, capsys):
     for wrong in (-1, 25):
         with pytest.raises(RequestError, match=f"the window is {wrong}; expected 0 to 24"):
             open_narrow_session(artifact, wrong)
+    package, _ = export_random_coreml(CONFIG, tmp_path)
+    with pytest.raises(RequestError, match=r"cannot be changed; expected an ONNX.*--window"):
+        open_narrow_session(package, 6)
     config = make_config("rr", width=64, heads=4, vocab_size=8192)
     model = small_model(tmp_path / "bare", config)[0].rename(tmp_path / "rr")
     small = small_model(tmp_path / "small")[0]
@@ -87,12 +90,6 @@ def test_what_has_no_other_window_is_told_of(tmp_path, capsys):
     assert run([*asked, "-o", str(tmp_path / "r")]) == 2
     assert "rr has no attention, whose window could be smaller" in capsys.readouterr().err
     assert not [*(tmp_path / "r" / "pieces").glob("*.json")]
-
-
-def test_a_core_ml_package_keeps_its_window(tmp_path):
-    artifact, _ = export_random_coreml(CONFIG, tmp_path)
-    with pytest.raises(RequestError, match=r"cannot be changed; expected an ONNX.*--window"):
-        open_narrow_session(artifact, 6)
 
 
 def test_the_suite(tmp_path, capsys):

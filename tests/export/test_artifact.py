@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -100,20 +101,14 @@ def test_what_an_owner_may_do_is_noted(made, capsys):
 
 
 def test_files_are_hashed_once(made, monkeypatch):
-    hashed = []
-    compute = verified.hash_file
-
-    def counted(path, *rest):
-        hashed.append(path.name)
-        return compute(path, *rest)
-
-    monkeypatch.setattr(verified, "hash_file", counted)
+    monkeypatch.setattr(verified, "hash_file", hashing := Mock(side_effect=verified.hash_file))
     open_artifact(made.folder)
-    first = sorted(hashed)
+    first = [call.args[0].name for call in hashing.call_args_list]
     assert {"model.onnx", "model.onnx.data"} <= {*first} and len({*first}) == len(first)
+    hashing.reset_mock()
     os.utime(made.folder / "model.onnx")
     open_artifact(made.folder)
-    assert hashed[len(first) :] == ["model.onnx"]
+    assert [call.args[0].name for call in hashing.call_args_list] == ["model.onnx"]
 
 
 def test_the_exporter_saves_the_first_hashing_but_not_that_of_verify(made, monkeypatch):
@@ -137,14 +132,6 @@ def test_a_damaged_cache_counts_as_empty_and_one_that_cannot_be_written_is_left(
         assert len(json.loads(cache.read_text())) >= 2
     monkeypatch.setenv("RGEXPORT_CACHE", str(cache / "below"))
     open_artifact(made.folder)
-
-
-@pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, Path.touch])
-def test_not_an_artifact(tmp_path, make):
-    path = tmp_path / "thing"
-    make(path)
-    with pytest.raises(RequestError, match=r"thing(?!.*\n)"):
-        open_artifact(path)
 
 
 Fields = dict[str, Any]
@@ -194,8 +181,6 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "outside": (lambda f: part(f).update(offset=10**9), "lies outside of 'model.onnx.data'"),
     "rows": (lambda f: part(f).update(shape=[3, 1]), r"parts are .*\(3, 1\).*expected"),
     "escape": (rename_file("../secret"), "leads out of the artifact"),
-    "absolute": (rename_file("/etc/passwd"), "leads out of the artifact"),
-    "windows": (rename_file("C:\\x"), "leads out of the artifact"),
     "check": (lambda f: f["check"].update(status="fine"), "check.status is 'fine'; expected"),
     "hash": (lambda f: f["files"]["model.onnx"].update(sha256=""), "not a hash and size"),
 }

@@ -55,7 +55,6 @@ def test_blocks_fit_the_rows_of_each_tensor(asked: int | None) -> None:
 
 @pytest.mark.parametrize("beside", [{"exact": True}, {"block_size": 32}, {"symmetric": False}])
 def test_int8_rows_are_for_wasm_and_need_symmetric_weights(beside: dict[str, Any]) -> None:
-    """And rounded activations."""
     options = OnnxOptions(profile="wasm", precision="int8", **beside)
     expected = Affine(8, beside.get("block_size", 64), beside.get("symmetric", True))
     assert options.resolve_plan(REGULAR)[LINEAR] == expected
@@ -163,15 +162,6 @@ def test_gguf_options_that_contradict_each_other_or_change_nothing() -> None:
     GgufOptions(type="f16", embedding="q4_k", **idle)
 
 
-@pytest.mark.parametrize(
-    ("override", "complaint"),
-    [("attn_v=q9", "'q9'"), ("(=q8_0", "regular expression"), ("rg_lru=q8_0", "matches no tensor")],
-)
-def test_overrides_that_are_refused(override: str, complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint):
-        GgufOptions(type="q4_0", tensor_types=(override,)).choose(GGUF)
-
-
 BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_precision": "int8"}
 BESIDE_GGUF = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",), "embedding": "q4_0"}
 NOT_BESIDE = "leave out the precision, block size, symmetric, embedding precision$"
@@ -199,16 +189,3 @@ def test_plans_that_are_refused(kind, linear, embedding, options, complaint):
     with pytest.raises(RequestError, match=complaint):
         asked = kind(plan=plan, **options)
         asked.choose(NOT_BY_32) if kind is GgufOptions else asked.resolve_plan(NOT_BY_32)
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"compute": "bf16"}, "--compute is 'bf16'"),
-        ({"precision": "fp32", "compute": "fp16"}, "products in fp16 take fp16 weights"),
-        ({"precision": "int4", "embedding_precision": "fp32"}, "take --compute fp32"),
-    ],
-)
-def test_wrong_options_of_coreml(options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint):
-        CoreMLOptions(**options)

@@ -21,7 +21,6 @@ from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import FileRecord
 from rgexport.quantize.scheme import Affine
 from tests.artifacts import export_random_coreml, export_random_gguf
-from tests.command_line import ROOT, rgexport
 from tests.files import windows_rules
 from tests.models import ODD_CONFIGS
 
@@ -33,17 +32,6 @@ def test_options_that_are_refused():
         algorithm_word("better", None, None)
     assert algorithm_word(None, "file", None) == "gptq"
     assert algorithm_word(None, "file", "plan") is None
-
-
-@pytest.mark.parametrize(
-    ("command", "word"), [("onnx --precision fp32", "fp32"), ("gguf --type f16", "f16")]
-)
-def test_weights_without_levels_have_no_quality(command, word, tmp_path):
-    asked = [*command.split(), "--size", "demo", "--quality", "best", "-o", tmp_path / "out"]
-    done = rgexport(*asked, folder=ROOT)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert f"--quality (or --calibration) changes nothing in {word} weights" in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def test_check_line(made):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from random import Random
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -43,20 +41,20 @@ def test_what_was_found_stays_mended(path, tmp_path):
 SOUND = weights.TARGETS["safetensors"]
 
 
-def _believe(data: bytes, folder: Path) -> Any:
+def _believe(data, folder):
     """Believes what a header says of where its tensors lie."""
     with patch.object(safetensors_file, "_check_extents"):
         return SOUND.read(data, folder)
 
 
-def _mutate_word(data: bytes, random: Random) -> bytes:
+def _mutate_word(data, random):
     return bytes(random.choice((*data, random.randrange(256))) for _ in range(3))
 
 
-def _on_word(act: Any) -> Target:
+def _on_word(act):
     """Does something when the input begins with one of two bytes."""
 
-    def read(data: bytes, folder: Path) -> None:
+    def read(data, folder):
         if data[:1] in (b"\x07", b"\x08"):
             act()
 
@@ -83,13 +81,7 @@ TARGETS = {
 )
 def test_a_planted_fault_is_found(fault, said, tmp_path):
     command = [sys.executable, "-m", "fuzz.readers", "--minutes", "0.1", "--out", str(tmp_path)]
-    asked = [
-        *command,
-        "--target",
-        f"tests.fuzz.test_fuzzers:{fault}",
-        "--json",
-        str(tmp_path / "json"),
-    ]
+    asked = [*command, "--target", f"tests.fuzz.test_fuzzers:{fault}", "--json", tmp_path / "json"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     (share,) = json.loads((tmp_path / "json").read_text())

@@ -2,13 +2,11 @@
 
 import json
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import RecurrentGemmaForCausalLM
 
@@ -31,13 +29,13 @@ LINEARS = "linear_x linear_y linear_out q_proj k_proj v_proj o_proj gate_proj up
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
+def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     write_hugging_face(SHAPE, random_weights(SHAPE), folder)
     return folder
 
 
-def train(base: Path, target: Path, **options: Any) -> PeftModel:
+def train(base, target, **options):
     """An adapter with random matrices, saved to `target`."""
     model = RecurrentGemmaForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"r": 4, "lora_alpha": 12, "target_modules": LINEARS.split()} | options
@@ -50,7 +48,7 @@ def train(base: Path, target: Path, **options: Any) -> PeftModel:
     return wrapped
 
 
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "linears": {},
     "embedding too": {"target_modules": [*LINEARS.split(), "embed_tokens"]},
     "rsLoRA": {"use_rslora": True},
@@ -64,7 +62,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_logits_are_pefts(base, name, tmp_path):
-    """Weights also when they are read in parts, and when the base has DeepMind's layout."""
     merged = train(base, tmp_path / "adapter", **CASES[name]).merge_and_unload()
     weights = {n.removeprefix("model."): x.numpy() for n, x in merged.state_dict().items()}
     checkpoint = open_checkpoint(base, adapter=tmp_path / "adapter")
@@ -102,28 +99,28 @@ def test_commands_take_one(base, tmp_path):
     assert lone.returncode == 2 and "--adapter is for the model that -m names" in lone.stderr
 
 
-def edit_config(folder: Path, **fields: Any) -> None:
+def edit_config(folder, **fields):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | fields))
 
 
-def edit_weights(folder: Path, change: Any) -> None:
+def edit_weights(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
 
 
-def _first(tensors: dict[str, torch.Tensor], side: str) -> str:
+def _first(tensors, side):
     return next(name for name in tensors if f"lora_{side}" in name)
 
 
-def _add(**tensors: torch.Tensor) -> Any:
+def _add(**tensors):
     added = {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()}
     return lambda folder: edit_weights(folder, lambda stored: stored.update(added))
 
 
 A, B = torch.zeros(4, 64), torch.zeros(64, 4)
-WRONG: dict[str, tuple[Any, str]] = {
+WRONG = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
     "not LoRA": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'"),
     "DoRA": (lambda f: edit_config(f, use_dora=True), "use_dora is True"),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from rgexport.griffin.huggingface import INDEX, SINGLE
 from tests.deepmind import write_deepmind
 from tests.models import (
     ODD_CONFIGS,
-    Weights,
     edit_header,
     make_config,
     random_weights,
@@ -31,7 +29,7 @@ NORM = "layers.0.temporal_pre_norm.weight"
 
 
 @pytest.fixture
-def weights() -> Weights:
+def weights():
     return random_weights(CONFIG)
 
 
@@ -66,7 +64,7 @@ def test_index_problems(tmp_path, weights):
     places = json.loads((folder / INDEX).read_text())["weight_map"]
     name, last = f"model.{NORM}", max(places.values())
 
-    def problems(weight_map: Any) -> tuple[str, ...]:
+    def problems(weight_map):
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         return open_checkpoint(folder).problems
 
@@ -140,13 +138,12 @@ def test_finds_what_is_not_finite(tmp_path, weights, dtype, largest, value):
 
 
 def test_the_head_must_equal_the_embedding(tmp_path, weights):
-    """It may have another dtype."""
     coarse = weights["embed_tokens.weight"].astype(np.float16)
     embedding = weights["embed_tokens.weight"] = coarse.astype(np.float32)
     changed = embedding.copy()
     changed[[3, 9]] += 1e-3
 
-    def problems(head: np.ndarray) -> tuple[str, ...]:
+    def problems(head):
         checkpoint = open_checkpoint(write_hugging_face(CONFIG, weights, tmp_path, head=head))
         assert "lm_head.weight" not in checkpoint.weights
         return check_checkpoint(checkpoint).problems

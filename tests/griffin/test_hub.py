@@ -1,9 +1,7 @@
 """Models of the hub: the cache first, the network only when it must be, and clear refusals."""
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -22,18 +20,15 @@ CONFIG = ODD_CONFIGS["regular"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache, and a network that must not be asked."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-
-    def forbidden(*args: object, **options: object) -> None:
-        raise AssertionError("the network was asked")
-
+    forbidden = Mock(side_effect=AssertionError("the network was asked"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", forbidden)
     return tmp_path
 
 
-def fill(cache: Path, **options: Any) -> Path:
+def fill(cache, **options):
     """Puts a snapshot into the cache, as the hub's client lays it out."""
     refs = cache / "models--google--recurrentgemma-2b" / "refs"
     refs.mkdir(parents=True)
@@ -44,20 +39,18 @@ def fill(cache: Path, **options: Any) -> Path:
     return snapshot
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, files: dict[str, int]) -> None:
+def offer(monkeypatch, files):
     """Makes the network offer these files, name → size."""
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
     info = SimpleNamespace(sha=COMMIT, siblings=siblings)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
 
 
-def serve(
-    monkeypatch: pytest.MonkeyPatch, snapshot: Path, download: Callable[[], object]
-) -> list[dict[str, Any]]:
+def serve(monkeypatch, snapshot, download):
     """Lets `download` stand for a download into a snapshot; returns what will be asked for."""
-    asked: list[dict[str, Any]] = []
+    asked = []
 
-    def ask(hub_id: str, **options: Any) -> str:
+    def ask(hub_id, **options):
         if not options.get("local_files_only"):
             asked.append(options)
             download()
@@ -76,14 +69,9 @@ def test_a_cached_model_is_used_without_the_network(cache):
 
 
 def test_a_missing_tokenizer_is_added(cache, monkeypatch, capsys):
-    """Without a network, the copy serves as it is."""
-
-    def fail() -> None:
-        raise ConnectionError("no route\nto host")
-
     snapshot = fill(cache)
     (snapshot / "tokenizer.model").rename(snapshot / "tokenizer_config.json")
-    serve(monkeypatch, snapshot, fail)
+    serve(monkeypatch, snapshot, Mock(side_effect=ConnectionError("no route\nto host")))
     capsys.readouterr()
     assert fetch_model(HUB_ID) == snapshot
     warning = f"Warning: the tokenizer of {HUB_ID} cannot be downloaded (no route)\n"
@@ -122,7 +110,7 @@ def test_files_are_checked_before_a_download(monkeypatch):
         fetch_model(HUB_ID)
 
 
-def http_error(kind: type[Exception], status: int) -> Exception:
+def http_error(kind, status):
     """An error of the client with a response of that status, whatever its HTTP library."""
     error = kind.__new__(kind)
     error.args = ("Client Error\nwith a second line",)
@@ -144,10 +132,7 @@ MISSING = http_error(errors.RepositoryNotFoundError, 404)
     ],
 )
 def test_refusals_say_what_to_do(monkeypatch, model, error, message):
-    def refuse(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock(side_effect=error))
     with pytest.raises(RequestError, match=message) as caught:
         open_checkpoint(model)
     assert "-m" in str(caught.value) and "\n" not in str(caught.value)

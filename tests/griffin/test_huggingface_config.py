@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface_config import read_config
 from rgexport.griffin.sizes import CONFIG_2B, CONFIG_9B
 
-HUB_2B: dict[str, Any] = json.loads("""{
+HUB_2B = json.loads("""{
     "_block_types": ["recurrent", "recurrent", "attention"],
     "architectures": ["RecurrentGemmaForCausalLM"], "model_type": "recurrent_gemma",
     "attention_bias": false, "attention_window_size": 2048, "conv1d_width": 4,
@@ -30,13 +27,13 @@ HUB_9B = {name: value for name, value in HUB_2B.items() if name != "_block_types
 }
 
 
-def read(folder: Path, fields: Any, **options: Any) -> GriffinConfig:
+def read(folder, fields, **options):
     path = folder / "config.json"
     path.write_text(fields if isinstance(fields, str) else json.dumps(fields))
     return read_config(path, **options)
 
 
-def without(*names: str) -> dict[str, Any]:
+def without(*names):
     return {key: value for key, value in HUB_2B.items() if key not in names}
 
 

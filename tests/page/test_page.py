@@ -151,7 +151,6 @@ def test_by_the_keyboard(profile, server):
 
 
 def test_webgpu(profile, built_page, artifact):
-    """In software; of two models the page takes that for the graphics card."""
     both = site.make_site([open_artifact(artifact(name)) for name in ("webgpu", "wasm")])
     with serving(both) as server:
         tab = profile.talk(server, "?device=webgpu")

@@ -5,14 +5,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
-from rgexport.kernels.rounding import library
-from rgexport.kernels.rounding.library import Grid
 from rgexport.quantize import affine, palette
 from rgexport.quantize.algorithms import by_default, encode, require_known, search
 from rgexport.quantize.clusters import centers
@@ -322,35 +319,3 @@ def test_an_unknown_algorithm_can_be_read_but_not_requested():
     assert later == INT4 and hash(later) == hash(INT4)
     with pytest.raises(RequestError, match="'later-2'; expected rtn, search, importance, gptq"):
         require_known(later)
-
-
-DAMPING = 0.01
-
-
-@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
-def test_on_its_scales_the_levels_are_those_of_coremltools(scheme):
-    """Its GPTQ follows the authors' code."""
-    published = pytest.importorskip("coremltools.optimize.torch.layerwise_compression.algorithms")
-    rng, rows = np.random.default_rng(0), weights(48, 128)
-    inputs = rng.standard_normal((600, 64)) @ rng.standard_normal((64, 128))
-    inputs += 0.1 * rng.standard_normal(inputs.shape)
-    x = torch.from_numpy(inputs.astype(np.float32))
-    linear = torch.nn.Linear(128, 48, bias=False)
-    linear.weight.data = torch.from_numpy(rows.copy())
-    config = published.ModuleGPTQConfig.from_dict(
-        {"weight_dtype": "uint4", "hessian_dampening": DAMPING, "quantization_scheme": scheme}
-    )
-    with torch.no_grad():
-        gptq = published.GPTQ(linear, config)
-        gptq.add_batch(x, linear(x))
-        gptq.compress()
-    quantized = linear.weight.data.numpy()
-    scales, zeros = (torch.cat(part, 1).numpy() for part in (gptq._scale, gptq._zero_point))
-    h = (x.T @ x / len(x)).double().numpy()
-    factors = library.factor(h + DAMPING * np.diag(h).mean() * np.eye(len(h)))
-    grid = Grid(rows.shape[1], 15, scales, -scales * zeros)
-    levels, _ = library.feedback(rows, grid, factors)
-    theirs = np.rint(quantized / scales + zeros)
-    # In float32, a sum at the middle between two levels may fall to either; what follows differs.
-    assert (levels == theirs).all(1).mean() > 0.9
-    assert (levels == theirs).mean() > 0.99

@@ -1,12 +1,10 @@
-from pathlib import Path
-
 import psutil
 import pytest
 
 from rgexport.runtimes import memory
 
 
-def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory(tmp_path, monkeypatch):
     available = memory.available_bytes()
     if available is not None:  # only Linux tells
         assert 0 < available <= psutil.virtual_memory().total

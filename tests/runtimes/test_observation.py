@@ -1,17 +1,16 @@
 """The values of every engine's observer at the sites, against the step model's."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.sites import HEAD_SITES, sites
-from rgexport.griffin.state import POSITION, State
+from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_observer, open_session
 from rgexport.runtimes.llama_cpp import observer as llama_cpp_observer
-from rgexport.runtimes.session import Session
 from tests.artifacts import require_ggml
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
@@ -31,12 +30,12 @@ CASES = [
 ]
 
 
-def expected_values(artifact: Artifact, tokens: np.ndarray, state: State) -> dict[str, np.ndarray]:
+def expected_values(artifact, tokens, state):
     """Returns site → value [T, n] of the dequantized reference for tokens [T] after a state."""
     reference = NumpyReference(artifact.manifest.config, artifact.weights)
-    values: dict[str, np.ndarray] = {}
+    values = {}
 
-    def keep(site: str, op: str, arguments: object, results: tuple[np.ndarray, ...]) -> None:
+    def keep(site, op, arguments, results):
         values[site.removesuffix(".weight")] = results[0][0].copy()
 
     reference.look = keep
@@ -46,13 +45,13 @@ def expected_values(artifact: Artifact, tokens: np.ndarray, state: State) -> dic
     return values | {"last_tokens": last}
 
 
-def shown(kind: str, config: GriffinConfig) -> set[str]:
+def shown(kind, config):
     """Returns the sites that an engine shows: it fails if llama.cpp renames a tensor."""
     fused = {"onnx": (), "coreml": ("last_tokens",), "gguf": (".gelu", "last_tokens")}[kind]
     return {site for site in sites(config) if not site.endswith(fused)}
 
 
-def begun(session: Session, config: GriffinConfig) -> tuple[State, np.ndarray]:
+def begun(session, config):
     """Returns a state after more than a window, and tokens [64] that follow."""
     tokens = random_tokens(config, 1, 2 * config.window + 5 + 64)
     session.prefill(tokens[:, :-64])
@@ -139,11 +138,7 @@ def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(error, tmp_path, mon
     artifact, _ = EXPORTS["gguf"](ODD_CONFIGS["hawk"], tmp_path)
     observer = open_observer(artifact, threads=1)
     state, tokens = begun(open_session(artifact, threads=1), ODD_CONFIGS["hawk"])
-
-    def fail(tensor: int) -> np.ndarray:
-        raise error
-
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(llama_cpp_observer, "read_floats", fail)
+        patch.setattr(llama_cpp_observer, "read_floats", Mock(side_effect=error))
         observer.observe(tokens[:1], state)
     assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}

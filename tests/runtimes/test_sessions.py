@@ -2,9 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +10,18 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.llama_cpp import context as llama_cpp_context
 from rgexport.runtimes.onnx import session as onnx_session
-from rgexport.runtimes.session import Session
 from tests import artifacts
 from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
 from tests.llama_tools import needs_llama_cpp
-from tests.models import ODD_CONFIGS, Weights, make_config
+from tests.models import ODD_CONFIGS, make_config
 from tests.row_groups import split_plan
 from tests.sessions import check_refusals, distance, ragged, random_tokens
 
-EXPORTS: dict[str, Callable[..., artifacts.Made]] = {
+EXPORTS = {
     "onnx": artifacts.export_random,
     "coreml": artifacts.export_random_coreml,
     "gguf": artifacts.export_random_gguf,
@@ -33,7 +29,7 @@ EXPORTS: dict[str, Callable[..., artifacts.Made]] = {
 """Kind of artifact → what exports a random model; Core ML's interpreter runs everywhere."""
 
 
-def engine(kind: str, *values: Any) -> Any:
+def engine(kind, *values):
     """Returns a parameter set of pytest that begins with a kind of artifact."""
     marks = [needs_llama_cpp] if kind == "gguf" else []
     words = (value for value in (kind, *values) if isinstance(value, str))
@@ -81,16 +77,14 @@ TRAVELERS = [
 ]
 
 
-def opened(
-    kind: str, config: GriffinConfig, folder: Path, **options: Any
-) -> tuple[Session, Weights]:
+def opened(kind, config, folder, **options):
     """On one thread: small models take longer on several, most of all on a busy machine."""
     artifact, weights = EXPORTS[kind](config, folder, **options)
     return open_session(artifact, threads=1), weights
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), EVERY)
-def test_equals_deepmind(kind: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_equals_deepmind(kind, name, options, tmp_path):
     """In one go, in chunks that end anywhere, and step by step; a batch, and one.
 
     DeepMind's model has the weights that an artifact stores where those are integers.
@@ -151,7 +145,7 @@ def test_a_state_travels(kind, options, other, name, start, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options"), [*(engine(kind, {}) for kind in EXPORTS), engine("onnx", WEBGPU)]
 )
-def test_far_positions(kind: str, options: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
+def test_far_positions(kind, options, head_dim, tmp_path):
     """256 is the head of the released models, with 64 frequencies to be rounded right."""
     config = make_config("raar", width=2 * head_dim, heads=2, window=24)
     session, weights = opened(kind, config, tmp_path, **options)
@@ -185,7 +179,7 @@ def test_num_logits_across_chunks(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_wrong_requests(kind: str, tmp_path: Path) -> None:
+def test_wrong_requests(kind, tmp_path):
     session, _ = opened(kind, ODD_CONFIGS["regular"], tmp_path)
     check_refusals(session)
     session.reset(1)
@@ -198,14 +192,14 @@ def test_wrong_requests(kind: str, tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
-def test_llama_cpp_goes_on_after_native_kernels(demo_artifact: Path, tmp_path: Path) -> None:
+def test_llama_cpp_goes_on_after_native_kernels(demo_artifact, tmp_path):
     """On AMX it configures a thread's tiles once, and an instruction was illegal after ours."""
     artifacts.export_demo(tmp_path / "demo.gguf", "gguf", "--type", "q4_0", "--no-check")
     llama, onnx = (
         open_session(open_artifact(path)) for path in (tmp_path / "demo.gguf", demo_artifact)
     )
     tokens = np.arange(2, 66)[None]
-    first: dict[Session, np.ndarray] = {}
+    first = {}
     for turn in range(2):
         for session in (llama, onnx):
             session.reset()
@@ -216,19 +210,18 @@ def test_llama_cpp_goes_on_after_native_kernels(demo_artifact: Path, tmp_path: P
 class Talk:
     """A conversation: its tokens, what DeepMind's model says after each, and how many it took."""
 
-    def __init__(self, config: GriffinConfig, model: Any, chosen: np.random.Generator) -> None:
+    def __init__(self, config, model, chosen):
         self.tokens = chosen.integers(0, config.vocab_size, 60)
         self.logits = deepmind_logits(model, self.tokens[None])[0]
         self.taken = 0
 
-    def next(self, count: int) -> np.ndarray:
+    def next(self, count):
         return self.tokens[self.taken :][:count]
 
 
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
 @pytest.mark.parametrize("kind", ENGINES)
-def test_rows_come_and_go(kind: str, name: str, tmp_path: Path) -> None:
-    """A row that is used leaves the others alone, and takes its state to another place."""
+def test_rows_come_and_go(kind, name, tmp_path):
     config = ODD_CONFIGS[name]
     session, weights = opened(kind, config, tmp_path)
     model, chosen = deepmind_model(config, weights), np.random.default_rng(5)
@@ -239,7 +232,11 @@ def test_rows_come_and_go(kind: str, name: str, tmp_path: Path) -> None:
         used = range(first, int(chosen.integers(first, 4)) + 1)
         match chosen.integers(5):
             case 0:
-                swap(session, rows, used[0], used[-1])
+                ends = used[0], used[-1]
+                one, other = (session.get_rows(range(row, row + 1)) for row in ends)
+                session.set_rows(range(ends[0], ends[0] + 1), other)
+                session.set_rows(range(ends[1], ends[1] + 1), one)
+                rows[ends[0]], rows[ends[1]] = rows[ends[1]], rows[ends[0]]
             case 1:
                 empty = {n: np.zeros((len(used), *s)) for n, s in session.state_shapes.items()}
                 session.set_rows(used, empty | {POSITION: np.zeros(len(used), np.int64)})
@@ -251,14 +248,7 @@ def test_rows_come_and_go(kind: str, name: str, tmp_path: Path) -> None:
     assert [int(p) for p in session.position] == [talk.taken for talk in rows]
 
 
-def swap(session: Session, rows: list[Talk], first: int, last: int) -> None:
-    one, other = (session.get_rows(range(row, row + 1)) for row in (first, last))
-    session.set_rows(range(first, first + 1), other)
-    session.set_rows(range(last, last + 1), one)
-    rows[first], rows[last] = rows[last], rows[first]
-
-
-def advance(session: Session, rows: list[Talk], used: range, count: int, limit: float) -> None:
+def advance(session, rows, used, count, limit):
     count = min(count, *(len(rows[i].tokens) - rows[i].taken for i in used))
     logits = session.take(used, np.array([rows[i].next(count) for i in used]), 2)[:, -1]
     for row, of_row in zip(used, logits, strict=True):
@@ -266,9 +256,7 @@ def advance(session: Session, rows: list[Talk], used: range, count: int, limit: 
         assert distance(of_row, rows[row].logits[rows[row].taken - 1]) <= limit
 
 
-def attempt(
-    session: Session, rows: list[Talk], used: range, chosen: np.random.Generator, limit: float
-) -> None:
+def attempt(session, rows, used, chosen, limit):
     """Of three tokens, or fewer, each row keeps some: what comes after them may be wrong."""
     count = min(3, *(len(rows[i].tokens) - rows[i].taken for i in used))
     keeps = chosen.integers(0, count + 1, len(used)).tolist()
@@ -291,7 +279,7 @@ MAPPED = {
 """Kind of artifact → the file in it that sessions map."""
 
 
-def written_to(path: Path) -> None:
+def written_to(path):
     """Changes bytes in place, as a download that goes on does it."""
     with open(path, "r+b") as file:
         file.seek(path.stat().st_size // 2)
@@ -300,11 +288,11 @@ def written_to(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # clocks of files may be slow
 
 
-def cut(path: Path) -> None:
+def cut(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def replaced(path: Path) -> None:
+def replaced(path):
     beside = path.with_suffix(".new")
     shutil.copy2(path, beside)
     beside.replace(path)
@@ -330,7 +318,7 @@ def test_noticed_at_a_reset_and_when_a_session_opens(kind, change, tmp_path):
             open_session(artifact)
 
 
-PLANNED: dict[str, Any] = {
+PLANNED = {
     "coreml": (artifacts.export_planned_coreml, {"prefill_length": 8, "all_logits": True}),
     **{
         f"{profile}-{exact}": (artifacts.export_planned, {"profile": profile, "exact": exact})
@@ -343,8 +331,7 @@ PLANNED: dict[str, Any] = {
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", PLANNED)
-def test_row_groups(kind: str, compute: str, in_order: bool, tmp_path: Path) -> None:
-    """Groups that are mixed up and groups one after another; in chunks and in a batch."""
+def test_row_groups(kind, compute, in_order, tmp_path):
     config, (export, options) = ODD_CONFIGS["not_by_32"], PLANNED[kind]
     plan = split_plan(config, in_order=in_order, symmetric=kind.startswith("webgpu"))
     artifact, _ = export(config, tmp_path, plan, compute=compute, **options)

@@ -217,7 +217,6 @@ def test_what_comes_slowly_or_not_at_all(hasty, monkeypatch):
 
 @pytest.mark.parametrize("per_address", [0, 300])
 def test_silent_connections_make_room(per_address, serve):
-    """No time has passed, and still others are served."""
     limits = Connections(300, per_address, header_seconds=600)
     with serve(connections=limits) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(server.connect()) for _ in range(300)]

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -73,9 +74,7 @@ def test_calls_run_elsewhere_and_errors_come_back_whole(monkeypatch):
 
 
 def test_a_server_reads_long_texts_in_the_process(serve, sentencepiece_folder, monkeypatch):
-    def fail(*_):
-        raise AssertionError("it was encoded by the server")
-
+    fail = Mock(side_effect=AssertionError("it was encoded by the server"))
     text = "hello the model " * 5000
     process = TextProcess({"toy": functools.partial(opened, sentencepiece_folder)})
     settings = Settings(log=False, limits=Limits(prompt_tokens=20_000))

@@ -130,7 +130,6 @@ def test_the_process_for_long_texts_ends_with_the_server(kind, demo_artifact):
 
 @pytest.mark.parametrize("source", ["option", "file", "variable"])
 def test_a_key_a_name_and_a_limit_of_connections(source, demo_artifact, tmp_path):
-    """Also at an address of IPv6."""
     (tmp_path / "key").write_text("sesame\n")
     options = {"option": ("--api-key", "sesame"), "file": ("--api-key-file", tmp_path / "key")}
     variables = {"RGEXPORT_API_KEY": "sesame"} if source == "variable" else {}

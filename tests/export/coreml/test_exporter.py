@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from rgexport import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.coreml import exporter
 from rgexport.export.coreml.exporter import export_coreml
 from rgexport.export.coreml.options import CoreMLOptions
@@ -20,20 +18,20 @@ from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
-from tests.models import Weights, make_config, random_weights, write_hugging_face
+from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=64, heads=2, lru_width=96, mlp_width=128, vocab_size=64, window=8)
 LINEAR = "layers.0.temporal_block.linear_x.weight"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
+def exported(tmp_path_factory):
     """An int4 package with an int8 embedding, and the weights that went into it."""
     return export_random_coreml(CONFIG, tmp_path_factory.mktemp("coreml"), "int4", prefill_length=5)
 
 
 @pytest.fixture
-def copied(exported: tuple[Artifact, Weights], tmp_path: Path) -> Path:
+def copied(exported, tmp_path):
     return Path(shutil.copytree(exported[0].path, tmp_path / "copy"))
 
 
@@ -127,8 +125,8 @@ def test_altered_weights(exported, copied):
 Fields = dict[str, Any]
 
 
-def store(**scheme: Any) -> Callable[[Fields], Any]:
-    def change(fields: Fields) -> None:
+def store(**scheme):
+    def change(fields):
         fields["plan"][LINEAR] = fields["tensors"][LINEAR]["scheme"] = scheme
 
     return change
@@ -136,7 +134,7 @@ def store(**scheme: Any) -> Callable[[Fields], Any]:
 
 BLOCKS_OF_48 = store(kind="affine", bits=4, block=48, symmetric=True, scale="float16")
 GROUPS_OF_7 = store(kind="palette", bits=4, group=7, lut="float16")
-BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
+BROKEN = {
     "no record": (lambda f: f.pop("coreml"), "coreml is missing"),
     "length": (lambda f: f["coreml"].update(prefill_length=1), "prefill_length is 1"),
     "state": (lambda f: f["coreml"].update(recurrent_state="ring"), "expected io or hilo"),

@@ -3,9 +3,6 @@
 `tests/runtimes/test_sessions.py` compares whole packages of all shapes with DeepMind's model.
 """
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("coremltools")
@@ -25,7 +22,7 @@ from tests.sessions import distance, random_tokens
 SCAN = 5e-5  # largest error allowed after it, as a share of the largest number
 
 
-def test_scan_of_4096_steps(tmp_path: Path) -> None:
+def test_scan_of_4096_steps(tmp_path):
     """With decays up to 1 - 1e-5, which a float16 state would lose, in both forms of the state."""
     config, states = make_config("r", width=64, heads=2, mlp_width=32, vocab_size=64), []
     tokens = random_tokens(config, 1, 4096)
@@ -42,7 +39,7 @@ def test_scan_of_4096_steps(tmp_path: Path) -> None:
     assert distance(states[1], states[0]) <= 1e-5
 
 
-def test_coremltools_rebuilds_the_program(tmp_path: Path) -> None:
+def test_coremltools_rebuilds_the_program(tmp_path):
     """Which has all kinds of operations: a palette, blocks (of the embedding) and floats."""
     config = make_config("ra", width=64, heads=2, lru_width=96)
     artifact, _ = export_random_coreml(config, tmp_path, "pal4", recurrent_state="hilo")
@@ -62,7 +59,7 @@ def test_coremltools_rebuilds_the_program(tmp_path: Path) -> None:
         assert declared.items() <= inferred.items()
 
 
-def _declared(function: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _declared(function):
     """What the saved program says of its values."""
     words = {"FLOAT16": "fp16", "FLOAT32": "fp32", "INT32": "int32", "BOOL": "bool"}
     values = {}

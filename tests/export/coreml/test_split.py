@@ -2,14 +2,12 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.storage import MOST_PADDING
 from rgexport.export.opening import open_artifact
@@ -20,9 +18,9 @@ from tests.models import ODD_CONFIGS, make_config
 FOUR = make_config("rrar", width=64, heads=2, lru_width=96, window=8)
 
 
-def both(config, folder: Path, **options) -> tuple[Artifact, Artifact]:
+def both(config, folder, **options):
     whole, _ = export_random_coreml(config, folder / "whole", **options)
-    sizes: Counter[str] = Counter()
+    sizes = Counter()
     for name, tensor in whole.manifest.tensors.items():
         layer = name.split(".")[1] if name.startswith("layers.") else "ends"
         sizes[layer] += sum(part.nbytes + MOST_PADDING for part in tensor.parts.values())
@@ -39,7 +37,7 @@ def both(config, folder: Path, **options) -> tuple[Artifact, Artifact]:
         (ODD_CONFIGS["attention_only"], {"precision": "pal4", "compute": "fp32"}),
     ],
 )
-def test_logits_and_states_are_those_of_one_package(config, options, tmp_path: Path) -> None:
+def test_logits_and_states_are_those_of_one_package(config, options, tmp_path):
     """A prompt beyond the window, single tokens, and a batch that goes on from a state."""
     one, several = map(CoreMLSession, both(config, tmp_path, prefill_length=5, **options))
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 2 * config.window + 7))
@@ -55,7 +53,7 @@ def test_logits_and_states_are_those_of_one_package(config, options, tmp_path: P
 
 
 @pytest.mark.full
-def test_the_demo_in_packages_of_3_mb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_in_packages_of_3_mb(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert run(["coreml", "--size", "demo", "--split", "3MB", "-o", str(folder)]) == 0
     assert "verified" in capsys.readouterr().out
@@ -69,7 +67,7 @@ def test_the_demo_in_packages_of_3_mb(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "PASS" in shown and "FAIL" not in shown
 
 
-def test_exchanged_packages_and_another_split_are_refused(tmp_path: Path) -> None:
+def test_exchanged_packages_and_another_split_are_refused(tmp_path):
     config = make_config("rrr", width=32, heads=2, vocab_size=64)
     _, split = both(config, tmp_path, precision="int8")
     path = split.path / "rgexport.json"

@@ -6,9 +6,6 @@ That result is of fixed width, not hashed, and valid for the file's types only.
 import json
 import re
 import struct
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
+from rgexport.export.gguf.artifact import open_gguf
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.opening import open_artifact
@@ -26,6 +23,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
 from tests.models import make_config, random_weights, write_hugging_face
+from tests.quantize.ggml_files import write_tensors
 
 CONFIG = make_config("ra", width=32, heads=2, mlp_width=48, vocab_size=64)
 FOUND = CheckRecord(
@@ -35,23 +33,23 @@ FOUND = CheckRecord(
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> GgufArtifact:
+def sound(tmp_path_factory):
     return export_random_gguf(CONFIG, tmp_path_factory.mktemp("sound"), "f16")[0]
 
 
-def overwrite(key: str, text: bytes) -> Callable[[GgufArtifact, bytearray], None]:
-    def change(artifact: GgufArtifact, data: bytearray) -> None:
+def overwrite(key, text):
+    def change(artifact, data):
         end = artifact.header.spans[key][1]
         data[end - len(text) : end] = text
 
     return change
 
 
-def flip(artifact: GgufArtifact, data: bytearray) -> None:
+def flip(artifact, data):
     data[-40] ^= 1
 
 
-DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
+DAMAGE = {
     "truncated": (lambda a, d: d.__delitem__(slice(-33, None)), "is truncated"),
     "data": (flip, "its tensors were altered"),
     "name": (overwrite("general.name", b"m"), "its metadata were altered"),
@@ -64,7 +62,7 @@ DAMAGE: dict[str, tuple[Callable[[GgufArtifact, bytearray], Any], str]] = {
 """Damage that the header's reader does not see, and what is said of it."""
 
 
-def refusal(path: Path) -> str:
+def refusal(path):
     with pytest.raises(RequestError) as caught:
         open_artifact(path)
     line = str(caught.value)
@@ -94,23 +92,19 @@ def test_files_of_other_tools(architecture, parts, complaint, tmp_path):
     path = tmp_path / "x.gguf"
     writer = GGUFWriter(path, architecture)
     writer.add_file_type(1)
-    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float16))
     if parts:
         writer.add_key_value("split.count", parts, GGUFValueType.UINT16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, {"token_embd.weight": np.ones((4, 32), np.float16)})
     assert re.search(complaint, refusal(path))
 
 
 @pytest.fixture
-def checked(tmp_path: Path) -> Path:
+def checked(tmp_path):
     """A file whose check is `FOUND`."""
     model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
     target = tmp_path / "checked.gguf"
 
-    def check(path: Path) -> CheckRecord:
+    def check(path):
         assert open_gguf(path).manifest.check == NOT_ASKED_FOR and not target.exists()
         return FOUND
 

@@ -1,8 +1,5 @@
 """What a GGUF file holds beside the weights: metadata and vocabulary."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import sentencepiece
@@ -11,12 +8,11 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf import vocabulary as kinds
-from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.metadata import metadata
-from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.griffin.chat_template import read_chat_template
-from rgexport.griffin.checkpoint import Checkpoint, demo_folder, open_checkpoint
+from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from tests.artifacts import export_random_gguf
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
@@ -60,7 +56,7 @@ def test_architecture_and_values(tmp_path):
     np.testing.assert_array_equal(stored["output_norm.weight"], weights["final_norm.weight"] + 1)
 
 
-def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
+def test_demo_has_a_tokenizer_and_a_template(demo_gguf):
     assert demo_gguf.manifest.has_tokenizer and demo_gguf.manifest.instruction_tuned
     reader = GGUFReader(demo_gguf.path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -83,7 +79,7 @@ def test_demo_has_a_tokenizer_and_a_template(demo_gguf: GgufArtifact):
 
 SMALL = make_config("ra", width=32, heads=2, vocab_size=8200)
 GOOGLE, MINE = "google/recurrentgemma-2b-it", "me/my-griffin"
-ORIGINS: dict[str, dict[str, str | None]] = {
+ORIGINS = {
     "models--google--recurrentgemma-2b-it/snapshots/abc": {
         "general.license": "gemma",
         "general.license.link": "https://ai.google.dev/gemma/terms",
@@ -100,7 +96,7 @@ ORIGINS: dict[str, dict[str, str | None]] = {
 """Folder of a checkpoint → what is said of its origin."""
 
 
-def told(checkpoint: Checkpoint) -> dict[str, Any]:
+def told(checkpoint):
     size = checkpoint.config.vocab_size
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, size)
     return {value.key: value.value for value in metadata(checkpoint, {}, vocabulary)}
@@ -118,11 +114,11 @@ SIZE = 8192
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> Vocabulary:
+def vocabulary():
     return read(DEMO)
 
 
-def read(path: Path, size: int = SIZE) -> Vocabulary:
+def read(path, size=SIZE):
     vocabulary = read_vocabulary([path], size)
     assert vocabulary is not None
     return vocabulary

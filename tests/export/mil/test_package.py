@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +25,14 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory):
     """A function with a state, a weight, and immediate values of several dtypes."""
 
     @mb.program(
         input_specs=[mb.TensorSpec((1, 4), types.fp32), mb.StateTensorSpec((1, 8), types.fp16)],
         opset_version=ct.target.iOS18,
     )
-    def program(x: Any, s: Any) -> Any:
+    def program(x, s):
         y = mb.linear(x=x, weight=WEIGHT, name="product")
         half = mb.add(x=mb.cast(x=y, dtype="fp16"), y=mb.read_state(input=s))
         half = mb.mul(x=half, y=np.float16([[1, 2, 3, 4, 5, 6, 7, 8]]))
@@ -60,11 +58,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(saved: Path, tmp_path: Path) -> Path:
+def copied(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "copy.mlpackage"))
 
 
-def test_reads_all_of_it(saved: Path) -> None:
+def test_reads_all_of_it(saved):
     package = open_package(saved)
     assert package.default_function == "main" and package.specification_version == 9
     function = package.functions["main"]
@@ -81,7 +79,7 @@ def test_reads_all_of_it(saved: Path) -> None:
     assert any(a.dtype == object and a.item() == "fp16" for a in arrays)
 
 
-def test_inspect_describes_a_package_of_another_tool(saved: Path, tmp_path: Path, capsys) -> None:
+def test_inspect_describes_a_package_of_another_tool(saved, tmp_path, capsys):
     copied = shutil.copytree(saved, tmp_path / "tiny-4.25")  # 25 is no suffix
     assert run(["inspect", str(copied), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -101,7 +99,7 @@ def test_inspect_describes_a_package_of_another_tool(saved: Path, tmp_path: Path
     assert "rgexport cannot run these operations: logical_not." in text
 
 
-def refused(path: Path) -> str:
+def refused(path):
     with pytest.raises(RequestError) as caught:
         open_package(path)
     assert "\n" not in str(caught.value)
@@ -129,7 +127,7 @@ def test_files_that_are_missing_or_of_another_kind(copied, name, content, expect
 
 
 @pytest.mark.parametrize("target", ["../../../secret", "/etc/hostname", "a\0b"])
-def test_paths_and_links_that_lead_out(copied: Path, target: str) -> None:
+def test_paths_and_links_that_lead_out(copied, target):
     (copied.parent / "secret").write_bytes(b"")
     path = copied / "Manifest.json"
     changed = {"rootModelIdentifier": "x", "itemInfoEntries": {"x": {"path": target}}}
@@ -142,43 +140,43 @@ def test_paths_and_links_that_lead_out(copied: Path, target: str) -> None:
     assert "leads out of" in refused(copied)
 
 
-def main(model: Any) -> Any:
+def main(model):
     return model.mlProgram.functions["main"]
 
 
-def operations(model: Any) -> Any:
+def operations(model):
     return main(model).block_specializations[main(model).opset].operations
 
 
-def stored_weight(model: Any) -> Any:
+def stored_weight(model):
     return next(op for op in operations(model) if op.attributes["val"].HasField("blobFileValue"))
 
 
-def constant(model: Any, field: str) -> Any:
+def constant(model, field):
     constants = (op.attributes["val"] for op in operations(model) if op.type == "const")
     return next(v for v in constants if v.immediateValue.tensor.WhichOneof("value") == field)
 
 
-def first_type(model: Any) -> Any:
+def first_type(model):
     return operations(model)[0].outputs[0].type
 
 
-def name_file(name: str) -> Callable[[Any], None]:
+def name_file(name):
     return lambda model: setattr(
         stored_weight(model).attributes["val"].blobFileValue, "fileName", name
     )
 
 
-def shrink(model: Any) -> None:
+def shrink(model):
     tensor = constant(model, "bytes").immediateValue.tensor
     tensor.bytes.values = tensor.bytes.values[:-1]
 
 
-def grow(model: Any) -> None:
+def grow(model):
     constant(model, "bools").type.tensorType.dimensions[0].constant.size = 1 << 40
 
 
-CHANGES: list[tuple[Callable[[Any], Any], str]] = [
+CHANGES = [
     (name_file("@model_path/../../../elsewhere.bin"), "leads out"),
     (name_file("/etc/hostname"), "expected @model_path"),
     (name_file("@model_path/" + "x" * 5000), "is missing"),
@@ -196,14 +194,14 @@ CHANGES: list[tuple[Callable[[Any], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "expected"), CHANGES, ids=[words for _, words in CHANGES])
-def test_programs_that_contradict_themselves(copied: Path, change: Any, expected: str) -> None:
+def test_programs_that_contradict_themselves(copied, change, expected):
     model = Model_pb2.Model.FromString((copied / MODEL).read_bytes())
     change(model)
     (copied / MODEL).write_bytes(model.SerializeToString())
     assert expected in refused(copied)
 
 
-def overwrite(path: Path, start: int, value: int, size: int) -> None:
+def overwrite(path, start, value, size):
     with path.open("r+b") as file:
         file.seek(start)
         file.write(value.to_bytes(size, "little"))
@@ -224,7 +222,7 @@ def test_weight_headers_that_do_not_fit(copied, start, size, value, expected):
     assert expected in refused(copied)
 
 
-def test_overlapping_weights(copied: Path) -> None:
+def test_overlapping_weights(copied):
     """All of them may be hashed: many long ones in a short file would take forever."""
     offsets = 128, 192, 256
     model = Model_pb2.Model.FromString((copied / MODEL).read_bytes())

@@ -43,7 +43,6 @@ def _walk(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
 )
 @pytest.mark.parametrize("profile", PROFILES)
 def test_files_are_valid_and_have_no_other_ops(profile, name, precision, exact, tmp_path, capfd):
-    """And to open one prints nothing."""
     config = ODD_CONFIGS[name]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
     path = str(artifact.path / "model.onnx")

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def converter(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converter(archive, tmp_path_factory):
     """`convert_hf_to_gguf.py` with the patch."""
     pytest.importorskip("transformers")
     folder, root = tmp_path_factory.mktemp("llama.cpp"), f"{sources.ROOT}/{sources.LLAMA_CPP}/"
@@ -41,7 +39,7 @@ def converter(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "convert_hf_to_gguf.py"
 
 
-def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def contents(path):
     """The sizes and the tensors of a GGUF file."""
     reader = GGUFReader(path)
     names = [n for n in reader.fields if n in NAMES or n.startswith("recurrentgemma.")]
@@ -52,7 +50,7 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "kind"), [("wide_lru", "f32"), ("one_head", "f16"), ("attention_tail", "f32")]
 )
-def test_it_writes_what_we_write(converter: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_it_writes_what_we_write(converter, tmp_path, name, kind):
     """But for what is in the metadata about the vocabulary and the file."""
     config = replace(ODD_CONFIGS[name], vocab_size=8192)
     ours, _ = export_random_gguf(config, tmp_path, kind)

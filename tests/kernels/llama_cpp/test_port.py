@@ -1,5 +1,6 @@
 """Patching a checkout, all of it or nothing; the port's version; building a wheel."""
 
+import re
 import shutil
 import subprocess
 import tomllib
@@ -98,6 +99,7 @@ def test_a_write_that_fails_changes_nothing(checkout, failing, monkeypatch):
 
 
 def test_the_version_is_of_the_release_that_the_extra_asks_for():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\+rgexport\.g[0-9a-f]{8}", port.port_version())
     version = Version(port.port_version())
     assert version.base_version == port.RELEASE and version > Version(port.RELEASE)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

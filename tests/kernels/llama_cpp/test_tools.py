@@ -6,12 +6,10 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +25,7 @@ DRAFTS = "--spec-type", "ngram-simple", f"{SIZE}-n", "4", f"{SIZE}-m", "8"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory):
     target = tmp_path_factory.mktemp("tools") / "demo.gguf"
     assert run(["gguf", "--size", "demo", "--type", "f32", "--no-check", "-o", str(target)]) == 0
     return target
@@ -44,7 +42,7 @@ def test_imatrix_serves_our_exporter(llama_tools, demo, tmp_path):
 
 
 @contextmanager
-def serving(tools: Path, model: Path, *options: str) -> Iterator[str]:
+def serving(tools, model, *options):
     """Runs a llama-server with two slots, and gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +68,7 @@ def serving(tools: Path, model: Path, *options: str) -> Iterator[str]:
             process.terminate()
 
 
-def ask(address: str, path: str, **request: Any) -> Any:
+def ask(address, path, **request):
     body = json.dumps(request | {"temperature": 0}).encode()
     asked = urllib.request.Request(f"{address}{path}", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=120) as answer:
@@ -78,7 +76,6 @@ def ask(address: str, path: str, **request: Any) -> Any:
 
 
 def test_server_keeps_conversations_apart_and_continues_as_we_do(llama_tools, demo, capsys):
-    """It drafts from the prompt."""
     said = " ".join(["The cat sat on the mat. The dog sat on the mat."] * 2)[:-5]
     prompts, expected = ["Once upon a time", "To install it, run", said], []
     for prompt in prompts:
@@ -92,7 +89,7 @@ def test_server_keeps_conversations_apart_and_continues_as_we_do(llama_tools, de
     assert answers[-1]["timings"]["draft_n_accepted"] > 0
 
 
-def chat(address: str, *messages: str, cached: bool = True) -> tuple[str, Any]:
+def chat(address, *messages, cached=True):
     """Returns the reply, and how many tokens were used for it."""
     roles = ["user", "assistant"] * len(messages)
     turns = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]

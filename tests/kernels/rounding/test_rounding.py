@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,18 +18,18 @@ from tests.command_line import ROOT
 GROUP, MIDDLE, TOP = 16, 8, 15
 
 
-def positive(k: int, seed: int = 0) -> np.ndarray:
+def positive(k, seed=0):
     """A matrix like those of inputs, float64 [k, k]: some columns large, many alike."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2 * k, k)) @ (rng.standard_normal((k, k)) / k**0.5 + np.eye(k))
     return x.T @ x * np.outer(scale := rng.lognormal(size=k), scale) / len(x)
 
 
-def rows_of(count: int, k: int, seed: int = 0) -> np.ndarray:
+def rows_of(count, k, seed=0):
     return np.random.default_rng(seed).standard_normal((count, k)).astype(np.float32)
 
 
-def grid_of(weights: np.ndarray, group: int = GROUP) -> tuple[Grid, np.ndarray]:
+def grid_of(weights, group=GROUP):
     """Symmetric levels by the extremes of groups, and their zero points."""
     starts = np.arange(0, weights.shape[1], group)
     high = np.maximum.reduceat(np.abs(weights), starts, axis=1)
@@ -39,13 +37,13 @@ def grid_of(weights: np.ndarray, group: int = GROUP) -> tuple[Grid, np.ndarray]:
     return Grid(group, TOP, scale, -scale * MIDDLE), np.full_like(scale, MIDDLE)
 
 
-def per_column(grid: Grid, columns: int) -> Iterator[np.ndarray]:
+def per_column(grid, columns):
     """Scales and offsets in float64."""
     both = (grid.scale, grid.offset)
     return (np.repeat(x.astype(np.float64), grid.group, 1)[:, :columns] for x in both)
 
 
-def losses(weights: np.ndarray, levels: np.ndarray, grid: Grid, h: np.ndarray) -> np.ndarray:
+def losses(weights, levels, grid, h):
     if grid.table is not None:
         values = np.take_along_axis(grid.table, levels.astype(np.intp), axis=1)
     else:
@@ -54,12 +52,12 @@ def losses(weights: np.ndarray, levels: np.ndarray, grid: Grid, h: np.ndarray) -
     return np.einsum("nk,kl,nl->n", weights - values, h, weights - values)
 
 
-def nearest(weights: np.ndarray, grid: Grid) -> np.ndarray:
+def nearest(weights, grid):
     scale, offset = per_column(grid, weights.shape[1])
     return np.clip(np.rint((weights - offset) / scale), 0, grid.top).astype(np.uint8)
 
 
-def gptq(weights: np.ndarray, grid: Grid, h: np.ndarray) -> np.ndarray:
+def gptq(weights, grid, h):
     """As the paper has it (arXiv 2210.17323, algorithm 1): Cholesky's factor of the inverse."""
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
     scale, offset = per_column(grid, weights.shape[1])
@@ -173,7 +171,7 @@ def test_search_finds_what_trying_finds(symmetric, half, bits, weighted):
         zeros = np.rint(-low / first).astype(np.float32)
     h = np.ones((5, 32)) if importance is None else importance.astype(np.float64)
 
-    def lost(scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    def lost(scale, zero):
         scale, zero = scale.astype(np.float64)[..., None], zero[..., None]
         q = np.clip(np.rint(blocks / scale), -zero, top - zero)
         return (h * (blocks - q * scale) ** 2).sum(2)
@@ -192,7 +190,7 @@ def test_search_finds_what_trying_finds(symmetric, half, bits, weighted):
     np.testing.assert_allclose((h * (blocks - values) ** 2).sum(2), lost(scales, zeros), rtol=1e-4)
 
 
-def everything() -> dict[str, np.ndarray]:
+def everything():
     """All functions on rows of an odd size."""
     weights, h = rows_of(70, 150), positive(150)
     grid, zeros = grid_of(weights)
@@ -216,7 +214,7 @@ np.savez(sys.argv[2], **everything())
 """
 
 
-def assert_same_bits(path: Path, folder: Path, **variables: str) -> None:
+def assert_same_bits(path, folder, **variables):
     """Runs everything by the library at `path` in a process of its own."""
     command = [sys.executable, "-c", PROGRAM, str(path), str(folder / "all.npz")]
     done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True)
@@ -231,7 +229,7 @@ def test_every_processor_gives_the_same_bits(cpu, tmp_path):
     assert_same_bits(library.LIBRARY, tmp_path, RGEXPORT_CPU=cpu)
 
 
-def _sanitized_rounding(folder: Path) -> None:
+def _sanitized_rounding(folder):
     source = library.LIBRARY.parent
     build(source, folder, folder / "build", "-DSANITIZE=address,undefined")
 

@@ -3,12 +3,10 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,36 +28,36 @@ WEIGHTS = 1000
 class Timed(ToySession):
     """A toy whose k-th call of `step` or `prefill` takes the k-th of `times`, by its own clock."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(16)
         self.info = SessionInfo("toy", "1", 2, "float32", WEIGHTS, 0, 64)
         self.now, self.times, self.seen = 0.0, repeat(1.0), []
 
-    def perf_counter(self) -> float:
+    def perf_counter(self):
         return self.now
 
-    def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
+    def prefill(self, tokens, num_logits=1):
         self._spend("prefill", tokens.shape[1])
         return super().prefill(tokens, num_logits)
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
+    def step(self, tokens):
         self._spend("step", 1)
         return super().step(tokens)
 
-    def _spend(self, call: str, count: int) -> None:
+    def _spend(self, call, count):
         self.now += next(self.times)
         self.seen.append((call, int(self.position[0]), count))
 
 
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Timed:
+def session(monkeypatch):
     timed = Timed()
     monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr("time.perf_counter", timed.perf_counter)
     return timed
 
 
-def measured(session: Timed, speeds: Iterator[float], **request: Any) -> list[Row]:
+def measured(session, speeds, **request):
     asked = BenchRequest(**request)
     measuring = Measuring(session, asked, lambda: next(speeds), Path(__file__), 1.5)
     return list(measuring.rows())
@@ -153,7 +151,6 @@ def test_the_ways_to_write_rows():
     [("onnx", "onnxruntime"), pytest.param("gguf", "llama.cpp", marks=needs_llama_cpp)],
 )
 def test_demo(kind, engine, tmp_path, monkeypatch, capsys):
-    """Without time to warm up, and with little memory to read."""
     monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(bench, "roofline", partial(roofline, nbytes=1 << 24))
     export_demo(demo := tmp_path / "demo", kind, "--int8", "--no-check")

@@ -4,10 +4,7 @@ The adapter to Core ML runs with a double of coremltools: Core ML itself runs on
 """
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +31,7 @@ def test_chunks_go_through_prefill(all_logits, tmp_path, monkeypatch):
     """Without all logits, tokens whose logits are wanted are decoded unless they end a chunk."""
     functions, predict = [], InterpreterRunner.predict
 
-    def count(self: InterpreterRunner, function: str, inputs: Any, state: Any) -> Any:
+    def count(self, function, inputs, state):
         functions.append(function)
         return predict(self, function, inputs, state)
 
@@ -53,13 +50,13 @@ def test_chunks_go_through_prefill(all_logits, tmp_path, monkeypatch):
 class FakeState:
     """As `coremltools.models.model.MLState`."""
 
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, arrays):
         self.arrays = arrays
 
-    def read_state(self, name: str) -> np.ndarray:
+    def read_state(self, name):
         return self.arrays[name].copy()
 
-    def write_state(self, name: str, value: np.ndarray) -> None:
+    def write_state(self, name, value):
         assert value.dtype == np.float16 and value.shape == self.arrays[name].shape
         self.arrays[name] = value.copy()
 
@@ -67,22 +64,22 @@ class FakeState:
 class FakeModel:
     """As `coremltools.models.MLModel`, as far as it is documented and used."""
 
-    def __init__(self, path: str, *, compute_units: Any, function_name: str) -> None:
+    def __init__(self, path, *, compute_units, function_name):
         assert compute_units is coremltools.ComputeUnit.CPU_AND_GPU
         package = open_package(path)
         if function_name not in package.functions:
             raise RuntimeError(f"no function\n{function_name}")
         self._run = Interpreter(package, function_name, WeightCache())
 
-    def make_state(self) -> FakeState:
+    def make_state(self):
         states = self._run.states.items()
         return FakeState({name: np.zeros(type.shape, np.float16) for name, type in states})
 
-    def predict(self, data: Mapping[str, np.ndarray], state: FakeState) -> dict[str, np.ndarray]:
+    def predict(self, data, state):
         return self._run(data, state.arrays)
 
 
-def test_a_session_of_core_ml_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_of_core_ml_is_the_same(tmp_path, monkeypatch):
     tools = SimpleNamespace(
         ComputeUnit=coremltools.ComputeUnit,
         models=SimpleNamespace(MLModel=FakeModel),

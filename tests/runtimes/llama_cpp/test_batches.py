@@ -1,8 +1,6 @@
 """The port under llama.cpp's own interface: uses that our sessions do not make of it."""
 
 import ctypes
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ TOLERANCE = 1e-4
 class Context:
     """A context that takes tokens of any sequences in any order, all logits wanted."""
 
-    def __init__(self, path: Path, **parameters: Any) -> None:
+    def __init__(self, path, **parameters):
         self.llama = bindings()
         self.model = load_model(path)
         values = self.llama.llama_context_default_params()
@@ -37,7 +35,7 @@ class Context:
         vocabulary = self.llama.llama_model_get_vocab(self.model.pointer)
         self.vocab_size = self.llama.llama_vocab_n_tokens(vocabulary)
 
-    def decode(self, tokens: list[tuple[int, int, int]]) -> np.ndarray:
+    def decode(self, tokens):
         """Logits [n, vocab] after tokens, each of a sequence, a position and an id."""
         batch = self.llama.llama_batch_init(len(tokens), 0, 1)
         for i, (sequence, position, token) in enumerate(tokens):
@@ -49,12 +47,12 @@ class Context:
         logits = self.llama.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(logits, (len(tokens), self.vocab_size)).copy()
 
-    def read(self, ids: np.ndarray, sequence: int = 0, start: int = 0) -> np.ndarray:
+    def read(self, ids, sequence=0, start=0):
         """Takes ids [n] of one sequence from position `start` on."""
         return self.decode([(sequence, start + i, int(t)) for i, t in enumerate(ids)])
 
 
-def prepared(name: str, folder: Path, length: int) -> tuple[Path, np.ndarray, Any]:
+def prepared(name, folder, length):
     """The file, tokens [2, length], and DeepMind's logits of any tokens."""
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, folder)
@@ -65,13 +63,13 @@ def prepared(name: str, folder: Path, length: int) -> tuple[Path, np.ndarray, An
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
-def test_sequences_of_unequal_pace(name: str, unified: bool, tmp_path: Path) -> None:
+def test_sequences_of_unequal_pace(name, unified, tmp_path):
     path, tokens, deepmind = prepared(name, tmp_path, 80)
     context = Context(path, kv_unified=unified)
     chosen, at = np.random.default_rng(1), [0, 0]
-    logits: list[list[np.ndarray]] = [[], []]
+    logits = [[], []]
     while at != [80, 80]:
-        batch: list[tuple[int, int, int]] = []
+        batch = []
         for sequence in (1, 0):
             stop = min(80, at[sequence] + int(chosen.integers(0, 9)))
             steps = range(at[sequence], stop)
@@ -84,7 +82,7 @@ def test_sequences_of_unequal_pace(name: str, unified: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
-def test_a_sequence_is_forked_and_begun_anew(name: str, tmp_path: Path) -> None:
+def test_a_sequence_is_forked_and_begun_anew(name, tmp_path):
     path, tokens, deepmind = prepared(name, tmp_path, 60)
     forked = np.stack([tokens[0], np.concatenate([tokens[0, :40], tokens[1, 40:]])])
     expected = deepmind(forked)
@@ -102,7 +100,7 @@ def test_a_sequence_is_forked_and_begun_anew(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("back", [1, 3])
 @pytest.mark.parametrize("name", ["irregular", "hawk"])
-def test_last_tokens_are_taken_back(name: str, back: int, tmp_path: Path) -> None:
+def test_last_tokens_are_taken_back(name, back, tmp_path):
     """As speculative decoding does with what was rejected; the slots hold three tokens."""
     path, tokens, deepmind = prepared(name, tmp_path, 70)
     other = np.stack([tokens[0], np.concatenate([tokens[0, : 50 - back], tokens[1, : 20 + back]])])
@@ -116,7 +114,7 @@ def test_last_tokens_are_taken_back(name: str, back: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["irregular", "hawk", "attention_only"])
-def test_a_file_of_the_whole_state(name: str, tmp_path: Path) -> None:
+def test_a_file_of_the_whole_state(name, tmp_path):
     """`llama_state_save_file` and `llama_state_load_file`, into a context of its own."""
     path, tokens, deepmind = prepared(name, tmp_path, 70)
     expected = deepmind(tokens)

@@ -3,14 +3,13 @@
 import importlib
 import types
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.griffin.state import POSITION, State, state_specs
+from rgexport.griffin.state import POSITION, state_specs
 from rgexport.runtimes.llama_cpp import any_model as any_model_module
 from rgexport.runtimes.llama_cpp import library
 from rgexport.runtimes.llama_cpp.any_model import DATA, AnyModelSession
@@ -31,14 +30,14 @@ FP32, FLASH = 1e-4, 5e-3
 rounds keys, values and queries to float16, and on a CPU sums values in float16."""
 
 
-def opened(artifact: Artifact, **options: Any) -> LlamaCppSession:
+def opened(artifact, **options):
     """On one thread: small models take longer on several, most of all on a busy machine."""
     return LlamaCppSession(artifact, **({"threads": 1} | options))
 
 
 @pytest.mark.parametrize(("flash", "limit"), [(False, FP32), (True, FLASH)])
 @pytest.mark.parametrize("name", ["narrow_lru", "attention_tail", "one_head"])
-def test_batches_of_any_size(name: str, flash: bool, limit: float, tmp_path: Path) -> None:
+def test_batches_of_any_size(name, flash, limit, tmp_path):
     config = ODD_CONFIGS[name]
     artifact, weights = export_random_gguf(config, tmp_path)
     tokens = random_tokens(config, 3, 4 * config.window + 3)
@@ -50,7 +49,7 @@ def test_batches_of_any_size(name: str, flash: bool, limit: float, tmp_path: Pat
             assert distance(session.prefill(tokens[:batch], 999), expected[:batch]) <= limit
 
 
-def test_there_is_no_last_token(tmp_path: Path) -> None:
+def test_there_is_no_last_token(tmp_path):
     """Many times what fits into llama.cpp's context, in chunks and token by token."""
     config = ODD_CONFIGS["irregular"]
     artifact, weights = export_random_gguf(config, tmp_path)
@@ -68,7 +67,7 @@ def test_there_is_no_last_token(tmp_path: Path) -> None:
     ("kind", "cache", "flash"),
     [("f32", "float32", False), ("f16", "float16", False), ("q8_0", "float16", True)],
 )
-def test_precision_follows_the_weights(kind: str, cache: str, flash: bool, tmp_path: Path) -> None:
+def test_precision_follows_the_weights(kind, cache, flash, tmp_path):
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path, kind)
     session = opened(artifact)
     state, info = session.get_state(), session.info
@@ -82,7 +81,7 @@ def test_precision_follows_the_weights(kind: str, cache: str, flash: bool, tmp_p
     np.testing.assert_array_equal(copied, session.prefill(tokens, 40))
 
 
-def test_wrong_requests(tmp_path: Path) -> None:
+def test_wrong_requests(tmp_path):
     session = opened(export_random_gguf(ODD_CONFIGS["regular"], tmp_path)[0])
     with pytest.raises(RequestError, match=r"llama.cpp takes 1 to 256"):
         session.reset(257)
@@ -108,18 +107,13 @@ OTHER = types.SimpleNamespace(__version__="0.3.99")
     ],
 )
 def test_without_the_right_llama_cpp(loaded, complaint, monkeypatch):
-    def load(name: str) -> object:
-        if isinstance(loaded, Exception):
-            raise loaded
-        return loaded
-
     library.bindings.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=[loaded] * 2))
     with pytest.raises(NotInstalled, match=f"{complaint}(;|:) {BUILD}"):
         load_model(Path("x.gguf"))
 
 
-def test_stock_llama_cpp(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_llama_cpp(tmp_path, capfd, monkeypatch):
     """What a stock one says of our files, this one says of those of an unknown architecture."""
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
     foreign = tmp_path / "foreign.gguf"
@@ -144,7 +138,7 @@ def test_stock_llama_cpp(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyP
         (None, b"blk.1.ssm_a", b"blk.1.ssm_b", "ssm_a"),
     ],
 )
-def test_damaged_file(cut: int | None, old: bytes, new: bytes, complaint: str, tmp_path: Path):
+def test_damaged_file(cut, old, new, complaint, tmp_path):
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(artifact.path.read_bytes()[:cut].replace(old, new))
@@ -156,10 +150,10 @@ def test_damaged_file(cut: int | None, old: bytes, new: bytes, complaint: str, t
 LAYOUT = Layout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
 
 
-def test_a_state_in_another_layout_is_refused() -> None:
+def test_a_state_in_another_layout_is_refused():
     """Whichever number is another one, and wherever the data end."""
     random = np.random.default_rng(0)
-    state: State = {POSITION: np.array(40)}
+    state = {POSITION: np.array(40)}
     for spec in state_specs(LAYOUT.config, LAYOUT.cache_type):
         dtype = spec.dtype if spec.name.endswith(("key", "value")) else "float32"
         state[spec.name] = random.standard_normal(spec.shape).astype(dtype)
@@ -186,11 +180,11 @@ TOKENS = np.random.default_rng(5).integers(0, VOCAB, (3, 700))
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> Path:
+def llama(tmp_path):
     return write_llama(tmp_path / "llama.gguf", vocab_size=VOCAB)
 
 
-def any_model(path: Path) -> AnyModelSession:
+def any_model(path):
     return AnyModelSession(path, threads=1)
 
 
@@ -283,11 +277,7 @@ def test_a_recurrentgemma_of_another_tool(name, tmp_path):
 
 def test_an_interrupt_during_a_log_line_is_raised_after_the_call_into_c(tmp_path, monkeypatch):
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
-
-    def interrupt(text: str) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(library.progress, "detail", interrupt)
+        patch.setattr(library.progress, "detail", Mock(side_effect=KeyboardInterrupt))
         load_model(artifact.path)
     load_model(artifact.path).close()

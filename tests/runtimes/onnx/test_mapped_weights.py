@@ -84,7 +84,6 @@ def test_what_is_left_to_the_engine(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of mappings")
 def test_all_of_a_file_becomes_resident_once(folder, monkeypatch):
-    """And nothing of it where memory is short."""
     both = [tensor(name, UINT8, (SIZE,), 0) for name in ("whole", "again")]
     with monkeypatch.context() as patch:
         patch.setattr(mapped_weights, "available_bytes", lambda: SIZE - 1)

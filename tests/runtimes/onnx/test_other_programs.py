@@ -84,7 +84,6 @@ def test_a_tokenizer_that_cannot_be_converted_is_told(tmp_path: Path, capsys) ->
 
 @pytest.mark.parametrize("most", [2, 256])
 def test_the_guides_conversation_is_ours(tmp_path: Path, most: int, capsys, monkeypatch) -> None:
-    """Replies that are cut after two tokens, and replies that the model ends."""
     pytest.importorskip("onnxruntime_genai")
     artifact = export_demo(tmp_path / "recurrentgemma-2b-it-int4-onnx", precision="fp32")
     guide = (ROOT / "docs" / "genai.md").read_text("utf-8")

@@ -116,7 +116,6 @@ def test_where_the_engine_computes_other_bits_there_are_no_exact_trials(tmp_path
 
 
 def test_library_of_another_machine(demo_artifact, tmp_path, monkeypatch, capsys):
-    """It warns and goes on."""
     file = tmp_path / "library.so"
     file.write_bytes(b"\x7fELF of another machine")
     there = NativeOps({"RgLruScan": 1}, ("RgLruScan",), file, "native avx2", "")

@@ -10,14 +10,11 @@ import shutil
 import subprocess
 from collections import Counter, defaultdict
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import rgexport
-from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.storage import FileLimit
 from rgexport.export.opening import open_artifact
@@ -39,20 +36,20 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory) -> None:
+def node(tmp_path_factory):
     """Node, with onnxruntime-web, transformers.js and our package."""
     node_with_packages()
     install_our_package(tmp_path_factory.mktemp("npm"))
 
 
-def check(logits: list[list[float]], artifact: Artifact, chunks: list[list[int]]) -> None:
+def check(logits, artifact, chunks):
     """Compares the logits after each chunk with ONNX Runtime's on this machine's processor."""
     session = OrtSession(artifact)
     expected = np.concatenate([session.prefill(np.array([chunk]))[0] for chunk in chunks])
     assert np.abs(np.array(logits) - expected).max() <= SHARE * np.abs(expected).max()
 
 
-def random_chunks(vocabulary: int, *lengths: int) -> list[list[int]]:
+def random_chunks(vocabulary, *lengths):
     random = np.random.default_rng(5)
     return [random.integers(0, vocabulary, length).tolist() for length in lengths]
 
@@ -95,12 +92,12 @@ def test_odd_shapes_in_chromium(node, profile, precision, tmp_path, monkeypatch)
     check(shown["logits"], artifact, chunks)
 
 
-def test_a_graphics_card_computes_all_but_shapes(node: None, tmp_path: Path) -> None:
+def test_a_graphics_card_computes_all_but_shapes(node, tmp_path):
     """By ONNX Runtime's log of where it places each node."""
     artifact, _ = export_random(ODD_CONFIGS["not_by_32"], tmp_path, "int4", profile="webgpu")
     shown = run_page(artifact.path, {"provider": "webgpu", "chunks": [], "verbose": True})
     assert "error" not in shown, shown["error"]
-    placed: dict[str, Counter[str]] = defaultdict(Counter)
+    placed = defaultdict(Counter)
     for line in shown["logs"]:
         if match := re.search(r"placed on \[(\w+)\]", line):
             provider = match[1]
@@ -111,14 +108,14 @@ def test_a_graphics_card_computes_all_but_shapes(node: None, tmp_path: Path) -> 
     assert placed["WebGpuExecutionProvider"].total() > 9 * placed["CPUExecutionProvider"].total()
 
 
-def demo(folder: Path, profile: str = "cpu") -> Path:
+def demo(folder, profile="cpu"):
     """Exports the demo, with activations in floats."""
     options = "--precision", "fp32", "--profile", profile, "--no-check"
     export_demo(folder / "demo", "onnx", *options)
     return folder / "demo"
 
 
-def in_node(program: str, artifact: Path, folder: Path, job: Any, *before: Path) -> Any:
+def in_node(program, artifact, folder, job, *before):
     """Returns what a program beside tests/web's prints after a job in `folder`."""
     (folder / "job.json").write_text(json.dumps(job))
     command = ["node", program, *before, artifact, folder / "job.json"]
@@ -127,7 +124,7 @@ def in_node(program: str, artifact: Path, folder: Path, job: Any, *before: Path)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def continued(artifact: Path, ids: list[int], count: int) -> list[int]:
+def continued(artifact, ids, count):
     """The likeliest tokens, by ONNX Runtime on this machine, as far as the end of a text."""
     session = OrtSession(open_artifact(artifact))
     made = [int(session.prefill(np.array([ids]))[0, -1].argmax())]
@@ -136,12 +133,12 @@ def continued(artifact: Path, ids: list[int], count: int) -> list[int]:
     return made
 
 
-def check_conversation(shown: dict[str, Any], artifact: Path, folder: Path) -> None:
+def check_conversation(shown, artifact, folder):
     """The replies are rgexport's, and each turn has read its own tokens alone.
 
     The saved state goes on in rgexport as the conversation itself, without reading it again.
     """
-    messages: list = []
+    messages = []
     with rgexport.load(artifact) as model:
         for content, turn in zip(MESSAGES, shown["turns"], strict=True):
             messages.append({"role": "user", "content": content})
@@ -162,7 +159,7 @@ def check_conversation(shown: dict[str, Any], artifact: Path, folder: Path) -> N
 
 
 @pytest.mark.parametrize("registered", [False, True])
-def test_a_conversation_in_node(node: None, registered: bool, tmp_path: Path) -> None:
+def test_a_conversation_in_node(node, registered, tmp_path):
     artifact = demo(tmp_path)
     job = {"messages": MESSAGES, "ids": IDS, "save": True, "registered": registered}
     shown = in_node("transformers.mjs", artifact, tmp_path, job)
@@ -170,7 +167,7 @@ def test_a_conversation_in_node(node: None, registered: bool, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("device", ["wasm", pytest.param("webgpu", marks=pytest.mark.nightly)])
-def test_a_conversation_in_chromium(node: None, device: str, tmp_path: Path) -> None:
+def test_a_conversation_in_chromium(node, device, tmp_path):
     artifact = demo(tmp_path, device)
     job = {"messages": MESSAGES, "ids": IDS, "save": True, "device": device}
     shown = run_page(artifact, job, page=(HERE / "transformers.html").read_text())
@@ -182,7 +179,7 @@ def test_a_conversation_in_chromium(node: None, device: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_state_of_ours_goes_on_in_node(node: None, precision: str, tmp_path: Path) -> None:
+def test_a_state_of_ours_goes_on_in_node(node, precision, tmp_path):
     artifact, file = demo(tmp_path), tmp_path / "ours.state"
     said = [{"role": "user", "content": "Hello! " * 150}]  # beyond the window
     with rgexport.load(artifact, state_precision=precision) as model:
@@ -198,7 +195,7 @@ def test_a_state_of_ours_goes_on_in_node(node: None, precision: str, tmp_path: P
     assert turn["read"] <= reply.prompt_tokens - saved.position + reply.new_tokens
 
 
-def test_turns_go_on_from_the_states_in_a_patched_library(node: None, tmp_path: Path) -> None:
+def test_turns_go_on_from_the_states_in_a_patched_library(node, tmp_path):
     """Past the window, where the size of a ring does not tell how many tokens were seen."""
     if not shutil.which("patch"):
         pytest.skip("the program patch is not installed")

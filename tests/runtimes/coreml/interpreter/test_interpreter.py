@@ -4,7 +4,6 @@ Weights are written by Apple's library, and compared with coremltools' own decom
 """
 
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -32,7 +31,7 @@ X = TensorType("float32", (1, 4))
 HALF = TensorType("float16", (1, 4))
 
 
-def stored(folder: Path, *arrays: tuple[np.ndarray, str]) -> tuple[Path, list[FileValue]]:
+def stored(folder, *arrays):
     """Writes arrays, of dtypes that numpy may not have, by Apple's own library."""
     path, values = folder / "weight.bin", []
     writer = _BlobStorageWriter(str(path))
@@ -48,7 +47,7 @@ def stored(folder: Path, *arrays: tuple[np.ndarray, str]) -> tuple[Path, list[Fi
     return path, values
 
 
-def random_elements(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_elements(dtype, shape):
     """All values of an integer dtype, or floats."""
     random, held = np.random.default_rng(0), numpy_type(dtype)
     if held.kind == "f":
@@ -57,11 +56,11 @@ def random_elements(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return random.integers(low, low + (1 << BITS[dtype]), shape).astype(held)
 
 
-def add(x: str, y: str, output: str, type: TensorType = HALF) -> Operation:
+def add(x, y, output, type=HALF):
     return operation("add", {"x": Name(x), "y": Name(y)}, {output: type})
 
 
-def test_every_float16_value_is_rounded() -> None:
+def test_every_float16_value_is_rounded():
     """2048 + 1 + 1 is 2048 in float16, and 2050 if the sum between is not rounded."""
     one = np.ones((1, 4), np.float16)
     program = [add("x", "one", "a"), add("a", "one", "y")]
@@ -73,8 +72,7 @@ def test_every_float16_value_is_rounded() -> None:
     }
 
 
-def test_values_are_forgotten_after_their_last_use() -> None:
-    """A chain of a hundred sums of 1 MB each."""
+def test_values_are_forgotten_after_their_last_use():
     type = TensorType("float32", (1 << 18,))
     program = [add(f"v{i}", f"v{i}", f"v{i + 1}", type) for i in range(100)]
     run = opened(main(program, {"v0": type}, ["v100"]))
@@ -85,7 +83,7 @@ def test_values_are_forgotten_after_their_last_use() -> None:
     assert peak < 8 << 20
 
 
-def test_a_weight_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
+def test_a_weight_file_that_shrinks_while_it_is_open(tmp_path):
     """Large constants serve every operation, not only those that read them in slabs."""
     array = np.random.default_rng(0).standard_normal((200, 200)).astype(np.float16)
     path, (value,) = stored(tmp_path, (array, "float16"))
@@ -131,7 +129,7 @@ LUT = {"lut": immediate(np.ones((1, 4), np.int8))}
         (Operation("add", "y", {}, (("y", X),), {}, ((),)), "it has blocks of its own"),
     ],
 )
-def test_what_cannot_be_executed(last: Operation, complaint: str) -> None:
+def test_what_cannot_be_executed(last, complaint):
     with pytest.raises(RequestError) as error:
         opened(main([last], {"x": X}, ["y"]))
     message = str(error.value)
@@ -153,7 +151,7 @@ TABLE = {"x": np.zeros(4, np.float32), "axis": 0, "batch_dims": 0, "validate_ind
         (operation("gather", TAKEN, {"y": X}, **TABLE), "gather y failed: an index"),
     ],
 )
-def test_what_fails_at_run_time(last: Operation, complaint: str) -> None:
+def test_what_fails_at_run_time(last, complaint):
     outputs = [name for name, _ in last.outputs]
     run = opened(main([last], {"x": X, "ids": IDS}, outputs, {"s": HALF}))
     states = {"s": np.zeros((1, 4), np.float16)}
@@ -169,14 +167,12 @@ SHIFTED = "constexpr_blockwise_shift_scale"
 
 
 @pytest.fixture
-def slab_of_64_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def slab_of_64_bytes(monkeypatch):
     monkeypatch.setattr(weights, "SLAB_BYTES", 64)
     monkeypatch.setattr(weights, "BLOCK_BYTES", 24)
 
 
-def compressed(
-    folder: Path, kind: str, type: TensorType, parts: dict[str, tuple[np.ndarray, str]]
-) -> weights.Weight:
+def compressed(folder, kind, type, parts):
     """A weight whose parts lie in a file."""
     path, values = stored(folder, *parts.values())
     inputs = dict(zip(parts, values, strict=True))
@@ -184,7 +180,7 @@ def compressed(
     return weights.compressed_weight(files, operation(kind, inputs, {"w": type}), cache)
 
 
-def check(weight: weights.Weight, expected: np.ndarray) -> None:
+def check(weight, expected):
     """All ways to read a weight give the same."""
     np.testing.assert_array_equal(weight.whole(), expected)
     assert weight.whole().dtype == expected.dtype
@@ -234,7 +230,7 @@ WHOLE_BYTES = "int16", "uint16", "int32", "uint32", "float16", "float32"
 
 @pytest.mark.parametrize("dtype", [*ODD_BITS, *WHOLE_BYTES])
 @pytest.mark.usefixtures("slab_of_64_bytes")
-def test_every_dtype_of_a_weight_file(dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_of_a_weight_file(dtype, tmp_path):
     array = random_elements(dtype, (5, 7))
     path, (_, value) = stored(tmp_path, (np.ones(3, np.float32), "float32"), (array, dtype))
     files = package(main([], {}, []), weights=path)
@@ -248,7 +244,7 @@ def test_every_dtype_of_a_weight_file(dtype: str, tmp_path: Path) -> None:
         assert one is other, "both functions share what is kept"
 
 
-def test_rounding_by_bits_equals_two_casts() -> None:
+def test_rounding_by_bits_equals_two_casts():
     """Every float16 value, the middle between it and the next, and the neighbors of that."""
     halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float32)
     step = np.diff(np.append(halves, np.float32(65504))) / 2
@@ -262,7 +258,7 @@ def test_rounding_by_bits_equals_two_casts() -> None:
                 np.testing.assert_array_equal(weights.rounded_to_half(signed), expected)
 
 
-def test_a_large_weight_does_not_stay_in_memory(tmp_path: Path) -> None:
+def test_a_large_weight_does_not_stay_in_memory(tmp_path):
     """64 MB of int8 are 256 MB in float32; 16 of them may be kept, and 16 are at hand."""
     rows, columns = 16384, 4096
     path, (data,) = stored(tmp_path, (np.zeros((rows, columns), np.int8), "int8"))

@@ -1,6 +1,5 @@
 """Each operation of the interpreter's table against coremltools' own inference, or torch."""
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -36,7 +35,7 @@ BOTH = False, True
 random = np.random.default_rng(0)
 
 
-def array(dtype: str, shape: Sequence[int], low: float = -4, high: float = 4) -> Any:
+def array(dtype, shape, low=-4, high=4):
     """Returns whole numbers, or floats of which none is so small that an epsilon matters."""
     if dtype == "bool":
         return random.integers(0, 2, shape).astype(bool)
@@ -45,24 +44,22 @@ def array(dtype: str, shape: Sequence[int], low: float = -4, high: float = 4) ->
     return random.uniform(low, high, shape).astype(dtype)
 
 
-def unary(low: float = -4, **constants: Any) -> list[Case]:
+def unary(low=-4, **constants):
     return [({"x": array(d, shape, low)}, constants) for d, shape in product(FLOATS, SHAPES)]
 
 
-def pairs(*dtypes: str) -> list[Case]:
+def pairs(*dtypes):
     """Returns operands whose shapes can be broadcast."""
     both = product(dtypes, SHAPES_OF_PAIRS)
     return [({"x": array(d, x), "y": array(d, y)}, {}) for d, (x, y) in both]
 
 
-def with_parameters(
-    dtypes: Sequence[str], shape: Sequence[int], *parameters: dict[str, Any]
-) -> list[Case]:
+def with_parameters(dtypes, shape, *parameters):
     # No product of the numbers of a sum overflows on its way.
     return [({"x": array(d, shape, -1.3, 1.3)}, p) for d, p in product(dtypes, parameters)]
 
 
-def matmul(x: Sequence[int], y: Sequence[int], dtype: str, turn_x: bool, turn_y: bool) -> Case:
+def matmul(x, y, dtype, turn_x, turn_y):
     x, y = ([*s[:-2], *s[:-3:-1]] if turn else s for s, turn in ((x, turn_x), (y, turn_y)))
     operands = {"x": array(dtype, x), "y": array(dtype, y)}
     return operands, {"transpose_x": turn_x, "transpose_y": turn_y}
@@ -70,7 +67,7 @@ def matmul(x: Sequence[int], y: Sequence[int], dtype: str, turn_x: bool, turn_y:
 
 REDUCTIONS = [{"axes": axes, "keep_dims": k} for axes in ([0], [-1], [2, 0], [1, -1]) for k in BOTH]
 SLICES = [{"begin": [0, 1, -3], "end": [4, 2, -1]}, {"begin": [-1, 0, 2], "end": [4, 3, 5]}]
-CASES: dict[str, list[Case]] = {
+CASES = {
     **dict.fromkeys(("add", "sub", "mul", "equal", "less_equal", "greater_equal"), pairs(*NUMBERS)),
     "logical_and": pairs("bool"),
     **dict.fromkeys(("exp", "cos", "sin", "tanh", "sigmoid"), unary()),
@@ -127,10 +124,10 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def compute(kind: str, arrays: dict[str, Any], result: TensorType, **constants: Any) -> np.ndarray:
+def compute(kind, arrays, result, **constants):
     """Runs one operation on arrays that come in as inputs of the function."""
-    feeds: dict[str, np.ndarray] = {}
-    inputs: dict[str, list[Name]] = {}
+    feeds = {}
+    inputs = {}
     for name, value in arrays.items():
         for one in value if isinstance(value, list) else [value]:
             feeds[feed := f"input_{len(feeds)}"] = one
@@ -140,7 +137,7 @@ def compute(kind: str, arrays: dict[str, Any], result: TensorType, **constants: 
     return opened(main(program, input_types, ["result"]))(feeds, {})["result"]
 
 
-def inferred(kind: str, **arguments: Any) -> tuple[TensorType, np.ndarray]:
+def inferred(kind, **arguments):
     """Returns what coremltools infers for an operation of constants."""
     with MilFunction({}, opset_version=ct.target.iOS18):
         result = getattr(mb, kind)(**arguments)
@@ -149,13 +146,13 @@ def inferred(kind: str, **arguments: Any) -> tuple[TensorType, np.ndarray]:
     return TensorType(dtype, tuple(result.shape)), np.asarray(result.val)
 
 
-def test_the_table_has_all_that_is_made_and_no_more() -> None:
+def test_the_table_has_all_that_is_made_and_no_more():
     made = {kind for kind in OPERATIONS if not kind.startswith("constexpr_")}
     assert made - {"const", "read_state", "write_state"} == OPS.keys() == CASES.keys()
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_equals_coremltools(kind: str) -> None:
+def test_equals_coremltools(kind):
     for operands, constants in CASES[kind]:
         type, value = inferred(kind, **operands, **constants)
         result = compute(kind, operands, type, **constants)
@@ -171,7 +168,7 @@ ABSOLUTE = dict.fromkeys(("gelu", "cos", "sin"), 2.0**-22)
 
 
 @pytest.mark.parametrize("kind", ["exp", "cos", "sin", "tanh", "sigmoid", "gelu", "rsqrt"])
-def test_float32_functions_are_accurate(kind: str) -> None:
+def test_float32_functions_are_accurate(kind):
     """Against float64, at magnitudes from 1e-6 to 1e4, within 4 units in the last place."""
     size = np.geomspace(1e-6, 80, 2001)
     x = np.concatenate([size, -size]) if kind != "rsqrt" else size
@@ -186,7 +183,7 @@ def test_float32_functions_are_accurate(kind: str) -> None:
     np.testing.assert_allclose(result.astype(np.float64), expected, **limits)
 
 
-def test_exp_is_rounded_correctly_next_to_one() -> None:
+def test_exp_is_rounded_correctly_next_to_one():
     """There one unit is up to 1 % of 1 - a², of which the RG-LRU takes the root."""
     x = -np.geomspace(1e-7, 1, 5000).astype(np.float32)
     result = compute("exp", {"x": x}, TensorType("float32", x.shape))
@@ -196,7 +193,7 @@ def test_exp_is_rounded_correctly_next_to_one() -> None:
 @pytest.mark.parametrize(
     ("kind", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)]
 )
-def test_float16_is_rounded_once(kind: str, function: Any) -> None:
+def test_float16_is_rounded_once(kind, function):
     x, y = np.random.default_rng(0).uniform(0.5, 100, (2, 4000)).astype(np.float16)
     x[0] = y[0] = 60000  # their sum is infinite
     result = compute(kind, {"x": x, "y": y}, TensorType("float16", x.shape))
@@ -205,7 +202,7 @@ def test_float16_is_rounded_once(kind: str, function: Any) -> None:
     np.testing.assert_array_equal(result, exact)
 
 
-def test_float16_is_accumulated_in_float32() -> None:
+def test_float16_is_accumulated_in_float32():
     """4096 halves of 2^-12 would vanish in a float16 sum after the first 1."""
     x = np.full((1, 4096), 2.0**-6, np.float16)
     x[0, 0] = 1
