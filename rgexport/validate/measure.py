@@ -31,7 +31,7 @@ from rgexport.validate.positions import (
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
 
-LOGITS_BYTES = 96 << 20
+LOGITS_BYTES = 192 << 20
 """Logits of a block of positions, the artifact's and one reference's together."""
 MAX_BLOCK = 512
 
