@@ -75,7 +75,7 @@ def text(old, new, name="."):
 
 SCALES = {"soft_cap": 20.0, "embedding_scale": 1.0, "rms_eps": 1e-5}
 FIELDS = SCALES | {"rope_theta": 9e3, "rope_dims": 4}
-SETTINGS, OURS, THEIRS = "tokenizer_config.json", "recurrentgemma.", "tokenizer.ggml."
+SETTINGS, THEIRS = "tokenizer_config.json", "tokenizer.ggml."
 FAULTS = {
     "onnx": {
         **{name: put("rgexport.json", f"config.{name}", value) for name, value in FIELDS.items()},
@@ -90,7 +90,6 @@ FAULTS = {
         "recurrent_gemma.mjs": text("export", "evil(); export", "recurrent_gemma.mjs"),
     },
     "gguf": {
-        f"{OURS}final_logit_softcapping": at(f"{OURS}final_logit_softcapping", 20.0),
         f"{THEIRS}add_bos_token": at(f"{THEIRS}add_bos_token", False),
         "bos": at(f"{THEIRS}bos_token_id", 9),
         "eos": at(f"{THEIRS}eos_token_id", 9),
