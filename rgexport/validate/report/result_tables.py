@@ -10,6 +10,7 @@ from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.equivalences import SAME
+from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
 from rgexport.validate.reference.against import AgainstFile, PromptResult
@@ -194,10 +195,15 @@ def identity_table(r: Result) -> Table:
     """What identifies the model, apart from its weights; what differs comes first."""
     items = sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared"))
     rows = [
-        (item.name, item.outcome, item.artifact or "none", f"{item.reason} {item.expected or ''}")
-        for item in items
+        (item.name, item.outcome, item.artifact or "none", _expected_words(item)) for item in items
     ]
     return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
+
+
+def _expected_words(item: IdentityItem) -> str:
+    if item.outcome == "not compared":
+        return item.reason
+    return f"{item.reason} {item.expected or 'none'}"
 
 
 def _rows_by_scheme(
