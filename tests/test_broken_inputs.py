@@ -202,6 +202,8 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "existing artifact": ("onnx -m other -o sound", "sound exists; pass --force"),
     "no artifact given": ("validate", "ARTIFACT"),
     "another model": ("validate sound -m other", "embed_tokens.weight has shape"),
+    "idle calibration": ("validate sound --calibration c", "--calibration is for --reproduce"),
+    "reproduced alone": ("validate sound --reproduce", "pass it with -m"),
 }
 
 

@@ -81,6 +81,8 @@ def open_all(path: Path, request: Request) -> Opened:
         RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
             text, or a quality that is asked for where there is nothing to grade it by.
     """
+    if request.calibration is not None and not request.reproduce:
+        raise RequestError("--calibration is for --reproduce; give both, or leave it out")
     artifact = open_artifact(path, allow_foreign=request.allow_foreign)
     engine_of(artifact.manifest.kind).require_trusted(artifact)
     manifest = artifact.manifest
