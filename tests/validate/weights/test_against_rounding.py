@@ -12,6 +12,7 @@ from rgexport.validate.rounding_cost import rounding_cost
 from rgexport.validate.weights.input_mixtures import MIXTURES, MixtureRecorder
 from rgexport.validate.weights.reproduced import reproduce, reproduced_checks
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf
+from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, weight_source
 
 CONFIG = make_config("rra", width=96, heads=2, vocab_size=160, mlp_width=224)
@@ -63,7 +64,7 @@ def test_weights_that_cost_more_than_rounding(tmp_path):
         (export_random, "int4"),
         (export_random, "int8"),
         (export_random_coreml, "pal4"),
-        (export_random_gguf, "q4_0"),
+        pytest.param(export_random_gguf, "q4_0", marks=needs_llama_cpp),
     ],
 )
 def test_encoding_again_gives_the_same_levels(tmp_path, export, precision):
