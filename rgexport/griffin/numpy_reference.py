@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from rgexport import __version__
 from rgexport.griffin import numpy_ops as ops
@@ -35,6 +36,10 @@ class NumpyReference(LayerByLayer):
 
         The head reads its table in slabs, and its sites are seen once for each.
         """
+
+    # `numpy_ops.linear` has threads of its own.
+    run_each = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.run_each)
+    logits = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.logits)
 
     def describe(self) -> dict[str, str]:
         """Returns `implementation`, `device`, `dtype` and `numpy`."""

@@ -1,10 +1,7 @@
 """Compares what needs no session of the artifact: weights, ops, layers."""
 
 from rgexport.errors import RequestError
-from rgexport.export.verified import hash_new_files
 from rgexport.progress import note
-from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.environment import environment
 from rgexport.validate.bisect.layer_costs import LayerCost, layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
@@ -60,15 +57,9 @@ def _weights(opened: Opened, ran: Ran) -> list[WeightError] | None:
 
 
 def _reproduced(opened: Opened) -> list[Reproduced] | None:
-    if opened.original is None or not opened.request.reproduce:
+    if opened.original is None or opened.statistics is None:
         return None
-    checkpoint = opened.original.checkpoint
-    statistics: StatisticsOf = no_statistics
-    if opened.request.calibration is not None:
-        calibration = open_calibration(opened.request.calibration)
-        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
-        statistics = Calibrated(calibration, checkpoint.config)
-    return reproduce(opened.artifact, checkpoint.weights, statistics)
+    return reproduce(opened.artifact, opened.original.checkpoint.weights, opened.statistics)
 
 
 def _sites(opened: Opened, ran: Ran) -> SiteReport | None:

@@ -10,7 +10,11 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
+from rgexport.export.verified import hash_new_files
 from rgexport.progress import detail, warn
+from rgexport.quantize.algorithms import needs_statistics
+from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of
 from rgexport.validate.identity.compare import compare_identity
 from rgexport.validate.identity.items import IdentityItem
@@ -58,7 +62,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An artifact, the text that it takes, and its original, where that is known."""
+    """An artifact, the text that it takes, and its original, where that is known.
+
+    `statistics` are those that the weights were encoded with, where they are to be encoded again.
+    """
 
     path: Path
     request: Request
@@ -66,6 +73,7 @@ class Opened:
     tokenizer: Tokenizer | None
     text: Text
     original: Original | None
+    statistics: StatisticsOf | None
     identity: tuple[IdentityItem, ...]
 
     @property
@@ -98,11 +106,7 @@ def open_all(path: Path, request: Request) -> Opened:
     )
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
     original = find_original(manifest, request.model, request.adapter)
-    if request.reproduce and original is None:
-        raise RequestError(
-            f"--reproduce encodes the original's weights again, but the original "
-            f"({manifest.source.name}) was not given; pass it with -m"
-        )
+    statistics = _statistics(request, manifest, original) if request.reproduce else None
     if original is not None:
         _warn_of_differences(original)
     elif request.reference is None:
@@ -123,8 +127,32 @@ def open_all(path: Path, request: Request) -> Opened:
         tokenizer=tokenizer,
         text=text,
         original=original,
+        statistics=statistics,
         identity=compare_identity(artifact, tokenizer, original, request.reference),
     )
+
+
+def _statistics(request: Request, manifest: Manifest, original: Original | None) -> StatisticsOf:
+    """What `--reproduce` encodes with.
+
+    Raises:
+        RequestError: there is no original, or the levels were chosen by data that were not given.
+    """
+    if original is None:
+        raise RequestError(
+            f"--reproduce encodes the original's weights again, but the original "
+            f"({manifest.source.name}) was not given; pass it with -m"
+        )
+    if request.calibration is not None:
+        calibration, checkpoint = open_calibration(request.calibration), original.checkpoint
+        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
+        return Calibrated(calibration, checkpoint.config)
+    if manifest.weighted or any(map(needs_statistics, manifest.plan.values())):
+        raise RequestError(
+            "--reproduce: these levels were chosen by data; give the calibration that the export "
+            "took with --calibration (an importance matrix cannot be given)"
+        )
+    return no_statistics
 
 
 def _warn_of_differences(original: Original) -> None:

@@ -56,7 +56,7 @@ class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
     `drift` has the states after some numbers of tokens, reduced by `states.recent`. `inputs` are
-    mixtures of what the linears took.
+    mixtures of what the linears took, where they were asked for.
     """
 
     model: ReferenceModel
@@ -71,13 +71,18 @@ class Pass:
 
 
 def run_reference(
-    label: str, config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
+    label: str,
+    config: GriffinConfig,
+    weights: WeightSource,
+    tokens: np.ndarray,
+    *,
+    mix_inputs: bool = False,
 ) -> Pass:
     """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
     stops = checkpoints(len(tokens))
     with watched_layers(label, weights) as watched:
         model, recorder = NumpyReference(config, watched), MixtureRecorder(config, len(tokens))
-        model.look = recorder.look
+        model.look = recorder.look if mix_inputs else None
         text = (tokens[None], zero_state(config, 1))
         ((hidden, states),) = model.run_each([text], stops=[stops])
     drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
@@ -110,7 +115,9 @@ class SharedPasses:
         key = _key(original, tokens)
         if key not in self._done:
             config, weights = original.config, original.weights
-            self._done[key] = run_reference("Running the original", config, weights, tokens)
+            self._done[key] = run_reference(
+                "Running the original", config, weights, tokens, mix_inputs=True
+            )
         return self._done[key]
 
 

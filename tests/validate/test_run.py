@@ -87,9 +87,9 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     runs: list[str] = []
     run_reference = reference_pass.run_reference
 
-    def counted(label, *args):
+    def counted(label, *args, **options):
         runs.append(label)
-        return run_reference(label, *args)
+        return run_reference(label, *args, **options)
 
     monkeypatch.setattr(reference_pass, "run_reference", counted)
     monkeypatch.setattr(speed, "SECONDS", 0.05)

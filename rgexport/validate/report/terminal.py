@@ -178,8 +178,6 @@ def _warnings(found: AgainstFile) -> Iterator[str]:
     """Why the reference file may be of another model."""
     if not found.same_files:
         yield "the reference file is of other weight files than the artifact was made from"
-    for difference in found.config_differences:
-        yield f"the configurations differ in {difference}"
 
 
 def _next_step(results: Sequence[Result], page: Path | None) -> str:

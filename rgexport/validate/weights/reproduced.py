@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import StoredTensor
-from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import Advance
 from rgexport.quantize.statistics import StatisticsOf
 from rgexport.quantize.stored_weights import quantized
 from rgexport.validate.checks import Check
 from rgexport.validate.weights.steps import is_quantized
-from rgexport.validate.weights.weight_errors import of_each_tensor
+from rgexport.validate.weights.weight_errors import of_each_tensor, paired_slabs
 
 _SAME = 2.0**-9
 """Levels of 8 bits differ by 2⁻⁸ at least; Core ML rounds their products with scales to float16."""
@@ -59,22 +58,14 @@ def reproduce(
     def compare(name: str, advance: Advance) -> Reproduced:
         stored = tensors[name]
         different = 0
-        for rows, expected in _slabs(artifact.weights[name], encoded[name], stored):
+        pairs = paired_slabs(encoded[name], artifact.weights[name], stored, _SLAB_BYTES)
+        for _, expected, rows in pairs:
             different += int((np.abs(rows - expected) > _SAME * np.abs(expected)).sum())
             advance(expected.nbytes)
         count = int(np.prod(stored.shape))
         return Reproduced(name=name, scheme=stored.scheme.label, values=count, different=different)
 
     return of_each_tensor("Encoding the weights again", tensors, compare)
-
-
-def _slabs(
-    stored: RowTensor, encoded: RowTensor, tensor: StoredTensor
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    together = tensor.rows_together
-    row_bytes = 4 * int(np.prod(tensor.shape[1:]))
-    for bounds in slab_bounds(tensor.shape[0], row_bytes, _SLAB_BYTES, together):
-        yield stored.read(*bounds).astype(np.float32), encoded.read(*bounds)
 
 
 def reproduced_checks(tensors: list[Reproduced]) -> Iterator[Check]:

@@ -105,7 +105,7 @@ def weight_errors(
             _Sums(group, expectation_key(group.stored.scheme, weighted), mixtures)
             for group in groups
         ]
-        for start, w, other in _slabs(original[name], dequantized[name], stored):
+        for start, w, other in paired_slabs(original[name], dequantized[name], stored):
             for group, total in zip(groups, sums, strict=True):
                 chosen = group.chosen(start, start + len(w))
                 if len(rows := w[chosen]):
@@ -188,13 +188,13 @@ class _Sums:
         )
 
 
-def _slabs(
-    original: RowTensor, dequantized: RowTensor, stored: StoredTensor
+def paired_slabs(
+    original: RowTensor, dequantized: RowTensor, stored: StoredTensor, limit: int = _SLAB_BYTES
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The first row, and rows of both, [n, values of a row] float32."""
+    """The first row, and rows of both, [n, values of a row] float32, of at most `limit` bytes."""
     columns = math.prod(stored.shape[1:])
     together = rows_together(stored.scheme)
-    for start, stop in slab_bounds(stored.shape[0], 4 * columns, _SLAB_BYTES, together):
+    for start, stop in slab_bounds(stored.shape[0], 4 * columns, limit, together):
         both = (tensor.read(start, stop) for tensor in (original, dequantized))
         w, found = (x.astype(np.float32, copy=False).reshape(-1, columns) for x in both)
         yield start, w, found

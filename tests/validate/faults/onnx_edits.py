@@ -72,6 +72,7 @@ def changed(value: str, nodes: str) -> Edit:
 IN_HALF = f"""
     half = Cast <to = {TensorProto.FLOAT16}> (x)
     y = Cast <to = {TensorProto.FLOAT}> (half)"""
+TIMES = "gain = Constant <value_float = 1.05> () y = Mul (x, gain)"
 OF_FIRST_ROW = """
     zero = Constant <value_ints = [0]> () one = Constant <value_ints = [1]> ()
     first = Slice (x, zero, one, zero) zeros = Sub (x, x) y = Add (zeros, first)"""

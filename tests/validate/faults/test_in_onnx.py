@@ -11,6 +11,7 @@ from tests.validate.faults import onnx_edits as edits
 from tests.validate.faults.conftest import CONFIG, require_named
 
 LRU, ATTENTION = "temporal_block.rg_lru", "layers.2.temporal_block.attention"
+UP = "layers.1.mlp_block.up_proj"
 GATE, GELU = f"layers.1.{LRU}.input_gate", "layers.1.mlp_block.gelu"
 GRAPH: dict[str, tuple[edits.Edit, str | None]] = {
     "functions in their place": (edits.flat(), None),
@@ -19,6 +20,7 @@ GRAPH: dict[str, tuple[edits.Edit, str | None]] = {
     "window one more": (edits.flat(edits.with_window(CONFIG.window + 1)), ATTENTION),
     "input gate in fp16": (edits.changed(GATE, edits.IN_HALF), GATE),
     "GELU with erf": (edits.flat(edits.with_attribute(GELU, "approximate", "none")), GELU),
+    "products times 1.05": (edits.changed(UP, edits.TIMES), UP),
     "RG-LRU's state not written": (edits.not_written("3.recurrent_state"), f"layers.3.{LRU}"),
     "values not written": (edits.not_written("2.value"), ATTENTION),
 }
