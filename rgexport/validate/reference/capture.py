@@ -46,7 +46,7 @@ from rgexport.validate.reference.reference_file import (
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
 from rgexport.validate.structure.elements import Fingerprint
-from rgexport.validate.structure.record import record_structures
+from rgexport.validate.structure.record import can_record, record_structures
 from rgexport.validate.text import Text
 from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
@@ -91,7 +91,7 @@ def capture(
         window=checkpoint.config.window,
         file=prompts,
     )
-    expect_stages(6 if tokenizer else 5)
+    expect_stages(5 + bool(tokenizer) + can_record())
     require_sound(checkpoint)
     structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)

@@ -1,6 +1,7 @@
 """The fingerprints of structures in a reference file, for who cannot make the structures again."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from rgexport.errors import RequestError
 from rgexport.formats import FORMATS
@@ -10,6 +11,11 @@ from rgexport.quantize.plan import bfloat16_gates
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.structure.elements import Fingerprint, fingerprint
 from rgexport.validate.structure.format import Structure
+
+
+def can_record() -> bool:
+    """Whether the extra that lowers is installed."""
+    return all(map(find_spec, ("torch", "onnx_ir")))
 
 
 def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:

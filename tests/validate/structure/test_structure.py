@@ -111,6 +111,8 @@ def test_the_verdict_says_what_it_holds_for(tmp_path, monkeypatch, capsys):
     page, file = tmp_path / "r.html", tmp_path / "r.json"
     model, made = f"-m {tmp_path}/model", f"--reference {tmp_path}/r"
     assert run(f"reference {model} --prompts {tmp_path}/p -o {tmp_path}/r".split()) == 0
+    stages = [line.split("]")[0] for line in capsys.readouterr().err.splitlines() if "/" in line]
+    assert stages[-6:] == [f"[{i}/6" for i in range(1, 7)]
 
     def outcome(options):
         capsys.readouterr()
