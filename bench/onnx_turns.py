@@ -10,7 +10,7 @@ from bench.read_speed import c_roofline
 from bench.worker import Worker
 from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.files.page_cache import forget
-from rgexport.processors import usable_processors
+from rgexport.parallelism import usable_processors
 from rgexport.progress import note
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline
 

@@ -26,8 +26,8 @@ from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.opening import open_artifact
 from rgexport.files import page_cache
 from rgexport.progress import note
+from rgexport.runtimes.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx import session
-from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx.session import OrtSession
 
 ROUNDS, STEPS = 7, 24

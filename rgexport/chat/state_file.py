@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError

@@ -57,7 +57,7 @@ def save(
     from rgexport.chat.state_file import is_state_file
     from rgexport.files.atomic import check_file_target
     from rgexport.files.regular_file import read_text
-    from rgexport.progress import amount
+    from rgexport.units import amount
 
     check_file_target(output, force=force, replaceable=is_state_file)
     written = read_text(text)

@@ -32,8 +32,8 @@ def web(
     """
     from rgexport.export.opening import open_artifact
     from rgexport.files.atomic import check_target
-    from rgexport.page.local_server import serve_site
-    from rgexport.page.site import is_site, make_site, write_site
+    from rgexport.web_page.local_server import serve_site
+    from rgexport.web_page.site import is_site, make_site, write_site
 
     if output is None and not serve:
         raise RequestError("nothing to do: give -o DIR to write the site, --serve, or both")

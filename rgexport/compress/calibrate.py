@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.compress.cluster import spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text
@@ -23,7 +23,7 @@ from rgexport.files.hashing import hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.progress import amount, expect_stages
+from rgexport.progress import expect_stages
 from rgexport.quantize.calibration import is_calibration
 from rgexport.quantize.calibration_format import (
     FREQUENCY,
@@ -36,6 +36,7 @@ from rgexport.quantize.calibration_format import (
     arrays_of,
 )
 from rgexport.runtimes.cluster import Cluster
+from rgexport.units import amount
 from rgexport.validate.reference.implementations import torch_device
 
 SUFFIX = ".calibration"

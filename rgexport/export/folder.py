@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
 from rgexport.export.card import write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck

@@ -22,8 +22,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.progress import amount
 from rgexport.quantize.scheme import Float, Ggml
+from rgexport.units import amount
 
 MAX_STATE_BYTES = 1 << 30
 """The largest state of a conversation in float32: twenty times a 9B's."""

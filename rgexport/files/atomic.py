@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 
 from rgexport.errors import RequestError
 from rgexport.files.names import windows_objection
-from rgexport.progress import amount, warn
+from rgexport.progress import warn
+from rgexport.units import amount
 
 Replaceable = Callable[[Path], bool]
 """Says whether an existing target is of a kind that `--force` may replace."""

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 from gguf import GGUFValueType as Kind
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE

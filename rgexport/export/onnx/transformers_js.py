@@ -5,7 +5,8 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from rgexport import __version__, web
+from rgexport import npm
+from rgexport._version import __version__
 from rgexport.export.identity import identity_of
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import weight_files
@@ -42,4 +43,4 @@ def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
     }
     (folder / CONFIG).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
     for name in MODULES:
-        shutil.copyfile(Path(web.__file__).with_name(name), folder / name)
+        shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)

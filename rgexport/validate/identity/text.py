@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary

@@ -23,8 +23,9 @@ from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.progress import amount, detail, expect_stages, task
+from rgexport.progress import detail, expect_stages, task
 from rgexport.runtimes.environment import environment
+from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation

@@ -7,10 +7,10 @@ import pytest
 import rgexport
 from rgexport.chat.state_file import read_fields
 from rgexport.export.opening import open_artifact
-from rgexport.page import site
-from tests.page.chat_page import LONGEST, Profile, plain
-from tests.page.site_server import serving
-from tests.web.npm import HERE, node_with_packages
+from rgexport.web_page import site
+from tests.npm.install import HERE, node_with_packages
+from tests.web_page.chat_page import LONGEST, Profile, plain
+from tests.web_page.site_server import serving
 
 MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
 GREEDY = {"temperature": 0, "max_new_tokens": LONGEST}
