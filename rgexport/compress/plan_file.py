@@ -11,8 +11,8 @@ from typing import Any
 from rgexport._version import __version__
 from rgexport.compress.planning import Found, Point, Target
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
-from rgexport.griffin.json_fields import strict_json
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.quantize.scheme import Plan, scheme_to_dict
 from rgexport.tables import Table, render
@@ -128,7 +128,7 @@ class PlanReport:
 def is_plan(path: Path) -> bool:
     """Whether a file is a plan that this wrote."""
     try:
-        return "plan" in strict_json(read_regular(path))
+        return "plan" in parse_json(read_regular(path))
     except (RequestError, OSError, ValueError, RecursionError, TypeError):
         return False
 

@@ -14,8 +14,8 @@ from rgexport.export.card import card
 from rgexport.export.manifest import CARD, MANIFEST, Manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.origin import GEMMA_TERMS
-from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import hash_file
+from rgexport.files.targets import require_free_disk
 from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
 from rgexport.progress import note, warn
 from rgexport.units import amount

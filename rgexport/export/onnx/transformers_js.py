@@ -11,7 +11,7 @@ from rgexport.export.identity import identity_of
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import weight_files
 from rgexport.export.tokenizer import ControlIds
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chat_template
 
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
         "rgexport": {
             "version": __version__,
             "identity": asdict(identity_of(manifest, template)),
-            "states": [plain(record) for record in manifest.states],
+            "states": [to_json(record) for record in manifest.states],
             "data_files": weight_files(manifest),
         },
     }

@@ -13,9 +13,8 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.origin import folder_of
-from rgexport.export.verified import hash_new_files
-from rgexport.files.atomic import check_file_target
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_new_files
+from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
