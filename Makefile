@@ -20,8 +20,8 @@ LLAMA_TOOLS := $(LLAMA)/.tools
 PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration.patch port.py build.py)
 NATIVE := $(VENV)/.native
 DOCS := $(VENV)/.docs
-PAGE := rgexport/page/page.zip
-PAGE_SOURCES := rgexport/page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/web/*.*)
+PAGE := rgexport/web_page/page.zip
+PAGE_SOURCES := rgexport/web_page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/npm/*.*)
 NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
 .PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools release clean
@@ -95,7 +95,7 @@ $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
 
 $(PAGE): $(PAGE_SOURCES)
 	@echo 'Building the page of rgexport web'
-	@$(PYTHON) rgexport/page/build.py
+	@$(PYTHON) rgexport/web_page/build.py
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)
