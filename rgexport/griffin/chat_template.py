@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
-from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
 from rgexport.progress import warn
 

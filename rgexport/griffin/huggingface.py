@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.griffin.inventory import FoundTensor
 from rgexport.griffin.json_fields import read_json
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
+from rgexport.griffin.safetensors_file import FLOATS, read_header
+from rgexport.griffin.tensor import FoundTensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -15,7 +15,7 @@ PREFIX = "model."
 
 
 def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The weight files of a folder, and the index's map from tensor to file, if it has one.
+    """Returns the weight files of a folder, and its index's map from tensor to file.
 
     Raises:
         RequestError: there are none, or the index is wrong or names files that are not there.
@@ -23,7 +23,11 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if (folder / SINGLE).exists():
         return (folder / SINGLE,), None
     if not (folder / INDEX).exists():
-        raise RequestError(_no_weights(folder))
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".safetensors"})
+        hint = f", only {', '.join(others[:3])}" if others else ""
+        raise RequestError(
+            f"{folder} has no weights{hint}; expected {SINGLE}, {INDEX} or a DeepMind .pt"
+        )
     index = read_json(folder / INDEX)
     weight_map = index.object("weight_map").values
     if not weight_map:
@@ -43,19 +47,13 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     return tuple(folder / file for file in files), weight_map
 
 
-def _no_weights(folder: Path) -> str:
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".safetensors"})
-    hint = f", only {', '.join(others[:3])}" if others else ""
-    return f"{folder} has no weights{hint}; expected {SINGLE}, {INDEX} or a DeepMind .pt"
-
-
 def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...], tuple[Path, ...]]:
-    """The tensors of a folder by canonical names, problems of its index, its weight files.
+    """Returns the tensors of a folder by canonical names, index problems, and weight files.
 
     A saved head has the name `lm_head.weight`.
     """
     files, weight_map = find_shards(folder)
-    found: dict[str, FoundTensor] = {}
+    tensors: dict[str, FoundTensor] = {}
     problems: list[str] = []
     for path in files:
         for name, entry in read_header(path).items():
@@ -64,15 +62,11 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
                 problems.append(
                     f"unexpected: {name} in {path.name}, where {INDEX} does not place it"
                 )
-            elif canonical in found:
+            elif canonical in tensors:
                 problems.append(f"unexpected: {name}, a second {canonical}")
             else:
-                found[canonical] = _tensor(entry)
+                tensors[canonical] = entry.rows() if entry.dtype in FLOATS else entry.dtype
     if weight_map is not None:
         stray = sorted(set(folder.glob("model-*-of-*.safetensors")) - set(files))
         problems += [f"unexpected: {path.name}, which {INDEX} does not name" for path in stray]
-    return found, tuple(problems), files
-
-
-def _tensor(entry: Entry) -> FoundTensor:
-    return entry.rows() if entry.dtype in FLOATS else entry.dtype
+    return tensors, tuple(problems), files

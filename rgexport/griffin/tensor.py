@@ -1,5 +1,8 @@
 """Tensors that are read in slabs of rows, so that none has to be whole in memory."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,12 +33,10 @@ class RowTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
         return self.shape[0] * self.row_bytes
 
     def slabs(self, limit: int = SLAB_BYTES) -> Iterator[tuple[int, np.ndarray]]:
@@ -44,12 +45,15 @@ class RowTensor:
             yield start, self.read(start, stop)
 
     def whole(self) -> np.ndarray:
-        """The whole tensor; for the small ones (biases, norms, gates) and for tests."""
+        """Reads the whole tensor; for the small ones (biases, norms, gates) and for tests."""
         return self.read(0, self.shape[0])
 
 
 WeightSource = Mapping[str, RowTensor]
 """Canonical tensor name → tensor; see `griffin.layout` for the names."""
+
+FoundTensor = RowTensor | str
+"""A readable tensor, or the name of the dtype that makes it unreadable."""
 
 
 def slab_bounds(
@@ -65,5 +69,19 @@ def slab_bounds(
 
 
 def from_array(array: np.ndarray) -> RowTensor:
-    """A tensor that is in memory."""
     return RowTensor(array.shape, array.dtype, lambda start, stop: array[start:stop].copy())
+
+
+def advise_kernel(start: int, end: int, advice: int) -> bool:
+    """Calls Linux's `madvise` on the pages of the addresses; returns whether it was accepted.
+
+    Other systems take no advice, nor does a C library without that function.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, TypeError, AttributeError):
+        return False
+    start -= start % mmap.PAGESIZE
+    return call(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.json_fields import strict_json
-from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.tokenizer_files import MAX_BYTES
 
 if TYPE_CHECKING:
     import tokenizers

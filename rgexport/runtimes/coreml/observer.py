@@ -11,7 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest
 from rgexport.export.coreml.states import feature_name
 from rgexport.export.mil.package import Package, open_package
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner, States
 from rgexport.runtimes.coreml.runner import joined

@@ -12,8 +12,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import all_ops
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import all_ops, sites
 from rgexport.griffin.state import State
 from rgexport.quantize.ggml_library import load_library
 from rgexport.runtimes.llama_cpp.library import bindings

@@ -9,7 +9,7 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import parse_model, read_graph
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.observation import LENGTHS, Observation, observed
 from rgexport.runtimes.onnx.session import OrtSession

@@ -7,8 +7,8 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import sites
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import engine_of, open_observer
 from rgexport.runtimes.memory import give_back
